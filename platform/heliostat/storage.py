@@ -17,8 +17,10 @@ import errno
 import logging
 import os
 import re
+import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -202,7 +204,8 @@ class Location:
         """
         if self.is_s3:
             return self.attempt(lambda: exclusive.put_object(self.path, self.query, data, *_patience(retry_budget())))
-        return self.attempt(lambda: exclusive.put_file(self.path, data))
+        with self._made():
+            return self.attempt(lambda: exclusive.put_file(self.path, data))
 
     def upload(self, local: Path, sent: Callable[[], None] = lambda: None) -> None:
         """Copies a local file here; calls `sent` whenever a window of it has arrived."""
@@ -230,13 +233,25 @@ class Location:
                 fill(out)
             return
         partial = f"{self.path}.{uuid.uuid4().hex[:8]}.partial"
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self.fs.open_output_stream(partial) as out:
+            with self._opened(partial) as out:
                 fill(out)
             Path(partial).replace(self.path)
         finally:
             Path(partial).unlink(missing_ok=True)
+
+    def _opened(self, partial: str) -> pa.NativeFile:
+        with self._made():
+            Path(partial).parent.mkdir(parents=True, exist_ok=True)
+            return self.fs.open_output_stream(partial)
+
+    @contextmanager
+    def _made(self) -> Iterator[None]:
+        """Raises AccessError where a write finds that there is no such place: in a folder of the kernel's, as /proc."""
+        try:
+            yield
+        except FileNotFoundError as e:
+            raise AccessError(f"{self.uri}: no file can be made here; name another place") from e
 
     def files(self) -> list[tuple[str, int]]:
         """Lists all files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
@@ -298,7 +313,7 @@ class Location:
         nearest = Path(self.path)
         while not self.is_s3 and not os.path.lexists(nearest):
             nearest = nearest.parent
-        if not self.is_s3 and not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        if not self.is_s3 and not (nearest.is_dir() and os.access(nearest, os.W_OK) and _takes_files(nearest)):
             raise AccessError(f"{self.uri}: {nearest} is not a folder that can be written to; name another place")
 
     @property
@@ -341,6 +356,17 @@ class Location:
 
     def _tell(self, failure: Failure, wait: float) -> None:
         log.warning("%s: %s; retrying in %.1f s", self.uri, _reason(failure.error), wait)
+
+
+def _takes_files(folder: Path) -> bool:
+    """Tells whether files can be made in a folder: not in one that shows what the kernel knows, as /proc, whoever asks."""
+    if os.statvfs(folder).f_blocks:
+        return True
+    try:
+        Path(tempfile.mkdtemp(dir=folder)).rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def _reason(error: Exception) -> str:

@@ -1,49 +1,90 @@
 """Held-out middles: a model trained to fill in the middle against one trained left to right, at equal tokens of the same files.
 
-    python tests/benchmarks/fim.py [--steps 3000] [--seconds 0] [--rate 0.9] [--seeds 1]
+    python tests/benchmarks/fim.py --models FOLDER [--steps 1200] [--seeds 1] [--train fim|plain] [--middles 250]
 
-Source code of Python's own library, files held out by the hash of their path; one byte-level BPE, one small Llama, AdamW,
-batches of the same size. Scored are middles of spans of held-out files, cut as the pipeline cuts: nats a token of the middle.
-The model that reads left to right is given the prefix alone, and the suffix before the prefix; the other one both, as its data
-has them.
-`--seconds`: of processor time of each training, after which it ends whatever the steps.
+Each model is trained once and kept in FOLDER, so judging again trains nothing; `--train` trains the models of one way and judges
+nothing. What follows was decided before any result was looked at.
+
+**Trained**: on the source code of Python's own library (without its tests; files held out by the hash of their path), with one
+byte-level BPE, one Llama of 1.4M parameters, bf16 autocast, Muon for the matrices of its layers and AdamW for the rest, batches
+of the same size. `fim`: the pipeline's own, 9 in 10 spans rearranged, half of those suffix first, cut anywhere; a row begins at
+a span's beginning, so that a window holds a whole span. `plain`: files as they are, rows from anywhere.
+
+**Judged**: on middles of spans of held-out files, so that both models see a context as long as the training rows. Four cuts:
+"rest of a line" (from within a line to its end), "words" (1 to 4 within a line, of which something remains behind them),
+"line" (a whole one), "anywhere" (the pipeline's own random cut). The first three lie at bounds of the tokens of the uncut span,
+so no model reads tokens that it would not see in plain text; "anywhere" does not, which is against left to right. As many of
+each; then by how many tokens the middle has.
+
+**Given**: `fim` the prefix and the suffix, in both orders. `plain` the prefix alone, and the suffix before the prefix (a line
+break between them). The token that ends documents stands first where the training rows have it: before a file's beginning for
+`plain`.
+
+**Nats** a token of the middle, for both; the end of the middle is not in that. It has a column of its own: for `fim` the token
+that ends the middle, which it must write; `plain` has none, and the nearest thing is the suffix's first token behind the middle.
+The two are different events.
+
+**Greedy** middles of up to 32 tokens: exact match and edit similarity, as `heliostat benchmark` has them. `fim` ends its middle
+itself. `plain` is judged twice: *told* how many characters the true middle has, more than any editor knows, and by itself: cut
+as an editor can, where it goes on with the suffix's first 8 characters (behind its spaces), else behind its line.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
+import re
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
+from heliostat.benchmark.measures import edit_similarity  # noqa: E402
 from heliostat.data.infilling import OWN, Markers, encode, find  # noqa: E402
 from heliostat.pipelines.text import infilling, tokens  # noqa: E402
-from heliostat.pipelines.text.infilling import Arranged, FillInTheMiddle, arrange  # noqa: E402
+from heliostat.pipelines.text.infilling import Arranged, FillInTheMiddle, arrange, spans  # noqa: E402
 
-END, VOCABULARY, LENGTH, BATCH, SPAN, MIDDLES, LR = "<|endoftext|>", 768, 192, 8, 320, 300, 3e-3
-MODEL = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-         "intermediate_size": 344, "max_position_embeddings": 2 * LENGTH, "tie_word_embeddings": True}  # fmt: skip
+END, VOCABULARY, LENGTH, BATCH, SPAN, MOST, LR, MATRIX_LR = "<|endoftext|>", 1024, 256, 16, 576, 32, 3e-3, 0.02
+MODEL = {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5, "num_key_value_heads": 5,
+         "intermediate_size": 432, "max_position_embeddings": 4 * LENGTH, "tie_word_embeddings": True}  # fmt: skip
+LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "encodings"}
+CLASSES = ((1, 4), (5, 8), (9, 16), (17, 32), (33, 1000))
+CUTS = ("rest of a line", "words", "line", "anywhere")
+WAYS = {
+    "plain": ("left to right, the prefix", "left to right, suffix, prefix"),
+    "fim": ("middle, prefix first", "middle, suffix first"),
+}
+
+
+@dataclass(frozen=True)
+class Middle:
+    """Holds a middle of a held-out file and its tokens; `begins`: whether its prefix begins the file."""
+
+    cut: str
+    texts: tuple[str, str, str]
+    ids: list[list[int]]
+    begins: bool
 
 
 def corpus() -> tuple[list[str], list[str]]:
     """Files to train on, and files held out."""
     halves: tuple[list[str], list[str]] = ([], [])
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.glob("*.py")):
-        if (text := path.read_text(errors="ignore")).strip():
-            halves[hashlib.sha256(str(path.relative_to(root)).encode()).digest()[0] < 26].append(text)
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not LEFT_OUT & set(name.parts) and (text := path.read_text(errors="ignore")).strip():
+            halves[hashlib.sha256(str(name).encode()).digest()[0] < 26].append(text)
     return halves
 
 
@@ -51,103 +92,242 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def rows(flat: np.ndarray, seed: int) -> Iterator[torch.Tensor]:
-    """Yields batches of consecutive tokens, from places that are drawn anew each time."""
-    draw = np.random.default_rng(seed)
+def rows(flat: np.ndarray, starts: np.ndarray, seed: int) -> Iterator[torch.Tensor]:
+    """Yields batches of consecutive tokens that begin at these places, each place once before any comes again."""
+    draw, left = np.random.default_rng(seed), np.zeros(0, np.int64)
     while True:
-        starts = draw.integers(0, len(flat) - LENGTH, BATCH)
-        yield torch.from_numpy(np.stack([flat[at : at + LENGTH] for at in starts])).long()
+        if len(left) < BATCH:
+            left = np.concatenate([left, draw.permutation(starts)])
+        chosen, left = left[:BATCH], left[BATCH:]
+        yield torch.from_numpy(np.stack([flat[at : at + LENGTH] for at in chosen])).long()
 
 
-def train(flat: np.ndarray, steps: int, seconds: float, seed: int) -> tuple[LlamaForCausalLM, int]:
-    """Trains, and returns the model and the steps that were taken."""
+def train(flat: np.ndarray, starts: np.ndarray, steps: int, seed: int) -> LlamaForCausalLM:
+    """Trains a model."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **MODEL))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
-    begun, step = time.process_time(), 0
-    for step, batch in enumerate(itertools.islice(rows(flat, seed), steps), 1):
-        spent = (time.process_time() - begun) / seconds if seconds else 0.0
-        if spent >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min(step / 50, 1.0) * (1 - max(spent, step / steps) * 0.95)
-        loss = model(input_ids=batch, labels=batch).loss
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not one for one in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=MATRIX_LR, weight_decay=0.01),
+                  torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)]  # fmt: skip
+    peaks, begun = [MATRIX_LR, LR], time.process_time()
+    for step, batch in zip(range(1, steps + 1), rows(flat, starts, seed), strict=False):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0:
-            print(f"  step {step}: {loss.item():.3f}, {time.process_time() - begun:.0f} s", file=sys.stderr)
-    return model.eval(), step
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * min(step / 50, 1.0) * min(1.0, 2 * (1 - step / steps) + 0.02)
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 50 == 0:
+            print(f"  step {step}: {loss.item():.3f}, {time.process_time() - begun:.0f} s", file=sys.stderr, flush=True)
+    return model
 
 
-def cut(held: list[str]) -> list[Arranged]:
-    """Cuts spans of held-out files, as the pipeline does."""
-    keys, found = FillInTheMiddle(rate=1, spm_rate=0, span_chars=SPAN, seed=1), list[Arranged]()
-    for text in held:
-        found += [one for one in arrange(text, digest(text), keys) if isinstance(one, Arranged) and one.middle]
-    return [found[i] for i in np.random.default_rng(0).permutation(len(found))[:MIDDLES]]
+def middles(held: list[str], tokenizer: Tokenizer, most: int) -> list[Middle]:
+    """Cuts spans of held-out files, each cut of a kind at most once a span."""
+    draw, found = np.random.default_rng(0), {cut: list[Middle]() for cut in CUTS}
+    keys = FillInTheMiddle(rate=1, spm_rate=0, span_chars=SPAN, seed=1)
+    places = [(text, number) for text in held for number in range(len(spans(text, SPAN)))]
+    for text, number in (places[i] for i in draw.permutation(len(places))):
+        span = spans(text, SPAN)[number]
+        for cut, made in found.items():
+            if len(made) < most and (pieces := pieces_of(cut, span, draw, (text, keys, number))):
+                ids = encode(tokenizer, list(pieces))
+                if cut == "anywhere" or list(chain.from_iterable(ids)) == encode(tokenizer, [span])[0]:
+                    made.append(Middle(cut, pieces, ids, number == 0))
+        if all(len(made) == most for made in found.values()):
+            break
+    return list(chain.from_iterable(found.values()))
+
+
+def pieces_of(
+    cut: str, span: str, draw: np.random.Generator, own: tuple[str, FillInTheMiddle, int]
+) -> tuple[str, str, str] | None:
+    """Cuts a span in three, at a place that is drawn; None if there is no such place in it."""
+    if cut == "anywhere":
+        text, keys, number = own
+        one = arrange(text, digest(text), keys)[number]
+        return one.pieces if isinstance(one, Arranged) and one.middle else None
+    lines = list(re.finditer(r"(?<=\n)[ \t]*(\S[^\n]*)\n", span))[1:-1]
+    if not lines:
+        return None
+    line = lines[draw.integers(len(lines))]
+    words = [line.start(1) + at.start() for at in re.finditer(r"\s*(\w+|[^\w\s])", line[1])]
+    if cut == "line":
+        first, last = line.start(), line.end()
+    elif len(words) < 3:
+        return None
+    elif cut == "rest of a line":
+        first, last = words[draw.integers(1, len(words))], line.end(1)
+    else:
+        begin = int(draw.integers(0, len(words) - 1))
+        first, last = words[begin], words[min(begin + int(draw.integers(1, 5)), len(words) - 1)]
+    return span[:first], span[first:last], span[last:]
+
+
+def prompts(all_: list[Middle], markers: Markers, end: int, tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
+    """Returns what stands before each middle, by the name of what is given."""
+    newline = tokenizer.encode("\n", add_special_tokens=False).ids
+    made: dict[str, list[list[int]]] = {name: [] for names in WAYS.values() for name in names}
+    for one in all_:
+        prefix, _, suffix = one.ids
+        alone, both = WAYS["plain"]
+        made[alone].append([end, *prefix] if one.begins or not prefix else prefix)
+        made[both].append([*suffix, *newline, *prefix] if suffix or prefix else [end])
+        for name, first in zip(WAYS["fim"], (False, True), strict=True):
+            made[name].append([end, *markers.prompt(prefix, suffix, first)])
+    return made
 
 
 @torch.no_grad()
-def nats(model: LlamaForCausalLM, before: list[list[int]], middles: list[list[int]]) -> tuple[float, float]:
-    """Computes the nats a token of the middles behind what is before each, and the standard error of that."""
-    lost, count = [], []
-    for prompt, middle in zip(before, middles, strict=True):
-        ids = torch.tensor([[*prompt, *middle]])
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-        lost.append(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item())
-        count.append(len(middle))
-    each, sizes = np.array(lost), np.array(count)
-    value = each.sum() / sizes.sum()
-    return float(value), float(np.sqrt(((each - value * sizes) ** 2).sum()) / sizes.sum())
+def nats(model: LlamaForCausalLM, prompt: list[int], middle: list[int], last: int) -> tuple[float, float]:
+    """Computes the nats of a middle, and of the token behind it."""
+    ids = torch.tensor([[*prompt, *middle, last]])
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+    lost = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="none")
+    return lost[:-1].sum().item(), lost[-1].item()
 
 
-def prompts(pieces: list[list[list[int]]], markers: Markers, end: int) -> dict[str, list[list[int]]]:
-    """Returns what stands before each middle, by name."""
-    return {
-        "left to right, given the prefix": [[end, *prefix] for prefix, _, _ in pieces],
-        "left to right, given suffix and prefix": [[end, *suffix, *prefix] for prefix, _, suffix in pieces],
-        "fill in the middle, given both (PSM)": [[end, *markers.prompt(prefix, suffix, False)] for prefix, _, suffix in pieces],
-        "fill in the middle, given both (SPM)": [[end, *markers.prompt(prefix, suffix, True)] for prefix, _, suffix in pieces],
-    }
+@torch.no_grad()
+def greedy(model: LlamaForCausalLM, before: list[list[int]], most: int, end: int) -> list[list[int]]:
+    """Continues prompts by the likeliest tokens until each ends, the short prompts first."""
+    made: dict[int, list[int]] = {}
+    order = sorted(range(len(before)), key=lambda i: len(before[i]))
+    for chosen in (order[i : i + 25] for i in range(0, len(order), 25)):
+        longest = max(len(before[i]) for i in chosen)
+        ids = torch.tensor([[end] * (longest - len(before[i])) + before[i] for i in chosen])
+        mask = torch.tensor([[0] * (longest - len(before[i])) + [1] * len(before[i]) for i in chosen])
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=end, eos_token_id=end)
+        made |= {i: row[longest:].tolist() for i, row in zip(chosen, out, strict=True)}
+    return [made[i] for i in range(len(before))]
+
+
+def as_editors_cut(text: str, suffix: str) -> str:
+    """Cuts what was written where it goes on with the suffix, else behind its line, whose end may be the suffix's."""
+    goes_on = suffix[: len(suffix) - len(suffix.lstrip()) + 8]
+    if goes_on and (at := text.find(goes_on)) >= 0:
+        return text[:at]
+    line, stop, _ = text.partition("\n")
+    return line if suffix.startswith("\n") else line + stop
+
+
+def judge(model: LlamaForCausalLM, way: str, all_: list[Middle], before: list[list[int]], tokenizer: Tokenizer, end: int,
+          markers: Markers) -> dict[str, np.ndarray]:  # fmt: skip
+    """Measures each middle; what is greedy is NaN for those that are longer than MOST tokens."""
+    told = [nats(model, p, one.ids[1], end if way == "fim" or not one.ids[2] else one.ids[2][0])
+            for p, one in zip(before, all_, strict=True)]  # fmt: skip
+    out = {"nats": np.array([n for n, _ in told]), "end": np.array([n for _, n in told])}
+    short = [i for i, one in enumerate(all_) if len(one.ids[1]) <= MOST]
+    special = {end, markers.prefix, markers.suffix, markers.middle}
+    written = greedy(model, [before[i] for i in short], MOST + 8, end)
+    for name in ("exact", "similar", "exact told", "similar told"):
+        out[name] = np.full(len(all_), np.nan)
+    for i, ids in zip(short, written, strict=True):
+        _, middle, suffix = all_[i].texts
+        stop = next((at for at, token in enumerate(ids) if token in special), len(ids))
+        text = tokenizer.decode(ids[:stop])
+        own = text if way == "fim" else as_editors_cut(text, suffix)
+        for more, answer in (("", own), (" told", text[: len(middle)])):
+            out[f"exact{more}"][i], out[f"similar{more}"][i] = answer == middle, edit_similarity(answer, middle)
+    return out
+
+
+def table(title: str, groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]], sizes: np.ndarray) -> None:
+    """Prints a table: of each group of middles, what each way makes of them."""
+    print(f"\n| {title} | given | middles | nats a token | a middle | its end | exact | similarity | told: exact | similarity |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for group, mask in groups.items():
+        for name, value in found.items():
+            if not mask.any():
+                continue
+            each, count = value["nats"][mask], sizes[mask]
+            rate = each.sum() / count.sum()
+            error = np.sqrt(((each - rate * count) ** 2).sum()) / count.sum()
+            shares = [value[key][mask] for key in ("exact", "similar", "exact told", "similar told")]
+            said = ["-" if np.isnan(one).all() else f"{np.nanmean(one):.3f}" for one in shares]
+            print(f"| {group} | {name} | {mask.sum()} | {rate:.3f} ± {error:.3f} | {each.mean():.2f} | "
+                  f"{value['end'][mask].mean():.2f} | {' | '.join(said)} |")  # fmt: skip
+
+
+def paired(groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]]) -> None:
+    """Prints how far each way of filling in is from the better of left to right, middle by middle."""
+    print("\n| middles | given | nats a middle less | exact more, both by themselves | both told | \n|---|---|---:|---:|---:|")
+    for group, mask in groups.items():
+        for name in WAYS["fim"]:
+            said = []
+            for key, sign in (("nats", -1), ("exact", 1), ("exact told", 1)):
+                others = [found[other][key][mask] for other in WAYS["plain"]]
+                best = max(others, key=lambda one: sign * np.nanmean(one)) if not np.isnan(others[0]).all() else others[0]
+                gain = sign * (found[name][key][mask] - best)
+                gain = gain[~np.isnan(gain)]
+                said.append(f"{gain.mean():+.3f} ± {gain.std() / np.sqrt(len(gain)):.3f}" if len(gain) else "-")
+            print(f"| {group} | {name} | {' | '.join(said)} |")
+
+
+def trained(way: str, seed: int, folder: Path, steps: int, data: Callable[[], tuple[np.ndarray, np.ndarray]]) -> LlamaForCausalLM:
+    """Returns the model of a way and a seed, which is trained if the folder does not have it."""
+    place = folder / f"{way}-{seed}-{steps}"
+    if not (place / "config.json").exists():
+        begun = time.process_time()
+        train(*data(), steps, seed).save_pretrained(place)
+        print(f"{way}, seed {seed}: {steps} steps of {BATCH} x {LENGTH} tokens, {time.process_time() - begun:.0f} s")
+    return LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seconds", type=float, default=0.0)
-    parser.add_argument("--rate", type=float, default=0.9)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--train", choices=list(WAYS))
+    parser.add_argument("--middles", type=int, default=250)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     texts, held = corpus()
-    tokenizer = tokens.load(tokens.train(texts[::4], VOCABULARY, END, OWN))
+    definition = asked.models / "tokenizer.json"
+    if not definition.exists():
+        asked.models.mkdir(parents=True, exist_ok=True)
+        definition.write_text(tokens.train(texts[::4], VOCABULARY, END, OWN))
+    tokenizer = tokens.load(definition.read_text())
     end, markers = tokens.end_id(tokenizer, END), find(tokenizer, OWN)
-    keys = FillInTheMiddle(rate=asked.rate, spm_rate=0.5, span_chars=SPAN)
-    plain = np.concatenate(tokens.encode(tokenizer, texts, end))
-    arranged = np.concatenate(infilling.encode(tokenizer, [arrange(t, digest(t), keys) for t in texts], end, markers))
-    pieces = [encode(tokenizer, list(one.pieces)) for one in cut(held)]
-    middles = [middle for _, middle, _ in pieces]
-    print(f"{len(plain):,} tokens of {len(texts)} files, {len(arranged):,} rearranged; {len(middles)} middles of {len(held)} "
-          f"files, {mean(map(len, middles)):.0f} tokens each")  # fmt: skip
-    found: dict[str, list[tuple[float, float]]] = {}
-    most = asked.steps
-    for seed in range(asked.seeds):
-        for way, flat in (("fill in the middle", arranged), ("left to right", plain)):
-            model, taken = train(flat, most, 0.0 if way == "left to right" else asked.seconds, seed)
-            most = taken if way == "fill in the middle" else asked.steps  # both see as many tokens
-            print(f"{way}, seed {seed}: {taken} steps of {BATCH} x {LENGTH} tokens")
-            for name, before in prompts(pieces, markers, end).items():
-                if name.startswith(way):
-                    found.setdefault(name, []).append(nats(model, before, middles))
-            whole = [[end] for _ in pieces]
-            found.setdefault(f"{way}: whole spans, nothing before", []).append(
-                nats(model, whole, [[*p, *m, *s] for p, m, s in pieces])
-            )
-    print("\n| trained, and given | nats a token |\n|---|---:|")
-    for name, values in sorted(found.items()):
-        print(f"| {name} | {mean(v for v, _ in values):.3f} ± {mean(e for _, e in values):.3f} |")
+
+    def data(way: str) -> tuple[np.ndarray, np.ndarray]:
+        if way == "plain":
+            flat = np.concatenate([np.array([end], np.int32), *tokens.encode(tokenizer, texts, end)])
+            return flat, np.arange(len(flat) - LENGTH)
+        keys = FillInTheMiddle(rate=0.9, spm_rate=0.5, span_chars=SPAN)
+        made = infilling.encode(tokenizer, [arrange(t, digest(t), keys) for t in texts], end, markers)
+        flat = np.concatenate([np.array([end], np.int32), *made])
+        starts = np.flatnonzero(flat == end)  # a row's first token is the end of what is before its text
+        sizes = np.diff(starts)
+        print(f"{len(flat):,} tokens of {len(texts)} files, {len(starts):,} texts, {(sizes < LENGTH).mean():.0%} within a row")
+        return flat, starts[starts < len(flat) - LENGTH]
+
+    if asked.train:
+        for seed in range(asked.seeds):
+            trained(asked.train, seed, asked.models, asked.steps, lambda: data(asked.train))
+        return
+    all_ = middles(held, tokenizer, asked.middles)
+    before = prompts(all_, markers, end, tokenizer)
+    sizes = np.array([len(one.ids[1]) for one in all_])
+    print(f"{len(all_)} middles of {len(held)} files, {sizes.mean():.0f} tokens each")
+    found: dict[str, list[dict[str, np.ndarray]]] = {}
+    for way, names in WAYS.items():
+        for seed in range(asked.seeds):
+            model = trained(way, seed, asked.models, asked.steps, lambda way=way: data(way))
+            for name in names:
+                found.setdefault(name, []).append(judge(model, way, all_, before[name], tokenizer, end, markers))
+    mean = {name: {key: np.mean([one[key] for one in values], axis=0) for key in values[0]} for name, values in found.items()}
+    kinds = np.array([one.cut for one in all_])
+    by_cut = {cut: kinds == cut for cut in CUTS}
+    editors = kinds != "anywhere"
+    by_length = {f"{a} to {b}" if b < 1000 else f"{a} and more": editors & (sizes >= a) & (sizes <= b) for a, b in CLASSES}
+    table("cut", by_cut, mean, sizes)
+    table("tokens of the middle, editors' cuts", by_length, mean, sizes)
+    table("all", {"editors' cuts": editors, "all": editors | ~editors}, mean, sizes)
+    paired({"editors' cuts": editors, **by_cut, **by_length}, mean)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,17 @@ import collections
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import aiohttp
 
-from tests.integration.endpoint import KEY, NAME, Endpoint, serving
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+from tests.integration.endpoint import KEY, NAME, Endpoint, serving  # noqa: E402
 
 LOADS_S = 120.0  # behind the end, for the second version to load on a busy machine
 

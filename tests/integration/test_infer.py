@@ -9,12 +9,17 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
+import yaml
 from heliostat.inference.batch import run
 from heliostat.inference.batch.settings import Settings
+from heliostat.pipelines.prepare import prepare
 
 from tests.integration import commands
 from tests.unit.build_job import BASE
+from tests.unit.build_model import texts
 from tests.unit.test_batch_inference import write_model
+from tests.unit.test_batch_tasks import ask, clip, png, write_classifier, write_writer  # noqa: F401 (a fixture)
 
 COUNT = 1000
 OPTIONS = {"max_tokens": 4, "temperature": 0.7}
@@ -74,6 +79,45 @@ while time.monotonic() < deadline:
     time.sleep(0.02)
 sys.exit(1)
 """
+
+
+@pytest.mark.ci
+def test_chats_classes_and_images_are_answered_once_by_workers_of_which_one_is_killed(ray_session, clip, tmp_path):  # noqa: F811
+    """Each as in one process, where its bad inputs are listed too; the worker dies among the chats."""
+    chats = [json.dumps({"messages": json.loads(ask(("user", f"{'word ' * (i % 7)}{i}"))), "n": i}) for i in range(COUNT)]
+    (tmp_path / "chats.jsonl").write_text("\n".join([*chats, '{"messages": 3}']))
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts(60)))
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        (tmp_path / "images" / f"{i:02d}.png").write_bytes(png(i))
+    (tmp_path / "images" / "20.png").write_bytes(b"no image")
+    asked = {
+        "chat": (write_writer(tmp_path / "writer"), "chats.jsonl", Settings(task="chat", keep=["n"], options=OPTIONS), COUNT, 1),
+        "classify": (write_classifier(tmp_path / "classifier"), "texts.jsonl", Settings(task="classify"), 60, 0),
+        "embed-images": (clip, "images", Settings(task="embed-images"), 20, 1),
+    }
+    killed = subprocess.Popen([sys.executable, "-c", KILLER, str(os.getpid())])
+    for task, (model, name, settings, count, bad) in asked.items():
+        found = run.infer(model, str(tmp_path / name), str(tmp_path / task), settings)
+        assert killed.wait(60) == 0, "no worker was at work"
+        assert (found["answers"], found["bad"]) == (count, bad), task
+        ids = [row["id"] for row in answers(tmp_path / task)]
+        assert len(set(ids)) == len(ids) == count, task
+    assert [row["n"] for row in answers(tmp_path / "chat")] == [str(i) for i in range(COUNT)]
+    again = run.infer(*(asked["chat"][0], str(tmp_path / "chats.jsonl"), str(tmp_path / "whole"), asked["chat"][2]))
+    assert again["inputs"] == json.loads((tmp_path / "chat" / run.RECORD).read_text())["inputs"]
+    assert answers(tmp_path / "whole") == answers(tmp_path / "chat")
+    vectors = [row["embedding"] for row in answers(tmp_path / "embed-images")]
+    assert all(abs(sum(x * x for x in one) - 1) < 1e-4 for one in vectors)
+    assert {row["label"] for row in answers(tmp_path / "classify")} <= {"bad", "good", "odd"}
+    for task, column, columns in (("chat", "answer", ["n"]), ("classify", "text", ["label", "probability"])):  # as new data
+        pipeline = {"name": task, "pipeline": "heliostat.pipelines:TextPipeline", "input": str(tmp_path / task / "answers"),
+                    "text_column": column, "columns": columns, "output": str(tmp_path / "data" / task), "min_chars": 1,
+                    "tokenizer": {"vocab_size": 300}, "chunk_tokens": 1024}  # fmt: skip
+        (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(pipeline))
+        read = prepare(tmp_path / f"{task}.yaml", [], quiet=True)
+        written = {row[column] for row in answers(tmp_path / task) if row[column]}
+        assert len(written) / 2 < read["documents"] <= len(written), task  # of equal texts one is kept
 
 
 def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path):

@@ -177,6 +177,7 @@ def test_the_command_says_in_a_line_what_is_wrong(tmp_path, endpoint):
     model = str(endpoint.folder / "model")
     assert "--replicas: '3..1' is no number" in said(model, "--replicas", "3..1")
     assert "is no model" in said("nothing")
+    assert not (tmp_path / ".heliostat").exists()  # no keys are made for what is not served
     (tmp_path / "keys").write_text("short")
     (tmp_path / "keys").chmod(0o600)
     assert "shorter than 16" in said(model, "--keys", "keys")

@@ -181,6 +181,25 @@ def test_padding_that_changes_an_answer_is_found(model):
 # runs ------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_worker_whose_engine_has_died_loads_another_for_the_next_run(model, tmp_path, monkeypatch):
+    """Given again, the command may come to the same worker."""
+    lines(tmp_path / "in", "a.jsonl", range(4))
+    asked, place = Settings(options={"max_tokens": 2}), Location(str(tmp_path / "out"))
+    facts = {"model": {"folder": str(model), "digest": "d"}, "settings": asked.model_dump(), "input": str(tmp_path / "in")}
+    engine = tasks.loaded(str(model), "continue", asked.batch, json.dumps(asked.options, sort_keys=True), "transformers")
+
+    def answer(*_):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    def go() -> dict:
+        return run.answer(HereFlow(Work(place.join(run.WORK))), sources.listing(str(tmp_path / "in")), facts, place)
+
+    monkeypatch.setattr(engine, "answer", answer)
+    with pytest.raises(HeliostatError, match="the engine has died"):
+        go()
+    assert go()["answers"] == 4
+
+
 class Echo(engines.Engine):
     """Answers with the text itself."""
 

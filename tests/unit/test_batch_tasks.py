@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from heliostat.curation import pieces
+from heliostat.curation.stage import Document
 from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
@@ -20,6 +21,7 @@ from heliostat.inference.batch import loading, reading, run
 from heliostat.inference.batch.engines import Chat, Embed, Input, Loaded
 from heliostat.inference.batch.settings import Settings
 from heliostat.pipelines.images import sources
+from heliostat.pipelines.text.documents import Rules
 from heliostat.recipes.images.embedder import ImageEmbedder
 from heliostat.recipes.text import chat
 from heliostat.serving import kinds
@@ -52,8 +54,12 @@ def ask(*messages: tuple[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory) -> Path:
+    return write_writer(tmp_path_factory.mktemp("writer"))
+
+
+def write_writer(place: Path) -> Path:
     """A language model with a chat template, and two tokens that end an answer."""
-    folder = write_model(tmp_path_factory.mktemp("writer"), BASE["model"], 128)
+    folder = write_model(place, BASE["model"], 128)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -250,6 +256,14 @@ def answers(out: Path) -> list[dict]:
     return [row for one in record["answers_in"] for row in pq.read_table(out / one["file"]).to_pylist()]
 
 
+def documents(out: Path, column: str, *columns: str) -> list[Document]:
+    """What a text pipeline reads of answers."""
+    flow = HereFlow(Work(Location(f"{out}-read")))
+    read = reading.Texts(str(out / "answers"), Rules(column, "none", columns=columns))
+    found = (one for piece in read.pieces(flow, read.listing()) for part in piece for one in read.source(flow).read(part))
+    return [one for one in found if isinstance(one, Document)]
+
+
 def bad(out: Path) -> list[tuple[str, str]]:
     return [(row["id"], row["reason"]) for row in pq.read_table(out / run.BAD).to_pylist()]
 
@@ -284,6 +298,8 @@ def test_a_run_of_chats_reads_lists_and_texts_of_lines_and_tables(writer, tmp_pa
     made = answers(tmp_path / "out")
     assert [row["n"] for row in made] == [str(n) for n in (*range(21), *range(20))]
     assert json.loads(made[1]["messages"]) == CHATS[1] and made[1]["tokens"] > 0
+    read = documents(tmp_path / "out", "answer", "n")
+    assert [(one.text, one.columns) for one in read] == [(row["answer"], {"n": row["n"]}) for row in made if row["answer"]]
 
 
 def test_a_run_of_classes_goes_on_and_its_answers_are_columns(classifier, tmp_path, monkeypatch):
@@ -296,6 +312,9 @@ def test_a_run_of_classes_goes_on_and_its_answers_are_columns(classifier, tmp_pa
     assert made == answers(tmp_path / "whole") and len(made) == 40
     assert set(made[0]) == {"id", "text", "label", "probability", "probabilities", "tokens", "truncated"}
     assert found["truncated"] == sum(len(row["text"]) > 126 for row in made) > 0
+    read = documents(tmp_path / "out", "text", "label", "probability")
+    assert [(one.text, one.columns["label"]) for one in read] == [(row["text"], row["label"]) for row in made]
+    assert [float(one.columns["probability"]) for one in read] == [row["probability"] for row in made]
 
 
 @pytest.mark.parametrize("form", ["table", "files"])

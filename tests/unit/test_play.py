@@ -239,7 +239,7 @@ def test_an_embedder_is_asked_for_embeddings_alone_and_has_no_page(writer, tmp_p
         with pytest.raises(openai.BadRequestError, match="embeds texts, and writes nothing; ask it at /v1/embeddings"):
             client(url).completions.create(model="embedder", prompt="x")
     with pytest.raises(ConfigError, match="embeds texts, and has no page"):
-        play(served(str(folder), "sqlite:///x", None, None, None), None, Serving(), print)
+        play(served(str(folder), "sqlite:///x", None, None, None), lambda: pytest.fail("made keys"), Serving(), print)
 
 
 def test_a_drawing_that_nobody_waits_for_any_more_ends_before_the_next_begins(painter):

@@ -2,15 +2,21 @@
 
 import math
 import queue
+import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from heliostat.inference.batch.engines import Continue, Embed, Input, Loaded
+from heliostat.recipes.protocol import Request
+from heliostat.recipes.text.generator import TextGenerator
+from heliostat.recipes.text.server import TextServer
 from heliostat.serving.engine import Engine
 from heliostat.serving.row import Row
 from heliostat.serving.sampling import Draw
 from heliostat.serving.stopping import Stopping
+from transformers import GenerationConfig
 
 from tests.unit.build_job import BASE
 from tests.unit.test_batch_inference import ARCHITECTURES, PROMPTS, write_model
@@ -47,6 +53,32 @@ def collected(pieces: queue.Queue) -> dict:
         text, count = text + piece["text"], count + 1
         if "finish" in piece:
             return {**piece, "text": text, "pieces": count}
+
+
+def test_infer_serve_generate_and_mlflow_write_the_same_whatever_the_folder_says_of_sampling(tmp_path):
+    """Of a generation_config.json its ends are obeyed, and neither a penalty nor suppressed tokens, by any of them."""
+    plain = write_model(tmp_path, BASE["model"])
+    engine = Continue(plain, 1, {"max_tokens": MOST, "temperature": 0})
+    (first,) = engine([Input("a b", 0)])
+    told = engine.model.generate(torch.tensor([engine.encode("a b")]), max_new_tokens=MOST, do_sample=False)[0, -MOST:].tolist()
+    stop = next(i for i in range(2, MOST) if told[i] not in told[:i])
+    folder = tmp_path / "strange"
+    shutil.copytree(plain, folder)
+    GenerationConfig(eos_token_id=[0, told[stop]], repetition_penalty=9.0, suppress_tokens=told[:2],
+                     no_repeat_ngram_size=1).save_pretrained(folder)  # fmt: skip
+    options = {"max_tokens": MOST, "temperature": 0.0, "top_p": 1.0}
+
+    (inferred,) = Continue(folder, 1, options)([Input("a b", 0)])
+    pieces: queue.Queue = queue.Queue()
+    served = Engine(Loaded(folder), 1)
+    row(served, "a b", 0, pieces, temperature=0.0, top_p=1.0)
+    (generated,) = TextGenerator(folder, options)([Request("a b", 0, None)])
+    mlflows = TextServer()
+    mlflows.load_context(SimpleNamespace(artifacts={"model": str(folder)}))
+    (logged,) = mlflows.predict(None, ["a b"], {**options, "seed": 0})
+    written = inferred.values["answer"]
+    assert written and first.values["answer"].startswith(written) and written != first.values["answer"]
+    assert [collected(pieces)["text"], generated.facts["text"], logged] == [written] * 3
 
 
 def test_each_answer_is_that_of_batch_inference_though_rows_come_while_others_are_under_way(folder, engine):

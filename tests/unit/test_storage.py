@@ -200,6 +200,17 @@ def test_a_disk_that_takes_no_writes_is_no_store_that_may_come_back(tmp_path):
     Location("s3://bucket/runs").require_writable()  # whether a bucket takes writes is found out by a write
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has it")
+@pytest.mark.parametrize("place", ["/proc/of-heliostat", "/proc/of-heliostat/runs"])
+def test_a_folder_of_the_kernels_takes_no_output(place):
+    """Its owner, root, may write to /proc, and no file can be made there: a word, and no FileNotFoundError."""
+    with pytest.raises(AccessError, match=r"is not a folder that can be written to; name another place$"):
+        Location(place).require_writable()
+    for write in (lambda: Location(place).write(b"x"), lambda: Location(place).create(b"x")):
+        with pytest.raises(AccessError, match=f"^{place}: no file can be made here; name another place$"):
+            write()
+
+
 @pytest.mark.parametrize("scheme", ["query", "environment"])
 def test_an_unreachable_store_is_found_out_in_seconds(closed_port, no_endpoint, monkeypatch, scheme):
     """probe() of a closed port: StorageError that names the URI, within 5 seconds."""

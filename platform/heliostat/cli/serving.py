@@ -67,14 +67,12 @@ def serve(
     if open_ and keys != Path(".heliostat/serve/keys"):
         raise ConfigError("--no-keys: goes without --keys")
     served = _served(model, name, index, embedder, reranker, mlflow).with_adapters(adapter or [])
-    run.require_free(port)
-    known = None if open_ else _keys(keys)
     called = " and ".join(one for one in (served.name, *served.adapters, served.index_name) if one)
 
     def ready(url: str) -> None:
         out.print(f"{called} is served at {url}" + ("" if open_ else f"; the keys are in {keys}"))
 
-    run.serve(served, known, asked, ready)
+    run.serve(served, lambda: None if open_ else _keys(keys), asked, ready)
     raise typer.Exit(130)
 
 
@@ -104,7 +102,6 @@ def play(
         raise ConfigError("--no-keys: goes without --keys")
     asked = validate(options.Options, {"port": port, "max_tokens": max_tokens, "at_once": 64, "batch": 8}, "play")
     served = _served(model, None, index, embedder, reranker, mlflow)
-    known = None if open_ else _keys(keys)
 
     def ready(url: str) -> None:
         from heliostat.serving import keys as files
@@ -116,7 +113,7 @@ def play(
         else:
             out.print(f"the page is at {url}; it asks for a key, one of those in {keys}")
 
-    run.play(served, known, asked, ready)
+    run.play(served, lambda: None if open_ else _keys(keys), asked, ready)
     raise typer.Exit(130)
 
 

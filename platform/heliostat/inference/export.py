@@ -24,6 +24,7 @@ from heliostat.errors import CheckpointError, ConfigError, naming
 from heliostat.recipes import building, exported
 from heliostat.recipes.loading import load
 from heliostat.recipes.protocol import GUIDE, Exports, Recipe, Weight
+from heliostat.storage import Location
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> R
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: is not empty, and its files would be mixed with the model's; give another folder")
+    Location(str(folder.absolute())).require_writable()
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = building.build(recipe)

@@ -43,12 +43,13 @@ class Server(uvicorn.Server):
             self.ready()
 
 
-def play(served: Served, keys: dict[str, str] | None, options: Options, ready: Callable[[str], None]) -> None:
-    """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that if it cannot."""
+def play(served: Served, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
+    """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that, and before `keys` is
+    asked for the keys, if it cannot."""
     if served.kind() == kinds.EMBEDDINGS:
         raise ConfigError(f"MODEL: {served.name!r} embeds texts, and has no page; use `heliostat serve`")
     require_free(options.port)
-    made = application(served, keys, options)
+    made = application(served, keys(), options)
     config = uvicorn.Config(
         made, host=LOOPBACK, port=options.port, log_config=None, access_log=False, lifespan="off", server_header=False,
         timeout_graceful_shutdown=END_S,

@@ -17,6 +17,7 @@ from pathlib import Path
 from heliostat.cluster import private
 from heliostat.errors import ConfigError
 from heliostat.serving.refusals import Refusal
+from heliostat.storage import Location
 
 LEAST = 16  # characters of a key: shorter ones can be guessed
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -31,6 +32,7 @@ def made(path: Path) -> bool:
     """Makes a file with a new key if there is none; tells whether it did."""
     if path.exists():
         return False
+    Location(str(path.absolute())).require_writable()
     path.parent.mkdir(parents=True, exist_ok=True)
     private.write_token(path, f"sk-{secrets.token_urlsafe(32)}\n")
     return True

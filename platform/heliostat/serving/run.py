@@ -33,19 +33,20 @@ DRAIN_MORE_S = 10.0  # behind the deadline of an answer
 MODULES = ("ray.serve", "heliostat.serving.deployed", "heliostat.serving.engine")
 
 
-def serve(served: Served, keys: dict[str, str] | None, options: Options, ready: Callable[[str], None]) -> None:
+def serve(served: Served, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
     """Serves a model, an index, or both, until a signal says stop, and calls `ready` with the URL once they answer.
 
-    ConfigError before anything starts if they cannot be served.
+    ConfigError before anything starts, and before `keys` is asked for the keys, if they cannot be served.
     """
     source, kind = served.source, served.kind()
     require_free(options.port)
     endpoint = Endpoint(served, kind, options)
     endpoint.engine(source.folder(source.wanted()))
+    known = keys()
     endpoint.connect()
     with endpoint.signals:  # behind Ray's start, which sets handlers of its own
         try:
-            endpoint.open(keys)
+            endpoint.open(known)
             _follow(endpoint, source, options, lambda: ready(f"http://{LOOPBACK}:{options.port}/v1"))
         finally:
             endpoint.close()

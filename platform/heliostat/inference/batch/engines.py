@@ -65,6 +65,10 @@ class BadInputError(Exception):
         self.answer = Answer(bad=reason, detail=detail)
 
 
+class DeadEngineError(HeliostatError):
+    """Reports that an engine answers no more, whatever it is asked."""
+
+
 class Loaded:
     """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit; `writes`: whether it is a
     language model; `head`: an Auto class, of a model with another head."""
@@ -174,7 +178,7 @@ class Engine:
                 return self.answer(tokens, inputs)
         except Exception as e:  # whatever a model raises for an input: the others are answered
             if isinstance(e, torch.AcceleratorError) or type(e).__name__ == "EngineDeadError":  # the last is vLLM's
-                raise HeliostatError(f"the engine has died ({type(e).__name__}: {brief(e)}); give the command again") from e
+                raise DeadEngineError(f"the engine has died ({type(e).__name__}: {brief(e)}); give the command again") from e
             if len(inputs) == 1:
                 return [Answer(bad="failed", detail=f"{type(e).__name__}: {e}"[:500])]
         return [self._answered([t], [i])[0] for t, i in zip(tokens, inputs, strict=True)]
@@ -195,19 +199,16 @@ class Engine:
 
 
 class Continue(Engine):
-    """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document."""
+    """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document. Every end that the model's folder names
+    ends an answer."""
 
     def __init__(self, model: Path | Loaded, batch: int, options: dict[str, Any]) -> None:
         super().__init__(model, batch)
         self.sampling = validate(Sampling, options, "options")
         self.pads = self.model is not None and pads_hold(self)
-        self.ends = self.ending()
+        self.ends = ends(self.tokenizer, self.loaded.generation())
         if self.model is not None:  # nothing of the folder's sampling: a penalty would be no draw of the model's
             self.model.generation_config = transformers.GenerationConfig()
-
-    def ending(self) -> list[int]:
-        """Returns the tokens that end an answer."""
-        return ends(self.tokenizer, None)
 
     def encode(self, text: str) -> list[int]:
         return super().encode(text or self.tokenizer.bos_token or "")
@@ -240,10 +241,7 @@ class Continue(Engine):
 
 
 class Chat(Continue):
-    """Answers chats, messages as JSON, by the tokenizer's chat template; every end that the model's folder names ends one."""
-
-    def ending(self) -> list[int]:
-        return ends(self.tokenizer, self.loaded.generation())
+    """Answers chats, messages as JSON, by the tokenizer's chat template."""
 
     def encode(self, text: str) -> list[int]:
         try:

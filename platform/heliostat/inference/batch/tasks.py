@@ -51,8 +51,7 @@ def answer_piece(
     documents = [item for item in found if isinstance(item, Document)]
     bad = [[item.id, item.reason, item.detail] for item in found if isinstance(item, Dropped)]
     asked = Settings(**settings)
-    engine = loaded(model, asked.task, asked.batch, json.dumps(asked.options, sort_keys=True), asked.engine)
-    answers = engine([_input(document, asked.seed) for document in documents])
+    answers = _answers(model, asked, documents)
     rows = []
     for document, answer in zip(documents, answers, strict=True):
         if answer.bad:
@@ -74,6 +73,18 @@ def answer_piece(
         "inputs": _digest(documents),
         "files": [],
     }
+
+
+def _answers(model: str, asked: Settings, documents: list[Document]) -> list[Answer]:
+    """Answers documents; an engine that has died is kept for no task to come."""
+    from heliostat.inference.batch.engines import DeadEngineError
+
+    engine = loaded(model, asked.task, asked.batch, json.dumps(asked.options, sort_keys=True), asked.engine)
+    try:
+        return engine([_input(document, asked.seed) for document in documents])
+    except DeadEngineError:
+        loaded.cache_clear()
+        raise
 
 
 def _input(document: Document, seed: int) -> Input:

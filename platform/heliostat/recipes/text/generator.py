@@ -53,8 +53,10 @@ class TextGenerator:
         self.infilling = Infilling.of(self.tokenizer) if self.suffix is not None else None
         if self.suffix is not None and self.infilling is None:
             raise ConfigError(f"suffix: {infilling.NONE} ({folder})")
+        from heliostat.recipes.text.server import take_sampling  # with mlflow
+
         model = whole("model", folder)
-        self.ends = ends(self.tokenizer, model.generation_config)
+        self.ends = take_sampling(model)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, requests: list[Request]) -> list[Generated]:
@@ -63,7 +65,7 @@ class TextGenerator:
     def _continued(self, request: Request) -> Generated:
         from heliostat.recipes.text.server import continue_text  # with mlflow
 
-        text = continue_text(self.model, self.tokenizer, request.prompt, **self.options, seed=request.seed)
+        text = continue_text(self.model, self.tokenizer, request.prompt, **self.options, seed=request.seed, ends=self.ends)
         return Generated(request.prompt, request.prompt + text, {"text": text})
 
     def _filled(self, request: Request) -> Generated:
@@ -72,5 +74,5 @@ class TextGenerator:
 
         assert self.infilling is not None and self.suffix is not None
         tokens, ends = self.infilling.prompt(request.prompt, self.suffix), [*self.ends, *self.infilling.ends]
-        text = continue_tokens(self.model, self.tokenizer, tokens, **self.options, seed=request.seed, eos_token_id=ends or None)
+        text = continue_tokens(self.model, self.tokenizer, tokens, **self.options, seed=request.seed, ends=ends)
         return Generated(request.prompt, request.prompt + text + self.suffix, {"text": text, "suffix": self.suffix})

@@ -5,13 +5,14 @@ mlflow.pyfunc.load_model("models:/NAME/1").predict(["def "], params={"max_tokens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlflow
 import torch
 from mlflow.pyfunc.model import PythonModel
 from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 class TextServer(PythonModel):
@@ -21,29 +22,40 @@ class TextServer(PythonModel):
         folder = context.artifacts["model"]
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.ends = take_sampling(self.model)
 
     def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
         p = {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0, **(params or {})}
         prompts: Any = model_input
-        return [continue_text(self.model, self.tokenizer, prompt, **p) for prompt in prompts]
+        return [continue_text(self.model, self.tokenizer, prompt, **p, ends=self.ends) for prompt in prompts]
 
 
-def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int) -> str:
+def take_sampling(model: Any) -> list[int]:
+    """Takes from a model how its folder's generation_config.json samples, as penalties, so that it draws by what is asked for
+    alone; returns the tokens that it names as ends."""
+    named = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig()
+    return [] if named is None else [named] if isinstance(named, int) else list(named)
+
+
+def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int,
+                  ends: Sequence[int] = ()) -> str:  # fmt: skip
     """Generates the continuation of a prompt; an empty one starts a document; temperature 0 takes the likeliest token."""
     ids = tokenizer(prompt or tokenizer.bos_token)["input_ids"]
-    return continue_tokens(model, tokenizer, ids, max_tokens, temperature, top_p, seed)
+    return continue_tokens(model, tokenizer, ids, max_tokens, temperature, top_p, seed, ends)
 
 
 def continue_tokens(model: Any, tokenizer: Any, prompt: list[int], max_tokens: int, temperature: float, top_p: float, seed: int,
-                    **options: Any) -> str:  # fmt: skip
-    """Generates the continuation of tokens. `options`: of transformers' `generate`."""
+                    ends: Sequence[int] = ()) -> str:  # fmt: skip
+    """Generates the continuation of tokens. `ends`: what ends it, beside the tokenizer's end."""
     ids = torch.tensor([prompt], device=model.device)
     torch.manual_seed(seed)
-    options |= {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     with torch.no_grad():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, pad_token_id=tokenizer.eos_token_id, **options
-        )
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, pad_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted({*ends, tokenizer.eos_token_id} - {None}) or None, do_sample=bool(temperature), **drawn,
+        )  # fmt: skip
     return tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True)
 
 
