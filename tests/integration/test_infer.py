@@ -67,7 +67,7 @@ def test_a_killed_driver_and_a_killed_worker_change_no_answer(ray_session, tmp_p
 
 KILLER = """
 import sys, time, psutil
-deadline = time.monotonic() + 50
+deadline = time.monotonic() + 150
 while time.monotonic() < deadline:
     for process in psutil.Process(int(sys.argv[1])).children(recursive=True):
         try:
