@@ -4,12 +4,13 @@ import json
 import logging
 
 import pytest
+from heliostat import check
 from heliostat.check import load_job
 from heliostat.checkpoint import layout
 from heliostat.config import schema
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.plan import auto, hardware, layouts, ranking
+from heliostat.plan import auto, hardware, layouts, planner, ranking
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.train.run import train_job
 
@@ -58,6 +59,43 @@ def test_every_way_to_divide_the_model_is_ranked_and_what_is_not_says_why(change
         assert layouts.of(job(**plain)).settings() == one["layout"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.parallel": {"tensor": 2}, "workers.count": 8, "train.global_batch": 4, "train.micro_batch": 1},  # no plain one
+        {"train.parallel": {"sequence": 2}, "workers.count": 8, "train.global_batch": 12, "train.micro_batch": 1},
+        {"train.attention": "flash_attention_2", "data.document_mask": True, "train.micro_batch": 1},
+        {"train.compile": "blocks", "train.zero.stage": 1},
+        {"train.accumulate": "fp32", "train.zero.stage": 1},
+        {"workers.count": [2, 6], "train.global_batch": 48, "train.micro_batch": 1},
+        {"workers.count": [2, 16], "train.global_batch": 64, "train.micro_batch": 8},
+        {"data.lanes": 4, "workers.count": [2, 4]},
+    ],
+)  # fmt: skip
+def test_what_is_offered_is_a_job_on_every_number_of_workers_that_the_job_has(changes):
+    """Also where the job's own layout is nearly the only one."""
+    made, found = ranked(**{**FOUR, **changes})
+    counts = made.worker_counts()
+    for one in found["layouts"]:
+        keys = one["layout"]
+        layout = layouts.Layout(
+            keys["train.zero.stage"], keys["train.micro_batch"], keys["train.activation_checkpointing"],
+            bool(keys["train.zero.offload.optimizer"]), keys["train.zero.offload.param"], *one["parallel"].values())  # fmt: skip
+        assert set(counts) <= set(layouts.applied(made, layout).worker_counts())
+    assert found["workers"] == counts[-1] and layouts.of(made).family in {
+        (k["train.zero.stage"], k["train.activation_checkpointing"], bool(k["train.zero.offload.optimizer"]),
+         k["train.zero.offload.param"], *(k[f"train.parallel.{d}"] for d in ("sequence", "tensor", "expert")))
+        for k in (one["layout"] for one in found["layouts"])
+    }  # fmt: skip
+
+
+def test_a_cpu_that_computes_no_bf16_gets_a_layout_of_fp32(monkeypatch):
+    """Stage 0 is one of those, which a job in bf16 may not have."""
+    monkeypatch.setattr(check, "cpu_flags", lambda: {"avx2"})
+    made = auto.settled(job(**{"workers.count": 2, "train.precision": "bf16", "train.parallel": "auto"}))
+    assert made.train.precision == "fp32" and not made.train.parallel.auto
+
+
 def test_divided_matrices_are_planned_on_a_workers_part_and_experts_on_those_that_travel():
     """Each degree is planned as a job of its own would be."""
     for changes, key in (({}, "tensor"), (MIXTRAL, "expert")):
@@ -77,6 +115,7 @@ def test_auto_is_the_first_of_the_ranking_and_a_job_like_any_other(caplog):
     assert layouts.of(made).settings() == found["layouts"][0]["layout"] and not made.train.parallel.auto
     assert f"of {len(found['layouts'])} layouts the fastest on 4 workers of H100" in caplog.text
     assert all(f"--set {s}" in caplog.text for s in found["set"]) and found["set"]
+    assert "--set 'train.parallel={" in caplog.text or "--set train.parallel={}" in caplog.text
     assert auto.settled(made) is made, "which is settled already"
     assert schema.validate(Job, made.dump(), "again") == made
 
@@ -88,10 +127,15 @@ def test_a_run_that_goes_on_with_as_many_workers_keeps_its_layout(tmp_path, capl
     place.write(layout.encode(index(10, job=job(**own).dump())))
     with caplog.at_level(logging.INFO, "heliostat"):
         kept = auto.settled(job(**asked), resume=True)
-    assert (kept.train.zero.stage, kept.train.micro_batch) == (
-        2,
-        4,
-    ) and "keeps its layout: --set train.zero.stage=2" in caplog.text
+    assert (
+        (kept.train.zero.stage, kept.train.micro_batch)
+        == (
+            2,
+            4,
+        )
+        and "--set train.zero.stage=2" in caplog.text
+        and "keeps its layout: --set" in caplog.text
+    )
     fewer = job(**{**asked, "workers.count": 2})
     assert auto.settled(fewer, resume=True) == auto.settled(fewer), "other workers, and so the fastest on those"
     elastic = job(**{**asked, "workers.count": [2, 4]})

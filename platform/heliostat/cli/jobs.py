@@ -63,7 +63,9 @@ def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = Fal
     from heliostat.plan import planner as planning
     from heliostat.submit import submission
 
-    wanted = auto.settled(submission.load(file, settings, there), there.file, resume and there.here)
+    wanted = submission.load(file, settings, there)
+    device = None if there.here or there.file or not wanted.workers.gpus else auto.elsewhere()
+    wanted = auto.settled(wanted, there.file, resume, device)
     planned, recipe, _ = planning.bound(*check_job(wanted))
     planning.plan(planned, recipe, there.file)
     if there.here:

@@ -61,7 +61,9 @@ def show_ranking(p: dict[str, Any]) -> None:
         )  # fmt: skip
     print_table(rows, (1, 3, 4, 8))
     if p["set"] is not None:
-        out.print("the best    " + (" ".join(f"--set {s}" for s in p["set"]) or "the job as it is"))
+        from heliostat.plan.auto import shown
+
+        out.print("the best    " + shown(p["set"]))
     for note in p["notes"]:
         out.print(f"note        {note}")
 

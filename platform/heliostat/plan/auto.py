@@ -7,6 +7,7 @@ the keys of one layout. A run that is resumed on as many workers keeps the layou
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from heliostat.cluster import cluster_file
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config import schema
 from heliostat.config.spec import Job
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, StorageError
 from heliostat.plan import hardware, layouts
+from heliostat.plan.layouts import Layout
 from heliostat.plan.planner import bound
 from heliostat.plan.ranking import ranking
 from heliostat.recipes.protocol import Recipe
@@ -40,11 +42,12 @@ def settled(
     """
     if not job.train.parallel.auto:
         return job
-    before = recorded(job) if resume else None
+    computed = check.computable(job, check.cpu_flags())  # the precision that it trains in decides on its layouts
+    before = recorded(computed) if resume else None
     if before is not None:
-        kept = layouts.changes(job, layouts.of(before))
-        log.info("%s: the run has begun on as many workers, and keeps its layout%s", KEY, _said(kept))
-        return applied(job, kept)
+        kept = layouts.of(before)
+        log.info("%s: the run has begun on as many workers, and keeps its layout: %s", KEY, said(computed, kept))
+        return layouts.applied(computed, kept)
     plain, recipe, unread = bound(*check.check_job(job))
     there = cluster_file.read(cluster) if isinstance(cluster, Path) else cluster
     found = ranking(plain, recipe, there, device or (None if cluster else here(job)), prices)
@@ -53,34 +56,25 @@ def settled(
         raise ConfigError(f"{KEY}: no layout fits on {where} (the nearest: {best['why']}); use more workers, or a smaller model")
     note = f"; the datasets were not looked at: {unread}" if unread else ""
     which = f"of {len(found['layouts'])} layouts the fastest on {where}, {best['speed']['step_s']:.3g} s a step by the plan"
-    log.info("%s: %s%s%s", KEY, which, _said(found["set"]), note)
-    return applied(job, found["set"])
+    log.info("%s: %s: %s%s", KEY, which, shown(found["set"]), note)
+    return schema.validate(Job, schema.apply(computed.dump(), found["set"]), job.name)
 
 
-def prepared(
-    path: Path,
-    settings: list[str] | None = None,
-    cluster: Path | ClusterFile | None = None,
-    device: str | None = None,
-    prices: dict[str, Any] | None = None,
-) -> tuple[Job, Recipe, str]:
+def prepared(path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None) -> tuple[Job, Recipe, str]:
     """Loads a job file for planning, in the layout that it trains in: what `planner.prepare` returns."""
-    return bound(*check.check_job(settled(check.load_job(path, settings), cluster, False, device, prices)))
+    return bound(*check.check_job(settled(check.load_job(path, settings), cluster)))
 
 
 def recorded(job: Job) -> Job | None:
     """Returns the job of the run's newest checkpoint, if its workers are those that the job asks for."""
-    found = layout.latest(job.run_folder)
+    try:
+        found = layout.latest(job.run_folder)
+    except StorageError as e:
+        log.warning("%s: which layout the run has was not looked at: %s", KEY, e)
+        return None
     before = found.job if found else None
     same = before and before.workers.count in job.worker_counts() and before.workers.gpus == job.workers.gpus
     return before if same else None
-
-
-def applied(job: Job, settings: list[str]) -> Job:
-    """Copies a job in one layout, which is no longer asked for."""
-    raw = job.dump()
-    raw["train"]["parallel"].pop("auto")
-    return schema.validate(Job, schema.apply(raw, settings), job.name)
 
 
 def here(job: Job) -> str | None:
@@ -95,6 +89,12 @@ def here(job: Job) -> str | None:
     return named(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, hardware.table()["devices"])
 
 
+def elsewhere() -> str:
+    """Returns the device that is planned for where nobody says which a cluster has."""
+    log.info("%s: no cluster file says which GPUs there are, so the plan is for %s", KEY, hardware.DEFAULT_GPU)
+    return hardware.DEFAULT_GPU
+
+
 def named(name: str, memory: float, devices: dict[str, Any]) -> str:
     """Finds a GPU of a name as CUDA tells it, with so many bytes of memory, in a price table; ConfigError if it is not there."""
     words = name.replace("-", " ").split()
@@ -107,5 +107,10 @@ def named(name: str, memory: float, devices: dict[str, Any]) -> str:
     )
 
 
-def _said(settings: list[str]) -> str:
-    return ": " + (" ".join(f"--set {s}" for s in settings) or "the job as it is")
+def said(job: Job, wanted: Layout) -> str:
+    """Writes what makes a job train in a layout, as the command line takes it."""
+    return shown(layouts.changes(job, wanted))
+
+
+def shown(settings: list[str]) -> str:
+    return " ".join(f"--set {shlex.quote(s)}" for s in settings) or "the job as it is"

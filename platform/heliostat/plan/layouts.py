@@ -7,11 +7,11 @@ how many workers share a sample, and how many divide the model's matrices or exp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from heliostat.config import rules
+from heliostat.config import rules, schema
 from heliostat.config.spec import Job
 from heliostat.config.worker_counts import divisors
 
@@ -69,8 +69,20 @@ def of(job: Job) -> Layout:
 
 def changes(job: Job, layout: Layout) -> list[str]:
     """Lists the `--set` values that make a job train in a layout: what differs from the job as it is."""
-    was = of(job).settings()
-    return [f"{key}={_yaml(value)}" for key, value in layout.settings().items() if _yaml(value) != _yaml(was[key])]
+    was, train = of(job).settings(), job.train
+    found = [f"{key}={_yaml(value)}" for key, value in layout.settings().items() if _yaml(value) != _yaml(was[key])]
+    if train.zero.offload.nvme_path and layout.offload_param != "nvme":
+        found.append("train.zero.offload.nvme_path=null")
+    if train.parallel.auto:  # in a file it is a word, which has no keys
+        names = zip(("sequence", "tensor", "expert"), layout.degrees, strict=True)
+        whole = ", ".join(f"{name}: {n}" for name, n in names if n > 1)
+        found = [f"train.parallel={{{whole}}}", *(one for one in found if not one.startswith("train.parallel."))]
+    return found
+
+
+def applied(job: Job, layout: Layout) -> Job:
+    """Copies a job in a layout; ConfigError if that is none that it can have."""
+    return schema.validate(Job, schema.apply(job.dump(), changes(job, layout)), job.name)
 
 
 def _yaml(value: Any) -> str:
@@ -121,11 +133,13 @@ def complexity(layout: Layout) -> tuple[Any, ...]:
     return (*offload, math.prod(layout.degrees), layout.stage, kind, -layout.micro_batch)
 
 
-def ranked(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ranks candidates: of those that differ in the micro-batch alone the best, each with why it is not the first."""
+def ranked(made: list[dict[str, Any]], possible: Callable[[Layout], bool] = lambda _: True) -> list[dict[str, Any]]:
+    """Ranks candidates that are `possible`: of those that differ in the micro-batch alone the best, each with why it is not the
+    first."""
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for one in sorted(made, key=order):
-        best.setdefault(one["layout"].family, one)
+        if one["layout"].family not in best and possible(one["layout"]):
+            best[one["layout"].family] = one
     found = list(best.values())
     return [{**one, "why": why(one, found[0])} for one in found]
 

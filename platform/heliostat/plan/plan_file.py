@@ -30,12 +30,14 @@ def plan_file(
     instead of the job's own.
     """
     table, pools = hardware.table(prices), cluster_file.read(cluster) if cluster else None
-    # last: it asks the stores of the datasets
-    job, recipe, unread = prepare(path, settings) if rank else auto.prepared(path, settings, pools, device, table)
+    job, recipe, unread = prepare(path, settings)  # last: it asks the stores of the datasets
     notes = [f"the datasets were not looked at: {unread}"] if unread else []
     if run:
         table, note = calibrated(run, table, pools, device, write)
         notes.append(note)
+    if job.train.parallel.auto and not rank:
+        device = device or (None if pools else auto.here(job))
+        job, recipe, _ = bound(*check.check_job(auto.settled(check.load_job(path, settings), pools, device=device, prices=table)))
     found = (ranking if rank else plan)(job, recipe, pools, device, table)
     found["notes"] += notes
     return found

@@ -61,25 +61,26 @@ def bound(job: Job, recipe: Recipe) -> tuple[Job, Recipe, str]:
 
 def planners(
     job: Job, recipe: Recipe, cluster: ClusterFile | None, device: str | None, prices: dict[str, Any],
-    built: torch.nn.Module | None = None, exchanged: dict[int, int] | None = None,
+    built: torch.nn.Module | None = None, exchanged: dict[int, int] | None = None, counts: list[int] | None = None,
 ) -> list[Planner]:  # fmt: skip
     """Counts a job's model, and returns a planner for the fewest workers that the job may have and one for the most.
 
     `built`: the recipe's model from `model_stats.build`, if there is one; it cannot be used afterwards. `exchanged`: as `degrees`
-    gives it; None: of the job's own degree alone.
+    gives it; None: of the job's own degree alone. `counts`: numbers of workers in place of the job's.
     """
-    most, fewest = job.on(job.worker_counts()[-1]), job.on(job.worker_counts()[0])
+    numbers = counts or job.worker_counts()
+    most, fewest = job.on(numbers[-1]), job.on(numbers[0])
     name, instance = _device_of(cluster) if cluster and not device else (device, None)
     where = hardware.resolve(most, prices, name, instance)
     if where.name == "cpu" and (cluster is None or cluster.local):
         where = replace(where, memory=psutil.virtual_memory().total / most.workers.most)  # this machine's
     if cluster:
         room.check(most, cluster)
-    counts, parts = count_cache.get(most, recipe, lambda: _count(most, recipe, built)), job.train.parallel.sequence
-    selects = recipe.selects and counts.kept.singly
+    counted, parts = count_cache.get(most, recipe, lambda: _count(most, recipe, built)), job.train.parallel.sequence
+    selects = recipe.selects and counted.kept.singly
     if exchanged is None:
         exchanged = {parts: recipe.exchanged(parts) if isinstance(recipe, CutsSamples) and parts > 1 else 0}
-    return [Planner(one, counts, where, prices, exchanged, selects) for one in (fewest, most)]
+    return [Planner(one, counted, where, prices, exchanged, selects) for one in (fewest, most)]
 
 
 def _count(job: Job, recipe: Recipe, built: torch.nn.Module | None) -> Counts:

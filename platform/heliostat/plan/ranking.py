@@ -17,6 +17,7 @@ from heliostat.config.spec import Job
 from heliostat.config.worker_counts import divisors
 from heliostat.errors import ConfigError
 from heliostat.plan import hardware, layouts, planner
+from heliostat.plan.layouts import Layout
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.protocol import CutsSamples, DividesExperts, DividesMatrices, Recipe
 
@@ -31,16 +32,18 @@ def ranking(
 
     A layout of an elastic job must fit on its fewest workers, too.
     """
-    table, made = prices or hardware.table(), list[dict[str, Any]]()
+    table, made, counts = prices or hardware.table(), list[dict[str, Any]](), job.worker_counts()
     families, notes = divided(job, recipe)
     for one in families:
-        shared = degrees(one, recipe)
-        fewest, most = planner.planners(one, recipe, cluster, device, table, exchanged=shared)
+        shared = degrees(one, recipe, counts)
+        fewest, most = planner.planners(one, recipe, cluster, device, table, exchanged=shared, counts=counts)
         for given in layouts.candidates(most.job, most.workers, shared, most.selects):
             for layout in (given, *fewest.partly(given)):
                 few = fewest.candidate(layout)
                 made.append(most.candidate(layout) if few["fits"] else few)
-    found = layouts.ranked(made)
+    found = layouts.ranked(made, lambda layout: possible(job, layout, counts))
+    if not found:
+        raise ConfigError(f"{job.name}: no layout trains on {most.workers} workers; {'; '.join(notes) or 'use others'}")
     return {
         **planner.facts(most),
         "layouts": [{**one, "layout": one["layout"].settings()} for one in found],
@@ -49,31 +52,49 @@ def ranking(
     }
 
 
+def possible(job: Job, layout: Layout, counts: list[int]) -> bool:
+    """Tells whether the job may have a layout, on every number of workers that it may have now."""
+    try:
+        return set(counts) <= set(layouts.applied(job, layout).worker_counts())
+    except ConfigError as e:
+        log.debug("%s: %s", layout, e)
+        return False
+
+
 def divided(job: Job, recipe: Recipe) -> tuple[list[Job], list[str]]:
     """Finds the ways in which the workers could divide the model, each as the job that does, first the one that does not.
 
     Returns also, of matrices and of experts, why no number of workers could divide them.
     """
-    stage, parallel, notes = job.train.zero.stage, job.train.parallel, list[str]()
-    found = [_divides(job, {}, stage) if parallel.tensor > 1 or parallel.expert > 1 else job]
+    stage, parallel, notes, found = job.train.zero.stage, job.train.parallel, list[str](), [job]
+    if parallel.tensor > 1 or parallel.expert > 1:
+        try:
+            found = [_divides(job, {}, stage)]
+        except ConfigError as e:
+            found = []
+            notes.append(f"workers divide matrices or experts: {_last(e, job)}")
     for key, at in ((TENSOR, min(2, max(1, stage))), (EXPERT, 3)):
         made, why = list[Job](), ""
-        for parts in _parts(job):
+        for parts in _parts(job.worker_counts()):
             try:
                 one = _divides(job, {key: parts}, at)
                 _require(one, recipe)
                 made.append(one)
             except ConfigError as e:
-                why = why or str(e).splitlines()[-1].strip().removeprefix(f"{job.name}: ")
+                why = why or _last(e, job)
         if why and not made:
             notes.append(f"no workers divide {'matrices' if key == TENSOR else 'experts'}: {why}")
         found += made
     return found, notes
 
 
-def _parts(job: Job) -> list[int]:
-    """Lists the sizes above 1 that groups of workers could have, of an elastic job with its fewest workers and its most."""
-    return divisors(math.gcd(job.worker_counts()[0], job.worker_counts()[-1]))[1:]
+def _last(e: ConfigError, job: Job) -> str:
+    return str(e).splitlines()[-1].strip().removeprefix(f"{job.name}: ")
+
+
+def _parts(counts: list[int]) -> list[int]:
+    """Lists the sizes above 1 that groups of workers could have, with the fewest workers and with the most."""
+    return divisors(math.gcd(counts[0], counts[-1]))[1:]
 
 
 def _divides(job: Job, parallel: dict[str, int], stage: int) -> Job:
@@ -95,13 +116,13 @@ def _require(job: Job, recipe: Recipe) -> None:
         recipe.require_divided(job.train.parallel.expert)
 
 
-def degrees(job: Job, recipe: Recipe) -> dict[int, int]:
+def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[int, int]:
     """Finds how many workers could share a sample (`train.parallel.sequence`), with the elements that each would then send.
 
-    An elastic job's degrees are those that its fewest workers and its most can have, too.
+    An elastic job's degrees are those that its fewest workers and its most can have, too. `counts`: other numbers of workers.
     """
-    found = {1: 0}
-    for parts in _parts(job):
+    found = dict[int, int]()
+    for parts in [1, *_parts(counts or job.worker_counts())]:
         raw = job.dump()
         raw["train"] |= {"parallel": {**raw["train"]["parallel"], "sequence": parts}, "micro_batch": 1}
         try:
@@ -114,6 +135,8 @@ def degrees(job: Job, recipe: Recipe) -> dict[int, int]:
 
 def _exchanged(recipe: Recipe, parts: int) -> int:
     """Counts what each of the workers that share a sample would send; ConfigError if they cannot share one."""
+    if parts == 1:
+        return 0
     if not isinstance(recipe, CutsSamples):
         raise ConfigError(f"train.parallel.sequence: {type(recipe).__name__} cuts no samples")
     recipe.require_cut(parts)

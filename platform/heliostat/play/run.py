@@ -49,7 +49,7 @@ def play(served: Served, keys: Callable[[], dict[str, str] | None], options: Opt
     if served.kind() == kinds.EMBEDDINGS:
         raise ConfigError(f"MODEL: {served.name!r} embeds texts, and has no page; use `heliostat serve`")
     require_free(options.port)
-    made = application(served, keys(), options)
+    made = application(served, keys, options)
     config = uvicorn.Config(
         made, host=LOOPBACK, port=options.port, log_config=None, access_log=False, lifespan="off", server_header=False,
         timeout_graceful_shutdown=END_S,
@@ -58,10 +58,10 @@ def play(served: Served, keys: Callable[[], dict[str, str] | None], options: Opt
         Server(config, lambda: ready(f"http://{LOOPBACK}:{options.port}/")).run()
 
 
-def application(served: Served, keys: dict[str, str] | None, options: Options) -> Any:
-    """Loads what is served, and makes the application that answers with it."""
+def application(served: Served, keys: Callable[[], dict[str, str] | None], options: Options) -> Any:
+    """Loads what is served, asks for the keys, and makes the application that answers with it."""
     version = served.source.wanted()
     replica = Replica(served.holds(served.source.folder(version), options.batch))
-    front = Front(served.settings(served.kind(), keys, options), Local(replica), ())
+    front = Front(served.settings(served.kind(), keys(), options), Local(replica), ())
     front.backend.use(version)
     return app(front, abilities.of(served, replica, version, options))

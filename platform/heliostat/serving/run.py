@@ -42,8 +42,8 @@ def serve(served: Served, keys: Callable[[], dict[str, str] | None], options: Op
     require_free(options.port)
     endpoint = Endpoint(served, kind, options)
     endpoint.engine(source.folder(source.wanted()))
-    known = keys()
     endpoint.connect()
+    known = keys()
     with endpoint.signals:  # behind Ray's start, which sets handlers of its own
         try:
             endpoint.open(known)

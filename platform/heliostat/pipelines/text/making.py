@@ -213,7 +213,8 @@ class Making(Reading):
                 follows = key("shards", [[run.name, run.decided] for run in part.runs], told)
                 given = {"runs": self.flow.share(part.runs), "plan": shared}
                 for first in range(part.first, part.stop, each):
-                    yield Task(key(follows, first), {"first": first, "stop": min(first + each, part.stop)}, given, reads)
+                    stop = min(first + each, part.stop)
+                    yield Task(key(follows, first, stop), {"first": first, "stop": stop}, given, reads)
 
         there = dict(self.output.join(SHARDS).files())
         cpus = max(1, self.flow.cpus() // shards)

@@ -63,6 +63,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         self.document_mask, self.tiled, self.tiled_mlp = job.data.document_mask, job.train.tiled_loss, job.train.tiled_mlp
         self.attention: str | None = job.train.attention
         self.fp8 = job.train.fp8
+        self.end = -1  # the datasets' end of a document, once they are known; before that no token is one
         self.tile: int | None = None  # tokens of an MLP's tile, where trials want small ones
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
