@@ -24,7 +24,7 @@ def opened(model: Path | None, index: Path | None = None, adapters: Sequence[str
     """Yields its URL."""
     named = served(None if model is None else str(model), "sqlite:///x", None, None if index is None else str(index), None)
     made = application(
-        named.with_adapters(adapters), {"tests": keys.digest(KEY)}, Options(**{"batch": 4, "max_tokens": 64, **options})
+        named.with_adapters(adapters), lambda: {"tests": keys.digest(KEY)}, Options(**{"batch": 4, "max_tokens": 64, **options})
     )
     port, ready = free_port(), threading.Event()
     server = Server(uvicorn.Config(made, port=port, log_config=None, lifespan="off"), ready.set)
