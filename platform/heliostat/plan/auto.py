@@ -48,7 +48,7 @@ def settled(
         kept = layouts.of(before)
         log.info("%s: the run has begun on as many workers, and keeps its layout: %s", KEY, said(computed, kept))
         return layouts.applied(computed, kept)
-    plain, recipe, unread = bound(*check.check_job(job))
+    plain, recipe, unread = bound(*check.check_job(computed))
     there = cluster_file.read(cluster) if isinstance(cluster, Path) else cluster
     found = ranking(plain, recipe, there, device or (None if cluster else here(job)), prices)
     best, where = found["layouts"][0], f"{found['workers']} workers of {found['device']['name']}"
