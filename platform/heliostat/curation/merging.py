@@ -70,8 +70,8 @@ def divided(one: Range, run_bytes: int) -> Iterator[tuple[Range, int]]:
     shards, mean = one.stop - one.first, one.part * (one.stop - one.first)
     parts = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
     for part in range(parts):
-        edges = (one.first + shards * at // parts for at in (part, part + 1))
-        yield Range(*edges, one.runs), max(2, int(run_bytes * parts // max(1, mean)))
+        first, stop = (one.first + shards * at // parts for at in (part, part + 1))
+        yield Range(first, stop, one.runs), max(2, int(run_bytes * parts // max(1, mean)))
 
 
 def groups(runs: list[Run], size: int) -> Iterator[list[Run]]:
