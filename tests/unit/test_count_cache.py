@@ -41,7 +41,7 @@ def test_kept_counts_are_the_counts(folder, monkeypatch):
     [
         {"data.sequence_length": 32},
         {"train.precision": "fp32"},
-        {"train.zero.stage": 3},
+        {"train.parallel": {"tensor": 2}, "workers.count": 2},
         {"model": {**LLAMA["model"], "num_hidden_layers": 3}},
         {"model": {**LLAMA["model"], "vocab_size": 4096}},
     ],
@@ -49,6 +49,18 @@ def test_kept_counts_are_the_counts(folder, monkeypatch):
 def test_another_model_has_another_key(change):
     plain, other = job(**LLAMA), job(**{**LLAMA, **change})
     assert count_cache.key(plain, CausalLM(plain)) != count_cache.key(other, CausalLM(other))
+
+
+def test_what_only_divides_the_state_or_the_samples_has_the_same_key_and_counts():
+    made = [
+        job(**{**LLAMA, "workers.count": 2, "train.zero.stage": 3, **more}) for more in ({}, {"train.parallel": {"sequence": 2}})
+    ]
+    made.append(job(**{**LLAMA, "workers.count": 2, "train.zero.stage": 1}))
+    assert len({count_cache.key(one, CausalLM(one)) for one in made}) == 1
+    first, *others = (
+        model_stats.count(one, CausalLM(one), None, [planner.sample(one, CausalLM(one), n) for n in (1, 2, 3)]) for one in made
+    )
+    assert all(one == first for one in others)
 
 
 def test_other_code_or_another_dataset_has_another_key(monkeypatch):
