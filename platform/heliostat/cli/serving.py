@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,7 @@ def serve(
     def ready(url: str) -> None:
         out.print(f"{called} is served at {url}" + ("" if open_ else f"; the keys are in {keys}"))
 
-    run.serve(served, lambda: None if open_ else _keys(keys), asked, ready)
+    run.serve(served, _keys(None if open_ else keys), asked, ready)
     raise typer.Exit(130)
 
 
@@ -113,17 +114,24 @@ def play(
         else:
             out.print(f"the page is at {url}; it asks for a key, one of those in {keys}")
 
-    run.play(served, lambda: None if open_ else _keys(keys), asked, ready)
+    run.play(served, _keys(None if open_ else keys), asked, ready)
     raise typer.Exit(130)
 
 
-def _keys(place: Path) -> dict[str, str]:
-    """Reads the keys, which are made if they are not there."""
+def _keys(place: Path | None) -> Callable[[], dict[str, str] | None]:
+    """Checks a file of keys that is there, and returns what reads it; one that is not there is made only then."""
     from heliostat.serving import keys as files
 
-    if files.made(place):
-        out.print(f"a new API key is in {place}")
-    return files.read(place)
+    def known() -> dict[str, str] | None:
+        if place is None:
+            return None
+        if files.made(place):
+            out.print(f"a new API key is in {place}")
+        return files.read(place)
+
+    if place is not None and place.exists():
+        files.read(place)
+    return known
 
 
 def _served(
