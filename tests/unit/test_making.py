@@ -21,7 +21,7 @@ from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import repositories, sources
+from heliostat.pipelines.text import making, repositories, sources
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.making import Making
@@ -91,6 +91,23 @@ def test_a_making_that_ends_after_any_task_goes_on(tmp_path):
             make(tmp_path, "cut", STAGES, seed=most, most=1)
     made, there = make(tmp_path, "cut", STAGES)
     assert made == whole and len(there.ran) <= total - total // 3
+
+
+def test_shards_that_are_done_stay_right_under_another_memory_limit(tmp_path, monkeypatch):
+    """A task then writes other shards than the recorded ones: none is in the dataset twice, and none is missing."""
+    make_input(tmp_path / "in")
+    monkeypatch.setattr(pieces, "size", lambda total: 3000)  # so that the spilled runs are the same
+    monkeypatch.setattr(making, "ALONE", 1)
+    (tmp_path / "in" / "c.jsonl.gz").unlink()  # which is read as a whole
+    limits = 160_000, 200_000  # of 10 and of 12 shards a task, and the same spilled runs
+    whole, _ = make(tmp_path, "whole", [], limits[0])
+    for before, after in (limits, limits[::-1]):
+        _, here = make(tmp_path, f"all-{before}", [], before)
+        name = f"from-{before}"
+        with pytest.raises(KilledError):
+            make(tmp_path, name, [], before, most=len(here.ran) - 1)
+        made, there = make(tmp_path, name, [], after)
+        assert made == whole and there.done["shards"] > 0
 
 
 # documents that belong together --------------------------------------------------------------------------------------
