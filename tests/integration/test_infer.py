@@ -91,6 +91,8 @@ def test_chats_classes_and_images_are_answered_once_by_workers_of_which_one_is_k
     for i in range(20):
         (tmp_path / "images" / f"{i:02d}.png").write_bytes(png(i))
     (tmp_path / "images" / "20.png").write_bytes(b"no image")
+    listed = [json.dumps({"file_name": f"{i:02d}.png", "text": ""}) for i in range(21)]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(listed))
     asked = {
         "chat": (write_writer(tmp_path / "writer"), "chats.jsonl", Settings(task="chat", keep=["n"], options=OPTIONS), COUNT, 1),
         "classify": (write_classifier(tmp_path / "classifier"), "texts.jsonl", Settings(task="classify"), 60, 0),
