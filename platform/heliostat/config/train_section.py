@@ -95,6 +95,8 @@ class Parallel(Strict):
         """Takes `auto`; refuses degrees that are known elsewhere, with the reason and what to use."""
         if value == "auto":
             return {"auto": True}
+        if isinstance(value, str):
+            raise ValueError(f"{brief(repr(value))} is no layout; write auto, or degrees such as {{tensor: 2}}")
         for key, why in NOT_OFFERED.items() if isinstance(value, dict) else ():
             if key in value:
                 raise ValueError(f"{key} is not supported: {why}; remove it (docs/job.md#layouts-that-are-not-offered)")
