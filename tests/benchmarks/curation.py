@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import random
 import subprocess
@@ -25,6 +24,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
@@ -80,7 +80,7 @@ def write(path: Path, size: int) -> None:
     rng = random.Random(0)
     letters = "eeeeetttaaaooiinnsshrrdlucmfwygpbvk"
     vocabulary = ["".join(rng.choices(letters, k=rng.randrange(1, 11))) for _ in range(30_000)]
-    weights = list(itertools.accumulate(1 / (i + 10) for i in range(len(vocabulary))))
+    weights, draw = np.cumsum(1 / (np.arange(len(vocabulary)) + 10)), np.random.default_rng(0)
     written, recent, part = 0, list[str](), path.with_suffix(".part")
     with part.open("w") as f:
         while written < size:
@@ -90,7 +90,8 @@ def write(path: Path, size: int) -> None:
             elif recent and kind < 0.19:
                 text = rng.choice(recent)
             else:
-                text = " ".join(rng.choices(vocabulary, cum_weights=weights, k=rng.randrange(40, 900)))
+                drawn = np.searchsorted(weights, weights[-1] * draw.random(rng.randrange(40, 900)), side="right")
+                text = " ".join(map(vocabulary.__getitem__, drawn.tolist()))
                 recent = [*recent[-500:], text]
             written += f.write(json.dumps({"text": text}) + "\n")
     part.rename(path)

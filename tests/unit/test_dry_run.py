@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from heliostat.cli.common import app
+from heliostat.curation import merging
 from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
@@ -149,6 +150,20 @@ def test_documents_bytes_and_tokens_of_a_whole_lie_between_the_bounds_that_are_t
     told = "\n".join(prediction.explain(found | {"name": "a", "cost": 0.0, "currency": "USD", "seconds": 1.0}))
     for name in ("bytes", "tokens"):
         assert f"{found[name]:,} {name} ({found[f'{name}_low']:,} to {found[f'{name}_high']:,})" in told
+
+
+def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
+    """A sample has too few runs to merge; the hours of the whole's are told all the same, and why."""
+    make_input(tmp_path / "in", 2500)
+    plain = [note for note in trial(tmp_path, 0.1, name="plain")[0].predicted([])["notes"] if "merges" in note]
+    monkeypatch.setattr(merging, "MANY", 2)
+    made, inputs = trial(tmp_path, 0.1)
+    found = made.predicted(inputs)
+    _, whole = make_whole(tmp_path, "whole", STAGES)
+    assert not plain and "merge" in whole.done and "merge" not in made.flow.done
+    assert sum("merges its runs" in note and "of the sample's" in note for note in found["notes"]) == 1
+    assert found["cpu_hours"] * 3600 > made.flow.seconds["merge"] * made.sample.of_bytes * 0.5 > 0
+    assert "merging" not in made.flow.seconds
 
 
 def test_a_pipeline_without_stages_is_predicted_too(tmp_path):

@@ -52,6 +52,8 @@ def test_every_document_is_in_the_runs_of_its_range_once(tmp_path, monkeypatch, 
     found = merged(flow, runs, shards, bounds(shards), most)
     assert [one.first for one in found] == [0, *(one.stop for one in found[:-1])] and found[-1].stop == shards
     assert ("merge" in flow.done) is merging.thin(Range(0, shards, runs)) and not any(map(merging.thin, found))
+    bytes = sum(run.bytes for run in runs)
+    assert (merging.passes(len(runs), bytes, shards, most) > 0) is ("merge" in flow.done), "as the dry run foresees it"
     for one in found:
         for shard in range(one.first, one.stop):
             low, high = bounds(shards)(shard, shard + 1)
@@ -67,18 +69,12 @@ def test_few_runs_and_large_parts_are_read_as_they_are(tmp_path):
         assert merged(HereFlow(Work(Location(str(tmp_path)))), some, shards, bounds(shards), 1 << 25) == [Range(0, shards, some)]
 
 
-def test_what_a_shard_reads_of_a_run_does_not_fall_with_the_inputs_size():
-    """By arithmetic, for 16 GB to 500 TB in runs of 32 MiB and shards of 64 MiB: parts end large, behind few merges."""
-    for exponent in range(34, 52, 3):
-        total, run = 1 << exponent, 1 << 25
-        one, levels = Range(0, total >> 26, [Run("", 1, run)] * min(total // run, 1 << 12)), 0
-        count = total // run  # runs, of which the list holds a sample alone
-        shards, part = total >> 26, run / (total >> 26)
-        while part < merging.LEAST:
-            (first, size), *_ = merging.divided(Range(0, shards, one.runs), run)
-            count, shards, levels = count // size, first.stop - first.first, levels + 1
-            part = run / shards
-        assert levels <= 4 and part >= merging.LEAST, (exponent, levels)
+@pytest.mark.parametrize("exponent", range(28, 52, 3))
+def test_a_web_is_merged_four_times_at_most(exponent):
+    """By arithmetic, for 256 MB to 500 TB in runs of 32 MiB and shards of 64 MiB: each pass costs its bytes."""
+    total = 1 << exponent
+    times = merging.passes(total >> 25, total, total >> 26, 1 << 25)
+    assert times <= 4 and (times > 0) is (total > 1 << 34), "parts of 16 GB are LEAST"
 
 
 def test_the_dataset_is_the_same_with_merges(tmp_path, monkeypatch):

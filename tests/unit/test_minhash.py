@@ -182,6 +182,26 @@ def test_the_same_stay_however_the_input_is_cut(tmp_path):
     assert there.done["minhash-0-pairs"] == 3, "the keys were in parts"
 
 
+def test_a_part_is_not_read_out_of_every_run(tmp_path, monkeypatch):
+    """Runs and parts both grow with the input: reading each part out of each run would cost their product."""
+    texts, _ = planted()
+    wanted, here = curate(tmp_path / "whole", texts, [{"stage": "minhash"}])
+    reads, read = [0], spill.read
+
+    def counted(*arguments, **more):
+        reads[0] += 1
+        return read(*arguments, **more)
+
+    monkeypatch.setattr(spill, "read", counted)
+    found, there = curate(tmp_path / "cut", texts, [{"stage": "minhash"}], pieces=60, memory_limit=1 << 16)
+    took, runs, done = reads[0], len(found.runs), {name.removeprefix("minhash-0-"): n for name, n in there.done.items()}
+    parts, rounds = done["pairs"], done["small"] // done["pairs"]
+    assert (runs, parts) == (60, 8) and left(found, there) == left(wanted, here)
+    each_run, each_part = 3 * runs, parts * (done["gather"] + (2 * rounds + 2) * parts + 2 * done["attributes"] + done["decide"])
+    assert took <= 1.4 * (each_run + each_part), "of the tasks here some run twice"
+    assert done["gather"] < 2 * parts and done["decide"] < runs / 4
+
+
 @pytest.mark.parametrize(("keys", "message"), [({"keep": "oldest"}, "'oldest' needs a column"), ({"column": "x"}, "compares no"),
                                                ({"band": 3}, "band: unknown key; did you mean 'bands'")])  # fmt: skip
 def test_what_is_wrong_is_said(keys, message):

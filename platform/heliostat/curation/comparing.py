@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from heliostat.curation import segment, spill, tally
-from heliostat.curation.engine import Curated
+from heliostat.curation.engine import Curated, filled
 from heliostat.curation.flow import Flow, Task
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import Run, by_run, survivors
 from heliostat.curation.stage import GlobalStage
 from heliostat.curation.work import key
 from heliostat.storage import Location
 
 LARGEST = 20  # clusters that are told
+DOCUMENT_BYTES = 1000  # of memory for what a task knows of a document: its id, who stays, its columns
 JUDGED = pa.schema([("key", pa.uint64()), ("reason", pa.string()), ("detail", pa.string()), ("measures", pa.string())])
 """Who goes: `key` is the document's place, as (number of its run) << 32 | row."""
 
@@ -28,20 +29,23 @@ def parts(bytes: int, memory_limit: int) -> int:
     return max(1, -(-bytes // memory_limit))
 
 
+def by_runs(flow: Flow, runs: list[Run], names: list[str], memory_limit: int, **more: Any) -> Iterator[Task]:
+    """Describes tasks that read what spills have about some runs: as many as a task may hold if that is about all documents."""
+    shared, first, follows = {"names": flow.share(names)}, 0, key(names)
+    for group in filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES):
+        told = [[run.name, run.decided] for run in group]
+        yield Task(key(follows, first, told, more), {"first": first, "runs": group, **more}, shared)
+        first += len(group)
+
+
 def conclude(flow: Flow, found: Curated, stage: GlobalStage, number: int, kind: str, judged: list[dict[str, Any]],
-             **more: Any) -> list[Run]:  # fmt: skip
+             memory_limit: int, **more: Any) -> list[Run]:  # fmt: skip
     """Leaves out who goes, and adds the stage's tally to `found`; returns the runs that are left.
 
     Records in `judged` name spills of JUDGED, and tell `clusters`, `largest` and `sizes`; `more` goes into the tally.
     """
     label, runs, names = tally.label(number, stage), found.runs, [r["judged"] for r in judged]
-    shared, follows = {"names": flow.share(names)}, key(names, label)
-    deciding = (Task(key(follows, i, run.name, run.decided), {"number": i, "run": run, "stage": label}, shared)
-                for i, run in enumerate(runs))  # fmt: skip
-    decided = flow.all(f"{kind}-decide", decide, deciding)
-    for record in decided:
-        found.take({**record, "runs": []})
-    left = [without(run, *record["decided"]) for run, record in zip(runs, decided, strict=True)]
+    decided, left = settled(flow, found, kind, decide, by_runs(flow, runs, names, memory_limit, stage=label))
     part = told(flow, kind, runs, left, judged)
     for reason in stage.reasons:
         gone = sum(r["reasons"].get(f"{label}: {reason}", 0) for r in decided)
@@ -49,6 +53,16 @@ def conclude(flow: Flow, found: Curated, stage: GlobalStage, number: int, kind: 
     counts = {**part["counts"], **more.pop("counts", {})}
     found.tallies.append(segment.store(flow.work.spill, {label: {**part, **more, "counts": counts}}))
     return left
+
+
+def settled(flow: Flow, found: Curated, kind: str, decide: Callable[..., dict[str, Any]],
+            tasks: Iterator[Task]) -> tuple[list[dict[str, Any]], list[Run]]:  # fmt: skip
+    """Runs the tasks that tell each run which of its documents go; returns their records, and the runs that are left."""
+    decided = flow.all(f"{kind}-decide", decide, tasks)
+    for record in decided:
+        found.take({**record, "runs": []})
+    gone = [run for record in decided for run in record["decided"]]
+    return decided, [without(run, *out) for run, out in zip(found.runs, gone, strict=True)]
 
 
 def counted(sizes: Iterable[int]) -> dict[str, int]:
@@ -76,20 +90,21 @@ def without(run: Run, decided: str | None, rows: int, bytes: int) -> Run:
     return Run(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run
 
 
-def decide(folder: Location, number: int, run: Run, stage: str, names: list[str]) -> dict[str, Any]:
-    """Spills which documents of a run go, and tells why."""
-    held = [t for n in names for t in spill.read(folder, n, number << 32, (number + 1) << 32)]
-    why = {row["key"] & 0xFFFFFFFF: row for table in held for row in table.to_pylist()}
-    out, gone = segment.Spiller(folder, 1), [segment.DECIDED.empty_table()]
-    size = 0
-    for table in survivors(folder, run, columns=["id", "bytes", "columns"]) if why else ():
-        table = table.filter(pa.array(np.isin(table["row"].to_numpy(), np.array(list(why), np.uint32))))
-        for row in table.to_pylist():
-            about = why[row["row"]]
-            measures = json.loads(about["measures"]) if about["measures"] else None
-            out.leave_out(row["id"], stage, about["reason"], about["detail"], measures, row["columns"])
-            size += row["bytes"]
-        gone.append(table.select(segment.DECIDED.names))
-    decided = [spill.write(folder, pa.concat_tables(gone), ("row",))] if why else []
+def decide(folder: Location, first: int, runs: list[Run], stage: str, names: list[str]) -> dict[str, Any]:
+    """Spills which documents of some runs go, and tells why."""
+    out, files, decided = segment.Spiller(folder, 1), list[str](), [list[Any]([None, 0, 0]) for _ in runs]
+    for number, judged in by_run(folder, first, len(runs), names):
+        why, gone, size = {row["key"] & 0xFFFFFFFF: row for row in judged.to_pylist()}, [segment.DECIDED.empty_table()], 0
+        for table in survivors(folder, runs[number - first], columns=["id", "bytes", "columns"]):
+            table = table.filter(pa.array(np.isin(table["row"].to_numpy(), np.array(list(why), np.uint32))))
+            for row in table.to_pylist():
+                about = why[row["row"]]
+                measures = json.loads(about["measures"]) if about["measures"] else None
+                out.leave_out(row["id"], stage, about["reason"], about["detail"], measures, row["columns"])
+                size += row["bytes"]
+            gone.append(table.select(segment.DECIDED.names))
+        name = spill.write(folder, pa.concat_tables(gone), ("row",))
+        decided[number - first] = [name, len(why), size]
+        files.append(name)
     record = out.record({})
-    return record | {"decided": [*decided, len(why), size] if why else [None, 0, 0], "files": [*record["files"], *decided]}
+    return record | {"decided": decided, "files": [*record["files"], *files]}

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from heliostat.curation import segment, tally
 from heliostat.curation.flow import Flow, Task
@@ -23,6 +23,7 @@ from heliostat.curation.work import key
 
 RUN_SHARE = 8  # a run's texts are one so many-th of `memory_limit`: they are held as Python strings, a table and a file
 TALLIES = 64  # that a task sums
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -134,3 +135,16 @@ def groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     left = iter(items)
     while group := list(islice(left, size)):
         yield group
+
+
+def filled(items: Iterable[Item], size: Callable[[Item], int], room: int) -> Iterator[list[Item]]:
+    """Yields the items in groups whose sizes make `room` together at most, or that are a single item."""
+    held, taken = list[Item](), 0
+    for item in items:
+        if held and taken + size(item) > room:
+            yield held
+            held, taken = [], 0
+        held.append(item)
+        taken += size(item)
+    if held:
+        yield held

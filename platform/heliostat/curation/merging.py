@@ -61,17 +61,35 @@ def merged(flow: Flow, runs: list[Run], shards: int, bounds: Bounds, run_bytes: 
 
 def thin(one: Range) -> bool:
     """Tells whether a shard has so little of each run that merging them is worth it."""
-    shards = one.stop - one.first
-    return shards > 1 and len(one.runs) * shards > MANY and one.part < LEAST
+    return _thin(len(one.runs), one.stop - one.first, one.part)
+
+
+def _thin(runs: int, shards: int, part: float) -> bool:
+    return shards > 1 and runs * shards > MANY and part < LEAST
 
 
 def divided(one: Range, run_bytes: int) -> Iterator[tuple[Range, int]]:
     """Yields smaller ranges of the same runs, of each of which a run has a row group or more, with how many runs to merge."""
-    shards, mean = one.stop - one.first, one.part * (one.stop - one.first)
-    parts = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
+    shards = one.stop - one.first
+    parts, size = _divided(shards, one.part * shards, run_bytes)
     for part in range(parts):
         first, stop = (one.first + shards * at // parts for at in (part, part + 1))
-        yield Range(first, stop, one.runs), max(2, int(run_bytes * parts // max(1, mean)))
+        yield Range(first, stop, one.runs), size
+
+
+def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
+    """Computes into how many ranges shards are divided whose runs have so many bytes on average, and how many runs to merge."""
+    parts = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
+    return parts, max(2, int(run_bytes * parts // max(1, mean)))
+
+
+def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
+    """Computes how often so many bytes in runs would be merged for so many shards, if all runs are alike."""
+    found = 0
+    while _thin(runs, shards, bytes / runs / shards):
+        parts, size = _divided(shards, bytes / runs, run_bytes)
+        runs, bytes, shards, found = -(-runs // size), bytes / parts, -(-shards // parts), found + 1
+    return found
 
 
 def groups(runs: list[Run], size: int) -> Iterator[list[Run]]:

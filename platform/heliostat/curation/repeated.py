@@ -17,7 +17,7 @@ import pyarrow as pa
 import xxhash
 
 from heliostat.curation import segment, spill
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import Run, by_run, survivors
 from heliostat.storage import Location
 
 Unit = Literal["line", "paragraph"]
@@ -128,11 +128,11 @@ def _first(held: list[Rows]) -> Rows:
 
 def lost_of(folder: Location, first: int, runs: list[Run], names: list[str]) -> Iterator[tuple[Run, dict[int, set[int]]]]:
     """Yields some runs, of which the first has the number `first`, with the places that each of their documents loses, by row."""
+    lost = dict(by_run(folder, first, len(runs), names))
     for number, run in enumerate(runs, first):
         found: dict[int, set[int]] = {}
-        for name in names:
-            for table in spill.read(folder, name, number << 32, (number + 1) << 32):
-                rows = (table["key"].to_numpy() & np.uint64(0xFFFFFFFF)).tolist()
-                for row, place in zip(rows, table["place"].to_pylist(), strict=True):
-                    found.setdefault(row, set()).add(place)
+        if table := lost.pop(number, None):
+            rows = (table["key"].to_numpy() & np.uint64(0xFFFFFFFF)).tolist()
+            for row, place in zip(rows, table["place"].to_pylist(), strict=True):
+                found.setdefault(row, set()).add(place)
         yield run, found

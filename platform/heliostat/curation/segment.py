@@ -84,6 +84,19 @@ def survivors(
         yield spill.without(table, gone)
 
 
+def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """Yields (a run's number, the rows about its documents, in their order) of some runs, of those that there are rows about.
+
+    The rows' keys are places: (number of the run) << 32 | row.
+    """
+    held = [t for name in names for t in spill.read(folder, name, first << 32, (first + count) << 32)]
+    if held:
+        table = pa.concat_tables(held).sort_by("key")
+        numbers, starts = np.unique(table["key"].to_numpy() >> np.uint64(32), return_index=True)
+        for number, start, stop in zip(numbers.tolist(), starts.tolist(), [*starts[1:].tolist(), len(table)], strict=True):
+            yield number, table.slice(start, stop - start)
+
+
 def over_pieces(folder: Location, piece: list[Part], source: Source, stages: list[Entry], run_bytes: int,
                 explained: bool) -> dict[str, Any]:  # fmt: skip
     """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""

@@ -8,8 +8,10 @@ small and carry the least and greatest key, so that a range costs its own bytes.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,15 +73,18 @@ def _part(table: pa.Table, start: int, stop: int) -> pa.Table:
     return table.take(pa.array(np.arange(start, stop)))
 
 
-def _overlapping(metadata: pq.FileMetaData, low: int, high: int) -> list[int]:
-    """Lists the row groups whose keys may lie in the range, by their statistics."""
-    place = metadata.schema.names.index("key") if metadata.num_row_groups else 0
-    found = []
-    for group in range(metadata.num_row_groups):
-        seen = metadata.row_group(group).column(place).statistics
-        if seen is None or not seen.has_min_max or (seen.min < high and seen.max >= low):
-            found.append(group)
-    return found
+def _overlapping(metadata: pq.FileMetaData, low: int, high: int) -> Iterator[int]:
+    """Yields the row groups whose keys may lie in the range, by their statistics: the first is searched, as keys ascend."""
+    groups = metadata.num_row_groups if metadata.num_rows else 0  # of no rows there are no statistics
+    place = metadata.schema.names.index("key") if groups else 0
+
+    def seen(group: int) -> Any:
+        return metadata.row_group(group).column(place).statistics
+
+    for group in range(bisect_left(range(groups), low, key=lambda g: seen(g).max), groups):
+        if seen(group).min >= high:
+            break
+        yield group
 
 
 def share(part: int, parts: int) -> tuple[int, int]:

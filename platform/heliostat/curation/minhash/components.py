@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from heliostat.curation import spill
+from heliostat.curation.engine import filled
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.work import key
 from heliostat.errors import HeliostatError
@@ -23,12 +24,33 @@ ROUNDS = 100  # more than log^2 of the documents there are
 Edges = tuple[np.ndarray, np.ndarray]
 
 
+def gathered(flow: Flow, kind: str, signed: list[dict[str, Any]], parts: int) -> list[str]:
+    """Joins the keys of runs in about as many spills as there are `parts`, so that no part is read out of every run."""
+    share, work, first = -(-sum(r["rows"] for r in signed) // parts), list[Task](), 0
+    for group in filled(signed, lambda r: r["rows"], share):
+        names = [r["keys"] for r in group]
+        work.append(Task(key(first, names), {"first": first, "names": names}))
+        first += len(group)
+    return [r["keys"] for r in flow.all(f"{kind}-gather", gather, iter(work))]
+
+
+def gather(folder: Location, first: int, names: list[str]) -> dict[str, Any]:
+    """Spills the keys of some runs, of which the first has the number `first`, with the nodes that have them."""
+    found = [pa.table({"key": np.zeros(0, np.uint64), "node": np.zeros(0, np.uint64)})]
+    for run, name in enumerate(names, first):
+        for table in spill.read(folder, name):
+            node = (np.uint64(run) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)
+            found.append(pa.table({"key": table["key"].to_numpy(), "node": node}))
+    name = spill.write(folder, pa.concat_tables(found), ("node",))
+    return {"keys": name, "files": [name]}
+
+
 def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
     """Spills the edges between documents that share a key of this part of all keys, both ways: each to the least with the key."""
     found: list[Edges] = []
-    for run, name in enumerate(names):
+    for name in names:
         for table in spill.read(folder, name, *spill.share(part, parts)):
-            found.append((table["key"].to_numpy(), (np.uint64(run) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)))
+            found.append((table["key"].to_numpy(), table["node"].to_numpy()))
     keys, nodes = _joined(found)
     order = np.lexsort((nodes, keys))
     keys, nodes = keys[order], nodes[order]

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from heliostat.curation import segment, spill
 from heliostat.curation.comparing import LARGEST, counted
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import Run, by_run, survivors
 from heliostat.storage import Location
 
 Rule = Literal["longest", "first", "oldest", "best"]
@@ -48,14 +48,10 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
 def attributes(folder: Location, first: int, runs: list[Run], rule: Rule, column: str, names: list[str]) -> dict[str, Any]:
     """Spills what the rule compares of the members of clusters in some runs, of which the first has the number `first`."""
     found = []
-    for number, run in enumerate(runs, first):
-        held = [t for name in names for t in spill.read(folder, name, number << 32, (number + 1) << 32)]
-        if not held:
-            continue
-        table = pa.concat_tables(held).sort_by("key")
+    for number, table in by_run(folder, first, len(runs), names):
         nodes, places = np.unique(table["key"].to_numpy(), return_index=True)
         roots, rows = table["root"].to_numpy()[places], (nodes & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-        for part in survivors(folder, run, columns=["id", "bytes", "columns"]):
+        for part in survivors(folder, runs[number - first], columns=["id", "bytes", "columns"]):
             here = np.flatnonzero(np.isin(part["row"].to_numpy(), rows))
             if len(here):
                 part = part.take(pa.array(here))
@@ -112,19 +108,15 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
 
 def decide(folder: Location, first: int, runs: list[Run], stage: str, names: list[str]) -> dict[str, Any]:
     """Spills for each of some runs which of its documents go, and tells why."""
-    out, decided, files = segment.Spiller(folder, 1), list[list[Any]](), list[str]()
-    for number in range(first, first + len(runs)):
-        held = [t for name in names for t in spill.read(folder, name, number << 32, (number + 1) << 32)]
-        if not held:
-            decided.append([None, 0, 0])
-            continue
-        table = pa.concat_tables(held)
-        for row in table.sort_by("key").to_pylist():
+    out, files = segment.Spiller(folder, 1), list[str]()
+    decided: list[list[Any]] = [[None, 0, 0] for _ in runs]
+    for number, table in by_run(folder, first, len(runs), names):
+        for row in table.to_pylist():
             out.leave_out(row["id"], stage, "near_duplicate", f"{row['kept']} (one of {row['size']})",
                           columns=row["columns"])  # fmt: skip
         rows = (table["key"].to_numpy() & np.uint64(0xFFFFFFFF)).astype(np.uint32)
         name = spill.write(folder, pa.Table.from_arrays([table["doc"], pa.array(rows)], schema=segment.DECIDED), ("row",))
-        decided.append([name, len(table), int(table["bytes"].to_numpy().sum())])
+        decided[number - first] = [name, len(table), int(table["bytes"].to_numpy().sum())]
         files.append(name)
     record = out.record({})
     return record | {"decided": decided, "files": [*record["files"], *files]}

@@ -9,16 +9,15 @@ depend on how the input is cut; memory is that of a part of the keys or edges, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from heliostat import extras
 from heliostat.curation import tally
+from heliostat.curation.comparing import by_runs, settled, told
 from heliostat.curation.comparing import parts as parts_of
-from heliostat.curation.comparing import told, without
-from heliostat.curation.engine import Curated, groups
+from heliostat.curation.engine import Curated
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.minhash import components
 from heliostat.curation.minhash.keep import Rule, attributes, choose, decide, members
@@ -28,7 +27,6 @@ from heliostat.curation.stage import GlobalStage
 from heliostat.curation.work import key
 
 ROW_BYTES = 160  # of memory for each key, edge or member that a task holds, sorting included
-RUNS = 16  # that a task decides on
 
 
 class MinHash(GlobalStage):
@@ -67,27 +65,17 @@ class MinHash(GlobalStage):
                    for run in runs)  # fmt: skip
         signed = flow.all(f"{kind}-sign", sign, signing)
         parts = parts_of(sum(r["rows"] for r in signed) * ROW_BYTES, memory_limit)
-        paired = flow.all(f"{kind}-pairs", components.pairs, components.tasks(flow, parts, [r["keys"] for r in signed]))
+        keys = components.gathered(flow, kind, signed, parts)
+        paired = flow.all(f"{kind}-pairs", components.pairs, components.tasks(flow, parts, keys))
         edges, _ = components.stars(flow, kind, [r["edges_file"] for r in paired], parts)
         belonging = flow.all(f"{kind}-members", members, components.tasks(flow, parts, edges))
         names = [r["members"] for r in belonging]
         rule = {"rule": self.keep, "column": self.column}
-        compared = flow.all(f"{kind}-attributes", attributes, _by_runs(flow, runs, names, **rule))
+        compared = flow.all(f"{kind}-attributes", attributes, by_runs(flow, runs, names, memory_limit, **rule))
         chosen = flow.all(f"{kind}-choose", choose, components.tasks(flow, parts, [r["attributes"] for r in compared]))
-        deciding = _by_runs(flow, runs, [r["chosen"] for r in chosen], stage=name)
-        decided = flow.all(f"{kind}-decide", decide, deciding)
-        for record in decided:
-            found.take({**record, "runs": []})
-        left = [without(run, *gone) for run, gone in zip(runs, (d for r in decided for d in r["decided"]), strict=True)]
+        deciding = by_runs(flow, runs, [r["chosen"] for r in chosen], memory_limit, stage=name)
+        _, left = settled(flow, found, kind, decide, deciding)
         part = told(flow, kind, runs, left, chosen)
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}
         found.tallies.append(store(flow.work.spill, {name: part}))
         return left
-
-
-def _by_runs(flow: Flow, runs: list[Run], names: list[str], **more: Any) -> Iterator[Task]:
-    shared, first, follows = {"names": flow.share(names)}, 0, key(names)
-    for group in groups(runs, RUNS):
-        told = [[run.name, run.decided] for run in group]
-        yield Task(key(follows, first, told, more), {"first": first, "runs": group, **more}, shared)
-        first += len(group)

@@ -95,7 +95,7 @@ class Semantic(GlobalStage):
         judging = components.tasks(flow, shares, dealt, least=self.min_similarity, held=held)
         judged = flow.all(f"{kind}-judge", cells.judge, judging)
         cut = sum(r["cut"] for r in embedded)
-        return conclude(flow, found, self, number, kind, judged, histograms={"similarity": _summed(judged)},
+        return conclude(flow, found, self, number, kind, judged, memory_limit, histograms={"similarity": _summed(judged)},
                         counts={"cut_to_max_tokens": cut} if cut else {})  # fmt: skip
 
     def _centres(self, flow: Flow, kind: str, names: list[str], many: int, limit: int) -> str:

@@ -47,7 +47,7 @@ class SimilarImages(GlobalStage):
         faces, parts = [r["faces"] for r in shown], parts_of(sum(r["rows"] for r in shown) * IMAGE_BYTES, memory_limit)
         named = [] if exact else self._near(flow, kind, faces, parts, distance, sum(r["rows"] for r in shown), memory_limit)
         judged = flow.all(f"{kind}-judge", keep.judge, tasks(flow, parts, faces, told=named))
-        return conclude(flow, found, self, number, kind, judged)
+        return conclude(flow, found, self, number, kind, judged, memory_limit)
 
     def _near(self, flow: Flow, kind: str, faces: list[str], parts: int, distance: int, images: int,
               memory_limit: int) -> list[str]:  # fmt: skip

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from heliostat.curation.engine import Curated
+from heliostat.curation import merging, pieces, spill
+from heliostat.curation.engine import RUN_SHARE, Curated, filled
 from heliostat.curation.flow import Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.work import key
@@ -51,12 +52,35 @@ class Trial(Making):
         made = Prediction(self.sample, self.stages, funnel, self.flow, self.counted, spread, most_trained=most,
                           shards_drop_duplicates=True)  # fmt: skip
         made.rate = self._rate(funnel[SHARD], made)
+        merges = self._merged(made)
         found = made.told(len(inputs))
+        found["notes"] += merges
         if made.rate.high > made.rate.low * 1.01:
             found["notes"].append(f"tokens: the sample's own tokenizer fits it better than that of the whole would: "
                                   f"{made.rate.low:.4f} tokens a byte here, {made.rate.high:.4f} of text that did not train one, "
                                   f"{made.rate.expected:.4f} expected of all")  # fmt: skip
         return found
+
+    def _merged(self, made: Prediction) -> list[str]:
+        """Adds what merging the whole's runs will take to the seconds of the sample's tasks, as that of some of the sample's runs
+        takes; returns what is to be said of it."""
+        runs, most = self._left.runs, self.memory_limit // RUN_SHARE
+        whole = self._left.bytes * self.sample.of_bytes * made.factors[0][""]
+        many = round(max(self.sample.input_bytes / pieces.size(self.sample.input_bytes), whole / most))
+        shards = max(1, round(whole / self.shard_bytes))
+        times = merging.passes(max(1, many), whole, shards, most)
+        if not times or "merge" in self.flow.seconds:
+            return []
+        some = next(filled(runs, lambda run: run.bytes, 2 * most))
+        told = {"runs": some, "low": 0, "high": spill.ALL, "run_bytes": most}
+        self.flow.all("merging", merging.merge, iter([Task(key("merging", [[run.name, run.decided] for run in some]), told)]))
+        more = times * self._left.bytes / max(1, sum(run.bytes for run in some))
+        for counts in (self.flow.seconds, self.flow.walls):
+            counts["merge"] = counts["merging"] * more
+        forget(self.flow, "merging")
+        how = "once" if times == 1 else f"{times} times"
+        return [f"shards: the whole has about {many:,} runs for {shards:,} shards, and merges its runs {how} first; "
+                f"the time for that is estimated from merging {len(some)} of the sample's"]  # fmt: skip
 
     def _rate(self, shard: dict[str, Any], made: Prediction) -> Rate:
         """Estimates the tokens a byte of the whole: those of the sample, if its tokenizer is the whole's."""
