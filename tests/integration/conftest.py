@@ -1,5 +1,6 @@
 """What the integration tests share: one Ray for the session, and an S3 server in this process."""
 
+import atexit
 import fcntl
 import json
 import os
@@ -27,7 +28,9 @@ os.environ["HELIOSTAT_CACHE"] = ""  # what earlier code counted is nothing to a 
 SESSION = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 if os.environ.get("HELIOSTAT_TEST_SESSION") != SESSION:  # Ray's workers import this module too
     os.environ["HELIOSTAT_TEST_SESSION"] = SESSION
-    os.environ["HELIOSTAT_TEST_POISON"] = f"{tempfile.mkdtemp(prefix='heliostat-poison-')}/samples.json"
+    _poison = tempfile.mkdtemp(prefix="heliostat-poison-")
+    atexit.register(shutil.rmtree, _poison, ignore_errors=True)
+    os.environ["HELIOSTAT_TEST_POISON"] = f"{_poison}/samples.json"
     Path(os.environ["HELIOSTAT_TEST_POISON"]).write_text("[]")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import reasons, segment
+from heliostat.curation import merging, reasons, segment
 from heliostat.curation.stage import Dropped
 from heliostat.data import documents, manifest
 from heliostat.errors import ConfigError
@@ -136,11 +136,15 @@ def test_a_dataset_is_bitwise_what_it_is_by_definition(tmp_path, duplicates, dis
     assert all((tmp_path / "out" / path).read_bytes() == data for path, data in shards.items())
 
 
-def test_the_dataset_is_the_same_however_the_work_is_cut(tmp_path):
+def test_the_dataset_is_the_same_however_the_work_is_cut(tmp_path, monkeypatch):
+    """And where what was dealt to the shards is merged first, as of very many runs it is."""
     make_input(tmp_path / "in")
-    made = [prepared(keys(tmp_path, f"out{i}", memory_limit=limit, stages=STAGES), seed=i)[0].digest
+    made = [prepared(keys(tmp_path, f"out{i}", memory_limit=limit, stages=STAGES), seed=i)
             for i, limit in enumerate((1 << 15, 1 << 18, 2 << 30))]  # fmt: skip
-    assert len(set(made)) == 1
+    monkeypatch.setattr(merging, "MANY", 2)
+    made.append(prepared(keys(tmp_path, "merged", memory_limit=1 << 18, stages=STAGES), seed=5))
+    assert len({dataset.digest for dataset, _ in made}) == 1
+    assert ["merge" in flow.done for _, flow in made] == [False, False, False, True]
 
 
 def test_new_input_is_only_its_own_work(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import flow, pieces
+from heliostat.curation import flow, merging, pieces
 from heliostat.curation.work import Work
 from heliostat.data import manifest, split
 from heliostat.errors import ConfigError
@@ -121,9 +121,14 @@ def test_the_same_pairs_from_any_cut_of_the_input_each_once(tmp_path, monkeypatc
         "Return the bytes of all files.": "code.py#5", "Read a whole file.": "code.py#17"}  # fmt: skip
     assert meta["dropped"] == {"no_pairs": 1, "no_query": 2, "same": 1, "short_query": 3, "short_text": 1, "unparsed": 1}
     monkeypatch.setattr(pieces, "size", lambda total: 3000)
-    again, told, _ = make(tmp_path, "again", seed=3)
     by = ("path", "row_group")
-    assert sorted(again, key=lambda c: [c[k] for k in by]) == sorted(chunks, key=lambda c: [c[k] for k in by]) and told == meta
+    for name, seed in (("again", 3), ("merged", 4)):
+        again, told, _ = make(tmp_path, name, seed=seed)
+        assert (
+            sorted(again, key=lambda c: [c[k] for k in by]) == sorted(chunks, key=lambda c: [c[k] for k in by]) and told == meta
+        )
+        assert (tmp_path / f"{name}.work" / "done" / "merge").exists() is (name == "merged")
+        monkeypatch.setattr(merging, "MANY", 2)
 
 
 def test_a_text_is_held_out_with_all_of_its_queries(tmp_path) -> None:

@@ -121,9 +121,11 @@ def merge(folder: Location, runs: list[Run], low: int, high: int, run_bytes: int
 
 
 def _written(folder: Location, held: list[pa.Table]) -> list[Any]:
-    """Spills tables as one run, with rows of its own, and empties the list."""
+    """Spills tables as one run, with rows of its own if they have any, and empties the list."""
     table = pa.concat_tables(held)
     held.clear()
-    rows = pa.array(np.arange(len(table)), table.schema.field("row").type)
-    table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
-    return [spill.write(folder, table, ("id",)), len(table), int(table["bytes"].to_numpy().sum())]
+    bytes = int(table["bytes"].to_numpy().sum()) if "bytes" in table.column_names else table.nbytes
+    if "row" in table.column_names:
+        rows = pa.array(np.arange(len(table)), table.schema.field("row").type)
+        table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
+    return [spill.write(folder, table, ("hash", "id")), len(table), bytes]

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from heliostat.curation import pieces, segment, tally
-from heliostat.curation.engine import Curated, Engine
+from heliostat.curation import merging, pieces, segment, tally
+from heliostat.curation.engine import RUN_SHARE, Curated, Engine
 from heliostat.curation.explaining import explain
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
@@ -178,16 +178,23 @@ class Making:
         dealing = (Task(key("deal", run.name, run.decided, shards, follows),
                         {"run": run, "shards": shards, "latents": latents}, bytes=run.bytes) for run in curated.runs)  # fmt: skip
         actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
-        names = [record["dealt"] for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
+        dealt = [Run(*record["dealt"]) for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
+        ranges = merging.merged(self.flow, dealt, total, lambda first, stop: (first, stop), self.memory_limit // RUN_SHARE)
         told = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
         stored = dict.fromkeys(name for stage in self.stages for name in stage.stored())
         told |= {"stored": tuple(stored)} if stored else {}
-        shared, base = {"names": self.flow.share(names)}, key("shards", names, told)
-        work = (Task(key(base, first + i), {"number": first + i, "prefix": tasks.folder_of(bucket, i, self.buckets), **told},
-                     shared, curated.bytes // total)
-                for bucket, (first, number) in shards.items() for i in range(number))  # fmt: skip
+        places = [(bucket, i) for bucket, (_, number) in shards.items() for i in range(number)]
+
+        def work() -> Iterator[Task]:
+            for part in ranges:
+                names = [run.name for run in part.runs]
+                shared, base = {"names": self.flow.share(names)}, key("shards", names, told)
+                for number in range(part.first, part.stop):
+                    prefix = tasks.folder_of(*places[number], self.buckets)
+                    yield Task(key(base, number), {"number": number, "prefix": prefix, **told}, shared, curated.bytes // total)
+
         there = dict(self.output.files())
-        yield from self.flow.all("shards", tasks.write_shard, work, valid=lambda r: there.get(r["path"], 0) == r["file_bytes"])
+        yield from self.flow.all("shards", tasks.write_shard, work(), valid=lambda r: there.get(r["path"], 0) == r["file_bytes"])
 
     def _tokenizer(self, runs: list[Run], vocab_size: int) -> dict[str, Any]:
         follows = [[run.name, run.decided] for run in runs]

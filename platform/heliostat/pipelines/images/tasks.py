@@ -115,7 +115,7 @@ def deal(folder: Location, run: Run, shards: Shards, latents: dict[str, Any] | N
     if latents is not None:
         table = _encoder(json.dumps(latents))(table)
     name = spill.write(folder, table, ("hash", "id"))
-    return {"dealt": name, "files": [name]}
+    return {"dealt": [name, len(table), table.nbytes], "files": [name]}
 
 
 def _dealt(table: pa.Table, shards: Shards) -> pa.Table:

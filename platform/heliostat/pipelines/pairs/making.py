@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from heliostat.curation import tally
-from heliostat.curation.engine import Curated, Engine
+from heliostat.curation import merging, tally
+from heliostat.curation.engine import RUN_SHARE, Curated, Engine
 from heliostat.curation.flow import Task
 from heliostat.curation.work import key
 from heliostat.data import versions
@@ -21,6 +21,7 @@ from heliostat.pipelines.pairs.shards import Sharding, write_shards
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import documents, sources, tokens
 from heliostat.pipelines.text.making import Reading
+from heliostat.pipelines.text.tasks import bounds
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +62,23 @@ class Making(Reading):
 
     def _shards(self, curated: Curated) -> Iterator[dict[str, Any]]:
         plan = Sharding(self.output.uri, max(1, round(curated.bytes / self.shard_bytes)), self.chunk_pairs)
-        follows = key("pairs", [[run.name, run.decided] for run in curated.runs], vars(plan))
-        shared = {"runs": self.flow.share(curated.runs), "plan": self.flow.share(plan)}
-        work = (Task(key(follows, n), {"first": n, "stop": n + 1}, shared, curated.bytes // plan.shards)
-                for n in range(plan.shards))  # fmt: skip
+        each, shared = curated.bytes // plan.shards, self.flow.share(plan)
+        ranges = merging.merged(self.flow, curated.runs, plan.shards,
+                                lambda first, stop: bounds(first, plan.shards, stop), self.memory_limit // RUN_SHARE)  # fmt: skip
+
+        def work() -> Iterator[Task]:
+            for part in ranges:
+                follows = key("pairs", [[run.name, run.decided] for run in part.runs], vars(plan))
+                given = {"runs": self.flow.share(part.runs), "plan": shared}
+                for n in range(part.first, part.stop):
+                    yield Task(key(follows, n), {"first": n, "stop": n + 1}, given, each)
+
         there = dict(self.output.join(SHARDS).files())
 
         def whole(record: dict[str, Any]) -> bool:
             return all(there.get(s["path"].removeprefix(f"{SHARDS}/")) == s["file_bytes"] for s in record["shards"])
 
-        yield from self.flow.all("shards", write_shards, work, valid=whole)
+        yield from self.flow.all("shards", write_shards, work(), valid=whole)
 
     def _log(self, curated: Curated) -> None:
         """Logs what was left out, by reason, with examples."""

@@ -9,7 +9,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -206,7 +205,9 @@ class Making(Reading):
         told = {name: value for name, value in vars(plan).items() if value is not None}
         each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))
         reads, shared = curated.bytes * each // shards, self.flow.share(plan)
-        ranges = merging.merged(self.flow, curated.runs, shards, partial(_keys, shards), self.memory_limit // RUN_SHARE)
+        ranges = merging.merged(
+            self.flow, curated.runs, shards, lambda first, stop: tasks.bounds(first, shards, stop), self.memory_limit // RUN_SHARE
+        )
 
         def work() -> Iterator[Task]:
             for part in ranges:
@@ -224,11 +225,6 @@ class Making(Reading):
 
         for _, record in self.flow.run("shards", tasks.write_shards, work(), cpus, whole):
             yield record
-
-
-def _keys(shards: int, first: int, stop: int) -> tuple[int, int]:
-    """Computes the range of keys of shards [first, stop)."""
-    return tasks.bounds(first, shards)[0], tasks.bounds(stop - 1, shards)[1]
 
 
 def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[Part]]:

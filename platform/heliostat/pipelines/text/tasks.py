@@ -189,9 +189,11 @@ class Sharding:
     together: bool | None = None  # whether the runs are those of documents that belong together
 
 
-def bounds(shard: int, shards: int) -> tuple[int, int]:
-    """Computes the range of keys of a shard: those of the hashes whose first 52 bits, as a fraction, fall into its part."""
-    return -(-(shard << 52) // shards) << 12, -(-((shard + 1) << 52) // shards) << 12
+def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
+    """Computes the range of keys of a shard, or of those up to `stop`: hashes whose first 52 bits, as a fraction, fall in their
+    parts."""
+    low, high = (-(-(shard << 52) // shards) << 12 for shard in (first, first + 1 if stop is None else stop))
+    return low, high
 
 
 def write_shards(folder: Location, first: int, stop: int, runs: list[Run], plan: Sharding) -> dict[str, Any]:
