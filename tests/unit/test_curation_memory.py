@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat.curation import flow, segment, spill, tally
+from heliostat.curation import comparing, flow, segment, spill, tally
+from heliostat.curation.minhash import signatures
 from heliostat.curation.stage import Document
 from heliostat.curation.work import Work
 from heliostat.pipelines.text import gathering, tasks, tokens
 from heliostat.storage import Location
+
+from tests.unit.build_curation import HereFlow
 
 MB = 1 << 20
 
@@ -170,3 +173,23 @@ def test_a_large_text_is_encoded_in_parts(text):
     tokens.encode(tokenizer, ["a"], 0)
     size = 4 * sum(len(one) for one in tokens.encode(tokenizer, [text], 0))
     assert python_peak(lambda: tokens.encode(tokenizer, [text], 0)) < 3 * size + 8 * MB
+
+
+def test_signatures_of_many_short_texts_are_made_some_at_a_time(tmp_path, monkeypatch):
+    """Each value is a Python integer for a moment: of 8,000 texts in one row group with 260 values each that would be 100 MB."""
+    monkeypatch.setattr(spill, "GROUP_BYTES", 64 * MB)
+    folder, table = Location(str(tmp_path)), rows(8000, 1, 0)
+    texts = pa.array([f"word{i} and some more words of a short text" for i in range(8000)], pa.large_string())
+    table = table.set_column(table.schema.get_field_index("text"), "text", texts)
+    run = segment.Run(spill.write(folder, table, ("row",)), 8000, 1)
+    assert python_peak(lambda: signatures.sign(folder, run, signatures.Parameters(20, 13, 5, 1))) < 40 * MB
+
+
+def test_a_task_reads_about_as_many_documents_as_it_may_hold(tmp_path):
+    """Of runs of many documents fewer, and of no run less; each run is in one task, in their order."""
+    here = HereFlow(Work(Location(str(tmp_path))))
+    runs = [segment.Run(str(i), count, 1) for i, count in enumerate([100] * 40 + [9000, 20_000, 5000, 3000, 1])]
+    found = [task.arguments for task in comparing.by_runs(here, runs, ["a"], 64 << 20)]
+    assert [run for one in found for run in one["runs"]] == runs
+    assert [one["first"] for one in found] == [0, 16, 32, 41, 42]
+    assert all(sum(r.rows for r in one["runs"]) * comparing.DOCUMENT_BYTES <= 64 << 20 for one in found if len(one["runs"]) > 1)

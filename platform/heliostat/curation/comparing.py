@@ -19,7 +19,8 @@ from heliostat.curation.work import key
 from heliostat.storage import Location
 
 LARGEST = 20  # clusters that are told
-DOCUMENT_BYTES = 1000  # of memory for what a task knows of a document: its id, who stays, its columns
+DOCUMENT_BYTES = 4000  # of memory for what a task knows of a document: its id, who stays, its columns, each some times
+RUNS = 16  # about which a task reads
 JUDGED = pa.schema([("key", pa.uint64()), ("reason", pa.string()), ("detail", pa.string()), ("measures", pa.string())])
 """Who goes: `key` is the document's place, as (number of its run) << 32 | row."""
 
@@ -30,9 +31,9 @@ def parts(bytes: int, memory_limit: int) -> int:
 
 
 def by_runs(flow: Flow, runs: list[Run], names: list[str], memory_limit: int, **more: Any) -> Iterator[Task]:
-    """Describes tasks that read what spills have about some runs: as many as a task may hold if that is about all documents."""
+    """Describes tasks that read what spills have about some runs: about as many documents as have room if it is about all."""
     shared, first, follows = {"names": flow.share(names)}, 0, key(names)
-    for group in filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES):
+    for group in filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES, RUNS):
         told = [[run.name, run.decided] for run in group]
         yield Task(key(follows, first, told, more), {"first": first, "runs": group, **more}, shared)
         first += len(group)

@@ -137,11 +137,11 @@ def groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def filled(items: Iterable[Item], size: Callable[[Item], int], room: int) -> Iterator[list[Item]]:
-    """Yields the items in groups whose sizes make `room` together at most, or that are a single item."""
+def filled(items: Iterable[Item], size: Callable[[Item], int], room: int, most: int = 1 << 60) -> Iterator[list[Item]]:
+    """Yields the items in groups of `most` at most, whose sizes make `room` together at most or that are a single item."""
     held, taken = list[Item](), 0
     for item in items:
-        if held and taken + size(item) > room:
+        if held and (taken + size(item) > room or len(held) == most):
             yield held
             held, taken = [], 0
         held.append(item)

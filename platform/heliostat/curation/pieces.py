@@ -46,6 +46,11 @@ def size(total: int) -> int:
     return min(MOST, max(LEAST, 1 << max(0, (total // 8).bit_length() - 1)))
 
 
+def number(bytes: int, files: int) -> int:
+    """Estimates into how many pieces so many bytes in so many files are cut."""
+    return max(1, -(-(bytes + files * FILE_BYTES) // size(bytes)), -(-files // MOST_FILES))
+
+
 def cut(files: Iterable[tuple[str, int, int]], target: int, ranged: Callable[[str], bool]) -> Iterator[list[Part]]:
     """Yields pieces of about `target` bytes of files (path, bytes, modified) in their order.
 

@@ -1,7 +1,7 @@
 """Finds the parts of documents that others have too, of any number of documents: signed, chosen by hash, and removed.
 
 Every part of a text is spilled under the hash of its content. A task holds the hashes of one part of all keys: it finds the first
-occurrence of each, then goes through the occurrences a run at a time and spills the others under the document that they are in.
+occurrence of each, then goes through the occurrences some at a time and spills the others under the document that they are in.
 So a line that is in every document takes no more memory than one that is in two. What is first follows from the documents' ids.
 """
 
@@ -88,13 +88,12 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
     low, high = spill.share(part, parts)
     keys, documents, places = _firsts(folder, names, low, high)
     held, size, files = list[pa.Table](), 0, list[str]()
-    for run, name in enumerate(names):
+    for name in names:
         for table in spill.read(folder, name, low, high):
             which = np.searchsorted(keys, table["key"].to_numpy())
             first = (documents[which] == table["document"].to_numpy()) & (places[which] == table["place"].to_numpy())
             lost = table.filter(pa.array(~first))
-            nodes = (np.uint64(run) << np.uint64(32)) | lost["row"].to_numpy().astype(np.uint64)
-            held.append(pa.table({"key": nodes, "place": lost["place"]}))
+            held.append(pa.table({"key": lost["node"], "place": lost["place"]}))
             size += len(lost)
             if size >= HELD:
                 files.append(spill.write(folder, pa.concat_tables(held), ("place",)))

@@ -92,6 +92,7 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
     held = [t for name in names for t in spill.read(folder, name, first << 32, (first + count) << 32)]
     if held:
         table = pa.concat_tables(held).sort_by("key")
+        held.clear()
         numbers, starts = np.unique(table["key"].to_numpy() >> np.uint64(32), return_index=True)
         for number, start, stop in zip(numbers.tolist(), starts.tolist(), [*starts[1:].tolist(), len(table)], strict=True):
             yield number, table.slice(start, stop - start)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from heliostat.storage import Location
 
 GROUP_BYTES = 512 << 10  # of a row group, before compression
-TOGETHER = 8  # row groups that are read at once, which a store is asked for at once
+TOGETHER = 4  # row groups that a store is asked for at once
 GROUPS = 64  # of a spill; a small one, of which later tasks read little each, has smaller groups, down to an eighth
 ALL = 1 << 64
 
@@ -54,13 +54,13 @@ def _encode(table: pa.Table, group_bytes: int) -> bytes:
 
 
 def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """Yields the rows with low <= key < high of a file, some row groups at a time; a request of a store each."""
+    """Yields the rows with low <= key < high of a file, a row group at a time, or some where each costs a store's answer."""
     place = folder.join(name)
     wanted = None if columns is None else list(dict.fromkeys(["key", *columns]))
     with place.open() as source:
         file = place.attempt(partial(pq.ParquetFile, source, pre_buffer=place.is_s3))
         groups = _overlapping(file.metadata, low, high)
-        while some := list(islice(groups, TOGETHER)):
+        while some := list(islice(groups, TOGETHER if place.is_s3 else 1)):
             table = place.attempt(partial(file.read_row_groups, some, columns=wanted, use_threads=False))
             keys = table["key"].to_numpy()
             start, stop = (int(np.searchsorted(keys, np.uint64(low))), len(keys) if high >= ALL else

@@ -24,25 +24,30 @@ ROUNDS = 100  # more than log^2 of the documents there are
 Edges = tuple[np.ndarray, np.ndarray]
 
 
-def gathered(flow: Flow, kind: str, signed: list[dict[str, Any]], parts: int) -> list[str]:
-    """Joins the keys of runs in about as many spills as there are `parts`, so that no part is read out of every run."""
-    share, work, first = -(-sum(r["rows"] for r in signed) // parts), list[Task](), 0
-    for group in filled(signed, lambda r: r["rows"], share):
-        names = [r["keys"] for r in group]
+def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -> list[str]:
+    """Joins spills of runs, each (name, rows), in about as many as there are `parts`, so that no part is read out of every run.
+
+    Their `row` becomes `node`, the place of the document.
+    """
+    share, work, first = -(-sum(rows for _, rows in signed) // parts), list[Task](), 0
+    for group in filled(signed, lambda one: one[1], share):
+        names = [name for name, _ in group]
         work.append(Task(key(first, names), {"first": first, "names": names}))
         first += len(group)
-    return [r["keys"] for r in flow.all(f"{kind}-gather", gather, iter(work))]
+    return [r["gathered"] for r in flow.all(f"{kind}-gather", gather, iter(work)) if r["gathered"]]
 
 
 def gather(folder: Location, first: int, names: list[str]) -> dict[str, Any]:
-    """Spills the keys of some runs, of which the first has the number `first`, with the nodes that have them."""
-    found = [pa.table({"key": np.zeros(0, np.uint64), "node": np.zeros(0, np.uint64)})]
+    """Spills what some runs, of which the first has the number `first`, have spilled, with the places of their rows."""
+    found = list[pa.Table]()
     for run, name in enumerate(names, first):
         for table in spill.read(folder, name):
             node = (np.uint64(run) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)
-            found.append(pa.table({"key": table["key"].to_numpy(), "node": node}))
+            found.append(table.set_column(table.schema.get_field_index("row"), "node", pa.array(node)))
+    if not found:  # no run has any
+        return {"gathered": None, "files": []}
     name = spill.write(folder, pa.concat_tables(found), ("node",))
-    return {"keys": name, "files": [name]}
+    return {"gathered": name, "files": [name]}
 
 
 def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:

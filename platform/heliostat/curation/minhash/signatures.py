@@ -22,6 +22,7 @@ IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f"  # of langua
 WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\W{IDEOGRAPHS}]+")
 IN_WORD = np.array([chr(b).isalnum() or b == ord("_") or b > 127 for b in range(256)])  # bytes of UTF-8
 BLOCK = 1 << 20  # bytes whose words are hashed together
+VALUES = 1 << 18  # of signatures that are made together, each a Python integer for a moment
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
 
@@ -117,11 +118,12 @@ def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
 
 def sign(folder: Location, run: Run, parameters: Parameters) -> dict[str, Any]:
     """Spills the keys of a run's documents: (key, row)."""
-    found, rows = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint32)]
-    for table in survivors(folder, run, columns=["text"]):
-        made, which = keys(table["text"].to_pylist(), parameters)
-        found.append(made.ravel())
-        rows.append(np.repeat(table["row"].to_numpy()[which], parameters.bands))
+    found, rows, each = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint32)], max(1, VALUES // (parameters.bands * parameters.rows))
+    for whole in survivors(folder, run, columns=["text"]):
+        for table in (whole.slice(first, each) for first in range(0, len(whole), each)):
+            made, which = keys(table["text"].to_pylist(), parameters)
+            found.append(made.ravel())
+            rows.append(np.repeat(table["row"].to_numpy()[which], parameters.bands))
     table = pa.table({"key": np.concatenate(found), "row": np.concatenate(rows)})
     name = spill.write(folder, table, ("row",))
     return {"keys": name, "rows": len(table), "files": [name]}

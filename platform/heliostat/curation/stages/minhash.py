@@ -65,7 +65,7 @@ class MinHash(GlobalStage):
                    for run in runs)  # fmt: skip
         signed = flow.all(f"{kind}-sign", sign, signing)
         parts = parts_of(sum(r["rows"] for r in signed) * ROW_BYTES, memory_limit)
-        keys = components.gathered(flow, kind, signed, parts)
+        keys = components.gathered(flow, kind, [(r["keys"], r["rows"]) for r in signed], parts)
         paired = flow.all(f"{kind}-pairs", components.pairs, components.tasks(flow, parts, keys))
         edges, _ = components.stars(flow, kind, [r["edges_file"] for r in paired], parts)
         belonging = flow.all(f"{kind}-members", members, components.tasks(flow, parts, edges))

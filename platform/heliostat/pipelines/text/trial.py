@@ -64,23 +64,28 @@ class Trial(Making):
     def _merged(self, made: Prediction) -> list[str]:
         """Adds what merging the whole's runs will take to the seconds of the sample's tasks, as that of some of the sample's runs
         takes; returns what is to be said of it."""
-        runs, most = self._left.runs, self.memory_limit // RUN_SHARE
-        whole = self._left.bytes * self.sample.of_bytes * made.factors[0][""]
-        many = round(max(self.sample.input_bytes / pieces.size(self.sample.input_bytes), whole / most))
-        shards = max(1, round(whole / self.shard_bytes))
-        times = merging.passes(max(1, many), whole, shards, most)
-        if not times or "merge" in self.flow.seconds:
+        runs, most, left = self._left.runs, self.memory_limit // RUN_SHARE, sum(run.bytes for run in self._left.runs)
+        factor = made.factors[0]["" if self.together else SHARD]  # exact duplicates are left out with the shards, or regrouping
+        whole = left * self.sample.of_bytes * factor
+        least = 1 if self.together else pieces.number(self.sample.input_bytes, self.sample.files)
+        many, shards = max(least, round(whole / most)), max(1, round(whole / self.shard_bytes))
+        times = merging.passes(many, whole, shards, most)
+        if not times:
             return []
-        some = next(filled(runs, lambda run: run.bytes, 2 * most))
-        told = {"runs": some, "low": 0, "high": spill.ALL, "run_bytes": most}
-        self.flow.all("merging", merging.merge, iter([Task(key("merging", [[run.name, run.decided] for run in some]), told)]))
-        more = times * self._left.bytes / max(1, sum(run.bytes for run in some))
+        if "merge" in self.flow.seconds:
+            own = merging.passes(len(runs), left, max(1, round(left / self.shard_bytes)), most)
+            more, what = times / max(1, own), "merge"
+        else:
+            some, what = next(filled(runs, lambda run: run.bytes, 2 * most)), "merging"
+            told = {"runs": some, "low": 0, "high": spill.ALL, "run_bytes": most}
+            self.flow.all(what, merging.merge, iter([Task(key(what, [[run.name, run.decided] for run in some]), told)]))
+            more = times * left / max(1, sum(run.bytes for run in some))
         for counts in (self.flow.seconds, self.flow.walls):
-            counts["merge"] = counts["merging"] * more
+            counts["merge"] = counts[what] * more * factor / made.factors[0][""]
         forget(self.flow, "merging")
         how = "once" if times == 1 else f"{times} times"
         return [f"shards: the whole has about {many:,} runs for {shards:,} shards, and merges its runs {how} first; "
-                f"the time for that is estimated from merging {len(some)} of the sample's"]  # fmt: skip
+                "the time for that is estimated from merging some of the sample's"]  # fmt: skip
 
     def _rate(self, shard: dict[str, Any], made: Prediction) -> Rate:
         """Estimates the tokens a byte of the whole: those of the sample, if its tokenizer is the whole's."""
