@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from heliostat.curation import repeated, segment
+from heliostat.curation import repeated, segment, spill
 from heliostat.curation.registry import parse
 from heliostat.curation.repeated import Parts
 
@@ -125,6 +125,7 @@ def test_a_line_in_every_document_takes_no_more_memory(tmp_path, monkeypatch):
     largest = []
     first = repeated._first
     monkeypatch.setattr(repeated, "HELD", 100)
+    monkeypatch.setattr(spill, "GROUP_BYTES", 100 * 28)  # which come at once
     monkeypatch.setattr(repeated, "_first", lambda held: largest.append(sum(len(k) for k, _, _ in held)) or first(held))
     texts = {f"d{i}": "the line that they all have\n" * 3 + "and one of its own" for i in range(2000)}
     found, here = curate(tmp_path / "work", texts, [STAGE], 40)

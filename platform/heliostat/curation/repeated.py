@@ -111,8 +111,8 @@ def _firsts(folder: Location, names: list[str], low: int, high: int) -> Rows:
         for table in spill.read(folder, name, low, high):
             held.append((table["key"].to_numpy(), table["document"].to_numpy(), table["place"].to_numpy()))
             new += len(table)
-        if new >= max(HELD, len(held[0][0])):
-            held, new = [_first(held)], 0
+            if new >= max(HELD, len(held[0][0])):
+                held, new = [_first(held)], 0
     return _first(held)
 
 
