@@ -1,0 +1,141 @@
+"""Images of a list of URLs, fetched over TLS by a Ray cluster of two nodes whose driver is killed on the way."""
+
+import datetime
+import ipaddress
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from heliostat.chaos.nodes import LocalNodes
+from heliostat.curation import reasons
+from heliostat.data import manifest
+from heliostat.storage import Location
+
+from tests.unit.build_images import image
+from tests.unit.test_fetching import Handler, Server
+
+pytestmark = pytest.mark.ci
+
+NAMED, UNNAMED = ["localhost", "127.0.0.1", "127.0.0.5", "127.0.0.6"], "127.0.0.7"  # in the server's certificate, and not
+EACH, A_TASK, LIMIT_S = 60, 20, 240
+COMMAND = (f"from heliostat.pipelines.web import lists; lists.URLS = {A_TASK}; "
+           "from heliostat.cli.main import main; main()")  # fmt: skip
+
+
+def signed(folder: Path) -> ssl.SSLContext:
+    """Makes an authority (`ca.pem`), and the context of a server whose certificate it has signed for the hosts that are NAMED."""
+
+    def name(value: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, value)])
+
+    def certificate(subject: str, key: ec.EllipticCurvePublicKey, extension: x509.ExtensionType) -> x509.Certificate:
+        now = datetime.datetime.now(datetime.UTC)
+        made = x509.CertificateBuilder(name("authority"), name(subject), key, x509.random_serial_number(),
+                                       now - datetime.timedelta(1), now + datetime.timedelta(1))  # fmt: skip
+        return made.add_extension(extension, critical=True).sign(authority, hashes.SHA256())
+
+    authority, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    hosts = [x509.DNSName(h) if h == "localhost" else x509.IPAddress(ipaddress.ip_address(h)) for h in NAMED]
+    ca = certificate("authority", authority.public_key(), x509.BasicConstraints(ca=True, path_length=0))
+    server = certificate("server", own.public_key(), x509.SubjectAlternativeName(hosts))
+    pem = serialization.Encoding.PEM
+    (folder / "ca.pem").write_bytes(ca.public_bytes(pem))
+    plain = own.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "server.pem").write_bytes(server.public_bytes(pem) + plain)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+    return context
+
+
+class Secure(Server):
+    """Speaks TLS, at all addresses of loopback; shakes hands in the thread of each request."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        super().__init__()
+        self.socket.close()
+        self.socket = socket.create_server(("", 0), backlog=64)
+        self.server_address, self.context = self.socket.getsockname(), context
+
+    def finish_request(self, request, client_address) -> None:
+        with self.context.wrap_socket(request, server_side=True) as secured:
+            Handler(secured, client_address, self)
+
+    def url(self, path: str, host: str = "localhost") -> str:
+        return f"https://{host}:{self.server_address[1]}{path}"
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    made = Secure(signed(tmp_path))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))  # of the nodes, which start later
+    thread = threading.Thread(target=made.serve_forever, args=(0.05,))
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def prepared(folder: Path, server: Secure, nodes: LocalNodes, killed_after: int = 1 << 30) -> dict:
+    """Prepares; kills the command once the server was asked so often, and returns nothing then."""
+    said, log = folder / "said", folder / "log"
+    command = [sys.executable, "-c", COMMAND, "prepare", str(folder / "pipeline.yaml"), "--json"]
+    end = time.monotonic() + LIMIT_S
+    with said.open("w") as out, log.open("w") as errors:
+        run = subprocess.Popen(command, stdout=out, stderr=errors, env=os.environ | nodes.environment)
+        try:
+            while run.poll() is None and time.monotonic() < end and len(server.asked) < killed_after:
+                time.sleep(0.02)
+        finally:
+            run.kill()
+            run.wait()
+    if len(server.asked) >= killed_after:
+        return {}
+    assert said.read_text(), log.read_text()[-3000:]
+    return json.loads(said.read_text().splitlines()[-1])
+
+
+def test_a_list_is_fetched_over_tls_on_two_nodes_and_goes_on_where_its_driver_was_killed(tmp_path, server):
+    """What a finished task has is not asked for again; robots.txt is followed; a certificate for other hosts is no answer."""
+    rows = []
+    for host in NAMED:
+        for i in range(EACH):
+            path = f"/{host}/{i}.png"
+            server.pages[path] = image(20, 20, seed=len(rows))
+            rows.append({"url": server.url(path, host), "caption": f"image number {i} of {host}"})
+    server.pages["/robots.txt"] = b"User-agent: *\nDisallow: /closed/\n"
+    rows += [{"url": server.url("/closed/1.png"), "caption": "not for programs"},
+             {"url": server.url("/1.png", UNNAMED), "caption": "of a host that the certificate does not name"}]  # fmt: skip
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pipeline = {"name": "x", "pipeline": "heliostat.pipelines:ImagePipeline", "input": str(tmp_path / "in"),
+                "output": str(tmp_path / "out"), "resolution": 16, "stages": [{"stage": "length", "min_chars": 1}],
+                "columns": {"others": ["url"]}, "fetch": {"per_second": 15, "private": True, "retries": 0}}  # fmt: skip
+    (tmp_path / "pipeline.yaml").write_text(json.dumps(pipeline))
+    (tmp_path / "cluster").mkdir()
+    with LocalNodes(tmp_path / "cluster", 2, 1) as nodes:
+        assert prepared(tmp_path, server, nodes, killed_after=150) == {}
+        time.sleep(2)  # tasks of the driver that was killed end with it
+        before = len(server.asked)
+        assert prepared(tmp_path, server, nodes)["documents"] == len(rows) - 2
+    made = manifest.read(Location(str(tmp_path / "out")))
+    asked = Counter(path for path, _ in server.asked if path.endswith(".png"))
+    assert len(asked) == len(rows) - 2 and "/closed/1.png" not in asked
+    twice = sum(asked.values()) - len(asked)
+    assert twice <= 2 * A_TASK * 1.5 < before, "no more than the tasks that were at work"
+    assert made.meta["dropped"] == {"robots": 2}
+    told = {row["detail"] for table in reasons.ends(made) for row in table.to_pylist() if row["reason"] == "robots"}
+    assert any("/closed/1.png" in detail for detail in told)
+    assert any(UNNAMED in detail and "CERTIFICATE_VERIFY_FAILED" in detail for detail in told), told
