@@ -1,6 +1,6 @@
 """Held-out middles: a model trained to fill in the middle against one trained left to right, at equal tokens of the same files.
 
-    python tests/benchmarks/fim.py --models FOLDER [--steps 1200] [--seeds 1] [--train fim|plain] [--middles 250]
+    python tests/benchmarks/fim.py --models FOLDER [--steps 2000] [--seeds 1] [--train fim|plain] [--middles 250]
 
 Each model is trained once and kept in FOLDER, so judging again trains nothing; `--train` trains the models of one way and judges
 nothing. What follows was decided before any result was looked at.
@@ -14,7 +14,8 @@ a span's beginning, so that a window holds a whole span. `plain`: files as they 
 "rest of a line" (from within a line to its end), "words" (1 to 4 within a line, of which something remains behind them),
 "line" (a whole one), "anywhere" (the pipeline's own random cut). The first three lie at bounds of the tokens of the uncut span,
 so no model reads tokens that it would not see in plain text; "anywhere" does not, which is against left to right. As many of
-each; then by how many tokens the middle has.
+each; then by how many tokens the middle has. Added when the first results had been seen: middles of "anywhere" without their
+first two tokens and their last one, in which such cuts are felt.
 
 **Given**: `fim` the prefix and the suffix, in both orders. `plain` the prefix alone, and the suffix before the prefix (a line
 break between them). The token that ends documents stands first where the training rows have it: before a file's beginning for
@@ -60,6 +61,7 @@ MODEL = {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5, "
          "intermediate_size": 432, "max_position_embeddings": 4 * LENGTH, "tie_word_embeddings": True}  # fmt: skip
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "encodings"}
 CLASSES = ((1, 4), (5, 8), (9, 16), (17, 32), (33, 1000))
+FELT = (2, 1)  # tokens at a middle's beginning and end in which a cut within a token is felt
 CUTS = ("rest of a line", "words", "line", "anywhere")
 WAYS = {
     "plain": ("left to right, the prefix", "left to right, suffix, prefix"),
@@ -182,12 +184,12 @@ def prompts(all_: list[Middle], markers: Markers, end: int, tokenizer: Tokenizer
 
 
 @torch.no_grad()
-def nats(model: LlamaForCausalLM, prompt: list[int], middle: list[int], last: int) -> tuple[float, float]:
-    """Computes the nats of a middle, and of the token behind it."""
+def nats(model: LlamaForCausalLM, prompt: list[int], middle: list[int], last: int) -> tuple[float, float, float]:
+    """Computes the nats of a middle, of the token behind it, and of the middle within its cuts."""
     ids = torch.tensor([[*prompt, *middle, last]])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
     lost = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="none")
-    return lost[:-1].sum().item(), lost[-1].item()
+    return lost[:-1].sum().item(), lost[-1].item(), lost[FELT[0] : -1 - FELT[1]].sum().item()
 
 
 @torch.no_grad()
@@ -218,7 +220,7 @@ def judge(model: LlamaForCausalLM, way: str, all_: list[Middle], before: list[li
     """Measures each middle; what is greedy is NaN for those that are longer than MOST tokens."""
     told = [nats(model, p, one.ids[1], end if way == "fim" or not one.ids[2] else one.ids[2][0])
             for p, one in zip(before, all_, strict=True)]  # fmt: skip
-    out = {"nats": np.array([n for n, _ in told]), "end": np.array([n for _, n in told])}
+    out = dict(zip(("nats", "end", "inner"), np.array(told).T, strict=True))
     short = [i for i, one in enumerate(all_) if len(one.ids[1]) <= MOST]
     special = {end, markers.prefix, markers.suffix, markers.middle}
     written = greedy(model, [before[i] for i in short], MOST + 8, end)
@@ -266,6 +268,19 @@ def paired(groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]
             print(f"| {group} | {name} | {' | '.join(said)} |")
 
 
+def within(chosen: np.ndarray, found: dict[str, dict[str, np.ndarray]], sizes: np.ndarray) -> None:
+    """Prints nats within the cuts of middles, and how many fewer they are than those of each way of left to right."""
+    chosen, taken = chosen & (sizes > sum(FELT)), sizes - sum(FELT)
+    print(f"\n| given | nats a token, {chosen.sum()} middles | " + " | ".join(f"fewer than {n}" for n in WAYS["plain"]) + " |")
+    print("|---|---:|---:|---:|")
+    for name, value in found.items():
+        rate, gains = value["inner"][chosen].sum() / taken[chosen].sum(), []
+        for other in WAYS["plain"]:
+            gain = found[other]["inner"][chosen] - value["inner"][chosen]
+            gains.append("" if name in WAYS["plain"] else f"{gain.mean():+.2f} ± {gain.std() / np.sqrt(len(gain)):.2f} a middle")
+        print(f"| {name} | {rate:.3f} | {' | '.join(gains)} |")
+
+
 def trained(way: str, seed: int, folder: Path, steps: int, data: Callable[[], tuple[np.ndarray, np.ndarray]]) -> LlamaForCausalLM:
     """Returns the model of a way and a seed, which is trained if the folder does not have it."""
     place = folder / f"{way}-{seed}-{steps}"
@@ -279,7 +294,7 @@ def trained(way: str, seed: int, folder: Path, steps: int, data: Callable[[], tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--train", choices=list(WAYS))
     parser.add_argument("--middles", type=int, default=250)
@@ -327,6 +342,7 @@ def main() -> None:
     table("cut", by_cut, mean, sizes)
     table("tokens of the middle, editors' cuts", by_length, mean, sizes)
     table("all", {"editors' cuts": editors, "all": editors | ~editors}, mean, sizes)
+    within(by_cut["anywhere"], mean, sizes)
     paired({"editors' cuts": editors, **by_cut, **by_length}, mean)
 
 
