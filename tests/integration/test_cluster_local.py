@@ -2,9 +2,13 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +19,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+import requests
 import yaml
 from heliostat.chaos.servers import s3_server
 from heliostat.cli.main import app
@@ -29,10 +34,13 @@ from typer.testing import CliRunner
 
 from tests.integration import paced
 from tests.integration.conftest import curve, tiny_job
+from tests.unit.build_job import BASE
+from tests.unit.test_batch_inference import write_model
 
 pytestmark = pytest.mark.ci
 ROOT = Path(__file__).parents[2]
 STEPS = 40
+HELIOSTAT = [sys.executable, "-m", "heliostat"]
 
 
 @dataclass
@@ -276,6 +284,42 @@ def _call(host: str, port: int, method: str, token: str | None) -> str:
         except grpc.RpcError as e:
             return e.code().name
     return "OK"
+
+
+def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
+    """By its file and by its name; both are drivers of that Ray, and leave it as it was."""
+    model, answers, port = write_model(tmp_path, BASE["model"], 64), tmp_path / "out", _free_port()
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": f"word {i}"}) for i in range(8)))
+    common = {"cwd": work.folder, "stderr": subprocess.STDOUT, "env": {**os.environ, "RAY_ADDRESS": ""}}
+
+    def drivers() -> int:
+        status, jobs = dashboard.get(f"{work.state.url}/api/jobs/", work.state.token)
+        assert status == 200
+        return sum(job["type"] == "DRIVER" for job in jobs)
+
+    before = drivers()
+    words = ["--input", str(tmp_path / "in.jsonl"), "--out", str(answers), "--max-tokens", "2", "--cluster", "cluster.yaml"]
+    with (tmp_path / "infer.log").open("w") as log:
+        done = subprocess.run([*HELIOSTAT, "infer", str(model), *words], stdout=log, timeout=240, **common)
+    assert done.returncode == 0, (tmp_path / "infer.log").read_text()
+    assert json.loads((answers / "inference.json").read_text())["answers"] == 8 and drivers() == before + 1
+    log = tmp_path / "serve.log"
+    words = ["--cluster", "test", "--port", str(port), "--no-keys", "--name", "tiny"]
+    with log.open("w") as out:
+        served = subprocess.Popen([*HELIOSTAT, "serve", str(model), *words], stdout=out, **common)
+    try:
+        end = time.monotonic() + 240
+        while "tiny is served at" not in log.read_text():
+            assert served.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        asked = {"model": "tiny", "prompt": "word", "max_tokens": 3}
+        got = requests.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60)
+        assert got.status_code == 200 and got.json()["usage"]["completion_tokens"] <= 3
+        assert drivers() > before + 1
+    finally:
+        served.send_signal(signal.SIGTERM)
+        assert served.wait(60) == 130, log.read_text()
+    assert len(work.json("cluster", "status", "cluster.yaml")["nodes"]) == 3
 
 
 def test_without_the_token_every_port_of_the_cluster_refuses(work) -> None:

@@ -66,6 +66,12 @@ Settings = Annotated[
 ]
 Json = Annotated[bool, flag("--json", help="Print one JSON object, on errors too (docs/cli.md)")]
 Verbose = Annotated[bool, flag("--verbose", "-v", help="Show the logs of Ray and of the workers, and tracebacks")]
+OnCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster", "-c", help="A cluster that runs on this machine: its file or name; the default is RAY_ADDRESS, or none"
+    ),
+]
 TrackingUri = Annotated[
     str | None,
     typer.Option("--mlflow", metavar="URI", help="MLflow's store; the default is MLFLOW_TRACKING_URI, then the quickstart's"),

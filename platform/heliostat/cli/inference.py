@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from heliostat.cli.common import MODELS, Json, Model, Run, TrackingUri, app, finish, out, store_uri
+from heliostat.cli.common import MODELS, Json, Model, OnCluster, Run, TrackingUri, app, finish, out, store_uri
 from heliostat.errors import ConfigError
 
 
@@ -88,10 +88,14 @@ def infer(
     batch: Annotated[int, typer.Option(help="Inputs that the model takes together")] = 16,
     engine: Annotated[str, typer.Option(help="auto, transformers or vllm; auto is vllm where it can be")] = "auto",
     workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: as many models side by side")] = 2,
+    cluster: OnCluster = None,
     mlflow: TrackingUri = None,
     json_: Json = False,
 ) -> None:
     """Run a model over all documents of an input: each is answered once, and a run that was killed goes on."""
+    from heliostat.cluster.joining import join
+
+    join(cluster)
     from heliostat.config.schema import validate
     from heliostat.inference.batch.run import infer as run
     from heliostat.inference.batch.settings import WRITES, Settings

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import MODELS, TrackingUri, app, flag, out, store_uri
+from heliostat.cli.common import MODELS, OnCluster, TrackingUri, app, flag, out, store_uri
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,9 +53,13 @@ def serve(
     per_minute: Annotated[int, typer.Option(help="Requests of a key in a minute; 0 is no limit")] = 0,
     deadline: Annotated[float, typer.Option(help="Seconds for an answer as a whole")] = 300.0,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the alias")] = 2.0,
+    cluster: OnCluster = None,
     mlflow: TrackingUri = None,
 ) -> None:
     """Serve a model, an index, or both over HTTP, as OpenAI's API: an alias of the registry is followed."""
+    from heliostat.cluster.joining import join
+
+    join(cluster)
     from heliostat import extras
     from heliostat.config.schema import validate
     from heliostat.serving import options, run
