@@ -292,8 +292,10 @@ def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": f"word {i}"}) for i in range(8)))
     common = {"cwd": work.folder, "stderr": subprocess.STDOUT, "env": {**os.environ, "RAY_ADDRESS": ""}}
 
+    token = (work.folder / ".heliostat" / "clusters" / "test" / "token").read_text()
+
     def drivers() -> int:
-        status, jobs = dashboard.get(f"{work.state.url}/api/jobs/", work.state.token)
+        status, jobs = dashboard.get(f"{work.state.url}/api/jobs/", token)
         assert status == 200
         return sum(job["type"] == "DRIVER" for job in jobs)
 
@@ -318,7 +320,7 @@ def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
         assert drivers() > before + 1
     finally:
         served.send_signal(signal.SIGTERM)
-        assert served.wait(60) == 130, log.read_text()
+        assert served.wait(180) == 130, log.read_text()
     assert len(work.json("cluster", "status", "cluster.yaml")["nodes"]) == 3
 
 

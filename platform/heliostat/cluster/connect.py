@@ -103,10 +103,13 @@ def _forking(launcher: Path) -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Ends a private Ray and kills what remains of it: an actor's process sometimes hangs in its own exit."""
+    """Leaves a cluster, or ends a private Ray and kills what remains of it: an actor's process sometimes hangs in its own exit."""
     if not ray.is_initialized():
         return
     node: Any = ray._private.worker._global_node
+    if "raylet" not in node.all_processes:  # a cluster's, which runs on
+        ray.shutdown()
+        return
     parents = [node.all_processes["raylet"][0].process.pid, *private_ray.zygotes()]
     workers: list[psutil.Process] = []
     for parent in parents:
