@@ -183,6 +183,18 @@ def test_a_new_version_of_the_dataset_is_only_its_own_work(corpus, made, embedde
     assert found == Index(Location(str(tmp_path / "fresh"))).search([TEXTS[3]], "bm25", 50)[0]
 
 
+def test_passages_that_are_cut_are_counted_also_where_their_embeddings_are_known(embedder, tmp_path):
+    """Each passage, as the command says, though texts that are the same are embedded once."""
+    long = "x(0) " * 90
+    texts = named([long, "def f(): pass", long, "def g(): pass"])
+    whole = Settings(chunk_tokens=512, overlap=4)
+    first = index(write_dataset(tmp_path / "data", texts, 1), tmp_path / "index", embedder, whole)
+    later = write_dataset(tmp_path / "later", {**texts, "code.jsonl#4": "def h(): pass"}, 1)
+    second = index(later, tmp_path / "index", embedder, whole)
+    assert (first["truncated"], first["embedded"]) == (2, 3)
+    assert (second["truncated"], second["embedded"]) == (2, 1)
+
+
 def test_versions_that_were_replaced_long_ago_go_and_nothing_that_is_needed(corpus, tmp_path, monkeypatch):
     """The newest version shares fragments with the one before: without a document it is whole, and so is a later one."""
     monkeypatch.setattr(build, "LEAST", 200)
@@ -269,6 +281,15 @@ def test_questions_that_come_together_are_embedded_one_after_another(made, monke
     assert max(most) == 1 and len(most) == 12 and found[:4] == found[4:8] == found[8:]
 
 
+@pytest.mark.parametrize("mode", ["dense", "hybrid"])
+def test_a_question_that_is_longer_than_the_embedder_takes_is_refused(made, mode):
+    """And not answered by its beginning; words alone find by all of it."""
+    question = "line " * 100
+    with pytest.raises(ConfigError, match=r"question: 'line line .* more tokens than the 64 that the embedder takes"):
+        made.search(["f1", question], mode, 3)
+    assert made.search([question], "bm25", 3)[0]
+
+
 def test_fusion_adds_reciprocal_ranks():
     """First in both lists beats first in one; what one list has alone comes behind what both have."""
     a, b, c, d = ({"shard": "s", "document": name, "number": 0, "score": 9} for name in "abcd")
@@ -321,11 +342,16 @@ def test_measures_are_those_of_their_definitions():
 
 
 def test_an_index_is_judged_by_questions_of_known_documents(made):
-    asked = [(text, {id}) for id, text in list(CORPUS.items())[:12]] + [("nothing", {"none#1"})]
+    asked = [(text, {id}) for id, text in list(CORPUS.items())[:12]] + [
+        ("line " * 100, {"code.jsonl#30"}),
+        ("nothing", {"none#1"}),
+    ]
     told = judging.judge(made, asked)
-    assert (told["questions"], told["unknown"]) == (12, 1)
+    assert (told["questions"], told["unknown"], told["too_long"]) == (12, 1, 1)
     with pytest.raises(ConfigError, match="holds no document that a question names"):
         judging.judge(made, asked[-1:])
+    with pytest.raises(ConfigError, match="each is longer than the embedder"):
+        judging.judge(made, asked[-2:])
     assert told["modes"]["bm25"]["recall@10"] == 1 and told["modes"].keys() == {"bm25", "dense", "hybrid"}
     for mode, over in told["over_bm25"].items():
         assert over["mrr"][0] == pytest.approx(told["modes"][mode]["mrr"] - told["modes"]["bm25"]["mrr"])

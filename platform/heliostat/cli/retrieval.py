@@ -175,6 +175,7 @@ def _judge(index: Index, file: Path, reranker: Path | None, json_: bool) -> None
                     [f"{mode}+reranker over {mode}", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)]
                 )
         print_table(rows)
-        unknown = f"; {told['unknown']:,} more name documents that the index does not hold" if told["unknown"] else ""
-        out.print(f"{told['questions']:,} questions{unknown}; ± is half of a 95 % interval of the difference")
+        left = f"; {told['unknown']:,} more name documents that the index does not hold" if told["unknown"] else ""
+        left += f"; {told['too_long']:,} more are longer than the embedder takes" if told["too_long"] else ""
+        out.print(f"{told['questions']:,} questions{left}; ± is half of a 95 % interval of the difference")
     finish(told, json_)

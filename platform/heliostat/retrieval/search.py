@@ -24,6 +24,7 @@ from heliostat.storage import Location
 MODES = ("bm25", "dense", "hybrid")
 DEPTH = 100  # passages of each list that are fused
 RANK_CONSTANT = 60
+BATCH = 16  # questions that are embedded together
 Passage = dict[str, Any]  # of `table.PLACE`, with `score`
 
 
@@ -65,6 +66,13 @@ class Index:
             return words or near
         return [fuse(both)[:top] for both in zip(words, near, strict=True)]
 
+    def too_long(self, questions: Sequence[str]) -> set[str]:
+        """Returns the questions that have more tokens than the embedder takes; none if the index has no embeddings."""
+        if not self.record["embedder"]:
+            return set()
+        with self._embedding:
+            return tasks.longer(str(self.embedder), {question: question for question in questions}, BATCH)
+
     def columns(self, document: str) -> dict[str, Any]:
         """Returns the columns of a document, such as its url, that the dataset keeps."""
         if not self.record["ends"]:
@@ -99,11 +107,14 @@ class Index:
 
     def _vectors(self, questions: Sequence[str]) -> list[np.ndarray]:
         with self._embedding:  # of requests that come together: a tokenizer's truncation is a state of it
-            vectors, _ = tasks.embed(str(self.embedder), questions, 16)
-        for question, vector in zip(questions, vectors, strict=True):
-            if vector is None:
+            made = tasks.embed(str(self.embedder), questions, BATCH)
+        for question, one in zip(questions, made, strict=True):
+            if not one:
                 raise ConfigError(f"question: {question[:80]!r} has no token that the embedder knows; ask with --mode bm25")
-        return [vector for vector in vectors if vector is not None]
+            if one["truncated"]:
+                told = f"has more tokens than the {one['tokens']:,} that the embedder takes"
+                raise ConfigError(f"question: {question[:80]!r} {told}; ask a shorter one, or with --mode bm25")
+        return [one["embedding"] for one in made]
 
     @cached_property
     def embedder(self) -> Path:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -18,6 +17,9 @@ from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.settings import Settings
 from heliostat.retrieval.units import Found, Unit, documents
 from heliostat.storage import Location
+
+if TYPE_CHECKING:
+    from heliostat.inference.batch.engines import Embed
 
 
 @dataclass(frozen=True)
@@ -67,24 +69,35 @@ def digest(text: str) -> str:
 
 
 def _embed(rows: list[dict[str, Any]], index: Location, plan: Plan) -> dict[str, int]:
-    """Adds the embeddings of the rows' texts, each text's computed once and none that is known; returns what was done."""
+    """Adds the embeddings of the rows' texts, each text's computed once and none that is known; returns what was done, and how
+    many of the passages are longer than the embedder takes, or have no embedding."""
     texts = {row["digest"]: row["text"] for row in rows}
     known = table.embeddings(index, plan.before, list(texts)) if plan.before is not None else {}
+    cut = longer(str(plan.embedder), {digest: texts[digest] for digest in known}, plan.batch)
     new = {digest: text for digest, text in texts.items() if digest not in known}
-    vectors, truncated = embed(str(plan.embedder), list(new.values()), plan.batch)
-    known |= {digest: vector for digest, vector in zip(new, vectors, strict=True) if vector is not None}
+    for digest, made in zip(new, embed(str(plan.embedder), list(new.values()), plan.batch), strict=True):
+        if made:
+            known[digest] = made["embedding"]
+            cut |= {digest} if made["truncated"] else set()
     for row in rows:
         row["embedding"] = known.get(row["digest"])
     return {
         "embedded": len(new),
-        "truncated": truncated,
+        "truncated": sum(row["digest"] in cut for row in rows),
         "unembedded": sum(row["embedding"] is None for row in rows),
     }
 
 
-def embed(model: str, texts: Sequence[str], batch: int) -> tuple[list[np.ndarray | None], int]:
-    """Embeds texts, None where the model cannot; returns also how many of them it takes only the beginning of."""
+def embed(model: str, texts: Sequence[str], batch: int) -> list[dict[str, Any]]:
+    """Embeds texts: of each the `embedding`, the `tokens` that the model has seen, and whether the text is `truncated`; nothing
+    of those that the model cannot embed."""
     from heliostat.inference.batch.engines import Input
 
-    answers = loaded(model, "embed", batch, "{}")([Input(text, 0) for text in texts])
-    return [answer.values.get("embedding") for answer in answers], sum(bool(a.values.get("truncated")) for a in answers)
+    return [answer.values for answer in loaded(model, "embed", batch, "{}")([Input(text, 0) for text in texts])]
+
+
+def longer(model: str, texts: dict[str, str], batch: int) -> set[str]:
+    """Returns the names of the texts that the model takes only the beginning of."""
+    engine = cast("Embed", loaded(model, "embed", batch, "{}"))
+    encoded = {name: engine.encode(text) for name, text in texts.items()}
+    return {name for name, tokens in encoded.items() if len(engine.loaded.seen(tokens, texts[name])) < len(tokens)}
