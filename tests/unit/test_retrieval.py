@@ -1,8 +1,10 @@
 """Retrieval: passages are their documents, a version of an index is the dataset's documents and no others, and what is found says
 where it lies."""
 
+import asyncio
 import json
 import math
+import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +25,14 @@ from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.record import RECORD
 from heliostat.retrieval.search import Index, fuse
 from heliostat.retrieval.settings import Settings
+from heliostat.serving.asks import Search
+from heliostat.serving.refusals import Refusal
+from heliostat.serving.shelf import Shelf
 from heliostat.storage import Location
 
 from tests.unit.build_curation import HereFlow, KilledError
 from tests.unit.build_job import BASE
+from tests.unit.build_pipeline import Here, make_dataset
 from tests.unit.command_line import run
 from tests.unit.test_batch_inference import write_model
 from tests.unit.test_samples import END, TEXTS
@@ -211,6 +217,33 @@ def test_versions_that_were_replaced_long_ago_go_and_nothing_that_is_needed(corp
     index(corpus, tmp_path / "index")
     index(corpus, tmp_path / "whole")
     assert rows(tmp_path / "index") == rows(tmp_path / "whole")
+
+
+def test_who_reads_a_replaced_version_finds_the_columns_of_its_documents_for_a_day(tmp_path, monkeypatch):
+    """Also if its record was written long before; then it goes, and the endpoint says so."""
+
+    def brought_up_to_date(text: str) -> Index:
+        lines = [{"text": text, "url": f"http://h/{text}"}, {"text": "another document", "url": "http://h/x"}]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        keys = {"name": "t", "input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "data"), "columns": ["url"]}
+        made = make_dataset(Here(**keys, stages=[{"stage": "length", "min_chars": 2}], tokenizer={"vocab_size": 300}))
+        index(made, tmp_path / "index")
+        return Index(Location(str(tmp_path / "index")))
+
+    first = brought_up_to_date("older text")
+    for file in (tmp_path / "index" / "files").iterdir():
+        os.utime(file, (0, 0))
+    shelf = Shelf(str(tmp_path / "index"), None)
+    second = brought_up_to_date("newer text")
+    (found,) = asyncio.run(shelf.search(Search("older", 1)))
+    assert found["columns"] == {"url": "http://h/older text"} == first.columns(found["document"])
+    assert first.record["ends"] != second.record["ends"] and second.record["replaced"].keys() == {first.record["ends"][0][1]}
+    monkeypatch.setattr(table, "KEEP", timedelta(0))
+    third = brought_up_to_date("newest text")
+    assert third.record["replaced"] == {} and len(list((tmp_path / "index" / "files").iterdir())) == len(third.record["ends"])
+    with pytest.raises(Refusal, match="start the endpoint anew") as refused:
+        asyncio.run(shelf.search(Search("older", 1)))
+    assert refused.value.status == 503
 
 
 def test_fragments_that_were_lost_are_made_again(corpus, tmp_path):

@@ -16,10 +16,11 @@ import pyarrow as pa
 
 from heliostat.curation import reasons
 from heliostat.data.manifest import SCHEMA, Manifest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.inference.batch.run import model_digest
 from heliostat.retrieval import record, table, tasks
 from heliostat.storage import Location
+from heliostat.text import brief
 
 MODES = ("bm25", "dense", "hybrid")
 DEPTH = 100  # passages of each list that are fused
@@ -74,11 +75,15 @@ class Index:
             return tasks.longer(str(self.embedder), {question: question for question in questions}, BATCH)
 
     def columns(self, document: str) -> dict[str, Any]:
-        """Returns the columns of a document, such as its url, that the dataset keeps."""
+        """Returns the columns of a document, such as its url, that the dataset keeps; DataError if its record of them is gone."""
         if not self.record["ends"]:
             return {}
         kept = Manifest(self.place, SCHEMA.empty_table(), {"curation": {"ends": self.record["ends"]}})
-        return next((row["columns"] for row in reasons.end_of(kept, document)), {})
+        try:
+            return next((row["columns"] for row in reasons.end_of(kept, document)), {})
+        except FileNotFoundError as e:
+            told = f"{self.place}: the record of its documents is missing ({brief(e)})"
+            raise DataError(f"{told}; run `heliostat index-documents` again") from e
 
     def holding(self, documents: set[str]) -> set[str]:
         """Returns those of the documents that the index has passages of; reads the ids of all."""
