@@ -141,6 +141,22 @@ def test_each_passage_is_the_text_of_its_place(made, corpus):
     assert len(set(corpus.paths)) == 2 and {row["shard"] for row in found} == set(corpus.paths)
 
 
+def test_documents_that_are_rearranged_for_a_middle_are_indexed_as_their_texts(tmp_path):
+    """Though one is several spans, in several rows: its passages have the places and numbers of one document."""
+    texts = [LONG, "short text of its own", *TEXTS[:20]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    middles = {"rate": 0.7, "span_chars": 60}
+    keys = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "data"), "chunk_tokens": 50}
+    data = make_dataset(Here(name="t", **keys, fill_in_the_middle=middles, tokenizer={"vocab_size": 300}))
+    told = index(data, tmp_path / "index")
+    documents = {f"in.jsonl#{number}": text for number, text in enumerate(texts, 1)}
+    found = rows(tmp_path / "index")
+    assert told["documents"] == len(texts) and {row["document"] for row in found} == documents.keys()
+    assert all(row["text"] == documents[row["document"]][row["begin"] : row["end"]] for row in found)
+    long = [row for row in found if row["document"] == "in.jsonl#1"]
+    assert [row["number"] for row in long] == list(range(len(long))) and long[-1]["end"] == len(LONG) and len(long) > 20
+
+
 def test_units_have_every_row_group_once_and_no_document_leaves_one(corpus):
     """Down to single row groups, whose documents are whole."""
     for target in (1, 500, 1 << 20):

@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from heliostat import extras, lease
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
+from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.inference.batch.claim import claim
@@ -159,10 +160,11 @@ def _passages(
     definition, known = made.file("tokenizer.json").read().decode(), embedder or {}
     plan = Plan(
         made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings, known.get("folder"),
-        known.get("dims"), batch, before.record["version"] if before and embedder else None,
+        known.get("dims"), batch, before.record["version"] if before and embedder else None, Markers.of(made.meta),
     )  # fmt: skip
     shared = {"plan": flow.share(plan)}
-    follows = key(definition, plan.end, settings.model_dump(), known.get("digest"))
+    rearranged = [astuple(plan.markers)] if plan.markers else []
+    follows = key(definition, plan.end, settings.model_dump(), known.get("digest"), *rearranged)
 
     def task(unit: Unit) -> Task:
         return Task(key("passages", follows, unit.identity), {"unit": unit}, shared, unit.bytes)

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
+from heliostat.data import infilling
+from heliostat.data.infilling import Markers
 from heliostat.inference.batch.tasks import loaded
 from heliostat.pipelines.text import tokens
 from heliostat.retrieval import table
 from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.settings import Settings
-from heliostat.retrieval.units import Found, Unit, documents
+from heliostat.retrieval.units import Unit, documents
 from heliostat.storage import Location
 
 if TYPE_CHECKING:
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Describes what all units of an index have in common. `before`: the version whose embeddings are taken over, if any."""
+    """Describes what all units of an index have in common. `before`: the version whose embeddings are taken over, if any;
+    `markers`: of a dataset that is rearranged for filling in the middle."""
 
     dataset: str
     index: str
@@ -35,13 +39,15 @@ class Plan:
     dims: int | None = None
     batch: int = 16
     before: int | None = None
+    markers: Markers | None = None
 
 
 def index_unit(spill: Location, unit: Unit, plan: Plan) -> dict[str, Any]:
     """Writes the passages of a unit's documents; returns the task's record."""
     tokenizer, rows, empty, seen = tokens.load(plan.definition), list[dict[str, Any]](), 0, 0
-    for found in documents(Location(plan.dataset), unit, plan.end):
-        made = passages(tokenizer, found, unit.path, plan.settings)
+    joined = None if plan.markers else plan.end  # each span of a rearranged document has its end
+    for found in documents(Location(plan.dataset), unit, joined):
+        made = passages(found.id, _text(tokenizer, found.tokens, plan), unit.path, found.row_group, tokenizer, plan.settings)
         empty += not made
         seen += 1
         rows += made
@@ -51,13 +57,18 @@ def index_unit(spill: Location, unit: Unit, plan: Plan) -> dict[str, Any]:
     return {"documents": seen, "empty": empty, "passages": len(rows), "fragments": fragments, "files": [], **counts}
 
 
-def passages(tokenizer: Any, found: Found, path: str, settings: Settings) -> list[dict[str, Any]]:
+def _text(tokenizer: Any, ids: np.ndarray, plan: Plan) -> str:
+    if plan.markers:
+        return infilling.text(tokenizer, ids, plan.end, plan.markers)
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def passages(id: str, text: str, path: str, row_group: int, tokenizer: Any, settings: Settings) -> list[dict[str, Any]]:
     """Cuts a document into passages, rows of the table; those of white space alone are none."""
-    text = tokenizer.decode(found.tokens.tolist(), skip_special_tokens=False)
     begins = [begin for begin, _ in tokenizer.encode(text, add_special_tokens=False).offsets]
     places = [(a, b) for a, b in cut(text, begins, settings.chunk_tokens, settings.overlap) if text[a:b].strip()]
-    key = xxhash.xxh64_intdigest(f"{found.id}\0{text}".encode("utf-8", "surrogatepass")) - (1 << 63)
-    about = {"document": found.id, "document_key": key, "shard": path, "row_group": found.row_group}
+    key = xxhash.xxh64_intdigest(f"{id}\0{text}".encode("utf-8", "surrogatepass")) - (1 << 63)
+    about = {"document": id, "document_key": key, "shard": path, "row_group": row_group}
     return [
         {**about, "number": number, "begin": a, "end": b, "digest": digest(text[a:b]), "text": text[a:b]}
         for number, (a, b) in enumerate(places)
