@@ -407,7 +407,14 @@ def test_an_index_is_judged_by_questions_of_known_documents(made):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", '{"question": "a"}', '{"question": " ", "document": "a"}', '{"question": "a", "document": [1]}']
+    "line",
+    [
+        "{",
+        '{"question": "a"}',
+        '{"question": "\\ud800", "document": "a"}',
+        '{"question": " ", "document": "a"}',
+        '{"question": "a", "document": [1]}',
+    ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path, line):
     (tmp_path / "q.jsonl").write_text('{"question": "a", "document": "b"}\n' + line + "\n")
@@ -439,8 +446,13 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(made, embedder, 
     assert 1 <= answer["passages_used"] < 5 == len(told["passages"]) and answer["prompt_tokens"] <= 248 and answer["tokens"] <= 8
     code, text, _ = run(monkeypatch, capsys, *ask)
     assert code == 0 and f"(from the first {answer['passages_used']} of 5 passages" in text and text.count("[5] ") == 1
-    code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder))
-    assert code == 2 and "question: the prompt has" in said and "the model has room for" in said
+    code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder), "--max-tokens", "8")
+    assert code == 2 and "question: the prompt has" in said and "the model has room for 56" in said
+    code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder), "--max-tokens", "64")
+    assert code == 2 and "--max-tokens: 64 leaves no room for the question" in said and "takes 64 tokens" in said
+    with pytest.raises(Refusal, match="leaves no room for the question; ask for at least 89 fewer") as refused:
+        asyncio.run(Shelf(str(made.place), str(embedder)).prompt(Search("f7", 1), -88, len))
+    assert (refused.value.status, refused.value.param) == (400, "max_tokens")
 
 
 @pytest.mark.parametrize(
@@ -448,6 +460,7 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(made, embedder, 
     [
         (["{index}"], "question: give either one question"),
         (["{index}", " "], "question: is empty"),
+        (["{index}", "a \udcff"], "question: 'a \\udcff' is no text in UTF-8"),
         (["{index}", "x", "--mode", "psychic"], "--mode: 'psychic' is none of bm25, dense, hybrid"),
         (["{index}/none", "x"], "no index here"),
         (["{index}", "--questions", "/none"], "--questions: /none cannot be read"),

@@ -113,6 +113,8 @@ def ask(
     assert question is not None
     if not question.strip():
         raise ConfigError("question: is empty")
+    if question.encode("utf-8", "replace").decode() != question:
+        raise ConfigError(f"question: {question[:80]!r} is no text in UTF-8")
     answering = _resolved(model, mlflow)
     way, orders = mode or "bm25", reranking.Reranker(ordering) if ordering else None
     found = reranking.best(opened, orders, question, way, top)

@@ -33,6 +33,7 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
         try:
             row = json.loads(line)
             named = row["document"]
+            row["question"].encode()  # JSON can spell lone surrogates, which no tokenizer takes
             right = {named} if isinstance(named, str) else set(named)
             if not row["question"].strip() or not right or not all(isinstance(one, str) for one in right):
                 raise ValueError

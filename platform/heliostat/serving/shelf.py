@@ -54,6 +54,9 @@ class Shelf:
 
         Refusal if nothing is found, or there is no room for the question.
         """
+        if room is not None and room < 1:
+            said = f"max_tokens: leaves no room for the question; ask for at least {1 - room:,} fewer"
+            raise Refusal(400, said, "max_tokens", "context_length_exceeded")
         passages = await self.search(asked)
         if not passages:
             raise Refusal(404, "no passage of the index has a word of the question", "messages", "no_passage")
