@@ -85,7 +85,7 @@ def text(tokenizer: Tokenizer, tokens: np.ndarray, end: int | None, markers: Mar
     """Returns the text of a document whose spans, each with its `end`, are rearranged or not; but for a space before one that is
     not, where the tokenizer puts one before each text."""
     before = tokenizer.encode(ANCHOR, add_special_tokens=False).ids  # so that the decoder takes no space of a span away
-    opening, made = tokenizer.decode(before, skip_special_tokens=False), []
+    opening, made = tokenizer.decode(before, skip_special_tokens=False), list[str]()
     for part in _parts(tokens, end):
         if part[0] == markers.prefix:
             decoded = tokenizer.decode([*before, *markers.restored(part).tolist()], skip_special_tokens=False)
