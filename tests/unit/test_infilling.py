@@ -90,6 +90,10 @@ def test_tokens_are_the_texts_and_markers_stand_for_no_bytes(kind):
         parts = [tokenizer.decode(part, skip_special_tokens=False) for part in layout.texts(ids, end, markers)]
         for part, one in zip(parts, map(joined, ([one] for one in document)), strict=True):
             assert part == one if kind == "byte-level" else part.lstrip(" ") == one.lstrip(" ")  # decoders add one, or take one
+        whole = layout.text(tokenizer, ids, end, markers)
+        assert whole == text if kind == "byte-level" else whole.replace(" ", "") == text.replace(" ", "")
+        if not any(isinstance(one, str) for one in document):
+            assert whole == text
         first = np.concatenate([[True], ids[:-1] == end])
         untold = (
             sum(isinstance(one, str) and one.startswith(" ") for one in document)

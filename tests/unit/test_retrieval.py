@@ -1,8 +1,10 @@
 """Retrieval: passages are their documents, a version of an index is the dataset's documents and no others, and what is found says
 where it lies."""
 
+import asyncio
 import json
 import math
+import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +25,14 @@ from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.record import RECORD
 from heliostat.retrieval.search import Index, fuse
 from heliostat.retrieval.settings import Settings
+from heliostat.serving.asks import Search
+from heliostat.serving.refusals import Refusal
+from heliostat.serving.shelf import Shelf
 from heliostat.storage import Location
 
 from tests.unit.build_curation import HereFlow, KilledError
 from tests.unit.build_job import BASE
+from tests.unit.build_pipeline import Here, make_dataset
 from tests.unit.command_line import run
 from tests.unit.test_batch_inference import write_model
 from tests.unit.test_samples import END, TEXTS
@@ -135,6 +141,22 @@ def test_each_passage_is_the_text_of_its_place(made, corpus):
     assert len(set(corpus.paths)) == 2 and {row["shard"] for row in found} == set(corpus.paths)
 
 
+def test_documents_that_are_rearranged_for_a_middle_are_indexed_as_their_texts(tmp_path):
+    """Though one is several spans, in several rows: its passages have the places and numbers of one document."""
+    texts = [LONG, "short text of its own", *TEXTS[:20]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    middles = {"rate": 0.7, "span_chars": 60}
+    keys = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "data"), "chunk_tokens": 50}
+    data = make_dataset(Here(name="t", **keys, fill_in_the_middle=middles, tokenizer={"vocab_size": 300}))
+    told = index(data, tmp_path / "index")
+    documents = {f"in.jsonl#{number}": text for number, text in enumerate(texts, 1)}
+    found = rows(tmp_path / "index")
+    assert told["documents"] == len(texts) and {row["document"] for row in found} == documents.keys()
+    assert all(row["text"] == documents[row["document"]][row["begin"] : row["end"]] for row in found)
+    long = [row for row in found if row["document"] == "in.jsonl#1"]
+    assert [row["number"] for row in long] == list(range(len(long))) and long[-1]["end"] == len(LONG) and len(long) > 20
+
+
 def test_units_have_every_row_group_once_and_no_document_leaves_one(corpus):
     """Down to single row groups, whose documents are whole."""
     for target in (1, 500, 1 << 20):
@@ -183,6 +205,18 @@ def test_a_new_version_of_the_dataset_is_only_its_own_work(corpus, made, embedde
     assert found == Index(Location(str(tmp_path / "fresh"))).search([TEXTS[3]], "bm25", 50)[0]
 
 
+def test_passages_that_are_cut_are_counted_also_where_their_embeddings_are_known(embedder, tmp_path):
+    """Each passage, as the command says, though texts that are the same are embedded once."""
+    long = "x(0) " * 90
+    texts = named([long, "def f(): pass", long, "def g(): pass"])
+    whole = Settings(chunk_tokens=512, overlap=4)
+    first = index(write_dataset(tmp_path / "data", texts, 1), tmp_path / "index", embedder, whole)
+    later = write_dataset(tmp_path / "later", {**texts, "code.jsonl#4": "def h(): pass"}, 1)
+    second = index(later, tmp_path / "index", embedder, whole)
+    assert (first["truncated"], first["embedded"]) == (2, 3)
+    assert (second["truncated"], second["embedded"]) == (2, 1)
+
+
 def test_versions_that_were_replaced_long_ago_go_and_nothing_that_is_needed(corpus, tmp_path, monkeypatch):
     """The newest version shares fragments with the one before: without a document it is whole, and so is a later one."""
     monkeypatch.setattr(build, "LEAST", 200)
@@ -199,6 +233,33 @@ def test_versions_that_were_replaced_long_ago_go_and_nothing_that_is_needed(corp
     index(corpus, tmp_path / "index")
     index(corpus, tmp_path / "whole")
     assert rows(tmp_path / "index") == rows(tmp_path / "whole")
+
+
+def test_who_reads_a_replaced_version_finds_the_columns_of_its_documents_for_a_day(tmp_path, monkeypatch):
+    """Also if its record was written long before; then it goes, and the endpoint says so."""
+
+    def brought_up_to_date(text: str) -> Index:
+        lines = [{"text": text, "url": f"http://h/{text}"}, {"text": "another document", "url": "http://h/x"}]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        keys = {"name": "t", "input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "data"), "columns": ["url"]}
+        made = make_dataset(Here(**keys, stages=[{"stage": "length", "min_chars": 2}], tokenizer={"vocab_size": 300}))
+        index(made, tmp_path / "index")
+        return Index(Location(str(tmp_path / "index")))
+
+    first = brought_up_to_date("older text")
+    for file in (tmp_path / "index" / "files").iterdir():
+        os.utime(file, (0, 0))
+    shelf = Shelf(str(tmp_path / "index"), None)
+    second = brought_up_to_date("newer text")
+    (found,) = asyncio.run(shelf.search(Search("older", 1)))
+    assert found["columns"] == {"url": "http://h/older text"} == first.columns(found["document"])
+    assert first.record["ends"] != second.record["ends"] and second.record["replaced"].keys() == {first.record["ends"][0][1]}
+    monkeypatch.setattr(table, "KEEP", timedelta(0))
+    third = brought_up_to_date("newest text")
+    assert third.record["replaced"] == {} and len(list((tmp_path / "index" / "files").iterdir())) == len(third.record["ends"])
+    with pytest.raises(Refusal, match="start the endpoint anew") as refused:
+        asyncio.run(shelf.search(Search("older", 1)))
+    assert refused.value.status == 503
 
 
 def test_fragments_that_were_lost_are_made_again(corpus, tmp_path):
@@ -269,6 +330,15 @@ def test_questions_that_come_together_are_embedded_one_after_another(made, monke
     assert max(most) == 1 and len(most) == 12 and found[:4] == found[4:8] == found[8:]
 
 
+@pytest.mark.parametrize("mode", ["dense", "hybrid"])
+def test_a_question_that_is_longer_than_the_embedder_takes_is_refused(made, mode):
+    """And not answered by its beginning; words alone find by all of it."""
+    question = "line " * 100
+    with pytest.raises(ConfigError, match=r"question: 'line line .* more tokens than the 64 that the embedder takes"):
+        made.search(["f1", question], mode, 3)
+    assert made.search([question], "bm25", 3)[0]
+
+
 def test_fusion_adds_reciprocal_ranks():
     """First in both lists beats first in one; what one list has alone comes behind what both have."""
     a, b, c, d = ({"shard": "s", "document": name, "number": 0, "score": 9} for name in "abcd")
@@ -321,18 +391,30 @@ def test_measures_are_those_of_their_definitions():
 
 
 def test_an_index_is_judged_by_questions_of_known_documents(made):
-    asked = [(text, {id}) for id, text in list(CORPUS.items())[:12]] + [("nothing", {"none#1"})]
+    asked = [(text, {id}) for id, text in list(CORPUS.items())[:12]] + [
+        ("line " * 100, {"code.jsonl#30"}),
+        ("nothing", {"none#1"}),
+    ]
     told = judging.judge(made, asked)
-    assert (told["questions"], told["unknown"]) == (12, 1)
+    assert (told["questions"], told["unknown"], told["too_long"]) == (12, 1, 1)
     with pytest.raises(ConfigError, match="holds no document that a question names"):
         judging.judge(made, asked[-1:])
+    with pytest.raises(ConfigError, match="each is longer than the embedder"):
+        judging.judge(made, asked[-2:])
     assert told["modes"]["bm25"]["recall@10"] == 1 and told["modes"].keys() == {"bm25", "dense", "hybrid"}
     for mode, over in told["over_bm25"].items():
         assert over["mrr"][0] == pytest.approx(told["modes"][mode]["mrr"] - told["modes"]["bm25"]["mrr"])
 
 
 @pytest.mark.parametrize(
-    "line", ["{", '{"question": "a"}', '{"question": " ", "document": "a"}', '{"question": "a", "document": [1]}']
+    "line",
+    [
+        "{",
+        '{"question": "a"}',
+        '{"question": "\\ud800", "document": "a"}',
+        '{"question": " ", "document": "a"}',
+        '{"question": "a", "document": [1]}',
+    ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path, line):
     (tmp_path / "q.jsonl").write_text('{"question": "a", "document": "b"}\n' + line + "\n")
@@ -364,8 +446,13 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(made, embedder, 
     assert 1 <= answer["passages_used"] < 5 == len(told["passages"]) and answer["prompt_tokens"] <= 248 and answer["tokens"] <= 8
     code, text, _ = run(monkeypatch, capsys, *ask)
     assert code == 0 and f"(from the first {answer['passages_used']} of 5 passages" in text and text.count("[5] ") == 1
-    code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder))
-    assert code == 2 and "question: the prompt has" in said and "the model has room for" in said
+    code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder), "--max-tokens", "8")
+    assert code == 2 and "question: the prompt has" in said and "the model has room for 56" in said
+    code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder), "--max-tokens", "64")
+    assert code == 2 and "--max-tokens: 64 leaves no room for the question" in said and "takes 64 tokens" in said
+    with pytest.raises(Refusal, match="leaves no room for the question; ask for at least 89 fewer") as refused:
+        asyncio.run(Shelf(str(made.place), str(embedder)).prompt(Search("f7", 1), -88, len))
+    assert (refused.value.status, refused.value.param) == (400, "max_tokens")
 
 
 @pytest.mark.parametrize(
@@ -373,6 +460,7 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(made, embedder, 
     [
         (["{index}"], "question: give either one question"),
         (["{index}", " "], "question: is empty"),
+        (["{index}", "a \udcff"], "question: 'a \\udcff' is no text in UTF-8"),
         (["{index}", "x", "--mode", "psychic"], "--mode: 'psychic' is none of bm25, dense, hybrid"),
         (["{index}/none", "x"], "no index here"),
         (["{index}", "--questions", "/none"], "--questions: /none cannot be read"),

@@ -87,6 +87,22 @@ def test_a_chat_takes_text_only_and_refuses_tools():
     assert refusal(requests.chat).code == "missing_required_parameter"
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a \udc00b", "x\ud800\ud800"])
+def test_half_a_character_is_refused_wherever_a_text_is_read(text):
+    """No tokenizer takes a lone surrogate; a pair of them is a character."""
+    read = {"prompt": requests.images, "query": requests.search, "input": requests.embeddings, "stop": requests.completion}
+    for name, function in read.items():
+        found = refusal(function, **({"prompt": "a"} if name == "stop" else {}), **{name: text})
+        assert (found.status, found.param) == (400, name) and (
+            "surrogates not allowed" in found.message or "unicode" in found.message
+        )
+    message = json.dumps({"model": "m", "messages": [{"role": "user", "content": text}]}).encode()
+    with pytest.raises(Refusal, match="surrogates not allowed") as found:
+        requests.chat(message, "m")
+    assert (found.value.status, found.value.param) == (400, "messages")
+    assert requests.images(b'{"model": "m", "prompt": "\\ud83d\\ude00"}').prompt == "\N{GRINNING FACE}"
+
+
 def test_embeddings_and_bodies_that_are_none():
     assert requests.embeddings(b'{"model": "m", "input": "a"}').input == ["a"]
     assert refusal(requests.embeddings, input="").param == "input"
@@ -152,6 +168,20 @@ def test_keys_are_read_by_name_and_known_by_their_digest_alone(tmp_path):
         with pytest.raises(Refusal) as found:
             keys.owner(header, known)
         assert found.value.status == 401 and "aaa" not in found.value.message
+
+
+def test_a_key_may_have_a_sign_that_begins_comments(tmp_path):
+    """The whole key is let in, and not its beginning; behind white space, or at a line's start, it is a comment."""
+    place, key = tmp_path / "keys", f"{'k' * 16}#{'s' * 8}"
+    place.write_text(f"{key}\nbob {'b' * 20}#1\t# ours\n #{'c' * 20}\n{'d' * 20} #no\n")
+    place.chmod(0o600)
+    known = keys.read(place)
+    given = [key, "b" * 20 + "#1", "d" * 20]
+    assert [keys.owner(f"Bearer {one}", known) for one in given] == ["key-1", "bob", "key-4"] and len(known) == 3
+    assert keys.first(place) == key
+    for part in ("k" * 16, "b" * 20):
+        with pytest.raises(Refusal):
+            keys.owner(f"Bearer {part}", known)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from heliostat.recipes.protocol import Request
 from heliostat.recipes.text.generator import TextGenerator
 from heliostat.recipes.text.server import TextServer
 from heliostat.serving.engine import Engine
-from heliostat.serving.row import Row
+from heliostat.serving.row import Row, Telling
 from heliostat.serving.sampling import Draw
 from heliostat.serving.stopping import Stopping
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tests.unit.build_job import BASE
 from tests.unit.test_batch_inference import ARCHITECTURES, PROMPTS, write_model
@@ -138,12 +139,47 @@ def test_logprobs_are_the_models_own_and_belong_to_the_text(folder, engine):
         ids = torch.tensor([made.prompt + made.made])
         truth = torch.log_softmax(engine.loaded.model(input_ids=ids).logits[0].double(), -1)
     wanted = [float(truth[len(made.prompt) - 1 + i, token]) for i, token in enumerate(made.made)]
-    assert told["token_logprobs"] == pytest.approx(wanted[: len(told["tokens"])], abs=1e-4)
-    assert len(told["tokens"]) >= MOST - 2 and all(0 <= offset < len(text) for offset in told["text_offset"])
+    assert told["token_logprobs"] == pytest.approx(wanted, abs=1e-4) and len(wanted) == piece["completion_tokens"]
+    assert len(told["tokens"]) == len(wanted) and all(0 <= offset <= len(text) for offset in told["text_offset"])
     best = told["top_logprobs"][0]
     assert 1 <= len(best) <= 3 and max(best.values()) == pytest.approx(
         told["token_logprobs"][0], abs=1e-9
     )  # the likeliest was taken
+
+
+FACE = [3, 4, 5, 6]  # a character, in a token for each of its bytes
+WITHOUT_TEXT = 7
+BYTES = {"level": decoders.ByteLevel(), "fallback": decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stops", "most", "offsets"),
+    [
+        ([0, *FACE], [], 5, [0, 1, 1, 1, 1]),
+        ([0, *FACE, 99], [], 9, [0, 1, 1, 1, 1]),
+        ([0, *FACE[:3]], [], 4, [0, 1, 1, 1]),
+        ([0, *FACE, 1, 99], [], 9, [0, 1, 1, 1, 1, 2]),
+        ([0, *FACE, 1], ["b"], 9, [0, 1, 1, 1, 1]),
+        ([0, *FACE, 1, 2], ["c"], 9, [0, 1, 1, 1, 1, 2]),
+        ([0, 1, WITHOUT_TEXT], [], 3, [0, 1, 2]),
+    ],
+)
+@pytest.mark.parametrize("decoder", BYTES)
+def test_each_token_of_an_answer_has_its_logprob_also_one_that_is_a_piece_of_a_character(tokens, stops, most, offsets, decoder):
+    """However the answer ends; only those of a stop string have none. The pieces of a character begin where it does."""
+    written = "ðŁĺĢ" if decoder == "level" else [f"<0x{b:02X}>" for b in "\N{GRINNING FACE}".encode()]
+    raw = Tokenizer(models.BPE({token: id for id, token in enumerate([*"abc", *written])}, []))
+    raw.decoder = BYTES[decoder]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=["<|end|>"])
+    pieces: queue.Queue = queue.Queue()
+    row = Row([0], most, Draw(1.0, 1.0, 0), Stopping(stops), pieces.put, 1)
+    telling = Telling(tokenizer, [99])
+    for token in tokens:
+        telling.take(row, token, {"chosen": -float(token), "best": [(token, -float(token))]})
+    told = [piece["logprobs"] for piece in pieces.queue]
+    assert [offset for one in told for offset in one["text_offset"]] == offsets
+    assert [value for one in told for value in one["token_logprobs"]] == [-float(token) for token in tokens[: len(offsets)]]
+    assert row.over and pieces.queue[-1]["completion_tokens"] == len(row.made)
 
 
 def test_a_row_that_nobody_waits_for_leaves_and_embeddings_come_between_steps(folder, engine):

@@ -113,6 +113,8 @@ def ask(
     assert question is not None
     if not question.strip():
         raise ConfigError("question: is empty")
+    if question.encode("utf-8", "replace").decode() != question:
+        raise ConfigError(f"question: {question[:80]!r} is no text in UTF-8")
     answering = _resolved(model, mlflow)
     way, orders = mode or "bm25", reranking.Reranker(ordering) if ordering else None
     found = reranking.best(opened, orders, question, way, top)
@@ -175,6 +177,7 @@ def _judge(index: Index, file: Path, reranker: Path | None, json_: bool) -> None
                     [f"{mode}+reranker over {mode}", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)]
                 )
         print_table(rows)
-        unknown = f"; {told['unknown']:,} more name documents that the index does not hold" if told["unknown"] else ""
-        out.print(f"{told['questions']:,} questions{unknown}; ± is half of a 95 % interval of the difference")
+        left = f"; {told['unknown']:,} more name documents that the index does not hold" if told["unknown"] else ""
+        left += f"; {told['too_long']:,} more are longer than the embedder takes" if told["too_long"] else ""
+        out.print(f"{told['questions']:,} questions{left}; ± is half of a 95 % interval of the difference")
     finish(told, json_)

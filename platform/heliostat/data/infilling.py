@@ -73,9 +73,26 @@ class Markers:
 
 def texts(tokens: np.ndarray, end: int | None, markers: Markers | None) -> list[list[int]]:
     """Splits tokens at the ends of documents, and restores what is rearranged; empty ones are left out."""
+    return [(part if markers is None else markers.restored(part)).tolist() for part in _parts(tokens, end)]
+
+
+def _parts(tokens: np.ndarray, end: int | None) -> list[np.ndarray]:
     ends = [] if end is None else np.flatnonzero(tokens == end).tolist()
-    parts = [tokens[a:b] for a, b in zip([0, *(e + 1 for e in ends)], [*ends, len(tokens)], strict=True) if b > a]
-    return [(part if markers is None else markers.restored(part)).tolist() for part in parts]
+    return [tokens[a:b] for a, b in zip([0, *(e + 1 for e in ends)], [*ends, len(tokens)], strict=True) if b > a]
+
+
+def text(tokenizer: Tokenizer, tokens: np.ndarray, end: int | None, markers: Markers) -> str:
+    """Returns the text of a document whose spans, each with its `end`, are rearranged or not; but for a space before one that is
+    not, where the tokenizer puts one before each text."""
+    before = tokenizer.encode(ANCHOR, add_special_tokens=False).ids  # so that the decoder takes no space of a span away
+    opening, made = tokenizer.decode(before, skip_special_tokens=False), list[str]()
+    for part in _parts(tokens, end):
+        if part[0] == markers.prefix:
+            decoded = tokenizer.decode([*before, *markers.restored(part).tolist()], skip_special_tokens=False)
+            made.append(decoded.removeprefix(opening))
+        else:
+            made.append(tokenizer.decode(part.tolist(), skip_special_tokens=False))
+    return "".join(made)
 
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str] | None:

@@ -60,11 +60,14 @@ def _write(question: str, passages: Sequence[dict[str, Any]], texts: Sequence[st
 
 
 def answer(model: Path, question: str, passages: Sequence[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
-    """Answers a question with the likeliest words of a model; HeliostatError if it cannot."""
+    """Answers a question with the likeliest words of a model; HeliostatError if it cannot, ConfigError if there is no room."""
     from heliostat.inference.batch.engines import Continue, Input
 
     engine = Continue(model, 1, {"max_tokens": max_tokens, "temperature": 0})
     room = None if engine.longest is None else engine.longest - max_tokens
+    if room is not None and room < 1:
+        told = f"leaves no room for the question: {model} takes {engine.longest:,} tokens together with its answer"
+        raise ConfigError(f"--max-tokens: {max_tokens} {told}; give a smaller one")
     asked = prompt(question, passages, room, lambda text: len(engine.encode(text)))
     (made,) = engine([Input(asked.text, 0)])
     if made.bad:

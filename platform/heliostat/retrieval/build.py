@@ -1,7 +1,7 @@
 """Builds an index of a prepared dataset of text, on Ray: `heliostat index-documents DATASET --out INDEX`.
 
     INDEX/passages.lance     the passages with their places, embeddings and full-text index; a version for each that was built
-    INDEX/files/ends-*       the dataset's record of its documents, from which their columns are looked up
+    INDEX/files/ends-*       the dataset's record of its documents, from which their columns are looked up, and replaced ones
     INDEX/index.json         written last: dataset, embedder, settings, counts, and the version that they are of
     INDEX/work               what finished units have done, by the keys of what their passages follow from
 
@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from heliostat import extras, lease
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
+from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.inference.batch.claim import claim
@@ -129,7 +130,8 @@ def build(
     before_commit()
     columns = table.schema(embedder["dims"] if embedder else None)
     version = table.build_indices(table.commit(place, columns, fragments), place)
-    new, shards = flow.done.get("passages", 0), set(made.paths)
+    new, shards, ends = flow.done.get("passages", 0), set(made.paths), _ends(made, place)
+    kept, gone = _replaced(place, ends, before)
     told: dict[str, Any] = {
         "dataset": {"location": str(made.location), "digest": made.digest, "shards": len(shards)},
         "embedder": embedder,
@@ -137,12 +139,14 @@ def build(
         **{name: sum(record.get(name, 0) for record in records) for name in COUNTS},
         **_changes(place, version, before),
         "version": version.version,
-        "ends": _ends(made, place),
+        "ends": ends,
+        "replaced": kept,
         "seconds": round(time.time() - began, 1),
         "cpu_seconds": round(sum(record["seconds"] for record in records), 1),
     }
     place.join(RECORD).write(json.dumps(told, indent=1).encode())
-    _forget_others(place, told["ends"])
+    for path in gone:
+        place.join(path).delete()
     table.clean(version)
     return {**told, "new": new}
 
@@ -156,10 +160,11 @@ def _passages(
     definition, known = made.file("tokenizer.json").read().decode(), embedder or {}
     plan = Plan(
         made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings, known.get("folder"),
-        known.get("dims"), batch, before.record["version"] if before and embedder else None,
+        known.get("dims"), batch, before.record["version"] if before and embedder else None, Markers.of(made.meta),
     )  # fmt: skip
     shared = {"plan": flow.share(plan)}
-    follows = key(definition, plan.end, settings.model_dump(), known.get("digest"))
+    rearranged = [astuple(plan.markers)] if plan.markers else []
+    follows = key(definition, plan.end, settings.model_dump(), known.get("digest"), *rearranged)
 
     def task(unit: Unit) -> Task:
         return Task(key("passages", follows, unit.identity), {"unit": unit}, shared, unit.bytes)
@@ -189,8 +194,11 @@ def _ends(made: Manifest, place: Location) -> list[list[str]]:
     return listed
 
 
-def _forget_others(place: Location, ends: list[list[str]]) -> None:
-    """Deletes the records of earlier versions' documents."""
-    for name, _ in place.join("files").files():
-        if f"files/{name}" not in {path for _, path in ends}:
-            place.join("files", name).delete()
+def _replaced(place: Location, ends: list[list[str]], before: Before | None) -> tuple[dict[str, float], list[str]]:
+    """Returns the records of earlier versions' documents that stay, with the times since which they are replaced, for those who
+    read these versions; and those whose time is over, as that of the passages is."""
+    now, known = time.time(), before.record.get("replaced", {}) if before else {}
+    others = {f"files/{name}" for name, _ in place.join("files").files()} - {path for _, path in ends}
+    since = {path: known.get(path, now) for path in sorted(others)}
+    over = [path for path, when in since.items() if now - when >= table.KEEP.total_seconds()]
+    return {path: when for path, when in since.items() if path not in over}, over

@@ -33,6 +33,7 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
         try:
             row = json.loads(line)
             named = row["document"]
+            row["question"].encode()  # JSON can spell lone surrogates, which no tokenizer takes
             right = {named} if isinstance(named, str) else set(named)
             if not row["question"].strip() or not right or not all(isinstance(one, str) for one in right):
                 raise ValueError
@@ -49,12 +50,18 @@ def judge(index: Index, asked: Sequence[tuple[str, set[str]]], reranker: Reranke
     """Measures each way to search the index, and with a reranker each in its order too.
 
     `over_bm25`: mean differences to BM25, and halves of their 95 % intervals; `reranked`: of each mode to itself.
-    Questions about documents that the index does not hold are left out, and counted as `unknown`; ConfigError if all are.
+    Questions about documents that the index does not hold are left out, and counted as `unknown`, and those that are longer than
+    its embedder takes, as `too_long`; ConfigError if all are.
     """
     held = index.holding({document for _, right in asked for document in right})
     known = [(question, right) for question, right in asked if right <= held]
     if not known:
         raise ConfigError(f"--questions: {index.place} holds no document that a question names, such as {min(asked[0][1])!r}")
+    unknown, long = len(asked) - len(known), index.too_long([question for question, _ in known])
+    known = [(question, right) for question, right in known if question not in long]
+    if not known:
+        raise ConfigError(f"--questions: each is longer than the embedder of {index.place} takes, such as {min(long)[:80]!r}")
+    too_long = len(asked) - unknown - len(known)
     texts = [question for question, _ in known]
     found = {mode: index.search(texts, mode, DEPTH) for mode in index.modes if mode != "hybrid"}
     if "hybrid" in index.modes:
@@ -68,7 +75,7 @@ def judge(index: Index, asked: Sequence[tuple[str, set[str]]], reranker: Reranke
     }
     modes = {mode: {name: _mean([one[name] for one in each]) for name in MEASURES} for mode, each in values.items()}
     over = {mode: _differences(each, values["bm25"]) for mode, each in values.items() if mode != "bm25"}
-    told = {"questions": len(known), "unknown": len(asked) - len(known), "modes": modes, "over_bm25": over}
+    told = {"questions": len(known), "unknown": unknown, "too_long": too_long, "modes": modes, "over_bm25": over}
     if reranker is None:
         return told
     gained = {mode: _differences(values[mode + RERANKED], values[mode]) for mode in plain}

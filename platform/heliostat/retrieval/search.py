@@ -16,14 +16,16 @@ import pyarrow as pa
 
 from heliostat.curation import reasons
 from heliostat.data.manifest import SCHEMA, Manifest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.inference.batch.run import model_digest
 from heliostat.retrieval import record, table, tasks
 from heliostat.storage import Location
+from heliostat.text import brief
 
 MODES = ("bm25", "dense", "hybrid")
 DEPTH = 100  # passages of each list that are fused
 RANK_CONSTANT = 60
+BATCH = 16  # questions that are embedded together
 Passage = dict[str, Any]  # of `table.PLACE`, with `score`
 
 
@@ -65,12 +67,23 @@ class Index:
             return words or near
         return [fuse(both)[:top] for both in zip(words, near, strict=True)]
 
+    def too_long(self, questions: Sequence[str]) -> set[str]:
+        """Returns the questions that have more tokens than the embedder takes; none if the index has no embeddings."""
+        if not self.record["embedder"]:
+            return set()
+        with self._embedding:
+            return tasks.longer(str(self.embedder), {question: question for question in questions}, BATCH)
+
     def columns(self, document: str) -> dict[str, Any]:
-        """Returns the columns of a document, such as its url, that the dataset keeps."""
+        """Returns the columns of a document, such as its url, that the dataset keeps; DataError if its record of them is gone."""
         if not self.record["ends"]:
             return {}
         kept = Manifest(self.place, SCHEMA.empty_table(), {"curation": {"ends": self.record["ends"]}})
-        return next((row["columns"] for row in reasons.end_of(kept, document)), {})
+        try:
+            return next((row["columns"] for row in reasons.end_of(kept, document)), {})
+        except FileNotFoundError as e:
+            told = f"{self.place}: the record of its documents is missing ({brief(e)})"
+            raise DataError(f"{told}; run `heliostat index-documents` again") from e
 
     def holding(self, documents: set[str]) -> set[str]:
         """Returns those of the documents that the index has passages of; reads the ids of all."""
@@ -99,11 +112,14 @@ class Index:
 
     def _vectors(self, questions: Sequence[str]) -> list[np.ndarray]:
         with self._embedding:  # of requests that come together: a tokenizer's truncation is a state of it
-            vectors, _ = tasks.embed(str(self.embedder), questions, 16)
-        for question, vector in zip(questions, vectors, strict=True):
-            if vector is None:
+            made = tasks.embed(str(self.embedder), questions, BATCH)
+        for question, one in zip(questions, made, strict=True):
+            if not one:
                 raise ConfigError(f"question: {question[:80]!r} has no token that the embedder knows; ask with --mode bm25")
-        return [vector for vector in vectors if vector is not None]
+            if one["truncated"]:
+                told = f"has more tokens than the {one['tokens']:,} that the embedder takes"
+                raise ConfigError(f"question: {question[:80]!r} {told}; ask a shorter one, or with --mode bm25")
+        return [one["embedding"] for one in made]
 
     @cached_property
     def embedder(self) -> Path:

@@ -5,24 +5,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
+from heliostat.data import infilling
+from heliostat.data.infilling import Markers
 from heliostat.inference.batch.tasks import loaded
 from heliostat.pipelines.text import tokens
 from heliostat.retrieval import table
 from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.settings import Settings
-from heliostat.retrieval.units import Found, Unit, documents
+from heliostat.retrieval.units import Unit, documents
 from heliostat.storage import Location
+
+if TYPE_CHECKING:
+    from heliostat.inference.batch.engines import Embed
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Describes what all units of an index have in common. `before`: the version whose embeddings are taken over, if any."""
+    """Describes what all units of an index have in common. `before`: the version whose embeddings are taken over, if any;
+    `markers`: of a dataset that is rearranged for filling in the middle."""
 
     dataset: str
     index: str
@@ -33,13 +39,15 @@ class Plan:
     dims: int | None = None
     batch: int = 16
     before: int | None = None
+    markers: Markers | None = None
 
 
 def index_unit(spill: Location, unit: Unit, plan: Plan) -> dict[str, Any]:
     """Writes the passages of a unit's documents; returns the task's record."""
     tokenizer, rows, empty, seen = tokens.load(plan.definition), list[dict[str, Any]](), 0, 0
-    for found in documents(Location(plan.dataset), unit, plan.end):
-        made = passages(tokenizer, found, unit.path, plan.settings)
+    joined = None if plan.markers else plan.end  # each span of a rearranged document has its end
+    for found in documents(Location(plan.dataset), unit, joined):
+        made = passages(found.id, _text(tokenizer, found.tokens, plan), unit.path, found.row_group, tokenizer, plan.settings)
         empty += not made
         seen += 1
         rows += made
@@ -49,13 +57,18 @@ def index_unit(spill: Location, unit: Unit, plan: Plan) -> dict[str, Any]:
     return {"documents": seen, "empty": empty, "passages": len(rows), "fragments": fragments, "files": [], **counts}
 
 
-def passages(tokenizer: Any, found: Found, path: str, settings: Settings) -> list[dict[str, Any]]:
+def _text(tokenizer: Any, ids: np.ndarray, plan: Plan) -> str:
+    if plan.markers:
+        return infilling.text(tokenizer, ids, plan.end, plan.markers)
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def passages(id: str, text: str, path: str, row_group: int, tokenizer: Any, settings: Settings) -> list[dict[str, Any]]:
     """Cuts a document into passages, rows of the table; those of white space alone are none."""
-    text = tokenizer.decode(found.tokens.tolist(), skip_special_tokens=False)
     begins = [begin for begin, _ in tokenizer.encode(text, add_special_tokens=False).offsets]
     places = [(a, b) for a, b in cut(text, begins, settings.chunk_tokens, settings.overlap) if text[a:b].strip()]
-    key = xxhash.xxh64_intdigest(f"{found.id}\0{text}".encode("utf-8", "surrogatepass")) - (1 << 63)
-    about = {"document": found.id, "document_key": key, "shard": path, "row_group": found.row_group}
+    key = xxhash.xxh64_intdigest(f"{id}\0{text}".encode("utf-8", "surrogatepass")) - (1 << 63)
+    about = {"document": id, "document_key": key, "shard": path, "row_group": row_group}
     return [
         {**about, "number": number, "begin": a, "end": b, "digest": digest(text[a:b]), "text": text[a:b]}
         for number, (a, b) in enumerate(places)
@@ -67,24 +80,35 @@ def digest(text: str) -> str:
 
 
 def _embed(rows: list[dict[str, Any]], index: Location, plan: Plan) -> dict[str, int]:
-    """Adds the embeddings of the rows' texts, each text's computed once and none that is known; returns what was done."""
+    """Adds the embeddings of the rows' texts, each text's computed once and none that is known; returns what was done, and how
+    many of the passages are longer than the embedder takes, or have no embedding."""
     texts = {row["digest"]: row["text"] for row in rows}
     known = table.embeddings(index, plan.before, list(texts)) if plan.before is not None else {}
+    cut = longer(str(plan.embedder), {digest: texts[digest] for digest in known}, plan.batch)
     new = {digest: text for digest, text in texts.items() if digest not in known}
-    vectors, truncated = embed(str(plan.embedder), list(new.values()), plan.batch)
-    known |= {digest: vector for digest, vector in zip(new, vectors, strict=True) if vector is not None}
+    for digest, made in zip(new, embed(str(plan.embedder), list(new.values()), plan.batch), strict=True):
+        if made:
+            known[digest] = made["embedding"]
+            cut |= {digest} if made["truncated"] else set()
     for row in rows:
         row["embedding"] = known.get(row["digest"])
     return {
         "embedded": len(new),
-        "truncated": truncated,
+        "truncated": sum(row["digest"] in cut for row in rows),
         "unembedded": sum(row["embedding"] is None for row in rows),
     }
 
 
-def embed(model: str, texts: Sequence[str], batch: int) -> tuple[list[np.ndarray | None], int]:
-    """Embeds texts, None where the model cannot; returns also how many of them it takes only the beginning of."""
+def embed(model: str, texts: Sequence[str], batch: int) -> list[dict[str, Any]]:
+    """Embeds texts: of each the `embedding`, the `tokens` that the model has seen, and whether the text is `truncated`; nothing
+    of those that the model cannot embed."""
     from heliostat.inference.batch.engines import Input
 
-    answers = loaded(model, "embed", batch, "{}")([Input(text, 0) for text in texts])
-    return [answer.values.get("embedding") for answer in answers], sum(bool(a.values.get("truncated")) for a in answers)
+    return [answer.values for answer in loaded(model, "embed", batch, "{}")([Input(text, 0) for text in texts])]
+
+
+def longer(model: str, texts: dict[str, str], batch: int) -> set[str]:
+    """Returns the names of the texts that the model takes only the beginning of."""
+    engine = cast("Embed", loaded(model, "embed", batch, "{}"))
+    encoded = {name: engine.encode(text) for name, text in texts.items()}
+    return {name for name, tokens in encoded.items() if len(engine.loaded.seen(tokens, texts[name])) < len(tokens)}

@@ -41,7 +41,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Found:
-    """Holds a document's tokens, without the one that ends it, and the row group that it begins in."""
+    """Holds a document's tokens and the row group that it begins in."""
 
     id: str
     row_group: int
@@ -82,7 +82,8 @@ def _unit(rows: list[dict]) -> Unit:
 
 
 def documents(dataset: Location, unit: Unit, end: int | None) -> Iterator[Found]:
-    """Yields the unit's documents: rows are joined up to the token `end`, or, if it is None, while they have one name."""
+    """Yields the unit's documents: rows are joined up to the token `end`, which is left out, or, if it is None, while they have
+    one name."""
     held, id, at = list[np.ndarray](), "", -1
     for group in unit.groups:
         for name, row in _rows(dataset.join(unit.path), group, unit.footer):

@@ -1,7 +1,7 @@
 """Keeps API keys: a file that only its owner reads, a key a line; what serves requests knows their digests alone.
 
     KEY
-    NAME KEY        # the name is what metrics and limits count by
+    NAME KEY        # the name is what metrics and limits count by; a comment begins at the line's start or behind white space
 
 Keys are compared by their digests, in constant time, each of them whatever the others gave.
 """
@@ -21,6 +21,7 @@ from heliostat.storage import Location
 
 LEAST = 16  # characters of a key: shorter ones can be guessed
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+COMMENT = re.compile(r"(?:^|\s)#")
 
 
 def digest(key: str) -> str:
@@ -48,7 +49,7 @@ def read(path: Path) -> dict[str, str]:
         raise ConfigError(f"--keys: {path} can be read by other users of this machine; make new keys behind `chmod 600 {path}`")
     found: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        words = line.split("#")[0].split()
+        words = _words(line)
         if not words:
             continue
         name = words[0] if len(words) == 2 else f"key-{number}"
@@ -64,9 +65,14 @@ def read(path: Path) -> dict[str, str]:
     return found
 
 
+def _words(line: str) -> list[str]:
+    """Returns a line's words before a comment, which begins with a `#` at its start or behind white space."""
+    return COMMENT.split(line, maxsplit=1)[0].split()
+
+
 def first(path: Path) -> str:
     """Returns the first key of a file that was read."""
-    lines = (line.split("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (_words(line) for line in path.read_text(encoding="utf-8").splitlines())
     return next(words[-1] for words in lines if words)
 
 

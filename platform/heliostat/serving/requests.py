@@ -36,6 +36,15 @@ MOST_STEPS = 1000
 MOST_PASSAGES = 50
 
 PROMPTS = "is no text, no list of tokens, and no list of these"
+
+
+def _whole(text: str) -> str:
+    """Returns a text; ValueError if it has half a character (a lone surrogate), which no tokenizer takes."""
+    text.encode()
+    return text
+
+
+Whole = Annotated[str, AfterValidator(_whole)]
 Text = Annotated[str, Field(min_length=1)]
 Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # one text stands for a list of it
 R = TypeVar("R", bound=BaseModel)
@@ -80,12 +89,6 @@ def _prompts(given: Any) -> Any:
     return given
 
 
-def _whole(text: str) -> str:
-    """Returns a text; ValueError if it has half a character (a lone surrogate), which no tokenizer takes."""
-    text.encode()
-    return text
-
-
 def _is_token(given: Any) -> bool:
     return isinstance(given, int) and not isinstance(given, bool) and given >= 0
 
@@ -95,7 +98,7 @@ class Completion(Sampled):
 
     prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
     """Texts, or lists of tokens."""
-    suffix: Annotated[str, AfterValidator(_whole)] = ""
+    suffix: Whole = ""
     logprobs: int | None = Field(None, ge=0, le=5)
 
 
@@ -128,10 +131,16 @@ class Embeddings(Strict):
     user: str = ""
 
 
+def _asked(messages: list[Message]) -> list[Message]:
+    for message in messages:
+        _whole(message.plain()["content"])
+    return messages
+
+
 class Question(Chat):
     """Describes a question that is answered from an index, with the likeliest words unless a temperature is given."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1)
+    messages: Annotated[list[Message], AfterValidator(_asked)] = Field(min_length=1, max_length=1)
     temperature: float = Field(0.0, ge=0, le=2)
     top: int = Field(5, ge=1, le=MOST_PASSAGES)
     mode: Literal["bm25", "dense", "hybrid"] | None = None
@@ -151,7 +160,7 @@ class Images(Strict):
     """Describes pictures to draw; what is left out is the model's own. `steps`, `guidance`, `sampler` and `seed` are ours."""
 
     model: str
-    prompt: str
+    prompt: Whole
     n: int = Field(1, ge=1, le=MOST_IMAGES)
     size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")
     response_format: Literal["b64_json"] = "b64_json"

@@ -11,7 +11,7 @@ from heliostat.inference.batch.engines import Loaded
 from heliostat.recipes.text.generator import ends
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.serving.sampling import Draw
-from heliostat.serving.stopping import Stopping
+from heliostat.serving.stopping import UNFINISHED, Stopping
 
 Deliver = Callable[[dict[str, Any]], None]
 Found = dict[str, Any]  # of a token: the logarithm of its probability (`chosen`), and those of the likeliest with ids (`best`)
@@ -50,6 +50,12 @@ def ending(loaded: Loaded, infilling: Infilling | None) -> set[int]:
     return {*ends(loaded.tokenizer, loaded.generation()), *(infilling.ends if infilling else [])}
 
 
+def _parting(one: str, other: str, start: int) -> int:
+    """Returns the first place from `start` on where two texts differ, or one has ended."""
+    least = min(len(one), len(other))
+    return next((at for at in range(start, least) if one[at] != other[at]), least)
+
+
 class Telling:
     """Adds tokens to rows, and delivers what of their texts is certain. `ends`: the tokens that end an answer."""
 
@@ -58,14 +64,17 @@ class Telling:
 
     def take(self, row: Row, token: int, found: Found | None) -> None:
         """Adds a token; `found` of a row that wants logprobs."""
-        ended = token in self.ends
-        before = len(self._text(row)) if found is not None else 0
+        ended, before = token in self.ends, self._text(row) if found is not None else ""
         if not ended:
             row.made.append(token)
-            if found is not None:
-                row.told.append({"offset": before, **self._told(found, token)})
+        whole = self._text(row)
+        if found is not None and not ended:
+            begins = _parting(before, whole.rstrip(UNFINISHED), len(row.stopping.sent))
+            for one in row.told:  # pieces of one character begin where it does, which its last one tells
+                one["offset"] = min(one["offset"], begins)
+            row.told.append({"offset": begins, **self._told(found, token)})
         full = len(row.made) >= row.most
-        text = row.stopping.feed(self._text(row), last=ended or full)
+        text = row.stopping.feed(whole, last=ended or full)
         row.over = ended or full or row.stopping.stopped
         if not text and not row.over:
             return
@@ -84,10 +93,12 @@ class Telling:
         return {"token": show([token]), "logprob": found["chosen"], "best": best}
 
     def _logprobs(self, row: Row) -> dict[str, Any] | None:
-        """Returns those of the tokens that begin within the text that is sent, in OpenAI's columns."""
+        """Returns those of the tokens that begin within the text that is sent, in OpenAI's columns; at an end without a stop
+        string all that are left, as one without text."""
         if row.logprobs is None:
             return None
-        sent = [one for one in row.told if one["offset"] < len(row.stopping.sent)]
+        rest = row.over and not row.stopping.stopped
+        sent = [one for one in row.told if rest or one["offset"] < len(row.stopping.sent)]
         row.told = row.told[len(sent) :]
         return {
             "tokens": [one["token"] for one in sent],

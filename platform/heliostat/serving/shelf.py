@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.retrieval import answering
 from heliostat.retrieval.reranking import Reranker, best
 from heliostat.retrieval.search import Index
 from heliostat.serving.asks import Search
 from heliostat.serving.refusals import Refusal
 from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
 
 
 class Shelf:
@@ -38,15 +41,22 @@ class Shelf:
             raise Refusal(400, said, "mode", "invalid_value")
         try:
             found = best(self.index, self.reranker, asked.question, mode, asked.top)
+            return [{**passage, "columns": self.index.columns(passage["document"])} for passage in found]
         except ConfigError as e:
             raise Refusal(400, str(e), None, "invalid_value") from e
-        return [{**passage, "columns": self.index.columns(passage["document"])} for passage in found]
+        except DataError as e:
+            log.error("%s", e)
+            said = "the index that is served lacks a part, or was replaced over a day ago; start the endpoint anew"
+            raise Refusal(503, said, None, "index_gone") from e
 
     async def prompt(self, asked: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[dict[str, Any]]]:
         """Returns the prompt of what is found, and its sources; `used` tells what of each is in the prompt.
 
         Refusal if nothing is found, or there is no room for the question.
         """
+        if room is not None and room < 1:
+            said = f"max_tokens: leaves no room for the question; ask for at least {1 - room:,} fewer"
+            raise Refusal(400, said, "max_tokens", "context_length_exceeded")
         passages = await self.search(asked)
         if not passages:
             raise Refusal(404, "no passage of the index has a word of the question", "messages", "no_passage")
