@@ -4,15 +4,18 @@ off."""
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from heliostat import lease, run_folder
+from heliostat.cluster import connect
 from heliostat.config.schema import validate
 from heliostat.curation.work import Work
-from heliostat.errors import ConfigError, HeliostatError
+from heliostat.errors import ConfigError, HeliostatError, LeaseError
 from heliostat.inference.batch import engines, reading, run, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue, Embed, Input, Score
@@ -228,10 +231,11 @@ def lines(folder: Path, name: str, numbers: range) -> None:
     (folder / name).write_text("\n".join(rows) + "\nno json\n")
 
 
-def infer(folder: Path, out: Path, **flow) -> dict:
+def infer(folder: Path, out: Path, before_commit: Callable[[], None] = lambda: None, **flow) -> dict:
     place = Location(str(out))
     facts = {"model": {"folder": "none", "digest": "d"}, "settings": Settings(keep=["n"]).model_dump(), "input": str(folder)}
-    return run.answer(HereFlow(Work(place.join(run.WORK)), **flow), sources.listing(str(folder)), facts, place)
+    flow = HereFlow(Work(place.join(run.WORK)), **flow)
+    return run.answer(flow, sources.listing(str(folder)), facts, place, before_commit)
 
 
 def answers(out: Path) -> list[dict]:
@@ -270,7 +274,8 @@ def test_new_input_is_only_its_own_work_and_what_has_gone_has_no_answers(echo, t
     assert infer(tmp_path / "in", tmp_path / "out")["new"] <= 2
     assert len(answers(tmp_path / "out")) == 104
     (tmp_path / "in" / "a.jsonl").unlink()
-    infer(tmp_path / "in", tmp_path / "out")
+    assert infer(tmp_path / "in", tmp_path / "out")["deleted"] == 100
+    assert infer(tmp_path / "in", tmp_path / "out")["deleted"] == 0
     assert [row["n"] for row in answers(tmp_path / "out")] == [str(i) for i in range(100, 104)]
 
 
@@ -280,6 +285,66 @@ def test_answers_that_were_lost_are_made_again(echo, tmp_path):
     was = answers(tmp_path / "out")
     next((tmp_path / "out" / "answers").iterdir()).unlink()
     assert infer(tmp_path / "in", tmp_path / "out")["new"] == 1 and answers(tmp_path / "out") == was
+
+
+def test_a_command_that_was_taken_for_dead_deletes_no_answer_of_the_next(echo, tmp_path):
+    lines(tmp_path / "in", "a.jsonl", range(100))
+    place = Location(str(tmp_path / "out"))
+    first = lease.take(place)
+    infer(tmp_path / "in", tmp_path / "out")
+    was = answers(tmp_path / "out")
+    place.join(run_folder.LEASE, "00000002.json").write(lease.Holder.me().dump())
+    lines(tmp_path / "in", "a.jsonl", range(3))
+    with pytest.raises(LeaseError, match="has taken it over"):
+        infer(tmp_path / "in", tmp_path / "out", before_commit=first.fence.check)
+    assert json.loads((tmp_path / "out" / run.RECORD).read_text())["answers"] == len(was) == 100
+    first.release()
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    monkeypatch.setattr(connect, "connect", lambda **_: pytest.fail("Ray starts"))
+
+
+def test_another_input_and_a_second_command_are_refused_before_ray_starts(model, tmp_path, no_ray):
+    """Else the answers of the one would be deleted, as what the other does not hold."""
+    asked = Settings(options={"max_tokens": 3})
+    for name in ("one", "two"):
+        lines(tmp_path / name, "a.jsonl", range(3))
+    out = tmp_path / "out"
+    with lease.take(Location(str(out))), pytest.raises(ConfigError, match="--out: .* holds no batch inference"):
+        run.infer(model, str(tmp_path / "one"), str(out), asked)
+    shutil.rmtree(out)
+    known = {"model": run.model_digest(model), "input": str(tmp_path / "one"), **asked.identity}
+    claim(Location(str(out)), known, "answers", "batch inference")
+    with pytest.raises(
+        ConfigError, match=r"--out: .* holds answers of another input \('.*one', not '.*two'\); name another folder"
+    ):
+        run.infer(model, str(tmp_path / "two"), str(out), asked)
+    with (
+        lease.take(Location(str(out))),
+        pytest.raises(ConfigError, match="--out: .* is being written by process .*; wait for it"),
+    ):
+        run.infer(model, str(tmp_path / "one"), str(out), asked)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": -1}, "options: temperature: -1 should be greater than or equal to 0"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 32}, "max_tokens: 32 leave no room for a prompt: the model takes 32 tokens with its answer"),
+    ],
+)
+def test_options_that_cannot_be_claim_no_folder(model, tmp_path, no_ray, options, said):
+    """Those that are mended are then taken."""
+    lines(tmp_path / "in", "a.jsonl", range(3))
+    with pytest.raises(ConfigError) as found:
+        run.infer(model, str(tmp_path / "in"), str(tmp_path / "out"), Settings(options=options))
+    assert said in str(found.value) and "\n" not in str(found.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="leave no room for a prompt"):  # of `ask` too
+        Continue(model, 1, {"max_tokens": 33})
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -108,6 +108,8 @@ def infer(
         many, what = (made["answers"], "images") if task == "embed-images" else (made["tokens"], "tokens")
         pace = f"{many:,} {what}, {many / max(made['seconds'], 0.1):,.0f} a second"
         out.print(f"{made['answers']:,} answers are in {to}/answers{cut}{told}; {pace}")
+        if made["deleted"]:
+            out.print(f"{made['deleted']:,} answers are deleted: the input does not hold any more, as it was, what they are of")
     finish(made, json_)
 
 
