@@ -279,6 +279,19 @@ def test_new_input_is_only_its_own_work_and_what_has_gone_has_no_answers(echo, t
     assert [row["n"] for row in answers(tmp_path / "out")] == [str(i) for i in range(100, 104)]
 
 
+def test_a_kept_value_that_cannot_be_written_stops_nothing_and_a_column_that_is_nowhere_is_said(echo, tmp_path, caplog):
+    rows = [{"text": "a", "n": "\ud800"}, {"text": "b", "n": {"c": "\ud800"}}, {"text": "c", "n": None}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = infer(tmp_path / "in.jsonl", tmp_path / "out")
+    assert (found["answers"], found["bad"], found["missing"]) == (2, 1, []) and "no input has" not in caplog.text
+    assert [(row["text"], row["n"]) for row in answers(tmp_path / "out")] == [("b", '{"c": "\\ud800"}'), ("c", None)]
+    (bad,) = pq.read_table(tmp_path / "out" / run.BAD).to_pylist()
+    assert (bad["reason"], bad["detail"]) == ("not_utf8", "the kept column 'n'")
+    (tmp_path / "other.jsonl").write_text('{"text": "a", "m": 1}\n')
+    assert infer(tmp_path / "other.jsonl", tmp_path / "other")["missing"] == ["n"]
+    assert "--keep: 'n': no input has such a column" in caplog.text
+
+
 def test_answers_that_were_lost_are_made_again(echo, tmp_path):
     lines(tmp_path / "in", "a.jsonl", range(100))
     infer(tmp_path / "in", tmp_path / "out")
@@ -312,7 +325,7 @@ def test_another_input_and_a_second_command_are_refused_before_ray_starts(model,
     for name in ("one", "two"):
         lines(tmp_path / name, "a.jsonl", range(3))
     out = tmp_path / "out"
-    with lease.take(Location(str(out))), pytest.raises(ConfigError, match="--out: .* holds no batch inference"):
+    with lease.take(Location(str(out))), pytest.raises(ConfigError, match=r"--out: .* holds no batch inference"):
         run.infer(model, str(tmp_path / "one"), str(out), asked)
     shutil.rmtree(out)
     known = {"model": run.model_digest(model), "input": str(tmp_path / "one"), **asked.identity}
@@ -323,7 +336,7 @@ def test_another_input_and_a_second_command_are_refused_before_ray_starts(model,
         run.infer(model, str(tmp_path / "two"), str(out), asked)
     with (
         lease.take(Location(str(out))),
-        pytest.raises(ConfigError, match="--out: .* is being written by process .*; wait for it"),
+        pytest.raises(ConfigError, match=r"--out: .* is being written by process .*; wait for it"),
     ):
         run.infer(model, str(tmp_path / "one"), str(out), asked)
 

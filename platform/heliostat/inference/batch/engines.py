@@ -199,7 +199,7 @@ class Engine:
 
 
 def sampling(options: dict[str, Any], longest: int | None) -> Sampling:
-    """Reads how text is written by a model that takes so many tokens; ConfigError if that cannot be, or leaves a prompt no room."""
+    """Reads how text is written by a model that takes so many tokens; ConfigError if that cannot be, or leaves no room."""
     asked = validate(Sampling, options, "options")
     if longest is not None and asked.max_tokens >= longest:
         raise ConfigError(

@@ -6,9 +6,9 @@
     OUT/work                      what finished pieces have done, by the keys of what their answers follow from
 
 Each input is answered once: a piece's file has the name of what it follows from, and `inference.json` lists each file once. A run
-that is killed goes on behind its last finished piece, on any number of workers; new input is only its own work, and answers of what the
-input does not hold any more are deleted, and counted. One command at a time writes to the folder, and of one input. The answers
-are a pure function of the input, the model and the settings, on machines of one kind. `prepare` reads OUT/answers as an input.
+that is killed goes on behind its last finished piece, on any number of workers; new input is only its own work. Answers of what the
+input does not hold any more are deleted, and counted. One command at a time writes to the folder, and of one input. Answers are a
+pure function of the input, the model and the settings, on machines of one kind. `prepare` reads OUT/answers as an input.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def infer(
     """Answers all documents of an input; returns what `inference.json` says, without the list of files. `quiet`: shows nothing;
     `engine`: what answers, auto for vLLM where it can.
 
-    ConfigError before anything starts if the model does not do the task, its answers would leave no room for an input, there is no
-    input, or the output holds something else, also answers of another input, or another command writes to it.
+    ConfigError before anything starts if the model does not do the task, its answers leave no room for a prompt, there is no input,
+    or the output holds something else, also answers of another input, or another command writes there.
     """
     known, place = loading.require(model, settings.task, settings.options), Location(output)
     files = reading.of(input, settings).listing()
@@ -85,9 +85,12 @@ def answer(
     began = time.time()
     records = _answered(flow, _tasks(flow, files, facts, place), place)
     before_commit()
+    missing = _missing(facts["settings"]["keep"], records)
+    if missing:
+        log.warning("--keep: %s: no input has such a column; its answers are empty there", ", ".join(map(repr, missing)))
     listed = [{"file": f"{tasks.ANSWERS}/{r['name']}.parquet", "rows": r["answers"]} for r in records if r["answers"]]
     gone = _others(place, {str(one["file"]) for one in listed})
-    made = facts | {"inputs": _inputs(records), **_counts(records), "deleted": sum(map(_rows, gone)),
+    made = facts | {"inputs": _inputs(records), **_counts(records), "missing": missing, "deleted": sum(map(_rows, gone)),
                     "seconds": round(time.time() - began, 1), "cpu_seconds": round(sum(r["seconds"] for r in records), 1),
                     "new": flow.done.get("infer", 0)}  # fmt: skip
     _list_bad(place, records)
@@ -145,6 +148,12 @@ def _counts(records: list[dict[str, Any]]) -> dict[str, int]:
         "tokens": sum(r["tokens"] for r in records),
         "truncated": sum(r["truncated"] for r in records),
     }
+
+
+def _missing(keep: list[str], records: list[dict[str, Any]]) -> list[str]:
+    """Lists the columns to keep that no input has, where any was read."""
+    read = any(r.get("read") for r in records)
+    return [column for column in keep if read and not any(r.get("kept", {}).get(column) for r in records)]
 
 
 def _inputs(records: list[dict[str, Any]]) -> str:
