@@ -6,9 +6,9 @@
     OUT/work                      what finished pieces have done, by the keys of what their answers follow from
 
 Each input is answered once: a piece's file has the name of what it follows from, and `inference.json` lists each file once. A run
-that is killed goes on behind its last finished piece, on any number of workers; new input is only its own work. Answers of what the
-input does not hold any more are deleted, and counted. One command at a time writes to the folder, and of one input. Answers are a
-pure function of the input, the model and the settings, on machines of one kind. `prepare` reads OUT/answers as an input.
+that is killed goes on behind its last finished piece, on any number of workers; new input is only its own work. Answers of what
+the input no longer holds are deleted, and counted. One command at a time writes to the folder, and of one input. Answers are a pure
+function of the input, the model and the settings, on machines of one kind. `prepare` reads OUT/answers as an input.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def infer(
     """Answers all documents of an input; returns what `inference.json` says, without the list of files. `quiet`: shows nothing;
     `engine`: what answers, auto for vLLM where it can.
 
-    ConfigError before anything starts if the model does not do the task, its answers leave no room for a prompt, there is no input,
-    or the output holds something else, also answers of another input, or another command writes there.
+    ConfigError before anything starts if the model does not do the task, its answers leave no room for a prompt, there is no
+    input, or the output holds something else, also answers of another input, or another command writes there.
     """
     known, place = loading.require(model, settings.task, settings.options), Location(output)
     files = reading.of(input, settings).listing()
