@@ -15,11 +15,12 @@ from heliostat import lease, run_folder
 from heliostat.cluster import connect
 from heliostat.config.schema import validate
 from heliostat.curation.work import Work
-from heliostat.errors import ConfigError, HeliostatError, LeaseError
+from heliostat.errors import AccessError, ConfigError, HeliostatError, LeaseError
 from heliostat.inference.batch import engines, reading, run, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue, Embed, Input, Score
 from heliostat.inference.batch.settings import OF_ANSWERS, Settings
+from heliostat.inference.generate import generate_many
 from heliostat.pipelines.text import sources
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.generator import Sampling
@@ -358,6 +359,12 @@ def test_options_that_cannot_be_claim_no_folder(model, tmp_path, no_ray, options
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="leave no room for a prompt"):  # of `ask` too
         Continue(model, 1, {"max_tokens": 33})
+
+
+def test_drawing_into_a_folder_that_cannot_be_is_refused_before_ray_starts(model, tmp_path, no_ray):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AccessError, match="is not a folder that can be written to"):
+        generate_many(model, ["a"], {}, 0, str(tmp_path / "file"), 1)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
