@@ -22,6 +22,7 @@ from heliostat.inference.batch.engines import Continue, Embed, Input, Score
 from heliostat.inference.batch.settings import OF_ANSWERS, Settings
 from heliostat.inference.generate import generate_many
 from heliostat.pipelines.text import sources
+from heliostat.plan import hardware
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.generator import Sampling
 from heliostat.recipes.text.server import continue_text
@@ -291,6 +292,23 @@ def test_a_kept_value_that_cannot_be_written_stops_nothing_and_a_column_that_is_
     (tmp_path / "other.jsonl").write_text('{"text": "a", "m": 1}\n')
     assert infer(tmp_path / "other.jsonl", tmp_path / "other")["missing"] == ["n"]
     assert "--keep: 'n': no input has such a column" in caplog.text
+
+
+def test_what_answers_cost_is_that_of_the_devices_that_made_them(echo, tmp_path):
+    """In all runs of the folder: a CPU by the core, a GPU by the clock; nobody knows what one costs that is not in the table."""
+    lines(tmp_path / "in", "a.jsonl", range(100))
+    for _ in range(2):
+        (used,) = infer(tmp_path / "in", tmp_path / "out")["devices"]
+        assert used["name"] == "cpu"
+    table, hour = hardware.table(), {"seconds": 3600.0}
+    gpu = {"name": "NVIDIA H100 80GB HBM3", "memory": 79 * hardware.GIB, **hour}
+    devices = table["devices"]
+    assert (
+        hardware.cost([{"name": "cpu", "memory": None, **hour}, gpu], table) == devices["cpu"]["hour"] + devices["H100"]["hour"]
+    )
+    assert hardware.cost([{**gpu, "name": "NVIDIA GeForce RTX 5090"}], table) is None
+    records = [{"seconds": 2.0, "wall": 5.0, "gpu": [gpu["name"], gpu["memory"]]}, {"seconds": 3.0, "wall": 9.0}]
+    assert [(one["name"], one["seconds"]) for one in run._devices(records)] == [(gpu["name"], 5.0), ("cpu", 3.0)]
 
 
 def test_answers_that_were_lost_are_made_again(echo, tmp_path):

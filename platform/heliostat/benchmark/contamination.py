@@ -96,7 +96,7 @@ class Examples:
 
 
 def summary(shares: Sequence[float | None], values: Sequence[Any], score: float) -> dict[str, Any]:
-    """Sums up a task: the share of the compared examples that have an n-gram of the training data, and the score of those without;
+    """Sums up a task: the share of the compared examples that have an n-gram of the training data, and the score of the rest;
     what is too short to be compared is in neither.
 
     `values`: each example's own score; the score of the clean ones is null if the task's `score` is not the mean of these.

@@ -92,7 +92,7 @@ def answer(
     gone = _others(place, {str(one["file"]) for one in listed})
     made = facts | {"inputs": _inputs(records), **_counts(records), "missing": missing, "deleted": sum(map(_rows, gone)),
                     "seconds": round(time.time() - began, 1), "cpu_seconds": round(sum(r["seconds"] for r in records), 1),
-                    "new": flow.done.get("infer", 0)}  # fmt: skip
+                    "devices": _devices(records), "new": flow.done.get("infer", 0)}  # fmt: skip
     _list_bad(place, records)
     place.join(RECORD).write(json.dumps({**made, "answers_in": listed}, indent=1).encode())
     for one in gone:
@@ -148,6 +148,16 @@ def _counts(records: list[dict[str, Any]]) -> dict[str, int]:
         "tokens": sum(r["tokens"] for r in records),
         "truncated": sum(r["truncated"] for r in records),
     }
+
+
+def _devices(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sums up for how many seconds devices were at work on the answers: CPUs by the core, GPUs by the clock."""
+    used: dict[tuple[str, int | None], float] = {}
+    for record in records:
+        gpu = record.get("gpu")
+        device = tuple(gpu) if gpu else ("cpu", None)
+        used[device] = used.get(device, 0.0) + (record.get("wall", record["seconds"]) if gpu else record["seconds"])
+    return [{"name": name, "memory": memory, "seconds": round(s, 1)} for (name, memory), s in used.items()]
 
 
 def _missing(keep: list[str], records: list[dict[str, Any]]) -> list[str]:

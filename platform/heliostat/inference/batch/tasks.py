@@ -74,6 +74,7 @@ def answer_piece(
         "truncated": sum(bool(row.get("truncated")) for row in rows),
         "inputs": _digest(read),
         "read": len(read),
+        "gpu": _gpu(),
         "kept": {column: sum(column in one.columns for one in read) for column in asked.keep},
         "files": [],
     }
@@ -97,6 +98,15 @@ def _input(document: Document, seed: int) -> Input:
 
     own = xxhash.xxh64_intdigest(f"{seed}\0{document.id}".encode("utf-8", "surrogatepass")) >> 1
     return Input(str(document.text), own, document.picture.data if document.picture else b"")
+
+
+def _gpu() -> list[Any] | None:
+    """Returns the name and the bytes of the GPU that answers; None if a CPU does."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return [torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory]
 
 
 def _digest(documents: list[Document]) -> str:
