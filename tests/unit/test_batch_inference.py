@@ -21,6 +21,7 @@ from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue, Embed, Input, Score
 from heliostat.inference.batch.settings import OF_ANSWERS, Settings
 from heliostat.inference.generate import generate_many
+from heliostat.pipelines import synthetic
 from heliostat.pipelines.text import sources
 from heliostat.plan import hardware
 from heliostat.recipes.text.causal_lm import CausalLM
@@ -235,7 +236,8 @@ def lines(folder: Path, name: str, numbers: range) -> None:
 
 def infer(folder: Path, out: Path, before_commit: Callable[[], None] = lambda: None, **flow) -> dict:
     place = Location(str(out))
-    facts = {"model": {"folder": "none", "digest": "d"}, "settings": Settings(keep=["n"]).model_dump(), "input": str(folder)}
+    made_by = {"model": {"folder": "none", "digest": "d"}, "engine": {"name": "transformers", "version": "0"}}
+    facts = {**made_by, "settings": Settings(keep=["n"]).model_dump(), "input": str(folder)}
     flow = HereFlow(Work(place.join(run.WORK)), **flow)
     return run.answer(flow, sources.listing(str(folder)), facts, place, before_commit)
 
@@ -309,6 +311,23 @@ def test_what_answers_cost_is_that_of_the_devices_that_made_them(echo, tmp_path)
     assert hardware.cost([{**gpu, "name": "NVIDIA GeForce RTX 5090"}], table) is None
     records = [{"seconds": 2.0, "wall": 5.0, "gpu": [gpu["name"], gpu["memory"]]}, {"seconds": 3.0, "wall": 9.0}]
     assert [(one["name"], one["seconds"]) for one in run._devices(records)] == [(gpu["name"], 5.0), ("cpu", 3.0)]
+
+
+def test_what_is_made_of_answers_knows_their_model_settings_and_inputs(echo, tmp_path, caplog):
+    """Of the folder, a pattern or one file; nothing is said of files that are not the inference's."""
+    lines(tmp_path / "in", "a.jsonl", range(100))
+    facts, out = infer(tmp_path / "in", tmp_path / "out"), tmp_path / "out" / "answers"
+
+    def known(input: str) -> dict | None:
+        return synthetic.answers(sources.root(input), sources.listing(input))
+
+    one = sorted(out.iterdir())[0]
+    for input in (str(out), f"{out}/", f"{out}/*.parquet", str(one)):
+        found = known(input)
+        assert found == {name: facts[name] for name in ("model", "engine", "settings", "input", "inputs", "answers")}, input
+    assert known(str(tmp_path / "in")) is None and not caplog.text
+    shutil.copy(one, out / "mine.parquet")
+    assert known(str(out)) is None and "inference.json does not list mine.parquet" in caplog.text
 
 
 def test_answers_that_were_lost_are_made_again(echo, tmp_path):
