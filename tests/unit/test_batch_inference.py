@@ -416,9 +416,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         claim(Location(str(tmp_path / "full")), {}, "answers", "batch inference")
 
 
-def test_a_model_that_continues_no_text_is_refused_before_ray_starts(tmp_path):
+def test_a_model_that_continues_no_text_and_an_input_of_no_file_are_refused_before_ray_starts(model, tmp_path, no_ray):
     config = transformers.LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     config.save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="no file there"):
+    with pytest.raises(ConfigError, match=r"its tokenizer or config.json cannot be read .*; is the folder whole") as found:
         run.infer(tmp_path / "model", str(tmp_path / "empty"), str(tmp_path / "out"), Settings())
+    assert "\n" not in str(found.value)
+    with pytest.raises(ConfigError, match="no file there"):
+        run.infer(model, str(tmp_path / "empty"), str(tmp_path / "out"), Settings(options={"max_tokens": 3}))
     assert not (tmp_path / "out").exists()

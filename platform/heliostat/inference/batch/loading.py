@@ -12,6 +12,7 @@ from heliostat.inference.batch.settings import WRITES
 from heliostat.recipes import exported
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.text import sentence_folder
+from heliostat.text import brief
 
 if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Answer, Input
@@ -39,10 +40,21 @@ def require(folder: Path, task: str, options: dict[str, Any] | None = None) -> d
         _require_template(folder)
     if task in WRITES:
         from heliostat.inference.batch.engines import sampling
-        from heliostat.inference.batch.vllm_engine import Described
 
-        sampling(options or {}, Described(folder).longest)
+        sampling(options or {}, _longest(folder))
     return {}
+
+
+def _longest(folder: Path) -> int | None:
+    """Reads how many tokens a model takes, without its weights; ConfigError if its tokenizer or config.json cannot be read."""
+    from heliostat.inference.batch.vllm_engine import Described
+
+    try:
+        return Described(folder).longest
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as e:  # of transformers
+        raise ConfigError(f"{folder}: its tokenizer or config.json cannot be read ({brief(e)}); is the folder whole?") from e
 
 
 def _labels(folder: Path) -> list[str]:
