@@ -1,4 +1,4 @@
-"""Leases the folder of a run, a sweep or an index to one driver at a time, which alone may write there.
+"""Leases the folder of a run, a sweep, an index or a batch inference to one driver at a time, which alone may write there.
 
     with take(run) as held:
         ...

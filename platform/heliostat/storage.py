@@ -316,6 +316,14 @@ class Location:
         if not self.is_s3 and not (nearest.is_dir() and os.access(nearest, os.W_OK) and _takes_files(nearest)):
             raise AccessError(f"{self.uri}: {nearest} is not a folder that can be written to; name another place")
 
+    def require_file(self) -> None:
+        """Raises AccessError, or StorageError of a store that is not there, if no file can be written here, or a folder is."""
+        self.probe()
+        if not self.is_s3 and Path(self.path).is_dir():
+            raise AccessError(f"{self.uri}: is a folder; name a file in it")
+        if not self.is_s3:
+            Location(str(Path(self.path).parent)).require_writable()
+
     @property
     def _bucket(self) -> str:
         return self.path.split("/", 1)[0]

@@ -136,8 +136,10 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path):
     assert "--max-tokens: goes with --task continue or chat, not with score" in said(
         "--out", str(tmp_path / "out"), "--task", "score", "--max-tokens", "3"
     )
-    assert "is not empty" in said("--out", str(tmp_path))
-    assert "--engine vllm needs the extra 'vllm'" in said("--out", str(tmp_path / "out"), "--engine", "vllm")
+    assert "is not empty" in said("--out", str(tmp_path), "--max-tokens", "3")
+    few = ("--out", str(tmp_path / "out"), "--max-tokens", "3")
+    assert "--engine vllm needs the extra 'vllm'" in said(*few, "--engine", "vllm")
+    assert "max_tokens: 100 leave no room for a prompt" in said("--out", str(tmp_path / "out"))
     assert "without a head that classifies" in said("--out", str(tmp_path / "out"), "--task", "classify")
     assert "task" in said("--out", str(tmp_path / "out"), "--task", "sing")
     assert not (tmp_path / "out").exists()

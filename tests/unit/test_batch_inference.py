@@ -4,20 +4,26 @@ off."""
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from heliostat import lease, run_folder
+from heliostat.cluster import connect
 from heliostat.config.schema import validate
 from heliostat.curation.work import Work
-from heliostat.errors import ConfigError, HeliostatError
+from heliostat.errors import AccessError, ConfigError, HeliostatError, LeaseError
 from heliostat.inference.batch import engines, reading, run, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue, Embed, Input, Score
 from heliostat.inference.batch.settings import OF_ANSWERS, Settings
+from heliostat.inference.generate import generate_many
+from heliostat.pipelines import synthetic
 from heliostat.pipelines.text import sources
+from heliostat.plan import hardware
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.generator import Sampling
 from heliostat.recipes.text.server import continue_text
@@ -228,10 +234,12 @@ def lines(folder: Path, name: str, numbers: range) -> None:
     (folder / name).write_text("\n".join(rows) + "\nno json\n")
 
 
-def infer(folder: Path, out: Path, **flow) -> dict:
+def infer(folder: Path, out: Path, before_commit: Callable[[], None] = lambda: None, **flow) -> dict:
     place = Location(str(out))
-    facts = {"model": {"folder": "none", "digest": "d"}, "settings": Settings(keep=["n"]).model_dump(), "input": str(folder)}
-    return run.answer(HereFlow(Work(place.join(run.WORK)), **flow), sources.listing(str(folder)), facts, place)
+    made_by = {"model": {"folder": "none", "digest": "d"}, "engine": {"name": "transformers", "version": "0"}}
+    facts = {**made_by, "settings": Settings(keep=["n"]).model_dump(), "input": str(folder)}
+    flow = HereFlow(Work(place.join(run.WORK)), **flow)
+    return run.answer(flow, sources.listing(str(folder)), facts, place, before_commit)
 
 
 def answers(out: Path) -> list[dict]:
@@ -270,8 +278,56 @@ def test_new_input_is_only_its_own_work_and_what_has_gone_has_no_answers(echo, t
     assert infer(tmp_path / "in", tmp_path / "out")["new"] <= 2
     assert len(answers(tmp_path / "out")) == 104
     (tmp_path / "in" / "a.jsonl").unlink()
-    infer(tmp_path / "in", tmp_path / "out")
+    assert infer(tmp_path / "in", tmp_path / "out")["deleted"] == 100
+    assert infer(tmp_path / "in", tmp_path / "out")["deleted"] == 0
     assert [row["n"] for row in answers(tmp_path / "out")] == [str(i) for i in range(100, 104)]
+
+
+def test_a_kept_value_that_cannot_be_written_stops_nothing_and_a_column_that_is_nowhere_is_said(echo, tmp_path, caplog):
+    rows = [{"text": "a", "n": "\ud800"}, {"text": "b", "n": {"c": "\ud800"}}, {"text": "c", "n": None}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = infer(tmp_path / "in.jsonl", tmp_path / "out")
+    assert (found["answers"], found["bad"], found["missing"]) == (2, 1, []) and "no input has" not in caplog.text
+    assert [(row["text"], row["n"]) for row in answers(tmp_path / "out")] == [("b", '{"c": "\\ud800"}'), ("c", None)]
+    (bad,) = pq.read_table(tmp_path / "out" / run.BAD).to_pylist()
+    assert (bad["reason"], bad["detail"]) == ("not_utf8", "the kept column 'n'")
+    (tmp_path / "other.jsonl").write_text('{"text": "a", "m": 1}\n')
+    assert infer(tmp_path / "other.jsonl", tmp_path / "other")["missing"] == ["n"]
+    assert "--keep: 'n': no input has such a column" in caplog.text
+
+
+def test_what_answers_cost_is_that_of_the_devices_that_made_them(echo, tmp_path):
+    """In all runs of the folder: a CPU by the core, a GPU by the clock; nobody knows what one costs that is not in the table."""
+    lines(tmp_path / "in", "a.jsonl", range(100))
+    for _ in range(2):
+        (used,) = infer(tmp_path / "in", tmp_path / "out")["devices"]
+        assert used["name"] == "cpu"
+    table, hour = hardware.table(), {"seconds": 3600.0}
+    gpu = {"name": "NVIDIA H100 80GB HBM3", "memory": 79 * hardware.GIB, **hour}
+    devices = table["devices"]
+    assert (
+        hardware.cost([{"name": "cpu", "memory": None, **hour}, gpu], table) == devices["cpu"]["hour"] + devices["H100"]["hour"]
+    )
+    assert hardware.cost([{**gpu, "name": "NVIDIA GeForce RTX 5090"}], table) is None
+    records = [{"seconds": 2.0, "wall": 5.0, "gpu": [gpu["name"], gpu["memory"]]}, {"seconds": 3.0, "wall": 9.0}]
+    assert [(one["name"], one["seconds"]) for one in run._devices(records)] == [(gpu["name"], 5.0), ("cpu", 3.0)]
+
+
+def test_what_is_made_of_answers_knows_their_model_settings_and_inputs(echo, tmp_path, caplog):
+    """Of the folder, a pattern or one file; nothing is said of files that are not the inference's."""
+    lines(tmp_path / "in", "a.jsonl", range(100))
+    facts, out = infer(tmp_path / "in", tmp_path / "out"), tmp_path / "out" / "answers"
+
+    def known(input: str) -> dict | None:
+        return synthetic.answers(sources.root(input), sources.listing(input))
+
+    one = sorted(out.iterdir())[0]
+    for input in (str(out), f"{out}/", f"{out}/*.parquet", str(one)):
+        found = known(input)
+        assert found == {name: facts[name] for name in ("model", "engine", "settings", "input", "inputs", "answers")}, input
+    assert known(str(tmp_path / "in")) is None and not caplog.text
+    shutil.copy(one, out / "mine.parquet")
+    assert known(str(out)) is None and "inference.json does not list mine.parquet" in caplog.text
 
 
 def test_answers_that_were_lost_are_made_again(echo, tmp_path):
@@ -280,6 +336,72 @@ def test_answers_that_were_lost_are_made_again(echo, tmp_path):
     was = answers(tmp_path / "out")
     next((tmp_path / "out" / "answers").iterdir()).unlink()
     assert infer(tmp_path / "in", tmp_path / "out")["new"] == 1 and answers(tmp_path / "out") == was
+
+
+def test_a_command_that_was_taken_for_dead_deletes_no_answer_of_the_next(echo, tmp_path):
+    lines(tmp_path / "in", "a.jsonl", range(100))
+    place = Location(str(tmp_path / "out"))
+    first = lease.take(place)
+    infer(tmp_path / "in", tmp_path / "out")
+    was = answers(tmp_path / "out")
+    place.join(run_folder.LEASE, "00000002.json").write(lease.Holder.me().dump())
+    lines(tmp_path / "in", "a.jsonl", range(3))
+    with pytest.raises(LeaseError, match="has taken it over"):
+        infer(tmp_path / "in", tmp_path / "out", before_commit=first.fence.check)
+    assert json.loads((tmp_path / "out" / run.RECORD).read_text())["answers"] == len(was) == 100
+    first.release()
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    monkeypatch.setattr(connect, "connect", lambda **_: pytest.fail("Ray starts"))
+
+
+def test_another_input_and_a_second_command_are_refused_before_ray_starts(model, tmp_path, no_ray):
+    """Else the answers of the one would be deleted, as what the other does not hold."""
+    asked = Settings(options={"max_tokens": 3})
+    for name in ("one", "two"):
+        lines(tmp_path / name, "a.jsonl", range(3))
+    out = tmp_path / "out"
+    with lease.take(Location(str(out))), pytest.raises(ConfigError, match=r"--out: .* holds no batch inference"):
+        run.infer(model, str(tmp_path / "one"), str(out), asked)
+    shutil.rmtree(out)
+    known = {"model": run.model_digest(model), "input": str(tmp_path / "one"), **asked.identity}
+    claim(Location(str(out)), known, "answers", "batch inference")
+    with pytest.raises(
+        ConfigError, match=r"--out: .* holds answers of another input \('.*one', not '.*two'\); name another folder"
+    ):
+        run.infer(model, str(tmp_path / "two"), str(out), asked)
+    with (
+        lease.take(Location(str(out))),
+        pytest.raises(ConfigError, match=r"--out: .* is being written by process .*; wait for it"),
+    ):
+        run.infer(model, str(tmp_path / "one"), str(out), asked)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": -1}, "options: temperature: -1 should be greater than or equal to 0"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 32}, "max_tokens: 32 leave no room for a prompt: the model takes 32 tokens with its answer"),
+    ],
+)
+def test_options_that_cannot_be_claim_no_folder(model, tmp_path, no_ray, options, said):
+    """Those that are mended are then taken."""
+    lines(tmp_path / "in", "a.jsonl", range(3))
+    with pytest.raises(ConfigError) as found:
+        run.infer(model, str(tmp_path / "in"), str(tmp_path / "out"), Settings(options=options))
+    assert said in str(found.value) and "\n" not in str(found.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="leave no room for a prompt"):  # of `ask` too
+        Continue(model, 1, {"max_tokens": 33})
+
+
+def test_drawing_into_a_folder_that_cannot_be_is_refused_before_ray_starts(model, tmp_path, no_ray):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AccessError, match="is not a folder that can be written to"):
+        generate_many(model, ["a"], {}, 0, str(tmp_path / "file"), 1)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -294,9 +416,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         claim(Location(str(tmp_path / "full")), {}, "answers", "batch inference")
 
 
-def test_a_model_that_continues_no_text_is_refused_before_ray_starts(tmp_path):
+def test_a_model_that_continues_no_text_and_an_input_of_no_file_are_refused_before_ray_starts(model, tmp_path, no_ray):
     config = transformers.LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     config.save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="no file there"):
+    with pytest.raises(ConfigError, match=r"its tokenizer or config.json cannot be read .*; is the folder whole") as found:
         run.infer(tmp_path / "model", str(tmp_path / "empty"), str(tmp_path / "out"), Settings())
+    assert "\n" not in str(found.value)
+    with pytest.raises(ConfigError, match="no file there"):
+        run.infer(model, str(tmp_path / "empty"), str(tmp_path / "out"), Settings(options={"max_tokens": 3}))
     assert not (tmp_path / "out").exists()

@@ -111,7 +111,7 @@ def test_examples_of_what_was_trained_on_are_found_and_held_out_ones_are_not(pag
     assert calls[-1] == (len(trained), len(trained))
     assert examples.shares("seen") == [1.0] * len(seen) and examples.shares("unseen") == [0.0] * len(unseen)
     found = contamination.summary(examples.shares("mixed"), [1, 0, 1], 2 / 3)
-    assert found == {"compared": 2, "too_short": 1, "contaminated": 0.5, "overlap": 0.5, "clean_examples": 2, "clean_score": 0.5}
+    assert found == {"compared": 2, "too_short": 1, "contaminated": 0.5, "overlap": 0.5, "clean_examples": 1, "clean_score": 0.0}
     for values, score in (([(1, 2)] * 3, 0.5), ([-1.0, -2.0, -3.0], 7.4)):  # an F1, a perplexity: no mean
         assert contamination.summary(examples.shares("mixed"), values, score)["clean_score"] is None
 

@@ -45,6 +45,11 @@ def test_a_score_that_is_no_share_has_the_interval_of_its_standard_error_or_none
     assert measures.interval(1.0, 0.0, [1, 1, 1]) == measures.wilson(1.0, 3)
 
 
+def test_a_task_of_one_choice_each_has_nothing_to_gain_over_guessing():
+    guessing = measures.chance("multiple_choice", "acc", [(1, 1), (1, 1)])
+    assert guessing == 1.0 and measures.centred(1.0, guessing) is None
+
+
 def test_chance_is_one_of_the_choices_and_nothing_where_there_are_none():
     assert measures.chance("multiple_choice", "acc", [(1, 4), (1, 2)]) == pytest.approx(0.375)
     assert measures.chance("multiple_choice", "acc_norm", [(2, 4)]) == 0.5

@@ -36,6 +36,12 @@ BOTH = "--overwrite: deletes what --resume goes on from; give one of the two"
             "ConfigError",
             "x.db: there is no such file",
         ),
+        (["benchmark", "m", "s.yaml", "--out", "jobs", "--json"], "AccessError", "--out: jobs: is a folder; name a file in it"),
+        (
+            ["benchmark", "m", "s.yaml", "--out", "/proc/x/b.json", "--json"],
+            "AccessError",
+            "--out: /proc/x: /proc is not a folder that can be",
+        ),
         (["runs", "--mlflow", "http://u:p@h", "--json"], "ConfigError", "--mlflow: carries a password"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else None,

@@ -33,6 +33,11 @@ class Numbers(Pipeline):
     fail: str = ""
     parts: list[str] = []
     dropped: dict[str, int] = {}
+    by: dict[str, Any] = {}
+    beside = frozenset({"by"})
+
+    def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
+        return self.by or None
 
     def check(self) -> None:
         if self.fail == "check":
@@ -95,6 +100,16 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def data(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in files(folder).items() if name != versions.RECORD}
+
+
+def test_a_dataset_that_a_model_wrote_says_so_also_where_it_is_up_to_date(make, tmp_path):
+    by = {"model": {"folder": "models/lm", "digest": "0" * 64}, "input": "prompts.jsonl", "answers": 1200}
+    plain = make()
+    assert plain["written_by"] is None and len(preparing.explain(plain)) == 2
+    for found in (make(by=by, force=True), make(by=by)):
+        assert found["written_by"] == by and found["digest"] == plain["digest"]
+        assert preparing.explain(found)[2] == "written by model 000000000000 (models/lm): 1,200 answers to prompts.jsonl"
+    assert versions.read_record(Location(str(tmp_path / "out")))["made"]["written_by"] == by
 
 
 @pytest.mark.parametrize("fault", ["check", "write", "interrupt"])

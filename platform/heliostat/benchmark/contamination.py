@@ -96,12 +96,13 @@ class Examples:
 
 
 def summary(shares: Sequence[float | None], values: Sequence[Any], score: float) -> dict[str, Any]:
-    """Sums up a task: the share of its examples that have an n-gram of the training data, and the score of the others.
+    """Sums up a task: the share of the compared examples that have an n-gram of the training data, and the score of the rest;
+    what is too short to be compared is in neither.
 
-    `values`: each example's own score; the score of the others is null if the task's `score` is not the mean of these.
+    `values`: each example's own score; the score of the clean ones is null if the task's `score` is not the mean of these.
     """
     known = [share for share in shares if share is not None]
-    clean = [value for share, value in zip(shares, values, strict=True) if not share]
+    clean = [value for share, value in zip(shares, values, strict=True) if share == 0]
     mean = all(isinstance(v, int | float) for v in values) and math.isclose(sum(values) / len(values), score, abs_tol=1e-9)
     return {
         "compared": len(known),

@@ -1,7 +1,8 @@
 """Scores a run's checkpoints as they appear, in a process of its own: `heliostat benchmark RUN SUITE --follow`.
 
 Training does not wait, and knows nothing of it. Each checkpoint is exported to a folder of this machine first, so that retention
-may remove it meanwhile; one that it removes before that is counted. A result is a file of the run's folder, which is written
+may remove it meanwhile; one that it removes before that is counted, also one that came and went while another was scored: the
+run's receipts tell of it. A result is a file of the run's folder, which is written
 before MLflow is asked: the command goes on where it was when it is given again, and what MLflow did not take is sent again.
 """
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 RETRY_S = 30.0
+REMOVED = "retention has removed its checkpoint before it was scored"
 
 
 @open_
@@ -79,14 +81,23 @@ class Followed:
             if not pending:
                 time.sleep(poll_s)
         self._try_to_send(self._again)
-        for step in self._wanted(False):
-            if step not in self.results and step not in self.failed:
-                self.torn.setdefault(step, "its checkpoint is not complete, and nobody writes it any more")
+        self._tag_later_versions()
+        there = layout.steps(self.run)
+        for step in {*self._wanted(False), *self._saved()} - self.results.keys() - self.failed.keys() - self.removed.keys():
+            if step in there or step > max(there, default=0):
+                self.torn[step] = "its checkpoint is not complete, and nobody writes it any more"
+            else:
+                self.removed[step] = REMOVED
 
     def _wanted(self, lives: bool) -> list[int]:
         """Lists the steps with a checkpoint that is to be scored; the last one is known when the driver has ended."""
         there = layout.steps(self.run)
         return [step for step in there if step % self.every == 0 or (not lives and step == there[-1])]
+
+    def _saved(self) -> list[int]:
+        """Lists the steps to be scored that the run has begun to save, as its receipts tell: those stay."""
+        every = (run_folder.step_of(name) for name, _ in self.run.join(run_folder.RECEIPTS).files())
+        return [step for step in every if step % self.every == 0]
 
     def _read(self) -> None:
         """Reads what an earlier command has scored; ConfigError if that was by another suite of the same name."""
@@ -141,7 +152,7 @@ class Followed:
         """Tells whether a checkpoint is gone, and counts it then."""
         if step in layout.steps(self.run):
             return False
-        self.removed[step] = "retention has removed its checkpoint before it was scored"
+        self.removed[step] = REMOVED
         log.warning("step %d: %s; keep more (checkpoint.keep), or score fewer examples", step, self.removed[step])
         return True
 
@@ -163,6 +174,22 @@ class Followed:
             sent["model"] = result["model"] | {"run_id": told["run_id"], "step": step}
             result["recorded"] = recording.record(told["uri"], sent)
             self._keep(step)
+
+    def _tag_later_versions(self) -> None:
+        """Writes the scores to versions that were registered when MLflow had them already, as the last step's are."""
+        told = mlflow_id.record(self.run)
+        sent = {step: one for step, one in self.results.items() if one["recorded"]["run_id"] is not None}
+        if "run_id" not in told or not sent:
+            return
+        try:
+            found = recording.tag(told["uri"], told["run_id"], sent)
+        except TrackingError as e:
+            log.warning("MLflow does not take the scores of registered versions; give the command again: %s", brief(e))
+            return
+        for step, versions in found.items():
+            if versions != sent[step]["recorded"]["versions"]:
+                sent[step]["recorded"]["versions"] = versions
+                self._keep(step)
 
     def _try_to_send(self, now: float) -> None:
         """Sends at once what is new, and what was refused every RETRY_S."""

@@ -50,8 +50,9 @@ def edit_similarity(one: str, other: str) -> float:
 
 
 def centred(score: float, guessing: float | None) -> float | None:
-    """Computes (score - chance) / (1 - chance): 0 is guessing, 1 is perfect (Li et al. 2024, DataComp-LM)."""
-    return None if guessing is None else (score - guessing) / (1 - guessing)
+    """Computes (score - chance) / (1 - chance): 0 is guessing, 1 is perfect (Li et al. 2024, DataComp-LM); None where guessing is
+    not known, or always right."""
+    return None if guessing is None or guessing >= 1 else (score - guessing) / (1 - guessing)
 
 
 def average(parts: Sequence[tuple[float, float | None, float]]) -> tuple[float, float | None] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from heliostat.config.checkpoint_section import BENCHMARK
@@ -50,9 +51,18 @@ def record(uri: str, result: dict[str, Any]) -> dict[str, Any]:
             "run_id": run_id,
             "step": step,
             "artifact": artifact,
-            "versions": _versions(client, run_id, step, told),
+            "versions": _versions(client, run_id, {step: told})[step],
             "why_not": "",
         }
+
+
+def tag(uri: str, run_id: str, results: Mapping[int, dict[str, Any]]) -> dict[int, list[str]]:
+    """Writes the scores of a run's steps, which are recorded, to the versions that it has now; returns their names by step.
+
+    TrackingError if MLflow does not answer.
+    """
+    with mlflow_client.asking(uri):
+        return _versions(mlflow_client.connect(uri), run_id, {step: metrics(result) for step, result in results.items()})
 
 
 def unrecorded(why: str) -> dict[str, Any]:
@@ -73,10 +83,15 @@ def _unknown(client: Any, run_id: str) -> str | None:
     return None
 
 
-def _versions(client: Any, run_id: str, step: int, told: dict[str, float]) -> list[str]:
-    """Writes the scores to the registered versions that the run made at the step; returns their names."""
-    found = [v for v in client.search_model_versions(f"run_id = '{run_id}'") if v.tags.get(tags.STEP) == str(step)]
-    for version in found:
-        for name, value in told.items():
-            client.set_model_version_tag(version.name, version.version, f"{tags.SCORE}{name}", repr(value))
-    return [f"models:/{version.name}/{version.version}" for version in found]
+def _versions(client: Any, run_id: str, told: Mapping[int, dict[str, float]]) -> dict[int, list[str]]:
+    """Writes the scores of steps to the registered versions that the run made at them; returns their names by step."""
+    names: dict[int, list[str]] = {step: [] for step in told}
+    by_tag = {str(step): step for step in told}
+    for version in client.search_model_versions(f"run_id = '{run_id}'"):
+        if (step := by_tag.get(version.tags.get(tags.STEP))) is None:
+            continue
+        for name, value in told[step].items():
+            if version.tags.get(tag_ := f"{tags.SCORE}{name}") != repr(value):
+                client.set_model_version_tag(version.name, version.version, tag_, repr(value))
+        names[step].append(f"models:/{version.name}/{version.version}")
+    return names

@@ -90,3 +90,16 @@ def line(step: int, result: dict[str, Any]) -> str:
     centred = result["average"]["centred"]
     parts = [f"{row['task']} {_number(row['score'])}" for row in result["tasks"]]
     return f"step {step:,}: " + ", ".join([*([] if centred is None else [f"average {centred:+.3f}"]), *parts])
+
+
+def missed(told: dict[str, Any]) -> list[str]:
+    """Tells which steps of a run are not scored, those of one reason in a line."""
+    steps: dict[str, list[int]] = {}
+    for what in ("removed", "torn", "failed"):
+        for step, why in told[what].items():
+            steps.setdefault(why, []).append(int(step))
+
+    def said(some: list[int]) -> str:
+        return f"step {some[0]}" if len(some) == 1 else f"{len(some):,} steps, from {some[0]} to {some[-1]}"
+
+    return [f"{said(some)}: not scored: {why}" for why, some in steps.items()]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heliostat.cli.common import MODELS, Json, Model, TrackingUri, app, finish, flag, out, print_table, store_uri
+from heliostat.cli.common import MODELS, Json, Model, TrackingUri, app, finish, flag, out, print_table, require_file, store_uri
 from heliostat.errors import ConfigError, TrackingError
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def benchmark(
     """Score a language model on tasks of lm-eval, with intervals, chance levels, and what of them it was trained on."""
     from heliostat.benchmark import run
     from heliostat.benchmark.suite import load
+    from heliostat.storage import Location
 
+    require_file(Location(to))
     asked, folder = load(suite)
     if every != 1 and not follow:
         raise ConfigError("--every: goes with --follow")
@@ -80,9 +82,8 @@ def _follow(tasks: Benchmark, model: str, every: int, to: str, uri: str, json_: 
     made = summary(followed)
     run.write(made, Location(to))
     if not json_:
-        for what in ("removed", "torn", "failed"):
-            for step, why in made[what].items():
-                out.print(f"step {step}: not scored: {why}")
+        for line in shown.missed(made):
+            out.print(line)
         unknown = sum(one["recorded"]["run_id"] is None for one in made["steps"])
         out.print(f"{len(made['steps']):,} checkpoints are scored" + (f", {unknown:,} of them not in MLflow" if unknown else ""))
     finish({**made, "file": to}, json_)

@@ -12,15 +12,18 @@ import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from heliostat import tables
-from heliostat.errors import ConfigError, HeliostatError
+from heliostat.errors import ConfigError, HeliostatError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.text import printable
+
+if TYPE_CHECKING:
+    from heliostat.storage import Location
 
 HELP = {"help_option_names": ["--help", "-h"]}
 
@@ -48,6 +51,14 @@ class Printer(Console):
 
 
 out = Printer(highlight=False, soft_wrap=True, markup=False)
+
+
+def require_file(place: Location) -> None:
+    """Raises, before the work, if what it makes cannot be written to the file that `--out` names."""
+    try:
+        place.require_file()
+    except StorageError as e:
+        raise type(e)(f"--out: {e}") from e
 
 
 def flag(*names: str, help: str, **more: Any) -> Any:

@@ -99,6 +99,7 @@ def infer(
     from heliostat.config.schema import validate
     from heliostat.inference.batch.run import infer as run
     from heliostat.inference.batch.settings import WRITES, Settings
+    from heliostat.plan import hardware
     from heliostat.track.models import resolve
 
     options = {k: v for k, v in {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}.items() if v is not None}
@@ -106,12 +107,19 @@ def infer(
         raise ConfigError(f"--{next(iter(options)).replace('_', '-')}: goes with --task {' or '.join(WRITES)}, not with {task}")
     asked = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
     made = run(resolve(model, store_uri(mlflow)), input_, to, validate(Settings, asked, "infer"), workers, json_, engine)
+    prices = hardware.table()
+    made |= {"cost": hardware.cost(made["devices"], prices), "currency": prices["currency"]}
     if not json_:
         told = f", {made['bad']:,} without one (bad.parquet)" if made["bad"] else ""
         cut = f", {made['truncated']:,} of them of a text that was cut" if made["truncated"] else ""
         many, what = (made["answers"], "images") if task == "embed-images" else (made["tokens"], "tokens")
         pace = f"{many:,} {what}, {many / max(made['seconds'], 0.1):,.0f} a second"
-        out.print(f"{made['answers']:,} answers are in {to}/answers{cut}{told}; {pace}")
+        cost = (
+            "a GPU that is not in the plan's price table" if made["cost"] is None else f"{made['cost']:,.2f} {made['currency']}"
+        )
+        out.print(f"{made['answers']:,} answers are in {to}/answers{cut}{told}; {pace}; cost {cost}")
+        if made["deleted"]:
+            out.print(f"{made['deleted']:,} answers are deleted: the input does not hold any more, as it was, what they are of")
     finish(made, json_)
 
 

@@ -103,7 +103,7 @@ def _forking(launcher: Path) -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Leaves a cluster, or ends a private Ray and kills what remains of it: an actor's process sometimes hangs in its own exit."""
+    """Leaves a cluster, or ends a private Ray and kills what is left of it: an actor's process may hang in its own exit."""
     if not ray.is_initialized():
         return
     node: Any = ray._private.worker._global_node

@@ -72,6 +72,9 @@ def generate_many(folder: Path, prompts: list[str], options: dict[str, Any], see
 
     Every node must see the model's folder under the same path.
     """
+    place = Location(out)
+    place.probe()
+    place.require_writable()
     with exported.using(folder):
         exported.generator(folder, options)  # what is wrong is found before Ray starts
     from heliostat.cluster.connect import connect
@@ -79,7 +82,6 @@ def generate_many(folder: Path, prompts: list[str], options: dict[str, Any], see
     connect(cpus=workers + 1)
     import ray
 
-    place = Location(out)
     items = [{"number": i, "prompt": p, "seed": seed + i, "out": place.join(f"{i:05d}").uri} for i, p in enumerate(prompts)]
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False

@@ -82,6 +82,10 @@ class Pipeline(Strict):
         """Lists the files to read, sorted by path; ConfigError if there are none."""
         raise NotImplementedError
 
+    def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
+        """Returns which model wrote the input, and from what, where that is known: of answers of batch inference."""
+        return None
+
     def identity(self) -> dict[str, Any]:
         """Returns the part of the configuration that shapes the data: all but the locations, and later keys at their defaults."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
@@ -156,9 +160,9 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
     if not force and of_made == wanted and (done := _finished(output)):
         log.info("%s is up to date", output)
         pruned = versions.prune(output, record, pipeline.keep_days * DAY_S) if record.get("replaced") else versions.NOTHING
-        return _report(done, time.monotonic() - start, True, pruned)
+        return _report(done, time.monotonic() - start, True, pruned, record.get("made", {}).get("written_by"))
 
-    record = versions.claim(output, record)
+    record, written_by = versions.claim(output, record), pipeline.written_by(inputs)
     if force:
         pipeline.begin_anew()
     before = set(versions.listing(output))
@@ -180,11 +184,11 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         raise
     _list(output, listed)
     versions.publish(output, made)
-    record = versions.mark(output, made, record) | {"made": wanted}
+    record = versions.mark(output, made, record) | {"made": wanted | ({"written_by": written_by} if written_by else {})}
     versions.release(output, record)
     pipeline.finish(made)
     pruned = versions.prune(output, record, pipeline.keep_days * DAY_S)
-    return _report(made, time.monotonic() - start, False, pruned)
+    return _report(made, time.monotonic() - start, False, pruned, written_by)
 
 
 def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = False) -> dict[str, Any]:
@@ -283,7 +287,9 @@ def _columns(found: Manifest, *names: str) -> list[list[Any]]:
     return [found.chunks[name].to_pylist() for name in names]
 
 
-def _report(made: Manifest, seconds: float, up_to_date: bool, pruned: versions.Pruned) -> dict[str, Any]:
+def _report(
+    made: Manifest, seconds: float, up_to_date: bool, pruned: versions.Pruned, written_by: dict[str, Any] | None
+) -> dict[str, Any]:
     meta = made.meta
     if pruned.until is not None:
         until = datetime.fromtimestamp(pruned.until).isoformat(" ", "minutes")
@@ -302,6 +308,7 @@ def _report(made: Manifest, seconds: float, up_to_date: bool, pruned: versions.P
         "duplicates": meta.get("duplicates", 0),
         "rearranged": meta.get(COUNTS),
         "vocab_size": meta.get("vocab_size"),
+        "written_by": written_by,
         "seconds": round(seconds, 2),
         "up_to_date": up_to_date,
         "versions_kept": pruned.kept,
@@ -320,6 +327,9 @@ def explain(report: dict[str, Any]) -> list[str]:
         f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
         f"left out: {told or 'nothing'}{listed}",
     ]
+    if by := report["written_by"]:
+        model = f"{by['model']['digest'][:12]} ({by['model']['folder']})"
+        made.append(f"written by model {model}: {by['answers']:,} answers to {by['input']}")
     if counts := report["rearranged"]:
         made.append(f"rearranged for filling in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
                     f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip

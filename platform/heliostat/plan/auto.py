@@ -97,10 +97,8 @@ def elsewhere() -> str:
 
 def named(name: str, memory: float, devices: dict[str, Any]) -> str:
     """Finds a GPU of a name as CUDA tells it, with so many bytes of memory, in a price table; ConfigError if it is not there."""
-    words = name.replace("-", " ").split()
-    for device, known in devices.items():
-        if device in words and memory > 0.9 * known["memory_gib"] * hardware.GIB:
-            return device
+    if found := hardware.find(name, memory, devices):
+        return found
     raise ConfigError(
         f"{KEY}: this machine's {name} with {memory / hardware.GIB:.0f} GiB is not in the price table; set the layout that "
         "`heliostat plan JOB --rank --prices FILE --device NAME` finds"

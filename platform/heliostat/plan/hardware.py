@@ -117,6 +117,25 @@ def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance:
         raise ConfigError(f"--prices: devices.{name}: lacks {e}, or it is no number") from e
 
 
+def find(name: str, memory: float, devices: dict[str, Any]) -> str | None:
+    """Finds a GPU, by its name as CUDA tells it and its bytes of memory, among devices of the table; None if it is not there."""
+    words = name.replace("-", " ").split()
+    return next((d for d, known in devices.items() if d in words and memory > 0.9 * known["memory_gib"] * GIB), None)
+
+
+def cost(used: list[dict[str, Any]], prices: dict[str, Any]) -> float | None:
+    """Computes what devices cost in the `seconds` that each was at work; None if one is not in the price table.
+
+    `name`: `cpu`, by the core, or a GPU's as CUDA tells it, with its bytes of `memory`.
+    """
+    devices, total = prices["devices"], 0.0
+    for one in used:
+        if (known := "cpu" if one["name"] == "cpu" else find(one["name"], one["memory"], devices)) is None:
+            return None
+        total += one["seconds"] / 3600 * devices[known]["hour"]
+    return total
+
+
 def efficiency(prices: dict[str, Any], name: str) -> Efficiency:
     """Reads what work reaches on a device of the table: its own entry, or that of `other`, over which its entry is laid."""
     raw, known = {**prices["efficiency"]["other"], **prices["efficiency"].get(name, {})}, list(Efficiency.__dataclass_fields__)

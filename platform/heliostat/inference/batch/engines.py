@@ -198,13 +198,24 @@ class Engine:
         return ids.to(self.model.device), mask.to(self.model.device)
 
 
+def sampling(options: dict[str, Any], longest: int | None) -> Sampling:
+    """Reads how text is written by a model that takes so many tokens; ConfigError if that cannot be, or leaves no room."""
+    asked = validate(Sampling, options, "options")
+    if longest is not None and asked.max_tokens >= longest:
+        raise ConfigError(
+            f"max_tokens: {asked.max_tokens:,} leave no room for a prompt: the model takes {longest:,} tokens with its answer; "
+            f"give --max-tokens below {longest:,}"
+        )
+    return asked
+
+
 class Continue(Engine):
     """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document. Every end that the model's folder names
     ends an answer."""
 
     def __init__(self, model: Path | Loaded, batch: int, options: dict[str, Any]) -> None:
         super().__init__(model, batch)
-        self.sampling = validate(Sampling, options, "options")
+        self.sampling = sampling(options, self.longest)
         self.pads = self.model is not None and pads_hold(self)
         self.ends = ends(self.tokenizer, self.loaded.generation())
         if self.model is not None:  # nothing of the folder's sampling: a penalty would be no draw of the model's

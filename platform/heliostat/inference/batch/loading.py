@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from heliostat.curation import scoring
 from heliostat.errors import ConfigError
+from heliostat.inference.batch.settings import WRITES
 from heliostat.recipes import exported
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.text import sentence_folder
+from heliostat.text import brief
 
 if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Answer, Input
@@ -19,8 +21,9 @@ HEAD = "ForSequenceClassification"
 LEAST_LABELS = 2  # of one there is no choice: it is a score
 
 
-def require(folder: Path, task: str) -> dict[str, Any]:
-    """Returns what else is known of how a model does a task, as its labels; ConfigError if it does not do it."""
+def require(folder: Path, task: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what else is known of how a model does a task, as its labels; ConfigError if it does not do it, or not with these
+    options."""
     if task == "classify":
         return {"labels": _labels(folder)}
     if clip_folder.is_one(folder):
@@ -35,7 +38,23 @@ def require(folder: Path, task: str) -> dict[str, Any]:
         raise ConfigError(f"{folder}: is no language model; `heliostat generate --prompts` draws from prompts")
     if task == "chat":
         _require_template(folder)
+    if task in WRITES:
+        from heliostat.inference.batch.engines import sampling
+
+        sampling(options or {}, _longest(folder))
     return {}
+
+
+def _longest(folder: Path) -> int | None:
+    """Reads how many tokens a model takes, without its weights; ConfigError if its tokenizer or config.json cannot be read."""
+    from heliostat.inference.batch.vllm_engine import Described
+
+    try:
+        return Described(folder).longest
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as e:  # of transformers
+        raise ConfigError(f"{folder}: its tokenizer or config.json cannot be read ({brief(e)}); is the folder whole?") from e
 
 
 def _labels(folder: Path) -> list[str]:
@@ -77,6 +96,6 @@ def engine(
         from heliostat.inference.batch.images import EmbedImages
 
         return EmbedImages(folder, batch)
-    if task in ("continue", "chat"):
+    if task in WRITES:
         return {"continue": engines.Continue, "chat": engines.Chat}[task](folder, batch, options)
     return {"score": engines.Score, "embed": engines.Embed}[task](folder, batch)

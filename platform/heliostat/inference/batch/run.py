@@ -6,7 +6,8 @@
     OUT/work                      what finished pieces have done, by the keys of what their answers follow from
 
 Each input is answered once: a piece's file has the name of what it follows from, and `inference.json` lists each file once. A run
-that is killed goes on behind its last finished piece, on any number of workers; new input is only its own work. The answers are a
+that is killed goes on behind its last finished piece, on any number of workers; new input is only its own work. Answers of what
+the input no longer holds are deleted, and counted. One command at a time writes to the folder, and of one input. Answers are a
 pure function of the input, the model and the settings, on machines of one kind. `prepare` reads OUT/answers as an input.
 """
 
@@ -16,7 +17,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from heliostat import lease
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.progress import Progress
@@ -33,6 +35,7 @@ from heliostat.inference.batch import loading, reading, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.settings import Settings
 from heliostat.pipelines.prepare import InputFile
+from heliostat.pipelines.text.sources import absolute
 from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
 from heliostat.storage import Location
@@ -49,9 +52,10 @@ def infer(
     """Answers all documents of an input; returns what `inference.json` says, without the list of files. `quiet`: shows nothing;
     `engine`: what answers, auto for vLLM where it can.
 
-    ConfigError before anything starts if the model does not do the task, there is no input, or the output holds something else.
+    ConfigError before anything starts if the model does not do the task, its answers leave no room for a prompt, there is no
+    input, or the output holds something else, also answers of another input, or another command writes there.
     """
-    known, place = loading.require(model, settings.task), Location(output)
+    known, place = loading.require(model, settings.task, settings.options), Location(output)
     files = reading.of(input, settings).listing()
     import torch
 
@@ -60,26 +64,39 @@ def infer(
     settings = settings.model_copy(update={"engine": by})
     told = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
     facts = {"model": told, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
-    claim(place, {"model": facts["model"]["digest"], **facts["settings"]}, "answers", "batch inference")
-    log.info("%s answers (%s)", by, why)
-    from heliostat.cluster.connect import connect
+    claim(place, {"model": facts["model"]["digest"], "input": absolute(input), **facts["settings"]}, "answers", "batch inference")
+    with lease.take(place, "written", "wait for it, or stop it", field="--out") as held:
+        log.info("%s answers (%s)", by, why)
+        from heliostat.cluster.connect import connect
 
-    connect(cpus=workers, gpus=gpus)
-    with Watch(console, f"answering {input}", quiet) as watch:
-        flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
-        return answer(flow, files, facts | {"input": input}, place)
+        connect(cpus=workers, gpus=gpus)
+        with Watch(console, f"answering {input}", quiet) as watch:
+            flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
+            return answer(flow, files, facts | {"input": input}, place, held.fence.check)
 
 
-def answer(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location) -> dict[str, Any]:
-    """Answers the files' documents by tasks of a flow, and writes what was made of them to a place."""
+def answer(
+    flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location, before_commit: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Answers the files' documents by tasks of a flow, and writes what was made of them to a place.
+
+    `before_commit`: raises if another command has taken the place over.
+    """
     began = time.time()
     records = _answered(flow, _tasks(flow, files, facts, place), place)
-    made = facts | {"inputs": _inputs(records), **_counts(records), "seconds": round(time.time() - began, 1),
-                    "cpu_seconds": round(sum(r["seconds"] for r in records), 1), "new": flow.done.get("infer", 0)}  # fmt: skip
-    _list_bad(place, records)
+    before_commit()
+    missing = _missing(facts["settings"]["keep"], records)
+    if missing:
+        log.warning("--keep: %s: no input has such a column; its answers are empty there", ", ".join(map(repr, missing)))
     listed = [{"file": f"{tasks.ANSWERS}/{r['name']}.parquet", "rows": r["answers"]} for r in records if r["answers"]]
+    gone = _others(place, {str(one["file"]) for one in listed})
+    made = facts | {"inputs": _inputs(records), **_counts(records), "missing": missing, "deleted": sum(map(_rows, gone)),
+                    "seconds": round(time.time() - began, 1), "cpu_seconds": round(sum(r["seconds"] for r in records), 1),
+                    "devices": _devices(records), "new": flow.done.get("infer", 0)}  # fmt: skip
+    _list_bad(place, records)
     place.join(RECORD).write(json.dumps({**made, "answers_in": listed}, indent=1).encode())
-    _forget_others(place, {one["file"] for one in listed})
+    for one in gone:
+        one.delete()
     return made
 
 
@@ -133,6 +150,22 @@ def _counts(records: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
+def _devices(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sums up for how many seconds devices were at work on the answers: CPUs by the core, GPUs by the clock."""
+    used: dict[tuple[str, int | None], float] = {}
+    for record in records:
+        gpu = record.get("gpu")
+        device = tuple(gpu) if gpu else ("cpu", None)
+        used[device] = used.get(device, 0.0) + (record.get("wall", record["seconds"]) if gpu else record["seconds"])
+    return [{"name": name, "memory": memory, "seconds": round(s, 1)} for (name, memory), s in used.items()]
+
+
+def _missing(keep: list[str], records: list[dict[str, Any]]) -> list[str]:
+    """Lists the columns to keep that no input has, where any was read."""
+    read = any(r.get("read") for r in records)
+    return [column for column in keep if read and not any(r.get("kept", {}).get(column) for r in records)]
+
+
 def _inputs(records: list[dict[str, Any]]) -> str:
     """Computes the digest of all inputs, in their order."""
     return hashlib.sha256("".join(r["inputs"] for r in records).encode()).hexdigest()
@@ -154,12 +187,15 @@ def _list_bad(place: Location, records: list[dict[str, Any]]) -> None:
     place.join(BAD).send(fill, sum(r["bad_bytes"] for r in records))
 
 
-def _forget_others(place: Location, listed: set[str]) -> None:
-    """Deletes answers of what the input does not hold any more."""
-    for name in _answers(place):
-        if name not in listed:
-            place.join(name).delete()
+def _others(place: Location, listed: set[str]) -> list[Location]:
+    """Lists the files of answers of what the input does not hold any more."""
+    found = (f"{tasks.ANSWERS}/{name}" for name, _ in place.join(tasks.ANSWERS).files())
+    return [place.join(name) for name in found if name not in listed]
 
 
-def _answers(place: Location) -> Iterator[str]:
-    return (f"{tasks.ANSWERS}/{name}" for name, _ in place.join(tasks.ANSWERS).files())
+def _rows(file: Location) -> int:
+    """Counts the answers in a file; 0 if it is damaged: none of them can be read."""
+    try:
+        return pq.read_metadata(file.open()).num_rows
+    except pa.ArrowInvalid:
+        return 0

@@ -48,17 +48,19 @@ def answer_piece(
 ) -> dict[str, Any]:
     """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record."""
     found = list(chain.from_iterable(source.read(part) for part in piece))
-    documents = [item for item in found if isinstance(item, Document)]
+    read = [item for item in found if isinstance(item, Document)]
     bad = [[item.id, item.reason, item.detail] for item in found if isinstance(item, Dropped)]
     asked = Settings(**settings)
-    answers = _answers(model, asked, documents)
+    kept = [{column: _text(one.columns.get(column)) for column in asked.keep} for one in read]
+    wrong = [_unwritable(one) for one in kept]
+    bad += [[one.id, "not_utf8", f"the kept column {column!r}"] for one, column in zip(read, wrong, strict=True) if column]
+    open_ = [(one, columns) for one, columns, column in zip(read, kept, wrong, strict=True) if not column]
     rows = []
-    for document, answer in zip(documents, answers, strict=True):
+    for (document, columns), answer in zip(open_, _answers(model, asked, [one for one, _ in open_]), strict=True):
         if answer.bad:
-            bad.append([document.id, answer.bad, answer.detail])
+            bad.append([document.id, answer.bad, _spelt(answer.detail)])
         else:
-            kept = {column: _text(document.columns.get(column)) for column in asked.keep}
-            rows.append({"id": document.id, asked.column: document.text, **kept, **answer.values})
+            rows.append({"id": document.id, asked.column: document.text, **columns, **answer.values})
     place = Location(output)
     answered = _write(place.join(ANSWERS, f"{name}.parquet"), pa.Table.from_pylist(rows, schema(asked))) if rows else 0
     listed = pa.Table.from_arrays([pa.array(values) for values in zip(*bad, strict=True)], schema=BAD_SCHEMA) if bad else None
@@ -70,7 +72,10 @@ def answer_piece(
         "bad_bytes": _write(place.join(BAD, f"{name}.parquet"), listed) if listed is not None else 0,
         "tokens": sum(row.get("tokens", 0) for row in rows),
         "truncated": sum(bool(row.get("truncated")) for row in rows),
-        "inputs": _digest(documents),
+        "inputs": _digest(read),
+        "read": len(read),
+        "gpu": _gpu(),
+        "kept": {column: sum(column in one.columns for one in read) for column in asked.keep},
         "files": [],
     }
 
@@ -95,6 +100,15 @@ def _input(document: Document, seed: int) -> Input:
     return Input(str(document.text), own, document.picture.data if document.picture else b"")
 
 
+def _gpu() -> list[Any] | None:
+    """Returns the name and the bytes of the GPU that answers; None if a CPU does."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return [torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory]
+
+
 def _digest(documents: list[Document]) -> str:
     told = hashlib.sha256()
     for document in documents:
@@ -105,6 +119,16 @@ def _digest(documents: list[Document]) -> str:
 
 def _text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _unwritable(columns: dict[str, str | None]) -> str | None:
+    """Finds a column that no UTF-8 can spell: JSON can, half of a surrogate pair; None if there is none."""
+    return next((name for name, value in columns.items() if value is not None and value != _spelt(value)), None)
+
+
+def _spelt(text: str) -> str:
+    """Returns a text with an escape in place of what no UTF-8 can spell."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _write(place: Location, table: pa.Table) -> int:

@@ -29,6 +29,7 @@ from heliostat.curation.work import Work
 from heliostat.data.infilling import OWN, encode
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.pipelines import synthetic
 from heliostat.pipelines.prepare import InputFile, place
 from heliostat.pipelines.staged import StagedPipeline
 from heliostat.pipelines.text import documents, infilling, repositories, sampling, sources, tokens
@@ -180,6 +181,9 @@ class TextPipeline(StagedPipeline):
         if any(isinstance(stage, Pdf) for stage in self.stages):
             return sources.without(found, self.exclude)
         return sources.without(sources.without_pdfs(self.input, found), self.exclude)
+
+    def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
+        return None if self.input == sources.STDLIB else synthetic.answers(sources.root(self.input), inputs)
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
