@@ -8,7 +8,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,7 +23,7 @@ from heliostat.data import manifest
 from heliostat.storage import Location
 
 from tests.unit.build_images import image
-from tests.unit.test_fetching import Handler, Server
+from tests.unit.test_fetching import Handler, Server, running
 
 pytestmark = pytest.mark.ci
 
@@ -78,14 +77,9 @@ class Secure(Server):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    made = Secure(signed(tmp_path))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))  # of the nodes, which start later
-    thread = threading.Thread(target=made.serve_forever, args=(0.05,))
-    thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
+    with running(Secure(signed(tmp_path))) as made:
+        yield made
 
 
 def prepared(folder: Path, server: Secure, nodes: LocalNodes, killed_after: int = 1 << 30) -> dict:

@@ -1,10 +1,12 @@
 """Images from lists of URLs, fetched from a server on loopback: bounds, addresses, robots.txt, pace, retries, and going on."""
 
+import contextlib
 import itertools
 import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -70,15 +72,20 @@ class Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
+@contextlib.contextmanager
+def running(server: Server) -> Iterator[Server]:
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
 @pytest.fixture
 def server():
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever, args=(0.05,))
-    thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
+    with running(Server()) as made:
+        yield made
 
 
 def fault(url: str, bounds: Bounds = HERE) -> FetchError:
