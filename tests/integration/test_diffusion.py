@@ -18,8 +18,10 @@ from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
+from heliostat.errors import ConfigError
 from heliostat.inference.evaluate import evaluate
-from heliostat.inference.generate import generate, generate_many
+from heliostat.inference.generate import generate
+from heliostat.inference.many import generate_many
 from heliostat.pipelines.prepare import prepare
 from heliostat.recipes import exported
 from heliostat.recipes.images.text_to_image import TextToImage
@@ -295,6 +297,11 @@ def test_the_registered_model_draws_scores_and_loads_with_plain_diffusers(finish
     assert [(r["prompt"], r["seed"]) for r in rows] == [(p, 5 + i) for i, p in enumerate(prompts)]
     third = np.asarray(Image.open(tmp_path / "many/00002.png")).astype(int)  # the seed is 7
     assert np.abs(third - np.asarray(Image.open(out)).astype(int)).max() <= 1
+    (tmp_path / "many/00003.png").unlink()
+    assert generate_many(model, prompts, {"steps": 4}, 5, str(tmp_path / "many"), 2) == 5
+    assert Image.open(tmp_path / "many/00003.png").size == (8, 8), "what is missing is drawn again"
+    with pytest.raises(ConfigError, match="holds answers of another set of prompts"):
+        generate_many(model, prompts[1:], {"steps": 4}, 5, str(tmp_path / "many"), 2)
 
 
 @pytest.mark.ci

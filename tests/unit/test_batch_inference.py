@@ -16,11 +16,12 @@ from heliostat.cluster import connect
 from heliostat.config.schema import validate
 from heliostat.curation.work import Work
 from heliostat.errors import AccessError, ConfigError, HeliostatError, LeaseError
+from heliostat.inference import generate, many
 from heliostat.inference.batch import engines, reading, run, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue, Embed, Input, Score
 from heliostat.inference.batch.settings import OF_ANSWERS, Settings
-from heliostat.inference.generate import generate_many
+from heliostat.inference.many import generate_many
 from heliostat.pipelines import synthetic
 from heliostat.pipelines.text import sources
 from heliostat.plan import hardware
@@ -396,6 +397,21 @@ def test_options_that_cannot_be_claim_no_folder(model, tmp_path, no_ray, options
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="leave no room for a prompt"):  # of `ask` too
         Continue(model, 1, {"max_tokens": 33})
+
+
+def test_many_prompts_are_answered_once_each_also_by_a_run_that_was_killed(model, tmp_path):
+    """The answers are those of one process; what was answered before the kill is not answered again."""
+    prompts, options = [f"word {i}" for i in range(40)], {"max_tokens": 3, "temperature": 0.7}
+    whole = [{"prompt": one.prompt, **one.facts} for one in generate.answer(model, prompts, options, 5, None)]
+
+    def run_(seed: int, most: int = 1 << 60) -> tuple[list[dict], HereFlow]:
+        flow = HereFlow(Work(Location(str(tmp_path / "out" / "work"))), seed=seed, most=most)
+        return [json.loads(one) for one in many.answered(flow, model, prompts, options, 5, str(tmp_path / "out"), "key")], flow
+
+    with pytest.raises(KilledError):
+        run_(1, most=1)
+    found, flow = run_(2)
+    assert found == whole and (flow.kept["generate"], flow.done["generate"]) == (2, 1), "batches of 16"
 
 
 def test_drawing_into_a_folder_that_cannot_be_is_refused_before_ray_starts(model, tmp_path, no_ray):

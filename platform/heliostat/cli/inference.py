@@ -54,8 +54,10 @@ def generate(
     if prompts is not None:
         if to is None:
             raise ConfigError("--out: is needed with --prompts; give a folder or an s3:// prefix")
+        from heliostat.inference.many import generate_many
+
         asked = generating.read_prompts(prompts)
-        count = generating.generate_many(resolve(model, store_uri(mlflow)), asked, options, seed, to, workers)
+        count = generate_many(resolve(model, store_uri(mlflow)), asked, options, seed, to, workers, json_)
         if not json_:
             out.print(f"{count:,} answers are in {to}/{generating.RESULTS}")
         finish({"count": count, "results": f"{to}/{generating.RESULTS}"}, json_)

@@ -1,4 +1,4 @@
-"""Generates from prompts: one in this process, or many with Ray Data, over as many workers as are asked for.
+"""Generates from prompts in this process (`many` does it on Ray, over as many workers as are asked for).
 
 The recipe of the export (`exports`) defines how: `generator(folder, options)` loads the model once and answers requests. The
 answer to a request follows from it and the options alone, so it is the same in whatever batch and on whichever worker it is made.
@@ -6,12 +6,11 @@ answer to a request follows from it and the options alone, so it is the same in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from heliostat.errors import ConfigError, HeliostatError, innermost
+from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Generated, Request
 from heliostat.storage import Location
@@ -65,51 +64,3 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ConfigError(f"--prompts: {path} holds no prompt; write one a line")
     return prompts
-
-
-def generate_many(folder: Path, prompts: list[str], options: dict[str, Any], seed: int, out: str, workers: int) -> int:
-    """Answers all prompts with an actor pool: the i-th with seed + i; `results.jsonl` in the folder `out` lists them in order.
-
-    Every node must see the model's folder under the same path.
-    """
-    place = Location(out)
-    place.probe()
-    place.require_writable()
-    with exported.using(folder):
-        exported.generator(folder, options)  # what is wrong is found before Ray starts
-    from heliostat.cluster.connect import connect
-
-    connect(cpus=workers + 1)
-    import ray
-
-    items = [{"number": i, "prompt": p, "seed": seed + i, "out": place.join(f"{i:05d}").uri} for i, p in enumerate(prompts)]
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    with ray.data.DataContext.current(context):
-        done = ray.data.from_items(items, override_num_blocks=-(-len(items) // BATCH)).map_batches(
-            Generator,
-            batch_size=BATCH,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            fn_constructor_kwargs={"folder": str(folder), "options": options},
-        )
-        try:
-            rows = sorted(done.iter_rows(), key=lambda r: r["number"])
-        except Exception as e:
-            cause = innermost(e)
-            raise (HeliostatError(f"generating failed: {e}") if cause is None else type(cause)(str(cause))) from e
-    place.join(RESULTS).write("".join(row["result"] + "\n" for row in rows).encode())
-    return len(rows)
-
-
-class Generator:
-    """Generates answers for batches of prompts, as an actor of the pool."""
-
-    def __init__(self, folder: str, options: dict[str, Any]) -> None:
-        self.folder = Path(folder)
-        self.generator = exported.generator(Path(folder), options)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        columns = [batch[name].tolist() for name in ("prompt", "seed", "out")]
-        with exported.using(self.folder):
-            made = self.generator([Request(*values) for values in zip(*columns, strict=True)])
-        return {"number": batch["number"], "result": [json.dumps({"prompt": g.prompt, **g.facts}) for g in made]}

@@ -1,0 +1,97 @@
+"""Answers many prompts on Ray, text or images: `heliostat generate MODEL --prompts FILE --out OUT`.
+
+    OUT/00000.png ...    what is drawn, by the prompt's number
+    OUT/results.jsonl    the answers in the prompts' order, written last
+    OUT/settings.json    what the folder is for
+    OUT/work             what finished batches have answered
+
+Each prompt is answered once. A run that is killed goes on behind its last finished batch, on any number of workers; the answer
+to a prompt follows from it, its seed, the model and the options alone. One command at a time writes to the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from heliostat import lease
+from heliostat.curation import segment
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.progress import Progress
+from heliostat.curation.work import Work, key
+from heliostat.inference.batch.claim import claim
+from heliostat.inference.batch.run import model_digest
+from heliostat.inference.generate import BATCH, RESULTS
+from heliostat.pipelines.watching import Watch
+from heliostat.recipes import exported
+from heliostat.recipes.protocol import Request
+from heliostat.storage import Location
+from heliostat.terminal import console
+
+WORK = "work"
+
+
+def generate_many(
+    folder: Path, prompts: list[str], options: dict[str, Any], seed: int, out: str, workers: int, quiet: bool = False
+) -> int:
+    """Answers all prompts, the i-th with seed + i, with so many models side by side on a Ray of its own; returns their number.
+
+    Every node must see the model's folder under the same path. `quiet`: shows nothing. ConfigError before Ray starts if the
+    model cannot, or the output holds something else, also answers to other prompts, or another command writes there.
+    """
+    place = Location(out)
+    place.probe()
+    place.require_writable()
+    with exported.using(folder):
+        exported.generator(folder, options)  # what is wrong is found before Ray starts
+    asked = {"model": model_digest(folder), "options": options, "seed": seed,
+             "set of prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}  # fmt: skip
+    claim(place, asked, "answers", "answers of `heliostat generate --prompts`")
+    import torch
+
+    with lease.take(place, "written", "wait for it, or stop it", field="--out") as held:
+        from heliostat.cluster.connect import connect
+
+        connect(cpus=workers, gpus=torch.cuda.device_count())
+        with Watch(console, "answering prompts", quiet) as watch:
+            flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
+            results = answered(flow, folder, prompts, options, seed, out, key(asked))
+        held.fence.check()
+        place.join(RESULTS).write("".join(f"{result}\n" for result in results).encode())
+    return len(results)
+
+
+def answered(
+    flow: Flow, folder: Path, prompts: list[str], options: dict[str, Any], seed: int, out: str, follows: str
+) -> list[str]:
+    """Answers prompts by tasks of a flow; returns a line of JSON for each, in their order."""
+    place = Location(out)
+    there = {place.join(name).uri for name, _ in place.files()}
+    shared = {"model": str(folder), "options": options, "seed": seed, "out": out}
+    tasks = (
+        Task(key(follows, first), {"first": first, "prompts": prompts[first : first + BATCH], **shared})
+        for first in range(0, len(prompts), BATCH)
+    )
+    records = flow.all("generate", answer_batch, tasks, valid=lambda record: there.issuperset(record["drawn"]), pooled=True)
+    return [result for record in records for result in segment.load(flow.work.spill, record["results"])]
+
+
+def answer_batch(
+    folder: Location, first: int, prompts: list[str], model: str, options: dict[str, Any], seed: int, out: str
+) -> dict[str, Any]:
+    """Answers prompts, of which the first has the number `first`; returns where their answers are, and what was drawn."""
+    place = Location(out)
+    asked = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
+    with exported.using(Path(model)):
+        made = _generator(model, json.dumps(options, sort_keys=True))(asked)
+    results = segment.store(folder, [json.dumps({"prompt": g.prompt, **g.facts}) for g in made])
+    return {"results": results, "files": [results], "drawn": [g.facts["file"] for g in made if "file" in g.facts]}
+
+
+@lru_cache(maxsize=1)
+def _generator(model: str, options: str) -> Any:
+    """Loads a model once in each process."""
+    return exported.generator(Path(model), json.loads(options))
