@@ -449,7 +449,7 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(made, embedder, 
     code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder), "--max-tokens", "8")
     assert code == 2 and "question: the prompt has" in said and "the model has room for 56" in said
     code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder), "--max-tokens", "64")
-    assert code == 2 and "--max-tokens: 64 leaves no room for the question" in said and "takes 64 tokens" in said
+    assert code == 2 and "max_tokens: 64 leave no room for a prompt" in said and "give --max-tokens below 64" in said
     with pytest.raises(Refusal, match="leaves no room for the question; ask for at least 89 fewer") as refused:
         asyncio.run(Shelf(str(made.place), str(embedder)).prompt(Search("f7", 1), -88, len))
     assert (refused.value.status, refused.value.param) == (400, "max_tokens")

@@ -65,9 +65,6 @@ def answer(model: Path, question: str, passages: Sequence[dict[str, Any]], max_t
 
     engine = Continue(model, 1, {"max_tokens": max_tokens, "temperature": 0})
     room = None if engine.longest is None else engine.longest - max_tokens
-    if room is not None and room < 1:
-        told = f"leaves no room for the question: {model} takes {engine.longest:,} tokens together with its answer"
-        raise ConfigError(f"--max-tokens: {max_tokens} {told}; give a smaller one")
     asked = prompt(question, passages, room, lambda text: len(engine.encode(text)))
     (made,) = engine([Input(asked.text, 0)])
     if made.bad:
