@@ -153,6 +153,18 @@ def naming(where: object) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raises what a task raised, if it is meant for the person, as it was before Ray wrapped it."""
+    try:
+        yield
+    except Exception as e:
+        cause = innermost(e) if hasattr(e, "cause") or not isinstance(e, HeliostatError) else None  # Ray's wrappers may be both
+        if cause is None:
+            raise
+        raise type(cause)(str(cause)) from e
+
+
 def innermost(error: BaseException | None) -> HeliostatError | None:
     """Finds the HeliostatError under Ray's wrappers, if one is the cause: it is what the person should read."""
     found, seen = None, set()

@@ -16,7 +16,7 @@ from heliostat.curation.flow import Task
 from heliostat.curation.pool import Pool
 from heliostat.curation.work import Work
 from heliostat.data import manifest
-from heliostat.errors import DataError, HeliostatError
+from heliostat.errors import DataError, HeliostatError, StorageError
 from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage import Location
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -112,6 +112,20 @@ def once(folder: Location, number: int, mark: str) -> dict[str, object]:
     if number == 4 and Path(mark).read_text().split().count("4") == 1:
         os._exit(1)
     return {"files": [], "number": number, "pid": os.getpid()}
+
+
+def refuse(folder: Location) -> dict[str, object]:
+    raise StorageError(f"{folder}/x: storage failed for 60 s")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_a_task_says_to_the_person_is_its_own_line(tmp_path):
+    """However many say it at once: Ray used to abort the process as it was asked to cancel what was just ending."""
+    for number in range(20):
+        tasks = (Task(f"{i:032}", {}) for i in range(1 + number % 6))
+        with pytest.raises(StorageError, match=r"^\S+/x: storage failed for 60 s$") as told:
+            flow.Flow(Work(Location(str(tmp_path)))).all("refuse", refuse, tasks)
+        assert type(told.value) is StorageError
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -4,7 +4,9 @@ off."""
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,6 +27,7 @@ from heliostat.inference.many import generate_many
 from heliostat.pipelines import synthetic
 from heliostat.pipelines.text import sources
 from heliostat.plan import hardware
+from heliostat.recipes import exported
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.generator import Sampling
 from heliostat.recipes.text.server import continue_text
@@ -420,6 +423,14 @@ def test_drawing_into_a_folder_that_cannot_be_is_refused_before_ray_starts(model
         generate_many(model, ["a"], {}, 0, str(tmp_path / "file"), 1)
 
 
+def test_a_place_that_takes_no_answer_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(exported, "generator", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("")
+    for out, why in ((tmp_path, "is a folder; name a file in it"), (tmp_path / "file" / "a.txt", "is not a folder that can be")):
+        with pytest.raises(AccessError, match=why):
+            generate.generate(model, "a", {}, 0, str(out))
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     place = Location(str(tmp_path / "out"))
     claim(place, {"model": "a", "seed": 0}, "answers", "batch inference")
@@ -430,6 +441,26 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match=r"--out: .*full is not empty"):
         claim(Location(str(tmp_path / "full")), {}, "answers", "batch inference")
+
+
+def test_of_commands_that_begin_together_one_has_the_folder(tmp_path):
+    """With settings of their own each: those of one are written, and all others are told what it holds."""
+    for number in range(20):
+        place, together = Location(str(tmp_path / str(number))), threading.Barrier(4)
+
+        def begin(seed: int, place: Location = place, together: threading.Barrier = together) -> str | None:
+            together.wait()
+            try:
+                claim(place, {"seed": seed}, "answers", "batch inference")
+            except ConfigError as e:
+                return str(e)
+            return None
+
+        with ThreadPoolExecutor(4) as pool:
+            told = list(pool.map(begin, range(4)))
+        first = told.index(None)
+        assert json.loads(place.join("settings.json").read()) == {"seed": first}
+        assert all(f"answers of another seed ('{first}'" in line for line in told if line is not None) and told.count(None) == 1
 
 
 def test_a_model_that_continues_no_text_and_an_input_of_no_file_are_refused_before_ray_starts(model, tmp_path, no_ray):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest, versions
 from heliostat.data.index import index
-from heliostat.errors import ConfigError, DataError, StorageError
+from heliostat.errors import ConfigError, DataError, StorageError, unwrapped
 from heliostat.pipelines import prepare as preparing
 from heliostat.pipelines.prepare import InputFile, Pipeline
 from heliostat.storage import Location
@@ -357,10 +357,10 @@ def test_two_prepares_of_one_folder_do_not_work_at_once(make, tmp_path):
 def test_what_a_task_says_to_the_person_is_its_own_line_without_rays_traceback():
     """Ray's error of a task is of the cause's class too; errors of our own pass as they are."""
     cause = StorageError("/d/x: storage failed for 60 s: No space left on device")
-    with pytest.raises(StorageError) as told, preparing.told():
+    with pytest.raises(StorageError) as told, unwrapped():
         raise RayTaskError("read", "Traceback:\n  lines", cause).as_instanceof_cause()
     assert str(told.value) == str(cause) and type(told.value) is StorageError
-    with pytest.raises(StorageError, match=r"^output: x$"), preparing.told():
+    with pytest.raises(StorageError, match=r"^output: x$"), unwrapped():
         try:
             raise StorageError("x")
         except StorageError as e:

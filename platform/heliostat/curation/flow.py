@@ -2,7 +2,7 @@
 
 The driver holds a record for each task, and neither ids nor texts. Tasks that are started again, by Ray or by a later run, write
 the same files; one that this run has recorded, and whose answer was lost with its worker or node, is not done again. What a task
-raises ends the run, after those that are at work have ended.
+raises ends the run, after those that are at work have ended, and what of it is meant for the person is raised as it was.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from heliostat.curation import cpu_time
 from heliostat.curation.pool import Pool
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work
+from heliostat.errors import unwrapped
 
 log = logging.getLogger(__name__)
 
 RETRIES = 5  # of a task whose worker or node died
 LOOK_S = 10.0  # between looks at how many CPUs the cluster has
-END_S = 60.0  # for tasks to end after another has failed
+ENDING_S = 2.0  # for tasks to end by themselves after another has failed
+END_S = 60.0  # and when they are cancelled
 BATCH = 4096  # keys that are looked up together
 
 
@@ -130,9 +132,10 @@ class Flow:
     def _next(self, kind: str, waiting: dict[Any, tuple[int, int]], pool: Pool | None) -> Iterator[tuple[int, dict[str, Any]]]:
         ready, _ = ray.wait(list(waiting), num_returns=1)
         for reference in ready:
-            record = ray.get(reference)
-            self._count(self.done, kind, record)
             number, bytes = waiting.pop(reference)
+            with unwrapped():
+                record = ray.get(reference)
+            self._count(self.done, kind, record)
             if pool:
                 pool.ended(reference)
             self.progress.done(kind, record, bytes)
@@ -177,10 +180,14 @@ _execute = ray.remote(execute)
 
 
 def _end(references: list[Any]) -> None:
-    """Ends tasks that are at work, so that nothing is written after an error was told."""
-    for reference in references:
+    """Ends tasks that are at work, so that nothing is written after an error was told.
+
+    What is about to end is let end: Ray aborts this process if a task that it is just completing is cancelled.
+    """
+    _, working = ray.wait(references, num_returns=len(references), timeout=ENDING_S) if references else ([], [])
+    for reference in working:
         ray.cancel(reference)
-    if references:
-        _, left = ray.wait(references, num_returns=len(references), timeout=END_S)
+    if working:
+        _, left = ray.wait(working, num_returns=len(working), timeout=END_S)
         if left:
             log.warning("%d tasks did not end within %.0f s", len(left), END_S)

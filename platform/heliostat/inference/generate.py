@@ -20,7 +20,12 @@ BATCH = 16
 
 
 def generate(folder: Path, prompt: str, options: dict[str, Any], seed: int, out: str | None) -> Generated:
-    """Generates the answer to one prompt in this process; a text is written to `out` as it is shown."""
+    """Generates the answer to one prompt in this process; a text is written to `out` as it is shown.
+
+    AccessError or StorageError before the model is loaded if nothing can be written there.
+    """
+    if out is not None:
+        Location(out).require_file()
     with exported.using(folder):
         (made,) = exported.generator(folder, options)([Request(prompt, seed, out)])
     if out is not None and "file" not in made.facts:

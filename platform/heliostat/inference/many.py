@@ -22,7 +22,6 @@ from heliostat.curation import segment
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
-from heliostat.errors import HeliostatError, innermost
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.run import model_digest
 from heliostat.inference.generate import BATCH, RESULTS
@@ -59,11 +58,7 @@ def generate_many(
         connect(cpus=workers, gpus=torch.cuda.device_count())
         with Watch(console, "answering prompts", quiet) as watch:
             flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
-            try:
-                results = answered(flow, folder, prompts, options, seed, out, key(asked))
-            except Exception as e:  # Ray wraps what a worker raises
-                cause = innermost(e)
-                raise (HeliostatError(f"generating failed: {e}") if cause is None else type(cause)(str(cause))) from e
+            results = answered(flow, folder, prompts, options, seed, out, key(asked))
         held.fence.check()
         place.join(RESULTS).write("".join(f"{result}\n" for result in results).encode())
     return len(results)

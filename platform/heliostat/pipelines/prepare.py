@@ -20,8 +20,6 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -36,7 +34,7 @@ from heliostat.config.schema import Float, Strict, apply, read_yaml, validate
 from heliostat.data import collection, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import Manifest
-from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError, innermost
+from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError, unwrapped
 from heliostat.pipelines.leftovers import remove_old_samples, sample_folder
 from heliostat.pipelines.watching import Watch
 from heliostat.storage import Location
@@ -168,7 +166,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
     before = set(versions.listing(output))
     try:
         _start_ray(pipeline)
-        with Watch(console, f"preparing {pipeline.name}", quiet) as watch, told():
+        with Watch(console, f"preparing {pipeline.name}", quiet) as watch, unwrapped():
             pipeline.watched(watch)
             rows, meta = pipeline.write(output, inputs)
         if not rows:
@@ -202,7 +200,7 @@ def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = Fals
     folder = sample_folder(output)
     _start_ray(pipeline)
     try:
-        with Watch(console, f"preparing a sample of {pipeline.name}", quiet) as watch, told():
+        with Watch(console, f"preparing a sample of {pipeline.name}", quiet) as watch, unwrapped():
             pipeline.watched(watch)
             return pipeline.predict(folder, inputs, fraction)
     finally:
@@ -216,18 +214,6 @@ def _start_ray(pipeline: Pipeline) -> None:
     connect(cpus=CPUS)
     if pipeline.ray_data:
         _keep_to(pipeline.labels)
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """Raises what a task raised, if it is meant for the person, as it was before Ray wrapped it."""
-    try:
-        yield
-    except Exception as e:
-        cause = innermost(e) if hasattr(e, "cause") or not isinstance(e, HeliostatError) else None  # Ray's wrappers may be both
-        if cause is None:
-            raise
-        raise type(cause)(str(cause)) from e
 
 
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
