@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from tests.unit.build_job import BASE
-from tests.unit.test_batch_inference import write_model
+from tests.unit.build_language_model import write_model
 
 NAME, KEY, OTHER = "tiny", "sk-a-key-of-the-tests", "sk-another-key-of-them"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"

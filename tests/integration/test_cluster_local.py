@@ -35,7 +35,7 @@ from typer.testing import CliRunner
 from tests.integration import paced
 from tests.integration.conftest import curve, tiny_job
 from tests.unit.build_job import BASE
-from tests.unit.test_batch_inference import write_model
+from tests.unit.build_language_model import write_model
 
 pytestmark = pytest.mark.ci
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ from heliostat.pipelines.prepare import prepare
 
 from tests.integration import commands
 from tests.unit.build_job import BASE
+from tests.unit.build_language_model import write_model
 from tests.unit.build_model import texts
-from tests.unit.test_batch_inference import write_model
 from tests.unit.test_batch_tasks import ask, clip, png, write_classifier, write_writer  # noqa: F401 (a fixture)
 
 COUNT = 1000

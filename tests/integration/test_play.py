@@ -13,7 +13,7 @@ import requests
 
 from tests.integration.endpoint import free_port
 from tests.unit.build_job import BASE
-from tests.unit.test_batch_inference import write_model
+from tests.unit.build_language_model import write_model
 from tests.unit.test_play import documents, painter  # noqa: F401 (fixtures)
 
 

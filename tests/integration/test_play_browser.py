@@ -13,12 +13,12 @@ import transformers
 
 from tests.integration.browser import MISSING, chromium
 from tests.integration.endpoint import TEMPLATE
+from tests.unit.build_document_index import CORPUS, index, write_dataset
 from tests.unit.page import KEY, client, opened
 from tests.unit.test_filling import PREFIX, SUFFIX, export
 from tests.unit.test_infilling import KEYS as ARRANGED
 from tests.unit.test_infilling import make, pages, published  # noqa: F401 (a fixture)
 from tests.unit.test_play import painter  # noqa: F401 (a fixture)
-from tests.unit.test_retrieval import CORPUS, index, write_dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 

@@ -17,7 +17,7 @@ from heliostat.storage import Location
 
 from tests.integration import commands
 from tests.unit.build_job import BASE
-from tests.unit.test_batch_inference import write_model
+from tests.unit.build_language_model import write_model
 
 pytestmark = pytest.mark.timeout(400)
 TOPICS = ("astrolabe", "barometer", "chronograph", "dynamometer", "eudiometer", "fluxgate", "gyroscope", "hydrometer")

@@ -16,8 +16,8 @@ from heliostat.serving.served import served
 from safetensors.torch import save_file
 
 from tests.unit.build_job import BASE
+from tests.unit.build_language_model import write_model
 from tests.unit.page import client, opened
-from tests.unit.test_batch_inference import write_model
 
 PROMPTS = [[5, 9, 11], [7, 3, 8, 40, 2, 6, 12], [30, 31], [5, 9, 11], [8, 8, 8, 8]]
 NAMES = ["kind", None, "rude", "rude", "kind"]

@@ -1,8 +1,6 @@
-"""Batch inference: an answer is the input's own, whatever is in its batch; each input is answered once, however often a run broke
-off."""
+"""Batch inference: each input is answered once, however often a run broke off, and what cannot be is refused before it begins."""
 
 import json
-import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,199 +13,28 @@ import torch
 import transformers
 from heliostat import lease, run_folder
 from heliostat.cluster import connect
-from heliostat.config.schema import validate
 from heliostat.curation.work import Work
 from heliostat.errors import AccessError, ConfigError, HeliostatError, LeaseError
 from heliostat.inference import generate, many
 from heliostat.inference.batch import engines, reading, run, tasks
 from heliostat.inference.batch.claim import claim
-from heliostat.inference.batch.engines import Continue, Embed, Input, Score
-from heliostat.inference.batch.settings import OF_ANSWERS, Settings
+from heliostat.inference.batch.engines import Continue
+from heliostat.inference.batch.settings import Settings
 from heliostat.inference.many import generate_many
 from heliostat.pipelines import synthetic
 from heliostat.pipelines.text import sources
 from heliostat.plan import hardware
 from heliostat.recipes import exported
-from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.recipes.text.generator import Sampling
-from heliostat.recipes.text.server import continue_text
 from heliostat.storage import Location
 
 from tests.unit.build_curation import HereFlow, KilledError
-from tests.unit.build_job import BASE, job
-from tests.unit.test_samples import make_text
-
-PROMPTS = [Input(text, seed) for seed, text in enumerate(["a b", "", "c d e f g", "b", "a b c d e f", "h i j", "a b"])]
-ARCHITECTURES = {
-    "llama": {"arch": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-    "mamba": {"arch": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
-}
-
-
-def write_model(folder: Path, model: dict, length: int = 32) -> Path:
-    """A language model of random weights that are large enough for its answers to differ, exported."""
-    recipe = CausalLM(job(**{"model": {**model, "vocab_size": 320}, "data.sequence_length": length}))
-    recipe.bind([make_text(folder / "data")])
-    torch.manual_seed(0)
-    made = recipe.build()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-    made.save_pretrained(folder / "model")
-    recipe.save_config(folder / "model")
-    return folder / "model"
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def any_model(request, tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp(request.param), ARCHITECTURES[request.param])
+from tests.unit.build_job import BASE
+from tests.unit.build_language_model import write_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("llama"), BASE["model"])
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_continuation_is_the_same_in_any_batch(any_model, temperature):
-    """Alone, with others before it, and with others behind it; with noise of its own, where there is any."""
-    engine = Continue(any_model, 4, {"max_tokens": 6, "temperature": temperature})
-    together = [answer.values for answer in engine(PROMPTS)]
-    assert together == [engine([one])[0].values for one in PROMPTS]
-    assert together == [answer.values for answer in engine(PROMPTS[::-1])][::-1]
-    if temperature:
-        assert together[0] != together[6]  # the same prompt with another seed
-
-
-def test_the_likeliest_continuation_is_that_of_a_plain_loop(model):
-    engine = Continue(model, 4, {"max_tokens": 6, "temperature": 0})
-    plain = [continue_text(engine.model, engine.tokenizer, one.text, 6, 0, 1.0, 0) for one in PROMPTS]
-    assert [answer.values["answer"] for answer in engine(PROMPTS)] == plain
-
-
-def test_a_folder_that_samples_in_its_own_way_changes_no_answer(model, tmp_path):
-    """Draws are the model's within temperature and top_p: a penalty that generation_config.json names is none of them."""
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
-    named = transformers.GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=1, top_k=1, do_sample=True)
-    named.save_pretrained(folder)
-    options = {"max_tokens": 8, "temperature": 0.9}
-    one, other = ([answer.values for answer in Continue(place, 4, options)(PROMPTS)] for place in (model, folder))
-    assert one == other
-
-
-def test_noise_draws_from_the_softmax():
-    """4,000 draws of four tokens: each as often as its probability says, within five standard deviations; none beyond top_p."""
-    logits, draws = torch.tensor([[1.0, 0.0, -1.0, -4.0]]), 4000
-    noise = engines.Noise(range(draws), Sampling(temperature=0.7, top_p=0.97))
-    chosen = noise(torch.zeros(draws, 1, dtype=torch.long), logits.repeat(draws, 1)).argmax(-1)
-    shares = torch.softmax(logits[0] / 0.7, -1)
-    shares[3] = 0  # the others have 0.99 of the probability
-    shares /= shares.sum()
-    for token, share in enumerate(shares.tolist()):
-        count = int((chosen == token).sum())
-        assert abs(count - draws * share) <= 5 * math.sqrt(draws * share * (1 - share)), (token, count)
-
-
-def test_a_score_is_the_sum_over_its_tokens_in_any_batch(any_model):
-    """Against one text at a time without padding; bits per byte are of the text's own bytes."""
-    engine = Score(any_model, 3)
-    texts = [one for one in PROMPTS if one.text]
-    for answer, one in zip(engine(texts), texts, strict=True):
-        ids = torch.tensor([engine.encode(one.text)])
-        with torch.no_grad():
-            logits = engine.model(input_ids=ids).logits[0, :-1].double()
-        nats = float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-        assert answer.values["nats"] == pytest.approx(nats, rel=1e-5)
-        assert answer.values["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(one.text.encode()), rel=1e-5)
-
-
-def test_an_embedding_is_the_same_in_any_batch_and_of_length_one(any_model):
-    engine = Embed(any_model, 3)
-    texts = [one for one in PROMPTS if one.text]
-    for answer, one in zip(engine(texts), texts, strict=True):
-        vector = torch.tensor(answer.values["embedding"])
-        assert float(vector.norm()) == pytest.approx(1, rel=1e-5)
-        torch.testing.assert_close(vector, torch.tensor(engine([one])[0].values["embedding"]), rtol=1e-4, atol=1e-5)
-
-
-def test_what_cannot_be_answered_is_said_and_stops_nothing(model, monkeypatch):
-    engine = Continue(model, 4, {"max_tokens": 6, "temperature": 0})
-    long = Input("a " * 200, 0)
-    first, refused, last = engine([PROMPTS[0], long, PROMPTS[2]])
-    assert (refused.bad, first.bad, last.bad) == ("too_long", "", "") and "the model has room for" in refused.detail
-    whole = Score(model, 4)([long])[0].values
-    assert whole["truncated"] and whole["tokens"] == engine.longest - 1
-    plain = engine.answer
-    monkeypatch.setattr(engine, "answer", lambda tokens, inputs: 1 / 0 if PROMPTS[2] in inputs else plain(tokens, inputs))
-    answers = engine(PROMPTS[:3])
-    assert [a.bad for a in answers] == ["", "", "failed"] and "ZeroDivisionError" in answers[2].detail
-
-
-def test_a_model_that_answers_nothing_ends_the_run(model, monkeypatch):
-    """It is not the inputs: else all would be listed as bad, and never asked again."""
-    engine = Continue(model, 4, {"max_tokens": 6})
-    monkeypatch.setattr(engine, "answer", lambda tokens, inputs: 1 / 0)
-    with pytest.raises(HeliostatError, match="answers nothing: ZeroDivisionError"):
-        engine(PROMPTS)
-
-
-def test_an_engine_that_has_died_ends_the_run_though_one_answer_was_made(model, monkeypatch):
-    engine = Continue(model, 1, {"max_tokens": 4})
-    plain = engine.answer
-
-    def answer(tokens, inputs):
-        if inputs[0] is PROMPTS[4]:  # the longest is the last
-            raise torch.AcceleratorError("an illegal memory access was encountered")
-        return plain(tokens, inputs)
-
-    monkeypatch.setattr(engine, "answer", answer)
-    with pytest.raises(HeliostatError, match=r"the engine has died .AcceleratorError: an illegal memory access"):
-        engine(PROMPTS)
-
-
-@pytest.mark.parametrize(
-    "asked", [{"keep": ["id"]}, {"keep": ["text"]}, {"column": "answer"}, {"task": "score", "keep": ["nats"]}]
-)
-def test_columns_of_one_name_are_refused(asked):
-    with pytest.raises(ConfigError, match="two columns"):
-        validate(Settings, asked, "infer")
-    for task in OF_ANSWERS:
-        assert tuple(name for name, _ in tasks.COLUMNS[task]) == OF_ANSWERS[task]
-
-
-def test_padding_that_changes_an_answer_is_found(model):
-    """A model whose attention looks at the padding: then prompts of different lengths share no batch."""
-    engine = Continue(model, 4, {"max_tokens": 4, "temperature": 0})
-    assert engine.pads and not engine.apart(2, 3)
-    forward = engine.model.forward
-    engine.model.forward = lambda input_ids, attention_mask=None, position_ids=None, **more: forward(input_ids, **more)
-    assert not engines.pads_hold(engine)
-    engine.pads = False
-    assert [len(b) for b in engine.batches({0: 2, 1: 2, 2: 3, 3: 2})] == [3, 1]
-
-
-# runs ------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_worker_whose_engine_has_died_loads_another_for_the_next_run(model, tmp_path, monkeypatch):
-    """Given again, the command may come to the same worker."""
-    lines(tmp_path / "in", "a.jsonl", range(4))
-    asked, place = Settings(options={"max_tokens": 2}), Location(str(tmp_path / "out"))
-    facts = {"model": {"folder": str(model), "digest": "d"}, "settings": asked.model_dump(), "input": str(tmp_path / "in")}
-    engine = tasks.loaded(str(model), "continue", asked.batch, json.dumps(asked.options, sort_keys=True), "transformers")
-
-    def answer(*_):
-        raise torch.AcceleratorError("an illegal memory access was encountered")
-
-    def go() -> dict:
-        return run.answer(HereFlow(Work(place.join(run.WORK))), sources.listing(str(tmp_path / "in")), facts, place)
-
-    monkeypatch.setattr(engine, "answer", answer)
-    with pytest.raises(HeliostatError, match="the engine has died"):
-        go()
-    assert go()["answers"] == 4
 
 
 class Echo(engines.Engine):
@@ -472,3 +299,22 @@ def test_a_model_that_continues_no_text_and_an_input_of_no_file_are_refused_befo
     with pytest.raises(ConfigError, match="no file there"):
         run.infer(model, str(tmp_path / "empty"), str(tmp_path / "out"), Settings(options={"max_tokens": 3}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_whose_engine_has_died_loads_another_for_the_next_run(model, tmp_path, monkeypatch):
+    """Given again, the command may come to the same worker."""
+    lines(tmp_path / "in", "a.jsonl", range(4))
+    asked, place = Settings(options={"max_tokens": 2}), Location(str(tmp_path / "out"))
+    facts = {"model": {"folder": str(model), "digest": "d"}, "settings": asked.model_dump(), "input": str(tmp_path / "in")}
+    engine = tasks.loaded(str(model), "continue", asked.batch, json.dumps(asked.options, sort_keys=True), "transformers")
+
+    def answer(*_):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    def go() -> dict:
+        return run.answer(HereFlow(Work(place.join(run.WORK))), sources.listing(str(tmp_path / "in")), facts, place)
+
+    monkeypatch.setattr(engine, "answer", answer)
+    with pytest.raises(HeliostatError, match="the engine has died"):
+        go()
+    assert go()["answers"] == 4

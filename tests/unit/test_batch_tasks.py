@@ -32,7 +32,7 @@ from PIL import Image
 from tests.unit import build_images, build_model
 from tests.unit.build_curation import HereFlow, KilledError
 from tests.unit.build_job import BASE
-from tests.unit.test_batch_inference import write_model
+from tests.unit.build_language_model import write_model
 
 TEMPLATE = (
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('no question') }}{% endif %}"

@@ -18,9 +18,9 @@ from heliostat.storage import Location
 from tokenizers import Tokenizer, processors
 from transformers import BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
+from tests.unit.build_document_index import CORPUS, index, write_dataset
 from tests.unit.build_model import make_model, texts
 from tests.unit.command_line import run
-from tests.unit.test_retrieval import CORPUS, index, write_dataset
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 import transformers
 
 from tests.unit.build_job import BASE
+from tests.unit.build_language_model import write_model
 from tests.unit.page import client, opened
-from tests.unit.test_batch_inference import write_model
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 NAME = "model"

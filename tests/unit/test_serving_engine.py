@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tests.unit.build_job import BASE
-from tests.unit.test_batch_inference import ARCHITECTURES, PROMPTS, write_model
+from tests.unit.build_language_model import ARCHITECTURES, PROMPTS, write_model
 
 MOST = 10
 KINDS = {"plain": BASE["model"], "mamba": ARCHITECTURES["mamba"]}

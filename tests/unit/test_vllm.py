@@ -32,7 +32,7 @@ from heliostat.storage import Location
 from safetensors.torch import save_file
 
 from tests.unit.build_job import BASE
-from tests.unit.test_batch_inference import PROMPTS, write_model
+from tests.unit.build_language_model import PROMPTS, write_model
 
 
 @pytest.fixture(scope="module")
