@@ -189,7 +189,7 @@ def test_a_task_reads_about_as_many_documents_as_it_may_hold(tmp_path):
     """Of runs of many documents fewer, and of no run less; each run is in one task, in their order."""
     here = HereFlow(Work(Location(str(tmp_path))))
     runs = [segment.Run(str(i), count, 1) for i, count in enumerate([100] * 40 + [9000, 20_000, 5000, 3000, 1])]
-    found = [task.arguments for task in comparing.by_runs(here, runs, ["a"], 64 << 20)]
+    found = [task.arguments for task in comparing.by_runs(here, "test", runs, ["a"], 64 << 20)]
     assert [run for one in found for run in one["runs"]] == runs
     assert [one["first"] for one in found] == [0, 16, 32, 41, 42]
     assert all(sum(r.rows for r in one["runs"]) * comparing.DOCUMENT_BYTES <= 64 << 20 for one in found if len(one["runs"]) > 1)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,7 @@ def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
     _, whole = make_whole(tmp_path, "whole", STAGES)
     assert not plain and "merge" in whole.done and "merge" not in made.flow.done
     assert sum("merges its runs" in note and "of the sample's" in note for note in found["notes"]) == 1
-    again = Prediction(made.sample, made.stages, funnel_of(made), made.flow, made.counted, 0.0, shards_drop_duplicates=True)
+    again = Prediction(made.sample, made.stages, funnel_of(made), made.flow, made.counted, 0.0, {}, shards_drop_duplicates=True)
     told = again.told(1)
     merge, _ = (counts.pop("merge") for counts in (made.flow.seconds, made.flow.walls))
     more = merge * made.sample.of_bytes * again.factors[0][""] / 3600
@@ -196,7 +197,7 @@ def test_seconds_of_opening_stages_are_not_taken_for_work(tmp_path):
     made.flow.opening["read"] += 100
 
     def hours() -> float:
-        found = Prediction(made.sample, [], funnel, made.flow, made.counted, 0.0)
+        found = Prediction(made.sample, [], funnel, made.flow, made.counted, 0.0, {})
         return sum(found._hours(found.factors[0], made.flow.seconds).values()) - before
 
     assert hours() * 3600 < 101
@@ -234,6 +235,50 @@ def test_duplicates_of_a_whole_are_estimated_from_the_few_of_a_sample(kind, shar
         assert found.low <= truly <= found.high and found.low <= found.expected <= found.high
         off.append((1 - found.expected) / (1 - truly) - 1)
     assert abs(sum(off) / len(off)) < most
+
+
+@pytest.mark.parametrize(("drawn", "rate"), [(0.1, 1.0), (0.2, 0.5), (1.0, 0.2)])
+def test_neighbours_that_are_alike_are_not_taken_for_the_few_that_a_sample_shows(drawn, rate):
+    """Some of 4,000 places are drawn, and a share of their documents: a fifth have a copy beside them, a tenth elsewhere."""
+    rng, off, naive = np.random.default_rng(1), list[float](), list[float]()
+    clusters = np.arange(4000 * 10).reshape(4000, 10)
+    elsewhere = rng.random(clusters.shape) < 0.1
+    clusters[elsewhere] = rng.permutation(clusters[elsewhere]) // 2 * 2  # pairs of what was drawn, somewhere
+    beside = rng.random(clusters.shape) < 0.2
+    places = [np.concatenate([row, row[mask]]) for row, mask in zip(clusters, beside, strict=True)]
+    documents = sum(map(len, places))
+    truly = 1 - len(np.unique(clusters)) / documents
+    for _ in range(5):
+        shown = [row[rng.random(len(row)) < rate] for row in places if rng.random() < drawn]
+        pairs = Counter((int(cluster), place) for place, row in enumerate(shown) for cluster in row)
+        groups, wide = Counter(pairs.values()), Counter(Counter(cluster for cluster, _ in pairs).values())
+        whole = Counter(Counter(cluster for row in shown for cluster in row.tolist()).values())
+        for counts in (groups, wide, whole):
+            counts.pop(1, None)
+        count = sum(map(len, shown))
+        found = estimates.duplicates_by_place(count, groups, wide, rate, documents / count)
+        assert found.low <= truly <= found.high and found.low <= found.expected <= found.high
+        off.append((1 - found.expected) / (1 - truly) - 1)
+        naive.append((1 - estimates.duplicates(count, whole, documents / count).expected) / (1 - truly) - 1)
+    assert abs(sum(off) / len(off)) < 0.06
+    assert rate < 0.5 or abs(sum(naive) / len(naive)) > 0.15, "what taking them for drawn one by one would say"
+
+
+def test_pages_of_which_neighbours_are_alike_are_predicted(tmp_path, monkeypatch):
+    """Half of the lines of a file are followed by almost the same, as pages of a crawl are."""
+    monkeypatch.setattr(sampling, "BLOCK", 8000)
+    rng = random.Random(5)
+    (tmp_path / "in").mkdir()
+    with (tmp_path / "in" / "a.jsonl").open("w") as file:
+        for i in range(2500):
+            words = [f"w{rng.randrange(900)}" for _ in range(60)]
+            for one in (words, [*words, "end"])[: 1 + i % 2]:
+                file.write(json.dumps({"text": " ".join(one)}) + "\n")
+    made, inputs = trial(tmp_path, 0.15, stages=[{"stage": "minhash"}])
+    found = made.predicted(inputs)
+    (share,) = found["duplicates"].values()
+    assert share["seen"] < 0.2 and share["expected"] == pytest.approx(1 / 3, abs=0.06)
+    assert found["documents"] == pytest.approx(2500, rel=0.1)
 
 
 @pytest.mark.parametrize("documents", [10**4, 10**6])

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from heliostat.curation import embedding, segment, spill
+from heliostat.curation import embedding, exchange, segment, spill
 from heliostat.curation.registry import parse
 from heliostat.curation.semantic import vectors
 from heliostat.curation.semantic.cells import centres, packed
@@ -162,7 +162,7 @@ def test_documents_go_for_the_nearest_that_stays_whatever_the_cut_and_memory(tmp
     assert sum(goes for _, goes in bins.values()) == len(by) and all(float(b) >= 0.93 for b, (_, goes) in bins.items() if goes)
 
 
-def test_of_several_cells_the_result_is_the_same_from_any_cut_and_other_borders_find_other_pairs(tmp_path, model):
+def test_of_several_cells_the_result_is_the_same_from_any_cut_and_other_borders_find_other_pairs(tmp_path, model, monkeypatch):
     given = {f"d{i:03d}": text for i, text in enumerate(texts(120, seed=3))}
     entry = {
         "stage": "semantic",
@@ -173,10 +173,11 @@ def test_of_several_cells_the_result_is_the_same_from_any_cut_and_other_borders_
         "keep": "first",
     }
     told = []
-    for pieces in (1, 7):
-        found, here = curate(tmp_path / str(pieces), given, [entry], pieces, seed=pieces)
+    for pieces, limit, many in ((1, 1 << 20, exchange.MANY), (7, 1 << 20, exchange.MANY), (15, 1 << 13, 4)):
+        monkeypatch.setattr(exchange, "MANY", many)
+        found, here = curate(tmp_path / str(pieces), given, [entry], pieces, limit, seed=pieces)
         told.append((left(found, here), left_out(found, here)))
-    assert told[0] == told[1] and here.done["semantic-0-centres"] == 1
+    assert told[0] == told[1] == told[2] and here.done["semantic-0-centres"] == 1 and here.done["semantic-0-merge"] > 1
     made = made_of(model, given)
     for id, (_, _, detail) in told[0][1].items():
         who = detail.partition(" ")[0]

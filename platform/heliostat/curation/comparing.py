@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from heliostat.curation import segment, spill, tally
 from heliostat.curation.engine import Curated, filled
+from heliostat.curation.exchange import exchanged
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.segment import Run, by_run, survivors
 from heliostat.curation.stage import GlobalStage
@@ -30,13 +32,19 @@ def parts(bytes: int, memory_limit: int) -> int:
     return max(1, -(-bytes // memory_limit))
 
 
-def by_runs(flow: Flow, runs: list[Run], names: list[str], memory_limit: int, **more: Any) -> Iterator[Task]:
+def by_runs(flow: Flow, kind: str, runs: list[Run], names: list[str], memory_limit: int, **more: Any) -> Iterator[Task]:
     """Describes tasks that read what spills have about some runs: about as many documents as have room if it is about all."""
-    shared, first, follows = {"names": flow.share(names)}, 0, key(names)
-    for group in filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES, RUNS):
-        told = [[run.name, run.decided] for run in group]
-        yield Task(key(follows, first, told, more), {"first": first, "runs": group, **more}, shared)
-        first += len(group)
+    groups = list(filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES, RUNS))
+    return about(flow, kind, groups, names, **more)
+
+
+def about(flow: Flow, kind: str, groups: list[list[Run]], names: list[str], also: Any = None, **more: Any) -> Iterator[Task]:
+    """Describes tasks that read what spills have about each group of all runs, by their places; `also`: what they follow from."""
+    firsts = list(accumulate((len(group) for group in groups), initial=0))
+    ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
+    for group, first, (follows, shared) in zip(groups, firsts, exchanged(flow, kind, names, ranges), strict=False):
+        told, bytes = [[run.name, run.decided] for run in group], sum(run.bytes for run in group)
+        yield Task(key(follows, also, first, told, more), {"first": first, "runs": group, **more}, {"names": shared}, bytes)
 
 
 def conclude(flow: Flow, found: Curated, stage: GlobalStage, number: int, kind: str, judged: list[dict[str, Any]],
@@ -46,7 +54,7 @@ def conclude(flow: Flow, found: Curated, stage: GlobalStage, number: int, kind: 
     Records in `judged` name spills of JUDGED, and tell `clusters`, `largest` and `sizes`; `more` goes into the tally.
     """
     label, runs, names = tally.label(number, stage), found.runs, [r["judged"] for r in judged]
-    decided, left = settled(flow, found, kind, decide, by_runs(flow, runs, names, memory_limit, stage=label))
+    decided, left = settled(flow, found, kind, decide, by_runs(flow, kind, runs, names, memory_limit, stage=label))
     part = told(flow, kind, runs, left, judged)
     for reason in stage.reasons:
         gone = sum(r["reasons"].get(f"{label}: {reason}", 0) for r in decided)

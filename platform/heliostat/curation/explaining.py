@@ -8,9 +8,9 @@ from typing import Any
 
 from heliostat.curation import reasons, segment, tally
 from heliostat.curation.engine import segments, summed
-from heliostat.curation.flow import Flow, Task
+from heliostat.curation.exchange import by_parts
+from heliostat.curation.flow import Flow
 from heliostat.curation.stage import Stage
-from heliostat.curation.work import key
 from heliostat.data import versions
 from heliostat.data.manifest import FILES
 from heliostat.storage import Location
@@ -36,9 +36,7 @@ def explain(flow: Flow, stages: list[Stage], tallies: list[str], shard: dict[str
     for name in (segment.READ, segment.FINISH) if what else ():
         told |= {name: told[name] | {"what": what}} if name in told else {}
     funnel = json.dumps({name: json.loads(json.dumps(told[name], sort_keys=True)) for name in told}).encode()
-    shared, parts, uri = {"names": flow.share(ends)}, reasons.parts(rows), output.uri
-    work = (Task(key("ends", ends, part, parts, uri, columns), {"part": part, "parts": parts, "output": uri, "columns": columns},
-                 shared) for part in range(parts))  # fmt: skip
+    work = by_parts(flow, "ends", reasons.parts(rows), ends, output=output.uri, columns=columns)
     written = flow.all("ends", reasons.write_ends, work, valid=lambda r: output.join(r["path"]).exists())
     path = versions.store(output, f"{FILES}/funnel-", funnel, ".json")
     listed = [[r["begin"], r["path"]] for r in written]

@@ -116,6 +116,11 @@ class Flow:
         found = dict(self.run(kind, function, tasks, **more))
         return [found[number] for number in range(len(found))]
 
+    def forget(self, kind: str) -> None:
+        """Forgets the seconds of a kind of tasks, such as one that only a prediction needs."""
+        for counts in (self.seconds, self.walls, self.opening):
+            counts.pop(kind, None)
+
     def _looked_up(self, kind: str, tasks: Iterator[Task], valid: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
         number = 0
         whole = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,9 @@ from pydantic import Field
 from heliostat.config.schema import Float
 from heliostat.curation import registry, repeated, tally
 from heliostat.curation.chain import bytes_of
+from heliostat.curation.comparing import about
 from heliostat.curation.engine import Curated, filled
+from heliostat.curation.exchange import by_parts
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.minhash import components
 from heliostat.curation.repeated import Signing
@@ -62,23 +63,16 @@ class RepeatingStage(GlobalStage):
         shares = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))
         counts = [r["rows"] for r in signed]
         keys = components.gathered(flow, kind, [(r["signed"], count) for r, count in zip(signed, counts, strict=True)], shares)
-        chosen = flow.all(f"{kind}-choose", repeated.choose, components.tasks(flow, shares, keys))
+        chosen = flow.all(f"{kind}-choose", repeated.choose, by_parts(flow, kind, shares, keys))
         names = [name for r in chosen for name in r["lost"]]
-        records = flow.all(f"{kind}-remove", remove, self._removing(flow, runs, counts, names, number, memory_limit))
+        room, numbered = memory_limit // 2 // ROW_BYTES, zip(runs, counts, strict=True)
+        groups = [[run for run, _ in group] for group in filled(numbered, lambda one: one[1], room, RUNS)]
+        arguments = {"entry": self.entry(), "number": number, "memory_limit": memory_limit}
+        removing = about(flow, kind, groups, names, self.identity(), **arguments)
+        records = flow.all(f"{kind}-remove", remove, removing)
         seconds = sum(s for name, s in flow.seconds.items() if name.startswith(f"{kind}-"))
         found.tallies.append(store(flow.work.spill, {tally.label(number, self): tally.entry({}, "") | {"seconds": seconds}}))
         return [run for record in records for run in found.take(record)]
-
-    def _removing(self, flow: Flow, runs: list[Run], counts: list[int], names: list[str], number: int,
-                  memory_limit: int) -> Iterator[Task]:  # fmt: skip
-        shared, first, follows = {"names": flow.share(names)}, 0, key(names, self.identity(), memory_limit)
-        room = memory_limit // 2 // ROW_BYTES
-        for numbered in filled(zip(runs, counts, strict=True), lambda one: one[1], room, RUNS):
-            group = [run for run, _ in numbered]
-            told = [[run.name, run.decided] for run in group]
-            arguments = {"first": first, "runs": group, "entry": self.entry(), "number": number, "memory_limit": memory_limit}
-            yield Task(key(follows, first, number, told), arguments, shared, sum(run.bytes for run in group))
-            first += len(group)
 
     def outcome(self, document: Document, lost: set[int]) -> Outcome:
         """Removes parts of a document by their places, or drops it."""

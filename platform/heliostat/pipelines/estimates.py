@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,6 +59,24 @@ def duplicates(documents: int, sizes: dict[int, int], times: float) -> Share:
     high = max(seen, _most(documents, dropped, single, many, max(many, clusters), times))
     distinct, whole = whole_sizes({1: single, **sizes}, 1 / times)
     return Share(seen, min(max(seen, 1 - distinct / whole), high), seen, high)
+
+
+def duplicates_by_place(documents: int, groups: dict[int, int], places: dict[int, int], rate: float, times: float) -> Share:
+    """Estimates the share of duplicates in a whole of `times` a sample's documents, which was drawn by places, such as ranges of
+    a file, and then by documents, of which each place in it shows the share `rate`.
+
+    `groups` counts what a cluster has in one place, two documents and more, by their number; `places` counts clusters by the
+    number of places, two and more. Neighbours are often alike, as pages of a site are: both of a pair in one place are in the
+    sample with the place, of two places with the square of that probability. So what is alike in a place is estimated by `rate`,
+    and what is left of each place as documents that were drawn one by one. The bounds of both are multiplied, and those of the
+    places' own share are widened by chance (`wilson`).
+    """
+    dropped = sum((size - 1) * number for size, number in groups.items())
+    within, left, (least, most) = duplicates(documents, groups, 1 / rate), documents - dropped, wilson(dropped, documents)
+    if dropped:
+        within = replace(within, low=min(within.low, least), high=max(within.high, most))
+    across = duplicates(left, places, times)
+    return Share(*(1 - (1 - getattr(within, name)) * (1 - getattr(across, name)) for name in ("seen", "expected", "low", "high")))
 
 
 def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:

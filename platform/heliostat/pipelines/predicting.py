@@ -16,6 +16,7 @@ from heliostat.curation.segment import Run, survivors
 from heliostat.curation.stage import GlobalStage, Stage
 from heliostat.curation.work import key
 from heliostat.pipelines import estimates
+from heliostat.pipelines.alike import EXACT, Alike
 from heliostat.pipelines.estimates import Share
 from heliostat.pipelines.sampled import Sample
 from heliostat.storage import Location
@@ -49,6 +50,8 @@ class Prediction:
     counted: tally.Tally
     spread: float
     """The standard error of the bytes that are kept, as a share of them."""
+    alike: dict[str, Alike]
+    """What each stage that compares documents found, and of `exact` duplicates the shards."""
     rate: Rate | None = None
     most_trained: int | None = None
     """Bytes of text that train a tokenizer, at most; None: all of it."""
@@ -109,10 +112,9 @@ class Prediction:
         for name, part in self.funnel.items():
             if "clusters" in part["counts"] or (name == SHARD and self.shards_drop_duplicates and not found):
                 # of shards only if no stage compares: an exact duplicate is a near one
-                sizes = {int(size): number for size, number in part.get("sizes", {}).items()}
-                if name == SHARD and part["documents"] > part["kept"]:  # of exact duplicates only their number is told
-                    sizes = {2: part["documents"] - part["kept"]}
-                found[name] = estimates.duplicates(part["documents"], sizes, self.sample.of_documents)
+                groups, places = self.alike.get(EXACT if name == SHARD else name, ({}, {}))
+                rate = self.sample.taken_bytes / self.sample.read_bytes
+                found[name] = estimates.duplicates_by_place(part["documents"], groups, places, rate, self.sample.of_documents)
         return found
 
     def _hours(self, factors: dict[str, float], taken: dict[str, float]) -> dict[str, float]:
@@ -202,15 +204,9 @@ def spread_of(flow: Flow, runs: list[Run], fraction: float) -> float:
     parts = [runs[first : first + GROUP] for first in range(0, len(runs), GROUP)]
     work = (Task(key("spread", [[run.name, run.decided] for run in part]), {"runs": part}) for part in parts)
     measured = flow.all("spread", squares, work)
-    forget(flow, "spread")
+    flow.forget("spread")
     bytes, squared = (sum(record[name] for record in measured) for name in ("bytes", "squares"))
     return math.sqrt((1 - fraction) * squared) / bytes if bytes else 0.0
-
-
-def forget(flow: Flow, kind: str) -> None:
-    """Forgets the seconds of a kind of tasks that the whole will not have."""
-    for counts in (flow.seconds, flow.walls, flow.opening):
-        counts.pop(kind, None)
 
 
 def squares(folder: Location, runs: list[Run]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from heliostat.curation import spill
 from heliostat.curation.engine import filled
+from heliostat.curation.exchange import by_parts
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.work import key
 from heliostat.errors import HeliostatError
@@ -85,19 +86,13 @@ def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str
     """Runs rounds until nothing changes; returns the spills of the edges, which are stars then, and the number of rounds."""
     before: Any = None
     for rounds in range(ROUNDS):
-        large = flow.all(f"{kind}-large", large_star, tasks(flow, parts, names))
+        large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts, names))
         now = (sum(r["edges"] for r in large), sum(int(r["check"]) for r in large) % (1 << 64))
         if now == before:
             return names, rounds
-        small = flow.all(f"{kind}-small", small_star, tasks(flow, parts, [r["edges_file"] for r in large]))
+        small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts, [r["edges_file"] for r in large]))
         before, names = now, [r["edges_file"] for r in small]
     raise HeliostatError(f"{kind}: the clusters did not settle within {ROUNDS} rounds")
-
-
-def tasks(flow: Flow, parts: int, names: list[str], **more: Any) -> Any:
-    """Describes one task for each part of all keys, over spills."""
-    shared, follows = {"names": flow.share(names)}, key(names)
-    return (Task(key(follows, part, parts, more), {"part": part, "parts": parts, **more}, shared) for part in range(parts))
 
 
 def unique(edges: Edges) -> Edges:

@@ -18,6 +18,7 @@ from heliostat.curation import tally
 from heliostat.curation.comparing import by_runs, settled, told
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
+from heliostat.curation.exchange import by_parts
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.minhash import components
 from heliostat.curation.minhash.keep import Rule, attributes, choose, decide, members
@@ -66,14 +67,14 @@ class MinHash(GlobalStage):
         signed = flow.all(f"{kind}-sign", sign, signing)
         parts = parts_of(sum(r["rows"] for r in signed) * ROW_BYTES, memory_limit)
         keys = components.gathered(flow, kind, [(r["keys"], r["rows"]) for r in signed], parts)
-        paired = flow.all(f"{kind}-pairs", components.pairs, components.tasks(flow, parts, keys))
+        paired = flow.all(f"{kind}-pairs", components.pairs, by_parts(flow, kind, parts, keys))
         edges, _ = components.stars(flow, kind, [r["edges_file"] for r in paired], parts)
-        belonging = flow.all(f"{kind}-members", members, components.tasks(flow, parts, edges))
+        belonging = flow.all(f"{kind}-members", members, by_parts(flow, kind, parts, edges))
         names = [r["members"] for r in belonging]
         rule = {"rule": self.keep, "column": self.column}
-        compared = flow.all(f"{kind}-attributes", attributes, by_runs(flow, runs, names, memory_limit, **rule))
-        chosen = flow.all(f"{kind}-choose", choose, components.tasks(flow, parts, [r["attributes"] for r in compared]))
-        deciding = by_runs(flow, runs, [r["chosen"] for r in chosen], memory_limit, stage=name)
+        compared = flow.all(f"{kind}-attributes", attributes, by_runs(flow, kind, runs, names, memory_limit, **rule))
+        chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [r["attributes"] for r in compared]))
+        deciding = by_runs(flow, kind, runs, [r["chosen"] for r in chosen], memory_limit, stage=name)
         _, left = settled(flow, found, kind, decide, deciding)
         part = told(flow, kind, runs, left, chosen)
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}

@@ -19,8 +19,8 @@ from heliostat.config.schema import Float
 from heliostat.curation import embedding, scoring, tally
 from heliostat.curation.comparing import conclude, parts
 from heliostat.curation.engine import Curated
+from heliostat.curation.exchange import by_parts
 from heliostat.curation.flow import Flow, Task
-from heliostat.curation.minhash import components
 from heliostat.curation.minhash.keep import Rule
 from heliostat.curation.segment import Run
 from heliostat.curation.semantic import cells
@@ -92,7 +92,7 @@ class Semantic(GlobalStage):
         dealt = [r["dealt"] for r in flow.all(f"{kind}-deal", cells.deal, dealing)]
         held = max(1, memory_limit // 2 // (NUMBER_BYTES * max(1, size)))
         shares = min(many, parts(rows * (size * NUMBER_BYTES + ROW_BYTES), memory_limit))
-        judging = components.tasks(flow, shares, dealt, least=self.min_similarity, held=held)
+        judging = by_parts(flow, kind, shares, dealt, least=self.min_similarity, held=held)
         judged = flow.all(f"{kind}-judge", cells.judge, judging)
         cut = sum(r["cut"] for r in embedded)
         return conclude(flow, found, self, number, kind, judged, memory_limit, histograms={"similarity": _summed(judged)},

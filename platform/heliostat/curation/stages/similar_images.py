@@ -17,8 +17,8 @@ from heliostat.curation.alike import keep, pairs
 from heliostat.curation.comparing import conclude
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
+from heliostat.curation.exchange import by_parts
 from heliostat.curation.flow import Flow, Task
-from heliostat.curation.minhash.components import tasks
 from heliostat.curation.segment import Run
 from heliostat.curation.stage import GlobalStage
 from heliostat.curation.work import key
@@ -46,27 +46,27 @@ class SimilarImages(GlobalStage):
         shown = flow.all(f"{kind}-faces", pairs.faces, facing)
         faces, parts = [r["faces"] for r in shown], parts_of(sum(r["rows"] for r in shown) * IMAGE_BYTES, memory_limit)
         named = [] if exact else self._near(flow, kind, faces, parts, distance, sum(r["rows"] for r in shown), memory_limit)
-        judged = flow.all(f"{kind}-judge", keep.judge, tasks(flow, parts, faces, told=named))
+        judged = flow.all(f"{kind}-judge", keep.judge, by_parts(flow, kind, parts, faces, {"told": named}))
         return conclude(flow, found, self, number, kind, judged, memory_limit)
 
     def _near(self, flow: Flow, kind: str, faces: list[str], parts: int, distance: int, images: int,
               memory_limit: int) -> list[str]:  # fmt: skip
         """Finds the pairs that look alike and who of them stays; returns the spills that name them."""
         count = pairs.blocks(distance, images)
-        grouped = flow.all(f"{kind}-group", pairs.group, tasks(flow, parts, faces, distance=distance, count=count))
+        grouped = flow.all(f"{kind}-group", pairs.group, by_parts(flow, kind, parts, faces, distance=distance, count=count))
         under, meeting = (
             [n for r in grouped for n in r["keys"]],
             parts_of(sum(r["rows"] for r in grouped) * KEY_BYTES, memory_limit),
         )
-        paired = flow.all(f"{kind}-pairs", pairs.pairs, tasks(flow, meeting, under, distance=distance)) if under else []
+        paired = flow.all(f"{kind}-pairs", pairs.pairs, by_parts(flow, kind, meeting, under, distance=distance)) if under else []
         edges, messages, fates, waiting = [r["edges"] for r in paired], list[str](), list[str](), sum(r["rows"] for r in paired)
         shares = parts_of(waiting * KEY_BYTES, memory_limit)
         for _ in range(ROUNDS if waiting else 0):
-            settled = flow.all(f"{kind}-settle", keep.settle, tasks(flow, shares, edges, messages=messages))
+            settled = flow.all(f"{kind}-settle", keep.settle, by_parts(flow, kind, shares, edges, {"messages": messages}))
             edges, messages = [r["edges"] for r in settled], [r["messages"] for r in settled]
             fates += [r["fates"] for r in settled]
             if not (waiting := sum(r["rows"] for r in settled)):
                 break
         if waiting:
             raise HeliostatError(f"{kind}: who stays did not settle within {ROUNDS} rounds")
-        return [r["names"] for r in flow.all(f"{kind}-names", keep.name, tasks(flow, parts, faces, fates=fates))]
+        return [r["names"] for r in flow.all(f"{kind}-names", keep.name, by_parts(flow, kind, parts, faces, {"fates": fates}))]

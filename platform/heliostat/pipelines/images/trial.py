@@ -12,6 +12,7 @@ from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Run
 from heliostat.curation.stage import Dropped
 from heliostat.errors import DataError
+from heliostat.pipelines.alike import alike_of
 from heliostat.pipelines.images.making import Making
 from heliostat.pipelines.images.pictures import Raw
 from heliostat.pipelines.images.tasks import ImageSource
@@ -94,5 +95,6 @@ class Trial(Making):
             raise DataError(f"nothing is left of the sample ({meta.get('dropped')}); give a larger one")
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, self._left, self.sample.fraction)
-        made = Prediction(self.sample, self.all_stages, funnel, self.flow, self.counted, spread)
+        alike = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel)
+        made = Prediction(self.sample, self.all_stages, funnel, self.flow, self.counted, spread, alike)
         return made.told(len(inputs))

@@ -159,22 +159,29 @@ class Making(Reading):
     def _regrouped(self, curated: Curated, together: Together, totals: Totals) -> list[str]:
         """Puts runs of documents that belong together in place of the stages'; returns spills of the exact duplicates' ends."""
         parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
-        told = together.model_dump()
-        follows = key("together", [[run.name, run.decided] for run in curated.runs], told, parts, self.explained)
-        shared = {"runs": self.flow.share(curated.runs), "by": told, "explained": self.explained}
-        ranges = [tasks.bounds(part, parts) for part in range(parts)]
-        work = (Task(key(follows, low), {"low": low, "high": high}, shared, curated.bytes // parts) for low, high in ranges)
-        records = self.flow.all("together", gathering.regroup, work)
+        told = {"by": together.model_dump(), "explained": self.explained}
+        records = self.flow.all("together", gathering.regroup, self._ranged(curated.runs, parts, **told))
         curated.runs = [Run(*run) for record in records for run in record["runs"]]
-        self._check_largest(curated.runs, together, follows, ranges)
+        self._check_largest(curated.runs, together, parts)
         totals.duplicates += sum(record["duplicates"] for record in records)
         return [record["ends"] for record in records if record["ends"]]
 
-    def _check_largest(self, runs: list[Run], together: Together, follows: str, ranges: list[tuple[int, int]]) -> None:
+    def _in_ranges(self, runs: list[Run], parts: int) -> list[merging.Range]:
+        """Merges runs where each of so many equal ranges of hashes would have little of them."""
+        most = self.memory_limit // RUN_SHARE
+        return merging.merged(self.flow, runs, parts, lambda first, stop: tasks.bounds(first, parts, stop), most)
+
+    def _ranged(self, runs: list[Run], parts: int, **more: Any) -> Iterator[Task]:
+        """Describes a task for each of so many equal ranges of hashes, over runs."""
+        for one in self._in_ranges(runs, parts):
+            follows, shared = key([[run.name, run.decided] for run in one.runs], more), {"runs": self.flow.share(one.runs)}
+            for part in range(one.first, one.stop):
+                low, high = tasks.bounds(part, parts)
+                yield Task(key(follows, low, high), {"low": low, "high": high, **more}, shared, int(one.part * len(one.runs)))
+
+    def _check_largest(self, runs: list[Run], together: Together, parts: int) -> None:
         """Raises ConfigError if the documents of one value, which one shard holds, are more than its task has memory for."""
-        shared = {"runs": self.flow.share(runs)}
-        work = (Task(key("largest", follows, low), {"low": low, "high": high, "column": together.column}, shared)
-                for low, high in ranges)  # fmt: skip
+        work = self._ranged(runs, parts, column=together.column)
         found = max(self.flow.all("largest", gathering.largest, work), key=lambda record: record["bytes"])
         needs = found["bytes"] * SHARD_SHARE
         if needs > self.memory_limit:
@@ -205,12 +212,9 @@ class Making(Reading):
         told = {name: value for name, value in vars(plan).items() if value is not None}
         each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))
         reads, shared = curated.bytes * each // shards, self.flow.share(plan)
-        ranges = merging.merged(
-            self.flow, curated.runs, shards, lambda first, stop: tasks.bounds(first, shards, stop), self.memory_limit // RUN_SHARE
-        )
 
         def work() -> Iterator[Task]:
-            for part in ranges:
+            for part in self._in_ranges(curated.runs, shards):
                 follows = key("shards", [[run.name, run.decided] for run in part.runs], told)
                 given = {"runs": self.flow.share(part.runs), "plan": shared}
                 for first in range(part.first, part.stop, each):

@@ -13,7 +13,8 @@ from heliostat.curation.flow import Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.work import key
 from heliostat.errors import DataError
-from heliostat.pipelines.predicting import SHARD, TOKENIZER, Prediction, Rate, forget, spread_of
+from heliostat.pipelines.alike import alike_of
+from heliostat.pipelines.predicting import SHARD, TOKENIZER, Prediction, Rate, spread_of
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.sampled import Sample
 from heliostat.pipelines.text import rates
@@ -49,7 +50,8 @@ class Trial(Making):
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, self._left.runs, self.sample.fraction)
         most = None if self.given is not None else int(self.tokenizer["train_bytes"])
-        made = Prediction(self.sample, self.stages, funnel, self.flow, self.counted, spread, most_trained=most,
+        alike = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel)
+        made = Prediction(self.sample, self.stages, funnel, self.flow, self.counted, spread, alike, most_trained=most,
                           shards_drop_duplicates=True)  # fmt: skip
         made.rate = self._rate(funnel[SHARD], made)
         merges = self._merged(made)
@@ -82,7 +84,7 @@ class Trial(Making):
             more = times * left / max(1, sum(run.bytes for run in some))
         for counts in (self.flow.seconds, self.flow.walls):
             counts["merge"] = counts[what] * more * factor / made.factors[0][""]
-        forget(self.flow, "merging")
+        self.flow.forget("merging")
         how = "once" if times == 1 else f"{times} times"
         return [f"shards: the whole has about {many:,} runs for {shards:,} shards, and merges its runs {how} first; "
                 "the time for that is estimated from merging some of the sample's"]  # fmt: skip
@@ -95,7 +97,7 @@ class Trial(Making):
         runs, config = self._left.runs, self.tokenizer
         task = Task(key("rates", [[run.name, run.decided] for run in runs], config), {"runs": runs, "config": config})
         (halves,) = self.flow.all("rates", rates.halves, iter([task]))
-        forget(self.flow, "rates")
+        self.flow.forget("rates")
         trained = min(config["train_bytes"], shard["kept_bytes"])
         made.training_grows = rates.training_grows(self.flow.seconds[TOKENIZER], trained, halves) if halves["trained"] else 1.0
         whole = shard["kept_bytes"] * self.sample.of_bytes * made.factors[0][""]
