@@ -9,11 +9,13 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
-from heliostat.curation import flow, pool, reasons
+from heliostat.curation import exchange, flow, merging, pieces, pool, reasons
 from heliostat.curation.flow import Task
 from heliostat.curation.pool import Pool
+from heliostat.curation.stages import minhash
 from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.errors import DataError, HeliostatError, StorageError
@@ -186,6 +188,27 @@ def test_kept_work_is_gone_on_with(tmp_path):
     forced = prepare(yaml, [], force=True)
     assert forced["digest"] == grown["digest"] == prepare(make_yaml(tmp_path), [f"output={tmp_path}/other"])["digest"]
     assert min(p.stat().st_mtime_ns for p in (tmp_path / "out.work/done/read").iterdir()) > max(again.values()), "begun anew"
+
+
+@pytest.mark.ci
+@pytest.mark.usefixtures("ray_session")
+def test_merges_change_nothing(tmp_path, monkeypatch):
+    """What many gigabytes need, with limits as for a few: runs before shards, and spills before they are compared or listed."""
+    make_input(tmp_path / "in")
+    yaml = make_yaml(tmp_path, shard_bytes=15_000, keep_work=True)
+    monkeypatch.setattr(reasons, "END_ROWS", 80)
+    plain = prepare(yaml, [])
+    monkeypatch.setattr(pieces, "LEAST", 1 << 13)
+    monkeypatch.setattr(minhash, "ROW_BYTES", 60_000)
+    monkeypatch.setattr(merging, "MANY", 2)
+    monkeypatch.setattr(exchange, "MANY", 4)
+    merged = prepare(yaml, [f"output={tmp_path}/merged", "memory_limit=67108864"])
+    done = {path.name for path in (tmp_path / "merged.work" / "done").iterdir()}
+    assert {"merge", "minhash-0-merge", "ends-merge"} <= done
+    assert merged["digest"] == plain["digest"] and merged["dropped"] == plain["dropped"]
+    first, again = (pa.concat_tables(reasons.ends(manifest.read(Location(f"{tmp_path}/{out}")))) for out in ("out", "merged"))
+    told = ["id", "stage", "reason", "hash"]
+    assert first.select(told).equals(again.select(told)) and len(first) > 300
 
 
 @pytest.mark.usefixtures("ray_session")
