@@ -26,6 +26,7 @@ from heliostat.pipelines.text import sources
 from heliostat.plan import hardware
 from heliostat.recipes import exported
 from heliostat.storage import Location
+from ray.exceptions import RayTaskError
 
 from tests.unit.build_curation import HereFlow, KilledError
 from tests.unit.build_job import BASE
@@ -242,6 +243,16 @@ def test_many_prompts_are_answered_once_each_also_by_a_run_that_was_killed(model
         run_(1, most=1)
     found, flow = run_(2)
     assert found == whole and (flow.kept["generate"], flow.done["generate"]) == (2, 1), "batches of 16"
+
+
+def test_what_ends_drawing_is_one_line(model, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RayTaskError("draw", "Traceback:\n  lines", torch.OutOfMemoryError("out of memory: 9 GiB\nmore of it"))
+
+    monkeypatch.setattr(connect, "connect", lambda *_, **__: None)
+    monkeypatch.setattr(many, "answered", fail)
+    with pytest.raises(HeliostatError, match=r"^generating failed: out of memory: 9 GiB$"):
+        generate_many(model, ["a"], {}, 0, str(tmp_path / "out"), 1)
 
 
 def test_drawing_into_a_folder_that_cannot_be_is_refused_before_ray_starts(model, tmp_path, no_ray):

@@ -16,7 +16,7 @@ from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError
-from heliostat.pipelines import estimates, leftovers, prediction
+from heliostat.pipelines import alike, estimates, leftovers, prediction
 from heliostat.pipelines.predicting import Prediction, rows_of
 from heliostat.pipelines.prepare import Pipeline, dry_run
 from heliostat.pipelines.sampled import Sample
@@ -262,6 +262,23 @@ def test_neighbours_that_are_alike_are_not_taken_for_the_few_that_a_sample_shows
         naive.append((1 - estimates.duplicates(count, whole, documents / count).expected) / (1 - truly) - 1)
     assert abs(sum(off) / len(off)) < 0.06
     assert rate < 0.5 or abs(sum(naive) / len(naive)) > 0.15, "what taking them for drawn one by one would say"
+
+
+def test_a_documents_place_is_what_was_drawn():
+    """A tar's images, a file's lines and a repository's files have that of the file or range; a file alone is one."""
+    drawn = {"in/a.tar", "b.jsonl@65536", "c.git"}
+    for id, place in (("in/a.tar/x/1", "in/a.tar"), ("b.jsonl@65536#7", "b.jsonl@65536"), ("c.git#src/x.py", "c.git"),
+                      ("C#/a.cs", "C#/a.cs"), ("b.jsonl#7", "b.jsonl#7")):  # fmt: skip
+        assert alike.place_of(id, drawn) == place
+
+
+def test_clusters_are_counted_the_same_in_parts(tmp_path, monkeypatch):
+    make_input(tmp_path / "in", 900)
+    made, inputs = trial(tmp_path, 0.6)
+    whole = made.predicted(inputs)["duplicates"]
+    monkeypatch.setattr(alike, "ROWS", 50)
+    again, _ = trial(tmp_path, 0.6, name="again")
+    assert again.predicted(inputs)["duplicates"] == whole and again.flow.done["alike"] > 3 and whole["1 minhash"]["seen"] > 0
 
 
 def test_pages_of_which_neighbours_are_alike_are_predicted(tmp_path, monkeypatch):

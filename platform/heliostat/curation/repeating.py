@@ -38,6 +38,7 @@ class Cut:
 class RepeatingStage(GlobalStage):
     """Removes what documents have in common, all but one occurrence; a subclass says what is compared, and how it is cut out."""
 
+    version: ClassVar[int] = 2
     reasons: ClassVar = {
         "repeated": "a larger share of words in what is repeated than max_removed_words",
         "empty": "nothing but what is repeated",
@@ -101,7 +102,7 @@ def remove(folder: Location, first: int, runs: list[Run], entry: dict[str, Any],
             after = 0 if outcome.document is None else bytes_of(outcome.document)
             tally.count(counts, name, stage, document, outcome, (bytes_of(document), after))
             if outcome.document is None:
-                out.leave_out(document.id, name, outcome.reason, outcome.detail, outcome.measures)
+                out.leave_out(document.id, name, outcome.reason, outcome.detail, outcome.measures, document.columns)
             else:
                 out.add(outcome.document)
     return out.record(counts)

@@ -22,6 +22,7 @@ from heliostat.curation import segment
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
+from heliostat.errors import HeliostatError
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.run import model_digest
 from heliostat.inference.generate import BATCH, RESULTS
@@ -30,6 +31,7 @@ from heliostat.recipes import exported
 from heliostat.recipes.protocol import Request
 from heliostat.storage import Location
 from heliostat.terminal import console
+from heliostat.text import brief
 
 WORK = "work"
 
@@ -58,7 +60,12 @@ def generate_many(
         connect(cpus=workers, gpus=torch.cuda.device_count())
         with Watch(console, "answering prompts", quiet) as watch:
             flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
-            results = answered(flow, folder, prompts, options, seed, out, key(asked))
+            try:
+                results = answered(flow, folder, prompts, options, seed, out, key(asked))
+            except HeliostatError:
+                raise
+            except Exception as e:  # such as too little memory for a model
+                raise HeliostatError(f"generating failed: {brief(getattr(e, 'cause', None) or e)}") from e
         held.fence.check()
         place.join(RESULTS).write("".join(f"{result}\n" for result in results).encode())
     return len(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -13,46 +14,64 @@ from heliostat.curation import spill
 from heliostat.curation.comparing import counted
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.work import key
+from heliostat.pipelines.sampled import Sample
 from heliostat.storage import Location
 
+ROWS = 100_000  # documents of which a task counts those that were dropped: some 500 bytes of memory each
 EXACT = "exact"  # in place of a stage's name, in what became of documents
 Alike = tuple[dict[int, int], dict[int, int]]
 """Counts the documents that clusters have in one place, by their number, and clusters by their places; of two and more each."""
 
 
-def alike_of(flow: Flow, output: Location, ends: list[list[str]], funnel: dict[str, dict[str, Any]]) -> dict[str, Alike]:
+def alike_of(
+    flow: Flow, output: Location, ends: list[list[str]], funnel: dict[str, dict[str, Any]], sample: Sample
+) -> dict[str, Alike]:
     """Counts what the stages that compare documents found alike in a sample, by the places that it was drawn by."""
-    stages = [name for name, part in funnel.items() if "clusters" in part["counts"]] + [EXACT]
+    compared = [name for name, part in funnel.items() if "clusters" in part["counts"]]
+    stages, parts = [*compared, EXACT], max(1, sum(funnel[name]["documents"] for name in [*compared, "shard"]) // ROWS)
     told = {"output": output.uri, "paths": [path for _, path in ends], "stages": stages}
-    (made,) = flow.all("alike", count_alike, iter([Task(key("alike", told), told)]))
+    follows, shared = key(told, sample.places), {"places": flow.share(sample.places)}
+    work = (Task(key(follows, part, parts), {"part": part, "parts": parts, **told}, shared) for part in range(parts))
+    made = [record["alike"] for record in flow.all("alike", count_alike, work)]
     flow.forget("alike")
-    return {name: ({int(k): n for k, n in groups.items()}, {int(k): n for k, n in places.items()})
-            for name, (groups, places) in made["alike"].items()}  # fmt: skip
+    return {name: (_summed(one[name][0] for one in made), _summed(one[name][1] for one in made)) for name in stages}
 
 
-def count_alike(folder: Location, output: str, paths: list[str], stages: list[str]) -> dict[str, Any]:
-    """Counts, of what each stage dropped for another document: documents of a cluster in one place by their number, and clusters
-    by the number of their places, of two and more each."""
-    found: dict[str, tuple[set[str], list[tuple[int, int]]]] = {name: (set(), []) for name in stages}
+def _summed(counts: Iterable[dict[str, int]]) -> dict[int, int]:
+    total = sum((Counter(some) for some in counts), Counter[str]())
+    return {int(size): number for size, number in total.items()}
+
+
+def count_alike(folder: Location, part: int, parts: int, output: str, paths: list[str], stages: list[str],
+                places: list[str]) -> dict[str, Any]:  # fmt: skip
+    """Counts, of what each stage dropped for another document, in a part of all clusters: documents of a cluster in one place by
+    their number, and clusters by the number of their places, of two and more each."""
+    found: dict[str, tuple[set[int], list[tuple[int, int]]]] = {name: (set(), []) for name in stages}
+    drawn = set(places)
     for path in paths:
         for table in spill.read(Location(output), path):
             table = table.filter(pc.is_in(table["stage"], pa.array(stages)))
-            for id, stage, reason, detail in zip(
-                *(table[n].to_pylist() for n in ("id", "stage", "reason", "detail")), strict=True
-            ):
-                who = detail if reason == "duplicate" else detail.rpartition(" (")[0]  # others also say of how many, or how near
-                firsts, pairs = found[stage]
-                pairs += [_cluster_place(who, one) for one in ((id,) if who in firsts else (who, id))]
-                firsts.add(who)
+            columns = (table[name].to_pylist() for name in ("id", "stage", "reason", "detail"))
+            for id, stage, reason, detail in zip(*columns, strict=True):
+                who = detail if reason == "duplicate" else detail.rpartition(" (")[0]  # others also say of how many
+                if (cluster := _hash(who)) % parts == part:
+                    firsts, pairs = found[stage]
+                    pairs += [(cluster, _hash(place_of(one, drawn))) for one in ((id,) if cluster in firsts else (who, id))]
+                    firsts.add(cluster)
     return {"alike": {name: _counted(pairs) for name, (_, pairs) in found.items()}, "files": []}
 
 
-def _cluster_place(who: str, id: str) -> tuple[int, int]:
-    """Hashes a cluster by who stays of it, and the place that a document was drawn with: what its id has before its number."""
-    return xxhash.xxh64_intdigest(who.encode()), xxhash.xxh64_intdigest((id.rpartition("#")[0] or id).encode())
+def place_of(id: str, drawn: set[str]) -> str:
+    """Finds the place that a document was drawn with: one of those with many documents that its id begins with, or itself."""
+    ends = (at for at, letter in enumerate(id) if letter in "#/")
+    return next((id[:at] for at in ends if id[:at] in drawn), id)
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh64_intdigest(text.encode())
 
 
 def _counted(pairs: list[tuple[int, int]]) -> tuple[dict[str, int], dict[str, int]]:
     groups = Counter(pairs)
     places = Counter(cluster for cluster, _ in groups)
-    return tuple(counted(n for n in counts.values() if n > 1) for counts in (groups, places))  # type: ignore[return-value]
+    return counted(n for n in groups.values() if n > 1), counted(n for n in places.values() if n > 1)

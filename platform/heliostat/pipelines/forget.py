@@ -26,7 +26,8 @@ from heliostat.storage import Location
 
 COPIERS = 4  # threads, each with a shard in memory
 LISTED = 10  # candidates that an error names
-OF_BEFORE = ("digest", "digests", "unigram_entropy")  # facts of the dataset as it was; the last is counted in all tokens
+OF_BEFORE = ("digest", "digests", "unigram_entropy", "cuts")  # facts of the dataset as it was: the others are counted in all
+OF_GROUPS = ("groups", "documents")  # of documents that belong together, as they were
 SAME = "duplicate"  # the reason of documents whose text is another's, which stayed
 
 
@@ -65,6 +66,8 @@ def forget(made: Manifest, id: str, found: list[dict[str, Any]], output: Locatio
         if not len(chunks):
             raise ConfigError(f"{made.location}: {id!r} is its only document")
     meta |= {name: meta[name] - told[name] for name in ("documents", "bytes") if name in meta}
+    if "together" in meta:
+        meta["together"] = {name: value for name, value in meta["together"].items() if name not in OF_GROUPS}
     if COUNTS in meta:
         meta[COUNTS] = {name: count - told.get(f"{COUNTS}.{name}", 0) for name, count in meta[COUNTS].items()}
     record = _record(made, gone, told, output)

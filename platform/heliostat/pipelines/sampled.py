@@ -41,11 +41,19 @@ def _drawn(what: str, seed: int) -> float:
     return xxhash.xxh64_intdigest(what.encode("utf-8", "surrogatepass"), seed) / (1 << 64)
 
 
+def place(part: Part, name: str) -> str:
+    """Names what was drawn, as the ids of its documents begin; `name` is the path of an input that is one file."""
+    path = part.path or name
+    return path if part.stop is None else f"{path}@{part.start}"
+
+
 @dataclass
 class Sample:
     """Holds the parts that are read, the share of the records in them that is taken, by kind of file, and the sizes of both."""
 
     fraction: float
+    name: str = ""
+    """The path of an input that is one file."""
     parts: list[Part] = field(default_factory=list)
     records: dict[str, float] = field(default_factory=dict)
     input_bytes: int = 0
@@ -53,6 +61,8 @@ class Sample:
     taken_bytes: float = 0.0
     files: int = 0
     taken_files: float = 0.0
+    places: list[str] = field(default_factory=list)
+    """Those of the parts that hold many documents (`place`)."""
     many_bytes: int = 0
     """Of the input's bytes, those of files of many documents, whose number is not known."""
 
@@ -63,6 +73,7 @@ class Sample:
         self.parts += taken
         self.input_bytes += total
         self.many_bytes += 0 if one else total
+        self.places += [] if one else [place(part, self.name) for part in taken]
         self.read_bytes += read
         self.taken_bytes += read * rate
         self.files += len(parts)

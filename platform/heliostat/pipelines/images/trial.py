@@ -95,6 +95,6 @@ class Trial(Making):
             raise DataError(f"nothing is left of the sample ({meta.get('dropped')}); give a larger one")
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, self._left, self.sample.fraction)
-        alike = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel)
+        alike = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)
         made = Prediction(self.sample, self.all_stages, funnel, self.flow, self.counted, spread, alike)
         return made.told(len(inputs))

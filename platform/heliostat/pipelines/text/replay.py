@@ -12,7 +12,9 @@ from heliostat.curation import readers, registry, tally
 from heliostat.curation.chain import bytes_of
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import clones
+from heliostat.curation.repeating import RepeatingStage
 from heliostat.curation.stage import Document, Dropped, GlobalStage
+from heliostat.errors import ConfigError
 from heliostat.pipelines.text import documents, sources
 from heliostat.pipelines.text.tasks import ARCHIVES, TextSource
 
@@ -46,14 +48,22 @@ def read_again(source: TextSource, id: str) -> Document | Dropped | None:
 
 
 def stages(made_by: dict[str, Any], document: Document) -> Iterator[tuple[dict[str, Any], Document | None]]:
-    """Yields what each stage does to a document, and the document behind it, up to the one that drops it.
+    """Yields what each stage does to a document, and the document behind it, up to the one that drops it, or of which nobody
+    knows what it cut out.
 
-    Of each: `stage`, `did` (kept, changed, dropped; compared, where documents are compared with others), `reason`, `detail`,
-    `measures`, `counts`, and `bytes` before and behind it.
+    Of each: `stage`, `did` (kept, changed, dropped; compared, where documents are compared with others; cut, where what they have
+    in common is removed), `reason`, `detail`, `measures`, `counts`, and `bytes` before and behind it. ConfigError if the dataset
+    was made by stages that this version does not have, or not so.
     """
     for number, entry in enumerate(made_by["stages"]):
-        stage = registry.parse(entry)
+        try:
+            stage = registry.parse(entry)
+        except ValueError as e:
+            raise ConfigError(f"the dataset was made by a stage that this version does not have, or not so: {e}") from e
         told: dict[str, Any] = {"stage": tally.label(number, stage), "reason": "", "detail": "", "measures": {}, "counts": {}}
+        if isinstance(stage, RepeatingStage):
+            yield {**told, "did": "cut"}, None
+            return
         if isinstance(stage, GlobalStage):
             yield {**told, "did": "compared"}, document
             continue

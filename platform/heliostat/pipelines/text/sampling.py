@@ -16,7 +16,7 @@ from heliostat.curation import pieces, readers
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Dropped
 from heliostat.pipelines.prepare import InputFile
-from heliostat.pipelines.sampled import OF_RECORDS, PLACES, Sample, chosen, evenly
+from heliostat.pipelines.sampled import OF_RECORDS, PLACES, Sample, chosen, evenly, place
 from heliostat.pipelines.text import sources
 from heliostat.pipelines.text.tasks import TextSource
 
@@ -36,7 +36,7 @@ def kind(path: str) -> Kind:
 
 def choose(files: Iterable[InputFile], fraction: float, name: str) -> Sample:
     """Chooses a sample; `name` is the path of an input that is one file."""
-    found, by_kind = Sample(fraction), dict[str, list[InputFile]]()
+    found, by_kind = Sample(fraction, name), dict[str, list[InputFile]]()
     for file in files:
         by_kind.setdefault(kind(file.path or name), []).append(file)
     for which, of_kind in sorted(by_kind.items()):
@@ -65,10 +65,9 @@ class SampledSource(TextSource):
 
     def read(self, part: Part) -> Iterator[Document | Dropped]:
         """Yields a part's chosen records; those of a range of lines are named after it, because their numbers are not known."""
-        path = part.path or self.name
-        rate = self.records[kind(path)]
+        rate = self.records[kind(part.path or self.name)]
         for item in TextSource.read(self, part):
-            id = item.id if part.stop is None else f"{path}@{part.start}#{item.id.rpartition('#')[2]}"
+            id = item.id if part.stop is None else f"{place(part, self.name)}#{item.id.rpartition('#')[2]}"
             if rate >= 1 or chosen(id, rate, OF_RECORDS):
                 yield Dropped(id, item.reason, item.detail) if isinstance(item, Dropped) else Document(
                     id, item.text, item.columns)  # fmt: skip

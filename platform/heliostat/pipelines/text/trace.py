@@ -46,7 +46,10 @@ def _hashes(made: Manifest, raw: bytes) -> tuple[list[str], str]:
         raise ConfigError(f"--text: no text: {document.reason} ({documents.REASONS[document.reason]})")
     hashes, last = [document.hash], Document("--text", document.text)
     for told, after in replay.stages(by, last) if by else ():
-        fate = f"; stage {told['stage']} would drop it: {told['reason']}" if after is None else ""
+        if told["did"] == "cut":
+            fate = f"; behind stage {told['stage']} texts follow from all documents, and are not found: use --id or --url"
+        elif after is None:
+            fate = f"; stage {told['stage']} would drop it: {told['reason']}"
         last = after or last
     finished = replay.source_of(by).finish(last) if by and not fate else None
     if isinstance(finished, Document):
@@ -64,7 +67,7 @@ def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     funnel, notes = reasons.funnel(made), list[str]()
     by, steps = reasons.made_by(made), list[dict[str, Any]]()
     try:
-        steps = _again(by, end, notes) if by else []
+        steps = _again(by, end, funnel, notes) if by else []
     except HeliostatError as e:
         notes.append(str(e))
     if not steps:
@@ -91,8 +94,9 @@ def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _again(by: dict[str, Any], end: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
-    """Takes the document through the stages again, up to where it ended; empty if it cannot be read."""
+def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
+    """Takes the document through the stages again, up to where it ended, or to one that cut out what follows from all documents:
+    from there on the record tells. Empty if it cannot be read."""
     found = replay.read_again(replay.source_of(by), end["id"])
     if found is None:
         return []
@@ -101,6 +105,12 @@ def _again(by: dict[str, Any], end: dict[str, Any], notes: list[str]) -> list[di
         read |= {"did": "dropped", "reason": found.reason, "detail": found.detail}
     steps = [read]
     for told, _ in replay.stages(by, found) if isinstance(found, Document) else ():
+        if told["did"] == "cut" and end["stage"] not in {step["stage"] for step in steps}:
+            notes.append(f"what {told['stage']} removed follows from all documents: from there on the record tells the way")
+            recorded = _recorded(funnel, end)
+            return steps + recorded[next((i for i, step in enumerate(recorded) if step["stage"] == told["stage"]), None) :]
+        if told["did"] == "cut":  # it ended before, and would not today
+            break
         if told["did"] == "compared":
             gone = told["stage"] == end["stage"]
             told |= {"did": "dropped", "reason": end["reason"], "detail": end["detail"]} if gone else {"did": "kept"}

@@ -50,7 +50,7 @@ class Trial(Making):
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, self._left.runs, self.sample.fraction)
         most = None if self.given is not None else int(self.tokenizer["train_bytes"])
-        alike = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel)
+        alike = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)
         made = Prediction(self.sample, self.stages, funnel, self.flow, self.counted, spread, alike, most_trained=most,
                           shards_drop_duplicates=True)  # fmt: skip
         made.rate = self._rate(funnel[SHARD], made)
