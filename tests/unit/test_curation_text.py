@@ -218,6 +218,48 @@ def test_secrets():
         DetectSecrets(detectors=["GithubTokenDetector"])
 
 
+LINES = "".join(f"{chr(65 + i) * 64}\n" for i in range(9)) + "QUJD" * 3 + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "found"),
+    [
+        (f"a = 1\n-----BEGIN RSA PRIVATE KEY-----\n{LINES}-----END RSA PRIVATE KEY-----\nb\n", "a = 1\n<secret>\nb\n", 1),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIEow...\n-----END RSA PRIVATE KEY-----\n", "<secret>\n", 1),
+        ('k = "-----BEGIN PRIVATE KEY-----\\nMIIE\\n-----END PRIVATE KEY-----\\n"', 'k = "<secret>\\n"', 1),
+        (f"-----BEGIN OPENSSH PRIVATE KEY-----\n{LINES}\nand then some words\n", "<secret>\n\nand then some words\n", 1),
+        (f"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES,00\n\n{LINES}", "<secret>\n", 1),
+        (f"-----BEGIN EC PRIVATE KEY-----\n{LINES}{'x y ' * 9000}-----END EC PRIVATE KEY-----",
+         f"<secret>\n{'x y ' * 9000}-----END EC PRIVATE KEY-----", 1),
+        ("-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nQUJD\n=ab\n-----END PGP PRIVATE KEY BLOCK-----", "<secret>", 1),
+        (f"PuTTY-User-Key-File-2: ssh-rsa\nPrivate-Lines: 9\n{LINES}Private-MAC: 0aF9\nx", "<secret>\nx", 1),
+        ('if "BEGIN RSA PRIVATE KEY" in text:\n    fail()', 'if "<secret>" in text:\n    fail()', 1),
+        ("-----BEGIN PUBLIC KEY-----\nQUJD\n-----END PUBLIC KEY-----", None, 0),
+        ("x = 'postgres://postgres:postgres@localhost/postgres'", "x = 'postgres://postgres:<secret>@localhost/postgres'", 1),
+        ("curl https://user:p@api.example.com/people/list", "curl https://user:<secret>@api.example.com/people/list", 1),
+        (f"{KEY} ghp {KEY}", "<secret> ghp <secret>", 2),
+        ("x" * 4000 + f" {KEY} " + "x" * 900, "x" * 4000 + " <secret> " + "x" * 900, 1),
+        ("t = 'glcbt-a1_" + "Ab1" * 8 + "'", "t = '<secret>'", 1),
+    ],
+)  # fmt: skip
+def test_a_secret_is_masked_where_it_stands_and_a_key_from_its_begin_to_its_end(text, expected, found):
+    outcome = one(DetectSecrets(), text)
+    assert outcome.document.text == (text if expected is None else expected)
+    assert outcome.counts == ({"masked_secrets": found} if found else {}) and outcome.measures == {"found": found}
+    assert one(DetectSecrets(), outcome.document.text).counts == {}
+
+
+def test_what_stands_in_quotes_is_masked_there_alone():
+    outcome = one(DetectSecrets(detectors=["KeywordDetector"]), 'page.password = "p"')
+    assert outcome.document.text == 'page.password = "<secret>"' and outcome.counts == {"masked_secrets": 1}
+
+
+def test_every_mark_of_a_private_key_that_the_library_knows_is_one():
+    (keys,) = (c for c in get_mapping_from_secret_type_to_class().values() if c.__name__ == detect_secrets.KEYS)
+    for pattern in keys.denylist:
+        assert one(DetectSecrets(), f"a\n{pattern.pattern}\nb\n").document.text == "a\n<secret>\nb\n"
+
+
 def test_lines_that_are_passed_over_hold_no_secret():
     """The library's detectors find nothing more in whole texts than the stage does."""
     classes = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
@@ -239,7 +281,8 @@ def test_lines_that_are_passed_over_hold_no_secret():
 
 HOSTILE = ["a@" * 50000, "a." * 50000 + "@", "1" * 100000, "1-" * 50000, "(1) " * 25000, "::" * 50000, "DE89 " * 20000,
            "eyJ" * 32500, "://a:" * 20000, "key = " * 15000, "<" * 100000, "&amp;" * 20000, "\u00c3\u00a9" * 50000,
-           "-" * 100000 + "@x", "xoxb-1-" * 12500]  # fmt: skip
+           "-" * 100000 + "@x", "xoxb-1-" * 12500, "-----BEGIN RSA PRIVATE KEY-----\\n" * 3000,
+           "-----BEGIN RSA PRIVATE KEY-----\n" + "a: " * 33000, "BEGIN PRIVATE KEY" + "\\n+" * 30000]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:6])
