@@ -145,6 +145,10 @@ def test_language():
         ("Pay to DE89 3704 0044 0532 0130 00 now", "Pay to <iban> now"),
         ("Pay to GB82WEST12345698765432, not GB82WEST12345698765433", "Pay to <iban>, not GB82WEST12345698765433"),
         ("Call +44 20 7031 3000 or (212) 736-5000.", "Call <phone> or <phone>."),
+        ("4111 1111 1111 1111 12/27 and 4111-1111-1111-1111 123", "<credit_card> 12/27 and <credit_card> 123"),
+        ("4111 1111 1111 1111 5500 0000 0000 0004 4111 1111 1111 1112", "<credit_card> <credit_card> 4111 1111 1111 1112"),
+        ("(650) 253-0000 (212) 736-5000", "<phone> <phone>"),
+        ("650-253-0000 2024-01-02, +44 20 7031 3000 2024", "<phone> 2024-01-02, <phone> 2024"),
         ("In 2024-01-01 there were 1234567890123", "In 2024-01-01 there were 1234567890123"),
         ("", ""),
     ],
@@ -156,6 +160,23 @@ def test_pii(text, expected):
     assert one(stage, expected).document.text == expected
     dropped = one(Pii(kinds=stage.kinds, region="US", action="drop"), text)
     assert dropped.reason == ("pii" if "<" in expected else "") and (dropped.reason or dropped.document.text == text)
+
+
+@pytest.mark.parametrize(
+    ("region", "hint"),
+    [
+        ("us", "did you mean 'US'"),
+        ("UK", "did you mean 'GB'"),
+        ("USA", "did you mean 'US'"),
+        ("", "leave it out"),
+        ("XX", "leave it out"),
+    ],
+)
+def test_a_region_that_has_no_phone_numbers_is_refused(region, hint):
+    with pytest.raises(ConfigError, match=rf"^region: '{region}' is no country's .*{hint}"):
+        Pii(kinds=["phone"], region=region).check()
+    Pii(kinds=["phone"], region="GB").check()
+    Pii(kinds=["phone"]).check()
 
 
 def test_masks_are_idempotent_on_noise():
@@ -279,7 +300,8 @@ def test_lines_that_are_passed_over_hold_no_secret():
         assert bool(one(DetectSecrets(), f"x\n{line}\ny\n").counts) == bool(expected), line
 
 
-HOSTILE = ["a@" * 50000, "a." * 50000 + "@", "1" * 100000, "1-" * 50000, "(1) " * 25000, "::" * 50000, "DE89 " * 20000,
+HOSTILE = ["a@" * 50000, "1) " * 33000, "4 " * 50000, "2 1 2 7 3 6 5 0 0 0 " * 2500,
+           "a." * 50000 + "@", "1" * 100000, "1-" * 50000, "(1) " * 25000, "::" * 50000, "DE89 " * 20000,
            "eyJ" * 32500, "://a:" * 20000, "key = " * 15000, "<" * 100000, "&amp;" * 20000, "\u00c3\u00a9" * 50000,
            "-" * 100000 + "@x", "xoxb-1-" * 12500, "-----BEGIN RSA PRIVATE KEY-----\\n" * 3000,
            "-----BEGIN RSA PRIVATE KEY-----\n" + "a: " * 33000, "BEGIN PRIVATE KEY" + "\\n+" * 30000]  # fmt: skip
