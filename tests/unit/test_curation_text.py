@@ -38,17 +38,30 @@ def one(stage, text, **columns):
         (b"\xff\xfex\0", None, "utf-16-le", "mark"),
         (b"<meta charset=utf-8>", 'text/html; charset="ISO-8859-1"', "cp1252", "header"),
         (b"<meta charset=utf-8>", "text/html; charset=nonsense", "utf-8", "meta"),
-        (b"<meta charset='shift_jis'>", "text/html", "shift_jis", "meta"),
+        (b"<meta charset='shift_jis'>", "text/html", "cp932", "meta"),
         (b'<META http-equiv="Content-Type" content="text/html; charset=koi8-r">', None, "koi8-r", "meta"),
         (b"<!-- <meta charset=koi8-r> --><meta charset=gbk>", None, "gb18030", "meta"),
         (b"<meta charset=utf-16>", None, "utf-8", "meta"),
         (b" " * 1024 + b"<meta charset=koi8-r>", None, "utf-8", "utf-8"),
         ("<p>Größe".encode(), None, "utf-8", "utf-8"),
-        ("日本語のテキストです。これは本文です。".encode("shift_jis") * 9, None, "shift_jis", "looks"),
+        ("日本語のテキストです。これは本文です。".encode("shift_jis") * 9, None, "cp932", "looks"),
     ],
 )
 def test_encodings_are_told_as_the_standard_has_it(data, header, encoding, told):
     assert encodings.sniff(data, header) == (encoding, told)
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "label"),
+    [
+        ("株式会社㈱ ①②③ 髙橋 Ⅲ ～", "cp932", "shift_jis"),
+        ("똠방각하 펲시 햏", "cp949", "euc-kr"),
+        ("嘅 喺 咗", "big5hkscs", "big5"),
+        ("ก… “ข”", "cp874", "tis-620"),
+    ],
+)
+def test_labels_mean_all_that_browsers_take_them_for(text, written, label):
+    assert encodings.decode(text.encode(written), f"text/html; charset={label}") == (text, written, 0)
 
 
 def test_extract_leaves_out_navigation_and_tells_of_the_page():
