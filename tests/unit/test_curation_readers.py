@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 import tracemalloc
 
 import pyarrow as pa
@@ -190,6 +191,76 @@ def test_arrow(kind):
     assert cut[-1].reason == "corrupt" and len(cut) > 500
     assert brief(items("a.arrow", b"noise" * 100)) in (["corrupt"], ["too_large"])
     assert brief(items("a.arrow", b"\xff\xff\xff\xff\xff\xff\xff\x7f" + data)) in (["corrupt"], ["too_large"])
+
+
+def packed_arrow(table, codec=None, new=pa.ipc.new_stream, **options):
+    sink = pa.BufferOutputStream()
+    with new(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec, **options)) as writer:
+        for batch in table.to_batches(max_chunksize=100):
+            writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow_peak(call):
+    """What a call returns, and the most bytes that Arrow has allocated for it."""
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        return call(), pool.max_memory()
+    finally:
+        pa.set_memory_pool(before)
+
+
+@pytest.mark.parametrize("options", [
+    {"codec": "zstd"}, {"codec": "lz4"}, {"codec": None},
+    {"codec": None, "use_legacy_format": True, "metadata_version": pa.ipc.MetadataVersion.V4},
+], ids=["zstd", "lz4", "plain", "legacy"])  # fmt: skip
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_packed_arrow(options, new):
+    texts = [f"text {i} " * (i % 7 + 1) if i % 5 else None for i in range(1000)]
+    kinds = pa.array(["a", "b", None, "c" * 99] * 250).dictionary_encode()
+    table = pa.table({"text": texts, "kind": kinds, "tags": [[str(i)] * (i % 3) for i in range(1000)], "n": range(1000)})
+    found = items("a.feather", packed_arrow(table, new=new, **options))
+    assert [d.text for d in found if isinstance(d, Document)] == [t for t in texts if t] and len(found) == 1000
+    assert found[3].columns == {"kind": "c" * 99, "tags": [], "n": 3}
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_an_arrow_batch_is_as_large_as_its_buffers_are_unpacked(codec):
+    for value in (pa.array(["a" * (40 << 20)]), pa.array(["a" * (40 << 20)]).dictionary_encode()):
+        data = packed_arrow(pa.table({"text": value}), codec)
+        assert len(data) < 1 << 18
+        found, peak = arrow_peak(lambda data=data: items("a.arrow", data))
+        assert brief(found) == ["too_large"] and peak < 2 << 20
+        assert brief(items("a.arrow", data, Limits(max_document_bytes=41 << 20))) == ["a" * (40 << 20)]
+
+
+def test_dictionaries_that_grow_are_bounded_together():
+    sink, batches = pa.BufferOutputStream(), []
+    for n in range(1, 9):
+        words = pa.array([f"{i}" * (1 << 18) for i in range(n)])
+        batches.append(pa.record_batch({"text": pa.DictionaryArray.from_arrays(pa.array([n - 1], pa.int32()), words)}))
+    options = pa.ipc.IpcWriteOptions(compression="zstd", emit_dictionary_deltas=True)
+    with pa.ipc.new_stream(sink, batches[0].schema, options=options) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    found = brief(items("a.arrow", sink.getvalue().to_pybytes(), Limits(max_document_bytes=1 << 18)))
+    assert len(found) == 8 and found[-1] == "7" * (1 << 18)
+    found = brief(items("a.arrow", sink.getvalue().to_pybytes(), Limits(max_document_bytes=1 << 16)))
+    assert found == ["too_large"] * 4, "of three the texts alone, and the fourth dictionary with what was there"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_in_an_arrow_file_raises_nothing(seed):
+    rng = random.Random(seed)
+    table = pa.table({"text": ["abc" * 50] * 50, "kind": pa.array(["x", "y"] * 25).dictionary_encode()})
+    for codec in ("zstd", None):
+        data = bytearray(packed_arrow(table, codec))
+        for _ in range(1 + seed % 5):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        items("a.arrow", bytes(data))
+        items("a.arrow", bytes(data[: rng.randrange(len(data))]))
 
 
 def test_kinds_are_told_by_suffix():
