@@ -84,6 +84,23 @@ def test_a_broken_record_is_named_and_the_next_one_read(middle, expected):
     assert brief(items("a.warc.gz", packed)) == [b"<p>one</p>", *expected, b"<p>three</p>"]
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (gzip.compress(b"one") + gzip.compress(b"") + gzip.compress(b"two" * 9000), b"one" + b"two" * 9000),
+        (gzip.compress(b"one") + b"\0\0 trailing", b"one"),
+        (gzip.compress(b"one") + gzip.compress(b"two")[:-8], b"onetwo"),
+        (gzip.compress(b"0" * 40_000) * 2, "too_large"),
+        (gzip.compress(b"one") + b"\x1f\x8b noise", "corrupt"),
+        (gzip.compress(b"") * 3000 + gzip.compress(b"end"), b"end"),
+    ],
+    ids=["members", "trailing", "cut", "large", "noise", "many"],
+)
+def test_all_members_of_a_packed_body_are_read(body, expected):
+    made = record("http://x/", body, head=OK + b"Content-Type: text/html\r\nContent-Encoding: gzip\r\n\r\n")
+    assert brief(items("a.warc", made)) == [expected]
+
+
 @pytest.mark.parametrize("damage", [lambda m: m[:-40], lambda m: m[:20] + b"\0\1\2\3" * 5 + m[40:], lambda m: b"noise" * 20])
 def test_a_broken_packed_record_is_named_and_the_next_one_read(damage):
     one, two, three = map(gzip.compress, (ONE, TWO, THREE))
