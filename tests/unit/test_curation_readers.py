@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import random
+import struct
 import tracemalloc
 
 import pyarrow as pa
@@ -266,6 +267,30 @@ def test_dictionaries_that_grow_are_bounded_together():
     assert len(found) == 8 and found[-1] == "7" * (1 << 18)
     found = brief(items("a.arrow", sink.getvalue().to_pybytes(), Limits(max_document_bytes=1 << 16)))
     assert found == ["too_large"] * 4, "of three the texts alone, and the fourth dictionary with what was there"
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "view", "runs", "nested"])
+def test_rows_that_share_a_value_are_not_held_together(kind):
+    long = pa.array(["a" * 60_000])
+    views = struct.pack("<i4sii", 60_000, b"aaaa", 0, 0) * 2000
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), long)
+    made = {
+        "dictionary": lambda: shared,
+        "view": lambda: pa.Array.from_buffers(pa.string_view(), 2000, [None, pa.py_buffer(views), pa.py_buffer(b"a" * 60_000)]),
+        "runs": lambda: pa.RunEndEncodedArray.from_arrays(pa.array([2000], pa.int32()), long),
+        "nested": lambda: pa.StructArray.from_arrays([shared], ["value"]),
+    }[kind]()
+    plain = pa.array(["x"] * 2000)
+    sink, table = pa.BufferOutputStream(), pa.table({"other" if kind == "nested" else "text": made, "n": plain})
+    table = table.append_column("text", plain) if kind == "nested" else table
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    tracemalloc.start()
+    assert sum(isinstance(d, Document) for d in read("a.arrow", io.BytesIO(data), LIMITS)) == 2000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -115,16 +115,25 @@ def arrow(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dr
         if limits.text_column not in reader.schema.names:
             yield Dropped(path, "no_text", f"no column {limits.text_column!r}")
             return
+        rows = 1 if any(map(_shares, reader.schema.types)) else ROWS
         for batch in reader:
             batch.validate(full=True)
-            for start in range(0, len(batch), ROWS):
-                for values in batch.slice(start, ROWS).to_pylist():
+            for start in range(0, len(batch), rows):
+                for values in batch.slice(start, rows).to_pylist():
                     row += 1
                     yield record(f"{path}#{row}", values, limits)
     except (pa.ArrowException, ValueError, MemoryError, OSError) as e:
         if isinstance(e, OSError) and e.errno is not None:  # the stream's own
             raise
         yield Dropped(path, "corrupt", f"behind row {row:,}: {str(e).partition(chr(10))[0]}")
+
+
+def _shares(kind: pa.DataType) -> bool:
+    """Tells whether values of a type may be the same bytes, so that rows can be larger than what holds them."""
+    types = pa.types
+    told = (types.is_dictionary, types.is_run_end_encoded, types.is_string_view, types.is_binary_view, types.is_list_view,
+            types.is_large_list_view)  # fmt: skip
+    return any(is_one(kind) for is_one in told) or any(_shares(kind.field(i).type) for i in range(kind.num_fields))
 
 
 class _Bounded:
