@@ -273,6 +273,7 @@ LINES = "".join(f"{chr(65 + i) * 64}\n" for i in range(9)) + "QUJD" * 3 + "\n"
         ("curl https://user:p@api.example.com/people/list", "curl https://user:<secret>@api.example.com/people/list", 1),
         (f"{KEY} ghp {KEY}", "<secret> ghp <secret>", 2),
         ("x" * 4000 + f" {KEY} " + "x" * 900, "x" * 4000 + " <secret> " + "x" * 900, 1),
+        ('key = "AKCabcdefghij1" # x', 'key = "<secret>" # x', 1),
         ("t = 'glcbt-a1_" + "Ab1" * 8 + "'", "t = '<secret>'", 1),
     ],
 )  # fmt: skip

@@ -178,7 +178,9 @@ def _matched(line: str, detector: Any, told: set[str]) -> Iterator[Span]:
     for pattern in detector.denylist:
         for found in pattern.finditer(line):
             if not told.isdisjoint((found[0], *found.groups(""))):
-                yield found.span(0 if whole or not pattern.groups or found[1] is None else 1)
+                start, end = found.span(0 if whole or not pattern.groups or found[1] is None else 1)
+                secret = line[start:end].rstrip(' \t\r"')  # some patterns hold what stands beside it
+                yield end - len(line[start:end].lstrip(' \t\r"=:')), start + len(secret)
 
 
 def _quoted(line: str, told: set[str]) -> Iterator[Span]:
