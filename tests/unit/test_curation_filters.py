@@ -166,6 +166,9 @@ def test_lines():
         "lines_of_capitals": 1,
     }
     assert reason(Lines(), "\n".join(lines)) == "removed_words"
+    capitals = Lines(begins=["Sign In"], ends=["MORE..."], holds=["Cookies"], max_removed_words=1.0, max_capitals=1.0)
+    (outcome,) = capitals.open()([Document("a", f"sign in now\nread more...\nall the cookies here\n{PROSE}")])
+    assert outcome.document.text == PROSE and outcome.counts == {"boilerplate_lines": 3}
     assert reason(Lines(max_removed_words=1.0), "Home\n\n12") == "empty"
 
 

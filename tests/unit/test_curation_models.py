@@ -46,6 +46,13 @@ def test_hits_are_listed_with_their_place(sets):
     assert part.document
 
 
+def test_an_example_goes_to_the_end_of_its_line_whatever_is_in_its_strings():
+    """U+2028, U+2029 and U+0085 may stand in JSON as they are; Windows ends lines in two characters."""
+    records = [{"question": "one\u2028two\u2029three\u0085four"}, {"question": "next"}]
+    data = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in records).encode()
+    assert list(decontamination.examples("a.jsonl", data, [])) == [(1, records[0]["question"]), (2, "next")]
+
+
 def test_planted_n_grams_are_all_found_and_nothing_else():
     draw = random.Random(5)
     evaluation = [" ".join(words(30, seed)) for seed in range(1000, 1100)]

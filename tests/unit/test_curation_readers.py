@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import lzma
+import random
+import struct
 import tracemalloc
 
 import pyarrow as pa
@@ -81,6 +83,23 @@ def test_a_broken_record_is_named_and_the_next_one_read(middle, expected):
     packed = b"".join(map(gzip.compress, (ONE, middle, THREE)))
     expected = ["truncated"] if middle == TWO[:-8] else expected  # it cannot swallow what is in another member
     assert brief(items("a.warc.gz", packed)) == [b"<p>one</p>", *expected, b"<p>three</p>"]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (gzip.compress(b"one") + gzip.compress(b"") + gzip.compress(b"two" * 9000), b"one" + b"two" * 9000),
+        (gzip.compress(b"one") + b"\0\0 trailing", b"one"),
+        (gzip.compress(b"one") + gzip.compress(b"two")[:-8], b"onetwo"),
+        (gzip.compress(b"0" * 40_000) * 2, "too_large"),
+        (gzip.compress(b"one") + b"\x1f\x8b noise", "corrupt"),
+        (gzip.compress(b"") * 3000 + gzip.compress(b"end"), b"end"),
+    ],
+    ids=["members", "trailing", "cut", "large", "noise", "many"],
+)
+def test_all_members_of_a_packed_body_are_read(body, expected):
+    made = record("http://x/", body, head=OK + b"Content-Type: text/html\r\nContent-Encoding: gzip\r\n\r\n")
+    assert brief(items("a.warc", made)) == [expected]
 
 
 @pytest.mark.parametrize("damage", [lambda m: m[:-40], lambda m: m[:20] + b"\0\1\2\3" * 5 + m[40:], lambda m: b"noise" * 20])
@@ -190,6 +209,100 @@ def test_arrow(kind):
     assert cut[-1].reason == "corrupt" and len(cut) > 500
     assert brief(items("a.arrow", b"noise" * 100)) in (["corrupt"], ["too_large"])
     assert brief(items("a.arrow", b"\xff\xff\xff\xff\xff\xff\xff\x7f" + data)) in (["corrupt"], ["too_large"])
+
+
+def packed_arrow(table, codec=None, new=pa.ipc.new_stream, **options):
+    sink = pa.BufferOutputStream()
+    with new(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec, **options)) as writer:
+        for batch in table.to_batches(max_chunksize=100):
+            writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow_peak(call):
+    """What a call returns, and the most bytes that Arrow has allocated for it."""
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        return call(), pool.max_memory()
+    finally:
+        pa.set_memory_pool(before)
+
+
+@pytest.mark.parametrize("options", [
+    {"codec": "zstd"}, {"codec": "lz4"}, {"codec": None},
+    {"codec": None, "use_legacy_format": True, "metadata_version": pa.ipc.MetadataVersion.V4},
+], ids=["zstd", "lz4", "plain", "legacy"])  # fmt: skip
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_packed_arrow(options, new):
+    texts = [f"text {i} " * (i % 7 + 1) if i % 5 else None for i in range(1000)]
+    kinds = pa.array(["a", "b", None, "c" * 99] * 250).dictionary_encode()
+    table = pa.table({"text": texts, "kind": kinds, "tags": [[str(i)] * (i % 3) for i in range(1000)], "n": range(1000)})
+    found = items("a.feather", packed_arrow(table, new=new, **options))
+    assert [d.text for d in found if isinstance(d, Document)] == [t for t in texts if t] and len(found) == 1000
+    assert found[3].columns == {"kind": "c" * 99, "tags": [], "n": 3}
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_an_arrow_batch_is_as_large_as_its_buffers_are_unpacked(codec):
+    for value in (pa.array(["a" * (40 << 20)]), pa.array(["a" * (40 << 20)]).dictionary_encode()):
+        data = packed_arrow(pa.table({"text": value}), codec)
+        assert len(data) < 1 << 18
+        found, peak = arrow_peak(lambda data=data: items("a.arrow", data))
+        assert brief(found) == ["too_large"] and peak < 2 << 20
+        assert brief(items("a.arrow", data, Limits(max_document_bytes=41 << 20))) == ["a" * (40 << 20)]
+
+
+def test_dictionaries_that_grow_are_bounded_together():
+    sink, batches = pa.BufferOutputStream(), []
+    for n in range(1, 9):
+        words = pa.array([f"{i}" * (1 << 18) for i in range(n)])
+        batches.append(pa.record_batch({"text": pa.DictionaryArray.from_arrays(pa.array([n - 1], pa.int32()), words)}))
+    options = pa.ipc.IpcWriteOptions(compression="zstd", emit_dictionary_deltas=True)
+    with pa.ipc.new_stream(sink, batches[0].schema, options=options) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    found = brief(items("a.arrow", sink.getvalue().to_pybytes(), Limits(max_document_bytes=1 << 18)))
+    assert len(found) == 8 and found[-1] == "7" * (1 << 18)
+    found = brief(items("a.arrow", sink.getvalue().to_pybytes(), Limits(max_document_bytes=1 << 16)))
+    assert found == ["too_large"] * 4, "of three the texts alone, and the fourth dictionary with what was there"
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "view", "runs", "nested"])
+def test_rows_that_share_a_value_are_not_held_together(kind):
+    long = pa.array(["a" * 60_000])
+    views = struct.pack("<i4sii", 60_000, b"aaaa", 0, 0) * 2000
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), long)
+    made = {
+        "dictionary": lambda: shared,
+        "view": lambda: pa.Array.from_buffers(pa.string_view(), 2000, [None, pa.py_buffer(views), pa.py_buffer(b"a" * 60_000)]),
+        "runs": lambda: pa.RunEndEncodedArray.from_arrays(pa.array([2000], pa.int32()), long),
+        "nested": lambda: pa.StructArray.from_arrays([shared], ["value"]),
+    }[kind]()
+    plain = pa.array(["x"] * 2000)
+    sink, table = pa.BufferOutputStream(), pa.table({"other" if kind == "nested" else "text": made, "n": plain})
+    table = table.append_column("text", plain) if kind == "nested" else table
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue().to_pybytes()
+    tracemalloc.start()
+    assert sum(isinstance(d, Document) for d in read("a.arrow", io.BytesIO(data), LIMITS)) == 2000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_in_an_arrow_file_raises_nothing(seed):
+    rng = random.Random(seed)
+    table = pa.table({"text": ["abc" * 50] * 50, "kind": pa.array(["x", "y"] * 25).dictionary_encode()})
+    for codec in ("zstd", None):
+        data = bytearray(packed_arrow(table, codec))
+        for _ in range(1 + seed % 5):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        items("a.arrow", bytes(data))
+        items("a.arrow", bytes(data[: rng.randrange(len(data))]))
 
 
 def test_kinds_are_told_by_suffix():

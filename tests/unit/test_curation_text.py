@@ -38,17 +38,30 @@ def one(stage, text, **columns):
         (b"\xff\xfex\0", None, "utf-16-le", "mark"),
         (b"<meta charset=utf-8>", 'text/html; charset="ISO-8859-1"', "cp1252", "header"),
         (b"<meta charset=utf-8>", "text/html; charset=nonsense", "utf-8", "meta"),
-        (b"<meta charset='shift_jis'>", "text/html", "shift_jis", "meta"),
+        (b"<meta charset='shift_jis'>", "text/html", "cp932", "meta"),
         (b'<META http-equiv="Content-Type" content="text/html; charset=koi8-r">', None, "koi8-r", "meta"),
         (b"<!-- <meta charset=koi8-r> --><meta charset=gbk>", None, "gb18030", "meta"),
         (b"<meta charset=utf-16>", None, "utf-8", "meta"),
         (b" " * 1024 + b"<meta charset=koi8-r>", None, "utf-8", "utf-8"),
         ("<p>Größe".encode(), None, "utf-8", "utf-8"),
-        ("日本語のテキストです。これは本文です。".encode("shift_jis") * 9, None, "shift_jis", "looks"),
+        ("日本語のテキストです。これは本文です。".encode("shift_jis") * 9, None, "cp932", "looks"),
     ],
 )
 def test_encodings_are_told_as_the_standard_has_it(data, header, encoding, told):
     assert encodings.sniff(data, header) == (encoding, told)
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "label"),
+    [
+        ("株式会社㈱ ①②③ 髙橋 Ⅲ ～", "cp932", "shift_jis"),
+        ("똠방각하 펲시 햏", "cp949", "euc-kr"),
+        ("嘅 喺 咗", "big5hkscs", "big5"),
+        ("ก… “ข”", "cp874", "tis-620"),
+    ],
+)
+def test_labels_mean_all_that_browsers_take_them_for(text, written, label):
+    assert encodings.decode(text.encode(written), f"text/html; charset={label}") == (text, written, 0)
 
 
 def test_extract_leaves_out_navigation_and_tells_of_the_page():
@@ -145,6 +158,10 @@ def test_language():
         ("Pay to DE89 3704 0044 0532 0130 00 now", "Pay to <iban> now"),
         ("Pay to GB82WEST12345698765432, not GB82WEST12345698765433", "Pay to <iban>, not GB82WEST12345698765433"),
         ("Call +44 20 7031 3000 or (212) 736-5000.", "Call <phone> or <phone>."),
+        ("4111 1111 1111 1111 12/27 and 4111-1111-1111-1111 123", "<credit_card> 12/27 and <credit_card> 123"),
+        ("4111 1111 1111 1111 5500 0000 0000 0004 4111 1111 1111 1112", "<credit_card> <credit_card> 4111 1111 1111 1112"),
+        ("(650) 253-0000 (212) 736-5000", "<phone> <phone>"),
+        ("650-253-0000 2024-01-02, +44 20 7031 3000 2024", "<phone> 2024-01-02, <phone> 2024"),
         ("In 2024-01-01 there were 1234567890123", "In 2024-01-01 there were 1234567890123"),
         ("", ""),
     ],
@@ -156,6 +173,23 @@ def test_pii(text, expected):
     assert one(stage, expected).document.text == expected
     dropped = one(Pii(kinds=stage.kinds, region="US", action="drop"), text)
     assert dropped.reason == ("pii" if "<" in expected else "") and (dropped.reason or dropped.document.text == text)
+
+
+@pytest.mark.parametrize(
+    ("region", "hint"),
+    [
+        ("us", "did you mean 'US'"),
+        ("UK", "did you mean 'GB'"),
+        ("USA", "did you mean 'US'"),
+        ("", "leave it out"),
+        ("XX", "leave it out"),
+    ],
+)
+def test_a_region_that_has_no_phone_numbers_is_refused(region, hint):
+    with pytest.raises(ConfigError, match=rf"^region: '{region}' is no country's .*{hint}"):
+        Pii(kinds=["phone"], region=region).check()
+    Pii(kinds=["phone"], region="GB").check()
+    Pii(kinds=["phone"]).check()
 
 
 def test_masks_are_idempotent_on_noise():
@@ -218,6 +252,49 @@ def test_secrets():
         DetectSecrets(detectors=["GithubTokenDetector"])
 
 
+LINES = "".join(f"{chr(65 + i) * 64}\n" for i in range(9)) + "QUJD" * 3 + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "found"),
+    [
+        (f"a = 1\n-----BEGIN RSA PRIVATE KEY-----\n{LINES}-----END RSA PRIVATE KEY-----\nb\n", "a = 1\n<secret>\nb\n", 1),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIEow...\n-----END RSA PRIVATE KEY-----\n", "<secret>\n", 1),
+        ('k = "-----BEGIN PRIVATE KEY-----\\nMIIE\\n-----END PRIVATE KEY-----\\n"', 'k = "<secret>\\n"', 1),
+        (f"-----BEGIN OPENSSH PRIVATE KEY-----\n{LINES}\nand then some words\n", "<secret>\n\nand then some words\n", 1),
+        (f"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES,00\n\n{LINES}", "<secret>\n", 1),
+        (f"-----BEGIN EC PRIVATE KEY-----\n{LINES}{'x y ' * 9000}-----END EC PRIVATE KEY-----",
+         f"<secret>\n{'x y ' * 9000}-----END EC PRIVATE KEY-----", 1),
+        ("-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nQUJD\n=ab\n-----END PGP PRIVATE KEY BLOCK-----", "<secret>", 1),
+        (f"PuTTY-User-Key-File-2: ssh-rsa\nPrivate-Lines: 9\n{LINES}Private-MAC: 0aF9\nx", "<secret>\nx", 1),
+        ('if "BEGIN RSA PRIVATE KEY" in text:\n    fail()', 'if "<secret>" in text:\n    fail()', 1),
+        ("-----BEGIN PUBLIC KEY-----\nQUJD\n-----END PUBLIC KEY-----", None, 0),
+        ("x = 'postgres://postgres:postgres@localhost/postgres'", "x = 'postgres://postgres:<secret>@localhost/postgres'", 1),
+        ("curl https://user:p@api.example.com/people/list", "curl https://user:<secret>@api.example.com/people/list", 1),
+        (f"{KEY} ghp {KEY}", "<secret> ghp <secret>", 2),
+        ("x" * 4000 + f" {KEY} " + "x" * 900, "x" * 4000 + " <secret> " + "x" * 900, 1),
+        ('key = "AKCabcdefghij1" # x', 'key = "<secret>" # x', 1),
+        ("t = 'glcbt-a1_" + "Ab1" * 8 + "'", "t = '<secret>'", 1),
+    ],
+)  # fmt: skip
+def test_a_secret_is_masked_where_it_stands_and_a_key_from_its_begin_to_its_end(text, expected, found):
+    outcome = one(DetectSecrets(), text)
+    assert outcome.document.text == (text if expected is None else expected)
+    assert outcome.counts == ({"masked_secrets": found} if found else {}) and outcome.measures == {"found": found}
+    assert one(DetectSecrets(), outcome.document.text).counts == {}
+
+
+def test_what_stands_in_quotes_is_masked_there_alone():
+    outcome = one(DetectSecrets(detectors=["KeywordDetector"]), 'page.password = "p"')
+    assert outcome.document.text == 'page.password = "<secret>"' and outcome.counts == {"masked_secrets": 1}
+
+
+def test_every_mark_of_a_private_key_that_the_library_knows_is_one():
+    (keys,) = (c for c in get_mapping_from_secret_type_to_class().values() if c.__name__ == detect_secrets.KEYS)
+    for pattern in keys.denylist:
+        assert one(DetectSecrets(), f"a\n{pattern.pattern}\nb\n").document.text == "a\n<secret>\nb\n"
+
+
 def test_lines_that_are_passed_over_hold_no_secret():
     """The library's detectors find nothing more in whole texts than the stage does."""
     classes = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
@@ -237,9 +314,11 @@ def test_lines_that_are_passed_over_hold_no_secret():
         assert bool(one(DetectSecrets(), f"x\n{line}\ny\n").counts) == bool(expected), line
 
 
-HOSTILE = ["a@" * 50000, "a." * 50000 + "@", "1" * 100000, "1-" * 50000, "(1) " * 25000, "::" * 50000, "DE89 " * 20000,
+HOSTILE = ["a@" * 50000, "1) " * 33000, "4 " * 50000, "2 1 2 7 3 6 5 0 0 0 " * 2500,
+           "a." * 50000 + "@", "1" * 100000, "1-" * 50000, "(1) " * 25000, "::" * 50000, "DE89 " * 20000,
            "eyJ" * 32500, "://a:" * 20000, "key = " * 15000, "<" * 100000, "&amp;" * 20000, "\u00c3\u00a9" * 50000,
-           "-" * 100000 + "@x", "xoxb-1-" * 12500]  # fmt: skip
+           "-" * 100000 + "@x", "xoxb-1-" * 12500, "-----BEGIN RSA PRIVATE KEY-----\\n" * 3000,
+           "-----BEGIN RSA PRIVATE KEY-----\n" + "a: " * 33000, "BEGIN PRIVATE KEY" + "\\n+" * 30000]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:6])

@@ -164,6 +164,12 @@ def test_a_folder_with_a_metadata_file(tmp_path, kind):
     }
 
 
+def test_a_row_goes_to_the_end_of_its_line_whatever_is_in_its_caption():
+    rows = [{"file_name": "0.png", "caption": "one\u2028two\u0085three"}, {"file_name": "1.png", "caption": "x"}]
+    data = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode()
+    assert sources.read_table("metadata.jsonl", data) == rows
+
+
 def test_a_metadata_file_that_cannot_be_read_is_one_error(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a"')
     with pytest.raises(ConfigError, match=r"input: metadata.jsonl: cannot be read"):

@@ -3,7 +3,9 @@
 import gzip
 import io
 import os
+import random
 import stat
+import struct
 import subprocess
 import tarfile
 import tracemalloc
@@ -160,6 +162,29 @@ def test_a_bomb_is_named_and_little_of_it_held(path):
     tracemalloc.stop()
     assert list(kept(found)) == ["a.py"] and reasons(found)["bomb"] == 1
     assert reasons(items(path, data))["too_large"] >= 1, "files that are larger than a document may be are not unpacked for it"
+
+
+def test_a_member_that_unpacks_to_more_than_it_says_takes_little_memory():
+    """Whatever packs it: bzip2 packs 64 MiB into 80 bytes, in blocks that zipfile unpacks at once."""
+    for packing in (zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED):
+        data = bytearray(zipped({"a.py": b"\n" * (64 << 20)}, packing))
+        place = data.rindex(b"PK\1\2")
+        data[place + 24 : place + 28] = struct.pack("<I", 10)
+        tracemalloc.start()
+        found = items("a.zip", bytes(data))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert reasons(found) == {"corrupt": 1} and peak < 12 << 20
+
+
+def test_members_packed_by_bzip2():
+    rng = random.Random(0)
+    made = {"a.txt": rng.randbytes(3 << 20).hex().encode(), "b.py": b"x = 1\n" * 100_000, "c.py": b"y = 1\n"}
+    data = zipped(made, zipfile.ZIP_BZIP2)
+    assert {n: d.text.encode() for n, d in kept(items("a.zip", data, Limits(max_document_bytes=8 << 20))).items()} == made
+    broken = bytearray(data)
+    broken[data.index(b"b.py") + 30] ^= 1
+    assert list(kept(items("a.zip", bytes(broken), Limits(max_document_bytes=8 << 20)))) == ["a.txt", "c.py"]
 
 
 def test_a_head_that_is_too_large_is_not_read():

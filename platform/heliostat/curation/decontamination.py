@@ -81,7 +81,7 @@ def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, s
     if not path.endswith((".jsonl", ".json", ".ndjson")):
         yield from enumerate(filter(str.strip, re.split(r"\n\s*\n", text)), 1)
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -14,6 +14,10 @@ _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", 
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:+-]{1,40})", re.IGNORECASE)
 _META = re.compile(rb"<meta[\s/][^>]{0,1000}", re.IGNORECASE)
 _COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
+# what browsers take for the same, and hold more: rows of vendors, syllables, characters of Hong Kong
+_WIDER = {
+    "gbk": "gb18030", "gb2312": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs", "iso8859-11": "cp874",
+}  # fmt: skip
 PRESCAN, HEADER = 1024, 300  # bytes of a page, and characters of a header, that are looked at
 
 
@@ -41,7 +45,7 @@ def _named(label: str) -> str | None:
     from resiliparse.parse.encoding import map_encoding_to_html5
 
     found = map_encoding_to_html5(label, False)
-    return "gb18030" if found in ("gbk", "gb2312") else found
+    return _WIDER.get(found, found) if found else None
 
 
 def decode(data: bytes, content_type: str | None = None) -> tuple[str, str, int]:

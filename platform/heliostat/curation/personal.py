@@ -20,6 +20,7 @@ _PHONE = re.compile(r"(?<![\w.+-])(?:\+|00)?\(?\d(?:[ ().\-/]{0,2}\d){6,16}(?!\w
 _CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w.-]?\d)")
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?=[ A-Z0-9])")
 _NINES = (13, 15, 16, 19)  # lengths of card numbers
+FEWEST = 7  # digits of a phone number
 _IBAN_LENGTHS = {
     "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28, "CH": 21,
     "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DK": 18, "DO": 28, "EE": 20, "EG": 29, "ES": 24, "FI": 18, "FO": 18, "FR": 27,
@@ -50,10 +51,24 @@ def addresses(text: str) -> Iterator[Span]:
 
 def cards(text: str) -> Iterator[Span]:
     """Finds card numbers: an issuer's first digit, one of the lengths there are, and Luhn's checksum."""
-    for found in _CARD.finditer(text):
-        digits = re.sub(r"[ -]", "", found[0])
-        if digits[0] in "23456" and len(digits) in _NINES and len(set(digits)) > 1 and luhn(digits):
-            yield found.span()
+    yield from _first_valid(_CARD, text, _is_card)
+
+
+def _is_card(number: str) -> bool:
+    digits = re.sub(r"[ -]", "", number)
+    return digits[0] in "23456" and len(digits) in _NINES and len(set(digits)) > 1 and luhn(digits)
+
+
+def _first_valid(pattern: re.Pattern[str], text: str, valid: Callable[[str], bool]) -> Iterator[Span]:
+    """Finds numbers that are valid, of a match as many of its groups of digits as can be: a date or a code may stand behind."""
+    at = 0
+    while found := pattern.search(text, at):
+        at, number = found.end(), found[0]
+        for end in range(len(number), 0, -1):
+            if number[end - 1].isdecimal() and not number[end : end + 1].isdecimal() and valid(number[:end]):
+                at = found.start() + end
+                yield found.start(), at
+                break
 
 
 def luhn(digits: str) -> bool:
@@ -86,18 +101,16 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
     """Builds the function that finds phone numbers that are valid: in the international form, and in a region's own."""
     import phonenumbers
 
-    def find(text: str) -> Iterator[Span]:
-        for found in _PHONE.finditer(text):
-            if region is None and found[0][0] != "+":
-                continue
-            try:
-                number = phonenumbers.parse(found[0], region)
-            except phonenumbers.NumberParseException:
-                continue
-            if phonenumbers.is_valid_number(number):
-                yield found.span()
+    def valid(found: str) -> bool:
+        digits = re.sub(r"\D", "", found)
+        if len(digits) < FEWEST or (region is None and found[0] != "+"):
+            return False
+        try:
+            return phonenumbers.is_valid_number(phonenumbers.parse("+" * (found[0] == "+") + digits, region))
+        except phonenumbers.NumberParseException:
+            return False
 
-    return find
+    return lambda text: _first_valid(_PHONE, text, valid)
 
 
 def replaced(text: str, spans: dict[str, list[Span]], placeholders: dict[str, str]) -> tuple[str, dict[str, int]]:

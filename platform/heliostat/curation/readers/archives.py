@@ -5,6 +5,8 @@ An archive that unpacks to more than RATIO times its size, and MUCH, is a bomb: 
 
 from __future__ import annotations
 
+import bz2
+import copy
 import io
 import re
 import stat
@@ -164,15 +166,37 @@ def _of_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
         raise MemberError("packing", packed)
     out = bytearray()
     try:
-        with archive.open(member) as file:
-            while block := file.read(BLOCK):
-                out += block
+        for block in _unpacked_bz2(archive, member) if member.compress_type == zipfile.ZIP_BZIP2 else _blocks(archive, member):
+            out += block
     except (*_BROKEN, OSError) as e:
         broken = _told(e)
         raise MemberError(broken.reason, broken.detail) from e
     if len(out) != member.file_size:
         raise MemberError("truncated", f"{len(out):,} bytes, and {member.file_size:,} are said")
     return bytes(out)
+
+
+def _blocks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+    with archive.open(member) as file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def _unpacked_bz2(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+    """Unpacks a member to the size that it says, and no further: zipfile unpacks all of what it has read."""
+    packed = copy.copy(member)
+    packed.compress_type, packed.file_size = zipfile.ZIP_STORED, member.compress_size
+    packed.CRC = None  # type: ignore[assignment]  # which is of what is unpacked
+    decoder, left, crc = bz2.BZ2Decompressor(), member.file_size, 0
+    for data in _blocks(archive, packed):
+        while left and not decoder.eof and (data or not decoder.needs_input):
+            block = decoder.decompress(data, min(left, BLOCK))
+            left, crc, data = left - len(block), zlib.crc32(block, crc), b""
+            yield block
+        if not left or decoder.eof:
+            break
+    if crc != member.CRC:
+        raise zipfile.BadZipFile(f"another checksum than that of {member.filename[:100]!r}")
 
 
 class _Reads:

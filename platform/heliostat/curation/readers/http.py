@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import zlib
 from dataclasses import dataclass
 
 HEAD = 1 << 18  # bytes that the head may have
+GZIP, PIECE = b"\x1f\x8b", 1 << 14  # the mark of a member, and bytes that are unpacked at a time
 
 
 class BadResponseError(Exception):
@@ -62,13 +64,20 @@ def _joined(body: bytes) -> bytes:
 def _unpacked(body: bytes, packed: str, most: int) -> bytes:
     """Unpacks a body; one that is not packed, as some archives keep it, stays as it is."""
     raw = packed == "deflate" and body[:1] != b"\x78"
-    if packed != "deflate" and body[:2] != b"\x1f\x8b":
+    if packed != "deflate" and not body.startswith(GZIP):
         return body
-    decoder = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
+    out, at = io.BytesIO(), 0
     try:
-        out = decoder.decompress(body, most + 1)
+        while not at or body.startswith(GZIP, at):  # gzip may have several members; what else stands behind one is nothing
+            decoder = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
+            while at < len(body) and not decoder.eof:
+                piece = body[at : at + PIECE]
+                out.write(decoder.decompress(piece, most + 1 - out.tell()))
+                if out.tell() > most:
+                    raise BadResponseError("too_large", f"more than {most:,} bytes, unpacked")
+                at += len(piece) - len(decoder.unused_data)
+            if packed == "deflate" or not at:
+                break
     except zlib.error as e:
         raise BadResponseError("corrupt", f"content encoding {packed}: {e}") from e
-    if len(out) > most:
-        raise BadResponseError("too_large", f"more than {most:,} bytes, unpacked")
-    return out
+    return out.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv as csv_module
 import json
+import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -14,6 +15,8 @@ from heliostat.curation.stage import Document, Dropped
 
 ROWS = 1024  # of an Arrow batch that are made Python's at a time
 MOST_COLUMNS = 10_000
+CONTINUES, DICTIONARY, BATCH = b"\xff\xff\xff\xff", 2, 3  # of Arrow's messages: their mark, and kinds of them
+PACKED_BEFORE = b"ARROW:experimental_compression"  # how Arrow 0.17 named what buffers are packed by
 
 
 def record(id: str, values: dict[str, Any], limits: Limits) -> Document | Dropped:
@@ -112,10 +115,11 @@ def arrow(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dr
         if limits.text_column not in reader.schema.names:
             yield Dropped(path, "no_text", f"no column {limits.text_column!r}")
             return
+        rows = 1 if any(map(_shares, reader.schema.types)) else ROWS
         for batch in reader:
             batch.validate(full=True)
-            for start in range(0, len(batch), ROWS):
-                for values in batch.slice(start, ROWS).to_pylist():
+            for start in range(0, len(batch), rows):
+                for values in batch.slice(start, rows).to_pylist():
                     row += 1
                     yield record(f"{path}#{row}", values, limits)
     except (pa.ArrowException, ValueError, MemoryError, OSError) as e:
@@ -124,11 +128,20 @@ def arrow(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dr
         yield Dropped(path, "corrupt", f"behind row {row:,}: {str(e).partition(chr(10))[0]}")
 
 
+def _shares(kind: pa.DataType) -> bool:
+    """Tells whether values of a type may be the same bytes, so that rows can be larger than what holds them."""
+    types = pa.types
+    told = (types.is_dictionary, types.is_run_end_encoded, types.is_string_view, types.is_binary_view, types.is_list_view,
+            types.is_large_list_view)  # fmt: skip
+    return any(is_one(kind) for is_one in told) or any(_shares(kind.field(i).type) for i in range(kind.num_fields))
+
+
 class _Bounded:
-    """Hands a stream on, but refuses to read more at once than a batch may have."""
+    """Hands a stream on, message by message, but refuses one that has more bytes than a batch may have, stored or unpacked."""
 
     def __init__(self, stream: BinaryIO, most: int) -> None:
         self._stream, self._most, self._held, self.closed = stream, most, b"", False
+        self._pieces, self._dictionaries = list[bytes](), dict[int, int]()
 
     def skip_magic(self) -> None:
         """Skips what an Arrow file has before its stream."""
@@ -137,7 +150,44 @@ class _Bounded:
             self._held = b""
 
     def read(self, size: int = -1) -> bytes:
-        if size < 0 or size > self._most:
+        if not 0 <= size <= self._most:
+            raise LeftOutError("too_large", f"a batch of more than {self._most:,} bytes")
+        out = b""
+        while len(out) < size and (self._pieces or self._next()):
+            piece = self._pieces.pop(0)
+            if len(out) + len(piece) > size:
+                self._pieces.insert(0, piece[size - len(out) :])
+            out = out + piece[: size - len(out)] if out else piece[:size]
+        return out
+
+    def _next(self) -> bool:
+        self._pieces = [piece for piece in self._message() if piece]
+        return bool(self._pieces)
+
+    def _message(self) -> list[bytes]:
+        """Reads a message: its length, what it says of itself, and its body."""
+        head = self._exactly(4)
+        length = head + (self._exactly(4) if head == CONTINUES else b"")
+        if len(length) not in (4, 8) or not (size := int.from_bytes(length[-4:], "little", signed=True)):
+            return [head, length[4:]]  # the end
+        about = self._exactly(size)
+        if len(about) < size:
+            return [head, length[4:], about]
+        try:
+            body = self._exactly(_body_bytes(about))
+            size, dictionary, more = _unpacked_bytes(about, body)
+        except (struct.error, IndexError) as e:
+            raise ValueError(f"a message that is none: {e}") from e
+        if dictionary is not None:
+            size += self._dictionaries.get(dictionary, 0) if more else 0
+            self._dictionaries[dictionary] = size
+        if sum(self._dictionaries.values()) + (size if dictionary is None else 0) > self._most:
+            raise LeftOutError("too_large", f"a batch of more than {self._most:,} bytes, unpacked")
+        return [head, length[4:], about, body]
+
+    def _exactly(self, size: int) -> bytes:
+        """Reads so many bytes, or fewer at the stream's end."""
+        if not 0 <= size <= self._most:
             raise LeftOutError("too_large", f"a batch of more than {self._most:,} bytes")
         out, self._held = self._held[:size], self._held[size:]
         while len(out) < size and (piece := self._stream.read(size - len(out))):
@@ -149,3 +199,58 @@ class _Bounded:
 
     def close(self) -> None:
         self.closed = True
+
+
+def _body_bytes(about: bytes) -> int:
+    """Returns the length of a message's body: `about` is a flatbuffer, as Arrow's Message.fbs has it."""
+    return _value("<q", about, _field(about, _follow(about, 0), 3))
+
+
+def _unpacked_bytes(about: bytes, body: bytes) -> tuple[int, int | None, bool]:
+    """Returns the bytes that a message's body is unpacked to; of a dictionary its number, and whether it adds to what is there.
+
+    A buffer that is packed begins with its length, unpacked; -1 if it is stored as it is.
+    """
+    message = _follow(about, 0)
+    kind, head = _value("<B", about, _field(about, message, 1)), _field(about, message, 2)
+    if kind not in (DICTIONARY, BATCH) or not head:
+        return len(body), None, False
+    batch, number, more = _follow(about, head), None, False
+    if kind == DICTIONARY:
+        number, more = _value("<q", about, _field(about, batch, 0)), bool(_value("<B", about, _field(about, batch, 2)))
+        batch = _follow(about, _field(about, batch, 1))
+    buffers = _field(about, batch, 2)
+    if not buffers or not (_field(about, batch, 3) or PACKED_BEFORE in about):
+        return len(body), number, more
+    start, total = _follow(about, buffers) + 4, 0
+    for at, length in struct.iter_unpack("<qq", about[start : start + 16 * _number("<I", about, start - 4)]):
+        if length and not 0 <= at <= len(body) - 8:
+            raise IndexError("a buffer outside its body")
+        said = _number("<q", body, at) if length else 0
+        if said < -1:
+            raise IndexError("a buffer of less than no bytes")
+        total += length if said == -1 else said
+    return total, number, more
+
+
+def _field(data: bytes, table: int, number: int) -> int:
+    """Returns the place of a flatbuffer table's field, 0 if it is not there."""
+    names = table - _number("<i", data, table)
+    if names < 0:
+        raise IndexError("a table outside the message")
+    there = 4 + 2 * number < _number("<H", data, names)
+    offset = _number("<H", data, names + 4 + 2 * number) if there else 0
+    return table + offset if offset else 0
+
+
+def _follow(data: bytes, at: int) -> int:
+    return at + _number("<I", data, at)
+
+
+def _value(form: str, data: bytes, place: int) -> int:
+    """Returns a field's number; what is not there is 0."""
+    return _number(form, data, place) if place else 0
+
+
+def _number(form: str, data: bytes, at: int) -> int:
+    return int(struct.unpack_from(form, data, at)[0])

@@ -5,7 +5,7 @@ Tokens of clouds and services, private keys, passwords in URLs and JSON web toke
 detectors of a form are used; those of high entropy and of words such as "password" find much that is none, and are asked for by
 name (`HexHighEntropyString`, `Base64HighEntropyString`, `KeywordDetector`). A line is looked at if it has a run of 16
 characters that a secret can be of, or one of the marks of shorter ones. Lines of more than 4,096 characters are looked at in
-pieces.
+pieces. A private key is one secret from its BEGIN to its END, over lines; without an END, to the end of its base64.
 """
 
 from __future__ import annotations
@@ -32,6 +32,18 @@ WIDE = ["Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector", "I
 _NEAR = re.compile(r"[A-Za-z0-9+/_=.-]{16}|://[^\s@]{1,200}@|PRIVATE KEY|PuTTY|AKC|AP[\dA-F]|xox|_authToken")
 _ANY = re.compile(r"\S")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
+WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector"}  # whose group is a token's prefix; others' is the secret
+KEYS, MOST_KEY = "PrivateKeyDetector", 1 << 15  # characters of a private key
+_KEY = re.compile(
+    r"-{0,5} ?(?:(?P<begin>BEGIN)|END) "
+    r"(?P<kind>PGP PRIVATE KEY BLOCK|(?:(?:DSA|EC|OPENSSH|RSA|SSH2 ENCRYPTED) )?PRIVATE KEY) ?-{0,5}"
+    r"|(?P<putty>PuTTY-User-Key-File-2)|Private-MAC:[ \t]*[0-9A-Fa-f]*"
+)
+_GAP = r"(?:\\[nr]?|[\s\"'#*>|,;+.]){1,48}+"  # between a key's lines, which may be strings or comments of code
+_HEADER = rf"{_GAP}[A-Za-z-]{{2,30}}+: [^\n]{{0,200}}+"
+_LAST = rf"{_GAP}(?:[A-Za-z0-9+/=]{{4}}){{1,9}}+(?![\w+/=])"
+_BODY = re.compile(rf"(?:{_HEADER}){{0,4}}+(?:{_GAP}[A-Za-z0-9+/=]{{40,}}+)++(?:{_LAST})?")
+Span = tuple[int, int]
 
 
 class DetectSecrets(Stage):
@@ -39,6 +51,7 @@ class DetectSecrets(Stage):
 
     reasons: ClassVar[dict[str, str]] = {"secrets": "more secrets than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
+    version: ClassVar[int] = 2
 
     detectors: list[str] = Field(FORMS, min_length=1)
     """The detectors that are used, by detect-secrets' names."""
@@ -81,32 +94,97 @@ class DetectSecrets(Stage):
 
 
 def _masked(text: str, detectors: list[Any], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:
-    """Masks the secrets of each line that may have one; returns the text, their number and their kinds."""
+    """Masks private keys, and the secrets of each line that may have one; returns the text, their number and their kinds."""
     out, at, count, kinds = list[str](), 0, 0, set[str]()
+    for kind in (d.secret_type for d in detectors if type(d).__name__ == KEYS):
+        if keys := list(_keys(text)):
+            text, count = _replaced(text, keys, mask), len(keys)
+            kinds.add(kind)
+    others = [d for d in detectors if type(d).__name__ != KEYS]
     while found := near.search(text, at):
         start = text.rfind("\n", at, found.start()) + 1 or at
         end = text.find("\n", found.start()) + 1 or len(text)
         line = text[start:end]
-        secrets = {(secret, kind) for piece in _pieces(line) for secret, kind in _secrets(piece, detectors) if secret != mask}
-        for secret, kind in sorted(secrets, key=lambda s: (-len(s[0]), s)):
-            if times := line.count(secret):
-                line, count = line.replace(secret, mask), count + times
-                kinds.add(kind)
-        out += (text[at:start], line)
+        secrets = {
+            (first + offset, last + offset): kind
+            for offset, piece in _pieces(line)
+            for (first, last), kind in _secrets(piece, others)
+            if piece[first:last] != mask
+        }
+        spans = _merged(sorted(secrets))
+        kinds.update(secrets.values())
+        count += len(spans)
+        out += (text[at:start], _replaced(line, spans, mask))
         at = end
     return "".join([*out, text[at:]]), count, kinds
 
 
-def _pieces(line: str) -> Iterator[str]:
+def _keys(text: str) -> Iterator[Span]:
+    """Finds private keys: from BEGIN to the END that is next, if of the same kind and near, else as far as base64 goes."""
+    if "PRIVATE KEY" not in text and "PuTTY" not in text:
+        return
+    marks = list(_KEY.finditer(text))
+    for i, mark in enumerate(marks):
+        if not mark["begin"] and not mark["putty"]:
+            continue
+        end = marks[i + 1] if i + 1 < len(marks) else None
+        closed = end is not None and not end["begin"] and not end["putty"] and end["kind"] == mark["kind"]
+        if end is not None and closed and end.end() - mark.start() <= MOST_KEY:
+            yield mark.start(), end.end()
+        else:
+            body = _BODY.match(text, mark.end(), mark.end() + MOST_KEY)
+            yield mark.start(), body.end() if body else mark.end()
+
+
+def _merged(spans: list[Span]) -> list[Span]:
+    """Makes one of spans that overlap: the same secret, found twice."""
+    out = list[Span]()
+    for start, end in spans:
+        if out and start < out[-1][1]:
+            out[-1] = (out[-1][0], max(end, out[-1][1]))
+        else:
+            out.append((start, end))
+    return out
+
+
+def _replaced(text: str, spans: list[Span], mask: str) -> str:
+    out, at = list[str](), 0
+    for start, end in spans:
+        out += (text[at:start], mask)
+        at = end
+    return "".join([*out, text[at:]])
+
+
+def _pieces(line: str) -> Iterator[tuple[int, str]]:
     if len(line) <= LONG_LINE:
-        yield line.rstrip("\n")
+        yield 0, line.rstrip("\n")
         return
     for start in range(0, len(line) - OVERLAP, PIECE - OVERLAP):
-        yield line[start : start + PIECE].rstrip("\n")
+        yield start, line[start : start + PIECE].rstrip("\n")
 
 
-def _secrets(line: str, detectors: list[Any]) -> Iterator[tuple[str, str]]:
+def _secrets(line: str, detectors: list[Any]) -> Iterator[tuple[Span, str]]:
+    """Finds the places of a line's secrets, and their kinds: of patterns the match, or the group that is the secret in it."""
     for detector in detectors:
-        for secret in detector.analyze_string(line):
-            if isinstance(secret, str) and secret.strip():
-                yield secret, detector.secret_type
+        told = set(detector.analyze_string(line))
+        if not told:
+            continue
+        spans = _matched(line, detector, told) if hasattr(detector, "denylist") else _quoted(line, told)
+        yield from ((span, detector.secret_type) for span in spans if line[slice(*span)].strip())
+
+
+def _matched(line: str, detector: Any, told: set[str]) -> Iterator[Span]:
+    whole = type(detector).__name__ in WHOLE
+    for pattern in detector.denylist:
+        for found in pattern.finditer(line):
+            if not told.isdisjoint((found[0], *found.groups(""))):
+                start, end = found.span(0 if whole or not pattern.groups or found[1] is None else 1)
+                secret = line[start:end].rstrip(' \t\r"')  # some patterns hold what stands beside it
+                yield end - len(line[start:end].lstrip(' \t\r"=:')), start + len(secret)
+
+
+def _quoted(line: str, told: set[str]) -> Iterator[Span]:
+    """Finds what detectors tell of without its place: it stands in quotes."""
+    for secret in filter(None, told):
+        for found in re.finditer(rf"(?<=[\"'`]){re.escape(secret)}(?=[\"'`])", line):
+            yield found.span()

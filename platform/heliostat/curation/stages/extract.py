@@ -33,6 +33,7 @@ class Extract(Stage):
         "failed": "the parser refuses the page",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"undecodable": ("max_undecodable",)}
+    version: ClassVar[int] = 2
 
     library: Literal["resiliparse", "trafilatura"] = "resiliparse"
     """What makes text of a page."""

@@ -33,6 +33,7 @@ class Lines(Stage):
         "empty": "no line is left",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"removed_words": ("max_removed_words",)}
+    version: ClassVar[int] = 2
 
     max_capitals: Float = Field(0.5, ge=0, le=1)
     """Lines are removed if a larger share of their letters are capitals, and they have at least `capital_letters` letters."""
@@ -61,10 +62,11 @@ class Lines(Stage):
     def outcome(self, document: Document) -> Outcome:
         """Removes a document's lines, or drops it."""
         kept, removed, words, lost = list[str](), Counter[str](), 0, 0
+        phrases = [tuple(map(str.lower, some)) for some in (self.begins, self.ends, self.holds)]
         for line in text_of(document).split("\n"):
             count = len(line.split())
             words += count
-            if why := self._why(line.strip(), count):
+            if why := self._why(line.strip(), count, phrases):
                 removed[why] += 1
                 lost += count
             else:
@@ -78,7 +80,7 @@ class Lines(Stage):
         document.text = text
         return Outcome(document, measures=measures, counts=counts)
 
-    def _why(self, line: str, words: int) -> str:
+    def _why(self, line: str, words: int, phrases: list[tuple[str, ...]]) -> str:
         if not words:
             return ""
         if self.numbers and _NUMBERS.fullmatch(line):
@@ -94,6 +96,7 @@ class Lines(Stage):
             small = line.lower()
             if self.counters and len(small) < LONG_COUNTER and _COUNTER.fullmatch(small):
                 return "counters"
-            if small.startswith(tuple(self.begins)) or small.endswith(tuple(self.ends)) or any(p in small for p in self.holds):
+            begins, ends, holds = phrases
+            if small.startswith(begins) or small.endswith(ends) or any(p in small for p in holds):
                 return "boilerplate_lines"
         return ""

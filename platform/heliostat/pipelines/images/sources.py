@@ -156,7 +156,7 @@ def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
         text = data.decode("utf-8-sig")
         if path.endswith(".csv"):
             return list(csv.DictReader(io.StringIO(text)))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
         raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
 
