@@ -186,6 +186,12 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line):
         judging.questions(tmp_path / "q.jsonl")
 
 
+def test_a_question_goes_to_the_end_of_its_line_whatever_is_in_it(tmp_path):
+    rows = [{"question": "one\u2028two\x85three", "document": "a"}, {"question": "four", "document": ["b", "c"]}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), newline="")
+    assert judging.questions(tmp_path / "q.jsonl") == [(rows[0]["question"], {"a"}), ("four", {"b", "c"})]
+
+
 def test_the_command_shows_passages_with_their_sources(made, monkeypatch, capsys):
     code, text, _ = run(monkeypatch, capsys, "ask", str(made.place), TEXTS[7], "--json")
     told = json.loads(text)

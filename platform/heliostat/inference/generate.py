@@ -62,7 +62,7 @@ def read_text(option: str, given: str) -> str:
 def read_prompts(path: Path) -> list[str]:
     """Reads prompts from a file, one a line; empty lines are left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--prompts: {path} cannot be read ({e})") from e
     prompts = [line.strip() for line in lines if line.strip()]

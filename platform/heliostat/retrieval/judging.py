@@ -25,7 +25,7 @@ RERANKED = "+reranker"  # behind a mode: its passages in the reranker's order
 def questions(file: Path) -> list[tuple[str, set[str]]]:
     """Reads a `.jsonl` file of (question, its documents); ConfigError that names the line that is none."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a string in JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--questions: {file} cannot be read ({e})") from e
     found = []
