@@ -104,6 +104,8 @@ def _body(answer: http.client.HTTPResponse, limit: int, end: float) -> bytes:
         found += block
         if len(found) > limit:
             raise FetchError("too_large", f"more than {limit:,} bytes")
+        if time.monotonic() >= end:
+            break
     if answer.length or time.monotonic() >= end:
         raise FetchError("unreachable", "the body ended early", again=True)
     return bytes(found)
@@ -155,9 +157,11 @@ class _Connection(http.client.HTTPConnection):
                 sock.close()
                 fault = e
                 continue
-            self.timer = threading.Timer(max(0.0, self.end - time.monotonic()), _cut, [sock])
+            self.sock = _wrapped(sock, self.host) if self.secure else sock
+            self.timer = threading.Timer(max(0.0, self.end - time.monotonic()), _cut, [self.sock])
             self.timer.start()
-            self.sock = ssl.create_default_context().wrap_socket(sock, server_hostname=self.host) if self.secure else sock
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.do_handshake()
             return
         raise fault
 
@@ -168,6 +172,12 @@ class _Connection(http.client.HTTPConnection):
         self.close()
 
 
+def _wrapped(sock: socket.socket, host: str) -> ssl.SSLSocket:
+    """Makes the socket one of TLS, which takes the connection from it; hands are not shaken yet."""
+    return ssl.create_default_context().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+
+
 def _cut(sock: socket.socket) -> None:
+    """Ends the connection under a socket, not its TLS: what another thread reads from it stays encrypted."""
     with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
