@@ -111,6 +111,7 @@ def test_a_body_is_got_within_its_bounds(server):
         "/chunks": lambda h: h.answer(b"4\r\nbody\r\n0\r\n\r\n", Transfer_Encoding="chunked"), "/drip": drip,
         "/huge": lambda h: h.answer(b"x" * 100, Content_Length=str(1 << 40)), "/more": lambda h: h.answer(b"x" * 2000),
         "/out": lambda h: h.answer(b"", 302, Location="file:///etc/passwd"),
+        "/broken": lambda h: h.answer(b"", 302, Location="http://[x"),
     }  # fmt: skip
     assert client.get(server.url("/good"), HERE) == client.get(server.url("/hop"), HERE) == b"body"
     assert client.get(server.url("/a b"), HERE) == client.get(server.url("/a%20b"), HERE) == b"quoted"
@@ -119,13 +120,14 @@ def test_a_body_is_got_within_its_bounds(server):
     assert fault(server.url("/lies")).reason == "unreachable" and fault(server.url("/lies")).again
     assert fault(server.url("/huge")).reason == "too_large"
     assert fault(server.url("/more"), Bounds(1000, 5.0, True)).reason == "too_large"
-    assert fault(server.url("/out")).reason == "bad_url"
+    assert fault(server.url("/out")).reason == fault(server.url("/broken")).reason == "bad_url"
     start = time.monotonic()
     assert fault(server.url("/drip"), Bounds(1 << 20, 0.5, True)).reason == "unreachable"
     assert time.monotonic() - start < 3
 
 
-@pytest.mark.parametrize("url", ["", "x", "ftp://a/b", "http://", "http://user:secret@a/", "http://[::1", "http://a:99999/"])
+@pytest.mark.parametrize("url", ["", "x", "ftp://a/b", "http://", "http://user:secret@a/", "http://[::1", "http://a:99999/",
+                                 "http://localhost\0x/", "http://a/\ud800", "http://\ud800/"])  # fmt: skip
 def test_what_is_no_url_of_the_web_is_not_asked(url):
     assert fault(url).reason == "bad_url"
 
@@ -268,6 +270,18 @@ def test_images_of_a_list_are_fetched_once_and_told_of(tmp_path, server, monkeyp
     kept = next(row for row in ends.values() if row["reason"] == "kept")
     assert json.loads(kept["columns"])["license"] == "CC0" and json.loads(kept["columns"])["url"].endswith(".png")
     assert prepared(keys(tmp_path, "again"), seed=5)[0].digest == made.digest
+
+
+def test_a_url_that_no_file_can_hold_is_told_with_its_line(tmp_path, server):
+    server.pages["/1.png"] = image(20, 20, seed=1)
+    (tmp_path / "in").mkdir()
+    rows = [{"url": server.url("/1.png"), "caption": "one"}, {"url": "http://a/\ud800", "caption": "two"},
+            {"url": "http://\ud800/", "caption": "three"}]  # fmt: skip
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made, _ = prepared(keys(tmp_path))
+    assert made.rows == 1 and made.meta["dropped"] == {"bad_url": 2}
+    told = {row["id"]: row["detail"] for table in reasons.ends(made) for row in table.to_pylist() if row["reason"] == "bad_url"}
+    assert set(told) == {"a.jsonl#2", "a.jsonl#3"} and r"half a surrogate pair: http://a/\ud800" in told["a.jsonl#2"]
 
 
 def test_a_list_that_cannot_be_read_or_has_no_urls_is_one_error(tmp_path, server):

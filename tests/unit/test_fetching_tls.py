@@ -30,7 +30,7 @@ def drip(handler: Handler) -> None:
 
 def test_what_drips_over_tls_ends_in_time(server):
     """In the body, in the headers, and before hands are shaken."""
-    server.pages |= {"/drip": drip, "/slow": lambda h: [h.wfile.write(b"H") or time.sleep(0.1) for _ in range(40)],
+    server.pages |= {"/drip": drip, "/slow": lambda h: [h.wfile.write(b"H") and time.sleep(0.1) for _ in range(40)],
                      "/good": b"body"}  # fmt: skip
     silent = socket.create_server(("127.0.0.1", 0))
     assert client.get(server.url("/good"), Bounds(1 << 20, 5.0, private=True)) == b"body"

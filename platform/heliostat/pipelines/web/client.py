@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import string
@@ -21,6 +22,7 @@ from urllib.parse import quote, urljoin, urlsplit
 REDIRECTS = 5
 BLOCK = 1 << 16
 PORTS = {"http": 80, "https": 443}
+CONTROL = re.compile(r"[\x00-\x20\x7f]")
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -52,11 +54,13 @@ def split(url: str) -> tuple[str, str, int, str]:
     if parts.scheme not in PORTS or not host or parts.username is not None:
         raise FetchError("bad_url", "no http or https, no host, or a user's name in it")
     path = parts.path or "/"
-    target = quote(f"{path}?{parts.query}" if parts.query else path, safe=string.punctuation)  # what is quoted stays
     try:
+        target = quote(f"{path}?{parts.query}" if parts.query else path, safe=string.punctuation)  # what is quoted stays
         host = host.encode("idna").decode() if not host.isascii() else host
     except UnicodeError as e:
-        raise FetchError("bad_url", "a host's name that is none") from e
+        raise FetchError("bad_url", "a host's name that is none, or half a surrogate pair") from e
+    if CONTROL.search(host):
+        raise FetchError("bad_url", "a host's name with white space or a control character in it")
     return parts.scheme, host.lower(), port or PORTS[parts.scheme], target
 
 
@@ -67,8 +71,16 @@ def get(url: str, bounds: Bounds) -> bytes:
         answer = _once(url, bounds, end)
         if isinstance(answer, bytes):
             return answer
-        url = urljoin(url, answer)
+        url = _joined(url, answer)
     raise FetchError("refused", f"more than {REDIRECTS} redirects")
+
+
+def _joined(url: str, place: str) -> str:
+    """Returns the URL that a redirect leads to."""
+    try:
+        return urljoin(url, place)
+    except ValueError as e:
+        raise FetchError("bad_url", f"a redirect to {place[:200]!r}: {e}") from e
 
 
 def _once(url: str, bounds: Bounds, end: float) -> bytes | str:

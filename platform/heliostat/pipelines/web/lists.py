@@ -94,10 +94,19 @@ def _row(id: str, row: Any, column: str, wanted: list[str], path: str) -> dict[s
     if not isinstance(row, dict) or column not in row:
         found = printable(", ".join(map(str, row))) if isinstance(row, dict) else "it is no object"
         raise ConfigError(f"input: {printable(path)}: has no column {column!r} of URLs (fetch.column); its columns: {found}")
-    url = row[column] if isinstance(row[column], str) else ""
+    url = _whole(row[column]) if isinstance(row[column], str) else ""
     held = {name: row[name] for name in wanted if row.get(name) is not None}
     return {"key": xxhash.xxh64_intdigest(host_of(url).encode("utf-8", "surrogatepass")), "id": id, "url": url,
             "row": json.dumps(held, default=str)}  # fmt: skip
+
+
+def _whole(url: str) -> str:
+    """Returns a URL as it is; what JSON spelled with half a surrogate pair, which no file can hold, as words that are no URL."""
+    try:
+        url.encode()
+    except UnicodeError:
+        return f"half a surrogate pair: {printable(url)}"
+    return url
 
 
 def _rows(base: Location, path: str, limit: int) -> Iterator[Any]:
