@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,12 @@ class Handler(BaseHTTPRequestHandler):
 def running(server: Server) -> Iterator[Server]:
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture
@@ -154,6 +157,20 @@ def test_a_private_address_is_not_asked_by_any_way(server):
     assert server.asked == []
 
 
+class Clock:
+    """Tells a time that goes on while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 0.0, list[float]()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
 def test_robots_txt_is_followed_and_asked_once(server):
     server.pages |= {"/robots.txt": b"User-agent: heliostat\nDisallow: /private\n\nUser-agent: *\nDisallow: /\n",
                      "/open": b"1", "/private/x": b"2"}  # fmt: skip
@@ -192,6 +209,83 @@ def test_a_host_is_asked_no_faster_than_it_wants(server, delay, pause):
         thread.join()
     assert sorted(slept) == [pause * turn for turn in range(1, 6)]
     assert sum(path != "/robots.txt" for path, _ in server.asked) == 5
+
+
+@pytest.mark.parametrize(
+    "text", ["Crawl-delay: ²", "Crawl-delay: " + "9" * 5000, "Crawl-delay: " + "9" * 400 + ".5", "\n" * 200_000]
+)
+def test_a_robots_txt_with_nonsense_in_it_stops_nothing(server, text):
+    server.pages |= {"/robots.txt": f"User-agent: *\n{text}\n".encode(), "/open": b"1"}
+    fetch, start = Fetcher(HERE, 0.0, 0, True), time.monotonic()
+    if "9" in text:
+        with pytest.raises(FetchError, match=r"asks for 1e\+09 s between requests"):
+            fetch(server.url("/open"))
+    else:
+        assert fetch(server.url("/open")) == b"1"
+    assert time.monotonic() - start < 5
+
+
+def test_robots_txt_is_read_as_the_rfc_says(server):
+    server.pages |= {"/robots.txt": b"\xef\xbb\xbfUser-agent: *\nAllow: /\nDisallow: /*.jpg$\n", "/x.jpg": b"1", "/x": b"2"}
+    fetch = Fetcher(HERE, 0.0, 0, True)
+    assert fetch(server.url("/x")) == b"2"
+    with pytest.raises(FetchError, match=r"robots\.txt of localhost does not allow it"):
+        fetch(server.url("/x.jpg"))
+
+
+@pytest.mark.parametrize(("of", "delay", "pause"), [(1, 3, 3.0), (5, 3, 15.0), (5, 0, 2.5), (5, 60, 300.0)])
+def test_tasks_share_the_delay_that_a_host_asks_for(server, of, delay, pause):
+    server.pages |= {"/robots.txt": f"User-agent: *\nCrawl-delay: {delay}\n".encode(), "/x": b"x"}
+    clock = Clock()
+    fetch = Fetcher(HERE, 0.5, 0, True, clock.sleep, clock, of)
+    assert [fetch(server.url("/x")) for _ in range(3)] == [b"x"] * 3 and clock.slept == [pause] * 3
+
+
+def test_a_redirect_is_followed_as_politely_as_a_url(server):
+    """It waits for its host's turn, whatever the port, and has its own robots.txt: rules are an origin's, the pace a host's."""
+    with running(Server()) as other:
+        other.pages |= {"/robots.txt": b"User-agent: *\nDisallow: /no\nCrawl-delay: 7\n", "/yes": b"1", "/no": b"2"}
+        server.pages |= {"/0": lambda h: h.answer(b"", 302, Location=other.url("/yes")), "/no": b"3",
+                         "/1": lambda h: h.answer(b"", 302, Location=other.url("/no")),
+                         "/far": lambda h: h.answer(b"", 302, Location=other.url("/yes", "127.0.0.1"))}  # fmt: skip
+        clock = Clock()
+        fetch = Fetcher(HERE, 2.0, 0, True, clock.sleep, clock)
+        assert fetch(server.url("/0")) == b"1"
+        assert clock.slept == [2.0, 2.0, 7.0], "robots.txt, the URL, the other robots.txt, what the redirect leads to"
+        with pytest.raises(FetchError, match=r"robots\.txt of localhost does not allow it"):
+            fetch(server.url("/1"))
+        assert fetch(server.url("/no")) == b"3", "its own robots.txt, of another port, says nothing"
+        assert [path for path, _ in other.asked] == ["/robots.txt", "/yes"]
+        assert clock.slept[3:] == [7.0, 7.0]
+        assert fetch(server.url("/far")) == b"1" and clock.slept[5:] == [7.0, 7.0], "another host's turn: robots.txt at once"
+        other.pages["/away"] = lambda h: h.answer(b"", 302, Location="http://[x")
+        with pytest.raises(FetchError, match="bad_url"):
+            fetch(other.url("/away"))
+
+
+def test_a_robots_txt_may_lie_elsewhere_and_hosts_that_point_to_each_other_end(server):
+    with running(Server()) as other:
+        server.pages |= {"/robots.txt": lambda h: h.answer(b"", 301, Location=other.url("/robots.txt")), "/x": b"1"}
+        other.pages |= {"/robots.txt": b"User-agent: *\nDisallow: /private\n", "/x": b"2"}
+        fetch = Fetcher(HERE, 0.0, 0, True)
+        assert fetch(server.url("/x")) == b"1"
+        with pytest.raises(FetchError, match="does not allow it"):
+            fetch(server.url("/private"))
+        other.pages["/robots.txt"] = lambda h: h.answer(b"", 301, Location=server.url("/robots.txt"))
+        fetch = Fetcher(HERE, 0.0, 0, True)
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(fetch, place.url("/x")) for place in (server, other)]
+            assert [f.result(30) for f in found] == [b"1", b"2"], "redirects without end are no robots.txt (RFC 9309)"
+
+
+def test_waiting_for_a_turn_takes_nothing_of_a_requests_seconds(server):
+    server.pages |= {"/hop": lambda h: h.answer(b"", 302, Location="/x"), "/x": b"1"}
+    assert Fetcher(Bounds(1000, 1.0, True), 1.2, 0, False)(server.url("/hop")) == b"1"
+
+
+def test_a_host_of_ipv6_has_a_robots_txt():
+    with pytest.raises(FetchError, match="::1 is at ::1"):
+        Fetcher(Bounds(1000, 5.0), 0.0, 0, True)("http://[::1]:9/x")
 
 
 def test_what_is_not_there_just_now_is_asked_for_again(server):

@@ -15,6 +15,7 @@ import ssl
 import string
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -64,13 +65,19 @@ def split(url: str) -> tuple[str, str, int, str]:
     return parts.scheme, host.lower(), port or PORTS[parts.scheme], target
 
 
-def get(url: str, bounds: Bounds) -> bytes:
-    """Returns the body that a URL has, behind at most REDIRECTS redirects; FetchError if there is none."""
-    end = time.monotonic() + bounds.seconds
+def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: None) -> bytes:
+    """Returns the body that a URL has, behind at most REDIRECTS redirects; FetchError if there is none.
+
+    `before` is called with each URL that is asked, and may wait, which takes nothing of the seconds.
+    """
+    left = bounds.seconds
     for _ in range(REDIRECTS + 1):
-        answer = _once(url, bounds, end)
+        before(url)
+        start = time.monotonic()
+        answer = _once(url, bounds, start + left)
         if isinstance(answer, bytes):
             return answer
+        left -= time.monotonic() - start
         url = _joined(url, answer)
     raise FetchError("refused", f"more than {REDIRECTS} redirects")
 
