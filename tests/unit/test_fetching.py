@@ -21,6 +21,7 @@ from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines.web import client, lists
 from heliostat.pipelines.web.client import Bounds, FetchError
 from heliostat.pipelines.web.polite import Fetcher
+from heliostat.storage import Location
 
 from tests.unit.build_curation import KilledError
 from tests.unit.build_images import Here, image, prepared
@@ -319,6 +320,23 @@ def test_groups_of_hosts_make_tasks_that_hold_each_once(counts):
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(found))
     assert all(number <= lists.URLS * of for number, (_, _, of) in zip(held, found, strict=True))
     assert all(high - low == 1 for low, high, of in found if of > 1)
+
+
+@pytest.mark.parametrize("of", [1, 3, 10])
+def test_a_task_of_a_huge_host_holds_its_own_rows_alone(tmp_path, monkeypatch, of):
+    """Together the tasks have each row once, and as many as each other, whatever files the rows lie in."""
+    held, place, join = list[int](), Location(str(tmp_path / "spill")), pa.concat_tables
+    monkeypatch.setattr(pa, "concat_tables", lambda tables: held.append(len(made := join(tables))) or made)
+    names, whole = list[str](), {"low": 0, "high": 1 << 64}
+    (tmp_path / "in").mkdir()
+    for file, count in enumerate((5, 1, 17, 2)):
+        rows = [json.dumps({"url": f"http://a/{file}/{n}"}) for n in range(count)]
+        (tmp_path / "in" / f"{file}.jsonl").write_text("\n".join(rows))
+        names += lists.listed(place, f"{file}.jsonl", str(tmp_path / "in"), "url", [], 1 << 20)["files"]
+    held.clear()
+    parts = [[row["id"] for row in lists.rows(place, {**whole, "part": part, "of": of}, names)] for part in range(of)]
+    assert len(set(itertools.chain(*parts))) == sum(map(len, parts)) == 25 and all(part == sorted(part) for part in parts)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1 and held == list(map(len, parts))
 
 
 def make_lists(folder: Path, server: Server, count: int) -> list[dict[str, Any]]:

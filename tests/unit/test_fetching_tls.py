@@ -7,7 +7,7 @@ import pytest
 from heliostat.pipelines.web import client
 from heliostat.pipelines.web.client import Bounds, FetchError
 
-from tests.unit.build_tls import Secure, signed
+from tests.unit.build_tls import UNNAMED, Secure, signed
 from tests.unit.test_fetching import Handler, running
 
 
@@ -40,3 +40,10 @@ def test_what_drips_over_tls_ends_in_time(server):
             client.get(url, Bounds(1 << 20, 1.0, private=True))
         assert time.monotonic() - start < 2.5
     silent.close()
+
+
+def test_a_certificate_for_other_hosts_is_no_answer(server):
+    server.pages["/good"] = b"body"
+    with pytest.raises(FetchError, match="CERTIFICATE_VERIFY_FAILED"):
+        client.get(server.url("/good", UNNAMED), Bounds(1 << 20, 5.0, private=True))
+    assert server.asked == []

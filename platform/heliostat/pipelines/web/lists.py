@@ -133,8 +133,17 @@ def _lines(text: Iterable[str]) -> Iterator[Any]:
 
 def rows(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[dict[str, Any]]:
     """Yields the rows of a task, in order: `id`, `url` and `row`."""
-    tables = [t for name in names for t in spill.read(folder, name, task["low"], task["high"])]
-    table = pa.concat_tables([ROWS.empty_table(), *tables]).sort_by([("key", "ascending"), ("id", "ascending")])
-    mine = table.take(pa.array(range(task["part"], len(table), task["of"]), pa.int64()))
+    mine = pa.concat_tables([ROWS.empty_table(), *_dealt(folder, task, names)]).sort_by(
+        [("key", "ascending"), ("id", "ascending")]
+    )
     for batch in mine.to_batches(1024):
         yield from batch.to_pylist()
+
+
+def _dealt(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[pa.Table]:
+    """Yields the rows that are dealt to a task: each `of`-th of those that its range of groups has, in the order of the files."""
+    seen = 0
+    for name in names:
+        for table in spill.read(folder, name, task["low"], task["high"]):
+            yield table.take(pa.array(range((task["part"] - seen) % task["of"], len(table), task["of"]), pa.int64()))
+            seen += len(table)
