@@ -264,6 +264,18 @@ def test_a_redirect_is_followed_as_politely_as_a_url(server):
             fetch(other.url("/away"))
 
 
+def test_the_host_that_a_redirect_leads_to_has_the_rest_that_it_asks_for(server):
+    tries = itertools.count()
+
+    def busy(handler: Handler) -> None:
+        first = next(tries) == 0
+        handler.answer(b"" if first else b"1", 503 if first else 200, Retry_After="7")
+
+    server.pages |= {"/hop": lambda h: h.answer(b"", 302, Location=server.url("/busy", "127.0.0.1")), "/busy": busy}
+    clock = Clock()
+    assert Fetcher(HERE, 1.0, 1, False, clock.sleep, clock)(server.url("/hop")) == b"1" and clock.slept == [1.0, 6.0]
+
+
 def test_a_robots_txt_may_lie_elsewhere_and_hosts_that_point_to_each_other_end(server):
     with running(Server()) as other:
         server.pages |= {"/robots.txt": lambda h: h.answer(b"", 301, Location=other.url("/robots.txt")), "/x": b"1"}
