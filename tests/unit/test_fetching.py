@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines.web import client, lists
 from heliostat.pipelines.web.client import Bounds, FetchError
 from heliostat.pipelines.web.polite import Fetcher
+from heliostat.storage import Location
 
 from tests.unit.build_curation import KilledError
 from tests.unit.build_images import Here, image, prepared
@@ -76,10 +78,12 @@ class Handler(BaseHTTPRequestHandler):
 def running(server: Server) -> Iterator[Server]:
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture
@@ -111,6 +115,7 @@ def test_a_body_is_got_within_its_bounds(server):
         "/chunks": lambda h: h.answer(b"4\r\nbody\r\n0\r\n\r\n", Transfer_Encoding="chunked"), "/drip": drip,
         "/huge": lambda h: h.answer(b"x" * 100, Content_Length=str(1 << 40)), "/more": lambda h: h.answer(b"x" * 2000),
         "/out": lambda h: h.answer(b"", 302, Location="file:///etc/passwd"),
+        "/broken": lambda h: h.answer(b"", 302, Location="http://[x"),
     }  # fmt: skip
     assert client.get(server.url("/good"), HERE) == client.get(server.url("/hop"), HERE) == b"body"
     assert client.get(server.url("/a b"), HERE) == client.get(server.url("/a%20b"), HERE) == b"quoted"
@@ -119,13 +124,14 @@ def test_a_body_is_got_within_its_bounds(server):
     assert fault(server.url("/lies")).reason == "unreachable" and fault(server.url("/lies")).again
     assert fault(server.url("/huge")).reason == "too_large"
     assert fault(server.url("/more"), Bounds(1000, 5.0, True)).reason == "too_large"
-    assert fault(server.url("/out")).reason == "bad_url"
+    assert fault(server.url("/out")).reason == fault(server.url("/broken")).reason == "bad_url"
     start = time.monotonic()
     assert fault(server.url("/drip"), Bounds(1 << 20, 0.5, True)).reason == "unreachable"
     assert time.monotonic() - start < 3
 
 
-@pytest.mark.parametrize("url", ["", "x", "ftp://a/b", "http://", "http://user:secret@a/", "http://[::1", "http://a:99999/"])
+@pytest.mark.parametrize("url", ["", "x", "ftp://a/b", "http://", "http://user:secret@a/", "http://[::1", "http://a:99999/",
+                                 "http://localhost\0x/", "http://a/\ud800", "http://\ud800/"])  # fmt: skip
 def test_what_is_no_url_of_the_web_is_not_asked(url):
     assert fault(url).reason == "bad_url"
 
@@ -150,6 +156,20 @@ def test_a_private_address_is_not_asked_by_any_way(server):
         found = fault(f"http://{host}:{port}/", Bounds(1000, 5.0))
         assert found.reason in ("private_address", "unreachable") and (host != "127.0.0.1" or found.reason == "private_address")
     assert server.asked == []
+
+
+class Clock:
+    """Tells a time that goes on while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 0.0, list[float]()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
 
 
 def test_robots_txt_is_followed_and_asked_once(server):
@@ -192,6 +212,95 @@ def test_a_host_is_asked_no_faster_than_it_wants(server, delay, pause):
     assert sum(path != "/robots.txt" for path, _ in server.asked) == 5
 
 
+@pytest.mark.parametrize(
+    "text", ["Crawl-delay: ²", "Crawl-delay: " + "9" * 5000, "Crawl-delay: " + "9" * 400 + ".5", "\n" * 200_000]
+)
+def test_a_robots_txt_with_nonsense_in_it_stops_nothing(server, text):
+    server.pages |= {"/robots.txt": f"User-agent: *\n{text}\n".encode(), "/open": b"1"}
+    fetch, start = Fetcher(HERE, 0.0, 0, True), time.monotonic()
+    if "9" in text:
+        with pytest.raises(FetchError, match=r"asks for 1e\+09 s between requests"):
+            fetch(server.url("/open"))
+    else:
+        assert fetch(server.url("/open")) == b"1"
+    assert time.monotonic() - start < 5
+
+
+def test_robots_txt_is_read_as_the_rfc_says(server):
+    server.pages |= {"/robots.txt": b"\xef\xbb\xbfUser-agent: *\nAllow: /\nDisallow: /*.jpg$\n", "/x.jpg": b"1", "/x": b"2"}
+    fetch = Fetcher(HERE, 0.0, 0, True)
+    assert fetch(server.url("/x")) == b"2"
+    with pytest.raises(FetchError, match=r"robots\.txt of localhost does not allow it"):
+        fetch(server.url("/x.jpg"))
+
+
+@pytest.mark.parametrize(("of", "delay", "pause"), [(1, 3, 3.0), (5, 3, 15.0), (5, 0, 2.5), (5, 60, 300.0)])
+def test_tasks_share_the_delay_that_a_host_asks_for(server, of, delay, pause):
+    server.pages |= {"/robots.txt": f"User-agent: *\nCrawl-delay: {delay}\n".encode(), "/x": b"x"}
+    clock = Clock()
+    fetch = Fetcher(HERE, 0.5, 0, True, clock.sleep, clock, of)
+    assert [fetch(server.url("/x")) for _ in range(3)] == [b"x"] * 3 and clock.slept == [pause] * 3
+
+
+def test_a_redirect_is_followed_as_politely_as_a_url(server):
+    """It waits for its host's turn, whatever the port, and has its own robots.txt: rules are an origin's, the pace a host's."""
+    with running(Server()) as other:
+        other.pages |= {"/robots.txt": b"User-agent: *\nDisallow: /no\nCrawl-delay: 7\n", "/yes": b"1", "/no": b"2"}
+        server.pages |= {"/0": lambda h: h.answer(b"", 302, Location=other.url("/yes")), "/no": b"3",
+                         "/1": lambda h: h.answer(b"", 302, Location=other.url("/no")),
+                         "/far": lambda h: h.answer(b"", 302, Location=other.url("/yes", "127.0.0.1"))}  # fmt: skip
+        clock = Clock()
+        fetch = Fetcher(HERE, 2.0, 0, True, clock.sleep, clock)
+        assert fetch(server.url("/0")) == b"1"
+        assert clock.slept == [2.0, 2.0, 7.0], "robots.txt, the URL, the other robots.txt, what the redirect leads to"
+        with pytest.raises(FetchError, match=r"robots\.txt of localhost does not allow it"):
+            fetch(server.url("/1"))
+        assert fetch(server.url("/no")) == b"3", "its own robots.txt, of another port, says nothing"
+        assert [path for path, _ in other.asked] == ["/robots.txt", "/yes"]
+        assert clock.slept[3:] == [7.0, 7.0]
+        assert fetch(server.url("/far")) == b"1" and clock.slept[5:] == [7.0, 7.0], "another host's turn: robots.txt at once"
+        other.pages["/away"] = lambda h: h.answer(b"", 302, Location="http://[x")
+        with pytest.raises(FetchError, match="bad_url"):
+            fetch(other.url("/away"))
+
+
+def test_the_host_that_a_redirect_leads_to_has_the_rest_that_it_asks_for(server):
+    tries = itertools.count()
+
+    def busy(handler: Handler) -> None:
+        first = next(tries) == 0
+        handler.answer(b"" if first else b"1", 503 if first else 200, Retry_After="7")
+
+    server.pages |= {"/hop": lambda h: h.answer(b"", 302, Location=server.url("/busy", "127.0.0.1")), "/busy": busy}
+    clock = Clock()
+    assert Fetcher(HERE, 1.0, 1, False, clock.sleep, clock)(server.url("/hop")) == b"1" and clock.slept == [1.0, 6.0]
+
+
+def test_a_robots_txt_may_lie_elsewhere_and_hosts_that_point_to_each_other_end(server):
+    with running(Server()) as other:
+        server.pages |= {"/robots.txt": lambda h: h.answer(b"", 301, Location=other.url("/robots.txt")), "/x": b"1"}
+        other.pages |= {"/robots.txt": b"User-agent: *\nDisallow: /private\n", "/x": b"2"}
+        fetch = Fetcher(HERE, 0.0, 0, True)
+        assert fetch(server.url("/x")) == b"1"
+        with pytest.raises(FetchError, match="does not allow it"):
+            fetch(server.url("/private"))
+        other.pages["/robots.txt"] = lambda h: h.answer(b"", 301, Location=server.url("/robots.txt"))
+        fetch = Fetcher(HERE, 0.0, 0, True)
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(fetch, place.url("/x")) for place in (server, other)]
+            assert [f.result(30) for f in found] == [b"1", b"2"], "redirects without end are no robots.txt (RFC 9309)"
+
+
+def test_waiting_for_a_turn_takes_nothing_of_a_requests_seconds(server):
+    server.pages |= {"/hop": lambda h: h.answer(b"", 302, Location="/x"), "/x": b"1"}
+    assert Fetcher(Bounds(1000, 1.0, True), 1.2, 0, False)(server.url("/hop")) == b"1"
+
+
+def test_a_host_of_ipv6_has_a_robots_txt():
+    with pytest.raises(FetchError, match="::1 is at ::1"):
+        Fetcher(Bounds(1000, 5.0), 0.0, 0, True)("http://[::1]:9/x")
+
+
 def test_what_is_not_there_just_now_is_asked_for_again(server):
     tries, slept = Counter[str](), list[float]()
 
@@ -223,6 +332,23 @@ def test_groups_of_hosts_make_tasks_that_hold_each_once(counts):
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(found))
     assert all(number <= lists.URLS * of for number, (_, _, of) in zip(held, found, strict=True))
     assert all(high - low == 1 for low, high, of in found if of > 1)
+
+
+@pytest.mark.parametrize("of", [1, 3, 10])
+def test_a_task_of_a_huge_host_holds_its_own_rows_alone(tmp_path, monkeypatch, of):
+    """Together the tasks have each row once, and as many as each other, whatever files the rows lie in."""
+    held, place, join = list[int](), Location(str(tmp_path / "spill")), pa.concat_tables
+    monkeypatch.setattr(pa, "concat_tables", lambda tables: held.append(len(made := join(tables))) or made)
+    names, whole = list[str](), {"low": 0, "high": 1 << 64}
+    (tmp_path / "in").mkdir()
+    for file, count in enumerate((5, 1, 17, 2)):
+        rows = [json.dumps({"url": f"http://a/{file}/{n}"}) for n in range(count)]
+        (tmp_path / "in" / f"{file}.jsonl").write_text("\n".join(rows))
+        names += lists.listed(place, f"{file}.jsonl", str(tmp_path / "in"), "url", [], 1 << 20)["files"]
+    held.clear()
+    parts = [[row["id"] for row in lists.rows(place, {**whole, "part": part, "of": of}, names)] for part in range(of)]
+    assert len(set(itertools.chain(*parts))) == sum(map(len, parts)) == 25 and all(part == sorted(part) for part in parts)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1 and held == list(map(len, parts))
 
 
 def make_lists(folder: Path, server: Server, count: int) -> list[dict[str, Any]]:
@@ -268,6 +394,18 @@ def test_images_of_a_list_are_fetched_once_and_told_of(tmp_path, server, monkeyp
     kept = next(row for row in ends.values() if row["reason"] == "kept")
     assert json.loads(kept["columns"])["license"] == "CC0" and json.loads(kept["columns"])["url"].endswith(".png")
     assert prepared(keys(tmp_path, "again"), seed=5)[0].digest == made.digest
+
+
+def test_a_url_that_no_file_can_hold_is_told_with_its_line(tmp_path, server):
+    server.pages["/1.png"] = image(20, 20, seed=1)
+    (tmp_path / "in").mkdir()
+    rows = [{"url": server.url("/1.png"), "caption": "one"}, {"url": "http://a/\ud800", "caption": "two"},
+            {"url": "http://\ud800/", "caption": "three"}]  # fmt: skip
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made, _ = prepared(keys(tmp_path))
+    assert made.rows == 1 and made.meta["dropped"] == {"bad_url": 2}
+    told = {row["id"]: row["detail"] for table in reasons.ends(made) for row in table.to_pylist() if row["reason"] == "bad_url"}
+    assert set(told) == {"a.jsonl#2", "a.jsonl#3"} and r"half a surrogate pair: http://a/\ud800" in told["a.jsonl#2"]
 
 
 def test_a_list_that_cannot_be_read_or_has_no_urls_is_one_error(tmp_path, server):

@@ -75,6 +75,8 @@ def test_a_photo_is_turned_as_its_exif_says():
         (Raw("a", image(20, 50), "x"), {"max_aspect": 2.5}, "kept"),
         (Raw("a", image(20, 20), "abc"), {"min_caption": 4}, "caption_short"),
         (Raw("a", image(20, 20), "abc"), {"max_caption": 2}, "caption_long"),
+        (Raw("a", image(20, 20), "a\ud800c"), {}, "not_utf8"),
+        (Raw("a", image(20, 20), "abc", "\udc00"), {}, "not_utf8"),
         (Raw("a", image(20, 20), "abc"), {"min_caption": 3, "max_caption": 3}, "kept"),
     ],
 )

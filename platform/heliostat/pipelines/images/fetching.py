@@ -27,6 +27,7 @@ REASONS = {
     "refused": "the server answered with another status than 200, or redirected without end",
     "unreachable": "no address, no connection, or no whole answer within fetch.seconds, after all retries",
 }
+VERSION = 2  # raised when the same keys fetch other images
 
 
 class Fetch(Strict):
@@ -45,13 +46,14 @@ class Fetch(Strict):
     private: bool = False
     """Whether hosts in private networks may be asked. No list from elsewhere should be: it could name what only you can reach."""
     agent: str = Field("heliostat", min_length=1, pattern=r"^[ -~]+$")
-    """What requests call themselves; robots.txt is read for it. Name your own, with an address to write to."""
+    """What requests call themselves; robots.txt is read for its name, which ends at a slash or a blank. Name your own, with an
+    address to write to."""
     threads: int = Field(8, ge=1, le=256)
     """Requests that a task has under way."""
 
     def identity(self) -> dict[str, Any]:
-        """Returns what decides which images are fetched; the pace and patience do not."""
-        return self.model_dump(mode="json", include={"column", "robots", "private", "agent"})
+        """Returns what decides which images are fetched, VERSION too; the pace and patience do not."""
+        return {"version": VERSION, **self.model_dump(mode="json", include={"column", "robots", "private", "agent"})}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Fetching:
         """Yields the images of a task's URLs, or why there is none."""
         told = self.config
         bounds = Bounds(self.bytes, told.seconds, told.private, told.agent)
-        fetcher = Fetcher(bounds, task["of"] / told.per_second, told.retries, told.robots)
+        fetcher = Fetcher(bounds, 1 / told.per_second, told.retries, told.robots, of=task["of"])
         with ThreadPoolExecutor(told.threads) as pool:
             waiting = deque[tuple[dict[str, Any], Future[bytes]]]()
             for row in lists.rows(folder, task, names):

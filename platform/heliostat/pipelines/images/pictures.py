@@ -25,6 +25,7 @@ REASONS = {
     "outside": "a file_name or a link that leads out of the input",
     "no_image": "a caption without an image",
     "no_caption": "an image without a caption",
+    "not_utf8": "a caption or a label with half a surrogate pair, which JSON can spell and no shard can hold",
     "undecodable": "bytes that are no whole PNG, JPEG or WebP",
     "too_small": "a side below min_side",
     "aspect": "longer than max_aspect times its width, or the other way about",
@@ -121,6 +122,10 @@ def clean(raw: Raw, rules: Rules) -> str | Dropped:
         return Dropped(raw.id, "no_image")
     if not caption:
         return Dropped(raw.id, "no_caption")
+    try:
+        f"{caption}{raw.label}".encode()
+    except UnicodeError:
+        return Dropped(raw.id, "not_utf8")
     if len(caption) < rules.min_caption:
         return Dropped(raw.id, "caption_short")
     if rules.max_caption is not None and len(caption) > rules.max_caption:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import string
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -21,6 +23,7 @@ from urllib.parse import quote, urljoin, urlsplit
 REDIRECTS = 5
 BLOCK = 1 << 16
 PORTS = {"http": 80, "https": 443}
+CONTROL = re.compile(r"[\x00-\x20\x7f]")
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -52,23 +55,39 @@ def split(url: str) -> tuple[str, str, int, str]:
     if parts.scheme not in PORTS or not host or parts.username is not None:
         raise FetchError("bad_url", "no http or https, no host, or a user's name in it")
     path = parts.path or "/"
-    target = quote(f"{path}?{parts.query}" if parts.query else path, safe=string.punctuation)  # what is quoted stays
     try:
+        target = quote(f"{path}?{parts.query}" if parts.query else path, safe=string.punctuation)  # what is quoted stays
         host = host.encode("idna").decode() if not host.isascii() else host
     except UnicodeError as e:
-        raise FetchError("bad_url", "a host's name that is none") from e
+        raise FetchError("bad_url", "a host's name that is none, or half a surrogate pair") from e
+    if CONTROL.search(host):
+        raise FetchError("bad_url", "a host's name with white space or a control character in it")
     return parts.scheme, host.lower(), port or PORTS[parts.scheme], target
 
 
-def get(url: str, bounds: Bounds) -> bytes:
-    """Returns the body that a URL has, behind at most REDIRECTS redirects; FetchError if there is none."""
-    end = time.monotonic() + bounds.seconds
+def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: None) -> bytes:
+    """Returns the body that a URL has, behind at most REDIRECTS redirects; FetchError if there is none.
+
+    `before` is called with each URL that is asked, and may wait, which takes nothing of the seconds.
+    """
+    left = bounds.seconds
     for _ in range(REDIRECTS + 1):
-        answer = _once(url, bounds, end)
+        before(url)
+        start = time.monotonic()
+        answer = _once(url, bounds, start + left)
         if isinstance(answer, bytes):
             return answer
-        url = urljoin(url, answer)
+        left -= time.monotonic() - start
+        url = _joined(url, answer)
     raise FetchError("refused", f"more than {REDIRECTS} redirects")
+
+
+def _joined(url: str, place: str) -> str:
+    """Returns the URL that a redirect leads to."""
+    try:
+        return urljoin(url, place)
+    except ValueError as e:
+        raise FetchError("bad_url", f"a redirect to {place[:200]!r}: {e}") from e
 
 
 def _once(url: str, bounds: Bounds, end: float) -> bytes | str:
@@ -104,6 +123,8 @@ def _body(answer: http.client.HTTPResponse, limit: int, end: float) -> bytes:
         found += block
         if len(found) > limit:
             raise FetchError("too_large", f"more than {limit:,} bytes")
+        if time.monotonic() >= end:
+            break
     if answer.length or time.monotonic() >= end:
         raise FetchError("unreachable", "the body ended early", again=True)
     return bytes(found)
@@ -155,9 +176,11 @@ class _Connection(http.client.HTTPConnection):
                 sock.close()
                 fault = e
                 continue
-            self.timer = threading.Timer(max(0.0, self.end - time.monotonic()), _cut, [sock])
+            self.sock = _wrapped(sock, self.host) if self.secure else sock
+            self.timer = threading.Timer(max(0.0, self.end - time.monotonic()), _cut, [self.sock])
             self.timer.start()
-            self.sock = ssl.create_default_context().wrap_socket(sock, server_hostname=self.host) if self.secure else sock
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.do_handshake()
             return
         raise fault
 
@@ -168,6 +191,12 @@ class _Connection(http.client.HTTPConnection):
         self.close()
 
 
+def _wrapped(sock: socket.socket, host: str) -> ssl.SSLSocket:
+    """Makes the socket one of TLS, which takes the connection from it; hands are not shaken yet."""
+    return ssl.create_default_context().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+
+
 def _cut(sock: socket.socket) -> None:
+    """Ends the connection under a socket, not its TLS: what another thread reads from it stays encrypted."""
     with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)

@@ -1,108 +1,124 @@
 """Fetches URLs as their hosts ask for: what robots.txt allows, so many a second, later where a host says so.
 
 A fetcher belongs to one task, and a host's URLs to tasks that share its pace, so that nothing needs to be agreed on between
-nodes. robots.txt is read once for each host and task (RFC 9309: one that is missing allows all, one that cannot be had nothing).
+nodes. robots.txt is read once for each origin and task (RFC 9309: one that is missing allows all, one that cannot be had
+nothing). What a redirect leads to is asked by the same rules.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import ceil
 from urllib.parse import urlsplit
-from urllib.robotparser import RobotFileParser
 
+from heliostat.pipelines.web import robots
 from heliostat.pipelines.web.client import Bounds, FetchError, get, split
 
 ROBOTS_BYTES = 512 << 10  # RFC 9309 asks for 500 KiB
-DELAY = re.compile(r"(?im)^(\s*crawl-delay\s*:\s*)(\d*\.\d+)")
 LONGEST_S = 60.0  # that a host may ask for between two requests; what it wants more than that is not fetched from it
 
 
 @dataclass
 class Host:
-    """Keeps a host's rules, and when it may be asked next."""
+    """Keeps when a host may be asked next, by whatever port."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    rules: RobotFileParser | None = None
-    closed: FetchError | None = None
-    pause: float = 0.0
+    pause: float
     next: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass
+class Origin:
+    """Keeps the rules of a scheme, host and port."""
+
+    rules: robots.Rules | None = None
+    closed: FetchError | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Fetcher:
-    """Fetches URLs from any number of threads; `pause` seconds, at least, lie between two requests to one host."""
+    """Fetches URLs from any number of threads; `pause` seconds, at least, lie between two requests to one host.
+
+    `of` fetchers share that pace, and the one that a host's robots.txt asks for: each waits so many times as long.
+    """
 
     def __init__(self, bounds: Bounds, pause: float, retries: int, robots: bool, sleep: Callable[[float], None] = time.sleep,
-                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
-        self.bounds, self.pause, self.retries, self.robots = bounds, pause, retries, robots
+                 clock: Callable[[], float] = time.monotonic, of: int = 1) -> None:  # fmt: skip
+        self.bounds, self.pause, self.retries, self.robots, self.of = bounds, pause * of, retries, robots, of
         self.sleep, self.clock = sleep, clock
         self.hosts: dict[str, Host] = {}
+        self.origins: dict[str, Origin] = {}
         self.lock = threading.Lock()
 
     def __call__(self, url: str) -> bytes:
         """Returns what a URL has; FetchError, after so many retries, if it has nothing."""
-        scheme, name, port, _ = split(url)
-        base = f"{scheme}://{name}:{port}"
-        with self.lock:
-            host = self.hosts.setdefault(base, Host(pause=self.pause))
-        if self.robots:
-            self._learn(host, base)
-            if host.closed:
-                raise host.closed
-            if host.rules and not host.rules.can_fetch(self.bounds.agent, url):
-                raise FetchError("robots", "robots.txt does not allow it")
+        asked = list[Host]()
         for attempt in range(self.retries + 1):
-            self._wait(host)
             try:
-                return get(url, self.bounds)
+                return get(url, self.bounds, lambda hop: asked.append(self._admitted(hop)))
             except FetchError as e:
                 if not e.again or attempt == self.retries or e.wait > LONGEST_S:
                     raise
-                with host.lock:
-                    host.next = max(host.next, self.clock() + max(e.wait, self.pause * 2**attempt))
+                with asked[-1].lock:
+                    asked[-1].next = max(asked[-1].next, self.clock() + max(e.wait, self.pause * 2**attempt))
         raise AssertionError("a loop that returns or raises")
 
-    def _wait(self, host: Host) -> None:
-        """Waits for the host's turn."""
+    def _admitted(self, url: str) -> Host:
+        """Waits until a URL may be asked and returns its host; FetchError if it may not."""
+        scheme, name, port, target = split(url)
+        if self.robots:
+            base = f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
+            with self.lock:
+                origin = self.origins.setdefault(base, Origin())
+            self._learn(origin, base)
+            if origin.closed:
+                raise origin.closed
+            if origin.rules and not origin.rules.allow(target):
+                raise FetchError("robots", f"robots.txt of {name} does not allow it")
+        return self._wait(url)
+
+    def _wait(self, url: str) -> Host:
+        """Waits for a turn at the host of a URL, and returns it."""
+        host = self._host(split(url)[1])
         with host.lock:
             now = self.clock()
             turn = max(now, host.next)
             host.next = turn + host.pause
         if turn > now:
             self.sleep(turn - now)
+        return host
 
-    def _learn(self, host: Host, base: str) -> None:
-        """Reads the host's robots.txt, once."""
-        with host.lock:
-            if host.rules or host.closed:
+    def _host(self, name: str) -> Host:
+        with self.lock:
+            return self.hosts.setdefault(name, Host(self.pause))
+
+    def _learn(self, origin: Origin, base: str) -> None:
+        """Reads the origin's robots.txt, once; what it redirects to waits for its turn, and is bound by no other robots.txt."""
+        with origin.lock:
+            if origin.rules or origin.closed:
                 return
-            rules = RobotFileParser()
+            name, rules = split(base)[1], robots.Rules()
+            bounds = Bounds(ROBOTS_BYTES, self.bounds.seconds, self.bounds.private, self.bounds.agent)
             try:
-                text = get(
-                    f"{base}/robots.txt", Bounds(ROBOTS_BYTES, self.bounds.seconds, self.bounds.private, self.bounds.agent)
-                )
-                rules.parse(_whole(text.decode("utf-8", "replace")).splitlines())
+                rules = robots.parse(get(f"{base}/robots.txt", bounds, self._wait), self.bounds.agent)
             except FetchError as e:
                 if e.reason == "private_address":
-                    host.closed = e
-                elif e.reason == "refused" and not e.again:
-                    rules.parse([])
-                else:
-                    host.closed = FetchError("robots", f"robots.txt cannot be had ({e.reason}: {e.detail})")
-            delay = float(rules.crawl_delay(self.bounds.agent) or 0.0)
-            if delay > LONGEST_S:
-                host.closed = FetchError("robots", f"robots.txt asks for {delay:g} s between requests")
-            host.rules, host.pause = rules, max(host.pause, delay)
-            host.next = self.clock() + host.pause
+                    origin.closed = e
+                elif e.reason != "refused" or e.again:
+                    origin.closed = FetchError("robots", f"robots.txt of {name} cannot be had ({e.reason}: {e.detail})")
+            if rules.delay > LONGEST_S:
+                origin.closed = FetchError("robots", f"robots.txt of {name} asks for {rules.delay:g} s between requests")
+            else:
+                self._slow(self._host(name), rules.delay)
+            origin.rules = rules
 
-
-def _whole(text: str) -> str:
-    """Rounds the seconds of crawl delays up: the standard library's parser passes over those with a fraction."""
-    return DELAY.sub(lambda found: f"{found[1]}{ceil(float(found[2]))}", text)
+    def _slow(self, host: Host, delay: float) -> None:
+        """Lets so many seconds, at least, lie between the requests of all that share a host, from now on."""
+        with host.lock:
+            host.pause = max(host.pause, delay * self.of)
+            host.next = max(host.next, self.clock() + host.pause)
 
 
 def host_of(url: str) -> str:

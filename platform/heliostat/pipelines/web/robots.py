@@ -1,0 +1,114 @@
+"""Reads robots.txt as RFC 9309 says: groups of one agent are one, the longest rule that matches wins, `*` and `$` are wild.
+
+`Crawl-delay` is not in the RFC: it is a rule of its group here, so that agents named behind one begin another group.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import quote
+
+TOKEN = re.compile(r"[^/\s]*")
+OCTET = re.compile("%([0-9A-Fa-f]{2})")
+UNRESERVED = string.ascii_letters + string.digits + "-._~"
+SAFE = "%:/?#[]@!&'()+,;="  # `*` and `$`, which are wild in a pattern, are quoted in what is compared
+MOST_S = 1e9  # of a delay
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Holds a pattern as the pieces between its `*`: a target begins with the first and ends with the last."""
+
+    pieces: tuple[str, ...]
+    length: int
+    allow: bool
+
+    def matches(self, target: str) -> bool:
+        """Tells whether a target, normal, has the pieces in their order: each is looked for once, behind the one before."""
+        first, last, at = self.pieces[0], self.pieces[-1], len(self.pieces[0])
+        if len(self.pieces) == 1:
+            return target == first
+        if not target.startswith(first):
+            return False
+        for piece in self.pieces[1:-1]:
+            found = target.find(piece, at)
+            if found < 0:
+                return False
+            at = found + len(piece)
+        return target.endswith(last) and len(target) - len(last) >= at
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Holds what a robots.txt says to one agent: its rules, those that win first, and the seconds between two requests."""
+
+    rules: tuple[Rule, ...] = ()
+    delay: float = 0.0
+
+    def allow(self, target: str) -> bool:
+        """Tells whether a path, with its query, may be asked for."""
+        compared = normal(target)
+        return next((rule.allow for rule in self.rules if rule.matches(compared)), True)
+
+
+def parse(data: bytes, agent: str) -> Rules:
+    """Reads what a robots.txt says to an agent: in the groups that name it, or else in those of `*`."""
+    own, groups = token(agent), dict[str, list[tuple[str, str]]]()
+    named, naming = set[str](), False
+    for field, value in _lines(data):
+        if field == "user-agent":
+            named, naming = (named if naming else set()) | ({token(value)} & {own, "*"}), True
+            groups.update({name: [] for name in named if name not in groups})
+        elif field in ("allow", "disallow", "crawl-delay"):
+            naming = False
+            for name in named:
+                groups[name].append((field, value))
+    mine = groups.get(own, groups.get("*", []))
+    rules = (_rule(value, field == "allow") for field, value in mine if value and field != "crawl-delay")
+    delay = max((_seconds(value) for field, value in mine if field == "crawl-delay"), default=0.0)
+    return Rules(tuple(sorted(rules, key=lambda rule: (-rule.length, not rule.allow))), delay)
+
+
+def token(agent: str) -> str:
+    """Returns the name that an agent goes by in robots.txt: what is before a version or a comment, in small letters."""
+    found = TOKEN.match(agent.strip())
+    return found[0].lower() if found else ""
+
+
+def normal(text: str) -> str:
+    """Quotes what a URL has to quote, and nothing that it may have as it is."""
+    return OCTET.sub(_octet, quote(text, safe=SAFE, errors="surrogateescape"))
+
+
+def _octet(found: re.Match[str]) -> str:
+    character = chr(int(found[1], 16))
+    return character if character in UNRESERVED else found[0].upper()
+
+
+def _lines(data: bytes) -> Iterable[tuple[str, str]]:
+    for line in data.removeprefix(codecs.BOM_UTF8).splitlines():
+        field, _, value = line.decode("utf-8", "surrogateescape").partition("#")[0].partition(":")
+        yield field.strip().lower(), value.strip()
+
+
+def _rule(pattern: str, allow: bool) -> Rule:
+    """Takes a pattern apart; one that does not end in `$` may go on."""
+    ends = pattern.endswith("$")
+    parts = [normal(part) for part in pattern.removesuffix("$").split("*")]
+    length = len("*".join(parts)) + ends
+    first, *others = parts if ends else [*parts, ""]
+    return Rule((first, *filter(None, others[:-1]), *others[-1:]), length, allow)
+
+
+def _seconds(value: str) -> float:
+    """Reads a delay, rounded up to seconds; 0 if it is none."""
+    try:
+        found = float(value)
+    except ValueError:
+        return 0.0
+    return float(math.ceil(min(found, MOST_S))) if found > 0 else 0.0
