@@ -10,6 +10,8 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator
 
+from heliostat.errors import ConfigError
+
 Span = tuple[int, int]
 
 _EMAIL = re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])")
@@ -20,6 +22,7 @@ _PHONE = re.compile(r"(?<![\w.+-])(?:\+|00)?\(?\d(?:[ ().\-/]{0,2}\d){6,16}(?!\w
 _CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w.-]?\d)")
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?=[ A-Z0-9])")
 _NINES = (13, 15, 16, 19)  # lengths of card numbers
+OTHER_NAMES = {"UK": "GB", "USA": "US"}
 FEWEST = 7  # digits of a phone number
 _IBAN_LENGTHS = {
     "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28, "CH": 21,
@@ -95,6 +98,17 @@ def ibans(text: str) -> Iterator[Span]:
         whole = len(characters) == length and not (at < len(text) and text[at].isalnum())
         if whole and int("".join(str(int(c, 36)) for c in characters[4:] + characters[:4])) % 97 == 1:
             yield found.start(), at
+
+
+def require_region(region: str) -> None:
+    """Checks that phone numbers of a region are known: ConfigError if not."""
+    import phonenumbers
+
+    if region not in phonenumbers.SUPPORTED_REGIONS:
+        meant = OTHER_NAMES.get(region.upper(), region.upper())
+        known = meant in phonenumbers.SUPPORTED_REGIONS
+        hint = f"did you mean {meant!r}?" if known else "leave it out for numbers with + only"
+        raise ConfigError(f"region: {region!r} is no country's two capitals (ISO 3166), such as US; {hint}")
 
 
 def phones(region: str | None) -> Callable[[str], Iterator[Span]]:

@@ -42,7 +42,7 @@ def _drawn(what: str, seed: int) -> float:
 
 
 def place(part: Part, name: str) -> str:
-    """Names what was drawn, as the ids of its documents begin; `name` is the path of an input that is one file."""
+    """Returns the name of what was drawn, with which the ids in it begin; `name` is the path of an input that is one file."""
     path = part.path or name
     return path if part.stop is None else f"{path}@{part.start}"
 

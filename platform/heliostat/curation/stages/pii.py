@@ -18,11 +18,9 @@ from heliostat import extras
 from heliostat.curation import personal
 from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
-from heliostat.errors import ConfigError
 
 Kind = Literal["iban", "credit_card", "email", "ip", "phone"]
 ROUNDS = 8
-OTHER_NAMES = {"UK": "GB", "USA": "US"}
 ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # the first wins where two overlap
 
 
@@ -53,12 +51,8 @@ class Pii(Stage):
     def check(self) -> None:
         if "phone" in self.kinds:
             extras.require("curation", "phonenumbers", what="stage pii, kind phone")
-            from phonenumbers import SUPPORTED_REGIONS
-
-            if self.region is not None and self.region not in SUPPORTED_REGIONS:
-                meant = OTHER_NAMES.get(self.region.upper(), self.region.upper())
-                hint = f"did you mean {meant!r}?" if meant in SUPPORTED_REGIONS else "leave it out for numbers with + only"
-                raise ConfigError(f"region: {self.region!r} is no country's two capitals (ISO 3166), such as US; {hint}")
+            if self.region is not None:
+                personal.require_region(self.region)
 
     def open(self) -> Work:
         self.check()

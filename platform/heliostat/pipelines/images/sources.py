@@ -155,6 +155,7 @@ def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
             return pq.read_table(io.BytesIO(data)).to_pylist()
         text = data.decode("utf-8-sig")
         if path.endswith(".csv"):
+            csv.field_size_limit(sources.FIELD)
             return list(csv.DictReader(io.StringIO(text)))
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 STDLIB = "python:stdlib"
 SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")
+FIELD = 1 << 17  # characters of a value in a .csv that lists images or URLs; the limit is the process's, set before each is read
 AHEAD = 4 << 20  # bytes of a file that are read at a time
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # not the library itself: installed packages, tests (with data that is broken on purpose) and compiled files

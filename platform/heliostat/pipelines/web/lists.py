@@ -119,6 +119,7 @@ def _rows(base: Location, path: str, limit: int) -> Iterator[Any]:
                 for batch in opened.iter_batches(1024):
                     yield from batch.to_pylist()
                 return
+            csv.field_size_limit(sources.FIELD)
             text = io.TextIOWrapper(io.BufferedReader(file), "utf-8-sig", newline="")
             yield from csv.DictReader(text) if lower.endswith(".csv") else _lines(text)
     except sources.LeftOutError as e:
