@@ -45,7 +45,7 @@ class Embedder(Reader):
 
         return encoder.load("model", folder, **options)
 
-    def values(self, output: Any, mask: Any) -> list[np.ndarray]:
+    def values(self, output: Any, ids: Any, mask: Any) -> list[np.ndarray]:
         from heliostat.recipes.text import encoder
 
         found = encoder.pool(output.last_hidden_state.float(), mask, self.pooling).cpu().numpy()

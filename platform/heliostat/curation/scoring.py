@@ -145,10 +145,10 @@ class Reader:
         ids, mask = tensor([row.ids for row in rows], self.pad), tensor([[1] * len(row.ids) for row in rows], 0)
         types = {"token_type_ids": tensor([row.type_ids for row in rows], 0)} if self.typed else {}
         with torch.inference_mode():
-            return self.values(self.model(input_ids=ids, attention_mask=mask, **types), mask)
+            return self.values(self.model(input_ids=ids, attention_mask=mask, **types), ids, mask)
 
-    def values(self, output: Any, mask: Any) -> list[Any]:
-        """Computes a value for each row of a batch from the model's output."""
+    def values(self, output: Any, ids: Any, mask: Any) -> list[Any]:
+        """Computes a value for each row of a batch from the model's output, the tokens and which of them count."""
         raise NotImplementedError
 
 
@@ -172,8 +172,32 @@ class Scorer(Classifier):
         self.outputs = self.model.config.num_labels
         self.independent = self.model.config.problem_type == "multi_label_classification"
 
-    def values(self, output: Any, mask: Any) -> list[float]:
+    def values(self, output: Any, ids: Any, mask: Any) -> list[float]:
         logits = output.logits.float()
         if self.outputs > 1:  # of one output: a regression, such as a grade from 0 to 5
             logits = logits.sigmoid() if self.independent else logits.softmax(-1)
         return [round(value, 5) for value in logits[:, self.place].tolist()]
+
+
+class Likelihood(Reader):
+    """Measures the mean negative logarithm of the probabilities that a causal language model gives a text's tokens, behind the
+    first; not a number for one token, or none."""
+
+    def __init__(self, folder: str, max_tokens: int, batch: int) -> None:
+        super().__init__(folder, "a causal language model", max_tokens, batch)
+
+    def load(self, folder: str, **options: Any) -> Any:
+        import transformers
+
+        from heliostat.recipes.pretrained import whole
+
+        return whole("model", transformers.AutoModelForCausalLM, folder, **options)
+
+    def values(self, output: Any, ids: Any, mask: Any) -> list[float]:
+        from torch.nn.functional import cross_entropy
+
+        def mean(logits: Any, row: Any, count: int) -> float:
+            return cross_entropy(logits[: count - 1].float(), row[1:count]).item() if count > 1 else float("nan")
+
+        lengths = mask.sum(1).tolist()
+        return [mean(logits, row, count) for logits, row, count in zip(output.logits, ids, lengths, strict=True)]

@@ -53,7 +53,7 @@ class Pairs(scoring.Classifier):
         self.max_tokens = room(self.model, folder)
         self.tokenizer.enable_truncation(self.max_tokens, strategy="only_second")
 
-    def values(self, output: Any, mask: Any) -> list[float]:
+    def values(self, output: Any, ids: Any, mask: Any) -> list[float]:
         return output.logits.float()[:, 0].tolist()
 
 

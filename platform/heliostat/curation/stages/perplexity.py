@@ -1,0 +1,99 @@
+"""Drops documents by the perplexity that a language model gives them, and sorts the others into buckets of it.
+
+(CCNet: Wenzek et al. 2020, arXiv 1911.00359, sorts pages into head, middle and tail by the perplexity of a 5-gram model of
+Wikipedia. Here `model` is a local folder of a causal language model, an export of heliostat's or of others, with safetensors and
+tokenizer.json; code of the folder's is never run.) Text like that of the model's training has a low perplexity; lists, noise and
+other languages have a high one, and text that repeats itself a very low one. It is exp of the mean negative logarithm of the
+probabilities of all tokens but the first, of the first `max_tokens`; longer documents are counted. Where the cluster has GPUs,
+each has an actor that keeps the model; else CPUs compute. It does not depend on the batch, but differs in the last digits
+between devices.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from heliostat.config.schema import Float
+from heliostat.curation import scoring
+from heliostat.curation.filtering import text_of
+from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.errors import ConfigError
+
+
+class Perplexity(Stage):
+    """Drops documents by the perplexity of a language model, and tells the bucket of the others."""
+
+    gpu: ClassVar[bool] = True
+    reasons: ClassVar[dict[str, str]] = {
+        "low_perplexity": "a perplexity below min_perplexity",
+        "high_perplexity": "a perplexity above max_perplexity",
+        "too_short": "fewer than two tokens, which have no perplexity",
+    }
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"perplexity": ("min_perplexity", "max_perplexity")}
+
+    model: str = Field(min_length=1)
+    """The model's folder, which every node must reach."""
+    min_perplexity: Float | None = Field(None, ge=1)
+    """The least perplexity of a document that is kept (`low_perplexity`)."""
+    max_perplexity: Float | None = Field(None, ge=1)
+    """The largest perplexity of a document that is kept (`high_perplexity`)."""
+    buckets: list[Float] = []
+    """Where buckets end, ascending, such as [340, 900]: the column `bucket` is 0 below the first, 1 from there on, and so on."""
+    max_tokens: int = Field(512, ge=8)
+    """The tokens of a document that are looked at."""
+    batch: int = Field(4, ge=1, le=1024)
+    """Documents of about one length that are computed together; each token holds as many numbers as the vocabulary has."""
+    column: str = Field("perplexity", min_length=1)
+    """The column that the perplexity becomes."""
+    bucket_column: str = Field("bucket", min_length=1)
+    """The column that the bucket becomes."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Perplexity:
+        if self.min_perplexity is None and self.max_perplexity is None and not self.buckets:
+            raise ValueError("give min_perplexity, max_perplexity or buckets")
+        if any(low >= high for low, high in pairwise(self.buckets)):
+            raise ValueError(f"buckets: {self.buckets} must ascend")
+        if self.column == self.bucket_column:
+            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity; name another")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"model": scoring.digests(self.model)}
+
+    def check(self) -> None:
+        config = scoring.describe(self.model)
+        named = config.get("architectures") or ["none"]
+        if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
+            raise ConfigError(f"model: {self.model!r} is of {', '.join(named)}, and no causal language model; name one that is")
+        scoring.check_length(config, self.max_tokens)
+
+    def open(self) -> Work:
+        self.check()
+        measured = scoring.Likelihood(self.model, self.max_tokens, self.batch)
+
+        def work(documents: list[Document]) -> list[Outcome]:
+            found = measured([text_of(document) for document in documents])
+            return [self._outcome(document, *one) for document, one in zip(documents, found, strict=True)]
+
+        return work
+
+    def _outcome(self, document: Document, nats: float, cut: bool) -> Outcome:
+        counts = {"cut_to_max_tokens": 1} if cut else {}
+        if math.isnan(nats):
+            return Outcome(None, "too_short", counts=counts)
+        perplexity = round(math.exp(min(nats, 700.0)), 4)
+        measures = {"perplexity": perplexity}
+        if self.min_perplexity is not None and perplexity < self.min_perplexity:
+            return Outcome(None, "low_perplexity", measures=measures, counts=counts)
+        if self.max_perplexity is not None and perplexity > self.max_perplexity:
+            return Outcome(None, "high_perplexity", measures=measures, counts=counts)
+        document.columns[self.column] = perplexity
+        if self.buckets:
+            document.columns[self.bucket_column] = bisect_right(self.buckets, perplexity)
+        return Outcome(document, measures=measures, counts=counts)
