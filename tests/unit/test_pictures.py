@@ -51,6 +51,30 @@ def test_what_is_transparent_becomes_white():
     assert np.asarray(pictures.decode(out.getvalue(), 3)).min() == 255
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_of_16_bits_keeps_its_upper_byte(channels):
+    """As colours of 16 bits do, so that different images have different pixels; its transparent value is of 16 bits, too."""
+    rng = np.random.default_rng(0)
+    many = [rng.integers(300, 60000, (20, 30), np.uint16) for _ in range(2)]
+    for values in many:
+        for clear, turned in itertools.product((None, int(values[0, 0])), (1, 6)):
+            expected = (values >> 8).astype(np.uint8)
+            if clear is not None:
+                expected[values == clear] = 255
+            out, exif = io.BytesIO(), Image.Exif()
+            exif[0x0112] = turned
+            more = {} if clear is None else {"transparency": clear}
+            Image.fromarray(values).save(out, "PNG", exif=exif, **more)
+            decoded = np.asarray(pictures.decode(out.getvalue(), channels).convert("RGB"))
+            assert np.array_equal(decoded, np.dstack([np.rot90(expected, -1) if turned == 6 else expected] * 3))
+    hashes = set()
+    for values in many:
+        out = io.BytesIO()
+        Image.fromarray(values).save(out, "PNG")
+        hashes.add(pictures.prepare(Raw("a", out.getvalue(), "x"), Rules(((16, 16),), channels)).hash)
+    assert len(hashes) == 2
+
+
 def test_a_photo_is_turned_as_its_exif_says():
     out = io.BytesIO()
     exif = Image.Exif()
