@@ -4,11 +4,14 @@ import io
 import itertools
 import json
 import tarfile
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.curation.pieces import Part
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images import pictures, sources
 from heliostat.pipelines.images import tasks as image_tasks
@@ -284,6 +287,37 @@ def test_a_large_parquet_file_is_read_in_parts(tmp_path):
         {"path": "a.parquet", "bytes": size, "modified": 0, "start": start, "stop": stop, "first": 0}]}, columns))
         for start, stop in itertools.pairwise(edges)]  # fmt: skip
     assert [[r.reason for r in some] for some in broken] == [["corrupt"], [], []]
+
+
+def test_each_part_of_a_parquet_file_tells_its_own_broken_row_group(tmp_path):
+    """Whatever is the first of a part, broken or too large; what cannot be opened at all is told once."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.parquet"
+
+    def write(images: list[bytes], **more: Any) -> list[int]:
+        """Writes groups of two rows, and returns where each begins, and the file's size."""
+        pq.write_table(pa.table({"image": images, "caption": ["c"] * len(images)}), path, row_group_size=2, **more)
+        made = pq.read_metadata(path)
+        begin = [made.row_group(g).column(0) for g in range(made.num_row_groups)]
+        return [*(min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in begin), path.stat().st_size]
+
+    def parts(edges: list[int], limit: int) -> list[list[str]]:
+        asked = [Part("a.parquet", edges[-1], 0, a, b, 0) for a, b in itertools.pairwise([0, *edges[1:]])]
+        tasks = [{"kind": "archives", "parts": [asdict(part)]} for part in asked]
+        read = [sources.read(str(tmp_path), task, Columns(), sources.Limits(limit)) for task in tasks]
+        return [[getattr(r, "reason", r.id) for r in some] for some in read]
+
+    edges = write([rng.bytes(3000) for _ in range(10)], write_page_checksum=True, compression="none", use_dictionary=False,
+                  write_statistics=False)  # fmt: skip
+    data = bytearray(path.read_bytes())
+    for group in (1, 3):
+        data[edges[group] + 500] ^= 0xFF
+    path.write_bytes(data)
+    kept = [[f"a.parquet#{i}", f"a.parquet#{i + 1}"] for i in range(1, 10, 2)]
+    assert parts(edges, 1 << 20) == [kept[0], ["corrupt"], kept[2], ["corrupt"], kept[4]]
+    assert parts(edges, len(data) - 1) == [["too_large"], [], [], [], []]
+    edges = write([b"a" * size for size in (10, 10, 99_999, 99_998, 10, 10)], compression="zstd")
+    assert parts(edges, 50_000) == [kept[0], ["too_large"], kept[2]]
 
 
 def test_a_shard_is_the_same_bytes_in_whatever_order_its_images_come():

@@ -190,14 +190,16 @@ def _files(base: Location, entries: list[dict[str, Any]], limits: Limits) -> Ite
 def _archive(base: Location, part: Part, columns: Columns, limits: Limits) -> Iterator[Raw | Dropped]:
     path = part.path or base.name
     try:
-        with sources.blocks(base, part.path, limits.file) as file:
-            if path.lower().endswith(".tar"):
-                yield from read_tar(path, file, columns, limits.image)
-            else:
-                yield from read_parquet(path, pa.PythonFile(file, mode="r"), columns, limits, part)
+        opened = sources.blocks(base, part.path, limits.file)
     except sources.LeftOutError as e:
-        if part.start == 0:
+        if part.start == 0:  # told once
             yield Dropped(path, e.reason, e.detail)
+        return
+    with opened as file:
+        if path.lower().endswith(".tar"):
+            yield from read_tar(path, file, columns, limits.image)
+        else:
+            yield from read_parquet(path, pa.PythonFile(file, mode="r"), columns, limits, part)
 
 
 def digits() -> Iterator[Raw]:
@@ -210,11 +212,17 @@ def digits() -> Iterator[Raw]:
 
 
 def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limits, part: Part) -> Iterator[Raw | Dropped]:
-    """Yields the rows of a Parquet file, or of a part of it."""
-    number = total = 0
+    """Yields the rows of a Parquet file, or of a part of it. A broken footer is told once, a broken row group by its part."""
+    wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
-        wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
-        for number, row in sources.parquet_rows(file, columns.image, wanted, limits.file, part):
+        rows = sources.parquet_rows(file, columns.image, wanted, limits.file, part)
+    except (pa.ArrowException, OSError, ValueError):
+        if part.start == 0:
+            yield Dropped(path, "corrupt")
+        return
+    total = 0
+    try:
+        for number, row in rows:
             image = row.get(columns.image)
             image = image.get("bytes") if isinstance(image, dict) else image
             caption = row.get(columns.caption)
@@ -232,8 +240,9 @@ def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limit
                 columns.kept(row),
             )
     except (pa.ArrowException, OSError, ValueError):
-        if number or part.start == 0:  # a broken footer is told once
-            yield Dropped(path, "corrupt")
+        yield Dropped(path, "corrupt")
+    except sources.LeftOutError as e:
+        yield Dropped(path, e.reason, e.detail)
 
 
 def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
