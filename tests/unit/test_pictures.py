@@ -256,6 +256,52 @@ def test_webdataset_tars(tmp_path):
     assert "CORRUPT" in read(str(tmp_path / "b.tar")).values()
 
 
+@pytest.mark.parametrize("folder", ["", f"{'x' * 120}/"], ids=["short names", "long names"])
+def test_a_tar_that_stops_before_its_end_says_so(folder):
+    """At a head that is none or is cut, or without the mark at its end: what came before it is kept, what is lost is told."""
+    whole = tar([(f"{folder}{i}.{part}", body) for i in range(3) for part, body in (("png", image(9, 9)), ("txt", b"c"))])
+    with tarfile.open(fileobj=io.BytesIO(whole)) as file:
+        heads = [m.offset for m in file]
+        end = file.offset
+    broken = bytearray(whole)
+    broken[heads[4] + 150] ^= 0xFF  # its checksum
+
+    def found(data: bytes) -> list[str]:
+        made = sources.read_tar("a.tar", io.BytesIO(data), Columns())
+        return [r.reason if isinstance(r, Dropped) else r.id.rpartition("/")[2] for r in made]
+
+    assert found(whole) == found(whole[: end + 512]) == ["0", "1", "2"]
+    assert found(whole[:end]) == found(whole[: end + 100]) == found(whole[:end] + b"x" * 512) == ["0", "1", "2", "corrupt"]
+    assert found(bytes(broken)) == found(whole[: heads[4]]) == found(whole[: heads[4] + 100]) == ["0", "1", "corrupt"]
+
+
+def test_a_sample_of_a_tar_is_bounded_with_all_its_parts():
+    """And what is no part of it is not read; images of just the limit, with their words, are kept."""
+    sample = [("1.png", b"p" * 600), ("1.jpg", b"p" * 300), ("1.txt", b"c" * 100)]
+    data = tar([*sample, ("1.npy", bytes(5000)), ("2.npy", bytes(5000)), ("3.png", b"p"), ("3.txt", b"c")])
+    found = {limit: list(sources.read_tar("a.tar", io.BytesIO(data), Columns(), limit)) for limit in (1000, 999)}
+    kept, alone, last = found[1000]
+    assert kept == Raw("a.tar/1", b"p" * 600, "c" * 100) and last == Raw("a.tar/3", b"p", "c")
+    assert alone == Raw("a.tar/2", None, None), "it is told as no_image"
+    assert found[999] == [Dropped("a.tar/1", "too_large", "the part .txt"), alone, last]
+
+
+def test_names_that_are_not_utf8_end_nothing(tmp_path):
+    """In a tar an image has an id that can be stored; in a metadata file the name is one that no file has."""
+    members = [("x/caf\udce9.png", image(9, 9)), ("x/caf\udce9.txt", b"one"), ("y.png", image(9, 9)), ("y.txt", b"two")]
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    assert read(str(tmp_path / "a.tar")) == {"a.tar/x/caf\\xe9": "one|", "a.tar/y": "two|"}
+    for name in ("0.png", "\\xed\\xa0\\x80.png"):
+        (tmp_path / name).write_bytes(image(9, 9))
+    rows = [{"file_name": name, "caption": "c"} for name in ("\ud800.png", "caf\udce9.png", "0.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert read(str(tmp_path)) == {
+        "\\xed\\xa0\\x80.png": "UNREADABLE",
+        "caf\\xed\\xb3\\xa9.png": "UNREADABLE",
+        "0.png": "c|",
+    }
+
+
 def test_an_input_without_images_is_one_error(tmp_path):
     (tmp_path / "a.gif").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"1 files, none of metadata.jsonl"):

@@ -98,7 +98,7 @@ class ImagePipeline(StagedPipeline):
     max_file_bytes: int = Field(Limits.file, ge=1)
     """Input files of more bytes are left out (`too_large`)."""
     max_image_bytes: int = Field(Limits.image, ge=1)
-    """Images of more bytes, as they are stored, are left out (`too_large`)."""
+    """Images of more bytes, as they are stored, are left out (`too_large`); in a tar, with the other parts of their sample."""
     min_caption: int = Field(1, ge=1)
     """Images with captions of fewer characters are left out (`caption_short`)."""
     max_caption: int | None = Field(None, ge=1)
