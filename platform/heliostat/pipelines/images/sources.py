@@ -277,7 +277,7 @@ def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) 
                 parts[part] = found = body.read()
                 if len(found) != member.size:
                     raise tarfile.ReadError("cut short")
-            file.seek(tar.offset)  # type: ignore[attr-defined]  # where it stopped: it passes over a head that is none
+            file.seek(tar.offset)  # where it stopped: it passes over a head that is none
             end = file.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError, EOFError):
         yield Dropped(path, "corrupt")
