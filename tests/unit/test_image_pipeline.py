@@ -303,6 +303,24 @@ def test_stages_that_cannot_be_are_refused(tmp_path):
     refused("work: .* and the output .* lie in one another", work=str(tmp_path / "out" / "work"))
 
 
+def test_sizes_and_encodings_that_cannot_be_are_refused(tmp_path):
+    """No bucket of the aspect that is asked for, and grey as WebP, which stores colours alone; the least that fits is taken."""
+    make_input(tmp_path / "in", 8)
+
+    def checked(**more: Any) -> None:
+        Here.model_validate(keys(tmp_path, **more)).check()
+
+    for resolution, buckets in ((500, {"step": 64, "max_aspect": 1.1}), (100, {"step": 64, "max_aspect": 1.5})):
+        with pytest.raises(ConfigError, match=r"^buckets.max_aspect: 1.[15] allows no size of resolution .*; raise max_aspect"):
+            checked(resolution=resolution, buckets=buckets)
+    with pytest.raises(ConfigError, match=r"^encoding: webp stores no grey, and channels is 1; take png or jpeg"):
+        checked(channels=1, encoding="webp")
+    checked(resolution=512, buckets={"step": 64, "max_aspect": 1.1})
+    checked(resolution=500, buckets={"step": 64, "max_aspect": 1.2})
+    checked(channels=1, encoding="jpeg")
+    checked(channels=3, encoding="webp")
+
+
 def test_captions_that_train_the_tokenizer_may_come_in_any_order(tmp_path):
     """It is the same from other cuts of the work, whose captions come in another order."""
     make_input(tmp_path / "in")

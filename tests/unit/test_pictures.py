@@ -4,11 +4,14 @@ import io
 import itertools
 import json
 import tarfile
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.curation.pieces import Part
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images import pictures, sources
 from heliostat.pipelines.images import tasks as image_tasks
@@ -49,6 +52,30 @@ def test_what_is_transparent_becomes_white():
     out = io.BytesIO()
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(out, "PNG")
     assert np.asarray(pictures.decode(out.getvalue(), 3)).min() == 255
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_of_16_bits_keeps_its_upper_byte(channels):
+    """As colours of 16 bits do, so that different images have different pixels; its transparent value is of 16 bits, too."""
+    rng = np.random.default_rng(0)
+    many = [rng.integers(300, 60000, (20, 30), np.uint16) for _ in range(2)]
+    for values in many:
+        for clear, turned in itertools.product((None, int(values[0, 0])), (1, 6)):
+            expected = (values >> 8).astype(np.uint8)
+            if clear is not None:
+                expected[values == clear] = 255
+            out, exif = io.BytesIO(), Image.Exif()
+            exif[0x0112] = turned
+            more = {} if clear is None else {"transparency": clear}
+            Image.fromarray(values).save(out, "PNG", exif=exif, **more)
+            decoded = np.asarray(pictures.decode(out.getvalue(), channels).convert("RGB"))
+            assert np.array_equal(decoded, np.dstack([np.rot90(expected, -1) if turned == 6 else expected] * 3))
+    hashes = set()
+    for values in many:
+        out = io.BytesIO()
+        Image.fromarray(values).save(out, "PNG")
+        hashes.add(pictures.prepare(Raw("a", out.getvalue(), "x"), Rules(((16, 16),), channels)).hash)
+    assert len(hashes) == 2
 
 
 def test_a_photo_is_turned_as_its_exif_says():
@@ -229,6 +256,52 @@ def test_webdataset_tars(tmp_path):
     assert "CORRUPT" in read(str(tmp_path / "b.tar")).values()
 
 
+@pytest.mark.parametrize("folder", ["", f"{'x' * 120}/"], ids=["short names", "long names"])
+def test_a_tar_that_stops_before_its_end_says_so(folder):
+    """At a head that is none or is cut, or without the mark at its end: what came before it is kept, what is lost is told."""
+    whole = tar([(f"{folder}{i}.{part}", body) for i in range(3) for part, body in (("png", image(9, 9)), ("txt", b"c"))])
+    with tarfile.open(fileobj=io.BytesIO(whole)) as file:
+        heads = [m.offset for m in file]
+        end = file.offset
+    broken = bytearray(whole)
+    broken[heads[4] + 150] ^= 0xFF  # its checksum
+
+    def found(data: bytes) -> list[str]:
+        made = sources.read_tar("a.tar", io.BytesIO(data), Columns())
+        return [r.reason if isinstance(r, Dropped) else r.id.rpartition("/")[2] for r in made]
+
+    assert found(whole) == found(whole[: end + 512]) == ["0", "1", "2"]
+    assert found(whole[:end]) == found(whole[: end + 100]) == found(whole[:end] + b"x" * 512) == ["0", "1", "2", "corrupt"]
+    assert found(bytes(broken)) == found(whole[: heads[4]]) == found(whole[: heads[4] + 100]) == ["0", "1", "corrupt"]
+
+
+def test_a_sample_of_a_tar_is_bounded_with_all_its_parts():
+    """And what is no part of it is not read; images of just the limit, with their words, are kept."""
+    sample = [("1.png", b"p" * 600), ("1.jpg", b"p" * 300), ("1.txt", b"c" * 100)]
+    data = tar([*sample, ("1.npy", bytes(5000)), ("2.npy", bytes(5000)), ("3.png", b"p"), ("3.txt", b"c")])
+    found = {limit: list(sources.read_tar("a.tar", io.BytesIO(data), Columns(), limit)) for limit in (1000, 999)}
+    kept, alone, last = found[1000]
+    assert kept == Raw("a.tar/1", b"p" * 600, "c" * 100) and last == Raw("a.tar/3", b"p", "c")
+    assert alone == Raw("a.tar/2", None, None), "it is told as no_image"
+    assert found[999] == [Dropped("a.tar/1", "too_large", "the part .txt"), alone, last]
+
+
+def test_names_that_are_not_utf8_end_nothing(tmp_path):
+    """In a tar an image has an id that can be stored; in a metadata file the name is one that no file has."""
+    members = [("x/caf\udce9.png", image(9, 9)), ("x/caf\udce9.txt", b"one"), ("y.png", image(9, 9)), ("y.txt", b"two")]
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    assert read(str(tmp_path / "a.tar")) == {"a.tar/x/caf\\xe9": "one|", "a.tar/y": "two|"}
+    for name in ("0.png", "\\xed\\xa0\\x80.png"):
+        (tmp_path / name).write_bytes(image(9, 9))
+    rows = [{"file_name": name, "caption": "c"} for name in ("\ud800.png", "caf\udce9.png", "0.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert read(str(tmp_path)) == {
+        "\\xed\\xa0\\x80.png": "UNREADABLE",
+        "caf\\xed\\xb3\\xa9.png": "UNREADABLE",
+        "0.png": "c|",
+    }
+
+
 def test_an_input_without_images_is_one_error(tmp_path):
     (tmp_path / "a.gif").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"1 files, none of metadata.jsonl"):
@@ -260,6 +333,37 @@ def test_a_large_parquet_file_is_read_in_parts(tmp_path):
         {"path": "a.parquet", "bytes": size, "modified": 0, "start": start, "stop": stop, "first": 0}]}, columns))
         for start, stop in itertools.pairwise(edges)]  # fmt: skip
     assert [[r.reason for r in some] for some in broken] == [["corrupt"], [], []]
+
+
+def test_each_part_of_a_parquet_file_tells_its_own_broken_row_group(tmp_path):
+    """Whatever is the first of a part, broken or too large; what cannot be opened at all is told once."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.parquet"
+
+    def write(images: list[bytes], **more: Any) -> list[int]:
+        """Writes groups of two rows, and returns where each begins, and the file's size."""
+        pq.write_table(pa.table({"image": images, "caption": ["c"] * len(images)}), path, row_group_size=2, **more)
+        made = pq.read_metadata(path)
+        begin = [made.row_group(g).column(0) for g in range(made.num_row_groups)]
+        return [*(min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in begin), path.stat().st_size]
+
+    def parts(edges: list[int], limit: int) -> list[list[str]]:
+        asked = [Part("a.parquet", edges[-1], 0, a, b, 0) for a, b in itertools.pairwise([0, *edges[1:]])]
+        tasks = [{"kind": "archives", "parts": [asdict(part)]} for part in asked]
+        read = [sources.read(str(tmp_path), task, Columns(), sources.Limits(limit)) for task in tasks]
+        return [[getattr(r, "reason", r.id) for r in some] for some in read]
+
+    edges = write([rng.bytes(3000) for _ in range(10)], write_page_checksum=True, compression="none", use_dictionary=False,
+                  write_statistics=False)  # fmt: skip
+    data = bytearray(path.read_bytes())
+    for group in (1, 3):
+        data[edges[group] + 500] ^= 0xFF
+    path.write_bytes(data)
+    kept = [[f"a.parquet#{i}", f"a.parquet#{i + 1}"] for i in range(1, 10, 2)]
+    assert parts(edges, 1 << 20) == [kept[0], ["corrupt"], kept[2], ["corrupt"], kept[4]]
+    assert parts(edges, len(data) - 1) == [["too_large"], [], [], [], []]
+    edges = write([b"a" * size for size in (10, 10, 99_999, 99_998, 10, 10)], compression="zstd")
+    assert parts(edges, 50_000) == [kept[0], ["too_large"], kept[2]]
 
 
 def test_a_shard_is_the_same_bytes_in_whatever_order_its_images_come():

@@ -8,6 +8,8 @@ import re
 import warnings
 from typing import Any
 
+import numpy as np
+
 from heliostat.curation.stage import Document, Picture
 from heliostat.errors import ConfigError
 
@@ -37,7 +39,7 @@ def opened(data: bytes) -> Any:
 
 
 def upright(data: bytes) -> Any:
-    """Decodes an image, turned as its EXIF says, on white where it is transparent; raises as `opened`."""
+    """Decodes an image to 8 bits, turned as its EXIF says, on white where it is transparent; raises as `opened`."""
     from PIL import Image, ImageOps
 
     with warnings.catch_warnings():
@@ -45,10 +47,25 @@ def upright(data: bytes) -> Any:
         found = Image.open(io.BytesIO(data), formats=FORMATS)
         found.load()
     image: Image.Image = ImageOps.exif_transpose(found)
+    if image.mode.startswith("I"):
+        return _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image
+
+
+def _eight_bits(image: Any) -> Any:
+    """Scales grey of 16 bits to 8, as Pillow reads colours of 16 bits: their upper byte. What is transparent becomes white."""
+    from PIL import Image
+
+    values = np.asarray(image)
+    grey = (values.clip(0, 0xFFFF) >> 8).astype(np.uint8)
+    if "transparency" in image.info:  # a value of 16 bits
+        grey[values == image.info["transparency"]] = 255
+    made = Image.fromarray(grey)
+    made.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return made
 
 
 def thumbnail(data: bytes) -> str:

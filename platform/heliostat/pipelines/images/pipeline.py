@@ -88,7 +88,7 @@ class ImagePipeline(StagedPipeline):
     buckets: Buckets | None = None
     """Sizes of the same area and different aspects, which make the dataset a collection. Unset: every image becomes a square."""
     encoding: pictures.Encoding = "png"
-    """How images are stored."""
+    """How images are stored; `webp` has no grey, so not with `channels: 1`."""
     quality: int = Field(95, ge=1, le=100)
     """Of `jpeg` and `webp`."""
     min_side: int = Field(1, ge=1)
@@ -98,7 +98,7 @@ class ImagePipeline(StagedPipeline):
     max_file_bytes: int = Field(Limits.file, ge=1)
     """Input files of more bytes are left out (`too_large`)."""
     max_image_bytes: int = Field(Limits.image, ge=1)
-    """Images of more bytes, as they are stored, are left out (`too_large`)."""
+    """Images of more bytes, as they are stored, are left out (`too_large`); in a tar, with the other parts of their sample."""
     min_caption: int = Field(1, ge=1)
     """Images with captions of fewer characters are left out (`caption_short`)."""
     max_caption: int | None = Field(None, ge=1)
@@ -132,6 +132,11 @@ class ImagePipeline(StagedPipeline):
             raise ConfigError(f"max_caption: {self.max_caption} is below min_caption {self.min_caption}; nothing would be kept")
         if self.buckets and self.buckets.step > self.resolution:
             raise ConfigError(f"buckets.step: {self.buckets.step} is above resolution {self.resolution}; no size is a multiple")
+        if self.buckets and not self.sizes:
+            raise ConfigError(f"buckets.max_aspect: {self.buckets.max_aspect:g} allows no size of resolution {self.resolution} "
+                              f"whose sides are multiples of {self.buckets.step}; raise max_aspect or lower step")  # fmt: skip
+        if self.channels == 1 and self.encoding == "webp":
+            raise ConfigError("encoding: webp stores no grey, and channels is 1; take png or jpeg")
         if self.latents:
             self.latents.check(self.sizes, self.channels)
         if LABEL in self.columns.others:

@@ -26,6 +26,7 @@ from PIL import Image
 
 from heliostat.curation import pieces
 from heliostat.curation.pieces import Part
+from heliostat.curation.readers.repository import name_of
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images import pictures
 from heliostat.pipelines.images.pictures import Dropped, Raw, encode
@@ -38,6 +39,7 @@ DIGITS = "sklearn:digits"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 ARCHIVES = (".tar", ".parquet")
+PARTS = ("txt", "json", "cls", *(suffix.removeprefix(".") for suffix in IMAGES))  # of a WebDataset's sample
 FILES_PER_TASK = 512
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -178,26 +180,28 @@ def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limi
 
 def _files(base: Location, entries: list[dict[str, Any]], limits: Limits) -> Iterator[Raw | Dropped]:
     for entry in entries:
-        path = entry["path"]
+        path, id = entry["path"], name_of(entry["path"].encode("utf-8", "surrogatepass"))
         try:
-            data = sources.fetch(base, path, limits.image) if path else b""
+            data = sources.fetch(base, path, limits.image) if path and path == id else b""
         except sources.LeftOutError as e:
-            yield Dropped(path, e.reason, e.detail)
+            yield Dropped(id, e.reason, e.detail)
             continue
-        yield Raw(path, data, entry["caption"], entry["label"], entry["columns"]) if data else Dropped(path, "unreadable")
+        yield Raw(id, data, entry["caption"], entry["label"], entry["columns"]) if data else Dropped(id, "unreadable")
 
 
 def _archive(base: Location, part: Part, columns: Columns, limits: Limits) -> Iterator[Raw | Dropped]:
     path = part.path or base.name
     try:
-        with sources.blocks(base, part.path, limits.file) as file:
-            if path.lower().endswith(".tar"):
-                yield from read_tar(path, file, columns, limits.image)
-            else:
-                yield from read_parquet(path, pa.PythonFile(file, mode="r"), columns, limits, part)
+        opened = sources.blocks(base, part.path, limits.file)
     except sources.LeftOutError as e:
-        if part.start == 0:
+        if part.start == 0:  # told once
             yield Dropped(path, e.reason, e.detail)
+        return
+    with opened as file:
+        if path.lower().endswith(".tar"):
+            yield from read_tar(path, file, columns, limits.image)
+        else:
+            yield from read_parquet(path, pa.PythonFile(file, mode="r"), columns, limits, part)
 
 
 def digits() -> Iterator[Raw]:
@@ -210,11 +214,17 @@ def digits() -> Iterator[Raw]:
 
 
 def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limits, part: Part) -> Iterator[Raw | Dropped]:
-    """Yields the rows of a Parquet file, or of a part of it."""
-    number = total = 0
+    """Yields the rows of a Parquet file, or of a part of it. A broken footer is told once, a broken row group by its part."""
+    wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
-        wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
-        for number, row in sources.parquet_rows(file, columns.image, wanted, limits.file, part):
+        rows = sources.parquet_rows(file, columns.image, wanted, limits.file, part)
+    except (pa.ArrowException, OSError, ValueError):
+        if part.start == 0:
+            yield Dropped(path, "corrupt")
+        return
+    total = 0
+    try:
+        for number, row in rows:
             image = row.get(columns.image)
             image = image.get("bytes") if isinstance(image, dict) else image
             caption = row.get(columns.caption)
@@ -232,40 +242,51 @@ def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limit
                 columns.kept(row),
             )
     except (pa.ArrowException, OSError, ValueError):
-        if number or part.start == 0:  # a broken footer is told once
-            yield Dropped(path, "corrupt")
+        yield Dropped(path, "corrupt")
+    except sources.LeftOutError as e:
+        yield Dropped(path, e.reason, e.detail)
 
 
 def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
     """Yields the samples of a tar: consecutive members with one name up to the first point of their last part are a sample.
 
-    A member of more than `limit` bytes, which a sparse one only claims to have, leaves its sample out.
+    Of it only PARTS are read. One of more than `limit` bytes together, which a sparse member only claims to have, is left out.
     """
     key, parts = "", dict[str, bytes | None]()
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # which it would keep, of any number
                 if not member.isfile():
                     continue
-                folder, _, name = member.name.rpartition("/")
+                folder, _, name = name_of(member.name.encode("utf-8", "surrogateescape")).rpartition("/")
                 stem, _, suffix = name.partition(".")
                 here = f"{folder}/{stem}" if folder else stem
                 if here != key:
                     yield from _sample(path, key, parts, columns)
                     key, parts = here, {}
-                if member.size > limit:
-                    parts[suffix.lower()] = None
+                if (part := suffix.lower()) not in PARTS:
+                    parts[""] = b""
+                    continue
+                held = sum(len(other or b"") for name, other in parts.items() if name != part)
+                if member.size + held > limit:
+                    parts[part] = None
                     continue
                 body = tar.extractfile(member)
                 assert body is not None
-                parts[suffix.lower()] = found = body.read()
+                parts[part] = found = body.read()
                 if len(found) != member.size:
                     raise tarfile.ReadError("cut short")
+            file.seek(tar.offset)  # where it stopped: it passes over a head that is none
+            end = file.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError, EOFError):
         yield Dropped(path, "corrupt")
         return
     yield from _sample(path, key, parts, columns)
+    if not end:
+        yield Dropped(path, "corrupt", "no mark at its end")
+    elif end != bytes(tarfile.BLOCKSIZE):
+        yield Dropped(path, "corrupt", "what follows a file is no file")
 
 
 def _sample(path: str, key: str, found: dict[str, bytes | None], columns: Columns) -> Iterable[Raw | Dropped]:

@@ -176,7 +176,7 @@ def parquet_values(file: pq.ParquetFile, column: str, others: tuple[str, ...], l
 
 def parquet_rows(source: pa.NativeFile, large: str, columns: list[str], limit: int,
                  part: Part) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
-    """Yields (number from 1, values) of a Parquet file's rows, unpacking some at a time; a column that is missing is left out.
+    """Reads a Parquet file's footer, and yields (number from 1, values) of its rows; a column that is missing is left out.
 
     `large` is the column of large values, whose dictionary stays one. Of a part of the file, the row groups that begin in it.
     LeftOutError before a row group is unpacked whose size in the footer is more than `limit` bytes.
@@ -185,8 +185,12 @@ def parquet_rows(source: pa.NativeFile, large: str, columns: list[str], limit: i
     schema = footer.schema
     leaves = [path for i in range(len(schema)) if (path := schema.column(i).path) in (large, f"{large}.bytes")]
     file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, read_dictionary=leaves, pre_buffer=False)
-    columns = [c for c in columns if c in file.schema_arrow.names]
-    firsts = np.cumsum([1, *(footer.row_group(g).num_rows for g in range(footer.num_row_groups))])
+    return _rows(file, [c for c in columns if c in file.schema_arrow.names], limit, part)
+
+
+def _rows(file: pq.ParquetFile, columns: list[str], limit: int, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields what `parquet_rows` does, unpacking some rows at a time."""
+    firsts = np.cumsum([1, *(file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups))])
     for group in _groups(file, columns, limit, part):
         number = int(firsts[group])
         for batch in file.iter_batches(64, row_groups=[group], columns=columns):
