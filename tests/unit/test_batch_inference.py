@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ from heliostat.cluster import connect
 from heliostat.curation.work import Work
 from heliostat.errors import AccessError, ConfigError, HeliostatError, LeaseError
 from heliostat.inference import generate, many
-from heliostat.inference.batch import engines, reading, run, tasks
+from heliostat.inference.batch import engines, loading, reading, run, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue
 from heliostat.inference.batch.settings import Settings
@@ -317,7 +318,7 @@ def test_a_worker_whose_engine_has_died_loads_another_for_the_next_run(model, tm
     lines(tmp_path / "in", "a.jsonl", range(4))
     asked, place = Settings(options={"max_tokens": 2}), Location(str(tmp_path / "out"))
     facts = {"model": {"folder": str(model), "digest": "d"}, "settings": asked.model_dump(), "input": str(tmp_path / "in")}
-    engine = tasks.loaded(str(model), "continue", asked.batch, json.dumps(asked.options, sort_keys=True), "transformers")
+    engine = tasks.loaded(str(model), "continue", asked.batch, json.dumps(asked.options, sort_keys=True), "transformers", "d")
 
     def answer(*_):
         raise torch.AcceleratorError("an illegal memory access was encountered")
@@ -329,3 +330,40 @@ def test_a_worker_whose_engine_has_died_loads_another_for_the_next_run(model, tm
     with pytest.raises(HeliostatError, match="the engine has died"):
         go()
     assert go()["answers"] == 4
+
+
+def test_a_worker_answers_by_the_model_that_is_in_the_folder_now(tmp_path, monkeypatch):
+    """In one process, as an idle worker is that a later command takes; a model that stays as it is is loaded once."""
+    says, loads = tmp_path / "says", list[str]()
+
+    class Says(Echo):
+        def __init__(self, *_: object) -> None:
+            super().__init__()
+            self.text = says.read_text()
+            loads.append(self.text)
+
+        def answer(self, tokens, inputs):
+            return [engines.Answer({"answer": self.text, "tokens": 1, "finish": "stop"}) for _ in inputs]
+
+        def drawn(self, asked):
+            return [SimpleNamespace(prompt=one.prompt, facts={"text": self.text}) for one in asked]
+
+    monkeypatch.setattr(loading, "engine", Says)
+    monkeypatch.setattr(exported, "generator", lambda *_: Says().drawn)
+    lines(tmp_path / "in", "a.jsonl", range(4))
+    tasks.loaded.cache_clear()
+    many._generator.cache_clear()
+    for number, text in enumerate(["one", "two", "two"]):
+        says.write_text(text)
+        place = Location(str(tmp_path / f"infer{number}"))
+        facts = {"model": {"folder": str(tmp_path), "digest": text}, "settings": Settings().model_dump(),
+                 "input": str(tmp_path / "in")}  # fmt: skip
+        run.answer(HereFlow(Work(place.join(run.WORK))), sources.listing(str(tmp_path / "in")), facts, place)
+        (file,) = Path(place.join(tasks.ANSWERS).path).iterdir()
+        assert set(pq.read_table(file)["answer"].to_pylist()) == {text}
+        flow = HereFlow(Work(Location(str(tmp_path / f"many{number}" / "work"))))
+        (made,) = many.answered(flow, tmp_path, ["a"], {}, 0, str(tmp_path / f"many{number}"), text)
+        assert json.loads(made) == {"prompt": "a", "text": text}
+    assert loads == ["one", "one", "two", "two"]
+    tasks.loaded.cache_clear()
+    many._generator.cache_clear()

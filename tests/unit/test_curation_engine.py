@@ -5,7 +5,7 @@ import random
 from typing import ClassVar
 
 import pytest
-from heliostat.curation import engine, registry, tally
+from heliostat.curation import chain, engine, registry, tally
 from heliostat.curation.flow import execute
 from heliostat.curation.segment import load
 from heliostat.curation.stage import Document, GlobalStage, Outcome, Stage
@@ -239,3 +239,14 @@ def test_what_is_wrong_with_a_stage_is_said(raw, message):
     with pytest.raises(ValueError) as e:
         registry.parse(raw)
     assert message in str(e.value)
+
+
+def test_a_worker_opens_a_stage_again_whose_list_is_another_in_the_same_place(tmp_path):
+    """In one process, as an idle worker is that a later prepare takes; a list that stays as it is is read once."""
+    words, texts = tmp_path / "words.txt", {"a": "some apples here", "b": "some pears there"}
+    stages = [{"stage": "bad_words", "lists": [str(words)]}]
+    for time, (word, stays) in enumerate([("apples", "b"), ("pears", "a"), ("pears", "a")]):
+        words.write_text(word)
+        before = chain._opened.cache_info().misses
+        assert set(left(*curate(tmp_path / str(time), texts, stages, 2))) == {stays}
+        assert chain._opened.cache_info().misses - before == (time < 2)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from dataclasses import asdict
@@ -164,6 +165,33 @@ def test_new_input_is_only_its_own_work(tmp_path):
     (tmp_path / "in" / "0003.png").write_bytes(rows[700][1])  # another image of the same name
     _, third = prepared(given, again=0)
     assert third.kept["read"] == 2 and third.done["read"] == 1
+
+
+@pytest.mark.parametrize("name", ["./img/a.png", "img//a.png", "img/b.jfif", "img/c"])
+def test_a_changed_image_is_read_again_whatever_its_name(tmp_path, name):
+    """It is listed, by its size and when it was modified: neither a dataset nor kept work of the old one is up to date."""
+    folder_of(tmp_path / "in", [("0.png", image(16, 16, seed=1), {"caption": "the first"})])
+    (tmp_path / "in" / "img").mkdir()
+    with (tmp_path / "in" / "metadata.jsonl").open("a") as f:
+        f.write("\n" + json.dumps({"file_name": name, "caption": "the other"}))
+    (tmp_path / "in" / "NOTES.txt").write_text("none of the input's")
+    given = keys(tmp_path, buckets=None, resolution=16, columns={}, tokenizer=None, keep_work=True)
+    (tmp_path / "in" / name).write_bytes(image(16, 16, seed=2))
+    listed = sources.listing(str(tmp_path / "in"))
+    first, _ = prepared(given, again=0)
+    (tmp_path / "in" / name).write_bytes(image(16, 16, seed=3))
+    again, flow = prepared(given, again=0)
+    assert flow.done["read"] == 1 and again.digest != first.digest and again.rows == first.rows == 2
+    assert [f.path for f in listed] == ["0.png", os.path.normpath(name), "metadata.jsonl"]
+    assert sources.listing(str(tmp_path / "in")) != listed
+
+
+def test_an_image_that_a_metadata_file_names_by_dots_is_still_outside(tmp_path):
+    folder_of(tmp_path / "in", [("0.png", image(16, 16), {"caption": "x"})])
+    (tmp_path / "in" / "metadata.jsonl").write_text('{"file_name": "img/../0.png", "caption": "x"}')
+    (task,) = sources.tasks(str(tmp_path / "in"), sources.listing(str(tmp_path / "in")), Columns())
+    (left,) = sources.read(str(tmp_path / "in"), task, Columns())
+    assert isinstance(left, Dropped) and left.reason == "outside"
 
 
 def test_what_became_of_every_image_is_told(tmp_path):

@@ -1,6 +1,7 @@
 """Pairs of texts: what is found in code and pages, what is left out, and a dataset that is the same from any cut of the input."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,39 @@ def test_titles_belong_to_sections_and_not_to_code() -> None:
     assert second == Pair(11, "Stopping", "Ends it.\n#no title either")
 
 
+def test_code_in_a_line_opens_no_fence() -> None:
+    """A backtick fence has no backticks behind it; one of tildes may."""
+    found = list(
+        extracting.markdown("```pip install a```\n# One\nfirst\n```sh\n# no\n```\n# Two\n~~~ `a`\n# no\n~~~\n# Three\nlast")
+    )
+    assert [pair.query for pair in found] == ["One", "Two", "Three"]
+    assert found[0].text == "first\n```sh\n# no\n```"
+    assert [pair.query for pair in extracting.markdown("```` py\r\n# no\r\n````\r\n# Yes #\r\nnow")] == ["Yes"]
+
+
+@pytest.mark.parametrize(
+    ("line", "title"),
+    [("#  a  b ##  ", "a b"), ("# a#", "a#"), ("# #", "#"), ("###### c\t#\t", "c"), ("# C# #", "C#"), ("# a # b", "a # b")],
+)
+def test_a_title_is_what_stands_between_its_marks(line: str, title: str) -> None:
+    ((_, query, text),) = extracting.markdown(f"{line}\nbelow")
+    assert " ".join(query.split()) == title and text == "below"
+
+
+def test_a_title_of_many_blanks_takes_no_longer_than_its_length() -> None:
+    start = time.process_time()
+    (found,) = extracting.markdown("# " + " " * 200_000 + "x" + " " * 200_000 + "y" + "\t#" * 200_000 + "\nbelow")
+    assert found.text == "below" and time.process_time() - start < 1
+
+
+def test_a_page_may_leave_out_the_end_of_its_head() -> None:
+    body = "<h1>Hello there</h1><p>text</p>"
+    for page in (f"<html><head><title>T</title><body>{body}</body></html>", f"<head><meta charset=utf-8><title>T</title>{body}",
+                 f"<head><script>x</script><body>a<head>{body}"):  # fmt: skip
+        assert list(extracting.html(page)) == [Pair(1, "Hello there", "text")]
+    assert not list(extracting.html(f"<head><template>{body}</template><title>T</title></head>text"))
+
+
 def test_headings_of_pages_belong_to_the_text_below_them() -> None:
     assert list(extracting.html(PAGE)) == [Pair(2, "How to lend a licence", "Ask the office first.\nOne\nTwo"),
                                            Pair(4, "Then", "Return it.")]  # fmt: skip
@@ -142,6 +176,17 @@ def test_a_text_is_held_out_with_all_of_its_queries(tmp_path) -> None:
         for chunk, held in zip(rows_of(chunks, output), parts.held, strict=True):
             sides[bool(held)].update(row["text"] for row in chunk)
         assert not sides[0] & sides[1] and all(sides)
+
+
+def test_work_and_dataset_follow_from_how_pairs_are_found(tmp_path, monkeypatch) -> None:
+    write(tmp_path / "in")
+    pipeline = PairPipeline.model_validate({"name": "pairs", "input": str(tmp_path / "in"), "output": str(tmp_path / "out")})
+    before = pipeline.identity()
+    make(tmp_path, "out")
+    tasks = set((tmp_path / "out.work" / "done" / "read").iterdir())
+    monkeypatch.setattr(extracting, "VERSION", extracting.VERSION + 1)
+    make(tmp_path, "out")
+    assert pipeline.identity() != before and set((tmp_path / "out.work" / "done" / "read").iterdir()) > tasks
 
 
 def test_equal_pairs_are_kept_once_and_counted(tmp_path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from heliostat.curation import embedding, exchange, segment, spill
 from heliostat.curation.registry import parse
-from heliostat.curation.semantic import vectors
+from heliostat.curation.semantic import cells, vectors
 from heliostat.curation.semantic.cells import centres, packed
 from heliostat.curation.stage import GlobalStage
 from heliostat.errors import ConfigError
@@ -235,3 +235,16 @@ def test_folders_that_cannot_embed_are_refused_with_the_fix(tmp_path, model):
     refused("no such file|cannot be read", model=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="'oldest' needs a column"):
         parse({"stage": "semantic", "model": str(model), "keep": "oldest"})
+
+
+def test_a_worker_embeds_by_the_model_that_is_in_the_folder_now(tmp_path):
+    """In one process, as an idle worker is that a later prepare takes."""
+    folder, given = tmp_path / "model", {f"d{i:03d}": text for i, text in enumerate(texts(40))}
+    entry = {"stage": "semantic", "model": str(folder), "max_tokens": 128, "min_similarity": 0.93}
+    make_model(folder)
+    first = left(*curate(tmp_path / "1", given, [entry], 1))
+    mended = {name: weight * -0.3 for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(mended, folder / "model.safetensors", {"format": "pt"})
+    second = left(*curate(tmp_path / "2", given, [entry], 1))
+    cells._opened.cache_clear()
+    assert second == left(*curate(tmp_path / "3", given, [entry], 1)) != first

@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
-from heliostat.recipes.images import diffusers_folder
+from heliostat.pipelines.images import tasks
+from heliostat.pipelines.images.latents import Latents
+from heliostat.recipes.images import config, diffusers_folder
 from heliostat.recipes.images.pipeline import TextToImagePipeline, generators
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.storage import Location
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tests.unit import build_images
-from tests.unit.build_images import PIXART, SD3, TEXT, UNET
+from tests.unit.build_images import PIXART, SD3, TEXT, UNET, folder_of, image, prepared
 from tests.unit.build_job import job
 
 BACKBONES = {"unet": UNET, "pixart": PIXART, "sd3": SD3}
@@ -400,6 +404,75 @@ def test_a_frozen_encoder_conditions_and_is_not_trained(kind, dataset, tmp_path)
     assert made.parts.width == 24 and all(p.grad is None for p in made.parts.text_encoder.parameters())
     text = made.parts.conditioning(batch["text"], batch["mask"], torch.float32)
     assert text.shape == (12, 8, 24) and text.std() > 0
+
+
+def latents_of(tmp_path: Path, dataset: Path, at: str = "clip") -> Latents:
+    return Latents(autoencoder=str(autoencoder(tmp_path / "vae", 1)), text_encoder=str(clip(tmp_path / at, dataset)), length=8)
+
+
+@pytest.mark.parametrize("which", ["autoencoder", "text"])
+def test_a_frozen_model_without_safetensors_is_refused(which, dataset, tmp_path):
+    """A pickle would be loaded in their place, and is no part of the digest that names the model."""
+    latents = latents_of(tmp_path, dataset)
+    latents.check(((16, 16),), 1)
+    folder, name = (
+        (tmp_path / "vae", "diffusion_pytorch_model") if which == "autoencoder" else (tmp_path / "clip", "pytorch_model")
+    )
+    (weights,) = folder.glob("*.safetensors")
+    torch.save(load_file(weights), folder / f"{name}.bin")
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"^latents\.(autoencoder|text_encoder): '.*' has no safetensors; save it"):
+        latents.check(((16, 16),), 1)
+    load = config.frozen_autoencoder if which == "autoencoder" else config.frozen_text_encoder
+    with pytest.raises(ConfigError, match=rf"^model\.{which}\.pretrained: .* has no safetensors"):
+        load(str(folder))
+    given: dict[str, Any] = {"pretrained": str(folder)} | ({"length": 8} if which == "text" else {})
+    with pytest.raises(ConfigError, match=rf"^model\.{which}\.pretrained: .* has no safetensors"):
+        recipe(dataset, **{which: given})
+
+
+def test_latents_follow_from_the_tokenizers_files_wherever_they_lie(dataset, tmp_path):
+    """The digests of the models, by which jobs know them, stay: a job whose model made the dataset is not refused."""
+    latents = latents_of(tmp_path, dataset, "model/text_encoder")
+    folder = tmp_path / "model" / "text_encoder"
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    plain, models = latents.identity(), latents.models()
+    assert plain == {"models": models, "length": 8}  # as it was before the digest of a tokenizer was in it
+    for name in ("merges.txt", "spiece.model"):
+        seen = [plain]
+        for text in ("one", "two"):
+            (folder / name).write_text(text)
+            found = latents.identity()
+            assert found not in seen and found["models"] == models
+            seen.append(found)
+        (folder / name).unlink()
+    (tmp_path / "model" / "tokenizer").mkdir()
+    for path in folder.glob("tokenizer*"):
+        path.rename(tmp_path / "model" / "tokenizer" / path.name)
+    before = latents.identity()
+    assert config.frozen_tokenizer(str(folder), 8)("one").input_ids
+    (tmp_path / "model" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert latents.identity() != before and latents.identity()["models"] == before["models"]
+
+
+def test_a_worker_encodes_by_the_models_that_are_in_the_folders_now(dataset, tmp_path):
+    """In one process, as an idle worker is that a later prepare takes."""
+    folder_of(tmp_path / "in", [(f"{i}.png", image(16, 16, seed=i), {"caption": f"number {i}"}) for i in range(3)])
+    folders = {"autoencoder": str(autoencoder(tmp_path / "vae")), "text_encoder": str(clip(tmp_path / "clip", dataset))}
+    keys = {"name": "test", "input": str(tmp_path / "in"), "resolution": 16, "latents": {**folders, "length": 8}}
+
+    def made(name: str) -> tuple[list[bytes], bytes]:
+        found, _ = prepared({**keys, "output": str(tmp_path / name)})
+        (path,) = set(found.paths)
+        return pq.read_table(tmp_path / name / path)["latent"].to_pylist(), (tmp_path / name / "empty_caption.bin").read_bytes()
+
+    first = made("1")
+    for weights in (next((tmp_path / name).glob("*.safetensors")) for name in ("vae", "clip")):
+        save_file({name: weight * 0.9 for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
+    second = made("2")
+    tasks._encoder.cache_clear()
+    assert second == made("3") and second[0] != first[0] and second[1] != first[1]
 
 
 def test_datasets_that_do_not_belong_together_are_refused(dataset, tmp_path):

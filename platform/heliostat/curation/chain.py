@@ -11,6 +11,7 @@ from heliostat.curation import cpu_time, registry, tally
 from heliostat.curation.stage import Document, Dropped, Stage, Work
 from heliostat.errors import HeliostatError
 
+Entry = tuple[dict[str, Any], str]  # of a stage, as in a pipeline file, and the key of its identity
 Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
 BATCH, BATCH_CHARS = 64, 1 << 20  # documents, and their characters, that a stage is given together
 IMAGE_SHARE = 32  # bytes of an image that count as a character: an image is some hundred times as large as a text
@@ -35,9 +36,11 @@ def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Docu
 class Chain:
     """Runs a list of stages, numbered from `first`, and counts in `tally` what they do."""
 
-    def __init__(self, stages: list[Stage], first: int = 0) -> None:
-        self.stages = [
-            (tally.label(first + i, stage), stage, _opened(json.dumps(stage.entry()))) for i, stage in enumerate(stages)
+    def __init__(self, stages: list[Entry], first: int = 0) -> None:
+        parsed = [(registry.parse(entry), follows) for entry, follows in stages]
+        self.stages: list[tuple[str, Stage, Work]] = [
+            (tally.label(first + i, stage), stage, _opened(json.dumps(stage.entry()), follows))
+            for i, (stage, follows) in enumerate(parsed)
         ]
         self.tally: tally.Tally = {}
 
@@ -71,6 +74,6 @@ def bytes_of(document: Document) -> int:
 
 
 @lru_cache(maxsize=64)
-def _opened(entry: str) -> Work:
-    """Opens a stage once in each process: its models and lists stay for the tasks to come."""
+def _opened(entry: str, follows: str) -> Work:
+    """Opens a stage once in each process: its models and lists stay for the tasks to come that follow from the same ones."""
     return registry.parse(json.loads(entry)).open()

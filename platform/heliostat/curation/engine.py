@@ -81,7 +81,8 @@ class Engine:
         return [run for record in records for run in found.take(record)]
 
     def _over_pieces(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool) -> Iterator[Task]:
-        entries, follows = [s.entry() for s in stages], [s.identity() for s in stages]
+        follows = [s.identity() for s in stages]
+        entries = [(s.entry(), key(identity)) for s, identity in zip(stages, follows, strict=True)]
         for piece in pieces:
             told = [part.identity for part in piece]
             follows_from = key("read", self.identity, follows, self.run_bytes, explained, told)
@@ -89,7 +90,8 @@ class Engine:
                                       "explained": explained}, bytes=sum(part.length for part in piece))  # fmt: skip
 
     def _over_runs(self, runs: list[Run], stages: list[Stage], number: int) -> Iterator[Task]:
-        entries, follows = [s.entry() for s in stages], [s.identity() for s in stages]
+        follows = [s.identity() for s in stages]
+        entries = [(s.entry(), key(identity)) for s, identity in zip(stages, follows, strict=True)]
         for run in runs:
             follows_from = key("stages", self.identity, number, follows, self.run_bytes, run.name, run.decided)
             yield Task(follows_from, {"run": run, "source": self.source, "stages": entries, "first": number,

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from heliostat.curation import cpu_time, registry, spill, tally
-from heliostat.curation.chain import Chain, batches, bytes_of
+from heliostat.curation import cpu_time, spill, tally
+from heliostat.curation.chain import Chain, Entry, batches, bytes_of
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.storage import Location
@@ -38,7 +38,6 @@ LEFT_OUT = pa.schema(
 READ, FINISH = "read", "finish"  # the stages at which reading leaves something out, and what is asked of texts after the stages
 LEFT_OUT_ROWS = 20_000  # that are held, as Python objects, before they are spilled
 EXAMPLES = 3  # ids that are told for each reason
-Entry = dict[str, Any]  # of a stage, as in a pipeline file
 DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
 
 
@@ -102,7 +101,7 @@ def over_pieces(folder: Location, piece: list[Part], source: Source, stages: lis
                 explained: bool) -> dict[str, Any]:  # fmt: skip
     """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""
     start = cpu_time.now()
-    chain = Chain([registry.parse(entry) for entry in stages])
+    chain = Chain(stages)
     opening = cpu_time.now() - start
     documents = (d for part in piece for d in source.read(part))
     made = _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes)
@@ -112,7 +111,7 @@ def over_pieces(folder: Location, piece: list[Part], source: Source, stages: lis
 def over_run(folder: Location, run: Run, source: Source, stages: list[Entry], first: int, run_bytes: int) -> dict[str, Any]:
     """Runs a segment over a run of the segment before, from stage `first` on."""
     start = cpu_time.now()
-    chain = Chain([registry.parse(e) for e in stages], first)
+    chain = Chain(stages, first)
     opening = cpu_time.now() - start
     return _run(folder, (d for _, d in documents_of(folder, run)), source, chain, run_bytes) | {"opening": opening}
 

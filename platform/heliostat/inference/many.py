@@ -74,10 +74,13 @@ def generate_many(
 def answered(
     flow: Flow, folder: Path, prompts: list[str], options: dict[str, Any], seed: int, out: str, follows: str
 ) -> list[str]:
-    """Answers prompts by tasks of a flow; returns a line of JSON for each, in their order."""
+    """Answers prompts by tasks of a flow; returns a line of JSON for each, in their order.
+
+    `follows`: the key of what the answers follow from, the model's files among it.
+    """
     place = Location(out)
     there = {place.join(name).uri for name, _ in place.files()}
-    shared = {"model": str(folder), "options": options, "seed": seed, "out": out}
+    shared = {"model": str(folder), "options": options, "seed": seed, "out": out, "follows": follows}
     tasks = (
         Task(key(follows, first), {"first": first, "prompts": prompts[first : first + BATCH], **shared})
         for first in range(0, len(prompts), BATCH)
@@ -87,18 +90,18 @@ def answered(
 
 
 def answer_batch(
-    folder: Location, first: int, prompts: list[str], model: str, options: dict[str, Any], seed: int, out: str
+    folder: Location, first: int, prompts: list[str], model: str, options: dict[str, Any], seed: int, out: str, follows: str
 ) -> dict[str, Any]:
     """Answers prompts, of which the first has the number `first`; returns where their answers are, and what was drawn."""
     place = Location(out)
     asked = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
     with exported.using(Path(model)):
-        made = _generator(model, json.dumps(options, sort_keys=True))(asked)
+        made = _generator(model, json.dumps(options, sort_keys=True), follows)(asked)
     results = segment.store(folder, [json.dumps({"prompt": g.prompt, **g.facts}) for g in made])
     return {"results": results, "files": [results], "drawn": [g.facts["file"] for g in made if "file" in g.facts]}
 
 
 @lru_cache(maxsize=1)
-def _generator(model: str, options: str) -> Any:
-    """Loads a model once in each process."""
+def _generator(model: str, options: str, follows: str) -> Any:
+    """Loads a model once in each process, for the tasks to come that follow from the same one."""
     return exported.generator(Path(model), json.loads(options))

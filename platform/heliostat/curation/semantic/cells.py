@@ -36,11 +36,12 @@ ABOUT = pa.schema(
 
 @dataclass(frozen=True)
 class Model:
-    """Defines what embeds: a folder, the tokens of a text that it is given, and how many texts at once."""
+    """Defines what embeds: a folder, the tokens of a text that it is given, how many texts at once, and the key of its files."""
 
     folder: str
     max_tokens: int
     batch: int
+    follows: str
 
 
 @lru_cache(maxsize=1)

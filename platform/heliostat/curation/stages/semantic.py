@@ -72,8 +72,8 @@ class Semantic(GlobalStage):
         embedding.pooling(self.model)
 
     def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
-        model, most = cells.Model(self.model, self.max_tokens, self.batch), memory_limit // VECTORS
-        follows = [embedding.identity(self.model), self.max_tokens, self.batch]
+        files, most = embedding.identity(self.model), memory_limit // VECTORS
+        model, follows = cells.Model(self.model, self.max_tokens, self.batch, key(files)), [files, self.max_tokens, self.batch]
         embeddings = (Task(key("embed", run.name, run.decided, follows, most), {"run": run, "model": model, "most": most},
                            bytes=run.bytes) for run in found.runs)  # fmt: skip
         embedded = flow.all(f"semantic-{number}-embed", cells.embed, embeddings, pooled=True)

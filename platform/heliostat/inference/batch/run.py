@@ -120,11 +120,13 @@ def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Loc
     """Lists the tasks of all pieces, in the input's order."""
     asked, input = facts["settings"], facts["input"]
     read = reading.of(input, Settings(**asked))
-    shared = {"source": read.source(flow), "output": place.uri, "model": facts["model"]["folder"], "settings": asked}
+    model = facts["model"]
+    shared = {"source": read.source(flow), "output": place.uri, "model": model["folder"], "follows": model["digest"],
+              "settings": asked}  # fmt: skip
 
     def task(piece: list[Part]) -> Task:
         told = [part.identity for part in piece]
-        name = key("infer", facts["model"]["digest"], asked, input, read.identity, told)
+        name = key("infer", model["digest"], asked, input, read.identity, told)
         return Task(name, {"piece": piece, "name": name, **shared}, bytes=sum(part.length for part in piece))
 
     return [task(piece) for piece in read.pieces(flow, files)]

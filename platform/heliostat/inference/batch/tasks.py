@@ -44,9 +44,19 @@ def schema(asked: Settings) -> pa.Schema:
 
 
 def answer_piece(
-    spill: Location, piece: list[Part], source: Source, output: str, name: str, model: str, settings: dict[str, Any]
+    spill: Location,
+    piece: list[Part],
+    source: Source,
+    output: str,
+    name: str,
+    model: str,
+    settings: dict[str, Any],
+    follows: str,
 ) -> dict[str, Any]:
-    """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record."""
+    """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record.
+
+    `follows`: the digest of the model's files.
+    """
     found = list(chain.from_iterable(source.read(part) for part in piece))
     read = [item for item in found if isinstance(item, Document)]
     bad = [[item.id, item.reason, item.detail] for item in found if isinstance(item, Dropped)]
@@ -56,7 +66,7 @@ def answer_piece(
     bad += [[one.id, "not_utf8", f"the kept column {column!r}"] for one, column in zip(read, wrong, strict=True) if column]
     open_ = [(one, columns) for one, columns, column in zip(read, kept, wrong, strict=True) if not column]
     rows = []
-    for (document, columns), answer in zip(open_, _answers(model, asked, [one for one, _ in open_]), strict=True):
+    for (document, columns), answer in zip(open_, _answers(model, asked, [one for one, _ in open_], follows), strict=True):
         if answer.bad:
             bad.append([document.id, answer.bad, _spelt(answer.detail)])
         else:
@@ -80,11 +90,11 @@ def answer_piece(
     }
 
 
-def _answers(model: str, asked: Settings, documents: list[Document]) -> list[Answer]:
+def _answers(model: str, asked: Settings, documents: list[Document], follows: str) -> list[Answer]:
     """Answers documents; an engine that has died is kept for no task to come."""
     from heliostat.inference.batch.engines import DeadEngineError
 
-    engine = loaded(model, asked.task, asked.batch, json.dumps(asked.options, sort_keys=True), asked.engine)
+    engine = loaded(model, asked.task, asked.batch, json.dumps(asked.options, sort_keys=True), asked.engine, follows)
     try:
         return engine([_input(document, asked.seed) for document in documents])
     except DeadEngineError:
@@ -140,9 +150,9 @@ def _write(place: Location, table: pa.Table) -> int:
 
 @lru_cache(maxsize=1)
 def loaded(
-    model: str, task: str, batch: int, options: str, by: str = "transformers"
+    model: str, task: str, batch: int, options: str, by: str = "transformers", follows: str = ""
 ) -> Callable[[Sequence[Input]], list[Answer]]:
-    """Loads a model once in each process: it stays for the tasks to come."""
+    """Loads a model once in each process: it stays for the tasks to come that follow from the same files."""
     from heliostat.inference.batch.loading import engine
 
     return engine(Path(model), task, batch, json.loads(options), by)

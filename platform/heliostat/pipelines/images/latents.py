@@ -41,6 +41,7 @@ class Latents(Strict):
         from heliostat.recipes.images import config as diffusion_config
 
         config = diffusion_config.folder_config("latents.autoencoder", self.autoencoder)
+        diffusion_config.require_weights("latents.autoencoder", self.autoencoder)
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         for size in sizes:
             if size[0] % factor or size[1] % factor:
@@ -49,9 +50,14 @@ class Latents(Strict):
             raise ConfigError(f"channels: {channels}, but the autoencoder takes {config['in_channels']}")
         if self.text_encoder:
             diffusion_config.folder_config("latents.text_encoder", self.text_encoder)
+            diffusion_config.require_weights("latents.text_encoder", self.text_encoder)
 
     def identity(self) -> dict[str, Any]:
-        return {"models": self.models(), "length": self.length}
+        """Returns all that latents and embeddings follow from; the tokenizer's files where the models' digests lack them."""
+        from heliostat.recipes.images import config as diffusion_config
+
+        tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
+        return {"models": self.models(), "length": self.length, **({"tokenizer": tokenizer} if tokenizer else {})}
 
     def models(self) -> dict[str, str]:
         from heliostat.recipes.images import config as diffusion_config

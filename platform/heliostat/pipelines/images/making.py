@@ -156,8 +156,8 @@ class Making:
     def _empty_caption(self, latents: Latents, folders: list[Location]) -> dict[str, Any]:
         meta: dict[str, Any] = {"models": latents.models()}
         if latents.text_encoder:
-            config = latents.model_dump()
-            work = iter([Task(key("empty", latents.identity()), {"latents": config})])
+            config, follows = latents.model_dump(), latents.identity()
+            work = iter([Task(key("empty", follows), {"latents": config, "follows": key(follows)})])
             (record,) = self.flow.all("empty-caption", tasks.encode_nothing, work)
             data = self.flow.work.spill.join(record["name"]).read()
             (path,) = {versions.store(folder, f"{FILES}/empty_caption-", data, ".bin") for folder in folders}
@@ -175,8 +175,9 @@ class Making:
                         curated.bytes // total, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None
-        dealing = (Task(key("deal", run.name, run.decided, shards, follows),
-                        {"run": run, "shards": shards, "latents": latents}, bytes=run.bytes) for run in curated.runs)  # fmt: skip
+        given = {"shards": shards, "latents": latents, "follows": key(follows)}
+        dealing = (Task(key("deal", run.name, run.decided, shards, follows), {"run": run, **given}, bytes=run.bytes)
+                   for run in curated.runs)  # fmt: skip
         actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
         dealt = [Run(*record["dealt"]) for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
         ranges = merging.merged(self.flow, dealt, total, lambda first, stop: (first, stop), self.memory_limit // RUN_SHARE)

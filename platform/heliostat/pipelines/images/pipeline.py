@@ -164,7 +164,7 @@ class ImagePipeline(StagedPipeline):
     def inputs(self) -> list[InputFile]:
         if self.fetch:
             return lists.listing(self.input)
-        return image_sources.listing(self.input)
+        return image_sources.listing(self.input, self.max_file_bytes)
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -81,14 +82,19 @@ def digit_caption(number: int, digit: int) -> str:
 # finding -------------------------------------------------------------------------------------------------------------
 
 
-def listing(uri: str) -> list[InputFile]:
-    """Lists every file that belongs to the input, sorted by path; ConfigError if there are none."""
+def listing(uri: str, limit: int = Limits.file) -> list[InputFile]:
+    """Lists every file that belongs to the input, sorted by path; ConfigError if there are none.
+
+    Beside images by their suffixes, those of any name that metadata files (of at most `limit` bytes) name.
+    """
     if uri == DIGITS:
         return [InputFile("digits", 1797 * 64, 0)]
     base, found = sources.find(uri)
     tables = {p for p, _ in found if p.rsplit("/", 1)[-1] in METADATA}
     wanted = (*METADATA, *IMAGES) if tables else ARCHIVES
-    files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if (p or base.path).lower().endswith(wanted)]
+    others = {p for p, _ in found if tables and not p.lower().endswith(wanted)}
+    named = {entry["path"] for path in tables for entry in _entries(base, path, Columns(), limit)} & others if others else others
+    files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if (p or base.path).lower().endswith(wanted) or p in named]
     if not files:
         seen = f"{len(found)} files, none" if found else "no file there"
         raise ConfigError(f"input: {uri!r}: {seen} of {', '.join(METADATA)}, *.tar or *.parquet")
@@ -114,12 +120,7 @@ def tasks(
         return
     base, there = sources.root(uri), {f.path: [f.bytes, f.modified] for f in files}
     for path in tables:
-        folder = path.rpartition("/")[0]
-        try:
-            data = sources.fetch(base, path, limit)
-        except sources.LeftOutError as e:
-            raise ConfigError(f"input: {printable(path)}: is not read: {pictures.REASONS[e.reason]} ({e.detail})") from e
-        entries = [_entry(row, folder, path, columns) for row in read_table(path, data)]
+        entries = _entries(base, path, columns, limit)
         for first in range(0, len(entries), FILES_PER_TASK):
             some = entries[first : first + FILES_PER_TASK]
             yield {"kind": "files", "path": path, "entries": some, "state": [there.get(e["path"]) for e in some]}
@@ -127,6 +128,15 @@ def tasks(
 
 def _ranged(path: str) -> bool:
     return path.lower().endswith(".parquet")
+
+
+def _entries(base: Location, path: str, columns: Columns, limit: int) -> list[dict[str, Any]]:
+    """Reads what a metadata file lists; ConfigError if it cannot."""
+    try:
+        data = sources.fetch(base, path, limit)
+    except sources.LeftOutError as e:
+        raise ConfigError(f"input: {printable(path)}: is not read: {pictures.REASONS[e.reason]} ({e.detail})") from e
+    return [_entry(row, path.rpartition("/")[0], path, columns) for row in read_table(path, data)]
 
 
 def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dict[str, Any]:
@@ -137,8 +147,9 @@ def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dic
         raise ConfigError(f"input: {printable(path)}: has no column 'file_name'; its columns: {found}")
     name, caption = str(row["file_name"]), row.get(columns.caption)
     lost = name.startswith("/") or not name  # what is joined to a folder would lie inside it
+    joined = f"{folder}/{name}" if folder and not lost else name
     return {
-        "path": f"{folder}/{name}" if folder and not lost else name,
+        "path": joined if lost or ".." in joined.split("/") else posixpath.normpath(joined),  # as it is listed
         "caption": caption if isinstance(caption, str) else None,
         "label": _label(row, columns),
         "columns": columns.kept(row),

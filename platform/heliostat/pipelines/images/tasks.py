@@ -108,12 +108,15 @@ def train(folder: Location, vocab_size: int, runs: list[Run]) -> dict[str, Any]:
 # shards ----------------------------------------------------------------------------------------------------------------
 
 
-def deal(folder: Location, run: Run, shards: Shards, latents: dict[str, Any] | None) -> dict[str, Any]:
-    """Spills a run's images by the shards that the hashes of their pixels name, each inside its bucket."""
+def deal(folder: Location, run: Run, shards: Shards, latents: dict[str, Any] | None, follows: str) -> dict[str, Any]:
+    """Spills a run's images by the shards that the hashes of their pixels name, each inside its bucket.
+
+    `follows`: the key of what the latents follow from.
+    """
     found = [_dealt(table, shards) for table in survivors(folder, run)]
     table = pa.concat_tables([DEALT.empty_table(), *found])
     if latents is not None:
-        table = _encoder(json.dumps(latents))(table)
+        table = _encoder(json.dumps(latents), follows)(table)
     name = spill.write(folder, table, ("hash", "id"))
     return {"dealt": [name, len(table), table.nbytes], "files": [name]}
 
@@ -129,16 +132,16 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
 
 
 @lru_cache(maxsize=2)
-def _encoder(config: str) -> Any:
-    """Loads the frozen encoders once in each process."""
+def _encoder(config: str, follows: str) -> Any:
+    """Loads the frozen encoders once in each process, for the tasks to come that follow from the same ones."""
     from heliostat.pipelines.images.latents import Encoder
 
     return Encoder(json.loads(config))
 
 
-def encode_nothing(folder: Location, latents: dict[str, Any]) -> dict[str, Any]:
+def encode_nothing(folder: Location, latents: dict[str, Any], follows: str) -> dict[str, Any]:
     """Spills what the text encoder makes of no caption."""
-    found = _encoder(json.dumps({**latents, "gpus": 0.0})).embeddings([""])[0]
+    found = _encoder(json.dumps({**latents, "gpus": 0.0}), follows).embeddings([""])[0]
     data = found.tobytes()
     name = f"empty/{hashlib.sha256(data).hexdigest()[:32]}.bin"
     folder.join(name).write(data)

@@ -13,8 +13,9 @@ from html.parser import HTMLParser
 from typing import NamedTuple
 
 SENTENCE = re.compile(r"(?<=[.!?])\s|\n\s*\n")
-FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-TITLE = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$")
+FENCE = re.compile(r" {0,3}(`{3,}(?=[^`\n]*$)|~{3,})")  # behind backticks there are no others: that is code in a line
+TITLE = re.compile(r" {0,3}#{1,6}[ \t]+")
+VERSION = 2  # raised when the same files give other pairs
 HEADINGS = {f"h{level}" for level in range(1, 7)}
 UNSEEN = {"script", "style", "template", "noscript", "nav", "head", "svg"}  # elements whose text is none of the page's
 INLINE = {"a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "dfn", "em", "font", "i", "kbd", "mark", "q", "s", "samp",
@@ -69,9 +70,16 @@ def markdown(source: str) -> Iterator[Pair]:
             continue
         if title:
             yield Pair(begin, title, "".join(held).strip("\n"))
-        title, begin, held = found[2].strip(), number, []
+        title, begin, held = _titled(line[found.end() :]), number, []
     if title:
         yield Pair(begin, title, "".join(held).strip("\n"))
+
+
+def _titled(rest: str) -> str:
+    """Returns a title without the blanks around it and the closing `#`s, which a blank stands before."""
+    rest = rest.strip(" \t\r\n")
+    bare = rest.rstrip("#")
+    return (bare if bare.endswith((" ", "\t")) else rest).strip()
 
 
 def html(page: str) -> Iterator[Pair]:
@@ -94,6 +102,8 @@ class _Sections(HTMLParser):
         self.line, self.unseen, self.inside = 0, list[str](), ""
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag == "body" or (tag in HEADINGS and set(self.unseen) == {"head"}):  # `</head>` may be left out
+            self.unseen = [name for name in self.unseen if name != "head"]
         if tag in UNSEEN:
             self.unseen.append(tag)
         if tag in HEADINGS and not self.unseen:

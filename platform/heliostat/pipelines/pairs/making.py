@@ -15,7 +15,7 @@ from heliostat.curation.flow import Task
 from heliostat.curation.work import key
 from heliostat.data import versions
 from heliostat.data.manifest import FILES, SHARDS
-from heliostat.pipelines.pairs import reading
+from heliostat.pipelines.pairs import extracting, reading
 from heliostat.pipelines.pairs.reading import PairSource
 from heliostat.pipelines.pairs.shards import Sharding, write_shards
 from heliostat.pipelines.prepare import InputFile
@@ -37,7 +37,7 @@ class Making(Reading):
         """Writes everything but the manifest, and returns its rows and metadata."""
         source = self.source
         assert isinstance(source, PairSource)
-        identity = [source.input, vars(source.rules), source.query_column, vars(source.least)]
+        identity = [source.input, vars(source.rules), source.query_column, vars(source.least), extracting.VERSION]
         curated = Engine(self.flow, source, identity, self.memory_limit).curate(self._pieces(inputs), self.stages, False)
         self._log(curated)
         meta: dict[str, Any] = {"kind": "rows", "dropped": dict(sorted(curated.reasons.items())), "listed": self._listed(curated)}

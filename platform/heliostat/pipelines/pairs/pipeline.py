@@ -15,6 +15,7 @@ from pydantic import Field
 
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.pipelines.pairs import extracting
 from heliostat.pipelines.pairs.making import Making
 from heliostat.pipelines.pairs.reading import Least, PairSource
 from heliostat.pipelines.prepare import InputFile
@@ -73,7 +74,7 @@ class PairPipeline(StagedPipeline):
         return sources.without(sources.listing(self.input, True), self.exclude)
 
     def identity(self) -> dict[str, Any]:
-        config = super().identity()
+        config = super().identity() | {"extracting": extracting.VERSION}
         if self.given is not None:  # what it says, not where it lies
             config["tokenizer"]["path"] = hashlib.sha256(self.given.encode()).hexdigest()
         config["stages"] = [stage.identity() for stage in self.stages]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ TEXT_WIDTHS = {
     "pixart": ("caption_channels",),
     "sd3": ("joint_attention_dim", "pooled_projection_dim"),
 }
+VOCABULARIES = (".txt", ".model", ".tiktoken")  # of tokenizers, beside JSON: merges.txt, vocab.txt, spiece.model
 
 
 class Text(Strict):
@@ -188,9 +190,16 @@ def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:
     return from_config(CLIPTextModel, config)
 
 
+def require_weights(key: str, folder: str) -> None:
+    """Checks that the weights of a frozen model are safetensors: a `.bin` is no part of its digest; ConfigError if not."""
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ConfigError(f"{key}: {folder!r} has no safetensors; save it by save_pretrained")
+
+
 def frozen_text_encoder(folder: str) -> Any:
+    require_weights("model.text.pretrained", folder)
     kind = T5EncoderModel if "t5" in from_folder("model.text.pretrained", AutoConfig, folder).model_type else CLIPTextModel
-    return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    return kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def frozen_bytes(config: dict[str, Any] | str) -> int:
@@ -205,10 +214,13 @@ def frozen_bytes(config: dict[str, Any] | str) -> int:
     return 4 * sum(p.numel() for p in model.parameters())  # fp32
 
 
+def tokenizer_folder(folder: str) -> Path:
+    """Finds the tokenizer of a frozen text encoder: in its folder, or in `../tokenizer`, where diffusers' pipelines have it."""
+    return Path(folder) if any(Path(folder).glob("tokenizer*")) else Path(folder).parent / "tokenizer"
+
+
 def frozen_tokenizer(folder: str, length: int) -> Any:
-    """Loads the tokenizer in a frozen text encoder's folder, or in `../tokenizer`, where diffusers' pipelines have it."""
-    place = Path(folder) if any(Path(folder).glob("tokenizer*")) else Path(folder).parent / "tokenizer"
-    tokenizer = from_folder("model.text.pretrained", AutoTokenizer, place)
+    tokenizer = from_folder("model.text.pretrained", AutoTokenizer, tokenizer_folder(folder))
     tokenizer.model_max_length = length
     return tokenizer
 
@@ -223,13 +235,29 @@ def text_width(text: Text) -> int:
 
 
 def frozen_autoencoder(folder: str) -> Any:
-    return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+    require_weights("model.autoencoder.pretrained", folder)
+    return AutoencoderKL.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
 
 
 def folder_digest(folder: str) -> str:
     """Computes a digest of a model folder's configuration and weights, which identifies the model wherever the folder lies."""
+    return _digest(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
+
+
+def tokenizer_digest(folder: str) -> str | None:
+    """Computes a digest of the files of a frozen text encoder's tokenizer that the folder's own leaves out; None without any.
+
+    It stands beside the folder's, which the manifests of datasets name.
+    """
+    place = tokenizer_folder(folder)
+    suffixes = (*VOCABULARIES, *(() if place == Path(folder) else (".json",)))
+    files = [p for p in place.iterdir() if p.suffix in suffixes] if place.is_dir() else []
+    return _digest(files) if files else None
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors")):
+    for path in sorted(files):
         digest.update(path.name.encode())
         with path.open("rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())

@@ -73,6 +73,9 @@ class Parts:
         for key in config.TEXT_WIDTHS[self.arch]:
             if given.get(key, self.width) != self.width:
                 raise ConfigError(f"model.backbone.{key}: {given[key]}, but the text encoder's width is {self.width}")
+        for name, held in folders.items():
+            if held:
+                config.require_weights(f"model.{name}.pretrained", str(held.pretrained))
         with torch.device("meta"):
             self.build()  # what makes no sense is found here
             if "pretrained" in self.model.backbone:
