@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Plan:
     """Describes what all units of an index have in common. `before`: the version whose embeddings are taken over, if any;
-    `markers`: of a dataset that is rearranged for filling in the middle."""
+    `markers`: of a dataset that is rearranged for filling in the middle; `follows`: the digest of the embedder's files."""
 
     dataset: str
     index: str
@@ -36,6 +36,7 @@ class Plan:
     end: int | None
     settings: Settings
     embedder: str | None = None
+    follows: str = ""
     dims: int | None = None
     batch: int = 16
     before: int | None = None
@@ -84,9 +85,9 @@ def _embed(rows: list[dict[str, Any]], index: Location, plan: Plan) -> dict[str,
     many of the passages are longer than the embedder takes, or have no embedding."""
     texts = {row["digest"]: row["text"] for row in rows}
     known = table.embeddings(index, plan.before, list(texts)) if plan.before is not None else {}
-    cut = longer(str(plan.embedder), {digest: texts[digest] for digest in known}, plan.batch)
+    cut = longer(str(plan.embedder), {digest: texts[digest] for digest in known}, plan.batch, plan.follows)
     new = {digest: text for digest, text in texts.items() if digest not in known}
-    for digest, made in zip(new, embed(str(plan.embedder), list(new.values()), plan.batch), strict=True):
+    for digest, made in zip(new, embed(str(plan.embedder), list(new.values()), plan.batch, plan.follows), strict=True):
         if made:
             known[digest] = made["embedding"]
             cut |= {digest} if made["truncated"] else set()
@@ -99,16 +100,16 @@ def _embed(rows: list[dict[str, Any]], index: Location, plan: Plan) -> dict[str,
     }
 
 
-def embed(model: str, texts: Sequence[str], batch: int) -> list[dict[str, Any]]:
+def embed(model: str, texts: Sequence[str], batch: int, follows: str = "") -> list[dict[str, Any]]:
     """Embeds texts: of each the `embedding`, the `tokens` that the model has seen, and whether the text is `truncated`; nothing
     of those that the model cannot embed."""
     from heliostat.inference.batch.engines import Input
 
-    return [answer.values for answer in loaded(model, "embed", batch, "{}")([Input(text, 0) for text in texts])]
+    return [answer.values for answer in loaded(model, "embed", batch, "{}", follows=follows)([Input(text, 0) for text in texts])]
 
 
-def longer(model: str, texts: dict[str, str], batch: int) -> set[str]:
+def longer(model: str, texts: dict[str, str], batch: int, follows: str = "") -> set[str]:
     """Returns the names of the texts that the model takes only the beginning of."""
-    engine = cast("Embed", loaded(model, "embed", batch, "{}"))
+    engine = cast("Embed", loaded(model, "embed", batch, "{}", follows=follows))
     encoded = {name: engine.encode(text) for name, text in texts.items()}
     return {name for name, tokens in encoded.items() if len(engine.loaded.seen(tokens, texts[name])) < len(tokens)}
