@@ -160,7 +160,8 @@ def _passages(
     definition, known = made.file("tokenizer.json").read().decode(), embedder or {}
     plan = Plan(
         made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings, known.get("folder"),
-        known.get("digest", ""), known.get("dims"), batch, before.record["version"] if before and embedder else None, Markers.of(made.meta),
+        known.get("digest", ""), known.get("dims"), batch, before.record["version"] if before and embedder else None,
+        Markers.of(made.meta),
     )  # fmt: skip
     shared = {"plan": flow.share(plan)}
     rearranged = [astuple(plan.markers)] if plan.markers else []
