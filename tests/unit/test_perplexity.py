@@ -1,6 +1,7 @@
 """A language model's folder as a stage: the perplexity is the model's own, whatever the batch, and documents go by it."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,16 @@ def test_documents_go_by_their_perplexity_and_the_others_have_a_bucket(tmp_path,
     }
     kept = outcomes(stages[1], [given[id] for id in told[0][0]])
     assert [o.document.columns["bucket"] for o in kept] == [int(made[id] >= middle) for id in told[0][0]]
+
+
+def test_a_model_whose_numbers_are_not_finite_is_told_and_its_documents_are_not_called_short(model, tmp_path):
+    broken = transformers.AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    shutil.copytree(model, tmp_path / "broken")
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ConfigError, match="gives probabilities that are not finite; take another model"):
+        outcomes(entry(tmp_path / "broken"), ["some words of a text"])
 
 
 @pytest.mark.parametrize(("keys", "message"), [

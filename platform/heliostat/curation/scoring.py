@@ -7,6 +7,7 @@ follow from their own, and batches are always full, so that every text of a leng
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -181,9 +182,10 @@ class Scorer(Classifier):
 
 class Likelihood(Reader):
     """Measures the mean negative logarithm of the probabilities that a causal language model gives a text's tokens, behind the
-    first; not a number for one token, or none."""
+    first; None for one token, or none. ConfigError if a model gives what is not finite."""
 
     def __init__(self, folder: str, max_tokens: int, batch: int) -> None:
+        self.folder = folder
         super().__init__(folder, "a causal language model", max_tokens, batch)
 
     def load(self, folder: str, **options: Any) -> Any:
@@ -193,11 +195,16 @@ class Likelihood(Reader):
 
         return whole("model", transformers.AutoModelForCausalLM, folder, **options)
 
-    def values(self, output: Any, ids: Any, mask: Any) -> list[float]:
+    def values(self, output: Any, ids: Any, mask: Any) -> list[float | None]:
         from torch.nn.functional import cross_entropy
 
-        def mean(logits: Any, row: Any, count: int) -> float:
-            return cross_entropy(logits[: count - 1].float(), row[1:count]).item() if count > 1 else float("nan")
+        def mean(logits: Any, row: Any, count: int) -> float | None:
+            if count < 2:
+                return None
+            nats = float(cross_entropy(logits[: count - 1].float(), row[1:count]))
+            if not math.isfinite(nats):
+                raise ConfigError(f"model: {self.folder!r} gives probabilities that are not finite; take another model")
+            return nats
 
         lengths = mask.sum(1).tolist()
         return [mean(logits, row, count) for logits, row, count in zip(output.logits, ids, lengths, strict=True)]

@@ -83,9 +83,9 @@ class Perplexity(Stage):
 
         return work
 
-    def _outcome(self, document: Document, nats: float, cut: bool) -> Outcome:
+    def _outcome(self, document: Document, nats: float | None, cut: bool) -> Outcome:
         counts = {"cut_to_max_tokens": 1} if cut else {}
-        if math.isnan(nats):
+        if nats is None:
             return Outcome(None, "too_short", counts=counts)
         perplexity = round(math.exp(min(nats, 700.0)), 4)
         measures = {"perplexity": perplexity}
