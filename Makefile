@@ -7,6 +7,8 @@ BIN := .venv/bin
 OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+# extras of what the docs run on a cluster's nodes: training, prepare, tune, infer, serve, benchmark, index-documents
+ON_NODES := images curation tune serve benchmark retrieval gcp
 UV ?= uv
 COMPILE = $(UV) pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' pyproject.toml
 
@@ -58,7 +60,7 @@ locked:  ## .venv as CI has it: each package of the version and the hash in test
 	touch .venv/.installed
 
 lock:  ## writes both lock files anew, for what pyproject.toml has come to ask for; UPGRADE=--upgrade takes the newest versions
-	$(COMPILE) $(UPGRADE) --extra images --extra tune --extra gcp --python-version 3.12 --python-platform x86_64-manylinux_2_39 \
+	$(COMPILE) $(UPGRADE) $(addprefix --extra ,$(ON_NODES)) --python-version 3.12 --python-platform x86_64-manylinux_2_39 \
 		--output-file clusters/requirements.lock
 	$(COMPILE) $(UPGRADE) --extra dev --universal --python-version 3.11 --constraint clusters/requirements.lock \
 		$(addprefix --no-emit-package ,$(OF_TORCH)) --output-file tests/requirements.lock

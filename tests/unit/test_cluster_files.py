@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heliostat.cluster import cluster_file, endpoint, pods, review, schemas, written_secrets
+from heliostat.cluster import cluster_file, endpoint, kuberay, launch, pods, review, schemas, written_secrets
 from heliostat.cluster import pools as room
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.plan import planner
@@ -15,7 +15,7 @@ from heliostat.plan import planner
 from tests.unit.build_job import ROOT, job
 
 CLUSTERS = sorted((ROOT / "clusters").glob("*.yaml"))
-KUBERAY = [p for p in CLUSTERS if p.stem.startswith("kuberay")]
+KUBERAY_FILES = [p for p in CLUSTERS if p.stem.startswith("kuberay")]
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def workspace(monkeypatch) -> None:
 
 
 def needs_crds(path: Path) -> None:
-    if path in KUBERAY and not schemas.crd_folder().is_dir():
+    if path in KUBERAY_FILES and not schemas.crd_folder().is_dir():
         pytest.skip(f"KubeRay's CRDs are not in {schemas.crd_folder()}: set {schemas.CRDS}")
 
 
@@ -68,7 +68,7 @@ def test_the_kuberay_cluster_is_this():
         ("data", 0, 16, 32, 0),
     ]
     assert [p.labels.get("heliostat-pool") for p in cluster.pools] == ["head", "train", "data"]
-    assert spec["authOptions"] == {"mode": "token"} and spec["networkPolicy"]["mode"] == "DenyAll"
+    assert spec["authOptions"] == {"mode": "token"}
     assert spec["enableInTreeAutoscaling"] is True
     assert spec["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"] == {
         "name": "heliostat-redis",
@@ -176,7 +176,14 @@ def test_faults_of_a_kuberay_file_are_errors_that_name_the_key(case, tmp_path):
 
 KUBE_OPEN = {
     "authOptions: Ray asks for no token": ("authOptions: {mode: token} ", "authOptions: {mode: disabled} "),
-    "networkPolicy: every pod": ("mode: DenyAll", "mode: DenyAllEgress"),
+    "NetworkPolicy: every pod of Kubernetes reaches Ray's ports of head, gpu, data": (
+        "policyTypes: [Ingress, ",
+        "policyTypes: [",
+    ),
+    "reaches Ray's ports of gpu;": (
+        "        metadata: {labels: {heliostat-cluster: heliostat-h100}}\n        spec:\n          automount",
+        "        spec:\n          automount",
+    ),
     "LoadBalancer opens Ray's ports": ("serviceType: ClusterIP", "serviceType: LoadBalancer"),
     "enableIngress: opens the dashboard": ("enableIngress: false", "enableIngress: true"),
     "hostNetwork": ("automountServiceAccountToken: true", "hostNetwork: true"),
@@ -235,7 +242,7 @@ LAUNCHER_OPEN = {
         "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_token FI_PROVIDER=efa",
         "export FI_PROVIDER=efa",
     ),
-    "has no version": ("heliostat:0.1.0", "heliostat:latest"),
+    "has no version": ("heliostat:0.1.0@sha256:change-me", "heliostat:latest"),
     "the head takes work": ("{CPU: 0}", "{CPU: 8}"),
 }
 
@@ -283,7 +290,7 @@ def test_ray_itself_takes_the_launcher_files():
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     for path in CLUSTERS:
-        raw = yaml.safe_load(path.read_text())
+        raw = next(yaml.safe_load_all(path.read_text()))
         if "cluster_name" in raw:
             validate_config(prepare_config(raw))
             if raw["provider"]["type"] == "local":
@@ -339,6 +346,7 @@ CLOUD_FAULTS = {
         "Ray watches for no notice": ("python -m heliostat.cluster.spot aws", "true"),
         "nothing logs in to change-me.dkr.ecr": ("  - aws ecr get-login-password", "  - 'true' #"),
         "head_start_ray_commands: the nodes do not ask": ("    ray start --head --port", "    /opt/start.sh --port"),
+        "the latest image changes": ("ImageId: ami-change-me", "ImageId: resolve:ssm:/aws/service/x/latest/ami-id"),
         "every node gets a public address": ("use_internal_ips: true", "use_internal_ips: false"),
         "AmazonEC2FullAccess": ("      IamInstanceProfile: {Name: heliostat-head} ", "      # "),
         "no credentials for the datasets": ("      IamInstanceProfile: {Name: heliostat-worker} ", "      # "),
@@ -348,21 +356,43 @@ CLOUD_FAULTS = {
     },
     "gcp-h100": {
         "A3 machines do not take pd-standard": ("diskType: zones/us-central1-a/diskTypes/pd-balanced", "diskName: x"),
-        "no driver for the GPUs": ("common-cu129-ubuntu-2204-nvidia-580", "common-cpu", "install-nvidia-driver", "other"),
+        "no driver for the GPUs": ("install-nvidia-driver", "other"),
+        "gpu.node_config.networkInterfaces: none, so Ray gives the machine a public address": (
+            "guide (more interfaces)\n      disks: *disk\n      networkInterfaces: *private\n",
+            "guide (more interfaces)\n      disks: *disk\n",
+        ),
+        "networkInterfaces: a public address": (
+            "      networkInterfaces: &private",
+            "      networkInterfaces: &private [{accessConfigs: [{type: ONE_TO_ONE_NAT}]}]\n      tags: &unused",
+        ),
+        "provider.use_internal_ips: not true": ("  use_internal_ips: true ", "  use_internal_ips: false "),
+        "a family's image changes": ("global/images/change-me", "global/images/family/common-nvidia-580"),
         "the scope cloud-platform opens every service": ("auth/devstorage.read_write", "auth/cloud-platform"),
         "Ray watches for no notice": ("python -m heliostat.cluster.spot gcp", "true"),
         "nothing logs in to us-central1-docker.pkg.dev": ("  - gcloud auth configure-docker", "  - 'true' #"),
         "the container sees no GPU": ("worker_run_options: [--gpus=all]", "worker_run_options: []"),
     },
     "kuberay-h100": {
+        "networkPolicy: KubeRay rejects the cluster unless its operator has the feature gate RayClusterNetworkPolicy": (
+            "  headGroupSpec:\n",
+            "  networkPolicy: {mode: DenyAll}\n  headGroupSpec:\n",
+        ),
+        "tlsOptions: KubeRay rejects the cluster unless its operator has the feature gate RayClusterMTLS": (
+            "  headGroupSpec:\n",
+            "  tlsOptions: {}\n  headGroupSpec:\n",
+        ),
+        "ingress: not all of the cluster's own pods": (
+            "    - from: [{podSelector: {matchLabels: *pods}}] ",
+            "    - from: [{podSelector: {matchLabels: {a: b}}}] ",
+        ),
         "no name can be looked up": (
             "- ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}] ",
             "- ports: [{port: 54}] ",
         ),
         "the autoscaler cannot reach Kubernetes": ("{port: 443, protocol: TCP}, {port: 6443, protocol: TCP}", "{port: 444}"),
         "pods cannot fetch the credentials": (
-            "          ports: [{port: 80, protocol: TCP}, {port: 988, protocol: TCP}",
-            "          ports: [{port: 81}",
+            "      ports: [{port: 80, protocol: TCP}, {port: 988, protocol: TCP}",
+            "      ports: [{port: 81}",
             "          automountServiceAccountToken: false\n",
             "          serviceAccountName: reader\n",
         ),
@@ -381,6 +411,7 @@ CLOUD_FAULTS = {
         "terminationGracePeriodSeconds: 120 is too short": ('--seconds, "90"', '--seconds, "110"'),
     },
     "kuberay-job": {
+        "activeDeadlineSeconds: none": ("  activeDeadlineSeconds: 1209600 ", "  #"),
         "the operator cannot ask for the job's state": ("{port: 8265, protocol: TCP}", "{port: 8266, protocol: TCP}"),
         "submitter: container ray-job-submitter: securityContext": (
             "          securityContext: *restricted   # like",
@@ -405,9 +436,9 @@ def test_a_rayjob_without_a_submitter_of_its_own_is_warned_of(tmp_path):
     """KubeRay's own has no securityContext, which a restricted namespace refuses."""
     source = ROOT / "clusters" / "kuberay-job.yaml"
     needs_crds(source)
-    raw = yaml.safe_load(source.read_text())
+    policy, raw = yaml.safe_load_all(source.read_text())
     del raw["spec"]["submitterPodTemplate"]
-    (tmp_path / source.name).write_text(yaml.safe_dump(raw))
+    (tmp_path / source.name).write_text(yaml.safe_dump_all([policy, raw]))
     assert [w.partition(":")[0] for w in review.check(tmp_path / source.name).warnings] == ["submitterPodTemplate"]
 
 
@@ -417,16 +448,35 @@ def test_a_deleted_pods_time_is_held_against_the_jobs_grace():
     assert [w.partition(":")[0] for w in pods.grace(cluster, job(**{"checkpoint.grace": 200}))] == ["gpu"]
 
 
-def test_the_head_on_aws_may_start_nodes_of_one_role_and_nothing_else():
-    """No wildcard over a service's actions; the role that it may pass on is the workers', to EC2 alone."""
-    policies = {p.stem: json.loads(p.read_text())["Statement"] for p in (ROOT / "clusters").glob("aws-*-policy.json")}
-    assert policies.keys() == {"aws-head-policy", "aws-worker-policy"}
-    actions = [a for p in policies.values() for s in p for a in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])]
-    assert not any(a.endswith("*") for a in actions)
-    passed = next(s for s in policies["aws-head-policy"] if s["Action"] == "iam:PassRole")
-    assert passed["Resource"].endswith(":role/heliostat-worker")
+def policy(name: str) -> list[dict]:
+    return json.loads((ROOT / "clusters" / f"aws-{name}-policy.json").read_text())["Statement"]
+
+
+def actions(statements: list[dict]) -> list[str]:
+    return [a for s in statements for a in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])]
+
+
+def test_the_head_on_aws_starts_only_the_files_instance_types_and_passes_on_only_the_workers_roles():
+    """No wildcard over a service's actions; the types are those of aws-h100.yaml; the roles go to EC2 alone."""
+    head = policy("head")
+    assert not any(a.endswith("*") for name in ("head", "worker", "data") for a in actions(policy(name)))
+    started = [s for s in head if "ec2:RunInstances" in s["Action"] and "instance/*" in str(s["Resource"])]
+    pools = cluster_file.read(ROOT / "clusters" / "aws-h100.yaml").pools
+    assert [s["Condition"]["StringEquals"] for s in started] == [
+        {"ec2:InstanceType": [p.instance for p in pools if not p.head], "aws:RequestTag/ray-cluster-name": "heliostat-aws"}
+    ]
+    assert [s["Condition"] for s in head if "image/*" in str(s["Resource"])] == [{"StringEquals": {"ec2:Owner": "amazon"}}]
+    passed = next(s for s in head if s["Action"] == "iam:PassRole")
+    assert [r.rpartition("/")[2] for r in passed["Resource"]] == ["heliostat-worker", "heliostat-data"]
     assert passed["Condition"] == {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}}
-    assert not any(a.startswith(("ec2:", "iam:")) for s in policies["aws-worker-policy"] for a in s["Action"])
+    assert not any(a.startswith(("ec2:", "iam:")) for name in ("worker", "data") for a in actions(policy(name)))
+
+
+def test_no_node_of_a_pool_on_aws_may_delete_a_dataset():
+    for name, places in {"worker": ["runs/*"], "data": ["datasets/*/work/*", "datasets/*.work/*"]}.items():
+        deleting = [s["Resource"] for s in policy(name) if "s3:DeleteObject" in actions([s])]
+        found = [r for resource in deleting for r in ([resource] if isinstance(resource, str) else resource)]
+        assert found == [f"arn:aws:s3:::CHANGE-BUCKET/{place}" for place in places]
 
 
 def test_the_image_has_the_cuda_that_its_locked_torch_is_built_for_and_takes_nothing_without_its_hash():
@@ -435,7 +485,8 @@ def test_the_image_has_the_cuda_that_its_locked_torch_is_built_for_and_takes_not
     cuda = re.search(r"^ARG CUDA=(\S+)$", docker, re.MULTILINE)[1]
     major, minor, _ = cuda.split(".")
     assert re.search(rf"^cuda-toolkit=={major}\.{minor}\.", locked, re.MULTILINE)  # which is torch's own pin
-    assert "FROM nvidia/cuda:${CUDA}-" in docker and "--no-deps --require-hashes --requirement requirements.lock" in docker
+    assert "FROM nvidia/cuda:${CUDA}-" in docker and "@}${CUDA_DIGEST}" in docker and "sha256sum --check" in docker
+    assert "--no-deps --require-hashes --requirement requirements.lock" in docker
     assert "--no-deps --no-build-isolation ." in docker and "pip check" in docker
 
 
@@ -464,3 +515,104 @@ def test_a_rayjobs_head_and_token_are_found_by_the_name_that_kuberay_gave_its_cl
         endpoint.kube_service(cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml"), "heliostat-h100")
         == "heliostat-h100-head-svc"
     )
+
+
+def test_the_image_has_the_packages_of_every_extra_that_the_docs_use_on_a_cluster():
+    """`prepare`, `serve`, `infer`, `benchmark`, and `index-documents` run on the nodes, too, and nodes install nothing."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    locked = {
+        canonicalize_name(n) for n in re.findall(r"^([\w.-]+)==", (ROOT / "clusters/requirements.lock").read_text(), re.MULTILINE)
+    }
+    for extra in ("images", "curation", "tune", "serve", "benchmark", "retrieval", "gcp"):
+        assert {canonicalize_name(Requirement(r).name) for r in extras[extra]} <= locked, extra
+
+
+KUBERAY = """#!/usr/bin/env python3
+import json, os, pathlib, sys
+folder = pathlib.Path(os.environ["KUBE"])
+calls, words = folder / "calls", " ".join(sys.argv[1:])
+with calls.open("a") as f:
+    f.write(words + "\\n")
+made = " create " in f" {calls.read_text()} " or "apply" in calls.read_text()
+scene = json.loads((folder / "scene.json").read_text())
+if "get events" in words:
+    polls = calls.read_text().count("get events")
+    print(json.dumps({"items": scene["old"] + [e for e in scene["events"] if made and polls > 1]}))
+elif " get " in f" {words} ":
+    print(json.dumps({"status": scene["status"] if calls.read_text().count("-o json") > 3 else {}}))
+elif words.split()[0] in ("apply", "create"):
+    if "-" in sys.argv:
+        (folder / f"{words.split()[0]}.yaml").write_text(sys.stdin.read())
+else:
+    sys.exit(f"unexpected: {words}")
+"""
+
+
+def event(name: str, reason: str, message: str, uid: str = "1", warning: bool = True, count: int = 1) -> dict:
+    about = {"kind": "RayCluster", "name": name}
+    kind = "Warning" if warning else "Normal"
+    return {"metadata": {"uid": uid}, "count": count, "type": kind, "reason": reason, "message": message, "involvedObject": about}
+
+
+@pytest.fixture
+def kubernetes(tmp_path, monkeypatch):
+    """A `kubectl` whose cluster is in the state that `scene` describes, from the second look on."""
+    (tmp_path / "kubectl").write_text(KUBERAY)
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("KUBE", str(tmp_path))
+    monkeypatch.setattr(kuberay, "POLL_S", 0.01)
+
+    def scene(status: dict, events=(), old=()):
+        (tmp_path / "scene.json").write_text(json.dumps({"status": status, "events": list(events), "old": list(old)}))
+        (tmp_path / "calls").unlink(missing_ok=True)
+        return tmp_path
+
+    return scene
+
+
+READY = {"state": "ready", "conditions": [{"type": "HeadPodReady", "status": "True"}]}
+
+
+def test_up_on_kubernetes_ends_when_the_head_is_ready_and_shows_the_operators_events(kubernetes, caplog):
+    cluster = cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml")
+    old = event("heliostat-h100", "InvalidRayClusterSpec", "of an earlier file", uid="0")
+    kubernetes(READY, [event("heliostat-h100-head-x", "FailedScheduling", "no node has 4 CPUs", uid="2")], [old])
+    assert "the head is ready" in launch.up(cluster)["note"]
+    assert "FailedScheduling: no node has 4 CPUs" in caplog.text and "earlier" not in caplog.text
+
+
+def test_up_on_kubernetes_fails_with_the_operators_reason_when_it_rejects_the_file(kubernetes):
+    cluster = cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml")
+    why = "spec.networkPolicy requires the RayClusterNetworkPolicy feature gate to be enabled"
+    kubernetes({}, [event("heliostat-h100", "InvalidRayClusterSpec", why)])
+    with pytest.raises(ClusterError, match=rf"kuberay-h100\.yaml: KubeRay rejects it .*{why}"):
+        launch.up(cluster)
+
+
+def test_up_on_kubernetes_ends_after_a_deadline_with_the_last_warning(kubernetes):
+    cluster = cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml")
+    kubernetes({}, [event("heliostat-h100-head-x", "FailedScheduling", "no node has 4 CPUs")])
+    with pytest.raises(ClusterError, match=r"not ready after 1 s \(last warning: .*no node has 4 CPUs"):
+        kuberay.start(cluster, seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("status", "note"), [({"jobDeploymentStatus": "Suspended"}, "queued"), ({"jobDeploymentStatus": "Running"}, "is running")]
+)
+def test_a_rayjob_is_created_after_its_network_policy_is_applied_and_may_be_queued(status, note, kubernetes):
+    folder = kubernetes(status)
+    assert note in launch.up(cluster_file.read(ROOT / "clusters" / "kuberay-job.yaml"))["note"]
+    assert yaml.safe_load((folder / "apply.yaml").read_text())["kind"] == "NetworkPolicy"
+    assert yaml.safe_load((folder / "create.yaml").read_text())["kind"] == "RayJob"
+
+
+def test_a_rayjob_that_fails_at_its_start_is_an_error(kubernetes):
+    kubernetes({"jobDeploymentStatus": "ValidationFailed", "message": "backoffLimit must be positive"})
+    with pytest.raises(ClusterError, match=r"the job is ValidationFailed: backoffLimit must be positive"):
+        launch.up(cluster_file.read(ROOT / "clusters" / "kuberay-job.yaml"))

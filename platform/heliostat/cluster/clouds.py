@@ -105,6 +105,8 @@ def _aws(cluster: ClusterFile) -> Iterator[str]:
     if not cluster.raw["provider"].get("use_internal_ips"):
         yield "provider.use_internal_ips: every node gets a public address; true, with private subnets, keeps them inside the VPC"
     for where, config, node, _ in _nodes(cluster):
+        if "/latest/" in str(config.get("ImageId", "")):
+            yield f"{where}.ImageId: the latest image changes, so later nodes may boot another; name one by its id (ami-...)"
         if "IamInstanceProfile" not in config:
             of_head = "Ray makes the head one of its own with AmazonEC2FullAccess and AmazonS3FullAccess"
             others = "the nodes have no credentials for the datasets"
@@ -121,12 +123,15 @@ def _aws(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _gcp(cluster: ClusterFile) -> Iterator[str]:
+    yield from _gcp_addresses(cluster)
     for where, config, node, gpus in _nodes(cluster):
         for disk in config.get("disks") or []:
             kind = str((disk.get("initializeParams") or {}).get("diskType", "pd-standard")).rpartition("/")[2]
             if str(config.get("machineType", "")).rpartition("/")[2].startswith("a3-") and kind not in A3_DISKS:
                 yield f"{where}.disks: A3 machines do not take {kind}; set initializeParams.diskType: {' or '.join(A3_DISKS)}"
         image = " ".join(str((d.get("initializeParams") or {}).get("sourceImage", "")) for d in config.get("disks") or [])
+        if "/images/family/" in image:
+            yield f"{where}.disks: a family's image changes, so later nodes may boot another; name one image of it"
         items = {i.get("key"): str(i.get("value")) for i in (config.get("metadata") or {}).get("items") or []}
         if gpus and "nvidia" not in image and items.get("install-nvidia-driver", "").lower() != "true":
             yield f"{where}: no driver for the GPUs: take an image with one, or set metadata.items install-nvidia-driver: 'True'"
@@ -136,3 +141,18 @@ def _gcp(cluster: ClusterFile) -> Iterator[str]:
         is_head = cluster.raw["available_node_types"].get(cluster.raw.get("head_node_type")) is node
         if not is_head and not config.get("serviceAccounts"):
             yield f"{where}.serviceAccounts: none, so the nodes have no credentials for the datasets; name one of least rights"
+
+
+def _gcp_addresses(cluster: ClusterFile) -> Iterator[str]:
+    """Warns of machines with a public address: Ray gives one to every machine whose network interface is not written out."""
+    for where, config, _, _ in _nodes(cluster):
+        interfaces = config.get("networkInterfaces")
+        if not interfaces:
+            yield (
+                f"{where}.networkInterfaces: none, so Ray gives the machine a public address; name a subnetwork there, "
+                "without accessConfigs, and set provider.use_internal_ips: true"
+            )
+        elif any(card.get("accessConfigs") or card.get("ipv6AccessConfigs") for card in interfaces):
+            yield f"{where}.networkInterfaces: a public address; leave accessConfigs out, and use Cloud NAT for the way out"
+        elif not cluster.raw["provider"].get("use_internal_ips"):
+            yield f"provider.use_internal_ips: not true, and {where} has no public address: Ray would wait for one in vain"

@@ -136,12 +136,15 @@ def kube_token(cluster: ClusterFile, name: str) -> str | None:
     return base64.b64decode(tool(command, f"reading the token of {name}")).decode() or None
 
 
-def tool(command: list[str], what: str, timeout: float = 600.0) -> str:
-    """Runs ray or kubectl and returns its output; ClusterError with its last line if it fails, or is not installed."""
+def tool(command: list[str], what: str, timeout: float = 600.0, given: str | None = None) -> str:
+    """Runs ray or kubectl and returns its output; ClusterError with its last line if it fails, or is not installed.
+
+    `given`: the text for its standard input.
+    """
     if not shutil.which(command[0]):
         raise ClusterError(f"{what} needs `{command[0]}`, which is not on the PATH")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as e:
         raise ClusterError(f"{what}: `{' '.join(command[:3])}` did not end in {timeout:.0f} s") from e
     if done.returncode:

@@ -71,8 +71,6 @@ def _words(option: str) -> list[str]:
 def _kuberay(spec: dict[str, Any]) -> Iterator[str]:
     if (spec.get("authOptions") or {}).get("mode") != "token":
         yield "authOptions: Ray asks for no token; set mode: token"
-    if (spec.get("networkPolicy") or {}).get("mode") != "DenyAll":
-        yield "networkPolicy: every pod of Kubernetes reaches Ray's ports; set mode: DenyAll"
     head = spec["headGroupSpec"]
     if head.get("serviceType", "ClusterIP") != "ClusterIP":
         yield f"headGroupSpec.serviceType: {head['serviceType']} opens Ray's ports; use ClusterIP and a port-forward"

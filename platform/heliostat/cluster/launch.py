@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat import extras
-from heliostat.cluster import cluster_file, local
+from heliostat.cluster import cluster_file, kuberay, local
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.cluster.endpoint import tool
 from heliostat.errors import ClusterError, ConfigError
@@ -36,9 +36,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> dict[str, Any]:
         }
     if restart:
         raise ConfigError(f"--restart: is not for KubeRay; use `heliostat cluster down {cluster.path}`, and up again")
-    verb = "create" if cluster.kind == "RayJob" else "apply"
-    tool(["kubectl", verb, "-f", str(cluster.path)], f"starting {cluster.name}")
-    return {"name": cluster.name, "note": f"was handed to KubeRay: kubectl -n {cluster.namespace} get {cluster.kind.lower()}"}
+    return {"name": cluster.name, "note": kuberay.start(cluster)}
 
 
 def require_launcher(cluster: ClusterFile) -> None:

@@ -1,8 +1,4 @@
-"""Finds what would break, or is less safe than it could be, in the pods of a KubeRay manifest.
-
-The network policy's rules are those of KubeRay 1.7, the first version that has `networkPolicy`: it lets a cluster's own pods talk
-to one another, a RayJob's submitter to the dashboard, and nothing else: no DNS, no Kubernetes API, no operator, no Prometheus.
-"""
+"""Finds what would break, or is less safe than it could be, in the pods of a KubeRay manifest."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from heliostat.cluster import network_policies
 from heliostat.cluster.cluster_file import GPU_RESOURCES, ClusterFile, groups
 from heliostat.config.spec import Job
 
@@ -17,16 +14,16 @@ RDMA = re.compile(r"^rdma/|/efa$|/ib$|/roce$|hugepages.*rdma|^vpc\.amazonaws\.co
 HOOK = re.compile(r"heliostat\.cluster\.spot\s+now(?:\s+--seconds[ =](\d+(?:\.\d+)?))?")
 HOOK_S = 90.0  # of `heliostat.cluster.spot now` without --seconds
 ENDING_S = 15.0  # what Ray takes to end behind the hook
-METRICS, DASHBOARD, DNS = 8080, 8265, 53
-IDENTITY = {80: "EKS and EC2", 988: "GKE"}  # ports of the services that give pods their credentials
 
 
 def warnings(cluster: ClusterFile) -> Iterator[str]:
     if cluster.kind == "launcher":
         return
     spec = cluster.spec
-    yield from _network(cluster)
+    yield from network_policies.warnings(cluster)
     yield from _made_by_kuberay(cluster)
+    if cluster.kind == "RayJob" and not cluster.raw["spec"].get("activeDeadlineSeconds"):
+        yield "activeDeadlineSeconds: none, so a job that hangs or is forgotten keeps its GPUs; set it to the job's longest time"
     for name, group in groups(spec):
         pod = group["template"]["spec"]
         yield from _privileges(name, pod)
@@ -62,47 +59,6 @@ def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:
                 f"{name}: the preStop hook gives the workers {seconds:g} s, and the job's checkpoint.grace is "
                 f"{job.checkpoint.grace:g}; raise --seconds (and terminationGracePeriodSeconds), or lower checkpoint.grace"
             )
-
-
-def _network(cluster: ClusterFile) -> Iterator[str]:
-    policy = cluster.spec.get("networkPolicy") or {}
-    mode = policy.get("mode")
-    rules = {who: policy.get(who) or {} for who in ("head", "worker")}
-    if mode in ("DenyAll", "DenyAllEgress"):
-        for who, given in rules.items():
-            out = given.get("egressRules") or []
-            if not _open(out, DNS):
-                yield f"networkPolicy.{who}.egressRules: no name can be looked up, the head's neither; allow port 53"
-        if cluster.spec.get("enableInTreeAutoscaling") and not any(
-            _open(rules["head"].get("egressRules") or [], p) for p in (443, 6443)
-        ):
-            yield "networkPolicy.head.egressRules: the autoscaler cannot reach Kubernetes; allow port 443 or 6443 of its API"
-        named = any(g["template"]["spec"].get("serviceAccountName") for _, g in groups(cluster.spec))
-        if named and not any(_open(rules["worker"].get("egressRules") or [], port) for port in IDENTITY):
-            where = ", ".join(f"{port} for {cloud}" for port, cloud in IDENTITY.items())
-            yield f"networkPolicy.worker.egressRules: pods cannot fetch the credentials of their service account; allow {where}"
-    if mode in ("DenyAll", "DenyAllIngress"):
-        if cluster.kind == "RayJob" and not _open(rules["head"].get("ingressRules") or [], DASHBOARD):
-            yield (
-                f"networkPolicy.head.ingressRules: the operator cannot ask for the job's state; allow port {DASHBOARD} from its "
-                "namespace"
-            )
-        for who, given in rules.items():
-            if not _open(given.get("ingressRules") or [], METRICS):
-                yield f"networkPolicy.{who}.ingressRules: Prometheus cannot read Ray's metrics; allow port {METRICS}"
-
-
-def _open(rules: list[dict[str, Any]], port: int) -> bool:
-    """Checks whether a rule lets the port through; a rule without ports lets all through."""
-    for rule in rules:
-        ports = rule.get("ports")
-        if not ports:
-            return True
-        for entry in ports:
-            first = entry.get("port")
-            if first == port or (isinstance(first, int) and first <= port <= entry.get("endPort", first)):
-                return True
-    return False
 
 
 def _privileges(name: str, pod: dict[str, Any]) -> Iterator[str]:

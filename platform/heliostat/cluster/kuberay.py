@@ -1,0 +1,128 @@
+"""Starts a cluster or a job on Kubernetes, waits until KubeRay has taken it up, and reports what the operator says.
+
+`kubectl apply` succeeds as soon as Kubernetes has stored the file. Whether the operator accepts it shows later: in the resource's
+status, and in events.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.cluster.endpoint import tool
+from heliostat.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+UP_S = 1200.0  # nodes that an autoscaler adds, and an image of many gigabytes
+POLL_S = 2.0
+JOB_FAILED = ("Failed", "ValidationFailed")
+JOB_QUEUED = ("Suspended", "Suspending")
+JOB_UP = ("Running", "Complete")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Holds an event of Kubernetes; `count` grows when the same event occurs again."""
+
+    uid: str
+    count: int
+    warning: bool
+    reason: str
+    about: str
+    message: str
+
+    @property
+    def rejects(self) -> bool:
+        """Returns whether the operator refuses to act on the resource."""
+        return self.warning and self.reason.startswith("Invalid")
+
+
+def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
+    """Hands the file to Kubernetes and waits until the head is ready, or the job runs or is queued; returns a note.
+
+    Raises ClusterError with the operator's reason if it rejects the file or the job fails, and with the last warnings after
+    `seconds`.
+    """
+    seen = {(e.uid, e.count) for e in _events(cluster)}
+    _create(cluster)
+    deadline, warned = time.monotonic() + seconds, Event("", 0, False, "", "", "")
+    while True:
+        for event in _events(cluster):
+            if (event.uid, event.count) in seen:
+                continue
+            seen.add((event.uid, event.count))
+            if event.rejects:
+                raise ClusterError(f"{cluster.path}: KubeRay rejects it ({event.reason}): {event.message}")
+            log.log(logging.WARNING if event.warning else logging.INFO, "%s: %s: %s", event.about, event.reason, event.message)
+            warned = event if event.warning else warned
+        if note := _note(cluster, _status(cluster)):
+            return note
+        if time.monotonic() > deadline:
+            last = f" (last warning: {warned.about}: {warned.reason}: {warned.message})" if warned.uid else ""
+            raise ClusterError(
+                f"{cluster.path}: not ready after {seconds:.0f} s{last}. It is still starting; run the command again to wait, or "
+                f"look: kubectl -n {cluster.namespace} describe {cluster.kind.lower()} {cluster.name}"
+            )
+        time.sleep(POLL_S)
+
+
+def _create(cluster: ClusterFile) -> None:
+    """Applies the file; a RayJob is created, because applying one that has ended would start nothing and say nothing."""
+    what = f"starting {cluster.name}"
+    if cluster.kind == "RayCluster":
+        tool(["kubectl", "apply", "-f", str(cluster.path)], what)
+        return
+    if cluster.others:
+        tool(["kubectl", "apply", "-f", "-"], what, given=yaml.safe_dump_all(cluster.others))
+    tool(["kubectl", "create", "-f", "-"], what, given=yaml.safe_dump(cluster.raw))
+
+
+def _note(cluster: ClusterFile, status: dict[str, Any]) -> str | None:
+    """Returns what to tell the person once waiting is over; None while it isn't; ClusterError if the start failed."""
+    where = f"kubectl -n {cluster.namespace} get {cluster.kind.lower()} {cluster.name}"
+    if cluster.kind == "RayJob":
+        state = str(status.get("jobDeploymentStatus", ""))
+        if state in JOB_FAILED:
+            reason = ": ".join(str(status[k]) for k in ("reason", "message") if status.get(k))
+            raise ClusterError(f"{cluster.path}: the job is {state}{f': {reason}' if reason else ''}")
+        if state in JOB_QUEUED:
+            return f"the job is queued (suspended); it starts when its quota is free: {where}"
+        return f"the job is {state.lower()}: {where}" if state in JOB_UP else None
+    if status.get("state") == "failed":
+        raise ClusterError(f"{cluster.path}: the cluster failed: {status.get('reason') or 'KubeRay gives no reason'}")
+    ready = {c.get("type"): c.get("status") for c in status.get("conditions") or []}
+    if status.get("state") == "suspended":
+        return f"the cluster is suspended: {where}"
+    if ready.get("HeadPodReady") == "True" or status.get("state") == "ready":
+        return f"the head is ready: {where}"
+    return None
+
+
+def _status(cluster: ClusterFile) -> dict[str, Any]:
+    command = ["kubectl", "-n", cluster.namespace, "get", cluster.kind.lower(), cluster.name, "-o", "json"]
+    return json.loads(tool(command, f"reading the status of {cluster.name}", 60)).get("status") or {}
+
+
+def _events(cluster: ClusterFile) -> Iterator[Event]:
+    """Yields the events about the resource, and about the cluster and pods that KubeRay makes for it and names after it."""
+    command = ["kubectl", "-n", cluster.namespace, "get", "events", "-o", "json"]
+    for item in json.loads(tool(command, f"reading the events of {cluster.name}", 60)).get("items") or []:
+        about = item.get("involvedObject") or item.get("regarding") or {}
+        name = str(about.get("name", ""))
+        if name == cluster.name or name.startswith(f"{cluster.name}-"):
+            yield Event(
+                uid=str(item["metadata"]["uid"]),
+                count=int(item.get("count") or (item.get("series") or {}).get("count") or 1),
+                warning=item.get("type") == "Warning",
+                reason=str(item.get("reason", "")),
+                about=f"{about.get('kind', '')} {name}".strip(),
+                message=str(item.get("message") or item.get("note") or "")[:500],
+            )
