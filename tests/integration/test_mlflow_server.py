@@ -23,6 +23,7 @@ from heliostat.cli.main import app
 from heliostat.errors import TrackingError
 from heliostat.train.run import train
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from tests.integration.conftest import curve
 
@@ -88,7 +89,7 @@ def server(database: dict[str, str], s3_server: str, password: str, tmp_path_fac
     boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1").create_bucket(Bucket="mlflow")
     config = configparser.ConfigParser()
     config["mlflow"] = {
-        "default_permission": "READ",
+        "default_permission": "NO_PERMISSIONS",
         "database_uri": "postgresql+psycopg:///mlflow",
         "admin_username": "admin",
         "auth_cache_ttl_seconds": "60",
@@ -119,7 +120,8 @@ def login(server: Server, password: str, monkeypatch: pytest.MonkeyPatch) -> str
     url, own = f"http://{server.endpoint}", secrets.token_hex(12)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-    AuthServiceClient(url).create_user("trainer", own)
+    for name in ("trainer", "visitor"):
+        AuthServiceClient(url).create_user(name, own)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "trainer")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", own)
     return url
@@ -146,6 +148,9 @@ def test_a_run_on_postgresql_and_s3_behind_a_login(login, password, job_file, s3
     assert isinstance(model.predict(["def "], params={"max_tokens": 4})[0], str)
     app(["lineage", "served-lm@candidate", "--mlflow", login], standalone_mode=False)
     assert result["run_id"] in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "visitor")
+    with pytest.raises(MlflowException, match="Permission denied"):  # nobody shared the run with them
+        MlflowClient(tracking_uri=login).get_run(result["run_id"])
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(TrackingError, match=r"401|not authenticated"):
         app(["runs", "--mlflow", login], standalone_mode=False)
