@@ -17,11 +17,10 @@ import logging
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from heliostat import run_folder
+from heliostat import device_threads, run_folder
 from heliostat.checkpoint import checksums, columns, placement, shard_index
 from heliostat.checkpoint import index as checkpoint_index
 from heliostat.checkpoint.columns import ROWS, Columns
@@ -157,7 +156,7 @@ class Checkpoint:
         """Reads the indexes of shards, several at a time, unless they are known; a fault if one is not what was written."""
         if not (missing := [shard for shard in shards if shard not in self.places]):
             return
-        with ThreadPoolExecutor(min(READ_THREADS, len(missing))) as pool:
+        with device_threads.pool(min(READ_THREADS, len(missing))) as pool:
             self.places.update(zip(missing, pool.map(self._read_places, missing), strict=True))
 
     def _read_places(self, number: int) -> shard_index.Places:
@@ -182,7 +181,7 @@ class Checkpoint:
             found = checksums.runs(parts)
             ways = min(-(-READ_THREADS // len(by_shard)), len(found))
             jobs += [(shard, found[i::ways]) for i in range(ways)]
-        with ThreadPoolExecutor(READ_THREADS) as pool:
+        with device_threads.pool(READ_THREADS) as pool:
             return sum(pool.map(lambda job: self._read(job[0], job[1], progressed), jobs))
 
     def _read(self, shard: int, wanted: list[list[checksums.Block]], progressed: Callable[[], None]) -> int:

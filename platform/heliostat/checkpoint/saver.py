@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from heliostat import device_threads
 from heliostat.checkpoint import writing
 from heliostat.checkpoint.agreement import agreed
 from heliostat.checkpoint.flat_shard import FlatShard
@@ -63,7 +64,7 @@ class Saver:
         self._progressed, self._written = progressed, 0
         self.frozen = Keeper(run, self.channel, lambda place, slices: self._store(place, None, slices, {}))
         self._pruner = Pruner(run, policy, fence)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = device_threads.pool(1, "checkpoint")
         self._pending: Future | None = None
         self._started: Future | None = None
         self._copied = threading.Event()

@@ -8,12 +8,12 @@ budget, is an error instead: it may be whole again later, and if its samples wer
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
+from heliostat import device_threads
 from heliostat.data import shard
 from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
@@ -74,7 +74,7 @@ class Chunks:
             tokens[mine] = found
             return None
 
-        with ThreadPoolExecutor(READERS) as pool:
+        with device_threads.pool(READERS) as pool:
             parts = list(pool.map(fill, members))
         return Gathered(_arrange(parts, members) if tokens is None else tokens, faults)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
+from heliostat import device_threads
 from heliostat.data import manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import SHARDS, Manifest
@@ -91,7 +91,7 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     log.info("%s: reading the footers of %d new shards", before.location, len(paths))
     column = "tokens" if before.kind == "tokens" else None
     read = partial(manifest.read_footer, before.location, token_column=column, vocab_size=before.meta.get("vocab_size"))
-    with ThreadPoolExecutor(READERS) as pool:
+    with device_threads.pool(READERS) as pool:
         found = list(pool.map(read, paths))
     for path, rows in zip(paths, found, strict=True):
         if not rows:

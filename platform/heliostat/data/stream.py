@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import pyarrow as pa
 import ray
 from ray.data import ExecutionResources
 
+from heliostat import device_threads
 from heliostat.data.content import Content, join, pack, part, unpack
 from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.data.order import Order
@@ -197,7 +197,7 @@ def begun(blocks: Iterator[Any]) -> Iterator[Any]:
         except Exception as e:  # noqa: BLE001 (raised where the block is due)
             first.set_exception(e)
 
-    threading.Thread(target=fetch, name="first-block", daemon=True).start()
+    device_threads.thread(fetch, "first-block")
 
     def rest() -> Iterator[Any]:
         yield first.result()

@@ -19,7 +19,6 @@ import os
 import re
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 import psutil
 import pyarrow.fs as pafs
 
+from heliostat import device_threads
 from heliostat.data import manifest
 from heliostat.data.manifest import FILES, SHARDS, Manifest
 from heliostat.errors import ConfigError, DataError
@@ -194,7 +194,7 @@ def prune(location: Location, record: dict[str, Any], keep_s: float, now: float 
 
 def remove_all(location: Location, paths: list[str]) -> int:
     """Deletes files, several at a time, as object storage answers slowly; returns their bytes."""
-    with ThreadPoolExecutor(REMOVERS) as pool:
+    with device_threads.pool(REMOVERS) as pool:
         return sum(pool.map(partial(remove, location), paths))
 
 

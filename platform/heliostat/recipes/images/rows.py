@@ -8,7 +8,6 @@ key is the engine's: another one for every place of every step, so a sample meet
 from __future__ import annotations
 
 import io
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +15,11 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from heliostat import device_threads
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 
-DECODERS = ThreadPoolExecutor(4, thread_name_prefix="decode")  # Pillow lets go of the interpreter while it decodes
+DECODERS = device_threads.pool(4, "decode")  # Pillow lets go of the interpreter while it decodes
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from heliostat import device_threads
 from heliostat.errors import ConfigError
 from heliostat.recipes.text import tiny
 
@@ -107,9 +109,7 @@ def played(recipe: Any) -> tuple[float, list[str]]:
             found[number] = e
             meeting.barrier.abort()
 
-    threads = [threading.Thread(target=play, args=(number,), daemon=True) for number in range(PARTS)]
-    for thread in threads:
-        thread.start()
+    threads = [device_threads.thread(partial(play, number), f"part-{number}") for number in range(PARTS)]
     for thread in threads:
         thread.join()
     for one in sorted(found, key=lambda f: isinstance(f, threading.BrokenBarrierError)):  # the cause before its effect

@@ -12,11 +12,12 @@ import os
 import sys
 import threading
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import ray
 
+from heliostat import device_threads
 from heliostat.checkpoint import tree
 from heliostat.checkpoint.tree import Channel
 from heliostat.events import Stack
@@ -38,8 +39,7 @@ class Heartbeat:
         self._every = interval(workers)
         self._facts = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._thread.start()
+        self._thread = device_threads.thread(self._beat, "heartbeat")
 
     @property
     def stop(self) -> int:
@@ -85,7 +85,7 @@ class StopConsensus:
 
     def __init__(self, group: Any) -> None:
         self._channel = Channel(group, VOTES)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stop-consensus")
+        self._thread = device_threads.pool(1, "stop-consensus")
         self._vote: Future[int]
 
     def ask(self, code: int) -> None:

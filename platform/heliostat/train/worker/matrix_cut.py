@@ -23,8 +23,7 @@ def tell(engine: Any, hidden: set[torch.nn.Parameter]) -> None:
         return
     optimizer: Any = zero_state.inner_optimizer(engine)
     flats = [(flat, group) for flat, group in zero_state.flat_groups(engine) if group[0] in hidden]
-    state, names = zero_state.state(engine), {p: name for name, p in engine.module.named_parameters()}
-    ours = [[_slice(flat, state.get(f"master.{names[p]}")) for p in group] for flat, group in flats]
+    ours = [[_slice(zero_state.place(engine, p)) for p in group] for _, group in flats]
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, [[span for span, _ in slices] for slices in ours])
     told = {
@@ -34,12 +33,9 @@ def tell(engine: Any, hidden: set[torch.nn.Parameter]) -> None:
     optimizer.cut_as(told, engine.device)
 
 
-def _slice(flat: torch.Tensor, master: Any) -> Slice:
-    """Finds this worker's slice of a parameter from its view of the flat tensor; an empty one if it has none."""
-    if master is None or not master.local.numel():
-        return (0, 0), 0
-    offset = (master.local.data_ptr() - flat.data_ptr()) // flat.element_size()
-    return (master.start, master.local.numel()), offset
+def _slice(place: zero_state.Place | None) -> Slice:
+    """Describes this worker's slice of a parameter; an empty one if it has none."""
+    return ((place.start, place.numel), place.offset) if place and place.numel else ((0, 0), 0)
 
 
 def _matrices(group: list[torch.nn.Parameter], slices: list[Slice], everyones: list[list[tuple[int, int]]]) -> Iterator[Matrix]:

@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import astuple
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import ray
 import torch
 
+from heliostat import device_threads
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.agreement import agreed, together
 from heliostat.checkpoint.flat_copy import Piece, Range
@@ -42,7 +43,7 @@ class MemoryCopies:
         """Prepares the copies of a worker; `notice` says at the terminal that there are none."""
         self.blocked_s = 0.0
         self._plan, self._limit, self._rank, self._world, self._notice = plan, limit, rank, world, notice
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="memory")
+        self._thread = device_threads.pool(1, "memory")
         self._pending: Future | None = None
         self._copied, self._ended = threading.Event(), threading.Event()
         self._copied.set()

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from heliostat import device_threads
 from heliostat.events import NodeSample
 
 MB = 1e6
@@ -36,7 +37,7 @@ class NodeMonitor:
         self._network = psutil.net_io_counters()
         self._ended = threading.Event()
         psutil.cpu_percent()  # the first call only sets a mark
-        threading.Thread(target=self._sample, name="system", daemon=True).start()
+        device_threads.thread(self._sample, "system")
 
     def end(self) -> None:
         self._ended.set()
@@ -64,17 +65,24 @@ class NodeMonitor:
 
 
 def gpus() -> dict[str, float]:
-    """Measures every GPU that this process sees; utilisation and power where NVIDIA's `nvidia-ml-py` is installed."""
+    """Measures every GPU that this process sees, by NVIDIA's `nvidia-ml-py`. Without that package, measures its own GPU's memory.
+
+    CUDA's own question for a GPU's memory makes a context on it, so this asks for no other GPU's.
+    """
     if not torch.cuda.is_available():
         return {}
     out: dict[str, float] = {}
     for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        out[f"gpu_{i}_memory_usage_megabytes"] = (total - free) / MB
-        out[f"gpu_{i}_memory_usage_percentage"] = 100 * (total - free) / total
+        total = torch.cuda.get_device_properties(i).total_memory
         try:
+            out |= _memory(i, torch.cuda.device_memory_used(i), total)
             out[f"gpu_{i}_utilization_percentage"] = float(torch.cuda.utilization(i))
             out[f"gpu_{i}_power_usage_watts"] = torch.cuda.power_draw(i) / 1000
         except (ModuleNotFoundError, RuntimeError):
-            continue
+            if i == torch.cuda.current_device():
+                out |= _memory(i, total - torch.cuda.mem_get_info(i)[0], total)
     return out
+
+
+def _memory(gpu: int, used: int, total: int) -> dict[str, float]:
+    return {f"gpu_{gpu}_memory_usage_megabytes": used / MB, f"gpu_{gpu}_memory_usage_percentage": 100 * used / total}

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from datetime import timedelta
 
+from heliostat import device_threads
 from heliostat.train.worker import near_cores
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver is quicker
@@ -47,7 +48,7 @@ def join(place: Place) -> None:
         os.environ.setdefault(name, value)
     if place.gpus:  # all of the node's, so that NCCL reaches the others' memory; before CUDA starts
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
-        torch.cuda.set_device(place.local_rank)
+        device_threads.use(place.local_rank)
         near_cores.bind(torch.cuda.get_device_properties(place.local_rank))
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect to those who are talked to, not to all
     dist.init_process_group(place.backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world, timeout=TIMEOUT)

@@ -7,6 +7,8 @@ import signal
 import threading
 from types import FrameType
 
+from heliostat import device_threads
+
 received = threading.Event()  # this process has had a SIGTERM
 
 
@@ -30,4 +32,4 @@ def heed_sigterm() -> None:
             if signal.SIGTERM in numbers:
                 received.set()
 
-    threading.Thread(target=listen, name="sigterm", daemon=True).start()
+    device_threads.thread(listen, "sigterm")

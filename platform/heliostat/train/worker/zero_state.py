@@ -11,14 +11,14 @@ as the optimizer's class in `heliostat.config.optimizers` says,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, TrainingError
 from heliostat.train.worker import division
 
 
@@ -82,31 +82,45 @@ def _persistent_buffers(module: torch.nn.Module) -> set[str]:
     }
 
 
+class Place(NamedTuple):
+    """Describes where the optimizer keeps this rank's slice of a parameter: `numel` elements from `offset` on of `flat`, a tensor
+    that it steps. `start`: where the slice begins in this worker's part of the parameter."""
+
+    flat: torch.Tensor
+    offset: int
+    numel: int
+    start: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Views the slice's elements in `flat`, or in the state that the optimizer keeps of it."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
+
+
+def place(engine: Any, p: Any) -> Place | None:
+    """Finds this rank's slice of a trained parameter; None if it has none.
+
+    DeepSpeed's accessors are of no use here: where the optimizer's memory is on the host, they return copies on the GPU.
+    """
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return Place(p, 0, p.numel(), 0)
+    if stage == 3:
+        group, offset, _ = zero.grad_position[zero.get_param_id(p)]
+        start, size = _at_stage_3(p)
+        return Place(_flats(engine)[group], offset, size, start)
+    if (mapping := p._hp_mapping) is None:
+        return None
+    kept, within = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Place(_flats(engine)[mapping.param_group_index], kept.start, kept.numel, within.start)
+
+
 def _slices(engine: Any, p: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Yields (key, local values, their start in this worker's part of the parameter) for the master weight and each moment;
     nothing if this rank has none of them."""
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
-        moments = engine.optimizer.state[p]
-        for key, tensor in [("master", p.data), *((k, moments[k]) for k in engine.moments[p])]:
-            yield key, tensor.view(-1), 0
-    elif stage == 3:
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        start, size = _at_stage_3(p)
-        for key, tensor in [
-            ("master", safe_get_local_fp32_param(p)),
-            *((k, safe_get_local_optimizer_state(p, k)) for k in engine.moments[p]),
-        ]:
-            yield key, tensor.view(-1)[:size], start
-    elif p._hp_mapping is not None:
-        at = p._hp_mapping.lp_fragment_address
-        fragments = [
-            ("master", p._hp_mapping.hp_fragment),
-            *((k, p._hp_mapping.get_optim_state_fragment(k)) for k in engine.moments[p]),
-        ]
-        for key, tensor in fragments:
-            yield key, tensor.view(-1)[: at.numel], at.start
+    if found := place(engine, p):
+        moments = inner_optimizer(engine).state[found.flat] if engine.moments[p] else {}
+        for key, tensor in [("master", found.flat), *((k, moments[k]) for k in engine.moments[p])]:
+            yield key, found.of(tensor), found.start
 
 
 def _at_stage_3(p: Any) -> tuple[int, int]:
@@ -123,12 +137,16 @@ def flat_groups(engine: Any) -> list[tuple[torch.Tensor, list[torch.nn.Parameter
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         return [(p, [p]) for p in engine.module.parameters() if p.requires_grad]
-    if stage == 3:
-        pairs = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
-        return [(flat, group) for flat, group in pairs if flat is not None]
-    if _sums_apart(engine):
-        return list(zip(zero.fp32_groups_flat_partition, zero.bf16_groups, strict=True))
-    return list(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True))
+    groups = zero.fp16_groups if stage == 3 else zero.bf16_groups if _sums_apart(engine) else zero.bit16_groups
+    return [(flat, group) for flat, group in zip(_flats(engine), groups, strict=True) if flat is not None]
+
+
+def _flats(engine: Any) -> list[torch.Tensor]:
+    """Lists DeepSpeed's flat fp32 tensors: one of each parameter group, or of each of its parts at stage 3."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return zero.fp32_partitioned_groups_flat
+    return zero.fp32_groups_flat_partition if _sums_apart(engine) else zero.single_partition_of_fp32_groups
 
 
 def _sums_apart(engine: Any) -> bool:
@@ -144,7 +162,8 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def init_optimizer_state(engine: Any) -> None:
-    """Creates the optimizer state that is made lazily at the first step, so that there is something to load into.
+    """Creates the optimizer state that is made lazily at the first step, so that there is something to load into; TrainingError
+    if what is written into its slices doesn't arrive.
 
     New runs need it too: DeepSpeed links parameters to their moments after the first parameter group's first step, when the
     other groups have none.
@@ -161,6 +180,51 @@ def init_optimizer_state(engine: Any) -> None:
 
         for flat, group in flat_groups(engine):
             lazy_init_hp_params_optimizer_state(group, flat, states)
+    _require_views(engine)
+
+
+def _require_views(engine: Any) -> None:
+    """Raises TrainingError unless DeepSpeed reads what is written into the slices of `state`.
+
+    Restores and the average of the weights write there. If a slice were a copy, training would continue from other weights
+    without an error. So this writes another number into both ends of each slice, looks for it where DeepSpeed keeps the
+    parameter, and puts the values back.
+    """
+    ends = [
+        (f"{key}.{name}", _ends(local), _ends(_kept(engine, p, key)[: local.numel()]))
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad
+        for key, local, _ in _slices(engine, p)
+        if local.numel()
+    ]
+    before = [mine.clone() for _, mine, _ in ends]
+    try:
+        for number, (_, mine, _) in enumerate(ends, 1):
+            mine.fill_(-number)
+        lost = [name for name, mine, its in ends if mine.device != its.device or not torch.equal(mine, its)]
+    finally:
+        for (_, mine, _), values in zip(ends, before, strict=True):
+            mine.copy_(values)
+    if lost:
+        raise TrainingError(
+            f"train.zero: DeepSpeed keeps {len(lost)} tensors, {lost[0]!r} first, where a restore can't write them (stage "
+            f"{engine.zero_optimization_stage()}). Install the version of DeepSpeed that heliostat requires"
+        )
+
+
+def _ends(values: torch.Tensor) -> torch.Tensor:
+    """Views the first and the last element."""
+    return values[:: max(1, values.numel() - 1)]
+
+
+def _kept(engine: Any, p: Any, key: str) -> torch.Tensor:
+    """Returns the tensor in which DeepSpeed itself keeps the master weight or a moment of a parameter, padded or not."""
+    stage, kind = engine.zero_optimization_stage(), None if key == "master" else key
+    if stage == 0:
+        return (engine.optimizer.state[p][key] if kind else p.data).view(-1)
+    if stage == 3:
+        return engine.optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=kind)[0]
+    return p._hp_mapping.get_hp_fragment(kind)
 
 
 def optimizer_steps(engine: Any) -> int:

@@ -1,0 +1,108 @@
+"""Threads of a worker's process run on its own GPU, and not on the node's first one, where CUDA starts them."""
+
+from __future__ import annotations
+
+import ast
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import heliostat
+import pytest
+import torch
+from heliostat import device_threads
+from heliostat.checkpoint.saver import Saver
+from heliostat.config import spec
+from heliostat.storage import Location
+from heliostat.train.worker import memory_copies, node_metrics, process_group
+
+HOUSE = Path(heliostat.__file__).parent
+ROOMS = ("train/worker", "checkpoint", "recipes", "update_rules", "data")  # what runs in a worker's process
+STARTERS = {"Thread", "Timer", "ThreadPoolExecutor", "ThreadPool", "start_new_thread"}
+
+
+def _started(path: Path) -> list[str]:
+    """The places in a file where a thread is made."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = [(call.lineno, getattr(call.func, "attr", getattr(call.func, "id", ""))) for call in calls]
+    return [f"{path.relative_to(HOUSE)}:{line}: {name}" for line, name in names if name in STARTERS]
+
+
+def test_every_thread_of_a_workers_process_starts_on_its_own_gpu() -> None:
+    files = [path for room in ROOMS for path in sorted((HOUSE / room).rglob("*.py"))]
+    assert len(files) > 100 and [place for path in files for place in _started(path)] == []
+    assert len(_started(HOUSE / "device_threads.py")) == 2  # so the search does find them
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The threads that chose a GPU, with the GPU; on the way of an attempt whose local rank is 3."""
+    found: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: found.append((threading.current_thread().name, gpu)))
+    monkeypatch.setattr(device_threads, "_gpu", None)
+    device_threads.use(3)
+    return found
+
+
+def test_threads_and_pools_choose_the_gpu_before_their_work(chosen: list[tuple[str, int]]) -> None:
+    seen: list[Any] = []
+    device_threads.thread(lambda: seen.append(chosen[-1]), "alone").join()
+    with device_threads.pool(1, "pool") as pool:
+        pool.submit(lambda: seen.append(chosen[-1])).result()
+    assert seen == [("alone", 3), ("pool_0", 3)] and chosen[0] == (threading.current_thread().name, 3)
+
+
+def test_an_attempt_chooses_its_gpu_for_all_threads(chosen: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **named: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: None)
+    monkeypatch.setattr(process_group.near_cores, "bind", lambda properties: None)
+    monkeypatch.setattr(process_group.os, "environ", {})
+    process_group.join(process_group.Place(5, 8, 1, 4, "file:///nowhere", "nccl", ("a", "b", "c", "d")))
+    device_threads.thread(lambda: None, "later").join()
+    assert chosen[-2:] == [(threading.current_thread().name, 1), ("later", 1)]
+
+
+def test_saves_and_copies_choose_the_gpu_before_they_touch_it(chosen: list[tuple[str, int]], tmp_path: Path) -> None:
+    """The threads that copy from the GPU, and those that read a checkpoint into it."""
+    saver = Saver(Location(str(tmp_path)), spec.Checkpoint(every=1), SimpleNamespace())
+    copies = memory_copies.MemoryCopies(SimpleNamespace(), 0, 0, 1, print)  # type: ignore[arg-type]
+    for thread, name in ((saver._thread, "checkpoint_0"), (copies._thread, "memory_0")):
+        assert thread.submit(lambda: chosen[-1]).result() == (name, 3)
+        thread.shutdown()
+
+
+def test_without_a_gpu_no_thread_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_threads, "_gpu", None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: pytest.fail("there is no GPU"))
+    with device_threads.pool(1) as pool:
+        assert pool.submit(lambda: 7).result() == 7
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_measuring_a_node_makes_no_context_on_other_workers_gpus(monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
+    """`mem_get_info` makes one on the GPU that it is asked for."""
+
+    def by_library(value: int) -> Any:
+        def ask(gpu: int) -> int:
+            if not library:
+                raise ModuleNotFoundError("pynvml")
+            return value
+
+        return ask
+
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=80_000_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (asked.append(gpu), (60_000_000, 80_000_000))[1])
+    for name, value in {"device_memory_used": 20_000_000, "utilization": 50, "power_draw": 300_000}.items():
+        monkeypatch.setattr(torch.cuda, name, by_library(value))
+    found = node_metrics.gpus()
+    measured = range(4) if library else [2]
+    assert {n for n in found if "memory" in n} == {
+        f"gpu_{i}_memory_usage_{u}" for i in measured for u in ("megabytes", "percentage")
+    }
+    assert found["gpu_2_memory_usage_megabytes"] == 20 and found["gpu_2_memory_usage_percentage"] == 25
+    assert asked == ([] if library else [2]) and ("gpu_0_power_usage_watts" in found) == library
