@@ -15,6 +15,7 @@ from heliostat.data.manifest import read
 from heliostat.numerics.play import gradients
 from heliostat.recipes import building
 from heliostat.recipes.loading import load
+from heliostat.train.worker import coupled
 from heliostat.train.worker.batch_plan import BatchPlan
 
 from tests.golden.curves import Steps
@@ -23,11 +24,13 @@ from tests.unit import build_images, build_pairs
 
 
 class Case(NamedTuple):
-    """What is embedded, and at which ZeRO stage: texts with a pooling, or images and their captions."""
+    """What is embedded, and at which ZeRO stage: texts with a pooling, or images and their captions. `block`: the workers share
+    the loss, so many samples at a time."""
 
     of: str
     stage: int
     pooling: str = ""
+    block: int = 0
 
     def job(self, folder: Path, workers: int) -> Job:
         changes: dict[str, Any] = {"train.zero.stage": self.stage, "workers.count": workers}
@@ -38,9 +41,9 @@ class Case(NamedTuple):
 
 
 CASES = {  # by workers
-    1: [Case("texts", 0, "mean"), Case("images", 0)],
+    1: [Case("texts", 0, "mean"), Case("images", 0), Case("texts", 1, "mean", 3)],
     2: [Case("texts", 1, "mean"), Case("texts", 2, "last"), Case("texts", 3, "cls"), Case("images", 1)],
-    4: [Case("texts", 3, "mean"), Case("images", 2), Case("images", 3)],
+    4: [Case("texts", 3, "mean"), Case("images", 2), Case("images", 3), Case("texts", 2, "mean", 1)],
 }
 Named = dict[str, torch.Tensor]
 
@@ -49,6 +52,7 @@ def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     """In every rank: how far the worker's own step is from the plain one, in each case."""
     for case in CASES[dist.get_world_size()]:
         job = case.job(Path(folder), dist.get_world_size())
+        coupled.SHARED_FROM = case.block or 1024
         data_plan = plan(job, [read(location) for location in job.sources])
         steps = Steps(job, data_plan)
         kept = _watched(steps.engine)

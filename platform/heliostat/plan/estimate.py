@@ -177,8 +177,10 @@ class Planner:
         held = self.kept.selective() if selective else self.kept.held(first, train.activation_offload)
         kept = (held + self.kept.largest) * layout.micro_batch // layout.sequence
         left = self.kept.inputs(first) * layout.micro_batch // layout.sequence if train.activation_offload else 0
-        if layout.sequence > 1 and self.job.data.document_mask:  # each has it for whole samples, a byte a pair of tokens
-            kept += layout.micro_batch * length**2
+        if layout.sequence > 1 and self.job.data.document_mask:  # each makes it for whole samples
+            from heliostat.recipes.text import document_attention
+
+            kept += layout.micro_batch * document_attention.mask_bytes(length, memory.LOW[train.precision])
         if layout.sequence > 1 and train.tiled_loss:  # the gradient of the last layer's weight, which is not cut
             kept += 4 * self.model.layer
         if self.kept.tile:

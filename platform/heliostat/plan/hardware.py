@@ -90,6 +90,11 @@ def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance:
     `name`: a device of the table; `instance`: a machine type of the table, which may name another price and network.
     """
     gpus, cores = job.workers.gpus, job.workers.cpus
+    if instance and gpus and not name and instance not in prices["instances"]:
+        raise ConfigError(
+            f"machine type {instance!r} of the cluster file is not in the price table"
+            f"{schema.nearest(instance, list(prices['instances']))}. Pass --device NAME, or add it to instances in --prices FILE"
+        )
     found = prices["instances"].get(instance or "", {})
     name = name or (found.get("device", DEFAULT_GPU) if gpus else "cpu")
     if name not in prices["devices"]:
@@ -118,9 +123,19 @@ def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance:
 
 
 def find(name: str, memory: float, devices: dict[str, Any]) -> str | None:
-    """Finds a GPU, by its name as CUDA tells it and its bytes of memory, among devices of the table; None if it is not there."""
-    words = name.replace("-", " ").split()
-    return next((d for d, known in devices.items() if d in words and memory > 0.9 * known["memory_gib"] * GIB), None)
+    """Finds a GPU, by its exact name in CUDA and its bytes of memory, among devices of the table; None if it is not there.
+
+    A device's `names` are those that CUDA reports; without them, it is its own name, also after "NVIDIA ".
+    """
+    return next((d for d, known in devices.items() if name in names(d, known) and memory > 0.9 * known["memory_gib"] * GIB), None)
+
+
+def names(device: str, known: dict[str, Any]) -> list[str]:
+    """Returns the names that CUDA reports for a device of the table."""
+    found = known.get("names", [device, f"NVIDIA {device}"])
+    if not isinstance(found, list):
+        raise ConfigError(f"--prices: devices.{device}.names: expected a list of names, got {found!r}")
+    return found
 
 
 def cost(used: list[dict[str, Any]], prices: dict[str, Any]) -> float | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-BLOCK = 1024  # queries that are compared with all texts together
+BLOCK = 1024  # queries that are compared with all texts together; fewer pairs are one matrix
 CUTS = (1, 5, 10)
 
 
@@ -25,14 +25,30 @@ class Contrast(NamedTuple):
     right: torch.Tensor
 
 
-def contrast(query: torch.Tensor, text: torch.Tensor, names: torch.Tensor, temperature: float) -> Contrast:
-    """Contrasts pairs of embeddings of length 1, [pairs, width] each; `names`, int64 [pairs, 2]: what query and text each has."""
-    scores = query @ text.T / temperature
-    alike = ((names[:, None] == names[None]).any(-1)).fill_diagonal_(False)
+def contrast(
+    query: torch.Tensor, text: torch.Tensor, names: torch.Tensor, temperature: float, some: slice | None = None
+) -> Contrast:
+    """Contrasts pairs of embeddings of length 1, [pairs, width] each; `names`, int64 [pairs, 2]: what query and text each has.
+
+    `some`: computes what these pairs add alone, their queries against all texts and their texts against all queries; the matrix
+    of all pairs is in memory nowhere.
+    """
+    own = torch.arange(len(query), device=query.device)[some or slice(None)]
+    mine = names if some is None else names[some]
+    alike = (mine[:, None, 0] == names[None, :, 0]) | (mine[:, None, 1] == names[None, :, 1])
+    alike[torch.arange(len(own), device=own.device), own] = False
+    scores = (query if some is None else query[some]) @ text.T / temperature
     scores = scores.masked_fill(alike, -torch.inf)
-    own = torch.arange(len(query), device=query.device)
-    loss = (F.cross_entropy(scores, own, reduction="sum") + F.cross_entropy(scores.T, own, reduction="sum")) / 2
+    back = scores.T if some is None else (text[some] @ query.T / temperature).masked_fill(alike, -torch.inf)
+    loss = (F.cross_entropy(scores, own, reduction="sum") + F.cross_entropy(back, own, reduction="sum")) / 2
     return Contrast(loss, alike.sum(), (scores.argmax(1) == own).sum())
+
+
+def blocks(pairs: int, rows: int = BLOCK) -> list[slice | None]:
+    """Cuts so many pairs into slices of at most `rows`; [None], which is all of them, if they are no more."""
+    if pairs <= rows:
+        return [None]
+    return [slice(start, min(start + rows, pairs)) for start in range(0, pairs, rows)]
 
 
 def ranks(query: np.ndarray, text: np.ndarray, names: np.ndarray) -> np.ndarray:
@@ -40,12 +56,14 @@ def ranks(query: np.ndarray, text: np.ndarray, names: np.ndarray) -> np.ndarray:
     texts of all pairs with that query; of those at the same distance the wrong come first."""
     _, first, number = np.unique(names[:, 1], return_index=True, return_inverse=True)
     _, asked = np.unique(names[:, 0], return_inverse=True)
-    right = np.zeros((asked.max() + 1, len(first)), dtype=bool)
-    right[asked, number] = True
+    order, texts = np.argsort(asked, kind="stable"), text[first]
+    begins = np.searchsorted(asked[order], np.arange(asked.max() + 2))  # of each query's pairs, in that order
     found = []
     for start in range(0, len(query), BLOCK):
-        scores = query[start : start + BLOCK] @ text[first].T
-        known = right[asked[start : start + BLOCK]]
+        scores = query[start : start + BLOCK] @ texts.T
+        known = np.zeros(scores.shape, dtype=bool)
+        for row, one in enumerate(asked[start : start + BLOCK]):
+            known[row, number[order[begins[one] : begins[one + 1]]]] = True
         best = np.where(known, scores, -np.inf).max(1, keepdims=True)
         found.append(1 + ((scores >= best) & ~known).sum(1))
     return np.concatenate(found)

@@ -52,11 +52,22 @@ class EmbedsPairs(CouplesSamples, Evaluates):
         self.pretrained = job.model.get("pretrained")
 
     def couple(self, found: dict[str, torch.Tensor]) -> Loss:
+        return self._coupled(found, None)
+
+    def couple_some(self, found: dict[str, torch.Tensor], some: slice) -> Loss:
+        return self._coupled(found, some)
+
+    def _coupled(self, found: dict[str, torch.Tensor], some: slice | None) -> Loss:
         from heliostat.recipes.contrastive import contrast
 
         asking, asked = self.sides
-        made = contrast(found[asking], found[asked], found["names"], self.temperature)
-        parts = {"accuracy": made.right / len(found["names"]), "masked": made.masked, "cut": found["cut"].float().mean()}
+        made, pairs, cut = (
+            contrast(found[asking], found[asked], found["names"], self.temperature, some),
+            len(found["names"]),
+            found["cut"],
+        )
+        was_cut = cut.float().mean() if some is None else cut[some].float().sum() / cut.numel()
+        parts = {"accuracy": made.right / pairs, "masked": made.masked, "cut": was_cut}
         return Loss(made.loss, {name: Part(value) for name, value in parts.items()})
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -72,8 +83,10 @@ class EmbedsPairs(CouplesSamples, Evaluates):
         from heliostat.recipes import contrastive
 
         asking, asked, names = (arrays[name] for name in (*self.sides, "names"))
-        told = contrastive.contrast(torch.from_numpy(asking), torch.from_numpy(asked), torch.from_numpy(names), self.temperature)
-        return {"loss": float(told.loss) / len(names), **contrastive.recall(contrastive.ranks(asking, asked, names))}
+        given = [torch.from_numpy(array) for array in (asking, asked, names)]
+        made = [contrastive.contrast(*given, self.temperature, some) for some in contrastive.blocks(len(names))]
+        loss = sum(float(one.loss) for one in made) / len(names)
+        return {"loss": loss, **contrastive.recall(contrastive.ranks(asking, asked, names))}
 
 
 def _own_keys(kind: type[Strict], model: dict[str, Any]) -> Any:

@@ -169,7 +169,18 @@ class CouplesSamples(Recipe):
     @abstractmethod
     def couple(self, found: dict[str, torch.Tensor]) -> Loss:
         """Computes the loss of the samples of a step from what `represent` gave of them, in their order. Every worker computes
-        it of all samples."""
+        it of all samples, unless there is `couple_some`."""
+
+    def couple_some(self, found: dict[str, torch.Tensor], some: slice) -> Loss:
+        """Computes what `some` of a step's samples add to the loss of all and to each of its parts: the sums over all samples are
+        what `couple` gives. Optional: with it, workers share large steps (`SHARED_FROM` in `train.worker.coupled`)."""
+        raise NotImplementedError
+
+    @classmethod
+    def shares_coupling(cls) -> bool:
+        """Tells whether `couple_some` is of the loss that `couple` computes; where a class overrides `couple` alone, it isn't."""
+        owner = {name: next(c for c in cls.__mro__ if name in vars(c)) for name in ("couple", "couple_some")}
+        return owner["couple_some"] is not CouplesSamples and issubclass(owner["couple_some"], owner["couple"])
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         """Computes the loss of a batch that is a whole step."""

@@ -28,9 +28,6 @@ from heliostat.storage import Location
 log = logging.getLogger(__name__)
 
 EVERY_S = 5.0  # a killed driver's file is at most so old
-PEAK_BF16 = {  # dense FLOP/s, from the makers' data sheets
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "MI300X": 1307e12,
-}  # fmt: skip
 
 
 class Ledger:
@@ -215,10 +212,3 @@ def _store(place: Location, data: bytes) -> None:
         place.write(data)
     except (HeliostatError, OSError) as e:
         log.warning("the run's ledger is behind: %s", e)
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Looks up a device's peak FLOP/s by its name; None where it is not known (CPUs, other GPUs, fp32)."""
-    if precision == "fp32":
-        return None
-    return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)

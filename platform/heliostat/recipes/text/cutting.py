@@ -98,12 +98,12 @@ def _put_together(model: Any, documents: bool) -> None:
     core, (heads, shared, width) = sequence_attention.core(model), sequence_attention.sizes(model.config)
 
     def exchanged(module: Any, *stretches: torch.Tensor, **given: Any) -> tuple[torch.Tensor, Any]:
-        *rows, mask = stretches
+        *rows, documents_of = stretches
         found = [(x.shape[1], x.shape[3]) for x in rows]
         if found != [(heads, width), (shared, width), (shared, width)]:
             raise Unfit(f"its layers have {found} heads and widths of queries, keys and values, and not all the same")
         whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in rows]
-        made, _ = core(module, *whole, mask, **given)
+        made, _ = core(module, *whole, documents_of, **given)
         return made.unflatten(1, (PARTS, -1)).squeeze(0), None
 
     sequence_attention.install(

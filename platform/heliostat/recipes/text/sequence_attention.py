@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from heliostat.recipes.text import document_attention
+
 NAME = "cut"
 
 
@@ -48,8 +50,8 @@ class Attention:
 
     def __init__(self, exchanged: Any, gathered: Any) -> None:
         self.exchanged, self.gathered = exchanged, gathered
-        self._positions: torch.Tensor | None = None  # that the mask is of: all layers of a pass have the same
-        self._mask: torch.Tensor | None = None
+        self._positions: torch.Tensor | None = None  # that the documents are of: all layers of a pass have the same
+        self._documents: torch.Tensor | None = None
 
     def __call__(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **given: Any
@@ -58,16 +60,9 @@ class Attention:
         positions = given["position_ids"]
         given.pop("attention_mask", None)
         if self.gathered and positions is not self._positions:
-            self._positions, self._mask = positions, apart(self.gathered(positions))
-        made: tuple[torch.Tensor, Any] = self.exchanged(module, query, key, value, self._mask, **given)
+            self._positions, self._documents = positions, document_attention.numbers(self.gathered(positions))
+        made: tuple[torch.Tensor, Any] = self.exchanged(module, query, key, value, self._documents, **given)
         return made
-
-
-def apart(positions: torch.Tensor) -> torch.Tensor:
-    """Makes the mask of packed documents from the positions of whole samples, [batch, tokens]: True where a query may attend."""
-    documents = (positions == 0).cumsum(1)
-    same = documents[:, :, None] == documents[:, None, :]
-    return same.tril_()[:, None]
 
 
 def install(model: Any, name: str, attention: Any) -> None:
@@ -80,10 +75,10 @@ def install(model: Any, name: str, attention: Any) -> None:
 
 
 def core(model: Any) -> Any:
-    """Returns the function that computes the model's attention."""
+    """Returns the function that computes the model's attention; it takes the numbers of documents in place of a mask."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    return ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    return document_attention.in_blocks(ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation])
 
 
 def sizes(config: Any) -> tuple[int, int, int]:

@@ -6,6 +6,9 @@ in the samples' order. Each computes the loss of all of them, and its gradients 
 represented again, with the same random numbers, and its inner product with those gradients goes backward: that is its part of
 the loss's gradient. So the loss is the same however samples lie in micro-batches and on workers, and the model's activations are
 those of one micro-batch.
+
+What all samples have with all others grows with their number's square. Of a step of more than `SHARED_FROM` samples, each worker
+computes what its share of them adds (`couple_some`), a block at a time, and the workers add up losses and gradients.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ import torch
 import torch.distributed as dist
 
 from heliostat.errors import ConfigError
-from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss
+from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Part
 from heliostat.train.worker.micro_batches import Micro, seeded
 
 Found = dict[str, torch.Tensor]
+Checked = Callable[[Any, str], Loss]  # returns what a recipe's method gave, if it is a loss; by the method's name
+
+SHARED_FROM = 1024  # samples of a step; also of a block. Fewer are coupled by each worker, which is one matrix of 4 MiB
 
 
 class Step(NamedTuple):
@@ -50,22 +56,47 @@ def represented(recipe: CouplesSamples, engine: Any, micro: Micro, batch: Batch)
     return found
 
 
-def first_pass(recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], couple: Callable[[Found], Loss], terms: Any) -> Step:
+def first_pass(recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], checked: Checked, terms: Any) -> Step:
     """Represents this worker's micro-batches without gradients, and computes the loss of all workers' with its gradients;
-    collective. `couple`: the recipe's; `terms`: the step's."""
+    collective. `terms`: the step's."""
     with torch.no_grad():
         mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device)]
         keys, order = _from_all(torch.from_numpy(np.concatenate([m.keys for m in micros])).to(engine.device)).sort()
         found = {name: _from_all(torch.cat([one[name] for one in mine]))[order] for name in sorted(mine[0])}
     leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in found.items()}
-    loss = couple(leaves)
-    trained = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
+    if len(keys) > SHARED_FROM and recipe.shares_coupling():
+        loss, gradients = _shared(recipe, leaves, checked, terms)
+        return Step(loss, keys, gradients)
+    loss = checked(recipe.couple(leaves), "couple")
+    return Step(loss, keys, _gradients(recipe, leaves, loss, terms))
+
+
+def _gradients(recipe: CouplesSamples, leaves: Found, loss: Loss, terms: Any) -> Found:
     if not loss.sum.requires_grad:
         raise ConfigError(
             f"recipe: {type(recipe).__name__}.couple makes no use of what is represented in floating point ({GUIDE})"
         )
+    trained = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
     gradients = torch.autograd.grad(objective(loss, terms), list(trained.values()), allow_unused=True)
-    return Step(loss, keys, {name: g for name, g in zip(trained, gradients, strict=True) if g is not None})
+    return {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
+
+
+def _shared(recipe: CouplesSamples, leaves: Found, checked: Checked, terms: Any) -> tuple[Loss, Found]:
+    """Computes the loss and its gradients with the other workers; collective. Each has a slice of the samples in their order."""
+    number, rank, world = len(next(iter(leaves.values()))), dist.get_rank(), dist.get_world_size()
+    begin, end = number * rank // world, number * (rank + 1) // world
+    totals = {name: torch.zeros_like(tensor) for name, tensor in leaves.items() if tensor.requires_grad}
+    sums, parts = list[torch.Tensor](), dict[str, Part]()
+    for first in range(begin, end, SHARED_FROM):
+        loss = checked(recipe.couple_some(leaves, slice(first, min(first + SHARED_FROM, end))), "couple_some")
+        for name, gradient in _gradients(recipe, leaves, loss, terms).items():
+            totals[name] += gradient
+        parts = loss.parts
+        sums.append(torch.stack([loss.sum.detach().float(), *(part.value.detach().float() for part in parts.values())]))
+    whole = torch.stack(sums).sum(0)
+    for tensor in (whole, *totals.values()):
+        dist.all_reduce(tensor)
+    return Loss(whole[0], {name: Part(value, parts[name].weight) for name, value in zip(parts, whole[1:], strict=True)}), totals
 
 
 def objective(loss: Loss, terms: Any) -> torch.Tensor:

@@ -63,7 +63,7 @@ class Objective:
 
     def _coupled(self, recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], terms: Any, number: int) -> Iterator[Share]:
         """Yields the shares of micro-batches in a loss of all samples: of the loss itself each has as much as any other."""
-        step = coupled.first_pass(recipe, engine, micros, lambda found: self._checked(recipe.couple(found), "couple"), terms)
+        step = coupled.first_pass(recipe, engine, micros, self._checked, terms)
         loss, added = step.loss.sum.detach() / number, _added(step.loss, number)
         for micro, batch in seeded(micros, engine.device):
             product = step.product(coupled.represented(recipe, engine, micro, batch), micro)

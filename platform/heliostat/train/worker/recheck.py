@@ -6,8 +6,8 @@ the loss, and of gradients of parameters that are drawn by the step, up to `ELEM
 more; on other steps nothing is done. Gradients are taken beside the engine, which never hears of them.
 
 The bits of most workers are right; with no majority, all that differ are named. Bits are compared among workers on devices of one
-kind. If they differ, all compute once more: who differs from itself is at fault, unless most do, whose kernels then are not
-deterministic, and nothing can be said.
+kind. Kernels are asked to be deterministic (`deterministic`), unlike in training. If bits differ, all compute once more: who
+differs from itself is at fault, unless most do, whose kernels then are not deterministic, and nothing can be said.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
 from heliostat.errors import ConfigError, CorruptionError
 from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.train.worker import deterministic
 from heliostat.train.worker.batch_plan import BatchPlan
 
 ELEMENTS = 64_000_000  # of the gradients that are compared at a time: they are held whole
@@ -54,6 +55,7 @@ class Recheck:
         assert job.train.recheck
         self.every: int | None = job.train.recheck.every
         self.agreed = -1  # steps that were done when all last agreed
+        self.compiled = bool(job.train.compile) or job.train.attention == "flex_attention"
         self.whole = engine.zero_optimization_stage() < 3  # does each worker hold all weights
 
     def due(self, step: int) -> bool:
@@ -130,11 +132,12 @@ class Recheck:
         buffers = [(b, b.clone()) for b in module.buffers()]
         torch.manual_seed(seed)
         try:
-            loss = self.recipe.loss(module, batch)
-            objective = loss.sum
-            for part in loss.parts.values():
-                objective = objective + part.weight * part.value.float()
-            gradients = torch.autograd.grad(objective, drawn, allow_unused=True)
+            with deterministic.kernels(self.compiled):
+                loss = self.recipe.loss(module, batch)
+                objective = loss.sum
+                for part in loss.parts.values():
+                    objective = objective + part.weight * part.value.float()
+                gradients = torch.autograd.grad(objective, drawn, allow_unused=True)
         except RuntimeError as e:
             if "heckpoint" not in str(e):
                 raise

@@ -11,7 +11,8 @@ import torch
 
 from heliostat.data.dataset import Dataset
 from heliostat.events import Steps
-from heliostat.train.time_ledger import Ledger, peak_flops
+from heliostat.train.peak_flops import peak_flops
+from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import bad_samples, zero_state
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.loss_watch import LossWatch
@@ -33,6 +34,7 @@ class StepReports:
         self._reported, self._since = context.start_step, time.perf_counter()
         self._waited = 0.0  # for data, up to the last report
         self._steady_s = self._steady_wait = 0.0
+        self._told_peak = False  # that this GPU has no known peak
 
     def begin(self) -> None:
         """Starts the clock: the first step begins."""
@@ -109,6 +111,10 @@ class StepReports:
         device = self.engine.device
         if device.type != "cuda":
             return None
-        peak = peak_flops(torch.cuda.get_device_name(device), self.job.train.precision)
+        name, precision = torch.cuda.get_device_name(device), self.job.train.precision
+        peak = peak_flops(name, precision)
+        if peak is None and precision != "fp32" and not self._told_peak:
+            self._told_peak = True
+            self.context.posts.notice(f"train/mfu isn't reported: the peak FLOP/s of {name!r} in {precision} isn't known")
         flops = self.stepper.recipe.flops_per_sample(self.engine.module)
         return flops * self.job.train.global_batch * steps / seconds / (peak * self.context.world) if peak and flops else None

@@ -1,0 +1,108 @@
+"""Computes attention of long samples of several documents without a mask of all pairs of tokens.
+
+A mask of a sample's pairs grows with the square of its length: 16 GiB at 131,072 tokens. Here queries attend in blocks of `ROWS`:
+each block has a mask of its own, against the keys up to its last query. The backward pass computes each block once more, so one
+mask is in memory at a time. Pairs in which the key comes later than the whole block are never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+ROWS = 1024  # queries of a block: at 131,072 tokens a mask is 128 MiB
+
+Core = Callable[..., tuple[torch.Tensor, Any]]
+
+
+def numbers(positions: torch.Tensor) -> torch.Tensor:
+    """Numbers the documents of samples by their tokens' positions, [batch, tokens]: a position of 0 begins a document."""
+    return (positions == 0).cumsum(1, dtype=torch.int32)
+
+
+def mask(documents: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """Makes the mask of queries first to end - 1 against the keys before `end`: True where a query attends to a key."""
+    same = documents[:, first:end, None] == documents[:, None, :end]
+    return same.tril_(first)[:, None]
+
+
+def mask_bytes(length: int, itemsize: int) -> int:
+    """Counts the bytes of the largest mask of a sample: a byte for each pair, and the bias that fused kernels make of it."""
+    return min(ROWS, length) * length * (1 + itemsize)
+
+
+def in_blocks(core: Core) -> Core:
+    """Returns an attention that takes documents' numbers in place of a mask, and computes their blocks with `core`; without
+    numbers it is `core`."""
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: torch.Tensor | None, **given: Any
+    ) -> tuple[torch.Tensor, Any]:
+        if documents is None:
+            return core(module, query, key, value, None, **given)
+        if query.shape[2] <= ROWS:
+            return core(module, query, key, value, mask(documents, 0, query.shape[2]), **given)
+
+        def block(some: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
+            end = keys.shape[2]
+            return core(module, some, keys, values, mask(documents, first, end), **given)[0]
+
+        made: torch.Tensor = Blocks.apply(block, bool(given.get("dropout")), query, key, value)
+        return made, None
+
+    return attend
+
+
+class Blocks(torch.autograd.Function):
+    """Computes attention, [batch, tokens, heads, width], of queries, keys and values [batch, heads, tokens, width] block by
+    block. It keeps these alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Callable[..., torch.Tensor], draws: bool, *given: torch.Tensor) -> torch.Tensor:
+        ctx.block, ctx.random = block, _random(given[0]) if draws else None
+        ctx.save_for_backward(*given)
+        query, key, value = given
+        return torch.cat([block(query[:, :, a:b], key[:, :, :b], value[:, :, :b], a) for a, b in _spans(query)], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        of_query = torch.empty_like(query)
+        # a key gets gradients of many blocks: they are summed in fp32
+        of_key, of_value = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (key, value))
+        with _drawn_again(ctx.random, query):
+            for a, b in _spans(query):
+                leaves = [x.detach().requires_grad_() for x in (query[:, :, a:b], key[:, :, :b], value[:, :, :b])]
+                with torch.enable_grad():
+                    made = ctx.block(*leaves, a)
+                some, keys, values = torch.autograd.grad(made, leaves, upstream[0][:, a:b])
+                of_query[:, :, a:b] = some
+                of_key[:, :, :b] += keys
+                of_value[:, :, :b] += values
+        return None, None, of_query, of_key.to(key.dtype), of_value.to(value.dtype)
+
+
+def _spans(query: torch.Tensor) -> list[tuple[int, int]]:
+    length = query.shape[2]
+    return [(first, min(first + ROWS, length)) for first in range(0, length, ROWS)]
+
+
+def _random(tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    return torch.get_rng_state(), get_device_states(tensor)
+
+
+@contextmanager
+def _drawn_again(random: tuple[torch.Tensor, Any] | None, tensor: torch.Tensor) -> Iterator[None]:
+    """Draws the random numbers of the forward pass inside, where there are any."""
+    if random is None:
+        yield
+        return
+    on_host, (devices, states) = random
+    with torch.random.fork_rng(devices=devices, device_type=tensor.device.type if devices else "cuda"):
+        torch.set_rng_state(on_host)
+        set_device_states(devices, states, device_type=tensor.device.type)
+        yield

@@ -1,0 +1,123 @@
+"""Workers share a loss of all samples of a step: no worker holds the matrix of all pairs, and the loss and its gradients are
+those of a plain loss over all pairs in one process, on any number of workers.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from heliostat.recipes import contrastive
+from heliostat.recipes.protocol import CouplesSamples, Loss
+from heliostat.recipes.text.embedder import Embedder
+from heliostat.train.worker import coupled
+from heliostat.train.worker.micro_batches import Micro
+
+from tests.unit import build_pairs
+from tests.unit.test_document_attention import Largest
+
+PAIRS, WIDTH = 37, 8
+
+
+class Group:
+    """Stands for torch.distributed in one of several workers. All have the same samples: who gathers gets its own alone."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.summed: list[torch.Tensor] = []
+
+    def get_rank(self) -> int:
+        return self.rank
+
+    def get_world_size(self) -> int:
+        return self.world
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        self.summed.append(tensor)
+
+
+def pairs(number: int = PAIRS) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    found = {side: F.normalize(torch.randn(number, WIDTH), dim=-1) for side in ("query", "text")}
+    names = torch.stack([torch.arange(number) % (number - 3), torch.arange(number) // 2], dim=1)  # some share a side
+    return {**found, "names": names, "cut": (torch.arange(2 * number) % 5 == 0).long().view(number, 2)}
+
+
+def recipe(tmp_path: Any) -> Embedder:
+    return Embedder(build_pairs.embedder(build_pairs.dataset(tmp_path / "texts"), **{"model.temperature": 0.3}))
+
+
+def plain_clip(found: dict[str, torch.Tensor], temperature: float) -> torch.Tensor:
+    """CLIP's loss, both ways, written down from its definition."""
+    scores, names = found["query"] @ found["text"].T / temperature, found["names"]
+    alike = (names[:, None] == names[None]).any(-1) & ~torch.eye(len(names), dtype=torch.bool)
+    weights = scores.exp() * ~alike
+    return -(scores.diagonal() - (weights.sum(0).log() + weights.sum(1).log()) / 2).sum()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("block", [3, 36])
+def test_what_workers_compute_adds_up_to_the_plain_loss_and_its_gradients(workers, block, tmp_path, monkeypatch):
+    made, found = recipe(tmp_path), pairs()
+    leaves = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in found.items()}
+    loss = plain_clip(leaves, 0.3)
+    right = dict(zip(("query", "text"), torch.autograd.grad(loss / PAIRS, [leaves["query"], leaves["text"]]), strict=True))
+    whole = made.couple(found)
+    assert float(whole.sum) == pytest.approx(float(loss.detach()), rel=1e-5)
+
+    monkeypatch.setattr(coupled, "SHARED_FROM", block)
+    told, gradients = torch.zeros(4), {name: torch.zeros_like(g) for name, g in right.items()}
+    for rank in range(workers):
+        monkeypatch.setattr(coupled, "dist", Group(rank, workers))
+        mine = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in found.items()}
+        one, its = coupled._shared(made, mine, lambda loss, _: loss, PAIRS)
+        told += torch.stack([one.sum, *(part.value for part in one.parts.values())])
+        for name, g in its.items():
+            gradients[name] += g
+    expected = [whole.sum, *(part.value for part in whole.parts.values())]
+    assert told.tolist() == pytest.approx([float(x) for x in expected], rel=1e-5) and told[2] > 0 and told[3] > 0
+    for name, g in right.items():
+        assert torch.allclose(gradients[name], g, rtol=1e-4, atol=1e-6)
+
+
+def test_no_worker_holds_the_matrix_of_all_pairs(tmp_path, monkeypatch):
+    """Of 4,096 pairs: 64 MiB in fp32, which a worker's first pass had several times."""
+    number, made = 4096, recipe(tmp_path)
+    monkeypatch.setattr(made, "represent", lambda engine, batch: pairs(number))
+    monkeypatch.setattr(coupled, "_from_all", lambda tensor: tensor)
+    monkeypatch.setattr(coupled, "seeded", lambda micros, device: [(micros[0], {})])
+    monkeypatch.setattr(coupled, "dist", Group(1, 4))
+    monkeypatch.setattr(coupled, "SHARED_FROM", 256, raising=False)
+    micro, engine = Micro(0, np.arange(number), {}), type("Engine", (), {"device": torch.device("cpu")})
+    with Largest() as largest:
+        coupled.first_pass(made, engine, [micro], lambda loss, *_: loss, number)
+    assert largest.bytes <= 4 * 256 * number  # a block's scores
+
+
+def test_held_out_pairs_are_scored_in_blocks(tmp_path, monkeypatch):
+    """The loss and the ranks are those of one matrix."""
+    arrays = {name: x.numpy() for name, x in pairs().items() if name != "cut"}
+    made = recipe(tmp_path)
+    whole = made.measure(arrays)
+    blocks = contrastive.blocks
+    monkeypatch.setattr(contrastive, "blocks", lambda number: blocks(number, 5))
+    monkeypatch.setattr(contrastive, "BLOCK", 5)
+    assert made.measure(arrays) == pytest.approx(whole, rel=1e-6) and blocks(1024) == [None]
+
+
+class Own(CouplesSamples):
+    """A recipe of one's own, with no share of its loss."""
+
+    def couple(self, found: dict[str, torch.Tensor]) -> Loss:
+        return Loss(found["x"].square().sum() ** 2)
+
+
+def test_a_loss_that_has_no_shares_is_computed_whole():
+    """Also where a class overrides `couple` alone: the shares that it inherits are of another loss."""
+
+    class Other(Embedder):
+        def couple(self, found: dict[str, torch.Tensor]) -> Loss:
+            return Loss(found["query"].sum())
+
+    assert Embedder.shares_coupling() and not Own.shares_coupling() and not Other.shares_coupling()
