@@ -42,6 +42,8 @@ T = TypeVar("T")
 BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
 BACKOFF = Backoff(0.2, 8.0, jitter=0.5)
 PROBE_S = 3.0  # in which a busy store that refuses one request takes another
+AWAY_S = 1800.0  # in which a store that is away is waited for by what it would end
+PATIENT = Backoff(1.0, 60.0, jitter=0.2)
 LISTINGS = 20  # of a folder on disk that others change meanwhile
 UPLOAD_BLOCK = 16 << 20  # bytes that are read of a file at a time
 UPLOAD_WINDOW = 64 << 20  # bytes that are on their way to the store before their arrival is waited for
@@ -313,6 +315,25 @@ class Location:
             raise self._no_bucket() from e
         if found == pafs.FileType.NotFound:
             raise self._no_bucket()
+
+    def wait_for_store(self, sleep: Callable[[float], object] | None = None) -> None:
+        """Waits until the store answers, for AWAY_S at most: StorageError then; AccessError at once.
+
+        For what has begun already, such as a run that is resumed: to end would cost more than to wait.
+        """
+
+        def judge(error: Exception) -> None:
+            if isinstance(error, AccessError) or not isinstance(error, StorageError):
+                raise error
+
+        def give_up(failure: Failure) -> NoReturn:
+            raise StorageError(f"{failure.error}; waited {failure.seconds:.0f} s for the store") from failure.error
+
+        def tell(failure: Failure, wait: float) -> None:
+            left = f"waiting for the store, up to {max(0.0, AWAY_S - failure.seconds):.0f} s more"
+            log.warning("%s; %s, next try in %.0f s", failure.error, left, wait)
+
+        retries.retry(self.probe, AWAY_S, PATIENT, judge, give_up, tell, sleep)
 
     def require_writable(self) -> None:
         """Raises AccessError, on a disk, unless the folder that this place is in or would be made in can be written to."""

@@ -1,9 +1,9 @@
 """Decides how a run continues when an attempt ends: pure decisions, so that `run` only carries them out.
 
 Errors that would recur (a faulty job, damaged data, a non-finite loss) are final. So is a store's refusal that the driver meets
-too (`refusals`); another is a failure. A corrupt checkpoint means resuming from the checkpoint before it, a loss spike from before
-the spike. Both, and everything that a machine may be blamed for (a dead worker or node, memory, a store's outage, a stall), count
-as failures: a limited number may follow each other without a new checkpoint between them, each after a longer pause. Preemptions,
+too (`refusals`); another is a failure. A corrupt checkpoint means resuming from the one before it, a loss spike from before the
+spike. Both, and all that a machine may be blamed for (a dead worker or node, memory, a store's outage, a stall), count as
+failures: a limited number may follow each other without a new checkpoint between them, each after a longer pause. Preemptions,
 resizes and waiting for resources are no failures and have no limit.
 """
 
