@@ -31,7 +31,7 @@ from heliostat.data import collection, manifest
 from heliostat.data.dataset import DataPlan, make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
-from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
+from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, TrackingError
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.loading import recipe_class
 from heliostat.recipes.protocol import Recipe
@@ -61,11 +61,11 @@ def check(job: Job, cluster: Path | None = None) -> Checked:
     return check_data(*check_setup(job, cluster))
 
 
-def check_setup(job: Job, cluster: Path | None = None) -> tuple[Job, Recipe]:
+def check_setup(job: Job, cluster: Path | None = None, resume: bool = False) -> tuple[Job, Recipe]:
     """Checks what does not depend on what the run has done already: the recipe and its model, the machine, the stores."""
     job, recipe = check_job(job)
     check_devices(job, cluster)
-    check_services(job)
+    check_services(job, resume)
     return job, recipe
 
 
@@ -119,9 +119,9 @@ def cpu_flags() -> set[str]:
     return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
 
 
-def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None) -> Checked:
+def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, resume: bool = False) -> Checked:
     """Checks the stores, then the datasets."""
-    check_services(job)
+    check_services(job, resume)
     return check_data(job, recipe, recorded)
 
 
@@ -130,7 +130,7 @@ def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, chang
     started with, unless `change_at` names the step from which its data may be other than `recorded`."""
     for i, location in enumerate(job.sources):
         with _named(f"data.sources.{i}.path"):
-            location.probe()
+            location.wait_for_store() if recorded else location.probe()
     given, job = job, collection.expand(job, recorded if change_at is None else None)
     if job is not given:
         recipe = type(recipe)(job)
@@ -178,13 +178,21 @@ def _named(key: str) -> Iterator[None]:
         raise type(e)(f"{key}: {e}") from e
 
 
-def check_services(job: Job) -> None:
-    """Checks that the store of the runs answers and can be written to, and that MLflow answers."""
+def check_services(job: Job, resume: bool = False) -> None:
+    """Checks that the store of the runs answers and can be written to, and that MLflow answers.
+
+    A run that resumes waits for a store that is away, and trains while MLflow is away: its metrics are kept until MLflow is back.
+    """
     with _named("storage"):
         storage = Location(job.storage)
-        storage.probe()
+        storage.wait_for_store() if resume else storage.probe()
         storage.require_writable()
-    _check_mlflow(job.mlflow.uri)
+    try:
+        _check_mlflow(job.mlflow.uri)
+    except TrackingError as e:
+        if not resume:
+            raise
+        log.warning("%s; the run resumes without it, and its metrics are kept until it answers", e)
 
 
 def _version(location: Location, digest: str | None) -> Manifest:
@@ -253,10 +261,9 @@ def _check_mlflow(uri: str) -> None:
         except urllib.error.HTTPError as e:
             with e:
                 said = brief(" ".join(re.sub("<[^>]*>", " ", e.read(4096).decode(errors="replace")).split()))
-            raise HeliostatError(
-                f"mlflow.uri: {uri} answers, but with an error: {e.code} {e.reason}{f' ({said})' if said else ''}"
-            ) from e
+            kind = TrackingError if e.code >= 500 else HeliostatError
+            raise kind(f"mlflow.uri: {uri} answers, but with an error: {e.code} {e.reason}{f' ({said})' if said else ''}") from e
         except (urllib.error.URLError, TimeoutError, OSError) as e:
-            raise HeliostatError(
+            raise TrackingError(
                 f"mlflow.uri: {uri} does not answer ({getattr(e, 'reason', e)}); start it with `mlflow server`"
             ) from e

@@ -8,7 +8,7 @@ Ray workers to the driver, so what each takes are its `args`: the message, and w
 password of a URI, whoever wrote it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,10 +40,20 @@ class StorageError(HeliostatError):
 
 
 class AccessError(StorageError):
-    """Reports that the store refuses access, or has no such bucket, or no room for a folder: a retry is useless before that
-    changes."""
+    """Reports that the store refuses access, or has no such bucket, or no room for a folder: a retry by the same process is
+    useless before that changes.
+
+    `place`: the URI of the file or folder; `node`: the id of the Ray node that was refused. Empty where they are not known.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, place: str = "", node: str = "") -> None:
+        super().__init__(message, place, node)
+        self.place, self.node = place, node
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class DataError(HeliostatError):
@@ -154,6 +164,18 @@ def naming(where: object) -> Iterator[None]:
 
 
 @contextmanager
+def on_node(node: Callable[[], str]) -> Iterator[None]:
+    """Puts the node of this process, which `node` returns, into a refusal that the process raises."""
+    try:
+        yield
+    except AccessError as e:
+        if not hasattr(e, "cause"):  # Ray's, which brings another process's refusal
+            e.node = node()
+            e.args = (e.args[0], e.place, e.node)
+        raise
+
+
+@contextmanager
 def unwrapped() -> Iterator[None]:
     """Raises what a task raised, if it is meant for the person, as it was before Ray wrapped it."""
     try:
@@ -162,7 +184,7 @@ def unwrapped() -> Iterator[None]:
         cause = innermost(e) if hasattr(e, "cause") or not isinstance(e, HeliostatError) else None  # Ray's wrappers may be both
         if cause is None:
             raise
-        raise type(cause)(str(cause)) from e
+        raise type(cause)(str(cause), *cause.args[1:]) from e
 
 
 def innermost(error: BaseException | None) -> HeliostatError | None:

@@ -46,12 +46,13 @@ def retry(
     judge: Callable[[Exception], None],
     give_up: Callable[[Failure], NoReturn],
     tell: Callable[[Failure, float], None] = lambda failure, wait: None,
+    sleep: Callable[[float], object] | None = None,
 ) -> T:
     """Runs an action until it succeeds; it must be one that may be repeated from its start.
 
     `judge` raises for an error that another attempt would not help, and `give_up` once the budget is used up; `tell` hears of
-    each wait. No attempt begins that would end beyond the budget if it took as long as the last; the last wait is cut, so that
-    the budget is used up to its end.
+    each wait, and `sleep` waits, if it is given. No attempt begins that would end beyond the budget if it took as long as the
+    last; the last wait is cut, so that the budget is used up to its end.
     """
     start, count = time.monotonic(), 0
     while True:
@@ -67,4 +68,4 @@ def retry(
                 give_up(failure)
             wait = min(backoff.wait(count), left)
         tell(failure, wait)
-        time.sleep(wait)
+        (sleep or time.sleep)(wait)

@@ -16,6 +16,7 @@ attempts.json                each start of the workers: code, machines (`track.r
 unlogged.jsonl               points that MLflow has not taken yet (`track.outbox`)
 clone.json                   the last checkpoint that population based training put here (`tune.clone`)
 summary.json, result.json    the end: of training, and of everything (`runs.summary`)
+probe                        empty; the driver writes it to see whether it may write (`train.driver.refusals`)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from heliostat.storage import Location
 CHECKPOINTS, RECEIPTS, SEGMENTS, QUARANTINE, CURVES = "checkpoints", "receipts", "segments", "quarantine", "curves"
 LEDGER, LEASE, LOGS, STACKS, BENCHMARKS = "ledger", "lease", "logs", "stacks", "benchmarks"
 MLFLOW_RUN, ATTEMPTS, UNLOGGED, CLONE = "run.json", "attempts.json", "unlogged.jsonl", "clone.json"
-SUMMARY, RESULT = "summary.json", "result.json"
+SUMMARY, RESULT, PROBE = "summary.json", "result.json", "probe"
 BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders of files that are named after the last step they tell of
 
 

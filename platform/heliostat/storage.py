@@ -4,8 +4,8 @@ Guarantees: a write is atomic (a reader sees the old bytes or the new ones) as l
 an S3 upload even when the local file breaks off, so readers of uploads compare sizes. A store that throttles, fails, hangs or
 breaks connections is asked again, with exponential backoff and jitter, until it answers or the budget of HELIOSTAT_RETRY_BUDGET_S
 seconds (60, read at every call) would be exceeded: then StorageError. Refused credentials and requests that cannot succeed fail
-at once and say so; a missing object is FileNotFoundError; what is wrong with the bytes themselves is never taken for a fault of
-the store.
+at once and say so, and the next request reads the credentials again; a missing object is FileNotFoundError; what is wrong with
+the bytes themselves is never taken for a fault of the store.
 
 Credentials come from the environment only (`AWS_*`, instance roles); what a URI's query may say of the store: `s3_options`. A
 Location pickles as its URI.
@@ -30,7 +30,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from heliostat import exclusive, parallel_listing, requester_pays, retries, s3_options
+from heliostat import exclusive, parallel_listing, requester_pays, retries, s3_client, s3_options
 from heliostat.errors import AccessError, ConfigError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.retries import Backoff, Failure
@@ -42,6 +42,8 @@ T = TypeVar("T")
 BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
 BACKOFF = Backoff(0.2, 8.0, jitter=0.5)
 PROBE_S = 3.0  # in which a busy store that refuses one request takes another
+AWAY_S = 1800.0  # in which a store that is away is waited for by what it would end
+PATIENT = Backoff(1.0, 60.0, jitter=0.2)
 LISTINGS = 20  # of a folder on disk that others change meanwhile
 UPLOAD_BLOCK = 16 << 20  # bytes that are read of a file at a time
 UPLOAD_WINDOW = 64 << 20  # bytes that are on their way to the store before their arrival is waited for
@@ -86,6 +88,12 @@ def _s3(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
         background_writes=True,  # without it, or with allow_delayed_open, an upload that failed is closed into a cut object
     )
+
+
+def _forget_clients() -> None:
+    """Drops the clients of all stores, so that the next request reads the credentials again: these may have expired."""
+    _s3.cache_clear()
+    s3_client.client.cache_clear()
 
 
 def _patience(budget_s: float) -> tuple[int, float]:
@@ -251,7 +259,7 @@ class Location:
         try:
             yield
         except FileNotFoundError as e:
-            raise AccessError(f"{self.uri}: no file can be made here; name another place") from e
+            raise AccessError(f"{self.uri}: no file can be made here; name another place", self.uri) from e
 
     def files(self) -> list[tuple[str, int]]:
         """Lists all files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
@@ -308,6 +316,25 @@ class Location:
         if found == pafs.FileType.NotFound:
             raise self._no_bucket()
 
+    def wait_for_store(self, sleep: Callable[[float], object] | None = None) -> None:
+        """Waits until the store answers, for AWAY_S at most: StorageError then; AccessError at once.
+
+        For what has begun already, such as a run that is resumed: to end would cost more than to wait.
+        """
+
+        def judge(error: Exception) -> None:
+            if isinstance(error, AccessError) or not isinstance(error, StorageError):
+                raise error
+
+        def give_up(failure: Failure) -> NoReturn:
+            raise StorageError(f"{failure.error}; waited {failure.seconds:.0f} s for the store") from failure.error
+
+        def tell(failure: Failure, wait: float) -> None:
+            left = f"waiting for the store, up to {max(0.0, AWAY_S - failure.seconds):.0f} s more"
+            log.warning("%s; %s, next try in %.0f s", failure.error, left, wait)
+
+        retries.retry(self.probe, AWAY_S, PATIENT, judge, give_up, tell, sleep)
+
     def require_writable(self) -> None:
         """Raises AccessError, on a disk, unless the folder that this place is in or would be made in can be written to."""
         nearest = Path(self.path)
@@ -329,7 +356,8 @@ class Location:
         return self.path.split("/", 1)[0]
 
     def _no_bucket(self) -> StorageError:
-        return AccessError(f"{self.uri}: there is no bucket {self._bucket!r}; make it, or check the name and the endpoint")
+        missing = f"there is no bucket {self._bucket!r}; make it, or check the name and the endpoint"
+        return AccessError(f"{self.uri}: {missing}", self.uri)
 
     def attempt(self, operation: Callable[[], T], budget_s: float | None = None) -> T:
         """Runs an operation on this place, such as reading a row group, again and again while the store fails.
@@ -343,7 +371,9 @@ class Location:
     def _judge(self, error: Exception) -> None:
         """Raises what an operation's error means here, unless it is a fault of the store, which may pass."""
         if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
-            raise AccessError(f"{self.uri}: a file lies where a folder is needed, or a folder where a file is") from error
+            raise AccessError(
+                f"{self.uri}: a file lies where a folder is needed, or a folder where a file is", self.uri
+            ) from error
         if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
             raise error
         meaning = diagnose(error)
@@ -352,11 +382,12 @@ class Location:
         if meaning == "missing":
             raise FileNotFoundError(self.uri) from error
         if not self.is_s3 and Path(self.path).is_dir():
-            raise AccessError(f"{self.uri}: is a folder, not a file") from error
+            raise AccessError(f"{self.uri}: is a folder, not a file", self.uri) from error
         if meaning == "hopeless" and NO_BUCKET in str(error):
             raise self._no_bucket() from error
         if meaning in FINAL:
-            raise AccessError(f"{self.uri}: {FINAL[meaning]} ({_reason(error)})") from error
+            _forget_clients()
+            raise AccessError(f"{self.uri}: {FINAL[meaning]} ({_reason(error)})", self.uri) from error
 
     def _give_up(self, failure: Failure) -> NoReturn:
         lasted = f"storage failed for {failure.seconds:.0f} s" if failure.count > 1 else "storage failed at the first request"

@@ -13,7 +13,8 @@ from heliostat import check
 from heliostat.cluster import endpoint as reach
 from heliostat.cluster import local
 from heliostat.config.spec import LARGEST, divisors
-from heliostat.errors import AccessError, ConfigError, HeliostatError, TrackingError
+from heliostat.errors import AccessError, ConfigError, HeliostatError, StorageError, TrackingError
+from heliostat.retries import Backoff
 from heliostat.track import mlflow_client
 
 from tests.unit.build_job import job
@@ -77,6 +78,33 @@ def test_a_server_that_answers_with_an_error_is_not_said_to_be_silent():
     with server(503, full) as uri, pytest.raises(HeliostatError) as e:
         check._check_mlflow(uri)
     assert str(e.value) == f"mlflow.uri: {uri} answers, but with an error: 503 Service Unavailable (No space left on device)"
+
+
+def test_a_run_that_resumes_trains_without_an_mlflow_that_is_away(tmp_path, caplog):
+    """A driver that is started again must not end because MLflow is down: its metrics are kept. A new run is told at once."""
+    wanted = job(**{"storage": str(tmp_path / "runs"), "mlflow.uri": "http://127.0.0.1:1"})
+    with pytest.raises(TrackingError, match="does not answer"):
+        check.check_services(wanted)
+    check.check_services(wanted, resume=True)
+    assert "does not answer" in caplog.text and "the run resumes without it" in caplog.text
+    with server(503, "busy") as uri:
+        check.check_services(job(**{"storage": str(tmp_path / "runs"), "mlflow.uri": uri}), resume=True)
+    with server(401, "who are you") as uri, pytest.raises(HeliostatError, match="401"):
+        check.check_services(job(**{"storage": str(tmp_path / "runs"), "mlflow.uri": uri}), resume=True)
+
+
+def test_a_run_that_resumes_waits_for_a_store_that_is_away(tmp_path, monkeypatch, caplog):
+    answers = iter([StorageError("away"), StorageError("away"), None])
+    monkeypatch.setattr(
+        "heliostat.storage.Location.probe", lambda self: (_ for _ in ()).throw(e) if (e := next(answers)) else None
+    )
+    monkeypatch.setattr("heliostat.storage.PATIENT", Backoff(0.01, 0.02))
+    wanted = job(**{"storage": str(tmp_path / "runs"), "mlflow.uri": f"sqlite:///{tmp_path}/m.db"})
+    check.check_services(wanted, resume=True)
+    assert caplog.text.count("waiting for the store") == 2
+    answers = iter([AccessError("refused")])
+    with pytest.raises(AccessError, match="refused"):  # no wait would help
+        check.check_services(wanted, resume=True)
 
 
 @pytest.mark.parametrize("status", [500, 503])

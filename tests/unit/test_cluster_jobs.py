@@ -13,11 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from heliostat.cluster import dashboard
 from heliostat.cluster.endpoint import Endpoint
-from heliostat.errors import ConfigError
+from heliostat.config.spec import Retries
+from heliostat.errors import ConfigError, StorageError
 from heliostat.runs.goodput import Attempt
 from heliostat.storage import Location
 from heliostat.submit import jobs, logs, progress, submission
-from heliostat.submit.entrypoint import before
+from heliostat.submit.entrypoint import Driver, before
+from heliostat.submit.restarts import Again
 
 from tests.unit.build_job import ROOT, write
 
@@ -245,7 +247,7 @@ what = how[min(number, len(how) - 1)]
 outcome = {"fails": "failed", "ends": "finished"}.get(what)
 attempt = {"id": f"a{number}", "started": time.time(), "known": time.time(), "seen": time.time(), "start_step": 0, "workers": 1,
            "host": socket.gethostname(), "pid": os.getpid(), "outcome": outcome, "marks": []}
-if what != "early":
+if what not in ("early", "away"):
     (run / "ledger").mkdir(exist_ok=True)
     (run / "ledger" / f"attempt-{number}.json").write_text(json.dumps(attempt))
 if what == "saves":
@@ -255,7 +257,7 @@ if what == "saves":
 print("start", number, what, flush=True)
 if what == "ends":
     sys.exit(0)
-if what in ("fails", "exits"):
+if what in ("fails", "exits", "away"):
     sys.exit(1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -289,6 +291,51 @@ def test_a_dead_driver_is_started_again_and_goes_on_where_it_was(tmp_path):
 def test_a_driver_that_ends_with_an_error_of_its_own_is_not_started_again(tmp_path):
     code, starts, _ = _supervised(tmp_path, "fails", "ends")
     assert code == 1 and len(starts) == 1
+
+
+def test_a_successor_that_cannot_begin_is_tried_again_and_a_first_driver_is_not(tmp_path):
+    """A store that went away again ends it before it has an attempt in the ledger; a first driver's error is the person's."""
+    code, starts, log = _supervised(tmp_path / "later", "killed", "away", "away", "ends", retries=3)
+    assert code == 0 and starts == [["--overwrite"], *[["--resume"]] * 3]
+    assert "with exit code 1 before it had begun: starting it again" in log
+    code, starts, _ = _supervised(tmp_path / "first", "away", "ends", retries=3)
+    assert code == 1 and len(starts) == 1
+
+
+def _away(monkeypatch, times):
+    """A store that does not answer to so many probes."""
+    left, waits = [None] * times, []
+
+    def probe(self):
+        if left:
+            left.pop()
+            raise StorageError(f"{self.uri}: storage failed for 3 s")
+
+    monkeypatch.setattr(Location, "probe", probe)
+    return waits
+
+
+def test_a_store_that_is_away_when_the_driver_dies_is_waited_for_and_nothing_is_overwritten(tmp_path, monkeypatch, caplog):
+    """Only the run's ledger shows that the dead driver had begun: without it --overwrite would delete what it has trained."""
+    run, waits = Location(str(tmp_path)), _away(monkeypatch, 3)
+    begun = Attempt("a", time.time(), time.time(), time.time(), 0, 1, host=socket.gethostname(), pid=7)
+    run.join("ledger", begun.name).write(begun.dump())
+    again = Again(run, Retries(), pause=waits.append)
+    assert again.died(7, -9) == "killed by SIGKILL"
+    assert again.flags(["--overwrite"], 7) == ["--resume"]
+    assert [round(w, 1) <= 5 for w in waits] == [True] * 3 and caplog.text.count("waiting for the store, up to") == 3
+    _away(monkeypatch, 10**6)
+    monkeypatch.setattr("heliostat.storage.AWAY_S", 0.5)
+    with pytest.raises(StorageError, match=r"storage failed for 3 s; waited \d s for the store"):
+        again.flags(["--overwrite"], 7)
+
+
+def test_a_job_that_is_stopped_while_its_supervisor_waits_for_the_store_is_not_started_again(tmp_path, monkeypatch):
+    _away(monkeypatch, 10**6)
+    (tmp_path / "job.json").write_text(json.dumps({"name": "r", "storage": str(tmp_path)}))
+    driver = Driver(tmp_path / "job.json", None, "attempt-1", [])
+    driver.stopping.set()
+    assert not driver._starts_again(7, "killed by SIGKILL")
 
 
 def test_a_driver_that_dies_again_and_again_without_progress_is_given_up(tmp_path):

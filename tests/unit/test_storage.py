@@ -453,3 +453,17 @@ def test_bad_input_exits_with_2_a_stopped_run_with_130_and_everything_else_with_
     }
     assert {e.__name__ for e in ALL_ERRORS if e.exit_code == 130} == {"StoppedError"}
     assert {e.exit_code for e in ALL_ERRORS} == {1, 2, 130} and len(ALL_ERRORS) >= 8
+
+
+def test_after_a_refusal_the_credentials_are_read_again():
+    """Those that the client holds may have expired; the refusal itself is no less final for this request."""
+    place = Location("s3://b/k?endpoint_override=127.0.0.1:1&scheme=http")
+    before = place.fs
+    assert place.fs is before
+
+    def expired() -> None:
+        raise OSError("When reading 'k' in bucket 'b': AWS Error ACCESS_DENIED during GetObject operation: ExpiredToken")
+
+    with pytest.raises(AccessError, match="access refused") as refused:
+        place.attempt(expired)
+    assert refused.value.place == place.uri and place.fs is not before

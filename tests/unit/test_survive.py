@@ -20,7 +20,7 @@ from tests.unit.build_job import job
         (errors.ConfigError("x"), "final"),
         (errors.DataError("x"), "final"),
         (errors.NonFiniteError("x"), "final"),
-        (errors.AccessError("x"), "final"),
+        (errors.AccessError("x"), "refused"),
         (errors.CheckpointError("x"), "final"),
         (errors.CorruptCheckpointError("x", 5), "corrupt"),
         (errors.LossSpikeError("x", 5), "spike"),
@@ -163,4 +163,6 @@ def test_errors_keep_what_the_driver_must_know_when_they_travel():
     for error in (CorruptCheckpointError("torn", 5), errors.LossSpikeError("high", 7)):
         again = pickle.loads(pickle.dumps(error))  # noqa: S301
         assert (again.step, str(again), type(again)) == (error.step, str(error), type(error))
+    refused = pickle.loads(pickle.dumps(errors.AccessError("no", "s3://b/k", "node")))  # noqa: S301
+    assert (str(refused), refused.place, refused.node) == ("no", "s3://b/k", "node")
     assert isinstance(CorruptCheckpointError("x", 1), CheckpointError)

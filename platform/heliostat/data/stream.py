@@ -27,6 +27,7 @@ from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.data.order import Order
 from heliostat.data.receipt import lane_digest, sample_digests
 from heliostat.data.windows import numbered
+from heliostat.errors import on_node
 
 ENVELOPE = pa.schema(
     [("block", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]
@@ -55,6 +56,10 @@ class Fetch:
         raise IndexError(index)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        with on_node(lambda: ray.get_runtime_context().get_node_id()):
+            yield from self._blocks(batch)
+
+    def _blocks(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         data = open_dataset(self.plan)
         order = data.order
         for window in map(self.window, batch["id"].tolist()):

@@ -68,6 +68,7 @@ def prepared(path: Path, settings: list[str] | None = None, cluster: Path | Clus
 def recorded(job: Job) -> Job | None:
     """Returns the job of the run's newest checkpoint, if its workers are those that the job asks for."""
     try:
+        job.run_folder.wait_for_store()
         found = layout.latest(job.run_folder)
     except StorageError as e:
         log.warning("%s: which layout the run has was not looked at: %s", KEY, e)

@@ -3,7 +3,8 @@
     python -m heliostat.submit.entrypoint JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
 A child that is killed, or dies without recording an outcome, is started again, and continues from the newest checkpoint, as often
-as the job's `retries` allow (`restarts`); after that the run's MLflow status is FAILED, with the reason.
+as the job's `retries` allow (`restarts`); after that the run's MLflow status is FAILED, with the reason. A store that is away is
+waited for; MLflow is not needed to resume.
 
 The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which outlives the
 cluster. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this process waits for the
@@ -35,7 +36,7 @@ from heliostat.cluster.forked_command import ForkedCommand
 from heliostat.cluster.zygote import PLACE as ZYGOTE
 from heliostat.config import schema, workspace
 from heliostat.config.spec import Retries
-from heliostat.errors import ConfigError, HeliostatError, TrainingError
+from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.redact import Formatter, excepthook
 from heliostat.storage import Location
 from heliostat.submit.logs import LogCopy
@@ -58,7 +59,7 @@ class Driver:
         self.run_folder = Location(raw["storage"]).absolute(workspace.root()).join(self.name)
         self.folder = self.run_folder.join(run_folder.LOGS)
         retries = schema.validate(Retries, raw.get("retries") or {}, f"{job}: retries")
-        self.again = Again(self.run_folder, retries, sweep is not None)
+        self.again = Again(self.run_folder, retries, sweep is not None, self._pause)
         what = ["tune", str(sweep)] if sweep else ["train", str(job)]
         self.command, self.flags = [sys.executable, "-m", "heliostat", *what], flags
         self.stopping = threading.Event()
@@ -95,14 +96,20 @@ class Driver:
     def _starts_again(self, pid: int, how: str) -> bool:
         """Waits until the dead child's successor is due; False if there is none."""
         try:
+            flags = self.again.flags(self.flags, pid)
             wait = self.again.wait_s(how)
-        except TrainingError as e:
-            self._say(str(e))
+            retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
+            self._say(f"the driver died without a word, {how}: starting it again in {wait:.0f} s ({retry})")
+            self._pause(wait)
+        except (HeliostatError, OSError) as e:
+            self._say(f"not started again: {e}")
             return False
-        retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
-        self._say(f"the driver died without a word, {how}: starting it again in {wait:.0f} s ({retry})")
-        self.flags = self.again.flags(self.flags, pid)
-        return not self.stopping.wait(wait)
+        self.flags = flags
+        return True
+
+    def _pause(self, seconds: float) -> None:
+        if self.stopping.wait(seconds):
+            raise StoppedError("the job was told to stop")
 
     def _settle(self, how: str) -> None:
         """Reports to MLflow that the run is over, which its dead driver could not."""

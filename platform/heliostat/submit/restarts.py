@@ -2,7 +2,8 @@
 
 A command that ends by itself records that in the run's ledger, whatever its exit code; one that is killed (out of memory, a fault
 in a library) does not. Its successor continues from the newest checkpoint. The budget is the job's `retries`: the maximum number
-of deaths in a row, where progress resets the count.
+of deaths in a row, where progress resets the count. A store that is away is waited for: what the dead command has begun is read
+there. A successor that fails before it has begun, such as on a store that went away again, counts as one more death.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 
 from heliostat import run_folder
 from heliostat.config.spec import Retries
@@ -27,8 +29,11 @@ log = logging.getLogger(__name__)
 class Again:
     """Decides on restarts of the command of one run, or one sweep, in `folder`."""
 
-    def __init__(self, folder: Location, retries: Retries, sweep: bool = False) -> None:
-        self.folder, self.sweep = folder, sweep
+    def __init__(
+        self, folder: Location, retries: Retries, sweep: bool = False, pause: Callable[[float], object] | None = None
+    ) -> None:
+        """Prepares decisions; `pause` waits so many seconds, and raises a HeliostatError if the command is not to go on."""
+        self.folder, self.sweep, self._pause = folder, sweep, pause
         self.budget = Budget(retries)
         self._began = time.time()
 
@@ -36,34 +41,43 @@ class Again:
         """Describes how the command died, from its exit code as `Popen` returns it; empty if it ended by itself."""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
-        mine = None if self.sweep or not code else self._attempt(pid)
-        return f"with exit code {code}" if mine is not None and mine.outcome is None else ""
+        if self.sweep or not code:
+            return ""
+        try:
+            mine = self._attempt(pid)
+        except (HeliostatError, OSError) as e:
+            log.warning("how the driver ended is not known: %s", e)
+            return ""
+        if mine is None:  # it had not begun
+            return f"with exit code {code} before it had begun" if self.budget.used and code == 1 else ""
+        return f"with exit code {code}" if mine.outcome is None else ""
 
     def wait_s(self, how: str) -> float:
         """Returns the seconds to wait before the restart; TrainingError if the retries are used up."""
         return self.budget.spend(TrainingError(f"the driver died without a word, {how}"), self._progress())
 
     def flags(self, given: list[str], pid: int) -> list[str]:
-        """Returns the successor's flags: it resumes what the dead command has begun, but never an earlier run."""
+        """Returns the successor's flags: it resumes what the dead command has begun, but never an earlier run.
+
+        Raises a HeliostatError if it cannot be read whether the command has begun.
+        """
         if not self._has_begun(pid):
             return given
         return [*(f for f in given if f not in ("--overwrite", "--resume")), "--resume"]
 
     def _attempt(self, pid: int) -> Attempt | None:
-        """Finds this process's newest attempt in the run's ledger; None if there is none, or the ledger cannot be read."""
-        try:
-            found = [a for a in goodput.read(self.folder) if (a.host, a.pid) == (socket.gethostname(), pid)]
-        except (HeliostatError, OSError) as e:
-            log.warning("how the driver ended is not known: %s", e)
-            return None
+        """Finds this process's newest attempt in the run's ledger; None if there is none."""
+        self.folder.wait_for_store(self._pause)
+        found = [a for a in goodput.read(self.folder) if (a.host, a.pid) == (socket.gethostname(), pid)]
         return max(found, key=lambda a: a.started, default=None)
 
     def _has_begun(self, pid: int) -> bool:
         if not self.sweep:
             return self._attempt(pid) is not None
+        self.folder.wait_for_store(self._pause)
         try:
             return json.loads(self.folder.join("sweep.json").read())["created"] >= self._began
-        except (HeliostatError, OSError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, KeyError):
             return False
 
     def _progress(self) -> int:

@@ -66,9 +66,11 @@ def train_job(
     require_one_way(resume, overwrite)
     _require_settled(job)
     started = started or time.time()
+    if resume:
+        job.run_folder.wait_for_store()
     if not (resume and job.last_step in layout.steps(job.run_folder)):  # what follows the last step takes no workers
         private_ray.ahead(job.workers.gpus, preloads.modules(job.recipe, job.model))
-    job, recipe = check.check_setup(job)
+    job, recipe = check.check_setup(job, resume=resume)
     with lease.take(job.run_folder) as held:
         found = None if overwrite else _last_checkpoint(job, resume)
         checked = _plan(spec.settle(job, found.index["job"] if found else None), recipe, found, recorded, allow_data_change)
@@ -144,7 +146,7 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
         found = layout.latest(job.run_folder)
         job = spec.settle(job, found.index["job"] if found else None)
         recorded = DataPlan.parse(found.index["data"]) if found else None
-        checked = check.check_stores(job, recipe, recorded)
+        checked = check.check_stores(job, recipe, recorded, resume=found is not None)
         run = Run(checked, held, found.step if found else 0, hooks.started, tags=hooks.tags, hooks=hooks)
         if found is None or found.step < job.last_step:
             return run.train_only()
@@ -159,5 +161,5 @@ def finalize(job: Job) -> dict[str, Any]:
         return result
     with lease.take(job.run_folder) as held:
         last = layout.open_checkpoint(job.run_folder, job.last_step)
-        checked = check.check_stores(spec.settle(job, last.index["job"]), recipe, DataPlan.parse(last.index["data"]))
+        checked = check.check_stores(spec.settle(job, last.index["job"]), recipe, DataPlan.parse(last.index["data"]), resume=True)
         return Run(checked, held, job.last_step, time.time()).finalize(last)

@@ -58,7 +58,7 @@ def tune(
     plan = load(path, settings)
     base = Job.model_validate(plan.base)
     job, recipe = check.check_job(base)
-    check.check_stores(job, recipe)
+    check.check_stores(job, recipe, resume=resume)
     if plan.sweep.searcher.name == "optuna":
         from heliostat.tune.searchers import require_optuna
 

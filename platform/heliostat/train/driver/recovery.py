@@ -1,9 +1,10 @@
 """Decides how a run continues when an attempt ends: pure decisions, so that `run` only carries them out.
 
-Errors that would recur (a faulty job, damaged data, a non-finite loss) are final. A corrupt checkpoint means resuming from the
-checkpoint before it, a loss spike from before the spike. Both, and everything that a machine may be blamed for (a dead worker or
-node, memory, a store's outage, a stall), count as failures: a limited number may follow each other without a new checkpoint
-between them, each after a longer pause. Preemptions, resizes and waiting for resources are no failures and have no limit.
+Errors that would recur (a faulty job, damaged data, a non-finite loss) are final. So is a store's refusal that the driver meets
+too (`refusals`); another is a failure. A corrupt checkpoint means resuming from the one before it, a loss spike from before the
+spike. Both, and all that a machine may be blamed for (a dead worker or node, memory, a store's outage, a stall), count as
+failures: a limited number may follow each other without a new checkpoint between them, each after a longer pause. Preemptions,
+resizes and waiting for resources are no failures and have no limit.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from heliostat.errors import (
 )
 from heliostat.retries import Backoff
 
-Kind = Literal["final", "corrupt", "spike", "failure", "queued"]
+Kind = Literal["final", "refused", "corrupt", "spike", "failure", "queued"]
 
 
 def classify(error: HeliostatError) -> Kind:
@@ -38,7 +39,9 @@ def classify(error: HeliostatError) -> Kind:
         return "spike"
     if isinstance(error, PlacementError):
         return "queued"
-    if isinstance(error, AccessError | ConfigError | DataError | CheckpointError | LeaseError | NonFiniteError):
+    if isinstance(error, AccessError):
+        return "refused"
+    if isinstance(error, ConfigError | DataError | CheckpointError | LeaseError | NonFiniteError):
         return "final"
     return "failure"
 

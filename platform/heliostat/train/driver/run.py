@@ -18,14 +18,14 @@ from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.data.dataset import make_order
-from heliostat.errors import CorruptionError, HeliostatError, LeaseError, LossSpikeError, StoppedError, StorageError
+from heliostat.errors import AccessError, CorruptionError, HeliostatError, LeaseError, LossSpikeError, StoppedError, StorageError
 from heliostat.events import AttemptStarted, Corruption, Event, Goodput, NodeSample, Saved, Steps
 from heliostat.lease import Lease
 from heliostat.runs import liveness, segments
 from heliostat.runs import summary as endings
 from heliostat.terminal import console
 from heliostat.track.logger import RunOwner
-from heliostat.train.driver import corruption
+from heliostat.train.driver import corruption, refusals
 from heliostat.train.driver.benchmarks import Beside
 from heliostat.train.driver.finalize import finalize, unit
 from heliostat.train.driver.recovery import Budget, choose, classify
@@ -164,6 +164,8 @@ class Run:
                         if isinstance(e, CorruptionError):
                             owner.post(Corruption(nodes=e.nodes, text=str(e)))
                             corruption.leave_out(e.nodes, self.job, min(self.counts), pool)
+                        elif isinstance(e, AccessError):
+                            refusals.leave_out(e.node, self.job, min(self.counts), pool)
                     else:
                         stop = summary.pop("stop")
                         if stop == RUN:
@@ -246,6 +248,8 @@ class Run:
         kind = classify(error)
         if kind == "final" or isinstance(error, StoppedError):
             raise error
+        if isinstance(error, AccessError) and refusals.confirmed(error, self.job):
+            raise error
         if kind == "queued":
             log.warning("%s; trying again", error)
             self._restart("failed", str(error))
@@ -253,7 +257,7 @@ class Run:
             self._pause(self.job.retries.backoff, signals)
             _heed(signals, self.start_step)
             return
-        if kind != "failure" or isinstance(error, CorruptionError):  # the run goes back behind what is in memory
+        if kind in ("corrupt", "spike") or isinstance(error, CorruptionError):  # the run goes back behind what is in memory
             memory.forget()
         try:
             newest = corruption.trusted(self.job.run_folder, error)

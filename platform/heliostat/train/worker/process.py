@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from heliostat.errors import WorkerError
+from heliostat.errors import AccessError, WorkerError, on_node
 from heliostat.train.worker import process_group, sigterm
 from heliostat.train.worker.process_group import Place
 
@@ -50,13 +50,15 @@ class TrainWorker:
         process_group.join(place)
         worker, failed = None, True
         try:
-            worker = Worker(config)
-            summary = worker.run()
+            with on_node(lambda: ray.get_runtime_context().get_node_id()):
+                worker = Worker(config)
+                summary = worker.run()
             failed = False
             return summary
         except BaseException as e:
             process_group.abort()  # before anything else: what waits for a dead worker on a GPU would wait for ever
             _release(e)
+            self._spent |= isinstance(e, AccessError)  # its credentials may have expired, and a new process reads them again
             if not _arrives(e):
                 raise WorkerError(f"the workers failed: {type(e).__name__}: {e}") from None
             raise

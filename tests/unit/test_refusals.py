@@ -1,0 +1,96 @@
+"""A store that refuses one node's request ends no run: only a refusal that the driver meets too does."""
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from heliostat.errors import AccessError, StoppedError, on_node, unwrapped
+from heliostat.train.driver import refusals
+from heliostat.train.driver.recovery import Budget
+from heliostat.train.driver.run import Run
+
+from tests.unit.build_job import job
+
+NODE = "a" * 56
+
+
+def refusal(place: Path) -> AccessError:
+    return AccessError(f"{place}: access refused (RequestTimeTooSkewed)", str(place), NODE)
+
+
+def run_of(storage: Path) -> Any:
+    """Stands for a Run: what `_recover` uses of one."""
+    made = job(**{"storage": str(storage), "data.sources.0.path": str(storage / "data")})
+    made.run_folder.join("x").write(b"")
+    restarts = list[tuple[str, str]]()
+    return SimpleNamespace(
+        job=made, saved_step=0, start_step=0, budget=Budget(made.retries), plan=SimpleNamespace(skips=()), restarts=restarts,
+        _restart=lambda outcome, reason: restarts.append((outcome, reason)), _pause=lambda *_: None, trust_memory=True,
+    )  # fmt: skip
+
+
+def recover(run: Any, error: Exception) -> None:
+    Run._recover(run, error, SimpleNamespace(name=None), SimpleNamespace(forget=lambda: pytest.fail("the copies are good")))
+
+
+def test_a_refusal_that_the_driver_does_not_meet_is_a_nodes_failure_and_tried_again(tmp_path):
+    run = run_of(tmp_path)
+    error = refusal(tmp_path / "small" / "checkpoints" / "x")
+    recover(run, error)
+    assert run.restarts == [("failed", str(error))] and run.budget.used == 1
+    with pytest.raises(AccessError, match="given up after 10 retries"):  # within the budget of all failures
+        for _ in range(10):
+            recover(run, error)
+
+
+def test_a_refusal_that_the_driver_meets_too_is_final(tmp_path):
+    """The run's folder cannot be written: at once, and with the worker's own words."""
+    run = run_of(tmp_path)
+    error = refusal(tmp_path / "small" / "checkpoints" / "x")
+    (tmp_path / "small" / "x").unlink()
+    (tmp_path / "small").rmdir()
+    (tmp_path / "small").write_text("a file where the folder was")
+    with pytest.raises(AccessError) as raised:
+        recover(run, error)
+    assert raised.value is error and not run.restarts
+
+
+def test_the_place_of_the_error_is_probed_whichever_it_is(tmp_path, monkeypatch):
+    """Such as the weights that a model starts from, which no other key names."""
+    run, asked = run_of(tmp_path), []
+    monkeypatch.setattr("heliostat.storage.Location.exists", lambda self: asked.append(self.uri))
+    assert not refusals.confirmed(refusal(tmp_path / "weights"), run.job)
+    assert asked == [str(tmp_path / "data"), str(tmp_path / "weights")]
+
+
+def test_the_refused_node_is_avoided_where_others_have_room(monkeypatch):
+    avoided = list[str]()
+    pool = SimpleNamespace(avoided=set, held=lambda: Counter({NODE: 2, "b": 1}), avoid=avoided.extend)
+    monkeypatch.setattr("heliostat.cluster.nodes.room_now", lambda _job, held, out: held.get("b", 0) + 1 if NODE in out else 9)
+    refusals.leave_out(NODE, job(), 3, pool)
+    assert avoided == []
+    refusals.leave_out(NODE, job(), 2, pool)
+    assert avoided == [NODE]
+    refusals.leave_out("", job(), 1, pool)  # it is not known which
+    assert avoided == [NODE]
+
+
+def test_a_refusal_names_the_node_of_the_process_that_met_it_first():
+    with pytest.raises(AccessError) as first, on_node(lambda: "here"):
+        raise AccessError("no", "s3://b/k")
+    assert (first.value.node, first.value.place, str(first.value)) == ("here", "s3://b/k", "no")
+    wrapped = AccessError("ray::x() no")
+    wrapped.cause = first.value  # type: ignore[attr-defined]  # as Ray's wrappers have
+    with pytest.raises(AccessError) as second, on_node(lambda: "there"):
+        raise wrapped
+    assert second.value.node == ""
+    with pytest.raises(AccessError) as third, unwrapped():
+        raise RuntimeError("UDF") from wrapped
+    assert third.value.node == "here"
+
+
+def test_stopping_is_not_taken_for_a_failure(tmp_path):
+    with pytest.raises(StoppedError):
+        recover(run_of(tmp_path), StoppedError("stopped"))
