@@ -351,6 +351,53 @@ def test_a_secret_is_masked_where_it_stands_and_a_key_from_its_begin_to_its_end(
     assert one(DetectSecrets(), outcome.document.text).counts == {}
 
 
+LONG = "aB3" * 100
+JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0"
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "github" + "_pat_" + LONG[:22] + "_" + LONG[:59],
+        "sk" + "-ant-api03-" + LONG[:40] + "_" + LONG[:40] + "-" + "AA",
+        "h" + "f_" + LONG[:34],
+        "AI" + "za" + LONG[:30] + "_-aB3",
+        "dop" + "_v1_" + "0f" * 32,
+        "np" + "m_" + LONG[:36],
+        "sk" + "-proj-" + LONG[:74] + "T3BlbkFJ" + LONG[:40] + "_-" + LONG[:32],
+        "sk" + "-" + LONG[:20] + "T3Blbk" + "FJ" + LONG[:20],
+        f"{JWT}.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
+        f"{JWT}.{LONG * 30}",
+        "sk" + "_live_" + LONG[:99],
+        "gh" + "s_" + LONG[:76],
+        "xox" + "b-1234-5678-" + LONG[:24],
+        "s" + "hpat_" + "0a" * 16,
+    ],
+    ids=lambda t: t[:8],
+)
+def test_a_token_is_masked_to_its_end(token):
+    for form in ('key = "{}"  # comment', "export TOKEN={}\n", "{}", "x " * 2040 + "{} y", "a: {}, b"):
+        outcome = one(DetectSecrets(), form.format(token))
+        assert outcome.document.text == form.format("<secret>") and outcome.counts == {"masked_secrets": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sk-learn-contrib-package",
+        "npm_config_registry",
+        "hf_hub_download_with_progress_and_more",
+        "AIza",
+        "def github_pat_is_valid(x)",
+        "https://example.com/eyJ",
+        "dapi_test",
+        "risk-proj-" + "abc-" * 9,
+    ],
+)
+def test_what_only_begins_like_a_token_is_none(text):
+    assert one(DetectSecrets(), text).document.text == text
+
+
 def test_what_stands_in_quotes_is_masked_there_alone():
     outcome = one(DetectSecrets(detectors=["KeywordDetector"]), 'page.password = "p"')
     assert outcome.document.text == 'page.password = "<secret>"' and outcome.counts == {"masked_secrets": 1}
