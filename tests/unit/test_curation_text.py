@@ -1,9 +1,12 @@
 """Stages that make text of pages, repair it, tell its language, and mask what is nobody's business."""
 
 import random
+import sysconfig
 import time
+from pathlib import Path
 
 import ftfy
+import numpy as np
 import pytest
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 from heliostat import extras
@@ -176,6 +179,70 @@ def test_pii(text, expected):
 
 
 @pytest.mark.parametrize(
+    "code",
+    [
+        "y = x[::2] + x[1::3][5::7, ::-1]",
+        "auto A::B::operator()() -> ::f(dead::beef::cafe); A::B c{1::2};",
+        "id = univ.ObjectIdentifier('2.5.29.16')  # RFC 9535 section 2.3.5.1, §4.2.3.2",
+        '__version__ = "1.2.3.4"; pip install foo==1.0.0.0; {"contentVersion": "1.0.0.0"}',
+        'd="M11.75 4.5a.75.75 0 1 1 0 1.5.75.75 0 0 1 0-1.5"',
+        "A = L@D@L.conjugate().T; B = x@self.weight + A@sps.diags(C)",
+        'text = "\\n@mlflow.trace\\ndef f(): ..."',
+        "git clone git@github.com:org/name.git; connect('postgres://user:word@db.example.com:5432/x')",
+        "hash % 2280545475268481167llu + 4154246671960*x**20 + 2**63",
+        "// 300 332 364 396 428 460 492 276; 2 34 66 98 130 162 194 226 258; 48 0 1096 0 48 48 0 10-96",
+        'pd.Timestamp("2018-02-27 09:03:30"), 2147483647, 9373599542, 14.134725142, 415-419 (2012)',
+    ],
+)
+def test_pii_leaves_code_as_it_is(code):
+    outcome = one(Pii(kinds=["email", "ip", "phone", "credit_card", "iban"], region="US"), code)
+    assert outcome.document.text == code and not outcome.counts
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('"From:\\nfoo@example.com"', '"From:\\n<email>"'),
+        ("Write to jane@a.com.Then wait, mailto:joe@b.museum", "Write to <email>.Then wait, mailto:<email>"),
+        ("ping 2a00:1450:4001:80b::200e, [2001:4860:4860::8844]:53", "ping <ip>, [<ip>]:53"),
+        ("8.8.8.8-8.8.4.4 and 224.0.0.1", "<ip>-<ip> and 224.0.0.1"),
+        ("2024-01-02 8.8.8.8 GET /", "2024-01-02 <ip> GET /"),
+        ("Call 2127365000 or 212.736.5000 or 1-212-736-5000", "Call <phone> or <phone> or <phone>"),
+        ("3782 822463 10005 and 378282246310005", "<credit_card> and <credit_card>"),
+    ],
+)
+def test_pii_in_prose_is_masked_as_it_is_written(text, expected):
+    outcome = one(Pii(kinds=["email", "ip", "phone", "credit_card", "iban"], region="US"), text)
+    assert outcome.document.text == expected
+
+
+REAL_ADDRESSES = {"123.45.67.89"}  # in the documentation of the module `socket`
+NUMBERS_LIKE_ADDRESSES = {
+    "8.2.4.45",
+    "7.1.4.34",
+    "2.7.2.2",
+    "3.1.1.6",
+    "3.3.2.4",
+    "3.3.2.3",
+    "3.3.3.3",
+}  # that nothing tells apart
+
+
+def test_the_source_of_the_standard_library_and_of_numpy_keeps_its_slices():
+    folders = (Path(sysconfig.get_paths()["stdlib"]), Path(np.__file__).parent)
+    others = {"site-packages", "test", "tests", "idle_test"}
+    files = [p for f in folders for p in f.rglob("*.py") if not others & {*p.relative_to(f).parts}]
+    work, masked, slices = Pii(kinds=["ip"], mask="<masked>").open(), set[str](), 0
+    for path in files:
+        text = path.read_text("utf-8", "replace")
+        slices += text.count("::")
+        (outcome,) = work([Document(str(path), text)])
+        if outcome.counts:
+            masked |= {text[slice(*span)] for span in personal.addresses(text)}
+    assert len(files) > 500 and slices > 500 and masked - REAL_ADDRESSES <= NUMBERS_LIKE_ADDRESSES
+
+
+@pytest.mark.parametrize(
     ("region", "hint"),
     [
         ("us", "did you mean 'US'"),
@@ -282,6 +349,53 @@ def test_a_secret_is_masked_where_it_stands_and_a_key_from_its_begin_to_its_end(
     assert outcome.document.text == (text if expected is None else expected)
     assert outcome.counts == ({"masked_secrets": found} if found else {}) and outcome.measures == {"found": found}
     assert one(DetectSecrets(), outcome.document.text).counts == {}
+
+
+LONG = "aB3" * 100
+JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0"
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "github" + "_pat_" + LONG[:22] + "_" + LONG[:59],
+        "sk" + "-ant-api03-" + LONG[:40] + "_" + LONG[:40] + "-" + "AA",
+        "h" + "f_" + LONG[:34],
+        "AI" + "za" + LONG[:30] + "_-aB3",
+        "dop" + "_v1_" + "0f" * 32,
+        "np" + "m_" + LONG[:36],
+        "sk" + "-proj-" + LONG[:74] + "T3BlbkFJ" + LONG[:40] + "_-" + LONG[:32],
+        "sk" + "-" + LONG[:20] + "T3Blbk" + "FJ" + LONG[:20],
+        f"{JWT}.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
+        f"{JWT}.{LONG * 30}",
+        "sk" + "_live_" + LONG[:99],
+        "gh" + "s_" + LONG[:76],
+        "xox" + "b-1234-5678-" + LONG[:24],
+        "s" + "hpat_" + "0a" * 16,
+    ],
+    ids=lambda t: t[:8],
+)
+def test_a_token_is_masked_to_its_end(token):
+    for form in ('key = "{}"  # comment', "export TOKEN={}\n", "{}", "x " * 2040 + "{} y", "a: {}, b"):
+        outcome = one(DetectSecrets(), form.format(token))
+        assert outcome.document.text == form.format("<secret>") and outcome.counts == {"masked_secrets": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sk-learn-contrib-package",
+        "npm_config_registry",
+        "hf_hub_download_with_progress_and_more",
+        "AIza",
+        "def github_pat_is_valid(x)",
+        "https://example.com/eyJ",
+        "dapi_test",
+        "risk-proj-" + "abc-" * 9,
+    ],
+)
+def test_what_only_begins_like_a_token_is_none(text):
+    assert one(DetectSecrets(), text).document.text == text
 
 
 def test_what_stands_in_quotes_is_masked_there_alone():

@@ -7,8 +7,9 @@ import pytest
 from heliostat.curation import repeated, segment, spill
 from heliostat.curation.registry import parse
 from heliostat.curation.repeated import Parts
+from heliostat.curation.stage import Document, Dropped
 
-from tests.unit.build_curation import KilledError, curate, left, left_out
+from tests.unit.build_curation import Given, KilledError, curate, left, left_out
 
 MENU, NOTICE = "Home | About us | Contact us", "All rights reserved, 2021. Do not copy!"
 STAGE = {"stage": "repeated_lines"}
@@ -131,3 +132,22 @@ def test_a_line_in_every_document_takes_no_more_memory(tmp_path, monkeypatch):
     found, here = curate(tmp_path / "work", texts, [STAGE], 40)
     assert max(largest) < 400 and len(left(found, here)) == 1
     assert np.mean(largest) < 250
+
+
+def bounded(self: Given, document: Document) -> Document | Dropped:
+    """Finishes a document as a text pipeline with `min_chars: 60` does."""
+    return document if len(document.text) >= 60 else Dropped(document.id, "too_short")
+
+
+@pytest.mark.parametrize("stage", [STAGE, {"stage": "repeated_spans", "words": 20}], ids=["lines", "spans"])
+def test_a_text_that_is_cut_below_the_least_length_is_left_out_and_counted(tmp_path, monkeypatch, stage):
+    """As one that is short when it is read; one that is not cut has been asked before."""
+    monkeypatch.setattr(Given, "finish", bounded)
+    shared = " ".join(f"w{chr(97 + i)}{chr(98 + i)}" for i in range(24))
+    texts = {f"d{i}": f"{shared}\nits own {'abcdefgh'[i]} line" for i in range(8)} | {"alone": "long enough " * 9}
+    found, here = curate(tmp_path / "work", texts, [stage])
+    kept, gone = left(found, here), left_out(found, here)
+    assert len(kept) == 2 and "alone" in kept and min(map(len, kept.values())) >= 60
+    assert set(gone.values()) == {("finish", "too_short", f"after 0 {stage['stage']}")} and len(gone) == 7
+    tallies = [segment.load(here.work.spill, name) for name in found.tallies]
+    assert sum(t["finish"]["dropped"]["too_short"] for t in tallies if "finish" in t) == found.reasons["too_short"] == 7

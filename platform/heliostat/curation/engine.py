@@ -35,6 +35,9 @@ class Curated:
     tallies: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    source: Source | None = None
+    """Finishes documents whose text a stage between segments has cut; `identity` is what that follows from."""
+    identity: list[Any] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
@@ -62,7 +65,7 @@ class Engine:
     def curate(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool = True) -> Curated:
         """Takes the pieces through all stages; if `explained`, what was read is counted too."""
         first, *rest = segments(stages)
-        found = Curated()
+        found = Curated(source=self.source, identity=self.identity)
         found.runs = self._taken(found, "read", segment.over_pieces, self._over_pieces(pieces, [s for _, s in first], explained))
         for part in rest:
             number, head = part[0]

@@ -10,18 +10,36 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator
 
+from heliostat.curation import top_level
 from heliostat.errors import ConfigError
 
 Span = tuple[int, int]
 
-_EMAIL = re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])")
+_ESCAPE = r"(?<=\\[abfnrtv])|(?<![A-Za-z0-9._%+\\-])"  # in a string of code, `\n` ends before an address begins
+_EMAIL = re.compile(rf"(?:{_ESCAPE})[A-Za-z0-9._%+-]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}[A-Za-z]{{2,24}}(?![\w(-])")
+_LOGIN = re.compile(r"(?:://[^\s/@]{0,100}|\bgit)@\Z")  # of a URL, or of a repository: `git@github.com:owner/name`
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w)")
-_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{0,4}(?![\w:])")
-_COLONS = re.compile(r":[0-9a-fA-F]{0,4}:")  # without which there is no address of the second kind
+_IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])")  # 2000::/3
+_NUMBERED = re.compile(  # what four numbers with dots are that are no address: a section, a version, an object identifier, a path
+    r"(?:section|chapter|version|release|object.?identifier|oid)s?[-`'\"=:(_\s]{0,6}(?:[\d.]{1,12} (?:and|or|to) )?\Z"
+    r"|(?:§|[=<>~!]=)\s?\Z|(?:[ ,-]\d){3}[ ,-]\Z",
+    re.IGNORECASE,
+)
+BEFORE = 128  # characters before a match that are looked at
+WRITTEN = 4  # groups of an address of version 6: fewer may be a slice, a scope or a time
 _PHONE = re.compile(r"(?<![\w.+-])(?:\+|00)?\(?\d(?:[ ().\-/]{0,2}\d){6,16}(?!\w)")
-_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w.-]?\d)")
+_SAID = re.compile(  # before digits without a space in them, which may be any number
+    r"(?:phone|tel|call|fax|\bfon|mobil|cell|whatsapp|gsm|handy|☎|📞)[a-z]{0,3}(?: ?(?:number|nummer|no|nr))?\W{0,4}\Z",
+    re.IGNORECASE,
+)
+_CARD = re.compile(r"(?<![\w.*^-])\d(?:[ -]?\d){12,18}(?!\w)(?![.-]?\d)(?! ?[*^])")
+_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 3, 3, 3), (4, 4, 4, 4, 3), (13,), (15,), (16,)}  # that a card's digits are written in
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?=[ A-Z0-9])")
-_NINES = (13, 15, 16, 19)  # lengths of card numbers
+_ISSUERS = (  # the first digits of card numbers, from and to, and the lengths
+    ("2221", "2720", (16,)), ("34", "34", (15,)), ("37", "37", (15,)), ("3528", "3589", (16,)), ("4", "4", (13, 16, 19)),
+    ("50", "58", (16,)), ("60", "69", (16, 19)),
+)  # fmt: skip
+_DIGITS = re.compile(r"\d+")
 OTHER_NAMES = {"UK": "GB", "USA": "US"}
 FEWEST = 7  # digits of a phone number
 _IBAN_LENGTHS = {
@@ -36,39 +54,57 @@ _IBAN_LENGTHS = {
 
 
 def emails(text: str) -> Iterator[Span]:
-    """Finds e-mail addresses."""
-    return (m.span() for m in _EMAIL.finditer(text)) if "@" in text else iter(())
+    """Finds e-mail addresses: of a domain that there is, and no login of a URL or a repository."""
+    for found in _EMAIL.finditer(text) if "@" in text else ():
+        local, at, host = found[0].partition("@")
+        labels = host.split(".")
+        while len(labels) > 1 and labels[-1].lower() not in top_level.NAMES:
+            labels.pop()
+        end = found.start() + len(local) + len(at)
+        if len(labels) > 1 and not _LOGIN.search(text, max(0, end - BEFORE), end):
+            yield found.start(), end + len(".".join(labels))
 
 
 def addresses(text: str) -> Iterator[Span]:
-    """Finds IP addresses that are public: private, local and documentation ranges are nobody's."""
-    for pattern in (_IPV4, _IPV6) if _COLONS.search(text) else (_IPV4,):
-        for found in pattern.finditer(text):
-            try:
-                public = ipaddress.ip_address(found[0]).is_global
-            except ValueError:
-                continue
-            if public:
+    """Finds IP addresses that are public: private, local, multicast and documentation ranges, and networks, are nobody's."""
+    for found in _IPV4.finditer(text):
+        if _public(found[0]) and not found[0].endswith(".0.0"):
+            start = found.start()
+            if not _NUMBERED.search(text, max(0, start - BEFORE), start):
                 yield found.span()
+    for found in _IPV6.finditer(text) if ":" in text else ():
+        if sum(map(bool, found[0].split(":"))) >= WRITTEN and _public(found[0]):
+            yield found.span()
+
+
+def _public(address: str) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return parsed.is_global and not parsed.is_multicast
 
 
 def cards(text: str) -> Iterator[Span]:
-    """Finds card numbers: an issuer's first digit, one of the lengths there are, and Luhn's checksum."""
+    """Finds card numbers: an issuer's first digits, its lengths, the groups that cards have, and Luhn's checksum."""
     yield from _first_valid(_CARD, text, _is_card)
 
 
-def _is_card(number: str) -> bool:
-    digits = re.sub(r"[ -]", "", number)
-    return digits[0] in "23456" and len(digits) in _NINES and len(set(digits)) > 1 and luhn(digits)
+def _is_card(number: str, _: str) -> bool:
+    groups, digits = _DIGITS.findall(number), "".join(_DIGITS.findall(number))
+    if tuple(map(len, groups)) not in _GROUPS or len({*number} - {*digits}) > 1 or len({*digits}) == 1:
+        return False
+    return any(len(digits) in lengths and low <= digits[: len(low)] <= high for low, high, lengths in _ISSUERS) and luhn(digits)
 
 
-def _first_valid(pattern: re.Pattern[str], text: str, valid: Callable[[str], bool]) -> Iterator[Span]:
+def _first_valid(pattern: re.Pattern[str], text: str, valid: Callable[[str, str], bool]) -> Iterator[Span]:
     """Finds numbers that are valid, of a match as many of its groups of digits as can be: a date or a code may stand behind."""
     at = 0
     while found := pattern.search(text, at):
         at, number = found.end(), found[0]
         for end in range(len(number), 0, -1):
-            if number[end - 1].isdecimal() and not number[end : end + 1].isdecimal() and valid(number[:end]):
+            whole = number[end - 1].isdecimal() and not number[end : end + 1].isdecimal()
+            if whole and valid(number[:end], text[max(0, found.start() - BEFORE) : found.start()]):
                 at = found.start() + end
                 yield found.start(), at
                 break
@@ -115,16 +151,37 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
     """Builds the function that finds phone numbers that are valid: in the international form, and in a region's own."""
     import phonenumbers
 
-    def valid(found: str) -> bool:
-        digits = re.sub(r"\D", "", found)
-        if len(digits) < FEWEST or (region is None and found[0] != "+"):
+    def valid(found: str, before: str) -> bool:
+        groups = _DIGITS.findall(found)
+        digits = "".join(groups)
+        if len(digits) < FEWEST or (region is None and found[0] != "+") or not _apart(found):
             return False
         try:
-            return phonenumbers.is_valid_number(phonenumbers.parse("+" * (found[0] == "+") + digits, region))
+            number = phonenumbers.parse("+" * (found[0] == "+") + digits, region)
         except phonenumbers.NumberParseException:
             return False
+        if not phonenumbers.is_valid_number(number):
+            return False
+        if found[0] == "+" or (len(groups) == 1 and _SAID.search(before)):
+            return True
+        usual = phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.NATIONAL)
+        own = groups[1:] if groups[0] == str(number.country_code) else groups
+        return _as_written(own, _DIGITS.findall(usual))
 
     return lambda text: _first_valid(_PHONE, text, valid)
+
+
+def _apart(found: str) -> bool:
+    """Tells whether parentheses are closed, and points are all that stands between groups: there are decimal numbers with one."""
+    between = {*found} - {*"0123456789+"}
+    return found.count("(") == found.count(")") and ("." not in between or (between == {"."} and found.count(".") > 1))
+
+
+def _as_written(groups: list[str], usual: list[str]) -> bool:
+    """Tells whether an area code stands by itself, as is usual; in a date or a row of numbers it does not."""
+    ends = {len("".join(groups[i:])) for i in range(1, len(groups))}
+    apart = len("".join(usual[1:])) in ends
+    return apart and min(map(len, groups)) >= min(2, *map(len, usual))
 
 
 def replaced(text: str, spans: dict[str, list[Span]], placeholders: dict[str, str]) -> tuple[str, dict[str, int]]:

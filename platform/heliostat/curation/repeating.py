@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -16,8 +16,8 @@ from heliostat.curation.exchange import by_parts
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.minhash import components
 from heliostat.curation.repeated import Signing
-from heliostat.curation.segment import Run, Spiller, documents_of, store
-from heliostat.curation.stage import Document, GlobalStage, Outcome
+from heliostat.curation.segment import FINISH, Run, Source, Spiller, documents_of, store
+from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
 from heliostat.curation.work import key
 from heliostat.storage import Location
 
@@ -38,7 +38,7 @@ class Cut:
 class RepeatingStage(GlobalStage):
     """Removes what documents have in common, all but one occurrence; a subclass says what is compared, and how it is cut out."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     reasons: ClassVar = {
         "repeated": "a larger share of words in what is repeated than max_removed_words",
         "empty": "nothing but what is repeated",
@@ -69,7 +69,10 @@ class RepeatingStage(GlobalStage):
         room, numbered = memory_limit // 2 // ROW_BYTES, zip(runs, counts, strict=True)
         groups = [[run for run, _ in group] for group in filled(numbered, lambda one: one[1], room, RUNS)]
         arguments = {"entry": self.entry(), "number": number, "memory_limit": memory_limit}
-        removing = about(flow, kind, groups, names, self.identity(), **arguments)
+        also, source = [self.identity(), found.identity], flow.share(found.source)
+        removing = (
+            replace(task, shared=task.shared | {"source": source}) for task in about(flow, kind, groups, names, also, **arguments)
+        )
         records = flow.all(f"{kind}-remove", remove, removing)
         seconds = sum(s for name, s in flow.seconds.items() if name.startswith(f"{kind}-"))
         found.tallies.append(store(flow.work.spill, {tally.label(number, self): tally.entry({}, "") | {"seconds": seconds}}))
@@ -91,18 +94,25 @@ class RepeatingStage(GlobalStage):
 
 
 def remove(folder: Location, first: int, runs: list[Run], entry: dict[str, Any], number: int, memory_limit: int,
-           names: list[str]) -> dict[str, Any]:  # fmt: skip
-    """Spills the documents of some runs again, without what is repeated in them."""
+           names: list[str], source: Source | None) -> dict[str, Any]:  # fmt: skip
+    """Spills the documents of some runs again, without what is repeated in them; `source` finishes those that were cut."""
     stage = registry.parse(entry)
     assert isinstance(stage, RepeatingStage)
     name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8)
     for run, lost in repeated.lost_of(folder, first, runs, names):
         for row, document in documents_of(folder, run):
-            outcome = stage.outcome(document, lost.get(row, set()))
+            places = lost.get(row, set())
+            outcome = stage.outcome(document, places)
             after = 0 if outcome.document is None else bytes_of(outcome.document)
             tally.count(counts, name, stage, document, outcome, (bytes_of(document), after))
             if outcome.document is None:
                 out.leave_out(document.id, name, outcome.reason, outcome.detail, outcome.measures, document.columns)
+                continue
+            made = source.finish(outcome.document) if source is not None and places else outcome.document
+            if isinstance(made, Dropped):
+                dropped = tally.entry(counts, FINISH)["dropped"]
+                dropped[made.reason] = dropped.get(made.reason, 0) + 1
+                out.leave_out(made.id, FINISH, made.reason, f"after {name}", columns=document.columns)
             else:
-                out.add(outcome.document)
+                out.add(made)
     return out.record(counts)

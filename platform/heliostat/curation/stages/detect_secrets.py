@@ -28,11 +28,30 @@ FORMS = [
     "SendGridDetector", "SlackDetector", "SoftlayerDetector", "SquareOAuthDetector", "StripeDetector", "TelegramBotTokenDetector",
     "TwilioKeyDetector",
 ]  # fmt: skip
+OWN = ["ServiceTokenDetector"]  # this module's: tokens of services that detect-secrets does not know
 WIDE = ["Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector", "IPPublicDetector"]
 _NEAR = re.compile(r"[A-Za-z0-9+/_=.-]{16}|://[^\s@]{1,200}@|PRIVATE KEY|PuTTY|AKC|AP[\dA-F]|xox|_authToken")
 _ANY = re.compile(r"\S")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
-WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector"}  # whose group is a token's prefix; others' is the secret
+WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector", *OWN}  # whose group is a token's prefix; others' is the secret
+TAILS = {  # the rest of tokens that detect-secrets finds the beginning of
+    "JSON Web Token": re.compile(r"[\w=-]*(?:\.[\w=-]+)*"),
+    **dict.fromkeys(("OpenAI Token", "Slack Token", "Discord Bot Token"), re.compile(r"[\w-]*")),
+    **dict.fromkeys(("GitHub Token", "Stripe Access Key"), re.compile(r"\w*")),
+}
+_TOKENS = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"github_pat_\w{36,255}"
+    r"|sk-(?:ant|proj|svcacct|admin|or)-[\w-]{20,300}"
+    r"|(?:hf_|api_org_)[A-Za-z0-9]{34}"
+    r"|AIza[\w-]{35}|GOCSPX-[\w-]{28}|ya29\.[\w-]{30,300}"
+    r"|do[opr]_v1_[a-f0-9]{64}"
+    r"|npm_[A-Za-z0-9]{36}"
+    r"|gsk_[A-Za-z0-9]{52}|r8_[A-Za-z0-9]{37}|nvapi-[\w-]{60,100}|dapi[a-f0-9]{32}"
+    r"|shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}|dckr_pat_[\w-]{27}|hvs\.[\w-]{24,200}"
+    r")(?![A-Za-z0-9])",
+    re.ASCII,
+)
 KEYS, MOST_KEY = "PrivateKeyDetector", 1 << 15  # characters of a private key
 _KEY = re.compile(
     r"-{0,5} ?(?:(?P<begin>BEGIN)|END) "
@@ -46,15 +65,26 @@ _BODY = re.compile(rf"(?:{_HEADER}){{0,4}}+(?:{_GAP}[A-Za-z0-9+/=]{{40,}}+)++(?:
 Span = tuple[int, int]
 
 
+class ServiceTokenDetector:
+    """Finds tokens by the marks that services begin them with, as a detector of detect-secrets does."""
+
+    secret_type = "Service Token"
+    denylist = (_TOKENS,)
+
+    def analyze_string(self, line: str) -> Iterator[str]:
+        yield from (found[0] for found in _TOKENS.finditer(line))
+
+
 class DetectSecrets(Stage):
     """Masks secrets in code, or drops files that hold them (Li et al. 2023)."""
 
     reasons: ClassVar[dict[str, str]] = {"secrets": "more secrets than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
-    detectors: list[str] = Field(FORMS, min_length=1)
-    """The detectors that are used, by detect-secrets' names."""
+    detectors: list[str] = Field(FORMS + OWN, min_length=1)
+    """The detectors that are used, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub
+    (fine-grained), Anthropic, OpenAI, Hugging Face, Google, DigitalOcean, npm and other services."""
     action: Literal["mask", "drop"] = "mask"
     """Puts a mask in the place of what is found, or drops the document."""
     mask: str = "<secret>"
@@ -65,8 +95,8 @@ class DetectSecrets(Stage):
     @model_validator(mode="after")
     def _known(self) -> DetectSecrets:
         for name in self.detectors:
-            if name not in FORMS + WIDE:
-                raise ValueError(f"{name!r} is no detector{nearest(name, FORMS + WIDE)}")
+            if name not in FORMS + OWN + WIDE:
+                raise ValueError(f"{name!r} is no detector{nearest(name, FORMS + OWN + WIDE)}")
         return self
 
     def check(self) -> None:
@@ -77,7 +107,7 @@ class DetectSecrets(Stage):
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
         found_classes: list[Any] = list(get_mapping_from_secret_type_to_class().values())
-        classes = {found.__name__: found for found in found_classes}
+        classes = {found.__name__: found for found in [*found_classes, ServiceTokenDetector]}
         detectors = [classes[name]() for name in self.detectors]
         near = _ANY if any(name in WIDE for name in self.detectors) else _NEAR
 
@@ -106,7 +136,7 @@ def _masked(text: str, detectors: list[Any], mask: str, near: re.Pattern[str]) -
         end = text.find("\n", found.start()) + 1 or len(text)
         line = text[start:end]
         secrets = {
-            (first + offset, last + offset): kind
+            (first + offset, _end(line, last + offset, kind)): kind
             for offset, piece in _pieces(line)
             for (first, last), kind in _secrets(piece, others)
             if piece[first:last] != mask
@@ -117,6 +147,12 @@ def _masked(text: str, detectors: list[Any], mask: str, near: re.Pattern[str]) -
         out += (text[at:start], _replaced(line, spans, mask))
         at = end
     return "".join([*out, text[at:]]), count, kinds
+
+
+def _end(line: str, end: int, kind: str) -> int:
+    """Returns where a secret ends that was found up to `end`."""
+    tail = TAILS[kind].match(line, end) if kind in TAILS else None
+    return tail.end() if tail else end
 
 
 def _keys(text: str) -> Iterator[Span]:

@@ -4,6 +4,11 @@ Card numbers are held to Luhn's checksum, accounts (IBAN) to ISO 7064's, phone n
 to the public ranges. FineWeb (Penedo et al. 2024, arXiv 2406.17557) masks e-mail and public IP addresses, which is the default;
 the others by `kinds`. Names and street addresses are not looked for: no model for them comes with its weights. A mask holds
 nothing that would be masked again. Numbers of phones without + and country are looked for in `region` only.
+
+Code has much that looks like one of these, so form alone is not enough: a slice (`x[1::2]`), a scope (`A::B`), a section or an
+object identifier is no address, `x@self.weight` and `git@github.com:a/b` are no e-mail, and a date or a long integer is no phone
+number. An address of IPv6 needs four written groups, a domain must be one that IANA has delegated, a card's digits stand in the
+groups of cards, and an area code stands by itself, unless a word such as `call` comes before the number.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ class Pii(Stage):
 
     reasons: ClassVar[dict[str, str]] = {"pii": "more of it than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     kinds: list[Kind] = Field(["email", "ip"], min_length=1)
     """What is looked for: `email`, `ip`, `phone`, `credit_card`, `iban`."""
