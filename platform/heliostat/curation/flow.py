@@ -69,12 +69,21 @@ class Flow:
         return ray.put(value)
 
     def cpus(self) -> int:
-        """Returns how many CPUs the cluster has."""
-        return max(1, int(ray.cluster_resources().get("CPU", 1.0)))
+        """Returns how many CPUs the nodes have."""
+        return max(1, sum(self.nodes()))
+
+    def nodes(self, resource: str = "CPU") -> list[int]:
+        """Lists how many CPUs, or GPUs, each living node has that carries the labels."""
+        mine = [n for n in ray.nodes() if n["Alive"] and self.labels.items() <= (n.get("Labels") or {}).items()]
+        return [int(n["Resources"].get(resource, 0)) for n in mine]
+
+    def cpus_each(self, tasks: int) -> int:
+        """Computes the most CPUs that each of some tasks can request so that all of them run at once; 1 if none."""
+        return most_each(self.nodes(), tasks)
 
     def devices(self) -> int:
-        """Returns how many GPUs the cluster has."""
-        return int(ray.cluster_resources().get("GPU", 0.0))
+        """Returns how many GPUs the nodes have."""
+        return sum(self.nodes("GPU"))
 
     def run(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], cpus: int = 1,
             valid: Callable[[dict[str, Any]], bool] = lambda record: True,
@@ -90,7 +99,7 @@ class Flow:
         size = actors or (self.devices() if pooled else 0)
         pool = Pool(execute, size, RETRIES, num_cpus=cpus, num_gpus=gpus, label_selector=self.labels or None) if size else None
         remote = pool or _execute.options(num_cpus=cpus, max_retries=RETRIES, label_selector=self.labels or None, name=kind)
-        room: Callable[[], int] = (lambda: 2 * size) if pool else Room(cpus)
+        room: Callable[[], int] = (lambda: 2 * size) if pool else Room(self.cpus, cpus)
         try:
             for number, task, record in self._looked_up(kind, tasks, valid):
                 if record is not None:
@@ -153,15 +162,20 @@ class Flow:
         self.opening[kind] = self.opening.get(kind, 0.0) + record.get("opening", 0.0)
 
 
+def most_each(nodes: list[int], tasks: int) -> int:
+    """Computes the most CPUs that each of some tasks can have at the same time, on nodes of so many CPUs: each is on one node."""
+    return next((each for each in range(max(nodes, default=1), 1, -1) if sum(n // each for n in nodes) >= tasks), 1)
+
+
 class Room:
     """Tells how many tasks may be under way: twice as many as there are CPUs, looked up again as nodes come and go."""
 
-    def __init__(self, cpus: int) -> None:
-        self.cpus, self.looked, self.count = cpus, -LOOK_S, 0
+    def __init__(self, total: Callable[[], int], cpus: int) -> None:
+        self.total, self.cpus, self.looked, self.count = total, cpus, -LOOK_S, 0
 
     def __call__(self) -> int:
         if time.monotonic() - self.looked >= LOOK_S:
-            self.count = max(2, 2 * int(ray.cluster_resources().get("CPU", 1.0)) // self.cpus)
+            self.count = max(2, 2 * self.total() // self.cpus)
             self.looked = time.monotonic()
         return self.count
 
