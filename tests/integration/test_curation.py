@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
-from heliostat.curation import exchange, flow, merging, pieces, pool, reasons
+from heliostat.curation import crew, exchange, flow, merging, pieces, pool, reasons
 from heliostat.curation.flow import Task
 from heliostat.curation.pool import Pool
 from heliostat.curation.stages import minhash
@@ -134,7 +134,7 @@ def test_what_a_task_says_to_the_person_is_its_own_line(tmp_path):
 def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
     """Two actors, as for two GPUs; one of them dies, and its task runs again in its successor."""
     monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
-    monkeypatch.setattr(flow, "Pool", lambda *given, num_gpus, **options: Pool(*given, **options))
+    monkeypatch.setattr(crew, "Pool", lambda *given, num_gpus, **options: Pool(*given, **options))
     found = flow.Flow(Work(Location(str(tmp_path / "work"))))
     tasks = [Task(f"{i:032}", {"number": i, "mark": str(tmp_path / "mark")}) for i in range(20)]
     records = found.all("gpu", once, iter(tasks), pooled=True)
@@ -155,7 +155,7 @@ def test_actors_that_find_no_place_are_not_waited_for(tmp_path, monkeypatch, cap
     """With room for one of two the tasks run in that one; with none it is one error, in time."""
     total = int(ray.cluster_resources()["CPU"])
     monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
-    monkeypatch.setattr(flow, "Pool", lambda *given, num_cpus, num_gpus, **options: Pool(*given, num_cpus=total, **options))
+    monkeypatch.setattr(crew, "Pool", lambda *given, num_cpus, num_gpus, **options: Pool(*given, num_cpus=total, **options))
     monkeypatch.setattr(pool, "PLACE_S", 40.0)  # a process starts slowly on a busy machine
     found = flow.Flow(Work(Location(str(tmp_path / "work"))))
     tasks = [Task(f"{i:032}", {"number": i, "mark": str(tmp_path / "mark")}) for i in range(4)]

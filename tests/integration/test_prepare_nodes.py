@@ -39,7 +39,8 @@ def prepared(folder: Path, given: Path, nodes: LocalNodes, lose) -> tuple[str, s
     folder.mkdir()
     pipeline = {"name": "nodes", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(given), "output": f"{folder}/out",
                 "stages": [{"stage": "length", "min_words": 65}, {"stage": "minhash"}], "memory_limit": 100_000_000,
-                "tokenizer": {"vocab_size": 400, "train_bytes": 50_000}, "chunk_tokens": 2000, "shard_bytes": 60_000}  # fmt: skip
+                "tokenizer": {"vocab_size": 400, "train_bytes": 50_000}, "chunk_tokens": 2000,
+                "shard_bytes": 5_000_000}  # fmt: skip
     (folder / "pipeline.yaml").write_text(json.dumps(pipeline))
     worked, lost, end = set[str](), False, time.monotonic() + LIMIT_S
     with (folder / "said").open("w") as said, (folder / "log").open("w") as log:
@@ -60,7 +61,10 @@ def prepared(folder: Path, given: Path, nodes: LocalNodes, lose) -> tuple[str, s
 
 
 def test_one_digest_on_one_two_and_three_nodes_with_a_worker_and_a_node_lost(tmp_path):
-    """The order of tasks is that in which the nodes finish them; what a lost worker or node did is done again by another."""
+    """The order of tasks is that in which the nodes finish them; what a lost worker or node did is done again by another.
+
+    The dataset has one shard, fewer than nodes: its task requests no more CPUs than a node has.
+    """
     make_input(tmp_path / "in", 1200)
     found = dict[int, str]()
     for count, lose in ((1, None), (2, lose_worker), (3, lose_node)):

@@ -36,8 +36,8 @@ class HereFlow(flow.Flow):
     def share(self, value: Any) -> Any:
         return value
 
-    def cpus(self) -> int:
-        return 2
+    def nodes(self, resource: str = "CPU") -> list[int]:
+        return [2] if resource == "CPU" else []
 
     def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, **pools) -> Iterator[tuple[int, dict[str, Any]]]:
         todo = list(self._looked_up(kind, tasks, valid))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -44,12 +44,16 @@ class Chain:
         ]
         self.tally: tally.Tally = {}
 
-    def run(self, documents: list[Document]) -> tuple[list[Document], list[Gone]]:
-        """Returns the documents that go on, and (id, stage, reason, detail, measures, columns) of the others."""
+    def run(
+        self, documents: list[Document], about: Callable[[str], None] = lambda stage: None
+    ) -> tuple[list[Document], list[Gone]]:
+        """Returns the documents that go on, and (id, stage, reason, detail, measures, columns) of the others; calls `about` with
+        each stage's name before it."""
         dropped = []
         for name, stage, work in self.stages:
             if not documents:
                 break
+            about(name)
             sizes, start = [bytes_of(d) for d in documents], cpu_time.now()
             before = [Document(d.id, d.text, d.columns, d.picture) for d in documents]  # a stage may change a document in place
             outcomes = work(documents)

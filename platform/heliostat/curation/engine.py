@@ -90,7 +90,7 @@ class Engine:
             told = [part.identity for part in piece]
             follows_from = key("read", self.identity, follows, self.run_bytes, explained, told)
             yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
-                                      "explained": explained}, bytes=sum(part.length for part in piece))  # fmt: skip
+                                      "explained": explained}, {}, sum(part.length for part in piece), careful=True)  # fmt: skip
 
     def _over_runs(self, runs: list[Run], stages: list[Stage], number: int) -> Iterator[Task]:
         follows = [s.identity() for s in stages]
@@ -98,7 +98,7 @@ class Engine:
         for run in runs:
             follows_from = key("stages", self.identity, number, follows, self.run_bytes, run.name, run.decided)
             yield Task(follows_from, {"run": run, "source": self.source, "stages": entries, "first": number,
-                                      "run_bytes": self.run_bytes}, bytes=run.bytes)  # fmt: skip
+                                      "run_bytes": self.run_bytes}, bytes=run.bytes, careful=True)  # fmt: skip
 
     @property
     def run_bytes(self) -> int:

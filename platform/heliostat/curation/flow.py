@@ -1,13 +1,12 @@
 """Runs tasks on Ray, as many at a time as the cluster has room for, and skips those that an earlier run has finished.
 
-The driver holds a record for each task, and neither ids nor texts. Tasks that are started again, by Ray or by a later run, write
-the same files; one that this run has recorded, and whose answer was lost with its worker or node, is not done again. What a task
-raises ends the run, after those that are at work have ended, and what of it is meant for the person is raised as it was.
+The driver holds a record for each task, and neither ids nor texts. Tasks that are started again, in this run or another, write
+the same files; one that this run has recorded, and whose answer was lost with its worker or node, is not done again. A task that
+fails is run again, and the others continue (`crew`).
 """
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,17 +18,11 @@ import pyarrow as pa
 import ray
 
 from heliostat.curation import cpu_time
-from heliostat.curation.pool import Pool
-from heliostat.curation.progress import Progress
+from heliostat.curation.care import CRASHED
+from heliostat.curation.crew import Crew, Started
+from heliostat.curation.progress import Progress, documents
 from heliostat.curation.work import Work
-from heliostat.errors import unwrapped
 
-log = logging.getLogger(__name__)
-
-RETRIES = 5  # of a task whose worker or node died
-LOOK_S = 10.0  # between looks at how many CPUs the cluster has
-ENDING_S = 2.0  # for tasks to end by themselves after another has failed
-END_S = 60.0  # and when they are cancelled
 BATCH = 4096  # keys that are looked up together
 
 
@@ -43,6 +36,8 @@ class Task:
     """Further arguments, each from `Flow.share`: what is large and the same for many tasks travels to a node once."""
     bytes: int = 0
     """That it reads, about: for the progress."""
+    careful: bool = False
+    """Whether its function takes `care`, where it is run again."""
 
 
 @dataclass
@@ -60,6 +55,11 @@ class Flow:
     opening: dict[str, float] = field(default_factory=dict)
     """Those of them in which stages were opened: once in each process, however much it does."""
 
+    crashed: int = 0
+    """Documents that tasks left out because they crashed (`care`)."""
+    passed: int = 0
+    """Documents that tasks passed on."""
+
     progress: Progress = field(default_factory=Progress)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of this run, by which its tasks know what it has recorded."""
@@ -69,12 +69,21 @@ class Flow:
         return ray.put(value)
 
     def cpus(self) -> int:
-        """Returns how many CPUs the cluster has."""
-        return max(1, int(ray.cluster_resources().get("CPU", 1.0)))
+        """Returns how many CPUs the nodes have."""
+        return max(1, sum(self.nodes()))
+
+    def nodes(self, resource: str = "CPU") -> list[int]:
+        """Lists how many CPUs, or GPUs, each living node has that carries the labels."""
+        mine = [n for n in ray.nodes() if n["Alive"] and self.labels.items() <= (n.get("Labels") or {}).items()]
+        return [int(n["Resources"].get(resource, 0)) for n in mine]
+
+    def cpus_each(self, tasks: int) -> int:
+        """Computes the most CPUs that each of some tasks can request so that all of them run at once; 1 if none."""
+        return most_each(self.nodes(), tasks)
 
     def devices(self) -> int:
-        """Returns how many GPUs the cluster has."""
-        return int(ray.cluster_resources().get("GPU", 0.0))
+        """Returns how many GPUs the nodes have."""
+        return sum(self.nodes("GPU"))
 
     def run(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], cpus: int = 1,
             valid: Callable[[dict[str, Any]], bool] = lambda record: True,
@@ -85,31 +94,25 @@ class Flow:
         they are `pooled`, tasks run in actors, one for each GPU of the cluster, if it has any; else in so many `actors`, if any,
         with so many `gpus` each.
         """
-        waiting: dict[Any, tuple[int, int]] = {}
-        work = Work(self.work.location)  # without what was looked up
-        size = actors or (self.devices() if pooled else 0)
-        pool = Pool(execute, size, RETRIES, num_cpus=cpus, num_gpus=gpus, label_selector=self.labels or None) if size else None
-        remote = pool or _execute.options(num_cpus=cpus, max_retries=RETRIES, label_selector=self.labels or None, name=kind)
-        room: Callable[[], int] = (lambda: 2 * size) if pool else Room(cpus)
+        crew = Crew(self, kind, execute, function, cpus, actors or (self.devices() if pooled else 0), gpus)
         try:
             for number, task, record in self._looked_up(kind, tasks, valid):
                 if record is not None:
                     self._count(self.kept, kind, record)
                     yield number, record
                     continue
-                while len(waiting) >= room():
-                    yield from self._next(kind, waiting, pool)
-                started = remote.remote(work, self.name, kind, task.key, function, task.arguments, **task.shared)
-                waiting[started] = (number, task.bytes)
-            while waiting:
-                yield from self._next(kind, waiting, pool)
+                while crew.full and not crew.stopped:
+                    yield from self._next(kind, crew)
+                if crew.stopped:
+                    break
+                crew.start(Started(number, task))
+            while crew.busy:
+                yield from self._next(kind, crew)
         except BaseException:
-            if pool:
-                pool.end()
-            _end(list(waiting))
+            crew.end()
             raise
-        if pool:
-            pool.end()
+        crew.end()
+        crew.conclude()
 
     def all(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], **more: Any) -> list[dict[str, Any]]:
         """Runs the tasks and returns their records in the tasks' order."""
@@ -134,36 +137,24 @@ class Flow:
                 yield number, task, known.get(task.key)
                 number += 1
 
-    def _next(self, kind: str, waiting: dict[Any, tuple[int, int]], pool: Pool | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        ready, _ = ray.wait(list(waiting), num_returns=1)
-        for reference in ready:
-            number, bytes = waiting.pop(reference)
-            with unwrapped():
-                record = ray.get(reference)
+    def _next(self, kind: str, crew: Crew) -> Iterator[tuple[int, dict[str, Any]]]:
+        for started, record in crew.finished():
             self._count(self.done, kind, record)
-            if pool:
-                pool.ended(reference)
-            self.progress.done(kind, record, bytes)
-            yield number, record
+            self.progress.done(kind, record, started.task.bytes)
+            yield started.number, record
 
     def _count(self, counts: dict[str, int], kind: str, record: dict[str, Any]) -> None:
         counts[kind] = counts.get(kind, 0) + 1
         self.seconds[kind] = self.seconds.get(kind, 0.0) + record["seconds"]
         self.walls[kind] = self.walls.get(kind, 0.0) + record.get("wall", record["seconds"])
         self.opening[kind] = self.opening.get(kind, 0.0) + record.get("opening", 0.0)
+        self.passed += documents(record)
+        self.crashed += record.get("reasons", {}).get(CRASHED, 0)
 
 
-class Room:
-    """Tells how many tasks may be under way: twice as many as there are CPUs, looked up again as nodes come and go."""
-
-    def __init__(self, cpus: int) -> None:
-        self.cpus, self.looked, self.count = cpus, -LOOK_S, 0
-
-    def __call__(self) -> int:
-        if time.monotonic() - self.looked >= LOOK_S:
-            self.count = max(2, 2 * int(ray.cluster_resources().get("CPU", 1.0)) // self.cpus)
-            self.looked = time.monotonic()
-        return self.count
+def most_each(nodes: list[int], tasks: int) -> int:
+    """Computes the most CPUs that each of some tasks can have at the same time, on nodes of so many CPUs: each is on one node."""
+    return next((each for each in range(max(nodes, default=1), 1, -1) if sum(n // each for n in nodes) >= tasks), 1)
 
 
 def execute(work: Work, run: str, kind: str, key: str, function: Callable[..., dict[str, Any]], arguments: dict[str, Any],
@@ -179,20 +170,3 @@ def execute(work: Work, run: str, kind: str, key: str, function: Callable[..., d
     pa.default_memory_pool().release_unused()
     work.finish(kind, key, record)
     return record
-
-
-_execute = ray.remote(execute)
-
-
-def _end(references: list[Any]) -> None:
-    """Ends tasks that are at work, so that nothing is written after an error was told.
-
-    What is about to end is let end: Ray aborts this process if a task that it is just completing is cancelled.
-    """
-    _, working = ray.wait(references, num_returns=len(references), timeout=ENDING_S) if references else ([], [])
-    for reference in working:
-        ray.cancel(reference)
-    if working:
-        _, left = ray.wait(working, num_returns=len(working), timeout=END_S)
-        if left:
-            log.warning("%d tasks did not end within %.0f s", len(left), END_S)

@@ -17,11 +17,11 @@ PLACE_S = 120.0  # for an actor to have a place, and its process to start
 
 
 class Pool:
-    """Gives each task to the actor that has the fewest; an actor that dies is started again, and its tasks with it."""
+    """Gives each task to the actor that has the fewest; an actor that dies is started again, its tasks are not."""
 
-    def __init__(self, execute: Callable[..., dict[str, Any]], size: int, retries: int, **options: Any) -> None:
+    def __init__(self, execute: Callable[..., dict[str, Any]], size: int, **options: Any) -> None:
         made: Any = ray.remote(_Worker)
-        actor = made.options(max_restarts=retries, max_task_retries=retries, **options)
+        actor = made.options(max_restarts=-1, max_task_retries=0, **options)
         self.actors: list[Any] = _placed([actor.remote(execute) for _ in range(size)])
         self.under_way: dict[Any, int] = {}
 

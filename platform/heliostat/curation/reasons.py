@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from heliostat.curation import segment, spill, tally
+from heliostat.curation import care, segment, spill, tally
 from heliostat.curation.segment import LEFT_OUT as END
 from heliostat.curation.segment import key_of, packed
 from heliostat.curation.stage import Stage
@@ -165,6 +165,8 @@ def explained(stages: list[Stage], total: tally.Tally, shard: dict[str, Any]) ->
         limits = {m: [v for f in fields if (v := getattr(stage, f, None)) is not None] for m, fields in stage.thresholds.items()}
         name = tally.label(number, stage)
         told[name] = tally.entry(total, name) | {"thresholds": limits, "what": stage.reasons}
+        if care.CRASHED in told[name]["dropped"]:
+            told[name]["what"] = stage.reasons | {care.CRASHED: care.MEANING}
     told |= {segment.FINISH: total[segment.FINISH]} if segment.FINISH in total else {}
     told["shard"] = tally.entry({}, "") | shard
     return {name: {k: v for k, v in part.items() if k != "seconds"} for name, part in told.items()}

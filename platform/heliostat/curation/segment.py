@@ -10,15 +10,16 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from heliostat.curation import cpu_time, spill, tally
+from heliostat.curation import care, cpu_time, spill, tally
+from heliostat.curation.care import Care, Careful, Crash
 from heliostat.curation.chain import Chain, Entry, batches, bytes_of
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Dropped, Picture
@@ -35,7 +36,8 @@ LEFT_OUT = pa.schema(
     [("key", pa.uint64()), ("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string()),
      ("measures", pa.string()), ("hash", pa.string()), ("columns", pa.string())]
 )  # fmt: skip
-READ, FINISH = "read", "finish"  # the stages at which reading leaves something out, and what is asked of texts after the stages
+READ = care.READ  # the stage at which reading leaves something out
+FINISH = "finish"  # the one at which texts are left out that do not meet what is asked of them after the stages
 LEFT_OUT_ROWS = 20_000  # that are held, as Python objects, before they are spilled
 EXAMPLES = 3  # ids that are told for each reason
 DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
@@ -98,22 +100,25 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
 
 def over_pieces(folder: Location, piece: list[Part], source: Source, stages: list[Entry], run_bytes: int,
-                explained: bool) -> dict[str, Any]:  # fmt: skip
+                explained: bool, care: Care | None = None) -> dict[str, Any]:  # fmt: skip
     """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""
     start = cpu_time.now()
     chain = Chain(stages)
     opening = cpu_time.now() - start
-    documents = (d for part in piece for d in source.read(part))
-    made = _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes)
+    taking = Careful(care)
+    documents = taking.reading(piece, source.read)
+    made = _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes, taking)
     return made | {"opening": opening}
 
 
-def over_run(folder: Location, run: Run, source: Source, stages: list[Entry], first: int, run_bytes: int) -> dict[str, Any]:
+def over_run(folder: Location, run: Run, source: Source, stages: list[Entry], first: int, run_bytes: int,
+             care: Care | None = None) -> dict[str, Any]:  # fmt: skip
     """Runs a segment over a run of the segment before, from stage `first` on."""
     start = cpu_time.now()
     chain = Chain(stages, first)
     opening = cpu_time.now() - start
-    return _run(folder, (d for _, d in documents_of(folder, run)), source, chain, run_bytes) | {"opening": opening}
+    made = _run(folder, (d for _, d in documents_of(folder, run)), source, chain, run_bytes, Careful(care))
+    return made | {"opening": opening}
 
 
 def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
@@ -153,23 +158,56 @@ def _unfinished(document: Document) -> bool:
 
 
 def _run(folder: Location, documents: Iterable[Document | Dropped], source: Source, chain: Chain,
-         run_bytes: int) -> dict[str, Any]:  # fmt: skip
+         run_bytes: int, taking: Careful) -> dict[str, Any]:  # fmt: skip
     out = Spiller(folder, run_bytes)
+    stages = (_Stages if taking.care is None else _Undoing)(chain, source, out)
     for batch, left_out in batches(documents):
         for item in left_out:
             out.leave_out(item.id, READ, item.reason, item.detail)
-        kept, dropped = chain.run(batch)
-        for gone in dropped:
-            out.leave_out(*gone)
-        for document in kept:
-            made = source.finish(document) if chain.stages or _unfinished(document) else document
-            if isinstance(made, Dropped):
-                found = tally.entry(chain.tally, FINISH)["dropped"]
-                found[made.reason] = found.get(made.reason, 0) + 1
-                out.leave_out(made.id, FINISH, made.reason, made.detail, columns=document.columns)
-            else:
-                out.add(made)
+        taking.take(batch, stages)
     return out.record(chain.tally)
+
+
+@dataclass
+class _Stages(care.Through):
+    """Takes documents through a chain of stages to what is spilled."""
+
+    chain: Chain
+    source: Source
+    out: Spiller
+
+    def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
+        kept, dropped = self.chain.run(documents, about)
+        about(FINISH)
+        made = [(document, self._finished(document)) for document in kept]
+        for gone in dropped:
+            self.out.leave_out(*gone)
+        for document, item in made:
+            if isinstance(item, Dropped):
+                found = tally.entry(self.chain.tally, FINISH)["dropped"]
+                found[item.reason] = found.get(item.reason, 0) + 1
+                self.out.leave_out(item.id, FINISH, item.reason, item.detail, columns=document.columns)
+            else:
+                self.out.add(item)
+
+    def _finished(self, document: Document) -> Document | Dropped:
+        return self.source.finish(document) if self.chain.stages or _unfinished(document) else document
+
+    def leave_out(self, document: Document, crash: Crash) -> None:
+        care.count(self.chain.tally, [name for name, *_ in self.chain.stages], crash, bytes_of(document))
+        self.out.leave_out(document.id, crash.stage, care.CRASHED, crash.detail, columns=document.columns)
+
+
+class _Undoing(_Stages):
+    """Takes documents through a chain so that nothing is counted or changed of a batch at which a stage fails."""
+
+    def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
+        counts, self.chain.tally = self.chain.tally, {}
+        try:
+            super().batch([replace(d) for d in documents], about)
+            tally.add(counts, self.chain.tally)
+        finally:
+            self.chain.tally = counts
 
 
 @dataclass
@@ -202,7 +240,7 @@ class Spiller:
         self.out.append(
             (key_of(id), id, stage, reason, detail, told, None, columns if isinstance(columns, str) else packed(columns))
         )
-        name = reason if stage in (READ, FINISH) else f"{stage}: {reason}"
+        name = reason if stage in (READ, FINISH) or reason == care.CRASHED else f"{stage}: {reason}"
         self.reasons[name] += 1
         self.examples[name] = heapq.nsmallest(EXAMPLES, [*self.examples.get(name, []), id])
         if len(self.out) >= LEFT_OUT_ROWS:

@@ -87,9 +87,14 @@ def merge(tallies: Iterable[Tally]) -> Tally:
     """Sums tallies, of which it holds one at a time."""
     total: Tally = {}
     for tally in tallies:
-        for name, part in tally.items():
-            _add(entry(total, name), part)
+        add(total, tally)
     return total
+
+
+def add(total: Tally, tally: Tally) -> None:
+    """Adds a tally to another."""
+    for name, part in tally.items():
+        _add(entry(total, name), part)
 
 
 def _add(total: dict[str, Any], part: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
     spill/3f/3f2a....parquet    what tasks hand to later tasks, named after its content
     done/read/9c01....json      the record of a finished task, written last, by the task itself
+    notes/read-9c01....json     what a task that is run again is about to do (`care`)
     work.json                   marks the folder; the size of the pieces that the input is cut into, which stays as it grows
 
 A key is the SHA-256 of the task's inputs, configuration and the version of this code. So a run that was killed finds the records
@@ -26,7 +27,7 @@ from heliostat.storage import Location
 
 CODE = 7  # raised when the same inputs and configuration give other spill files
 READERS = 32  # threads
-DONE, SPILL, MARK = "done", "spill", "work.json"
+DONE, SPILL, NOTES, MARK = "done", "spill", "notes", "work.json"
 SIZES = 16  # times, by which an input may grow before its pieces become larger
 
 
@@ -44,6 +45,10 @@ class Work:
     @property
     def spill(self) -> Location:
         return self.location.join(SPILL)
+
+    def note(self, kind: str, key: str) -> Location:
+        """Locates what a task that is run again notes."""
+        return self.location.join(NOTES, f"{kind}-{key}.json")
 
     def finish(self, kind: str, key: str, record: dict[str, Any]) -> None:
         """Records a finished task, whose files have been written."""
@@ -97,7 +102,7 @@ class Work:
         """Deletes the work, and the folder if nothing else is in it."""
         if not self.location.join(MARK).exists():
             return
-        for name in (DONE, SPILL, MARK):  # the mark last: what breaks off is done again
+        for name in (DONE, SPILL, NOTES, MARK):  # the mark last: what breaks off is done again
             self.location.join(name).delete()
         if not self.location.is_s3:
             with contextlib.suppress(OSError):

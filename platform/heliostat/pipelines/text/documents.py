@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from heliostat.curation.care import CRASHED, MEANING
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Dropped
 from heliostat.pipelines.text import sources
@@ -34,6 +35,7 @@ REASONS = {
     "too_long": "more than max_chars characters",
     "too_large": "beyond max_file_bytes or max_document_bytes, unpacked; what came before is kept",
     "outside": "a link that leads out of the input",
+    CRASHED: MEANING,
 }
 BLOCK = 1 << 20  # bytes that are unpacked at a time
 BUFFER = 4 << 20  # bytes of a Parquet column that are read at a time: a row group may be larger than memory

@@ -222,7 +222,7 @@ class Making(Reading):
                     yield Task(key(follows, first, stop), {"first": first, "stop": stop}, given, reads)
 
         there = dict(self.output.join(SHARDS).files())
-        cpus = max(1, self.flow.cpus() // shards)
+        cpus = self.flow.cpus_each(shards)
 
         def whole(record: dict[str, Any]) -> bool:
             return all(there.get(s["path"].removeprefix(f"{SHARDS}/")) == s["file_bytes"] for s in record["shards"])

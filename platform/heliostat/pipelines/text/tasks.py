@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from heliostat.curation import readers, segment, spill
+from heliostat.curation import care, readers, segment, spill
 from heliostat.curation.pdf import is_pdf
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import archives, clones
@@ -273,8 +273,13 @@ def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 def list_left_out(folder: Location, names: list[str], output: str, also: list[str] | None = None) -> dict[str, Any]:
     """Writes the list of what reading, and `also` some stages, left out: id, reason and detail, sorted by reason and id."""
     told = pa.array([segment.READ, segment.FINISH, *(also or [])])
-    tables = [t.filter(pc.is_in(t["stage"], told)).select(LISTED.names) for name in names for t in spill.read(folder, name)]
+    tables = [_listed(t, told) for name in names for t in spill.read(folder, name)]
     table = pa.concat_tables(tables).sort_by([("reason", "ascending"), ("id", "ascending")])
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return {"listed": versions.store(Location(output), f"{FILES}/listed-", sink.getvalue(), ".parquet"), "rows": len(table)}
+
+
+def _listed(table: pa.Table, stages: pa.Array) -> pa.Table:
+    """Returns what was left out at some stages, and what crashed at any."""
+    return table.filter(pc.or_(pc.is_in(table["stage"], stages), pc.equal(table["reason"], care.CRASHED))).select(LISTED.names)

@@ -1,0 +1,247 @@
+"""Finds the document at which a task fails, and leaves it out, so that one document does not end a run.
+
+A task that has failed is run again with `Care`: it notes in the work folder what it is about to do, a batch at a time. If its
+process dies, the next run takes the documents of the noted batch one by one, and notes each. A document at which the process dies
+twice is left out (`crashed`). Where a stage raises an error, the documents of the batch are taken one by one at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+
+from heliostat.curation import tally
+from heliostat.curation.pieces import Part
+from heliostat.curation.stage import Document, Dropped
+from heliostat.errors import HeliostatError
+from heliostat.storage import Location
+from heliostat.text import brief, printable
+
+CRASHED = "crashed"
+MEANING = "it ended its process, or a stage raised an error at it, each time"
+MOST, SHARE = 20, 1000  # crashed documents: a run ends at more than MOST, and more than one in SHARE
+BLAMED = 2  # times that a process must die at a document
+READ, INPUT = "read", "the input"  # the stage, and the name of a file that is all of the input
+READ_TOGETHER = 64  # that are read between notes
+
+
+def most(documents: int) -> int:
+    """Returns how many of so many documents may crash."""
+    return max(MOST, documents // SHARE)
+
+
+def too_many(crashed: int, what: str) -> HeliostatError:
+    """Makes the error of a run in which too many documents crash."""
+    return HeliostatError(
+        f"stages: {crashed:,} documents crashed, more than {MOST} and than one in {SHARE:,}: {what}. "
+        "Correct the stage or the input, and start again: finished tasks are kept"
+    )
+
+
+def last_line(error: BaseException) -> str:
+    """Returns an error's kind and the last line of what it says."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines()
+    return brief(f"{type(cause).__name__}: {lines[-1].strip()}" if lines else type(cause).__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Describes what a task was about to do: read the next of a `part`, or take documents through stages (`part` -1)."""
+
+    number: int
+    """How many had been read, or taken, before."""
+    part: int = -1
+    alone: bool = False
+    """Whether it was one document, and not a batch."""
+    id: str = ""
+    stage: str = ""
+
+
+@dataclass(frozen=True)
+class Crash:
+    """Describes a document that is left out: its place, the stage at which the task failed, and the error's last line."""
+
+    number: int
+    part: int
+    id: str
+    stage: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Care:
+    """Tells a task how it is run again: where it notes what it does, what is taken one by one, and what is left out."""
+
+    note: Location
+    attempt: int
+    suspect: Place | None = None
+    crashed: tuple[Crash, ...] = ()
+
+
+@dataclass
+class Trouble:
+    """Knows of a task how often it has failed since a document was found at which it does, and which documents it leaves out."""
+
+    count: int = 0
+    attempt: int = 0
+    suspect: Place | None = None
+    blamed: Counter[Place] = field(default_factory=Counter)
+    crashed: list[Crash] = field(default_factory=list)
+
+    def care(self, note: Location) -> Care:
+        """Returns how the task is run next."""
+        self.attempt += 1
+        return Care(note, self.attempt, self.suspect, tuple(self.crashed))
+
+    def learn(self, note: Location, error: BaseException) -> Crash | None:
+        """Learns from what a process that died had noted; returns the document that is left out from now on, if it was found."""
+        if (place := _noted(note, self.attempt)) is None:
+            return None
+        if not place.alone:
+            self.suspect = place
+            return None
+        self.blamed[place] += 1
+        if self.blamed[place] != BLAMED:
+            return None
+        found = Crash(place.number, place.part, place.id, place.stage, last_line(error))
+        self.crashed.append(found)
+        self.count = 0
+        return found
+
+
+def _noted(note: Location, attempt: int) -> Place | None:
+    try:
+        told = json.loads(note.read())
+        return Place(**told["place"]) if told["attempt"] == attempt else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass
+class Careful:
+    """Takes a task's documents with care, or plainly without; `crashes` are those that it leaves out."""
+
+    care: Care | None
+    taken: int = 0
+    """Documents so far."""
+    read: int = 0
+    """What was read so far, with what reading leaves out."""
+    part: int = 0
+    crashes: int = 0
+
+    def reading(self, piece: list[Part], read: Callable[[Part], Iterable[Document | Dropped]]) -> Iterator[Document | Dropped]:
+        """Yields what parts hold; of one at which reading fails, what comes before."""
+        for self.part, part in enumerate(piece):
+            yield from read(part) if self.care is None else self._part(self.care, part, read)
+
+    def _part(self, care: Care, part: Part, read: Callable[[Part], Iterable[Document | Dropped]]) -> Iterator[Document | Dropped]:
+        lost = {crash.number: crash.detail for crash in care.crashed if crash.part == self.part}
+        items, last = iter(read(part)), ""
+        while True:
+            why = lost.get(self.read)
+            if why is None:
+                self._note_reading(care, part)
+                try:
+                    if (item := next(items, None)) is None:
+                        return
+                except (HeliostatError, OSError):  # of the store
+                    raise
+                except Exception as e:  # noqa: BLE001 - whatever a reader raises is the part's fault, and recorded with it
+                    why = last_line(e)
+            if why is not None:
+                item, items = Dropped(part.path or INPUT, CRASHED, f"what comes after {last or 'its begin'}: {why}"), iter(())
+                self._crashed(Crash(self.read, self.part, item.id, READ, why))
+            self.read, last = self.read + 1, item.id
+            yield item
+
+    def _note_reading(self, care: Care, part: Part) -> None:
+        suspect, at = care.suspect, self.read
+        if suspect is not None and suspect.part >= 0 and suspect.number <= at < suspect.number + READ_TOGETHER:
+            self.note(Place(at, self.part, True, part.path or INPUT, READ))
+        elif at % READ_TOGETHER == 0:
+            self.note(Place(at, 0))
+
+    def note(self, place: Place) -> None:
+        """Notes what comes next."""
+        if self.care is not None:
+            told = {"attempt": self.care.attempt, "place": asdict(place)}
+            self.care.note.write(json.dumps(told).encode())
+
+    def take(self, batch: list[Document], through: Through) -> None:
+        """Takes a batch through the stages, without the documents that crash."""
+        first, self.taken = self.taken, self.taken + len(batch)
+        if self.care is None:
+            through.batch(batch)
+            return
+        if not self._together(self.care, first, batch, through):
+            self._one_by_one(self.care, first, batch, through)
+        self.note(Place(self.read - self.read % READ_TOGETHER, 0))
+
+    def _together(self, care: Care, first: int, batch: list[Document], through: Through) -> bool:
+        lost = any(crash.part < 0 and first <= crash.number < self.taken for crash in care.crashed)
+        if lost or care.suspect == Place(first):
+            return False
+        self.note(Place(first))
+        try:
+            through.batch(batch)
+        except HeliostatError:
+            raise
+        except Exception:  # noqa: BLE001 - it is raised again where a document is alone
+            return False
+        return True
+
+    def _one_by_one(self, care: Care, first: int, batch: list[Document], through: Through) -> None:
+        lost = {crash.number: crash for crash in care.crashed if crash.part < 0}
+        for number, document in enumerate(batch, first):
+            crash = lost.get(number)
+            stage = ""
+
+            def about(name: str, number: int = number, document: Document = document) -> None:
+                nonlocal stage
+                stage = name
+                self.note(Place(number, -1, True, document.id, name))
+
+            if crash is None:
+                try:
+                    through.batch([document], about)
+                except HeliostatError:
+                    raise
+                except Exception as e:  # noqa: BLE001 - whatever a stage raises is the document's fault, and recorded with it
+                    crash = Crash(number, -1, document.id, stage, last_line(e))
+            if crash is not None:
+                through.leave_out(document, crash)
+                self._crashed(crash)
+
+    def _crashed(self, crash: Crash) -> None:
+        self.crashes += 1
+        if self.crashes > most(max(self.read, self.taken)):
+            raise too_many(self.crashes, f"such as {printable(crash.id)!r} at {printable(crash.stage)} ({crash.detail})")
+
+
+class Through:
+    """Takes documents through the stages; all of a batch, or nothing of it. A task defines how."""
+
+    def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
+        """Takes a batch; calls `about` before each stage."""
+        raise NotImplementedError
+
+    def leave_out(self, document: Document, crash: Crash) -> None:
+        """Records that a document crashed."""
+        raise NotImplementedError
+
+
+def count(counts: tally.Tally, stages: list[str], crash: Crash, size: int) -> None:
+    """Counts a document that crashed at one of the `stages`, to which it came through those before, or behind them all."""
+    for name in stages:
+        found = tally.entry(counts, name)
+        found["documents"] += 1
+        found["bytes"] += size
+        if name == crash.stage:
+            break
+        found["kept"] += 1
+        found["kept_bytes"] += size
+    dropped = tally.entry(counts, crash.stage)["dropped"]
+    dropped[CRASHED] = dropped.get(CRASHED, 0) + 1

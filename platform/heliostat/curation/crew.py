@@ -1,0 +1,199 @@
+"""Keeps the tasks of one kind under way on Ray: starts those again that fail, while the others continue.
+
+What a person must change (exit code 2) ends the run at once, and no error that heliostat raises on purpose is worth another run.
+A task that raises another error has `TRIES` runs. One whose process or node dies has `LOST`, counted from the last document that
+was found to be at fault (`care`). After `FAILED` tasks that used them up, or too many documents that crashed, no other task is
+started. Those that are under way end and are recorded, and the first error is raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from heliostat.curation import care
+from heliostat.curation.care import Trouble
+from heliostat.curation.pool import Pool
+from heliostat.curation.work import Work
+from heliostat.errors import innermost, unwrapped
+from heliostat.retries import Backoff
+from heliostat.text import printable
+
+if TYPE_CHECKING:
+    from heliostat.curation.flow import Flow, Task
+
+log = logging.getLogger(__name__)
+
+TRIES, LOST, FAILED = 3, 6, 3
+PAUSE = Backoff(0.5, 10.0)  # before a task is run again whose process died: what is short of memory stays so for a while
+LOOK_S = 10.0  # between looks at the cluster's nodes
+ENDING_S = 2.0  # for tasks to end by themselves after the run is given up
+END_S = 60.0  # and when they are cancelled
+
+
+@dataclass(eq=False)
+class Started:
+    """Describes a task that is under way: its number among those of its kind, its failures, and when it is started again."""
+
+    number: int
+    task: Task
+    trouble: Trouble = field(default_factory=Trouble)
+    due: float = 0.0
+
+
+class Crew:
+    """Keeps tasks under way, in a pool of `size` actors, if any, else as tasks of `cpus` CPUs each."""
+
+    def __init__(self, flow: Flow, kind: str, execute: Any, function: Callable[..., dict[str, Any]], cpus: int, size: int,
+                 gpus: float) -> None:  # fmt: skip
+        self.flow, self.kind, self.execute, self.function, self.cpus = flow, kind, execute, function, cpus
+        self.work = Work(flow.work.location)  # without what was looked up
+        selector = flow.labels or None
+        self.pool = Pool(execute, size, num_cpus=cpus, num_gpus=gpus, label_selector=selector) if size else None
+        self.remote = self.pool or ray.remote(execute)
+        self.under_way: dict[Any, Started] = {}
+        self.later: list[Started] = []
+        self.failed: list[BaseException] = []
+        self.stopped = False
+        self.size, self.looked, self.room, self.last = size, -LOOK_S, 0, ""
+
+    @property
+    def full(self) -> bool:
+        """Tells whether twice as many tasks are under way as have room; nodes that come and go are looked at now and then."""
+        self._look()
+        return len(self.under_way) + len(self.later) >= self.room
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.under_way or self.later)
+
+    def start(self, started: Started) -> None:
+        """Starts a task."""
+        task, trouble = started.task, started.trouble
+        shared = dict(task.shared)
+        if task.careful and (trouble.count or trouble.crashed):
+            shared["care"] = trouble.care(self.work.note(self.kind, task.key))
+        remote = self.remote
+        if self.pool is None:
+            remote = remote.options(num_cpus=self.cpus, max_retries=0, label_selector=self.flow.labels or None, name=self.kind)
+        reference = remote.remote(self.work, self.flow.name, self.kind, task.key, self.function, task.arguments, **shared)
+        self.under_way[reference] = started
+
+    def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
+        """Waits for a task, and yields it with its record if it has finished."""
+        self._check()
+        self._look()
+        wait = self._start_due()
+        if not self.under_way:
+            time.sleep(wait)
+            return
+        ready, _ = ray.wait(list(self.under_way), num_returns=1, timeout=wait)
+        for reference in ready:
+            started = self.under_way.pop(reference)
+            if self.pool:
+                self.pool.ended(reference)
+            try:
+                record = ray.get(reference)
+            except Exception as e:  # noqa: BLE001 - judged
+                self._judge(started, e)
+                continue
+            if started.trouble.attempt:
+                self.work.note(self.kind, started.task.key).delete()
+            if crashed := record.get("examples", {}).get(care.CRASHED):
+                self.last = crashed[0]
+            yield started, record
+
+    def conclude(self) -> None:
+        """Raises the error of the first task that failed for good, if one did."""
+        self._check()
+        if not self.failed:
+            return
+        log.warning("%s: %d tasks failed; what the others did is recorded, and the next start resumes there",
+                    self.kind, len(self.failed))  # fmt: skip
+        with unwrapped():
+            raise self.failed[0]
+
+    def end(self) -> None:
+        """Ends what is still under way."""
+        if self.pool:
+            self.pool.end()
+        _end(list(self.under_way))
+
+    def _start_due(self) -> float:
+        """Starts the tasks whose pause is over; returns the seconds until another one's is, or the nodes are looked at."""
+        now, later = time.monotonic(), self.later
+        self.later = [one for one in later if one.due > now]
+        for started in later:
+            if started.due <= now:
+                self.start(started)
+        return max(0.0, min([LOOK_S, *(one.due - now for one in self.later)]))
+
+    def _judge(self, started: Started, error: Exception) -> None:
+        """Decides whether a task that failed is run again; raises what a person must change."""
+        cause, trouble, task = innermost(error), started.trouble, started.task
+        if cause is not None and cause.exit_code == 2:
+            with unwrapped():
+                raise error
+        lost = isinstance(error, RayError) and not isinstance(error, RayTaskError)
+        trouble.count += 1
+        if lost and task.careful and (found := trouble.learn(self.work.note(self.kind, task.key), error)):
+            self.last = found.id
+            log.warning(
+                "%s: %s ends its process at %s and is left out (%s)", self.kind, printable(found.id), found.stage, found.detail
+            )
+        if self.stopped or cause is not None or trouble.count >= (LOST if lost else TRIES):
+            self.failed.append(error)
+            self.stopped |= len(self.failed) >= FAILED
+            return
+        log.warning("%s: a task failed (%s) and is run again", self.kind, care.last_line(error))
+        started.due = time.monotonic() + (PAUSE.wait(trouble.count) if lost and trouble.count else 0.0)
+        self.later.append(started)
+
+    def _check(self) -> None:
+        """Stops if more documents have crashed than may."""
+        under_way = sum(len(one.trouble.crashed) for one in [*self.under_way.values(), *self.later])
+        crashed = self.flow.crashed + under_way
+        if crashed > care.most(self.flow.passed) and not self.stopped:
+            self.stopped = True
+            self.failed.insert(0, care.too_many(crashed, f"such as {printable(self.last)!r}"))
+
+    def _look(self) -> None:
+        """Looks at the nodes, now and then: how many tasks have room, and whether one has the CPUs that a task requests."""
+        if time.monotonic() - self.looked < LOOK_S:
+            return
+        self.looked, nodes = time.monotonic(), self.flow.nodes()
+        if not any(nodes):
+            log.warning("%s: no node with CPUs is there%s; the tasks wait for one", self.kind,
+                        f" that carries {self.flow.labels}" if self.flow.labels else "")  # fmt: skip
+        elif self.pool is None and max(nodes) < self.cpus:
+            self._request(max(nodes))
+        self.room = 2 * self.size if self.pool else max(2, 2 * sum(nodes) // self.cpus)
+
+    def _request(self, cpus: int) -> None:
+        """Starts tasks again with fewer CPUs each, after the nodes have gone that had so many."""
+        self.cpus = cpus
+        _, waiting = ray.wait(list(self.under_way), num_returns=len(self.under_way), timeout=0) if self.under_way else ([], [])
+        for reference in waiting:
+            started = self.under_way.pop(reference)
+            ray.cancel(reference)
+            self.start(started)
+
+
+def _end(references: list[Any]) -> None:
+    """Ends tasks that are at work, so that nothing is written after an error was told.
+
+    What is about to end is let end: Ray aborts this process if a task that it is just completing is cancelled.
+    """
+    _, working = ray.wait(references, num_returns=len(references), timeout=ENDING_S) if references else ([], [])
+    for reference in working:
+        ray.cancel(reference)
+    if working:
+        _, left = ray.wait(working, num_returns=len(working), timeout=END_S)
+        if left:
+            log.warning("%d tasks did not end within %.0f s", len(left), END_S)

@@ -1,0 +1,234 @@
+"""Tasks that fail: run again, the document that is at fault found and left out, the others recorded, and all of it bounded."""
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from heliostat.curation import care, crew, engine, flow, registry, tally
+from heliostat.curation.engine import Curated, Engine
+from heliostat.curation.flow import Flow, Task
+from heliostat.curation.pieces import Part
+from heliostat.curation.stage import Document, Outcome, Stage
+from heliostat.curation.work import Work
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.retries import Backoff
+from heliostat.storage import Location
+
+from tests.unit.build_curation import Given, left, left_out
+from tests.unit.build_ray import ForkedRay
+
+DEADLY, WRONG = "DEADLY", "WRONG"
+
+
+class Fragile(Stage):
+    """Dies at a text that has DEADLY in it, raises at WRONG, and, once for each of the `marks`, dies at their texts."""
+
+    reasons: ClassVar = {"short": "fewer than 3 words"}
+    marks: str = ""
+    always: str = ""
+
+    @classmethod
+    def named(cls) -> str:
+        return "fragile"
+
+    def open(self):
+        return lambda documents: [self.judge(d) for d in documents]
+
+    def judge(self, document: Document) -> Outcome:
+        mark = Path(self.marks, document.id)
+        if self.marks and mark.exists():
+            mark.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if DEADLY in document.text or self.always == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if WRONG in document.text or self.always == "raise":
+            raise ValueError(f"some lines\ncannot make sense of {document.id}")
+        short = len(document.text.split()) < 3
+        return Outcome(None if short else document, "short" if short else "", counts={"seen": 1})
+
+
+class Plain(Stage):
+    @classmethod
+    def named(cls) -> str:
+        return "plain"
+
+    def open(self):
+        return lambda documents: [Outcome(d, counts={"seen": 1}) for d in documents]
+
+
+@pytest.fixture
+def forked(monkeypatch) -> ForkedRay:
+    made, real = ForkedRay(), registry.find
+    for module in (crew, flow):
+        monkeypatch.setattr(module, "ray", made)
+    monkeypatch.setattr(registry, "find", lambda name: {"fragile": Fragile, "plain": Plain}.get(name) or real(name))
+    monkeypatch.setattr(crew, "PAUSE", Backoff(0.01, 0.01))
+    return made
+
+
+def texts(count: int = 300, **marked: str) -> dict[str, str]:
+    made = {f"d{i:03d}": f"words of document {i}" for i in range(count)}
+    return made | {id: f"{made[id]} {mark}" for id, mark in marked.items()}
+
+
+def curate(folder: Path, given: dict[str, str], stages: list[dict[str, Any]], pieces: int = 2, source: Any = None,
+           memory_limit: int = 1 << 24) -> tuple[Curated, Flow]:  # fmt: skip
+    made = Flow(Work(Location(str(folder))))
+    parts = [Part(id, len(text), 0) for id, text in given.items()]
+    dealt = [parts[i::pieces] for i in range(pieces)]
+    curating = Engine(made, source or Given(given), ["given"], memory_limit)
+    return curating.curate(dealt, [registry.parse(entry) for entry in stages]), made
+
+
+STAGES = [{"stage": "plain"}, {"stage": "fragile"}]
+
+
+@pytest.mark.parametrize("marked", [
+    {"d077": WRONG}, {"d003": DEADLY, "d005": DEADLY, "d298": DEADLY},
+    {"d077": DEADLY, "d079": WRONG},
+])  # fmt: skip
+def test_a_document_that_crashes_is_left_out_and_all_others_are_kept(tmp_path, forked, marked):
+    """Each once, in the funnel as in the list; a start after it does nothing again."""
+    given = texts(**marked)
+    given["d020"] = "short"
+    found, made = curate(tmp_path, given, STAGES)
+    gone = left_out(found, made)
+    assert left(found, made).keys() == given.keys() - marked.keys() - {"d020"}
+    assert gone.keys() == {*marked, "d020"} and sum(run.rows for run in found.runs) == len(given) - len(gone)
+    for id, mark in marked.items():
+        why = "WorkerCrashedError: " if mark == DEADLY else f"ValueError: cannot make sense of {id}"
+        assert gone[id][:2] == ("1 fragile", "crashed") and gone[id][2].startswith(why)
+    assert found.reasons == {"crashed": len(marked), "1 fragile: short": 1} and set(found.examples["crashed"]) <= set(marked)
+    total = engine.summed(made, found.tallies)
+    read, plain, fragile = (total[name] for name in ("read", "0 plain", "1 fragile"))
+    assert read["documents"] == read["kept"] == plain["documents"] == plain["kept"] == fragile["documents"] == len(given)
+    assert fragile["kept"] == len(given) - len(gone) and fragile["dropped"] == {"crashed": len(marked), "short": 1}
+    assert fragile["bytes"] == sum(map(len, given.values())) and plain["counts"] == {"seen": len(given) - len(marked)}
+    again, here = curate(tmp_path, given, STAGES)
+    assert not here.done and again.reasons == found.reasons and here.crashed == len(marked)
+    assert not list(tmp_path.glob("notes/*"))
+
+
+def test_a_document_at_which_a_process_was_killed_by_chance_is_kept(tmp_path, forked):
+    """The kernel kills it twice, at two documents; neither is to blame."""
+    given, marks = texts(), tmp_path / "marks"
+    marks.mkdir()
+    for id in ("d040", "d100"):
+        (marks / id).touch()
+    found, made = curate(tmp_path / "work", given, [{"stage": "fragile", "marks": str(marks)}])
+    assert left(found, made).keys() == given.keys() and not found.reasons and not list(marks.iterdir())
+
+
+@pytest.mark.parametrize("always", ["die", "raise"])
+def test_a_stage_that_crashes_at_every_document_ends_the_run_soon_with_one_error(tmp_path, forked, always):
+    start = time.monotonic()
+    with pytest.raises(
+        HeliostatError, match=r"^stages: 2\d documents crashed, more than 20 and than one in 1,000: such as 'd"
+    ) as e:
+        curate(tmp_path, texts(1500), [{"stage": "fragile", "always": always}], pieces=30)
+    assert e.value.exit_code == 1 and "\n" not in str(e.value)
+    assert len(forked.started) < (120 if always == "die" else 20) and time.monotonic() - start < 60
+
+
+@dataclass(frozen=True)
+class Breaking(Given):
+    """Reads documents of which one part has many; reading ends the process, or raises, at one of them."""
+
+    how: Callable[[], None] = lambda: None
+
+    def read(self, part: Part) -> Iterator[Document]:
+        for i in range(100 if part.path == "d004" else 1):
+            if part.path == "d004" and i == 70:
+                self.how()
+            yield Document(f"{part.path}#{i}", "three words each")
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fault() -> None:
+    raise RuntimeError("a bug of a reader")
+
+
+@pytest.mark.parametrize(("how", "why"), [(killed, "WorkerCrashedError"), (fault, "RuntimeError: a bug of a reader")])
+def test_a_file_that_cannot_be_read_costs_what_comes_after_in_it(tmp_path, forked, how, why):
+    given = texts(200)
+    found, made = curate(tmp_path, given, STAGES, source=Breaking(given, how=how))
+    kept, gone = left(found, made), left_out(found, made)
+    assert len(kept) == 199 + 70 and f"d004#{69}" in kept
+    assert gone.keys() == {"d004"} and gone["d004"][:2] == ("read", "crashed")
+    assert gone["d004"][2].startswith(f"what comes after d004#69: {why}")
+
+
+def work(folder: Location, number: int, ran: str, bad: dict[int, str]) -> dict[str, Any]:
+    Path(ran, f"{number}-{time.monotonic_ns()}").touch()
+    if (how := bad.get(number)) == "die":
+        killed()
+    if how == "raise":
+        fault()
+    if how == "user":
+        raise ConfigError("stages: 'x' is not a stage; name one")
+    if how == "store":
+        raise HeliostatError("the store failed")
+    return {"number": number, "files": []}
+
+
+def ran(folder: Path) -> Counter[int]:
+    return Counter(int(p.name.partition("-")[0]) for p in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("how", "times", "error"), [("die", 6, "worker died"), ("raise", 3, "a bug of a reader"), ("store", 1, "the store")]
+)
+def test_other_tasks_finish_when_one_fails_and_the_next_start_resumes(tmp_path, forked, how, times, error):
+    (tmp_path / "ran").mkdir()
+
+    def tasks(bad: dict[int, str]) -> Iterator[Task]:
+        yield from (Task(f"{i:032}", {"number": i, "ran": str(tmp_path / "ran"), "bad": bad}) for i in range(20))
+
+    with pytest.raises(Exception, match=error):
+        Flow(Work(Location(str(tmp_path / "work")))).all("some", work, tasks({2: how}))
+    assert ran(tmp_path / "ran") == {i: times if i == 2 else 1 for i in range(20)}
+    again = Flow(Work(Location(str(tmp_path / "work"))))
+    assert [r["number"] for r in again.all("some", work, tasks({}))] == list(range(20))
+    assert again.kept == {"some": 19} and again.done == {"some": 1}
+
+
+def test_a_fault_of_many_tasks_ends_the_run_before_all_have_failed(tmp_path, forked):
+    (tmp_path / "ran").mkdir()
+    bad = dict.fromkeys(range(1000), "raise")
+    tasks = (Task(f"{i:032}", {"number": i, "ran": str(tmp_path / "ran"), "bad": bad}) for i in range(1000))
+    with pytest.raises(RuntimeError, match="a bug of a reader"):
+        Flow(Work(Location(str(tmp_path / "work")))).all("some", work, tasks)
+    assert len(ran(tmp_path / "ran")) <= 12
+
+
+def test_what_a_person_must_change_is_an_error_at_once(tmp_path, forked):
+    (tmp_path / "ran").mkdir()
+    tasks = (Task(f"{i:032}", {"number": i, "ran": str(tmp_path / "ran"), "bad": {0: "user"}}) for i in range(1000))
+    with pytest.raises(ConfigError, match=r"^stages: 'x' is not a stage; name one$"):
+        Flow(Work(Location(str(tmp_path / "work")))).all("some", work, tasks)
+    assert ran(tmp_path / "ran")[0] == 1 and len(ran(tmp_path / "ran")) <= 12
+
+
+def test_tasks_request_fewer_cpus_when_the_node_is_gone_that_had_so_many(tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(crew, "LOOK_S", 0.0)
+    (tmp_path / "ran").mkdir()
+    forked.cpus = [2, 8]
+    made = Flow(Work(Location(str(tmp_path / "work"))))
+    assert made.cpus_each(1) == 8
+    forked.cpus = [2]
+    (record,) = made.all("some", work, iter([Task("0" * 32, {"number": 0, "ran": str(tmp_path / "ran"), "bad": {}})]), cpus=8)
+    assert record["number"] == 0 and forked.asked[-1]["num_cpus"] == 2
+
+
+def test_the_bound_of_crashed_documents_grows_with_the_input():
+    assert [care.most(n) for n in (0, 20_000, 1_000_000)] == [20, 20, 1000]
+    assert tally.merge([]) == {}

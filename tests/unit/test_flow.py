@@ -1,0 +1,33 @@
+"""How tasks are run: what they request of nodes."""
+
+import pytest
+import ray
+from heliostat.curation import flow
+from heliostat.curation.work import Work
+from heliostat.storage import Location
+
+
+def node(cpus: float, alive: bool = True, gpus: float = 0.0, **labels: str) -> dict[str, object]:
+    return {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus} if cpus else {}, "Labels": labels}
+
+
+@pytest.mark.parametrize(("nodes", "shards", "each"), [
+    ([0, 1, 1], 1, 1),  # not 2, which no node has
+    ([0, 16, 16, 16, 16], 1, 16),
+    ([16, 16, 16, 16], 3, 16),
+    ([16, 16, 16, 16], 5, 8),
+    ([64, 4], 2, 32),
+    ([64, 4], 100, 1),
+    ([], 1, 1),
+])  # fmt: skip
+def test_a_task_of_few_requests_no_more_cpus_than_a_node_has(tmp_path, monkeypatch, nodes, shards, each):
+    monkeypatch.setattr(ray, "nodes", lambda: [*map(node, nodes), node(1000, alive=False)])
+    assert flow.Flow(Work(Location(str(tmp_path)))).cpus_each(shards) == each
+
+
+def test_only_living_nodes_that_carry_the_labels_count(tmp_path, monkeypatch):
+    there = [node(2, pool="data", gpus=1), node(8, pool="train", gpus=8), node(1, pool="data")]
+    there.append(node(64, alive=False, pool="data"))
+    monkeypatch.setattr(ray, "nodes", lambda: there)
+    mine = flow.Flow(Work(Location(str(tmp_path))), {"pool": "data"})
+    assert (mine.cpus(), mine.devices(), mine.cpus_each(1), mine.cpus_each(2)) == (3, 1, 2, 1)
