@@ -12,16 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from heliostat.errors import DataError, HeliostatError
-from heliostat.storage import Location
+from heliostat.storage import Location, is_inside
 from heliostat.text import brief, printable
 
 T = TypeVar("T")
 Whole = Annotated[int, Field(ge=0, lt=2**53)]  # a count or a place: arithmetic on a few of them stays within 64 bits
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
+Inside = Annotated[str, AfterValidator(lambda path: _inside(path))]  # a path that stays in the folder that it is relative to
 AGAIN = 5  # times that a file which changes is read
 closed = with_config(ConfigDict(extra="forbid"))  # a dataclass whose records hold its fields and no others
 open_ = with_config(ConfigDict(extra="allow"))  # a TypedDict whose records may hold more
@@ -81,6 +82,12 @@ class Format(Generic[T]):
 
     def _error(self, where: object, fault: str) -> HeliostatError:
         return self.error(f"{where}: is no {self.what}, or damaged ({fault}){f'; {self.fix}' if self.fix else ''}")
+
+
+def _inside(path: str) -> str:
+    if not is_inside(path):
+        raise ValueError(f"{printable(path)[:200]!r} is not a place inside its folder")
+    return path
 
 
 def _bytes(place: Location | Path) -> bytes:

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from heliostat import exclusive, parallel_listing, requester_pays, retries, s3_client, s3_options
-from heliostat.errors import AccessError, ConfigError, StorageError
+from heliostat.errors import AccessError, ConfigError, DataError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.retries import Backoff, Failure
 from heliostat.text import brief, printable
@@ -55,10 +55,17 @@ MISSING = ("nosuchkey", "resourcenotfound")
 DAMAGED_ON_THE_WAY = ("baddigest", "incompletebody", "invalidpart")  # an upload's, so worth another
 NO_BUCKET = "NO_SUCH_BUCKET"  # in the words of the S3 client
 HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405", "httpstatus501")
+# a path that a record must not hold: absolute, with an empty part, `.` or `..`, split by / or \, or with a control character
+LEAVES = r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"
 FINAL = {
     "refused": "access refused; check the credentials and the bucket policy",
     "hopeless": "the store cannot do this; check bucket, credentials, region and endpoint",
 }
+
+
+def is_inside(path: str) -> bool:
+    """Tells whether a path from a record names a place inside the folder that it is relative to, by its name."""
+    return re.search(LEAVES, path) is None
 
 
 def retry_budget() -> float:
@@ -172,6 +179,15 @@ class Location:
         return self.path.rsplit("/", 1)[-1]
 
     def join(self, *parts: str) -> Location:
+        """Returns the location of a path inside this folder; DataError for a part that is absolute or holds `..`.
+
+        Names come from listings and records, which other people may have written. Percent signs and backslashes are characters of
+        the name: neither a disk nor a store resolves them.
+        """
+        if leaving := next((p for p in parts if p.startswith("/") or ".." in p.split("/")), None):
+            raise DataError(
+                f"{self.uri}: {printable(leaving)[:200]!r} is not a place inside this folder; do not use what names it"
+            )
         if not self.is_s3:
             return Location("/".join([self.uri.rstrip("/"), *parts]))
         base, mark, query = self.uri.partition("?")  # a key may hold a question mark: escaped, it does not start the query

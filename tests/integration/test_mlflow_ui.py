@@ -38,6 +38,8 @@ pytestmark = [
     pytest.mark.timeout(1800),  # minutes, on a machine that is not busy
 ]
 
+KEY = "sk-a-key-of-the-tests"
+
 
 class Squares:
     """A gallery without a model: squares of one grey each."""
@@ -66,8 +68,14 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def server(tracking: str, tmp_path: Path) -> Iterator[Server]:
-    with Server(ui.command("127.0.0.1", "PORT"), "/health", tmp_path / "ui.log", ui.environment(tracking)) as running:
+def server(tracking: str, browser: Any, tmp_path: Path) -> Iterator[Server]:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY}\n")
+    keys.chmod(0o600)
+    told = ui.environment(tracking, "127.0.0.1", keys)
+    with Server(ui.command("127.0.0.1", "PORT"), "/health", tmp_path / "ui.log", told) as running:
+        browser.get(f"http://{running.endpoint}/#key={KEY}")
+        until(lambda: "Enter a key" not in said(browser, None), "the UI behind the key", lambda: said(browser, None))
         yield running
 
 

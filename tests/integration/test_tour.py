@@ -64,7 +64,7 @@ def trains(log: Path) -> bool:
 def answers(log: Path) -> bool:
     found = re.search(r"http://[\d.]+:\d+", log.read_text(errors="replace"))
     try:
-        return found is not None and urllib.request.urlopen(found[0], timeout=5).status == 200
+        return found is not None and urllib.request.urlopen(f"{found[0]}/health", timeout=5).status == 200
     except OSError:
         return False
 

@@ -1,6 +1,7 @@
 """Stages that make text of pages, repair it, tell its language, and mask what is nobody's business."""
 
 import random
+import socket
 import sysconfig
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 from heliostat import extras
-from heliostat.curation import cpu_time, encodings, personal
+from heliostat.curation import cpu_time, encodings, isolated, personal
 from heliostat.curation.isolated import Isolated, IsolatedError
 from heliostat.curation.stage import Document
 from heliostat.curation.stages import detect_secrets
@@ -123,6 +124,50 @@ def test_whatever_happens_to_an_isolated_process_has_a_reason_and_the_next_item_
             run({"do": what}, b"")
         assert found.value.reason == reason
         assert run({"do": "echo"}, b"") == ({"seen": 0}, b"!")
+
+
+@pytest.fixture
+def taken_over():
+    with Isolated("tests.unit.build_isolated:worst", {"mark": "!"}, 5, 1024) as run:
+        yield lambda what, **about: run({"do": what, **about}, b"")[0]["seen"]
+
+
+def test_a_parser_has_none_of_the_keys_in_the_environment(monkeypatch, taken_over):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    found = set(taken_over("environment"))
+    assert found <= {*isolated.KEPT, *isolated.SINGLE, "PYTHONPATH", "LC_CTYPE"} and "AWS_SECRET_ACCESS_KEY" not in found
+
+
+@pytest.mark.parametrize("what", ["socket", "unix socket", "exec", "run", "fork", "signal"])
+def test_a_parser_opens_no_socket_and_starts_and_signals_no_process(what, taken_over):
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(IsolatedError, match="PermissionError") as found:
+        taken_over(what, port=server.getsockname()[1])
+    assert found.value.reason == "failed"
+    assert taken_over("import") == "colorsys"
+
+
+@pytest.mark.parametrize("what", ["file", "parent", "write"])
+def test_a_parser_reads_and_changes_no_file_of_its_user(what, tmp_path, taken_over):
+    (tmp_path / "credentials").write_text("aws_secret_access_key = hunter2")
+    taken_over("environment")
+    if any("no namespaces" in lack for lack in isolated._told):
+        pytest.skip(f"this machine allows none: {isolated._told}")
+    with pytest.raises(IsolatedError, match=r"FileNotFoundError|PermissionError|File too large"):
+        taken_over(what, path=str(tmp_path / "credentials"))
+    assert (tmp_path / "credentials").read_text() == "aws_secret_access_key = hunter2"
+
+
+def test_a_machine_without_namespaces_is_logged_once_and_the_filter_stays(monkeypatch, caplog):
+    """The folder that its root would be mounted on is missing."""
+    monkeypatch.setattr(isolated, "_told", set())
+    for _ in range(2):
+        with Isolated("tests.unit.build_isolated:worst", {"mark": "!"}, 5, 1024) as run:
+            Path(run._root.name).rmdir()
+            assert run({"do": "import"}, b"")[0] == {"seen": "colorsys"}
+            with pytest.raises(IsolatedError, match="PermissionError"):
+                run({"do": "exec"}, b"")
+            Path(run._root.name).mkdir()
+    assert [message for message in caplog.messages if "no namespaces" in message] == caplog.messages[:1] and caplog.messages
 
 
 def test_fix_text_changes_what_ftfy_changes_in_the_whole_text():

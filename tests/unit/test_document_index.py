@@ -18,9 +18,9 @@ from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.search import Index
 from heliostat.retrieval.settings import Settings
 from heliostat.serving.asks import Search
-from heliostat.serving.refusals import Refusal
 from heliostat.serving.shelf import Shelf
 from heliostat.storage import Location
+from heliostat.web.refusals import Refusal
 
 from tests.unit.build_curation import HereFlow, KilledError
 from tests.unit.build_document_index import CORPUS, LONG, SETTINGS, index, named, rows, write_dataset

@@ -23,6 +23,8 @@ from heliostat.pipelines.images.sources import Columns, Limits
 from heliostat.pipelines.text import documents, making, sources
 from heliostat.pipelines.text import tasks as text_tasks
 from heliostat.pipelines.text.documents import Document, Rules
+from heliostat.retrieval import build
+from heliostat.retrieval.record import read as read_record
 from heliostat.storage import Location
 from heliostat.text import printable
 
@@ -155,18 +157,42 @@ def test_a_metadata_file_that_is_a_link_out_of_the_input_is_one_error(beside):
 
 
 @pytest.mark.parametrize("path", ["../x.parquet", "/etc/x.parquet", "a/../../x", "a//b", "./a", "a\\..\\..\\b", "", "a\nb", ".."])
-@pytest.mark.parametrize("where", ["path", "files", "parts"])
+@pytest.mark.parametrize("where", ["path", "files", "parts", "also", "ends", "funnel"])
 def test_a_manifest_that_names_a_place_outside_its_dataset_is_refused(tmp_path, path, where):
     """With a right digest, in any of the places that name files: nothing there is read, and nothing removed."""
     row = {"path": path if where == "path" else "shards/0.parquet", "row_group": 0, "rows": 1, "tokens": 0, "bytes": 1,
            "file_bytes": 1, "footer": "ab" * 16}  # fmt: skip
-    meta = {
-        "kind": "rows",
-        **({} if where == "path" else {"files": {"tokenizer.json": path}} if where == "files" else {"parts": {path: 1}}),
-    }
+    named = {"path": {}, "files": {"files": {"tokenizer.json": path}}, "parts": {"parts": {path: 1}}, "also": {"also": [path]},
+             "ends": {"curation": {"ends": [["0", path]]}}, "funnel": {"curation": {"funnel": path}}}  # fmt: skip
+    meta = {"kind": "rows", **named[where]}
     manifest.write(Location(str(tmp_path)), [row], meta)
     with pytest.raises(DataError, match=r"manifest\.parquet: names .*, which is not a place inside the dataset; do not use it"):
         manifest.read(Location(str(tmp_path)))
+
+
+def test_indexing_a_dataset_writes_no_file_outside_the_index(tmp_path):
+    """The record of a dataset's documents is copied into the index: not over a file of the person who indexes it."""
+    home, made = tmp_path / "home", tmp_path / "home/data/set"
+    made.mkdir(parents=True)
+    (home / ".bashrc").write_text("mine")
+    (tmp_path / ".bashrc").write_text("foreign")
+    place = Location(str(home / "work/index"))
+    version = manifest.Manifest(
+        Location(str(made)), manifest.SCHEMA.empty_table(), {"curation": {"ends": [["0", "../../.bashrc"]]}}
+    )
+    with pytest.raises(DataError, match=r"'\.\./\.\./\.bashrc' is not a place inside this folder"):
+        build._ends(version, place)
+    assert (home / ".bashrc").read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", [{"ends": [["0", "../../.bashrc"]]}, {"replaced": {"/etc/passwd": 1.0}}, {"ends": [["0"]]}])
+def test_an_index_whose_record_names_a_place_outside_is_refused(tmp_path, change):
+    record = dict.fromkeys(("dataset", "embedder", "settings", "documents", "passages")) | {"version": 1, "ends": []}
+    (tmp_path / "index.json").write_text(json.dumps(record))
+    read_record(Location(str(tmp_path)))
+    (tmp_path / "index.json").write_text(json.dumps(record | change))
+    with pytest.raises(DataError, match=r"index\.json: is no record of an index, or damaged"):
+        read_record(Location(str(tmp_path)))
 
 
 # what is said --------------------------------------------------------------------------------------------------------

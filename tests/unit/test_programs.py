@@ -12,9 +12,10 @@ import psutil
 import pytest
 import yaml
 from heliostat.benchmark import suite, tasks
-from heliostat.benchmark.programs import box, inside, unit_tests
+from heliostat.benchmark.programs import box, unit_tests
 from heliostat.benchmark.programs.box import FAILED, PASSED, TIMED_OUT, TOO_MUCH, Limits
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.sandbox import over_time
 from heliostat.storage import Location
 
 SHORT = Limits(seconds=1.5, cpu_s=1, memory=128 << 20)
@@ -141,7 +142,7 @@ def test_what_never_ends_is_ended_and_what_writes_without_end_is_cut(program, ve
     ("status", "used", "over"), [(9, 1.01, True), (9, 0.8, True), (9, 0.1, False), (0, 1.01, False), (256, 0.99, False)]
 )
 def test_the_kernels_limit_counts_ticks_and_not_the_seconds_that_it_tells(status, used, over):
-    assert inside.over_time(status, used, cpu_s=1) is over
+    assert over_time(status, used, cpu_s=1) is over
 
 
 def test_it_sees_no_process_file_or_setting_of_the_machine():

@@ -14,9 +14,9 @@ from heliostat.retrieval.record import RECORD
 from heliostat.retrieval.search import Index, fuse
 from heliostat.retrieval.settings import Settings
 from heliostat.serving.asks import Search
-from heliostat.serving.refusals import Refusal
 from heliostat.serving.shelf import Shelf
 from heliostat.storage import Location
+from heliostat.web.refusals import Refusal
 
 from tests.unit.build_document_index import CORPUS, index, named, rows, write_dataset
 from tests.unit.build_job import BASE

@@ -7,12 +7,13 @@ import struct
 
 import pytest
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.serving import answers, keys, options, requests, sse
+from heliostat.serving import answers, options, requests, sse
 from heliostat.serving.backend import TRIES, Backend
 from heliostat.serving.limits import Limits
-from heliostat.serving.refusals import Refusal
 from heliostat.serving.stopping import Stopping
 from heliostat.serving.versions import Versions
+from heliostat.web import keys
+from heliostat.web.refusals import Refusal
 
 
 def refusal(read, **body) -> Refusal:

@@ -51,6 +51,22 @@ def test_what_is_written_is_what_is_read(tmp_path, scheme):
     assert place.exists()
 
 
+@pytest.mark.parametrize("base", ["BASE", "file://BASE", "relative", "s3://bucket/base", "s3://bucket/base?region=x"])
+@pytest.mark.parametrize("part", ["..", "../x", "a/../../x", "a/..", "/etc/passwd", "/"])
+def test_no_part_of_a_path_leads_out_of_the_folder(tmp_path, base, part):
+    with pytest.raises(DataError, match=r"is not a place inside this folder"):
+        Location(base.replace("BASE", str(tmp_path))).join("a", part)
+
+
+@pytest.mark.parametrize("part", ["%2e%2e/x", "%2e%2e%2fx", "..\\x", "a..b/c..", "...", "a%00b", "a?b", ".", ".hidden/x"])
+def test_names_that_only_look_like_a_way_out_stay_in_the_folder(tmp_path, part):
+    """Neither a disk nor the S3 client decodes them a second time."""
+    assert Location("s3://bucket/base").join(part).path == f"bucket/base/{part}"
+    place = Location(str(tmp_path / "base")).join(part, "f")
+    place.write(b"x")
+    assert Path(os.path.realpath(place.path)).is_relative_to(tmp_path / "base")
+
+
 def test_a_reader_never_sees_half_a_file(tmp_path):
     """While two threads write whole files over each other, every read is one of them; nothing is left beside it."""
     place, versions = Location(str(tmp_path / "f")), [bytes([i]) * 300_000 for i in range(4)]

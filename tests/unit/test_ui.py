@@ -9,10 +9,20 @@ from pathlib import Path
 import psutil
 import pytest
 
+KEY = "sk-a-key-of-the-tests"
+
+
+def keys_in(folder: Path) -> Path:
+    place = folder / "keys"
+    place.write_text(f"{KEY}\n")
+    place.chmod(0o600)
+    return place
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_ui_that_is_told_to_end_leaves_no_server_behind(number, tmp_path):
-    code = f"from heliostat.track.ui import serve; serve('sqlite:///{tmp_path}/mlflow.db', '127.0.0.1', 0)"
+    code = "from pathlib import Path; from heliostat.track.ui import serve; "
+    code += f"serve('sqlite:///{tmp_path}/mlflow.db', '127.0.0.1', 0, Path('{keys_in(tmp_path)}'), print)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline, there = time.monotonic() + 30, []
     while not there and time.monotonic() < deadline:
@@ -40,3 +50,9 @@ def test_mlflows_page_is_served_and_opens_as_model_training_where_the_browser_ha
     built = Path(str(app.static_folder)) / "static" / "js"
     assert any("mlflow.workflowType" in file.read_text() for file in built.glob("main.*.js"))  # what the choice is kept under
     assert "mlflow.workflowType_v1" in ui_app.SCRIPT and '"machine_learning"' in ui_app.SCRIPT
+
+
+def test_an_app_without_a_file_of_keys_lets_nobody_in():
+    from heliostat.track import ui_app
+
+    assert ui_app.app.known == {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.storage import Location
 
 READERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -26,7 +26,7 @@ def placed(config: dict[str, Any], folder: Location, cache: Path, where: object)
         raise ConfigError(f"{where}: dataset_path: {path!r} is no data set; name a reader ({', '.join(BUILDERS)}), or a folder")
     if path in BUILDERS:
         made = _of_files(kwargs, folder, cache, where)
-    elif (place := _folder(path, folder)) is not None:
+    elif (place := _folder(path, folder, where)) is not None:
         path, made = _of_folder(place, cache, where)
     elif "/" in path and not path.startswith((".", "/")) and not urlsplit(path).scheme:
         return config  # of the hub
@@ -50,14 +50,19 @@ def _of_files(kwargs: dict[str, Any], folder: Location, cache: Path, where: obje
             return [local(one) for one in value]
         if not isinstance(value, str):
             raise ConfigError(f"{where}: data_files: {value!r} is no path")
-        place = _place(value, folder)
+        place = _place(value, folder, where)
         return str(_fetched(place, cache, where))
 
     return {key: value for key, value in kwargs.items() if key != "trust_remote_code"} | {"data_files": local(files)}
 
 
-def _place(value: str, folder: Location) -> Location:
-    return Location(value) if urlsplit(value).scheme or value.startswith("/") else folder.join(value)
+def _place(value: str, folder: Location, where: object) -> Location:
+    if urlsplit(value).scheme or value.startswith("/"):
+        return Location(value)
+    try:
+        return folder.join(value)
+    except DataError as e:
+        raise ConfigError(f"{where}: {value!r} leads out of {folder}; copy it there, or give its absolute path") from e
 
 
 def _fetched(place: Location, cache: Path, where: object) -> Path:
@@ -72,8 +77,8 @@ def _fetched(place: Location, cache: Path, where: object) -> Path:
     return copy
 
 
-def _folder(path: str, folder: Location) -> Location | None:
-    place = _place(path, folder)
+def _folder(path: str, folder: Location, where: object) -> Location | None:
+    place = _place(path, folder, where)
     return place if place.files() else None
 
 

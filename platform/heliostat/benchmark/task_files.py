@@ -13,7 +13,7 @@ from typing import Any
 
 from heliostat.config import schema
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage import Location, is_inside
 
 SUFFIXES = (".yaml", ".yml")
 FUNCTION = re.compile(r"^[^#\n]*?:\s*!function\b", re.MULTILINE)
@@ -27,7 +27,7 @@ def download(folder: Location, to: Path) -> Path:
         if not Path(folder.path).is_dir():
             raise ConfigError(f"folder: {folder} is no folder; it is to hold the task files")
         return Path(folder.path)
-    names = [name for name, size in folder.files() if name.endswith(SUFFIXES) and size <= MOST_BYTES and ".." not in name]
+    names = [name for name, size in folder.files() if name.endswith(SUFFIXES) and size <= MOST_BYTES and is_inside(name)]
     for name in names:
         place = to / name
         place.parent.mkdir(parents=True, exist_ok=True)

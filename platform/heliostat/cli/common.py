@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,6 +87,36 @@ TrackingUri = Annotated[
     str | None,
     typer.Option("--mlflow", metavar="URI", help="MLflow's store; the default is MLFLOW_TRACKING_URI, then the quickstart's"),
 ]
+
+Keys = Annotated[
+    Path, typer.Option(help="A file of API keys, a key or NAME KEY a line; one that is not there is made, with a new key")
+]
+
+
+def keys_of(place: Path | None) -> Callable[[], dict[str, str] | None]:
+    """Checks a file of keys that is there, and returns what reads it; one that is not there is made only then."""
+    from heliostat.web import keys
+
+    def known() -> dict[str, str] | None:
+        if place is None:
+            return None
+        if keys.made(place):
+            out.print(f"a new API key is in {place}")
+        return keys.read(place)
+
+    if place is not None and place.exists():
+        keys.read(place)
+    return known
+
+
+def print_page(url: str, place: Path) -> None:
+    """Prints where a page is; on a terminal with the key, behind the #, which browsers send nowhere."""
+    from heliostat.web import keys
+
+    if out.is_terminal:
+        out.print(f"the page is at {url}#key={keys.first(place)}")
+    else:
+        out.print(f"the page is at {url}; it asks for a key, one of those in {place}")
 
 
 def program(elsewhere: bool = False) -> str:

@@ -7,7 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from heliostat.cli.common import MODELS, RUNS, Json, Run, Settings, TrackingUri, app, finish, flag, out, print_table, store_uri
+from heliostat.cli.common import (
+    MODELS,
+    RUNS,
+    Json,
+    Keys,
+    Run,
+    Settings,
+    TrackingUri,
+    app,
+    finish,
+    flag,
+    keys_of,
+    out,
+    print_page,
+    print_table,
+    store_uri,
+)
 from heliostat.errors import ConfigError
 from heliostat.redact import redact
 
@@ -163,10 +179,17 @@ def reproduce(
 @app.command(rich_help_panel=RUNS)
 def ui(
     mlflow: TrackingUri = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; one of a network is for all there")] = "127.0.0.1",
+    keys: Keys = Path(".heliostat/ui/keys"),
+    host: Annotated[str, typer.Option(help="The address to listen on; on a network, keys are sent unencrypted")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on")] = 5000,
 ) -> None:
-    """Open MLflow's UI on the runs' store, and print its address."""
+    """Open MLflow's UI on the runs' store, for those who have a key, and print its address."""
     from heliostat.track.ui import serve
 
-    serve(store_uri(mlflow), host, port)
+    known = keys_of(keys)
+
+    def ready(url: str) -> None:
+        known()
+        print_page(url, keys)
+
+    serve(store_uri(mlflow), host, port, keys, ready)

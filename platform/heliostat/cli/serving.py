@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import MODELS, OnCluster, TrackingUri, app, flag, out, store_uri
+from heliostat.cli.common import MODELS, Keys, OnCluster, TrackingUri, app, flag, keys_of, out, print_page, store_uri
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,9 +38,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter of the model, asked for by this name; again for more"),
     ] = None,
-    keys: Annotated[
-        Path, typer.Option(help="A file of API keys, a key or NAME KEY a line; one that is not there is made, with a new key")
-    ] = Path(".heliostat/serve/keys"),
+    keys: Keys = Path(".heliostat/serve/keys"),
     open_: Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")] = False,
     port: Annotated[int, typer.Option(help="On 127.0.0.1")] = 8000,
     replicas: Annotated[str, typer.Option(help="So many, as 2, or by load, as 1..4")] = "1",
@@ -77,7 +74,7 @@ def serve(
     def ready(url: str) -> None:
         out.print(f"{called} is served at {url}" + ("" if open_ else f"; the keys are in {keys}"))
 
-    run.serve(served, _keys(None if open_ else keys), asked, ready)
+    run.serve(served, keys_of(None if open_ else keys), asked, ready)
     raise typer.Exit(130)
 
 
@@ -87,9 +84,7 @@ def play(
     index: IndexOption = None,
     embedder: EmbedderOption = None,
     reranker: RerankerOption = None,
-    keys: Annotated[
-        Path, typer.Option(help="A file of API keys, a key or NAME KEY a line; one that is not there is made, with a new key")
-    ] = Path(".heliostat/play/keys"),
+    keys: Keys = Path(".heliostat/play/keys"),
     open_: Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")] = False,
     port: Annotated[int, typer.Option(help="On 127.0.0.1")] = 7860,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most")] = 1024,
@@ -109,33 +104,13 @@ def play(
     served = _served(model, None, index, embedder, reranker, mlflow)
 
     def ready(url: str) -> None:
-        from heliostat.serving import keys as files
-
         if open_:
             out.print(f"the page is at {url}")
-        elif out.is_terminal:
-            out.print(f"the page is at {url}#key={files.first(keys)}")
         else:
-            out.print(f"the page is at {url}; it asks for a key, one of those in {keys}")
+            print_page(url, keys)
 
-    run.play(served, _keys(None if open_ else keys), asked, ready)
+    run.play(served, keys_of(None if open_ else keys), asked, ready)
     raise typer.Exit(130)
-
-
-def _keys(place: Path | None) -> Callable[[], dict[str, str] | None]:
-    """Checks a file of keys that is there, and returns what reads it; one that is not there is made only then."""
-    from heliostat.serving import keys as files
-
-    def known() -> dict[str, str] | None:
-        if place is None:
-            return None
-        if files.made(place):
-            out.print(f"a new API key is in {place}")
-        return files.read(place)
-
-    if place is not None and place.exists():
-        files.read(place)
-    return known
 
 
 def _served(

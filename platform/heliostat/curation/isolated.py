@@ -5,6 +5,10 @@ and the item is named. The limit is of processor time, so that a busy machine dr
 as much may pass on the clock. Requests and answers are framed bytes over a socket; nothing of the function's result is
 executed.
 
+A document may take a parser over. So its process has no variables of the environment but `KEPT`, no file but Python's libraries
+and fonts, no network, and may start nothing (`heliostat.sandbox`). Where the machine allows no namespaces, the log says so once:
+files of this user can be read then.
+
     with Isolated("heliostat.curation.html:extractor", {"with": "resiliparse"}, seconds=10, megabytes=2048) as extract:
         about, text = extract({"content_type": None}, page)
 """
@@ -13,23 +17,38 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
+import platform
 import resource
 import signal
+import site
 import socket
 import struct
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
+import heliostat
+from heliostat import sandbox
 from heliostat.curation import cpu_time
+
+log = logging.getLogger(__name__)
 
 _HEAD = struct.Struct(">IQ")  # lengths of the JSON and of the bytes
 START_SECONDS = 60.0  # that a process may take until it is ready
 WALL = 20  # times the limit of processor time, on the clock
 MOST_REPLY = 1 << 31
 TAKEN = "processor_seconds"  # that an answer took
+KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE")
+SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # a filter of system calls is of a thread
+SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/fonts", "/usr/share/X11/fonts", "/usr/local/share/fonts")
+BOX_BYTES = 1 << 20  # of the folder that it may write to
+_told = set[str]()  # what was logged of this machine
 
 
 class IsolatedError(Exception):
@@ -47,6 +66,7 @@ class Isolated:
         self._function, self._keys, self._seconds, self._megabytes = function, keys, seconds, megabytes
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._root = tempfile.TemporaryDirectory(prefix="heliostat-parser-")  # empty here; what is mounted there, it alone sees
 
     def __call__(self, about: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         """Returns the function's answer; IsolatedError if there is none in time."""
@@ -83,17 +103,22 @@ class Isolated:
             json.dumps(self._keys),
             str(self._seconds),
             str(self._megabytes),
+            self._root.name,
         ]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {name: os.environ[name] for name in KEPT if name in os.environ} | SINGLE
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         with theirs:
             self._process = subprocess.Popen(
                 command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
             )
         self._socket = ours
         try:
-            _receive(ours, time.monotonic() + START_SECONDS)
+            started, _ = _receive(ours, time.monotonic() + START_SECONDS)
         except OSError:
             raise RuntimeError(f"{self._function}: its process did not start (exit code {self.close()})") from None
+        for lack in set(started["lacks"]) - _told:
+            _told.add(lack)
+            log.warning("parsers of documents are not shut in on this machine: %s; what is left protects from less", lack)
 
     def close(self) -> int | None:
         """Ends the process, if there is one; returns its exit code."""
@@ -158,16 +183,43 @@ def _left(deadline: float | None) -> float | None:
     return left
 
 
-def _serve(function: str, keys: dict[str, Any], seconds: float, megabytes: int) -> None:
+def places() -> list[str]:
+    """Lists what a parser reads after it was loaded: Python's libraries, those of the system, fonts, and this package."""
+    paths = sysconfig.get_paths()
+    libraries = [str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix)]
+    libraries += [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    libraries += [*site.getsitepackages(), str(Path(heliostat.__file__).parent)]
+    return [place for place in dict.fromkeys((*SYSTEM, *libraries)) if Path(place).is_dir()]
+
+
+def _shut_in(root: Path) -> list[str]:
+    """Shuts this process in, with what it has loaded; returns what the machine does not allow."""
+    lacks = []
+    if not sys.platform.startswith("linux") or platform.machine() not in sandbox.CALLS:
+        return [f"it needs Linux on {', '.join(sandbox.CALLS)}"]
+    try:
+        sandbox.shut_in(root, places(), BOX_BYTES, {}, same_user=True)
+    except OSError as e:
+        lacks.append(f"no namespaces ({e})")
+    try:
+        sandbox.forbid(alone=True)
+    except OSError as e:
+        lacks.append(f"no filter of system calls ({e})")
+    return lacks
+
+
+def _serve(function: str, keys: dict[str, Any], seconds: float, megabytes: int, root: Path) -> None:
     """Answers requests on standard input, a socket, until the other side has ended."""
     sock = socket.socket(fileno=os.dup(0))
     module, _, name = function.partition(":")
     work = getattr(importlib.import_module(module), name)(keys)
     limit = megabytes << 20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+        resource.setrlimit(kind, (0, 0))
+    lacks = _shut_in(root)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, whatever it is in
-    _send(sock, {}, b"", None)
+    _send(sock, {"lacks": lacks}, b"", None)
     while True:
         try:
             about, data = _receive(sock, None)
@@ -186,4 +238,4 @@ def _serve(function: str, keys: dict[str, Any], seconds: float, megabytes: int) 
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
+    _serve(sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from heliostat.data import mapped, shard, soundness
 from heliostat.errors import DataError, MissingDataError
-from heliostat.storage import Location
+from heliostat.storage import LEAVES, Location
 from heliostat.text import brief
 
 FILE = "manifest.parquet"
@@ -348,8 +348,9 @@ def _read(location: Location, *parts: str) -> Manifest:
 
 def _outside(chunks: pa.Table, meta: dict[str, Any]) -> str | None:
     """Finds the first path that leaves the dataset's folder (`../x`, `/x`) or is invalid (`a//b`), if there is one."""
-    files, digests = meta.get("files", {}), meta.get("digests", {})
+    files, digests, curation = meta.get("files", {}), meta.get("digests", {}), meta.get("curation", {})
     named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values(), *meta.get("also", [])]
+    named += [path for path in [curation.get("funnel")] if path is not None] + [path for _, path in curation.get("ends", [])]
     paths = pa.chunked_array([pc.unique(chunks["path"]).cast(pa.string()), pa.array(named, pa.string())])
-    bad = paths.filter(pc.match_substring_regex(paths, r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"))
+    bad = paths.filter(pc.match_substring_regex(paths, LEAVES))
     return bad[0].as_py() if len(bad) else None

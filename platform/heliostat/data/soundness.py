@@ -17,6 +17,14 @@ COUNTS = ("row_group", "rows", "tokens", "bytes", "file_bytes")
 
 
 @open_
+class Curation(TypedDict):
+    """Describes the record of the documents: the paths of the funnel, and of the ends, each with the first key in it (hex)."""
+
+    funnel: NotRequired[str]
+    ends: NotRequired[list[Annotated[list[str], Field(min_length=2, max_length=2)]]]
+
+
+@open_
 class Meta(TypedDict):
     """Describes the metadata that the engine itself takes from a manifest; pipelines add more."""
 
@@ -31,6 +39,7 @@ class Meta(TypedDict):
     dropped: NotRequired[dict[str, Whole]]
     parts: NotRequired[dict[str, Whole]]
     also: NotRequired[list[str]]
+    curation: NotRequired[Curation]
     unigram_entropy: NotRequired[float | None]
 
 

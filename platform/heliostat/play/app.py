@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from heliostat.serving.front import Front
-from heliostat.serving.refusals import Refusal
+from heliostat.web.refusals import Refusal
 
 FILES = {one.name: one for one in (Path(__file__).parent / "page").iterdir()}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import Annotated, Any, NotRequired, cast
 
-from heliostat.errors import ConfigError, DataError
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from heliostat.errors import ConfigError
+from heliostat.records import Format, Inside, Number, Whole, open_
 from heliostat.storage import Location
 
 RECORD = "index.json"
-PARTS = ("dataset", "embedder", "settings", "documents", "passages", "version", "ends")
+
+
+@open_
+class Record(TypedDict):
+    """Describes an index. `ends`: the record of its documents, as datasets list it; `replaced`: earlier ones, since when."""
+
+    dataset: Any
+    embedder: Any
+    settings: Any
+    documents: Any
+    passages: Any
+    version: Whole
+    ends: list[Annotated[list[Inside], Field(min_length=2, max_length=2)]]
+    replaced: NotRequired[dict[Inside, Number]]
+
+
+FORMAT = Format(Record, "record of an index", fix="run `heliostat index-documents` again")
 
 
 def read(index: Location) -> dict[str, Any]:
     """Reads the record; ConfigError if there is no finished index, DataError if the record is damaged."""
     place = index.join(RECORD)
     try:
-        found = json.loads(place.read())
+        return cast(dict[str, Any], FORMAT.read(place))
     except FileNotFoundError as e:
         raise ConfigError(f"{index}: no index here ({RECORD} is missing); make one with `heliostat index-documents`") from e
-    except ValueError as e:
-        raise DataError(f"{place}: damaged; delete it, and run `heliostat index-documents` again") from e
-    if not isinstance(found, dict) or any(part not in found for part in PARTS):
-        raise DataError(f"{place}: is no record of an index; name another folder")
-    return found

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
-from heliostat.serving.refusals import Refusal
+from heliostat.web.refusals import Refusal
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from heliostat.serving import answers, keys, kinds, measures, requests, sse
+from heliostat.serving import answers, kinds, measures, requests, sse
 from heliostat.serving.answers import Shape
 from heliostat.serving.asks import Ask, Picture, Search
 from heliostat.serving.backend import Backend
 from heliostat.serving.limits import Limits
-from heliostat.serving.refusals import Refusal
+from heliostat.web import keys
+from heliostat.web.refusals import Refusal
 
 log = logging.getLogger(__name__)
 

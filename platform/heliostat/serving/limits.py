@@ -7,7 +7,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 
-from heliostat.serving.refusals import Refusal
+from heliostat.web.refusals import Refusal
 
 MINUTE = 60.0
 

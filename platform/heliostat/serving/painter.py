@@ -14,8 +14,8 @@ from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Paints
 from heliostat.serving.asks import Picture
-from heliostat.serving.refusals import Refusal
 from heliostat.text import brief
+from heliostat.web.refusals import Refusal
 
 log = logging.getLogger(__name__)
 

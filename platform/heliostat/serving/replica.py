@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from heliostat.serving import kinds
 from heliostat.serving.asks import Ask, Holds, Picture, Search
-from heliostat.serving.refusals import Refusal
+from heliostat.web.refusals import Refusal
 
 if TYPE_CHECKING:  # a replica loads what it holds, and no more libraries than that
     from heliostat.serving.painter import Painter

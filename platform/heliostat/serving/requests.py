@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from heliostat.config.schema import Float, Strict
 from heliostat.inference.vllm_terms import MOST_LOGPROBS
 from heliostat.recipes.text.chat import Message
-from heliostat.serving.refusals import Refusal
 from heliostat.text import brief
+from heliostat.web.refusals import Refusal
 
 MOST_INPUTS = 64  # prompts or texts of one request
 MOST_STOPS = 4

@@ -13,10 +13,10 @@ from heliostat.recipes.text import chat, infilling
 from heliostat.serving.adapters import Adapters
 from heliostat.serving.asks import Ask, Messages
 from heliostat.serving.engine import Engine
-from heliostat.serving.refusals import Refusal
 from heliostat.serving.row import Row
 from heliostat.serving.sampling import Draw
 from heliostat.serving.stopping import Stopping
+from heliostat.web.refusals import Refusal
 
 if TYPE_CHECKING:
     from heliostat.serving.vllm_engine import VllmEngine

@@ -1,4 +1,4 @@
-"""Runs MLflow's own UI on a store, in the foreground until Ctrl-C or SIGTERM."""
+"""Runs MLflow's own UI on a store, behind a key, in the foreground until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -19,21 +21,26 @@ from heliostat.redact import redact
 log = logging.getLogger(__name__)
 
 END_S = 5.0
+KEYS, HOST = "HELIOSTAT_UI_KEYS", "HELIOSTAT_UI_HOST"  # of the server's environment: the file of its keys, and its address
 
 
-def serve(store: str, host: str, port: int) -> None:
-    """Runs `mlflow server` on the store; if the store is a server already, logs its address. ConfigError for a taken port."""
+def serve(store: str, host: str, port: int, keys: Path, ready: Callable[[str], None]) -> None:
+    """Runs `mlflow server` on the store for those who have a key, and calls `ready` with its URL.
+
+    If the store is a server already, logs its address. ConfigError for a taken port.
+    """
     if store.startswith(("http://", "https://")):
         log.info("MLflow's UI is at %s", redact(store))
         return
     with socket.socket() as probe:
         if probe.connect_ex((host, port)) == 0:
             raise ConfigError(f"--port: {port} on {host} is taken; give another")
-    log.info("MLflow's UI: http://%s:%d (starting takes a few seconds; Ctrl-C ends it)", host, port)
+    ready(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     # in a session of its own: Ctrl-C is ours to pass on, or the server would answer it with a traceback
-    server = subprocess.Popen(command(host, port), env={**os.environ, **environment(store)}, start_new_session=True)
+    told = {**os.environ, **environment(store, host, keys)}
+    server = subprocess.Popen(command(host, port), env=told, start_new_session=True)
     try:
         code = server.wait()
     finally:
@@ -48,12 +55,13 @@ def command(host: str, port: int) -> list[str]:
     return [*server, "--host", host, "--port", str(port)]
 
 
-def environment(store: str) -> dict[str, str]:
-    """Returns the environment variables that give the server its store.
+def environment(store: str, host: str, keys: Path) -> dict[str, str]:
+    """Returns the environment variables that give the server its store, its address and the file of its keys.
 
     On a command line a database's password would be visible to everybody.
     """
-    return {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    told = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return {**told, KEYS: str(keys.absolute()), HOST: host}
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,7 @@
-"""Wraps MLflow's server, so that its UI opens as model training: `mlflow server --app-name heliostat`, run by `heliostat ui`.
+"""Wraps MLflow's server: `mlflow server --app-name heliostat`, run by `heliostat ui`. It asks for a key, and its UI opens as
+model training.
+
+The keys are those of the file that HELIOSTAT_UI_KEYS names; without one, nobody gets in.
 
 MLflow's UI has two modes, and a browser that has chosen neither opens every experiment as one of GenAI, whatever the experiment's
 kind (3.17). The browser keeps the choice; here the page makes it, once, in a browser that has not.
@@ -6,11 +9,16 @@ kind (3.17). The browser keeps the choice; here the page makes it, once, in a br
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flask import Response
 from mlflow.server import app as flask_app
-from mlflow.server.fastapi_app import app
+from mlflow.server.fastapi_app import app as mlflow_app
+
+from heliostat.track.ui import HOST, KEYS
+from heliostat.web import deadlines, keys
+from heliostat.web.gate import Gate
 
 __all__ = ["app"]
 
@@ -27,3 +35,7 @@ def index() -> Response:
 
 
 flask_app.view_functions["serve"] = index
+
+place = os.environ.get(KEYS)
+app = Gate(mlflow_app, keys.read(Path(place)) if place else {}, os.environ.get(HOST, "127.0.0.1"))
+deadlines.apply()

@@ -9,7 +9,7 @@ from typing import Any
 from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.storage import Location
+from heliostat.storage import Location, is_inside
 from heliostat.tune import report
 from heliostat.tune import trial_record as records
 from heliostat.tune.sweep import Plan, Sweep, count, place
@@ -40,7 +40,8 @@ def running(folder: Location) -> bool:
 
 def find(sweep: str, storage: str) -> Location:
     """Finds a sweep's folder, given the folder itself or the sweep's name."""
-    for folder in (Location(sweep), Location(storage).join(sweep)):
+    named = [Location(storage).join(sweep)] if is_inside(sweep) else []
+    for folder in (Location(sweep), *named):
         if folder.join("sweep.json").exists():
             return folder
     raise ConfigError(f"{sweep}: is no sweep, nor is there one of this name in {storage}; see `heliostat sweeps`")

@@ -1,5 +1,5 @@
 """Runs programs that nobody has read, such as those a model writes, where they can do little: Linux's namespaces, limits, and a
-filter of system calls (`inside`).
+filter of system calls (`heliostat.sandbox`).
 
 It is no virtual machine: who finds a fault in the kernel is out. It bounds what one program takes, not what all take together.
 """
@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from heliostat.benchmark.programs import inside
+from heliostat import sandbox
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.text import brief
 
@@ -55,8 +55,8 @@ class Outcome:
 @cache
 def require() -> None:
     """Raises ConfigError if programs cannot be shut in on this machine; tries one, once."""
-    if not sys.platform.startswith("linux") or platform.machine() not in inside.CALLS:
-        known = ", ".join(inside.CALLS)
+    if not sys.platform.startswith("linux") or platform.machine() not in sandbox.CALLS:
+        known = ", ".join(sandbox.CALLS)
         raise ConfigError(f"the sandbox needs Linux on {known}, and this is {sys.platform} on {platform.machine()}")
     try:
         found = run("x = 1", "assert x == 1")
@@ -78,9 +78,9 @@ def run(program: str, tests: str, limits: Limits = Limits()) -> Outcome:
         told = {"root": root, "program": program, "tests": tests, "token": token, "parent": os.getpid(), **_python(),
                 "cpu_s": limits.cpu_s, "memory": limits.memory, "files": limits.files}  # fmt: skip
         said, result, code, ended = _ran(json.dumps(told).encode(), limits)
-    if code == inside.REFUSED:
+    if code == sandbox.REFUSED:
         raise HeliostatError(f"a program cannot be shut in on this machine ({brief(result)})")
-    verdict = ended or (PASSED if result == token else TIMED_OUT if code == inside.OVER_TIME else FAILED)
+    verdict = ended or (PASSED if result == token else TIMED_OUT if code == sandbox.OVER_TIME else FAILED)
     return Outcome(verdict, said[: limits.output].decode(errors="replace"))
 
 
@@ -97,7 +97,7 @@ def _ran(told: bytes, limits: Limits) -> tuple[bytes, str, int, str]:
     with os.fdopen(reading, "rb") as result:
         try:
             process = subprocess.Popen(
-                [os.path.realpath(sys.executable), "-I", "-S", "-B", inside.__file__, str(writing)], stdin=subprocess.PIPE,
+                [os.path.realpath(sys.executable), "-I", "-S", "-B", sandbox.__file__, str(writing)], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={}, cwd="/", pass_fds=(writing,), start_new_session=True,
             )  # fmt: skip
         finally:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from heliostat.config import workspace
 from heliostat.curation import readers
 from heliostat.curation.pieces import Part
-from heliostat.errors import ConfigError, StorageError
+from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.pipelines.prepare import InputFile, place
 from heliostat.storage import Location
 from heliostat.text import printable
@@ -316,7 +316,11 @@ class _Blocks(io.RawIOBase):
 
 def inside(base: Location, path: str) -> bool:
     """Checks whether a path leads to a place below `base`, by its name and, on disk, through any links."""
-    if "\0" in path or path.startswith("/") or ".." in path.split("/"):
+    if "\0" in path:
+        return False
+    try:
+        base.join(path)
+    except DataError:
         return False
     if base.is_s3 or not path:
         return True

@@ -1,6 +1,7 @@
-"""Shuts this process in, and runs a program of Python there: what `heliostat.benchmark.programs.box` starts, by its path.
+"""Shuts a process in. `shut_in`, `forbid` and `limit` are for any process that handles what it should not trust, such as the
+parsers of curation; run by its path, as `heliostat.benchmark.programs.box` does, this file runs a program of Python shut in.
 
-It is run by itself, with Python's own library alone, and reads what it is to do as JSON from standard input. What is run has
+It needs Python's own library alone. As a program it reads what it is to do as JSON from standard input. What it runs has
 
 - namespaces of its own: user, mounts, network (without a device), processes, System V objects, host name;
 - a root folder in memory that holds Python's libraries, read-only, and an empty folder of bounded size that it may write to;
@@ -53,6 +54,12 @@ CALLS = {
         (222, 167, 199),
     ),
 }
+# System calls of a process that is to become no other, start none, and reach none: by fork, exec, signals, or their descriptors
+ALONE = {
+    "x86_64": (56, 57, 58, 435, 59, 322, 62, 200, 129, 297, 434, 424, 438, 440),
+    "aarch64": (220, 435, 221, 281, 129, 130, 138, 240, 434, 424, 438, 440),
+}
+SIGNAL_A_THREAD = {"x86_64": 234, "aarch64": 131}  # tgkill, by which a process also ends itself
 SHARED_OF_NO_FILE, ALL_BITS, AF_UNIX = 0x21, 0xFFFFFFFF, 1
 # (which argument, its bits that matter, their value, whether that value is the one that is refused or the only one allowed)
 BY_ARGUMENT = (
@@ -86,21 +93,26 @@ def call(function: Any, *arguments: Any) -> None:
         raise OSError(code, f"{getattr(function, '__name__', 'a system call')}: {os.strerror(code)}")
 
 
-def shut_in(root: Path, libraries: list[str], executable: str, files: int, program: bytes) -> None:
-    """Moves this process's children into namespaces and a root folder of their own, which it makes at `root`."""
+def shut_in(root: Path, places: list[str], files: int, given: dict[str, bytes], same_user: bool = False) -> None:
+    """Moves this process and its children into namespaces (of processes: the children alone) and a root folder of their own.
+
+    It makes that folder at `root`, with these places, read-only, and an empty folder that holds the given files. A process of
+    root's becomes nobody's, unless it is to stay the `same_user`, who then has no rights beyond the box either.
+    """
     user, group = os.geteuid(), os.getegid()
-    if user:
+    if user or same_user:
         call(libc.unshare, NEWUSER | APART)
         _map_user(user, group)
     else:  # mounts first: a user without rights may not be able to reach what they are of
         call(libc.unshare, APART)
-    _mount(root, libraries, executable, files)
+    _mount(root, places, files)
     box = root / "box"
-    (box / "program.json").write_bytes(program)
+    for name, data in given.items():
+        (box / name).write_bytes(data)
     os.chdir(root)
-    if not user:
-        os.chown(box, NOBODY, NOBODY)
-        os.chown(box / "program.json", NOBODY, NOBODY)
+    if not user and not same_user:
+        for path in (box, *(box / name for name in given)):
+            os.chown(path, NOBODY, NOBODY)
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -117,12 +129,12 @@ def _map_user(user: int, group: int) -> None:
     Path("/proc/self/gid_map").write_text(f"{INNER} {group} 1")
 
 
-def _mount(root: Path, libraries: list[str], executable: str, files: int) -> None:
-    """Makes the root folder: libraries and the executable, read-only, and the folder `box`, all of it of bounded size."""
+def _mount(root: Path, places: list[str], files: int) -> None:
+    """Makes the root folder: places of this machine, read-only, and the folder `box`, all of it of bounded size."""
     call(libc.mount, None, b"/", None, REC | PRIVATE, None)
     options = f"size={files},nr_inodes=1024,mode=755".encode()
     call(libc.mount, b"tmpfs", bytes(root), b"tmpfs", NOSUID | NODEV, options)
-    for place in [*libraries, executable]:
+    for place in places:
         target = root / place.lstrip("/")
         target.parent.mkdir(parents=True, exist_ok=True)
         if Path(place).is_dir():
@@ -135,9 +147,16 @@ def _mount(root: Path, libraries: list[str], executable: str, files: int) -> Non
     (root / "box").mkdir()
 
 
-def rules(machine: str) -> list[bytes]:
-    """Returns the filter of system calls, in steps of classic BPF, by which those of `CALLS` fail with EPERM."""
+def rules(machine: str, alone: bool = False) -> list[bytes]:
+    """Returns the filter of system calls, in steps of classic BPF, by which those of `CALLS` fail with EPERM.
+
+    `alone`: also those of `ALONE`, and signals to a thread of another process than this one.
+    """
     architecture, numbers, by_argument = CALLS[machine]
+    arguments = BY_ARGUMENT
+    if alone:
+        numbers, by_argument = numbers + ALONE[machine], (*by_argument, SIGNAL_A_THREAD[machine])
+        arguments = (*arguments, (0, ALL_BITS, os.getpid(), False))
 
     def step(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
         return struct.pack("HBBI", code, yes, no, value)
@@ -148,16 +167,16 @@ def rules(machine: str) -> list[bytes]:
     steps += [step(least, X32, 0, 1), step(give, kill)]
     for number in numbers:
         steps += [step(equal, number, 0, 1), step(give, refuse)]
-    for number, (argument, bits, value, refused) in zip(by_argument, BY_ARGUMENT, strict=True):
+    for number, (argument, bits, value, refused) in zip(by_argument, arguments, strict=True):
         low = 16 + 8 * argument  # the lower half, which is all that the kernel looks at: these are of 32 bits
         steps += [step(equal, number, 0, 5), step(load, low), step(mask, bits), step(equal, value, 0, 1)]
         steps += [step(give, refuse if refused else allow), step(give, allow if refused else refuse)]
     return [*steps, step(give, allow)]
 
 
-def forbid() -> None:
+def forbid(alone: bool = False) -> None:
     """Forbids this process, for good, new rights and the system calls that `rules` refuses."""
-    steps = rules(platform.machine())
+    steps = rules(platform.machine(), alone)
     held = ctypes.create_string_buffer(b"".join(steps))
     program = ctypes.create_string_buffer(struct.pack("HQ", len(steps), ctypes.addressof(held)))
     call(libc.prctl, NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -196,7 +215,7 @@ def main() -> int:
     told = json.loads(sys.stdin.buffer.read())
     os.umask(0o022)
     program = json.dumps({name: told[name] for name in ("program", "tests", "token")}).encode()
-    shut_in(Path(told["root"]), told["libraries"], told["executable"], told["files"], program)
+    shut_in(Path(told["root"]), [*told["libraries"], told["executable"]], told["files"], {"program.json": program})
     call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # behind the last change of user, which would undo it
     if os.getppid() != told["parent"]:
         raise OSError("who has started this has ended")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from heliostat.cluster import private
 from heliostat.errors import ConfigError
-from heliostat.serving.refusals import Refusal
 from heliostat.storage import Location
+from heliostat.web.refusals import Refusal
 
 LEAST = 16  # characters of a key: shorter ones can be guessed
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")

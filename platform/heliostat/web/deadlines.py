@@ -1,0 +1,93 @@
+"""Closes connections whose clients take too long to ask: slow headers, slow bodies, headers without end.
+
+uvicorn limits only the pause between an answer and the next request. `apply` adds the rest to every server of this process; the
+servers of Ray Serve and MLflow, which build their own uvicorn, are reached in that way too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+PERIOD_S = 10.0  # between two checks of a connection; a request that makes no progress ends within two of them
+HEAD_BYTES = 64 << 10  # of a request line and headers
+LEAST_BYTES = 10 << 10  # of a body that arrive within a period
+
+
+def apply() -> None:
+    """Watches every connection that uvicorn takes from now on in this process."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    kinds: list[Any] = [H11Protocol]
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:  # uvicorn takes the other then
+        pass
+    else:
+        kinds.append(HttpToolsProtocol)
+    for kind in kinds:
+        if not hasattr(kind, "heliostat_watched"):
+            kind.heliostat_watched = True
+            kind.connection_made = _watching(kind.connection_made)
+            kind.data_received = _counting(kind.data_received)
+
+
+class Watch:
+    """Follows one connection: its protocol, the bytes that arrived, and what was under way at the last check."""
+
+    def __init__(self, protocol: Any) -> None:
+        self.protocol, self.seen = protocol, protocol.cycle
+        self.head = self.arrived = self.before = 0
+        self.loop = asyncio.get_running_loop()
+        self.timer = self.loop.call_later(PERIOD_S, self.check)
+
+    def took(self, size: int, new: bool) -> None:
+        """Counts bytes that arrived; closes a connection whose request has no end of its headers. `new`: a request began."""
+        self.arrived += size
+        self.head = self.head + size if self.asking and not new else 0
+        if self.head > HEAD_BYTES:
+            self.close()
+
+    @property
+    def asking(self) -> bool:
+        """Tells whether the client is to send a request: none is under way."""
+        return self.protocol.cycle is None or self.protocol.cycle.response_complete
+
+    def check(self) -> None:
+        """Closes the connection if its client has asked for nothing since the last check, or has sent too little of a body."""
+        now, transport = self.protocol.cycle, self.protocol.transport
+        if transport.is_closing() or transport.get_protocol() is not self.protocol:  # ended, or of another protocol by now
+            return
+        sending = not self.asking and now.more_body and not self.protocol.flow.read_paused
+        slow = self.asking or (sending and self.arrived - self.before < LEAST_BYTES)
+        if slow and now is self.seen:
+            self.close()
+            return
+        self.seen, self.before = now, self.arrived
+        self.timer = self.loop.call_later(PERIOD_S, self.check)
+
+    def close(self) -> None:
+        """Ends the connection at once: its client has no claim to an answer."""
+        self.timer.cancel()
+        self.protocol.transport.abort()
+
+
+def _watching(made: Callable[..., None]) -> Callable[..., None]:
+    @wraps(made)
+    def connection_made(self: Any, transport: Any) -> None:
+        made(self, transport)
+        self.heliostat_watch = Watch(self)
+
+    return connection_made
+
+
+def _counting(received: Callable[..., None]) -> Callable[..., None]:
+    @wraps(received)
+    def data_received(self: Any, data: bytes) -> None:
+        before = self.cycle
+        received(self, data)
+        self.heliostat_watch.took(len(data), new=self.cycle is not before)
+
+    return data_received

@@ -1,0 +1,131 @@
+"""Lets in clients that have a key, before an application that has no lock of its own: MLflow's server.
+
+A program sends `Authorization: Bearer KEY`. A browser gets a page that takes the key from the part of the address after the `#`,
+or asks for it, and sends it once: a cookie follows, which only pages of the same origin may send.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import secrets
+import socket
+from collections.abc import Mapping
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from heliostat.web import keys
+from heliostat.web.refusals import Refusal
+
+ENTER = "/heliostat-key"  # where a browser sends the key
+HEALTH = "/health"  # which says that there is a server, and no more
+KEY_BYTES = 1024
+PAGE = (Path(__file__).parent / "enter.html").read_text(encoding="utf-8")
+WILDCARDS = ("0.0.0.0", "::", "")
+
+
+class Gate:
+    """Asks each request for a key. `known`: digests of keys by name; `host`: the address that the server listens on."""
+
+    def __init__(self, app: ASGIApp, known: Mapping[str, str], host: str) -> None:
+        self.app, self.known = app, dict(known)
+        self.names = {"localhost", host.lower()}
+        if host in WILDCARDS:
+            self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+        self.session = secrets.token_urlsafe(32)  # what the cookie holds: not the key, which other servers of this host would see
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._asked(Request(scope, receive), send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self.app(scope, receive, send)
+
+    async def _asked(self, request: Request, send: Send) -> None:
+        try:
+            self._require_host(request)
+            if request.scope["path"] == ENTER and request.method == "POST":
+                response = await self._enter(request)
+            else:
+                if not (request.scope["path"] == HEALTH and request.method == "GET") and not self._has_cookie(request):
+                    keys.owner(request.headers.get("authorization"), self.known)
+                await self.app(request.scope, request.receive, send)
+                return
+        except Refusal as e:
+            response = _refused(request, e)
+        except ClientDisconnect:
+            return
+        await response(request.scope, request.receive, send)
+
+    def _require_host(self, request: Request) -> None:
+        """Raises Refusal for the name of another site, which could lead here (DNS rebinding)."""
+        name = _host(request.headers.get("host", ""))
+        try:
+            ipaddress.ip_address(name)  # is no name, so that nobody can make it lead elsewhere
+        except ValueError:
+            if name not in self.names:
+                said = f"host: {name[:100]!r} is not this server's name; use its address, or {', '.join(sorted(self.names))}"
+                raise Refusal(403, said, code="unknown_host") from None
+
+    async def _enter(self, request: Request) -> Response:
+        """Takes a key from a browser, and gives it the cookie."""
+        if not _same_origin(request):
+            raise Refusal(403, "the key comes from a page of another origin", code="other_origin")
+        raw = bytearray()
+        async for piece in request.stream():
+            raw += piece
+            if len(raw) > KEY_BYTES:
+                raise Refusal(413, f"the key has more than {KEY_BYTES} bytes", code="body_too_large")
+        keys.owner(f"Bearer {raw.decode('utf-8', 'replace')}", self.known)
+        response = Response(status_code=204)
+        response.set_cookie(
+            _cookie(request), self.session, httponly=True, samesite="strict", secure=request.url.scheme == "https"
+        )
+        return response
+
+    def _has_cookie(self, request: Request) -> bool:
+        """Tells whether a page of this server sent the request, from a browser that has shown a key."""
+        try:
+            given = SimpleCookie(request.headers.get("cookie", "")).get(_cookie(request))
+        except CookieError:
+            return False
+        return given is not None and hmac.compare_digest(given.value.encode(), self.session.encode()) and _same_origin(request)
+
+
+def _host(header: str) -> str:
+    """Returns the name or address in a Host header, without the port and brackets."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0].lower()
+    return header.rpartition(":")[0].lower() if header.count(":") == 1 else header.lower()
+
+
+def _cookie(request: Request) -> str:
+    """Returns the name of the cookie, with the port: browsers send a host's cookies to all its ports."""
+    server = request.scope.get("server") or ("", 0)
+    return f"heliostat-{server[1]}"
+
+
+def _same_origin(request: Request) -> bool:
+    """Tells whether the browser sends the request from a page of this server, or by the person's own hand."""
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        return False
+    origin = request.headers.get("origin")
+    return origin is None or origin.partition("://")[2] == request.headers.get("host", "")
+
+
+def _refused(request: Request, error: Refusal) -> Response:
+    """Answers a browser with the page that asks for the key, and a program with the error."""
+    if error.status == 401 and request.method == "GET" and "text/html" in request.headers.get("accept", ""):
+        nonce = secrets.token_urlsafe(16)
+        policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+        headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+        return Response(PAGE.replace("NONCE", nonce), 401, headers, "text/html")
+    if error.status == 401:
+        error = Refusal(401, f"{error.message}; MLflow's clients take it from MLFLOW_TRACKING_TOKEN", code=error.code)
+    return JSONResponse(error.body(), error.status, error.headers())
