@@ -106,8 +106,10 @@ def save() -> Iterator[Row]:
     from tests.unit import build_index
 
     group = setting.start()
-    for stage, other in ((1, 3), (3, 2)):
-        made = setting.job(setting.TINY, **{"train.precision": "bf16", "train.zero.stage": stage})
+    for stage, other, offload in ((1, 3, None), (3, 2, None), (3, 1, "cpu")):
+        given = {"train.precision": "bf16", "train.zero.offload.optimizer": offload}
+        at = f"ZeRO-{stage}{', offloaded' if offload else ''}"
+        made = setting.job(setting.TINY, **given, **{"train.zero.stage": stage})
         its = setting.recipe(made)
         on = setting.engine(made, its)
         setting.losses(made, its, on, 0, 3)
@@ -118,16 +120,16 @@ def save() -> Iterator[Row]:
         expected = setting.losses(made, its, on, 3, 3)
         saver.wait()
         for to in (stage, other):
-            made = setting.job(setting.TINY, **{"train.precision": "bf16", "train.zero.stage": to})
+            made = setting.job(setting.TINY, **given, **{"train.zero.stage": to})
             on = setting.engine(made, its := setting.recipe(made))
             found = checkpoint.open_checkpoint(saver.run, 3)
             checkpoint.load(found, zero_state.state(on, whole=True), group)
             zero_state.after_load(on, found.index["optimizer_steps"])
             loaded = play.state(on)
             unequal = sum(not torch.equal(held[name], loaded[name]) for name in held)
-            yield _row(f"tensors unequal, saved beside training at ZeRO-{stage}, loaded at ZeRO-{to}", unequal, 0)
+            yield _row(f"tensors unequal, saved beside training at {at}, loaded at ZeRO-{to}", unequal, 0)
             next_ = _apart(setting.losses(made, its, on, 3, 3), expected)
-            yield _row(f"next losses, saved at ZeRO-{stage}, loaded at ZeRO-{to}", next_, 0.0 if to == stage else 2e-2)
+            yield _row(f"next losses, saved at {at}, loaded at ZeRO-{to}", next_, 0.0 if to == stage else 2e-2)
 
 
 def ahead() -> Iterator[Row]:

@@ -135,6 +135,26 @@ def test_no_step_starts_a_process_and_no_engine_collects_garbage_again_and_again
     assert [row["started"] for row in told] == [0, 0] and all(row["collections"] <= 2 for row in told), told
 
 
+def waits(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
+    """At each stage, how often the host waits for the device in steps of two micro-batches, and which timers have run."""
+    from deepspeed.accelerator import get_accelerator
+
+    calls: list[int] = []
+    accelerator, synchronize = get_accelerator(), get_accelerator().synchronize
+    accelerator.synchronize = lambda device_index=None: (calls.append(1), synchronize(device_index))[1]
+    for stage in range(4):
+        engine = _engine(Layers, 3, **{"train.precision": "fp32", "train.zero.stage": stage})
+        calls.clear()
+        _train(engine, 3, 5)  # DeepSpeed's throughput timer waits from the third step on
+        yield {"stage": stage, "calls": len(calls), "timers": sorted(engine.timers.get_timers())}
+
+
+def test_the_host_does_not_wait_for_the_device_in_any_micro_batch() -> None:
+    """DeepSpeed's throughput timer would, twice in each, and its wall clock timers too."""
+    told = ranks.run(f"{__name__}:waits", (2,))
+    assert len(told) == 8 and [row for row in told if row["calls"] or row["timers"]] == []
+
+
 # fp16: the loss scale ------------------------------------------------------------------------------------------------
 
 

@@ -117,7 +117,7 @@ def copied_slices(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     """In both ranks, at each stage: what is said where slices are copies, as a change of DeepSpeed's could make them."""
     of = zero_state.Place.of
     for stage in range(4):
-        engine = _engine("adamw", Layout("fp32", stage, WORKERS), None)
+        engine = _engine("adamw", Layout("fp32", stage, WORKERS), "cpu" if stage else None)
         before = play.state(engine)
         zero_state.Place.of = lambda place, tensor: of(place, tensor).clone()
         try:

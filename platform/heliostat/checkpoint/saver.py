@@ -74,7 +74,7 @@ class Saver:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes later saves copy in the thread: a step of `optimizer`, which changes the state, waits until the copy is done."""
-        optimizer.register_step_pre_hook(lambda *_: self._before_change())
+        optimizer.register_step_pre_hook(lambda *_: self.before_change())
         self._follows = True
 
     def save(
@@ -96,7 +96,7 @@ class Saver:
         self._pending = self._started = self._thread.submit(self._write, step, state, facts, frozen or {})
         self.blocked_s += time.perf_counter() - started
         if not self._follows:
-            self._before_change()
+            self.before_change()
 
     @property
     def busy(self) -> bool:
@@ -126,7 +126,8 @@ class Saver:
         """Returns the slices of the last save in host memory, by name; the next save changes them."""
         return self._host.views
 
-    def _before_change(self) -> None:
+    def before_change(self) -> None:
+        """Waits until the state that is being saved may change; on a GPU, what is queued next waits."""
         self._until_copied()
         self._host.hold_back()
 

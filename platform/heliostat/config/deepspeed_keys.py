@@ -171,6 +171,7 @@ INSTEAD = {
     "curriculum_learning": "use data.mix_schedule",
     "dataloader_drop_last": "use train.global_batch; every step has a whole batch",
     "steps_per_print": "use train.log_every",
+    "timers": "they would wait for the GPU in every micro-batch; the ledger says where the time went (`heliostat goodput`)",
     "wall_clock_breakdown": "the ledger says where the time went (`heliostat goodput`)",
     "memory_breakdown": "`heliostat plan` says what memory is needed",
     "dump_state": "`heliostat check` shows what is wrong with a job",

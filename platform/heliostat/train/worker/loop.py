@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -234,7 +233,7 @@ class Worker:
         assert self.held_out
         self.engine.eval()
         images: dict[str, bytes] = {}
-        with self.state.average.applied() if self.state.average else nullcontext():
+        with self.state.averaged():
             self.scores = self.held_out.scores(self.engine, self.device, self.control, self._progressed)
             self.scored_at = done
             if self.gallery:

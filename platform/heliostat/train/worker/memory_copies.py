@@ -52,7 +52,11 @@ class MemoryCopies:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes each step of the optimizer, which changes the state, wait until the copy in flight is made."""
-        optimizer.register_step_pre_hook(lambda *_: self._until(lambda: self._copied.wait(POLL_S)))
+        optimizer.register_step_pre_hook(lambda *_: self.before_change())
+
+    def before_change(self) -> None:
+        """Waits until the copy in flight is made, and the state may change."""
+        self._until(lambda: self._copied.wait(POLL_S))
 
     def keep(self, step: int, state: Mapping[str, torch.Tensor], common: dict[str, Any], own: dict[str, Any], group: Any) -> None:
         """Copies the state behind a step. All workers call this, and `wait` before it, at the same steps.

@@ -69,8 +69,12 @@ class StateGroup:
             values.copy_(sent.view_as(values))
 
     def average(self, engine: Any) -> None:
-        """Makes the engine's optimizer average the gradients over the groups before it makes a step of them."""
+        """Makes the engine's optimizer average the gradients over the groups before it makes a step of them.
+
+        All groups make the step or none does: whether fp16 gradients overflow is decided of the averages, and by all.
+        """
         zero, step, norms = engine.optimizer, engine.optimizer.step, engine.optimizer._get_norm_groups
+        within = zero.has_overflow
         first = dist.get_global_rank(self.across, 0)
 
         def alike() -> list[torch.Tensor]:  # a group that adds up in another order would clip by another norm
@@ -82,6 +86,13 @@ class StateGroup:
         def averaged(*given: Any, **named: Any) -> Any:
             gradients = zero.grad_partitions_flat_buffer.div_(self.count)
             dist.all_reduce(gradients, group=self.across)
+            if (reducing := zero.reduce_and_partition_stream) is not None:  # on which DeepSpeed looks for an overflow
+                reducing.wait_stream(torch.cuda.current_stream())
             return step(*given, **named)
 
-        zero.step, zero._get_norm_groups = averaged, alike
+        def overflow(*given: Any, **named: Any) -> bool:
+            found = torch.tensor(float(within(*given, **named)), device=zero.grad_partitions_flat_buffer.device)
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.across)
+            return bool(found)
+
+        zero.step, zero._get_norm_groups, zero.has_overflow = averaged, alike, overflow

@@ -2,14 +2,18 @@
 
     state.save(done, metrics)       # a checkpoint with its receipt, in storage: collective
     state.keep(done)                # the same state in the memory of two nodes
+    state.averaged()                # a context: computes with the weights' average, if the job has one
     state.restore(source)           # at an attempt's start; `source` tells of copies in memory, None: from storage
 
-Saves and copies are made beside training; the optimizer's step, which changes the state, waits until it is copied.
+Saves and copies are made beside training; the optimizer's step and the exchange of the weights with their average, which change
+the state, wait until it is copied.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -38,9 +42,8 @@ class TrainingState:
         self.saver = checkpoint.Saver(
             context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed
         )
-        for copies in (self.saver, memory):
-            if copies:
-                copies.attach(zero_state.inner_optimizer(engine))
+        for copies in self._copies():
+            copies.attach(zero_state.inner_optimizer(engine))
         self.average = ema.of(context.job, engine)
 
     @property
@@ -53,9 +56,23 @@ class TrainingState:
 
     def wait(self) -> None:
         """Waits until what is being saved, and copied, has arrived."""
-        self.saver.wait()
-        if self.memory:
-            self.memory.wait()
+        for copies in self._copies():
+            copies.wait()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Computes with the weights' average inside, if the job has one. No step may have been made since a save, as after an
+        overflow, so this waits for what is being copied."""
+        if self.average is None:
+            yield
+            return
+        for copies in self._copies():
+            copies.before_change()
+        with self.average.applied():
+            yield
+
+    def _copies(self) -> list[checkpoint.Saver | MemoryCopies]:
+        return [self.saver, self.memory] if self.memory else [self.saver]
 
     # saving ----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,60 @@
+"""The weights are exchanged with their average for an evaluation only when no save or copy of them is being made."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from heliostat.checkpoint.saver import Saver
+from heliostat.config import spec
+from heliostat.recipes import building
+from heliostat.storage import Location
+from heliostat.train.worker.loop import Worker
+from heliostat.train.worker.memory_copies import MemoryCopies
+from heliostat.train.worker.training_state import TrainingState
+
+
+@pytest.mark.parametrize("kept", ["a save", "a save and a copy"])
+def test_an_evaluation_after_a_skipped_step_waits_for_the_save_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    """A skipped fp16 step calls no optimizer, whose step would have waited."""
+    log: list[str] = []
+
+    @contextmanager
+    def applied() -> Iterator[None]:
+        log.append("exchanged")
+        yield
+        log.append("exchanged back")
+
+    state: Any = TrainingState.__new__(TrainingState)
+    state.average = SimpleNamespace(applied=applied)
+    state.saver = Saver(Location(str(tmp_path)), spec.Checkpoint(every=1), SimpleNamespace())
+    state.saver._host.hold_back = lambda: log.append("the GPU's copies are waited for")
+    state.memory = MemoryCopies(SimpleNamespace(), 0, 0, 1, print) if "copy" in kept else None  # type: ignore[arg-type]
+    copied = [one._copied for one in (state.saver, state.memory) if one]
+
+    def copy() -> None:
+        for one in copied:
+            time.sleep(0.2)
+            log.append("copied")
+            one.set()
+
+    for one in copied:
+        one.clear()
+    threading.Thread(target=copy, daemon=True).start()
+    module = SimpleNamespace(eval=lambda: None, train=lambda: None, module=None)
+    worker: Any = Worker.__new__(Worker)
+    worker.state, worker.engine, worker.device, worker.gallery, worker.control = state, module, None, None, None
+    worker.held_out = SimpleNamespace(scores=lambda *given: log.append("scored") or {})
+    monkeypatch.setattr(building, "rest", lambda recipe, module: None)
+    worker.recipe, worker.posts = SimpleNamespace(), SimpleNamespace(tell=lambda event: None)
+    worker._evaluate(7)
+    assert log[-3:] == ["exchanged", "scored", "exchanged back"]
+    assert sorted(log[:-3]) == [*["copied"] * len(copied), "the GPU's copies are waited for"] and log[0] == "copied"
