@@ -7,7 +7,6 @@ import re
 import signal
 import threading
 import time
-import zlib
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from heliostat.runs.verify import verify
 from heliostat.storage import Location
 from heliostat.train.driver.memory import Memory
 from heliostat.train.driver.pool import Pool
+from heliostat.train.memory_keeper import summed
 from heliostat.train.run import train
 
 from tests.integration.conftest import UNBROKEN_STEPS, curve
@@ -102,7 +102,7 @@ def keep(plan: Any, step: int, rank: int, seal: bool = True) -> None:
     for keeper in plan.keepers[rank]:
         ray.get([keeper.open.remote(id, rank, 1000), keeper.write.remote(id, rank, 0, data)])
         if seal:
-            ray.get(keeper.seal.remote(id, rank, zlib.crc32(data.data), told))
+            ray.get(keeper.seal.remote(id, rank, [summed(data, 0)], told))
 
 
 def test_a_torn_or_a_damaged_generation_is_not_used(memory, caplog):
@@ -117,6 +117,6 @@ def test_a_torn_or_a_damaged_generation_is_not_used(memory, caplog):
     keeper = plan.keepers[1][0]
     ray.get(keeper.write.remote(f"{plan.attempt}:10", 1, 500, np.array([7], np.uint8)))
     assert made.newest(5, "plan") is None
-    assert "step 10: the copy of worker 1 in memory is damaged (CRC-32), and is not used" in caplog.text
+    assert "step 10: the copy of worker 1 in memory is damaged (checksum), and is not used" in caplog.text
     ray.kill(keeper)
     assert made.newest(5, "plan") is None

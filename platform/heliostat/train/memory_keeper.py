@@ -1,21 +1,24 @@
 """Keeps copies of the training state in the memory of a node: an actor for each node of a run, which outlives the workers.
 
-A copy is what one worker holds of the state behind one step, as bytes. It counts once it is sealed: complete, and with the
-checksum that its worker computed. Copies with the same id belong together, as one *generation*: one for each worker of an
-attempt, behind the same step. Two generations stay, because the newest may not be complete yet.
+A copy is what one worker holds of the state behind one step, as bytes. It arrives in pieces, several at a time, each of which is
+checksummed while it arrives. It counts once it is sealed: complete, and with the checksums that its worker computed. Copies with
+the same id belong together, as one *generation*: one for each worker of an attempt, behind the same step. Two generations stay,
+because the newest may not be complete yet.
 """
 
 from __future__ import annotations
 
-import zlib
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import ray
+import xxhash
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 KEPT = 2  # generations
+THREADS = 4  # of a keeper: copies and checksums of that many pieces run at the same time
 
 # of a copy: step, world, common (what is the same for all workers), layout, own (what is this worker's alone)
 Told = dict[str, Any]
@@ -41,10 +44,25 @@ class Plan:
     source: Source | None = None
 
 
+@dataclass(frozen=True, order=True)
+class Sum:
+    """Holds the checksum of `size` bytes of a copy from `start` on."""
+
+    start: int
+    size: int
+    value: int
+
+
+def summed(data: np.ndarray, start: int) -> Sum:
+    """Computes the checksum of a piece that begins at `start`: XXH3, at the speed of memory, while other threads run."""
+    return Sum(start, len(data), xxhash.xxh3_64_intdigest(data.data))
+
+
 @dataclass
 class Copy:
     data: np.ndarray
-    crc: int = -1
+    arrived: list[Sum] = field(default_factory=list)
+    sums: list[Sum] = field(default_factory=list)  # of a sealed copy
     told: Told = field(default_factory=dict)
 
     @property
@@ -57,48 +75,60 @@ class MemoryKeeper:
         self._reserved: dict[int, int] = {}
         self._copies: dict[tuple[str, int], Copy] = {}  # by id and rank, in the order of their making
         self._unused: list[np.ndarray] = []  # fresh memory costs more than the copy
+        self._changing = threading.Lock()
 
     def begin(self, id: str | None) -> None:
         """Begins an attempt: drops all copies but those of the generation that it starts from."""
-        self._reserved, self._unused = {}, []
-        self._copies = {key: copy for key, copy in self._copies.items() if key[0] == id}
+        with self._changing:
+            self._reserved, self._unused = {}, []
+            self._copies = {key: copy for key, copy in self._copies.items() if key[0] == id}
 
     def reserve(self, rank: int, size: int) -> None:
         """Notes that a worker wants to keep copies of `size` bytes."""
-        self._reserved[rank] = KEPT * size
+        with self._changing:
+            self._reserved[rank] = KEPT * size
 
     def need(self) -> int:
         """Computes the bytes that all copies take together."""
-        return sum(self._reserved.values())
+        with self._changing:
+            return sum(self._reserved.values())
 
     def open(self, id: str, rank: int, size: int) -> None:
         """Begins a copy; drops the oldest generation if it begins another one."""
-        ids = list(dict.fromkeys([*(of for of, _ in self._copies), id]))
-        for key in [key for key in self._copies if key[0] not in ids[-KEPT:]]:
-            self._unused.append(self._copies.pop(key).data)
-        fits = next((i for i, data in enumerate(self._unused) if len(data) == size), None)
-        self._copies[id, rank] = Copy(np.empty(size, np.uint8) if fits is None else self._unused.pop(fits))
+        with self._changing:
+            ids = list(dict.fromkeys([*(of for of, _ in self._copies), id]))
+            for key in [key for key in self._copies if key[0] not in ids[-KEPT:]]:
+                self._unused.append(self._copies.pop(key).data)
+            fits = next((i for i, data in enumerate(self._unused) if len(data) == size), None)
+            self._copies[id, rank] = Copy(np.empty(size, np.uint8) if fits is None else self._unused.pop(fits))
 
     def write(self, id: str, rank: int, start: int, data: np.ndarray) -> None:
-        self._copies[id, rank].data[start : start + len(data)] = data
-
-    def seal(self, id: str, rank: int, crc: int, told: Told) -> None:
-        """Completes a copy; ValueError if its bytes are not those that its worker had."""
+        """Takes a piece of a copy; pieces come in any order."""
         copy = self._copies[id, rank]
-        if zlib.crc32(copy.data.data) != crc:
-            del self._copies[id, rank]
-            raise ValueError("a copy did not arrive as it was sent (CRC-32)")
-        copy.crc, copy.told = crc, told
+        place = copy.data[start : start + len(data)]
+        place[:] = data
+        copy.arrived.append(summed(place, start))
+
+    def seal(self, id: str, rank: int, sums: list[Sum], told: Told) -> None:
+        """Completes a copy; ValueError if its pieces are not those that its worker had."""
+        with self._changing:
+            copy = self._copies[id, rank]
+            if sorted(copy.arrived) != sorted(sums) or sum(one.size for one in sums) != len(copy.data):
+                del self._copies[id, rank]
+                raise ValueError("a copy did not arrive as it was sent (checksum)")
+            copy.sums, copy.told = sums, told
 
     def held(self) -> list[tuple[str, int, Told]]:
         """Lists the sealed copies: id, rank, and what is the same for all copies of a generation."""
-        return [(id, rank, {key: copy.told[key] for key in ("step", "world", "common")})
-                for (id, rank), copy in self._copies.items() if copy.sealed]  # fmt: skip
+        with self._changing:
+            return [(id, rank, {key: copy.told[key] for key in ("step", "world", "common")})
+                    for (id, rank), copy in self._copies.items() if copy.sealed]  # fmt: skip
 
     def intact(self, id: str) -> list[int]:
         """Lists the ranks whose copies of a generation are still what was sealed."""
-        return [rank for (of, rank), copy in self._copies.items()
-                if of == id and copy.sealed and zlib.crc32(copy.data.data) == copy.crc]  # fmt: skip
+        with self._changing:
+            there = [(rank, copy) for (of, rank), copy in self._copies.items() if of == id and copy.sealed]
+        return [rank for rank, copy in there if _holds(copy)]
 
     def told(self, id: str, ranks: list[int], keys: list[str]) -> list[Told]:
         return [{key: self._copies[id, rank].told[key] for key in keys} for rank in ranks]
@@ -109,7 +139,11 @@ class MemoryKeeper:
         return np.concatenate([data[start:stop] for start, stop in ranges])
 
 
+def _holds(copy: Copy) -> bool:
+    return all(summed(copy.data[one.start : one.start + one.size], one.start) == one for one in copy.sums)
+
+
 def make(node: str, runtime_env: dict[str, Any]) -> Any:
     """Creates the keeper of a node."""
-    there, actor = NodeAffinitySchedulingStrategy(node, soft=False), ray.remote(num_cpus=0)(MemoryKeeper)
+    there, actor = NodeAffinitySchedulingStrategy(node, soft=False), ray.remote(num_cpus=0, max_concurrency=THREADS)(MemoryKeeper)
     return actor.options(scheduling_strategy=there, runtime_env=runtime_env or None).remote()

@@ -1,7 +1,7 @@
 """Looks after the copies of the training state in the nodes' memory: who keeps them, and which generation is whole.
 
 A generation is used only if a sealed copy of every worker's part is there, all of the same attempt, step and world size, with the
-same facts, and with the checksum that they were made with. Otherwise storage is used.
+same facts, and with the checksums that they were made with. Otherwise storage is used.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Memory:
             damaged = [rank for rank in range(world) if not holders[rank]]
             if not damaged:
                 return Source(id, step, world, holders, at_least)
-            log.warning("step %d: the copy of worker %d in memory is damaged (CRC-32), and is not used", step, damaged[0])
+            log.warning("step %d: the copy of worker %d in memory is damaged (checksum), and is not used", step, damaged[0])
         return None
 
     def plan(self, members: Sequence[Member], source: Source | None) -> Plan | None:

@@ -1,8 +1,9 @@
 """Copies a worker's part of the training state into the memory of its node and of another, and reads it back from there.
 
 The copy into this process's memory runs beside the next forward and backward pass, as a save's does: only the next optimizer step
-waits for it. It leaves for the keepers (`train.memory_keeper`) in a thread of its own, in pieces. Nothing here waits for
-another worker: who dies, or is late, leaves a generation incomplete, and an incomplete one is not used.
+waits for it. It leaves for the keepers (`train.memory_keeper`) in a thread of its own, in pieces, several of which travel at the
+same time. Who dies, or is late, leaves a generation incomplete, and an incomplete one is not used. If a worker's copy fails, or
+training waits for one too long, all workers agree to keep no more: generations without that worker's part would be of no use.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future
@@ -28,12 +29,14 @@ from heliostat.checkpoint.flat_copy import Piece, Range
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.errors import TrainingError
 from heliostat.text import brief
-from heliostat.train.memory_keeper import Plan, Source
+from heliostat.train.memory_keeper import Plan, Source, Sum, summed
 
 log = logging.getLogger(__name__)
 
 PIECE = 32 << 20  # bytes that travel at a time
+IN_FLIGHT = 4  # pieces
 ANSWER_S = 60.0  # of a keeper
+WAIT_S = 60.0  # that training waits for one copy
 POLL_S = 0.2
 OFF = "checkpoint.memory_every: no copies are kept in memory"
 
@@ -45,10 +48,11 @@ class MemoryCopies:
         self._plan, self._limit, self._rank, self._world, self._notice = plan, limit, rank, world, notice
         self._thread = device_threads.pool(1, "memory")
         self._pending: Future | None = None
-        self._copied, self._ended = threading.Event(), threading.Event()
+        self._copied, self._ended, self._late = threading.Event(), threading.Event(), threading.Event()
         self._copied.set()
         self._buffer: torch.Tensor | None = None
-        self._off = False
+        self._off, self._kept = False, 0
+        self._failed = ""  # why this worker's last copy did
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes each step of the optimizer, which changes the state, wait until the copy in flight is made."""
@@ -61,9 +65,9 @@ class MemoryCopies:
     def keep(self, step: int, state: Mapping[str, torch.Tensor], common: dict[str, Any], own: dict[str, Any], group: Any) -> None:
         """Copies the state behind a step. All workers call this, and `wait` before it, at the same steps.
 
-        `common` is the same for all of them, `own` is this worker's.
+        `common` is the same for all of them, `own` is this worker's. Collective.
         """
-        if self._off:
+        if self._off or self._agree_off(group):
             return
         ranges = flat_copy.layout(state)
         if self._buffer is None and not self._begin(flat_copy.size(ranges), state, group):
@@ -75,14 +79,32 @@ class MemoryCopies:
         self._pending = self._thread.submit(self._copy, f"{self._plan.attempt}:{step}", state, ranges, told)
 
     def wait(self) -> None:
-        """Waits until the copy in flight has arrived; if it has not, says why, and keeps no more of them."""
+        """Waits until the copy in flight has arrived, or notes why it has not: the workers agree on that at the next `keep`."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        self._until(lambda: bool(futures.wait([pending], POLL_S).done))
-        if error := pending.exception():
-            self._off = True
-            self._notice(f"{OFF} by worker {self._rank} until the workers start again: {brief(error)}")
+        until = time.monotonic() + WAIT_S
+        self._until(lambda: bool(futures.wait([pending], POLL_S).done) or time.monotonic() > until)
+        if not pending.done():
+            self._late.set()
+            self._failed = f"training waited {WAIT_S:.0f} s for a copy; raise checkpoint.memory_every"
+        elif error := pending.exception():
+            self._failed = brief(error)
+        else:
+            self._kept += 1
+        if self._failed:
+            log.warning("worker %d: a copy in memory failed: %s", self._rank, self._failed)
+
+    def _agree_off(self, group: Any) -> bool:
+        """Tells whether a worker's copy has failed, and says so once for all of them; collective."""
+        failed = [(rank, why) for rank, why in enumerate(together(group, lambda: self._failed)) if why]
+        if not failed:
+            return False
+        self._off = True
+        if self._rank == 0:
+            (rank, why), more = failed[0], f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+            self._notice(f"{OFF} until the workers start again, after {self._kept} copies: worker {rank}{more}: {why}")
+        return True
 
     def end(self) -> None:
         """Gives up the copy in flight, and ends the thread."""
@@ -121,19 +143,25 @@ class MemoryCopies:
         finally:
             self._copied.set()
         data = self._buffer.numpy()
-        crc = zlib.crc32(data.data)
         keepers = self._plan.keepers[self._rank]
         self._answers([keeper.open.remote(id, self._rank, len(data)) for keeper in keepers])
+        sums, in_flight = list[Sum](), deque[list[Any]]()
         for start in range(0, len(data), PIECE):
-            piece = ray.put(data[start : start + PIECE])
-            self._answers([keeper.write.remote(id, self._rank, start, piece) for keeper in keepers])
-        self._answers([keeper.seal.remote(id, self._rank, crc, told) for keeper in keepers])
+            piece = data[start : start + PIECE]
+            sums.append(summed(piece, start))
+            sent = ray.put(piece)
+            in_flight.append([keeper.write.remote(id, self._rank, start, sent) for keeper in keepers])
+            if len(in_flight) == IN_FLIGHT:
+                self._answers(in_flight.popleft())
+        while in_flight:
+            self._answers(in_flight.popleft())
+        self._answers([keeper.seal.remote(id, self._rank, sums, told) for keeper in keepers])
 
     def _answers(self, asked: list[Any]) -> None:
         """Waits for the keepers; TimeoutError when they do not answer, or when the attempt has ended."""
         until = time.monotonic() + ANSWER_S
         while ray.wait(asked, num_returns=len(asked), timeout=POLL_S)[1]:
-            if self._ended.is_set() or time.monotonic() > until:
+            if self._ended.is_set() or self._late.is_set() or time.monotonic() > until:
                 raise TimeoutError(f"no answer from a node's keeper within {ANSWER_S:.0f} s")
         ray.get(asked)
 
