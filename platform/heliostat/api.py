@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import heliostat.check as checks
+from heliostat import uncaught
 from heliostat.check import Checked
 from heliostat.config import schema, spec
 from heliostat.config.spec import Job
@@ -22,6 +23,8 @@ from heliostat.recipes.protocol import Generated
 from heliostat.run_handle import Run
 
 __all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"]
+
+uncaught.install()
 
 Place = str | os.PathLike[str]
 Overrides = Mapping[str, Any] | Sequence[str]

@@ -7,14 +7,17 @@ others get their parts from it. The stream ends with the workers, and begins ane
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import ray
 import torch.distributed as dist
-from ray import cloudpickle
 
 from heliostat import run_folder
+from heliostat.checkpoint import agreement
+from heliostat.cluster import nodes
 from heliostat.data import receipt, stream
 from heliostat.data.content import Content
 from heliostat.data.dataset import open_dataset, sample_bytes
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from heliostat.exact_stream import ExactStream
 
 log = logging.getLogger(__name__)
+
+START_S = 120.0  # for the actor that hands out the parts of the stream
 
 
 @dataclass(frozen=True)
@@ -103,30 +108,54 @@ class Feed(Iterator[Batch]):
 
     def _begin(self, step: int) -> tuple[str, int]:
         """Prepares the folder, and returns the receipts' chain up to the step and the number of bad samples before it."""
-        found = [("", 0, "")]
-        if self.rank == 0:
-            ends = {r.end: r.chain for r in receipts(self.folder)} | {0: receipt.GENESIS}
-            if step in ends:
-                segments.begin(self.folder, self.plan, step)
-                listed = self.folder.join(run_folder.QUARANTINE)
-                found = [(ends[step], sum(len(listed.join(name).read().splitlines()) for name, _ in listed.files()), "")]
-            else:
-                known = ", ".join(map(str, sorted(ends)))
-                found = [("", 0, f"no receipt in {self.folder} ends at step {step}; go on from one of {known}")]
-        dist.broadcast_object_list(found, src=0, group=self.group)
-        chain, replaced, fault = found[0]
-        if fault:
-            raise ConfigError(f"ExactStream.start: {fault}")
+        chain, replaced = agreement.first(self.group, lambda: self._started(step))
         return chain, replaced if self.rank == 0 else 0
 
+    def _started(self, step: int) -> tuple[str, int]:
+        """Prepares the folder, on rank 0: ConfigError if no receipt ends at the step."""
+        ends = {r.end: r.chain for r in receipts(self.folder)} | {0: receipt.GENESIS}
+        if step not in ends:
+            known = ", ".join(map(str, sorted(ends)))
+            raise ConfigError(f"ExactStream.start: no receipt in {self.folder} ends at step {step}; go on from one of {known}")
+        segments.begin(self.folder, self.plan, step)
+        listed = self.folder.join(run_folder.QUARANTINE)
+        return ends[step], sum(len(listed.join(name).read().splitlines()) for name, _ in listed.files())
+
     def _share(self) -> list[Any]:
-        """Distributes the stream, which rank 0 starts: returns every worker's part of it."""
-        packed = [b""]
-        if self.rank == 0:
-            data = self.job.data
-            task = stream.fetch(self.plan, self.dataset.order, self.done, self.last_step, data.on_bad_sample == "replace")
-            size = sample_bytes(data.sequence_length, self.dataset.sources)
-            made = stream.dataset(task, max(2, self.world), data.memory_limit, size, data.labels)
-            packed = [cloudpickle.dumps(stream.split(made, self.world))]
-        dist.broadcast_object_list(packed, src=0, group=self.group)
-        return cloudpickle.loads(packed[0])
+        """Distributes the stream, which rank 0 starts: returns every worker's part of it.
+
+        The parts hold handles of Ray's, which Ray alone passes on: the other ranks ask an actor for the parts, by its name.
+        """
+        kept: list[Any] = []  # by rank 0: the actor
+
+        def started() -> str:
+            name = f"heliostat-stream-{uuid.uuid4().hex}"
+            kept.append(Desk.options(name=name).remote(stream.split(self._dataset(), self.world)))
+            return name
+
+        name = agreement.first(self.group, started)
+        parts: list[Any] = agreement.agreed(self.group, lambda: ray.get(ray.get_actor(name).parts.remote(), timeout=START_S))
+        for desk in kept:  # now that all have their parts
+            ray.kill(desk)
+        return parts
+
+    def _dataset(self) -> Any:
+        """Makes the Ray Dataset. Where the trainer's workers leave no CPU free, fetching takes none of Ray's: it mostly waits."""
+        data = self.job.data
+        task = stream.fetch(self.plan, self.dataset.order, self.done, self.last_step, data.on_bad_sample == "replace")
+        size = sample_bytes(data.sequence_length, self.dataset.sources)
+        if crowd := nodes.crowded_now(self.job):
+            log.warning("%s; so reading takes no CPU of Ray's, and shares the workers' cores", crowd)
+        return stream.dataset(task, max(2, self.world), data.memory_limit, size, data.labels, own_cpu=not crowd)
+
+
+@ray.remote(num_cpus=0)
+class Desk:
+    """Hands out the parts of a stream."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self._parts = parts
+
+    def parts(self) -> list[Any]:
+        """Returns all parts, in rank order."""
+        return self._parts

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import heliostat
 import pytest
+import ray
 from heliostat.errors import ConfigError
 
 from jobs.examples import own_trainer
+
+
+class Idle:
+    """Holds CPUs."""
+
+    def there(self) -> bool:
+        return True
+
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.mark.ci
 def test_another_number_of_workers_goes_on_with_the_same_samples_and_the_receipts_verify(corpus, tmp_path):
-    """Two workers up to step 6, then one to step 12: the receipts are what the plan, which knows no workers, gives."""
-    first = own_trainer.run(corpus, tmp_path, workers=2, steps=6, every=3)
+    """Two workers up to step 6, then one to step 12: the receipts are what the plan, which knows no workers, gives.
+
+    The two have all CPUs, as under a bare `ray.init()` on a machine of two cores: what reads must not wait for one."""
+    others = ray.remote(num_cpus=ray.cluster_resources()["CPU"] - 2)(Idle).remote()
+    ray.get(others.there.remote())
+    try:
+        first = own_trainer.run(corpus, tmp_path, workers=2, steps=6, every=3)
+    finally:
+        ray.kill(others)
     went_on = own_trainer.run(corpus, tmp_path, workers=1, steps=12, every=3)
     assert (first["steps"], went_on["steps"], first["replaced"], went_on["replaced"]) == (6, 12, 0, 0)
     assert went_on["loss"] < first["loss"]

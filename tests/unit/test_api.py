@@ -43,6 +43,28 @@ def test_a_job_is_loaded_without_torch_ray_or_mlflow():
     assert done.stdout.strip() == "set()"
 
 
+def test_an_uncaught_mistake_of_the_persons_is_one_line_below_the_persons_own_frames(tmp_path):
+    """No frame of heliostat's, and no chain of what its libraries raised; another error keeps its whole traceback."""
+    write(tmp_path, **{"train.stepz": 5})
+    code = "import heliostat\ndef mine():\n    heliostat.{}\nmine()\n"
+
+    def ended(call: str) -> str:
+        (tmp_path / "mine.py").write_text(code.format(call))
+        done = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+        assert done.returncode == 1
+        return done.stderr
+
+    for call, last in (
+        ("train('job.yaml')", "heliostat.errors.ConfigError: job.yaml: train.stepz: unknown key"),
+        ("load_job('none.yaml')", "heliostat.errors.ConfigError: none.yaml: "),
+    ):
+        head, *frames, line = ended(call).splitlines()
+        assert head == "Traceback (most recent call last):" and line.startswith(last)
+        assert [f for f in frames if "File" in f and "mine.py" not in f] == [] and "direct cause" not in "".join(frames)
+    told = ended("load_job(5)")  # a TypeError
+    assert "heliostat/api.py" in told
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_resolves_is_typed_and_is_explained(name):
     found = getattr(heliostat, name)

@@ -1,5 +1,6 @@
 """Jobs on clusters, the parts that need none: exit codes, progress, the queue's order, what may travel to a machine elsewhere."""
 
+import errno
 import json
 import os
 import signal
@@ -207,6 +208,46 @@ def test_what_is_new_in_a_log_is_all_that_its_copy_in_storage_costs(tmp_path):
     copy.send()
     assert store.bytes < len(whole) + 100 * logs.PART  # what is new, and the part that it goes on
     assert logs.stored(Location(str(tmp_path))) == "of an earlier version\n" + whole.decode(errors="replace")
+
+
+def test_a_full_disk_costs_a_stretch_of_the_logs_copy_and_nothing_else(tmp_path, monkeypatch):
+    """Half of a line fits, then nothing, then all again: the copy has what fitted, and says what is missing."""
+    (tmp_path / "logs").mkdir()
+    copy, room, write = logs.LogCopy(Location(str(tmp_path / "logs")), "a"), [10**9], os.pwrite
+
+    def pwrite(file, data, at):
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = bytes(data[: room[0]])
+        room[0] -= len(taken)
+        return write(file, taken, at)
+
+    monkeypatch.setattr(logs.os, "pwrite", pwrite)
+    copy.add(b"before\n")
+    copy.send()
+    room[0] = 4
+    copy.add(b"lost half way\n")
+    copy.add(b"lost\n")
+    copy.send()
+    room[0] = 10**9
+    copy.add(b"after\n")
+    copy.send()
+    told = "before\n\n[19 bytes of the log are missing: No space left on device]\nafter\n"
+    assert logs.stored(Location(str(tmp_path))) == told
+
+
+def test_a_driver_outlives_a_standard_output_that_takes_nothing(tmp_path):
+    """/dev/full is a disk without room. The child must not die of a broken pipe, and its log must be in storage."""
+    run = tmp_path / "runs" / "r"
+    run.mkdir(parents=True)
+    (tmp_path / "job.json").write_text(json.dumps({"name": "r", "storage": str(tmp_path / "runs")}))
+    (tmp_path / "train.py").write_text("for n in range(2000): print('step', n, flush=True)\nprint('saved', flush=True)")
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        command = [sys.executable, "-c", RUN, str(tmp_path / "job.json"), str(tmp_path / "train.py")]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, cwd=ROOT, check=False)
+    assert done.returncode == 0 and done.stderr.count("standard output takes no more") == 1, done.stderr
+    stored = logs.stored(Location(str(run)))
+    assert stored.startswith("step 0\n") and stored.endswith("step 1999\nsaved\n")
 
 
 class Tailed:

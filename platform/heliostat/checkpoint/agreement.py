@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
+from heliostat import wire
 from heliostat.checkpoint import tree
 from heliostat.errors import HeliostatError, WorkerError
 
 T = TypeVar("T")
 
 
+@wire.travels
 class Outcome(NamedTuple):
     """Holds what a rank's work returned, or what it raised and on which rank."""
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from heliostat import device_threads, run_folder
+from heliostat import device_threads, run_folder, wire
 from heliostat.checkpoint import checksums, columns, placement, shard_index
 from heliostat.checkpoint import index as checkpoint_index
 from heliostat.checkpoint.columns import ROWS, Columns
@@ -63,6 +63,10 @@ def frozen_folders(run: Location) -> list[str]:
     return [n for n in run.join(run_folder.CHECKPOINTS).folders() if n.startswith(f"{FROZEN}-")]
 
 
+wire.travels(Location)
+
+
+@wire.travels
 @dataclass(frozen=True)
 class Checkpoint:
     """Holds a complete checkpoint: its folder and its index (`checkpoint.json`); `frozen`: the one of its frozen parameters.

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from heliostat import wire
 from heliostat.errors import CheckpointError
 
 Run = list[int]  # first shard, shards, start, elements in each
@@ -25,6 +26,7 @@ class Chunk(NamedTuple):
     numel: int
 
 
+@wire.travels
 class Part(NamedTuple):
     """Holds what some consecutive ranks have written: their shards, and their tensors, whose runs count these shards."""
 

@@ -1,12 +1,12 @@
 """Passes small values along a binomial tree of a process group's ranks: up to rank 0, merged on the way, and down to all.
 
 A rank talks to at most log2(P) others, and a value makes at most log2(P) hops each way. Ranks count through node after node, so
-with a power of two on each node the lower branches stay inside the nodes, and the upper ones join their first ranks.
+with a power of two on each node the lower branches stay inside the nodes, and the upper ones join their first ranks. Values are
+plain ones, as `wire` encodes them.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from heliostat import wire
+from heliostat.errors import TrainingError
 
 T = TypeVar("T")
 
@@ -69,7 +72,7 @@ def down(where: Channel, value: T) -> T:
 
 
 def _send(where: Channel, to: int, value: object) -> None:
-    data = pickle.dumps(value)
+    data = wire.pack(value)
     first = len(data).to_bytes(SIZE, "little") + data[: HEAD - SIZE]
     _put(where, to, first.ljust(HEAD, b"\0"))
     if rest := data[HEAD - SIZE :]:
@@ -79,10 +82,12 @@ def _send(where: Channel, to: int, value: object) -> None:
 def _receive(where: Channel, source: int) -> Any:
     first = _get(where, source, HEAD)
     size = int.from_bytes(first[:SIZE], "little")
+    if size > wire.MOST:
+        raise TrainingError(f"worker {source} announced a message of {size:,} bytes, more than {wire.MOST:,}")
     data = first[SIZE : SIZE + size]
     if size > len(data):
         data += _get(where, source, size - len(data))
-    return pickle.loads(data)  # noqa: S301 (of a process of this group, as torch's own collectives of objects do)
+    return wire.unpack(data)
 
 
 def _put(where: Channel, to: int, data: bytes) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from heliostat import wire
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.chunks import Chunks, Gathered
@@ -158,6 +159,7 @@ def make_order(plan: DataPlan, sources: list[Manifest]) -> Order:
                  plan.version)  # fmt: skip
 
 
+@wire.travels
 @dataclass(frozen=True)
 class Bad:
     """Describes a sample that could not be used, and the source, chunk and row of the same window that replaced it."""

@@ -21,7 +21,7 @@ import pyarrow as pa
 import ray
 from ray.data import ExecutionResources
 
-from heliostat import device_threads
+from heliostat import device_threads, wire
 from heliostat.data.content import Content, join, pack, part, unpack
 from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.data.order import Order
@@ -101,11 +101,18 @@ def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
     ranges.append((begin, end))
 
 
-def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int, labels: dict[str, str] | None = None) -> Any:
+def dataset(
+    task: Fetch,
+    concurrency: int,
+    memory_limit: int,
+    sample_bytes: int,
+    labels: dict[str, str] | None = None,
+    own_cpu: bool = True,
+) -> Any:
     """Makes the Ray Dataset of the task's blocks, a Ray block each.
 
     At most `concurrency` windows are in flight, fewer where `memory_limit` does not allow so many. With `labels`, only nodes that
-    carry them fetch.
+    carry them fetch. `own_cpu`: each task that fetches holds a CPU of Ray's; without, it shares those of other tasks.
     """
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # a block per yielded row
@@ -119,7 +126,9 @@ def dataset(task: Fetch, concurrency: int, memory_limit: int, sample_bytes: int,
     fits = max(1, memory_limit // (COPIES * task.plan.shape.window * sample_bytes))
     with ray.data.DataContext.current(context):
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
-        return numbered(task.count, context).map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True)
+        # a byte of memory: tasks that ask for the same as those before them would be fused with them (`windows.numbered`)
+        needs: dict[str, Any] = {} if own_cpu else {"num_cpus": 0, "memory": 1}
+        return numbered(task.count, context).map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True, **needs)
 
 
 def split(data: Any, workers: int) -> list[Any]:
@@ -136,6 +145,7 @@ def end(parts: list[Any]) -> None:
     ray.kill(parts[0]._coord_actor)
 
 
+@wire.travels
 @dataclass(frozen=True)
 class StepSamples:
     """Holds a worker's share of a step.

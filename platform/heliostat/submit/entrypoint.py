@@ -67,6 +67,7 @@ class Driver:
         self._log = LogCopy(self.folder, attempt)
         self._over = threading.Event()
         self._killed = False
+        self._stdout, self._unsaid = sys.stdout.fileno(), 0
 
     def run(self, queue: str | None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
@@ -156,9 +157,16 @@ class Driver:
         self._write(f"{time.strftime('%H:%M:%S')} {text}\n".encode())
 
     def _write(self, data: bytes) -> None:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        """Passes output on, to where there is room: a full disk must not close the pipe that the driver writes to."""
         self._log.add(data)
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._stdout, rest) :]
+        except OSError as e:
+            if not self._unsaid:
+                log.warning("standard output takes no more (%s); the log's copy in storage goes on", e)
+            self._unsaid += len(rest)
 
     def _send(self) -> None:
         """Updates the log's copy in storage until it is complete."""

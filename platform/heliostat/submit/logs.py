@@ -5,36 +5,61 @@ Objects in storage cannot be appended to; in parts, storing what is new costs no
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
+from typing import IO
 
 from heliostat import run_folder
 from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
 
 PART = 1 << 20
 
 
 class LogCopy:
-    """Copies an attempt's log to storage; `add` and `send` may be called in different threads."""
+    """Copies an attempt's log to storage; `add` and `send` may be called in different threads.
+
+    What a full disk does not take is left out of the copy, which says so where it is missing.
+    """
 
     def __init__(self, folder: Location, attempt: str) -> None:
         self.folder, self.attempt = folder, attempt
-        self._file = tempfile.TemporaryFile(prefix="heliostat-", suffix=".log")  # noqa: SIM115 (as long as the process)
+        self._file: IO[bytes] | None = None
+        self._missing, self._why = 0, ""
         self._written = self._sent = 0
         self._one = threading.Lock()
 
     def add(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file.flush()
-        self._written += len(data)
+        """Adds to the log; never raises an OSError."""
+        note = f"\n[{self._missing:,} bytes of the log are missing: {self._why}]\n".encode() if self._missing else b""
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="heliostat-", suffix=".log", buffering=0)  # noqa: SIM115 (for good)
+            self._append(self._file.fileno(), note + data)
+        except OSError as e:
+            if not self._missing:
+                log.warning("the copy of the job's log lacks what follows: %s", e)
+            self._missing, self._why = self._missing + len(data), e.strerror or str(e)
+        else:
+            self._missing = 0
+
+    def _append(self, file: int, data: bytes) -> None:
+        """Appends all of the data, or nothing that counts."""
+        end, rest = self._written, memoryview(data)
+        while rest:
+            count = os.pwrite(file, rest, end)
+            end, rest = end + count, rest[count:]
+        self._written = end
 
     def send(self) -> None:
         """Writes the parts that storage lacks, or has only in part."""
         with self._one:
-            while self._sent < self._written:
+            while self._file and self._sent < self._written:
                 number = self._sent // PART
-                data = os.pread(self._file.fileno(), PART, number * PART)
+                data = os.pread(self._file.fileno(), min(PART, self._written - number * PART), number * PART)
                 self.folder.join(f"{self.attempt}.{number:06d}.log").write(data)
                 self._sent = number * PART + len(data)
 

@@ -94,7 +94,7 @@ def _last_checkpoint(job: Job, resume: bool) -> Checkpoint | None:
     if found and not resume:
         raise ConfigError(
             f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
-            "use --resume to go on, --overwrite to start anew, or another name"
+            "use --resume to go on, --overwrite to start anew (resume=True, overwrite=True), or another name"
         )
     return found
 

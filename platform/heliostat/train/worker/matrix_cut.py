@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from heliostat.checkpoint.agreement import together
 from heliostat.recipes import building
 from heliostat.train.worker import zero_state
 from heliostat.update_rules.whole_matrices import Matrix
@@ -24,8 +25,10 @@ def tell(engine: Any, hidden: set[torch.nn.Parameter]) -> None:
     optimizer: Any = zero_state.inner_optimizer(engine)
     flats = [(flat, group) for flat, group in zero_state.flat_groups(engine) if group[0] in hidden]
     ours = [[_slice(zero_state.place(engine, p)) for p in group] for _, group in flats]
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, [[span for span, _ in slices] for slices in ours])
+    spans = [[span for span, _ in slices] for slices in ours]
+    group = dist.new_group(backend="gloo")
+    everyones = together(group, lambda: spans)
+    dist.destroy_process_group(group)
     told = {
         flat: list(_matrices(group, slices, [theirs[i] for theirs in everyones]))
         for i, ((flat, group), slices) in enumerate(zip(flats, ours, strict=True))

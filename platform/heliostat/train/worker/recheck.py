@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from heliostat import wire
 from heliostat.checkpoint.agreement import agreed, together
 from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
@@ -35,6 +36,7 @@ BLOCK = 1 << 24  # elements that a digest looks at together
 SPREAD = -7046029254386353131  # 2^64 over the golden ratio, odd, as a signed number
 
 
+@wire.travels
 @dataclass(frozen=True)
 class Told:
     """Holds what one worker has computed: where it runs, on which kind of device, and the digests in order."""

@@ -1,0 +1,178 @@
+"""Encodes plain values as bytes and decodes them: what the processes of a run send each other. It is not pickle: decoding runs no
+code that the bytes choose.
+
+    data = wire.pack({"step": 7, "digests": array})
+    wire.unpack(data)
+
+Values are numbers, text, bytes, None, lists, tuples, ranges, and dictionaries of them; NumPy arrays, CPU tensors, Arrow tables;
+the errors of `heliostat.errors`; and instances of dataclasses and named tuples that are registered by `@wire.travels`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgpack
+import numpy as np
+import pyarrow as pa
+
+from heliostat import errors
+from heliostat.errors import HeliostatError, WorkerError, innermost
+
+if TYPE_CHECKING:  # with torch, which takes a second
+    import torch
+
+C = TypeVar("C", bound=type)
+
+MOST = 2**31 - 1  # bytes of a message
+TUPLE, RANGE, INTEGER, ARRAY, SCALAR, TENSOR, TABLE, ERROR, RECORD = range(1, 10)  # codes of MessagePack's extension types
+
+_records: dict[str, type] = {}
+
+
+def travels(cls: C) -> C:
+    """Registers a dataclass or named tuple: its instances can be sent, field by field."""
+    _records[_name(cls)] = cls
+    return cls
+
+
+def pack(value: object) -> bytes:
+    """Encodes a value; TypeError for one that is not plain, ValueError for one of more than MOST bytes."""
+    data = msgpack.packb(value, default=_encode, strict_types=True)
+    if len(data) > MOST:
+        raise ValueError(f"a message of {len(data):,} bytes is larger than {MOST:,}")
+    return data
+
+
+def unpack(data: bytes) -> Any:
+    """Decodes a value; ValueError if the bytes are not an encoded value."""
+    return msgpack.unpackb(data, ext_hook=_decode, strict_map_key=False)
+
+
+def _encode(value: Any) -> Any:
+    """Encodes what MessagePack has no type for."""
+    if _records.get(_name(type(value))) is type(value):
+        named = (
+            [getattr(value, f.name) for f in dataclasses.fields(value) if f.init] if dataclasses.is_dataclass(value) else value
+        )
+        return msgpack.ExtType(RECORD, pack([_name(type(value)), list(named)]))
+    for kind, code, encode in _ENCODERS:
+        if isinstance(value, kind):
+            return msgpack.ExtType(code, encode(value))
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return msgpack.ExtType(INTEGER, str(int(value)).encode())
+    for kind in (dict, list, str, bytes, int, float):  # subclasses, as plain values
+        if isinstance(value, kind):
+            return kind(value)
+    if type(value).__module__ == "torch":
+        return msgpack.ExtType(TENSOR, _pack_tensor(value))
+    raise TypeError(
+        f"{type(value).__qualname__} can't be sent between processes; use numbers, text, lists, dicts, or NumPy arrays"
+    )
+
+
+def _decode(code: int, data: bytes) -> Any:
+    decode = _DECODERS.get(code)
+    if decode is None:
+        raise ValueError(f"unknown type {code} in a message")
+    return decode(data)
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _pack_array(value: np.ndarray) -> bytes:
+    if value.dtype.hasobject:
+        raise TypeError("an array of Python objects can't be sent between processes")
+    out = io.BytesIO()
+    np.lib.format.write_array(out, value, allow_pickle=False)
+    return out.getvalue()
+
+
+def _unpack_array(data: bytes) -> np.ndarray:
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+def _pack_tensor(value: torch.Tensor) -> bytes:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{type(value).__qualname__} can't be sent between processes")
+    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return pack([str(value.dtype).removeprefix("torch."), list(value.shape), flat.numpy().tobytes()])
+
+
+def _unpack_tensor(data: bytes) -> torch.Tensor:
+    import torch
+
+    name, shape, held = unpack(data)
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is not a type of tensors")
+    return torch.frombuffer(bytearray(held), dtype=dtype).reshape(shape) if held else torch.empty(shape, dtype=dtype)
+
+
+def _pack_table(value: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, value.schema) as writer:
+        writer.write_table(value)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpack_table(data: bytes) -> pa.Table:
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_all()
+
+
+def _pack_error(value: HeliostatError) -> bytes:
+    """Encodes an error as the class of `heliostat.errors` that it is or derives from, with its arguments."""
+    value = innermost(value) or value
+    kind = next(c for c in type(value).__mro__ if c.__module__ == errors.__name__)
+    args = value.args if type(value) is kind else (str(value),)
+    try:
+        return pack([kind.__name__, list(args), str(value)])
+    except TypeError:
+        return pack([kind.__name__, [str(value)], str(value)])
+
+
+def _unpack_error(data: bytes) -> HeliostatError:
+    name, args, text = unpack(data)
+    kind = getattr(errors, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, HeliostatError)):
+        raise ValueError(f"{name!r} is not an error of heliostat's")
+    try:
+        return kind(*args)
+    except TypeError:  # of a subclass that took others
+        return WorkerError(text)
+
+
+def _unpack_record(data: bytes) -> Any:
+    name, values = unpack(data)
+    if name not in _records:
+        raise ValueError(f"{name!r} is not a type that may be sent between processes")
+    return _records[name](*values)
+
+
+_ENCODERS: tuple[tuple[type, int, Callable[[Any], bytes]], ...] = (
+    (tuple, TUPLE, lambda value: pack(list(value))),
+    (range, RANGE, lambda value: pack([value.start, value.stop, value.step])),
+    (np.ndarray, ARRAY, _pack_array),
+    (np.generic, SCALAR, lambda value: _pack_array(np.asarray(value))),
+    (pa.Table, TABLE, _pack_table),
+    (HeliostatError, ERROR, _pack_error),
+)
+_DECODERS: dict[int, Callable[[bytes], Any]] = {
+    TUPLE: lambda data: tuple(unpack(data)),
+    RANGE: lambda data: range(*unpack(data)),
+    INTEGER: lambda data: int(data),
+    ARRAY: _unpack_array,
+    SCALAR: lambda data: _unpack_array(data)[()],
+    TENSOR: _unpack_tensor,
+    TABLE: _unpack_table,
+    ERROR: _unpack_error,
+    RECORD: _unpack_record,
+}
