@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from heliostat.errors import HeliostatError
+
 Scores = dict[str, float]
 
 
@@ -132,6 +134,22 @@ class Stack(Event):
 
     rank: int
     stack: str
+
+
+@dataclass(kw_only=True)
+class WorkerFailed(Event):
+    """Reports the error of a worker before the worker cleans up, which may never end on a broken device."""
+
+    rank: int
+    error: HeliostatError
+
+
+@dataclass(kw_only=True)
+class BadNodes(Event):
+    """Reports nodes on which workers fail or compute wrongly, and what was done about them, in one line."""
+
+    nodes: list[str]
+    text: str
 
 
 @dataclass(kw_only=True)

@@ -52,7 +52,7 @@ class Retries(Strict):
 
 class Watchdog(Strict):
     stall: Annotated[Float, Field(gt=0)] = 300.0
-    """Seconds in which some worker must get on: by a step, or a batch of an evaluation."""
+    """Seconds in which some worker must make progress: a micro-batch, or a batch of an evaluation."""
     start: Annotated[Float, Field(gt=0)] = 1800.0
     """The same before the first step is done."""
 

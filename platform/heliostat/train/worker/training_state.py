@@ -62,6 +62,7 @@ class TrainingState:
     def save(self, done: int, metrics: dict[str, float | None]) -> None:
         """Seals the samples up to step `done`, and begins to save the state behind it. Collective."""
         context, posts = self.context, self.context.posts
+        context.progressed()
 
         def first() -> None:
             context.fence.check()
@@ -89,6 +90,7 @@ class TrainingState:
     def keep(self, done: int) -> None:
         """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
         assert self.memory
+        self.context.progressed()
         common = {**self._counters(), "data": self.context.plan.digest}
         own = {**self.unsealed.kept(), "told": list(self.context.posts.told)}
         self.memory.keep(done, self.tensors(), common, own, self.context.control)
