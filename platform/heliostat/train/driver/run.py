@@ -274,7 +274,7 @@ class Run:
         _heed(signals, step)
 
     def _exclude(self, error: HeliostatError, step: int, owner: RunOwner, pool: Any) -> list[str]:
-        """Excludes the nodes that this failure, at the checkpoint of `step`, shows to be bad; returns what was done, if anything."""
+        """Excludes the nodes that a failure shows to be bad; returns what was done, if anything. `step`: of the checkpoint."""
         if isinstance(error, CorruptionError):
             owner.post(Corruption(nodes=error.nodes, text=str(error)))
         if not (bad := self.suspicions.note(error, step)):
