@@ -7,14 +7,17 @@ give MLflow no more than POINTS_PER_S. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL s
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import threading
+from contextlib import suppress
 from typing import Any
 
 import psutil
 import torch
 
-from heliostat.events import NodeSample
+from heliostat.events import NodeSample, Notice
 
 MB = 1e6
 INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
@@ -34,6 +37,7 @@ class NodeMonitor:
         """Starts sampling; `nodes`: how many nodes there are in all."""
         self._mailbox, self._node, self._nodes = mailbox, node, nodes
         self._network = psutil.net_io_counters()
+        self._unread: set[int] = set()  # GPUs that could not be read, which was reported
         self._ended = threading.Event()
         psutil.cpu_percent()  # the first call only sets a mark
         threading.Thread(target=self._sample, name="system", daemon=True).start()
@@ -45,7 +49,11 @@ class NodeMonitor:
         fixed = os.environ.get(INTERVAL)
         every = float(fixed) if fixed else EVERY_S
         while not self._ended.wait(every):
-            values = self.host() | gpus()
+            measured, faults = gpus()
+            for gpu in faults.keys() - self._unread:
+                self._mailbox.post.remote(Notice(text=f"node {self._node}: GPU {gpu} can't be read: {faults[gpu]}"))
+            self._unread |= faults.keys()
+            values = self.host() | measured
             self._mailbox.post.remote(NodeSample(node=self._node, values=values))
             if not fixed:
                 every = interval(self._nodes, len(values))
@@ -63,18 +71,45 @@ class NodeMonitor:
         }
 
 
-def gpus() -> dict[str, float]:
-    """Measures every GPU that this process sees; utilisation and power where NVIDIA's `nvidia-ml-py` is installed."""
-    if not torch.cuda.is_available():
-        return {}
-    out: dict[str, float] = {}
-    for i in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(i)
-        out[f"gpu_{i}_memory_usage_megabytes"] = (total - free) / MB
-        out[f"gpu_{i}_memory_usage_percentage"] = 100 * (total - free) / total
+def gpus() -> tuple[dict[str, float], dict[int, str]]:
+    """Measures every GPU that this process sees; returns the values, and why a GPU could not be read, by its number.
+
+    NVML reads a GPU without CUDA: `torch.cuda.mem_get_info` would create a context on each of them, some 500 MB.
+    """
+    values: dict[str, float] = {}
+    faults: dict[int, str] = {}
+    if not torch.cuda.is_available() or (nvml := _nvml()) is None:
+        return values, faults
+    for i, name in enumerate(_visible(nvml)):
         try:
-            out[f"gpu_{i}_utilization_percentage"] = float(torch.cuda.utilization(i))
-            out[f"gpu_{i}_power_usage_watts"] = torch.cuda.power_draw(i) / 1000
-        except (ModuleNotFoundError, RuntimeError):
+            handle = nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        except nvml.NVMLError as e:
+            faults[i] = str(e)
             continue
-    return out
+        values[f"gpu_{i}_memory_usage_megabytes"] = memory.used / MB
+        values[f"gpu_{i}_memory_usage_percentage"] = 100 * memory.used / memory.total
+        with suppress(nvml.NVMLError):  # not every GPU measures these
+            values[f"gpu_{i}_utilization_percentage"] = float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+            values[f"gpu_{i}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+    return values, faults
+
+
+def _visible(nvml: Any) -> list[str]:
+    """Lists the GPUs that this process sees: numbers of NVML, or UUIDs."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(nvml.nvmlDeviceGetCount())]
+
+
+@functools.cache
+def _nvml() -> Any:
+    """Returns the NVML bindings, of `nvidia-ml-py` or those that Ray brings along; None without NVIDIA's driver."""
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        nvml = importlib.import_module("ray._private.thirdparty.pynvml")
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    return nvml
