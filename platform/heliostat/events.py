@@ -101,11 +101,13 @@ class Evaluation(Event):
 
 @dataclass(kw_only=True)
 class Saved(Event):
-    """Reports a checkpoint after `step` steps; training has waited for checkpoints `blocked_s` seconds so far."""
+    """Reports a checkpoint after `step` steps; training has waited for checkpoints `blocked_s` seconds so far, and `failed` saves
+    of this attempt have failed."""
 
     kind: ClassVar[str] = "checkpoint"
     step: int
     blocked_s: float
+    failed: int = 0
 
 
 @dataclass(kw_only=True)

@@ -108,7 +108,7 @@ class Worker:
         self.scores: dict[str, float] = {}
         self.scored_at = -1
         self.recheck = self._rechecked() if job.train.recheck else None
-        self.watch = LossWatch(self.context, self.dataset, self.state.saver.wait)
+        self.watch = LossWatch(self.context, self.dataset, self.state.settle)
         self.reports = StepReports(self.context, self.stepper, self.dataset, self.watch, self.ledger)
 
     # one run ---------------------------------------------------------------------------------------------------------
@@ -171,7 +171,8 @@ class Worker:
         self.watch.check_norm(step, norm)
         stop = self.consensus.result()
         if stop == FAILED:
-            self.state.saver.wait()  # raises on every worker
+            self.state.settle()  # raises on every worker, or on none
+            stop = RUN
         self.ledger.move("computing", "checkpoint", self.state.blocked_s - blocked)
         if self.job.train.compile and step <= self.start_step + 1:
             self.ledger.compiled(first=first)
