@@ -118,11 +118,24 @@ class CorruptionError(HeliostatError):
 
 
 class TrainingError(HeliostatError):
-    """Reports that the run failed, after all the retries that it was allowed."""
+    """Reports that the run failed, after all the retries that it was allowed. `suspects`: ids of nodes that may be the cause."""
+
+    suspects: tuple[str, ...] = ()
 
 
 class WorkerError(TrainingError):
-    """Reports that a worker raised an error that is not heliostat's own: in a recipe, a library, or heliostat's code."""
+    """Reports that a worker raised an error that is not heliostat's own: in a recipe, a library, or heliostat's code. `rank`: of
+    the worker, where all workers raise its error."""
+
+    rank: int | None = None
+
+
+class PeerLostError(TrainingError):
+    """Reports that a worker ended because another worker had failed: this error is never the cause."""
+
+
+class DeviceError(TrainingError):
+    """Reports that a GPU failed: names the worker, its node and the device."""
 
 
 class StalledError(TrainingError):

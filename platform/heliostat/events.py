@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from heliostat.errors import HeliostatError
+
 Scores = dict[str, float]
 
 
@@ -99,11 +101,13 @@ class Evaluation(Event):
 
 @dataclass(kw_only=True)
 class Saved(Event):
-    """Reports a checkpoint after `step` steps; training has waited for checkpoints `blocked_s` seconds so far."""
+    """Reports a checkpoint after `step` steps; training has waited for checkpoints `blocked_s` seconds so far, and `failed` saves
+    of this attempt have failed."""
 
     kind: ClassVar[str] = "checkpoint"
     step: int
     blocked_s: float
+    failed: int = 0
 
 
 @dataclass(kw_only=True)
@@ -132,6 +136,22 @@ class Stack(Event):
 
     rank: int
     stack: str
+
+
+@dataclass(kw_only=True)
+class WorkerFailed(Event):
+    """Reports the error of a worker before the worker cleans up, which may never end on a broken device."""
+
+    rank: int
+    error: HeliostatError
+
+
+@dataclass(kw_only=True)
+class BadNodes(Event):
+    """Reports nodes on which workers fail or compute wrongly, and what was done about them, in one line."""
+
+    nodes: list[str]
+    text: str
 
 
 @dataclass(kw_only=True)

@@ -35,6 +35,7 @@ NO_MODULES = {
     "checkpoint",
     "spikes",
     "corruption",
+    "bad_nodes",
     "deleted",
     "history",
     "reason",

@@ -154,7 +154,7 @@ def test_all_cross_field_faults_are_listed_at_once():
         {"mlflow.register": "a-model", "evaluate": None},
         {"train.deepspeed": {"zero_optimization": {"overlap_comm": True}}, "train.optimizer.betas": [0.8, 0.99]},
         {"model": {"arch": "mamba2", "time_step_limit": [0.0, float("inf")], "nothing": None, "text": "1e-3"}},
-        {"train.zero.stage": 3, "train.zero.offload.param": "cpu", "workers.gpus": 0.5, "train.optimizer.lr": 1e-9},
+        {"train.zero.stage": 3, "train.zero.offload.param": "cpu", "workers.gpus": 1.0, "train.optimizer.lr": 1e-9},
     ],
 )
 def test_a_dumped_job_loads_as_the_same_job(workspace, changes):
@@ -166,6 +166,16 @@ def test_a_dumped_job_loads_as_the_same_job(workspace, changes):
     for again in (dumped, json.loads(json.dumps(dumped)), yaml.safe_load(yaml.safe_dump(dumped))):
         assert schema.validate(Job, again, "dump") == made
     assert spec.resolve(made) == made, "a resolved job resolves to itself"
+
+
+@pytest.mark.parametrize("gpus", [0.5, 2, 1.5])
+def test_a_worker_has_one_gpu_or_none(workspace, gpus):
+    """Two workers on one GPU would see it twice, and of two GPUs a worker uses one. Such a job that was recorded still opens."""
+    with pytest.raises(
+        ConfigError, match=rf"^workers\.gpus: a worker trains on one GPU or on none \({gpus}\)\. Set it to 1 or 0"
+    ):
+        spec.load(write(workspace, **{"workers.gpus": gpus}))
+    assert schema.validate(Job, raw(**{"workers.gpus": gpus}), "recorded").workers.gpus == gpus
 
 
 def test_paths_are_taken_from_the_workspace(workspace):

@@ -63,6 +63,7 @@ def _attempt(group: Any, work: Callable[[], T]) -> Outcome:
         return Outcome(error=e, rank=rank)
     except Exception as e:  # noqa: BLE001 (raised on every rank, below)
         fault = WorkerError(f"worker {dist.get_rank()}: {type(e).__name__}: {e}")
+        fault.rank = dist.get_rank()
         fault.__cause__ = e
         return Outcome(error=fault, rank=rank)
 

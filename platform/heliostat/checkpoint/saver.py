@@ -30,13 +30,14 @@ from heliostat.checkpoint.loading import casts, load, open_together
 from heliostat.checkpoint.retention import Pruner
 from heliostat.checkpoint.tree import Channel
 from heliostat.config import spec
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, StorageError
 from heliostat.lease import Fence
 from heliostat.storage import Location
 
 __all__ = ["Checkpoint", "Saver", "casts", "folder", "latest", "load", "open_checkpoint", "open_together", "steps"]
 
 
+TOLERATED = 3  # failures in a row, of saves or of the removal of old checkpoints, that don't end training
 PULSE_S = 1.0  # between two looks at a save that is waited for
 TAG = 1  # of what the savers tell each other
 LONGEST = timedelta(hours=12)  # a wait of one worker for another's part of a checkpoint; the watchdog sees whether that gets on
@@ -52,11 +53,12 @@ class Saver:
         group: Any,
         fence: Fence | None = None,
         progressed: Callable[[], None] = lambda: None,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Prepares a worker's saver.
 
         `group`: a gloo process group, of which this uses a channel of its own, because saving runs beside training; `progressed`
-        is called while this waits for a save that makes progress.
+        is called while this waits for a save that makes progress; `notice` reports old checkpoints that could not be removed.
         """
         self.run, self.policy, self.group, self.fence = run, policy, group, fence
         self.channel = Channel(group, TAG, LONGEST)
@@ -64,6 +66,7 @@ class Saver:
         self._progressed, self._written = progressed, 0
         self.frozen = Keeper(run, self.channel, lambda place, slices: self._store(place, None, slices, {}))
         self._pruner = Pruner(run, policy, fence)
+        self._notice, self._unpruned = notice, 0
         self._thread = device_threads.pool(1, "checkpoint")
         self._pending: Future | None = None
         self._started: Future | None = None
@@ -108,13 +111,18 @@ class Saver:
         """Tells whether the save in flight has failed on this worker: then all workers should `wait`, which raises the error."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
-    def wait(self) -> None:
-        """Waits until the save in flight is complete; an error of one worker is raised on all of them."""
-        if self._pending:
-            started = time.perf_counter()
-            pending, self._pending = self._pending, None
+    def wait(self) -> bool:
+        """Waits until the save in flight is complete; an error of one worker is raised on all of them. Returns whether there was
+        a save in flight."""
+        if not self._pending:
+            return False
+        started = time.perf_counter()
+        pending, self._pending = self._pending, None
+        try:
             agreed(self.channel, lambda: self._until(pending))
+        finally:
             self.blocked_s += time.perf_counter() - started
+        return True
 
     def _until(self, pending: Future) -> None:
         while futures.wait([pending], PULSE_S).not_done:
@@ -159,7 +167,19 @@ class Saver:
             facts = {**facts, FROZEN: name}
         self._store(folder(self.run, step), step, copied, facts)
         if dist.get_rank() == 0:
+            self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        """Removes old checkpoints. The new one is complete, so a store that fails here is tolerated some times in a row."""
+        try:
             self._pruner.prune(step)
+            self._unpruned = 0
+        except StorageError as e:
+            self._unpruned += 1
+            if self._unpruned > TOLERATED:
+                raise
+            again = f"{self._unpruned} in a row, of {TOLERATED} that are tolerated"
+            self._notice(f"step {step}: old checkpoints could not be removed ({again}): {e}")
 
     def _copy(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         slices = {n: t for n, t in state.items() if isinstance(t, FlatShard)}

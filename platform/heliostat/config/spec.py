@@ -168,7 +168,15 @@ def changed_keys(recorded: Any, now: Any, key: str = "") -> list[str]:
 
 
 def resolve(job: Job) -> Job:
-    """Makes every path absolute, because Ray's workers run in other folders."""
+    """Makes every path absolute, because Ray's workers run in other folders; ConfigError for a job that can't be trained.
+
+    What no job could be trained with is checked here, and not in `Job`, so that jobs recorded by older versions still open.
+    """
+    if job.workers.gpus not in (0, 1):
+        raise ConfigError(
+            f"workers.gpus: a worker trains on one GPU or on none ({job.workers.gpus:g}). Set it to 1 or 0, and workers.count to "
+            "the number of GPUs"
+        )
     root = workspace.root()
     raw = job.dump()
     for i, source in enumerate(raw["data"]["sources"]):

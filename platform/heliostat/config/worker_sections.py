@@ -25,7 +25,7 @@ class Workers(Strict):
     cpus: Annotated[Float, Field(gt=0)] = 1.0
     """Cores of each."""
     gpus: Annotated[Float, Field(ge=0)] = 0.0
-    """GPUs of each; 0 trains on CPUs with gloo."""
+    """GPUs of each: 1, or 0 to train on CPUs with gloo."""
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
     """`pack`: on as few nodes as possible; `spread`: on as many; `strict_spread`: each on a node of its own."""
     labels: dict[str, str] = {}
@@ -52,7 +52,7 @@ class Retries(Strict):
 
 class Watchdog(Strict):
     stall: Annotated[Float, Field(gt=0)] = 300.0
-    """Seconds in which some worker must get on: by a step, or a batch of an evaluation."""
+    """Seconds in which some worker must make progress: a micro-batch, or a batch of an evaluation."""
     start: Annotated[Float, Field(gt=0)] = 1800.0
     """The same before the first step is done."""
 

@@ -28,7 +28,7 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
-from heliostat.events import AttemptStarted, Corruption, Evaluation, Event, Goodput, Saved, Spike, Steps
+from heliostat.events import AttemptStarted, BadNodes, Corruption, Evaluation, Event, Goodput, Saved, Spike, Steps
 from heliostat.retries import Backoff
 from heliostat.runs import goodput
 from heliostat.runs.mlflow_id import record
@@ -91,6 +91,8 @@ class RunOwner:
         self._filled = False  # with what earlier commands left beside the checkpoints
         self._spiked = False  # since the tag about it was written
         self._corrupted = ""  # what is to be written about it
+        self._bad_nodes: list[str] = []  # lines about them, of this command
+        self._bad_nodes_logged = 0
         self._saved: int | None = None  # the step of a checkpoint of which MLflow does not know yet
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
@@ -200,6 +202,8 @@ class RunOwner:
                 self._spiked = True
             case Corruption():
                 self._corrupted = event.text
+            case BadNodes():
+                self._bad_nodes.append(event.text)
             case Saved():
                 self._saved = event.step
 
@@ -240,6 +244,9 @@ class RunOwner:
         if self._corrupted:
             self._try("what it found of corruption", lambda: self._record.corruption(self._corrupted))
             self._corrupted = ""
+        if len(self._bad_nodes) > self._bad_nodes_logged:
+            self._try("its bad nodes", lambda: self._record.bad_nodes(self._bad_nodes))
+            self._bad_nodes_logged = len(self._bad_nodes)
         if self._saved is not None and not self._end:
             step = self._saved
             self._try("its checkpoints and data", lambda: self._record.sync(step))

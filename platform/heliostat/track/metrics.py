@@ -105,7 +105,7 @@ METRICS = (
     Metric("train/time/goodput", Goodput, _of_goodput("goodput"), formerly="goodput/fraction"),
     Metric("train/time/worker_hours", Goodput, _of_goodput("worker_hours"), formerly="goodput/worker_hours"),
     Metric("train/time/*_s", Goodput, _of_goodput("parts"), formerly="goodput/*_s"),
-    Metric(CHECKPOINT + "*", Saved, lambda e: {"blocked_s": e.blocked_s}, formerly="checkpoint/*"),
+    Metric(CHECKPOINT + "*", Saved, lambda e: {"blocked_s": e.blocked_s, "failed": e.failed or None}, formerly="checkpoint/*"),
     Metric(SYSTEM + "*", NodeSample, lambda e: {f"{key} {e.node}": value for key, value in e.values.items()}),
     Metric("train/*", Steps, _of("added"), "{}"),  # the recipe's terms beside the loss
 )  # fmt: skip

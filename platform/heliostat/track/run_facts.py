@@ -23,9 +23,10 @@ from heliostat.track.artifacts import read_json
 from heliostat.track.checkpoint_models import Checkpoints
 from heliostat.track.metrics import SPIKE
 from heliostat.track.parents import parents
-from heliostat.track.tags import CORRUPTION, PARENT_RUNS, SPIKES
+from heliostat.track.tags import BAD_NODES, CORRUPTION, PARENT_RUNS, SPIKES
 
 STARTS = Format(list[dict[str, Any]], "list of a run's starts", fix="delete it to begin another")
+NODES_SHOWN = 10  # lines about bad nodes in the tag: the newest
 SPIKES_SHOWN = 100  # in the tag: the newest, of more
 
 
@@ -75,6 +76,10 @@ class Record:
     def corruption(self, text: str) -> None:
         """Writes what was found of silent data corruption as a tag of the run."""
         self.client.set_tag(self.run_id, CORRUPTION, text)
+
+    def bad_nodes(self, lines: list[str]) -> None:
+        """Writes what was found of bad nodes, and done about them, as a tag of the run."""
+        self.client.set_tag(self.run_id, BAD_NODES, "\n".join(lines[-NODES_SHOWN:]))
 
     def _code(self) -> dict[str, Any]:
         """Describes the code and the package environment of this command; their files are written once."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -31,12 +31,12 @@ from heliostat.errors import (
     StoppedError,
     TrainingError,
 )
-from heliostat.events import Event, Paused, Phase, Waiting
+from heliostat.events import Event, Paused, Phase, Waiting, WorkerFailed
 from heliostat.lease import Fence
 from heliostat.text import brief
 from heliostat.train import mailbox
 from heliostat.train.driver import rendezvous, stack_dumps
-from heliostat.train.driver.failures import explain, survived
+from heliostat.train.driver.failures import Failure, explain, survived
 from heliostat.train.driver.memory import Memory
 from heliostat.train.driver.pool import Member, Pool
 from heliostat.train.driver.recovery import choose, stalled
@@ -72,6 +72,14 @@ class Start:
     pauses: PausePoints = field(default_factory=PausePoints)
 
 
+@dataclass
+class Ended:
+    """Holds how an attempt's workers have ended: rank 0's summary, if it has finished, and the failures in order of arrival."""
+
+    summary: dict[str, Any] | None = None
+    failures: list[Failure] = field(default_factory=list)
+
+
 class Attempt:
     def __init__(
         self, start: Start, pool: Pool, signals: Signals, take: Callable[[Event], None], beat: Callable[[], None]
@@ -84,6 +92,7 @@ class Attempt:
         self._mailbox = mailbox.make()
         self._parts = self._stream()
         self._heartbeats: dict[int, dict[str, Any]] = {}
+        self._told: dict[int, HeliostatError] = {}  # each worker's own error, by rank
         self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
         self._ordered = 0
         self._held: int | None = None  # the step behind which the workers wait
@@ -109,7 +118,7 @@ class Attempt:
 
         def train() -> None:
             try:
-                outcome["summary"] = self._train()
+                outcome["ended"] = self._train()
             except Exception as e:  # noqa: BLE001 (raised again below, in the caller's thread)
                 outcome["error"] = e
 
@@ -132,7 +141,10 @@ class Attempt:
         self._drain()
         if "error" in outcome:
             raise outcome["error"]
-        return outcome["summary"]
+        ended: Ended = outcome["ended"]
+        if ended.summary is not None:
+            return ended.summary
+        raise explain([replace(f, told=self._told.get(f.rank)) for f in ended.failures])
 
     # the watch -------------------------------------------------------------------------------------------------------
 
@@ -162,7 +174,10 @@ class Attempt:
             log.warning("%d events of the workers, the oldest, were lost: the driver was too slow for them", lost)
         now = time.monotonic()
         self._heartbeats = {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in heartbeats.items()}
-        return events
+        for event in events:
+            if isinstance(event, WorkerFailed):
+                self._told.setdefault(event.rank, event.error)
+        return [event for event in events if not isinstance(event, WorkerFailed)]
 
     def _release(self) -> None:
         """Releases workers that wait at a pause point, as soon as it is decided whether they go on."""
@@ -251,8 +266,8 @@ class Attempt:
 
     # the workers -----------------------------------------------------------------------------------------------------
 
-    def _train(self) -> dict[str, Any]:
-        """Puts the workers to work; returns rank 0's summary, or raises a HeliostatError once none works any more."""
+    def _train(self) -> Ended:
+        """Puts the workers to work; returns how they have ended, once none works any more."""
         self._mailbox.post.remote(Phase(phase="placing"))
         try:
             members, places = self._places()
@@ -264,17 +279,15 @@ class Attempt:
             member.actor.run.remote(place, {**config, "part": part}): member
             for member, place, part in zip(members, places, self._dealt(), strict=True)
         }
-        summaries, failures = self._gather(working)
-        for member in members:
-            error = failures.get(member.slot)
-            if error is not None and not survived(error):
-                self.pool.drop(member)
-        if members[0].slot in summaries:
-            return summaries[members[0].slot]
-        here = ray.get_runtime_context().get_node_id()
-        silent = [m for m in members if isinstance(failures.get(m.slot), ray.exceptions.ActorUnavailableError)]
-        self.pool.avoid(m.node for m in silent if m.node != here)
-        raise explain(list(failures.values()))  # the first is the cause of the others
+        ended = self._gather(working)
+        for failure in ended.failures:
+            if not survived(failure):
+                self.pool.drop(members[failure.rank])
+        if ended.summary is None:
+            here = ray.get_runtime_context().get_node_id()
+            silent = {f.node for f in ended.failures if isinstance(f.error, ray.exceptions.ActorUnavailableError)}
+            self.pool.avoid(silent - {here})
+        return ended
 
     def _places(self) -> tuple[list[Member], list[Place]]:
         """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made anew."""
@@ -288,34 +301,37 @@ class Attempt:
             for member in unfit:
                 self.pool.drop(member)
 
-    def _gather(self, working: dict[Any, Member]) -> tuple[dict[Any, dict[str, Any]], dict[Any, Exception]]:
-        """Waits for all workers; returns their summaries and errors, by slot.
+    def _gather(self, working: dict[Any, Member]) -> Ended:
+        """Waits for all workers, given in order of their ranks.
 
-        Once one has ended, the others do too: all at the same step, or because they lose one that has failed in a collective. Who
-        does not within some seconds is ended.
+        Once one has ended, the others do too: all at the same step, or because they are ordered to abort. A worker that does not
+        within some seconds is ended.
         """
-        summaries, failures = dict[Any, dict[str, Any]](), dict[Any, Exception]()
+        ended, ranks = Ended(), {one: rank for rank, one in enumerate(working)}
         waiting, late = list(working), 0.0
         while waiting:
             done, waiting = ray.wait(waiting, timeout=max(0.0, late - time.monotonic()) if late else None)
             for one in done:
                 late = late or time.monotonic() + SETTLE_S
-                slot = working[one].slot
                 try:
-                    summaries[slot] = ray.get(one)
+                    summary = ray.get(one)
                 except Exception as e:  # noqa: BLE001 (explained by the caller)
-                    if not failures:
-                        stream.end(self._parts)  # which the others may be waiting for
-                        if working[one].gpus:
-                            late += mailbox.interval(len(working))  # until they hear of it
-                            self._mailbox.order.remote(abort=True)
-                    failures[slot] = e
+                    if not ended.failures:
+                        late += mailbox.interval(len(working))  # until they hear of it
+                        self._abort()
+                    ended.failures.append(_failure(ranks[one], working[one], e))
+                else:
+                    ended.summary = summary if ranks[one] == 0 else ended.summary
             if late and not done:
                 log.warning("%d workers did not end within %.0f s of another, and were ended", len(waiting), SETTLE_S)
-                for one in waiting:
-                    failures[working[one].slot] = TrainingError(f"a worker did not end within {SETTLE_S:.0f} s of another")
+                ended.failures += [_failure(ranks[one], working[one], None) for one in waiting]
                 break
-        return summaries, failures
+        return ended
+
+    def _abort(self) -> None:
+        """Makes the workers end: nothing that they compute from here on counts."""
+        self._mailbox.order.remote(abort=True)
+        stream.end(self._parts)  # which they may be waiting for
 
     def _stream(self) -> list[Any]:
         job, start = self.job, self.start
@@ -341,3 +357,7 @@ class Attempt:
             "run_folder": str(self.job.run_folder),
             "queued_s": self.pool.waited_s,
         }
+
+
+def _failure(rank: int, member: Member, error: Exception | None) -> Failure:
+    return Failure(rank, member.node, member.address, member.gpus, error)

@@ -1,50 +1,144 @@
-"""Explains why an attempt's workers have failed, and tells which of their processes can go on with the next."""
+"""Explains why an attempt's workers have failed, and decides which of their processes the next attempt can use.
+
+The cause is the first error that no other one explains; a broken device comes before all others. Where there is another error,
+these are never the cause: the loss of a peer, an error after the order to abort, and a worker that did not end by itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import ray
 
-from heliostat.errors import HeliostatError, TrainingError, WorkerError, innermost
+from heliostat.errors import DeviceError, HeliostatError, PeerLostError, TrainingError, WorkerError, innermost
+from heliostat.train import faults
 
-PEER_LOST = ("connection closed by peer", "connection reset", "gloo", "nccl", "timed out", "broken pipe", "socket")
+Kind = Literal["device", "known", "raised", "unclear", "died", "peer", "late"]
+LIKELY: dict[Kind, int] = {"device": 0, "known": 1, "raised": 2, "unclear": 2, "died": 2, "peer": 3, "late": 4}
+FAILED = "the workers failed: "
+EXPLAINED = ("node has died", "node was terminated", "outofmemory", "out of memory")  # deaths that no broken device explains
 
 
-def explain(failures: Sequence[Exception]) -> HeliostatError:
-    """Explains the workers' errors in one line: by a HeliostatError of theirs if there is one, else by Ray's, chained."""
-    for error in failures:
-        if known := innermost(error):
-            known.args = (str(known).partition("\nFailed to apply UDF")[0], *known.args[1:])  # Ray Data's addition
-            return known
-    dead = [e for e in failures if not _alive(e)]
-    first = next(iter([*dead, *(e for e in failures if not _lost_peer(e)), *failures]))
-    cause = getattr(first, "cause", None) or first
-    text = [line for line in str(cause).splitlines() if line.strip()]
-    kind = WorkerError if not dead and not all(map(_lost_peer, failures)) else TrainingError
-    fault = kind(f"the workers failed: {type(cause).__name__}{f': {_short(text[-1])}' if text else ''}")
-    fault.__cause__ = first
+@dataclass(frozen=True)
+class Failure:
+    """Describes how a worker failed, and where it ran.
+
+    `error`: what Ray raised; None if the worker did not end, and was ended. `told`: the error that the worker reported before it
+    cleaned up, which arrives even if the worker then dies or hangs.
+    """
+
+    rank: int
+    node: str
+    address: str
+    gpus: tuple[str, ...]
+    error: Exception | None
+    told: HeliostatError | None = None
+
+    @property
+    def place(self) -> str:
+        gpus = f", GPU {','.join(self.gpus)}" if self.gpus else ""
+        return f"worker {self.rank} on {self.address} (node {self.node[:12]}{gpus})"
+
+    @property
+    def own(self) -> BaseException | None:
+        """Returns the error that the worker itself has raised, if it is known."""
+        if not _alive(self.error):
+            return self.told
+        return innermost(self.error) or getattr(self.error, "cause", None) or self.error
+
+    @property
+    def culprit(self) -> int:
+        """Returns the rank whose error this is: workers that agree on an error all raise that of one of them."""
+        rank = self.own.rank if isinstance(self.own, WorkerError) else None
+        return self.rank if rank is None else rank
+
+    @property
+    def kind(self) -> Kind:
+        own = self.own
+        if own is None:
+            return "late" if self.error is None else "died"
+        if isinstance(own, PeerLostError):
+            return "late"
+        if isinstance(own, HeliostatError) and not isinstance(own, WorkerError):
+            return "known"
+        fault = faults.classify(faults.describe(own))
+        return fault if fault != "other" else "known" if isinstance(own, WorkerError) else "raised"
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.own, HeliostatError):
+            return str(self.own).removeprefix(FAILED)
+        if self.own is not None:
+            return faults.describe(self.own)
+        return "did not end after another worker had ended" if self.error is None else _death(self.error)
+
+
+def explain(failures: Sequence[Failure]) -> HeliostatError:
+    """Explains the workers' failures, given in order of arrival, in one line; Ray's error is chained."""
+    cause = min(failures, key=lambda f: LIKELY[f.kind])
+    alike = [f for f in failures if f.kind == cause.kind]
+    lost = [f for f in failures if f.kind == "died" or (f.kind == "late" and f.own is None)]
+    fault: HeliostatError
+    match cause.kind:
+        case "known" if isinstance(cause.own, HeliostatError):
+            fault = cause.own
+            fault.args = (str(fault).partition("\nFailed to apply UDF")[0], *fault.args[1:])  # Ray Data's addition
+            return fault
+        case "device":
+            fault = _suspecting(DeviceError(f"{_at_fault(cause, failures).place}: {cause.text}"), alike, failures)
+        case "unclear" if len({f.culprit for f in alike}) > 1:  # several devices at once: the program
+            fault = WorkerError(f"{FAILED}{cause.text}")
+        case "raised" if not any(f.kind == "died" for f in failures):
+            fault = WorkerError(f"{FAILED}{cause.text}")
+        case "raised":
+            fault = TrainingError(f"{FAILED}{cause.text}; {_named(lost)}")
+        case "peer" if lost:
+            fault = _suspecting(TrainingError(f"{FAILED}{cause.text}; {_named(lost)}"), lost, failures)
+        case "late" if lost:
+            fault = _suspecting(TrainingError(f"{FAILED}{_named(lost)}"), lost, failures)
+        case "peer" | "late":
+            fault = TrainingError(f"{FAILED}{cause.text}")
+        case _:
+            fault = TrainingError(f"{FAILED}{_at_fault(cause, failures).place}: {cause.text}")
+            if not any(word in f"{type(cause.error).__name__} {cause.error}".lower() for word in EXPLAINED):
+                fault = _suspecting(fault, alike, failures)
+    fault.__cause__ = cause.error
     return fault
 
 
-def survived(error: Exception) -> bool:
-    """Tells whether a worker's process can be used again: it lives, and its error is one of ours, or another's loss."""
-    if not _alive(error):
+def survived(failure: Failure) -> bool:
+    """Reports whether a worker's process can be used again: it lives, and its error is one of ours, or the loss of another."""
+    if not _alive(failure.error) or failure.kind in ("device", "unclear"):
         return False
-    lost_stream = isinstance(getattr(error, "cause", None), ray.exceptions.RayActorError)
-    return innermost(error) is not None or lost_stream or _lost_peer(error)
+    lost_stream = isinstance(getattr(failure.error, "cause", None), ray.exceptions.RayActorError)
+    return isinstance(failure.own, HeliostatError) or lost_stream or failure.kind == "peer"
 
 
-def _alive(error: Exception) -> bool:
-    """Tells whether the process lived on: whether its task has raised the error, and not Ray in its place."""
+def _suspecting(fault: TrainingError, culprits: Sequence[Failure], failures: Sequence[Failure]) -> TrainingError:
+    """Adds the node that may be the cause: a fault that several nodes have at once isn't a node's."""
+    nodes = {_at_fault(f, failures).node for f in culprits}
+    fault.suspects = tuple(nodes) if len(nodes) == 1 else ()
+    return fault
+
+
+def _at_fault(failure: Failure, failures: Sequence[Failure]) -> Failure:
+    return next((f for f in failures if f.rank == failure.culprit), failure)
+
+
+def _named(lost: Sequence[Failure]) -> str:
+    more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return f"{lost[0].place}: {lost[0].text}{more}"
+
+
+def _alive(error: Exception | None) -> bool:
+    """Reports whether the process lived on: whether its task has raised the error, and not Ray in its place."""
     return isinstance(error, ray.exceptions.RayTaskError)
 
 
-def _lost_peer(error: Exception) -> bool:
-    """Tells whether an error comes from a collective that another worker, or the network, has dropped out of."""
-    return any(word in str(error).lower() for word in PEER_LOST)
-
-
-def _short(text: str) -> str:
-    """Shortens Ray's message about a dead process by leaving out its guesses at the cause."""
-    return text.partition(" Some common causes include:")[0].strip()
+def _death(error: Exception) -> str:
+    """Shortens Ray's message about a dead process: its last line, without guesses at the cause."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    said = lines[-1].partition(" Some common causes include:")[0].strip() if lines else ""
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -19,7 +19,7 @@ from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.data.dataset import make_order
 from heliostat.errors import AccessError, CorruptionError, HeliostatError, LeaseError, LossSpikeError, StoppedError, StorageError
-from heliostat.events import AttemptStarted, Corruption, Event, Goodput, NodeSample, Saved, Steps
+from heliostat.events import AttemptStarted, BadNodes, Corruption, Event, Goodput, NodeSample, Saved, Steps
 from heliostat.lease import Lease
 from heliostat.runs import liveness, segments
 from heliostat.runs import summary as endings
@@ -27,6 +27,7 @@ from heliostat.terminal import console
 from heliostat.track.logger import RunOwner
 from heliostat.train.driver import corruption, refusals
 from heliostat.train.driver.benchmarks import Beside
+from heliostat.train.driver.exclusion import Suspicions, exclude
 from heliostat.train.driver.finalize import finalize, unit
 from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
@@ -72,7 +73,7 @@ class Run:
         self.start_step, self.started, self.verbose = start_step, started, verbose
         self.saved_step = start_step  # of the newest checkpoint in storage; an attempt may start from a newer copy in memory
         self.hooks = hooks
-        self.budget = Budget(self.job.retries)
+        self.budget, self.suspicions = Budget(self.job.retries), Suspicions()
         self.restarts = 0
         self.trust_memory = True  # copies of the training state there: they are as good as the newest checkpoint, and newer
         self.warm_up = WarmUp(checked.recipe)
@@ -160,12 +161,7 @@ class Run:
                     try:
                         summary = self._attempt(owner, show, signals, pool, memory)
                     except HeliostatError as e:
-                        self._recover(e, signals, memory)
-                        if isinstance(e, CorruptionError):
-                            owner.post(Corruption(nodes=e.nodes, text=str(e)))
-                            corruption.leave_out(e.nodes, self.job, min(self.counts), pool)
-                        elif isinstance(e, AccessError):
-                            refusals.leave_out(e.node, self.job, min(self.counts), pool)
+                        self._recover(e, owner, signals, pool, memory)
                     else:
                         stop = summary.pop("stop")
                         if stop == RUN:
@@ -243,7 +239,7 @@ class Run:
         if self.lease.lost:
             raise self.lease.lost
 
-    def _recover(self, error: HeliostatError, signals: Signals, memory: Any) -> None:
+    def _recover(self, error: HeliostatError, owner: RunOwner, signals: Signals, pool: Any, memory: Any) -> None:
         """Prepares another attempt after a failure, or raises the error."""
         kind = classify(error)
         if kind == "final" or isinstance(error, StoppedError):
@@ -265,10 +261,11 @@ class Run:
         except StorageError as e:  # still away: the next attempt looks from where this one began
             log.warning("%s", e)
             step = self.saved_step
+        reason = "; ".join([str(error), *self._exclude(error, step, owner, pool)])
         wait = self.budget.spend(error, step)
         again = f"retry {self.budget.used} of {self.budget.retries.max}"
         log.warning("%s; going on from step %d in %.0f s (%s)", error, step, wait, again)
-        self._restart("failed", str(error))
+        self._restart("failed", reason)
         self.start_step = self.saved_step = step
         if len(kept := tuple(skip for skip in self.plan.skips if skip[0] <= step)) < len(self.plan.skips):
             self.plan = dataclasses.replace(self.plan, skips=kept)  # what was left out from a later step on is decided anew
@@ -277,6 +274,18 @@ class Run:
             self._leave_out(max(step, error.step - 1), error.step)
         self._pause(wait, signals)
         _heed(signals, step)
+
+    def _exclude(self, error: HeliostatError, step: int, owner: RunOwner, pool: Any) -> list[str]:
+        """Excludes the nodes that a failure shows to be bad; returns what was done, if anything. `step`: of the checkpoint."""
+        if isinstance(error, AccessError):
+            refusals.leave_out(error.node, self.job, min(self.counts), pool)
+        if isinstance(error, CorruptionError):
+            owner.post(Corruption(nodes=error.nodes, text=str(error)))
+        if not (bad := self.suspicions.note(error, step)):
+            return []
+        done = exclude(bad, self.job, min(self.counts), pool)
+        owner.post(BadNodes(nodes=bad, text=f"{error}; {done}"))
+        return [done]
 
     def _pause(self, seconds: float, signals: Signals) -> None:
         until = time.monotonic() + seconds

@@ -17,8 +17,8 @@ from heliostat.train.worker.posts import Posts
 class Context:
     """Holds the attempt's job, data and first step, and this worker's place in it.
 
-    `control`: a gloo group of all workers; `fence`: of the driver's lease; `progressed`: tells the watchdog that this worker,
-    which waits, gets on.
+    `control`: a gloo group of all workers; `fence`: of the driver's lease; `progressed`: reports progress to the watchdog,
+    and raises PeerLostError once the workers were ordered to abort.
     """
 
     job: Job

@@ -56,11 +56,13 @@ def represented(recipe: CouplesSamples, engine: Any, micro: Micro, batch: Batch)
     return found
 
 
-def first_pass(recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], checked: Checked, terms: Any) -> Step:
+def first_pass(
+    recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], checked: Checked, terms: Any, progressed: Callable[[], None]
+) -> Step:
     """Represents this worker's micro-batches without gradients, and computes the loss of all workers' with its gradients;
-    collective. `terms`: the step's."""
+    collective. `terms`: the step's; `progressed` is called after each micro-batch."""
     with torch.no_grad():
-        mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device)]
+        mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device, progressed)]
         keys, order = _from_all(torch.from_numpy(np.concatenate([m.keys for m in micros])).to(engine.device)).sort()
         found = {name: _from_all(torch.cat([one[name] for one in mine]))[order] for name in sorted(mine[0])}
     leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in found.items()}

@@ -37,6 +37,7 @@ class Heartbeat:
         self.progress = 0  # a count of whatever shows that the loop gets on
         self._mailbox, self._rank, self._ordered = mailbox, rank, RUN
         self._every = interval(workers)
+        self._abort = process_group.order()
         self._facts = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
         self._ended = threading.Event()
         self._thread = device_threads.thread(self._beat, "heartbeat")
@@ -63,7 +64,7 @@ class Heartbeat:
                 self._mailbox.post.remote(Stack(rank=self._rank, stack=stacks()))
             if orders.get("abort") and not aborted:
                 aborted = True
-                process_group.abort()  # here, because the main thread may be in a collective that does not end
+                process_group.obey(self._abort)  # here, because the main thread may be in a collective that does not end
             if self._ended.wait(self._every):
                 return
 

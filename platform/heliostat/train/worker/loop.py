@@ -26,7 +26,7 @@ from heliostat.recipes.protocol import Draws
 from heliostat.storage import Location
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
 from heliostat.train.time_ledger import Ledger
-from heliostat.train.worker import collector, deepspeed_engine
+from heliostat.train.worker import collector, deepspeed_engine, process_group
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.context import Context
@@ -96,8 +96,9 @@ class Worker:
         self.unsealed = Unsealed(folder, self.dataset, self.control, self.sharing.reads)
         self.state = TrainingState(self.context, self.engine, self.unsealed, self.ledger, self.memory)
         self.batch_plan = BatchPlan(job, plan)
-        average = self.state.average
-        self.stepper = Stepper(job, self.engine, self.recipe, self.batch_plan, self.sharing, self.ledger, average)
+        self.stepper = Stepper(
+            job, self.engine, self.recipe, self.batch_plan, self.sharing, self.ledger, self.state.average, self._progressed
+        )
         if self.start_step:
             self._phase("restore")
             self.state.restore(copies.source if copies else None)
@@ -106,7 +107,7 @@ class Worker:
         self.scores: dict[str, float] = {}
         self.scored_at = -1
         self.recheck = self._rechecked() if job.train.recheck else None
-        self.watch = LossWatch(self.context, self.dataset, self.state.saver.wait)
+        self.watch = LossWatch(self.context, self.dataset, self.state.settle)
         self.reports = StepReports(self.context, self.stepper, self.dataset, self.watch, self.ledger)
 
     # one run ---------------------------------------------------------------------------------------------------------
@@ -164,12 +165,13 @@ class Worker:
         blocked = self.state.blocked_s
         self.consensus.ask(FAILED if self.state.saver.failed else self.heartbeat.stop)
         norm = self.stepper.step(step, mine)
+        self._progressed()  # before the step counts
         self.unsealed.add(step, mine)
         self.watch.check_norm(step, norm)
-        self._progressed()
         stop = self.consensus.result()
         if stop == FAILED:
-            self.state.saver.wait()  # raises on every worker
+            self.state.settle()  # raises on every worker, or on none
+            stop = RUN
         self.ledger.move("computing", "checkpoint", self.state.blocked_s - blocked)
         if self.job.train.compile and step <= self.start_step + 1:
             self.ledger.compiled(first=first)
@@ -260,6 +262,8 @@ class Worker:
         return decision
 
     def _progressed(self) -> None:
+        """Counts progress, for the watchdog; PeerLostError once the workers were ordered to abort."""
+        process_group.check()
         self.heartbeat.progress += 1
 
     def _phase(self, phase: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +20,12 @@ class Micro(NamedTuple):
     batch: Batch
 
 
-def seeded(micros: Sequence[Micro], device: torch.device) -> Iterator[tuple[Micro, Batch]]:
-    """Yields each with its batch on the device, and its random numbers begun."""
+def seeded(micros: Sequence[Micro], device: torch.device, progressed: Callable[[], None]) -> Iterator[tuple[Micro, Batch]]:
+    """Yields each with its batch on the device, and its random numbers begun; calls `progressed` after each.
+
+    The host then has handed the micro-batch to the device, whose queue is short: no wait for the device is needed.
+    """
     for micro, batch in zip(micros, on_device.batches([micro.batch for micro in micros], device), strict=True):
         torch.manual_seed(micro.seed)
         yield micro, batch
+        progressed()

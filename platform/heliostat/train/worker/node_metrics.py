@@ -7,15 +7,18 @@ give MLflow no more than POINTS_PER_S. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL s
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import threading
+from contextlib import suppress
 from typing import Any
 
 import psutil
 import torch
 
 from heliostat import device_threads
-from heliostat.events import NodeSample
+from heliostat.events import NodeSample, Notice
 
 MB = 1e6
 INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
@@ -35,6 +38,7 @@ class NodeMonitor:
         """Starts sampling; `nodes`: how many nodes there are in all."""
         self._mailbox, self._node, self._nodes = mailbox, node, nodes
         self._network = psutil.net_io_counters()
+        self._unread: set[int] = set()  # GPUs that could not be read, which was reported
         self._ended = threading.Event()
         psutil.cpu_percent()  # the first call only sets a mark
         device_threads.thread(self._sample, "system")
@@ -46,7 +50,11 @@ class NodeMonitor:
         fixed = os.environ.get(INTERVAL)
         every = float(fixed) if fixed else EVERY_S
         while not self._ended.wait(every):
-            values = self.host() | gpus()
+            measured, faults = gpus()
+            for gpu in faults.keys() - self._unread:
+                self._mailbox.post.remote(Notice(text=f"node {self._node}: GPU {gpu} can't be read: {faults[gpu]}"))
+            self._unread |= faults.keys()
+            values = self.host() | measured
             self._mailbox.post.remote(NodeSample(node=self._node, values=values))
             if not fixed:
                 every = interval(self._nodes, len(values))
@@ -64,25 +72,45 @@ class NodeMonitor:
         }
 
 
-def gpus() -> dict[str, float]:
-    """Measures every GPU that this process sees, by NVIDIA's `nvidia-ml-py`. Without that package, measures its own GPU's memory.
+def gpus() -> tuple[dict[str, float], dict[int, str]]:
+    """Measures every GPU that this process sees; returns the values, and why a GPU could not be read, by its number.
 
-    CUDA's own question for a GPU's memory makes a context on it, so this asks for no other GPU's.
+    NVML reads a GPU without CUDA: `torch.cuda.mem_get_info` would create a context on each of them, some 500 MB.
     """
-    if not torch.cuda.is_available():
-        return {}
-    out: dict[str, float] = {}
-    for i in range(torch.cuda.device_count()):
-        total = torch.cuda.get_device_properties(i).total_memory
+    values: dict[str, float] = {}
+    faults: dict[int, str] = {}
+    if not torch.cuda.is_available() or (nvml := _nvml()) is None:
+        return values, faults
+    for i, name in enumerate(_visible(nvml)):
         try:
-            out |= _memory(i, torch.cuda.device_memory_used(i), total)
-            out[f"gpu_{i}_utilization_percentage"] = float(torch.cuda.utilization(i))
-            out[f"gpu_{i}_power_usage_watts"] = torch.cuda.power_draw(i) / 1000
-        except (ModuleNotFoundError, RuntimeError):
-            if i == torch.cuda.current_device():
-                out |= _memory(i, total - torch.cuda.mem_get_info(i)[0], total)
-    return out
+            handle = nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        except nvml.NVMLError as e:
+            faults[i] = str(e)
+            continue
+        values[f"gpu_{i}_memory_usage_megabytes"] = memory.used / MB
+        values[f"gpu_{i}_memory_usage_percentage"] = 100 * memory.used / memory.total
+        with suppress(nvml.NVMLError):  # not every GPU measures these
+            values[f"gpu_{i}_utilization_percentage"] = float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+            values[f"gpu_{i}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+    return values, faults
 
 
-def _memory(gpu: int, used: int, total: int) -> dict[str, float]:
-    return {f"gpu_{gpu}_memory_usage_megabytes": used / MB, f"gpu_{gpu}_memory_usage_percentage": 100 * used / total}
+def _visible(nvml: Any) -> list[str]:
+    """Lists the GPUs that this process sees: numbers of NVML, or UUIDs."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(nvml.nvmlDeviceGetCount())]
+
+
+@functools.cache
+def _nvml() -> Any:
+    """Returns the NVML bindings, of `nvidia-ml-py` or those that Ray brings along; None without NVIDIA's driver."""
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        nvml = importlib.import_module("ray._private.thirdparty.pynvml")
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    return nvml

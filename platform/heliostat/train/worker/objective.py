@@ -8,7 +8,7 @@ them (`coupled`), and a micro-batch's share is what its samples add to the gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +37,10 @@ class Share(NamedTuple):
 class Objective:
     """Computes the shares of micro-batches; `names`: of the parts, as the first micro-batch gave them."""
 
-    def __init__(self, recipe: Recipe, averaged: int | None = None) -> None:
-        """Prepares it; `averaged`: over how many workers gradients are averaged, if that is not all."""
-        self.recipe, self._averaged = recipe, averaged
+    def __init__(self, recipe: Recipe, averaged: int | None = None, progressed: Callable[[], None] = lambda: None) -> None:
+        """Prepares it; `averaged`: over how many workers gradients are averaged, if that is not all; `progressed` is called after
+        every pass over a micro-batch."""
+        self.recipe, self._averaged, self._progressed = recipe, averaged, progressed
         self.names: list[str] | None = None
 
     def shares(self, engine: Any, micros: Sequence[Micro], terms: Any) -> Iterator[Share]:
@@ -49,7 +50,7 @@ class Objective:
         if isinstance(self.recipe, CouplesSamples):
             yield from self._coupled(self.recipe, engine, micros, terms, number)
             return
-        for _, batch in seeded(micros, engine.device):
+        for _, batch in seeded(micros, engine.device, self._progressed):
             yield self.part(engine, batch, number, terms)
 
     def part(self, model: Any, batch: Batch, micros: int, terms: Any) -> Share:
@@ -63,11 +64,15 @@ class Objective:
 
     def _coupled(self, recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], terms: Any, number: int) -> Iterator[Share]:
         """Yields the shares of micro-batches in a loss of all samples: of the loss itself each has as much as any other."""
-        step = coupled.first_pass(recipe, engine, micros, self._checked, terms)
+        step = coupled.first_pass(recipe, engine, micros, self._checked, terms, self._progressed)
         loss, added = step.loss.sum.detach() / number, _added(step.loss, number)
-        for micro, batch in seeded(micros, engine.device):
+        for micro, batch in seeded(micros, engine.device, self._progressed):
             product = step.product(coupled.represented(recipe, engine, micro, batch), micro)
             yield Share(product * number, loss, added, None)
+
+    def _couple(self, found: coupled.Found) -> Loss:
+        assert isinstance(self.recipe, CouplesSamples)
+        return self._checked(self.recipe.couple(found), "couple")
 
     def _checked(self, made: Any, name: str) -> Loss:
         """Returns what the recipe's method gave; ConfigError if it is no loss, or names other parts than before."""

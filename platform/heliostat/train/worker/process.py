@@ -6,6 +6,7 @@ must agree on all that DeepSpeed counts.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import socket
@@ -14,9 +15,13 @@ from typing import Any
 
 import ray
 
-from heliostat.errors import AccessError, WorkerError, on_node
+from heliostat.errors import AccessError, HeliostatError, PeerLostError, WorkerError, innermost, on_node
+from heliostat.events import WorkerFailed
+from heliostat.train import faults
 from heliostat.train.worker import process_group, sigterm
 from heliostat.train.worker.process_group import Place
+
+log = logging.getLogger(__name__)
 
 
 class TrainWorker:
@@ -56,17 +61,40 @@ class TrainWorker:
             failed = False
             return summary
         except BaseException as e:
-            process_group.abort()  # before anything else: what waits for a dead worker on a GPU would wait for ever
+            error = _raised(e)
+            # first, because on a broken device nothing below may ever end
+            config["mailbox"].post.remote(WorkerFailed(rank=place.rank, error=_own(error)))
+            process_group.abort()  # a collective that waits for a dead worker on a GPU would wait for ever
             _release(e)
             self._spent |= isinstance(e, AccessError)  # its credentials may have expired, and a new process reads them again
-            if not _arrives(e):
-                raise WorkerError(f"the workers failed: {type(e).__name__}: {e}") from None
+            if error is not e:
+                raise error from None
             raise
         finally:
             self._spent |= worker is not None and worker.busy  # it would write into the next attempt's checkpoint
             self._spent |= failed and place.backend == "nccl" and not process_group.reforms()
             del worker
+            self._leave()
+
+    def _leave(self) -> None:
+        """Leaves the process group; a process that can't is not used again, and the attempt's own outcome stands."""
+        try:
             process_group.leave()
+        except Exception as e:  # noqa: BLE001 (of a library, or of a device that is broken)
+            self._spent = True
+            log.warning("this worker's process is not used again: it could not leave its group: %s: %s", type(e).__name__, e)
+
+
+def _raised(error: BaseException) -> BaseException:
+    """Returns the error that the driver gets: after the order to abort, the loss of a peer. No abort breaks a device, though."""
+    said = faults.describe(error)
+    if process_group.ordered() and faults.classify(said) != "device":
+        return PeerLostError(f"this worker ended because another one has failed: {said}")
+    return error if _arrives(error) else _own(error)
+
+
+def _own(error: BaseException) -> HeliostatError:
+    return innermost(error) or WorkerError(f"the workers failed: {faults.describe(error)}")
 
 
 def _arrives(error: BaseException) -> bool:

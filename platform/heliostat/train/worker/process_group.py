@@ -1,4 +1,8 @@
-"""Joins, aborts and leaves the process group of an attempt, in a process that outlives it."""
+"""Joins, aborts and leaves the process group of an attempt, in a process that outlives it.
+
+An aborted collective of NCCL returns buffers that nothing was written into, without an error. So the order to abort is noted
+before the group is aborted, and `check` raises from then on. Numbers that were on the host before `check` returned are sound.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from heliostat import device_threads
+from heliostat.errors import PeerLostError
 from heliostat.train.worker import near_cores
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver is quicker
@@ -15,6 +20,7 @@ TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver i
 HELD_BACK = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 _taking_apart = threading.Lock()
+_order = threading.Event()  # the driver has ordered this attempt's workers to abort
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,11 @@ class Place:
 
 def join(place: Place) -> None:
     """Joins the process group of an attempt."""
+    global _order
     import torch
     import torch.distributed as dist
 
+    _order = threading.Event()
     os.environ |= {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),
@@ -68,6 +76,7 @@ def leave() -> None:
     deepspeed_engine.forget_groups()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        torch.cuda.synchronize()  # raises if this process can't use its device any more
 
 
 def reforms() -> bool:
@@ -75,14 +84,40 @@ def reforms() -> bool:
     return all(os.environ.get(name, value) == value for name, value in HELD_BACK.items())
 
 
-def abort() -> None:
-    """Aborts NCCL's part of all process groups, from any thread: who waits in a collective for a dead worker comes back.
+def order() -> threading.Event:
+    """Returns the order to abort of the present attempt, for `obey`."""
+    return _order
 
-    Gloo has no such thing, and needs none: it fails when the connection does.
+
+def ordered() -> bool:
+    """Reports whether the driver has ordered the workers of this attempt to abort."""
+    return _order.is_set()
+
+
+def check() -> None:
+    """Raises PeerLostError once the workers were ordered to abort: what this worker has computed meanwhile may be wrong."""
+    if ordered():
+        raise PeerLostError("this worker was ordered to abort, because another worker has failed")
+
+
+def obey(given: threading.Event) -> None:
+    """Carries out the driver's order to abort, from any thread. An order that was given to an earlier attempt does nothing."""
+    given.set()  # first: a collective that this aborts must not be taken for a complete one
+    _abort(given)
+
+
+def abort() -> None:
+    """Aborts NCCL's part of all process groups, from any thread: a worker that waits in a collective for a dead one returns.
+
+    Gloo needs no abort: it fails when the connection does.
     """
+    _abort(_order)
+
+
+def _abort(given: threading.Event) -> None:
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
     with _taking_apart:
-        if dist.is_initialized() and dist.get_backend() == "nccl":
+        if given is _order and dist.is_initialized() and dist.get_backend() == "nccl":
             distributed_c10d._abort_process_group()

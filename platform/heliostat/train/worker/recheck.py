@@ -28,7 +28,7 @@ from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
 from heliostat.errors import ConfigError, CorruptionError
 from heliostat.recipes.protocol import Batch, Recipe
-from heliostat.train.worker import deterministic
+from heliostat.train.worker import deterministic, process_group
 from heliostat.train.worker.batch_plan import BatchPlan
 
 ELEMENTS = 64_000_000  # of the gradients that are compared at a time: they are held whole
@@ -126,6 +126,7 @@ class Recheck:
     def _all(self, batch: Batch, seed: int, drawn: list[tuple[str, Any]]) -> list[Told]:
         """Computes the digests on every worker; collective."""
         mine = Told(*self.where, self.kind, tuple(self._digests(batch, seed, [p for _, p in drawn])))
+        process_group.check()  # before they are compared: they may be of an aborted collective
         return together(self.group, lambda: mine)
 
     def _digests(self, batch: Batch, seed: int, drawn: list[Any]) -> list[int]:

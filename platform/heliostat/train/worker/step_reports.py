@@ -70,6 +70,7 @@ class StepReports:
     def _post(self, first: int, done: int, seconds: float, wait: float, replaced: int) -> None:
         train = self.job.train
         found = self.stepper.report(self.context.control, replaced)
+        self.context.progressed()  # before a number of them is judged, or logged
         bad_samples.check_budget(found.replaced, done, self.job, self.dataset.order)
         self.watch.check(first, found.losses)
         self.last_loss = found.losses[-1]

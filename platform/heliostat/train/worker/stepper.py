@@ -6,6 +6,7 @@ terms over their number, whatever the micro-batches held.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +47,12 @@ class Stepper:
 
     def __init__(
         self, job: Job, engine: Any, recipe: Recipe, batch_plan: BatchPlan, sharing: SampleGroup, ledger: Ledger,
-        average: Ema | None = None,
+        average: Ema | None = None, progressed: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
+        """Prepares it. `progressed`: is called for every micro-batch that the host has handed to the device."""
         self.job, self.engine, self.recipe, self.average = job, engine, recipe, average
         self.batch_plan, self.sharing, self.ledger = batch_plan, sharing, ledger
-        self.objective, self.experts = Objective(recipe, sharing.averaged), ExpertLoad(recipe, engine)
+        self.objective, self.experts = Objective(recipe, sharing.averaged, progressed), ExpertLoad(recipe, engine)
         self.losses: list[torch.Tensor] = []
         self.added: list[torch.Tensor] = []
         self.norms: list[float] = []

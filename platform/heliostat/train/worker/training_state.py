@@ -21,6 +21,7 @@ import torch
 
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.errors import AccessError, StorageError
 from heliostat.events import Saved
 from heliostat.track import local_curves
 from heliostat.train.memory_keeper import Source
@@ -40,8 +41,10 @@ class TrainingState:
         self.context, self.engine, self.unsealed, self.ledger, self.memory = context, engine, unsealed, ledger, memory
         zero_state.init_optimizer_state(engine)
         self.saver = checkpoint.Saver(
-            context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed
-        )
+            context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed,
+            context.posts.notice_of_any,
+        )  # fmt: skip
+        self.failed = self._in_a_row = 0  # saves of this attempt that have failed
         for copies in self._copies():
             copies.attach(zero_state.inner_optimizer(engine))
         self.average = ema.of(context.job, engine)
@@ -53,6 +56,20 @@ class TrainingState:
 
     def tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
         return zero_state.state(self.engine, whole) | (self.average.state(whole) if self.average else {})
+
+    def settle(self) -> None:
+        """Waits for the save in flight, and continues without it if the store has failed, some times in a row; collective."""
+        try:
+            if self.saver.wait():
+                self._in_a_row = 0
+        except AccessError:
+            raise  # it would come again
+        except StorageError as e:  # the same on all workers
+            self.failed, self._in_a_row = self.failed + 1, self._in_a_row + 1
+            again = f"{self._in_a_row} in a row, of {checkpoint.TOLERATED} that are tolerated"
+            if self._in_a_row > checkpoint.TOLERATED:
+                raise
+            self.context.posts.notice(f"a checkpoint could not be saved ({again}); training continues without it: {e}")
 
     def wait(self) -> None:
         """Waits until what is being saved, and copied, has arrived."""
@@ -79,6 +96,8 @@ class TrainingState:
     def save(self, done: int, metrics: dict[str, float | None]) -> None:
         """Seals the samples up to step `done`, and begins to save the state behind it. Collective."""
         context, posts = self.context, self.context.posts
+        context.progressed()
+        self.settle()
 
         def first() -> None:
             context.fence.check()
@@ -101,11 +120,12 @@ class TrainingState:
         }
         self.saver.save(done, self.tensors(), facts, zero_state.frozen(self.engine))
         context.progressed()
-        posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, ledger=self.ledger.totals()))
+        posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, failed=self.failed, ledger=self.ledger.totals()))
 
     def keep(self, done: int) -> None:
         """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
         assert self.memory
+        self.context.progressed()
         common = {**self._counters(), "data": self.context.plan.digest}
         own = {**self.unsealed.kept(), "told": list(self.context.posts.told)}
         self.memory.keep(done, self.tensors(), common, own, self.context.control)

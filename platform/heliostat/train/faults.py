@@ -1,0 +1,79 @@
+"""Classifies a worker's error by its text: a broken device, a fault of a device or a program, or a lost peer.
+
+The texts are those of the CUDA runtime, cuBLAS, cuDNN, NCCL, gloo and torch. They are compared in lower case.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from heliostat.text import brief
+
+LONGEST = 500  # characters of an error
+ADVICE = (  # lines that torch adds to every error of CUDA, and that tell nothing about this one
+    "CUDA kernel errors might be", "For debugging consider", "Compile with `TORCH_USE_CUDA_DSA`", "Search for `cudaError",
+)  # fmt: skip
+
+Fault = Literal["device", "unclear", "peer", "other"]
+
+# The device, its driver or its links are broken: no program causes these.
+DEVICE = (
+    "ecc error",
+    "uncorrectable",
+    "nvlink error",
+    "hardware stack error",
+    "fallen off the bus",
+    "gpu is lost",
+    "no cuda-capable device",
+    "devices are busy or unavailable",
+    "device is unavailable",
+    "device unavailable",
+    "invalid device ordinal",
+    "system not yet initialized",
+    "cuda unknown error",
+    "cuda error: unknown error",
+    "cuda error: initialization error",
+    "cuda driver initialization failed",
+    "launch timed out",
+)
+XID = re.compile(r"\bxid\b")
+# The program, or what it was compiled for, is at fault: another device gives the same error.
+PROGRAM = (
+    "device-side assert triggered",
+    "out of memory",
+    "invalid argument",
+    "invalid configuration argument",
+    "no kernel image",
+    "operation not supported",
+    "too many resources requested",
+    "named symbol not found",
+    "unsupported toolchain",
+)
+# A program's fault as often as a device's: an illegal access, a launch that failed, an internal error of a library.
+UNCLEAR = ("cuda error", "cuda failure", "unhandled cuda error", "cublas_status_", "cudnn_status_", "hip error")
+# A collective, or a rendezvous, that another worker or the network has dropped out of.
+PEER = (
+    "connection closed by peer", "connection reset", "gloo", "nccl", "timed out", "broken pipe", "socket", "failed to recv",
+    "distnetworkerror", "diststoreerror", "remote process exited",
+)  # fmt: skip
+
+
+def classify(text: str) -> Fault:
+    """Classifies an error by its type's name and its message."""
+    text = text.lower()
+    if any(word in text for word in DEVICE) or XID.search(text):
+        return "device"
+    computes = any(word in text for word in UNCLEAR)
+    if computes and not any(word in text for word in PROGRAM):
+        return "unclear"
+    if not computes and any(word in text for word in PEER):
+        return "peer"
+    return "other"
+
+
+def describe(error: BaseException) -> str:
+    """Describes an error in one line: its type and all lines of its message, without CUDA's advice."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = " ".join(line for line in lines if line and not line.startswith(ADVICE))
+    return f"{type(error).__name__}: {brief(said, LONGEST)}" if said else type(error).__name__

@@ -1,0 +1,212 @@
+"""What a worker computes after the order to abort: an aborted collective returns unwritten buffers, so nothing of it counts."""
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from heliostat.errors import HeliostatError, NonFiniteError, PeerLostError, WorkerError
+from heliostat.train.time_ledger import Ledger
+from heliostat.train.worker import process_group
+from heliostat.train.worker.heartbeat import Heartbeat
+from heliostat.train.worker.loop import Worker
+from heliostat.train.worker.process import TrainWorker
+from heliostat.train.worker.recheck import Recheck
+from heliostat.train.worker.step_reports import StepReports
+from heliostat.train.worker.stepper import Report
+from heliostat.train.worker.training_state import TrainingState
+
+from tests.unit.build_job import job
+
+
+@pytest.fixture(autouse=True)
+def attempt() -> Iterator[None]:
+    """Each test is an attempt of its own, in which no abort was ordered yet."""
+    process_group._order = process_group.threading.Event()
+    yield
+    process_group._order = process_group.threading.Event()
+
+
+def ordered(*given: Any) -> None:
+    process_group.obey(process_group.order())
+
+
+class Never:
+    """Fails the test as soon as something of it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was used after the abort")
+
+
+def test_the_order_is_noted_before_the_group_is_aborted_and_only_for_its_own_attempt(monkeypatch):
+    seen: list[bool] = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "nccl")
+    monkeypatch.setattr("torch.distributed.distributed_c10d._abort_process_group", lambda: seen.append(process_group.ordered()))
+    process_group.check()
+    earlier = process_group.order()
+    process_group.obey(earlier)
+    assert seen == [True]
+    with pytest.raises(PeerLostError):
+        process_group.check()
+    process_group._order = process_group.threading.Event()  # as `join` does
+    process_group.obey(earlier)
+    process_group.check()
+    assert seen == [True], "a late order of an earlier attempt would abort the present one"
+
+
+def test_the_heartbeat_hands_the_order_on(monkeypatch):
+    beat = object.__new__(Heartbeat)
+    beat._rank, beat.progress, beat._ordered, beat._facts, beat._every = 0, 0, 0, {}, 0.0
+    beat._abort = process_group.order()
+    beat._ended = SimpleNamespace(wait=lambda seconds: True)  # type: ignore[assignment]
+    beat._mailbox = SimpleNamespace(heartbeat=SimpleNamespace(remote=lambda *given: {"abort": True}))
+    monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
+    beat._beat()
+    assert process_group.ordered()
+
+
+def worker_in_step(norm: float, step: Any) -> Any:
+    worker: Any = object.__new__(Worker)
+    worker.start_step, worker.recheck, worker.ledger, worker.job = 0, None, Ledger("data"), job()
+    worker._next_step = lambda: None
+    worker.heartbeat = SimpleNamespace(stop=0, progress=0)
+    worker.consensus = SimpleNamespace(ask=lambda code: None, result=lambda: 0)
+    worker.state = SimpleNamespace(blocked_s=0.0, saver=SimpleNamespace(failed=False))
+    worker.stepper = SimpleNamespace(step=lambda *given: step() or norm)
+    return worker
+
+
+def test_a_step_that_was_aborted_is_neither_judged_nor_counted_as_trained():
+    """Its norm is not finite: that would end the run, or with `rollback` leave good samples out."""
+    worker = worker_in_step(math.nan, ordered)
+    worker.unsealed = worker.watch = Never()
+    with pytest.raises(PeerLostError):
+        worker._make(5)
+    assert worker.heartbeat.progress == 0
+
+
+def test_a_step_before_the_abort_counts():
+    worker = worker_in_step(1.0, lambda: None)
+    noted: list[Any] = []
+    worker.unsealed = SimpleNamespace(add=lambda *given: noted.append(given))
+    worker.watch = SimpleNamespace(check_norm=lambda *given: noted.append(given))
+    assert worker._make(5) == 0 and len(noted) == 2 and worker.heartbeat.progress == 1
+
+
+def test_numbers_of_an_aborted_report_are_neither_judged_nor_logged():
+    def report(*given: Any) -> Report:
+        ordered()
+        return Report([math.nan], [1.0], {}, {}, 10**9)
+
+    reports: Any = object.__new__(StepReports)
+    reports.stepper, reports.job, reports.last_loss = SimpleNamespace(report=report), job(), None
+    reports.context = SimpleNamespace(control=None, progressed=process_group.check, posts=Never())
+    reports.dataset = reports.watch = Never()
+    with pytest.raises(PeerLostError):
+        reports._post(0, 1, 1.0, 0.0, 0)
+    assert reports.last_loss is None
+
+
+def test_after_an_abort_no_checkpoint_no_receipt_and_no_copy_is_made():
+    state: Any = object.__new__(TrainingState)
+    state.context = SimpleNamespace(progressed=process_group.check, posts=Never())
+    state.unsealed = state.saver = state.memory = Never()
+    ordered()
+    with pytest.raises(PeerLostError):
+        state.save(10, {})
+    with pytest.raises(PeerLostError):
+        state.keep(10)
+
+
+def test_bits_of_an_aborted_collective_are_no_corruption(monkeypatch):
+    """At ZeRO-3 the weights are gathered for the comparison: a sound node would be excluded for good."""
+    recheck: Any = object.__new__(Recheck)
+    recheck.where, recheck.kind, recheck.group = ("node", "address"), "cpu", None
+    recheck._digests = lambda *given: ordered() or [1]
+    monkeypatch.setattr("heliostat.train.worker.recheck.together", Never().__getattr__)
+    with pytest.raises(PeerLostError):
+        recheck._all({}, 0, [])
+
+
+# the process ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(monkeypatch) -> list[Any]:
+    """What a worker's process does when the attempt has failed, in order."""
+    done: list[Any] = []
+    monkeypatch.setattr(process_group, "join", lambda place: None)
+    monkeypatch.setattr(process_group, "abort", lambda: done.append("abort"))
+    monkeypatch.setattr(process_group, "leave", lambda: done.append("leave"))
+    monkeypatch.setattr("heliostat.train.worker.collector.spare_imports", lambda: None)
+    return done
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, told: list[Any], error: Exception, before: Any = lambda: None) -> TrainWorker:
+    class Failing:
+        busy = False
+
+        def __init__(self, config: Any) -> None: ...
+
+        def run(self) -> None:
+            before()
+            raise error
+
+    monkeypatch.setattr("heliostat.train.worker.loop.Worker", Failing)
+    worker = object.__new__(TrainWorker)
+    worker._spent = False
+    return worker
+
+
+def run(worker: TrainWorker, told: list[Any]) -> None:
+    place: Any = SimpleNamespace(rank=2, backend="gloo")
+    worker.run(place, {"mailbox": SimpleNamespace(post=SimpleNamespace(remote=told.append))})
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Default process group has not been initialized"), NonFiniteError("step 3: loss nan"), RuntimeError("x")]
+)
+def test_every_error_after_the_abort_is_the_loss_of_a_peer(monkeypatch, told, error):
+    with pytest.raises(PeerLostError, match=str(error)):
+        run(failing(monkeypatch, told, error, ordered), told)
+    assert isinstance(told[0].error, PeerLostError)
+
+
+def test_a_device_that_breaks_is_told_of_after_the_abort_too(monkeypatch, told):
+    """It may be what the first worker has failed of; no abort makes such an error."""
+    error = RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    with pytest.raises(RuntimeError, match="ECC"):
+        run(failing(monkeypatch, told, error, ordered), told)
+
+
+class TwoWords(Exception):
+    """Does not arrive at the driver: it cannot be made again from its `args`."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(NonFiniteError("step 3: loss nan"), NonFiniteError), (KeyError("x"), WorkerError), (TwoWords("a", "b"), WorkerError)],
+)
+def test_a_worker_tells_its_error_before_it_cleans_up(monkeypatch, told, error, kind):
+    """On a broken device the abort, or leaving the group, may never end."""
+    with pytest.raises((type(error), WorkerError)) as raised:
+        run(failing(monkeypatch, told, error), told)
+    report, *rest = told
+    assert (report.rank, type(report.error), rest) == (2, kind, ["abort", "leave"])
+    assert isinstance(report.error, HeliostatError) and not isinstance(raised.value, PeerLostError)
+
+
+def test_a_device_that_is_broken_when_a_worker_leaves_hides_no_error_and_its_process_is_not_used_again(monkeypatch, told):
+    def leave() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    worker = failing(monkeypatch, told, KeyError("the cause"))
+    monkeypatch.setattr(process_group, "leave", leave)
+    with pytest.raises(KeyError, match="the cause"):
+        run(worker, told)
+    assert worker._spent

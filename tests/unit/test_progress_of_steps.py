@@ -1,0 +1,70 @@
+"""A step may take longer than `watchdog.stall`: each micro-batch is progress, and none costs a wait for the device."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from heliostat.recipes.protocol import Loss
+from heliostat.train.worker import coupled
+from heliostat.train.worker.micro_batches import Micro
+from heliostat.train.worker.objective import Objective
+
+
+class Unread(torch.Tensor):
+    """A tensor of a device that must not be waited for: nothing reads its value."""
+
+    def __float__(self) -> float:
+        raise AssertionError("the host waits for the device")
+
+    item = tolist = cpu = __bool__ = __float__  # type: ignore[assignment]
+
+
+class Recipe:
+    def loss(self, model: Any, batch: Any) -> Loss:
+        return Loss(batch["x"].as_subclass(Unread).sum())
+
+
+def micros(count: int) -> list[Micro]:
+    return [Micro(i, np.array([i]), {"x": torch.ones(2)}) for i in range(count)]
+
+
+@pytest.fixture
+def engine(monkeypatch) -> Any:
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+
+    class Engine:
+        device = torch.device("cpu")
+
+    return Engine()
+
+
+def test_every_micro_batch_is_progress(engine):
+    counted: list[int] = []
+    objective = Objective(Recipe(), progressed=lambda: counted.append(1))  # type: ignore[arg-type]
+    for i, _ in enumerate(objective.shares(engine, micros(5), 10)):
+        assert len(counted) == i, "once its backward pass is under way"
+    assert len(counted) == 5
+
+
+def test_every_pass_of_a_loss_that_couples_samples_is_progress(engine, monkeypatch):
+    monkeypatch.setattr(coupled, "_from_all", lambda tensor: tensor)
+    counted: list[int] = []
+    weight = torch.ones(1, requires_grad=True)
+
+    class Couples:
+        def represent(self, model: Any, batch: Any) -> dict[str, torch.Tensor]:
+            return {"z": batch["x"][:1] * weight}
+
+        def couple(self, found: dict[str, torch.Tensor]) -> Loss:
+            return Loss((found["z"] ** 2).sum())
+
+    step = coupled.first_pass(  # type: ignore[call-arg]
+        Couples(),
+        engine,
+        micros(4),
+        Couples().couple,
+        4,
+        lambda: counted.append(1),  # type: ignore[arg-type]
+    )
+    assert len(counted) == 4 and step.loss.sum == 4
