@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from heliostat.curation.decontamination import Hashes
+from heliostat.curation import decontamination
 from heliostat.curation.encodings import decode
 from heliostat.curation.html import extractor
 from heliostat.curation.minhash.signatures import Parameters, keys
@@ -84,13 +84,13 @@ def _walk(folder: Path, apart: set[str]) -> Iterator[tuple[str, bytes, str]]:
 def _near(chosen: dict[str, tuple[str, str, str]]) -> set[str]:
     """Finds pages that a band of MinHash, or a share of 13-grams, takes for copies of what is aside; of that, all but one."""
     order = sorted(chosen, key=lambda path: chosen[path][0] == "train")
-    hashes, found, bands, grams = Hashes(13), set[str](), set[int](), set[int]()
+    found, bands, grams = set[str](), set[int](), set[int]()
     for first in range(0, len(order), 200):
         paths = order[first : first + 200]
         made, which = keys([chosen[path][2] for path in paths], Parameters(14, 8, 5, 1))
         for row, place in zip(made.tolist(), which.tolist(), strict=True):
             path = paths[place]
-            mine = hashes.grams(chosen[path][2]).tolist()
+            mine = decontamination.grams([chosen[path][2]], 13)[0].tolist()
             if bands.intersection(row) or sum(gram in grams for gram in mine) > SHARED * len(mine):
                 found.add(path)
             elif chosen[path][0] != "train":

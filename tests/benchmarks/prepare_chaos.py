@@ -45,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks.broken.rounds import Round, at_work  # noqa: E402
+from tests.unit.build_curation import spelled  # noqa: E402
 
 KILLS = 3  # of a round
 PUBLISHED = ("shards", "listed", "ends")
@@ -58,7 +59,7 @@ def make_input(folder: Path, documents: int) -> None:
     for part in range(8):
         with (folder / f"{part}.jsonl").open("w") as f:
             for i in range(documents // 8):
-                text = " ".join(f"w{rng.randrange(3000)}" for _ in range(60 + rng.randrange(90)))
+                text = " ".join(f"w{spelled(rng.randrange(3000))}" for _ in range(60 + rng.randrange(90)))
                 text = f"{rng.choice(texts)} more" if texts and i % 7 == 3 else text
                 text = rng.choice(texts) if texts and i % 11 == 5 else text
                 texts.append(text)

@@ -24,6 +24,7 @@ from heliostat.storage import Location
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from tests.integration import commands
+from tests.unit.build_curation import spelled
 
 
 def make_input(folder: Path, documents: int = 300, seed: int = 0) -> dict[str, str]:
@@ -32,7 +33,7 @@ def make_input(folder: Path, documents: int = 300, seed: int = 0) -> dict[str, s
     rng, texts, number = random.Random(seed), dict[str, str](), 0
     with (folder / f"{seed}.jsonl").open("w") as f:
         for i in range(documents):
-            words = [f"w{rng.randrange(3000)}" for _ in range(60 + rng.randrange(90))]
+            words = [f"w{spelled(rng.randrange(3000))}" for _ in range(60 + rng.randrange(90))]
             if texts and i % 7 == 3:
                 words = [*rng.choice(list(texts.values())).split(), "more"]
             text = rng.choice(list(texts.values())) if texts and i % 11 == 5 else " ".join(words)

@@ -17,6 +17,11 @@ from heliostat.storage import Location
 from ray import cloudpickle
 
 
+def spelled(number: int) -> str:
+    """Spells a number in letters: of words in which only digits differ, comparisons see none."""
+    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
+
+
 class KilledError(Exception):
     """Stands for the end of the driver."""
 

@@ -12,13 +12,14 @@ from heliostat.pipelines import forget
 from heliostat.pipelines.text import trace
 from heliostat.storage import Location
 
+from tests.unit.build_curation import spelled
 from tests.unit.build_pipeline import Here, make_dataset
 
 DIGESTS: dict[str, str] = {}
 
 
 def text(number: int) -> str:
-    return " ".join(f"word{number}x{i}" for i in range(60 + number))
+    return " ".join(f"word{spelled(number)}x{spelled(i)}" for i in range(60 + number))
 
 
 def make(place: Location) -> Manifest:

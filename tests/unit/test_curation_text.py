@@ -81,6 +81,13 @@ def test_extract_leaves_out_navigation_and_tells_of_the_page():
     assert one(stage, PAGE % b"a \xff few").document.text == "a ÿ few"
 
 
+def test_the_text_of_a_page_is_in_nfc():
+    """As that of files is: stages behind it would else take `e` with an accent of its own for two letters."""
+    text = "Le cafe\u0301 est ouvert toute la journe\u0301e."
+    found = one(Extract(), PAGE % text.encode(), content_type="text/html; charset=utf-8").document.text
+    assert found == "Le caf\u00e9 est ouvert toute la journ\u00e9e."
+
+
 def test_extract_with_trafilatura():
     text = b"This is the first sentence of an article that goes on for a while. " * 20
     assert one(Extract(library="trafilatura"), PAGE % text).document.text.startswith("This is the first sentence")

@@ -27,7 +27,7 @@ from heliostat.pipelines.text.trial import Trial
 from heliostat.storage import Location
 from typer.testing import CliRunner
 
-from tests.unit.build_curation import HereFlow
+from tests.unit.build_curation import HereFlow, spelled
 from tests.unit.test_making import make as make_whole
 
 BPE = {"vocab_size": 300, "train_bytes": 5000, "path": None, "end_of_document": "<|endoftext|>"}
@@ -35,7 +35,7 @@ STAGES = [{"stage": "length", "min_words": 40}, {"stage": "minhash"}, {"stage": 
 
 
 def text(rng: random.Random) -> str:
-    return " ".join(f"w{rng.randrange(900)}" for _ in range(10 + rng.randrange(110)))
+    return " ".join(f"w{spelled(rng.randrange(900))}" for _ in range(10 + rng.randrange(110)))
 
 
 def make_input(folder: Path, documents: int = 6000) -> None:
@@ -137,7 +137,7 @@ def test_documents_bytes_and_tokens_of_a_whole_lie_between_the_bounds_that_are_t
     rng = random.Random(5)
     (tmp_path / "in").mkdir()
     for i in range(1500):
-        words = " ".join(f"w{rng.randrange(900)}" for _ in range(min(3000, int(rng.lognormvariate(4, 1.2)))))
+        words = " ".join(f"w{spelled(rng.randrange(900))}" for _ in range(min(3000, int(rng.lognormvariate(4, 1.2)))))
         (tmp_path / "in" / f"{i}.txt").write_text(words or "w1")
     stages = [{"stage": "length", "min_words": 30}]
     made, inputs = trial(tmp_path, share, stages=stages)
@@ -288,7 +288,7 @@ def test_pages_of_which_neighbours_are_alike_are_predicted(tmp_path, monkeypatch
     (tmp_path / "in").mkdir()
     with (tmp_path / "in" / "a.jsonl").open("w") as file:
         for i in range(2500):
-            words = [f"w{rng.randrange(900)}" for _ in range(60)]
+            words = [f"w{spelled(rng.randrange(900))}" for _ in range(60)]
             for one in (words, [*words, "end"])[: 1 + i % 2]:
                 file.write(json.dumps({"text": " ".join(one)}) + "\n")
     made, inputs = trial(tmp_path, 0.15, stages=[{"stage": "minhash"}])

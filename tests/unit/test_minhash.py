@@ -2,24 +2,25 @@
 
 import itertools
 import random
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat.curation import spill
-from heliostat.curation.minhash import components, signatures
-from heliostat.curation.minhash.signatures import Parameters, hashes, keys, shingles, words
+from heliostat.curation import flow, spill
+from heliostat.curation.minhash import components
+from heliostat.curation.minhash.signatures import Parameters, keys
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
 from heliostat.storage import Location
 
-from tests.unit.build_curation import HereFlow, curate, left, left_out
+from tests.unit.build_curation import HereFlow, curate, left, left_out, spelled
 
 FINEWEB = Parameters(14, 8, 5, 1)
 
 
 def text(rng: random.Random, length: int = 150) -> list[str]:
-    return [f"w{rng.randrange(20_000)}" for _ in range(length)]
+    return [f"w{spelled(rng.randrange(20_000))}" for _ in range(length)]
 
 
 def changed(rng: random.Random, base: list[str], similarity: float) -> list[str]:
@@ -49,34 +50,9 @@ def test_pairs_meet_as_often_as_the_curve_says(similarity):
     assert len(others) == 400 * 14, "texts that have nothing in common share no key"
 
 
-def test_what_a_word_is():
-    assert words("Ça va? \u6771\u4eac\u3002") == "ça va \u6771 \u4eac".encode()
-    starts, found = hashes(words("The cat, the Hat; the_cat 3"))
-    assert starts.tolist() == [0, 4, 9, 13, 18, 26] and found[0] == found[2] and len(set(found.tolist())) == 5
-    (there,) = hashes(words("ça: CAT"))[1][1:]
-    assert there == found[1], "wherever it stands, and whatever is beside it"
+def test_a_text_without_words_has_no_key_and_a_short_one_is_a_single_gram():
     made, which = keys(["one two", "?!", "One, two.", "one two three"], FINEWEB)
     assert which.tolist() == [0, 2, 3] and (made[0] == made[1]).all() and not (made[0] == made[2]).any()
-
-
-def test_a_word_has_one_hash_wherever_the_text_is_cut(monkeypatch):
-    rng = random.Random(3)
-    text = " ".join(f"w{rng.randrange(50)}" * rng.randrange(1, 4) for _ in range(500)).encode()
-    whole = hashes(text)
-    for block in (1, 7, 100):
-        monkeypatch.setattr(signatures, "BLOCK", block)
-        again = hashes(text)
-        assert all((a == b).all() for a, b in zip(again, whole, strict=True))
-    assert len(set(whole[1].tolist())) == len(set(text.split()))
-
-
-def test_shingles_are_the_n_grams_of_each_text():
-    counts = np.array([7, 0, 5, 3, 1, 0])
-    found = np.arange(1, 17, dtype=np.uint64)
-    made, each = shingles(found, counts, 5)
-    assert each.tolist() == [3, 0, 1, 1, 1, 0] and len(made) == 6 == len(set(made.tolist()))
-    alone = [shingles(found[a:b], np.array([b - a]), 5)[0].tolist() for a, b in ((0, 7), (7, 12), (12, 15), (15, 16))]
-    assert [h for part in alone for h in part] == made.tolist()
 
 
 # clusters ------------------------------------------------------------------------------------------------------------
@@ -197,9 +173,84 @@ def test_a_part_is_not_read_out_of_every_run(tmp_path, monkeypatch):
     took, runs, done = reads[0], len(found.runs), {name.removeprefix("minhash-0-"): n for name, n in there.done.items()}
     parts, rounds = done["pairs"], done["small"] // done["pairs"]
     assert (runs, parts) == (60, 8) and left(found, there) == left(wanted, here)
-    each_run, each_part = 3 * runs, parts * (done["gather"] + (2 * rounds + 2) * parts + 2 * done["attributes"] + done["decide"])
+    each_run, each_part = 3 * runs, parts * (done["gather"] + (2 * rounds + 2) * parts + 2 * done["candidates"] + done["decide"])
     assert took <= 1.4 * (each_run + each_part), "of the tasks here some run twice"
     assert done["gather"] < 2 * parts and done["decide"] < runs / 4
+
+
+def cased(rng: random.Random, words: list[str]) -> list[str]:
+    return [rng.choice([word, word.upper(), word.title()]) for word in words]
+
+
+CHANGES = {
+    "numbers": lambda rng, words: [f"{rng.randrange(10**6):,}" if word.startswith("#") else word for word in words],
+    "accents": lambda rng, words: [word.replace("a", "\u00e1").replace("e", "\u00ea") for word in words],
+    "accents as marks": lambda rng, words: [word.replace("a", "a\u0301").replace("e", "e\u0302") for word in words],
+    "case": cased,
+    "punctuation": lambda rng, words: [word + rng.choice([",", ".", "!", " --", "\u201d", "\u3002"]) for word in words],
+    "white space": lambda rng, words: [word + rng.choice(["\n", "\t", "\u00a0", "  "]) for word in words],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_texts_that_differ_in_what_fineweb_leaves_out_are_near_duplicates(tmp_path, change):
+    """All 25 pairs, in which every tenth word is a number."""
+    rng, texts = random.Random(change), dict[str, str]()
+    for i in range(25):
+        base = [f"#{rng.randrange(10**4)}" if rng.random() < 0.1 else word for word in text(rng)]
+        texts |= {f"{i}": " ".join(base).replace("#", ""), f"{i}-too": " ".join(CHANGES[change](rng, base)).replace("#", "")}
+    found, here = curate(tmp_path, texts, [{"stage": "minhash", "keep": "first"}])
+    assert sorted(left(found, here)) == sorted(str(i) for i in range(25))
+
+
+def test_tables_of_numbers_and_scripts_without_spaces_are_told_apart(tmp_path):
+    """Texts that have nothing in common stay, though all of their words are numbers, or vowel signs make the difference."""
+    rng = random.Random(4)
+    tables = {f"t{i}": "\n".join(" | ".join(str(rng.randrange(1000)) for _ in range(6)) for _ in range(30)) for i in range(20)}
+    chinese = {f"c{i}": "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(200)) for i in range(20)}
+    signs = [chr(c) for c in range(0x93E, 0x94D)]
+    hindi = {
+        f"h{i}": " ".join("\u0915" + rng.choice(signs) + "\u0924" + rng.choice(signs) for _ in range(100)) for i in range(20)
+    }
+    found, here = curate(tmp_path, tables | chinese | hindi, [{"stage": "minhash"}])
+    assert left(found, here) == tables | chinese | hindi
+
+
+def test_documents_are_compared_within_a_columns_value_alone(tmp_path):
+    """FineWeb compares the pages of one crawl: the same page of another crawl stays."""
+    base = " ".join(text(random.Random(9)))
+    dumps = {"a": "2023-14", "b": "2023-14", "c": "2024-10", "d": "2024-10", "e": None, "f": None}
+    columns = {id: {"dump": dump} if dump else {} for id, dump in dumps.items()}
+    found, here = curate(tmp_path, dict.fromkeys(dumps, base), [{"stage": "minhash", "within": "dump"}], columns=columns)
+    assert sorted(left(found, here)) == ["a", "c", "e"]
+    assert left_out(found, here)["d"] == ("0 minhash", "near_duplicate", "c (one of 2)")
+
+
+def test_thousands_of_copies_are_a_row_of_each_run_to_the_tasks_that_compare(tmp_path, monkeypatch):
+    """And not a row of each copy, under each of its keys: a page that half the web has would be one task's."""
+    most, now, execute, read = Counter[str](), ["", 0], flow.execute, spill.read
+
+    def executed(work, run, kind, *more, **shared):
+        now[:] = kind.rpartition("-")[2], 0
+        return execute(work, run, kind, *more, **shared)
+
+    def counted(*arguments, **more):
+        for table in read(*arguments, **more):
+            now[1] += len(table)
+            most[now[0]] = max(most[now[0]], now[1])
+            yield table
+
+    monkeypatch.setattr(flow, "execute", executed)
+    monkeypatch.setattr(spill, "read", counted)
+    rng, pieces, copies = random.Random(3), 20, 2000
+    page, others = " ".join(text(rng)), {f"other{i}": " ".join(text(rng)) for i in range(40)}
+    texts = {f"copy{i:04d}": page if i % 2 else page.upper() for i in range(copies)} | others
+    found, here = curate(tmp_path, texts, [{"stage": "minhash", "keep": "first"}], pieces, 64 << 20)
+    assert left(found, here) == others | {"copy0000": page.upper()} and len(found.runs) == pieces
+    gone = left_out(found, here)
+    assert len(gone) == copies - 1 and set(gone.values()) == {("0 minhash", "near_duplicate", f"copy0000 (one of {copies})")}
+    tasks = {kind: most[kind] for kind in ("gather", "pairs", "large", "small", "members", "choose")}
+    assert max(tasks.values()) <= 14 * (pieces + len(others)), tasks
 
 
 @pytest.mark.parametrize(("keys", "message"), [({"keep": "oldest"}, "'oldest' needs a column"), ({"column": "x"}, "compares no"),

@@ -1,31 +1,24 @@
 """Spans of words that several documents have: found from a stated length on; one occurrence stays, however the input is cut."""
 
 import random
+import re
+import unicodedata
 
 import numpy as np
 import pytest
 from heliostat.curation import segment
-from heliostat.curation.minhash.signatures import WORD
 from heliostat.curation.registry import parse
-from heliostat.curation.windows import Windows, least, rolling, spans
+from heliostat.curation.windows import Windows, least, spans
 
 from tests.unit.build_curation import curate, left, left_out
 
 STAGE = {"stage": "repeated_spans", "words": 20}
 SIZE = 10
+WORD = re.compile(r"\w+")
 
 
 def words(rng: random.Random, count: int) -> list[str]:
     return ["".join(rng.choices("abcdefghij", k=6)) for _ in range(count)]
-
-
-def test_a_window_has_the_same_hash_wherever_it_is():
-    rng = np.random.default_rng(0)
-    given = rng.integers(0, 1 << 63, 300).astype(np.uint64)
-    found = rolling(given, SIZE)
-    assert len(found) == 291 and len(set(found.tolist())) == 291
-    assert found[37:60].tolist() == rolling(given[37:69], SIZE).tolist()
-    assert not len(rolling(given[:9], SIZE)) and len(rolling(given[:10], SIZE)) == 1
 
 
 def test_of_every_row_of_windows_the_least_is_chosen_across_blocks(monkeypatch):
@@ -117,3 +110,19 @@ def test_texts_that_are_shorter_than_the_span_are_let_be(tmp_path):
     assert parse(STAGE).signing() == Windows(10)
     with pytest.raises(ValueError, match="words"):
         parse(STAGE | {"words": 5})
+
+
+def test_a_span_is_found_in_any_form_of_unicode_and_cut_where_it_is(tmp_path):
+    """Accents as marks of their own, capitals, other numbers; and Chinese, whose characters are words."""
+    rng = random.Random(8)
+    shared = " ".join(f"{word}\u00e9 {number}" for number, word in enumerate(words(rng, 30)))
+    own = [" ".join(words(rng, 30)) for _ in range(4)]
+    written = [shared, unicodedata.normalize("NFD", shared), shared.upper(), re.sub("[0-9]+", "77", shared)]
+    texts = {f"d{i}": f"{a}. {b}" for i, (a, b) in enumerate(zip(own, written, strict=True))}
+    found, here = curate(tmp_path / "work", texts, [STAGE])
+    kept = left(found, here)
+    whole = min(texts, key=segment.key_of)
+    assert kept[whole] == texts[whole]
+    for id, before in zip(texts, own, strict=True):
+        assert kept[id].startswith(before)
+        assert id == whole or len(kept[id]) < len(before) + 2 * SIZE * 10

@@ -17,7 +17,8 @@ import numpy as np
 
 from heliostat.benchmark import documents
 from heliostat.config import workspace
-from heliostat.curation.decontamination import Hashes, Index
+from heliostat.curation import decontamination
+from heliostat.curation.decontamination import Index
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.recipes import exported
@@ -69,20 +70,18 @@ class Examples:
     found: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     def add(self, task: str, texts: Iterable[str]) -> None:
-        hashes = Hashes(self.n)
-        self.grams[task] = [hashes.grams(text) for text in texts]
+        self.grams[task] = decontamination.grams(list(texts), self.n)
 
     def look_through(self, training: Training, shown: Shown = lambda done, all_: None) -> list[str]:
         """Looks for the n-grams in the training data; returns what could not be read."""
         every = [grams for task in self.grams.values() for grams in task if len(grams)]
         hashes = np.unique(np.concatenate(every)) if every else np.zeros(0, np.uint64)
-        index, counter, damaged = Index(hashes, np.zeros(0, np.int32), []), Hashes(self.n), list[str]()
+        index, damaged = Index(hashes, np.zeros(0, np.int32), []), list[str]()
         total, done, seen = sum(len(chunks) for _, chunks in training.sources), 0, np.zeros(len(hashes), bool)
         for made, chunks in training.sources:
             read = documents.Documents(made)
             for texts in read.texts(chunks):
-                for text in texts:
-                    grams = counter.grams(text)
+                for grams in decontamination.grams(list(texts), self.n):
                     seen[np.searchsorted(hashes, grams[index.hits(grams)])] = True
                 done += 1
                 shown(done, total)

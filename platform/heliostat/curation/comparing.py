@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -36,6 +37,11 @@ def by_runs(flow: Flow, kind: str, runs: list[Run], names: list[str], memory_lim
     """Describes tasks that read what spills have about some runs: about as many documents as have room if it is about all."""
     groups = list(filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES, RUNS))
     return about(flow, kind, groups, names, **more)
+
+
+def adding(task: Task, **more: Any) -> Task:
+    """Returns a task with further arguments, which its result follows from."""
+    return replace(task, key=key(task.key, more), arguments={**task.arguments, **more})
 
 
 def about(flow: Flow, kind: str, groups: list[list[Run]], names: list[str], also: Any = None, **more: Any) -> Iterator[Task]:

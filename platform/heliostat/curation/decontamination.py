@@ -1,54 +1,22 @@
-"""Finds n-grams of words that texts share with evaluation sets."""
+"""Finds n-grams of words (`heliostat.curation.comparable`) that texts share with evaluation sets."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from heliostat.curation.comparable import words
 from heliostat.errors import ConfigError
 
-_WORD = re.compile(r"[^\W_]+")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
-MOST_WORDS, LONG_WORD = 1 << 20, 64  # whose hashes are remembered, and the characters of one whose is not
 
-
-def words(text: str) -> Iterator[re.Match[str]]:
-    """Finds the words that are compared: runs of letters and digits."""
-    return _WORD.finditer(text)
-
-
-class Hashes:
-    """Computes hashes of words, in small letters, and of n-grams of them."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-        self._known: dict[str, int] = {}
-
-    def _word(self, word: str) -> int:
-        found = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-        if len(word) <= LONG_WORD:
-            self._known[word] = found
-        return found
-
-    def grams(self, text: str) -> np.ndarray:
-        """Returns the hash of each n-gram of the text's words, in their order."""
-        if len(self._known) > MOST_WORDS:
-            self._known.clear()
-        known = self._known
-        found = np.array([known[w] if w in known else self._word(w) for w in _WORD.findall(text.lower())], np.uint64)
-        count = len(found) - self.n + 1
-        if count <= 0:
-            return np.zeros(0, np.uint64)
-        out = found[:count].copy()
-        for i in range(1, self.n):
-            out = out * _FACTOR + found[i : i + count]
-            out ^= out >> np.uint64(31)
-        return out
+def grams(texts: Sequence[str], n: int) -> list[np.ndarray]:
+    """Returns the hash of each n-gram of each text's words, in their order."""
+    found, counts = words(texts).ngrams(n)
+    return np.split(found, np.cumsum(counts))[: len(texts)]
 
 
 @dataclass(frozen=True)
@@ -104,17 +72,17 @@ def _strings(value: object) -> Iterator[str]:
 
 def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tuple[Index, dict[str, int]]:
     """Builds the index of named sets (their path and bytes); also counts the examples that are too short to have an n-gram."""
-    hashes, parts, places, names, short = Hashes(n), list[np.ndarray](), list[np.ndarray](), list[str](), dict[str, int]()
+    parts, places, names, short = list[np.ndarray](), list[np.ndarray](), list[str](), dict[str, int]()
     for name, (path, data) in sorted(sets.items()):
-        for number, text in examples(path, data, fields):
-            grams = hashes.grams(text)
-            if not len(grams):
+        numbered = list(examples(path, data, fields))
+        for (number, _), found in zip(numbered, grams([text for _, text in numbered], n), strict=True):
+            if not len(found):
                 short[name] = short.get(name, 0) + 1
                 continue
             names.append(f"{name}#{number}")
-            parts.append(grams)
-            places.append(np.full(len(grams), len(names) - 1, np.int32))
+            parts.append(found)
+            places.append(np.full(len(found), len(names) - 1, np.int32))
     if not parts:
         raise ConfigError(f"sets: no example has {n} words; lower `n`")
-    found, first = np.unique(np.concatenate(parts), return_index=True)
-    return Index(found, np.concatenate(places)[first], names), short
+    hashes, first = np.unique(np.concatenate(parts), return_index=True)
+    return Index(hashes, np.concatenate(places)[first], names), short

@@ -38,7 +38,7 @@ class Cut:
 class RepeatingStage(GlobalStage):
     """Removes what documents have in common, all but one occurrence; a subclass says what is compared, and how it is cut out."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 3  # words are those of `comparable`, and what is left too short is dropped
     reasons: ClassVar = {
         "repeated": "a larger share of words in what is repeated than max_removed_words",
         "empty": "nothing but what is repeated",

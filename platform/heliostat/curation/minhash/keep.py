@@ -1,8 +1,8 @@
 """Chooses who of each cluster stays, and tells every run which of its documents do not.
 
-The stars of `components` are joined with what the rule compares (read from the runs), grouped by cluster, and the decisions
-sorted back to the runs: three passes over the members of clusters alone. The choice follows from the documents, not from where
-they lie.
+The stars of `components` are joined with what the rule compares (read from the runs). Of each cluster every group of runs names
+one candidate, so that a cluster of millions of documents is a row for each group where it is chosen among. The choice returns to
+the groups, which decide on their own documents. It follows from the documents, not from where they lie.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -21,14 +22,16 @@ from heliostat.curation.segment import Run, by_run, survivors
 from heliostat.storage import Location
 
 Rule = Literal["longest", "first", "oldest", "best"]
-MEMBERS = pa.schema(
-    [("key", pa.uint64()), ("root", pa.uint64()), ("node", pa.uint64()), ("doc", pa.uint64()), ("id", pa.string()),
-     ("bytes", pa.int64()), ("rank", pa.float64()), ("value", pa.string()), ("columns", pa.string())]
+CANDIDATES = pa.schema(
+    [("key", pa.uint64()), ("root", pa.uint64()), ("node", pa.uint64()), ("id", pa.string()), ("rank", pa.float64()),
+     ("value", pa.string()), ("size", pa.int64())]
 )  # fmt: skip
+BELONGING = pa.schema([("key", pa.uint64()), ("root", pa.uint64())])
 CHOSEN = pa.schema(
-    [("key", pa.uint64()), ("doc", pa.uint64()), ("id", pa.string()), ("bytes", pa.int64()), ("kept", pa.string()),
-     ("size", pa.int64()), ("columns", pa.string())]
-)  # fmt: skip
+    [("key", pa.uint64()), ("root", pa.uint64()), ("kept", pa.uint64()), ("id", pa.string()), ("size", pa.int64())]
+)
+ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")]  # of a cluster's documents: the first stays
+HELD = 1 << 16  # candidates, at least, that are held before those of a cluster are compared
 
 
 def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
@@ -45,29 +48,72 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
     return {"members": name, "rows": len(table), "files": [name]}
 
 
-def attributes(folder: Location, first: int, runs: list[Run], rule: Rule, column: str, names: list[str]) -> dict[str, Any]:
-    """Spills what the rule compares of the members of clusters in some runs, of which the first has the number `first`."""
-    found = []
-    for number, table in by_run(folder, first, len(runs), names):
-        nodes, places = np.unique(table["key"].to_numpy(), return_index=True)
-        roots, rows = table["root"].to_numpy()[places], (nodes & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-        for part in survivors(folder, runs[number - first], columns=["id", "bytes", "columns"]):
-            here = np.flatnonzero(np.isin(part["row"].to_numpy(), rows))
-            if len(here):
-                part = part.take(pa.array(here))
-                which = np.searchsorted(rows, part["row"].to_numpy())
-                found.append(_compared(part, nodes[which], roots[which], rule, column))
-    table = pa.concat_tables(found) if found else MEMBERS.empty_table()
-    name = spill.write(folder, table, ("root", "node"))
-    return {"attributes": name, "files": [name]}
+def candidates(folder: Location, first: int, runs: list[Run], copies: list[str | None], rule: Rule, column: str,
+               names: list[str]) -> dict[str, Any]:  # fmt: skip
+    """Spills of each cluster the one document of some runs that may stay, with the number of its documents there.
+
+    Also spills which documents of the runs, of which the first has the number `first`, belong to which cluster.
+    """
+    held, new, belonging = [CANDIDATES.empty_table()], 0, [BELONGING.empty_table()]
+    for number, run, rows, roots in _clusters(folder, first, runs, copies, names):
+        nodes = (np.uint64(number) << np.uint64(32)) | rows.astype(np.uint64)
+        belonging.append(pa.table({"key": nodes, "root": roots}))
+        for part, which in _members(folder, run, rows, ["id", "bytes", "columns"]):
+            held.append(_compared(part, nodes[which], roots[which], rule, column))
+            new += len(part)
+        if new >= max(HELD, len(held[0])):
+            held, new = [_best(held)], 0
+    files = [spill.write(folder, _best(held), ("root", "node")), spill.write(folder, pa.concat_tables(belonging))]
+    return {"candidates": files[0], "belonging": files[1], "files": files}
+
+
+def _clusters(folder: Location, first: int, runs: list[Run], copies: list[str | None],
+              names: list[str]) -> Iterator[tuple[int, Run, np.ndarray, np.ndarray]]:  # fmt: skip
+    """Yields (a run's number, the run, rows that are in clusters, their roots): those of stars, and their copies."""
+    stars = dict(by_run(folder, first, len(runs), names))
+    for number, (run, name) in enumerate(zip(runs, copies, strict=True), first):
+        table = stars.pop(number, BELONGING.empty_table())
+        rows, place = np.unique((table["key"].to_numpy() & np.uint64(0xFFFFFFFF)).astype(np.uint32), return_index=True)
+        roots = table["root"].to_numpy()[place]
+        if name:
+            copied = pa.concat_tables(spill.read(folder, name))
+            copy, of = copied["key"].to_numpy().astype(np.uint32), copied["first"].to_numpy()
+            alone = np.setdiff1d(of, rows)  # whom only copies of the same run are like
+            rows = np.concatenate([rows, alone])
+            roots = np.concatenate([roots, (np.uint64(number) << np.uint64(32)) | alone.astype(np.uint64)])
+            order = np.argsort(rows)
+            rows, roots = rows[order], roots[order]
+            rows, roots = np.concatenate([rows, copy]), np.concatenate([roots, roots[np.searchsorted(rows, of)]])
+            order = np.argsort(rows)
+            rows, roots = rows[order], roots[order]
+        yield number, run, rows, roots
+
+
+def _members(folder: Location, run: Run, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Yields some columns of those documents of a run that have one of the ascending `rows`, and which of these."""
+    for part in survivors(folder, run, columns=columns) if len(rows) else ():
+        part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
+        if len(part):
+            yield part, np.searchsorted(rows, part["row"].to_numpy())
 
 
 def _compared(part: pa.Table, nodes: np.ndarray, roots: np.ndarray, rule: Rule, column: str) -> pa.Table:
     ranks, values = ranked(part, rule, column)
     return pa.Table.from_arrays(
-        [pa.array(spill.mixed(roots)), pa.array(roots), pa.array(nodes), part["key"], part["id"], part["bytes"], pa.array(ranks),
-         pa.array(values, pa.string()), part["columns"]], schema=MEMBERS,
+        [pa.array(spill.mixed(roots)), pa.array(roots), pa.array(nodes), part["id"], pa.array(ranks),
+         pa.array(values, pa.string()), pa.array(np.ones(len(part), np.int64))], schema=CANDIDATES,
     )  # fmt: skip
+
+
+def _best(held: list[pa.Table]) -> pa.Table:
+    """Returns of each cluster the candidate that comes first, with the number of documents of all."""
+    table = pa.concat_tables(held).sort_by(ORDER).combine_chunks()
+    held.clear()
+    if not len(table):
+        return table
+    starts = np.unique(table["root"].to_numpy(), return_index=True)[1]
+    sizes = pa.array(np.add.reduceat(table["size"].to_numpy(), starts))
+    return table.take(pa.array(starts)).set_column(table.schema.get_field_index("size"), "size", sizes)
 
 
 def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[str]]:
@@ -89,34 +135,42 @@ def _number(value: Any) -> float:
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
-    """Chooses who stays of the clusters in this part, and spills the others by node, with who was kept."""
+    """Chooses who stays of the clusters in this part, and spills that by the candidates, so that all their runs learn it."""
     held = [t for name in names for t in spill.read(folder, name, *spill.share(part, parts))]
-    order = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")]
-    table = pa.concat_tables([MEMBERS.empty_table(), *held]).sort_by(order)
-    starts, counts = np.unique(table["root"].to_numpy(), return_index=True, return_counts=True)[1:]
-    kept = np.repeat(starts, counts)
-    others = pa.array(np.flatnonzero(kept != np.arange(len(table))))
+    table = pa.concat_tables([CANDIDATES.empty_table(), *held])
+    best = _best([table])
+    of = pa.array(np.searchsorted(best["root"].to_numpy(), table["root"].to_numpy()))
     chosen = pa.Table.from_arrays(
-        [table["node"], table["doc"], table["id"], table["bytes"], table["id"].take(pa.array(kept)),
-         pa.array(np.repeat(counts, counts)), table["columns"]], schema=CHOSEN,
-    ).take(others)  # fmt: skip
-    name = spill.write(folder, chosen)
-    largest = heapq.nsmallest(LARGEST, zip((-counts).tolist(), table["id"].take(pa.array(starts)).to_pylist(), strict=True))
-    return {"chosen": name, "clusters": len(starts), "largest": [[-size, id] for size, id in largest],
-            "sizes": counted(counts.tolist()), "files": [name]}  # fmt: skip
+        [table["node"], table["root"], best["node"].take(of), best["id"].take(of), best["size"].take(of)], schema=CHOSEN
+    )
+    name, sizes = spill.write(folder, chosen), best["size"].to_pylist()
+    largest = heapq.nsmallest(LARGEST, zip((-size for size in sizes), best["id"].to_pylist(), strict=True))
+    return {"chosen": name, "clusters": len(best), "largest": [[-size, id] for size, id in largest],
+            "sizes": counted(sizes), "files": [name]}  # fmt: skip
 
 
-def decide(folder: Location, first: int, runs: list[Run], stage: str, names: list[str]) -> dict[str, Any]:
+def decide(folder: Location, first: int, runs: list[Run], belonging: str, stage: str, names: list[str]) -> dict[str, Any]:
     """Spills for each of some runs which of its documents go, and tells why."""
     out, files = segment.Spiller(folder, 1), list[str]()
-    decided: list[list[Any]] = [[None, 0, 0] for _ in runs]
-    for number, table in by_run(folder, first, len(runs), names):
-        for row in table.to_pylist():
-            out.leave_out(row["id"], stage, "near_duplicate", f"{row['kept']} (one of {row['size']})",
-                          columns=row["columns"])  # fmt: skip
-        rows = (table["key"].to_numpy() & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-        name = spill.write(folder, pa.Table.from_arrays([table["doc"], pa.array(rows)], schema=segment.DECIDED), ("row",))
-        decided[number - first] = [name, len(table), int(table["bytes"].to_numpy().sum())]
-        files.append(name)
+    low, high = first << 32, (first + len(runs)) << 32
+    told = [CHOSEN.empty_table(), *(t for name in names for t in spill.read(folder, name, low, high))]
+    chosen = pa.concat_tables(told).sort_by("root").combine_chunks()
+    clusters, decided = chosen["root"].to_numpy(), [list[Any]([None, 0, 0]) for _ in runs]
+    for number, table in by_run(folder, first, len(runs), [belonging]):
+        nodes = table["key"].to_numpy()
+        at, gone = np.searchsorted(clusters, table["root"].to_numpy()), [segment.DECIDED.empty_table()]
+        goes, size = chosen["kept"].to_numpy()[at] != nodes, 0
+        rows, at = (nodes[goes] & np.uint64(0xFFFFFFFF)).astype(np.uint32), at[goes]
+        for part, which in _members(folder, runs[number - first], rows, ["id", "bytes", "columns"]):
+            stays = chosen.take(pa.array(at[which]))
+            columns = (part["id"], part["columns"], stays["id"], stays["size"])
+            for id, about, kept, alike in zip(*(column.to_pylist() for column in columns), strict=True):
+                out.leave_out(id, stage, "near_duplicate", f"{kept} (one of {alike})", columns=about)
+            size += int(part["bytes"].to_numpy().sum())
+            gone.append(part.select(segment.DECIDED.names))
+        if len(rows):
+            name = spill.write(folder, pa.concat_tables(gone), ("row",))
+            decided[number - first] = [name, len(rows), size]
+            files.append(name)
     record = out.record({})
     return record | {"decided": decided, "files": [*record["files"], *files]}

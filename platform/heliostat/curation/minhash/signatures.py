@@ -7,24 +7,20 @@ bands: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3.)
 
 from __future__ import annotations
 
-import re
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from heliostat.curation import spill
+from heliostat.curation.comparable import FACTOR, words
 from heliostat.curation.segment import Run, survivors
 from heliostat.storage import Location
 
-IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f"  # of languages that put no spaces between words: each is one
-WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\W{IDEOGRAPHS}]+")
-IN_WORD = np.array([chr(b).isalnum() or b == ord("_") or b > 127 for b in range(256)])  # bytes of UTF-8
-BLOCK = 1 << 20  # bytes whose words are hashed together
 VALUES = 1 << 18  # of signatures that are made together, each a Python integer for a moment
-FACTOR = np.uint64(0x9E3779B97F4A7C15)
-INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
 
 
 @dataclass(frozen=True)
@@ -35,66 +31,15 @@ class Parameters:
     rows: int
     ngram: int
     seed: int
-
-
-def words(text: str) -> bytes:
-    """Returns a text in lower case as UTF-8, in which words are what stands between bytes that are not IN_WORD."""
-    text = text.lower()
-    return (text if text.isascii() else " ".join(WORD.findall(text))).encode()
-
-
-def hashes(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes each word of `words`; returns (where they begin, their hashes: the same wherever a word stands)."""
-    starts, found, begin = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], 0
-    while begin < len(data):
-        end = begin + BLOCK
-        while end < len(data) and IN_WORD[data[end]]:  # not within a word
-            end += 1
-        block = np.frombuffer(data, np.uint8, min(end, len(data)) - begin, begin)
-        inside = np.concatenate([[False], IN_WORD[block], [False]])
-        edges = np.flatnonzero(inside[1:] != inside[:-1])
-        starts.append(edges[::2] + begin)
-        found.append(_hashed(block, edges[::2], edges[1::2]))
-        begin = end
-    return np.concatenate(starts), np.concatenate(found)
-
-
-def _hashed(block: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Hashes parts of a block: polynomials of their bytes, taken from sums over the block, whose powers are divided out."""
-    powers = np.full(len(block) + 1, FACTOR)
-    powers[0] = 1
-    inverse = np.full(len(block) + 1, INVERSE)
-    inverse[0] = 1
-    with np.errstate(over="ignore"):
-        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(block * np.cumprod(powers)[:-1])])
-        return spill.mixed((sums[stops] - sums[starts]) * np.cumprod(inverse)[starts])
-
-
-def shingles(found: np.ndarray, counts: np.ndarray, ngram: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes every n-gram of texts with so many words each; returns (hashes, how many each text has).
-
-    A text that is shorter is a single n-gram, one without words has none.
-    """
-    ends = np.cumsum(counts)
-    left = np.repeat(ends, counts) - np.arange(len(found))  # words from each to its text's end
-    made, padded = np.zeros(len(found), np.uint64), np.concatenate([found, np.zeros(ngram, np.uint64)])
-    factor = np.uint64(1)
-    with np.errstate(over="ignore"):
-        for i in range(ngram):
-            made += np.where(left > i, padded[i : i + len(found)], np.uint64(0)) * factor
-            factor *= FACTOR
-    firsts = np.repeat(ends - counts, counts) == np.arange(len(found))
-    return spill.mixed(made[(left >= ngram) | firsts]), np.where(counts > 0, np.maximum(1, counts - ngram + 1), 0)
+    within: str = ""
+    """The column whose values are compared apart."""
 
 
 def keys(texts: list[str], parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
     """Computes (the keys of each text with words: texts x bands, uint64; which texts these are)."""
     from rensa import RMinHash  # when a pipeline asks for it
 
-    cleaned = [words(text) for text in texts]
-    starts, found = hashes(b" ".join(cleaned))
-    edges = np.cumsum([0, *(len(c) + 1 for c in cleaned)])
-    made, counts = shingles(found, np.diff(np.searchsorted(starts, edges)), parameters.ngram)
+    made, counts = words(texts).ngrams(parameters.ngram, short=True)
     which = np.flatnonzero(counts)
     if not len(which):
         return np.zeros((0, parameters.bands), np.uint64), which
@@ -117,13 +62,41 @@ def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
 
 
 def sign(folder: Location, run: Run, parameters: Parameters) -> dict[str, Any]:
-    """Spills the keys of a run's documents: (key, row)."""
-    found, rows, each = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint32)], max(1, VALUES // (parameters.bands * parameters.rows))
-    for whole in survivors(folder, run, columns=["text"]):
+    """Spills (key, row) of a run's documents, and (key: row, first) of copies: those with all keys of an earlier document.
+
+    Copies meet whomever the first meets, so they are compared no further. However many copies a run has of a document, each of
+    the document's keys has one row.
+    """
+    found, rows = [np.zeros((0, parameters.bands), np.uint64)], [np.zeros(0, np.uint32)]
+    each = max(1, VALUES // (parameters.bands * parameters.rows))
+    for whole in survivors(folder, run, columns=["text", *(["columns"] if parameters.within else [])]):
         for table in (whole.slice(first, each) for first in range(0, len(whole), each)):
-            made, which = keys(table["text"].to_pylist(), parameters)
-            found.append(made.ravel())
-            rows.append(np.repeat(table["row"].to_numpy()[which], parameters.bands))
-    table = pa.table({"key": np.concatenate(found), "row": np.concatenate(rows)})
-    name = spill.write(folder, table, ("row",))
-    return {"keys": name, "rows": len(table), "files": [name]}
+            made, which = _keys_of(table, parameters)
+            found.append(made)
+            rows.append(table["row"].to_numpy()[which])
+    signed, row = np.concatenate(found), np.concatenate(rows)
+    first, group = np.unique(signed, axis=0, return_index=True, return_inverse=True)[1:]
+    copies = np.flatnonzero(first[group.ravel()] != np.arange(len(row)))
+    of = row[first[group.ravel()[copies]]]
+    keys = pa.table({"key": signed[first].ravel(), "row": np.repeat(row[first], parameters.bands)})
+    names = [spill.write(folder, keys, ("row",))]
+    if len(copies):
+        names.append(spill.write(folder, pa.table({"key": row[copies].astype(np.uint64), "first": of})))
+    return {"keys": names[0], "copies": names[1] if len(copies) else None, "rows": len(keys), "files": names}
+
+
+def _keys_of(table: pa.Table, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the keys of a run's documents, of equal texts once, and apart for each value of the column `within`."""
+    texts = table["text"].to_pylist()
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    made, having = keys(list(numbers), parameters)
+    place = np.full(len(numbers), -1)
+    place[having] = np.arange(len(having))
+    places = place[[numbers[text] for text in texts]]
+    which = np.flatnonzero(places >= 0)
+    made = made[places[which]]
+    if parameters.within:
+        told = table["columns"].take(pa.array(which)).to_pylist()
+        values = [json.dumps(json.loads(columns or "{}").get(parameters.within), sort_keys=True) for columns in told]
+        made = spill.mixed(made ^ np.array([xxhash.xxh64_intdigest(value.encode()) for value in values], np.uint64)[:, None])
+    return made, which

@@ -1,11 +1,12 @@
 """Drops documents that hold text of evaluation sets: shared n-grams of 13 words (Brown et al. 2020, arXiv 2005.14165, appendix
 C).
 
-Words are runs of letters and digits in small letters, so that punctuation, case and line ends hide nothing. The sets are files:
-JSON lines (all strings of an example, or `fields`), or text whose paragraphs are examples. Examples of fewer words than `n`
-cannot be found, and are counted when the run is checked. A document with at least `min_hits` shared n-grams is dropped; its
-detail lists the first hits: the set, its example, and the word of the document. GPT-3 cut them out and dropped what fell into
-ten pieces.
+Words are compared as `minhash` compares them (`heliostat.curation.comparable`), in documents and sets: case, accents,
+punctuation, numbers, and the form of Unicode hide nothing, and each character of Chinese is a word. The sets are files: JSON
+lines (all strings of an example, or `fields`), or text whose paragraphs are examples. Examples of fewer words than `n` cannot
+be found, and are counted when the run is checked. A document with at least `min_hits` shared n-grams is dropped; its detail
+lists the first hits: the set, its example, and the word of the document. GPT-3 cut them out and dropped what fell into ten
+pieces.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 
 from heliostat.curation import decontamination, files
@@ -28,6 +30,7 @@ class Decontaminate(Stage):
 
     reasons: ClassVar[dict[str, str]] = {"contaminated": "at least min_hits n-grams of an evaluation set"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"hits": ("min_hits",)}
+    version: ClassVar[int] = 2  # words are those of `comparable`: accents and numbers don't count, Chinese has words
 
     sets: dict[str, str] = Field(min_length=1)
     """The evaluation sets: a name for each, and its file."""
@@ -51,20 +54,22 @@ class Decontaminate(Stage):
         )
 
     def open(self) -> Work:
-        index, hashes = self._index()[0], decontamination.Hashes(self.n)
+        index = self._index()[0]
 
-        def outcome(document: Document) -> Outcome:
-            grams = hashes.grams(text_of(document))
+        def outcome(document: Document, grams: np.ndarray) -> Outcome:
             hits = index.hits(grams)
             measures = {"hits": len(hits), "hit_share": len(hits) / len(grams) if len(grams) else 0.0}
             if len(hits) < self.min_hits:
                 return Outcome(document, measures=measures)
             return Outcome(None, "contaminated", _listed(index, grams, hits), measures)
 
-        return lambda documents: [outcome(d) for d in documents]
+        def work(documents: list[Document]) -> list[Outcome]:
+            return list(map(outcome, documents, decontamination.grams([text_of(d) for d in documents], self.n)))
+
+        return work
 
 
-def _listed(index: decontamination.Index, grams, hits) -> str:
+def _listed(index: decontamination.Index, grams: np.ndarray, hits: np.ndarray) -> str:
     """Lists the first hit of each example, as `set#example at word N`."""
     seen = dict[str, int]()
     for at in hits.tolist():

@@ -9,6 +9,7 @@ columns. Documents that are text already pass, and PDFs, which are for `pdf`.
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -33,7 +34,7 @@ class Extract(Stage):
         "failed": "the parser refuses the page",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"undecodable": ("max_undecodable",)}
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # texts are in NFC, as those of readers are
 
     library: Literal["resiliparse", "trafilatura"] = "resiliparse"
     """What makes text of a page."""
@@ -74,6 +75,6 @@ class Extract(Stage):
         }
         if not text:
             return Outcome(None, "no_text", measures=measures)
-        document.text = text.decode()
+        document.text = unicodedata.normalize("NFC", text.decode())
         document.columns |= {"encoding": about["encoding"]} | ({"title": about["title"]} if about["title"] else {})
         return Outcome(document, measures=measures)

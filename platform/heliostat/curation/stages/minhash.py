@@ -3,25 +3,27 @@
 (Broder, On the resemblance and containment of documents, 1997. The defaults are FineWeb's: Penedo et al., The FineWeb Datasets,
 2024: 14 bands of 8 rows over 5-grams of words.) Documents that share a band are candidates, and candidates of candidates one
 cluster; one of each cluster stays. At a Jaccard similarity of 0.7 a pair is found with probability 0.56, at 0.8 with 0.92, at
-0.9 with 0.9996; at 0.5 with 0.05. Exact duplicates are near duplicates. The clusters are exact for these candidates, and do not
-depend on how the input is cut; memory is that of a part of the keys or edges, whatever the number of documents.
+0.9 with 0.9996; at 0.5 with 0.05. Exact duplicates are near duplicates. Words are compared as FineWeb compares them
+(`heliostat.curation.comparable`). The clusters are exact for these candidates, and do not depend on how the input is cut;
+memory is that of a part of the keys or edges, whatever the number of documents.
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from heliostat import extras
-from heliostat.curation import tally
-from heliostat.curation.comparing import by_runs, settled, told
+from heliostat.curation import comparing, tally
+from heliostat.curation.comparing import adding, by_runs, settled
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
 from heliostat.curation.exchange import by_parts
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.minhash import components
-from heliostat.curation.minhash.keep import Rule, attributes, choose, decide, members
+from heliostat.curation.minhash.keep import Rule, candidates, choose, decide, members
 from heliostat.curation.minhash.signatures import Parameters, sign
 from heliostat.curation.segment import Run, store
 from heliostat.curation.stage import GlobalStage
@@ -33,6 +35,7 @@ ROW_BYTES = 160  # of memory for each key, edge or member that a task holds, sor
 class MinHash(GlobalStage):
     """Drops near duplicates but one of each cluster."""
 
+    version: ClassVar = 2  # words are those of `comparable`, as FineWeb compares them: accents and numbers don't count
     reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
 
     bands: int = Field(14, ge=1, le=1000)
@@ -48,6 +51,9 @@ class MinHash(GlobalStage):
     largest number in `column`. Of equals, the first by id."""
     column: str = ""
     """The column that `oldest` and `best` compare; it must be one of the pipeline's `columns`, or made by a stage before."""
+    within: str = ""
+    """Compares only documents with the same value in this column, as FineWeb does with the pages of one crawl. As for `column`,
+    it must be one of the pipeline's `columns`, or made by a stage before. Unset: all documents are compared."""
 
     @model_validator(mode="after")
     def _column(self) -> MinHash:
@@ -61,8 +67,9 @@ class MinHash(GlobalStage):
     def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
         name, runs = tally.label(number, self), found.runs
         kind = f"minhash-{number}"
-        parameters = Parameters(self.bands, self.rows, self.ngram, self.seed)
-        signing = (Task(key(run.name, run.decided, vars(parameters)), {"run": run, "parameters": parameters}, bytes=run.bytes)
+        parameters = Parameters(self.bands, self.rows, self.ngram, self.seed, self.within)
+        told = [self.version, vars(parameters)]
+        signing = (Task(key(run.name, run.decided, told), {"run": run, "parameters": parameters}, bytes=run.bytes)
                    for run in runs)  # fmt: skip
         signed = flow.all(f"{kind}-sign", sign, signing)
         parts = parts_of(sum(r["rows"] for r in signed) * ROW_BYTES, memory_limit)
@@ -72,11 +79,14 @@ class MinHash(GlobalStage):
         belonging = flow.all(f"{kind}-members", members, by_parts(flow, kind, parts, edges))
         names = [r["members"] for r in belonging]
         rule = {"rule": self.keep, "column": self.column}
-        compared = flow.all(f"{kind}-attributes", attributes, by_runs(flow, kind, runs, names, memory_limit, **rule))
-        chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [r["attributes"] for r in compared]))
-        deciding = by_runs(flow, kind, runs, [r["chosen"] for r in chosen], memory_limit, stage=name)
-        _, left = settled(flow, found, kind, decide, deciding)
-        part = told(flow, kind, runs, left, chosen)
+        copies = iter([r["copies"] for r in signed])
+        naming = (adding(task, copies=list(islice(copies, len(task.arguments["runs"]))))
+                  for task in by_runs(flow, kind, runs, names, memory_limit, **rule))  # fmt: skip
+        named = flow.all(f"{kind}-candidates", candidates, naming)
+        chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [r["candidates"] for r in named]))
+        groups = zip(by_runs(flow, kind, runs, [r["chosen"] for r in chosen], memory_limit, stage=name), named, strict=True)
+        _, left = settled(flow, found, kind, decide, (adding(task, belonging=r["belonging"]) for task, r in groups))
+        part = comparing.told(flow, kind, runs, left, chosen)
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}
         found.tallies.append(store(flow.work.spill, {name: part}))
         return left

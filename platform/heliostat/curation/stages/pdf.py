@@ -10,6 +10,7 @@ password are `encrypted`. `pages` and `title` become columns. Documents that are
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -35,6 +36,7 @@ class Pdf(Stage):
         "failed": "it is no PDF that can be read",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"pages": ("max_pages",)}
+    version: ClassVar[int] = 2  # texts are in NFC, as those of readers are
 
     max_pages: int = Field(5000, ge=1)
     """Documents of more pages are dropped (`too_many_pages`)."""
@@ -65,6 +67,6 @@ def _outcome(document: Document, run: Isolated) -> Outcome:
     counts = {f"pages_{what}": about[what] for what in ("failed", "empty") if about[what]}
     if not text:
         return Outcome(None, "no_text", f"{about['pages']:,} pages", measures, counts)
-    document.text = text.decode()
+    document.text = unicodedata.normalize("NFC", text.decode())
     document.columns |= {"pages": about["pages"]} | ({"title": about["title"]} if about["title"] else {})
     return Outcome(document, measures=measures, counts=counts)

@@ -1,17 +1,20 @@
 """Removes lines, or paragraphs, that another document has too: one occurrence of each stays in the whole set.
 
-(Wenzek et al., CCNet, 2019, arXiv 1911.00359: paragraphs, which are lines there, compared in lower case, without punctuation and
-with each digit as 0. Raffel et al., 2019, arXiv 1910.10683, do so for spans of three sentences of C4.) Menus, licences and
-notices go so, which filters on single documents cannot find. The occurrence that stays is in the document whose id has the least
-hash, and there the first: a function of the input, not of how it is cut. A document of which nothing is left is dropped. Parts
-are compared by hashes of 64 bits: of 10^10 different ones, about three are taken for another. Memory is that of the different
-parts in a share of all hashes. Put it behind `minhash`: of a near duplicate, it would leave the lines that differ.
+(Wenzek et al., CCNet, 2019, arXiv 1911.00359: paragraphs, which are lines there, compared without case, punctuation and the
+values of digits. Here the words are those of `heliostat.curation.comparable`, so that accents and the scripts of Asia are
+compared as `minhash` compares them, and lines of numbers alone as they are written. Raffel et al., 2019, arXiv 1910.10683, do
+so for spans of three sentences of C4.) Menus, licences and notices go so, which filters on single documents cannot find. The
+occurrence that stays is in the document whose id has the least hash, and there the first: a function of the input, not of how
+it is cut. A document of which nothing is left is dropped. Parts are compared by hashes of 64 bits: of 10^10 different ones,
+about three are taken for another. Memory is that of the different parts in a share of all hashes. Put it behind `minhash`: of a
+near duplicate, it would leave the lines that differ.
 """
 
 from __future__ import annotations
 
 from pydantic import Field
 
+from heliostat.curation.comparable import words
 from heliostat.curation.repeated import BETWEEN, Parts, Unit
 from heliostat.curation.repeating import Cut, RepeatingStage
 
@@ -24,7 +27,7 @@ class RepeatedLines(RepeatingStage):
     min_words: int = Field(3, ge=1)
     """Lines or paragraphs of fewer words stay, however often they occur."""
     normalise: bool = True
-    """Compares in lower case, without punctuation and with each digit as 0."""
+    """Compares words as `minhash` does: without case, accents, punctuation and the values of numbers."""
 
     def signing(self) -> Parts:
         return Parts(self.unit, self.min_words, self.normalise)
@@ -33,7 +36,8 @@ class RepeatedLines(RepeatingStage):
         """Removes lines or paragraphs by their numbers."""
         between = BETWEEN[self.unit]
         parts = text.split(between)
-        removed = sum(len(parts[place].split()) for place in lost)
+        counts = words(parts).counts
         left = between.join(part for place, part in enumerate(parts) if place not in lost)
         detail = f"{len(lost):,} of {len(parts):,} {self.unit}s"
-        return Cut(left, removed / sum(len(part.split()) for part in parts), detail, {f"{self.unit}s_removed": len(lost)})
+        removed = counts[sorted(lost)].sum() / counts.sum()
+        return Cut(left, float(removed), detail, {f"{self.unit}s_removed": len(lost)})

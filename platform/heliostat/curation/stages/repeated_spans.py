@@ -5,14 +5,15 @@ suffix array, which must be in memory as a whole. Here windows of words are chos
 al. 2003, and compared by hashes on disk: linear, and in bounded memory.) A span of `words` words that another document has as
 well is always found, in pieces of half of it; shorter ones sometimes, none of less than half. All of it goes but less than half
 of `words` at either end. What stays is in the document whose id has the least hash, and there the first. Words are compared as
-they are written; where a span was, a line ends. Put it last of what compares documents.
+`minhash` compares them, spans of numbers alone as they are written. Where a span was, a line ends. Put it last of what compares
+documents.
 """
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from heliostat.curation.minhash.signatures import WORD
+from heliostat.curation.comparable import edges
 from heliostat.curation.repeating import Cut, RepeatingStage
 from heliostat.curation.windows import Windows, spans
 
@@ -28,12 +29,12 @@ class RepeatedSpans(RepeatingStage):
 
     def cut(self, text: str, lost: set[int]) -> Cut:
         """Removes windows by the numbers of their first words."""
-        edges = [(found.start(), found.end()) for found in WORD.finditer(text)]
+        places = edges(text)
         kept, at, removed, gone = list[str](), 0, 0, spans(lost, self.signing().size)
         for first, stop in gone:
-            kept.append(text[at : edges[first][0]].rstrip())
-            at = edges[stop][0] if stop < len(edges) else len(text)
+            kept.append(text[at : places[first][0]].rstrip())
+            at = places[stop][0] if stop < len(places) else len(text)
             removed += stop - first
         left = "\n".join(part for part in [*kept, text[at:]] if part)
-        detail = f"{removed:,} of {len(edges):,} words, in {len(gone):,} spans"
-        return Cut(left, removed / len(edges), detail, {"spans_removed": len(gone), "words_removed": removed})
+        detail = f"{removed:,} of {len(places):,} words, in {len(gone):,} spans"
+        return Cut(left, removed / len(places), detail, {"spans_removed": len(gone), "words_removed": removed})

@@ -1,0 +1,232 @@
+"""Turns texts into the words that are compared: one definition for `minhash`, `decontaminate` and `repeated_*`.
+
+What does not count is what FineWeb leaves out (Penedo et al., 2024): case, punctuation, white space, accents, and the values of
+numbers, which are all 0. Texts are compared in NFC, so how a file encodes an accent doesn't count either. Three rules differ:
+
+- Marks are dropped in the scripts that can do without them (Latin, Greek, Cyrillic, Arabic, Hebrew). A vowel sign of Hindi stays.
+- Where a script puts no spaces between words (Chinese, Japanese, Thai, ...), each character with its marks is a word.
+- An n-gram of numbers alone is compared as written. Otherwise all tables of numbers would be one text.
+
+A number includes single `.`, `,`, `:`, `/` and `-` between its digits: a date is one number.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import regex
+
+from heliostat.curation import spill
+
+SEPARATOR, LETTER, JOINER, UNSPACED, CONTINUING, SKIPPED = range(6)
+JOINERS = ".,:/-\u066b\u066c"
+ALONE = (  # scripts without spaces
+    r"ー\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tai_Tham}\p{Javanese}\p{Balinese}"
+)
+OPTIONAL = (
+    r"\p{Inherited}\p{Common}\p{Latin}\p{Greek}\p{Cyrillic}\p{Arabic}\p{Hebrew}\p{Syriac}"  # scripts whose marks don't count
+)
+VOICED = "\u3099\u309a"  # marks of kana, which change the sound
+FOLDED = (range(0x3400), range(0xA000, 0xAC00), range(0xF900, 0x17000), range(0x18D00, 0x20000), range(0x2F800, 0x2FA20))
+"""Code points that may be compared as others: all but Han, Hangul, Tangut, and those for private use."""
+CODES = 0x110000
+END = regex.compile(rf"\s|[[{ALONE}]--\p{{M}}]", regex.V1)  # where a long text can be cut
+ZERO = ord("0")
+BLOCK = 1 << 16  # characters, and values that are hashed, at a time: what is computed for them stays in the processor's cache
+FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Holds the words of texts, one text after another.
+
+    `hashes` are equal for words that are compared as equal, `exact` differ for numbers that do, and `counts` are the words of
+    each text.
+    """
+
+    counts: np.ndarray
+    hashes: np.ndarray
+    exact: np.ndarray
+    numbers: np.ndarray
+
+    def spans(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Hashes spans of words, given in ascending order: spans of numbers alone as written."""
+        found = hashed(self.hashes, starts, stops)
+        if self.numbers.any():
+            others = np.concatenate([[0], np.cumsum(~self.numbers)])
+            alone = others[starts] == others[stops]
+            found[alone] = hashed(self.exact, starts[alone], stops[alone])
+        return found
+
+    def ngrams(self, n: int, short: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes every n-gram of the texts; returns (hashes, how many each text has).
+
+        A text of fewer words has none, or if `short`, a single one.
+        """
+        ends = np.cumsum(self.counts)
+        left = np.repeat(ends, self.counts) - np.arange(len(self.hashes))  # words from each to its text's end
+        begins = left >= n
+        if short:
+            begins[(ends - self.counts)[self.counts > 0]] = True
+        starts = np.flatnonzero(begins)
+        counts = np.maximum(self.counts - n + 1, (self.counts > 0) if short else 0)
+        return self.spans(starts, starts + np.minimum(left[starts], n)), counts
+
+
+def words(texts: Sequence[str]) -> Words:
+    """Finds the words of texts."""
+    plain = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
+    edges = np.fromiter(accumulate((len(text) + 1 for text in plain), initial=0), np.int64)
+    parts = list(_blocks("\n".join(plain)))
+    starts, _, hashes, exact, numbers = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return Words(np.diff(np.searchsorted(starts, edges)), hashes, exact, numbers)
+
+
+def edges(text: str) -> list[tuple[int, int]]:
+    """Lists where each word of a text begins and ends; as many as `words` finds, in NFC or not."""
+    starts, stops, *_ = (np.concatenate(columns) for columns in zip(*_blocks(text), strict=True))
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+def hashed(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """Hashes spans of values, given in ascending order: polynomials, from sums over all values, whose powers are divided out."""
+    found, at = np.empty(len(starts), np.uint64), 0
+    with np.errstate(over="ignore"):
+        while at < len(starts):
+            low = int(starts[at])
+            upto = max(at + 1, int(np.searchsorted(stops, low + BLOCK, "right")))
+            size = int(stops[upto - 1]) - low
+            powers, inverse = _powers(size) if size > BLOCK else _block_powers()
+            sums = np.zeros(size + 1, np.uint64)
+            np.cumsum(values[low : low + size] * powers[:size], out=sums[1:])
+            first = starts[at:upto] - low
+            found[at:upto] = spill.mixed((sums[stops[at:upto] - low] - sums[first]) * inverse[first])
+            at = upto
+    return found
+
+
+def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
+    ones = np.full((2, size + 1), [[FACTOR], [INVERSE]], np.uint64)
+    ones[:, 0] = 1
+    return tuple(np.cumprod(ones, axis=1, dtype=np.uint64))
+
+
+@lru_cache(maxsize=1)
+def _block_powers() -> tuple[np.ndarray, np.ndarray]:
+    return _powers(BLOCK)
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """Returns what each code point is compared as, and its kind."""
+    kinds, folded = np.zeros(CODES, np.uint8), np.arange(CODES, dtype=np.uint32)
+    marks, alone = _having(r"\p{M}"), _having(ALONE)
+    kinds[_having(r"\p{L}\p{N}") | marks] = LETTER
+    kinds[[ord(c) for c in JOINERS]] = JOINER
+    kinds[(kinds == LETTER) & alone] = UNSPACED
+    kinds[marks & (alone | _having(VOICED))] = CONTINUING
+    kinds[_having(r"\p{Cf}") | (marks & _having(OPTIONAL) & ~_having(VOICED))] = SKIPPED
+    for code in (code for part in FOLDED for code in part):
+        text = unicodedata.normalize("NFKD", chr(code).lower()).lower()
+        if len(text) > 1:
+            text = "".join(c for c in text if kinds[ord(c)] != SKIPPED)
+        folded[code] = ord(text) if len(text) == 1 else ord(chr(code).lower()[0])
+    folded[ord("ς")] = ord("σ")
+    kinds = np.where(kinds == SKIPPED, SKIPPED, kinds[folded]).astype(np.uint8)
+    digits = _having(r"\p{Nd}")[folded]  # such as ² too
+    folded[digits], kinds[digits] = ZERO, LETTER
+    return folded, kinds
+
+
+@lru_cache(maxsize=1)
+def _ascii_tables() -> tuple[bytes, bytes]:
+    """Returns the same for characters of ASCII, as `bytes.translate` takes it."""
+    folded, kinds = (table[:128].astype(np.uint8).tobytes() for table in _tables())
+    return folded + bytes(128), kinds + bytes(128)
+
+
+@lru_cache(maxsize=1)
+def _every() -> list[tuple[int, str]]:
+    """Returns all code points that are assigned, as (the first, a text): behind 0x40000 tags and variation selectors alone."""
+    return [(first, "".join(map(chr, range(first, stop)))) for first, stop in ((0, 0x40000), (0xE0000, 0xE0200))]
+
+
+def _having(properties: str) -> np.ndarray:
+    """Returns which code points have one of some properties, or are among some characters."""
+    found = np.zeros(CODES, bool)
+    for first, text in _every():
+        for run in regex.finditer(rf"[{properties}]+", text):
+            found[first + run.start() : first + run.end()] = True
+    return found
+
+
+Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # starts, stops, and as in Words
+
+
+def _blocks(text: str) -> Iterator[Block]:
+    """Yields the words of each part of a text; at least one part."""
+    begin = 0
+    while True:
+        found = END.search(text, begin + BLOCK) if begin + BLOCK < len(text) else None
+        end = found.start() if found else len(text)
+        starts, stops, *others = _block(text[begin:end])
+        yield starts + begin, stops + begin, *others
+        if end == len(text):
+            return
+        begin = end
+
+
+def _block(text: str) -> Block:
+    """Finds the words of a part of a text. A number is hashed as one 0, so its other digits are taken out first."""
+    raw, code, kind = _looked_up(text)
+    at = np.flatnonzero(kind != SKIPPED) if len(kind) and kind.max() == SKIPPED else None
+    if at is not None:
+        raw, code, kind = raw[at], code[at], kind[at]
+    digit = code == ZERO
+    joins = np.flatnonzero(kind == JOINER)
+    joins = joins[(joins > 0) & (joins < len(kind) - 1)]
+    joins = joins[digit[joins - 1] & digit[joins + 1]]
+    digit[joins], kind[joins] = True, LETTER
+    starts, stops = _edges(kind)
+    again = np.concatenate([[False], digit[1:] & digit[:-1]])[: len(digit)]
+    gone = np.concatenate([[0], np.cumsum(again)])
+    first, last = starts - gone[starts], stops - gone[stops]
+    exact = hashes = hashed(np.where(digit, ZERO, code)[~again], first, last)
+    numbers = digit[starts] & (last - first == 1)
+    if numbers.any():
+        exact, places = hashes.copy(), np.flatnonzero(digit)
+        first, last = (np.searchsorted(places, edge[numbers]) for edge in (starts, stops))
+        exact[numbers] = hashed(raw[places], first, last)
+    if at is not None:
+        starts, stops = at[starts], at[stops - 1] + 1
+    return starts, stops, hashes, exact, numbers
+
+
+def _looked_up(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the code points of a text, what each is compared as, and its kind."""
+    if text.isascii():  # the same, faster
+        data = text.encode()
+        raw, code, kind = (np.frombuffer(some, np.uint8) for some in (data, *map(data.translate, _ascii_tables())))
+        return raw, code, kind.copy()
+    raw = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    folded, kinds = _tables()
+    return raw, folded[raw], kinds[raw]
+
+
+def _edges(kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Finds where words begin and end, by the kinds of characters."""
+    inside = np.zeros(len(kind) + 2, bool)
+    inside[1:-1] = (kind == LETTER) | (kind >= UNSPACED)
+    begins = inside[1:] & ~inside[:-1]
+    ends = inside[:-1] & ~inside[1:]
+    if len(kind) and kind.max() >= UNSPACED:
+        new = kind == UNSPACED
+        new[1:] |= (kind[1:] == LETTER) & (kind[:-1] >= UNSPACED)
+        begins[:-1] |= new
+        ends[:-1] |= new & inside[:-2]
+    return np.flatnonzero(begins), np.flatnonzero(ends)

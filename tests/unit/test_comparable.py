@@ -1,0 +1,144 @@
+"""The words that are compared: as a plain definition has them, in every script and form of Unicode, wherever a text is cut."""
+
+import itertools
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+import regex
+from heliostat.curation import comparable
+from heliostat.curation.comparable import edges, hashed, words
+
+MARKS = regex.compile(
+    r"[[\p{M}&&[\p{Inherited}\p{Latin}\p{Greek}\p{Cyrillic}\p{Arabic}\p{Hebrew}]]--[\u3099\u309a]]|\p{Cf}", regex.V1
+)
+NUMBER = regex.compile(r"\p{Nd}(?:[.,:/\-]?\p{Nd})*")
+ALONE = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Khmer}"
+WORD = regex.compile(rf"[[{ALONE}]&&\p{{L}}][\p{{M}}]*|[[\p{{L}}\p{{N}}\p{{M}}]--[{ALONE}]]+", regex.V1)
+
+
+def reference(text: str) -> list[str]:
+    """Finds the words of a text as a reader would write it: decomposed, without marks, in small letters, each number as 0."""
+    plain = MARKS.sub("", unicodedata.normalize("NFD", text)).lower()
+    return WORD.findall(NUMBER.sub("0", unicodedata.normalize("NFC", plain)).replace("ς", "σ"))
+
+
+def same(*texts: str) -> bool:
+    """Whether texts have the same words, of which no two are alike unless they are the same."""
+    found = words(texts)
+    parts = np.split(found.hashes, np.cumsum(found.counts))[: len(texts)]
+    return all(part.tolist() == parts[0].tolist() and len(part) for part in parts)
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("Élan VITAL, à la carte", "elan vital a\nla   carte!"),
+    ("in 2019 it grew by 12.5 %", "in 1,204 it grew by 7 %"),
+    ("on 2026-11-29 at 02:57:38", "on 1 at 2"),
+    ("naïve café", "nai\u0308ve cafe\u0301"),
+    ("Ελλάδα ΣΊΣΥΦΟΣ", "ελλαδα σισυφος"),
+    ("Йод и ёлка", "иод и елка"),
+    ("مُحَمَّد", "محمد"),
+    ("१२ किताबें", "३४५ किताबें"),
+    ("がっこう", "か\u3099っこう"),
+    ("한국어", unicodedata.normalize("NFD", "한국어")),
+    ("soft\u00adhyphen zero\u200bwidth", "softhyphen zerowidth"),
+    ("ＡＢＣ１２ ℝ", "abc7 r"),
+], ids=lambda text: text[:10])  # fmt: skip
+def test_texts_that_say_the_same_have_the_same_words(one, other):
+    assert same(one, other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("कि", "की"), ("がき", "かき"), ("गढ़", "गढ"), ("abc", "abd"), ("中华", "中国"),
+                                            ("ab", "ba"), ("x1", "x")])  # fmt: skip
+def test_words_that_differ_stay_apart(one, other):
+    assert not same(one, other)
+
+
+def test_scripts_without_spaces_have_a_word_for_each_character_with_its_marks():
+    assert words(["中华人民共和国", "ภาษาไทยดี", "हिन्दी में लिखा", "ソース abc"]).counts.tolist() == [7, 8, 3, 4]
+    assert words(["กี่", "हिन्दी"]).counts.tolist() == [1, 1]
+
+
+SCRIPTS = [
+    *map(list, ("abcXYZ", "éÀßøŁ", "019٣५", ".,:/-", " \n\t!?_'|", "αΣς", "йЁж", "中华人", "한글", "\u200b\u00ad😀")),
+    ["が", "ぱ", "ア", "か\u3099"],
+    ["ไ", "ยี่", "ก"],
+    ["कि", "क्", "म", "की"],
+    ["א", "בָ", "بُ"],
+    ["e\u0301", "o\u0308\u0323"],
+]
+
+
+def test_the_words_are_those_of_the_plain_definition():
+    """Of random strings: as many words, and two are equal exactly if the definition's are."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choice(rng.choice(SCRIPTS)) for _ in range(rng.randrange(40))) for _ in range(3000)]
+    found, wanted = words(texts), [reference(t) for t in texts]
+    assert found.counts.tolist() == [len(w) for w in wanted]
+    by: dict[str, int] = {}
+    flat = list(itertools.chain.from_iterable(wanted))
+    for hash, word in zip(found.hashes.tolist(), flat, strict=True):
+        assert by.setdefault(word, hash) == hash, word
+    assert len(set(by.values())) == len(by) > 2000
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_a_word_has_one_hash_wherever_the_text_is_cut(monkeypatch, block):
+    rng = random.Random(block)
+    texts = ["".join(rng.choice(rng.choice(SCRIPTS)) for _ in range(60)) for _ in range(50)] + ["plain ascii 12.5 text"]
+    whole = words(texts)
+    monkeypatch.setattr(comparable, "BLOCK", block)
+    comparable._block_powers.cache_clear()
+    again = words(texts)
+    comparable._block_powers.cache_clear()
+    for name in ("counts", "hashes", "exact", "numbers"):
+        assert getattr(again, name).tolist() == getattr(whole, name).tolist(), name
+
+
+def test_every_character_is_where_it_was_in_nfc_or_not():
+    """Words are numbered alike in a text and in its NFC, so that what is compared in NFC is cut out of the text as it is."""
+    every = [chr(c) for c in range(0x30000) if not 0xD800 <= c < 0xE000]
+    for one in every:
+        form = unicodedata.normalize("NFC", one)
+        if form != one:
+            assert len(edges(f"a {one} b")) == words([f"a {one} b"]).counts[0], hex(ord(one))
+    rng = random.Random(2)
+    for _ in range(300):
+        text = unicodedata.normalize("NFD", "".join(rng.choice(rng.choice(SCRIPTS)) for _ in range(30)))
+        assert len(edges(text)) == words([text]).counts[0]
+    text = "Un cafe\u0301, 12.50 e\u0301t 中文"
+    assert [text[a:b] for a, b in edges(text)] == ["Un", "cafe", "12.50", "e\u0301t", "中", "文"]
+
+
+def test_n_grams_of_numbers_alone_are_compared_as_written():
+    """Otherwise every table of numbers would be the same text."""
+    one, other, prose, prose_too = "1 2 3 4 5 6", "7 8 9 10 11 12", "in 3 of 5 years it was 7", "in 4 of 9 years it was 8"
+    found, counts = words([one, other, prose, prose_too]).ngrams(3)
+    parts = [set(part.tolist()) for part in np.split(found, np.cumsum(counts))]
+    assert not parts[0] & parts[1] and parts[2] == parts[3] and len(parts[0]) == 4
+    (a, b, c), _ = words(["12.5 3", "12.5 3", "125 3"]).ngrams(5, short=True)
+    assert a == b != c
+
+
+def test_n_grams_are_those_of_each_text():
+    texts = ["a b c d e f g", "", "h i j k l", "m n o", "p", "!?"]
+    found, counts = words(texts).ngrams(5, short=True)
+    assert counts.tolist() == [3, 0, 1, 1, 1, 0] and len(set(found.tolist())) == 6
+    alone = [hash for text in texts for hash in words([text]).ngrams(5, short=True)[0].tolist()]
+    assert alone == found.tolist()
+    assert words(texts).ngrams(5)[1].tolist() == [3, 0, 1, 0, 0, 0] and not len(words([]).hashes)
+
+
+def test_spans_are_hashed_by_their_content(monkeypatch):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 1 << 63, 500).astype(np.uint64)
+    values[300:350] = values[20:70]
+    starts, stops = np.arange(0, 450), np.arange(50, 500)
+    found = hashed(values, starts, stops)
+    assert found[20] == found[300] and len(set(found.tolist())) == len(found) - 1
+    for block in (1, 60, 499):
+        monkeypatch.setattr(comparable, "BLOCK", block)
+        comparable._block_powers.cache_clear()
+        assert (hashed(values, starts, stops) == found).all()
+    comparable._block_powers.cache_clear()
