@@ -18,7 +18,7 @@ from heliostat.curation.stages import detect_secrets
 from heliostat.curation.stages.detect_secrets import DetectSecrets
 from heliostat.curation.stages.extract import Extract
 from heliostat.curation.stages.fix_text import FixText
-from heliostat.curation.stages.language import Language
+from heliostat.curation.stages.language import Language, sample
 from heliostat.curation.stages.pii import Pii
 from heliostat.errors import ConfigError, MissingExtraError
 from pydantic import ValidationError
@@ -200,6 +200,28 @@ def test_language():
     assert one(stage, "Ceci est un texte en français, sur la pluie et le beau temps.").reason == "other_language"
     assert one(Language(min_score=1.0), "ok no da si").reason == "uncertain"
     assert one(stage, " \n").reason == "no_language"
+
+
+ENGLISH = "The old keeper walked down to the harbour every morning, and would wait for the boats to return with their nets. "
+GERMAN = "Der alte Wärter ging jeden Morgen zum Hafen hinunter und wartete dort, bis die Boote mit ihren Netzen kamen. "
+
+
+@pytest.mark.parametrize(("first", "rest", "language"), [(ENGLISH, GERMAN, "de"), (GERMAN, ENGLISH, "en")])
+def test_the_language_of_a_document_is_that_of_most_of_it(first, rest, language):
+    """And not that of a notice before it."""
+    outcome = one(Language(min_score=0.5), first * 12 + rest * 150)
+    assert outcome.document.columns["language"] == language and outcome.measures["language_score"] > 0.8
+    assert one(Language(min_score=0.5), rest * 150 + first * 12).document.columns["language"] == language
+
+
+@pytest.mark.parametrize("chars", [50, 1000, 1007])
+def test_no_more_is_looked_at_than_asked_for_and_both_ends_are(chars):
+    words = " ".join(f"word{i}" for i in range(5000))
+    assert sample(words[:chars], chars) == words[:chars]
+    found = sample(words, chars)
+    assert len(found) <= chars + 7 and found.startswith("word0"[:chars]) and found.endswith("9")
+    assert all(word in words.split() for word in found.split() if len(word) == 8)
+    assert len(sample("語" * 9000, chars)) <= chars + 7
 
 
 @pytest.mark.parametrize(

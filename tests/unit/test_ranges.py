@@ -1,5 +1,6 @@
 """Reading a file in ranges gives what reading it at once gives: each record in one range, under the same id."""
 
+import io
 import json
 import random
 
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import pieces
 from heliostat.curation.pieces import Part
-from heliostat.pipelines.text import making, sources, tasks
+from heliostat.pipelines.text import documents, making, sources, tasks
 from heliostat.pipelines.text.documents import Rules
 from heliostat.storage import Location
 
@@ -41,6 +42,27 @@ def test_lines_read_in_ranges_are_the_lines_with_their_numbers(tmp_path, seed):
         counts = {p: tasks.count_lines(None, str(tmp_path), p)["lines"] for p in parts}
         cut = [p for piece in making.numbered([[p] for p in parts], counts) for p in piece]
         assert read(tmp_path, cut, max_document_bytes=200) == whole, size
+
+
+def test_a_line_that_is_longer_than_many_ranges_is_read_once(tmp_path):
+    """And not by each range as far as its end: 32 ranges would read it 16 times."""
+    data = b'{"text": "first"}\n' + json.dumps({"text": "x" * (32 << 20)}).encode() + b'\n{"text": "last"}\n'
+    (tmp_path / "a.jsonl").write_bytes(data)
+    bytes_read, found = 0, []
+
+    class Counted(io.FileIO):
+        def read(self, size=-1):
+            nonlocal bytes_read
+            data = super().read(size)
+            bytes_read += len(data)
+            return data
+
+    parts = [Part("a.jsonl", len(data), 0, a, b, 1) for a, b in pieces.ranges(len(data), 1 << 20)]
+    assert len(parts) == 32
+    for part in parts:
+        with pa.PythonFile(Counted(tmp_path / "a.jsonl"), "r") as file:
+            found += [len(d.text) for d in documents.read("a.jsonl", file, Rules(), part)]
+    assert found == [5, 32 << 20, 4] and len(data) < bytes_read < 4 * len(data)
 
 
 @pytest.mark.parametrize("size", [300, 1500, 5000, 10**6])

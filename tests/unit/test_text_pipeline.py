@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.curation.pieces import Part
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.text import documents, gathering, sources, tasks, tokens
@@ -100,6 +101,29 @@ def test_broken_jsonl_keeps_what_came_before():
     found = read("d.jsonl.gz", gzip.compress(lines)[:-5000])
     assert found[0][1].startswith("0 ") and len(found) > 5000
     assert found[-1] == ("d.jsonl.gz", "CORRUPT")
+
+
+ROWS = [json.dumps({"text": f"{i} {hashlib.sha256(b'%d' % i).hexdigest()}"}).encode() + b"\n" for i in range(3000)]
+
+
+@pytest.mark.parametrize("end", [b"\n", b""], ids=["ended", "open"])
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.gz"])
+def test_lines_of_a_damaged_gzip_member_are_kept_and_the_damage_counted(tmp_path, suffix, end):
+    """Whatever the file is called: both names have one reader."""
+    packed = gzip.compress(b"".join(ROWS).rstrip(b"\n") + end)
+    wrong = packed[:-8] + bytes(4) + packed[-4:]
+    padded = gzip.compress(b"".join(ROWS[:9])) + bytes(3 << 20) + gzip.compress(b"".join(ROWS[9:])) + bytes(9)
+    for data, expected in (
+        (packed, []),
+        (wrong, ["corrupt"]),
+        (packed[:-8] + packed[-8:-4] + bytes(4), ["corrupt"]),
+        (padded, []),
+    ):
+        (tmp_path / f"a{suffix}").write_bytes(data)
+        found = list(tasks.read_file(Location(str(tmp_path)), f"a{suffix}", Rules())) if suffix == ".jsonl.gz" else list(
+            tasks.read_other(Location(str(tmp_path)), f"a{suffix}", Rules(), Part(f"a{suffix}", len(data), 0)))  # fmt: skip
+        assert [d.text for d in found[:3000]] == [json.loads(row)["text"] for row in ROWS]
+        assert [d.reason for d in found[3000:]] == expected
 
 
 def test_read_parquet():

@@ -84,6 +84,9 @@ class Stage(Strict):
     version: ClassVar[int] = 1
     """Raised whenever the same keys give other documents: what was made by an earlier version is then made again."""
 
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Keys that came after others: datasets made without them are up to date where they have their defaults."""
+
     @classmethod
     def named(cls) -> str:
         """Returns the name that a pipeline file gives it: its file's."""
@@ -91,7 +94,8 @@ class Stage(Strict):
 
     def identity(self) -> dict[str, Any]:
         """Returns all that its result follows from: name, version and keys. One whose key names a file puts the digest there."""
-        return {"version": self.version, **self.entry()}
+        usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
+        return {"version": self.version, **{key: value for key, value in self.entry().items() if key not in usual}}
 
     def entry(self) -> dict[str, Any]:
         """Returns its entry in a pipeline file, with all keys."""

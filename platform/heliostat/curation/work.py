@@ -25,7 +25,7 @@ from typing import Any
 from heliostat.errors import ConfigError
 from heliostat.storage import Location
 
-CODE = 7  # raised when the same inputs and configuration give other spill files
+CODE = 8  # raised when the same inputs and configuration give other spill files
 READERS = 32  # threads
 DONE, SPILL, NOTES, MARK = "done", "spill", "notes", "work.json"
 SIZES = 16  # times, by which an input may grow before its pieces become larger

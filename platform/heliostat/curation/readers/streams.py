@@ -6,7 +6,7 @@ import bz2
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -34,6 +34,7 @@ REASONS = {
 }
 CODECS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 BLOCK = 1 << 20  # bytes that are unpacked at a time
+CHECKS = ("incorrect data check", "incorrect length check")  # as zlib reports a wrong checksum at a member's end
 ZST_BLOCK = 1 << 16  # the same of .zst, of which a break costs what was unpacked of a block before it
 XZ_MEMORY = 256 << 20  # that unpacking .xz may take; `xz -9` makes files that need 65 MiB
 
@@ -48,11 +49,14 @@ class Limits:
 
 
 class LeftOutError(Exception):
-    """Reports that the rest of a file cannot be read; `reason` is one of REASONS."""
+    """Reports that the rest of a file cannot be read; `reason` is one of REASONS.
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    `complete`: nothing is missing of what came before; only a checksum is wrong.
+    """
+
+    def __init__(self, reason: str, detail: str = "", complete: bool = False) -> None:
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail, self.complete = reason, detail, complete
 
 
 def codec_of(path: str) -> str | None:
@@ -60,7 +64,7 @@ def codec_of(path: str) -> str | None:
     return next((codec for suffix, codec in CODECS.items() if path.lower().endswith(suffix)), None)
 
 
-def unpacked(path: str, stream: BinaryIO, limits: Limits) -> BinaryIO:
+def unpacked(path: str, stream: BinaryIO, limits: Limits) -> io.BufferedReader:
     """Opens the plain bytes of a stream; LeftOutError where broken packing, or more than `max_file_bytes`, is reached."""
     codec = codec_of(path)
     blocks = _plain(stream) if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)
@@ -92,22 +96,40 @@ def _new(codec: str) -> Any:
 
 
 def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
-    """Yields the plain bytes of all members, one behind the other, a block at a time however much a block of input makes."""
-    decoder, begun = _new(codec), False
+    """Yields the plain bytes of all members, one after the other, a block at a time however much a block of input makes.
+
+    Zeros after a member are padding. Of a member of gzip, all that comes before a break is kept.
+    """
+    decoder, begun, ended = _new(codec), False, False
     while data := stream.read(BLOCK):
+        data = data if begun or not ended else data.lstrip(b"\0")
         while data or (begun and codec != "gz" and not decoder.needs_input):
+            before = decoder.copy() if codec == "gz" else None
             try:
                 block = decoder.decompress(data, BLOCK)
             except (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError) as e:
-                raise LeftOutError("corrupt", str(e)) from e
+                if before is not None and (rest := _before_break(before, data)):
+                    yield rest
+                raise LeftOutError("corrupt", str(e), complete=any(check in str(e) for check in CHECKS)) from e
             begun = True
             if block:
                 yield block
             data = decoder.unconsumed_tail if codec == "gz" else b""
             if decoder.eof:
-                data, decoder, begun = decoder.unused_data.lstrip(b"\0"), _new(codec), False
+                data, decoder, begun, ended = decoder.unused_data.lstrip(b"\0"), _new(codec), False, True
     if begun:
         raise LeftOutError("corrupt", f"the {codec} stream ends within a member")
+
+
+def _before_break(decoder: Any, data: bytes) -> bytes:
+    """Unpacks byte by byte what comes before a break in a block of input."""
+    out = bytearray()
+    for at in range(len(data)):
+        try:
+            out += decoder.decompress(data[at : at + 1])
+        except zlib.error:
+            break
+    return bytes(out)
 
 
 class _Blocks(io.RawIOBase):
@@ -121,28 +143,56 @@ class _Blocks(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if not self._left:
-            self._left = memoryview(next(self._blocks, b""))
-            self._total += len(self._left)
             if self._total > self._most:
                 raise LeftOutError("too_large", f"more than {self._most:,} bytes, unpacked")
+            self._left = memoryview(next(self._blocks, b""))
+            before, self._total = self._total, self._total + len(self._left)
+            if self._total > self._most:
+                self._left = self._left[: self._most - before]
+                if not self._left:
+                    return self.readinto(buffer)
         size = min(len(buffer), len(self._left))
         buffer[:size] = self._left[:size]
         self._left = self._left[size:]
         return size
 
 
-def lines(stream: BinaryIO, most: int) -> Iterator[bytes | None]:
-    """Yields lines with their ends, None for one of more than `most` bytes, of which no more is held."""
-    skipping = False
-    while piece := stream.readline(BLOCK if skipping else most + 1):
-        ended = piece.endswith(b"\n")
-        if skipping:
-            skipping = not ended
-        elif ended or len(piece) <= most:
-            yield piece
-        else:
-            skipping = True
-            yield None
+def lines(stream: BinaryIO, most: int, first: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
+    """Yields lines with their ends, None for one of more than `most` bytes, of which no more is held.
+
+    Of a file that is read in ranges, yields the lines that begin in the range from `first` to `stop`; the stream begins at the
+    byte before. So a line that is longer than many ranges is read as a whole by the range in which it begins alone.
+    """
+    held, skipping, at = bytearray(), first > 0, max(0, first - 1)
+    read: Callable[[int], bytes] = getattr(stream, "read1", stream.read)
+    try:
+        while (stop is None or held or at < stop) and (block := read(BLOCK)):
+            start = 0
+            while (end := block.find(b"\n", start) + 1) > 0:
+                if not skipping:
+                    if stop is not None and not held and at + start >= stop:
+                        return
+                    yield _line(held, block[start:end], most)
+                held.clear()
+                start, skipping = end, False
+            if not skipping and (held or stop is None or at + start < stop):
+                held += memoryview(block)[start:]
+                if len(held) > most:
+                    yield None
+                    held.clear()
+                    skipping = True
+            at += len(block)
+    except LeftOutError as e:
+        if held and e.complete:
+            yield bytes(held)
+        raise
+    if held:
+        yield bytes(held)
+
+
+def _line(held: bytearray, end: bytes, most: int) -> bytes | None:
+    """Joins a line; None if it is too long, its end not counted."""
+    return (bytes(held) + end if held else end) if len(held) + len(end) <= most + 1 else None
 
 
 def whole(stream: BinaryIO, most: int) -> bytes:

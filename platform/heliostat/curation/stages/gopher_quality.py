@@ -47,6 +47,8 @@ class GopherQuality(Stage):
         "stop_words": ("min_stop_words",),
     }
 
+    later: ClassVar[frozenset[str]] = frozenset({"marks_are_words"})
+
     min_words: int = Field(50, ge=0)
     """Documents of fewer words are dropped (`few_words`)."""
     max_words: int = Field(100_000, ge=0)
@@ -63,6 +65,9 @@ class GopherQuality(Stage):
     """The largest share of lines that end with an ellipsis (`ellipsis_lines`)."""
     min_alphabetic_words: Float = Field(0.8, ge=0, le=1)
     """The least share of words with a letter in them (`few_letters`)."""
+    marks_are_words: bool = True
+    """Counts punctuation marks among the words of that share, as datatrove does: a text with many commas then has few letters.
+    False counts words alone, as the paper has it."""
     min_stop_words: int = Field(2, ge=0)
     """So many different stop words must be there (`few_stop_words`)."""
     stop_words: list[str] = ["the", "be", "to", "of", "and", "that", "have", "with"]
@@ -79,6 +84,7 @@ class GopherQuality(Stage):
         if not count or not lines:
             return "empty", {"words": 0}
         spoken = numbers[~shared.symbol[numbers]]
+        counted = numbers if self.marks_are_words else spoken
         used = np.unique(numbers)
         m = {
             "words": len(spoken),
@@ -87,7 +93,7 @@ class GopherQuality(Stage):
             "ellipses": (text.count("...") + text.count("…")) / count,
             "bullet_lines": _share(lines, _begins_with_bullet) if "-" in text or "•" in text else 0.0,
             "ellipsis_lines": _share(lines, _ends_with_ellipsis) if "..." in text or "…" in text else 0.0,
-            "alphabetic_words": float(shared.alphabetic[numbers].mean()),
+            "alphabetic_words": float(shared.alphabetic[counted].mean()) if len(counted) else 0.0,
             "stop_words": int(np.isin([shared.number(w) for w in set(self.stop_words)], used).sum()),
         }
         return first_failed(

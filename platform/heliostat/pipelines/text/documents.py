@@ -6,7 +6,6 @@ Whatever is wrong with a file or a record becomes a `Dropped` with one of `REASO
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from heliostat.curation.care import CRASHED, MEANING
 from heliostat.curation.pieces import Part
+from heliostat.curation.readers import Limits, streams
 from heliostat.curation.stage import Dropped
 from heliostat.pipelines.text import sources
 
@@ -37,7 +37,6 @@ REASONS = {
     "outside": "a link that leads out of the input",
     CRASHED: MEANING,
 }
-BLOCK = 1 << 20  # bytes that are unpacked at a time
 BUFFER = 4 << 20  # bytes of a Parquet column that are read at a time: a row group may be larger than memory
 Form = Literal["none", "NFC", "NFKC"]
 
@@ -105,56 +104,29 @@ def read(path: str, data: bytes | pa.NativeFile, rules: Rules, part: Part | None
     try:
         if suffix == ".parquet":
             if codec:
-                file = pa.BufferReader(_whole(file, codec, rules.max_file_bytes))
+                file = pa.BufferReader(_whole(path, file, rules.max_file_bytes))
             yield from _parquet(path, file, rules, part)
         elif suffix == ".jsonl":
-            yield from _jsonl(path, _lines(file, codec, rules, part), rules, part.first)
+            yield from _jsonl(path, _lines(path, file, rules, part), rules, part.first)
         else:
-            yield clean(path, _whole(file, codec, min(rules.max_document_bytes, rules.max_file_bytes)), rules)
+            yield clean(path, _whole(path, file, min(rules.max_document_bytes, rules.max_file_bytes)), rules)
     except sources.LeftOutError as e:
         yield Dropped(path, e.reason, e.detail)
     except (OSError, EOFError) as e:
         yield Dropped(path, "corrupt", str(e).partition("\n")[0])
 
 
-def _unpack(file: pa.NativeFile, codec: str | None) -> pa.NativeFile:
-    """Opens a file's plain bytes as a stream, which raises an OSError where broken compression is reached."""
-    return pa.CompressedInputStream(file, codec) if codec and file.size() else file
-
-
-def _whole(file: pa.NativeFile, codec: str | None, limit: int) -> bytes:
+def _whole(path: str, file: pa.NativeFile, limit: int) -> bytes:
     """Unpacks the plain bytes; LeftOutError as soon as there are more than `limit`."""
-    stream, out = _unpack(file, codec), bytearray()
-    while block := stream.read(BLOCK):
-        out += block
-        if len(out) > limit:
-            raise sources.LeftOutError("too_large", f"more than {limit:,} bytes, unpacked")
-    return bytes(out)
+    return streams.whole(streams.unpacked(path, file, Limits()), limit)
 
 
-def _lines(file: pa.NativeFile, codec: str | None, rules: Rules, part: Part) -> Iterator[bytes | None]:
-    """Yields the lines of the plain bytes that begin in the part, None for a line that is longer than a document may be.
-
-    LeftOutError behind the last byte that a file may have.
-    """
-    total = max(0, part.start - 1)
+def _lines(path: str, file: pa.NativeFile, rules: Rules, part: Part) -> Iterator[bytes | None]:
+    """Yields the lines that begin in the part, None for a line that is longer than a document may be."""
     if part.start:  # what the line that begins before the range leaves in it belongs to the range before
-        file.seek(total)
-    stream, skipping = io.BufferedReader(_unpack(file, codec)), part.start > 0
-    while piece := stream.readline(BLOCK if skipping else rules.max_document_bytes + 1):
-        if not skipping and part.stop is not None and total >= part.stop:
-            return
-        total += len(piece)
-        if total > rules.max_file_bytes:
-            raise sources.LeftOutError("too_large", f"more than {rules.max_file_bytes:,} bytes, unpacked")
-        ended = piece.endswith(b"\n")
-        if skipping:
-            skipping = not ended
-        elif ended or len(piece) <= rules.max_document_bytes:
-            yield piece
-        else:
-            skipping = True
-            yield None
+        file.seek(part.start - 1)
+    plain = streams.unpacked(path, file, Limits(max_file_bytes=rules.max_file_bytes))
+    yield from streams.lines(plain, rules.max_document_bytes, part.start, part.stop)
 
 
 def count_lines(file: pa.NativeFile, part: Part) -> int:
@@ -162,7 +134,7 @@ def count_lines(file: pa.NativeFile, part: Part) -> int:
     stop = part.bytes if part.stop is None else part.stop
     found, at = int(part.start == 0), max(0, part.start - 1)
     while at < stop - 1:
-        block = file.read_at(min(8 * BLOCK, stop - 1 - at), at)
+        block = file.read_at(min(8 * streams.BLOCK, stop - 1 - at), at)
         if not block:
             break
         found += block.count(b"\n")

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from heliostat.config import workspace
 from heliostat.curation import readers
 from heliostat.curation.pieces import Part
+from heliostat.curation.readers.streams import LeftOutError as LeftOutError
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.pipelines.prepare import InputFile, place
 from heliostat.storage import Location
@@ -214,14 +215,6 @@ def _begins(info: pq.RowGroupMetaData) -> int:
     """Returns the offset of the first byte of a row group."""
     columns = [info.column(i) for i in range(info.num_columns)]
     return min((min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns), default=0)
-
-
-class LeftOutError(Exception):
-    """Reports that a file of the input is not read; `reason` is one of the pipelines' reasons."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
 
 
 def fetch(base: Location, path: str, limit: int) -> bytes:
