@@ -1,6 +1,6 @@
 """Keeps what unfinished work has done: spill files, and a record of every finished task under the key of what it follows from.
 
-    spill/3f/3f2a....parquet    what tasks hand to later tasks, named after its content
+    spill/3f/3f2a...-9810.parquet    what tasks hand to later tasks, named after its content and size
     done/read/9c01....json      the record of a finished task, written last, by the task itself
     notes/read-9c01....json     what a task that is run again is about to do (`care`)
     work.json                   marks the folder; the size of the pieces that the input is cut into, which stays as it grows
@@ -22,10 +22,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from heliostat.curation import spill
 from heliostat.errors import ConfigError
 from heliostat.storage import Location
 
-CODE = 7  # raised when the same inputs and configuration give other spill files
+CODE = 8  # raised when the same inputs and configuration give other spill files
 READERS = 32  # threads
 DONE, SPILL, NOTES, MARK = "done", "spill", "notes", "work.json"
 SIZES = 16  # times, by which an input may grow before its pieces become larger
@@ -76,7 +77,7 @@ class Work:
 
     def _whole(self, kind: str, key: str) -> dict[str, Any] | None:
         record = self.read(kind, key)
-        whole = record is not None and all(f"{SPILL}/{name}" in self._sizes for name in record.get("files", []))
+        whole = record is not None and all(self._sizes.get(f"{SPILL}/{n}") == spill.size_of(n) for n in record.get("files", []))
         return record if whole else None
 
     def begin(self, piece: int) -> int:

@@ -22,12 +22,12 @@ from heliostat.storage import Location
 
 Rule = Literal["longest", "first", "oldest", "best"]
 MEMBERS = pa.schema(
-    [("key", pa.uint64()), ("root", pa.uint64()), ("node", pa.uint64()), ("doc", pa.uint64()), ("id", pa.string()),
-     ("bytes", pa.int64()), ("rank", pa.float64()), ("value", pa.string()), ("columns", pa.string())]
+    [("key", pa.uint64()), ("root", pa.uint64()), ("node", pa.uint64()), ("doc", pa.uint64()), ("id", pa.large_string()),
+     ("bytes", pa.int64()), ("rank", pa.float64()), ("value", pa.large_string()), ("columns", pa.large_string())]
 )  # fmt: skip
 CHOSEN = pa.schema(
-    [("key", pa.uint64()), ("doc", pa.uint64()), ("id", pa.string()), ("bytes", pa.int64()), ("kept", pa.string()),
-     ("size", pa.int64()), ("columns", pa.string())]
+    [("key", pa.uint64()), ("doc", pa.uint64()), ("id", pa.large_string()), ("bytes", pa.int64()), ("kept", pa.large_string()),
+     ("size", pa.int64()), ("columns", pa.large_string())]
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def _compared(part: pa.Table, nodes: np.ndarray, roots: np.ndarray, rule: Rule, 
     ranks, values = ranked(part, rule, column)
     return pa.Table.from_arrays(
         [pa.array(spill.mixed(roots)), pa.array(roots), pa.array(nodes), part["key"], part["id"], part["bytes"], pa.array(ranks),
-         pa.array(values, pa.string()), part["columns"]], schema=MEMBERS,
+         pa.array(values, pa.large_string()), part["columns"]], schema=MEMBERS,
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from heliostat.storage import Location
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
 SELECTED_BYTES = 8 << 20  # of the texts that train the tokenizer, that are held at a time
 ARCHIVES = (".warc", ".wet", ".wat")
-LISTED = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+LISTED = pa.schema([(name, pa.large_string()) for name in ("id", "reason", "detail")])
 
 
 @dataclass(frozen=True)
@@ -270,13 +270,15 @@ def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 # what was left out -----------------------------------------------------------------------------------------------------
 
 
-def list_left_out(folder: Location, names: list[str], output: str, also: list[str] | None = None) -> dict[str, Any]:
-    """Writes the list of what reading, and `also` some stages, left out: id, reason and detail, sorted by reason and id."""
-    told = pa.array([segment.READ, segment.FINISH, *(also or [])])
-    tables = [_listed(t, told) for name in names for t in spill.read(folder, name)]
-    table = pa.concat_tables(tables).sort_by([("reason", "ascending"), ("id", "ascending")])
+def list_left_out(folder: Location, part: int, parts: int, output: str, names: list[str],
+                  also: list[str] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Writes the list of what reading, and `also` some stages, left out, of one part of all keys: sorted by reason
+    and id."""
+    told, (low, high) = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string()), spill.share(part, parts)
+    tables = [_listed(t, told) for name in names for t in spill.read(folder, name, low, high)]
+    table = pa.concat_tables([LISTED.empty_table(), *tables]).sort_by([("reason", "ascending"), ("id", "ascending")])
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(spill.narrowed(table), sink, compression="zstd")
     return {"listed": versions.store(Location(output), f"{FILES}/listed-", sink.getvalue(), ".parquet"), "rows": len(table)}
 
 
