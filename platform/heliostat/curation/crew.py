@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRIES, LOST, FAILED = 3, 6, 3
+TRIES, LOST, FAILED = 3, 8, 3
 PAUSE = Backoff(0.5, 10.0)  # before a task is run again whose process died: what is short of memory stays so for a while
 LOOK_S = 10.0  # between looks at the cluster's nodes
 ENDING_S = 2.0  # for tasks to end by themselves after the run is given up

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from heliostat.config.schema import Strict
+from heliostat.curation import libraries
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,10 @@ class Stage(Strict):
     def identity(self) -> dict[str, Any]:
         """Returns all that its result follows from: name, version and keys. One whose key names a file puts the digest there."""
         return {"version": self.version, **self.entry()}
+
+    def follows(self) -> dict[str, Any]:
+        """Returns what its tasks follow from: its identity, and the versions of the libraries that it uses."""
+        return {**self.identity(), "libraries": libraries.of(self.named())}
 
     def entry(self) -> dict[str, Any]:
         """Returns its entry in a pipeline file, with all keys."""

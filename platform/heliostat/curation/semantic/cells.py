@@ -17,12 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from heliostat.curation import spill
+from heliostat.curation import embedding, spill
+from heliostat.curation.chain import require_same
 from heliostat.curation.comparing import JUDGED, LARGEST, counted
 from heliostat.curation.embedding import Embedder
 from heliostat.curation.minhash.keep import Rule, ranked
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.semantic import vectors
+from heliostat.curation.work import key
 from heliostat.storage import Location
 
 TEXTS = 64  # that are embedded together
@@ -47,6 +49,7 @@ class Model:
 @lru_cache(maxsize=1)
 def _opened(model: Model) -> Embedder:
     """Loads a model once in each process, for the tasks to come."""
+    require_same("stages: semantic: model", key(embedding.identity(model.folder)), model.follows)
     return Embedder(model.folder, model.max_tokens, model.batch)
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from heliostat import extras
-from heliostat.curation import tally
+from heliostat.curation import libraries, tally
 from heliostat.curation.comparing import by_runs, settled, told
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
@@ -62,7 +62,9 @@ class MinHash(GlobalStage):
         name, runs = tally.label(number, self), found.runs
         kind = f"minhash-{number}"
         parameters = Parameters(self.bands, self.rows, self.ngram, self.seed)
-        signing = (Task(key(run.name, run.decided, vars(parameters)), {"run": run, "parameters": parameters}, bytes=run.bytes)
+        uses = libraries.of(self.named())
+        given = {"parameters": parameters}
+        signing = (Task(key(run.name, run.decided, vars(parameters), uses), {"run": run, **given}, bytes=run.bytes)
                    for run in runs)  # fmt: skip
         signed = flow.all(f"{kind}-sign", sign, signing)
         parts = parts_of(sum(r["rows"] for r in signed) * ROW_BYTES, memory_limit)

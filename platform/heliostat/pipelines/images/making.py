@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from heliostat.curation import merging, pieces, segment, tally
+from heliostat.curation import libraries, merging, pieces, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, Engine
 from heliostat.curation.explaining import explain
 from heliostat.curation.flow import Flow, Task
@@ -173,7 +173,8 @@ class Making:
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None
         given = {"shards": shards, "latents": latents, "follows": key(follows)}
-        dealing = (Task(key("deal", run.name, run.decided, shards, follows), {"run": run, **given}, bytes=run.bytes)
+        uses = libraries.versions(("diffusers", *libraries.MODELS) if self.latents else ())
+        dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **given}, bytes=run.bytes)
                    for run in curated.runs)  # fmt: skip
         actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
         dealt = [Run(*record["dealt"]) for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
@@ -196,7 +197,11 @@ class Making:
 
     def _tokenizer(self, runs: list[Run], vocab_size: int) -> dict[str, Any]:
         follows = [[run.name, run.decided] for run in runs]
-        train = Task(key("captions", follows, vocab_size), {"vocab_size": vocab_size}, {"runs": self.flow.share(runs)})
+        train = Task(
+            key("captions", follows, vocab_size, libraries.versions(["tokenizers"])),
+            {"vocab_size": vocab_size},
+            {"runs": self.flow.share(runs)},
+        )
         (record,) = self.flow.all("tokenizer", tasks.train, iter([train]))
         definition = segment.load(self.flow.work.spill, record["definition"])
         folders = [self.output, *(self.output.join(f"{w}x{h}") for w, h in self.source.rules.sizes if self.buckets)]

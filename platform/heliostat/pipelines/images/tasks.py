@@ -18,9 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation import segment, spill
+from heliostat.curation.chain import require_same
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.stage import Document, Dropped, Picture
+from heliostat.curation.work import key
 from heliostat.data import manifest, versions
 from heliostat.data import shard as shard_file
 from heliostat.data.manifest import SHARDS
@@ -134,8 +136,9 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
 @lru_cache(maxsize=2)
 def _encoder(config: str, follows: str) -> Any:
     """Loads the frozen encoders once in each process, for the tasks to come that follow from the same ones."""
-    from heliostat.pipelines.images.latents import Encoder
+    from heliostat.pipelines.images.latents import Encoder, Latents
 
+    require_same("latents", key(Latents(**json.loads(config)).identity()), follows)
     return Encoder(json.loads(config))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from heliostat.curation import merging, pieces, reasons, segment, spill, tally
+from heliostat.curation import libraries, merging, pieces, reasons, segment, spill, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, Engine, groups
 from heliostat.curation.exchange import by_parts
 from heliostat.curation.explaining import explain
@@ -73,7 +73,7 @@ class Reading:
         samples = [name for record in self.flow.all("sample", tasks.lowest, select) for name in record["sample"]]
         config = self.tokenizer | ({"markers": markers} if markers else {})
         told = {"samples": samples, "limit": limit, "bytes": int(sizes[: limit + 1].sum()), "config": config}
-        train = Task(key("tokenizer", told), told)
+        train = Task(key("tokenizer", told, libraries.versions(["tokenizers"])), told)
         (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
         return segment.load(self.flow.work.spill, record["definition"])
 
@@ -211,7 +211,7 @@ class Making(Reading):
 
         def work() -> Iterator[Task]:
             for part in self._in_ranges(curated.runs, shards):
-                follows = key("shards", [[run.name, run.decided] for run in part.runs], told)
+                follows = key("shards", [[run.name, run.decided] for run in part.runs], told, libraries.versions(["tokenizers"]))
                 given = {"runs": self.flow.share(part.runs), "plan": shared}
                 for first in range(part.first, part.stop, each):
                     stop = min(first + each, part.stop)

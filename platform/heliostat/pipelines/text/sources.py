@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from heliostat.config import workspace
 from heliostat.curation import readers
 from heliostat.curation.pieces import Part
-from heliostat.errors import ConfigError, StorageError
+from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.pipelines.prepare import InputFile, place
 from heliostat.storage import Location
 from heliostat.text import printable
@@ -312,6 +312,26 @@ class _Blocks(io.RawIOBase):
         found = self.block[start : start + size]
         self.at += len(found)
         return found
+
+
+def require_unchanged(base: Location, part: Part) -> None:
+    """Raises DataError if a file is not as it was when the input was listed; nothing if that is not known, or it is a folder."""
+    place = base.join(part.path) if part.path else base
+    info = place.attempt(lambda: place.fs.get_file_info(place.path)) if part.modified else None
+    if info is None or info.type != pafs.FileType.File:
+        return
+    unit = 1_000_000_000 if base.is_s3 else 1  # a store tells seconds where it is asked for one file, and may list fractions
+    if (info.size, (info.mtime_ns or 0) // unit) != (part.bytes, part.modified // unit):
+        raise changed(place, part, info.size)
+
+
+def changed(place: Location, part: Part, size: int) -> DataError:
+    """Makes the error of a file that is not as it was when the input was listed."""
+    now = f"{size:,} now" if size != part.bytes else "as many now, of another time"
+    return DataError(
+        f"input: {place}: changed during the run: it had {part.bytes:,} bytes when it was listed, and has {now}. "
+        "Start again: what was made of it is made again"
+    )
 
 
 def inside(base: Location, path: str) -> bool:

@@ -49,8 +49,13 @@ class TextSource:
     def read(self, part: Part) -> Iterator[Raw | documents.Dropped]:
         base = sources.root(self.input)
         found = read_file if sources.kind(part.path or base.name)[0] else read_other
+        fixed = self.input != sources.STDLIB  # each node has its own
+        if fixed:
+            sources.require_unchanged(base, part)
         for item in found(base, part.path, self.rules, part):
             yield item if isinstance(item, documents.Dropped) else Raw(item.id, item.text, item.columns)
+        if fixed and (not base.is_s3 or part.length > sources.AHEAD):  # of a store, what takes several requests
+            sources.require_unchanged(base, part)
 
     def finish(self, document: Raw) -> Raw | documents.Dropped:
         if isinstance(document.text, bytes):
@@ -120,6 +125,7 @@ def _of_repository(
 def count_lines(folder: Location, input: str, part: Part) -> dict[str, Any]:
     """Counts the lines that begin in a part of a file; 0 where it cannot be read, which reading it will tell."""
     base = sources.root(input)
+    sources.require_unchanged(base, part)
     try:
         with sources.stream(base, part.path, part.bytes) as file:
             return {"lines": documents.count_lines(file, part)}
