@@ -218,8 +218,9 @@ class Location:
 
         return self.attempt(get)
 
-    def write(self, data: bytes) -> None:
-        self.send(lambda out: out.write(data), len(data))
+    def write(self, data: bytes, synced: bool = False) -> None:
+        """Writes the file; if `synced`, it is on the disk before its name is."""
+        self.send(lambda out: out.write(data), len(data), synced)
 
     def create(self, data: bytes) -> bool:
         """Writes only if nothing is there; returns False if something is. Of several that try at once, one succeeds.
@@ -247,11 +248,11 @@ class Location:
 
         self.send(copy, local.stat().st_size)
 
-    def send(self, fill: Callable[[pa.NativeFile], object], size: int) -> None:
+    def send(self, fill: Callable[[pa.NativeFile], object], size: int, synced: bool = False) -> None:
         """Writes what `fill` puts into the stream, some `size` bytes; it may be called again after a fault."""
-        self.attempt(lambda: self._put(fill), retry_budget() + size / UPLOAD_BYTES_PER_S)
+        self.attempt(lambda: self._put(fill, synced), retry_budget() + size / UPLOAD_BYTES_PER_S)
 
-    def _put(self, fill: Callable[[pa.NativeFile], object]) -> None:
+    def _put(self, fill: Callable[[pa.NativeFile], object], synced: bool) -> None:
         if self.is_s3:  # an object appears whole, when its upload completes
             with self.fs.open_output_stream(self.path) as out:
                 fill(out)
@@ -260,6 +261,9 @@ class Location:
         try:
             with self._opened(partial) as out:
                 fill(out)
+            if synced:
+                with Path(partial).open("rb") as written:
+                    os.fsync(written.fileno())
             Path(partial).replace(self.path)
         finally:
             Path(partial).unlink(missing_ok=True)

@@ -112,7 +112,7 @@ def test_a_document_that_crashes_is_left_out_and_all_others_are_kept(tmp_path, f
     assert fragile["bytes"] == sum(map(len, given.values())) and plain["counts"] == {"seen": len(given) - len(marked)}
     again, here = curate(tmp_path, given, STAGES)
     assert not here.done and again.reasons == found.reasons and here.crashed == len(marked)
-    assert not list(tmp_path.glob("notes/*"))
+    assert [p.name for p in tmp_path.glob("notes/*")] == ["libraries.json"]
 
 
 def test_a_document_at_which_a_process_was_killed_by_chance_is_kept(tmp_path, forked):
@@ -185,7 +185,7 @@ def ran(folder: Path) -> Counter[int]:
 
 
 @pytest.mark.parametrize(
-    ("how", "times", "error"), [("die", 6, "worker died"), ("raise", 3, "a bug of a reader"), ("store", 1, "the store")]
+    ("how", "times", "error"), [("die", 8, "worker died"), ("raise", 3, "a bug of a reader"), ("store", 1, "the store")]
 )
 def test_other_tasks_finish_when_one_fails_and_the_next_start_resumes(tmp_path, forked, how, times, error):
     (tmp_path / "ran").mkdir()

@@ -2,7 +2,7 @@
 
 import pytest
 import ray
-from heliostat.curation import flow
+from heliostat.curation import crew, flow
 from heliostat.curation.work import Work
 from heliostat.storage import Location
 
@@ -31,3 +31,11 @@ def test_only_living_nodes_that_carry_the_labels_count(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: there)
     mine = flow.Flow(Work(Location(str(tmp_path))), {"pool": "data"})
     assert (mine.cpus(), mine.devices(), mine.cpus_each(1), mine.cpus_each(2)) == (3, 1, 2, 1)
+
+
+def test_a_cluster_without_a_node_that_carries_the_labels_is_warned_of_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ray, "nodes", lambda: [node(8, pool="train")])
+    monkeypatch.setattr(crew, "LOOK_S", 0.0)
+    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path))), {"pool": "data"}), "read", flow.execute, print, 1, 0, 0.0)
+    assert not made.full and not made.full
+    assert caplog.text.count("read: no node has CPUs that carries {'pool': 'data'}; tasks wait for one") == 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 from heliostat.curation import cpu_time, registry, tally
 from heliostat.curation.stage import Document, Dropped, Stage, Work
-from heliostat.errors import HeliostatError
+from heliostat.curation.work import key
+from heliostat.errors import ConfigError, HeliostatError
 
 Entry = tuple[dict[str, Any], str]  # of a stage, as in a pipeline file, and the key of its identity
 Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
@@ -80,4 +82,15 @@ def bytes_of(document: Document) -> int:
 @lru_cache(maxsize=64)
 def _opened(entry: str, follows: str) -> Work:
     """Opens a stage once in each process: its models and lists stay for the tasks to come that follow from the same ones."""
-    return registry.parse(json.loads(entry)).open()
+    stage = registry.parse(json.loads(entry))
+    require_same(f"stages: {stage.named()}", key(stage.follows()), follows)
+    return stage.open()
+
+
+def require_same(what: str, here: str, follows: str) -> None:
+    """Raises ConfigError if what a task loads is not what it is to follow from."""
+    if here != follows:
+        raise ConfigError(
+            f"{what}: its files or its libraries on node {socket.gethostname()} are not those of the start. Give every node the "
+            "same ones, leave them as they are during the run, and start again"
+        )

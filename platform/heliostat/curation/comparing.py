@@ -24,7 +24,7 @@ from heliostat.storage import Location
 LARGEST = 20  # clusters that are told
 DOCUMENT_BYTES = 4000  # of memory for what a task knows of a document: its id, who stays, its columns, each some times
 RUNS = 16  # about which a task reads
-JUDGED = pa.schema([("key", pa.uint64()), ("reason", pa.string()), ("detail", pa.string()), ("measures", pa.string())])
+JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("reason", "detail", "measures"))])
 """Who goes: `key` is the document's place, as (number of its run) << 32 | row."""
 
 

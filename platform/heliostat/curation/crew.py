@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRIES, LOST, FAILED = 3, 6, 3
+TRIES, LOST, FAILED = 3, 8, 3
 PAUSE = Backoff(0.5, 10.0)  # before a task is run again whose process died: what is short of memory stays so for a while
 LOOK_S = 10.0  # between looks at the cluster's nodes
 ENDING_S = 2.0  # for tasks to end by themselves after the run is given up
@@ -61,7 +61,7 @@ class Crew:
         self.later: list[Started] = []
         self.failed: list[BaseException] = []
         self.stopped = False
-        self.size, self.looked, self.room, self.last = size, -LOOK_S, 0, ""
+        self.size, self.looked, self.room, self.last, self.alone = size, -LOOK_S, 0, "", False
 
     @property
     def full(self) -> bool:
@@ -169,10 +169,13 @@ class Crew:
             return
         self.looked, nodes = time.monotonic(), self.flow.nodes()
         if not any(nodes):
-            log.warning("%s: no node with CPUs is there%s; the tasks wait for one", self.kind,
-                        f" that carries {self.flow.labels}" if self.flow.labels else "")  # fmt: skip
+            label = f" that carries {self.flow.labels}" if self.flow.labels else ""
+            log.log(
+                logging.DEBUG if self.alone else logging.WARNING, "%s: no node has CPUs%s; tasks wait for one", self.kind, label
+            )
         elif self.pool is None and max(nodes) < self.cpus:
             self._request(max(nodes))
+        self.alone = not any(nodes)
         self.room = 2 * self.size if self.pool else max(2, 2 * sum(nodes) // self.cpus)
 
     def _request(self, cpus: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from heliostat.curation import segment, tally
+from heliostat.curation import libraries, segment, tally
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import EXAMPLES, Run, Source
@@ -66,7 +66,9 @@ class Engine:
         """Takes the pieces through all stages; if `explained`, what was read is counted too."""
         first, *rest = segments(stages)
         found = Curated(source=self.source, identity=self.identity)
-        found.runs = self._taken(found, "read", segment.over_pieces, self._over_pieces(pieces, [s for _, s in first], explained))
+        found.runs = self._taken(
+            found, "read", segment.over_pieces, self._over_pieces(self._begun(pieces, stages), [s for _, s in first], explained)
+        )
         for part in rest:
             number, head = part[0]
             if isinstance(head, GlobalStage):
@@ -83,18 +85,26 @@ class Engine:
         records = self.flow.all(kind, function, tasks, pooled=pooled)
         return [run for record in records for run in found.take(record)]
 
+    def _begun(self, pieces: Iterable[list[Part]], stages: list[Stage]) -> Iterator[list[Part]]:
+        """Yields the pieces; records the libraries when the first is there, before which the work folder is claimed."""
+        used = {name for stage in stages for name in libraries.OF.get(stage.named(), ())}
+        for number, piece in enumerate(pieces):
+            if not number:
+                self.flow.work.made_with(libraries.versions([*libraries.READING, *used]))
+            yield piece
+
     def _over_pieces(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool) -> Iterator[Task]:
-        follows = [s.identity() for s in stages]
-        entries = [(s.entry(), key(identity)) for s, identity in zip(stages, follows, strict=True)]
+        follows, read = [s.follows() for s in stages], libraries.versions(libraries.READING)
+        entries = [(s.entry(), key(told)) for s, told in zip(stages, follows, strict=True)]
         for piece in pieces:
             told = [part.identity for part in piece]
-            follows_from = key("read", self.identity, follows, self.run_bytes, explained, told)
+            follows_from = key("read", self.identity, read, follows, self.run_bytes, explained, told)
             yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
                                       "explained": explained}, {}, sum(part.length for part in piece), careful=True)  # fmt: skip
 
     def _over_runs(self, runs: list[Run], stages: list[Stage], number: int) -> Iterator[Task]:
-        follows = [s.identity() for s in stages]
-        entries = [(s.entry(), key(identity)) for s, identity in zip(stages, follows, strict=True)]
+        follows = [s.follows() for s in stages]
+        entries = [(s.entry(), key(told)) for s, told in zip(stages, follows, strict=True)]
         for run in runs:
             follows_from = key("stages", self.identity, number, follows, self.run_bytes, run.name, run.decided)
             yield Task(follows_from, {"run": run, "source": self.source, "stages": entries, "first": number,

@@ -128,7 +128,7 @@ def write_ends(folder: Location, part: int, parts: int, names: list[str], output
     kept = table.remove_column(place)
     if columns:
         told = [_chosen(held, columns) for held in table["columns"].to_pylist()]
-        kept = kept.append_column(END.field("columns"), pa.array(told, pa.string()))
+        kept = kept.append_column(END.field("columns"), pa.array(told, pa.large_string()))
     return {"begin": f"{low:x}", "path": store_ends(Location(output), kept)}
 
 

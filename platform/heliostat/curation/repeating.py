@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from heliostat.config.schema import Float
-from heliostat.curation import registry, repeated, tally
+from heliostat.curation import libraries, registry, repeated, tally
 from heliostat.curation.chain import bytes_of
 from heliostat.curation.comparing import about
 from heliostat.curation.engine import Curated, filled
@@ -58,7 +58,7 @@ class RepeatingStage(GlobalStage):
 
     def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
         kind, runs, parts = f"repeated-{number}", found.runs, self.signing()
-        told = [self.named(), self.version, vars(parts)]
+        told = [self.named(), self.version, vars(parts), libraries.of(self.named())]
         signing = (Task(key(run.name, run.decided, told), {"run": run, "parts": parts}, bytes=run.bytes) for run in runs)
         signed = flow.all(f"{kind}-sign", repeated.sign, signing)
         shares = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))

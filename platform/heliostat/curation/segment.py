@@ -26,19 +26,21 @@ from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.storage import Location
 
 RUN = pa.schema(
-    [("key", pa.uint64()), ("row", pa.uint32()), ("hash", pa.binary(32)), ("id", pa.string()), ("bytes", pa.int64()),
-     ("columns", pa.string()), ("text", pa.large_string())]
+    [("key", pa.uint64()), ("row", pa.uint32()), ("hash", pa.binary(32)), ("id", pa.large_string()), ("bytes", pa.int64()),
+     ("columns", pa.large_string()), ("text", pa.large_string())]
 )  # fmt: skip
 PICTURES = pa.schema(
     [*RUN, ("image", pa.large_binary()), ("looks", pa.int64()), ("width", pa.int32()), ("height", pa.int32())]
 )  # of images with captions, which are their texts; `hash` is that of the pixels
 LEFT_OUT = pa.schema(
-    [("key", pa.uint64()), ("id", pa.string()), ("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string()),
-     ("measures", pa.string()), ("hash", pa.string()), ("columns", pa.string())]
-)  # fmt: skip
+    [
+        ("key", pa.uint64()),
+        *((name, pa.large_string()) for name in ("id", "stage", "reason", "detail", "measures", "hash", "columns")),
+    ]
+)
 READ = care.READ  # the stage at which reading leaves something out
 FINISH = "finish"  # the one at which texts are left out that do not meet what is asked of them after the stages
-LEFT_OUT_ROWS = 20_000  # that are held, as Python objects, before they are spilled
+LEFT_OUT_ROWS, LEFT_OUT_BYTES = 20_000, 64 << 20  # that are held, as Python objects, before they are spilled
 EXAMPLES = 3  # ids that are told for each reason
 DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
 
@@ -221,6 +223,7 @@ class Spiller:
     held: list[tuple[Any, ...]] = field(default_factory=list)  # (hash, id, bytes, columns, UTF-8 text), the image's columns
     out: list[tuple[Any, ...]] = field(default_factory=list)  # as LEFT_OUT has it
     size: int = 0
+    out_size: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -229,21 +232,21 @@ class Spiller:
         raw, picture = document.text.encode(), document.picture
         digest, size = (picture.hash, len(raw) + len(picture.data)) if picture else (hashlib.sha256(raw).digest(), len(raw))
         image = (picture.data, picture.looks, *picture.size) if picture else ()
-        self.held.append((digest, document.id, size, packed(document.columns), raw, *image))
-        self.size += size + 200
+        columns = packed(document.columns)
+        self.held.append((digest, document.id, size, columns, raw, *image))
+        self.size += size + len(columns or "") + 200
         if self.size >= self.run_bytes:
             self.spill()
 
     def leave_out(self, id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None,
                   columns: dict[str, Any] | str | None = None) -> None:  # fmt: skip
-        told = json.dumps(measures) if measures else None
-        self.out.append(
-            (key_of(id), id, stage, reason, detail, told, None, columns if isinstance(columns, str) else packed(columns))
-        )
+        told, held = json.dumps(measures) if measures else None, columns if isinstance(columns, str) else packed(columns)
+        self.out.append((key_of(id), id, stage, reason, detail, told, None, held))
+        self.out_size += len(id) + len(detail) + len(held or "")
         name = reason if stage in (READ, FINISH) or reason == care.CRASHED else f"{stage}: {reason}"
         self.reasons[name] += 1
         self.examples[name] = heapq.nsmallest(EXAMPLES, [*self.examples.get(name, []), id])
-        if len(self.out) >= LEFT_OUT_ROWS:
+        if len(self.out) >= LEFT_OUT_ROWS or self.out_size >= LEFT_OUT_BYTES:
             self.spill_left_out()
 
     def spill(self) -> None:
@@ -257,7 +260,7 @@ class Spiller:
         table = pa.Table.from_arrays(
             [pa.array(v, kind.type) for v, kind in zip(zip(*self.out, strict=True), LEFT_OUT, strict=True)], schema=LEFT_OUT
         )
-        self.out = []
+        self.out, self.out_size = [], 0
         self.spilled.append(spill.write(self.folder, table, ("id", "stage", "reason", "detail")))
 
     def record(self, tally: dict[str, Any]) -> dict[str, Any]:
@@ -288,13 +291,10 @@ def _table(held: list[tuple[Any, ...]]) -> pa.Table:
 
 def store(folder: Location, value: Any) -> str:
     """Writes JSON values to the spill folder under the name of their content."""
-    data = json.dumps(value, sort_keys=True).encode()
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"{digest[:2]}/{digest[:32]}.json"
-    folder.join(name).write(data)
-    return name
+    return spill.put(folder, json.dumps(value, sort_keys=True).encode(), ".json")
 
 
 def load(folder: Location, name: str) -> Any:
     """Reads what `store` wrote."""
-    return json.loads(folder.join(name).read())
+    with spill.whole(folder, name):
+        return json.loads(folder.join(name).read())

@@ -1,6 +1,7 @@
 """Spills tables to the work folder, sorted by a 64-bit key, and reads ranges of keys back: the only shuffle there is.
 
-A task writes what it made as a file named after its content; a later task reads its range of keys out of every such file. So
+A task writes what it made as a file named after its content and size, and on a disk waits until it is there; a later task reads
+its range of keys out of every such file. One that is not as its name says is removed, so that the next start makes it again. So
 nothing is sorted as a whole, a task holds its range alone, and a task that runs twice writes the same file twice. Row groups are
 small and carry the least and greatest key, so that a range costs its own bytes.
 """
@@ -8,8 +9,10 @@ small and carry the least and greatest key, so that a range costs its own bytes.
 from __future__ import annotations
 
 import hashlib
+import re
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,12 +22,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from heliostat.errors import DataError
 from heliostat.storage import Location
 
 GROUP_BYTES = 512 << 10  # of a row group, before compression
 TOGETHER = 4  # row groups that a store is asked for at once
 GROUPS = 64  # of a spill; a small one, of which later tasks read little each, has smaller groups, down to an eighth
 ALL = 1 << 64
+NARROW = 1 << 31  # bytes of a column, above which its offsets have 64 bits
+NAMED = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})-(\d+)\.\w+")
 
 
 def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str:
@@ -34,16 +40,48 @@ def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str
 
 def write_sorted(folder: Location, table: pa.Table) -> str:
     """Writes a table that is sorted by `key` already, of which sorting would make a copy; returns the file's name."""
-    data = _encode(table, min(GROUP_BYTES, max(GROUP_BYTES // 8, table.nbytes // GROUPS)))
+    return put(folder, _encode(table, min(GROUP_BYTES, max(GROUP_BYTES // 8, table.nbytes // GROUPS))), ".parquet")
+
+
+def put(folder: Location, data: bytes, suffix: str) -> str:
+    """Writes a file under the name of its content and size, which it returns."""
     digest = hashlib.sha256(data).hexdigest()
-    name = f"{digest[:2]}/{digest[:32]}.parquet"
-    folder.join(name).write(data)
+    name = f"{digest[:2]}/{digest[:32]}-{len(data)}{suffix}"
+    folder.join(name).write(data, synced=True)
     return name
+
+
+def size_of(name: str) -> int | None:
+    """Returns the size that a spill's name tells; None if the file is none."""
+    found = NAMED.fullmatch(name)
+    return int(found[2]) if found else None
+
+
+@contextmanager
+def whole(folder: Location, name: str) -> Iterator[None]:
+    """Removes a spill that cannot be read and is not what its name says, and raises DataError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as e:
+        if isinstance(e, FileNotFoundError) or (named := NAMED.fullmatch(name)) is None:
+            raise
+        place = folder.join(name)
+        if hashlib.sha256(place.read()).hexdigest()[:32] == named[1]:
+            raise
+        place.delete()
+        raise DataError(f"work: {place}: was damaged and is removed. Start again: the task that wrote it runs again") from e
+
+
+def narrowed(table: pa.Table) -> pa.Table:
+    """Returns a table as datasets hold it: strings have offsets of 32 bits, where these are enough."""
+    fields = [f.with_type(pa.string()) if pa.types.is_large_string(f.type) and table[f.name].nbytes < NARROW else f
+              for f in table.schema]  # fmt: skip
+    return table.cast(pa.schema(fields, table.schema.metadata))
 
 
 def encode(table: pa.Table, order: tuple[str, ...] = ()) -> bytes:
     """Sorts a table by `key`, then by the columns of `order`, and returns it as a file whose ranges of keys can be read."""
-    return _encode(table.sort_by([(name, "ascending") for name in ("key", *order)]), GROUP_BYTES)
+    return _encode(narrowed(table.sort_by([(name, "ascending") for name in ("key", *order)])), GROUP_BYTES)
 
 
 def _encode(table: pa.Table, group_bytes: int) -> bytes:
@@ -57,7 +95,7 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
     """Yields the rows with low <= key < high of a file, a row group at a time, or some where each costs a store's answer."""
     place = folder.join(name)
     wanted = None if columns is None else list(dict.fromkeys(["key", *columns]))
-    with place.open() as source:
+    with whole(folder, name), place.open() as source:
         file = place.attempt(partial(pq.ParquetFile, source, pre_buffer=place.is_s3))
         groups = _overlapping(file.metadata, low, high)
         while some := list(islice(groups, TOGETHER if place.is_s3 else 1)):

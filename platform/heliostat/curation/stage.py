@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from heliostat.config.schema import Strict
+from heliostat.curation import libraries
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,10 @@ class Stage(Strict):
         """Returns all that its result follows from: name, version and keys. One whose key names a file puts the digest there."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         return {"version": self.version, **{key: value for key, value in self.entry().items() if key not in usual}}
+
+    def follows(self) -> dict[str, Any]:
+        """Returns what its tasks follow from: its identity, and the versions of the libraries that it uses."""
+        return {**self.identity(), "libraries": libraries.of(self.named())}
 
     def entry(self) -> dict[str, Any]:
         """Returns its entry in a pipeline file, with all keys."""

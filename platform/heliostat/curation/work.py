@@ -1,6 +1,6 @@
 """Keeps what unfinished work has done: spill files, and a record of every finished task under the key of what it follows from.
 
-    spill/3f/3f2a....parquet    what tasks hand to later tasks, named after its content
+    spill/3f/3f2a...-9810.parquet    what tasks hand to later tasks, named after its content and size
     done/read/9c01....json      the record of a finished task, written last, by the task itself
     notes/read-9c01....json     what a task that is run again is about to do (`care`)
     work.json                   marks the folder; the size of the pieces that the input is cut into, which stays as it grows
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +23,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from heliostat.curation import libraries, spill
 from heliostat.errors import ConfigError
 from heliostat.storage import Location
+
+log = logging.getLogger(__name__)
 
 CODE = 8  # raised when the same inputs and configuration give other spill files
 READERS = 32  # threads
@@ -76,8 +80,20 @@ class Work:
 
     def _whole(self, kind: str, key: str) -> dict[str, Any] | None:
         record = self.read(kind, key)
-        whole = record is not None and all(f"{SPILL}/{name}" in self._sizes for name in record.get("files", []))
+        whole = record is not None and all(self._sizes.get(f"{SPILL}/{n}") == spill.size_of(n) for n in record.get("files", []))
         return record if whole else None
+
+    def made_with(self, versions: dict[str, str]) -> None:
+        """Records with which versions of libraries the work is done; logs what an earlier run had other versions of."""
+        place = self.location.join(NOTES, "libraries.json")
+        try:
+            before = json.loads(place.read())
+        except (FileNotFoundError, ValueError):
+            before = {}
+        if told := libraries.changed(before, versions):
+            log.warning("work: %s: what follows from these libraries is done again", ", ".join(told))
+        if before != before | versions:
+            place.write(json.dumps(before | versions).encode())
 
     def begin(self, piece: int) -> int:
         """Claims the folder and returns the size of pieces: an earlier run's, unless that differs from `piece` by SIZES times.

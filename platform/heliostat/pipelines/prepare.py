@@ -93,8 +93,7 @@ class Pipeline(Strict):
         """Writes everything but the manifest, on Ray, and returns the manifest's rows and metadata (with `kind`).
 
         Files are named after their content (`versions.store`), because an older version lies in the same folder. In the metadata,
-        `files` lists the files that are also published under a plain name, and `listed` is the path of the list of what was left
-        out.
+        `files` lists the files that are also published under a plain name, and `listed` the files that list what was left out.
         """
         raise NotImplementedError
 
@@ -171,7 +170,8 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
             rows, meta = pipeline.write(output, inputs)
         if not rows:
             raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
-        listed = meta.pop("listed", None)
+        listed = meta.pop("listed", None) or []
+        listed = [listed] if isinstance(listed, str) else listed
         versions.save_beside(output)
         record = {k: v for k, v in record.items() if k not in ("made", *wanted)}
         versions.write_record(output, record)  # so that a dataset whose publishing breaks off is not up to date
@@ -228,13 +228,13 @@ def _undo(output: Location, before: set[str], record: dict[str, Any], error: Bas
         log.warning("%s; a later prepare removes it", e)
 
 
-def _list(output: Location, listed: str | None) -> None:
-    """Publishes the list of what was left out under its plain name, or deletes an older list if there is none."""
-    if listed is None:
-        output.join(LISTED).delete()
-        return
-    output.join(LISTED).write(output.join(listed).read())
-    versions.remove(output, listed)
+def _list(output: Location, listed: list[str]) -> None:
+    """Publishes the list of what was left out under its plain name, a file or a folder of several, in place of an older list."""
+    place = output.join(LISTED)
+    place.delete()
+    for number, path in enumerate(listed):
+        (place if len(listed) == 1 else place.join(f"{number:05d}.parquet")).write(output.join(path).read())
+        versions.remove(output, path)
 
 
 def _keep_to(labels: dict[str, str]) -> None:

@@ -19,7 +19,9 @@ from heliostat.curation.alike.pairs import EDGES, firsts, gather, spilled
 from heliostat.curation.comparing import JUDGED, LARGEST, counted
 from heliostat.storage import Location
 
-NAMES = pa.schema([("key", pa.uint64()), ("looks", pa.uint64()), ("gone", pa.bool_()), ("id", pa.string()), ("size", pa.int64())])
+NAMES = pa.schema(
+    [("key", pa.uint64()), ("looks", pa.uint64()), ("gone", pa.bool_()), ("id", pa.large_string()), ("size", pa.int64())]
+)
 
 
 def settle(folder: Location, part: int, parts: int, names: list[str], messages: list[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ BITS = 64
 KEYS = 64  # of a hash, at most
 TOGETHER = 2  # keys that are spilled together
 FACES = pa.schema(
-    [("key", pa.uint64()), ("looks", pa.uint64()), ("hash", pa.binary(32)), ("id", pa.string()), ("node", pa.uint64())]
+    [("key", pa.uint64()), ("looks", pa.uint64()), ("hash", pa.binary(32)), ("id", pa.large_string()), ("node", pa.uint64())]
 )
 EDGES = ("u", "v", "u_rank", "v_rank", "images")
 

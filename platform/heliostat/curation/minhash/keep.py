@@ -23,12 +23,12 @@ from heliostat.storage import Location
 
 Rule = Literal["longest", "first", "oldest", "best"]
 CANDIDATES = pa.schema(
-    [("key", pa.uint64()), ("root", pa.uint64()), ("node", pa.uint64()), ("id", pa.string()), ("rank", pa.float64()),
-     ("value", pa.string()), ("size", pa.int64())]
+    [("key", pa.uint64()), ("root", pa.uint64()), ("node", pa.uint64()), ("id", pa.large_string()), ("rank", pa.float64()),
+     ("value", pa.large_string()), ("size", pa.int64())]
 )  # fmt: skip
 BELONGING = pa.schema([("key", pa.uint64()), ("root", pa.uint64())])
 CHOSEN = pa.schema(
-    [("key", pa.uint64()), ("root", pa.uint64()), ("kept", pa.uint64()), ("id", pa.string()), ("size", pa.int64())]
+    [("key", pa.uint64()), ("root", pa.uint64()), ("kept", pa.uint64()), ("id", pa.large_string()), ("size", pa.int64())]
 )
 ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")]  # of a cluster's documents: the first stays
 HELD = 1 << 16  # candidates, at least, that are held before those of a cluster are compared
@@ -101,7 +101,7 @@ def _compared(part: pa.Table, nodes: np.ndarray, roots: np.ndarray, rule: Rule, 
     ranks, values = ranked(part, rule, column)
     return pa.Table.from_arrays(
         [pa.array(spill.mixed(roots)), pa.array(roots), pa.array(nodes), part["id"], pa.array(ranks),
-         pa.array(values, pa.string()), pa.array(np.ones(len(part), np.int64))], schema=CANDIDATES,
+         pa.array(values, pa.large_string()), pa.array(np.ones(len(part), np.int64))], schema=CANDIDATES,
     )  # fmt: skip
 
 

@@ -17,12 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from heliostat.curation import spill
+from heliostat.curation import embedding, spill
+from heliostat.curation.chain import require_same
 from heliostat.curation.comparing import JUDGED, LARGEST, counted
 from heliostat.curation.embedding import Embedder
 from heliostat.curation.minhash.keep import Rule, ranked
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.semantic import vectors
+from heliostat.curation.work import key
 from heliostat.storage import Location
 
 TEXTS = 64  # that are embedded together
@@ -30,7 +32,7 @@ OF_CELL = 256  # documents of the sample for each cell
 SAMPLE_NUMBERS = 1 << 26  # of the sample's vectors, about, whatever the number of cells
 REASON = "near_duplicate"
 ABOUT = pa.schema(
-    [("key", pa.uint64()), ("rank", pa.float64()), ("value", pa.string()), ("id", pa.string()), ("node", pa.uint64())]
+    [("key", pa.uint64()), ("rank", pa.float64()), ("value", pa.large_string()), ("id", pa.large_string()), ("node", pa.uint64())]
 )
 
 
@@ -47,6 +49,7 @@ class Model:
 @lru_cache(maxsize=1)
 def _opened(model: Model) -> Embedder:
     """Loads a model once in each process, for the tasks to come."""
+    require_same("stages: semantic: model", key(embedding.identity(model.folder)), model.follows)
     return Embedder(model.folder, model.max_tokens, model.batch)
 
 
@@ -121,7 +124,8 @@ def deal(folder: Location, number: int, run: Run, made: str, rule: Rule, column:
         at = np.searchsorted(rows, part["row"].to_numpy())
         ranks, values = ranked(part, rule, column)
         node = (np.uint64(number) << np.uint64(32)) | part["row"].to_numpy().astype(np.uint64)
-        tables.append(pa.table({"key": key_of(cells[at]), "rank": ranks, "value": pa.array(values, pa.string()), "id": part["id"],
+        told = pa.array(values, pa.large_string())
+        tables.append(pa.table({"key": key_of(cells[at]), "rank": ranks, "value": told, "id": part["id"],
                                 "node": node, "vector": packed(found[at])}))  # fmt: skip
     name = spill.write(folder, pa.concat_tables(tables), ("node",))
     return {"dealt": name, "files": [name]}
@@ -161,8 +165,8 @@ def judge(folder: Location, part: int, parts: int, names: list[str], least: floa
 def _judged(nodes: np.ndarray, by: list[tuple[str, int]], cosines: np.ndarray) -> pa.Table:
     details = [f"{id} (one of {size})" for id, size in by]
     measures = [json.dumps({"similarity": round(cosine, 4)}) for cosine in cosines.tolist()]
-    columns = [pa.array(nodes), pa.array([REASON] * len(nodes), pa.string()), pa.array(details, pa.string())]
-    return pa.Table.from_arrays([*columns, pa.array(measures, pa.string())], schema=JUDGED)
+    columns = [pa.array(nodes), pa.array([REASON] * len(nodes), pa.large_string()), pa.array(details, pa.large_string())]
+    return pa.Table.from_arrays([*columns, pa.array(measures, pa.large_string())], schema=JUDGED)
 
 
 def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> None:

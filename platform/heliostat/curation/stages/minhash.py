@@ -16,7 +16,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from heliostat import extras
-from heliostat.curation import comparing, tally
+from heliostat.curation import comparing, libraries, tally
 from heliostat.curation.comparing import adding, by_runs, settled
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
@@ -68,8 +68,8 @@ class MinHash(GlobalStage):
         name, runs = tally.label(number, self), found.runs
         kind = f"minhash-{number}"
         parameters = Parameters(self.bands, self.rows, self.ngram, self.seed, self.within)
-        told = [self.version, vars(parameters)]
-        signing = (Task(key(run.name, run.decided, told), {"run": run, "parameters": parameters}, bytes=run.bytes)
+        follows = [self.version, vars(parameters), libraries.of(self.named())]
+        signing = (Task(key(run.name, run.decided, follows), {"run": run, "parameters": parameters}, bytes=run.bytes)
                    for run in runs)  # fmt: skip
         signed = flow.all(f"{kind}-sign", sign, signing)
         parts = parts_of(sum(r["rows"] for r in signed) * ROW_BYTES, memory_limit)

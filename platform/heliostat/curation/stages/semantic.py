@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from heliostat.config.schema import Float
-from heliostat.curation import embedding, scoring, tally
+from heliostat.curation import embedding, libraries, scoring, tally
 from heliostat.curation.comparing import conclude, parts
 from heliostat.curation.engine import Curated
 from heliostat.curation.exchange import by_parts
@@ -73,7 +73,8 @@ class Semantic(GlobalStage):
 
     def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
         files, most = embedding.identity(self.model), memory_limit // VECTORS
-        model, follows = cells.Model(self.model, self.max_tokens, self.batch, key(files)), [files, self.max_tokens, self.batch]
+        model = cells.Model(self.model, self.max_tokens, self.batch, key(files))
+        follows = [files, self.max_tokens, self.batch, libraries.of(self.named())]
         embeddings = (Task(key("embed", run.name, run.decided, follows, most), {"run": run, "model": model, "most": most},
                            bytes=run.bytes) for run in found.runs)  # fmt: skip
         embedded = flow.all(f"semantic-{number}-embed", cells.embed, embeddings, pooled=True)

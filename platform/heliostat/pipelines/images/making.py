@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from heliostat.curation import merging, pieces, segment, tally
+from heliostat.curation import libraries, merging, pieces, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, Engine
 from heliostat.curation.explaining import explain
 from heliostat.curation.flow import Flow, Task
@@ -28,7 +28,7 @@ from heliostat.pipelines.images.latents import EMPTY, Latents
 from heliostat.pipelines.images.tasks import END, ImageSource, Shards
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import sources, tokens
-from heliostat.pipelines.text.tasks import list_left_out
+from heliostat.pipelines.text.making import listed
 from heliostat.pipelines.web import lists
 from heliostat.storage import Location
 
@@ -79,8 +79,8 @@ class Making:
         counts, labels = self._counted(curated.runs)
         dropped = self._dropped(curated)
         meta = {"kind": "rows", "dropped": dropped, "documents": sum(counts.values()), "channels": self.channels}
-        if any(": " not in reason for reason in dropped):  # not of stages alone
-            meta["listed"] = self._listed(curated)
+        if rows := sum(number for reason, number in dropped.items() if ": " not in reason):  # not of stages
+            meta["listed"] = self._listed(curated, rows)
         if not counts:
             return [], meta
         told: dict[str, Any] = {"content": "latents" if self.latents else "images"}
@@ -147,11 +147,8 @@ class Making:
     def _last(self) -> str:
         return tally.label(len(self.stages), self.last) if self.last else ""
 
-    def _listed(self, curated: Curated) -> str:
-        arguments = {"names": curated.left_out, "output": self.output.uri, "also": [self._last] if self.last else []}
-        work = iter([Task(key("listed", arguments), arguments)])
-        (record,) = self.flow.all("listed", list_left_out, work, valid=lambda r: self.output.join(r["listed"]).exists())
-        return record["listed"]
+    def _listed(self, curated: Curated, rows: int) -> list[str]:
+        return listed(self.flow, rows, curated.left_out, self.output, also=[self._last] if self.last else [])
 
     def _empty_caption(self, latents: Latents, folders: list[Location]) -> dict[str, Any]:
         meta: dict[str, Any] = {"models": latents.models()}
@@ -176,7 +173,8 @@ class Making:
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None
         given = {"shards": shards, "latents": latents, "follows": key(follows)}
-        dealing = (Task(key("deal", run.name, run.decided, shards, follows), {"run": run, **given}, bytes=run.bytes)
+        uses = libraries.versions(("diffusers", *libraries.MODELS) if self.latents else ())
+        dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **given}, bytes=run.bytes)
                    for run in curated.runs)  # fmt: skip
         actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
         dealt = [Run(*record["dealt"]) for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
@@ -199,7 +197,11 @@ class Making:
 
     def _tokenizer(self, runs: list[Run], vocab_size: int) -> dict[str, Any]:
         follows = [[run.name, run.decided] for run in runs]
-        train = Task(key("captions", follows, vocab_size), {"vocab_size": vocab_size}, {"runs": self.flow.share(runs)})
+        train = Task(
+            key("captions", follows, vocab_size, libraries.versions(["tokenizers"])),
+            {"vocab_size": vocab_size},
+            {"runs": self.flow.share(runs)},
+        )
         (record,) = self.flow.all("tokenizer", tasks.train, iter([train]))
         definition = segment.load(self.flow.work.spill, record["definition"])
         folders = [self.output, *(self.output.join(f"{w}x{h}") for w, h in self.source.rules.sizes if self.buckets)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import posixpath
 import tarfile
@@ -183,25 +184,33 @@ def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limi
     if task["kind"] == "digits":
         yield from digits()
     elif task["kind"] == "files":
-        yield from _files(sources.root(uri), task["entries"], limits)
+        yield from _files(sources.root(uri), task["entries"], task.get("state") or [], limits)
     else:
         for told in task["parts"]:
             yield from _archive(sources.root(uri), Part(**told), columns, limits)
 
 
-def _files(base: Location, entries: list[dict[str, Any]], limits: Limits) -> Iterator[Raw | Dropped]:
-    for entry in entries:
+def _files(
+    base: Location, entries: list[dict[str, Any]], states: list[list[int] | None], limits: Limits
+) -> Iterator[Raw | Dropped]:
+    for entry, state in itertools.zip_longest(entries, states):
         path, id = entry["path"], name_of(entry["path"].encode("utf-8", "surrogatepass"))
+        known = Part(path, *state) if state else None
         try:
             data = sources.fetch(base, path, limits.image) if path and path == id else b""
         except sources.LeftOutError as e:
             yield Dropped(id, e.reason, e.detail)
             continue
+        if known and not base.is_s3:
+            sources.require_unchanged(base, known)
+        elif known and data and len(data) != known.bytes:  # without a second request
+            raise sources.changed(base.join(path), known, len(data))
         yield Raw(id, data, entry["caption"], entry["label"], entry["columns"]) if data else Dropped(id, "unreadable")
 
 
 def _archive(base: Location, part: Part, columns: Columns, limits: Limits) -> Iterator[Raw | Dropped]:
     path = part.path or base.name
+    sources.require_unchanged(base, part)
     try:
         opened = sources.blocks(base, part.path, limits.file)
     except sources.LeftOutError as e:
@@ -213,6 +222,7 @@ def _archive(base: Location, part: Part, columns: Columns, limits: Limits) -> It
             yield from read_tar(path, file, columns, limits.image)
         else:
             yield from read_parquet(path, pa.PythonFile(file, mode="r"), columns, limits, part)
+    sources.require_unchanged(base, part)
 
 
 def digits() -> Iterator[Raw]:

@@ -18,9 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation import segment, spill
+from heliostat.curation.chain import require_same
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.stage import Document, Dropped, Picture
+from heliostat.curation.work import key
 from heliostat.data import manifest, versions
 from heliostat.data import shard as shard_file
 from heliostat.data.manifest import SHARDS
@@ -33,8 +35,8 @@ from heliostat.storage import Location
 
 # what becomes of a run: `key` is the number of the image's shard among all of them
 DEALT = pa.schema(
-    [("key", pa.uint64()), ("hash", pa.binary(32)), ("id", pa.string()), ("caption", pa.string()), ("label", pa.string()),
-     ("width", pa.int32()), ("height", pa.int32()), ("image", pa.large_binary()), ("columns", pa.string())]
+    [("key", pa.uint64()), ("hash", pa.binary(32)), *((name, pa.large_string()) for name in ("id", "caption", "label")),
+     ("width", pa.int32()), ("height", pa.int32()), ("image", pa.large_binary()), ("columns", pa.large_string())]
 )  # fmt: skip
 STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embedding")  # of a shard: those that there are
 LABEL = "label"  # the column that goes with an image
@@ -126,7 +128,7 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
     first, number = np.array([shards[f"{width}x{height}"] for width, height in sizes], np.uint64).reshape(-1, 2).T
     place = first + (table["key"].to_numpy() >> np.uint64(4)) % number  # by 60 bits of the hash
     labels = [_label(held) for held in table["columns"].to_pylist()]
-    columns = [pa.array(place), table["hash"], table["id"], table["text"].cast(pa.string()), pa.array(labels, pa.string()),
+    columns = [pa.array(place), table["hash"], table["id"], table["text"], pa.array(labels, pa.large_string()),
                *(table[c] for c in ("width", "height", "image", "columns"))]  # fmt: skip
     return pa.Table.from_arrays(columns, schema=DEALT)
 
@@ -134,8 +136,9 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
 @lru_cache(maxsize=2)
 def _encoder(config: str, follows: str) -> Any:
     """Loads the frozen encoders once in each process, for the tasks to come that follow from the same ones."""
-    from heliostat.pipelines.images.latents import Encoder
+    from heliostat.pipelines.images.latents import Encoder, Latents
 
+    require_same("latents", key(Latents(**json.loads(config)).identity()), follows)
     return Encoder(json.loads(config))
 
 
@@ -143,8 +146,7 @@ def encode_nothing(folder: Location, latents: dict[str, Any], follows: str) -> d
     """Spills what the text encoder makes of no caption."""
     found = _encoder(json.dumps({**latents, "gpus": 0.0}), follows).embeddings([""])[0]
     data = found.tobytes()
-    name = f"empty/{hashlib.sha256(data).hexdigest()[:32]}.bin"
-    folder.join(name).write(data)
+    name = spill.put(folder, data, ".bin")
     return {"name": name, "shape": list(found.shape), "files": [name]}
 
 
@@ -168,7 +170,7 @@ def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
     """Appends columns that stages have made, as strings; "" where one has made none."""
     for name in stored:
         values = [str(json.loads(held).get(name, "")) if held else "" for held in table["columns"].to_pylist()]
-        table = table.append_column(name, pa.array(values, pa.string()))
+        table = table.append_column(name, pa.array(values, pa.large_string()))
     return table
 
 
@@ -188,6 +190,7 @@ def folder_of(bucket: str, number: int, parts: bool) -> str:
 def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED) -> bytes:
     """Writes a shard as the bytes of a Parquet file: the same images, in whatever order, give the same bytes."""
     table = table.sort_by([("hash", "ascending"), ("id", "ascending")]).select([c for c in columns if c in table.column_names])
+    table = spill.narrowed(table)
     groups = max(1, round(len(table) / chunk_images))
     edges = [len(table) * i // groups for i in range(groups + 1)]
     return _parquet([table.slice(a, b - a) for a, b in itertools.pairwise(edges)])

@@ -41,7 +41,7 @@ class Together(Strict):
 
 ENDS = 10_000  # documents whose ends are Python objects at a time
 SHOWN = 200  # characters of a value in an error
-RUN = pa.schema([*segment.RUN, ("group", pa.binary(32)), ("order", pa.string())])
+RUN = pa.schema([*segment.RUN, ("group", pa.binary(32)), ("order", pa.large_string())])
 TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from heliostat.curation import merging, pieces, segment, spill, tally
+from heliostat.curation import libraries, merging, pieces, reasons, segment, spill, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, Engine, groups
+from heliostat.curation.exchange import by_parts
 from heliostat.curation.explaining import explain
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
@@ -72,18 +73,13 @@ class Reading:
         samples = [name for record in self.flow.all("sample", tasks.lowest, select) for name in record["sample"]]
         config = self.tokenizer | ({"markers": markers} if markers else {})
         told = {"samples": samples, "limit": limit, "bytes": int(sizes[: limit + 1].sum()), "config": config}
-        train = Task(key("tokenizer", told), told)
+        train = Task(key("tokenizer", told, libraries.versions(["tokenizers"])), told)
         (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
         return segment.load(self.flow.work.spill, record["definition"])
 
-    def _listed(self, curated: Curated) -> str | None:
-        if all(": " in reason for reason in curated.reasons):  # of stages alone
-            return None
-        task = Task(key("listed", curated.left_out, self.output.uri), {"names": curated.left_out, "output": self.output.uri})
-        (record,) = self.flow.all(
-            "listed", tasks.list_left_out, iter([task]), valid=lambda r: self.output.join(r["listed"]).exists()
-        )
-        return record["listed"]
+    def _listed(self, curated: Curated) -> list[str] | None:
+        rows = sum(number for reason, number in curated.reasons.items() if ": " not in reason)  # not of stages
+        return listed(self.flow, rows, curated.left_out, self.output) if rows else None
 
 
 @dataclass
@@ -215,7 +211,7 @@ class Making(Reading):
 
         def work() -> Iterator[Task]:
             for part in self._in_ranges(curated.runs, shards):
-                follows = key("shards", [[run.name, run.decided] for run in part.runs], told)
+                follows = key("shards", [[run.name, run.decided] for run in part.runs], told, libraries.versions(["tokenizers"]))
                 given = {"runs": self.flow.share(part.runs), "plan": shared}
                 for first in range(part.first, part.stop, each):
                     stop = min(first + each, part.stop)
@@ -253,6 +249,13 @@ def numbered(cut: list[list[Part]], lines: dict[Part, int]) -> Iterator[list[Par
             path, first = part.path, 1
         yield [Part(part.path, part.bytes, part.modified, part.start, part.stop, first)]
         first += lines[part]
+
+
+def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: Any) -> list[str]:
+    """Lists so many documents that were left out, in as many files as ranges of hashes; returns their paths."""
+    work = by_parts(flow, "listed", reasons.parts(rows), names, output=output.uri, **also)
+    made = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
+    return [record["listed"] for record in made]
 
 
 class Totals:

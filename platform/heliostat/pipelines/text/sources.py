@@ -307,6 +307,26 @@ class _Blocks(io.RawIOBase):
         return found
 
 
+def require_unchanged(base: Location, part: Part) -> None:
+    """Raises DataError if a file is not as it was when the input was listed; nothing if that is not known, or it is a folder."""
+    place = base.join(part.path) if part.path else base
+    info = place.attempt(lambda: place.fs.get_file_info(place.path)) if part.modified else None
+    if info is None or info.type != pafs.FileType.File:
+        return
+    unit = 1_000_000_000 if base.is_s3 else 1  # a store tells seconds where it is asked for one file, and may list fractions
+    if (info.size, (info.mtime_ns or 0) // unit) != (part.bytes, part.modified // unit):
+        raise changed(place, part, info.size)
+
+
+def changed(place: Location, part: Part, size: int) -> DataError:
+    """Makes the error of a file that is not as it was when the input was listed."""
+    now = f"{size:,} now" if size != part.bytes else "as many now, of another time"
+    return DataError(
+        f"input: {place}: changed during the run: it had {part.bytes:,} bytes when it was listed, and has {now}. "
+        "Start again: what was made of it is made again"
+    )
+
+
 def inside(base: Location, path: str) -> bool:
     """Checks whether a path leads to a place below `base`, by its name and, on disk, through any links."""
     if "\0" in path:

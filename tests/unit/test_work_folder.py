@@ -1,0 +1,134 @@
+"""The work folder: what is spilled is as its name says or is made again, and no column of it ends at 2 GiB."""
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import heliostat.curation
+import heliostat.pipelines
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from heliostat import storage
+from heliostat.curation import reasons, segment, spill
+from heliostat.errors import DataError
+from heliostat.pipelines import prepare
+from heliostat.pipelines.text import making
+from heliostat.storage import Location
+
+from tests.unit.build_curation import HereFlow, curate, left
+from tests.unit.test_curation_engine import texts
+
+STAGES = [{"stage": "length", "min_words": 90}]
+PUBLISHED = ("heliostat.pipelines.text.tokens", "heliostat.pipelines.pairs.shards")  # row groups of datasets, a chunk each
+
+
+def spilled(folder: Path) -> list[Path]:
+    return sorted((folder / "spill").rglob("*.parquet"), key=lambda p: p.name)
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_truncated_spill_is_made_again(tmp_path, size):
+    """A machine that lost its power leaves a file's name without all of its bytes."""
+    found, _ = curate(tmp_path, texts(), STAGES)
+    cut = tmp_path / "spill" / found.runs[2].name
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:size])
+    again, here = curate(tmp_path, texts(), STAGES)
+    assert again.runs == found.runs and cut.read_bytes() == whole and 1 <= here.done["read"] <= 2
+
+
+def test_a_spill_that_is_damaged_is_removed_so_that_the_next_start_makes_it_again(tmp_path):
+    found, here = curate(tmp_path, texts(), STAGES)
+    damaged = tmp_path / "spill" / found.runs[2].name
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:40] + bytes(len(whole) - 80) + whole[-40:])
+    with pytest.raises(DataError, match=rf"^work: \S+{damaged.name}: was damaged and is removed\. Start again"):
+        left(found, here)
+    assert not damaged.exists()
+    again, here = curate(tmp_path, texts(), STAGES)
+    assert left(again, here).keys() and damaged.read_bytes() == whole
+    told = tmp_path / "spill" / segment.store(here.work.spill, {"a": "b" * 50})
+    told.write_bytes(told.read_bytes()[:-3])
+    with pytest.raises(DataError, match="was damaged and is removed"):
+        segment.load(here.work.spill, str(told.relative_to(tmp_path / "spill")))
+
+
+def test_a_spill_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    done, replace = list[str](), Path.replace
+    monkeypatch.setattr(storage.os, "fsync", lambda number: done.append("synced"))
+    monkeypatch.setattr(Path, "replace", lambda *given: (done.append("named"), replace(*given)))
+    segment.store(Location(str(tmp_path)), [1])
+    assert done == ["synced", "named"]
+
+
+def schemas() -> list[tuple[str, pa.Schema]]:
+    found = []
+    for package in (heliostat.curation, heliostat.pipelines):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if info.name not in PUBLISHED and ".stages." not in info.name:
+                module = importlib.import_module(info.name)
+                found += [(f"{info.name}.{name}", value) for name, value in vars(module).items() if isinstance(value, pa.Schema)]
+    return found
+
+
+def test_no_column_of_a_spill_has_offsets_of_32_bits():
+    """Tables are joined and sorted; a column of more than 2 GiB then fails, at every restart."""
+    found = schemas()
+    assert len(found) >= 10
+    narrow = [f"{name}: {f.name}" for name, schema in found for f in schema if f.type in (pa.string(), pa.binary())]
+    assert not narrow
+
+
+def test_files_of_datasets_keep_narrow_strings_where_these_are_enough(tmp_path, monkeypatch):
+    table = pa.table({"key": pa.array([2, 1], pa.uint64()), "id": pa.array(["b", "a"], pa.large_string())})
+    read = pq.read_table(pa.BufferReader(spill.encode(table)))
+    assert read.schema.field("id").type == pa.string() and read["id"].to_pylist() == ["a", "b"]
+    monkeypatch.setattr(spill, "NARROW", 4)
+    assert pq.read_table(pa.BufferReader(spill.encode(table))).schema.field("id").type == pa.large_string()
+
+
+def test_the_list_of_what_was_left_out_is_written_by_a_task_for_each_range_of_hashes(tmp_path, monkeypatch):
+    """One task for all of it held every id. Readers find several files under the same name."""
+    given = {f"{i:05d}": "" if i % 2 else "words that stay" for i in range(500)}
+    found, here = curate(tmp_path / "work", given, [{"stage": "length", "min_words": 2}])
+    out = segment.Spiller(here.work.spill, 1 << 20)
+    for i in range(300):
+        out.leave_out(f"read {i:03d}", segment.READ, "empty" if i % 3 else "binary", "")
+    out.leave_out("poison", "1 language", "crashed", "WorkerCrashedError: died")
+    names = [*found.left_out, *out.record({})["left_out"]]
+    monkeypatch.setattr(reasons, "END_ROWS", 100)
+    output = Location(str(tmp_path / "out"))
+    flow = HereFlow(here.work)
+    listed = making.listed(flow, 301, names, output)
+    assert len(listed) == 4 and flow.done["listed"] == 4
+    for versions in (listed, listed[:0], making.listed(flow, 1, names, output), listed):
+        prepare._list(output, versions)
+        place = tmp_path / "out" / prepare.LISTED
+        if not versions:
+            assert not place.exists()
+            continue
+        assert place.is_dir() == (len(versions) > 1)
+        rows = pq.read_table(place).to_pylist()
+        assert len(rows) == 301 and {r["id"] for r in rows} >= {"read 000", "poison"}
+        assert [r for r in rows if r["reason"] == "crashed"] == [
+            {"id": "poison", "reason": "crashed", "detail": "WorkerCrashedError: died"}
+        ]
+        listed = making.listed(HereFlow(here.work, seed=2), 301, names, output)
+
+
+def test_long_columns_count_as_what_a_run_holds(tmp_path):
+    columns = {id: {"page": "x" * 5000} for id in texts(100)}
+    found, _ = curate(tmp_path, texts(100), [], pieces=1, memory_limit=1 << 20, columns=columns)
+    assert len(found.runs) >= 4
+
+
+@pytest.mark.slow
+def test_ids_of_more_than_two_gib_are_listed(tmp_path):
+    """About 8 GB of memory."""
+    out = segment.Spiller(Location(str(tmp_path / "work" / "spill")), 1 << 20)
+    for i in range(2300):
+        out.leave_out(f"{i:04d}" + "x" * (1 << 20), segment.READ, "empty", "")
+    names = out.record({})["left_out"]
+    listed = making.tasks.list_left_out(out.folder, 0, 1, str(tmp_path / "out"), names)
+    assert listed["rows"] == 2300
