@@ -12,6 +12,7 @@ from heliostat.inference.batch.engines import Continue, Embed, Input, Loaded
 from heliostat.recipes.protocol import Request
 from heliostat.recipes.text.generator import TextGenerator
 from heliostat.recipes.text.server import TextServer
+from heliostat.serving import group
 from heliostat.serving.engine import Engine
 from heliostat.serving.row import Row, Telling
 from heliostat.serving.sampling import Draw
@@ -201,3 +202,103 @@ def test_a_row_that_nobody_waits_for_leaves_and_embeddings_come_between_steps(fo
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert len(gone.made) < 25
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A model whose rows may share a batch, behind an engine of its own."""
+    folder = write_model(tmp_path, BASE["model"], 1024)
+    made = Engine(Loaded(folder), 8)
+    made.folder = folder
+    return made
+
+
+def alone(engine: Engine, texts: list[str], most: int) -> list[str]:
+    options = {"max_tokens": most, "temperature": 0.0, "top_p": 1.0}
+    found = Continue(engine.folder, 1, options)([Input(text, 0) for text in texts])
+    return [one.values["answer"] for one in found]
+
+
+def asked(engine: Engine, texts: list[str], most: int) -> list[queue.Queue]:
+    """Answers under way, taken by the engine all at once."""
+    waiting = [queue.Queue() for _ in texts]
+    with engine.work:
+        for text, pieces in zip(texts, waiting, strict=True):
+            row(engine, text, 0, pieces, most=most, temperature=0.0, top_p=1.0)
+    return waiting
+
+
+LONG, BRIEF = "a b c d e " * 60, ["a b", "c", "d e"]
+
+
+def test_a_long_prompt_pads_no_other_rows_cache(writer, monkeypatch):
+    """Each group's rows are of about one length; the texts are those of each prompt alone."""
+    shapes, step = [], group.Group.step
+
+    def seen(self, tokens):
+        shapes.append((int(self.mask.sum(1).min()), self.width))
+        step(self, tokens)
+
+    monkeypatch.setattr(group.Group, "step", seen)
+    waiting = asked(writer, [BRIEF[0], LONG, *BRIEF[1:]], 12)
+    assert [collected(pieces)["text"] for pieces in waiting] == alone(writer, [BRIEF[0], LONG, *BRIEF[1:]], 12)
+    assert max(width for _, width in shapes) > 200 and all(width <= 2 * max(least, 64) for least, width in shapes)
+
+
+def test_rows_are_admitted_by_the_memory_of_their_tokens(writer, monkeypatch):
+    """Room for two rows of the eight that a batch may have; the long one comes to its turn, alone."""
+    collected(asked(writer, ["a"], 2)[0])
+    writer.memory, held = 2.2 * 16 * writer.place_bytes, []
+    step = group.Group.step
+
+    def seen(self, tokens):
+        held.append(sum(len(rows) for _, rows in writer.groups))
+        step(self, tokens)
+
+    monkeypatch.setattr(group.Group, "step", seen)
+    texts = ["a b", "c", "d e", LONG, "b"]
+    waiting = asked(writer, texts, 12)
+    assert [collected(pieces)["text"] for pieces in waiting] == alone(writer, texts, 12)
+    assert 1 in held and max(held) <= 2
+
+
+def test_where_memory_runs_out_the_longest_request_fails_and_no_other(writer, monkeypatch):
+    step, failed = group.Group.step, []
+
+    def full(self, tokens):
+        if not failed and len(self) == 3 and self.width > 8:
+            failed.append(self.width)
+            self.cache.layers[0].keys = self.cache.layers[0].keys[:1]  # as torch leaves it in the midst of a step
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(self, tokens)
+
+    monkeypatch.setattr(group.Group, "step", full)
+    texts = ["a b", "c d e a b", "d"]
+    waiting = asked(writer, texts, 12)
+    while "failed" not in (piece := waiting[1].get(timeout=60)):
+        pass
+    assert "out of memory" in piece["failed"] and failed
+    wanted = alone(writer, texts, 12)
+    assert [collected(waiting[i])["text"] for i in (0, 2)] == [wanted[0], wanted[2]]
+
+
+def test_rows_that_cannot_be_joined_for_lack_of_memory_step_apart(writer, monkeypatch):
+    """The group that they were to join stays as it was."""
+    cat, calls = torch.cat, []
+
+    def full(tensors, dim=0):
+        if calls and tensors[0].ndim == 4 and len(tensors[0]) != len(cat(tensors, dim)):  # of rows, of a cache
+            calls.append(len(calls))
+            if len(calls) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return cat(tensors, dim)
+
+    waiting = asked(writer, ["a b"], 200)
+    waiting[0].get(timeout=60)
+    monkeypatch.setattr(group, "torch", SimpleNamespace(**{**vars(torch), "cat": full}))
+    calls.append(0)
+    waiting += asked(writer, ["c"], 30)
+    second = collected(waiting[1])
+    assert len(calls) >= 4 and second["text"] == alone(writer, ["c"], 30)[0]
+    first = collected(waiting[0])
+    assert first["text"] and alone(writer, ["a b"], 200)[0].endswith(first["text"])

@@ -1,6 +1,10 @@
 """Answers requests with one model, many at a time: a thread of its own steps all of them together, a token each.
 
 What is in a batch beside a request changes the order of floating-point sums and nothing else: its noise is its own.
+
+Rows are admitted by the memory that their tokens may take in the cache. They step together with rows of about their length, so
+that a long prompt pads no other's cache. Where memory runs out all the same, the longest row of the group fails, and the others
+are computed again from their tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
+import psutil
 import torch
 
 from heliostat.inference.batch.engines import Embed, Input, Loaded, pads_hold
@@ -21,6 +26,10 @@ from heliostat.serving.row import Deliver, Row, Telling, ending
 from heliostat.text import brief
 
 log = logging.getLogger(__name__)
+
+SHARE = 0.4  # of the memory that is free beside the model, for the tokens of all rows: padding may double what they take
+SHORT = 64  # tokens, below which lengths are about the same
+NO_MEMORY = ("can't allocate memory", "out of memory")  # in what torch raises on a CPU, or within a library
 
 
 class Engine:
@@ -38,6 +47,8 @@ class Engine:
         self.waiting: deque[Row] = deque()
         self.texts: deque[tuple[Sequence[str], Deliver]] = deque()
         self.groups: list[tuple[Group, list[Row]]] = []
+        self.memory = SHARE * _free(loaded.model.device)
+        self.place_bytes: float | None = None  # of a token in the cache; not known before the first row
         self.work = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
@@ -75,33 +86,54 @@ class Engine:
                     self._step(one)
 
     def _admitted(self) -> list[Row]:
-        """Takes waiting rows for which there is room; where padding would change answers, of one length only."""
-        room, taken, left = self.batch - sum(len(rows) for _, rows in self.groups), list[Row](), deque[Row]()
+        """Takes waiting rows for which there is room, of about one length; where padding would change answers, of just one.
+
+        A row that needs more memory than is left waits, and those behind it, until it has room or nothing else is under way.
+        """
+        under_way = [row for _, rows in self.groups for row in rows]
+        room, held = self.batch - len(under_way), sum(map(_places, under_way))
+        taken, left = list[Row](), deque[Row]()
         while self.waiting and room > len(taken):
             row = self.waiting.popleft()
             if row.over:
                 continue
-            fits = self.mixes or not taken or len(row.prompt) == len(taken[0].prompt)
-            (taken if fits else left).append(row)
+            held += _places(row)
+            if (under_way or taken) and not self._has_memory(held):
+                left.append(row)
+                break
+            if taken and not (_near if self.mixes else int.__eq__)(_length(row), _length(taken[0])):
+                held -= _places(row)
+                left.append(row)
+                continue
+            taken.append(row)
         self.waiting.extendleft(reversed(left))
         return taken
 
+    def _has_memory(self, places: int) -> bool:
+        return self.place_bytes is not None and places * self.place_bytes <= self.memory
+
     def _begin(self, rows: list[Row]) -> None:
         try:
-            prompts, names = [row.prompt for row in rows], [row.adapter for row in rows]
+            prompts, names = [row.prompt + row.made for row in rows], [row.adapter for row in rows]
             group = Group(self.loaded.model, prompts, self.loaded.pad, names, self.adapters)
-            into = next((one for one in self.groups if self.mixes and group.plain and one[0].plain), None)
-            if into is None:
-                self.groups.append((group, rows))
-            else:
-                into[0].join(group)
-                into[1].extend(rows)
         except Exception as e:  # noqa: BLE001 (whatever a model raises: the others go on)
             if len(rows) == 1:
                 self._fail(rows, e)
                 return
             for row in rows:
                 self._begin([row])
+            return
+        self.place_bytes = max(self.place_bytes or 0.0, group.place_bytes)
+        for one, others in self.groups:
+            if self.mixes and group.plain and one.plain and _near(group.width, one.width):
+                try:
+                    one.join(group)
+                except Exception as e:  # noqa: BLE001 (the same: they stay apart)
+                    log.warning("rows step apart, as they could not be joined (%s: %s)", type(e).__name__, brief(e))
+                    break
+                others.extend(rows)
+                return
+        self.groups.append((group, rows))
 
     def _step(self, one: tuple[Group, list[Row]]) -> None:
         """Draws a token for each row of a group, and goes on with those that are not at their end."""
@@ -122,7 +154,14 @@ class Engine:
             group.step(tokens)
         except Exception as e:  # noqa: BLE001 (the same)
             self.groups.remove(one)
-            self._fail([row for row in rows if not row.over], e)
+            failed = [row for row in rows if not row.over]
+            if _no_memory(e) and failed:
+                longest = max(failed, key=_length)
+                failed.remove(longest)
+                with self.work:
+                    self.waiting.extendleft(reversed(failed))
+                failed = [longest]
+            self._fail(failed, e)
 
     def _embed(self, asked: list[tuple[Sequence[str], Deliver]]) -> None:
         """Embeds the texts of several requests together."""
@@ -138,3 +177,27 @@ class Engine:
         log.error("%d requests failed (%s: %s)", len(rows), type(error).__name__, brief(error))
         for row in rows:
             row.fail(f"{type(error).__name__}: {brief(error)}")
+
+
+def _length(row: Row) -> int:
+    return len(row.prompt) + len(row.made)
+
+
+def _places(row: Row) -> int:
+    """Returns how many places of the cache a row takes at its end."""
+    return len(row.prompt) + row.most
+
+
+def _near(one: int, other: int) -> bool:
+    """Tells whether rows of these lengths may share a group: padding doubles what the shorter takes, at most."""
+    return max(one, other) <= 2 * max(min(one, other), SHORT)
+
+
+def _free(device: torch.device) -> int:
+    """Returns the bytes of memory that are free where the model is."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _no_memory(error: Exception) -> bool:
+    said = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in said for words in NO_MEMORY)

@@ -46,6 +46,17 @@ class Group:
         """Tells whether rows can join and leave: every layer keeps keys and values of all places, and nothing else."""
         return type(self.cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
+    @property
+    def width(self) -> int:
+        """Returns how many places each row takes, padding among them."""
+        return self.mask.shape[1]
+
+    @property
+    def place_bytes(self) -> float:
+        """Returns the memory that a place of a row takes in the cache; 0 without one."""
+        layers = self.cache.layers if self.cache is not None else []
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / self.mask.numel()
+
     def step(self, tokens: Sequence[int]) -> None:
         """Goes on by one token of each row."""
         new = torch.tensor(tokens, device=self.model.device)[:, None]
@@ -68,14 +79,20 @@ class Group:
             layer.keys, layer.values = layer.keys[chosen, :, first:], layer.values[chosen, :, first:]
 
     def join(self, other: Group) -> None:
-        """Takes the rows of another group behind its own."""
-        width = max(self.mask.shape[1], other.mask.shape[1])
-        self.mask = torch.cat([_left(self.mask, width, 1), _left(other.mask, width, 1)])
-        self.logits = torch.cat([self.logits, other.logits])
+        """Takes the rows of another group behind its own; both are as they were if that fails."""
+        rows, before, width = len(self), self.width, max(self.width, other.width)
+        mask = torch.cat([_left(self.mask, width, 1), _left(other.mask, width, 1)])
+        logits = torch.cat([self.logits, other.logits])
+        try:
+            for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+                mine.keys = torch.cat([_left(mine.keys, width, 2), _left(theirs.keys, width, 2)])
+                mine.values = torch.cat([_left(mine.values, width, 2), _left(theirs.values, width, 2)])
+        except BaseException:
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:rows, :, -before:], layer.values[:rows, :, -before:]
+            raise
+        self.mask, self.logits = mask, logits
         self.names += other.names
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys = torch.cat([_left(mine.keys, width, 2), _left(theirs.keys, width, 2)])
-            mine.values = torch.cat([_left(mine.values, width, 2), _left(theirs.values, width, 2)])
 
     def _forward(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         given = {"position_ids": places, "logits_to_keep": 1, self.named: self.cache, "use_cache": self.reuses}

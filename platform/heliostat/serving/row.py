@@ -10,6 +10,7 @@ from typing import Any
 from heliostat.inference.batch.engines import Loaded
 from heliostat.recipes.text.generator import ends
 from heliostat.recipes.text.infilling import Infilling
+from heliostat.serving.growing import Growing
 from heliostat.serving.sampling import Draw
 from heliostat.serving.stopping import UNFINISHED, Stopping
 
@@ -29,6 +30,7 @@ class Row:
     logprobs: int | None = None
     adapter: str | None = None
     made: list[int] = field(default_factory=list)
+    text: Growing = field(default_factory=Growing)
     told: list[dict[str, Any]] = field(default_factory=list)  # logprobs of tokens whose text is not sent yet
     over: bool = False
     task: asyncio.Task[None] | None = None  # that follows it, of an engine in the event loop
@@ -50,10 +52,10 @@ def ending(loaded: Loaded, infilling: Infilling | None) -> set[int]:
     return {*ends(loaded.tokenizer, loaded.generation()), *(infilling.ends if infilling else [])}
 
 
-def _parting(one: str, other: str, start: int) -> int:
-    """Returns the first place from `start` on where two texts differ, or one has ended."""
+def _parting(one: str, other: str) -> int:
+    """Returns the first place where two texts differ, or one has ended."""
     least = min(len(one), len(other))
-    return next((at for at in range(start, least) if one[at] != other[at]), least)
+    return next((at for at in range(least) if one[at] != other[at]), least)
 
 
 class Telling:
@@ -61,20 +63,24 @@ class Telling:
 
     def __init__(self, tokenizer: Any, ends: Collection[int]) -> None:
         self.tokenizer, self.ends = tokenizer, ends
+        self.without_text = frozenset(tokenizer.all_special_ids)
 
     def take(self, row: Row, token: int, found: Found | None) -> None:
         """Adds a token; `found` of a row that wants logprobs."""
-        ended, before = token in self.ends, self._text(row) if found is not None else ""
+        ended, before = token in self.ends, row.text.unsent if found is not None else ""
         if not ended:
             row.made.append(token)
-        whole = self._text(row)
+            if token not in self.without_text:
+                row.text.add(token, self._decode)
+        full = len(row.made) >= row.most
+        rest = self._decode(row.made)[row.stopping.sent :] if ended or full else row.text.unsent
         if found is not None and not ended:
-            begins = _parting(before, whole.rstrip(UNFINISHED), len(row.stopping.sent))
+            begins = row.stopping.sent + _parting(before, rest.rstrip(UNFINISHED))
             for one in row.told:  # pieces of one character begin where it does, which its last one tells
                 one["offset"] = min(one["offset"], begins)
             row.told.append({"offset": begins, **self._told(found, token)})
-        full = len(row.made) >= row.most
-        text = row.stopping.feed(whole, last=ended or full)
+        text = row.stopping.feed(rest, last=ended or full)
+        row.text.drop(len(text))
         row.over = ended or full or row.stopping.stopped
         if not text and not row.over:
             return
@@ -84,8 +90,8 @@ class Telling:
             piece |= {"finish": finish, "prompt_tokens": len(row.prompt), "completion_tokens": len(row.made)}
         row.deliver(piece)
 
-    def _text(self, row: Row) -> str:
-        return self.tokenizer.decode(row.made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _told(self, found: Found, token: int) -> dict[str, Any]:
         show = self.tokenizer.decode
@@ -98,7 +104,7 @@ class Telling:
         if row.logprobs is None:
             return None
         rest = row.over and not row.stopping.stopped
-        sent = [one for one in row.told if rest or one["offset"] < len(row.stopping.sent)]
+        sent = [one for one in row.told if rest or one["offset"] < row.stopping.sent]
         row.told = row.told[len(sent) :]
         return {
             "tokens": [one["token"] for one in sent],

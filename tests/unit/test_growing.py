@@ -1,0 +1,66 @@
+"""Answers are decoded as they grow: to the text of all tokens at once, at a cost that does not grow with the answer."""
+
+import queue
+import random
+
+import pytest
+from heliostat.serving.growing import Growing
+from heliostat.serving.row import Row, Telling
+from heliostat.serving.sampling import Draw
+from heliostat.serving.stopping import Stopping
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from tests.unit.test_tokenizers import KINDS, TEXTS, trained
+
+HARD = " \N{GRINNING FACE} 日本語のテキスト  မြန်မာဘာသာ é\u0301\u200d👩‍👩‍👧  two  spaces\n\n\ttab ᚠᛇᚻ\u2060 ‎ "
+
+
+def tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(trained(kind, 8)))
+    made.add_special_tokens({"additional_special_tokens": ["<|unseen|>"]})
+    return made
+
+
+def answers(made: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Real texts, texts of which most characters are single bytes, special tokens among them, and tokens at random."""
+    draw, unseen = random.Random(0), made.convert_tokens_to_ids("<|unseen|>")
+    texts = ["".join(TEXTS)[:2000], HARD * 20, "".join(draw.choices(HARD, k=600)), "\N{GRINNING FACE}" * 150, " " * 200]
+    real = [made(text, add_special_tokens=False)["input_ids"] for text in texts]
+    special = [token for id in real[1] for token in ([unseen] * draw.randint(0, 3) + [id])]
+    real = [tokens for tokens in real if tokens]
+    return [*real, special, [unseen] * 60 + real[0], draw.choices(range(len(made)), k=500)]
+
+
+@pytest.mark.parametrize("stops", [[], ["\n\n\tnever", "日x"]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_that_is_sent_is_that_of_all_tokens_decoded_at_once(kind, stops):
+    made = tokenizer(kind)
+    telling = Telling(made, [])
+    asked = answers(made)
+    if kind == "byte fallback":
+        asked.pop()  # at random, a byte that is no text takes the text of those before it away, which has been sent
+    for number, tokens in enumerate(asked):
+        pieces: queue.Queue = queue.Queue()
+        row = Row([0], len(tokens), Draw(1.0, 1.0, 0), Stopping(stops), pieces.put)
+        for token in tokens:
+            telling.take(row, token, None)
+        text = "".join(piece["text"] for piece in pieces.queue)
+        assert text == made.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False), number
+        assert row.over
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_decoded_grows_with_the_answer_and_not_with_its_square(kind):
+    made, work = tokenizer(kind), 0
+
+    def decode(tokens: list[int]) -> str:
+        nonlocal work
+        work += len(tokens)
+        return made.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    tokens, growing = (made(HARD * 60, add_special_tokens=False)["input_ids"] * 3)[:4000], Growing()
+    for token in tokens:
+        growing.add(token, decode)
+        growing.drop(max(0, len(growing.unsent) - 40))
+    assert work < 100 * len(tokens)
