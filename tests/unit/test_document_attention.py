@@ -8,6 +8,8 @@ from heliostat.recipes.text import document_attention, sequence_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tests.unit.test_sequence_parallel import planned
+
 LENGTH, HEADS, SHARED, WIDTH = 100, 4, 2, 8
 
 
@@ -106,3 +108,11 @@ def test_gradients_of_keys_are_summed_in_fp32(monkeypatch):
     right = attended([x.double() for x in given], documents)
     for one, expected in zip(found[1:], right[1:], strict=True):
         assert float((one - expected).norm() / expected.norm()) < 0.01
+
+
+def test_the_plan_counts_the_mask_of_a_block_and_not_of_all_pairs():
+    """Of 32,768 tokens all pairs have 1 GiB; a block's mask has 32 MiB, and its bias in bf16 twice that."""
+    length = 1 << 15
+    long = [{"data.sequence_length": length, "data.document_mask": mask} for mask in (False, True)]
+    without, found = (planned(4, **changes)["memory"]["activations"] for changes in long)
+    assert found - without == document_attention.mask_bytes(length, 2) == 3 * 1024 * length

@@ -69,9 +69,11 @@ def key(job: Job, recipe: Recipe) -> str | None:
         return None
     told = {k: v for k, v in job.dump().items() if k not in APART}
     told["train"] = {k: v for k, v in told["train"].items() if k not in APART_TRAIN}
+    shared = told["train"]["parallel"]["sequence"] > 1
     told["train"]["parallel"] = told["train"]["parallel"]["tensor"]  # of the degrees the one that makes a worker's model another
     told["train"]["optimizer"] = {k: v for k, v in told["train"]["optimizer"].items() if k != "lr"}
     told["data"] = {k: v for k, v in told["data"].items() if k in ("sequence_length", "document_mask")}
+    told["data"]["document_mask"] &= not shared  # `model_stats` counts no mask of all pairs then
     bound = [source.digest for source in getattr(recipe, "sources", [])]
     machine = [platform.machine(), platform.python_version(), sorted(check.cpu_flags())]
     whole = json.dumps([told, bound, machine, _code()], sort_keys=True)

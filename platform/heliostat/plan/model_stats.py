@@ -214,7 +214,7 @@ def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any) ->
         stack.enter_context(patch.object(next_token, "block_rows", len))  # as many operations for one sample as for two
         stack.enter_context(patch.object(tiled_loss, "tile_rows", lambda hidden, _: hidden[..., 0].numel()))
         stack.enter_context(patch.object(tiled_mlp, "tile_rows", lambda _: 1 << 40))
-        if not job.data.document_mask:
+        if not job.data.document_mask or job.train.parallel.sequence > 1:  # shared samples have no mask of all pairs
             stack.enter_context(_one_document())
         yield {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items()}
 

@@ -30,7 +30,7 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.images import rows
-from heliostat.recipes.images.config import folder_config, partitioned
+from heliostat.recipes.images.config import folder_config, load_or_build, partitioned
 from heliostat.recipes.images.diffusers_folder import REQUIREMENTS
 from heliostat.recipes.images.gallery import grid, png
 from heliostat.recipes.images.judge import real_images
@@ -112,7 +112,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
     def build(self) -> nn.Module:
         if self.pretrained:
-            vae = AutoencoderKL.from_pretrained(self.pretrained, torch_dtype=torch.float32)
+            vae = load_or_build(AutoencoderKL, self.pretrained)
         else:
             try:
                 with partitioned():

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 
 from heliostat.config.schema import Float, Strict, nearest
 from heliostat.errors import ConfigError
+from heliostat.recipes import weightless
 from heliostat.recipes.exported import using
 from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images.initial import initialise
@@ -159,11 +160,18 @@ def partitioned() -> AbstractContextManager[Any]:
     return deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
 
 
+def load_or_build(cls: Any, folder: str | Path) -> Any:
+    """Loads a folder's model of diffusers in fp32, or builds it without weights where none are wanted."""
+    if weightless.wanted():
+        return cls.from_config(cls.load_config(folder))
+    return cls.from_pretrained(folder, torch_dtype=torch.float32)
+
+
 def build_backbone(keys: dict[str, Any], defaults: dict[str, Any]) -> Any:
     """Builds the backbone from its keys, with `defaults` for those that are left out, or loads it from its folder."""
     name, cls = backbone_class(keys)
     if "pretrained" in keys:
-        return cls.from_pretrained(keys["pretrained"], torch_dtype=torch.float32)
+        return load_or_build(cls, keys["pretrained"])
     config = {**defaults, **{k: v for k, v in keys.items() if k != "arch"}}
     try:
         with partitioned():

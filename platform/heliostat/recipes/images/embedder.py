@@ -26,7 +26,7 @@ from heliostat.config.fields import Count
 from heliostat.config.schema import Float, Strict, nearest
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes import building, contrastive, tokenizing
+from heliostat.recipes import building, contrastive, tokenizing, weightless
 from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images import clip_processor, rows
 from heliostat.recipes.pairs import SCORES, EmbedsPairs, named, present
@@ -146,7 +146,7 @@ class ImageEmbedder(EmbedsPairs, Exports):
 
     def build(self) -> torch.nn.Module:
         model: Any
-        if self.pretrained and torch.get_default_device().type != "meta":
+        if self.pretrained and torch.get_default_device().type != "meta" and not weightless.wanted():
             model = encoder.load("model.pretrained", self.pretrained, Clip, config=self.config, dtype=torch.float32)
         else:
             try:

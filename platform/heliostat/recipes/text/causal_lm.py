@@ -188,12 +188,13 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         import torch
         from transformers import AutoModelForCausalLM
 
+        from heliostat.recipes import weightless
         from heliostat.recipes.huggingface import from_config
         from heliostat.recipes.text import attention, checkpointing, float8, generator, tiled_mlp
 
         shapes_only = torch.get_default_device().type == "meta"
         config = attention.chosen(self.config, self.attention, shapes_only)
-        if self.pretrained and not shapes_only:
+        if self.pretrained and not shapes_only and not weightless.wanted():
             model = generator.whole("model.pretrained", self.pretrained, config=config, dtype=torch.float32)
         else:
             model = from_config(AutoModelForCausalLM, config)

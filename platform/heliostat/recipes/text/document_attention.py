@@ -20,7 +20,7 @@ Core = Callable[..., tuple[torch.Tensor, Any]]
 
 
 def numbers(positions: torch.Tensor) -> torch.Tensor:
-    """Numbers the documents of samples by their tokens' positions, [batch, tokens]: a position of 0 begins a document."""
+    """Counts the documents of samples up to each token, from positions [batch, tokens]: 0 begins a document."""
     return (positions == 0).cumsum(1, dtype=torch.int32)
 
 

@@ -84,9 +84,10 @@ class Embedder(EmbedsPairs, Exports):
     def build(self) -> torch.nn.Module:
         import torch
 
+        from heliostat.recipes import weightless
         from heliostat.recipes.text import checkpointing, encoder
 
-        if self.pretrained and torch.get_default_device().type != "meta":
+        if self.pretrained and torch.get_default_device().type != "meta" and not weightless.wanted():
             model = encoder.load("model.pretrained", self.pretrained, config=self.config, dtype=torch.float32)
         else:
             model = encoder.build(self.config)

@@ -25,7 +25,7 @@ from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes import building
 from heliostat.recipes.protocol import GUIDE, Recipe
-from heliostat.train.worker import expert_group, matrix_cut, tensor_group, zero_state
+from heliostat.train.worker import expert_group, first_weights, matrix_cut, tensor_group, zero_state
 from heliostat.train.worker.engine_config import engine_config
 from heliostat.train.worker.sample_group import SampleGroup
 from heliostat.train.worker.state_group import StateGroup
@@ -91,7 +91,7 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
     """Builds the model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
     torch.manual_seed(job.train.seed)
     if job.train.zero.stage < 3:
-        model = building.build(recipe)
+        model = first_weights.build(job, recipe)
         _require_dimensions(model)
         return model
     importlib.import_module("torch._dynamo")  # its first import fails under zero.Init
