@@ -170,6 +170,7 @@ class Ailing(Plain):
         return super().loss(model, batch)
 
 
+@pytest.mark.ci
 def test_a_broken_device_is_named_though_its_worker_hangs_and_its_node_is_suspected(job_file, tracking, monkeypatch):
     """On the only node there is: it stays in use, and the run says so. The other worker's process is used again."""
     monkeypatch.setattr(attempt, "SETTLE_S", 2.0)

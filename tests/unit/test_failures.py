@@ -24,7 +24,7 @@ from heliostat.train.driver import attempt, exclusion
 from heliostat.train.driver.attempt import Attempt
 from heliostat.train.driver.exclusion import Suspicions
 from heliostat.train.driver.failures import Failure, explain, survived
-from heliostat.train.driver.recovery import classify
+from heliostat.train.driver.recovery import classify, frozen
 
 ADVICE = """
 CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
@@ -203,6 +203,14 @@ def test_a_node_is_excluded_after_two_faults_of_its_devices_or_two_failures_with
     assert suspicions.note(TrainingError("nobody's"), 20) == [] and suspicions.note(StorageError("away"), 20) == []
     assert suspicions.note(suspecting(DeviceError, "c"), 90) == ["c"]
     assert suspicions.note(CorruptionError("worker 1 differs", ["d"], 5), 90) == ["d"]
+
+
+def test_a_node_with_a_frozen_worker_is_suspected():
+    """Its thread that reports is silent, while the others only wait for it."""
+    beats = {0: {"node": "a", "at": 99.0}, 1: {"node": "b", "at": 38.0}, 2: {"node": "b", "at": 98.5}}
+    assert frozen(beats, now=100.0, limit=60.0) == ("b",)
+    assert frozen({0: beats[0]}, now=100.0, limit=60.0) == ()
+    assert frozen(beats | {3: {"node": "c", "at": 30.0}}, now=100.0, limit=60.0) == ()
 
 
 @pytest.mark.parametrize(("room", "said"), [(2, "excluded until this command ends: node a"), (1, "no other nodes have room")])

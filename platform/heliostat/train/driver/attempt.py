@@ -40,7 +40,7 @@ from heliostat.train.driver import rendezvous, stack_dumps
 from heliostat.train.driver.failures import Failure, explain, survived
 from heliostat.train.driver.memory import Memory
 from heliostat.train.driver.pool import Member, Pool
-from heliostat.train.driver.recovery import choose, stalled
+from heliostat.train.driver.recovery import choose, frozen, stalled
 from heliostat.train.driver.signals import Signals
 from heliostat.train.memory_keeper import Source
 from heliostat.train.pauses import PausePoints
@@ -244,8 +244,11 @@ class Attempt:
     def _watch(self, now: float) -> None:
         limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start
         if reason := stalled(self._heartbeats, self.start.job.workers.most, now, limit, self._since):
+            suspects = frozen(self._heartbeats, now, limit)  # before the stacks, which take time
             where = self._keep_stacks()
-            self._fault = StalledError(f"{reason} (watchdog: {limit:g} s); the workers' stacks are in {where}")
+            fault = StalledError(f"{reason} (watchdog: {limit:g} s); the workers' stacks are in {where}")
+            fault.suspects = suspects
+            self._fault = fault
 
     def _order(self, code: int, why: str) -> None:
         self._ordered = code
