@@ -15,6 +15,7 @@ import psutil
 import pytest
 import ray
 import torch
+import torch.distributed as dist
 from heliostat.check import check, load_job
 from heliostat.checkpoint import saver
 from heliostat.errors import WorkerError
@@ -22,7 +23,9 @@ from heliostat.recipes.protocol import Loss
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
 from heliostat.storage import Location
+from heliostat.train.driver import attempt
 from heliostat.train.run import train
+from heliostat.train.worker import process_group
 from mlflow import MlflowClient
 
 from tests.integration import commands
@@ -153,6 +156,37 @@ class Poisoned(Plain):
 class Broken(Plain):
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
         return super().loss(model, batch).sum + "a string"  # type: ignore[operator]
+
+
+class Ailing(Plain):
+    """A recipe under which the device of worker 1 breaks in the first two attempts: its process can then not end either."""
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
+        faults = Path(os.environ["HELIOSTAT_TEST_POISON"]).with_name("faults")
+        if dist.get_rank() == 1 and len(list(faults.iterdir())) < 2:
+            faults.joinpath(str(os.getpid())).touch()
+            process_group.leave = lambda: time.sleep(600)
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA` to enable ...")
+        return super().loss(model, batch)
+
+
+@pytest.mark.ci
+def test_a_broken_device_is_named_though_its_worker_hangs_and_its_node_is_suspected(job_file, tracking, monkeypatch):
+    """On the only node there is: it stays in use, and the run says so. The other worker's process is used again."""
+    monkeypatch.setattr(attempt, "SETTLE_S", 2.0)
+    faults = Path(os.environ["HELIOSTAT_TEST_POISON"]).with_name("faults")
+    faults.mkdir()
+    path = job_file("ailing")
+    options = {"recipe": "tests.integration.test_survival:Ailing", "train.steps": 10, "evaluate": None}
+    result = train(path, settings(**options))
+    assert result["restarts"] == 2 and len(list(faults.iterdir())) == 2
+    first, second, last = goodput.read_report(run_folder(path))["attempts"]
+    named = r"worker 1 on [\d.]+ \(node \w{12}\): RuntimeError: CUDA error: uncorrectable ECC error encountered"
+    assert re.fullmatch(named, first["reason"])
+    assert re.match(named + "; no other nodes have room for 2 workers, so these stay in use: node", second["reason"])
+    assert last["outcome"] == "finished"
+    tags = MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).data.tags
+    assert tags["heliostat.bad_nodes"] == second["reason"]
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """Why an attempt's workers have failed: the cause is found among what follows from it, and the node at fault is named."""
 
 import pickle
+import threading
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +20,11 @@ from heliostat.errors import (
     WorkerError,
 )
 from heliostat.train import faults
-from heliostat.train.driver import exclusion
+from heliostat.train.driver import attempt, exclusion
+from heliostat.train.driver.attempt import Attempt
 from heliostat.train.driver.exclusion import Suspicions
 from heliostat.train.driver.failures import Failure, explain, survived
-from heliostat.train.driver.recovery import classify
+from heliostat.train.driver.recovery import classify, frozen
 
 ADVICE = """
 CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
@@ -68,6 +72,14 @@ def test_an_error_after_the_abort_is_a_lost_peer_never_the_cause_and_its_worker_
     assert type(explain([late, late])) is TrainingError, "a network's fault is tried again, however often the text is the same"
 
 
+def test_the_end_of_the_data_stream_that_follows_a_failure_is_not_its_cause():
+    """The driver ends the stream with the first failure; a worker that reads it hears of that before it hears of the abort."""
+    stream, network = failure(0, raised(died())), failure(2, raised(RuntimeError(NCCL)))
+    assert type(explain([network, stream])) is TrainingError and "ncclRemoteError" in str(explain([network, stream]))
+    assert type(explain([stream, failure(2, raised(KeyError("x")))])) is WorkerError
+    assert survived(stream) and type(explain([stream])) is TrainingError
+
+
 def test_numbers_and_types_of_errors_travel():
     error = WorkerError("worker 3: x")
     error.rank = 3
@@ -113,7 +125,12 @@ def test_an_agreed_error_of_a_device_names_the_worker_whose_device_it_is():
     error = WorkerError(f"worker 3: AcceleratorError: {ECC}")
     error.rank = 3
     found = explain([failure(rank, raised(error)) for rank in (0, 1, 2, 3)])
-    assert isinstance(found, DeviceError) and str(found).startswith("worker 3 on") and found.suspects == ("node1",)
+    assert (
+        isinstance(found, DeviceError)
+        and str(found).startswith("worker 3 on")
+        and "\n" not in str(found)
+        and found.suspects == ("node1",)
+    )
 
 
 def test_a_death_that_is_heard_of_late_does_not_hide_the_error_before_it():
@@ -188,6 +205,14 @@ def test_a_node_is_excluded_after_two_faults_of_its_devices_or_two_failures_with
     assert suspicions.note(CorruptionError("worker 1 differs", ["d"], 5), 90) == ["d"]
 
 
+def test_a_node_with_a_frozen_worker_is_suspected():
+    """Its thread that reports is silent, while the others only wait for it."""
+    beats = {0: {"node": "a", "at": 99.0}, 1: {"node": "b", "at": 38.0}, 2: {"node": "b", "at": 98.5}}
+    assert frozen(beats, now=100.0, limit=60.0) == ("b",)
+    assert frozen({0: beats[0]}, now=100.0, limit=60.0) == ()
+    assert frozen(beats | {3: {"node": "c", "at": 30.0}}, now=100.0, limit=60.0) == ()
+
+
 @pytest.mark.parametrize(("room", "said"), [(2, "excluded until this command ends: node a"), (1, "no other nodes have room")])
 def test_a_bad_node_is_excluded_where_others_have_room_and_named_where_they_have_none(monkeypatch, caplog, room, said):
     avoided: list[Any] = []
@@ -198,3 +223,24 @@ def test_a_bad_node_is_excluded_where_others_have_room_and_named_where_they_have
     told = exclusion.exclude(["a"], None, 2, pool)  # type: ignore[arg-type]
     assert said in told and said in caplog.text
     assert avoided == ([(["a"], True)] if room == 2 else [])
+
+
+def test_a_reported_error_ends_the_attempt_though_no_worker_ever_ends(monkeypatch):
+    """A broken device lets its process neither clean up nor close its connections, so the others would wait for the watchdog."""
+    ordered: list[str] = []
+    monkeypatch.setattr(attempt, "SETTLE_S", 0.1)
+    monkeypatch.setattr(attempt, "POLL_S", 0.01)
+    monkeypatch.setattr(attempt.mailbox, "interval", lambda workers: 0.0)
+    monkeypatch.setattr(attempt.ray, "wait", lambda waiting, timeout: time.sleep(timeout) or ([], waiting))
+    monkeypatch.setattr(attempt.stream, "end", lambda parts: ordered.append("end of the stream"))
+    running: Any = object.__new__(Attempt)
+    running._told, running._parts = {}, []
+    running._mailbox = SimpleNamespace(order=SimpleNamespace(remote=lambda **orders: ordered.extend(orders)))
+    members = {f"result {rank}": SimpleNamespace(node="n", address="a", gpus=(str(rank),)) for rank in (0, 1)}
+    threading.Timer(0.2, lambda: running._told.update({1: WorkerError(ECC)})).start()
+    began = time.monotonic()
+    ended = running._gather(members)
+    assert time.monotonic() - began > 0.2, "a worker that has reported nothing is waited for"
+    assert ordered == ["abort", "end of the stream"] and ended.summary is None
+    found = explain([replace(failure, told=running._told.get(failure.rank)) for failure in ended.failures])
+    assert type(found) is DeviceError and str(found).startswith("worker 1 on a (node n, GPU 1): CUDA error: uncorrectable ECC")

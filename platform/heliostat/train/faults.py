@@ -73,7 +73,12 @@ def classify(text: str) -> Fault:
 
 
 def describe(error: BaseException) -> str:
-    """Describes an error in one line: its type and all lines of its message, without CUDA's advice."""
+    """Describes an error in one line: its type and its message."""
+    said = message(error)
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def message(error: BaseException) -> str:
+    """Returns all lines of an error's message as one, without CUDA's advice."""
     lines = [line.strip() for line in str(error).splitlines()]
-    said = " ".join(line for line in lines if line and not line.startswith(ADVICE))
-    return f"{type(error).__name__}: {brief(said, LONGEST)}" if said else type(error).__name__
+    return brief(" ".join(line for line in lines if line and not line.startswith(ADVICE)), LONGEST)

@@ -7,6 +7,7 @@ node's provider wants that, or when the cluster has room for more of them; and e
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -39,7 +40,7 @@ from heliostat.train.driver import rendezvous, stack_dumps
 from heliostat.train.driver.failures import Failure, explain, survived
 from heliostat.train.driver.memory import Memory
 from heliostat.train.driver.pool import Member, Pool
-from heliostat.train.driver.recovery import choose, stalled
+from heliostat.train.driver.recovery import choose, frozen, stalled
 from heliostat.train.driver.signals import Signals
 from heliostat.train.memory_keeper import Source
 from heliostat.train.pauses import PausePoints
@@ -78,6 +79,15 @@ class Ended:
 
     summary: dict[str, Any] | None = None
     failures: list[Failure] = field(default_factory=list)
+
+    def add(self, rank: int, member: Member, result: Any) -> None:
+        """Adds a worker that Ray has a result of."""
+        try:
+            summary = ray.get(result)
+        except Exception as e:  # noqa: BLE001 (explained once all have ended)
+            self.failures.append(_failure(rank, member, e))
+        else:
+            self.summary = summary if rank == 0 else self.summary
 
 
 class Attempt:
@@ -234,8 +244,11 @@ class Attempt:
     def _watch(self, now: float) -> None:
         limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start
         if reason := stalled(self._heartbeats, self.start.job.workers.most, now, limit, self._since):
+            suspects = frozen(self._heartbeats, now, limit)  # before the stacks, which take time
             where = self._keep_stacks()
-            self._fault = StalledError(f"{reason} (watchdog: {limit:g} s); the workers' stacks are in {where}")
+            fault = StalledError(f"{reason} (watchdog: {limit:g} s); the workers' stacks are in {where}")
+            fault.suspects = suspects
+            self._fault = fault
 
     def _order(self, code: int, why: str) -> None:
         self._ordered = code
@@ -304,25 +317,21 @@ class Attempt:
     def _gather(self, working: dict[Any, Member]) -> Ended:
         """Waits for all workers, given in order of their ranks.
 
-        Once one has ended, the others do too: all at the same step, or because they are ordered to abort. A worker that does not
-        within some seconds is ended.
+        Once one has ended, the others do too: all at the same step, or because they are ordered to abort. That is as soon as a
+        worker reports its error: it may never end. A worker that has not ended some seconds later is ended.
         """
         ended, ranks = Ended(), {one: rank for rank, one in enumerate(working)}
-        waiting, late = list(working), 0.0
+        waiting, until, aborted = list(working), math.inf, False
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=max(0.0, late - time.monotonic()) if late else None)
+            done, waiting = ray.wait(waiting, timeout=min(POLL_S, max(0.0, until - time.monotonic())))
             for one in done:
-                late = late or time.monotonic() + SETTLE_S
-                try:
-                    summary = ray.get(one)
-                except Exception as e:  # noqa: BLE001 (explained by the caller)
-                    if not ended.failures:
-                        late += mailbox.interval(len(working))  # until they hear of it
-                        self._abort()
-                    ended.failures.append(_failure(ranks[one], working[one], e))
-                else:
-                    ended.summary = summary if ranks[one] == 0 else ended.summary
-            if late and not done:
+                ended.add(ranks[one], working[one], one)
+            if until == math.inf and (done or self._told):
+                until = time.monotonic() + SETTLE_S
+            if not aborted and (ended.failures or self._told):
+                aborted, until = True, until + mailbox.interval(len(working))  # until they hear of it
+                self._abort()
+            if not done and time.monotonic() >= until:
                 log.warning("%d workers did not end within %.0f s of another, and were ended", len(waiting), SETTLE_S)
                 ended.failures += [_failure(ranks[one], working[one], None) for one in waiting]
                 break

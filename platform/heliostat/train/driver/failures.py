@@ -63,13 +63,15 @@ class Failure:
             return "late"
         if isinstance(own, HeliostatError) and not isinstance(own, WorkerError):
             return "known"
+        if isinstance(own, ray.exceptions.RayActorError):  # the stream's, which ends with the first failure
+            return "peer"
         fault = faults.classify(faults.describe(own))
         return fault if fault != "other" else "known" if isinstance(own, WorkerError) else "raised"
 
     @property
     def text(self) -> str:
         if isinstance(self.own, HeliostatError):
-            return str(self.own).removeprefix(FAILED)
+            return faults.message(self.own).removeprefix(FAILED)
         if self.own is not None:
             return faults.describe(self.own)
         return "did not end after another worker had ended" if self.error is None else _death(self.error)
@@ -112,8 +114,7 @@ def survived(failure: Failure) -> bool:
     """Reports whether a worker's process can be used again: it lives, and its error is one of ours, or the loss of another."""
     if not _alive(failure.error) or failure.kind in ("device", "unclear"):
         return False
-    lost_stream = isinstance(getattr(failure.error, "cause", None), ray.exceptions.RayActorError)
-    return isinstance(failure.own, HeliostatError) or lost_stream or failure.kind == "peer"
+    return isinstance(failure.own, HeliostatError) or failure.kind == "peer"
 
 
 def _suspecting(fault: TrainingError, culprits: Sequence[Failure], failures: Sequence[Failure]) -> TrainingError:

@@ -73,6 +73,12 @@ class Budget:
         return Backoff(self.retries.backoff, self.retries.backoff_max).wait(self.used - 1) if self.used > 1 else 0.0
 
 
+def frozen(heartbeats: dict[int, dict], now: float, limit: float) -> tuple[str, ...]:
+    """Finds the node whose workers are silent when a run has stalled, by `limit` seconds; none if several nodes' are."""
+    nodes = {p["node"] for p in heartbeats.values() if now - p["at"] > limit / 2}
+    return tuple(nodes) if len(nodes) == 1 else ()
+
+
 def choose(allowed: list[int], room: int) -> int:
     """Chooses the worker count to start with: the largest allowed that fits in `room`; if none fits, the smallest, to wait."""
     return max((n for n in allowed if n <= room), default=min(allowed))

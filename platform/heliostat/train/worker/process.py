@@ -94,7 +94,9 @@ def _raised(error: BaseException) -> BaseException:
 
 
 def _own(error: BaseException) -> HeliostatError:
-    return innermost(error) or WorkerError(f"the workers failed: {faults.describe(error)}")
+    """Returns an error that reaches the driver in any case."""
+    known = innermost(error)
+    return known if known and _arrives(known) else WorkerError(f"the workers failed: {faults.describe(error)}")
 
 
 def _arrives(error: BaseException) -> bool:
