@@ -143,6 +143,10 @@ class StoppedError(HeliostatError):
     exit_code = 130
 
 
+class LimitError(StoppedError):
+    """Reports that a limit of the job (`limits`) stopped the run, after a checkpoint."""
+
+
 class ClusterError(HeliostatError):
     """Reports that a cluster did not start or stop, cannot be reached, or refused a request."""
 

@@ -28,6 +28,7 @@ def run_of(storage: Path) -> Any:
     return SimpleNamespace(
         job=made, saved_step=0, start_step=0, budget=Budget(made.retries), plan=SimpleNamespace(skips=()), restarts=restarts,
         _restart=lambda outcome, reason: restarts.append((outcome, reason)), _pause=lambda *_: None, trust_memory=True,
+        spending=SimpleNamespace(reached=""),
     )  # fmt: skip
 
 
