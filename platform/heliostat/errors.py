@@ -8,7 +8,7 @@ Ray workers to the driver, so what each takes are its `args`: the message, and w
 password of a URI, whoever wrote it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,14 +43,16 @@ class AccessError(StorageError):
     """Reports that the store refuses access, or has no such bucket, or no room for a folder: a retry by the same process is
     useless before that changes.
 
-    `place`: the URI of the file or folder; `node`: the id of the Ray node that was refused. Empty where they are not known.
+    `place`: the URI of the file or folder; `node`: the id of the Ray node that was refused, by default that of this process
+    (`this_node`). Empty where they are not known.
     """
 
     exit_code = 2
+    this_node = ""  # set by processes that train or fetch
 
     def __init__(self, message: str, place: str = "", node: str = "") -> None:
-        super().__init__(message, place, node)
-        self.place, self.node = place, node
+        self.place, self.node = place, node or AccessError.this_node
+        super().__init__(message, place, self.node)
 
     def __str__(self) -> str:
         return self.args[0]
@@ -156,6 +158,10 @@ class StoppedError(HeliostatError):
     exit_code = 130
 
 
+class LimitError(StoppedError):
+    """Reports that a limit of the job (`limits`) stopped the run, after a checkpoint."""
+
+
 class ClusterError(HeliostatError):
     """Reports that a cluster did not start or stop, cannot be reached, or refused a request."""
 
@@ -173,18 +179,6 @@ def naming(where: object) -> Iterator[None]:
         if str(where) in str(e):
             raise
         e.args = (f"{where}: {e.args[0]}", *e.args[1:])
-        raise
-
-
-@contextmanager
-def on_node(node: Callable[[], str]) -> Iterator[None]:
-    """Puts the node of this process, which `node` returns, into a refusal that the process raises."""
-    try:
-        yield
-    except AccessError as e:
-        if not hasattr(e, "cause"):  # Ray's, which brings another process's refusal
-            e.node = node()
-            e.args = (e.args[0], e.place, e.node)
         raise
 
 

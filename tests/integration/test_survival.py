@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from heliostat.check import check, load_job
 from heliostat.checkpoint import saver
-from heliostat.errors import WorkerError
+from heliostat.errors import ConfigError, LimitError, WorkerError
 from heliostat.recipes.protocol import Loss
-from heliostat.runs import goodput
+from heliostat.runs import goodput, liveness
 from heliostat.runs.verify import verify
 from heliostat.storage import Location
-from heliostat.train.driver import attempt
+from heliostat.train.driver import attempt, limits
 from heliostat.train.run import train
+from heliostat.train.time_ledger import Recorder
 from heliostat.train.worker import process_group
 from mlflow import MlflowClient
 
@@ -237,3 +238,21 @@ def test_a_checkpoint_damaged_in_its_bytes_is_passed_over_and_the_run_goes_on_fr
     assert result["restarts"] == 1
     assert len(curve(tracking, result["run_id"])) == steps and verify(folder)["ok"]
     assert [a["start_step"] for a in goodput.read_report(folder)["attempts"]] == [0, STEPS, STEPS - 10]
+
+
+@pytest.mark.ci
+def test_a_limit_stops_a_run_behind_a_checkpoint_and_a_higher_one_continues_it(job_file, monkeypatch):
+    """The ledger and the error say that the limit did it; a command that resumes with the old limit does not begin."""
+    monkeypatch.setattr(limits, "EVERY_S", 0.0)
+    monkeypatch.setattr(Recorder, "spent", lambda self: (1.0 if self.attempts[-1].reached >= 3 else 0.0, 0.0))
+    path = job_file("limited")
+    with pytest.raises(LimitError, match=r"limits\.hours: 0\.5 h are used up .*; stopped at step \d+, behind a checkpoint"):
+        train(path, [*settings(**PACED_PLAIN), "limits.hours=0.5"])
+    run = run_folder(path)
+    stopped, ended = saver.latest(run), liveness.last(run)
+    assert stopped and 3 <= stopped.step < STEPS
+    assert ended and ended.outcome == "interrupted" and ended.reason.startswith("limits.hours: 0.5 h")
+    with pytest.raises(ConfigError, match=r"limits\.hours: 0\.5 h are used up .*; raise it to continue"):
+        train(path, [*settings(), "limits.hours=0.5"], resume=True)
+    train(path, [*settings(), "limits.hours=2"], resume=True)
+    assert verify(run)["ok"]

@@ -1,12 +1,14 @@
 """A store that refuses one node's request ends no run: only a refusal that the driver meets too does."""
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from heliostat.errors import AccessError, StoppedError, on_node, unwrapped
+from heliostat import wire
+from heliostat.errors import AccessError, StoppedError, unwrapped
 from heliostat.train.driver import refusals
 from heliostat.train.driver.recovery import Budget
 from heliostat.train.driver.run import Run
@@ -28,6 +30,7 @@ def run_of(storage: Path) -> Any:
     return SimpleNamespace(
         job=made, saved_step=0, start_step=0, budget=Budget(made.retries), plan=SimpleNamespace(skips=()), restarts=restarts,
         _restart=lambda outcome, reason: restarts.append((outcome, reason)), _pause=lambda *_: None, trust_memory=True,
+        spending=SimpleNamespace(reached=""),
     )  # fmt: skip
 
 
@@ -77,18 +80,19 @@ def test_the_refused_node_is_avoided_where_others_have_room(monkeypatch):
     assert avoided == [NODE]
 
 
-def test_a_refusal_names_the_node_of_the_process_that_met_it_first():
-    with pytest.raises(AccessError) as first, on_node(lambda: "here"):
-        raise AccessError("no", "s3://b/k")
-    assert (first.value.node, first.value.place, str(first.value)) == ("here", "s3://b/k", "no")
-    wrapped = AccessError("ray::x() no")
-    wrapped.cause = first.value  # type: ignore[attr-defined]  # as Ray's wrappers have
-    with pytest.raises(AccessError) as second, on_node(lambda: "there"):
-        raise wrapped
-    assert second.value.node == ""
+def test_a_refusal_keeps_the_node_of_the_process_that_met_it_first(monkeypatch):
+    """All workers raise it: whoever passes it on is not to blame."""
+    monkeypatch.setattr(AccessError, "this_node", "there")
+    first = AccessError("no", "s3://b/k")
+    sent = wire.pack(first), pickle.dumps(first)
+    monkeypatch.setattr(AccessError, "this_node", "here")
+    for again in (wire.unpack(sent[0]), pickle.loads(sent[1])):  # noqa: S301
+        assert (again.node, again.place, str(again)) == ("there", "s3://b/k", "no")
+    wrapped = RuntimeError("UDF")
+    wrapped.cause = first  # type: ignore[attr-defined]  # as Ray's wrappers have
     with pytest.raises(AccessError) as third, unwrapped():
-        raise RuntimeError("UDF") from wrapped
-    assert third.value.node == "here"
+        raise wrapped
+    assert (third.value.node, third.value.place) == ("there", "s3://b/k")
 
 
 def test_stopping_is_not_taken_for_a_failure(tmp_path):

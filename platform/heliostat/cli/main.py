@@ -7,7 +7,7 @@ Exit codes:
 0    done
 1    failed: the run, a check of it, or a machine, store or server that it needs
 2    refused: change the command, a file, a path or credentials first
-130  stopped: by Ctrl-C, a signal or `heliostat stop`
+130  stopped: by Ctrl-C, a signal, `heliostat stop`, or the job's `limits`
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Every node is a `ray start --block` of the file's own commands, in a session of its own, with token authentication on. What was
 started is recorded in `.heliostat/clusters/NAME/` (`state.json`, `token`, `logs/`), so that `down` ends just these processes and
 what they started. `up` leaves running nodes alone: it restarts nodes that died beside those that run, and joins a cluster that
-already answers at the file's address, which `down` leaves running.
+already answers at the file's address, which `down` leaves running. With `idle_timeout_minutes` in the file a process
+(`idle`) ends a cluster that has no job for so long.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class State:
     file: str
     url: str
     nodes: list[Node] = field(default_factory=list)
+    watcher: tuple[int, float] | None = None  # process and start of what ends it when it is idle
 
     @property
     def folder(self) -> Path:
@@ -108,7 +110,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> State:
     if state and state.nodes:
         alive = processes.living(state.nodes)
         if state.nodes[0] in alive:
-            return _complete(cluster, state, alive)
+            return _watched(cluster, _complete(cluster, state, alive))
         if alive:
             raise ClusterError(
                 f"{cluster.name}: its head has died, and {len(alive)} of its workers run on; "
@@ -128,7 +130,35 @@ def up(cluster: ClusterFile, restart: bool = False) -> State:
         down(cluster.name)
         raise
     zygote.wake(_zygote(state.name))
+    return _watched(cluster, state)
+
+
+def _watched(cluster: ClusterFile, state: State) -> State:
+    """Starts the process that ends the cluster after the file's `idle_timeout_minutes` without a job, unless it runs."""
+    minutes = cluster.raw.get("idle_timeout_minutes")
+    if not minutes or _watcher(state):
+        return state
+    command = [sys.executable, "-m", "heliostat.cluster.idle", state.name, str(minutes)]
+    with (state.folder / "logs" / "idle.log").open("ab") as out:
+        process = subprocess.Popen(
+            command, cwd=workspace.root(), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    state.watcher = process.pid, psutil.Process(process.pid).create_time()
+    state.write()
+    log.info("cluster %s ends after %g minutes without a job (idle_timeout_minutes)", state.name, minutes)
     return state
+
+
+def _watcher(state: State) -> psutil.Process | None:
+    """Finds the process that watches the cluster, if it lives and is not this one."""
+    if state.watcher is None or state.watcher[0] == os.getpid():
+        return None
+    try:
+        process = psutil.Process(state.watcher[0])
+        same = abs(process.create_time() - state.watcher[1]) < 1
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _complete(cluster: ClusterFile, state: State, alive: list[Node]) -> State:
@@ -258,6 +288,8 @@ def down(name: str) -> int:
     state = read(name)
     if state is None:
         raise ConfigError(f"{name}: no such cluster here; `heliostat cluster list` shows those that there are")
+    if watcher := _watcher(state):
+        watcher.kill()
     ended, remaining = processes.end(state.nodes)
     if remaining:
         raise ClusterError(f"{name}: processes {remaining} do not end")

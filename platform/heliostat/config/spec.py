@@ -21,7 +21,7 @@ from heliostat.config.schema import Strict
 from heliostat.config.tracking_sections import Card, Mlflow
 from heliostat.config.train_section import Ema, Offload, Parallel, Train, Zero
 from heliostat.config.worker_counts import divisors, fitting
-from heliostat.config.worker_sections import Retries, Spike, Watchdog, Workers
+from heliostat.config.worker_sections import Limits, Retries, Spike, Watchdog, Workers
 from heliostat.errors import ConfigError
 from heliostat.storage import Location
 
@@ -37,6 +37,7 @@ __all__ = [
     "Experiment",
     "Fraction",
     "Job",
+    "Limits",
     "MixChange",
     "Mlflow",
     "Name",
@@ -78,6 +79,8 @@ class Job(Strict):
     """When the state is saved, and which checkpoints stay."""
     workers: Workers = Workers()
     """The processes that train, and where they may be."""
+    limits: Limits = Limits()
+    """What a run may take before it is stopped. Empty: no limit."""
     retries: Retries = Retries()
     """How often the run tries again by itself."""
     watchdog: Watchdog = Watchdog()

@@ -1,4 +1,5 @@
-"""Defines the sections `workers`, `retries`, `watchdog` and `spike` of the job file: what trains, and what is done on failure."""
+"""Defines the sections `workers`, `limits`, `retries`, `watchdog` and `spike` of the job file: what trains, how long, and what is
+done on failure."""
 
 from __future__ import annotations
 
@@ -38,6 +39,14 @@ class Workers(Strict):
     @property
     def most(self) -> int:
         return self.count[1] if isinstance(self.count, list) else self.count
+
+
+class Limits(Strict):
+    hours: Annotated[Float, Field(gt=0)] | None = None
+    """Hours of the run, over all its commands; time between two commands doesn't count. At the limit the run stops after a
+    checkpoint; `--resume` with a higher limit continues. See docs/reliability.md#limits"""
+    cost: Annotated[Float, Field(gt=0)] | None = None
+    """The same of money: what the devices that workers hold cost, by the list prices of `heliostat plan`, in its currency."""
 
 
 class Retries(Strict):

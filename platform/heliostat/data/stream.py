@@ -27,7 +27,7 @@ from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.data.order import Order
 from heliostat.data.receipt import lane_digest, sample_digests
 from heliostat.data.windows import numbered
-from heliostat.errors import on_node
+from heliostat.errors import AccessError
 
 ENVELOPE = pa.schema(
     [("block", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]
@@ -56,10 +56,8 @@ class Fetch:
         raise IndexError(index)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        with on_node(lambda: ray.get_runtime_context().get_node_id()):
-            yield from self._blocks(batch)
-
-    def _blocks(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        if ray.is_initialized():
+            AccessError.this_node = ray.get_runtime_context().get_node_id()
         data = open_dataset(self.plan)
         order = data.order
         for window in map(self.window, batch["id"].tolist()):

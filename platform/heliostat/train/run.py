@@ -121,6 +121,7 @@ def _carry_out(run: Run, found: Checkpoint | None) -> dict[str, Any]:
     """Trains from the checkpoint on and exports; if all steps are done, completes what is missing after the training."""
     job = run.job
     if found is None or found.step < job.last_step:
+        run.spending.require_left()
         return run.run()
     log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
     if (result := endings.result(job.run_folder, found.step)) is None:

@@ -190,6 +190,16 @@ class Recorder:
 
     def report(self) -> dict[str, Any]:
         """Computes the run's goodput up to now, over all attempts, those of earlier commands too."""
+        return goodput.report(self._all())
+
+    def spent(self) -> tuple[float, float]:
+        """Computes the run's hours up to now, over all its commands, and its workers' hours while they held resources."""
+        attempts = self._all()
+        hours = [(a.seen - a.started) / 3600 for a in attempts]
+        held = [a.workers * max(0.0, h - a.parts.get("queued", 0.0) / 3600) for a, h in zip(attempts, hours, strict=True)]
+        return sum(hours), sum(held)
+
+    def _all(self) -> list[Attempt]:
         if self._earlier is None:
             try:
                 mine = {a.id for a in self.attempts}
@@ -198,7 +208,7 @@ class Recorder:
                 log.warning("goodput without the run's earlier attempts: %s", e)
                 self._earlier = []
         self._seen()
-        return goodput.report([*self._earlier, *self.attempts])
+        return [*self._earlier, *self.attempts]
 
     def close(self, outcome: str, reason: str = "") -> None:
         """Closes the ledger at the command's end; the file is written when this returns."""

@@ -271,6 +271,8 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
             faults.append(f"space.{key}: trials of other lengths cannot be compared; use scheduler 'none', or set {key}")
     if isinstance(base.workers.count, list):
         faults.append(f"job: workers.count {base.workers.count} is elastic; a sweep needs a number: set {{workers.count: N}}")
+    if base.limits.hours or base.limits.cost:
+        faults.append("job: limits are of one run; use the sweep's budget, and set {limits: {}}")
     if base.train.parallel.auto:
         faults.append(
             "job: train.parallel auto would be another layout a trial; set the one that `heliostat plan JOB --rank` finds"

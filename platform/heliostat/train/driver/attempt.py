@@ -26,6 +26,7 @@ from heliostat.data.dataset import DataPlan, sample_bytes
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
 from heliostat.errors import (
+    ConfigError,
     HeliostatError,
     LeaseError,
     StalledError,
@@ -138,7 +139,7 @@ class Attempt:
             thread.join(POLL_S if self._held is None else HELD_POLL_S)
             try:
                 self._beat()
-            except LeaseError as e:
+            except (LeaseError, ConfigError) as e:  # ConfigError: what a worker costs is not known
                 self._fault = e
             self._drain()
             self._release()
@@ -221,7 +222,7 @@ class Attempt:
         if self._stop_by and now > self._stop_by:
             what = f"the workers wrote no checkpoint within checkpoint.grace ({self.job.checkpoint.grace:g} s)"
             interrupted = self._ordered == INTERRUPTED
-            self._fault = StoppedError(f"stopped by a signal; {what}") if interrupted else StalledError(what)
+            self._fault = StoppedError(f"stopped by {self.signals.name}; {what}") if interrupted else StalledError(what)
         elif self._phase not in ("placing", "ended"):
             self._watch(now)
 

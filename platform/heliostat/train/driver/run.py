@@ -18,7 +18,16 @@ from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.data.dataset import make_order
-from heliostat.errors import AccessError, CorruptionError, HeliostatError, LeaseError, LossSpikeError, StoppedError, StorageError
+from heliostat.errors import (
+    AccessError,
+    CorruptionError,
+    HeliostatError,
+    LeaseError,
+    LimitError,
+    LossSpikeError,
+    StoppedError,
+    StorageError,
+)
 from heliostat.events import AttemptStarted, BadNodes, Corruption, Event, Goodput, NodeSample, Saved, Steps
 from heliostat.lease import Lease
 from heliostat.runs import liveness, segments
@@ -29,6 +38,7 @@ from heliostat.train.driver import corruption, refusals
 from heliostat.train.driver.benchmarks import Beside
 from heliostat.train.driver.exclusion import Suspicions, exclude
 from heliostat.train.driver.finalize import finalize, unit
+from heliostat.train.driver.limits import Spending
 from heliostat.train.driver.recovery import Budget, choose, classify
 from heliostat.train.driver.signals import Signals
 from heliostat.train.driver.warm_up import WarmUp
@@ -73,12 +83,14 @@ class Run:
         self.start_step, self.started, self.verbose = start_step, started, verbose
         self.saved_step = start_step  # of the newest checkpoint in storage; an attempt may start from a newer copy in memory
         self.hooks = hooks
+        self.signals = Signals()  # those that stop it, from when it trains on
         self.budget, self.suspicions = Budget(self.job.retries), Suspicions()
         self.restarts = 0
         self.trust_memory = True  # copies of the training state there: they are as good as the newest checkpoint, and newer
         self.warm_up = WarmUp(checked.recipe)
         self.beside = Beside(self.job)
         self.ledger = Recorder(self.job.run_folder, started, start_step, max(self.counts))
+        self.spending = Spending(self.job, self.ledger)
 
     def run(self) -> dict[str, Any]:
         """Trains, then exports, logs and registers the model."""
@@ -139,6 +151,7 @@ class Run:
 
     def _train(self, owner: RunOwner) -> dict[str, Any]:
         """Starts attempts one after another until the last step is done or another attempt would be of no use."""
+        from heliostat.cluster import nodes
         from heliostat.cluster.connect import connect
         from heliostat.train.driver.memory import Memory
         from heliostat.train.driver.pool import Pool
@@ -154,8 +167,10 @@ class Run:
                 verbose=self.verbose,
             )
             show.phase("ray", time.time())
+            self.spending.look(nodes.inventory())
             held = Memory(self.job)
             with self.hooks.signals if self.hooks else Signals() as signals, Pool(workers) as pool, held as memory:
+                self.signals = signals
                 while True:
                     show.note("starting the workers")
                     try:
@@ -234,15 +249,23 @@ class Run:
         return source
 
     def _beat(self) -> None:
-        """Updates the ledger, and raises the error if the lease was lost; to be called often."""
+        """Updates the ledger, raises the error if the lease was lost, and stops the run at a limit; to be called often."""
         self.ledger.beat()
         if self.lease.lost:
             raise self.lease.lost
+        if self.spending.due():
+            from heliostat.cluster import nodes
+
+            self.spending.look(nodes.inventory())
+            if reached := self.spending.check():
+                self.signals.limit(reached)
 
     def _recover(self, error: HeliostatError, owner: RunOwner, signals: Signals, pool: Any, memory: Any) -> None:
         """Prepares another attempt after a failure, or raises the error."""
         kind = classify(error)
-        if kind == "final" or isinstance(error, StoppedError):
+        if isinstance(error, StoppedError):
+            raise LimitError(str(error)) if self.spending.reached else error
+        if kind == "final":
             raise error
         if isinstance(error, AccessError) and refusals.confirmed(error, self.job):
             raise error
@@ -303,7 +326,10 @@ class Run:
     def _handle_stop(self, stop: int, step: int) -> None:
         """Handles a stop that the workers were ordered to make behind the checkpoint of `step`."""
         if stop == INTERRUPTED:
-            raise StoppedError(f"stopped at step {step}, behind a checkpoint; use --resume to go on")
+            where = f"stopped at step {step}, behind a checkpoint"
+            if reached := self.spending.reached:
+                raise LimitError(f"{reached}; {where}; raise it and use --resume to go on")
+            raise StoppedError(f"{where}; use --resume to go on")
         self.start_step = self.saved_step = step
         self._restart(STOPS[stop])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Signals:
-    """Catches SIGINT and SIGTERM inside `with Signals() as signals:`; `name` is the first signal's, or None.
+    """Catches SIGINT and SIGTERM inside `with Signals() as signals:`; `name` is the first signal's, that of a limit, or None.
 
     On exit the earlier handlers are restored.
     """
@@ -17,6 +17,7 @@ class Signals:
     def __init__(self) -> None:
         self.name: str | None = None
         self._before: dict[int, Any] = {}
+        self._by_limit = False
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # elsewhere, as in a trial of a sweep, signals are not ours
@@ -27,7 +28,13 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def limit(self, name: str) -> None:
+        """Requests a stop because a limit was reached; the first signal that follows does not interrupt yet."""
+        if not self.name:
+            self.name, self._by_limit = name, True
+
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.name:
+        if self.name and not self._by_limit:
             raise KeyboardInterrupt
+        self._by_limit = False
         self.name = signal.Signals(number).name

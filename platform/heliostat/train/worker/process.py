@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from heliostat.errors import AccessError, HeliostatError, PeerLostError, WorkerError, innermost, on_node
+from heliostat.errors import AccessError, HeliostatError, PeerLostError, WorkerError, innermost
 from heliostat.events import WorkerFailed
 from heliostat.train import faults
 from heliostat.train.worker import process_group, sigterm
@@ -28,6 +28,7 @@ class TrainWorker:
     def __init__(self) -> None:
         self._spent = False
         sigterm.heed_sigterm()
+        AccessError.this_node = ray.get_runtime_context().get_node_id()
 
     def facts(self) -> dict[str, Any]:
         """Returns this process's id, its node's id and address, its GPUs' ids, and whether it is not to be used again."""
@@ -55,9 +56,8 @@ class TrainWorker:
         process_group.join(place)
         worker, failed = None, True
         try:
-            with on_node(lambda: ray.get_runtime_context().get_node_id()):
-                worker = Worker(config)
-                summary = worker.run()
+            worker = Worker(config)
+            summary = worker.run()
             failed = False
             return summary
         except BaseException as e:

@@ -1,0 +1,74 @@
+"""Waits until a local cluster has had no job for some minutes, then ends it; `cluster up` starts this, `cluster down` ends it.
+
+    python -m heliostat.cluster.idle NAME MINUTES
+
+Jobs are what the Jobs API lists: submissions, and programs that have connected by themselves. The cluster's record is in the
+workspace of the current folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+from heliostat.cluster import dashboard, local
+from heliostat.redact import Formatter
+
+log = logging.getLogger("heliostat")
+
+POLL_S = 15.0
+GONE_S = 600.0  # without an answer, after which there is nothing left to end
+
+
+def busy(url: str, token: str) -> bool | None:
+    """Checks whether a job waits or runs; None if the cluster does not answer."""
+    status, jobs = dashboard.get(f"{url}/api/jobs/", token)
+    if status != 200:
+        return None
+    return any(job["status"] in ("PENDING", "RUNNING") for job in jobs or [])
+
+
+def wait(look: Callable[[], bool | None], idle_s: float, gone_s: float = GONE_S, poll_s: float = POLL_S) -> bool:
+    """Waits until `look` has seen no job for `idle_s`; False if it has had no answer for `gone_s`.
+
+    Without an answer the cluster counts as busy.
+    """
+    used = answered = time.monotonic()
+    while True:
+        found, now = look(), time.monotonic()
+        if found is None and now - answered > gone_s:
+            return False
+        if found is not None:
+            answered = now
+        if found is False and now - used >= idle_s:
+            return True
+        if found is not False:  # or nobody knows
+            used = now
+        time.sleep(poll_s)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="heliostat.cluster.idle")
+    parser.add_argument("name")
+    parser.add_argument("minutes", type=float)
+    given = parser.parse_args()
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    state = local.read(given.name)
+    if state is None:
+        return 0
+    token = state.token
+    if not wait(lambda: busy(state.url, token), given.minutes * 60):
+        log.info("cluster %s does not answer any more", given.name)
+        return 0
+    log.info("cluster %s had no job for %g minutes (idle_timeout_minutes): ending it", given.name, given.minutes)
+    local.down(given.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

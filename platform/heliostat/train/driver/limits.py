@@ -1,0 +1,81 @@
+"""Watches what a run takes, in hours and money, and finds when one of the job's `limits` is reached.
+
+Hours and money are those of the whole run, from its ledger: all commands count, the time between them does not. Money is the
+price of the devices that workers hold, from the price table of `heliostat plan`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from heliostat.config.spec import Job, Workers
+from heliostat.errors import ConfigError
+from heliostat.train.time_ledger import Recorder
+
+EVERY_S = 5.0  # between two looks
+
+
+class Spending:
+    """Watches a run's limits."""
+
+    def __init__(self, job: Job, ledger: Recorder) -> None:
+        self.limits, self.workers, self._ledger = job.limits, job.workers, ledger
+        self.reached = ""  # which limit, once one is
+        self._rate: float | None = None  # of a worker's hour, once it is known
+        self._next = 0.0
+
+    def look(self, nodes: Iterable[dict[str, Any]]) -> None:
+        """Finds the price of a worker on these nodes (`cluster.nodes.inventory`); ConfigError if the table lacks it."""
+        if self.limits.cost and self._rate is None:
+            self._rate = hourly(self.workers, nodes)
+
+    def due(self) -> bool:
+        """Tells whether it is time to look at the limits, every EVERY_S, and a limit is set that is not reached."""
+        if self.reached or not (self.limits.hours or self.limits.cost) or time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + EVERY_S
+        return True
+
+    def check(self) -> str:
+        """Returns the limit that is reached, with what the run has taken; empty if none is."""
+        hours, worker_hours = self._ledger.spent()
+        spent = worker_hours * (self._rate or 0.0)
+        if self.limits.hours and hours >= self.limits.hours:
+            self.reached = f"limits.hours: {self.limits.hours:g} h are used up ({hours:.2f} h over all commands)"
+        elif self.limits.cost and spent >= self.limits.cost:
+            self.reached = f"limits.cost: {self.limits.cost:g} {_table()['currency']} are used up ({spent:.2f} over all commands)"
+        return self.reached
+
+    def require_left(self) -> None:
+        """Raises ConfigError if a limit is used up before the command begins; what GPUs cost is known only later."""
+        self.look([])
+        if reached := self.check():
+            self.reached = ""
+            raise ConfigError(f"{reached}; raise it to continue")
+
+
+def hourly(workers: Workers, nodes: Iterable[dict[str, Any]]) -> float | None:
+    """Computes the price of a worker's hour on the dearest of the nodes that may hold it; None while there is no such node.
+
+    ConfigError if one of them has a GPU that is not in the price table.
+    """
+    devices = _table()["devices"]
+    if not workers.gpus:
+        return workers.cpus * devices["cpu"]["hour"]
+    fitting = [n for n in nodes if n["gpus"] and workers.labels.items() <= n["labels"].items()]
+    kinds = {kind for node in fitting for kind in node["accelerators"] or ["a GPU that Ray has no name for"]}
+    known = {kind: devices.get(kind.split("-")[0]) for kind in kinds}
+    if unknown := sorted(kind for kind, device in known.items() if device is None):
+        names = ", ".join(sorted(d for d in devices if d != "cpu"))
+        raise ConfigError(f"limits.cost: the price of {unknown[0]} isn't in the price table (it has {names}); use limits.hours")
+    prices = [device["hour"] for device in known.values()]
+    return workers.gpus * max(prices) if prices else None
+
+
+def _table() -> dict[str, Any]:
+    return yaml.safe_load(resources.files("heliostat.plan").joinpath("prices.yaml").read_text(encoding="utf-8"))

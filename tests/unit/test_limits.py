@@ -1,0 +1,120 @@
+"""`limits`: hours and money of a whole run, over all its commands; the stop is behind a checkpoint, and says what stopped it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from heliostat.errors import ConfigError, LimitError, StoppedError
+from heliostat.runs.goodput import Attempt
+from heliostat.storage import Location
+from heliostat.train.driver import limits
+from heliostat.train.driver.limits import Spending, hourly
+from heliostat.train.driver.run import Run
+from heliostat.train.driver.signals import Signals
+from heliostat.train.stop_codes import INTERRUPTED
+from heliostat.train.time_ledger import Recorder
+from heliostat.tune import sweep
+
+from tests.unit.build_job import job
+
+HOUR = 3600.0
+
+
+def node(*accelerators: str, gpus: float = 8.0, **node_labels: str) -> dict[str, Any]:
+    return {"gpus": gpus, "cpus": 192.0, "accelerators": list(accelerators), "labels": node_labels}
+
+
+def ledger(folder: Path, *earlier: tuple[float, int, float], started: float = 0.0) -> Recorder:
+    """A run's ledger: of earlier commands (hours, workers, of them hours queued), and of this one, since `started` seconds."""
+    run = Location(str(folder))
+    for i, (hours, workers, queued) in enumerate(earlier):
+        begun = 1e9 + i * 100 * HOUR  # with days between the commands
+        parts = {"queued": queued * HOUR, "computing": (hours - queued) * HOUR}
+        one = Attempt(f"a{i}", begun, begun + hours * HOUR, begun + hours * HOUR, 0, workers, parts=parts, outcome="failed")
+        run.join("ledger", one.name).write(one.dump())
+    return Recorder(run, time.time() - started, 0, 2)
+
+
+def spending(folder: Path, wanted: dict[str, Any], *earlier: tuple[float, int, float], **workers: Any) -> Spending:
+    return Spending(job(**{"limits": wanted, "workers": workers}), ledger(folder, *earlier))
+
+
+def test_hours_count_over_all_commands_and_not_between_them(tmp_path):
+    watched = spending(tmp_path, {"hours": 5.0}, (2.0, 4, 0.0), (2.5, 4, 1.0))
+    assert watched.due() and watched.check() == "" and not watched.due()
+    more = spending(tmp_path, {"hours": 4.5}, (2.0, 4, 0.0), (2.5, 4, 1.0))
+    assert more.check() == "limits.hours: 4.5 h are used up (4.50 h over all commands)" and not more.due()
+
+
+def test_money_is_what_workers_hold_at_the_price_of_their_node(tmp_path):
+    """2 h x 4 workers and 1.5 h x 4, without the hour in which they waited for their nodes: 14 worker hours of an H100."""
+    at = spending(tmp_path, {"cost": 96.0}, (2.0, 4, 0.0), (2.5, 4, 1.0), gpus=1)
+    at.look([node("H100")])
+    assert at.check() == "limits.cost: 96 USD are used up (96.32 over all commands)"
+    below = spending(tmp_path, {"cost": 97.0}, (2.0, 4, 0.0), (2.5, 4, 1.0), gpus=1)
+    below.look([node(gpus=0.0)])  # the GPU nodes have not come yet
+    below.look([node("H100")])
+    assert below.check() == ""
+
+
+def test_a_price_that_is_not_known_is_an_error_and_only_of_nodes_that_may_hold_workers():
+    workers = job(workers={"gpus": 2, "labels": {"pool": "a"}}).workers
+    assert hourly(workers, [node("L4", pool="a"), node("MI300X", pool="b")]) == pytest.approx(2 * 1.67)
+    assert hourly(workers, [node("H100", pool="a"), node("A100-80G", pool="a")]) == pytest.approx(2 * 6.88)
+    assert hourly(workers, []) is None and hourly(job(workers={"cpus": 4}).workers, []) == pytest.approx(0.2)
+    with pytest.raises(ConfigError, match=r"^limits\.cost: the price of MI300X isn't in the price table .*; use limits\.hours"):
+        hourly(job(workers={"gpus": 1}).workers, [node("H100"), node("MI300X")])
+    with pytest.raises(ConfigError, match="a GPU that Ray has no name for"):
+        hourly(job(workers={"gpus": 1}).workers, [node()])
+
+
+def test_a_command_whose_run_has_used_up_its_limit_does_not_begin(tmp_path):
+    with pytest.raises(ConfigError, match=r"limits\.hours: 4 h are used up .*; raise it to continue"):
+        spending(tmp_path, {"hours": 4.0}, (5.0, 4, 0.0)).require_left()
+    with pytest.raises(ConfigError, match=r"limits\.cost: 0\.5 USD are used up"):
+        spending(tmp_path, {"cost": 0.5}, (5.0, 4, 0.0), cpus=1).require_left()
+    spending(tmp_path, {}, (500.0, 4, 0.0)).require_left()
+
+
+def test_a_limit_stops_a_run_as_a_signal_does_and_the_error_says_which(tmp_path, monkeypatch):
+    monkeypatch.setattr("heliostat.cluster.nodes.inventory", list)
+    watched = spending(tmp_path, {"hours": 1.0}, (2.0, 1, 0.0))
+    run: Any = SimpleNamespace(
+        ledger=watched._ledger, lease=SimpleNamespace(lost=None), spending=watched, signals=Signals(), start_step=0, saved_step=0
+    )
+    Run._beat(run)
+    assert run.signals.name.startswith("limits.hours: 1 h are used up")
+    with pytest.raises(
+        LimitError, match=r"^limits\.hours: .*; stopped at step 7, behind a checkpoint; raise it and use --resume"
+    ):
+        Run._handle_stop(run, INTERRUPTED, 7)
+    with pytest.raises(LimitError, match="before the first step"):
+        Run._recover(run, StoppedError("stopped before the first step"), run.signals, None)
+    assert issubclass(LimitError, StoppedError) and LimitError("x").exit_code == 130
+
+
+def test_a_signal_behind_a_limit_still_waits_for_the_checkpoint():
+    with Signals() as signals:
+        signals.limit("limits.hours")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.name == "SIGTERM"
+        signals.limit("limits.cost")
+        assert signals.name == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+
+def test_a_sweep_takes_no_limits_of_a_run():
+    faults = sweep._base_faults(sweep.Sweep.model_construct(space={}), job(limits={"hours": 1.0}, evaluate=None))
+    assert any(f.startswith("job: limits are of one run; use the sweep's budget") for f in faults)
+
+
+def test_the_price_table_is_the_plans():
+    assert limits._table()["devices"]["H100"]["hour"] == 6.88
