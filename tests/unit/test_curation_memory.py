@@ -113,13 +113,39 @@ def test_what_is_left_out_is_spilled_in_time(tmp_path, monkeypatch):
 def test_ends_of_many_small_documents_are_python_objects_a_few_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gathering, "ENDS", 1000)  # a tenth of what it is
     folder, table = Location(str(tmp_path)), rows(6000, 10).drop_columns("text")
-    assert python_peak(lambda: gathering.spill_kept(folder, "shards/x", table, [])) < 2.4 * MB
-    duplicates = table.slice(100, 50).set_column(3, "id", pa.array([f"other-{i}" for i in range(50)]))
-    name = gathering.spill_kept(folder, "shards/x", table.slice(0, 300), [duplicates])
-    found = {row["id"]: row for t in spill.read(folder, name) for row in t.to_pylist()}
+    assert python_peak(lambda: gathering.spill_kept(folder, "shards/x", table, gathering.Duplicates(folder, True))) < 2.4 * MB
+    duplicates = gathering.Duplicates(folder, True)
+    duplicates.add(table.slice(100, 50).set_column(3, "id", pa.array([f"other-{i}" for i in range(50)])))
+    names = gathering.spill_kept(folder, "shards/x", table.slice(0, 300), duplicates)
+    found = {row["id"]: row for name in names for t in spill.read(folder, name) for row in t.to_pylist()}
     assert len(found) == 350 and found["other-7"]["detail"] == "0-107" and found["other-7"]["reason"] == "duplicate"
     assert found["0-3"] == {"key": segment.key_of("0-3"), "id": "0-3", "stage": "shard", "reason": "kept", "detail": "shards/x",
                             "measures": None, "hash": table["hash"][3].as_py().hex(), "columns": None}  # fmt: skip
+
+
+def test_copies_of_a_text_are_spilled_while_they_are_gathered(tmp_path, monkeypatch):
+    """A text of which there are millions: their ids are not held, and each is told who stayed."""
+    monkeypatch.setattr(gathering, "HELD_BYTES", 1 << 18)
+    folder, runs, each, many = Location(str(tmp_path)), list[segment.Run](), 8000, 12
+    for i in range(many):
+        table = rows(each, 10, i)
+        same = pa.array([bytes(32)] * each, table.schema.field("hash").type)
+        table = table.set_column(0, "key", pa.array(np.zeros(each, np.uint64))).set_column(2, "hash", same)
+        runs.append(segment.Run(spill.write(folder, table, ("row",)), each, 10 * each))
+    made = list[Any]()
+
+    def work() -> None:
+        kept, duplicates = gathering.gather(folder, runs, 0, spill.ALL, True)
+        made.extend([len(kept), duplicates.count, gathering.spill_kept(folder, "shards/x", kept, duplicates)])
+
+    whole = sum(t.drop_columns("text").nbytes for run in runs for t in spill.read(folder, run.name))
+    held = arrow_peak(work)
+    kept, duplicates, names = made
+    assert kept == 1 and duplicates == each * many - 1
+    ends = [row for name in names for t in spill.read(folder, name) for row in t.to_pylist()]
+    assert len({row["id"] for row in ends}) == len(ends) == each * many
+    assert {row["detail"] for row in ends if row["reason"] == "duplicate"} == {"0-0"} and len(names) > 10
+    assert held < whole / 2, (held, whole)
 
 
 def test_what_trains_a_tokenizer_is_read_some_megabytes_at_a_time(tmp_path, monkeypatch):

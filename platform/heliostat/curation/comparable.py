@@ -174,8 +174,8 @@ def _blocks(text: str) -> Iterator[Block]:
     while True:
         found = END.search(text, begin + BLOCK) if begin + BLOCK < len(text) else None
         end = found.start() if found else len(text)
-        starts, stops, *others = _block(text[begin:end])
-        yield starts + begin, stops + begin, *others
+        starts, stops, hashes, exact, numbers = _block(text[begin:end])
+        yield starts + begin, stops + begin, hashes, exact, numbers
         if end == len(text):
             return
         begin = end

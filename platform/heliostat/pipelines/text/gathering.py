@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ class Together(Strict):
 
 
 ENDS = 10_000  # documents whose ends are Python objects at a time
+ENDS_ORDER = ("id", "stage", "reason", "detail")
+HELD_BYTES = 1 << 24  # that are held, at least, before equal texts are looked for, and before exact duplicates are spilled
 SHOWN = 200  # characters of a value in an error
 RUN = pa.schema([*segment.RUN, ("group", pa.binary(32)), ("order", pa.large_string())])
 TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
@@ -49,7 +52,7 @@ def regroup(folder: Location, runs: list[Run], low: int, high: int, by: dict[str
     """Spills the documents of a range of keys once more, sorted by what they have in common; exact duplicates are left out."""
     table, duplicates = gather(folder, runs, low, high, True)
     if table is None:
-        return {"runs": [], "duplicates": 0, "ends": None, "files": []}
+        return {"runs": [], "duplicates": 0, "ends": [], "files": []}
     told = [json.loads(text) if text else {} for text in table["columns"].to_pylist()]
     groups = [group(one.get(by["column"]), digest) for one, digest in zip(told, table["hash"].to_pylist(), strict=True)]
     order = [_plain(value) if (value := one.get(by["order"])) is not None else "" for one in told]
@@ -62,10 +65,9 @@ def regroup(folder: Location, runs: list[Run], low: int, high: int, by: dict[str
     }
     again = pa.Table.from_arrays([_array(held[kind.name], kind.type) for kind in RUN], schema=RUN)
     name = spill.write(folder, again, ("group", "order", "id"))
-    repeated = sum(len(t) for t in duplicates)
-    ends = spill_duplicates(folder, table, duplicates) if explained and repeated else None
-    return {"runs": [[name, len(table), int(table["bytes"].to_numpy().sum())]], "duplicates": repeated,
-            "ends": ends, "files": [name, *([ends] if ends else [])]}  # fmt: skip
+    ends = list(spill_duplicates(folder, table, duplicates)) if explained else []
+    return {"runs": [[name, len(table), int(table["bytes"].to_numpy().sum())]], "duplicates": duplicates.count,
+            "ends": ends, "files": [name, *ends]}  # fmt: skip
 
 
 def _plain(value: Any) -> str:
@@ -139,48 +141,74 @@ def unique(held: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
     return table.take(order.filter(pa.array(first))), table.take(order.filter(pa.array(~first)))
 
 
-def gather(folder: Location, runs: list[Run], low: int, high: int, columns: bool) -> tuple[pa.Table | None, list[pa.Table]]:
+@dataclass
+class Duplicates:
+    """Counts exact duplicates; if `told`, also keeps what becomes of them to be told by, in spills where there are many."""
+
+    folder: Location
+    told: bool
+    count: int = 0
+    held: list[pa.Table] = field(default_factory=list)
+    spilled: list[str] = field(default_factory=list)
+
+    def add(self, table: pa.Table) -> None:
+        self.count += len(table)
+        if self.told and len(table):
+            self.held.append(table.select(["key", "hash", "id", "columns"]))
+            if sum(part.nbytes for part in self.held) > HELD_BYTES:
+                self.spilled.append(spill.write(self.folder, pa.concat_tables(self.held), ("id",)))
+                self.held = []
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yields them in tables that have room in memory."""
+        yield from self.held
+        for name in self.spilled:
+            yield from spill.read(self.folder, name)
+
+
+def gather(folder: Location, runs: list[Run], low: int, high: int, columns: bool) -> tuple[pa.Table | None, Duplicates]:
     """Reads the documents of a range of keys, of equal texts the one with the smallest id, and returns the others without texts.
 
-    What it holds is no more than twice the texts that stay, and the duplicates' ids; if `columns`, also those.
+    What it holds is no more than twice the texts that stay, with their columns if `columns`. The others are then kept, too.
     """
-    held, kept_bytes, new_bytes = list[pa.Table](), 1 << 24, 0
+    held, kept_bytes, new_bytes = list[pa.Table](), HELD_BYTES, 0
     told = ["hash", "id", *(["columns"] if columns else [])]
-    duplicates = list[pa.Table]()
+    duplicates = Duplicates(folder, columns)
     for run in runs:
         for table in survivors(folder, run, low, high, [*told, "bytes", "text"]):
             held.append(table)
             new_bytes += table.nbytes
         if new_bytes > kept_bytes:
             table, gone = unique(held)
-            duplicates.append(gone.select(told))
-            held, kept_bytes, new_bytes = [table], max(1 << 24, table.nbytes), 0
+            duplicates.add(gone)
+            held, kept_bytes, new_bytes = [table], max(HELD_BYTES, table.nbytes), 0
     if not held:
         return None, duplicates
     table, gone = unique(held)
-    return table, [*duplicates, gone.select(told)]
+    duplicates.add(gone)
+    return table, duplicates
 
 
-def spill_kept(folder: Location, path: str, kept: pa.Table, duplicates: list[pa.Table]) -> str:
+def spill_kept(folder: Location, path: str, kept: pa.Table, duplicates: Duplicates) -> list[str]:
     """Spills what became of a shard's documents, and of their exact duplicates."""
-    found = [_end(part, "shard", "kept", path) for part in _some(kept)]
-    return _spill_ends(folder, [*found, *_ends_of_duplicates(kept, duplicates)])
+    found = pa.concat_tables(_end(part, "shard", "kept", path) for part in _some(kept))
+    return [spill.write(folder, found, ENDS_ORDER), *spill_duplicates(folder, kept, duplicates)]
 
 
-def spill_duplicates(folder: Location, kept: pa.Table, duplicates: list[pa.Table]) -> str:
+def spill_duplicates(folder: Location, kept: pa.Table, duplicates: Duplicates) -> Iterator[str]:
     """Spills what became of exact duplicates: which document stayed."""
-    return _spill_ends(folder, _ends_of_duplicates(kept, duplicates))
-
-
-def _ends_of_duplicates(kept: pa.Table, duplicates: list[pa.Table]) -> list[pa.Table]:
-    repeated = {digest for table in duplicates for digest in table["hash"].to_pylist()}
-    stayed = {digest: id for digest, id in _pairs(kept) if digest in repeated} if repeated else {}
-    return [_end(part, "exact", "duplicate", [stayed[digest] for digest, _ in _pairs(part)])
-            for table in duplicates for part in _some(table)]  # fmt: skip
-
-
-def _spill_ends(folder: Location, found: list[pa.Table]) -> str:
-    return spill.write(folder, pa.concat_tables(found), ("id", "stage", "reason", "detail"))
+    if not duplicates.count:
+        return
+    repeated = {digest for table in duplicates.tables() for digest, _ in _pairs(table)}
+    stayed = {digest: id for digest, id in _pairs(kept) if digest in repeated}
+    held = list[pa.Table]()
+    for part in (part for table in duplicates.tables() for part in _some(table)):
+        held.append(_end(part, "exact", "duplicate", [stayed[digest] for digest, _ in _pairs(part)]))
+        if sum(table.nbytes for table in held) > HELD_BYTES:
+            yield spill.write(folder, pa.concat_tables(held), ENDS_ORDER)
+            held = []
+    if held:
+        yield spill.write(folder, pa.concat_tables(held), ENDS_ORDER)
 
 
 def _some(table: pa.Table) -> Iterator[pa.Table]:

@@ -156,11 +156,11 @@ class Making(Reading):
         """Puts runs of documents that belong together in place of the stages'; returns spills of the exact duplicates' ends."""
         parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
         told = {"by": together.model_dump(), "explained": self.explained}
-        records = self.flow.all("together", gathering.regroup, self._ranged(curated.runs, parts, **told))
+        records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **told))
         curated.runs = [Run(*run) for record in records for run in record["runs"]]
         self._check_largest(curated.runs, together, parts)
         totals.duplicates += sum(record["duplicates"] for record in records)
-        return [record["ends"] for record in records if record["ends"]]
+        return [name for record in records for name in record["ends"]]
 
     def _in_ranges(self, runs: list[Run], parts: int) -> list[merging.Range]:
         """Merges runs where each of so many equal ranges of hashes would have little of them."""

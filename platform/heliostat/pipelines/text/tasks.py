@@ -205,7 +205,7 @@ def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
 def write_shards(folder: Location, first: int, stop: int, runs: list[Run], plan: Sharding) -> dict[str, Any]:
     """Writes some shards, one after another; returns their counts and their part of the manifest."""
     made = [one for shard in range(first, stop) if (one := _write_shard(folder, runs, shard, plan)) is not None]
-    files = [one.pop("ends") for one in made if one.get("ends")]
+    files = [name for one in made for name in one.pop("ends")]
     return {"shards": made, "ends": files, "files": files}
 
 
@@ -232,20 +232,22 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
         "path": path,
         "file_bytes": len(data),
         "documents": len(ids),
-        "duplicates": sum(len(t) for t in duplicates),
+        "duplicates": duplicates.count,
         "bytes": int(table["bytes"].to_numpy().sum()),
         "cut": sum(len(rows) for rows, _ in groups) - len(ids),
         "counts": base64.b64encode(zlib.compress(counts.tobytes())).decode(),
         "chunks": chunks,
-        "ends": gathering.spill_kept(folder, path, table, duplicates) if plan.explained else None,
+        "ends": gathering.spill_kept(folder, path, table, duplicates) if plan.explained else [],
         **({"rearranged": rearranged} if plan.infill else {}),
         **({"together": gathering.counted(table)} if plan.together else {}),
     }
 
 
-def _gathered(folder: Location, runs: list[Run], low: int, high: int, plan: Sharding) -> tuple[pa.Table | None, list[pa.Table]]:
+def _gathered(
+    folder: Location, runs: list[Run], low: int, high: int, plan: Sharding
+) -> tuple[pa.Table | None, gathering.Duplicates]:
     if plan.together:
-        return gathering.grouped(folder, runs, low, high), []
+        return gathering.grouped(folder, runs, low, high), gathering.Duplicates(folder, False)
     return gathering.gather(folder, runs, low, high, plan.explained)
 
 
