@@ -41,8 +41,7 @@ def test_sentences(text, count):
 
 
 def lengths(table, text):
-    numbers = table.numbers(text)
-    return table.length[numbers].tolist()
+    return table.of(text).length.tolist()
 
 
 def test_the_tables_are_emptied_and_nothing_changes(monkeypatch):
@@ -62,6 +61,6 @@ def test_the_tables_are_emptied_and_nothing_changes(monkeypatch):
 def test_hostile_text_takes_linear_time(text):
     start = time.process_time()
     for piece in (text, " ".join(text[i : i + LONGEST] for i in range(0, len(text) // 8, LONGEST))):
-        words.Words().numbers(piece)
+        words.Words().of(piece)
         sentences.count(piece)
     assert time.process_time() - start < 5

@@ -2,72 +2,112 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 
 import numpy as np
+import xxhash
 
+BLOCK = 1 << 16  # n-grams, or parts, that are gone through as Python objects or compared together
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: numbers stay apart when they are multiplied
 
 
 def duplicates(parts: Iterable[str]) -> tuple[int, int, int]:
-    """Counts the parts, those that were there before, and the characters of these."""
-    seen, total, chars, count = set[str](), 0, 0, 0
+    """Counts the parts, those that were there before, and the characters of these; holds a hash of each part."""
+    hashes, lengths = array("Q"), array("q")
     for part in parts:
-        total += 1
-        if part in seen:
-            count += 1
-            chars += len(part)
-        else:
-            seen.add(part)
-    return total, count, chars
+        hashes.append(xxhash.xxh64_intdigest(part.encode("utf-8", "surrogatepass")))
+        lengths.append(len(part))
+    sizes = np.asarray(lengths)
+    _, first = np.unique(np.asarray(hashes), return_index=True)
+    return len(sizes), len(sizes) - len(first), int(sizes.sum() - sizes[first].sum())
 
 
 class Repeats:
-    """Measures repeated n-grams of a text's words, given by their numbers and lengths."""
+    """Measures repeated n-grams of a text's words, given by their hashes and lengths."""
 
-    def __init__(self, numbers: np.ndarray, lengths: np.ndarray) -> None:
-        self.numbers = numbers.astype(np.uint64)
-        self.ends = np.concatenate([[0], np.cumsum(lengths)])  # where each word ends, if all are written without a space
-        self._hashes, self._n = self.numbers.copy(), 1
-        self._twice = np.arange(len(numbers))  # where the n-gram may be one that is there more than once
+    def __init__(self, words: np.ndarray, lengths: np.ndarray) -> None:
+        self.words = words
+        self.ends = np.zeros(len(lengths) + 1, np.int32)  # where each word ends, if all are written without a space
+        np.cumsum(lengths, out=self.ends[1:])
+        self._held, self._n = words.copy(), 1
+        self._twice: np.ndarray | None = None  # where the n-gram may be one that is there more than once; None: everywhere
 
     def _advance(self, n: int) -> np.ndarray:
         """Returns a hash of every n-gram; must be called with rising `n`."""
         while self._n < n:
-            self._hashes = self._hashes[:-1] * _FACTOR + self.numbers[self._n :]
-            self._hashes ^= self._hashes >> np.uint64(29)
+            for start in range(0, len(self.words) - self._n, BLOCK):
+                stop = min(start + BLOCK, len(self.words) - self._n)
+                part = self._held[start:stop]
+                part *= _FACTOR
+                part += self.words[start + self._n : stop + self._n]
+                part ^= part >> np.uint64(29)
             self._n += 1
-        return self._hashes
+        return self._held[: len(self.words) - n + 1]
 
     def top_chars(self, n: int) -> int:
         """Counts the characters that the most frequent n-gram takes, with single spaces in it; of several, the first."""
-        if len(self.numbers) < n:
+        if len(self.words) < n:
             return 0
-        _, first, counts = np.unique(self._advance(n), return_index=True, return_counts=True)
-        at = int(first[counts == counts.max()].min())
-        return int(self.ends[at + n] - self.ends[at] + n - 1) * int(counts.max())
+        hashes = self._advance(n)
+        ordered = np.sort(hashes)
+        starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])).astype(np.int32)
+        counts = np.diff(starts, append=np.int32(len(ordered)))
+        most = int(counts.max())
+        values = ordered[starts[counts == most]]
+        del ordered, starts, counts
+        at = _first_of(hashes, values)
+        return int(self.ends[at + n] - self.ends[at] + n - 1) * most
 
     def duplicate_chars(self, n: int) -> int:
         """Counts the characters of n-grams that were there before; read from the left, and none overlaps another."""
-        if len(self.numbers) < n:
+        if len(self.words) < n:
             return 0
         hashes = self._advance(n)
-        twice = self._twice[self._twice <= len(hashes) - 1]  # an n-gram that is there twice begins with a shorter one that is
-        if not len(twice):
-            return 0
-        _, group, counts = np.unique(hashes[twice], return_inverse=True, return_counts=True)
-        several = counts[group] > 1
-        self._twice, group = twice[several], group[several]
-        return self._walk(n, self._twice.tolist(), group.tolist())
+        places = self._twice  # an n-gram that is there twice begins with a shorter one that is
+        if places is not None:
+            places = places[places < len(hashes)]
+            hashes = hashes[places]
+        ordered = np.sort(hashes)
+        several = ordered[1:][ordered[1:] == ordered[:-1]]
+        several = several[np.concatenate([[True], several[1:] != several[:-1]])] if len(several) else several
+        del ordered
+        self._twice, groups = _among(hashes, places, several)
+        return self._walk(n, self._twice, groups, len(several))
 
-    def _walk(self, n: int, places: list[int], groups: list[int]) -> int:
-        seen, chars, free = set[int](), 0, 0
-        for place, group in zip(places, groups, strict=True):
-            if place < free:
-                continue
-            if group in seen:
-                chars += int(self.ends[place + n] - self.ends[place])
-                free = place + n
-            else:
-                seen.add(group)
+    def _walk(self, n: int, places: np.ndarray, groups: np.ndarray, count: int) -> int:
+        seen, chars, free = bytearray(count), 0, 0
+        for start in range(0, len(places), BLOCK):
+            some = slice(start, start + BLOCK)
+            for place, group in zip(places[some].tolist(), groups[some].tolist(), strict=True):
+                if place < free:
+                    continue
+                if seen[group]:
+                    chars += int(self.ends[place + n] - self.ends[place])
+                    free = place + n
+                else:
+                    seen[group] = 1
         return chars
+
+
+def _first_of(hashes: np.ndarray, values: np.ndarray) -> int:
+    """Returns the place of the first hash that is one of sorted values, of which there is one."""
+    for start in range(0, len(hashes), BLOCK):
+        part = hashes[start : start + BLOCK]
+        which = np.minimum(np.searchsorted(values, part), len(values) - 1)
+        found = np.flatnonzero(values[which] == part)
+        if len(found):
+            return start + int(found[0])
+    raise AssertionError("none of the values is among the hashes")
+
+
+def _among(hashes: np.ndarray, places: np.ndarray | None, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the places of the hashes that are among sorted values, and of each which value it is."""
+    kept, groups = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    for start in range(0, len(hashes) if len(values) else 0, BLOCK):
+        part = hashes[start : start + BLOCK]
+        which = np.minimum(np.searchsorted(values, part), len(values) - 1)
+        here = np.flatnonzero(values[which] == part)
+        kept.append((here + start).astype(np.int32) if places is None else places[start + here])
+        groups.append(which[here].astype(np.int32))
+    return np.concatenate(kept), np.concatenate(groups)

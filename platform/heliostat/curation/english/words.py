@@ -1,19 +1,23 @@
-"""Turns texts into the numbers of their words, with what the filters ask of each word kept in tables.
+"""Turns texts into their words, as hashes, with what the filters ask of each word.
 
 What stands between white space is split once and remembered, because a text's words are mostly those of the texts before: a
-document then costs a look-up a word. The memory is bounded: it is emptied when it holds much, which changes no result.
+document then costs a look-up a word. The memory is bounded: a text is gone through in slices, and what is remembered is
+forgotten when it is much, which changes no result.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import regex
+import xxhash
 
 from heliostat.curation.english.tokens import tokens
+from heliostat.curation.slices import slices
 
-MOST_WORDS, MOST_CHARS = 1 << 20, 1 << 25  # that are remembered before a text is begun
+MOST_WORDS, MOST_CHARS = 1 << 18, 1 << 23  # that are remembered before a slice is begun
 RECENT_TEXTS, RECENT_CHARS = 256, 1 << 22  # whose words the next stages are likely to ask for
 # what ends a sentence, in any script (Unicode's Sentence_Terminal)
 TERMINALS = frozenset(regex.findall(r"\p{Sentence_Terminal}", "".join(map(chr, range(0x20000)))))
@@ -24,52 +28,79 @@ _SYMBOLS = TERMINALS | frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """Holds the words of a text, in their order: the hash of each, its characters, and whether it is a symbol or has a letter."""
+
+    hash: np.ndarray
+    length: np.ndarray
+    symbol: np.ndarray
+    alphabetic: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.hash)
+
+
+def hash_of(word: str) -> int:
+    """Computes the hash by which a word is known."""
+    return xxhash.xxh64_intdigest(word.encode("utf-8", "surrogatepass"))
+
+
 class Words:
-    """Gives words numbers in the order of their appearance; `length`, `symbol` and `alphabetic` are tables by number."""
+    """Splits texts into words, and remembers what it has split."""
 
     def __init__(self) -> None:
+        self._recent: dict[str, Spoken] = {}
+        self._recent_chars = 0
         self._forget()
 
     def _forget(self) -> None:
         self._parts: dict[str, tuple[int, ...]] = {}
         self._numbers: dict[str, int] = {}
-        self._recent: dict[str, np.ndarray] = {}
-        self._chars = self._recent_chars = 0
-        self.length = np.zeros(1024, np.int32)
-        self.symbol = np.zeros(1024, bool)
-        self.alphabetic = np.zeros(1024, bool)
+        self._chars = 0
+        self._tables = Spoken(*(np.zeros(1024, kind) for kind in (np.uint64, np.int32, bool, bool)))
 
-    def numbers(self, text: str) -> np.ndarray:
-        """Returns the number of each word of the text, which hold until the next call."""
+    def of(self, text: str) -> Spoken:
+        """Returns the words of a text."""
         known = self._recent.get(text)
         if known is not None:
             return known
+        parts = [self._of_slice(part) for part in slices(text)] or [self._of_slice("")]
+        found = parts[0] if len(parts) == 1 else Spoken(*(np.concatenate(a) for a in zip(*map(_arrays, parts), strict=True)))
+        if len(self._recent) >= RECENT_TEXTS or self._recent_chars > RECENT_CHARS:
+            self._recent, self._recent_chars = {}, 0
+        if len(text) <= RECENT_CHARS:
+            self._recent[text] = found
+            self._recent_chars += len(text)
+        return found
+
+    def _of_slice(self, text: str) -> Spoken:
         if len(self._numbers) > MOST_WORDS or self._chars > MOST_CHARS:
             self._forget()
         parts = text.split()
         for part in set(parts).difference(self._parts):
             self._chars += len(part)
-            self._parts[part] = tuple(map(self.number, tokens(part)))
-        found = np.fromiter(chain.from_iterable(map(self._parts.__getitem__, parts)), np.int32)
-        if len(self._recent) >= RECENT_TEXTS or self._recent_chars > RECENT_CHARS:
-            self._recent, self._recent_chars = {}, 0
-        self._recent[text] = found
-        self._recent_chars += len(text)
-        return found
+            self._parts[part] = tuple(map(self._number, tokens(part)))
+        numbers = np.fromiter(chain.from_iterable(map(self._parts.__getitem__, parts)), np.int32)
+        return Spoken(*(table[numbers] for table in _arrays(self._tables)))
 
-    def number(self, word: str) -> int:
-        """Returns the number of a word."""
+    def _number(self, word: str) -> int:
+        """Returns the place of a word in the tables."""
         known = self._numbers.get(word)
         if known is not None:
             return known
         number = self._numbers[word] = len(self._numbers)
-        if number == len(self.length):
-            for table in ("length", "symbol", "alphabetic"):
-                setattr(self, table, np.concatenate([getattr(self, table), np.zeros_like(getattr(self, table))]))
-        self.length[number] = len(word)
-        self.symbol[number] = _SYMBOLS.issuperset(word)
-        self.alphabetic[number] = word.isalpha() or any(map(str.isalpha, word))
+        if number == len(self._tables):
+            self._tables = Spoken(*(np.concatenate([table, np.zeros_like(table)]) for table in _arrays(self._tables)))
+        self._tables.hash[number] = hash_of(word)
+        self._tables.length[number] = len(word)
+        self._tables.symbol[number] = _SYMBOLS.issuperset(word)
+        self._tables.alphabetic[number] = word.isalpha() or any(map(str.isalpha, word))
         return number
+
+
+def _arrays(spoken: Spoken) -> tuple[np.ndarray, ...]:
+    return spoken.hash, spoken.length, spoken.symbol, spoken.alphabetic
 
 
 shared = Words()  # of a process: what one filter has split, the next need not

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from heliostat.curation.english import sentences
 from heliostat.curation.filtering import text_of
+from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Document, Outcome, Stage, Work
 
 _CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
@@ -60,7 +61,7 @@ class C4(Stage):
     def outcome(self, document: Document) -> Outcome:
         """Removes a document's lines, or drops it."""
         kept, found, removed = list[str](), 0, Counter[str]()
-        for line in text_of(document).splitlines():
+        for line in (line for part in slices(text_of(document), LINE_END) for line in part.splitlines()):
             line = line.strip()
             why, line = self._line(line)
             if why in self.reasons:

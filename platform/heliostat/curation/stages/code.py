@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import re
 import string
+from array import array
 from typing import ClassVar
 
+import numpy as np
 from pydantic import Field
 
 from heliostat.config.schema import Float
 from heliostat.curation import code_languages
 from heliostat.curation.filtering import first_failed, text_of
+from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Document, Outcome, Stage, Work
 
 LONG_LINES = {"HTML", "JSON", "Markdown", "Roff", "SMT", "TeX", "Text", "XML"}  # may have long lines
@@ -108,12 +111,12 @@ class Code(Stage):
         return Outcome(None if reason else document, reason, language if reason else "", measures)
 
     def _judge(self, text: str, language: str) -> tuple[str, dict[str, float]]:
-        lengths = [len(line) for line in text.splitlines()] or [0]
+        lengths = np.array(array("q", (len(line) for part in slices(text, LINE_END) for line in part.splitlines())))
         runs = [found.end() - found.start() for found in _ENCODED.finditer(text)]
         m = {
             "lines": len(lengths),
-            "mean_line": sum(lengths) / len(lengths),
-            "longest_line": max(lengths),
+            "mean_line": int(lengths.sum()) / len(lengths),
+            "longest_line": int(lengths.max()),
             "alphanumeric": _alphanumeric(text) / len(text),
             "encoded": sum(runs) / len(text),
         }

@@ -8,6 +8,7 @@ agree with datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
@@ -16,6 +17,7 @@ from heliostat.config.schema import Float
 from heliostat.curation.english.words import TERMINALS, shared
 from heliostat.curation.filtering import by_text, first_failed
 from heliostat.curation.repetition import duplicates
+from heliostat.curation.slices import split
 from heliostat.curation.stage import Stage, Work
 
 
@@ -52,15 +54,26 @@ class FineWeb(Stage):
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
         """Measures a text, and names the first rule that it fails."""
-        lines = [line for line in text.split("\n") if line and not line.isspace()]
-        if not lines:
+        count = terminal = short = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal count, terminal, short
+            for line in split(text):
+                if line and not line.isspace():
+                    count += 1
+                    terminal += line[-1] in TERMINALS
+                    short += len(line) <= self.short_line_chars
+                    yield line
+
+        duplicate = duplicates(lines())[2]
+        if not count:
             return "empty", {}
-        ends, words = text.count("\n"), len(shared.numbers(text))
+        ends = text.count("\n")
         m = {
-            "terminal_lines": sum(line[-1] in TERMINALS for line in lines) / len(lines),
-            "short_lines": sum(len(line) <= self.short_line_chars for line in lines) / len(lines),
-            "duplicate_chars": duplicates(lines)[2] / (len(text) - ends),
-            "line_ends": ends / words,
+            "terminal_lines": terminal / count,
+            "short_lines": short / count,
+            "duplicate_chars": duplicate / (len(text) - ends),
+            "line_ends": ends / len(shared.of(text)),
         }
         return first_failed(
             (m["terminal_lines"] < self.min_terminal_lines, "few_terminal_marks"),

@@ -9,14 +9,16 @@ docs/benchmarks/curation-stages.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from heliostat.config.schema import Float
-from heliostat.curation.english.words import shared
+from heliostat.curation.english.words import hash_of, shared
 from heliostat.curation.filtering import by_text, first_failed
+from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Stage, Work
 
 
@@ -78,23 +80,22 @@ class GopherQuality(Stage):
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
         """Measures a text, and names the first rule that it fails."""
-        numbers = shared.numbers(text)
-        count = len(numbers)
-        lines = text.splitlines()
-        if not count or not lines:
+        words = shared.of(text)
+        count = len(words)
+        if not count:
             return "empty", {"words": 0}
-        spoken = numbers[~shared.symbol[numbers]]
-        counted = numbers if self.marks_are_words else spoken
-        used = np.unique(numbers)
+        lengths = words.length[~words.symbol]
+        counted = words.alphabetic if self.marks_are_words else words.alphabetic[~words.symbol]
+        wanted = np.array([hash_of(word) for word in set(self.stop_words)], np.uint64)
         m = {
-            "words": len(spoken),
-            "word_length": float(shared.length[spoken].mean()) if len(spoken) else 0.0,
+            "words": len(lengths),
+            "word_length": float(lengths.mean()) if len(lengths) else 0.0,
             "hashes": text.count("#") / count,
             "ellipses": (text.count("...") + text.count("…")) / count,
-            "bullet_lines": _share(lines, _begins_with_bullet) if "-" in text or "•" in text else 0.0,
-            "ellipsis_lines": _share(lines, _ends_with_ellipsis) if "..." in text or "…" in text else 0.0,
-            "alphabetic_words": float(shared.alphabetic[counted].mean()) if len(counted) else 0.0,
-            "stop_words": int(np.isin([shared.number(w) for w in set(self.stop_words)], used).sum()),
+            "bullet_lines": _share(text, _begins_with_bullet) if "-" in text or "•" in text else 0.0,
+            "ellipsis_lines": _share(text, _ends_with_ellipsis) if "..." in text or "…" in text else 0.0,
+            "alphabetic_words": float(counted.mean()) if len(counted) else 0.0,
+            "stop_words": sum(bool((words.hash == hash).any()) for hash in wanted),
         }
         return first_failed(
             (m["words"] < self.min_words, "few_words"),
@@ -110,8 +111,14 @@ class GopherQuality(Stage):
         ), m
 
 
-def _share(lines: list[str], matches) -> float:
-    return sum(map(matches, lines)) / len(lines)
+def _share(text: str, matches: Callable[[str], bool]) -> float:
+    """Computes the share of lines that match."""
+    total = found = 0
+    for part in slices(text, LINE_END):
+        lines = part.splitlines()
+        total += len(lines)
+        found += sum(map(matches, lines))
+    return found / total
 
 
 def _begins_with_bullet(line: str) -> bool:

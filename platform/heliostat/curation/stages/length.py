@@ -11,6 +11,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from heliostat.curation.filtering import by_text
+from heliostat.curation.slices import slices
 from heliostat.curation.stage import Stage, Work
 
 UNITS = ("chars", "bytes", "words", "lines")
@@ -54,8 +55,12 @@ class Length(Stage):
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
         """Measures a text in the units that have a limit."""
-        sizes = {"chars": lambda: len(text), "bytes": lambda: len(text.encode("utf-8", "surrogatepass")),
-                 "words": lambda: len(text.split()), "lines": lambda: text.count("\n") + (not text.endswith("\n"))}  # fmt: skip
+        sizes = {
+            "chars": lambda: len(text),
+            "bytes": lambda: len(text.encode("utf-8", "surrogatepass")),
+            "words": lambda: sum(len(part.split()) for part in slices(text)),
+            "lines": lambda: text.count("\n") + (not text.endswith("\n")),
+        }
         measures, reason = dict[str, float](), ""
         for unit, (low, high) in self.thresholds.items():
             least, most = getattr(self, low), getattr(self, high)

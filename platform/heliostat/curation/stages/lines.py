@@ -16,6 +16,7 @@ from pydantic import Field
 
 from heliostat.config.schema import Float
 from heliostat.curation.filtering import text_of
+from heliostat.curation.slices import split
 from heliostat.curation.stage import Document, Outcome, Stage, Work
 
 _COUNTER = re.compile(
@@ -63,7 +64,7 @@ class Lines(Stage):
         """Removes a document's lines, or drops it."""
         kept, removed, words, lost = list[str](), Counter[str](), 0, 0
         phrases = [tuple(map(str.lower, some)) for some in (self.begins, self.ends, self.holds)]
-        for line in text_of(document).split("\n"):
+        for line in split(text_of(document)):
             count = len(line.split())
             words += count
             if why := self._why(line.strip(), count, phrases):

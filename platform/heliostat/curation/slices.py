@@ -1,0 +1,28 @@
+"""Cuts texts into slices at white space or line ends, so that what is made of a large text is held a slice at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+SLICE = 1 << 18  # characters of a slice, about
+SPACE, LINE_END = re.compile(r"\s"), re.compile(r"\n")
+
+
+def slices(text: str, ends: re.Pattern[str] = SPACE) -> Iterator[str]:
+    """Yields slices of a text, each with the character that ends it; a text without such a character is one."""
+    at = 0
+    while at < len(text):
+        end = ends.search(text, at + SLICE) if len(text) - at > SLICE else None
+        stop = end.end() if end else len(text)
+        yield text[at:stop]
+        at = stop
+
+
+def split(text: str, mark: str = "\n") -> Iterator[str]:
+    """Yields what `text.split(mark)` lists, without the list."""
+    at = 0
+    while (end := text.find(mark, at)) >= 0:
+        yield text[at:end]
+        at = end + len(mark)
+    yield text[at:]
