@@ -252,7 +252,7 @@ class Location:
         """Writes what `fill` puts into the stream, some `size` bytes; it may be called again after a fault."""
         self.attempt(lambda: self._put(fill, synced), retry_budget() + size / UPLOAD_BYTES_PER_S)
 
-    def _put(self, fill: Callable[[pa.NativeFile], object], synced: bool) -> None:
+    def _put(self, fill: Callable[[pa.NativeFile], object], synced: bool = False) -> None:
         if self.is_s3:  # an object appears whole, when its upload completes
             with self.fs.open_output_stream(self.path) as out:
                 fill(out)

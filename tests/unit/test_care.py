@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -17,6 +18,7 @@ from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Outcome, Stage
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.pipelines.text import trace
 from heliostat.retries import Backoff
 from heliostat.storage import Location
 
@@ -232,3 +234,17 @@ def test_tasks_request_fewer_cpus_when_the_node_is_gone_that_had_so_many(tmp_pat
 def test_the_bound_of_crashed_documents_grows_with_the_input():
     assert [care.most(n) for n in (0, 20_000, 1_000_000)] == [20, 20, 1000]
     assert tally.merge([]) == {}
+
+
+def test_a_trace_does_not_take_a_document_that_crashed_through_the_stages_again(monkeypatch):
+    """It would end the command's process."""
+    monkeypatch.setattr(trace.replay, "read_again", lambda *given: pytest.fail("read again"))
+    monkeypatch.setattr(trace.reasons, "made_by", lambda made: {"input": "in", "rules": {"columns": []}, "stages": STAGES})
+    dropped = {"what": {"crashed": care.MEANING}}
+    monkeypatch.setattr(trace.reasons, "funnel", lambda made: {"read": {}, "0 plain": {}, "1 fragile": dropped, "shard": {}})
+    end = {"id": "a.txt", "stage": "1 fragile", "reason": "crashed", "detail": "it died", "measures": {}, "columns": {}}
+    told = trace.trace(SimpleNamespace(kind="tokens"), end)
+    assert [step["did"] for step in told["stages"]] == ["came through", "came through", "dropped"]
+    assert told["end"]["what"] == care.MEANING and told["notes"] == [
+        "it is not taken through the stages again, as it would end this process, too"
+    ]

@@ -7,18 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from heliostat.curation import chain, libraries, pieces, registry
+from heliostat.curation import chain, libraries, linear, pieces, registry
+from heliostat.curation.engine import Engine
 from heliostat.curation.pieces import Part
-from heliostat.curation.stage import Document
-from heliostat.curation.work import key
+from heliostat.curation.stage import Document, Stage
+from heliostat.curation.stages.classifier import Classifier
+from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines.images import sources as image_sources
 from heliostat.pipelines.images.sources import Columns
 from heliostat.pipelines.text import sources, tasks
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.tasks import TextSource
+from heliostat.storage import Location
 
-from tests.unit.build_curation import curate
+from tests.unit.build_curation import Given, HereFlow, curate
 from tests.unit.build_images import image
 from tests.unit.test_curation_engine import texts
 
@@ -78,19 +81,35 @@ def test_an_image_that_changes_after_it_was_listed_is_an_error(tmp_path):
 # files of stages -------------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_whose_file_is_another_on_the_worker_is_an_error(tmp_path):
-    """Nodes without a common disk may have different files under one path."""
-    words = tmp_path / "words.txt"
+def entry(tmp_path: Path, stage: Stage) -> chain.Entry:
+    (made,) = Engine(HereFlow(Work(Location(str(tmp_path / "work")))), Given({}), [], 1 << 20)._entries([stage])
+    return made
+
+
+def test_a_worker_takes_the_lists_of_the_start_whatever_its_node_has_in_their_place(tmp_path):
+    """Nodes without a common disk have other files under one path, or none."""
+    words, folder = tmp_path / "words.txt", Location(str(tmp_path / "work" / "spill"))
     words.write_text("apples")
-    stage = registry.parse({"stage": "bad_words", "lists": [str(words)]})
-    entry = stage.entry(), key(stage.follows())
-    assert len(chain.Chain([entry]).run([Document("a", "some pears")])[0]) == 1
+    given = entry(tmp_path, registry.parse({"stage": "bad_words", "lists": [str(words)]}))
+    for change in (lambda: words.write_text("pears"), words.unlink):
+        change()
+        chain._opened.cache_clear()
+        kept, _ = chain.Chain(folder, [given]).run([Document("a", "some pears"), Document("b", "some apples")])
+        assert [d.id for d in kept] == ["a"]
+
+
+def test_a_stage_whose_model_is_another_on_the_worker_is_an_error(tmp_path):
+    embedder = tmp_path / "model"
+    embedder.mkdir()
+    for name, data in ((linear.ABOUT, b"{}"), (linear.WEIGHTS, b"weights")):
+        (embedder / name).write_bytes(data)
+    given = entry(tmp_path, Classifier.model_construct(model=str(embedder)))
+    (embedder / linear.WEIGHTS).write_bytes(b"others!")
     chain._opened.cache_clear()
-    words.write_text("pears")
     with pytest.raises(
-        ConfigError, match=r"^stages: bad_words: its files or its libraries on node \S+ are not those of the start"
+        ConfigError, match=r"^stages: classifier: its files or its libraries on node \S+ are not those of the start"
     ):
-        chain.Chain([entry])
+        chain.Chain(Location(str(tmp_path / "work" / "spill")), [given])
 
 
 # libraries -------------------------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def test_what_was_left_out_is_listed_with_the_reason(tmp_path):
     spilled.leave_out("a", segment.READ, "empty", "")
     record = spilled.record({})
     assert record["reasons"] == {"empty": 1, "too_large": 1} and record["examples"] == {"empty": ["a"], "too_large": ["b"]}
-    made = text_tasks.list_left_out(work, record["left_out"], str(tmp_path / "out"))
+    made = text_tasks.list_left_out(work, 0, 1, str(tmp_path / "out"), record["left_out"])
     assert pq.read_table(tmp_path / "out" / made["listed"]).to_pylist() == [
         {"id": "a", "reason": "empty", "detail": ""}, {"id": "b", "reason": "too_large", "detail": "big"}]  # fmt: skip
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from heliostat.curation import cpu_time, registry, tally
+from heliostat.curation import cpu_time, files, registry, tally
 from heliostat.curation.stage import Document, Dropped, Stage, Work
 from heliostat.curation.work import key
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.storage import Location
 
-Entry = tuple[dict[str, Any], str]  # of a stage, as in a pipeline file, and the key of its identity
+Entry = tuple[dict[str, Any], str, dict[str, str]]
+"""Of a stage: as in a pipeline file, the key of what it follows from, and the spills of the files that it names."""
 Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
 BATCH, BATCH_CHARS = 64, 1 << 20  # documents, and their characters, that a stage is given together
 IMAGE_SHARE = 32  # bytes of an image that count as a character: an image is some hundred times as large as a text
@@ -38,12 +40,13 @@ def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Docu
 class Chain:
     """Runs a list of stages, numbered from `first`, and counts in `tally` what they do."""
 
-    def __init__(self, stages: list[Entry], first: int = 0) -> None:
-        parsed = [(registry.parse(entry), follows) for entry, follows in stages]
-        self.stages: list[tuple[str, Stage, Work]] = [
-            (tally.label(first + i, stage), stage, _opened(json.dumps(stage.entry()), follows))
-            for i, (stage, follows) in enumerate(parsed)
-        ]
+    def __init__(self, folder: Location, stages: list[Entry], first: int = 0) -> None:
+        self.stages: list[tuple[str, Stage, Work]] = []
+        for number, (entry, follows, spills) in enumerate(stages, first):
+            stage = registry.parse(entry)
+            with files.spilled(folder, spills):
+                work = _opened(json.dumps(stage.entry()), follows)
+            self.stages.append((tally.label(number, stage), stage, work))
         self.tally: tally.Tally = {}
 
     def run(

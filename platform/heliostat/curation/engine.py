@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from heliostat.curation import libraries, segment, tally
+from heliostat.curation import files, libraries, segment, spill, tally
+from heliostat.curation.chain import Entry
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import EXAMPLES, Run, Source
@@ -95,8 +96,9 @@ class Engine:
 
     def _over_pieces(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool) -> Iterator[Task]:
         follows, read = [s.follows() for s in stages], libraries.versions(libraries.READING)
-        entries = [(s.entry(), key(told)) for s, told in zip(stages, follows, strict=True)]
+        entries = list[Entry]()
         for piece in pieces:
+            entries = entries or self._entries(stages)
             told = [part.identity for part in piece]
             follows_from = key("read", self.identity, read, follows, self.run_bytes, explained, told)
             yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
@@ -104,11 +106,21 @@ class Engine:
 
     def _over_runs(self, runs: list[Run], stages: list[Stage], number: int) -> Iterator[Task]:
         follows = [s.follows() for s in stages]
-        entries = [(s.entry(), key(told)) for s, told in zip(stages, follows, strict=True)]
+        entries = self._entries(stages)
         for run in runs:
             follows_from = key("stages", self.identity, number, follows, self.run_bytes, run.name, run.decided)
             yield Task(follows_from, {"run": run, "source": self.source, "stages": entries, "first": number,
                                       "run_bytes": self.run_bytes}, bytes=run.bytes, careful=True)  # fmt: skip
+
+    def _entries(self, stages: list[Stage]) -> list[Entry]:
+        """Describes stages to their tasks, and spills the files that they name."""
+        made = list[Entry]()
+        for stage in stages:
+            with files.noted() as found:
+                follows = key(stage.follows())
+            spills = {path: spill.put(self.flow.work.spill, data, ".bin") for path, data in found.items()}
+            made.append((stage.entry(), follows, spills))
+        return made
 
     @property
     def run_bytes(self) -> int:

@@ -1,16 +1,50 @@
-"""Reads the files that stages' keys name: lists of words and domains, evaluation sets; and their digests."""
+"""Reads the files that stages' keys name: lists of words and domains, evaluation sets; and their digests.
+
+The driver spills the files that `digests` is asked for, and a task reads the spills, wherever it runs. So a stage that uses
+`digests` reads its files by `read` alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from heliostat.errors import ConfigError
+from heliostat.storage import Location
+
+_noted: ContextVar[dict[str, bytes] | None] = ContextVar("noted", default=None)
+_spilled: ContextVar[Callable[[str], bytes | None]] = ContextVar("spilled", default=lambda path: None)
+
+
+@contextmanager
+def noted() -> Iterator[dict[str, bytes]]:
+    """Collects the files that `digests` reads meanwhile, by their paths."""
+    found = dict[str, bytes]()
+    token = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(token)
+
+
+@contextmanager
+def spilled(folder: Location, names: dict[str, str]) -> Iterator[None]:
+    """Lets files be read from the spills that they have by their paths."""
+    token = _spilled.set(lambda path: folder.join(names[path]).read() if path in names else None)
+    try:
+        yield
+    finally:
+        _spilled.reset(token)
 
 
 def read(key: str, path: str) -> bytes:
     """Reads a file that a key names; ConfigError that names the key if it cannot be."""
+    if (held := _spilled.get()(path)) is not None:
+        return held
     try:
         return Path(path).read_bytes()
     except OSError as e:
@@ -40,9 +74,16 @@ def digests(identity: dict[str, Any], stage: Any, *keys: str) -> dict[str, Any]:
     for key in keys:
         value = getattr(stage, key)
         if isinstance(value, str):
-            out[key] = digest(key, value)
+            out[key] = _noting(key, value)
         elif isinstance(value, dict):
-            out[key] = {name: digest(key, path) for name, path in value.items()}
+            out[key] = {name: _noting(key, path) for name, path in value.items()}
         elif value:
-            out[key] = [digest(key, path) for path in value]
+            out[key] = [_noting(key, path) for path in value]
     return out
+
+
+def _noting(key: str, path: str) -> str:
+    data = read(key, path)
+    if (found := _noted.get()) is not None:
+        found[path] = data
+    return hashlib.sha256(data).hexdigest()

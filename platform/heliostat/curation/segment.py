@@ -105,7 +105,7 @@ def over_pieces(folder: Location, piece: list[Part], source: Source, stages: lis
                 explained: bool, care: Care | None = None) -> dict[str, Any]:  # fmt: skip
     """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""
     start = cpu_time.now()
-    chain = Chain(stages)
+    chain = Chain(folder, stages)
     opening = cpu_time.now() - start
     taking = Careful(care)
     documents = taking.reading(piece, source.read)
@@ -117,7 +117,7 @@ def over_run(folder: Location, run: Run, source: Source, stages: list[Entry], fi
              care: Care | None = None) -> dict[str, Any]:  # fmt: skip
     """Runs a segment over a run of the segment before, from stage `first` on."""
     start = cpu_time.now()
-    chain = Chain(stages, first)
+    chain = Chain(folder, stages, first)
     opening = cpu_time.now() - start
     made = _run(folder, (d for _, d in documents_of(folder, run)), source, chain, run_bytes, Careful(care))
     return made | {"opening": opening}
