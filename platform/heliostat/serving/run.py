@@ -17,7 +17,7 @@ from typing import Any
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.inference import vllm_terms
-from heliostat.serving import kinds
+from heliostat.serving import kinds, proxied
 from heliostat.serving.options import Options
 from heliostat.serving.served import Served
 from heliostat.serving.versions import NoModel, Source, Versions
@@ -99,6 +99,7 @@ class Endpoint:
         from heliostat.cluster import private_ray
         from heliostat.cluster.connect import connect
 
+        proxied.set_ahead()
         private_ray.ahead(self.gpus, MODULES)
         connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: a version loads beside the one that it replaces
         from ray import serve
@@ -115,7 +116,8 @@ class Endpoint:
         from ray.serve.schema import LoggingConfig
 
         http = {"host": LOOPBACK, "port": self.options.port}
-        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LoggingConfig(enable_access_log=False))
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LoggingConfig(enable_access_log=False),
+                    controller_options=proxied.controller())  # fmt: skip
         self._deploy(FRONT, self._front(keys), "/")
         self.front = serve.get_app_handle(FRONT)
 
