@@ -10,6 +10,7 @@ import time
 import pytest
 import uvicorn
 from heliostat.play.run import Server
+from heliostat.serving.front import Front, Settings
 from heliostat.web import deadlines
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -97,3 +98,17 @@ def test_a_slow_answer_a_steady_body_and_many_requests_of_one_connection_are_ans
         one.request("POST", "/body", body=b"a")
         assert one.getresponse().read() == b"1"
         time.sleep(PERIOD_S / 8)
+
+
+def test_a_body_that_does_not_end_is_refused_and_holds_no_place_of_its_key():
+    settings = Settings("m", "text", None, 0, None, 1 << 20, 16, 1, 0, 0.2)
+    front = Front(settings, None, ())
+
+    async def receive():
+        await asyncio.sleep(0.05)
+        return {"type": "http.request", "body": b"a", "more_body": True}
+
+    asked = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b"", "server": ("x", 1)}
+    for _ in range(2):
+        response = asyncio.run(front(Request(asked, receive)))
+        assert response.status_code == 408 and b"did not come within 0.2 s" in response.body
