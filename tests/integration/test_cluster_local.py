@@ -324,6 +324,34 @@ def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
     assert sum(node["alive"] for node in work.json("cluster", "status", "cluster.yaml")["nodes"]) == 3
 
 
+def test_an_endpoint_whose_command_was_killed_is_stopped_by_another(work, tmp_path) -> None:
+    """Its proxy answers on, though nothing at its own paths, until `serve --stop`; which finds nothing the second time."""
+    model, port, log = write_model(tmp_path, BASE["model"], 64), _free_port(), tmp_path / "serve.log"
+    common = {"cwd": work.folder, "stderr": subprocess.STDOUT, "env": {**os.environ, "RAY_ADDRESS": ""}}
+    words = ["--cluster", "test", "--port", str(port), "--no-keys", "--name", "tiny"]
+    with log.open("w") as out:
+        served = subprocess.Popen([*HELIOSTAT, "serve", str(model), *words], stdout=out, **common)
+    try:
+        end = time.monotonic() + 240
+        while "tiny is served at" not in log.read_text():
+            assert served.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        with log.open("a") as out:
+            busy = subprocess.run([*HELIOSTAT, "serve", "--cluster", "test", "--stop"], stdout=out, timeout=240, **common)
+        assert busy.returncode == 2 and "its command is still running" in log.read_text()
+    finally:
+        served.kill()
+        served.wait(60)
+    assert requests.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
+    assert requests.get(f"http://127.0.0.1:{port}/-/routes", timeout=60).status_code == 404
+    for said in ("the endpoint is ended", "there is no endpoint on this cluster"):
+        with log.open("a") as out:
+            done = subprocess.run([*HELIOSTAT, "serve", "--cluster", "test", "--stop"], stdout=out, timeout=240, **common)
+        assert done.returncode == 0 and log.read_text().rstrip().endswith(said), log.read_text()
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"http://127.0.0.1:{port}/health", timeout=60)
+
+
 def test_without_the_token_every_port_of_the_cluster_refuses(work) -> None:
     """Every listening port of every process: gRPC services, and the dashboard's paths. What is left open is metrics."""
     state, services, paths = work.state, set(), set()

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import socket
 import subprocess
 import sys
 import threading
@@ -104,6 +105,10 @@ def test_what_a_key_asks_beyond_its_limit_is_refused_and_the_rest_is_answered(en
 def test_health_measures_and_what_listens(endpoint):
     assert requests.get(f"{endpoint.url}/health").json() == {"status": "ok"}
     assert requests.get(f"{endpoint.url}/metrics").status_code == 401
+    for path in ("/-/routes", "/-/healthz", "/-"):  # the proxy's own
+        for headers in ({}, {"Authorization": f"Bearer {KEY}"}):
+            answer = requests.get(f"{endpoint.url}{path}", headers=headers)
+            assert (answer.status_code, answer.text) == (404, "")
     told = requests.get(f"{endpoint.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
     assert 'heliostat_tokens_total{key="alice",kind="completion"}' in told and KEY not in told
     listening, shown = [], []
@@ -112,6 +117,12 @@ def test_health_measures_and_what_listens(endpoint):
         listening += [c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
     assert len(listening) > 5 and {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
     assert KEY not in " ".join(shown) and KEY not in endpoint.log.read_text()
+
+
+def test_the_proxy_closes_a_connection_whose_request_does_not_come(endpoint):
+    with socket.create_connection(("127.0.0.1", endpoint.port), timeout=60) as half_open:
+        half_open.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        assert half_open.recv(1) == b""
 
 
 def test_a_stream_whose_replicas_die_ends_in_an_error_and_the_next_request_is_answered(endpoint):

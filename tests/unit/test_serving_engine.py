@@ -236,7 +236,7 @@ def test_a_long_prompt_pads_no_other_rows_cache(writer, monkeypatch):
     shapes, step = [], group.Group.step
 
     def seen(self, tokens):
-        shapes.append((int(self.mask.sum(1).min()), self.width))
+        shapes.append((int(self.mask.sum(1).min()), self.mask.shape[1]))
         step(self, tokens)
 
     monkeypatch.setattr(group.Group, "step", seen)
@@ -266,8 +266,8 @@ def test_where_memory_runs_out_the_longest_request_fails_and_no_other(writer, mo
     step, failed = group.Group.step, []
 
     def full(self, tokens):
-        if not failed and len(self) == 3 and self.width > 8:
-            failed.append(self.width)
+        if not failed and len(self) == 3 and self.mask.shape[1] > 8:
+            failed.append(len(self))
             self.cache.layers[0].keys = self.cache.layers[0].keys[:1]  # as torch leaves it in the midst of a step
             raise torch.OutOfMemoryError("CUDA out of memory")
         step(self, tokens)
@@ -302,3 +302,19 @@ def test_rows_that_cannot_be_joined_for_lack_of_memory_step_apart(writer, monkey
     assert len(calls) >= 4 and second["text"] == alone(writer, ["c"], 30)[0]
     first = collected(waiting[0])
     assert first["text"] and alone(writer, ["a b"], 200)[0].endswith(first["text"])
+
+
+def test_embeddings_that_fail_together_are_made_request_by_request(writer, monkeypatch):
+    embed = writer.embed
+
+    def full(inputs):
+        if len(inputs) > 2 or any("e" in one.text for one in inputs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return embed(inputs)
+
+    monkeypatch.setattr(writer, "embed", full)
+    first, second = queue.Queue(), queue.Queue()
+    with writer.work:
+        writer.embedded(["a", "b"], first.put)
+        writer.embedded(["e"], second.put)
+    assert len(first.get(timeout=60)["answers"]) == 2 and "out of memory" in second.get(timeout=60)["failed"]

@@ -51,6 +51,7 @@ def serve(
     deadline: Annotated[float, typer.Option(help="Seconds for an answer as a whole")] = 300.0,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at the alias")] = 2.0,
     cluster: OnCluster = None,
+    stop: Annotated[bool, flag("--stop", help="End the endpoint that a killed command has left on the cluster")] = False,
     mlflow: TrackingUri = None,
 ) -> None:
     """Serve a model, an index, or both over HTTP, as OpenAI's API: an alias of the registry is followed."""
@@ -62,6 +63,9 @@ def serve(
     from heliostat.serving import options, run
 
     extras.require("serve", "watchfiles", what="heliostat serve")
+    if stop:
+        out.print("the endpoint is ended" if run.stop() else "there is no endpoint on this cluster")
+        return
     given = {"port": port, "replicas": options.replicas(replicas), "engine": engine, "batch": batch, "max_tokens": max_tokens,
              "poll_s": poll, "body_bytes": max_body, "at_once": concurrent, "a_minute": per_minute,
              "deadline_s": deadline}  # fmt: skip

@@ -24,6 +24,7 @@ from heliostat.serving.replica import Replica
 from heliostat.serving.run import require_free
 from heliostat.serving.served import Served
 from heliostat.train.driver.signals import Signals
+from heliostat.web import deadlines
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self.ready = ready
+        deadlines.apply()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -170,8 +170,11 @@ class Engine:
             for texts, deliver in asked:
                 deliver({"answers": [next(made) for _ in texts]})
         except Exception as e:  # noqa: BLE001 (the same)
-            for _, deliver in asked:
-                deliver({"failed": f"{type(e).__name__}: {brief(e)}"})
+            if len(asked) == 1:
+                asked[0][1]({"failed": f"{type(e).__name__}: {brief(e)}"})
+                return
+            for one in asked:
+                self._embed([one])
 
     def _fail(self, rows: list[Row], error: Exception) -> None:
         log.error("%d requests failed (%s: %s)", len(rows), type(error).__name__, brief(error))

@@ -6,6 +6,7 @@ after a death it starts without one, and requests wait until it is told.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -123,7 +124,11 @@ class Front:
         self.limits.enter(name)
         response: Response | None = None
         try:
-            raw = await self._body(request)
+            try:
+                async with asyncio.timeout(self.settings.deadline_s):
+                    raw = await self._body(request)
+            except TimeoutError as e:
+                raise Refusal(408, f"the body did not come within {self.settings.deadline_s:g} s", code="timeout") from e
             if path == "/v1/embeddings":
                 response = await self._embeddings(requests.embeddings(raw), name)
             elif path == "/v1/images/generations":

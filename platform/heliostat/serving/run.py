@@ -8,6 +8,7 @@ The driver looks at the alias, and tells the front which version is served.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.inference import vllm_terms
-from heliostat.serving import kinds
+from heliostat.serving import kinds, proxied
 from heliostat.serving.options import Options
 from heliostat.serving.served import Served
 from heliostat.serving.versions import NoModel, Source, Versions
@@ -30,6 +31,8 @@ FRONT = "heliostat-front"
 START_S = 600.0  # for a version to load
 FRONT_S = 300.0  # for a front that died to come again
 DRAIN_MORE_S = 10.0  # behind the deadline of an answer
+DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # of the actor that lives as long as the command does
+OURS = ({"Front"}, {"Model"})  # deployments of each application
 MODULES = ("ray.serve", "heliostat.serving.deployed", "heliostat.serving.engine")
 
 
@@ -39,10 +42,14 @@ def serve(served: Served, keys: Callable[[], dict[str, str] | None], options: Op
     ConfigError before anything starts, and before `keys` is asked for the keys, if they cannot be served.
     """
     source, kind = served.source, served.kind()
-    require_free(options.port)
+    shared = bool(os.environ.get("RAY_ADDRESS"))
+    if not shared:
+        require_free(options.port)
     endpoint = Endpoint(served, kind, options)
     endpoint.engine(source.folder(source.wanted()))
     endpoint.connect()
+    if shared:  # where a killed command may have left an endpoint, which is ended by now
+        require_free(options.port)
     known = keys()
     with endpoint.signals:  # behind Ray's start, which sets handlers of its own
         try:
@@ -50,6 +57,48 @@ def serve(served: Served, keys: Callable[[], dict[str, str] | None], options: Op
             _follow(endpoint, source, options, lambda: ready(f"http://{LOOPBACK}:{options.port}/v1"))
         finally:
             endpoint.close()
+
+
+def stop() -> bool:
+    """Ends the endpoint that a killed command has left on a cluster; returns False if there is none.
+
+    ConfigError if the cluster serves something else, or the command is still running.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError("--stop: goes with --cluster; a command without one takes its endpoint with it")
+    from heliostat.cluster.connect import connect, disconnect
+
+    connect(cpus=1)
+    try:
+        return end_left()
+    finally:
+        disconnect()
+
+
+def end_left() -> bool:
+    """Ends applications of Ray Serve that a killed command has left here; returns False if there are none.
+
+    ConfigError if there are others', which would end with ours, or the command of ours is still running.
+    """
+    import ray
+    from ray import serve
+
+    applications = serve.status().applications
+    if not applications:
+        return False
+    if any(set(one.deployments) not in OURS for one in applications.values()):
+        raise ConfigError("this cluster's Ray Serve has applications, which would end with this endpoint; take another cluster")
+    try:
+        ray.get_actor(DRIVER, namespace=NAMESPACE)
+    except ValueError:  # Ray ends it with its driver
+        log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)))
+        serve.shutdown()
+        return True
+    raise ConfigError("this cluster has an endpoint, and its command is still running; stop that with Ctrl-C, or take another")
+
+
+class Driver:
+    """Shows, as an actor of the command's, that the command is still running."""
 
 
 def _follow(endpoint: Endpoint, source: Source | NoModel, options: Options, ready: Callable[[], None]) -> None:
@@ -82,6 +131,7 @@ class Endpoint:
 
         self.served, self.kind, self.options, self.signals = served, kind, options, Signals()
         self.front: Any = None
+        self.driver: Any = None
         self.gpus = torch.cuda.device_count()
 
     def engine(self, folder: Path | None) -> str:
@@ -95,27 +145,27 @@ class Endpoint:
         return engine
 
     def connect(self) -> None:
-        """Connects to Ray; ConfigError if others use Serve there, for it ends as a whole."""
+        """Connects to Ray, and ends what a killed command has left; ConfigError if others use Serve there."""
         from heliostat.cluster import private_ray
         from heliostat.cluster.connect import connect
 
+        proxied.set_ahead()
         private_ray.ahead(self.gpus, MODULES)
         connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: a version loads beside the one that it replaces
-        from ray import serve
-
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        if serve.status().applications:
-            raise ConfigError(
-                "this cluster's Ray Serve has applications, which would end with this endpoint; take another cluster"
-            )
+        end_left()
 
     def open(self, keys: dict[str, str] | None) -> None:
         """Starts Serve's proxy on loopback, with the front behind it."""
+        import ray
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
+        if os.environ.get("RAY_ADDRESS"):  # where the endpoint may outlive the command
+            self.driver = ray.remote(num_cpus=0)(Driver).options(name=DRIVER, namespace=NAMESPACE).remote()
         http = {"host": LOOPBACK, "port": self.options.port}
-        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LoggingConfig(enable_access_log=False))
+        serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LoggingConfig(enable_access_log=False),
+                    controller_options=proxied.controller())  # fmt: skip
         self._deploy(FRONT, self._front(keys), "/")
         self.front = serve.get_app_handle(FRONT)
 

@@ -41,12 +41,16 @@ class Watch:
         self.protocol, self.seen = protocol, protocol.cycle
         self.head = self.arrived = self.before = 0
         self.loop = asyncio.get_running_loop()
+        self.began: float | None = self.loop.time()  # when the client was to send headers, or began to
         self.timer = self.loop.call_later(PERIOD_S, self.check)
 
     def took(self, size: int, new: bool) -> None:
         """Counts bytes that arrived; closes a connection whose request has no end of its headers. `new`: a request began."""
         self.arrived += size
-        self.head = self.head + size if self.asking and not new else 0
+        if new or not self.asking:
+            self.head, self.began = 0, None
+            return
+        self.head, self.began = self.head + size, self.began or self.loop.time()
         if self.head > HEAD_BYTES:
             self.close()
 
@@ -56,13 +60,19 @@ class Watch:
         return self.protocol.cycle is None or self.protocol.cycle.response_complete
 
     def check(self) -> None:
-        """Closes the connection if its client has asked for nothing since the last check, or has sent too little of a body."""
+        """Closes the connection if headers take longer than a period, or too little of a body came since the last check.
+
+        The pause between an answer and the first byte of the next request is uvicorn's affair.
+        """
         now, transport = self.protocol.cycle, self.protocol.transport
         if transport.is_closing() or transport.get_protocol() is not self.protocol:  # ended, or of another protocol by now
             return
-        sending = not self.asking and now.more_body and not self.protocol.flow.read_paused
-        slow = self.asking or (sending and self.arrived - self.before < LEAST_BYTES)
-        if slow and now is self.seen:
+        if self.asking:
+            slow = self.began is not None and self.loop.time() - self.began >= PERIOD_S
+        else:
+            awaited = now.more_body and not self.protocol.flow.read_paused
+            slow = awaited and now is self.seen and self.arrived - self.before < LEAST_BYTES
+        if slow:
             self.close()
             return
         self.seen, self.before = now, self.arrived

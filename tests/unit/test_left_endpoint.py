@@ -1,0 +1,53 @@
+"""An endpoint that a killed `serve` has left on a cluster is ended by the next command, and one that is in use is not."""
+
+from types import SimpleNamespace
+
+import pytest
+import ray
+from heliostat.errors import ConfigError
+from heliostat.serving import run
+from ray import serve
+
+OURS = {"heliostat-front": ["Front"], "tiny-1": ["Model"]}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Ray Serve of a cluster: its applications, whether the command that made them is running, and whether Serve was ended."""
+    state = SimpleNamespace(applications={}, running=False, ended=False)
+
+    def status():
+        found = {name: SimpleNamespace(deployments=dict.fromkeys(parts)) for name, parts in state.applications.items()}
+        return SimpleNamespace(applications=found)
+
+    def get_actor(name, namespace):
+        if not state.running:
+            raise ValueError("no actor of this name")
+
+    monkeypatch.setattr(serve, "status", status)
+    monkeypatch.setattr(serve, "shutdown", lambda: setattr(state, "ended", True))
+    monkeypatch.setattr(ray, "get_actor", get_actor)
+    return state
+
+
+def test_what_a_killed_command_has_left_is_ended_and_said(cluster, caplog):
+    assert not run.end_left() and not cluster.ended
+    cluster.applications = OURS
+    assert run.end_left() and cluster.ended
+    assert "whose command was killed: heliostat-front, tiny-1" in caplog.text
+
+
+def test_an_endpoint_in_use_and_applications_of_others_stay(cluster):
+    cluster.applications, cluster.running = OURS, True
+    with pytest.raises(ConfigError, match="its command is still running"):
+        run.end_left()
+    cluster.applications, cluster.running = {**OURS, "app": ["Ingress", "Model"]}, False
+    with pytest.raises(ConfigError, match="has applications, which would end"):
+        run.end_left()
+    assert not cluster.ended
+
+
+def test_stop_goes_with_a_cluster(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="--stop: goes with --cluster"):
+        run.stop()
