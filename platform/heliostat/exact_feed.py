@@ -130,7 +130,8 @@ class Feed(Iterator[Batch]):
 
         def started() -> str:
             name = f"heliostat-stream-{uuid.uuid4().hex}"
-            kept.append(Desk.options(name=name).remote(stream.split(self._dataset(), self.world)))
+            desk: Any = Desk
+            kept.append(desk.options(name=name).remote(stream.split(self._dataset(), self.world)))
             return name
 
         name = agreement.first(self.group, started)

@@ -42,7 +42,7 @@ DEATH_SIGNAL, DUMPABLE, NO_NEW_PRIVILEGES, SECCOMP, FILTER = 1, 4, 38, 22, 2
 # an argument decides on, in the order of `BY_ARGUMENT`). Sockets, as some kinds of them belong to no network; tracing; keys;
 # namespaces, mounts; io_uring; BPF; performance counters; pages faulted by hand; another process's memory; files by handle; then
 # files in memory, System V objects, asynchronous input and output, and pages given to a pipe.
-CALLS = {
+CALLS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "x86_64": (
         0xC000003E,
         (41, 101, 250, 248, 249, 272, 308, 165, 155, 429, 430, 425, 321, 298, 323, 310, 311, 304, 319, 447, 29, 68, 64, 206, 278),
@@ -153,7 +153,7 @@ def rules(machine: str, alone: bool = False) -> list[bytes]:
     `alone`: also those of `ALONE`, and signals to a thread of another process than this one.
     """
     architecture, numbers, by_argument = CALLS[machine]
-    arguments = BY_ARGUMENT
+    arguments: tuple[tuple[int, int, int, bool], ...] = BY_ARGUMENT
     if alone:
         numbers, by_argument = numbers + ALONE[machine], (*by_argument, SIGNAL_A_THREAD[machine])
         arguments = (*arguments, (0, ALL_BITS, os.getpid(), False))

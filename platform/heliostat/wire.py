@@ -29,6 +29,7 @@ C = TypeVar("C", bound=type)
 
 MOST = 2**31 - 1  # bytes of a message
 TUPLE, RANGE, INTEGER, ARRAY, SCALAR, TENSOR, TABLE, ERROR, RECORD = range(1, 10)  # codes of MessagePack's extension types
+PLAIN = (dict, list, str, bytes, int, float)
 
 _records: dict[str, type] = {}
 
@@ -55,18 +56,20 @@ def unpack(data: bytes) -> Any:
 def _encode(value: Any) -> Any:
     """Encodes what MessagePack has no type for."""
     if _records.get(_name(type(value))) is type(value):
-        named = (
-            [getattr(value, f.name) for f in dataclasses.fields(value) if f.init] if dataclasses.is_dataclass(value) else value
+        held = (
+            [getattr(value, f.name) for f in dataclasses.fields(value) if f.init]
+            if dataclasses.is_dataclass(type(value))
+            else [*value]
         )
-        return msgpack.ExtType(RECORD, pack([_name(type(value)), list(named)]))
+        return msgpack.ExtType(RECORD, pack([_name(type(value)), held]))
     for kind, code, encode in _ENCODERS:
         if isinstance(value, kind):
             return msgpack.ExtType(code, encode(value))
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return msgpack.ExtType(INTEGER, str(int(value)).encode())
-    for kind in (dict, list, str, bytes, int, float):  # subclasses, as plain values
-        if isinstance(value, kind):
-            return kind(value)
+    plain: type | None = next((kind for kind in PLAIN if isinstance(value, kind)), None)
+    if plain is not None:  # a subclass
+        return plain(value)
     if type(value).__module__ == "torch":
         return msgpack.ExtType(TENSOR, _pack_tensor(value))
     raise TypeError(

@@ -154,6 +154,7 @@ class Careful:
             if why is not None:
                 item, items = Dropped(part.path or INPUT, CRASHED, f"what comes after {last or 'its begin'}: {why}"), iter(())
                 self._crashed(Crash(self.read, self.part, item.id, READ, why))
+            assert item is not None
             self.read, last = self.read + 1, item.id
             yield item
 

@@ -83,8 +83,8 @@ class EmbedsPairs(CouplesSamples, Evaluates):
         from heliostat.recipes import contrastive
 
         asking, asked, names = (arrays[name] for name in (*self.sides, "names"))
-        given = [torch.from_numpy(array) for array in (asking, asked, names)]
-        made = [contrastive.contrast(*given, self.temperature, some) for some in contrastive.blocks(len(names))]
+        queries, documents, same = (torch.from_numpy(array) for array in (asking, asked, names))
+        made = [contrastive.contrast(queries, documents, same, self.temperature, some) for some in contrastive.blocks(len(names))]
         loss = sum(float(one.loss) for one in made) / len(names)
         return {"loss": loss, **contrastive.recall(contrastive.ranks(asking, asked, names))}
 
