@@ -60,6 +60,8 @@ class Flow:
     opening: dict[str, float] = field(default_factory=dict)
     """Those of them in which stages were opened: once in each process, however much it does."""
 
+    memory: int = 0
+    """Bytes that a task may take, which Ray is asked for: so many tasks run on a node as have room there. 0: not asked."""
     progress: Progress = field(default_factory=Progress)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of this run, by which its tasks know what it has recorded."""
@@ -76,6 +78,11 @@ class Flow:
         """Returns how many GPUs the cluster has."""
         return int(ray.cluster_resources().get("GPU", 0.0))
 
+    def room(self) -> float | None:
+        """Computes the bytes of memory that a task requests: no more than the largest node has, where it would wait forever."""
+        most = max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+        return min(self.memory, most) or None
+
     def run(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], cpus: int = 1,
             valid: Callable[[dict[str, Any]], bool] = lambda record: True,
             pooled: bool = False, actors: int = 0, gpus: float = 1.0) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
@@ -89,7 +96,9 @@ class Flow:
         work = Work(self.work.location)  # without what was looked up
         size = actors or (self.devices() if pooled else 0)
         pool = Pool(execute, size, RETRIES, num_cpus=cpus, num_gpus=gpus, label_selector=self.labels or None) if size else None
-        remote = pool or _execute.options(num_cpus=cpus, max_retries=RETRIES, label_selector=self.labels or None, name=kind)
+        remote = pool or _execute.options(
+            num_cpus=cpus, memory=self.room(), max_retries=RETRIES, label_selector=self.labels or None, name=kind
+        )
         room: Callable[[], int] = (lambda: 2 * size) if pool else Room(cpus)
         try:
             for number, task, record in self._looked_up(kind, tasks, valid):
