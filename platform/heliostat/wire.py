@@ -56,12 +56,7 @@ def unpack(data: bytes) -> Any:
 def _encode(value: Any) -> Any:
     """Encodes what MessagePack has no type for."""
     if _records.get(_name(type(value))) is type(value):
-        held = (
-            [getattr(value, f.name) for f in dataclasses.fields(value) if f.init]
-            if dataclasses.is_dataclass(type(value))
-            else [*value]
-        )
-        return msgpack.ExtType(RECORD, pack([_name(type(value)), held]))
+        return msgpack.ExtType(RECORD, pack([_name(type(value)), _held(value)]))
     for kind, code, encode in _ENCODERS:
         if isinstance(value, kind):
             return msgpack.ExtType(code, encode(value))
@@ -75,6 +70,13 @@ def _encode(value: Any) -> Any:
     raise TypeError(
         f"{type(value).__qualname__} can't be sent between processes; use numbers, text, lists, dicts, or NumPy arrays"
     )
+
+
+def _held(record: Any) -> list[Any]:
+    """Lists the fields of a dataclass that its constructor takes, or those of a named tuple."""
+    if not dataclasses.is_dataclass(type(record)):
+        return list(record)
+    return [getattr(record, f.name) for f in dataclasses.fields(type(record)) if f.init]
 
 
 def _decode(code: int, data: bytes) -> Any:

@@ -131,6 +131,17 @@ def test_what_a_task_says_to_the_person_is_its_own_line(tmp_path):
         assert type(told.value) is StorageError
 
 
+def assigned(folder):
+    return {"memory": ray.get_runtime_context().get_assigned_resources()["memory"], "files": []}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_reserves_what_a_task_may_take(tmp_path):
+    here = flow.Flow(Work(Location(str(tmp_path))), memory=64 << 20)
+    (found,) = here.all("assigned", assigned, iter([Task(f"{0:032}", {})]))
+    assert found["memory"] == 64 << 20
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
     """Two actors, as for two GPUs; one of them dies, and its task runs again in its successor."""

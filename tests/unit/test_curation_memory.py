@@ -210,6 +210,15 @@ def test_tasks_use_an_allocator_that_keeps_nothing(tmp_path):
     assert made["pool"] == "system"
 
 
+@pytest.mark.parametrize(
+    ("memory", "nodes", "asked"),
+    [(2 << 30, [8 << 30, 4 << 30], 2 << 30), (2 << 30, [1 << 30], 1 << 30), (0, [8 << 30], None), (2 << 30, [], None)],
+)
+def test_a_task_asks_ray_for_its_memory_and_for_no_more_than_a_node_has(tmp_path, monkeypatch, memory, nodes, asked):
+    monkeypatch.setattr(flow.ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": float(n)}} for n in nodes])
+    assert flow.Flow(Work(Location(str(tmp_path))), memory=memory).memory_each() == asked
+
+
 def test_tallies_are_summed_one_at_a_time():
     class Seen:
         alive = most = 0

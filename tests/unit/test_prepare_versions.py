@@ -112,6 +112,28 @@ def test_a_dataset_that_a_model_wrote_says_so_also_where_it_is_up_to_date(make, 
     assert versions.read_record(Location(str(tmp_path / "out")))["made"]["written_by"] == by
 
 
+def test_a_dataset_that_is_prepared_again_says_why(make, monkeypatch, caplog):
+    """A stage that decides otherwise has another version; a dataset that was made by the earlier one still opens."""
+    version, plainly = {"pii": 2}, Pipeline.identity
+
+    def identity(self: Pipeline) -> dict[str, Any]:
+        return plainly(self) | {"stages": [{"stage": "pii", "version": version["pii"]}]}
+
+    monkeypatch.setattr(Pipeline, "identity", identity)
+
+    def said(**keys: Any) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            make(**keys)
+        return next((r.message.partition("preparing it again, because ")[2] for r in caplog.records if "again" in r.message), "")
+
+    assert said() == "" and said() == ""
+    version["pii"] = 3
+    assert said() == "its stages decide otherwise: 0 pii has version 3, and had 2" and said() == ""
+    assert said(first=7) == "its keys, or versions of its stages, have changed"
+    assert said(first=7, shards=2) == "its keys, or versions of its stages, have changed"
+
+
 @pytest.mark.parametrize("fault", ["check", "write", "interrupt"])
 def test_a_prepare_that_fails_or_is_interrupted_leaves_the_dataset_as_it_was(make, tmp_path, fault, caplog):
     """A wrong key, a full disk, Ctrl-C: every file of before is there, nothing else is, and it is still up to date."""

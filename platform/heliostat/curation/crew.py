@@ -62,6 +62,7 @@ class Crew:
         self.failed: list[BaseException] = []
         self.stopped = False
         self.size, self.looked, self.room, self.last, self.alone = size, -LOOK_S, 0, "", False
+        self.memory: int | None = None  # bytes that each task requests
 
     @property
     def full(self) -> bool:
@@ -81,7 +82,9 @@ class Crew:
             shared["care"] = trouble.care(self.work.note(self.kind, task.key))
         remote = self.remote
         if self.pool is None:
-            remote = remote.options(num_cpus=self.cpus, max_retries=0, label_selector=self.flow.labels or None, name=self.kind)
+            remote = remote.options(
+                num_cpus=self.cpus, memory=self.memory, max_retries=0, label_selector=self.flow.labels or None, name=self.kind
+            )
         reference = remote.remote(self.work, self.flow.name, self.kind, task.key, self.function, task.arguments, **shared)
         self.under_way[reference] = started
 
@@ -167,7 +170,7 @@ class Crew:
         """Looks at the nodes, now and then: how many tasks have room, and whether one has the CPUs that a task requests."""
         if time.monotonic() - self.looked < LOOK_S:
             return
-        self.looked, nodes = time.monotonic(), self.flow.nodes()
+        self.looked, nodes, self.memory = time.monotonic(), self.flow.nodes(), self.flow.memory_each()
         if not any(nodes):
             label = f" that carries {self.flow.labels}" if self.flow.labels else ""
             log.log(

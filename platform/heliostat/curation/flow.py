@@ -59,7 +59,8 @@ class Flow:
     """Documents that tasks left out because they crashed (`care`)."""
     passed: int = 0
     """Documents that tasks passed on."""
-
+    memory: int = 0
+    """Bytes that a task may take, which Ray is asked for: so many tasks run on a node as have room there. 0: not asked."""
     progress: Progress = field(default_factory=Progress)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of this run, by which its tasks know what it has recorded."""
@@ -73,7 +74,7 @@ class Flow:
         return max(1, sum(self.nodes()))
 
     def nodes(self, resource: str = "CPU") -> list[int]:
-        """Lists how many CPUs, or GPUs, each living node has that carries the labels."""
+        """Lists how many CPUs, or GPUs, or bytes of memory, each living node has that carries the labels."""
         mine = [n for n in ray.nodes() if n["Alive"] and self.labels.items() <= (n.get("Labels") or {}).items()]
         return [int(n["Resources"].get(resource, 0)) for n in mine]
 
@@ -84,6 +85,10 @@ class Flow:
     def devices(self) -> int:
         """Returns how many GPUs the nodes have."""
         return sum(self.nodes("GPU"))
+
+    def memory_each(self) -> int | None:
+        """Computes the bytes of memory that a task requests: no more than the largest node has, where it would wait forever."""
+        return min(self.memory, max(self.nodes("memory"), default=0)) or None
 
     def run(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], cpus: int = 1,
             valid: Callable[[dict[str, Any]], bool] = lambda record: True,

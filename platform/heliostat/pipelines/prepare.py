@@ -159,6 +159,9 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         pruned = versions.prune(output, record, pipeline.keep_days * DAY_S) if record.get("replaced") else versions.NOTHING
         return _report(done, time.monotonic() - start, True, pruned, record.get("made", {}).get("written_by"))
 
+    stages = {f"{number} {of['stage']}": of["version"] for number, of in enumerate(pipeline.identity().get("stages", []))}
+    if why := changed(of_made, wanted, record.get("made", {}).get("stages"), stages):
+        log.info("%s: preparing it again, because %s", output, why)
     record, written_by = versions.claim(output, record), pipeline.written_by(inputs)
     if force:
         pipeline.begin_anew()
@@ -182,11 +185,26 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         raise
     _list(output, listed)
     versions.publish(output, made)
-    record = versions.mark(output, made, record) | {"made": wanted | ({"written_by": written_by} if written_by else {})}
+    also = {"stages": stages, "written_by": written_by}
+    record = versions.mark(output, made, record) | {"made": wanted | {k: v for k, v in also.items() if v}}
     versions.release(output, record)
     pipeline.finish(made)
     pruned = versions.prune(output, record, pipeline.keep_days * DAY_S)
     return _report(made, time.monotonic() - start, False, pruned, written_by)
+
+
+def changed(made: dict[str, Any], wanted: dict[str, Any], before: dict[str, int] | None, stages: dict[str, int]) -> str:
+    """Says what is not as it was when the dataset was made; "" if nothing is, or there is no dataset.
+
+    `before` and `stages` are versions of stages by `NUMBER NAME`; older records have none.
+    """
+    if made["config"] is None or made == wanted:
+        return ""
+    newer = [f"{name} has version {stages[name]}, and had {was}" for name, was in (before or {}).items()
+             if stages.get(name, was) != was]  # fmt: skip
+    if newer:
+        return f"its stages decide otherwise: {', '.join(newer)}"
+    return "its keys, or versions of its stages, have changed" if made["config"] != wanted["config"] else "its input has changed"
 
 
 def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = False) -> dict[str, Any]:

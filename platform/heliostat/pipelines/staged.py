@@ -30,8 +30,8 @@ class StagedPipeline(Pipeline):
     """What documents, or images with captions, go through between reading and shards, in this order: `{stage: NAME, KEY:
     VALUE}`. See docs/prepare.md#stages"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=64 << 20)
-    """Bytes of memory that a task may take beside what its process has from the start. A Parquet file with large row
-    groups takes more (docs/benchmarks/curation.md)."""
+    """Bytes of memory that a task may take beside what its process has from the start, and that Ray reserves for it. A Parquet
+    file with large row groups takes more (docs/benchmarks/curation.md), and so may a document of more than a thirtieth of it."""
     work: str | None = None
     """The folder or `s3://` prefix of unfinished work, from which a run that was ended goes on. Unset: beside the output, with
     `.work` behind its name. See docs/prepare.md#work"""
@@ -45,7 +45,7 @@ class StagedPipeline(Pipeline):
 
     def flow(self, work: Work | None = None) -> Flow:
         """Makes what runs the tasks, and shows how far they are; in another place than the pipeline's own, if one is given."""
-        return Flow(work or self.worked, self.labels, progress=self.progress())
+        return Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
 
     def progress(self) -> Progress:
         return Progress(self._watch.show) if self._watch else Progress()
