@@ -149,8 +149,7 @@ class Feed(Iterator[Batch]):
         return stream.dataset(task, max(2, self.world), data.memory_limit, size, data.labels, own_cpu=not crowd)
 
 
-@ray.remote(num_cpus=0)
-class Desk:
+class Parts:
     """Hands out the parts of a stream."""
 
     def __init__(self, parts: list[Any]) -> None:
@@ -159,3 +158,6 @@ class Desk:
     def parts(self) -> list[Any]:
         """Returns all parts, in rank order."""
         return self._parts
+
+
+Desk = ray.remote(num_cpus=0)(Parts)
