@@ -150,8 +150,7 @@ class Feed(Iterator[Batch]):
         return stream.dataset(task, max(2, self.world), data.memory_limit, size, data.labels, own_cpu=not crowd)
 
 
-@ray.remote(num_cpus=0)
-class Desk:
+class Parts:
     """Hands out the parts of a stream."""
 
     def __init__(self, parts: list[Any]) -> None:
@@ -160,3 +159,6 @@ class Desk:
     def parts(self) -> list[Any]:
         """Returns all parts, in rank order."""
         return self._parts
+
+
+Desk = ray.remote(num_cpus=0)(Parts)
