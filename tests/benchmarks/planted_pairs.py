@@ -1,0 +1,262 @@
+"""Recall of `minhash` and `decontaminate`, and of datatrove's, on planted pairs of real text that differ in one way. By hand:
+
+    apt-get download python3.13-doc debian-reference-fr debian-reference-zh-cn; dpkg-deb -x NAME.deb FOLDER
+    python tests/benchmarks/planted_pairs.py FOLDER [--datatrove VENV/bin/python] [--pairs 50]
+
+A pair is a passage of documentation and a copy that is changed as its row says. Both are among passages that are no copies, and
+tables of random numbers. Near duplicates: a pair is found if both are in one cluster; of all other pairs in clusters, those are
+false that share less than a tenth of their 5-grams. Decontamination: the first words of the passage are an example of an
+evaluation set, and the copy is to be dropped; passages that share no 13 words with an example are not. `--speed` measures
+the signatures instead, of the passages: heliostat of this tree, and of another with `--before TREE/platform`, by turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+from tests.benchmarks.minhash_recall import SHOWN, jaccard, turn  # noqa: E402
+
+N = 13
+EXAMPLE = 60  # words of a passage that are an example; of Chinese, twice as many characters
+BACKGROUND, TABLES = 1000, 50
+MENU = "Home | Products | Documentation | Download | Community | News | Blog | Search | Log in | Register | English | Français"
+FOOTER = "Copyright. All rights reserved. Terms of use, privacy, imprint, contact. Follow us. Subscribe to the newsletter."
+NUMBER = re.compile(r"\d+")
+WIDE = str.maketrans("，。：；（）！？", ",.:;()!?")
+
+
+def passages(lines: Iterable[str], size: Callable[[str], int], least: int) -> Iterator[str]:
+    """Joins paragraphs to passages of at least so many words."""
+    held = list[str]()
+    for paragraph in "".join(lines).split("\n\n"):
+        held.append(paragraph)
+        if sum(map(size, held)) >= least:
+            yield "\n\n".join(held).strip()
+            held = []
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def ideographs(text: str) -> int:
+    return sum("\u4e00" <= c <= "\u9fff" for c in text)
+
+
+def replaced(rng: random.Random, text: str, others: list[str], share: float) -> str:
+    return re.sub(r"\w+", lambda found: rng.choice(others) if rng.random() < share else found[0], text)
+
+
+def without_accents(text: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+
+
+def rewrapped(text: str) -> str:
+    """Puts Chinese in one line, without spaces beside its characters, and with the punctuation of Latin."""
+    return re.sub(r"(?<=[\u3000-\uffef])\s+|\s+(?=[\u3000-\uffef])", "", text).translate(WIDE)
+
+
+def other_characters(rng: random.Random, text: str, others: str) -> str:
+    return "".join(rng.choice(others) if "\u4e00" <= c <= "\u9fff" and rng.random() < 0.02 else c for c in text)
+
+
+def other(folder: Path, language: str) -> str:
+    """Reads Debian's reference in a language."""
+    return gzip.decompress(next(folder.rglob(f"*.{language}.txt.gz")).read_bytes()).decode()
+
+
+def plant(folder: Path, pairs: int) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]], dict[str, str]]:
+    """Returns texts by id, the pairs of each row, and the example of each copy."""
+    rng = random.Random(0)
+    sources = sorted(folder.rglob("*.rst.txt"))
+    if not sources:
+        raise SystemExit(f"{folder} has no *.rst.txt; unpack python3.13-doc there")
+    english = [p for path in sources for p in passages(path.open(encoding="utf-8"), words, 250)]
+    french, chinese = list(passages([other(folder, "fr")], words, 200)), list(passages([other(folder, "zh-cn")], ideographs, 250))
+    chinese = [text for text in chinese if "+--" not in text]  # tables, of which the first words are a border
+    for some in (english, french, chinese):
+        rng.shuffle(some)
+    french = [unicodedata.normalize("NFC", text) for text in french]
+    vocabulary, characters = re.findall(r"\w+", " ".join(english[:200])), re.sub(r"[^\u4e00-\u9fff]", "", "".join(chinese))
+    numbered = [text for text in english if 0.05 * words(text) <= len(NUMBER.findall(text)) <= 0.3 * words(text)]
+    english = [text for text in english if text not in set(numbered)]
+    rows: dict[str, tuple[list[str], int, Callable[[str], str]]] = {
+        "other numbers": (numbered, pairs, lambda t: NUMBER.sub(lambda _: str(rng.randrange(10 ** rng.randrange(1, 7))), t)),
+        "no accents (French)": (french, pairs, without_accents),
+        "NFD (French)": (french, pairs, lambda t: unicodedata.normalize("NFD", t)),
+        "other lines and punctuation (Chinese)": (chinese, pairs, rewrapped),
+        "2 % of characters (Chinese)": (chinese, pairs, lambda t: other_characters(rng, t, characters)),
+        "5 % of words": (english, 4 * pairs, lambda t: replaced(rng, t, vocabulary, 0.05)),
+        "1 % of words": (english, pairs, lambda t: replaced(rng, t, vocabulary, 0.01)),
+        "exact copy": (english, pairs, lambda t: t),
+        "menu and footer added": (english, pairs, lambda t: f"{MENU}\n\n{t}\n\n{FOOTER}"),
+    }
+    texts, planted, examples = dict[str, str](), defaultdict[str, list[tuple[str, str]]](list), dict[str, str]()
+    for row, (given, count, change) in rows.items():
+        for _ in range(min(count, len(given))):
+            text, id = given.pop(), f"d{len(texts)}"
+            texts |= {id: text, f"{id}-copy": change(text)}
+            planted[row].append((id, f"{id}-copy"))
+            examples[f"{id}-copy"] = text[: 2 * EXAMPLE] if "Chinese" in row else " ".join(text.split()[:EXAMPLE])
+    others = [*english, *french, *chinese, *numbered]
+    texts |= {f"other{i}": text for i, text in enumerate(rng.sample(others, min(len(others), BACKGROUND)))}
+    for i in range(TABLES):
+        texts[f"table{i}"] = "\n".join(" | ".join(str(rng.randrange(10**4)) for _ in range(6)) for _ in range(40))
+    return texts, planted, examples
+
+
+def written(folder: Path, texts: dict[str, str], examples: dict[str, str]) -> None:
+    (folder / "in").mkdir()
+    order = sorted(texts)
+    random.Random(1).shuffle(order)
+    lines = [json.dumps({"id": id, "text": texts[id]}, ensure_ascii=False) for id in order]
+    (folder / "in" / "a.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in examples.values()]
+    (folder / "examples.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def ours(folder: Path) -> list[str]:
+    """Lists the documents that `decontaminate` drops."""
+    from heliostat.curation.stage import Document
+    from heliostat.curation.stages.decontaminate import Decontaminate
+
+    work = Decontaminate(sets={"planted": str(folder / "examples.jsonl")}, n=N).open()
+    return [row["id"] for row in read(folder / "in" / "a.jsonl") if not work([Document(row["id"], row["text"])])[0].document]
+
+
+def theirs(folder: Path) -> list[str]:
+    """Lists the documents that datatrove's filter drops, with the hashes of its indexer, which needs lighteval to run."""
+    from datatrove.data import Document
+    from datatrove.pipeline.decont import n_grams
+    from datatrove.utils.text import ngrams, simplify_text
+
+    filtered = n_grams.NGramsDecontFilter(str(folder), config=n_grams.NGramsDecontConfig(n_grams=N))
+    filtered._index_hashes = {
+        filtered.hash_func(" ".join(gram)): "planted"
+        for row in read(folder / "examples.jsonl")
+        for gram in ngrams(filtered.tokenizer.word_tokenize(simplify_text(row["text"], filtered.config.norm_config)), N)
+    }
+    filtered.stat_update = lambda *names, **more: None
+    return [row["id"] for row in read(folder / "in" / "a.jsonl")
+            if filtered.filter(Document(text=row["text"], id=row["id"])) is not True]  # fmt: skip
+
+
+def clusters_of(told: dict[str, str], texts: dict[str, str]) -> dict[str, list[str]]:
+    groups = defaultdict[str, list[str]](list)
+    for id in texts:
+        groups[told.get(id, f"alone {id}" if id not in told.values() else id)].append(id)
+    return groups
+
+
+def shares(a: str, b: str) -> bool:
+    """Whether two texts have N words in a row in common, as letters and digits."""
+    x, y = ["".join(c if c.isalnum() else " " for c in t.lower()).split() for t in (a, b)]
+    return bool({tuple(x[i : i + N]) for i in range(len(x) - N + 1)} & {tuple(y[i : i + N]) for i in range(len(y) - N + 1)})
+
+
+def compare(folder: Path, pythons: dict[str, str], pairs: int) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary)
+        texts, planted, examples = plant(folder, pairs)
+        written(here, texts, examples)
+        print(f"{len(texts):,} documents, {sum(len(t.encode()) for t in texts.values()) / 1e6:.1f} MB", flush=True)
+        cells, dropped, wrong = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list), list[str]()
+        for side, python in pythons.items():
+            groups = clusters_of(turn(python, "--ours" if side == "heliostat" else "--theirs", here)[0], texts)
+            of = {id: cluster for cluster, ids in groups.items() for id in ids}
+            which = "ours" if side == "heliostat" else "theirs"
+            done = subprocess.run([python, __file__, f"--{which}", str(here)], capture_output=True, text=True, timeout=3000)
+            if done.returncode:
+                raise SystemExit(done.stderr[-2000:])
+            gone = set(json.loads((here / f"{which}-decontaminated.json").read_text()))
+            for row, some in planted.items():
+                cells[row].append(f"{sum(of[a] == of[b] for a, b in some)} of {len(some)}")
+                dropped[row].append(f"{sum(b in gone for _, b in some)} of {len(some)}")
+            joined = [pair for ids in groups.values() for pair in combinations(sorted(ids)[:SHOWN], 2)]
+            false = [(a, b) for a, b in joined if b != f"{a}-copy" and jaccard(texts[a], texts[b]) < 0.1]
+            told = [id for id in gone if not id.endswith("-copy") and f"{id}-copy" not in texts]
+            clean = [id for id in told if not any(shares(texts[id], text) for text in examples.values())]
+            wrong.append(f"{side}: {len(false)} of {len(joined):,} pairs in clusters are of unrelated documents {false[:3]}; "
+                         f"{len(clean)} documents without a shared n-gram were dropped {clean[:3]}")  # fmt: skip
+    head = " | ".join(f"`minhash`, {side}" if side == "heliostat" else f"MinHash, {side}" for side in pythons)
+    print(f"| the copy has | {head} | " + " | ".join(f"decontamination, {side}" for side in pythons) + " |")
+    print("|---|" + "---|" * 2 * len(pythons))
+    for row in cells:
+        print(f"| {row} | " + " | ".join([*cells[row], *dropped[row]]) + " |")
+    print(*wrong, sep="\n")
+
+
+SPEED = """
+import json, sys, time
+from heliostat.curation.minhash.signatures import Parameters, keys
+texts = json.load(open(sys.argv[1]))
+keys(texts[:50], Parameters(14, 8, 5, 1))
+start = time.process_time()
+for at in range(0, len(texts), 2000):
+    keys(texts[at : at + 2000], Parameters(14, 8, 5, 1))
+print(time.process_time() - start)
+"""
+
+
+def speed(folder: Path, before: str, times: int = 5) -> None:
+    """Measures MB/s of signatures per core, by turns with another tree."""
+    sources = sorted(folder.rglob("*.rst.txt"))
+    english = [path.read_text() for path in sources]
+    others = [other(folder, language) for language in ("fr", "zh-cn")]
+    mixed = [text[at : at + 5000] for text in others for at in range(0, len(text), 5000)]
+    for name, texts in {"English": english, "French and Chinese": mixed}.items():
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(texts, file)
+            file.flush()
+            took = defaultdict[str, list[float]](list)
+            for _ in range(times):
+                for side, platform in {"before": before, "now": str(ROOT / "platform")}.items():
+                    if platform:
+                        env = {"PYTHONPATH": platform, "OMP_NUM_THREADS": "1", "PATH": ""}
+                        made = subprocess.run([sys.executable, "-c", SPEED, file.name], env=env, capture_output=True, text=True)
+                        took[side].append(float(made.stdout))
+        size = sum(len(text.encode()) for text in texts) / 1e6
+        print(f"| {name}, {size:.1f} MB | " + " | ".join(f"{size / min(some):.1f}" for some in took.values()) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--datatrove", default="")
+    parser.add_argument("--pairs", type=int, default=50)
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--before", default="")
+    asked = parser.parse_args()
+    if asked.speed:
+        speed(asked.folder, asked.before)
+    else:
+        sides = {"heliostat": sys.executable} | ({"datatrove": asked.datatrove} if asked.datatrove else {})
+        compare(asked.folder, sides, asked.pairs)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] in ("--ours", "--theirs"):
+        side = sys.argv[1].removeprefix("--")
+        found = {"ours": ours, "theirs": theirs}[side](Path(sys.argv[2]))
+        (Path(sys.argv[2]) / f"{side}-decontaminated.json").write_text(json.dumps(found))
+    else:
+        main()
