@@ -1,11 +1,13 @@
 """What a task's result follows from: the input as it was listed, and files and libraries as they were at the start."""
 
 import ast
+import contextlib
 import logging
 import os
 import sys
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 from heliostat.curation import chain, libraries, linear, pieces, registry
 from heliostat.curation.engine import Engine
@@ -76,6 +78,15 @@ def test_an_image_that_changes_after_it_was_listed_is_an_error(tmp_path):
     rewrite(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png: changed during the run"):
         list(image_sources.read(str(tmp_path), task, Columns()))
+
+
+def test_a_store_may_list_fractions_of_a_second_that_it_does_not_tell_of_one_file(monkeypatch):
+    listed = Part("a.jsonl", 100, 5_123_000_000)
+    for seconds, same in ((5, True), (6, False)):
+        told = pafs.FileInfo("b/in/a.jsonl", pafs.FileType.File, size=100, mtime_ns=seconds * 1_000_000_000)
+        monkeypatch.setattr(Location, "attempt", lambda self, operation, told=told: told)
+        with contextlib.nullcontext() if same else pytest.raises(DataError, match="as many now, of another time"):
+            sources.require_unchanged(Location("s3://b/in"), listed)
 
 
 # files of stages -------------------------------------------------------------------------------------------------------
