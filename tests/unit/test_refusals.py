@@ -30,12 +30,13 @@ def run_of(storage: Path) -> Any:
     return SimpleNamespace(
         job=made, saved_step=0, start_step=0, budget=Budget(made.retries), plan=SimpleNamespace(skips=()), restarts=restarts,
         _restart=lambda outcome, reason: restarts.append((outcome, reason)), _pause=lambda *_: None, trust_memory=True,
-        spending=SimpleNamespace(reached=""),
+        spending=SimpleNamespace(reached=""), _exclude=lambda *_: [],
     )  # fmt: skip
 
 
 def recover(run: Any, error: Exception) -> None:
-    Run._recover(run, error, SimpleNamespace(name=None), SimpleNamespace(forget=lambda: pytest.fail("the copies are good")))
+    memory = SimpleNamespace(forget=lambda: pytest.fail("the copies are good"))
+    Run._recover(run, error, None, SimpleNamespace(name=None), None, memory)
 
 
 def test_a_refusal_that_the_driver_does_not_meet_is_a_nodes_failure_and_tried_again(tmp_path):
