@@ -152,8 +152,10 @@ def rules(machine: str, alone: bool = False) -> list[bytes]:
 
     `alone`: also those of `ALONE`, and signals to a thread of another process than this one.
     """
+    numbers: tuple[int, ...]
+    by_argument: tuple[int, ...]
     architecture, numbers, by_argument = CALLS[machine]
-    arguments = BY_ARGUMENT
+    arguments: tuple[tuple[int, int, int, bool], ...] = BY_ARGUMENT
     if alone:
         numbers, by_argument = numbers + ALONE[machine], (*by_argument, SIGNAL_A_THREAD[machine])
         arguments = (*arguments, (0, ALL_BITS, os.getpid(), False))
