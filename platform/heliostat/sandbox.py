@@ -152,6 +152,8 @@ def rules(machine: str, alone: bool = False) -> list[bytes]:
 
     `alone`: also those of `ALONE`, and signals to a thread of another process than this one.
     """
+    numbers: tuple[int, ...]
+    by_argument: tuple[int, ...]
     architecture, numbers, by_argument = CALLS[machine]
     arguments: tuple[tuple[int, int, int, bool], ...] = BY_ARGUMENT
     if alone:
