@@ -145,5 +145,5 @@ def _holds(copy: Copy) -> bool:
 
 def make(node: str, runtime_env: dict[str, Any]) -> Any:
     """Creates the keeper of a node."""
-    there, actor = NodeAffinitySchedulingStrategy(node, soft=False), ray.remote(num_cpus=0, max_concurrency=THREADS)(MemoryKeeper)
-    return actor.options(scheduling_strategy=there, runtime_env=runtime_env or None).remote()
+    there, actor = NodeAffinitySchedulingStrategy(node, soft=False), ray.remote(num_cpus=0)(MemoryKeeper)
+    return actor.options(scheduling_strategy=there, runtime_env=runtime_env or None, max_concurrency=THREADS).remote()

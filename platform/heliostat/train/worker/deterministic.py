@@ -27,7 +27,8 @@ FLASH = "FLASH_ATTENTION_DETERMINISTIC"  # which transformers reads at each call
 def kernels(compiled: bool) -> Iterator[None]:
     """Computes deterministically inside, forwards and backwards, as far as there are kernels. `compiled`: some of the model is
     compiled, or its attention is."""
-    uninitialized, cudnn = torch.utils.deterministic, torch.backends.cudnn
+    uninitialized: Any = torch.utils.deterministic
+    cudnn = torch.backends.cudnn
     before = (
         uninitialized.fill_uninitialized_memory,
         cudnn.benchmark,
