@@ -56,7 +56,7 @@ class Crew:
         self.work = Work(flow.work.location)  # without what was looked up
         selector = flow.labels or None
         self.pool = Pool(execute, size, num_cpus=cpus, num_gpus=gpus, label_selector=selector) if size else None
-        self.remote = self.pool or ray.remote(execute)
+        self.remote: Any = self.pool or ray.remote(execute)
         self.under_way: dict[Any, Started] = {}
         self.later: list[Started] = []
         self.failed: list[BaseException] = []
