@@ -55,18 +55,15 @@ def unpack(data: bytes) -> Any:
 def _encode(value: Any) -> Any:
     """Encodes what MessagePack has no type for."""
     if _records.get(_name(type(value))) is type(value):
-        named = (
-            [getattr(value, f.name) for f in dataclasses.fields(value) if f.init] if dataclasses.is_dataclass(value) else value
-        )
-        return msgpack.ExtType(RECORD, pack([_name(type(value)), list(named)]))
+        return msgpack.ExtType(RECORD, pack([_name(type(value)), _fields(value)]))
     for kind, code, encode in _ENCODERS:
         if isinstance(value, kind):
             return msgpack.ExtType(code, encode(value))
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return msgpack.ExtType(INTEGER, str(int(value)).encode())
-    for kind in (dict, list, str, bytes, int, float):  # subclasses, as plain values
-        if isinstance(value, kind):
-            return kind(value)
+    for plain in _PLAIN:
+        if isinstance(value, plain):
+            return plain(value)
     if type(value).__module__ == "torch":
         return msgpack.ExtType(TENSOR, _pack_tensor(value))
     raise TypeError(
@@ -79,6 +76,10 @@ def _decode(code: int, data: bytes) -> Any:
     if decode is None:
         raise ValueError(f"unknown type {code} in a message")
     return decode(data)
+
+
+def _fields(record: Any) -> list[Any]:
+    return list(record) if isinstance(record, tuple) else [getattr(record, f.name) for f in dataclasses.fields(record)]
 
 
 def _name(cls: type) -> str:
@@ -157,6 +158,7 @@ def _unpack_record(data: bytes) -> Any:
     return _records[name](*values)
 
 
+_PLAIN: tuple[Any, ...] = (dict, list, str, bytes, int, float)  # of which subclasses are sent as plain values
 _ENCODERS: tuple[tuple[type, int, Callable[[Any], bytes]], ...] = (
     (tuple, TUPLE, lambda value: pack(list(value))),
     (range, RANGE, lambda value: pack([value.start, value.stop, value.step])),
