@@ -29,8 +29,6 @@ C = TypeVar("C", bound=type)
 
 MOST = 2**31 - 1  # bytes of a message
 TUPLE, RANGE, INTEGER, ARRAY, SCALAR, TENSOR, TABLE, ERROR, RECORD = range(1, 10)  # codes of MessagePack's extension types
-PLAIN = (dict, list, str, bytes, int, float)
-
 _records: dict[str, type] = {}
 
 
@@ -56,15 +54,15 @@ def unpack(data: bytes) -> Any:
 def _encode(value: Any) -> Any:
     """Encodes what MessagePack has no type for."""
     if _records.get(_name(type(value))) is type(value):
-        return msgpack.ExtType(RECORD, pack([_name(type(value)), _held(value)]))
+        return msgpack.ExtType(RECORD, pack([_name(type(value)), _fields(value)]))
     for kind, code, encode in _ENCODERS:
         if isinstance(value, kind):
             return msgpack.ExtType(code, encode(value))
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return msgpack.ExtType(INTEGER, str(int(value)).encode())
-    plain: type | None = next((kind for kind in PLAIN if isinstance(value, kind)), None)
-    if plain is not None:  # a subclass
-        return plain(value)
+    for plain in _PLAIN:
+        if isinstance(value, plain):
+            return plain(value)
     if type(value).__module__ == "torch":
         return msgpack.ExtType(TENSOR, _pack_tensor(value))
     raise TypeError(
@@ -72,18 +70,15 @@ def _encode(value: Any) -> Any:
     )
 
 
-def _held(record: Any) -> list[Any]:
-    """Lists the fields of a dataclass that its constructor takes, or those of a named tuple."""
-    if not dataclasses.is_dataclass(type(record)):
-        return list(record)
-    return [getattr(record, f.name) for f in dataclasses.fields(type(record)) if f.init]
-
-
 def _decode(code: int, data: bytes) -> Any:
     decode = _DECODERS.get(code)
     if decode is None:
         raise ValueError(f"unknown type {code} in a message")
     return decode(data)
+
+
+def _fields(record: Any) -> list[Any]:
+    return list(record) if isinstance(record, tuple) else [getattr(record, f.name) for f in dataclasses.fields(record)]
 
 
 def _name(cls: type) -> str:
@@ -162,6 +157,7 @@ def _unpack_record(data: bytes) -> Any:
     return _records[name](*values)
 
 
+_PLAIN: tuple[Any, ...] = (dict, list, str, bytes, int, float)  # of which subclasses are sent as plain values
 _ENCODERS: tuple[tuple[type, int, Callable[[Any], bytes]], ...] = (
     (tuple, TUPLE, lambda value: pack(list(value))),
     (range, RANGE, lambda value: pack([value.start, value.stop, value.step])),
