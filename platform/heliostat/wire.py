@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # with torch, which takes a second
 C = TypeVar("C", bound=type)
 
 MOST = 2**31 - 1  # bytes of a message
+NAMES = "surrogatepass"  # the name of a file may be no valid text, and errors name files
 TUPLE, RANGE, INTEGER, ARRAY, SCALAR, TENSOR, TABLE, ERROR, RECORD = range(1, 10)  # codes of MessagePack's extension types
 _records: dict[str, type] = {}
 
@@ -40,7 +41,7 @@ def travels(cls: C) -> C:
 
 def pack(value: object) -> bytes:
     """Encodes a value; TypeError for one that is not plain, ValueError for one of more than MOST bytes."""
-    data = msgpack.packb(value, default=_encode, strict_types=True)
+    data = msgpack.packb(value, default=_encode, strict_types=True, unicode_errors=NAMES)
     if len(data) > MOST:
         raise ValueError(f"a message of {len(data):,} bytes is larger than {MOST:,}")
     return data
@@ -48,7 +49,7 @@ def pack(value: object) -> bytes:
 
 def unpack(data: bytes) -> Any:
     """Decodes a value; ValueError if the bytes are not an encoded value."""
-    return msgpack.unpackb(data, ext_hook=_decode, strict_map_key=False)
+    return msgpack.unpackb(data, ext_hook=_decode, strict_map_key=False, unicode_errors=NAMES)
 
 
 def _encode(value: Any) -> Any:
@@ -129,25 +130,27 @@ def _unpack_table(data: bytes) -> pa.Table:
 
 
 def _pack_error(value: HeliostatError) -> bytes:
-    """Encodes an error as the class of `heliostat.errors` that it is or derives from, with its arguments."""
+    """Encodes an error as the class of `heliostat.errors` that it is or derives from, with its arguments and attributes."""
     value = innermost(value) or value
     kind = next(c for c in type(value).__mro__ if c.__module__ == errors.__name__)
     args = value.args if type(value) is kind else (str(value),)
     try:
-        return pack([kind.__name__, list(args), str(value)])
+        return pack([kind.__name__, list(args), vars(value), str(value)])
     except TypeError:
-        return pack([kind.__name__, [str(value)], str(value)])
+        return pack([kind.__name__, [str(value)], {}, str(value)])
 
 
 def _unpack_error(data: bytes) -> HeliostatError:
-    name, args, text = unpack(data)
+    name, args, held, text = unpack(data)
     kind = getattr(errors, name, None)
     if not (isinstance(kind, type) and issubclass(kind, HeliostatError)):
         raise ValueError(f"{name!r} is not an error of heliostat's")
     try:
-        return kind(*args)
+        made = kind(*args)
     except TypeError:  # of a subclass that took others
-        return WorkerError(text)
+        made = WorkerError(text)
+    vars(made).update(held)
+    return made
 
 
 def _unpack_record(data: bytes) -> Any:

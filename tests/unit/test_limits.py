@@ -95,7 +95,7 @@ def test_a_limit_stops_a_run_as_a_signal_does_and_the_error_says_which(tmp_path,
     ):
         Run._handle_stop(run, INTERRUPTED, 7)
     with pytest.raises(LimitError, match="before the first step"):
-        Run._recover(run, StoppedError("stopped before the first step"), run.signals, None)
+        Run._recover(run, StoppedError("stopped before the first step"), None, run.signals, None, None)
     assert issubclass(LimitError, StoppedError) and LimitError("x").exit_code == 130
 
 
