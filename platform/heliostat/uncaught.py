@@ -6,6 +6,7 @@ Such errors have exit code 2. Nothing else changes: the error itself keeps its t
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import TracebackType
 
 from heliostat.errors import HeliostatError
 
-PACKAGE = str(Path(__file__).parent)
+PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def install() -> None:

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import heliostat
 import pytest
-from heliostat import api
+from heliostat import api, uncaught
 from heliostat.errors import ConfigError, MissingDataError
 from ray import cloudpickle
 
@@ -63,6 +63,14 @@ def test_an_uncaught_mistake_of_the_persons_is_one_line_below_the_persons_own_fr
         assert [f for f in frames if "File" in f and "mine.py" not in f] == [] and "direct cause" not in "".join(frames)
     told = ended("load_job(5)")  # a TypeError
     assert "heliostat/api.py" in told
+
+
+def test_the_frames_of_a_folder_whose_name_begins_as_the_packages_are_the_persons():
+    mine = Path(uncaught.__file__).parent.with_name("heliostat_jobs") / "mine.py"
+    try:
+        exec(compile("raise error", str(mine), "exec"), {"error": ConfigError("no")})
+    except ConfigError as e:
+        assert f'"{mine}", line 1' in uncaught.shown(e, e.__traceback__.tb_next)
 
 
 @pytest.mark.parametrize("name", NAMES)

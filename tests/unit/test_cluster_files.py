@@ -196,6 +196,43 @@ def test_open_ports_of_a_kuberay_file_are_warned_of(warning, tmp_path):
     assert any(warning in w for w in found.warnings), found.warnings
 
 
+SOUND = {
+    "expressions": (
+        "podSelector: {matchLabels: &pods {heliostat-cluster: heliostat-h100}} ",
+        "podSelector: {matchExpressions: [{key: heliostat-cluster, operator: In, values: [heliostat-h100]}]} #",
+        "matchLabels: *pods}}]                          # the",
+        "matchLabels: &pods {heliostat-cluster: heliostat-h100}}}] # the",
+    ),
+    "labels of KubeRay": (
+        "&pods {heliostat-cluster: heliostat-h100}}",
+        "&pods {ray.io/cluster: heliostat-h100, ray.io/is-ray-node: 'yes'}}",
+    ),
+    "Prometheus in the same namespace": (
+        "namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: monitoring}}",
+        "podSelector: {matchLabels: {app: prometheus}}",
+    ),
+    "a port by its name": ("{port: 8080, protocol: TCP}", "{port: metrics}"),
+    "all ports of TCP": (
+        "    - from: [{podSelector: {matchLabels: *pods}}] ",
+        "    - ports: [{protocol: TCP}]\n      from: [{podSelector: {matchLabels: *pods}}] ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_network_policies_that_are_right_are_not_warned_of(case, tmp_path):
+    pairs = list(zip(SOUND[case][::2], SOUND[case][1::2], strict=True))
+    found = review.check(broken(ROOT / "clusters" / "kuberay-h100.yaml", tmp_path, *pairs))
+    assert [w for w in found.warnings if "NetworkPolicy" in w] == []
+
+
+def test_a_submitter_needs_no_policy_of_its_own_and_one_that_the_head_does_not_know_is_warned_of(tmp_path):
+    unknown = ("    metadata: {labels: {heliostat-cluster: gpt-1b}}\n    spec:\n      restart", "    spec:\n      restart")
+    found = review.check(broken(ROOT / "clusters" / "kuberay-job.yaml", tmp_path, unknown))
+    warned = [w for w in found.warnings if "NetworkPolicy" in w]
+    assert len(warned) == 1 and "head: ingress: the pod that submits the job cannot reach it; allow port 8265" in warned[0]
+
+
 LAUNCHER_FAULTS = {
     "unknown key": (("max_workers: 24", "max_wrokers: 24"), "max_wrokers: unknown key; did you mean 'max_workers'?"),
     "unknown key below": (
@@ -389,6 +426,7 @@ CLOUD_FAULTS = {
             "- ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}] ",
             "- ports: [{port: 54}] ",
         ),
+        "allow port 53": ("{port: 53, protocol: UDP}, ", ""),
         "the autoscaler cannot reach Kubernetes": ("{port: 443, protocol: TCP}, {port: 6443, protocol: TCP}", "{port: 444}"),
         "pods cannot fetch the credentials": (
             "      ports: [{port: 80, protocol: TCP}, {port: 988, protocol: TCP}",
@@ -439,7 +477,10 @@ def test_a_rayjob_without_a_submitter_of_its_own_is_warned_of(tmp_path):
     policy, raw = yaml.safe_load_all(source.read_text())
     del raw["spec"]["submitterPodTemplate"]
     (tmp_path / source.name).write_text(yaml.safe_dump_all([policy, raw]))
-    assert [w.partition(":")[0] for w in review.check(tmp_path / source.name).warnings] == ["submitterPodTemplate"]
+    assert [w.partition(":")[0] for w in review.check(tmp_path / source.name).warnings] == [
+        "NetworkPolicy",
+        "submitterPodTemplate",
+    ]
 
 
 def test_a_deleted_pods_time_is_held_against_the_jobs_grace():
@@ -540,6 +581,8 @@ with calls.open("a") as f:
     f.write(words + "\\n")
 made = " create " in f" {calls.read_text()} " or "apply" in calls.read_text()
 scene = json.loads((folder / "scene.json").read_text())
+if scene.get("fails") in words.split() and (scene["fails"] == "events" or calls.read_text().count(" raycluster ") < 4):
+    sys.exit("Error from server (Forbidden)")
 if "get events" in words:
     polls = calls.read_text().count("get events")
     print(json.dumps({"items": scene["old"] + [e for e in scene["events"] if made and polls > 1]}))
@@ -568,8 +611,9 @@ def kubernetes(tmp_path, monkeypatch):
     monkeypatch.setenv("KUBE", str(tmp_path))
     monkeypatch.setattr(kuberay, "POLL_S", 0.01)
 
-    def scene(status: dict, events=(), old=()):
-        (tmp_path / "scene.json").write_text(json.dumps({"status": status, "events": list(events), "old": list(old)}))
+    def scene(status: dict, events=(), old=(), fails: str = ""):
+        told = {"status": status, "events": list(events), "old": list(old), "fails": fails}
+        (tmp_path / "scene.json").write_text(json.dumps(told))
         (tmp_path / "calls").unlink(missing_ok=True)
         return tmp_path
 
@@ -600,6 +644,17 @@ def test_up_on_kubernetes_ends_after_a_deadline_with_the_last_warning(kubernetes
     kubernetes({}, [event("heliostat-h100-head-x", "FailedScheduling", "no node has 4 CPUs")])
     with pytest.raises(ClusterError, match=r"not ready after 1 s \(last warning: .*no node has 4 CPUs"):
         kuberay.start(cluster, seconds=1)
+
+
+@pytest.mark.parametrize("fails", ["events", "raycluster"])
+def test_up_on_kubernetes_waits_on_where_events_may_not_be_read_or_a_call_fails_now_and_then(fails, kubernetes):
+    kubernetes(READY, fails=fails)
+    assert "the head is ready" in launch.up(cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml"))["note"]
+
+
+def test_up_on_kubernetes_is_not_ended_by_the_rejection_of_another_cluster(kubernetes):
+    kubernetes(READY, [event("heliostat-h100-large", "InvalidRayClusterSpec", "of another")])
+    assert "the head is ready" in launch.up(cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml"))["note"]
 
 
 @pytest.mark.parametrize(

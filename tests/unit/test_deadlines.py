@@ -28,6 +28,20 @@ async def slow(request: Request) -> PlainTextResponse:
     return PlainTextResponse("answered")
 
 
+async def refused(request: Request) -> PlainTextResponse:
+    return PlainTextResponse("refused", 401)
+
+
+async def waited(request: Request) -> PlainTextResponse:
+    await asyncio.sleep(4 * PERIOD_S)
+    return await body(request)
+
+
+async def busy(request: Request) -> PlainTextResponse:
+    time.sleep(3 * PERIOD_S)  # the loop stands still
+    return PlainTextResponse("answered")
+
+
 async def body(request: Request) -> PlainTextResponse:
     return PlainTextResponse(str(len(await request.body())))
 
@@ -36,7 +50,8 @@ async def body(request: Request) -> PlainTextResponse:
 def port(request, monkeypatch):
     monkeypatch.setattr(deadlines, "PERIOD_S", PERIOD_S)
     monkeypatch.setattr(deadlines, "LEAST_BYTES", 1000)
-    app = Starlette(routes=[Route("/slow", slow), Route("/body", body, methods=["POST"])])
+    posts = [Route(f"/{one.__name__}", one, methods=["POST"]) for one in (body, refused, waited)]
+    app = Starlette(routes=[Route("/slow", slow), Route("/busy", busy), *posts])
     place, ready = free_port(), threading.Event()
     config = uvicorn.Config(app, port=place, log_config=None, lifespan="off", http=request.param, timeout_keep_alive=60)
     server = Server(config, ready.set)
@@ -98,6 +113,40 @@ def test_a_slow_answer_a_steady_body_and_many_requests_of_one_connection_are_ans
         one.request("POST", "/body", body=b"a")
         assert one.getresponse().read() == b"1"
         time.sleep(PERIOD_S / 8)
+
+
+def test_a_large_body_that_is_refused_before_its_end_gets_the_answer(port, monkeypatch):
+    monkeypatch.setattr(deadlines, "PERIOD_S", 10.0)
+    one = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for size in (20_000_000, 1000):
+        one.request("POST", "/refused", body=b"a" * size)
+        assert one.getresponse().read() == b"refused"
+
+
+def test_headers_behind_a_refused_body_are_bounded_too(port):
+    sent = b"POST /refused HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\naGET / HTTP/1.1\r\n"
+    with contextlib.suppress(ConnectionResetError):
+        closed_after(port, sent, b"X-A: " + b"a" * 4000 + b"\r\n", every=0.001)
+
+
+def test_a_client_that_sends_no_body_before_it_is_asked_for_is_not_slow(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as one:
+        one.sendall(b"POST /waited HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")
+        assert one.recv(100).startswith(b"HTTP/1.1 100 ")
+        one.sendall(b"aaaa")
+        assert one.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_request_that_came_while_the_server_was_busy_is_answered(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as one:
+        one.sendall(b"POST /body HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n")
+        time.sleep(PERIOD_S / 4)
+        busy = threading.Thread(target=lambda: http.client.HTTPConnection("127.0.0.1", port).request("GET", "/busy"))
+        busy.start()
+        time.sleep(PERIOD_S / 4)
+        one.sendall(b"\r\naaaa")
+        assert one.recv(100).startswith(b"HTTP/1.1 200 ")
+        busy.join()
 
 
 def test_a_body_that_does_not_end_is_refused_and_holds_no_place_of_its_key():

@@ -68,6 +68,8 @@ def test_a_price_that_is_not_known_is_an_error_and_only_of_nodes_that_may_hold_w
     assert hourly(workers, [node("L4", pool="a"), node("MI300X", pool="b")]) == pytest.approx(2 * 1.67)
     assert hourly(workers, [node("H100", pool="a"), node("A100-80G", pool="a")]) == pytest.approx(2 * 6.88)
     assert hourly(workers, []) is None and hourly(job(workers={"cpus": 4}).workers, []) == pytest.approx(0.2)
+    of_ray = job(workers={"gpus": 1, "labels": {"pool": "a", "ray.io/accelerator-type": "L4"}}).workers
+    assert hourly(of_ray, [node("L4", pool="a"), node("H100", pool="a")]) == pytest.approx(1.67)
     with pytest.raises(ConfigError, match=r"^limits\.cost: the price of MI300X isn't in the price table .*; use limits\.hours"):
         hourly(job(workers={"gpus": 1}).workers, [node("H100"), node("MI300X")])
     with pytest.raises(ConfigError, match="a GPU that Ray has no name for"):

@@ -1,6 +1,7 @@
 """`heliostat ui` takes its server with it, however it ends."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from heliostat.errors import ConfigError
+from heliostat.track.ui import serve
 
 KEY = "sk-a-key-of-the-tests"
 
@@ -34,6 +37,15 @@ def test_a_ui_that_is_told_to_end_leaves_no_server_behind(number, tmp_path):
     process.send_signal(number)
     assert process.wait(30) != 0
     assert [p for p in there if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_that_is_taken_is_said_before_a_server_starts(host, tmp_path):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port: {port} on {host} is taken"):
+            serve(f"sqlite:///{tmp_path}/mlflow.db", host, port, keys_in(tmp_path), print)
 
 
 def test_mlflows_page_is_served_and_opens_as_model_training_where_the_browser_has_not_chosen():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 UP_S = 1200.0  # nodes that an autoscaler adds, and an image of many gigabytes
 POLL_S = 2.0
+OF_JOB = r"-(raycluster-)?[a-z0-9]{5}"  # what KubeRay puts behind a job's name to name its cluster
+FAILURES = 10  # of a call, in a row, after which the wait ends
 JOB_FAILED = ("Failed", "ValidationFailed")
 JOB_QUEUED = ("Suspended", "Suspending")
 JOB_UP = ("Running", "Complete")
@@ -37,6 +40,7 @@ class Event:
     warning: bool
     reason: str
     about: str
+    name: str
     message: str
 
     @property
@@ -51,19 +55,20 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
     Raises ClusterError with the operator's reason if it rejects the file or the job fails, and with the last warnings after
     `seconds`.
     """
-    seen = {(e.uid, e.count) for e in _events(cluster)}
+    ask = Asker(cluster)
+    seen = {(e.uid, e.count) for e in ask.events()}
     _create(cluster)
-    deadline, warned = time.monotonic() + seconds, Event("", 0, False, "", "", "")
+    deadline, warned = time.monotonic() + seconds, Event("", 0, False, "", "", "", "")
     while True:
-        for event in _events(cluster):
+        for event in ask.events():
             if (event.uid, event.count) in seen:
                 continue
             seen.add((event.uid, event.count))
-            if event.rejects:
+            if event.rejects and _is_of(event, cluster):
                 raise ClusterError(f"{cluster.path}: KubeRay rejects it ({event.reason}): {event.message}")
             log.log(logging.WARNING if event.warning else logging.INFO, "%s: %s: %s", event.about, event.reason, event.message)
             warned = event if event.warning else warned
-        if note := _note(cluster, _status(cluster)):
+        if note := _note(cluster, ask.status()):
             return note
         if time.monotonic() > deadline:
             last = f" (last warning: {warned.about}: {warned.reason}: {warned.message})" if warned.uid else ""
@@ -72,6 +77,42 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
                 f"look: kubectl -n {cluster.namespace} describe {cluster.kind.lower()} {cluster.name}"
             )
         time.sleep(POLL_S)
+
+
+class Asker:
+    """Asks Kubernetes while a start is waited for. A call that fails now and then doesn't end it, nor do unreadable events."""
+
+    def __init__(self, cluster: ClusterFile) -> None:
+        self.cluster, self.failed, self.first, self.blind = cluster, 0, True, False
+
+    def events(self) -> list[Event]:
+        """Returns the events; none if they cannot be read, nor later if it is so at first: old ones would be taken for new."""
+        first, self.first = self.first, False
+        try:
+            return [] if self.blind else list(_events(self.cluster))
+        except ClusterError as e:
+            if first:
+                self.blind = True
+                log.warning("%s; the operator's events are not shown", e)
+            return []
+
+    def status(self) -> dict[str, Any]:
+        """Returns the resource's status, empty where it cannot be read; ClusterError after FAILURES in a row."""
+        try:
+            found = _status(self.cluster)
+        except ClusterError:
+            self.failed += 1
+            if self.failed >= FAILURES:
+                raise
+            return {}
+        self.failed = 0
+        return found
+
+
+def _is_of(event: Event, cluster: ClusterFile) -> bool:
+    """Checks whether an event is about the resource, or the cluster of its job, and not about others whose names begin so too."""
+    rest = event.name.removeprefix(cluster.name)
+    return not rest or (cluster.kind == "RayJob" and re.fullmatch(OF_JOB, rest) is not None)
 
 
 def _create(cluster: ClusterFile) -> None:
@@ -124,5 +165,6 @@ def _events(cluster: ClusterFile) -> Iterator[Event]:
                 warning=item.get("type") == "Warning",
                 reason=str(item.get("reason", "")),
                 about=f"{about.get('kind', '')} {name}".strip(),
+                name=name,
                 message=str(item.get("message") or item.get("note") or "")[:500],
             )

@@ -13,9 +13,13 @@ from typing import Any
 from heliostat.cluster.cluster_file import ClusterFile, groups
 
 METRICS, DASHBOARD, DNS = 8080, 8265, 53
+NAMES = {METRICS: ("metrics",), DASHBOARD: ("dashboard",), DNS: ("dns",)}  # by which policies may name the ports
 KUBERNETES_API = (443, 6443)
 IDENTITY = {80: "EKS and EC2", 988: "GKE"}  # ports of the services that give pods their credentials
 GATES = {"networkPolicy": "RayClusterNetworkPolicy", "tlsOptions": "RayClusterMTLS"}  # of KubeRay 1.7, both off by default
+
+MADE = {"ray.io/is-ray-node": "yes", "app.kubernetes.io/name": "kuberay", "app.kubernetes.io/created-by": "kuberay-operator"}
+SUBMITTER = "submitter"  # the pod that submits a RayJob; it listens to nothing
 
 Rule = dict[str, Any]  # of Kubernetes: from or to, and ports
 
@@ -53,7 +57,7 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
         return  # the operator makes the policies
     kinds = _kinds(cluster)
     rules = {kind.name: _rules(cluster, kind) for kind in kinds}
-    if exposed := [name for name, own in rules.items() if own.ingress is None]:
+    if exposed := [name for name, own in rules.items() if own.ingress is None and name != SUBMITTER]:
         yield (
             f"NetworkPolicy: every pod of Kubernetes reaches Ray's ports of {', '.join(exposed)}; add a policy for Ingress that "
             "selects them, as clusters/kuberay-h100.yaml does"
@@ -65,11 +69,14 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
 def _kinds(cluster: ClusterFile) -> list[PodKind]:
     named = {} if cluster.kind == "RayJob" else {"ray.io/cluster": cluster.name}  # KubeRay names a RayJob's cluster
     head, *workers = groups(cluster.spec)
-    kinds = [PodKind("head", head[1]["template"], {**named, "ray.io/node-type": "head", "ray.io/group": "headgroup"})]
+    kinds = [PodKind("head", head[1]["template"], {**MADE, **named, "ray.io/node-type": "head", "ray.io/group": "headgroup"})]
     for name, group in workers:
-        kinds.append(PodKind(name, group["template"], {**named, "ray.io/node-type": "worker", "ray.io/group": name}))
-    submitter = cluster.raw["spec"].get("submitterPodTemplate") if cluster.kind == "RayJob" else None
-    return [*kinds, PodKind("submitter", submitter)] if submitter else kinds
+        made = {**MADE, **named, "ray.io/node-type": "worker", "ray.io/group": name}
+        kinds.append(PodKind(name, group["template"], made))
+    job = cluster.raw["spec"] if cluster.kind == "RayJob" else {"submissionMode": ""}
+    if job.get("submissionMode", "K8sJobMode") == "K8sJobMode":
+        kinds.append(PodKind(SUBMITTER, job.get("submitterPodTemplate") or {}))
+    return kinds
 
 
 def _policies(cluster: ClusterFile) -> Iterator[dict[str, Any]]:
@@ -90,54 +97,104 @@ def _rules(cluster: ClusterFile, kind: PodKind) -> Rules:
 
 
 def _selects(selector: dict[str, Any] | None, labels: dict[str, str]) -> bool:
-    """Checks a label selector; the empty one selects every pod, and `matchExpressions` are taken as not matching."""
+    """Checks a label selector; the empty one selects every pod."""
     selector = selector or {}
-    return not selector.get("matchExpressions") and (selector.get("matchLabels") or {}).items() <= labels.items()
+    if not (selector.get("matchLabels") or {}).items() <= labels.items():
+        return False
+    for one in selector.get("matchExpressions") or []:
+        key, values, operator = one.get("key"), one.get("values") or [], one.get("operator")
+        found = {"In": labels.get(key) in values, "NotIn": labels.get(key) not in values,
+                 "Exists": key in labels, "DoesNotExist": key not in labels}  # fmt: skip
+        if not found.get(operator, False):
+            return False
+    return True
 
 
 def _unreachable(cluster: ClusterFile, kind: PodKind, own: Rules, kinds: list[PodKind]) -> Iterator[str]:
     """Yields what the pods need and no rule lets through."""
+    of_ray = [other for other in kinds if other.name != SUBMITTER]
     for direction, rules in (("ingress", own.ingress), ("egress", own.egress)):
-        if rules is not None and not all(_lets_pods_through(rules, other) for other in kinds):
+        needs = kind.name != SUBMITTER and rules is not None
+        if needs and not all(_lets_pods_through(rules, other) for other in of_ray):
             yield f"NetworkPolicy: {kind.name}: {direction}: not all of the cluster's own pods; allow them on every port"
+    yield from _unsubmitted(kind, own, kinds)
     if own.egress is not None:
-        if not _open(own.egress, DNS):
+        if not _open(own.egress, DNS, kinds, "UDP"):
             yield f"NetworkPolicy: {kind.name}: egress: no name can be looked up, the head's neither; allow port {DNS}"
         autoscales = kind.name == "head" and cluster.spec.get("enableInTreeAutoscaling")
-        if autoscales and not any(_open(own.egress, port) for port in KUBERNETES_API):
+        if autoscales and not any(_open(own.egress, port, kinds) for port in KUBERNETES_API):
             yield "NetworkPolicy: head: egress: the autoscaler cannot reach Kubernetes; allow port 443 or 6443 of its API"
         account = (kind.template.get("spec") or {}).get("serviceAccountName")
-        if account and not any(_open(own.egress, port) for port in IDENTITY):
+        if account and not any(_open(own.egress, port, kinds) for port in IDENTITY):
             where = ", ".join(f"{port} for {cloud}" for port, cloud in IDENTITY.items())
             yield f"NetworkPolicy: {kind.name}: egress: pods cannot fetch the credentials of their service account; allow {where}"
-    if own.ingress is not None and kind.name != "submitter":
-        if kind.name == "head" and cluster.kind == "RayJob" and not _open(own.ingress, DASHBOARD):
+    if own.ingress is not None and kind.name != SUBMITTER:
+        if kind.name == "head" and cluster.kind == "RayJob" and not _open(own.ingress, DASHBOARD, kinds):
             yield f"NetworkPolicy: head: ingress: the operator cannot ask for the job's state; allow port {DASHBOARD} from it"
-        if not _open(own.ingress, METRICS):
+        if not _open(own.ingress, METRICS, kinds):
             yield f"NetworkPolicy: {kind.name}: ingress: Prometheus cannot read Ray's metrics; allow port {METRICS}"
 
 
-def _lets_pods_through(rules: list[Rule], kind: PodKind) -> bool:
-    """Checks whether a rule without ports names the pods by their labels, or names no peer at all."""
+def _unsubmitted(kind: PodKind, own: Rules, kinds: list[PodKind]) -> Iterator[str]:
+    """Yields what keeps a RayJob's submitter from the head's dashboard."""
+    named = {other.name: other for other in kinds}
+    if SUBMITTER not in named:
+        return
+    if kind.name == "head" and own.ingress is not None and not _lets_pods_through(own.ingress, named[SUBMITTER], DASHBOARD):
+        yield (
+            f"NetworkPolicy: head: ingress: the pod that submits the job cannot reach it; allow port {DASHBOARD} from it, by a "
+            "label of submitterPodTemplate"
+        )
+    if kind.name == SUBMITTER and own.egress is not None and not _lets_pods_through(own.egress, named["head"], DASHBOARD):
+        yield f"NetworkPolicy: {SUBMITTER}: egress: it cannot reach the head; allow port {DASHBOARD} to it"
+
+
+def _lets_pods_through(rules: list[Rule], kind: PodKind, port: int | None = None) -> bool:
+    """Checks whether a rule names the pods by their labels, or names no peer at all; one of every port, or of this one."""
     for rule in rules:
         peers = rule.get("from") or rule.get("to")
-        if not rule.get("ports") and (
-            not peers
-            or any("podSelector" in p and "namespaceSelector" not in p and _selects(p["podSelector"], kind.labels) for p in peers)
+        ports = rule.get("ports")
+        if ports and not any(_every(entry) or (port and _holds(entry, port, "TCP")) for entry in ports):
+            continue
+        if not peers or any(
+            "podSelector" in p and "namespaceSelector" not in p and _selects(p["podSelector"], kind.labels) for p in peers
         ):
             return True
     return False
 
 
-def _open(rules: list[Rule], port: int) -> bool:
-    """Checks whether a rule lets the port through beyond the pods of the cluster's own namespace; one without ports lets all."""
+def _open(rules: list[Rule], port: int, kinds: list[PodKind], protocol: str = "TCP") -> bool:
+    """Checks whether a rule lets the port through beyond the cluster's own pods; one without ports lets all through."""
     for rule in rules:
         peers = rule.get("from") or rule.get("to")
-        if peers and all("namespaceSelector" not in p and "ipBlock" not in p for p in peers):
+        if peers and all(_own(peer, kinds) for peer in peers):
             continue
-        ports = rule.get("ports") or [{"port": port}]
-        for entry in ports:
-            first = entry.get("port")
-            if first == port or (isinstance(first, int) and first <= port <= entry.get("endPort", first)):
-                return True
+        ports = rule.get("ports")
+        if not ports or any(_holds(entry, port, protocol) for entry in ports):
+            return True
     return False
+
+
+def _own(peer: dict[str, Any], kinds: list[PodKind]) -> bool:
+    """Checks whether a rule's peer is none but the cluster's own pods."""
+    selector = peer.get("podSelector")
+    if "namespaceSelector" in peer or "ipBlock" in peer or not selector:  # an empty one selects all of the namespace
+        return False
+    return any(_selects(selector, kind.labels) for kind in kinds)
+
+
+def _holds(entry: dict[str, Any], port: int, protocol: str) -> bool:
+    """Checks whether an entry of a rule's ports holds one; one without a port holds all of its protocol (TCP if not given)."""
+    first = entry.get("port")
+    if entry.get("protocol", "TCP") != protocol:
+        return False
+    if isinstance(first, int):
+        return first <= port <= entry.get("endPort", first)
+    return first is None or first.startswith(NAMES.get(port, ()))
+
+
+def _every(entry: dict[str, Any]) -> bool:
+    """Checks whether an entry of a rule's ports holds every port of TCP, which is all that Ray's pods use."""
+    first = entry.get("port")
+    of_all = first is None or (first == 1 and entry.get("endPort", 0) == 65535)
+    return entry.get("protocol", "TCP") == "TCP" and of_all

@@ -189,6 +189,7 @@ def places() -> list[str]:
     libraries = [str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix)]
     libraries += [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     libraries += [*site.getsitepackages(), str(Path(heliostat.__file__).parent)]
+    libraries += [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]  # the user's own
     return [place for place in dict.fromkeys((*SYSTEM, *libraries)) if Path(place).is_dir()]
 
 

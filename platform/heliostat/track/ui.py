@@ -32,7 +32,7 @@ def serve(store: str, host: str, port: int, keys: Path, ready: Callable[[str], N
     if store.startswith(("http://", "https://")):
         log.info("MLflow's UI is at %s", redact(store))
         return
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         if probe.connect_ex((host, port)) == 0:
             raise ConfigError(f"--port: {port} on {host} is taken; give another")
     ready(f"http://{f'[{host}]' if ':' in host else host}:{port}/")

@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Any
 
 PERIOD_S = 10.0  # between two checks of a connection; a request that makes no progress ends within two of them
+AGAIN = 0.1  # of a period, after which a connection that seems to be slow is checked again, before it is closed
 HEAD_BYTES = 64 << 10  # of a request line and headers
 LEAST_BYTES = 10 << 10  # of a body that arrive within a period
 
@@ -39,18 +40,21 @@ class Watch:
 
     def __init__(self, protocol: Any) -> None:
         self.protocol, self.seen = protocol, protocol.cycle
-        self.head = self.arrived = self.before = 0
+        self.head = self.arrived = self.before = self.end = 0
         self.loop = asyncio.get_running_loop()
         self.began: float | None = self.loop.time()  # when the client was to send headers, or began to
+        self.doubted = False  # at the last check
         self.timer = self.loop.call_later(PERIOD_S, self.check)
 
     def took(self, size: int, new: bool) -> None:
         """Counts bytes that arrived; closes a connection whose request has no end of its headers. `new`: a request began."""
+        if new:
+            self.end = self.arrived + _body_bytes(self.protocol.cycle.scope)  # of its body, at the least
         self.arrived += size
-        if new or not self.asking:
+        if new or not self.asking or self.finishing:
             self.head, self.began = 0, None
             return
-        self.head, self.began = self.head + size, self.began or self.loop.time()
+        self.head, self.began = self.head + min(size, self.arrived - self.end), self.began or self.loop.time()
         if self.head > HEAD_BYTES:
             self.close()
 
@@ -59,21 +63,34 @@ class Watch:
         """Tells whether the client is to send a request: none is under way."""
         return self.protocol.cycle is None or self.protocol.cycle.response_complete
 
+    @property
+    def finishing(self) -> bool:
+        """Tells whether the client is still sending a body that was answered before its end, such as one without a key.
+
+        Whoever sends a body reads the answer behind it: to close the connection would hide the answer.
+        """
+        return self.arrived < self.end
+
     def check(self) -> None:
         """Closes the connection if headers take longer than a period, or too little of a body came since the last check.
 
-        The pause between an answer and the first byte of the next request is uvicorn's affair.
+        It looks twice: a loop that was busy runs its timers before it reads what has arrived. The pause between an answer and the
+        first byte of the next request is uvicorn's affair.
         """
         now, transport = self.protocol.cycle, self.protocol.transport
         if transport.is_closing() or transport.get_protocol() is not self.protocol:  # ended, or of another protocol by now
             return
-        if self.asking:
+        if self.asking and not self.finishing:
             slow = self.began is not None and self.loop.time() - self.began >= PERIOD_S
         else:
-            awaited = now.more_body and not self.protocol.flow.read_paused
-            slow = awaited and now is self.seen and self.arrived - self.before < LEAST_BYTES
-        if slow:
+            asked = now.more_body and not now.waiting_for_100_continue and not self.protocol.flow.read_paused
+            slow = (self.asking or asked) and now is self.seen and self.arrived - self.before < LEAST_BYTES
+        if slow and self.doubted:
             self.close()
+            return
+        self.doubted = slow
+        if slow:
+            self.timer = self.loop.call_later(AGAIN * PERIOD_S, self.check)
             return
         self.seen, self.before = now, self.arrived
         self.timer = self.loop.call_later(PERIOD_S, self.check)
@@ -82,6 +99,13 @@ class Watch:
         """Ends the connection at once: its client has no claim to an answer."""
         self.timer.cancel()
         self.protocol.transport.abort()
+
+
+def _body_bytes(scope: Any) -> int:
+    """Returns the Content-Length of a request; 0 without one, or if the body comes in chunks."""
+    headers = dict(scope["headers"])
+    told = headers.get(b"content-length", b"")
+    return int(told) if told.isdigit() and b"transfer-encoding" not in headers else 0
 
 
 def _watching(made: Callable[..., None]) -> Callable[..., None]:

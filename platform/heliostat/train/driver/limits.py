@@ -18,6 +18,7 @@ from heliostat.errors import ConfigError
 from heliostat.train.time_ledger import Recorder
 
 EVERY_S = 5.0  # between two looks
+RAYS, ACCELERATOR = "ray.io/", "ray.io/accelerator-type"  # labels that Ray gives nodes
 
 
 class Spending:
@@ -29,9 +30,14 @@ class Spending:
         self._rate: float | None = None  # of a worker's hour, once it is known
         self._next = 0.0
 
+    @property
+    def lacks_price(self) -> bool:
+        """Tells whether the nodes are to be asked for, as money is limited and the price of a worker is not known yet."""
+        return bool(self.limits.cost) and self._rate is None
+
     def look(self, nodes: Iterable[dict[str, Any]]) -> None:
         """Finds the price of a worker on these nodes (`cluster.nodes.inventory`); ConfigError if the table lacks it."""
-        if self.limits.cost and self._rate is None:
+        if self.lacks_price:
             self._rate = hourly(self.workers, nodes)
 
     def due(self) -> bool:
@@ -67,7 +73,10 @@ def hourly(workers: Workers, nodes: Iterable[dict[str, Any]]) -> float | None:
     devices = _table()["devices"]
     if not workers.gpus:
         return workers.cpus * devices["cpu"]["hour"]
-    fitting = [n for n in nodes if n["gpus"] and workers.labels.items() <= n["labels"].items()]
+    wanted = {name: value for name, value in workers.labels.items() if not name.startswith(RAYS)}  # Ray's own: not listed
+    fitting = [n for n in nodes if n["gpus"] and wanted.items() <= n["labels"].items()]
+    if kind := workers.labels.get(ACCELERATOR):
+        fitting = [n for n in fitting if kind in n["accelerators"]]
     kinds = {kind for node in fitting for kind in node["accelerators"] or ["a GPU that Ray has no name for"]}
     known = {kind: devices.get(kind.split("-")[0]) for kind in kinds}
     if unknown := sorted(kind for kind, device in known.items() if device is None):

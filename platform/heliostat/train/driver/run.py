@@ -254,9 +254,10 @@ class Run:
         if self.lease.lost:
             raise self.lease.lost
         if self.spending.due():
-            from heliostat.cluster import nodes
+            if self.spending.lacks_price:
+                from heliostat.cluster import nodes
 
-            self.spending.look(nodes.inventory())
+                self.spending.look(nodes.inventory())
             if reached := self.spending.check():
                 self.signals.limit(reached)
 
