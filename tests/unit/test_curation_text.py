@@ -2,6 +2,7 @@
 
 import random
 import socket
+import sys
 import sysconfig
 import time
 from pathlib import Path
