@@ -28,9 +28,8 @@ if TYPE_CHECKING:  # with torch, which takes a second
 C = TypeVar("C", bound=type)
 
 MOST = 2**31 - 1  # bytes of a message
+NAMES = "surrogatepass"  # the name of a file may be no valid text, and errors name files
 TUPLE, RANGE, INTEGER, ARRAY, SCALAR, TENSOR, TABLE, ERROR, RECORD = range(1, 10)  # codes of MessagePack's extension types
-PLAIN = (dict, list, str, bytes, int, float)
-
 _records: dict[str, type] = {}
 
 
@@ -42,7 +41,7 @@ def travels(cls: C) -> C:
 
 def pack(value: object) -> bytes:
     """Encodes a value; TypeError for one that is not plain, ValueError for one of more than MOST bytes."""
-    data = msgpack.packb(value, default=_encode, strict_types=True)
+    data = msgpack.packb(value, default=_encode, strict_types=True, unicode_errors=NAMES)
     if len(data) > MOST:
         raise ValueError(f"a message of {len(data):,} bytes is larger than {MOST:,}")
     return data
@@ -50,21 +49,21 @@ def pack(value: object) -> bytes:
 
 def unpack(data: bytes) -> Any:
     """Decodes a value; ValueError if the bytes are not an encoded value."""
-    return msgpack.unpackb(data, ext_hook=_decode, strict_map_key=False)
+    return msgpack.unpackb(data, ext_hook=_decode, strict_map_key=False, unicode_errors=NAMES)
 
 
 def _encode(value: Any) -> Any:
     """Encodes what MessagePack has no type for."""
     if _records.get(_name(type(value))) is type(value):
-        return msgpack.ExtType(RECORD, pack([_name(type(value)), _held(value)]))
+        return msgpack.ExtType(RECORD, pack([_name(type(value)), _fields(value)]))
     for kind, code, encode in _ENCODERS:
         if isinstance(value, kind):
             return msgpack.ExtType(code, encode(value))
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return msgpack.ExtType(INTEGER, str(int(value)).encode())
-    plain: type | None = next((kind for kind in PLAIN if isinstance(value, kind)), None)
-    if plain is not None:  # a subclass
-        return plain(value)
+    for plain in _PLAIN:
+        if isinstance(value, plain):
+            return plain(value)
     if type(value).__module__ == "torch":
         return msgpack.ExtType(TENSOR, _pack_tensor(value))
     raise TypeError(
@@ -72,18 +71,15 @@ def _encode(value: Any) -> Any:
     )
 
 
-def _held(record: Any) -> list[Any]:
-    """Lists the fields of a dataclass that its constructor takes, or those of a named tuple."""
-    if not dataclasses.is_dataclass(type(record)):
-        return list(record)
-    return [getattr(record, f.name) for f in dataclasses.fields(type(record)) if f.init]
-
-
 def _decode(code: int, data: bytes) -> Any:
     decode = _DECODERS.get(code)
     if decode is None:
         raise ValueError(f"unknown type {code} in a message")
     return decode(data)
+
+
+def _fields(record: Any) -> list[Any]:
+    return list(record) if isinstance(record, tuple) else [getattr(record, f.name) for f in dataclasses.fields(record)]
 
 
 def _name(cls: type) -> str:
@@ -134,25 +130,27 @@ def _unpack_table(data: bytes) -> pa.Table:
 
 
 def _pack_error(value: HeliostatError) -> bytes:
-    """Encodes an error as the class of `heliostat.errors` that it is or derives from, with its arguments."""
+    """Encodes an error as the class of `heliostat.errors` that it is or derives from, with its arguments and attributes."""
     value = innermost(value) or value
     kind = next(c for c in type(value).__mro__ if c.__module__ == errors.__name__)
     args = value.args if type(value) is kind else (str(value),)
     try:
-        return pack([kind.__name__, list(args), str(value)])
+        return pack([kind.__name__, list(args), vars(value), str(value)])
     except TypeError:
-        return pack([kind.__name__, [str(value)], str(value)])
+        return pack([kind.__name__, [str(value)], {}, str(value)])
 
 
 def _unpack_error(data: bytes) -> HeliostatError:
-    name, args, text = unpack(data)
+    name, args, held, text = unpack(data)
     kind = getattr(errors, name, None)
     if not (isinstance(kind, type) and issubclass(kind, HeliostatError)):
         raise ValueError(f"{name!r} is not an error of heliostat's")
     try:
-        return kind(*args)
+        made = kind(*args)
     except TypeError:  # of a subclass that took others
-        return WorkerError(text)
+        made = WorkerError(text)
+    vars(made).update(held)
+    return made
 
 
 def _unpack_record(data: bytes) -> Any:
@@ -162,6 +160,7 @@ def _unpack_record(data: bytes) -> Any:
     return _records[name](*values)
 
 
+_PLAIN: tuple[Any, ...] = (dict, list, str, bytes, int, float)  # of which subclasses are sent as plain values
 _ENCODERS: tuple[tuple[type, int, Callable[[Any], bytes]], ...] = (
     (tuple, TUPLE, lambda value: pack(list(value))),
     (range, RANGE, lambda value: pack([value.start, value.stop, value.step])),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from heliostat.curation import care, crew, engine, flow, registry, tally
+from heliostat.curation import care, crew, engine, flow, registry, segment, tally
 from heliostat.curation.engine import Curated, Engine
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
@@ -64,12 +64,30 @@ class Plain(Stage):
         return lambda documents: [Outcome(d, counts={"seen": 1}) for d in documents]
 
 
+class Unkept(Stage):
+    """Makes a column, and of one document's a value that is not JSON, which shows where the document is stored."""
+
+    @classmethod
+    def named(cls) -> str:
+        return "unkept"
+
+    def open(self):
+        def outcome(document: Document) -> Outcome:
+            times = document.columns.get("times", 0) + 1
+            document.columns["times"] = {1: "no", "key": "of JSON"} if WRONG in document.text else times
+            return Outcome(document)
+
+        return lambda documents: [outcome(d) for d in documents]
+
+
 @pytest.fixture
 def forked(monkeypatch) -> ForkedRay:
     made, real = ForkedRay(), registry.find
     for module in (crew, flow):
         monkeypatch.setattr(module, "ray", made)
-    monkeypatch.setattr(registry, "find", lambda name: {"fragile": Fragile, "plain": Plain}.get(name) or real(name))
+    monkeypatch.setattr(
+        registry, "find", lambda name: {"fragile": Fragile, "plain": Plain, "unkept": Unkept}.get(name) or real(name)
+    )
     monkeypatch.setattr(crew, "PAUSE", Backoff(0.01, 0.01))
     return made
 
@@ -115,6 +133,17 @@ def test_a_document_that_crashes_is_left_out_and_all_others_are_kept(tmp_path, f
     again, here = curate(tmp_path, given, STAGES)
     assert not here.done and again.reasons == found.reasons and here.crashed == len(marked)
     assert [p.name for p in tmp_path.glob("notes/*")] == ["libraries.json"]
+
+
+def test_a_document_that_cannot_be_stored_is_left_out_and_those_before_it_are_stored_once(tmp_path, forked):
+    """The batch fails where some of it could have been added already; the second look begins with the columns as they were."""
+    given = texts(d077=WRONG)
+    found, made = curate(tmp_path, given, [{"stage": "unkept"}, {"stage": "plain"}])
+    gone = left_out(found, made)
+    assert sum(run.rows for run in found.runs) == len(given) - 1 and left(found, made).keys() == given.keys() - {"d077"}
+    assert gone.keys() == {"d077"} and gone["d077"][:2] == ("finish", "crashed")
+    rows = [row for run in found.runs for t in segment.survivors(made.work.spill, run) for row in t["columns"].to_pylist()]
+    assert Counter(rows) == {'{"times": 1}': len(given) - 1}
 
 
 def test_a_document_at_which_a_process_was_killed_by_chance_is_kept(tmp_path, forked):

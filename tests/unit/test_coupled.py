@@ -86,12 +86,12 @@ def test_no_worker_holds_the_matrix_of_all_pairs(tmp_path, monkeypatch):
     number, made = 4096, recipe(tmp_path)
     monkeypatch.setattr(made, "represent", lambda engine, batch: pairs(number))
     monkeypatch.setattr(coupled, "_from_all", lambda tensor: tensor)
-    monkeypatch.setattr(coupled, "seeded", lambda micros, device: [(micros[0], {})])
+    monkeypatch.setattr(coupled, "seeded", lambda micros, *given: [(micros[0], {})])
     monkeypatch.setattr(coupled, "dist", Group(1, 4))
     monkeypatch.setattr(coupled, "SHARED_FROM", 256, raising=False)
     micro, engine = Micro(0, np.arange(number), {}), type("Engine", (), {"device": torch.device("cpu")})
     with Largest() as largest:
-        coupled.first_pass(made, engine, [micro], lambda loss, *_: loss, number)
+        coupled.first_pass(made, engine, [micro], lambda loss, *_: loss, number, lambda: None)
     assert largest.bytes <= 4 * 256 * number  # a block's scores
 
 

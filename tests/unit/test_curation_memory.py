@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat.curation import comparing, flow, repetition, segment, slices, spill, tally
+from heliostat.curation import comparing, crew, flow, repetition, segment, slices, spill, tally
 from heliostat.curation.english import words
 from heliostat.curation.minhash import signatures
 from heliostat.curation.stage import Document
@@ -210,13 +210,24 @@ def test_tasks_use_an_allocator_that_keeps_nothing(tmp_path):
     assert made["pool"] == "system"
 
 
-@pytest.mark.parametrize(
-    ("memory", "nodes", "asked"),
-    [(2 << 30, [8 << 30, 4 << 30], 2 << 30), (2 << 30, [1 << 30], 1 << 30), (0, [8 << 30], None), (2 << 30, [], None)],
-)
-def test_a_task_asks_ray_for_its_memory_and_for_no_more_than_a_node_has(tmp_path, monkeypatch, memory, nodes, asked):
-    monkeypatch.setattr(flow.ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": float(n)}} for n in nodes])
-    assert flow.Flow(Work(Location(str(tmp_path))), memory=memory).memory_each() == asked
+GB = 1 << 30
+
+
+@pytest.mark.parametrize(("memory", "nodes", "cpus", "asked"), [
+    (2 * GB, [(4, 8 * GB), (4, 4 * GB)], 1, 2 * GB),
+    (2 * GB, [(4, 1 * GB)], 1, 1 * GB),
+    (0, [(4, 8 * GB)], 1, None),
+    (2 * GB, [], 1, None),
+    (2 * GB, [(0, 8 * GB), (4, 1 * GB)], 1, 1 * GB),  # a head without CPUs
+    (8 * GB, [(16, 4 * GB), (2, 64 * GB)], 16, 4 * GB),  # not 8 GB, which the node with 16 CPUs has not
+])  # fmt: skip
+def test_a_task_asks_ray_for_its_memory_and_for_no_more_than_a_node_has(tmp_path, monkeypatch, memory, nodes, cpus, asked):
+    there = [{"Alive": True, "Resources": {"CPU": float(have), "memory": float(n)}} for have, n in nodes]
+    monkeypatch.setattr(flow.ray, "nodes", lambda: there)
+    made = flow.Flow(Work(Location(str(tmp_path))), memory=memory)
+    assert made.memory_each(cpus) == asked
+    working = crew.Crew(made, "some", flow.execute, print, cpus, 0, 0.0)
+    assert not working.full and working.memory == asked
 
 
 def test_tallies_are_summed_one_at_a_time():

@@ -286,6 +286,7 @@ def test_pii_leaves_code_as_it_is(code):
     [
         ('"From:\\nfoo@example.com"', '"From:\\n<email>"'),
         ("Write to jane@a.com.Then wait, mailto:joe@b.museum", "Write to <email>.Then wait, mailto:<email>"),
+        ("请发邮件到john@example.com联系我们", "请发邮件到<email>联系我们"),  # no spaces between words
         ("ping 2a00:1450:4001:80b::200e, [2001:4860:4860::8844]:53", "ping <ip>, [<ip>]:53"),
         ("8.8.8.8-8.8.4.4 and 224.0.0.1", "<ip>-<ip> and 224.0.0.1"),
         ("2024-01-02 8.8.8.8 GET /", "2024-01-02 <ip> GET /"),

@@ -63,7 +63,7 @@ def test_every_pass_of_a_loss_that_couples_samples_is_progress(engine, monkeypat
         Couples(),
         engine,
         micros(4),
-        Couples().couple,
+        lambda made, name: made,
         4,
         lambda: counted.append(1),  # type: ignore[arg-type]
     )

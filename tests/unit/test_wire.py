@@ -28,7 +28,7 @@ PACKAGE = Path(errors.__file__).parent
     "value",
     [
         None, True, 7, -(2**63), 2**64 - 1, 2**70, -(2**70), 1.5, float("inf"), "ä", b"\0x", [1, [2, None]], (1, ("a", [()])),
-        range(3, 9, 2),
+        range(3, 9, 2), "a\udcff",
         {"a": 1, 2: (3,), ("shard", 0): {"x": []}}, Location("s3://b/k?region=r"), Bad(1, 2, 3, 4, "torn", (5, 6, 7)),
         placement.Part([{"file": "x"}], {"w": {"runs": [[0, 1, 0, 5]]}}), Outcome(value=[1]),
         Checkpoint(Location("/x"), {"step": 5}, Checkpoint(Location("/f"), {}), {0: {("w", 0): [1]}}),
@@ -73,6 +73,14 @@ class Own(errors.DataError):
 def test_errors_come_back_as_the_class_that_the_driver_decides_by(error, kind, args):
     again = wire.unpack(wire.pack(error))
     assert type(again) is kind and str(again) == str(error) and args in (None, again.args)
+
+
+def test_the_rank_whose_error_it_is_arrives_at_the_other_ranks():
+    """Else each names its own rank, and one broken device is taken for many."""
+    error = errors.WorkerError("worker 3: CUDA error: an illegal memory access was encountered")
+    error.rank = 3
+    again = wire.unpack(wire.pack(Outcome(error=error, rank=3))).error
+    assert (type(again), str(again), again.rank) == (errors.WorkerError, str(error), 3)
 
 
 class Local(NamedTuple):

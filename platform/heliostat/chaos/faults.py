@@ -332,7 +332,7 @@ FAULTS = {
         Fault("mlflow-down", "MLflow's server dies, and comes back", mlflow_down, prepare_mlflow,
               notice=logger.AWAY, cured=logger.BACK),
         Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk,
-              disks.why_not),
+              disks.why_not, notice="a checkpoint could not be saved"),
     )
 }  # fmt: skip
 

@@ -73,7 +73,7 @@ def _kinds(cluster: ClusterFile) -> list[PodKind]:
     for name, group in workers:
         made = {**MADE, **named, "ray.io/node-type": "worker", "ray.io/group": name}
         kinds.append(PodKind(name, group["template"], made))
-    job = cluster.raw["spec"] if cluster.kind == "RayJob" else {"submissionMode": ""}
+    job: dict[str, Any] = cluster.raw["spec"] if cluster.kind == "RayJob" else {"submissionMode": ""}
     if job.get("submissionMode", "K8sJobMode") == "K8sJobMode":
         kinds.append(PodKind(SUBMITTER, job.get("submitterPodTemplate") or {}))
     return kinds
@@ -114,8 +114,9 @@ def _unreachable(cluster: ClusterFile, kind: PodKind, own: Rules, kinds: list[Po
     """Yields what the pods need and no rule lets through."""
     of_ray = [other for other in kinds if other.name != SUBMITTER]
     for direction, rules in (("ingress", own.ingress), ("egress", own.egress)):
-        needs = kind.name != SUBMITTER and rules is not None
-        if needs and not all(_lets_pods_through(rules, other) for other in of_ray):
+        if kind.name == SUBMITTER or rules is None:
+            continue
+        if not all(_lets_pods_through(rules, other) for other in of_ray):
             yield f"NetworkPolicy: {kind.name}: {direction}: not all of the cluster's own pods; allow them on every port"
     yield from _unsubmitted(kind, own, kinds)
     if own.egress is not None:

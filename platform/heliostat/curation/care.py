@@ -140,13 +140,15 @@ class Careful:
     def _part(self, care: Care, part: Part, read: Callable[[Part], Iterable[Document | Dropped]]) -> Iterator[Document | Dropped]:
         lost = {crash.number: crash.detail for crash in care.crashed if crash.part == self.part}
         items, last = iter(read(part)), ""
+        item: Document | Dropped
         while True:
             why = lost.get(self.read)
             if why is None:
                 self._note_reading(care, part)
                 try:
-                    if (item := next(items, None)) is None:
+                    if (found := next(items, None)) is None:
                         return
+                    item = found
                 except (HeliostatError, OSError):  # of the store
                     raise
                 except Exception as e:  # noqa: BLE001 - whatever a reader raises is the part's fault, and recorded with it

@@ -170,7 +170,8 @@ class Crew:
         """Looks at the nodes, now and then: how many tasks have room, and whether one has the CPUs that a task requests."""
         if time.monotonic() - self.looked < LOOK_S:
             return
-        self.looked, nodes, self.memory = time.monotonic(), self.flow.nodes(), self.flow.memory_each()
+        self.looked, nodes = time.monotonic(), self.flow.nodes()
+        self.memory = self.flow.memory_each(max(1, min(self.cpus, max(nodes, default=0))))
         if not any(nodes):
             label = f" that carries {self.flow.labels}" if self.flow.labels else ""
             log.log(

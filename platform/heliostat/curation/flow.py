@@ -86,9 +86,11 @@ class Flow:
         """Returns how many GPUs the nodes have."""
         return sum(self.nodes("GPU"))
 
-    def memory_each(self) -> int | None:
-        """Computes the bytes of memory that a task requests: no more than the largest node has, where it would wait forever."""
-        return min(self.memory, max(self.nodes("memory"), default=0)) or None
+    def memory_each(self, cpus: int = 1) -> int | None:
+        """Computes the bytes of memory that a task of so many CPUs requests: no more than a node has that has these CPUs, for
+        which it would wait forever."""
+        nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
+        return min(self.memory, max((memory for have, memory in nodes if have >= cpus), default=0)) or None
 
     def run(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], cpus: int = 1,
             valid: Callable[[dict[str, Any]], bool] = lambda record: True,

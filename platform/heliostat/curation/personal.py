@@ -16,7 +16,7 @@ from heliostat.errors import ConfigError
 Span = tuple[int, int]
 
 _ESCAPE = r"(?<=\\[abfnrtv])|(?<![A-Za-z0-9._%+\\-])"  # in a string of code, `\n` ends before an address begins
-_EMAIL = re.compile(rf"(?:{_ESCAPE})[A-Za-z0-9._%+-]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}[A-Za-z]{{2,24}}(?![\w(-])")
+_EMAIL = re.compile(rf"(?:{_ESCAPE})[A-Za-z0-9._%+-]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}[A-Za-z]{{2,24}}(?![A-Za-z0-9_(-])")
 _LOGIN = re.compile(r"(?:://[^\s/@]{0,100}|\bgit)@\Z")  # of a URL, or of a repository: `git@github.com:owner/name`
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w)")
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])")  # 2000::/3

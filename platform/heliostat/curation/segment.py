@@ -43,6 +43,7 @@ FINISH = "finish"  # the one at which texts are left out that do not meet what i
 LEFT_OUT_ROWS, LEFT_OUT_BYTES = 20_000, 64 << 20  # that are held, as Python objects, before they are spilled
 EXAMPLES = 3  # ids that are told for each reason
 DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
+Row = tuple[Any, ...]
 
 
 class Source(Protocol):
@@ -181,16 +182,18 @@ class _Stages(care.Through):
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
         kept, dropped = self.chain.run(documents, about)
         about(FINISH)
-        made = [(document, self._finished(document)) for document in kept]
-        for gone in dropped:
-            self.out.leave_out(*gone)
-        for document, item in made:
+        gone, rows = [left_out(*told) for told in dropped], list[Row]()
+        for document, item in ((document, self._finished(document)) for document in kept):
             if isinstance(item, Dropped):
                 found = tally.entry(self.chain.tally, FINISH)["dropped"]
                 found[item.reason] = found.get(item.reason, 0) + 1
-                self.out.leave_out(item.id, FINISH, item.reason, item.detail, columns=document.columns)
+                gone.append(left_out(item.id, FINISH, item.reason, item.detail, columns=document.columns))
             else:
-                self.out.add(item)
+                rows.append(row_of(item))
+        for told in gone:  # what a stage made of a document may be nothing that can be spilled: until here nothing is held
+            self.out.hold_left_out(told)
+        for row in rows:
+            self.out.hold(row)
 
     def _finished(self, document: Document) -> Document | Dropped:
         return self.source.finish(document) if self.chain.stages or _unfinished(document) else document
@@ -206,10 +209,26 @@ class _Undoing(_Stages):
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
         counts, self.chain.tally = self.chain.tally, {}
         try:
-            super().batch([replace(d) for d in documents], about)
+            super().batch([replace(d, columns=dict(d.columns)) for d in documents], about)
             tally.add(counts, self.chain.tally)
         finally:
             self.chain.tally = counts
+
+
+def row_of(document: Document) -> Row:
+    """Returns a document as its run holds it, but for its key and its number."""
+    assert isinstance(document.text, str)
+    raw, picture = document.text.encode(), document.picture
+    digest, size = (picture.hash, len(raw) + len(picture.data)) if picture else (hashlib.sha256(raw).digest(), len(raw))
+    image = (picture.data, picture.looks, *picture.size) if picture else ()
+    return digest, document.id, size, packed(document.columns), raw, *image
+
+
+def left_out(id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None,
+             columns: dict[str, Any] | str | None = None) -> Row:  # fmt: skip
+    """Returns what LEFT_OUT holds of a document that is left out."""
+    told, held = json.dumps(measures) if measures else None, columns if isinstance(columns, str) else packed(columns)
+    return key_of(id), id, stage, reason, detail, told, None, held
 
 
 @dataclass
@@ -220,28 +239,31 @@ class Spiller:
     run_bytes: int
     runs: list[Run] = field(default_factory=list)
     spilled: list[str] = field(default_factory=list)  # of what was left out
-    held: list[tuple[Any, ...]] = field(default_factory=list)  # (hash, id, bytes, columns, UTF-8 text), the image's columns
-    out: list[tuple[Any, ...]] = field(default_factory=list)  # as LEFT_OUT has it
+    held: list[Row] = field(default_factory=list)  # (hash, id, bytes, columns, UTF-8 text), the image's columns
+    out: list[Row] = field(default_factory=list)  # as LEFT_OUT has it
     size: int = 0
     out_size: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, document: Document) -> None:
-        assert isinstance(document.text, str)
-        raw, picture = document.text.encode(), document.picture
-        digest, size = (picture.hash, len(raw) + len(picture.data)) if picture else (hashlib.sha256(raw).digest(), len(raw))
-        image = (picture.data, picture.looks, *picture.size) if picture else ()
-        columns = packed(document.columns)
-        self.held.append((digest, document.id, size, columns, raw, *image))
-        self.size += size + len(columns or "") + 200
+        self.hold(row_of(document))
+
+    def hold(self, row: Row) -> None:
+        """Adds a document's row."""
+        self.held.append(row)
+        self.size += row[2] + len(row[3] or "") + 200
         if self.size >= self.run_bytes:
             self.spill()
 
     def leave_out(self, id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None,
                   columns: dict[str, Any] | str | None = None) -> None:  # fmt: skip
-        told, held = json.dumps(measures) if measures else None, columns if isinstance(columns, str) else packed(columns)
-        self.out.append((key_of(id), id, stage, reason, detail, told, None, held))
+        self.hold_left_out(left_out(id, stage, reason, detail, measures, columns))
+
+    def hold_left_out(self, row: Row) -> None:
+        """Adds the row of a document that is left out."""
+        _, id, stage, reason, detail, _, _, held = row
+        self.out.append(row)
         self.out_size += len(id) + len(detail) + len(held or "")
         name = reason if stage in (READ, FINISH) or reason == care.CRASHED else f"{stage}: {reason}"
         self.reasons[name] += 1

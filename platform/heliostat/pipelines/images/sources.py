@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import posixpath
 import tarfile
@@ -193,7 +192,7 @@ def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limi
 def _files(
     base: Location, entries: list[dict[str, Any]], states: list[list[int] | None], limits: Limits
 ) -> Iterator[Raw | Dropped]:
-    for entry, state in itertools.zip_longest(entries, states):
+    for entry, state in zip(entries, states or [None] * len(entries), strict=True):
         path, id = entry["path"], name_of(entry["path"].encode("utf-8", "surrogatepass"))
         known = Part(path, *state) if state else None
         try:

@@ -79,8 +79,10 @@ def gpus() -> tuple[dict[str, float], dict[int, str]]:
     """
     values: dict[str, float] = {}
     faults: dict[int, str] = {}
-    if not torch.cuda.is_available() or (nvml := _nvml()) is None:
+    if not torch.cuda.is_available():
         return values, faults
+    if (nvml := _nvml()) is None:
+        return _own()
     for i, name in enumerate(_visible(nvml)):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
@@ -94,6 +96,17 @@ def gpus() -> tuple[dict[str, float], dict[int, str]]:
             values[f"gpu_{i}_utilization_percentage"] = float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
             values[f"gpu_{i}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
     return values, faults
+
+
+def _own() -> tuple[dict[str, float], dict[int, str]]:
+    """Measures the memory of this process's own GPU alone, as on AMD's, which NVML doesn't know."""
+    gpu = torch.cuda.current_device()
+    try:
+        free, total = torch.cuda.mem_get_info(gpu)
+    except RuntimeError as e:
+        return {}, {gpu: str(e)}
+    used = total - free
+    return {f"gpu_{gpu}_memory_usage_megabytes": used / MB, f"gpu_{gpu}_memory_usage_percentage": 100 * used / total}, {}
 
 
 def _visible(nvml: Any) -> list[str]:

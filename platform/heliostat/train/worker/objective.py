@@ -70,10 +70,6 @@ class Objective:
             product = step.product(coupled.represented(recipe, engine, micro, batch), micro)
             yield Share(product * number, loss, added, None)
 
-    def _couple(self, found: coupled.Found) -> Loss:
-        assert isinstance(self.recipe, CouplesSamples)
-        return self._checked(self.recipe.couple(found), "couple")
-
     def _checked(self, made: Any, name: str) -> Loss:
         """Returns what the recipe's method gave; ConfigError if it is no loss, or names other parts than before."""
         if not isinstance(made, Loss):
