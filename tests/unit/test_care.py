@@ -21,6 +21,7 @@ from heliostat.errors import ConfigError, HeliostatError
 from heliostat.pipelines.text import trace
 from heliostat.retries import Backoff
 from heliostat.storage import Location
+from ray.exceptions import WorkerCrashedError
 
 from tests.unit.build_curation import Given, left, left_out
 from tests.unit.build_ray import ForkedRay
@@ -258,6 +259,22 @@ def test_tasks_request_fewer_cpus_when_the_node_is_gone_that_had_so_many(tmp_pat
     forked.cpus = [2]
     (record,) = made.all("some", work, iter([Task("0" * 32, {"number": 0, "ran": str(tmp_path / "ran"), "bad": {}})]), cpus=8)
     assert record["number"] == 0 and forked.asked[-1]["num_cpus"] == 2
+
+
+def test_a_task_that_dies_with_another_one_in_its_actor_is_not_given_up_when_that_one_finds_its_documents(tmp_path):
+    """Tasks wait in an actor behind the one that ends its process, however many documents of it do."""
+    made = crew.Crew(Flow(Work(Location(str(tmp_path)))), "read", flow.execute, print, 1, 0, 0.0)
+    made.pool = SimpleNamespace()
+    deadly, other = (crew.Started(n, Task(f"{n:032}", {}, careful=True)) for n in range(2))
+    for document in range(4):
+        for again in range(3):
+            note = made.work.note("read", deadly.task.key)
+            careful = care.Careful(deadly.trouble.care(note))
+            careful.note(care.Place(document, -1, again > 0, f"d{document}" if again else "", "stage" if again else ""))
+            made.later.clear()
+            for started in (other, deadly):
+                made._judge(started, WorkerCrashedError())
+    assert len(deadly.trouble.crashed) == 4 and not made.failed
 
 
 def test_the_bound_of_crashed_documents_grows_with_the_input():

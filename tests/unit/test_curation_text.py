@@ -154,6 +154,15 @@ def test_a_parser_opens_no_socket_and_starts_and_signals_no_process(what, taken_
     assert taken_over("import") == "colorsys"
 
 
+def test_a_parser_reads_the_data_of_libraries_wherever_they_are_installed(tmp_path, monkeypatch, taken_over):
+    """Those of `pip install --user` or `--target`, or of an environment on top of another: none is below Python's own folder."""
+    library = tmp_path / "site-packages" / "parser"
+    library.mkdir(parents=True)
+    (library / "settings.cfg").write_text("of the library")
+    monkeypatch.syspath_prepend(str(library.parent))
+    assert taken_over("file", path=str(library / "settings.cfg")) == "of the library"
+
+
 @pytest.mark.parametrize("what", ["file", "parent", "write"])
 def test_a_parser_reads_and_changes_no_file_of_its_user(what, tmp_path, taken_over):
     (tmp_path / "credentials").write_text("aws_secret_access_key = hunter2")

@@ -47,6 +47,7 @@ TAKEN = "processor_seconds"  # that an answer took
 KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE")
 SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # a filter of system calls is of a thread
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/fonts", "/usr/share/X11/fonts", "/usr/local/share/fonts")
+INSTALLED = ("site-packages", "dist-packages")
 BOX_BYTES = 1 << 20  # of the folder that it may write to
 _told = set[str]()  # what was logged of this machine
 
@@ -189,7 +190,7 @@ def places() -> list[str]:
     libraries = [str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix)]
     libraries += [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     libraries += [*site.getsitepackages(), str(Path(heliostat.__file__).parent)]
-    libraries += [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]  # the user's own
+    libraries += [place for place in sys.path if Path(place).name in INSTALLED]  # of a user, or of an environment below this one
     return [place for place in dict.fromkeys((*SYSTEM, *libraries)) if Path(place).is_dir()]
 
 
