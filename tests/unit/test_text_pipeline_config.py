@@ -40,6 +40,7 @@ tokenizer: {{vocab_size: 300}}
         (["fill_in_the_middle={rate: 2}"], "fill_in_the_middle.rate"),
         (["min_chars=9", "max_chars=3"], "max_chars: 3 is below min_chars 9"),
         (["input=TMP/nothing"], "no file there"),
+        (["stages=[{stage: minhash, within: dump}]"], "stages.0: minhash: within: 'dump' is none of the documents' columns"),
         (["exclude=['[b-a]']"], "exclude: '[b-a]' is not a valid pattern"),
         (["exclude=['**']"], "exclude: leaves none of the 1 files"),
         (["output=TMP/in/out"], "lie in one another"),
@@ -63,6 +64,21 @@ def test_errors_come_before_ray(tmp_path, monkeypatch, settings, message):
     with pytest.raises(ConfigError) as e:
         prepare(path, [s.replace("TMP", str(tmp_path)) for s in settings])
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["columns=[dump]", "stages=[{stage: minhash, within: dump}]"],
+        ["stages=[{stage: code}, {stage: minhash, within: language}]"],
+        ["columns=[date]", "stages=[{stage: minhash, keep: oldest, column: date}]"],
+    ],
+)
+def test_a_column_that_documents_can_have_is_no_error(tmp_path, settings):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "p.yaml"
+    path.write_text(GOOD.format(tmp=tmp_path))
+    load(path, settings)[1].check()
 
 
 def test_identity_knows_contents_and_not_places(tmp_path):

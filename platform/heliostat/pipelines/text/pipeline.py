@@ -140,6 +140,7 @@ class TextPipeline(StagedPipeline):
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} looks at images, which a text pipeline has none of; remove it")
             stage.check()
+        self._check_within()
         if self.repositories:
             extras.require("curation", "identify", what="repositories: licences are told by their texts, which")
             if self.input == sources.STDLIB:
@@ -152,6 +153,20 @@ class TextPipeline(StagedPipeline):
             log.warning("shard_bytes: a shard of %d bytes takes about %d of memory, more than memory_limit (%d)",
                         self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
+
+    def _check_within(self) -> None:
+        """Raises ConfigError if no document can have the column `within`: all would be compared with all, without a word."""
+        known = {*self.columns, *(repositories.COLUMNS if self.repositories else ())}
+        for number, stage in enumerate(self.stages):
+            if not type(stage).__module__.startswith("heliostat."):
+                return  # a stage of somebody's own may make any column
+            within = getattr(stage, "within", None)
+            if within is None:
+                made = (getattr(stage, key, None) for key in ("column", "bucket_column"))
+                known |= {"language", *(name for name in made if name)}
+            elif within and within not in known:
+                told = f"{within!r} is none of the documents' columns; name it under `columns` too"
+                raise ConfigError(f"stages.{number}: {stage.named()}: within: {told}")
 
     def _check_together(self, together: Together) -> None:
         """Raises ConfigError if documents do not have the columns; those of repositories come with them."""
