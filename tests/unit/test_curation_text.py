@@ -2,7 +2,6 @@
 
 import random
 import socket
-import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -172,13 +171,6 @@ def test_a_parser_reads_and_changes_no_file_of_its_user(what, tmp_path, taken_ov
     with pytest.raises(IsolatedError, match=r"FileNotFoundError|PermissionError|File too large"):
         taken_over(what, path=str(tmp_path / "credentials"))
     assert (tmp_path / "credentials").read_text() == "aws_secret_access_key = hunter2"
-
-
-def test_a_parser_sees_the_libraries_that_a_user_has_installed_for_themselves(monkeypatch, tmp_path):
-    mine = tmp_path / "lib" / "python3" / "site-packages"
-    mine.mkdir(parents=True)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(mine), str(tmp_path)])
-    assert str(mine) in isolated.places() and str(tmp_path) not in isolated.places()
 
 
 def test_a_machine_without_namespaces_is_logged_once_and_the_filter_stays(monkeypatch, caplog):
