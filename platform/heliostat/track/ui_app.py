@@ -1,7 +1,7 @@
 """Wraps MLflow's server: `mlflow server --app-name heliostat`, run by `heliostat ui`. It asks for a key, and its UI opens as
 model training.
 
-The keys are those of the file that HELIOSTAT_UI_KEYS names; without one, nobody gets in.
+The keys are those of the file that HELIOSTAT_UI_KEYS names; without one, no one gets in.
 
 MLflow's UI has two modes, and a browser that has chosen neither opens every experiment as one of GenAI, whatever the experiment's
 kind (3.17). The browser keeps the choice; here the page makes it, once, in a browser that has not.
