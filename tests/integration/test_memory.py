@@ -100,7 +100,8 @@ def keep(plan: Any, step: int, rank: int, seal: bool = True) -> None:
     data, id = np.full(1000, rank, np.uint8), f"{plan.attempt}:{step}"
     told = {"step": step, "world": 2, "common": {"data": "plan"}}
     for keeper in plan.keepers[rank]:
-        ray.get([keeper.open.remote(id, rank, 1000), keeper.write.remote(id, rank, 0, data)])
+        ray.get(keeper.open.remote(id, rank, 1000))  # first: a keeper answers several calls at the same time
+        ray.get(keeper.write.remote(id, rank, 0, data))
         if seal:
             ray.get(keeper.seal.remote(id, rank, [summed(data, 0)], told))
 
