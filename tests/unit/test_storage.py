@@ -467,7 +467,7 @@ def test_bad_input_exits_with_2_a_stopped_run_with_130_and_everything_else_with_
         "MissingDataError",
         "MissingExtraError",
     }
-    assert {e.__name__ for e in ALL_ERRORS if e.exit_code == 130} == {"StoppedError"}
+    assert {e.__name__ for e in ALL_ERRORS if e.exit_code == 130} == {"StoppedError", "LimitError"}
     assert {e.exit_code for e in ALL_ERRORS} == {1, 2, 130} and len(ALL_ERRORS) >= 8
 
 
