@@ -639,6 +639,15 @@ def test_up_on_kubernetes_fails_with_the_operators_reason_when_it_rejects_the_fi
         launch.up(cluster)
 
 
+def test_up_on_kubernetes_fails_with_the_earlier_reason_when_the_same_file_is_applied_again(kubernetes, monkeypatch):
+    """The operator writes no second event about a file that has not changed, and gives it no status."""
+    monkeypatch.setattr(kuberay, "TAKEN_UP_S", 0.1)
+    cluster = cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml")
+    kubernetes({}, old=[event("heliostat-h100", "InvalidRayClusterSpec", "why")])
+    with pytest.raises(ClusterError, match=r"KubeRay rejects it \(InvalidRayClusterSpec\): why"):
+        kuberay.start(cluster, seconds=20)
+
+
 def test_up_on_kubernetes_ends_after_a_deadline_with_the_last_warning(kubernetes):
     cluster = cluster_file.read(ROOT / "clusters" / "kuberay-h100.yaml")
     kubernetes({}, [event("heliostat-h100-head-x", "FailedScheduling", "no node has 4 CPUs")])

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 UP_S = 1200.0  # nodes that an autoscaler adds, and an image of many gigabytes
 POLL_S = 2.0
+TAKEN_UP_S = 30.0  # within which the operator gives what it accepts a status
 OF_JOB = r"-(raycluster-)?[a-z0-9]{5}"  # what KubeRay puts behind a job's name to name its cluster
 FAILURES = 10  # of a call, in a row, after which the wait ends
 JOB_FAILED = ("Failed", "ValidationFailed")
@@ -56,27 +57,37 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
     `seconds`.
     """
     ask = Asker(cluster)
-    seen = {(e.uid, e.count) for e in ask.events()}
+    earlier = ask.events()
+    seen, rejected = {(e.uid, e.count) for e in earlier}, [e for e in earlier if e.rejects and _is_of(e, cluster)]
     _create(cluster)
-    deadline, warned = time.monotonic() + seconds, Event("", 0, False, "", "", "", "")
+    begun, warned = time.monotonic(), Event("", 0, False, "", "", "", "")
     while True:
         for event in ask.events():
             if (event.uid, event.count) in seen:
                 continue
             seen.add((event.uid, event.count))
             if event.rejects and _is_of(event, cluster):
-                raise ClusterError(f"{cluster.path}: KubeRay rejects it ({event.reason}): {event.message}")
+                raise _rejection(cluster, event)
             log.log(logging.WARNING if event.warning else logging.INFO, "%s: %s: %s", event.about, event.reason, event.message)
             warned = event if event.warning else warned
-        if note := _note(cluster, ask.status()):
+        status = ask.status()
+        if note := _note(cluster, status):
             return note
-        if time.monotonic() > deadline:
+        if (
+            rejected and not status and not ask.failed and time.monotonic() - begun > TAKEN_UP_S
+        ):  # the same file: no new event
+            raise _rejection(cluster, rejected[-1])
+        if time.monotonic() - begun > seconds:
             last = f" (last warning: {warned.about}: {warned.reason}: {warned.message})" if warned.uid else ""
             raise ClusterError(
                 f"{cluster.path}: not ready after {seconds:.0f} s{last}. It is still starting; run the command again to wait, or "
                 f"look: kubectl -n {cluster.namespace} describe {cluster.kind.lower()} {cluster.name}"
             )
         time.sleep(POLL_S)
+
+
+def _rejection(cluster: ClusterFile, event: Event) -> ClusterError:
+    return ClusterError(f"{cluster.path}: KubeRay rejects it ({event.reason}): {event.message}")
 
 
 class Asker:
