@@ -73,9 +73,7 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
         status = ask.status()
         if note := _note(cluster, status):
             return note
-        if (
-            rejected and not status and not ask.failed and time.monotonic() - begun > TAKEN_UP_S
-        ):  # the same file: no new event
+        if rejected and not status and not ask.failed and time.monotonic() - begun > TAKEN_UP_S:  # the same file: no new event
             raise _rejection(cluster, rejected[-1])
         if time.monotonic() - begun > seconds:
             last = f" (last warning: {warned.about}: {warned.reason}: {warned.message})" if warned.uid else ""
