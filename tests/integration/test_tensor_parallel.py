@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,10 @@ def _not_in_memory(player: play.Player) -> list[str]:
     ranges = flat_copy.layout(mine)
     kept = flat_copy.as_buffer(flat_copy.size(ranges), False)
     flat_copy.pack(mine, ranges, kept)
-    everyone = together(player.control, lambda: (ranges, kept))
+    everyone = together(player.control, lambda: ([astuple(r) for r in ranges], kept))
     wanted = flat_copy.layout(whole)
     found = flat_copy.as_buffer(flat_copy.size(wanted), False)
-    for piece in flat_copy.pieces({rank: its for rank, (its, _) in enumerate(everyone)}, wanted):
+    for piece in flat_copy.pieces({rank: [flat_copy.Range(*r) for r in its] for rank, (its, _) in enumerate(everyone)}, wanted):
         found[piece.target : piece.target + piece.size] = everyone[piece.rank][1][piece.source : piece.source + piece.size]
     right = flat_copy.as_buffer(len(found), False)
     flat_copy.pack(whole, wanted, right)
