@@ -19,9 +19,8 @@ def server(tmp_path_factory):
     """The server process of `heliostat ui`, with a registered model in a store of its own."""
     folder = tmp_path_factory.mktemp("ui")
     store = f"sqlite:///{folder}/mlflow.db"
-    with Server(
-        ui.command("127.0.0.1", "PORT"), "/health", folder / "log", ui.environment(store, "127.0.0.1", keys_in(folder))
-    ) as it:
+    own = {**ui.environment(store, "127.0.0.1", keys_in(folder)), "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "artifacts")}
+    with Server(ui.command("127.0.0.1", "PORT"), "/health", folder / "log", own) as it:
         yield f"http://{it.endpoint}"
 
 
