@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from heliostat.data import manifest, versions
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile, Pipeline
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

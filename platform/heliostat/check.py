@@ -35,7 +35,7 @@ from heliostat.errors import ConfigError, DataError, HeliostatError, StorageErro
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.loading import recipe_class
 from heliostat.recipes.protocol import Recipe
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief
 
 make_callable(__name__)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch.distributed as dist
 
-from heliostat import run_folder
 from heliostat.checkpoint import agreement
 from heliostat.cluster import nodes
 from heliostat.data import receipt, stream
@@ -24,7 +23,8 @@ from heliostat.data.dataset import open_dataset, sample_bytes
 from heliostat.errors import ConfigError
 from heliostat.runs import segments
 from heliostat.runs.history import receipts
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.train.worker import bad_samples
 from heliostat.train.worker.unsealed import Unsealed
 

@@ -26,7 +26,7 @@ from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.runs import segments
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 if TYPE_CHECKING:  # with torch and Ray, which workers need and those who plan do not
     from heliostat.exact_feed import Feed

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from heliostat import run_folder
 from heliostat.config.spec import Job
 from heliostat.errors import CheckpointError
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 
 if TYPE_CHECKING:  # with torch, which takes a second
     from heliostat.checkpoint.layout import Checkpoint

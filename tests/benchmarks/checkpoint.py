@@ -81,7 +81,7 @@ def timed(group: Any, name: str, action: Callable[[], object]) -> dict[str, Any]
 
 def load(made: Any, group: Any, folder: str) -> int:
     from heliostat.checkpoint import saver as checkpoint
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
     from heliostat.train.worker import zero_state
 
     found = checkpoint.latest(Location(folder))
@@ -96,7 +96,7 @@ def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str
     import torch.distributed as dist
     from heliostat.checkpoint import saver as checkpoint
     from heliostat.config import spec
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
     from heliostat.train.worker import zero_state
 
     made = engine(size, 3, dist.get_world_size())

@@ -32,7 +32,7 @@ from heliostat.pipelines.text import sources
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.tasks import TextSource
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow
 

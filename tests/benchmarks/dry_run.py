@@ -21,7 +21,7 @@ from heliostat.curation import reasons
 from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.pipelines.prepare import dry_run, prepare
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow
 from tests.unit.build_pipeline import Here, make_dataset

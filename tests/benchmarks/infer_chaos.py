@@ -30,7 +30,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from heliostat.chaos.nodes import LocalNodes
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

@@ -28,7 +28,7 @@ from heliostat.data.dataset import DataPlan, make_order, open_dataset
 from heliostat.data.mixing import Shape
 from heliostat.data.order import Order
 from heliostat.data.split import Split
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 PER_SHARD = 30
 SHAPE = Shape(batch=1024, lanes=64, steps_per_block=4, window=65_536)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from statistics import median
 
 from heliostat.events import ModelPhase, Steps
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.time_ledger import Ledger, Recorder
 
 SHORT_STEP_US = 10_000

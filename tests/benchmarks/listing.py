@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from statistics import median
 from urllib.parse import parse_qs, urlsplit
 
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 PAGE, END = 1000, "\U0010ffff"

@@ -39,7 +39,7 @@ from heliostat.chaos import disks
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.proxy import Fault, FaultProxy
 from heliostat.chaos.servers import Server, s3_server
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

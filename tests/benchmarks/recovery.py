@@ -146,7 +146,7 @@ def train(options: Any, folder: str) -> list[Any]:
                 *(["workers.placement=strict_spread"] if options.fault == "node" else []), *options.set]  # fmt: skip
     run.train(options.job, settings)
     from heliostat.runs import goodput
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
 
     return sorted(goodput.read(Location(folder).join("recovery")), key=lambda a: a.started)
 

@@ -28,7 +28,7 @@ from heliostat.pipelines.prepare import prepare
 from heliostat.retrieval import build, judging
 from heliostat.retrieval.search import Index
 from heliostat.retrieval.settings import Settings
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 LEAST_WORDS = 4  # of a question
 ROOT = Path(__file__).parents[2]

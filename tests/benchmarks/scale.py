@@ -36,7 +36,7 @@ from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.data import receipt
 from heliostat.plan import zero_layout
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train import mailbox
 from heliostat.train.driver import attempt, recovery, rendezvous
 from heliostat.train.driver.pool import Member

@@ -24,7 +24,7 @@ from heliostat.curation.semantic.cells import packed
 from heliostat.curation.stage import Document
 from heliostat.curation.stages.semantic import Semantic
 from heliostat.curation.work import Work
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow
 

@@ -21,7 +21,7 @@ from heliostat.curation.registry import parse
 from heliostat.curation.segment import Spiller
 from heliostat.curation.stage import Document, Picture
 from heliostat.curation.work import Work
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.benchmarks.curation import Timed
 

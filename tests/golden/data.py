@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from heliostat.data import manifest
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit import build_images
 

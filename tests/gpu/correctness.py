@@ -100,7 +100,7 @@ def save() -> Iterator[Row]:
     from heliostat.checkpoint import saver as checkpoint
     from heliostat.config import spec
     from heliostat.numerics import play
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
     from heliostat.train.worker import zero_state
 
     from tests.unit import build_index

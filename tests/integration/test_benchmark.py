@@ -17,7 +17,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from heliostat import run_folder
 from heliostat.benchmark import recording, shown
 from heliostat.benchmark.follow import Followed, summary
 from heliostat.benchmark.held_out import making
@@ -33,7 +32,8 @@ from heliostat.inference.batch.engines import Continue, Input
 from heliostat.recipes import exported
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.track import tags
 from mlflow import MlflowClient
 

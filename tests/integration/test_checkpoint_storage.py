@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from heliostat import storage
 from heliostat.chaos.proxy import Fault, FaultProxy
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.config import spec
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, HeliostatError, StorageError
-from heliostat.storage import Location
+from heliostat.storage import locations as storage
+from heliostat.storage.locations import Location
 from heliostat.train.stop_codes import FAILED, RUN
 from heliostat.train.worker.heartbeat import StopConsensus
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader

@@ -26,7 +26,7 @@ from heliostat.cli.main import app
 from heliostat.cluster import dashboard, local
 from heliostat.cluster.endpoint import Endpoint, _answering
 from heliostat.errors import ClusterError, HeliostatError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.submit import jobs, progress
 from heliostat.tune import trial_record
 from mlflow import MlflowClient

@@ -11,7 +11,7 @@ from heliostat.curation import reasons
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import dry_run, prepare
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from identify.vendor.licenses import LICENSES
 
 from tests.unit.test_repositories import git

@@ -20,7 +20,7 @@ from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.errors import DataError, HeliostatError, StorageError
 from heliostat.pipelines.prepare import dry_run, prepare
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from tests.integration import commands

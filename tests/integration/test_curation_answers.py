@@ -20,7 +20,7 @@ from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import prepare
 from heliostat.pipelines.text import tokens
 from heliostat.runs.samples import samples
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track.models import find_run
 from heliostat.train.run import train
 from mlflow import MlflowClient

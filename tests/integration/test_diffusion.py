@@ -26,7 +26,7 @@ from heliostat.pipelines.prepare import prepare
 from heliostat.recipes import exported
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track.models import resolve
 from heliostat.train.run import train
 from heliostat.train.worker import deepspeed_engine, zero_state

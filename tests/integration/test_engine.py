@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker import loss_scale as lossscale
 from torch import nn

@@ -16,7 +16,7 @@ from heliostat.data import manifest
 from heliostat.data.index import index
 from heliostat.errors import ConfigError, DataError, HeliostatError
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.run import train
 
 from tests.integration.conftest import UNBROKEN_STEPS, curve

@@ -23,7 +23,7 @@ from heliostat.inference.export import export
 from heliostat.inference.generate import generate
 from heliostat.pipelines.prepare import prepare
 from heliostat.recipes.protocol import Batch, Evaluates, Loss, Recipe
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track.models import resolve
 from heliostat.train.run import train
 from heliostat.train.worker.evaluation import HeldOut

@@ -18,7 +18,7 @@ from heliostat.config.spec import Job
 from heliostat.numerics import play
 from heliostat.recipes.text import experts
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.run import train
 
 from tests.golden import data

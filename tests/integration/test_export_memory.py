@@ -12,7 +12,7 @@ from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.config import spec
 from heliostat.inference import export
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

@@ -12,7 +12,7 @@ import pytest
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.curation import reasons
 from heliostat.data import manifest
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_images import image
 from tests.unit.build_tls import NAMED, UNNAMED, Secure, signed

@@ -15,7 +15,7 @@ from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
 from heliostat.errors import CheckpointError
 from heliostat.inference import export
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.tune.clone import clone
 from safetensors.torch import load_file

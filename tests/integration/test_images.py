@@ -16,7 +16,7 @@ from heliostat.errors import HeliostatError
 from heliostat.pipelines.images import sources
 from heliostat.pipelines.prepare import prepare
 from heliostat.recipes.images import rows as image_rows
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from PIL import Image
 
 from tests.unit.build_images import image

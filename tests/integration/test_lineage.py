@@ -25,7 +25,7 @@ from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import prepare
 from heliostat.runs import goodput
 from heliostat.runs.segments import read as read_segments
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track.models import resolve
 from heliostat.track.registry import GateError
 from heliostat.train.run import train

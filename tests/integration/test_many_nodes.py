@@ -14,7 +14,7 @@ import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.worker import deepspeed_engine, zero_state
 from torch import nn
 

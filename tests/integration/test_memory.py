@@ -16,7 +16,7 @@ import ray
 from heliostat.config.spec import Workers
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.driver.memory import Memory
 from heliostat.train.driver.pool import Pool
 from heliostat.train.memory_keeper import summed

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heliostat import run_folder
 from heliostat.chaos.servers import Server
 from heliostat.check import check, load_job
 from heliostat.errors import TrackingError
 from heliostat.events import Steps
-from heliostat.retries import Backoff
 from heliostat.runs.goodput import PARTS
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.retries import Backoff
 from heliostat.track import logger as tracking_run
 from heliostat.track.logger import RunOwner
 from mlflow import MlflowClient

@@ -12,8 +12,8 @@ from heliostat.checkpoint.layout import INDEX, encode, folder
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.recipes.protocol import Serving
-from heliostat.run_folder import MLFLOW_RUN as RECORD
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.run_folder import MLFLOW_RUN as RECORD
 from heliostat.track import card, checkpoint_models, mlflow_client, models, run_table, tags
 from heliostat.track.checkpoint_models import KIND, Checkpoints
 from heliostat.track.logger import RunOwner

@@ -14,7 +14,7 @@ import yaml
 from heliostat.chaos.process import STEP
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.run import train
 
 from tests.integration import hosts

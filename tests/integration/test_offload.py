@@ -15,7 +15,7 @@ from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
 from heliostat.errors import TrainingError
 from heliostat.numerics import play
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.worker import deepspeed_engine, ema, zero_state
 
 from tests.integration import ranks

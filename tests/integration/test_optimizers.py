@@ -16,7 +16,7 @@ from heliostat.config import spec
 from heliostat.numerics import play
 from heliostat.plan import memory
 from heliostat.recipes import building
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.worker import deepspeed_engine, ema, zero_state
 from heliostat.update_rules import whole_matrices
 from heliostat.update_rules.whole_matrices import Matrix

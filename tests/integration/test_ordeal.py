@@ -15,7 +15,7 @@ from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import Command, end_tree
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.run import train
 
 from tests.integration.conftest import curve, tiny_job

@@ -14,7 +14,7 @@ from heliostat.curation.pieces import Part
 from heliostat.data import manifest
 from heliostat.errors import DataError, HeliostatError, StorageError
 from heliostat.pipelines.prepare import prepare
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from tokenizers import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_session")

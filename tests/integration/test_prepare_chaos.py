@@ -20,7 +20,7 @@ from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.proxy import Fault, FaultProxy
 from heliostat.chaos.servers import s3_server
 from heliostat.data import manifest
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.benchmarks.broken.rounds import at_work
 

@@ -12,7 +12,7 @@ import pytest
 from heliostat.data import manifest
 from heliostat.pipelines.prepare import prepare
 from heliostat.pipelines.text import tokens
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

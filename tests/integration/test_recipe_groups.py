@@ -16,7 +16,7 @@ from heliostat.errors import ConfigError
 from heliostat.inference import export
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Batch, Exports, Group, Loss, Part, Weight
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.objective import Objective
 from safetensors.torch import load_file

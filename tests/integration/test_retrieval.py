@@ -13,7 +13,7 @@ from heliostat.cli.main import app
 from heliostat.data import manifest
 from heliostat.pipelines.prepare import prepare
 from heliostat.retrieval import build
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.integration import commands
 from tests.unit.build_job import BASE

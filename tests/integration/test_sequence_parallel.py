@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from heliostat.config.spec import Job
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.run import train
 
 from tests.golden import data

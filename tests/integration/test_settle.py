@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heliostat import run_folder
-from heliostat.run_folder import LEDGER, RESULT
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.run_folder import LEDGER, RESULT
 from heliostat.track import mlflow_client
 from heliostat.track.reconcile import YOUNG_S, settle, settle_folder
 from heliostat.track.tags import FOLDER as RUN_FOLDER

@@ -9,7 +9,7 @@ from typing import Any
 from heliostat.config.spec import Spike
 from heliostat.errors import LossSpikeError
 from heliostat.events import Event
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track import local_curves
 from heliostat.track.logger import RunOwner
 from heliostat.track.report import page

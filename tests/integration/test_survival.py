@@ -22,7 +22,7 @@ from heliostat.errors import ConfigError, LimitError, WorkerError
 from heliostat.recipes.protocol import Loss
 from heliostat.runs import goodput, liveness
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.driver import attempt, limits
 from heliostat.train.run import train
 from heliostat.train.time_ledger import Recorder

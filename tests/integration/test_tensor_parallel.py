@@ -21,7 +21,7 @@ from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.numerics import play
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.run import train
 from heliostat.train.worker import deepspeed_engine, division, zero_state
 

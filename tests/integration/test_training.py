@@ -19,7 +19,7 @@ from heliostat.data import manifest
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import ConfigError, NonFiniteError
 from heliostat.inference.evaluate import evaluate
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track import registry
 from heliostat.track.models import models_of, resolve
 from heliostat.train.run import train

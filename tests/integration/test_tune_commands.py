@@ -12,7 +12,7 @@ from heliostat.cli.main import app
 from heliostat.config import spec
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.tune import trial_record
 from heliostat.tune.driver import tune
 from typer.testing import CliRunner

@@ -10,7 +10,7 @@ from pathlib import Path
 from heliostat.pipelines.images import sources as image_sources
 from heliostat.pipelines.text import tasks
 from heliostat.pipelines.text.documents import Rules
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.fork_server import Done, ForkServer
 

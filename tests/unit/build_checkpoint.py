@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from heliostat.checkpoint import layout, placement, writing
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_index import facts
 

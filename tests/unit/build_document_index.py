@@ -9,7 +9,7 @@ from heliostat.pipelines.text import tokens
 from heliostat.retrieval import build
 from heliostat.retrieval.search import Index
 from heliostat.retrieval.settings import Settings
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow
 from tests.unit.test_samples import END, TEXTS

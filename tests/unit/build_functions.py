@@ -7,7 +7,7 @@ from typing import Any
 
 from heliostat.data import manifest
 from heliostat.data.manifest import Manifest
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from jobs.examples.functions import Functions
 

@@ -23,7 +23,7 @@ from heliostat.pipelines.images import pictures, sources, tasks
 from heliostat.pipelines.images.pipeline import ImagePipeline
 from heliostat.pipelines.images.tasks import END
 from heliostat.pipelines.text import tokens
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from PIL import Image
 from pydantic import ByteSize, PrivateAttr
 

@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 import numpy as np
 from heliostat.data import manifest
 from heliostat.pipelines.text import tokens
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 END = "<|endoftext|>"
 WORDS = 220  # of a document

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.pipelines.text import tokens
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_job import job
 

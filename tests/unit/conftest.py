@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 os.environ["HELIOSTAT_CACHE"] = ""  # a test that changes how models are counted must not meet what was counted before
 LOOK_S, LOOKS = 0.02, 10

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from heliostat import check, run_folder
+from heliostat import check
 from heliostat.checkpoint import layout, retention, shard_index
 from heliostat.cluster import cluster_file as cluster_files
 from heliostat.cluster import local, source_code
@@ -32,7 +32,8 @@ from heliostat.inference.evaluate import evaluate
 from heliostat.inference.export import recipe_of
 from heliostat.pipelines import prepare
 from heliostat.runs import consumed, goodput, mlflow_id, verify
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.submit import submission
 from heliostat.track import local_curves, outbox
 from heliostat.track.parents import parents

@@ -10,7 +10,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines import forget
 from heliostat.pipelines.text import trace
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import spelled
 from tests.unit.build_pipeline import Here, make_dataset

@@ -14,7 +14,7 @@ import pytest
 from heliostat.checkpoint.saver import Saver
 from heliostat.config import spec
 from heliostat.recipes import building
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.memory_copies import MemoryCopies
 from heliostat.train.worker.training_state import TrainingState

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from heliostat import lease, run_folder
 from heliostat.cluster import connect
 from heliostat.curation.work import Work
 from heliostat.errors import AccessError, ConfigError, HeliostatError, LeaseError
@@ -26,7 +25,8 @@ from heliostat.pipelines import synthetic
 from heliostat.pipelines.text import sources
 from heliostat.plan import hardware
 from heliostat.recipes import exported
-from heliostat.storage import Location
+from heliostat.storage import lease, run_folder
+from heliostat.storage.locations import Location
 from ray.exceptions import RayTaskError
 
 from tests.unit.build_curation import HereFlow, KilledError

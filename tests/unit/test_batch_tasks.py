@@ -26,7 +26,7 @@ from heliostat.recipes.images.embedder import ImageEmbedder
 from heliostat.recipes.text import chat
 from heliostat.serving import kinds
 from heliostat.serving.engine import Engine
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from PIL import Image
 
 from tests.unit import build_images, build_model

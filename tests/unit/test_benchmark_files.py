@@ -7,7 +7,7 @@ import pytest
 import yaml
 from heliostat.benchmark import suite, task_data, task_files
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 TASK = {"task": "colours", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "colours.jsonl"}}}
 

@@ -3,11 +3,11 @@
 from types import SimpleNamespace
 from typing import Any
 
-from heliostat import run_folder
 from heliostat.benchmark import shown
 from heliostat.benchmark.follow import Followed, summary
 from heliostat.checkpoint import layout
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 
 
 def test_a_checkpoint_that_came_and_went_between_two_looks_is_counted(tmp_path):

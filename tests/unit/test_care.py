@@ -19,8 +19,8 @@ from heliostat.curation.stage import Document, Outcome, Stage
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.pipelines.text import trace
-from heliostat.retries import Backoff
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.retries import Backoff
 from ray.exceptions import WorkerCrashedError
 
 from tests.unit.build_curation import Given, left, left_out

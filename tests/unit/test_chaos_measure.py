@@ -16,7 +16,7 @@ from heliostat.checkpoint import layout
 from heliostat.cli.chaos import ISSUE, cells, table
 from heliostat.errors import ConfigError
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from typer.testing import CliRunner
 
 from tests.unit.build_job import job

@@ -14,7 +14,7 @@ from heliostat.cluster import endpoint as reach
 from heliostat.cluster import local
 from heliostat.config.spec import LARGEST, divisors
 from heliostat.errors import AccessError, ConfigError, HeliostatError, StorageError, TrackingError
-from heliostat.retries import Backoff
+from heliostat.storage.retries import Backoff
 from heliostat.track import mlflow_client
 
 from tests.unit.build_job import job
@@ -96,9 +96,9 @@ def test_a_run_that_resumes_trains_without_an_mlflow_that_is_away(tmp_path, capl
 def test_a_run_that_resumes_waits_for_a_store_that_is_away(tmp_path, monkeypatch, caplog):
     answers = iter([StorageError("away"), StorageError("away"), None])
     monkeypatch.setattr(
-        "heliostat.storage.Location.probe", lambda self: (_ for _ in ()).throw(e) if (e := next(answers)) else None
+        "heliostat.storage.locations.Location.probe", lambda self: (_ for _ in ()).throw(e) if (e := next(answers)) else None
     )
-    monkeypatch.setattr("heliostat.storage.PATIENT", Backoff(0.01, 0.02))
+    monkeypatch.setattr("heliostat.storage.locations.PATIENT", Backoff(0.01, 0.02))
     wanted = job(**{"storage": str(tmp_path / "runs"), "mlflow.uri": f"sqlite:///{tmp_path}/m.db"})
     check.check_services(wanted, resume=True)
     assert caplog.text.count("waiting for the store") == 2

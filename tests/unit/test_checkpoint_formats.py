@@ -8,7 +8,7 @@ import pytest
 import torch
 from heliostat.checkpoint import checksums, layout, retention
 from heliostat.errors import CheckpointError, CorruptCheckpointError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.tune.clone import clone
 
 from tests.unit.build_checkpoint import age, save, slices

@@ -7,7 +7,7 @@ import pytest
 from heliostat.cli import common, main
 from heliostat.config import kinds
 from heliostat.errors import AccessError, ConfigError, TrainingError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.command_line import FILES, ROOT, run
 

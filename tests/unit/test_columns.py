@@ -11,7 +11,7 @@ from heliostat.checkpoint.columns import ROWS, Columns, moves
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.loading import load
 from heliostat.errors import CheckpointError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit import build_checkpoint
 

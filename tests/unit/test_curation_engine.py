@@ -11,7 +11,7 @@ from heliostat.curation.segment import load
 from heliostat.curation.stage import Document, GlobalStage, Outcome, Stage
 from heliostat.curation.work import Work
 from heliostat.errors import HeliostatError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import KilledError, curate, left, left_out, spelled
 

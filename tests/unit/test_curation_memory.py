@@ -19,7 +19,7 @@ from heliostat.curation.stages.gopher_repetition import GopherRepetition
 from heliostat.curation.stages.length import Length
 from heliostat.curation.work import Work
 from heliostat.pipelines.text import gathering, tasks, tokens
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from heliostat import run_folder
 from heliostat.errors import DataError
 from heliostat.events import Evaluation, Spike, Steps
 from heliostat.runs import segments
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.track import local_curves
 from heliostat.track.metrics import Point
 from heliostat.track.outbox import Outbox

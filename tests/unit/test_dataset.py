@@ -14,7 +14,7 @@ from heliostat.data.mixing import Shape, choose_shape
 from heliostat.data.receipt import sample_digests
 from heliostat.data.split import split
 from heliostat.errors import ConfigError, DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_job import job
 

@@ -22,7 +22,7 @@ from heliostat.pipelines import ImagePipeline
 from heliostat.recipes import exported
 from heliostat.retrieval.build import index_documents
 from heliostat.retrieval.settings import Settings
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.tune import searchers
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name

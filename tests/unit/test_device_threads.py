@@ -14,7 +14,7 @@ import torch
 from heliostat import device_threads
 from heliostat.checkpoint.saver import Saver
 from heliostat.config import spec
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.worker import memory_copies, node_metrics, process_group
 
 HOUSE = Path(heliostat.__file__).parent

@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from heliostat import lease
 from heliostat.config.schema import validate
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError, LeaseError
@@ -19,7 +18,8 @@ from heliostat.retrieval.search import Index
 from heliostat.retrieval.settings import Settings
 from heliostat.serving.asks import Search
 from heliostat.serving.shelf import Shelf
-from heliostat.storage import Location
+from heliostat.storage import lease
+from heliostat.storage.locations import Location
 from heliostat.web.refusals import Refusal
 
 from tests.unit.build_curation import HereFlow, KilledError

@@ -24,7 +24,7 @@ from heliostat.pipelines.text import rates, sampling, sources, tokens
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.sampling import SampledSource
 from heliostat.pipelines.text.trial import Trial
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from typer.testing import CliRunner
 
 from tests.unit.build_curation import HereFlow, spelled

@@ -8,7 +8,7 @@ from heliostat.curation.pieces import Part
 from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines import prediction, sampled
 from heliostat.pipelines.images.pipeline import ImagePipeline
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_images import Here, folder_of, image, prepared
 from tests.unit.test_image_pipeline import make_input

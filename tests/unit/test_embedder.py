@@ -20,7 +20,7 @@ from heliostat.recipes.conformance import require_abilities, require_class
 from heliostat.recipes.text import encoder, sentence_folder
 from heliostat.recipes.text.embedder import Embedder
 from heliostat.recipes.text.sentence_folder import Embedding
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit import build_pairs
 from tests.unit.test_recipe_protocol import Least

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from heliostat.data import receipt
 from heliostat.errors import ConfigError
 from heliostat.runs import segments
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from ray import cloudpickle
 
 from tests.unit.test_dataset import make_dataset

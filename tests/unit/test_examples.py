@@ -18,7 +18,7 @@ from heliostat.pipelines import prepare
 from heliostat.recipes import batches, huggingface, protocol
 from heliostat.recipes.batches import pad, segments
 from heliostat.recipes.protocol import IGNORED
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from jobs.examples.classifier import Classifier
 from jobs.examples.masked_lm import MaskedLM

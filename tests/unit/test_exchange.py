@@ -8,7 +8,7 @@ import pytest
 from heliostat.curation import exchange, reasons, spill
 from heliostat.curation.exchange import exchanged
 from heliostat.curation.work import Work
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow, curate, left, left_out
 from tests.unit.test_making import STAGES, make, make_input

@@ -7,7 +7,7 @@ from heliostat.checkpoint import layout
 from heliostat.errors import ConfigError
 from heliostat.inference.export import export
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from safetensors.torch import load_file, save_file
 
 from tests.unit import fuzz_targets

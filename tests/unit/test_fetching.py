@@ -21,7 +21,7 @@ from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines.web import client, lists
 from heliostat.pipelines.web.client import Bounds, FetchError
 from heliostat.pipelines.web.polite import Fetcher
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import KilledError
 from tests.unit.build_images import Here, image, prepared

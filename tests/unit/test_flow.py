@@ -4,7 +4,7 @@ import pytest
 import ray
 from heliostat.curation import crew, flow
 from heliostat.curation.work import Work
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 def node(cpus: float, alive: bool = True, gpus: float = 0.0, **labels: str) -> dict[str, object]:

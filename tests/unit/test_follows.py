@@ -21,7 +21,7 @@ from heliostat.pipelines.images.sources import Columns
 from heliostat.pipelines.text import sources, tasks
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.tasks import TextSource
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import Given, HereFlow, curate
 from tests.unit.build_images import image

@@ -14,7 +14,7 @@ from heliostat.data import manifest
 from heliostat.data.dataset import Dataset, plan
 from heliostat.data.index import index
 from heliostat.errors import DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from typer.testing import CliRunner
 
 from tests.unit.build_job import job

@@ -23,7 +23,7 @@ from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.recipes.text import vocabulary
 from heliostat.recipes.text.token_bytes import sizes
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from tokenizers import AddedToken, Tokenizer
 
 from tests.unit import build_pages

@@ -12,16 +12,16 @@ import time
 from dataclasses import replace
 
 import pytest
-from heliostat import lease, run_folder
 from heliostat.errors import ConfigError, LeaseError, StorageError
-from heliostat.lease import Fence, Holder
-from heliostat.storage import Location
+from heliostat.storage import lease, run_folder
+from heliostat.storage.lease import Fence, Holder
+from heliostat.storage.locations import Location
 
 TOGETHER_S = 0.010
 DIES = """
 import os, signal, sys
-from heliostat.storage import Location
-from heliostat import lease
+from heliostat.storage.locations import Location
+from heliostat.storage import lease
 lease.take(Location(sys.argv[1]))
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -13,7 +13,7 @@ from heliostat.errors import ConfigError
 from heliostat.events import Event, Goodput, ModelPhase, Phase, Saved, Steps
 from heliostat.runs import goodput
 from heliostat.runs.goodput import PARTS, Attempt, account, report, settle
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track.metrics import points
 from heliostat.train.time_ledger import Ledger, Recorder
 from typer.testing import CliRunner

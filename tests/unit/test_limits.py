@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from heliostat.errors import ConfigError, LimitError, StoppedError
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.driver import limits
 from heliostat.train.driver.limits import Spending, hourly
 from heliostat.train.driver.run import Run

@@ -27,7 +27,7 @@ from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.pipeline import TextPipeline
 from heliostat.pipelines.text.tasks import TextSource
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow, KilledError, spelled
 
@@ -304,7 +304,7 @@ from heliostat.curation import segment, pieces
 from heliostat.pipelines.text import gathering, tasks
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.gathering import Together
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 source, limit = tasks.TextSource(sys.argv[1], Rules()), int(sys.argv[2])
 list(source.read(pieces.Part("a.jsonl", 0, 0, 0, 1)))
 folder = Location(sys.argv[1] + ".work")

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest
 from heliostat.errors import DataError, StorageError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 META = {"kind": "tokens", "tokenizer": "ab" * 32, "vocab_size": 100, "counts": {"documents": 7}}
 

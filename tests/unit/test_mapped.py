@@ -16,7 +16,7 @@ from heliostat import check
 from heliostat.data import manifest, mapped
 from heliostat.data.dataset import DataPlan, Dataset
 from heliostat.data.mixing import Shape
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.golden.data import tokens
 from tests.unit.build_job import job

@@ -9,7 +9,7 @@ from heliostat.curation import merging, segment, spill
 from heliostat.curation.merging import Range, merged
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.work import Work
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow
 from tests.unit.test_making import STAGES, make, make_input

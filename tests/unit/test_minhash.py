@@ -12,7 +12,7 @@ from heliostat.curation.minhash import components
 from heliostat.curation.minhash.signatures import Parameters, keys
 from heliostat.curation.registry import parse
 from heliostat.curation.work import Work
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow, curate, left, left_out, spelled
 

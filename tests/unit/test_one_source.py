@@ -13,7 +13,7 @@ from heliostat.data.mixture import Mixture
 from heliostat.data.order import Order
 from heliostat.data.split import whole
 from heliostat.errors import ConfigError, DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_job import job
 

@@ -4,8 +4,8 @@ import json
 import random
 
 import pytest
-from heliostat.run_folder import UNLOGGED
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.run_folder import UNLOGGED
 from heliostat.track import outbox
 from heliostat.track.metrics import Point
 from heliostat.track.outbox import Outbox

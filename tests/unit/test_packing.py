@@ -15,7 +15,7 @@ from heliostat.inference.evaluate import evaluate
 from heliostat.recipes import exported
 from heliostat.recipes.text import packing, tiny
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from transformers import CONFIG_MAPPING
 
 from tests.unit.build_job import BASE, ROOT, job

@@ -18,7 +18,7 @@ from heliostat.pipelines.pairs.pipeline import PairPipeline
 from heliostat.pipelines.pairs.reading import Least, PairSource
 from heliostat.pipelines.text import sources
 from heliostat.pipelines.text.documents import Rules
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow
 

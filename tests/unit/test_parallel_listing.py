@@ -4,8 +4,8 @@ import random
 
 import pyarrow.fs as pafs
 import pytest
-from heliostat import parallel_listing
-from heliostat.parallel_listing import PAGE, THREADS, files_below
+from heliostat.storage import parallel_listing
+from heliostat.storage.parallel_listing import PAGE, THREADS, files_below
 
 
 class Store:

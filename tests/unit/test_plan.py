@@ -14,7 +14,7 @@ from heliostat.errors import ConfigError
 from heliostat.plan import failures, hardware, memory, planner, step_time, traffic, zero_layout
 from heliostat.plan.counts import ALWAYS, AT_STAGE_3, Work
 from heliostat.plan.model_stats import Meter, activations, build, stats_of, work
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit import build_images
 from tests.unit.build_job import ROOT, job, write

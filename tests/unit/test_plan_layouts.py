@@ -12,7 +12,7 @@ from heliostat.plan import calibrate, hardware, layouts, planner, ranking
 from heliostat.plan.layouts import Layout
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_job import ROOT, job, write
 from tests.unit.forked import run

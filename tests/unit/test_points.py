@@ -5,9 +5,9 @@ from pathlib import Path
 
 import heliostat
 import pytest
-from heliostat import run_folder
 from heliostat.events import Evaluation, Goodput, NodeSample, Saved, Spike, Steps
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.track import outbox, tags
 from heliostat.track.metrics import METRICS, Point, latest, metric_of, points, renamed
 

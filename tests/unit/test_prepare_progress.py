@@ -7,7 +7,7 @@ from heliostat.curation.flow import BATCH, Task
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work
 from heliostat.pipelines.watching import Watch
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from rich.console import Console
 
 from tests.unit.build_curation import HereFlow, curate

@@ -19,7 +19,7 @@ from heliostat.data.index import index
 from heliostat.errors import ConfigError, DataError, StorageError, unwrapped
 from heliostat.pipelines import prepare as preparing
 from heliostat.pipelines.prepare import InputFile, Pipeline
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from ray.exceptions import RayTaskError
 
 PARTS = ("8x8", "16x8")

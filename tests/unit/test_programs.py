@@ -16,7 +16,7 @@ from heliostat.benchmark.programs import box, unit_tests
 from heliostat.benchmark.programs.box import FAILED, PASSED, TIMED_OUT, TOO_MUCH, Limits
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.sandbox import over_time
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 SHORT = Limits(seconds=1.5, cpu_s=1, memory=128 << 20)
 

@@ -11,7 +11,7 @@ from heliostat.curation import pieces
 from heliostat.curation.pieces import Part
 from heliostat.pipelines.text import documents, making, sources, tasks
 from heliostat.pipelines.text.documents import Rules
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 def lines(rng: random.Random) -> bytes:

@@ -14,7 +14,7 @@ from heliostat.data.mixing import Shape
 from heliostat.data.order import Order
 from heliostat.data.split import runs, split
 from heliostat.errors import DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 GOLDEN = {
     0: "223 149b3147a72b3a4886d40feb",

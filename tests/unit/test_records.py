@@ -11,8 +11,8 @@ from heliostat.data import manifest, plans
 from heliostat.data.dataset import DataPlan
 from heliostat.data.mixing import Shape
 from heliostat.errors import ConfigError, DataError
-from heliostat.records import Format, Number, closed
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Number, closed
 
 from tests.unit.test_manifest import META, some_rows
 

@@ -12,7 +12,7 @@ from heliostat import errors, redact
 from heliostat.cluster import endpoint as reach
 from heliostat.config import spec
 from heliostat.errors import ConfigError, TrackingError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track import ui
 from heliostat.track.mlflow_client import connect
 

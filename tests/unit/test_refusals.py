@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from heliostat import wire
 from heliostat.errors import AccessError, StoppedError, unwrapped
+from heliostat.storage import wire
 from heliostat.train.driver import refusals
 from heliostat.train.driver.recovery import Budget
 from heliostat.train.driver.run import Run
@@ -64,7 +64,7 @@ def test_a_refusal_that_the_driver_meets_too_is_final(tmp_path):
 def test_the_place_of_the_error_is_probed_whichever_it_is(tmp_path, monkeypatch):
     """Such as the weights that a model starts from, which no other key names."""
     run, asked = run_of(tmp_path), []
-    monkeypatch.setattr("heliostat.storage.Location.exists", lambda self: asked.append(self.uri))
+    monkeypatch.setattr("heliostat.storage.locations.Location.exists", lambda self: asked.append(self.uri))
     assert not refusals.confirmed(refusal(tmp_path / "weights"), run.job)
     assert asked == [str(tmp_path / "data"), str(tmp_path / "weights")]
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.errors import AccessError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 KEYS = {f"in/{folder}/{i:04d}.txt": f"{folder}{i}".encode() for folder in "abc" for i in range(700)}
 SINK = pa.BufferOutputStream()

@@ -14,7 +14,7 @@ from heliostat.retrieval.search import Index
 from heliostat.serving.asks import Search
 from heliostat.serving.served import served
 from heliostat.serving.shelf import Shelf
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from tokenizers import Tokenizer, processors
 from transformers import BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 

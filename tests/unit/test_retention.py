@@ -7,13 +7,13 @@ import random
 from pathlib import Path
 
 import pytest
-from heliostat import run_folder
 from heliostat.checkpoint.layout import encode, folder, latest, steps
 from heliostat.checkpoint.retention import Pruner, retained, survey
 from heliostat.cli.main import app
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from typer.testing import CliRunner
 
 from tests.unit.build_index import index

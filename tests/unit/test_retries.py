@@ -4,8 +4,8 @@ import random
 from typing import NoReturn
 
 import pytest
-from heliostat import retries
-from heliostat.retries import Backoff, Failure, retry
+from heliostat.storage import retries
+from heliostat.storage.retries import Backoff, Failure, retry
 
 
 class Clock:

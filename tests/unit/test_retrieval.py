@@ -15,7 +15,7 @@ from heliostat.retrieval.search import Index, fuse
 from heliostat.retrieval.settings import Settings
 from heliostat.serving.asks import Search
 from heliostat.serving.shelf import Shelf
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.web.refusals import Refusal
 
 from tests.unit.build_document_index import CORPUS, index, named, rows, write_dataset

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from heliostat import s3_options
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage import s3_options
+from heliostat.storage.locations import Location
 
 Seen = list[tuple[str, bool]]  # method, and whether the request was signed
 

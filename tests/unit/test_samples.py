@@ -14,7 +14,7 @@ from heliostat.errors import ConfigError
 from heliostat.pipelines.text import tokens
 from heliostat.runs import consumed, segments
 from heliostat.runs.samples import samples
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.worker import bad_samples
 
 from tests.unit.build_index import index

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat import errors, retries, storage
+from heliostat import errors
 from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError
-from heliostat.storage import Location
+from heliostat.storage import locations as storage
+from heliostat.storage import retries
+from heliostat.storage.locations import Location
 
 ALL_ERRORS = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issubclass(e, HeliostatError)]
 

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from heliostat import run_folder
 from heliostat.checkpoint import layout
 from heliostat.runs import summary
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 
 from tests.unit.build_job import job
 

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from heliostat import temporary
+from heliostat.storage import temporary
 
 HOLDS = """
 import sys, time
-from heliostat import temporary
+from heliostat.storage import temporary
 with temporary.folder("heliostat-export-") as name:
     (name / "model").write_bytes(b"x" * 1000)
     print(name, flush=True)

@@ -14,7 +14,7 @@ from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.text import documents, gathering, sources, tasks, tokens
 from heliostat.pipelines.text.documents import Document, Dropped, Rules
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 END = "<|endoftext|>"
 KNOWN_SHARD = "ad6595d68eed2d06"

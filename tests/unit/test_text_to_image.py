@@ -19,7 +19,7 @@ from heliostat.pipelines.images.latents import Latents
 from heliostat.recipes.images import config, diffusers_folder
 from heliostat.recipes.images.pipeline import TextToImagePipeline, generators
 from heliostat.recipes.images.text_to_image import TextToImage
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 

@@ -16,7 +16,7 @@ from heliostat.errors import ConfigError
 from heliostat.pipelines.text.tokens import encode, load
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.token_bytes import sizes
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig
 

@@ -10,7 +10,7 @@ from heliostat.data import documents, manifest
 from heliostat.data.manifest import PLACES_KEY
 from heliostat.pipelines.text import tokens
 from heliostat.pipelines.text.replay import origin
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track.lineage_of_documents import with_replaced
 
 

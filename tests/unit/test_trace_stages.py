@@ -9,7 +9,7 @@ from heliostat.curation import reasons
 from heliostat.errors import ConfigError
 from heliostat.pipelines.forget import forget
 from heliostat.pipelines.text import replay, trace
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_pipeline import Here, make_dataset
 

@@ -119,7 +119,7 @@ def test_a_value_that_makes_no_valid_job_is_a_failed_trial(plan) -> None:
 
 CLAIM = """
 import os, signal, sys
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.tune.trial_record import Claim
 Claim(Location(sys.argv[1]))
 os.kill(os.getpid(), signal.SIGKILL)

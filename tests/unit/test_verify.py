@@ -25,7 +25,7 @@ from heliostat.data.order import Order, Samples, Split
 from heliostat.errors import ConfigError, VerifyError
 from heliostat.runs import segments, verify
 from heliostat.runs.history import History
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 from tests.unit.build_index import index
 from tests.unit.test_dataset import LENGTH, make_dataset, make_plan, naive

@@ -28,7 +28,7 @@ from heliostat.inference.batch.settings import Settings
 from heliostat.serving.row import Row
 from heliostat.serving.sampling import Draw
 from heliostat.serving.stopping import Stopping
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from safetensors.torch import save_file
 
 from tests.unit.build_job import BASE

@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from heliostat import errors, wire
+from heliostat import errors
 from heliostat.checkpoint import placement
 from heliostat.checkpoint.agreement import Outcome
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.data.dataset import Bad
 from heliostat.data.stream import StepSamples
-from heliostat.storage import Location
+from heliostat.storage import wire
+from heliostat.storage.locations import Location
 
 PACKAGE = Path(errors.__file__).parent
 

@@ -22,7 +22,7 @@ from heliostat.curation.decontamination import Index
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.recipes import exported
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief
 
 Shown = Callable[[int, int], None]  # (chunks that are read, all)

@@ -12,7 +12,7 @@ from heliostat.data.chunks import Chunks, DamagedError
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST, split
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 def open_text(place: Location) -> Manifest:

@@ -19,7 +19,6 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from heliostat import run_folder
 from heliostat.benchmark import recording
 from heliostat.benchmark.run import Benchmark
 from heliostat.benchmark.suite import same
@@ -27,9 +26,10 @@ from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.errors import CheckpointError, ConfigError, DataError, HeliostatError, TrackingError
 from heliostat.inference.export import export
-from heliostat.records import Format, open_
 from heliostat.runs import liveness, mlflow_id
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, open_
 from heliostat.text import brief
 
 log = logging.getLogger(__name__)

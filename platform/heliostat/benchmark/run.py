@@ -18,7 +18,7 @@ from heliostat.benchmark.tasks import Task, build
 from heliostat.inference.batch.run import model_digest
 from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.terminal import console
 
 log = logging.getLogger(__name__)

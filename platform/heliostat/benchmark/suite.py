@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from heliostat.config import schema
 from heliostat.config.fields import Name, Positive, Seed
 from heliostat.config.schema import Float, Strict
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 class Entry(Strict):

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from heliostat.errors import ConfigError, DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 READERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 BUILDERS = sorted(set(READERS.values()))  # of the library `datasets`: the others may run code, or read pickles

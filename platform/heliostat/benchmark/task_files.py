@@ -13,7 +13,7 @@ from typing import Any
 
 from heliostat.config import schema
 from heliostat.errors import ConfigError
-from heliostat.storage import Location, is_inside
+from heliostat.storage.locations import Location, is_inside
 
 SUFFIXES = (".yaml", ".yml")
 FUNCTION = re.compile(r"^[^#\n]*?:\s*!function\b", re.MULTILINE)

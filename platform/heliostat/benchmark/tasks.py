@@ -11,7 +11,7 @@ from heliostat.benchmark import checking, task_data, task_files
 from heliostat.benchmark.programs import unit_tests
 from heliostat.benchmark.suite import Entry, Suite
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief
 
 

@@ -29,7 +29,7 @@ from heliostat.config import schema, workspace
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

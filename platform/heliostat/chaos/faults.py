@@ -30,7 +30,7 @@ from heliostat.chaos.servers import Server, mlflow_server, s3_server
 from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track import logger
 
 SEEING_S = 120.0  # for a run to come upon the fault

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from heliostat import wire
 from heliostat.checkpoint import tree
 from heliostat.errors import HeliostatError, WorkerError
+from heliostat.storage import wire
 
 T = TypeVar("T")
 

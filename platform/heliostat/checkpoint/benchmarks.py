@@ -6,11 +6,11 @@ import math
 
 from typing_extensions import TypedDict
 
-from heliostat import run_folder
 from heliostat.config.checkpoint_section import BENCHMARK
 from heliostat.errors import DataError
-from heliostat.records import Format, open_
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, open_
 
 
 @open_

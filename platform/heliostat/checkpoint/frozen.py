@@ -13,13 +13,13 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from heliostat import run_folder
 from heliostat.checkpoint import checksums
 from heliostat.checkpoint.agreement import first, merged
 from heliostat.checkpoint.columns import ROWS
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 
 PIECE = 64 * checksums.BLOCK  # bytes on their way from the device at a time
 

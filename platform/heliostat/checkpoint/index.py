@@ -17,7 +17,7 @@ from heliostat.checkpoint import placement, shard_index
 from heliostat.checkpoint.element_types import BYTES
 from heliostat.data import plans
 from heliostat.errors import DataError
-from heliostat.records import Format, Hex, Number, Whole, open_
+from heliostat.storage.records import Format, Hex, Number, Whole, open_
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of a file in the checkpoint's own folder
 

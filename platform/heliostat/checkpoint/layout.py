@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from heliostat import device_threads, run_folder, wire
+from heliostat import device_threads
 from heliostat.checkpoint import checksums, columns, placement, shard_index
 from heliostat.checkpoint import index as checkpoint_index
 from heliostat.checkpoint.columns import ROWS, Columns
@@ -30,7 +30,8 @@ from heliostat.config.spec import Job
 from heliostat.data import plans
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
-from heliostat.storage import Location
+from heliostat.storage import run_folder, wire
+from heliostat.storage.locations import Location
 from heliostat.text import brief
 
 if TYPE_CHECKING:  # torch takes seconds, and what a run has saved is found without it

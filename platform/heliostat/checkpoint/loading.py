@@ -18,7 +18,7 @@ from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import Checkpoint, open_checkpoint
 from heliostat.errors import CheckpointError, WorkerError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 def open_together(run: Location, step: int, group: Any) -> Checkpoint:

@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from heliostat import wire
 from heliostat.errors import CheckpointError
+from heliostat.storage import wire
 
 Run = list[int]  # first shard, shards, start, elements in each
 Tensors = dict[str, dict[str, Any]]  # by name: dtype, shape, runs

@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from heliostat import run_folder
 from heliostat.checkpoint import benchmarks
 from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint, folder, open_checkpoint, steps
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.errors import CheckpointError
-from heliostat.lease import Fence
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.lease import Fence
+from heliostat.storage.locations import Location
 
 
 def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] | None = None) -> dict[int, list[str]]:

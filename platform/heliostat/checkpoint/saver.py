@@ -31,8 +31,8 @@ from heliostat.checkpoint.retention import Pruner
 from heliostat.checkpoint.tree import Channel
 from heliostat.config import spec
 from heliostat.errors import ConfigError, StorageError
-from heliostat.lease import Fence
-from heliostat.storage import Location
+from heliostat.storage.lease import Fence
+from heliostat.storage.locations import Location
 
 __all__ = ["Checkpoint", "Saver", "casts", "folder", "latest", "load", "open_checkpoint", "open_together", "steps"]
 

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from heliostat.checkpoint.checksums import BLOCK
 from heliostat.checkpoint.element_types import BYTES
 from heliostat.errors import DataError
-from heliostat.records import Format, Whole, open_
+from heliostat.storage.records import Format, Whole, open_
 
 
 @open_

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from heliostat import wire
 from heliostat.errors import TrainingError
+from heliostat.storage import wire
 
 T = TypeVar("T")
 

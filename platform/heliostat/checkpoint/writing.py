@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from heliostat import temporary
 from heliostat.checkpoint import checksums, layout, placement, safetensors_file, shard_index
 from heliostat.checkpoint.agreement import first, merged
 from heliostat.checkpoint.columns import ROWS
@@ -26,8 +25,9 @@ from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import INDEX, encode
 from heliostat.checkpoint.tree import Channel
 from heliostat.errors import CheckpointError, WorkerError
-from heliostat.lease import Fence
-from heliostat.storage import Location
+from heliostat.storage import temporary
+from heliostat.storage.lease import Fence
+from heliostat.storage.locations import Location
 
 
 def write(

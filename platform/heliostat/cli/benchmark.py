@@ -32,7 +32,7 @@ def benchmark(
     """Score a language model on tasks of lm-eval, with intervals, chance levels, and what of them it was trained on."""
     from heliostat.benchmark import run
     from heliostat.benchmark.suite import load
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
 
     require_file(Location(to))
     asked, folder = load(suite)
@@ -47,7 +47,7 @@ def benchmark(
 
 def _once(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
     from heliostat.benchmark import recording, run, scoring, shown
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
     from heliostat.track.models import resolve
 
     found, fault = resolve(model, uri), None
@@ -70,7 +70,7 @@ def _once(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
 def _follow(tasks: Benchmark, model: str, every: int, to: str, uri: str, json_: bool) -> None:
     from heliostat.benchmark import run, shown
     from heliostat.benchmark.follow import Followed, summary
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
     from heliostat.track.models import find_run
 
     def told(step: int, result: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from heliostat.redact import carries_secret
 from heliostat.text import printable
 
 if TYPE_CHECKING:
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
 
 HELP = {"help_option_names": ["--help", "-h"]}
 

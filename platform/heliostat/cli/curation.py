@@ -26,7 +26,7 @@ Text = Annotated[Path | None, typer.Option("--text", help="The document with the
 def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> tuple[Any, list[dict[str, Any]]]:
     from heliostat.data import manifest
     from heliostat.pipelines.text.trace import find
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
 
     if sum(x is not None for x in (url, id, text)) != 1:
         raise ConfigError("give one of --url, --id or --text")
@@ -52,7 +52,7 @@ def report(
     """Write one self-contained page about a dataset's making: funnel, histograms, examples, clusters, languages, domains."""
     from heliostat.data import manifest
     from heliostat.plan import hardware
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
     from heliostat.track.report import curation
 
     if not to.absolute().parent.is_dir():
@@ -118,7 +118,7 @@ def forget(
 ) -> None:
     """Make a dataset without a document, and list every run that has trained on it, with the steps."""
     from heliostat.pipelines import forget as forgetting
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
 
     made, ends = _found(dataset, url, id, text)
     target, found = forgetting.one(ends, "--url" if url else "--text" if text else "--id")

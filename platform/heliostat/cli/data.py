@@ -69,7 +69,7 @@ def index(
     from dataclasses import asdict
 
     from heliostat.data.index import index as run
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
 
     report = run(Location(dataset))
     if not json_:

@@ -42,7 +42,7 @@ def submit(
 ) -> None:
     """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
     from heliostat.cluster.endpoint import endpoint
-    from heliostat.run_folder import require_one_way
+    from heliostat.storage.run_folder import require_one_way
     from heliostat.submit.jobs import Jobs
     from heliostat.submit.submission import Record
 
@@ -130,7 +130,7 @@ def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
 
 
 def _progress(folder: str, steps: int, metadata: dict[str, Any]) -> dict[str, Any]:
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
     from heliostat.submit import progress
 
     return progress.of_sweep(Location(folder)) if metadata.get("kind") == "sweep" else progress.of_run(Location(folder), steps)
@@ -158,7 +158,7 @@ def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
 def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
     """Show a job's log: from the cluster, or from storage when the cluster is gone."""
     from heliostat.cluster.endpoint import endpoint
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
     from heliostat.submit.jobs import Jobs, exit_code
     from heliostat.submit.logs import stored
     from heliostat.submit.submission import Record
@@ -195,7 +195,7 @@ def stop(
 ) -> None:
     """Stop a job; it saves a checkpoint first, unless --now."""
     from heliostat.cluster.endpoint import endpoint
-    from heliostat.storage import BUDGET
+    from heliostat.storage.locations import BUDGET
     from heliostat.submit.jobs import Jobs
     from heliostat.submit.submission import Record
 

@@ -95,7 +95,7 @@ def ask(
     """Ask an index of documents: prints the passages with their sources, or a model's answer from them."""
     from heliostat.retrieval import build, reranking
     from heliostat.retrieval.search import MODES, Index
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
 
     build.require()
     if (question is None) == (questions is None):

@@ -40,7 +40,7 @@ def tune(
     verbose: Verbose = False,
 ) -> None:
     """Search for a job's best settings: many runs of it, side by side, through Ray Tune. docs/tuning.md"""
-    from heliostat.run_folder import require_one_way
+    from heliostat.storage.run_folder import require_one_way
     from heliostat.tune.driver import tune as run
 
     require_one_way(resume or retry_failed, overwrite)
@@ -68,7 +68,7 @@ def tune(
 @app.command(rich_help_panel=SWEEPS)
 def sweeps(storage: Storage = DEFAULT_STORAGE, json_: Json = False) -> None:
     """List the sweeps in a place."""
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
     from heliostat.tune.listing import sweeps as find
 
     found = find(Location(storage))
@@ -122,7 +122,7 @@ def _submit(
 def _carry(folder: str, big: Path, json_: bool) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
     from heliostat.tune import listing, transfer
     from heliostat.tune.trial_record import read
 

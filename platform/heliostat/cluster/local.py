@@ -31,7 +31,7 @@ from heliostat.cluster.processes import MARK, Node
 from heliostat.cluster.zygote import PLACE as ZYGOTE
 from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
-from heliostat.records import Format
+from heliostat.storage.records import Format
 
 log = logging.getLogger(__name__)
 

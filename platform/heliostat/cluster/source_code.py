@@ -17,7 +17,7 @@ from importlib.metadata import distributions
 from heliostat.cluster.source_diff import difference, git
 from heliostat.cluster.workspace_package import CODE_FILE
 from heliostat.config import workspace
-from heliostat.records import Format
+from heliostat.storage.records import Format
 
 DIFF_BYTES = 1 << 20  # of a difference that is kept
 USER = "HELIOSTAT_USER"  # on a cluster: who submitted the job

@@ -23,7 +23,7 @@ from heliostat.config.train_section import Ema, Offload, Parallel, Train, Zero
 from heliostat.config.worker_counts import divisors, fitting
 from heliostat.config.worker_sections import Limits, Retries, Spike, Watchdog, Workers
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 __all__ = [
     "LARGEST",

@@ -16,7 +16,7 @@ from heliostat.curation import tally
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Dropped
 from heliostat.errors import HeliostatError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief, printable
 
 CRASHED = "crashed"

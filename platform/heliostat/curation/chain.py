@@ -12,7 +12,7 @@ from heliostat.curation import cpu_time, files, registry, tally
 from heliostat.curation.stage import Document, Dropped, Stage, Work
 from heliostat.curation.work import key
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 Entry = tuple[dict[str, Any], str, dict[str, str]]
 """Of a stage: as in a pipeline file, the key of what it follows from, and the spills of the files that it names."""

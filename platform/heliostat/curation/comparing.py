@@ -19,7 +19,7 @@ from heliostat.curation.flow import Flow, Task
 from heliostat.curation.segment import Run, by_run, survivors
 from heliostat.curation.stage import GlobalStage
 from heliostat.curation.work import key
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 LARGEST = 20  # clusters that are told
 DOCUMENT_BYTES = 4000  # of memory for what a task knows of a document: its id, who stays, its columns, each some times

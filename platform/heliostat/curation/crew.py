@@ -22,7 +22,7 @@ from heliostat.curation.care import Trouble
 from heliostat.curation.pool import Pool
 from heliostat.curation.work import Work
 from heliostat.errors import innermost, unwrapped
-from heliostat.retries import Backoff
+from heliostat.storage.retries import Backoff
 from heliostat.text import printable
 
 if TYPE_CHECKING:

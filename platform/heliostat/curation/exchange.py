@@ -19,7 +19,7 @@ import pyarrow as pa
 from heliostat.curation import spill
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.work import key
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 MANY = 1 << 16  # ranges of spills: so many cost about a minute of a CPU, or 3 cents of a store's requests
 

@@ -13,7 +13,7 @@ from heliostat.curation.flow import Flow
 from heliostat.curation.stage import Stage
 from heliostat.data import versions
 from heliostat.data.manifest import FILES
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 _noted: ContextVar[dict[str, bytes] | None] = ContextVar("noted", default=None)
 _spilled: ContextVar[Callable[[str], bytes | None]] = ContextVar("spilled", default=lambda path: None)

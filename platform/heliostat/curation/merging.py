@@ -21,7 +21,7 @@ from heliostat.curation import spill
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.work import key
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 LEAST = spill.GROUP_BYTES // 4
 """Bytes of a shard in a run, below which a merge is less work than what reading takes beside them."""

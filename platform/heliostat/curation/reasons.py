@@ -27,7 +27,7 @@ from heliostat.curation.stage import Stage
 from heliostat.data import versions
 from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
 from heliostat.errors import DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 SECONDS, PIPELINE = UNCOVERED
 END_ROWS = 200_000  # of a file, whose task takes 0.4 KB of memory for each

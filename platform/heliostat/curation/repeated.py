@@ -18,7 +18,7 @@ import xxhash
 from heliostat.curation import segment, spill
 from heliostat.curation.comparable import words
 from heliostat.curation.segment import Run, by_run, survivors
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 Unit = Literal["line", "paragraph"]
 BETWEEN = {"line": "\n", "paragraph": "\n\n"}

@@ -19,7 +19,7 @@ from heliostat.curation.repeated import Signing
 from heliostat.curation.segment import FINISH, Run, Source, Spiller, documents_of, store
 from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
 from heliostat.curation.work import key
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 ROW_BYTES = 120  # of memory for each occurrence that a task goes through, sorting included
 RUNS = 8  # that a task rewrites

@@ -23,7 +23,7 @@ from heliostat.curation.care import Care, Careful, Crash
 from heliostat.curation.chain import Chain, Entry, batches, bytes_of
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Dropped, Picture
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 RUN = pa.schema(
     [("key", pa.uint64()), ("row", pa.uint32()), ("hash", pa.binary(32)), ("id", pa.large_string()), ("bytes", pa.int64()),

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.errors import DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 GROUP_BYTES = 512 << 10  # of a row group, before compression
 TOGETHER = 4  # row groups that a store is asked for at once

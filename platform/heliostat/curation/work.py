@@ -25,7 +25,7 @@ from typing import Any
 
 from heliostat.curation import libraries, spill
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Samples
 from heliostat.errors import DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief
 
 READERS = 8  # threads: a window's chunks are read at once, because object storage answers slowly but in parallel

@@ -15,7 +15,7 @@ from heliostat.data import manifest, versions
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 KIND = "collection"
 OF_ALL = ("parts", "curation", "also", "forgotten")  # of the metadata: what is said of the whole, in the collection's folder

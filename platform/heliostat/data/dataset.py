@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from heliostat import wire
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.chunks import Chunks, Gathered
@@ -25,7 +24,8 @@ from heliostat.data.mixing import Shape, choose_shape
 from heliostat.data.order import Order, Samples
 from heliostat.data.split import NEWEST, split
 from heliostat.errors import ConfigError, DataError
-from heliostat.storage import Location
+from heliostat.storage import wire
+from heliostat.storage.locations import Location
 
 RECORDED_AS = {"steps_per_block": "superstep"}  # what a field of the shape is called in recorded plans
 

@@ -20,7 +20,7 @@ from heliostat.data import manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import SHARDS, Manifest
 from heliostat.errors import DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from heliostat.data import mapped, shard, soundness
 from heliostat.errors import DataError, MissingDataError
-from heliostat.storage import LEAVES, Location
+from heliostat.storage.locations import LEAVES, Location
 from heliostat.text import brief
 
 FILE = "manifest.parquet"

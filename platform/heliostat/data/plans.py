@@ -11,8 +11,8 @@ from typing_extensions import TypedDict
 
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import DataError
-from heliostat.records import Format, Number, Whole, closed, open_
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Number, Whole, closed, open_
 
 LARGEST = 1 << 27  # samples of a step or a window: what is beyond it was never a plan, and would be read at once
 Size = Annotated[int, Field(gt=0, le=LARGEST)]

@@ -10,7 +10,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from heliostat.errors import DataError
-from heliostat.records import Format, Whole, open_
+from heliostat.storage.records import Format, Whole, open_
 
 LARGEST = 2**48  # rows, tokens or bytes of a chunk or its file; sums of all stay within 64 bits
 COUNTS = ("row_group", "rows", "tokens", "bytes", "file_bytes")

@@ -21,13 +21,14 @@ import pyarrow as pa
 import ray
 from ray.data import ExecutionResources
 
-from heliostat import device_threads, wire
+from heliostat import device_threads
 from heliostat.data.content import Content, join, pack, part, unpack
 from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.data.order import Order
 from heliostat.data.receipt import lane_digest, sample_digests
 from heliostat.data.windows import numbered
 from heliostat.errors import AccessError
+from heliostat.storage import wire
 
 ENVELOPE = pa.schema(
     [("block", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]

@@ -31,7 +31,7 @@ from heliostat import device_threads
 from heliostat.data import manifest
 from heliostat.data.manifest import FILES, SHARDS, Manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

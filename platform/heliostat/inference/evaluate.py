@@ -21,8 +21,8 @@ from heliostat.errors import ConfigError
 from heliostat.recipes import exported as exports
 from heliostat.recipes.gathering import taken
 from heliostat.recipes.protocol import GUIDE, Evaluates, Exports, Recipe
-from heliostat.records import Format
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from heliostat.errors import CheckpointError, ConfigError, naming
 from heliostat.recipes import building, exported
 from heliostat.recipes.loading import load
 from heliostat.recipes.protocol import GUIDE, Exports, Recipe, Weight
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Generated, Request
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 RESULTS = "results.jsonl"
 BATCH = 16

@@ -17,7 +17,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from heliostat import lease
 from heliostat.curation import segment
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.progress import Progress
@@ -29,7 +28,8 @@ from heliostat.inference.generate import BATCH, RESULTS
 from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Request
-from heliostat.storage import Location
+from heliostat.storage import lease
+from heliostat.storage.locations import Location
 from heliostat.terminal import console
 from heliostat.text import brief
 

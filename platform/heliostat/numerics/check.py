@@ -21,7 +21,7 @@ from heliostat.numerics import processes
 from heliostat.numerics.rows import Row
 from heliostat.numerics.thresholds import LIMITS, Limits
 from heliostat.runs import verify
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 def check(checked: checks.Checked) -> dict[str, Any]:

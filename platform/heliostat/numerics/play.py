@@ -28,7 +28,7 @@ from heliostat.numerics.tensors import read, write
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, division
 from heliostat.train.worker.batch_plan import BatchPlan

@@ -15,7 +15,7 @@ from heliostat.curation.comparing import counted
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.work import key
 from heliostat.pipelines.sampled import Sample
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 ROWS = 100_000  # documents of which a task counts those that were dropped: some 500 bytes of memory each
 EXACT = "exact"  # in place of a stage's name, in what became of documents

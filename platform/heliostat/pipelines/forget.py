@@ -22,7 +22,7 @@ from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images import tasks as images
 from heliostat.pipelines.text import tokens
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 COPIERS = 4  # threads, each with a shard in memory
 LISTED = 10  # candidates that an error names

@@ -10,7 +10,7 @@ import time
 import pyarrow.fs as pafs
 
 from heliostat.errors import StorageError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from heliostat.pipelines import estimates
 from heliostat.pipelines.alike import EXACT, Alike
 from heliostat.pipelines.estimates import Share
 from heliostat.pipelines.sampled import Sample
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 SHARD, TOKENIZER = "shard", "tokenizer"
 FEW = 400  # documents, of which a share of a half is known to 5 %

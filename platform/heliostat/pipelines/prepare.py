@@ -37,7 +37,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError, unwrapped
 from heliostat.pipelines.leftovers import remove_old_samples, sample_folder
 from heliostat.pipelines.watching import Watch
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.terminal import console
 
 log = logging.getLogger(__name__)

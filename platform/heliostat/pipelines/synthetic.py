@@ -10,8 +10,8 @@ from typing_extensions import TypedDict
 
 from heliostat.errors import DataError
 from heliostat.pipelines.prepare import InputFile
-from heliostat.records import Format, Whole, open_
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Whole, open_
 
 log = logging.getLogger(__name__)
 

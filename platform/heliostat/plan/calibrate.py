@@ -18,7 +18,7 @@ from heliostat.errors import ConfigError
 from heliostat.plan.hardware import Efficiency
 from heliostat.runs import goodput
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 LEAST = 2  # steps after the first, which starts the kernels
 

@@ -27,8 +27,8 @@ from heliostat.config.spec import Job
 from heliostat.errors import DataError, StorageError
 from heliostat.plan.counts import Counts
 from heliostat.recipes.protocol import Recipe
-from heliostat.records import Format
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format
 
 log = logging.getLogger(__name__)
 

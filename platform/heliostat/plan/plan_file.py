@@ -11,7 +11,7 @@ from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.plan import auto, calibrate, hardware
 from heliostat.plan.planner import bound, plan, planners, prepare
 from heliostat.plan.ranking import ranking
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 def plan_file(

@@ -19,7 +19,7 @@ from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.recipes.conformance import require_class
 from heliostat.recipes.protocol import GUIDE, Exports, Generated, Generates, Request
-from heliostat.records import Format, Whole, open_
+from heliostat.storage.records import Format, Whole, open_
 from heliostat.text import brief, printable
 
 RECORD = "heliostat.json"

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from heliostat import extras, lease
+from heliostat import extras
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
@@ -39,7 +39,8 @@ from heliostat.retrieval.record import RECORD, read
 from heliostat.retrieval.settings import Settings
 from heliostat.retrieval.tasks import Plan, index_unit
 from heliostat.retrieval.units import Unit, open_text, units
-from heliostat.storage import Location
+from heliostat.storage import lease
+from heliostat.storage.locations import Location
 from heliostat.terminal import console
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from heliostat.errors import ConfigError
-from heliostat.records import Format, Inside, Number, Whole, open_
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Inside, Number, Whole, open_
 
 RECORD = "index.json"
 

@@ -19,7 +19,7 @@ from heliostat.data.manifest import SCHEMA, Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.inference.batch.run import model_digest
 from heliostat.retrieval import record, table, tasks
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief
 
 MODES = ("bm25", "dense", "hybrid")

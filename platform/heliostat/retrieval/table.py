@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from heliostat import s3_options
 from heliostat.errors import DataError, StorageError
-from heliostat.storage import Location, retry_budget
+from heliostat.storage import s3_options
+from heliostat.storage.locations import Location, retry_budget
 from heliostat.text import brief
 
 T = TypeVar("T")

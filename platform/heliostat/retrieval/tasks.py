@@ -19,7 +19,7 @@ from heliostat.retrieval import table
 from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.settings import Settings
 from heliostat.retrieval.units import Unit, documents
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Embed

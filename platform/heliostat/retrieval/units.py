@@ -12,7 +12,7 @@ import pyarrow as pa
 from heliostat.data import manifest, shard
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief
 
 

@@ -8,14 +8,14 @@ from typing import Any, NotRequired
 import numpy as np
 from typing_extensions import TypedDict
 
-from heliostat import run_folder
 from heliostat.data import coverage, plans
 from heliostat.data.coverage import Segment
 from heliostat.data.dataset import Dataset, open_dataset
 from heliostat.data.manifest import Manifest
-from heliostat.records import Format, Whole, open_
 from heliostat.runs import segments
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Whole, open_
 
 
 @open_

@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from heliostat import run_folder
 from heliostat.errors import ConfigError
-from heliostat.records import Format, closed
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, closed
 
 COLOURS = {
     "queued": "#d9d9d9", "starting": "#fdd0a2", "compiling": "#fdae6b", "data": "#9ecae1", "computing": "#31a354",

@@ -14,13 +14,13 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from heliostat import run_folder
 from heliostat.checkpoint import layout
 from heliostat.data import receipt
 from heliostat.errors import CheckpointError, ConfigError, VerifyError
-from heliostat.records import Format, Hex, Whole, open_
 from heliostat.runs import segments
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Hex, Whole, open_
 
 READERS = 8
 

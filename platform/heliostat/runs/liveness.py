@@ -12,7 +12,7 @@ import psutil
 
 from heliostat.runs import goodput
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 GONE_S = 120.0  # after which a driver on another host is taken for dead, by its clock, which may be behind
 

@@ -9,9 +9,9 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from heliostat import run_folder
-from heliostat.records import Format, open_
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, open_
 
 
 @open_

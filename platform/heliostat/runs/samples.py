@@ -12,7 +12,7 @@ from heliostat.errors import ConfigError
 from heliostat.recipes.loading import load
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.history import History
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 def samples(run: Location, step: int) -> list[dict[str, Any]]:

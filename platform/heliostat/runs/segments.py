@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 import json
 
-from heliostat import run_folder
 from heliostat.data import plans
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import DataError
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 
 
 def begin(run: Location, plan: DataPlan, step: int) -> None:

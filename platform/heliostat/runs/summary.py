@@ -10,12 +10,12 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from heliostat import run_folder
 from heliostat.config.spec import Job
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 
 if TYPE_CHECKING:  # with torch, which takes a second
     from heliostat.checkpoint.layout import Checkpoint

@@ -21,7 +21,7 @@ from heliostat.data import receipt
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.data.order import Samples
 from heliostat.runs.history import History, Receipt
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.terminal import console
 
 AHEAD = 3  # units loaded at once

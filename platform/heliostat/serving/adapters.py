@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from heliostat.errors import ConfigError
-from heliostat.records import Format
+from heliostat.storage.records import Format
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS = Format(dict[str, Any], "configuration of an adapter", ConfigError)

@@ -13,7 +13,7 @@ from heliostat.serving.asks import Holds
 from heliostat.serving.front import Settings
 from heliostat.serving.options import Options
 from heliostat.serving.versions import NoModel, Source
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 @dataclass(frozen=True)

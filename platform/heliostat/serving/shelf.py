@@ -13,7 +13,7 @@ from heliostat.retrieval import answering
 from heliostat.retrieval.reranking import Reranker, best
 from heliostat.retrieval.search import Index
 from heliostat.serving.asks import Search
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.web.refusals import Refusal
 
 log = logging.getLogger(__name__)

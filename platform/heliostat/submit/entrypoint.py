@@ -29,7 +29,6 @@ from typing import Any
 import psutil
 import yaml
 
-from heliostat import run_folder
 from heliostat.cluster import dashboard as http
 from heliostat.cluster import forked_command
 from heliostat.cluster.forked_command import ForkedCommand
@@ -38,7 +37,8 @@ from heliostat.config import schema, workspace
 from heliostat.config.spec import Retries
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.redact import Formatter, excepthook
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.submit.logs import LogCopy
 from heliostat.submit.restarts import Again
 

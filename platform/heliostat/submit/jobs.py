@@ -27,7 +27,7 @@ from heliostat.cluster.private_ray import UNTOLD
 from heliostat.config import schema, workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
-from heliostat.retries import Backoff, Failure, retry
+from heliostat.storage.retries import Backoff, Failure, retry
 from heliostat.submit.entrypoint import ENDS
 from heliostat.submit.submission import Record
 

@@ -11,8 +11,8 @@ import tempfile
 import threading
 from typing import IO
 
-from heliostat import run_folder
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

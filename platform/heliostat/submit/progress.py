@@ -7,7 +7,7 @@ from typing import Any
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 def of_run(run: Location, steps: int) -> dict[str, Any]:

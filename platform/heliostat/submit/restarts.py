@@ -15,12 +15,12 @@ import socket
 import time
 from collections.abc import Callable
 
-from heliostat import run_folder
 from heliostat.config.spec import Retries
 from heliostat.errors import HeliostatError, TrainingError
 from heliostat.runs import goodput
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.train.driver.recovery import Budget
 
 log = logging.getLogger(__name__)

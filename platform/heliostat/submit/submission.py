@@ -12,7 +12,7 @@ from heliostat.cluster.endpoint import Endpoint
 from heliostat.config import schema, spec, workspace
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.records import Format, closed
+from heliostat.storage.records import Format, closed
 
 
 @closed

@@ -9,7 +9,7 @@ from typing import Any, cast
 from pydantic import JsonValue
 
 from heliostat.errors import TrackingError
-from heliostat.records import Format
+from heliostat.storage.records import Format
 
 ARTIFACT: Format[Any] = Format(cast(Any, JsonValue), "record in MLflow", TrackingError)
 

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from heliostat.errors import CheckpointError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief
 from heliostat.track import tags
 from heliostat.track.artifacts import read_json

@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from heliostat import run_folder
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import goodput
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.track import checkpoint_models, mlflow_client, registry, tags
 from heliostat.track.reconcile import settle
 from heliostat.track.run_facts import read_json

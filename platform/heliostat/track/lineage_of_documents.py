@@ -14,7 +14,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.data.visits import visits
 from heliostat.errors import DataError
 from heliostat.runs import consumed
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track import tags
 from heliostat.track.lineage import data_of
 from heliostat.track.lineage_of_data import Seen

@@ -13,9 +13,10 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from heliostat import events, run_folder
-from heliostat.records import Format, Number, Whole, open_
-from heliostat.storage import Location
+from heliostat import events
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Number, Whole, open_
 from heliostat.track.metrics import Point, points
 
 log = logging.getLogger(__name__)

@@ -22,16 +22,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from heliostat import run_folder
 from heliostat.cluster import source_code
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
 from heliostat.events import AttemptStarted, BadNodes, Corruption, Evaluation, Event, Goodput, Saved, Spike, Steps
-from heliostat.retries import Backoff
 from heliostat.runs import goodput
 from heliostat.runs.mlflow_id import record
+from heliostat.storage import run_folder
+from heliostat.storage.retries import Backoff
 from heliostat.track import card, local_curves, mlflow_client, outbox, tags
 from heliostat.track.metrics import SPIKE, Point, points
 from heliostat.track.run_facts import Record, read_json

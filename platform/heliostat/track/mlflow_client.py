@@ -149,7 +149,7 @@ def find(client: Any, run: str, uri: str) -> Any:
     """Finds the run of an id, or of a run's folder; ConfigError if MLflow does not know it, or heliostat did not make it."""
     from mlflow.exceptions import MlflowException
 
-    from heliostat.storage import Location
+    from heliostat.storage.locations import Location
 
     told = {"run_id": run} if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run))
     run_id = told.get("run_id")

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from heliostat import run_folder
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, TrackingError
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Serves
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.text import brief
 from heliostat.track import card, registry, tags
 from heliostat.track.checkpoint_models import KIND

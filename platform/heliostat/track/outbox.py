@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 
-from heliostat import run_folder
-from heliostat.records import Format
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format
 from heliostat.track.metrics import SYSTEM, Point, renamed
 
 log = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ import logging
 import time
 from typing import Any
 
-from heliostat import run_folder
 from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput, liveness, summary
 from heliostat.runs.mlflow_id import record
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.track import local_curves, mlflow_client, tags
 from heliostat.track.outbox import Outbox
 from heliostat.track.run_facts import Record, read_json

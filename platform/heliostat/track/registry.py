@@ -17,7 +17,7 @@ from typing import Any
 
 from heliostat.cluster.source_code import user
 from heliostat.errors import ConfigError, HeliostatError, TrackingError
-from heliostat.records import Format
+from heliostat.storage.records import Format
 from heliostat.text import brief
 from heliostat.track.tags import HISTORY, SCORE
 

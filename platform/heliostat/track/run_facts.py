@@ -16,9 +16,9 @@ from heliostat.cluster import source_code
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.events import AttemptStarted
-from heliostat.records import Format
-from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import consumed
+from heliostat.storage.records import Format
+from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.track.artifacts import read_json
 from heliostat.track.checkpoint_models import Checkpoints
 from heliostat.track.metrics import SPIKE

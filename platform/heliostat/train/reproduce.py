@@ -18,8 +18,8 @@ from typing import Any
 from heliostat.cluster import source_code
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import consumed
+from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.track import mlflow_client, tags
 from heliostat.track.lineage import attempts, data_of
 from heliostat.track.run_facts import read_json

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import heliostat.check as check
-from heliostat import lease
 from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
@@ -26,8 +25,9 @@ from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import ConfigError
-from heliostat.run_folder import require_one_way
 from heliostat.runs import summary as endings
+from heliostat.storage import lease
+from heliostat.storage.run_folder import require_one_way
 from heliostat.track.tags import SOURCE_NAME
 from heliostat.train.driver.run import Run, RunHooks
 

@@ -18,12 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from heliostat import run_folder
 from heliostat.errors import HeliostatError
 from heliostat.events import Event, ModelPhase, Phase, Saved, Steps
 from heliostat.runs import goodput
 from heliostat.runs.goodput import Attempt
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

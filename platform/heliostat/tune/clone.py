@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from heliostat import run_folder
 from heliostat.checkpoint import layout
 from heliostat.errors import CheckpointError
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.tune.trial_record import read_json
 
 

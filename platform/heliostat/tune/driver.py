@@ -23,7 +23,7 @@ import heliostat.check as check
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
-from heliostat.run_folder import require_one_way
+from heliostat.storage.run_folder import require_one_way
 from heliostat.train.driver.signals import Signals
 from heliostat.tune import concurrency as room
 from heliostat.tune import report

@@ -9,7 +9,7 @@ from typing import Any
 from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.storage import Location, is_inside
+from heliostat.storage.locations import Location, is_inside
 from heliostat.tune import report
 from heliostat.tune import trial_record as records
 from heliostat.tune.sweep import Plan, Sweep, count, place

@@ -15,9 +15,9 @@ from typing import Any, NoReturn, TypeVar
 
 from heliostat.cluster import source_code
 from heliostat.errors import TrackingError
-from heliostat.retries import Backoff, Failure, retry
 from heliostat.runs.mlflow_id import record
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.retries import Backoff, Failure, retry
 from heliostat.text import brief
 from heliostat.track import mlflow_client, tags
 from heliostat.track.logger import CLIENT

@@ -21,7 +21,7 @@ from heliostat.config.schema import Float, Strict
 from heliostat.config.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Evaluates
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief
 from heliostat.tune import rungs
 from heliostat.tune import space as spaces

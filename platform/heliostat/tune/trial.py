@@ -22,8 +22,8 @@ from ray import tune
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.events import Event, Paused, Scores, Steps, Waiting
-from heliostat.lease import Lease
-from heliostat.storage import Location
+from heliostat.storage.lease import Lease
+from heliostat.storage.locations import Location
 from heliostat.track.tags import PRUNED
 from heliostat.train.driver.signals import Signals
 from heliostat.train.pauses import PausePoints
@@ -121,7 +121,7 @@ class Trial(tune.Trainable):
 
     def _lease(self) -> Lease:
         """Takes the run's lease, waiting for that of a driver that died: Ray ends its processes some seconds later."""
-        from heliostat import lease
+        from heliostat.storage import lease
 
         deadline = time.monotonic() + ALONE_S
         while True:

@@ -22,10 +22,10 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from heliostat import lease
 from heliostat.errors import ConfigError
-from heliostat.records import Format, Number, Whole, closed, open_
-from heliostat.storage import Location
+from heliostat.storage import lease
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Number, Whole, closed, open_
 from heliostat.tune.space import Params
 
 ALIVE_S = 5.0  # between two signs of life

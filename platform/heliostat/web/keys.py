@@ -16,7 +16,7 @@ from pathlib import Path
 
 from heliostat.cluster import private
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.web.refusals import Refusal
 
 LEAST = 16  # characters of a key: shorter ones can be guessed

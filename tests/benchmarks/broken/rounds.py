@@ -17,7 +17,7 @@ import psutil
 import pyarrow.fs as pafs
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import descendants, end_tree
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 STARTS = 12  # of a round, at most
 LIMIT_S = 150.0  # of a start

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 BUCKET = "ingest"
 SERVE = """

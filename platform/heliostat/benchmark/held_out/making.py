@@ -23,7 +23,7 @@ from heliostat.benchmark.held_out.questions import Ask, Text
 from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 DOCUMENTS = 8  # that are read for each question that is asked for
 MIDDLE_TOKENS = 48  # that a model may write for a middle

@@ -17,7 +17,7 @@ import pyarrow as pa
 from heliostat.curation import spill
 from heliostat.curation.alike.pairs import EDGES, firsts, gather, spilled
 from heliostat.curation.comparing import JUDGED, LARGEST, counted
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 NAMES = pa.schema(
     [("key", pa.uint64()), ("looks", pa.uint64()), ("gone", pa.bool_()), ("id", pa.large_string()), ("size", pa.int64())]

@@ -20,7 +20,7 @@ import pyarrow as pa
 from heliostat.curation import spill
 from heliostat.curation.engine import groups
 from heliostat.curation.segment import Run, survivors
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 BITS = 64
 KEYS = 64  # of a hash, at most

@@ -19,7 +19,7 @@ from heliostat.curation.exchange import by_parts
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.work import key
 from heliostat.errors import HeliostatError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 ROUNDS = 100  # more than log^2 of the documents there are
 Edges = tuple[np.ndarray, np.ndarray]

@@ -19,7 +19,7 @@ import pyarrow as pa
 from heliostat.curation import segment, spill
 from heliostat.curation.comparing import LARGEST, counted
 from heliostat.curation.segment import Run, by_run, survivors
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 Rule = Literal["longest", "first", "oldest", "best"]
 CANDIDATES = pa.schema(

@@ -18,7 +18,7 @@ import xxhash
 from heliostat.curation import spill
 from heliostat.curation.comparable import FACTOR, words
 from heliostat.curation.segment import Run, survivors
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 VALUES = 1 << 18  # of signatures that are made together, each a Python integer for a moment
 

@@ -25,7 +25,7 @@ from heliostat.curation.minhash.keep import Rule, ranked
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.semantic import vectors
 from heliostat.curation.work import key
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 TEXTS = 64  # that are embedded together
 OF_CELL = 256  # documents of the sample for each cell

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from heliostat.errors import ConfigError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 SETTINGS = "settings.json"
 

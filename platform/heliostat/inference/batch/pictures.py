@@ -14,7 +14,7 @@ from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.pipelines.images import sources
 from heliostat.pipelines.images.sources import Columns
 from heliostat.pipelines.prepare import InputFile
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 @dataclass(frozen=True)

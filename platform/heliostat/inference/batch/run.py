@@ -25,7 +25,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heliostat import lease
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.progress import Progress
@@ -38,7 +37,8 @@ from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text.sources import absolute
 from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
-from heliostat.storage import Location
+from heliostat.storage import lease
+from heliostat.storage.locations import Location
 from heliostat.terminal import console
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Source
 from heliostat.curation.stage import Document, Dropped
 from heliostat.inference.batch.settings import Settings
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Answer, Input

@@ -18,7 +18,7 @@ from heliostat.pipelines.images.sources import Columns
 from heliostat.pipelines.web import lists
 from heliostat.pipelines.web.client import Bounds, FetchError
 from heliostat.pipelines.web.polite import Fetcher
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 REASONS = {
     "bad_url": "no http or https URL",

@@ -30,7 +30,7 @@ from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import sources, tokens
 from heliostat.pipelines.text.making import listed
 from heliostat.pipelines.web import lists
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from heliostat.pipelines.sampled import Sample
 from heliostat.pipelines.staged import StagedPipeline
 from heliostat.pipelines.text import sources
 from heliostat.pipelines.web import lists
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 class Buckets(Strict):

@@ -33,7 +33,7 @@ from heliostat.pipelines.images import pictures
 from heliostat.pipelines.images.pictures import Dropped, Raw, encode
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import sources
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief, printable
 
 DIGITS = "sklearn:digits"

@@ -31,7 +31,7 @@ from heliostat.pipelines.images.fetching import Fetching
 from heliostat.pipelines.images.pictures import Raw, Rules
 from heliostat.pipelines.images.sources import Columns, Limits
 from heliostat.pipelines.text import tokens
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 # what becomes of a run: `key` is the number of the image's shard among all of them
 DEALT = pa.schema(

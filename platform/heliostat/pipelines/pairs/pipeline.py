@@ -22,7 +22,7 @@ from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.staged import StagedPipeline
 from heliostat.pipelines.text import documents, sources, tokens
 from heliostat.pipelines.text.pipeline import TokenizerConfig
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 class PairPipeline(StagedPipeline):

@@ -20,7 +20,7 @@ from heliostat.data.manifest import PLACES_KEY, SHARDS
 from heliostat.pipelines.pairs.reading import KIND, QUERY
 from heliostat.pipelines.text import tokens
 from heliostat.pipelines.text.tasks import bounds
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 SCHEMA = pa.schema([("id", pa.string()), ("kind", pa.string()), ("query", pa.large_string()), ("text", pa.large_string())])
 FORM: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True, "write_statistics": False}

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from heliostat.config.schema import Strict
 from heliostat.curation import segment, spill
 from heliostat.curation.segment import Run, survivors
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 
 class Together(Strict):

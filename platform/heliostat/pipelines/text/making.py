@@ -33,7 +33,7 @@ from heliostat.pipelines.text import documents, gathering, infilling, sources, t
 from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.infilling import FillInTheMiddle
 from heliostat.pipelines.text.tasks import Sharding, TextSource
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ from heliostat.pipelines.text.infilling import FillInTheMiddle
 from heliostat.pipelines.text.making import SHARD_SHARE, Making
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.pipelines.text.trial import Trial
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from heliostat.curation.readers.streams import LeftOutError
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import sources
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 COLUMNS = ("repository", "path", "commit", "language", "license")  # of a document, where they are known
 DIGITS = 15  # of a commit, which fit into an integer of 64 bits

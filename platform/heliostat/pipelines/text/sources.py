@@ -26,7 +26,7 @@ from heliostat.curation.pieces import Part
 from heliostat.curation.readers.streams import LeftOutError as LeftOutError
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.pipelines.prepare import InputFile, place
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import printable
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from heliostat.data.infilling import Markers
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.errors import ConfigError
 from heliostat.pipelines.text import documents, gathering, infilling, repositories, sources, tokens
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
 SELECTED_BYTES = 8 << 20  # of the texts that train the tokenizer, that are held at a time

@@ -26,7 +26,7 @@ from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import sources
 from heliostat.pipelines.web.polite import host_of
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.text import brief, printable
 
 LISTS = (".jsonl", ".csv", ".parquet")

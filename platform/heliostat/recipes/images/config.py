@@ -28,7 +28,7 @@ from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images.initial import initialise
 from heliostat.recipes.images.noising import Objective
 from heliostat.recipes.pretrained import from_folder
-from heliostat.records import Format
+from heliostat.storage.records import Format
 from heliostat.text import brief
 
 CONFIG = Format(dict[str, Any], "model's configuration", ConfigError)

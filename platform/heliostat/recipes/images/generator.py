@@ -19,7 +19,7 @@ from heliostat.recipes.images.gallery import grid, png
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.pipeline import generators
 from heliostat.recipes.protocol import Generated, Request
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 AT_ONCE = 16
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.errors import ConfigError
-from heliostat.records import Format
+from heliostat.storage.records import Format
 
 MODULES, POOLING, LENGTH = "modules.json", "1_Pooling", "sentence_bert_config.json"
 FACTS = "config_sentence_transformers.json"

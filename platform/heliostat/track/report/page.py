@@ -18,7 +18,7 @@ from typing import Any
 
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.track import lineage, run_table
 from heliostat.track.artifacts import read_json
 from heliostat.track.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed

@@ -18,23 +18,16 @@ from typing import Any
 
 import ray
 
-from heliostat import run_folder
 from heliostat.cluster import nodes
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, sample_bytes
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
-from heliostat.errors import (
-    ConfigError,
-    HeliostatError,
-    LeaseError,
-    StalledError,
-    StoppedError,
-    TrainingError,
-)
+from heliostat.errors import ConfigError, HeliostatError, LeaseError, StalledError, StoppedError, TrainingError
 from heliostat.events import Event, Paused, Phase, Waiting, WorkerFailed
-from heliostat.lease import Fence
+from heliostat.storage import run_folder
+from heliostat.storage.lease import Fence
 from heliostat.text import brief
 from heliostat.train import mailbox
 from heliostat.train.driver import rendezvous, stack_dumps

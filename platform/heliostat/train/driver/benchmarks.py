@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from heliostat.config.spec import Job
-from heliostat.run_folder import BENCHMARKS
+from heliostat.storage.run_folder import BENCHMARKS
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import logging
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.errors import CorruptCheckpointError, CorruptionError, HeliostatError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

@@ -6,14 +6,14 @@ import json
 import logging
 from typing import Any
 
-from heliostat import run_folder as paths
-from heliostat import temporary
 from heliostat.check import Checked
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.config.spec import Job
-from heliostat.lease import Lease
 from heliostat.recipes.protocol import Exports, Serves
 from heliostat.runs import goodput
+from heliostat.storage import run_folder as paths
+from heliostat.storage import temporary
+from heliostat.storage.lease import Lease
 from heliostat.terminal import console
 from heliostat.track.logger import RunOwner
 from heliostat.train.time_ledger import Recorder

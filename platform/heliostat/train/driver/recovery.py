@@ -26,7 +26,7 @@ from heliostat.errors import (
     PlacementError,
     WorkerError,
 )
-from heliostat.retries import Backoff
+from heliostat.storage.retries import Backoff
 
 Kind = Literal["final", "refused", "corrupt", "spike", "failure", "queued"]
 

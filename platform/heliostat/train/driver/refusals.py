@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from heliostat import run_folder
 from heliostat.config.spec import Job
 from heliostat.errors import AccessError, HeliostatError
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from heliostat import run_folder as paths
 from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
@@ -29,9 +28,10 @@ from heliostat.errors import (
     StorageError,
 )
 from heliostat.events import AttemptStarted, BadNodes, Corruption, Event, Goodput, NodeSample, Saved, Steps
-from heliostat.lease import Lease
 from heliostat.runs import liveness, segments
 from heliostat.runs import summary as endings
+from heliostat.storage import run_folder as paths
+from heliostat.storage.lease import Lease
 from heliostat.terminal import console
 from heliostat.track.logger import RunOwner
 from heliostat.train.driver import corruption, refusals

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from heliostat import run_folder
 from heliostat.checkpoint.agreement import merged
 from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
 from heliostat.data.order import Order
 from heliostat.errors import DataError
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 
 
 def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:

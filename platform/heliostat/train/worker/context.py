@@ -8,8 +8,8 @@ from typing import Any
 
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
-from heliostat.lease import Fence
-from heliostat.storage import Location
+from heliostat.storage.lease import Fence
+from heliostat.storage.locations import Location
 from heliostat.train.worker.posts import Posts
 
 

@@ -23,7 +23,7 @@ from heliostat.events import Evaluation, ModelPhase, Paused, Phase
 from heliostat.recipes import building
 from heliostat.recipes.loading import load as load_recipe
 from heliostat.recipes.protocol import Draws
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
 from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import collector, deepspeed_engine, process_group

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from heliostat import wire
 from heliostat.checkpoint.agreement import agreed, together
 from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
 from heliostat.errors import ConfigError, CorruptionError
 from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.storage import wire
 from heliostat.train.worker import deterministic, process_group
 from heliostat.train.worker.batch_plan import BatchPlan
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from heliostat import run_folder
 from heliostat.checkpoint import agreement
 from heliostat.data import receipt
 from heliostat.data.dataset import Dataset
 from heliostat.data.stream import StepSamples
-from heliostat.storage import Location
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
 from heliostat.train.worker import bad_samples
 
 

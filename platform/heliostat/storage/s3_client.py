@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from heliostat import s3_options
+from heliostat.storage import s3_options
 
 MISSING = ("NoSuchKey", "404", "NotFound")
 

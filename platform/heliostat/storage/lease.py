@@ -29,8 +29,8 @@ from types import TracebackType
 import psutil
 
 from heliostat.errors import ConfigError, HeliostatError, LeaseError
-from heliostat.run_folder import LEASE
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
+from heliostat.storage.run_folder import LEASE
 
 log = logging.getLogger(__name__)
 

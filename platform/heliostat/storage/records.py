@@ -15,7 +15,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from heliostat.errors import DataError, HeliostatError
-from heliostat.storage import Location, is_inside
+from heliostat.storage.locations import Location, is_inside
 from heliostat.text import brief, printable
 
 T = TypeVar("T")

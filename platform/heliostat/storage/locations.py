@@ -30,10 +30,10 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from heliostat import exclusive, parallel_listing, requester_pays, retries, s3_client, s3_options
 from heliostat.errors import AccessError, ConfigError, DataError, StorageError
 from heliostat.redact import carries_secret
-from heliostat.retries import Backoff, Failure
+from heliostat.storage import exclusive, parallel_listing, requester_pays, retries, s3_client, s3_options
+from heliostat.storage.retries import Backoff, Failure
 from heliostat.text import brief, printable
 
 log = logging.getLogger(__name__)

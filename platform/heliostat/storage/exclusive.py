@@ -11,8 +11,8 @@ import re
 import uuid
 from pathlib import Path
 
-from heliostat import requester_pays, s3_options
-from heliostat.s3_client import client, worded
+from heliostat.storage import requester_pays, s3_options
+from heliostat.storage.s3_client import client, worded
 
 TAKEN = re.compile(r"^AWS Error PreconditionFailed|^AWS Error \S+ \(HTTP status 412\)")
 

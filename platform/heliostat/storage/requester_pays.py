@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from heliostat.s3_client import client, worded
+from heliostat.storage.s3_client import client, worded
 
 PAYER = {"RequestPayer": "requester"}
 ONLY_READ = "a bucket whose requester pays is only read"

@@ -22,7 +22,7 @@ probe                        empty; the driver writes it to see whether it may w
 from __future__ import annotations
 
 from heliostat.errors import ConfigError, DataError
-from heliostat.storage import Location
+from heliostat.storage.locations import Location
 
 CHECKPOINTS, RECEIPTS, SEGMENTS, QUARANTINE, CURVES = "checkpoints", "receipts", "segments", "quarantine", "curves"
 LEDGER, LEASE, LOGS, STACKS, BENCHMARKS = "ledger", "lease", "logs", "stacks", "benchmarks"
