@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from heliostat.events import ModelPhase, Steps
+from heliostat.runs.events import ModelPhase, Steps
+from heliostat.runs.time_ledger import Ledger, Recorder
 from heliostat.storage.locations import Location
-from heliostat.train.time_ledger import Ledger, Recorder
 
 SHORT_STEP_US = 10_000
 

@@ -40,7 +40,7 @@ from typing import Any
 import psutil
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import workers
-from heliostat.events import Event, Phase, Steps
+from heliostat.runs.events import Event, Phase, Steps
 from heliostat.train import run
 from heliostat.train.driver import attempt, progress
 from heliostat.train.stop_codes import RESIZE

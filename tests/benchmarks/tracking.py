@@ -21,7 +21,7 @@ from statistics import median
 from heliostat.chaos.servers import Server, mlflow_server
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
-from heliostat.events import Steps
+from heliostat.runs.events import Steps
 from heliostat.runs.goodput import PARTS
 from heliostat.track.logger import RunOwner
 from mlflow import MlflowClient

@@ -61,7 +61,7 @@ def keepers() -> list[psutil.Process]:
 @pytest.mark.ci
 def test_a_killed_worker_costs_no_more_steps_than_between_two_copies_in_memory(job_file, tracking, unbroken, monkeypatch):
     """Killed twice behind the last checkpoint; the second time with the keeper of the copies, and storage is used."""
-    monkeypatch.setattr("heliostat.train.time_ledger.EVERY_S", 0.1)
+    monkeypatch.setattr("heliostat.runs.time_ledger.EVERY_S", 0.1)
     path = job_file("remembered")
     folder = run_folder(path)
     strike = Strike(folder, {27: lambda: workers()[-1:], 48: lambda: [*keepers(), *workers()[-1:]]})

@@ -11,7 +11,7 @@ import pytest
 from heliostat.chaos.servers import Server
 from heliostat.check import check, load_job
 from heliostat.errors import TrackingError
-from heliostat.events import Steps
+from heliostat.runs.events import Steps
 from heliostat.runs.goodput import PARTS
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location

@@ -8,7 +8,7 @@ from typing import Any
 
 from heliostat.config.spec import Spike
 from heliostat.errors import LossSpikeError
-from heliostat.events import Event
+from heliostat.runs.events import Event
 from heliostat.storage.locations import Location
 from heliostat.track import local_curves
 from heliostat.track.logger import RunOwner

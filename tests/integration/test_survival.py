@@ -21,11 +21,11 @@ from heliostat.checkpoint import saver
 from heliostat.errors import ConfigError, LimitError, WorkerError
 from heliostat.recipes.protocol import Loss
 from heliostat.runs import goodput, liveness
+from heliostat.runs.time_ledger import Recorder
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.train.driver import attempt, limits
 from heliostat.train.run import train
-from heliostat.train.time_ledger import Recorder
 from heliostat.train.worker import process_group
 from mlflow import MlflowClient
 

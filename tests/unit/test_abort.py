@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from heliostat.errors import HeliostatError, NonFiniteError, PeerLostError, WorkerError
-from heliostat.train.time_ledger import Ledger
+from heliostat.runs.time_ledger import Ledger
 from heliostat.train.worker import process_group
 from heliostat.train.worker.heartbeat import Heartbeat
 from heliostat.train.worker.loop import Worker

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from heliostat.config import spec
-from heliostat.events import Event, NodeSample, Notice, Stack
+from heliostat.runs.events import Event, NodeSample, Notice, Stack
 from heliostat.train import mailbox
 from heliostat.train.driver import attempt, stack_dumps
 from heliostat.train.driver.signals import Signals

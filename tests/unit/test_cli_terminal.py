@@ -8,7 +8,7 @@ from datetime import date, datetime
 
 import pytest
 from heliostat.cli import logs
-from heliostat.events import Steps
+from heliostat.runs.events import Steps
 from heliostat.terminal import duration, fit
 from heliostat.train.driver import progress
 from rich.console import Console

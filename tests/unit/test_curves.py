@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from heliostat.errors import DataError
-from heliostat.events import Evaluation, Spike, Steps
 from heliostat.runs import segments
+from heliostat.runs.events import Evaluation, Spike, Steps
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.track import local_curves

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from heliostat.checkpoint.saver import TOLERATED, Saver
 from heliostat.errors import AccessError, CheckpointError, LeaseError, StorageError, WorkerError
-from heliostat.events import Saved
+from heliostat.runs.events import Saved
 from heliostat.track.metrics import points
 from heliostat.train.stop_codes import FAILED, RUN
 from heliostat.train.worker.training_state import TrainingState

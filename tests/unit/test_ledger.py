@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from heliostat.cli.main import app
 from heliostat.errors import ConfigError
-from heliostat.events import Event, Goodput, ModelPhase, Phase, Saved, Steps
 from heliostat.runs import goodput
+from heliostat.runs.events import Event, Goodput, ModelPhase, Phase, Saved, Steps
 from heliostat.runs.goodput import PARTS, Attempt, account, report, settle
+from heliostat.runs.time_ledger import Ledger, Recorder
 from heliostat.storage.locations import Location
 from heliostat.track.metrics import points
-from heliostat.train.time_ledger import Ledger, Recorder
 from typer.testing import CliRunner
 
 CASES = range(300)

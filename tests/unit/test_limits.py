@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from heliostat.errors import ConfigError, LimitError, StoppedError
 from heliostat.runs.goodput import Attempt
+from heliostat.runs.time_ledger import Recorder
 from heliostat.storage.locations import Location
 from heliostat.train.driver import limits
 from heliostat.train.driver.limits import Spending, hourly
 from heliostat.train.driver.run import Run
 from heliostat.train.driver.signals import Signals
 from heliostat.train.stop_codes import INTERRUPTED
-from heliostat.train.time_ledger import Recorder
 from heliostat.tune import sweep
 
 from tests.unit.build_job import job

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import ray._private.thirdparty.pynvml as bundled
 import torch
-from heliostat.events import Event, NodeSample, Notice
+from heliostat.runs.events import Event, NodeSample, Notice
 from heliostat.train.worker import node_metrics
 from heliostat.train.worker.node_metrics import NodeMonitor
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from heliostat.events import Steps
 from heliostat.runs import goodput
+from heliostat.runs.events import Steps
 from heliostat.track import metrics as points
 from heliostat.track.metrics import METRICS, Metric
 from heliostat.track.report import page, svg

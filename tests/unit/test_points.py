@@ -5,7 +5,7 @@ from pathlib import Path
 
 import heliostat
 import pytest
-from heliostat.events import Evaluation, Goodput, NodeSample, Saved, Spike, Steps
+from heliostat.runs.events import Evaluation, Goodput, NodeSample, Saved, Spike, Steps
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.track import outbox, tags

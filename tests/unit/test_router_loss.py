@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from heliostat.errors import ConfigError
-from heliostat.events import Steps
+from heliostat.runs.events import Steps
 from heliostat.track.metrics import points
 from heliostat.train.driver.progress import ProgressReporter
 from heliostat.train.worker.objective import Objective

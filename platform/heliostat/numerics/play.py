@@ -28,8 +28,8 @@ from heliostat.numerics.tensors import read, write
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
+from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.locations import Location
-from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine, division
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.context import Context

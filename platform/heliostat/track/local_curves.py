@@ -13,7 +13,7 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from heliostat import events
+from heliostat.runs import events
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, Number, Whole, open_

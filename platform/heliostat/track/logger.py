@@ -27,8 +27,8 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
-from heliostat.events import AttemptStarted, BadNodes, Corruption, Evaluation, Event, Goodput, Saved, Spike, Steps
 from heliostat.runs import goodput
+from heliostat.runs.events import AttemptStarted, BadNodes, Corruption, Evaluation, Event, Goodput, Saved, Spike, Steps
 from heliostat.runs.mlflow_id import record
 from heliostat.storage import run_folder
 from heliostat.storage.retries import Backoff

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from heliostat.events import Evaluation, Event, Goodput, NodeSample, Saved, Spike, Steps
+from heliostat.runs.events import Evaluation, Event, Goodput, NodeSample, Saved, Spike, Steps
 
 SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it is above; at spikes alone
 CHECKPOINT = "train/checkpoint/"  # begins the names of the scores of checkpoints' logged models

@@ -15,8 +15,8 @@ from typing import Any
 from heliostat.cluster import source_code
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
-from heliostat.events import AttemptStarted
 from heliostat.runs import consumed
+from heliostat.runs.events import AttemptStarted
 from heliostat.storage.records import Format
 from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.track.artifacts import read_json

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from heliostat.events import Event, NodeSample
+from heliostat.runs.events import Event, NodeSample
 
 LIMIT = 100_000  # events; a driver that is away this long loses the oldest, and is told how many
 SYSTEM_LIMIT = 10_000  # of them what nodes are busy with: many nodes crowd nothing else out

@@ -21,7 +21,7 @@ from ray import tune
 
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
-from heliostat.events import Event, Paused, Scores, Steps, Waiting
+from heliostat.runs.events import Event, Paused, Scores, Steps, Waiting
 from heliostat.storage.lease import Lease
 from heliostat.storage.locations import Location
 from heliostat.track.tags import PRUNED

@@ -25,7 +25,7 @@ from heliostat.data.dataset import DataPlan, sample_bytes
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
 from heliostat.errors import ConfigError, HeliostatError, LeaseError, StalledError, StoppedError, TrainingError
-from heliostat.events import Event, Paused, Phase, Waiting, WorkerFailed
+from heliostat.runs.events import Event, Paused, Phase, Waiting, WorkerFailed
 from heliostat.storage import run_folder
 from heliostat.storage.lease import Fence
 from heliostat.text import brief

@@ -11,12 +11,12 @@ from heliostat.checkpoint.layout import Checkpoint
 from heliostat.config.spec import Job
 from heliostat.recipes.protocol import Exports, Serves
 from heliostat.runs import goodput
+from heliostat.runs.time_ledger import Recorder
 from heliostat.storage import run_folder as paths
 from heliostat.storage import temporary
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
 from heliostat.track.logger import RunOwner
-from heliostat.train.time_ledger import Recorder
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import yaml
 
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError
-from heliostat.train.time_ledger import Recorder
+from heliostat.runs.time_ledger import Recorder
 
 EVERY_S = 5.0  # between two looks
 RAYS, ACCELERATOR = "ray.io/", "ray.io/accelerator-type"  # labels that Ray gives nodes

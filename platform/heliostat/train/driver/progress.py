@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from heliostat.events import Evaluation, Event, Notice, Phase, Spike, Steps
+from heliostat.runs.events import Evaluation, Event, Notice, Phase, Spike, Steps
 from heliostat.terminal import duration, fit
 from heliostat.train.worker.loss_spikes import Found
 

@@ -27,9 +27,10 @@ from heliostat.errors import (
     StoppedError,
     StorageError,
 )
-from heliostat.events import AttemptStarted, BadNodes, Corruption, Event, Goodput, NodeSample, Saved, Steps
 from heliostat.runs import liveness, segments
 from heliostat.runs import summary as endings
+from heliostat.runs.events import AttemptStarted, BadNodes, Corruption, Event, Goodput, NodeSample, Saved, Steps
+from heliostat.runs.time_ledger import Recorder
 from heliostat.storage import run_folder as paths
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
@@ -44,7 +45,6 @@ from heliostat.train.driver.signals import Signals
 from heliostat.train.driver.warm_up import WarmUp
 from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, RUN, STOPS
-from heliostat.train.time_ledger import Recorder
 
 if TYPE_CHECKING:  # Ray takes a second
     from heliostat.train.memory_keeper import Source

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from heliostat.events import Event, Stack
+from heliostat.runs.events import Event, Stack
 from heliostat.train.mailbox import interval
 
 ANSWER_S = 5.0  # for a worker that has heard of it, to look and to answer

@@ -20,7 +20,7 @@ import ray
 from heliostat import device_threads
 from heliostat.checkpoint import tree
 from heliostat.checkpoint.tree import Channel
-from heliostat.events import Stack
+from heliostat.runs.events import Stack
 from heliostat.train.mailbox import interval
 from heliostat.train.stop_codes import PREEMPTED, RUN
 from heliostat.train.worker import process_group, sigterm

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
-from heliostat.events import Evaluation, ModelPhase, Paused, Phase
 from heliostat.recipes import building
 from heliostat.recipes.loading import load as load_recipe
 from heliostat.recipes.protocol import Draws
+from heliostat.runs.events import Evaluation, ModelPhase, Paused, Phase
+from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.locations import Location
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
-from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import collector, deepspeed_engine, process_group
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker.batch_plan import BatchPlan

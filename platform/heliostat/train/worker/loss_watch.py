@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from heliostat.data.dataset import Dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
-from heliostat.events import Spike
+from heliostat.runs.events import Spike
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.loss_spikes import Detector
 

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from heliostat import device_threads
-from heliostat.events import NodeSample, Notice
+from heliostat.runs.events import NodeSample, Notice
 
 MB = 1e6
 INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from heliostat.events import Event, Notice
+from heliostat.runs.events import Event, Notice
 
 
 class Posts:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from heliostat.errors import AccessError, HeliostatError, PeerLostError, WorkerError, innermost
-from heliostat.events import WorkerFailed
+from heliostat.runs.events import WorkerFailed
 from heliostat.train import faults
 from heliostat.train.worker import process_group, sigterm
 from heliostat.train.worker.process_group import Place

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from heliostat.data.dataset import Dataset
-from heliostat.events import Steps
+from heliostat.runs.events import Steps
+from heliostat.runs.time_ledger import Ledger
 from heliostat.train.peak_flops import peak_flops
-from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import bad_samples, zero_state
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.loss_watch import LossWatch

@@ -16,7 +16,7 @@ from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.stream import StepSamples
 from heliostat.recipes.protocol import Recipe
-from heliostat.train.time_ledger import Ledger
+from heliostat.runs.time_ledger import Ledger
 from heliostat.train.worker import deepspeed_engine
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.ema import Ema

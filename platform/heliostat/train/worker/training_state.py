@@ -22,10 +22,10 @@ import torch
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.errors import AccessError, StorageError
-from heliostat.events import Saved
+from heliostat.runs.events import Saved
+from heliostat.runs.time_ledger import Ledger
 from heliostat.track import local_curves
 from heliostat.train.memory_keeper import Source
-from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import ema, loss_scale, memory_copies, zero_state
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.memory_copies import MemoryCopies

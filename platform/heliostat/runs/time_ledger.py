@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from heliostat.errors import HeliostatError
-from heliostat.events import Event, ModelPhase, Phase, Saved, Steps
 from heliostat.runs import goodput
+from heliostat.runs.events import Event, ModelPhase, Phase, Saved, Steps
 from heliostat.runs.goodput import Attempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
