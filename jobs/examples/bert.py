@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-from heliostat.config.schema import nearest
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.protocol import Evaluates, Generated, Generates, Recipe, Request, Serves
+from heliostat.schema import nearest
 from heliostat.text import brief
 from tokenizers import Tokenizer
 

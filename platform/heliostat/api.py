@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, overload
 
 import heliostat.check as checks
-from heliostat import uncaught
+from heliostat import schema, uncaught
 from heliostat.check import Checked
-from heliostat.config import schema, spec
+from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.exact_stream import ExactStream

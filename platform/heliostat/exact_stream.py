@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from heliostat import schema
 from heliostat.check import check_data
-from heliostat.config import schema, spec, workspace
+from heliostat.config import spec, workspace
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest

@@ -17,13 +17,13 @@ import pytest
 import torch
 import transformers
 import yaml
+from heliostat import schema
 from heliostat.benchmark import recording, shown
 from heliostat.benchmark.follow import Followed, summary
 from heliostat.benchmark.held_out import making
 from heliostat.benchmark.run import Benchmark
 from heliostat.benchmark.suite import load
 from heliostat.checkpoint import layout
-from heliostat.config import schema
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from heliostat.config import schema
+from heliostat import schema
 from heliostat.config.spec import Job
 
 ROOT = Path(__file__).parents[2]

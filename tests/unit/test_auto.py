@@ -4,10 +4,9 @@ import json
 import logging
 
 import pytest
-from heliostat import check
+from heliostat import check, schema
 from heliostat.check import load_job
 from heliostat.checkpoint import layout
-from heliostat.config import schema
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.plan import auto, hardware, layouts, planner, ranking

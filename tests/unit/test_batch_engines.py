@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 import transformers
-from heliostat.config.schema import validate
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch import engines, tasks
 from heliostat.inference.batch.engines import Continue, Embed, Input, Score
 from heliostat.inference.batch.settings import OF_ANSWERS, Settings
 from heliostat.recipes.text.generator import Sampling
 from heliostat.recipes.text.server import continue_text
+from heliostat.schema import validate
 
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import ARCHITECTURES, PROMPTS, write_model

@@ -4,8 +4,8 @@ import json
 import sys
 
 import pytest
+from heliostat import kinds
 from heliostat.cli import common, main
-from heliostat.config import kinds
 from heliostat.errors import AccessError, ConfigError, TrainingError
 from heliostat.storage.locations import Location
 
@@ -131,7 +131,7 @@ def test_a_file_of_another_kind_names_its_own_command(monkeypatch, capsys, wante
 )
 def test_every_file_of_the_workspace_is_of_its_kind(path):
     """By its folder: none is refused where it belongs."""
-    from heliostat.config.schema import read_yaml
+    from heliostat.schema import read_yaml
 
     wanted = "pipeline" if path.parent.name in ("pipelines", "data") else "sweep" if path.parent.name == "sweeps" else "job"
     assert kinds.kind_of(read_yaml(path)) == wanted

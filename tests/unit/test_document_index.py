@@ -9,13 +9,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from heliostat.config.schema import validate
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError, LeaseError
 from heliostat.retrieval import build, table, units
 from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.search import Index
 from heliostat.retrieval.settings import Settings
+from heliostat.schema import validate
 from heliostat.serving.asks import Search
 from heliostat.serving.shelf import Shelf
 from heliostat.storage import lease

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from heliostat import errors
+from heliostat import errors, schema
 from heliostat import text as text_
-from heliostat.config import schema, spec, workspace
+from heliostat.config import spec, workspace
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines import prepare

@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from heliostat.config.schema import validate
 from heliostat.curation import flow, pieces
 from heliostat.curation.engine import Engine
 from heliostat.curation.pieces import Part
@@ -27,6 +26,7 @@ from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.pipeline import TextPipeline
 from heliostat.pipelines.text.tasks import TextSource
+from heliostat.schema import validate
 from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import HereFlow, KilledError, spelled

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from heliostat.config.schema import validate
 from heliostat.errors import ConfigError
 from heliostat.recipes.images.noising import Objective, Process
+from heliostat.schema import validate
 
 DIFFUSION = [
     {"prediction": p, "schedule": s, "steps": n, "zero_terminal_snr": z}

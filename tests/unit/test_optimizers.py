@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from heliostat.config import schema, spec
+from heliostat import schema
+from heliostat.config import spec
 from heliostat.config.optimizers import REFUSED, REGISTRY, STATE_BYTES, AdamW, Optimizer
 from heliostat.config.train_section import GROWING
 from heliostat.errors import ConfigError

@@ -4,7 +4,8 @@ import random
 
 import pytest
 import yaml
-from heliostat.config import schema, spec
+from heliostat import schema
+from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 

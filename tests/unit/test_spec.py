@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heliostat.config import schema, spec
+from heliostat import schema
+from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 

@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from heliostat.config.schema import Strict, validate
 from heliostat.errors import ConfigError
+from heliostat.schema import Strict, validate
 from heliostat.tune import space as spaces
 from heliostat.tune.space import ALL, Domain, Space
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from heliostat.config.schema import nearest
 from heliostat.errors import ConfigError
+from heliostat.schema import nearest
 
 KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 REFUSED = {  # keys by which a task file would run code, or that are of other models than of text

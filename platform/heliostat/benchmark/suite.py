@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from heliostat.config import schema
+from heliostat import schema
 from heliostat.config.fields import Name, Positive, Seed
-from heliostat.config.schema import Float, Strict
+from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
 
 

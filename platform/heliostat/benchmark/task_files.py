@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from heliostat.config import schema
+from heliostat import schema
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location, is_inside
 

@@ -24,12 +24,12 @@ from heliostat import device_threads
 from heliostat.checkpoint import checksums, columns, placement, shard_index
 from heliostat.checkpoint import index as checkpoint_index
 from heliostat.checkpoint.columns import ROWS, Columns
-from heliostat.config.schema import validate
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.config.spec import Job
 from heliostat.data import plans
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from heliostat.schema import validate
 from heliostat.storage import run_folder, wire
 from heliostat.storage.locations import Location
 from heliostat.text import brief

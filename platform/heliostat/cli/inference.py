@@ -98,10 +98,10 @@ def infer(
     from heliostat.cluster.joining import join
 
     join(cluster)
-    from heliostat.config.schema import validate
     from heliostat.inference.batch.run import infer as run
     from heliostat.inference.batch.settings import WRITES, Settings
     from heliostat.plan import hardware
+    from heliostat.schema import validate
     from heliostat.track.models import resolve
 
     options = {k: v for k, v in {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}.items() if v is not None}

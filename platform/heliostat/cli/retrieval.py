@@ -33,9 +33,9 @@ def index_documents(
     json_: Json = False,
 ) -> None:
     """Make a dataset's documents searchable, or bring their index up to date: by words, and with --embedder by meaning too."""
-    from heliostat.config.schema import validate
     from heliostat.retrieval import build
     from heliostat.retrieval.settings import Settings
+    from heliostat.schema import validate
 
     build.require()
     settings = validate(Settings, {"chunk_tokens": chunk_tokens, "overlap": overlap}, "index-documents")

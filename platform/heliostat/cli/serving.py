@@ -59,7 +59,7 @@ def serve(
 
     join(cluster)
     from heliostat import extras
-    from heliostat.config.schema import validate
+    from heliostat.schema import validate
     from heliostat.serving import options, run
 
     extras.require("serve", "watchfiles", what="heliostat serve")
@@ -96,7 +96,7 @@ def play(
 ) -> None:
     """Open a page in the browser to try a model or an index: write, complete code, chat, draw, ask."""
     from heliostat import extras
-    from heliostat.config.schema import validate
+    from heliostat.schema import validate
     from heliostat.serving import options
 
     extras.require("play", "starlette", "uvicorn", what="heliostat play")

@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from heliostat.config import kinds, workspace
-from heliostat.config.schema import documents
+from heliostat import kinds
+from heliostat.config import workspace
 from heliostat.errors import ConfigError
+from heliostat.schema import documents
 from heliostat.text import brief
 
 ACCELERATOR = "ray.io/accelerator-type"  # Ray's own label of a node's GPU

@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from heliostat import schema
 from heliostat.cluster import cluster_file, dashboard, local, private
 from heliostat.cluster.cluster_file import ClusterFile
-from heliostat.config import schema, workspace
+from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
 

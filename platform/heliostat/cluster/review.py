@@ -13,8 +13,8 @@ from pathlib import Path
 
 from heliostat.cluster import clouds, cluster_file, exposure, pods, schemas, written_secrets
 from heliostat.cluster.cluster_file import ClusterFile, groups
-from heliostat.config.schema import nearest
 from heliostat.errors import ConfigError
+from heliostat.schema import nearest
 
 
 @dataclass(frozen=True)

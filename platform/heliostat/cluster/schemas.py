@@ -16,7 +16,7 @@ import yaml
 
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config import workspace
-from heliostat.config.schema import nearest
+from heliostat.schema import nearest
 
 CRDS = "HELIOSTAT_KUBERAY_CRDS"
 CRD_FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml"}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ByteSize, Field
 
 from heliostat.config.fields import Positive
-from heliostat.config.schema import Float, Strict
+from heliostat.schema import Float, Strict
 
 BENCHMARK = "bench/"  # and a task's name: what its score is called
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ByteSize, Field
 
 from heliostat.config.fields import Count, Fraction, NonNegative, Positive, Seed
-from heliostat.config.schema import Float, Strict
+from heliostat.schema import Float, Strict
 
 
 class Source(Strict):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from heliostat.config.schema import Float
+from heliostat.schema import Float
 from heliostat.text import printable
 
 LARGEST = 2**32  # of what is counted by the step; what is beyond it is a slip of the finger

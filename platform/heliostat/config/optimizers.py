@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from heliostat.config.schema import Float, Strict
 from heliostat.errors import ConfigError
+from heliostat.schema import Float, Strict
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from heliostat.config.schema import Float, Strict
+from heliostat.schema import Float, Strict
 
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 

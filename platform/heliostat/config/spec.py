@@ -12,17 +12,18 @@ from typing import Any
 
 from pydantic import model_validator
 
-from heliostat.config import optimizers, rules, schema, workspace
+from heliostat import schema
+from heliostat.config import optimizers, rules, workspace
 from heliostat.config.checkpoint_section import Best, Checkpoint, Evaluate
 from heliostat.config.data_section import Data, MixChange, Source
 from heliostat.config.fields import LARGEST, Count, Experiment, Fraction, Name, NonNegative, Positive, Seed
 from heliostat.config.rules import sums_on_host
-from heliostat.config.schema import Strict
 from heliostat.config.tracking_sections import Card, Mlflow
 from heliostat.config.train_section import Ema, Offload, Parallel, Train, Zero
 from heliostat.config.worker_counts import divisors, fitting
 from heliostat.config.worker_sections import Limits, Retries, Spike, Watchdog, Workers
 from heliostat.errors import ConfigError
+from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from heliostat.config.fields import Experiment, Name
-from heliostat.config.schema import Strict
+from heliostat.schema import Strict
 
 
 class Mlflow(Strict):

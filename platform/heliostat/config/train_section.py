@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed
 from heliostat.config.optimizers import AnyOptimizer
 from heliostat.config.schedules import Schedule
-from heliostat.config.schema import Float, Strict
+from heliostat.schema import Float, Strict
 from heliostat.text import brief
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from heliostat.config.fields import LARGEST, NonNegative
-from heliostat.config.schema import Float, Strict
+from heliostat.schema import Float, Strict
 
 
 def _count(value: object) -> object:

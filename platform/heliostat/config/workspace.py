@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from heliostat import extras
-from heliostat.config.schema import nearest
 from heliostat.errors import ConfigError, MissingExtraError
+from heliostat.schema import nearest
 from heliostat.text import brief
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from heliostat.config.schema import explain, nearest
 from heliostat.curation.stage import Stage
+from heliostat.schema import explain, nearest
 
 STAGES = "heliostat.curation.stages"  # imported one by one, when named
 

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from heliostat.config.schema import Float
 from heliostat.curation import libraries, registry, repeated, tally
 from heliostat.curation.chain import bytes_of
 from heliostat.curation.comparing import about
@@ -19,6 +18,7 @@ from heliostat.curation.repeated import Signing
 from heliostat.curation.segment import FINISH, Run, Source, Spiller, documents_of, store
 from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
 from heliostat.curation.work import key
+from heliostat.schema import Float
 from heliostat.storage.locations import Location
 
 ROW_BYTES = 120  # of memory for each occurrence that a task goes through, sorting included

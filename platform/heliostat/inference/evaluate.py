@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from heliostat.config import workspace
-from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.data import collection, content
 from heliostat.data.dataset import open_dataset, plan
@@ -21,6 +20,7 @@ from heliostat.errors import ConfigError
 from heliostat.recipes import exported as exports
 from heliostat.recipes.gathering import taken
 from heliostat.recipes.protocol import GUIDE, Evaluates, Exports, Recipe
+from heliostat.schema import validate
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format
 

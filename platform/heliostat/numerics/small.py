@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from heliostat.config import schema, spec
+from heliostat import schema
+from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.config.train_section import Offload, Parallel, Zero
 from heliostat.data.manifest import Manifest

@@ -27,16 +27,17 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from heliostat import kinds
 from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
-from heliostat.config import kinds, workspace
-from heliostat.config.schema import Float, Strict, apply, read_yaml, validate
+from heliostat.config import workspace
 from heliostat.data import collection, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import Manifest
 from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError, unwrapped
 from heliostat.pipelines.leftovers import remove_old_samples, sample_folder
 from heliostat.pipelines.watching import Watch
+from heliostat.schema import Float, Strict, apply, read_yaml, validate
 from heliostat.storage.locations import Location
 from heliostat.terminal import console
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import heliostat.check as check
+from heliostat import schema
 from heliostat.checkpoint import layout
 from heliostat.cluster import cluster_file
 from heliostat.cluster.cluster_file import ClusterFile
-from heliostat.config import schema
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, StorageError
 from heliostat.plan import hardware, layouts

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from heliostat.config import schema
+from heliostat import schema
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from heliostat.config import rules, schema
+from heliostat import schema
+from heliostat.config import rules
 from heliostat.config.spec import Job
 from heliostat.config.worker_counts import divisors
 

@@ -11,8 +11,8 @@ import logging
 import math
 from typing import Any
 
+from heliostat import schema
 from heliostat.cluster.cluster_file import ClusterFile
-from heliostat.config import schema
 from heliostat.config.spec import Job
 from heliostat.config.worker_counts import divisors
 from heliostat.errors import ConfigError

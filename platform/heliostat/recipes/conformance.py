@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from heliostat.config.schema import nearest
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import (
@@ -24,6 +23,7 @@ from heliostat.recipes.protocol import (
     Recipe,
     Serves,
 )
+from heliostat.schema import nearest
 
 KINDS = ("tokens", "rows")
 MARKS = {  # the method that an ability is known by

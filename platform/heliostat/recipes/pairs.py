@@ -15,10 +15,10 @@ import numpy as np
 import xxhash
 from pydantic import ValidationError
 
-from heliostat.config.schema import Strict, explain
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.protocol import CouplesSamples, Evaluates, Loss, Part
+from heliostat.schema import Strict, explain
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from heliostat.config.schema import Strict
+from heliostat.schema import Strict
 
 
 class Settings(Strict):

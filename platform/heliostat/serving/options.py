@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from heliostat.config.schema import Float, Strict
 from heliostat.errors import ConfigError
+from heliostat.schema import Float, Strict
 
 
 class Options(Strict):

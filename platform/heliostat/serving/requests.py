@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from heliostat.config.schema import Float, Strict
 from heliostat.inference.vllm_terms import MOST_LOGPROBS
 from heliostat.recipes.text.chat import Message
+from heliostat.schema import Float, Strict
 from heliostat.text import brief
 from heliostat.web.refusals import Refusal
 

@@ -29,11 +29,12 @@ from typing import Any
 import psutil
 import yaml
 
+from heliostat import schema
 from heliostat.cluster import dashboard as http
 from heliostat.cluster import forked_command
 from heliostat.cluster.forked_command import ForkedCommand
 from heliostat.cluster.zygote import PLACE as ZYGOTE
-from heliostat.config import schema, workspace
+from heliostat.config import workspace
 from heliostat.config.spec import Retries
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.redact import Formatter, excepthook

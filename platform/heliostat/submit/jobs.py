@@ -21,10 +21,11 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from heliostat import schema
 from heliostat.cluster import dashboard, source_code, workspace_package
 from heliostat.cluster.endpoint import Endpoint
 from heliostat.cluster.private_ray import UNTOLD
-from heliostat.config import schema, workspace
+from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
 from heliostat.storage.retries import Backoff, Failure, retry

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from heliostat import schema
 from heliostat.cluster.endpoint import Endpoint
-from heliostat.config import schema, spec, workspace
+from heliostat.config import spec, workspace
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.storage.records import Format, closed

@@ -11,11 +11,11 @@ import logging
 import time
 from typing import Any
 
-from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput, liveness, summary
 from heliostat.runs.mlflow_id import record
+from heliostat.schema import validate
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.track import local_curves, mlflow_client, tags

@@ -6,9 +6,9 @@ import time
 from collections import Counter
 from typing import Any
 
-from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.schema import validate
 from heliostat.storage.locations import Location, is_inside
 from heliostat.tune import report
 from heliostat.tune import trial_record as records

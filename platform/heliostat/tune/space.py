@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from heliostat.config.schema import Float, Strict
+from heliostat.schema import Float, Strict
 
 Range = Annotated[list[Float], Field(min_length=2, max_length=2)]
 Steps = Annotated[list[Float], Field(min_length=3, max_length=3)]

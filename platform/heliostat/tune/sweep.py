@@ -16,11 +16,12 @@ import yaml
 from pydantic import Field, model_validator
 
 import heliostat.check as check
-from heliostat.config import kinds, schema, spec, workspace
-from heliostat.config.schema import Float, Strict
+from heliostat import kinds, schema
+from heliostat.config import spec, workspace
 from heliostat.config.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Evaluates
+from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 from heliostat.tune import rungs

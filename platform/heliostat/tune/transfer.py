@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from heliostat.config import schema, spec
+from heliostat import schema
+from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.tune.sweep import Plan

@@ -15,7 +15,7 @@ RAY = True
 @lru_cache(maxsize=1)
 def planned(task: Task) -> tuple[Any, Any, Any, int]:
     """(job, data plan, order, bytes of a sample) of a run that takes each sample once: no evaluation, a lane a consumer."""
-    from heliostat.config import schema
+    from heliostat import schema
     from heliostat.config.spec import Job
     from heliostat.data import dataset, manifest
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from heliostat.config.schema import Float
 from heliostat.curation import files, linear
 from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.schema import Float
 
 
 class Classifier(Stage):

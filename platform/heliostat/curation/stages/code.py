@@ -18,11 +18,11 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from heliostat.config.schema import Float
 from heliostat.curation import code_languages
 from heliostat.curation.filtering import first_failed, text_of
 from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.schema import Float
 
 LONG_LINES = {"HTML", "JSON", "Markdown", "Roff", "SMT", "TeX", "Text", "XML"}  # may have long lines
 FEW_LETTERS = {"Assembly", "WebAssembly"}

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from heliostat import extras
-from heliostat.config.schema import nearest
 from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.schema import nearest
 
 FORMS = [
     "ArtifactoryDetector", "AWSKeyDetector", "AzureStorageKeyDetector", "BasicAuthDetector", "CloudantDetector",

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from heliostat import extras
-from heliostat.config.schema import Float
 from heliostat.curation.isolated import Isolated, IsolatedError
 from heliostat.curation.pdf import is_pdf
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.schema import Float
 
 
 class Extract(Stage):

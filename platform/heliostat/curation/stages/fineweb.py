@@ -13,12 +13,12 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.config.schema import Float
 from heliostat.curation.english.words import TERMINALS, shared
 from heliostat.curation.filtering import by_text, first_failed
 from heliostat.curation.repetition import duplicates
 from heliostat.curation.slices import split
 from heliostat.curation.stage import Stage, Work
+from heliostat.schema import Float
 
 
 class FineWeb(Stage):

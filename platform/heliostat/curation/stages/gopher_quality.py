@@ -15,11 +15,11 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from heliostat.config.schema import Float
 from heliostat.curation.english.words import hash_of, shared
 from heliostat.curation.filtering import by_text, first_failed
 from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Stage, Work
+from heliostat.schema import Float
 
 
 class GopherQuality(Stage):

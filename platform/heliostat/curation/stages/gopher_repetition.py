@@ -14,11 +14,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from heliostat.config.schema import Float
 from heliostat.curation.english.words import shared
 from heliostat.curation.filtering import by_text
 from heliostat.curation.repetition import Repeats, duplicates
 from heliostat.curation.stage import Stage, Work
+from heliostat.schema import Float
 
 Share = Annotated[Float, Field(ge=0, le=1)]
 PARAGRAPHS, LINES = re.compile(r"\n{2,}"), re.compile(r"\n+")

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from heliostat.config.schema import Float, nearest
 from heliostat.curation import scoring
 from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
 from heliostat.errors import ConfigError
+from heliostat.schema import Float, nearest
 
 
 class HfClassifier(Stage):

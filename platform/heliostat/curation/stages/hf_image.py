@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from heliostat import extras
-from heliostat.config.schema import Float, nearest
 from heliostat.curation import image_scoring, scoring
 from heliostat.curation.filtering import text_of
 from heliostat.curation.picturing import picture_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
 from heliostat.errors import ConfigError
+from heliostat.schema import Float, nearest
 
 
 class HfImage(Stage):

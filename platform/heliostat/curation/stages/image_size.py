@@ -13,10 +13,10 @@ from typing import ClassVar
 from pydantic import Field
 
 from heliostat import extras
-from heliostat.config.schema import Float
 from heliostat.curation.filtering import first_failed
 from heliostat.curation.picturing import fault, opened, picture_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.schema import Float
 
 
 class ImageSize(Stage):

@@ -13,9 +13,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from heliostat import extras
-from heliostat.config.schema import Float
 from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.schema import Float
 
 PIECES = 8  # of a document that are looked at
 CUT = 30  # characters at the beginning of a piece in which a cut word may end

@@ -14,10 +14,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.config.schema import Float
 from heliostat.curation.filtering import text_of
 from heliostat.curation.slices import split
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.schema import Float
 
 _COUNTER = re.compile(
     r"\W*[\d.,]+[KMkm]?\s+(?:likes?|shares?|comments?|retweets?|reposts?|quotes?|bookmarks?|upvotes?|downvotes?|downloads?|views?|followers?)\W*"

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from heliostat.config.schema import Float
 from heliostat.curation import embedding, libraries, scoring, tally
 from heliostat.curation.comparing import conclude, parts
 from heliostat.curation.engine import Curated
@@ -26,6 +25,7 @@ from heliostat.curation.segment import Run
 from heliostat.curation.semantic import cells
 from heliostat.curation.stage import GlobalStage
 from heliostat.curation.work import key
+from heliostat.schema import Float
 
 ROW_BYTES = 400  # of memory for each document of a cell, beside its vector
 VECTORS = 16  # a file of vectors is one so many-th of `memory_limit`: it is sorted, encoded and read again

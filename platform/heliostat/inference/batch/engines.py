@@ -24,13 +24,13 @@ import torch
 import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from heliostat.config.schema import validate
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.recipes import pretrained
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import chat, encoder, sentence_folder
 from heliostat.recipes.text.generator import Sampling, ends, whole
+from heliostat.schema import validate
 from heliostat.text import brief
 
 LOGITS_BYTES = 256 << 20  # of a batch that is scored: every position has a logit for each token of the vocabulary

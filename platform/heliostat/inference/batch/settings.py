@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from heliostat.config.schema import Strict
+from heliostat.schema import Strict
 
 Task = Literal["continue", "chat", "score", "embed", "classify", "embed-images"]
 WRITES = ("continue", "chat")

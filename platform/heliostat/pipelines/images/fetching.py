@@ -11,13 +11,13 @@ from typing import Any
 
 from pydantic import Field
 
-from heliostat.config.schema import Float, Strict
 from heliostat.curation.stage import Dropped
 from heliostat.pipelines.images.pictures import Raw
 from heliostat.pipelines.images.sources import Columns
 from heliostat.pipelines.web import lists
 from heliostat.pipelines.web.client import Bounds, FetchError
 from heliostat.pipelines.web.polite import Fetcher
+from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
 
 REASONS = {

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from heliostat.config.schema import Float, Strict
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images.pictures import Size
+from heliostat.schema import Float, Strict
 
 EMPTY = "empty_caption.bin"
 

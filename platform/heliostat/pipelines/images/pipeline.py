@@ -17,7 +17,6 @@ from typing import Any, Literal
 from pydantic import Field
 
 from heliostat import extras
-from heliostat.config.schema import Float, Strict
 from heliostat.curation.flow import Flow
 from heliostat.curation.stage import GlobalStage, Stage
 from heliostat.curation.stages.image_size import ImageSize
@@ -38,6 +37,7 @@ from heliostat.pipelines.sampled import Sample
 from heliostat.pipelines.staged import StagedPipeline
 from heliostat.pipelines.text import sources
 from heliostat.pipelines.web import lists
+from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
 
 

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from heliostat.config.schema import Strict
 from heliostat.curation import segment, spill
 from heliostat.curation.segment import Run, survivors
+from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 
 

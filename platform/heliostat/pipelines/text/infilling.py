@@ -16,11 +16,11 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from heliostat.config.fields import Seed
-from heliostat.config.schema import Float, Strict
 from heliostat.data import infilling
 from heliostat.data.infilling import FACT, Markers
 from heliostat.errors import ConfigError
 from heliostat.pipelines.text import tokens
+from heliostat.schema import Float, Strict
 
 WORD = 1 << 64  # of which a draw is a part
 

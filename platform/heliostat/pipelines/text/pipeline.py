@@ -22,7 +22,6 @@ from pyarrow.fs import FileType
 from pydantic import Field, model_validator
 
 from heliostat import extras
-from heliostat.config.schema import Strict
 from heliostat.curation import reasons
 from heliostat.curation.stages.pdf import Pdf
 from heliostat.curation.work import Work
@@ -38,6 +37,7 @@ from heliostat.pipelines.text.infilling import FillInTheMiddle
 from heliostat.pipelines.text.making import SHARD_SHARE, Making
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.pipelines.text.trial import Trial
+from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)

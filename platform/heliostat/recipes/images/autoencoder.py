@@ -25,7 +25,6 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from heliostat.config.schema import nearest
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
@@ -35,6 +34,7 @@ from heliostat.recipes.images.diffusers_folder import REQUIREMENTS
 from heliostat.recipes.images.gallery import grid, png
 from heliostat.recipes.images.judge import real_images
 from heliostat.recipes.protocol import Batch, Draws, Evaluates, Loss, Recipe, Serves, Serving
+from heliostat.schema import nearest
 from heliostat.text import brief
 
 SHOWN = 8  # images in the grid, each beside its reconstruction

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextMode
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import deepspeed_config
 
-from heliostat.config.schema import Float, Strict, nearest
 from heliostat.errors import ConfigError
 from heliostat.recipes import weightless
 from heliostat.recipes.exported import using
@@ -28,6 +27,7 @@ from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images.initial import initialise
 from heliostat.recipes.images.noising import Objective
 from heliostat.recipes.pretrained import from_folder
+from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.records import Format
 from heliostat.text import brief
 

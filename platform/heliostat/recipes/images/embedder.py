@@ -23,7 +23,6 @@ from pydantic import Field
 from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from heliostat.config.fields import Count
-from heliostat.config.schema import Float, Strict, nearest
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import building, contrastive, tokenizing, weightless
@@ -33,6 +32,7 @@ from heliostat.recipes.pairs import SCORES, EmbedsPairs, named, present
 from heliostat.recipes.protocol import Batch, Exports
 from heliostat.recipes.text import checkpointing, encoder, model_config
 from heliostat.recipes.text.model_config import Kind
+from heliostat.schema import Float, Strict, nearest
 from heliostat.text import brief
 
 CLIP = Kind("model of images and texts", ("clip",), "clip")

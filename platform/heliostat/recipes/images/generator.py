@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from heliostat.config.schema import Float, Strict, validate
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.images import diffusers_folder
@@ -19,6 +18,7 @@ from heliostat.recipes.images.gallery import grid, png
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.pipeline import generators
 from heliostat.recipes.protocol import Generated, Request
+from heliostat.schema import Float, Strict, validate
 from heliostat.storage.locations import Location
 
 AT_ONCE = 16

@@ -17,8 +17,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from pydantic import Field, model_validator
 
-from heliostat.config.schema import Float, Strict
 from heliostat.errors import ConfigError
+from heliostat.schema import Float, Strict
 
 SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 FLOW_STEPS = 1000  # what the network is told of s: s x 1000

@@ -26,7 +26,6 @@ import torch
 from torch import nn
 
 from heliostat import extras
-from heliostat.config.schema import validate
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
@@ -37,6 +36,7 @@ from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
 from heliostat.recipes.images.pipeline import decode, tokenize
 from heliostat.recipes.protocol import Batch, Companion, Draws, Evaluates, Generated, Loss, Paints, Recipe, Serves, Serving
+from heliostat.schema import validate
 
 QUARTERS = 4
 GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly

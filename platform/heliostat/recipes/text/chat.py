@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from heliostat.config.schema import Strict
 from heliostat.errors import ConfigError
+from heliostat.schema import Strict
 from heliostat.text import brief
 
 Parts = BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value)

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from heliostat.config.schema import Float, Strict
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import tokenizing
 from heliostat.recipes.pairs import EmbedsPairs, named, present
 from heliostat.recipes.protocol import Batch, Exports
+from heliostat.schema import Float, Strict
 
 if TYPE_CHECKING:
     import torch

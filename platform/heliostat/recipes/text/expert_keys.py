@@ -11,10 +11,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from heliostat.config.fields import NonNegative
-from heliostat.config.schema import Strict, explain
 from heliostat.config.worker_counts import divisors
 from heliostat.errors import ConfigError
 from heliostat.recipes.text import expert_numbers
+from heliostat.schema import Strict, explain
 
 log = logging.getLogger(__name__)
 

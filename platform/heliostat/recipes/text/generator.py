@@ -9,12 +9,12 @@ import torch
 import transformers
 from pydantic import Field
 
-from heliostat.config.schema import Float, Strict, validate
 from heliostat.errors import ConfigError
 from heliostat.recipes import pretrained
 from heliostat.recipes.protocol import Generated, Request
 from heliostat.recipes.text import infilling
 from heliostat.recipes.text.infilling import Infilling
+from heliostat.schema import Float, Strict, validate
 
 
 def whole(key: str, folder: str | Path, **options: Any) -> Any:

@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from heliostat.config.schema import Strict, validate
 from heliostat.errors import ConfigError
+from heliostat.schema import Strict, validate
 
 if TYPE_CHECKING:  # jobs are checked without torch
     import torch

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from heliostat.config.fields import Count
-from heliostat.config.schema import Float, Strict, explain, nearest
 from heliostat.errors import ConfigError
+from heliostat.schema import Float, Strict, explain, nearest
 from heliostat.text import brief
 
 SCALING = "rope_scaling"

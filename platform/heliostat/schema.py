@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, ValidationError
 
-from heliostat.config import kinds
+from heliostat import kinds
 from heliostat.errors import ConfigError
 from heliostat.text import brief
 
