@@ -14,12 +14,12 @@ import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
 from heliostat.numerics import play
+from heliostat.optim import whole_matrices
+from heliostat.optim.whole_matrices import Matrix
 from heliostat.plan import memory
 from heliostat.recipes import building
 from heliostat.storage.locations import Location
 from heliostat.train.worker import deepspeed_engine, ema, zero_state
-from heliostat.update_rules import whole_matrices
-from heliostat.update_rules.whole_matrices import Matrix
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from heliostat import schema
 from heliostat.config import spec
-from heliostat.config.optimizers import REFUSED, REGISTRY, STATE_BYTES, AdamW, Optimizer
 from heliostat.config.train_section import GROWING
 from heliostat.errors import ConfigError
+from heliostat.optim.optimizers import REFUSED, REGISTRY, STATE_BYTES, AdamW, Optimizer
+from heliostat.optim.whole_matrices import BATCH, Matrix, batches
 from heliostat.plan import memory
 from heliostat.plan.dryrun import kinds
 from heliostat.recipes import CausalLM, building
 from heliostat.recipes.protocol import Group
-from heliostat.update_rules.whole_matrices import BATCH, Matrix, batches
 
 from tests.unit.build_job import job, raw
 

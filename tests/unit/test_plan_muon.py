@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from heliostat.optim import whole_matrices
+from heliostat.optim.orthogonal import newton_schulz
 from heliostat.plan import hardware, orthogonalizing, planner
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.update_rules import whole_matrices
-from heliostat.update_rules.orthogonal import newton_schulz
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.build_job import job

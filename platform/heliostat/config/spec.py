@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import model_validator
 
 from heliostat import schema
-from heliostat.config import optimizers, rules, workspace
+from heliostat.config import rules, workspace
 from heliostat.config.checkpoint_section import Best, Checkpoint, Evaluate
 from heliostat.config.data_section import Data, MixChange, Source
 from heliostat.config.fields import LARGEST, Count, Experiment, Fraction, Name, NonNegative, Positive, Seed
@@ -23,6 +23,7 @@ from heliostat.config.train_section import Ema, Offload, Parallel, Train, Zero
 from heliostat.config.worker_counts import divisors, fitting
 from heliostat.config.worker_sections import Limits, Retries, Spike, Watchdog, Workers
 from heliostat.errors import ConfigError
+from heliostat.optim import optimizers
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed
-from heliostat.config.optimizers import AnyOptimizer
 from heliostat.config.schedules import Schedule
+from heliostat.optim.optimizers import AnyOptimizer
 from heliostat.schema import Float, Strict
 from heliostat.text import brief
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from heliostat.config.optimizers import Optimizer
+from heliostat.optim.optimizers import Optimizer
 
 ALWAYS, AT_STAGE_3 = 1, 2  # when an operation is played again
 MATMUL, CONVOLUTION, ATTENTION, MEMORY = KINDS = ("matmul", "convolution", "attention", "memory")

@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import Any
 
 from heliostat.config import spec
-from heliostat.config.optimizers import STATE_BYTES, Muon
 from heliostat.config.spec import Job
 from heliostat.config.train_section import SELECTIVE
+from heliostat.optim.optimizers import STATE_BYTES, Muon
 from heliostat.plan import failures, hardware, layouts, memory, orthogonalizing, step_time, traffic
 from heliostat.plan.counts import Counts
 from heliostat.plan.hardware import Device

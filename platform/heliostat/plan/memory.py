@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from heliostat.config.optimizers import STATE_BYTES
+from heliostat.optim.optimizers import STATE_BYTES
 from heliostat.plan import zero_layout
 
 LOW = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -1,4 +1,4 @@
-"""Estimates what an optimizer that orthogonalizes whole matrices adds to a step (`heliostat.update_rules.whole_matrices`)."""
+"""Estimates what an optimizer that orthogonalizes whole matrices adds to a step (`heliostat.optim.whole_matrices`)."""
 
 from __future__ import annotations
 

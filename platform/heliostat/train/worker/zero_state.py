@@ -3,7 +3,7 @@
 Whatever the stage, a rank's share of a parameter's fp32 master weight and of its moments (what the optimizer keeps of it) is a
 slice [start, start + n) of the flattened parameter, or of the part of it that is left to this rank where workers divide it
 (`division`). `FlatShard` says just that, so a checkpoint saved at one layout loads at any other. Names: `master.<parameter>` and,
-as the optimizer's class in `heliostat.config.optimizers` says,
+as the optimizer's class in `heliostat.optim.optimizers` says,
 `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, ...; persistent buffers are `buffer.<name>`, and parameters that are not trained
 `frozen.<parameter>`, in the precision that the engine holds them in.
 """

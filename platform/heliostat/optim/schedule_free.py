@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from heliostat.update_rules.pieces import pieces
+from heliostat.optim.pieces import pieces
 
 ITERATE, AVERAGE = "z", "ema"
 

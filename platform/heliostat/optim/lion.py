@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from heliostat.update_rules.pieces import pieces
+from heliostat.optim.pieces import pieces
 
 
 class Lion(torch.optim.Optimizer):

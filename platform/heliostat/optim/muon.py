@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from heliostat.update_rules.orthogonal import newton_schulz, scale
-from heliostat.update_rules.whole_matrices import Matrix, on_whole
+from heliostat.optim.orthogonal import newton_schulz, scale
+from heliostat.optim.whole_matrices import Matrix, on_whole
 
 
 class WithAdamW(torch.optim.Optimizer):

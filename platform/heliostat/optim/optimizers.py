@@ -145,7 +145,7 @@ class Lion(Optimizer):
         return ("exp_avg",)
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from heliostat.update_rules import lion
+        from heliostat.optim import lion
 
         return lion.Lion(groups, self.lr, (self.betas[0], self.betas[1]))
 
@@ -170,7 +170,7 @@ class ScheduleFree(Optimizer):
         return "exp_avg_sq", "z", "ema"
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from heliostat.update_rules import schedule_free
+        from heliostat.optim import schedule_free
 
         return schedule_free.ScheduleFree(groups, self.lr, (self.betas[0], self.betas[1]), self.eps)
 
@@ -210,7 +210,7 @@ class Muon(Optimizer):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch
 
-        from heliostat.update_rules import muon
+        from heliostat.optim import muon
 
         rate = self.lr if self.adamw_lr is None else self.adamw_lr
         for group in groups:
