@@ -11,9 +11,9 @@ from typing import Any
 import heliostat
 import pytest
 import torch
-from heliostat import device_threads
 from heliostat.checkpoint.saver import Saver
 from heliostat.config import spec
+from heliostat.data import device_threads
 from heliostat.storage.locations import Location
 from heliostat.train.worker import memory_copies, node_metrics, process_group
 

@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from heliostat import device_threads
 from heliostat.checkpoint import checksums, columns, placement, shard_index
 from heliostat.checkpoint import index as checkpoint_index
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.config.spec import Job
-from heliostat.data import plans
+from heliostat.data import device_threads, plans
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from heliostat.schema import validate

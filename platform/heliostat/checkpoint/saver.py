@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from heliostat import device_threads
 from heliostat.checkpoint import writing
 from heliostat.checkpoint.agreement import agreed
 from heliostat.checkpoint.flat_shard import FlatShard
@@ -30,6 +29,7 @@ from heliostat.checkpoint.loading import casts, load, open_together
 from heliostat.checkpoint.retention import Pruner
 from heliostat.checkpoint.tree import Channel
 from heliostat.config import spec
+from heliostat.data import device_threads
 from heliostat.errors import ConfigError, StorageError
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from heliostat import device_threads
-from heliostat.data import shard
+from heliostat.data import device_threads, shard
 from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Samples

@@ -15,8 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from heliostat import device_threads
-from heliostat.data import manifest, versions
+from heliostat.data import device_threads, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import SHARDS, Manifest
 from heliostat.errors import DataError

@@ -21,7 +21,7 @@ import pyarrow as pa
 import ray
 from ray.data import ExecutionResources
 
-from heliostat import device_threads
+from heliostat.data import device_threads
 from heliostat.data.content import Content, join, pack, part, unpack
 from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.data.order import Order

@@ -27,8 +27,7 @@ from typing import Any
 import psutil
 import pyarrow.fs as pafs
 
-from heliostat import device_threads
-from heliostat.data import manifest
+from heliostat.data import device_threads, manifest
 from heliostat.data.manifest import FILES, SHARDS, Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location

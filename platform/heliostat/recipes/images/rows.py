@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from heliostat import device_threads
+from heliostat.data import device_threads
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 

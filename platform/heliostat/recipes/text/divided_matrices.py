@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from heliostat import device_threads
+from heliostat.data import device_threads
 from heliostat.errors import ConfigError
 from heliostat.recipes.text import tiny
 

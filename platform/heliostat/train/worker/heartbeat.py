@@ -17,9 +17,9 @@ from typing import Any
 
 import ray
 
-from heliostat import device_threads
 from heliostat.checkpoint import tree
 from heliostat.checkpoint.tree import Channel
+from heliostat.data import device_threads
 from heliostat.runs.events import Stack
 from heliostat.train.mailbox import interval
 from heliostat.train.stop_codes import PREEMPTED, RUN

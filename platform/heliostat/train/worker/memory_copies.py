@@ -22,11 +22,11 @@ import numpy as np
 import ray
 import torch
 
-from heliostat import device_threads
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.agreement import agreed, together
 from heliostat.checkpoint.flat_copy import Piece, Range
 from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.data import device_threads
 from heliostat.errors import TrainingError
 from heliostat.text import brief
 from heliostat.train.memory_keeper import Plan, Source, Sum, summed

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from heliostat import device_threads
+from heliostat.data import device_threads
 from heliostat.runs.events import NodeSample, Notice
 
 MB = 1e6

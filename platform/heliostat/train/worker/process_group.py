@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from datetime import timedelta
 
-from heliostat import device_threads
+from heliostat.data import device_threads
 from heliostat.errors import PeerLostError
 from heliostat.train.worker import near_cores
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from types import FrameType
 
-from heliostat import device_threads
+from heliostat.data import device_threads
 
 received = threading.Event()  # this process has had a SIGTERM
 
