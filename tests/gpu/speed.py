@@ -44,7 +44,7 @@ def train(
     seconds: float = 12.0,
 ) -> Iterator[Row]:
     """Trains for some seconds behind the first steps; one row."""
-    from heliostat.train.peak_flops import peak_flops
+    from heliostat.cluster.peak_flops import peak_flops
 
     setting.start()
     keys: dict[str, Any] = {"train.precision": precision, "train.zero.stage": stage, "train.compile": compile}

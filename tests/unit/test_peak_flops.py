@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from heliostat.cluster.peak_flops import BF16, peak_flops
 from heliostat.errors import ConfigError
 from heliostat.plan import hardware
-from heliostat.train.peak_flops import BF16, peak_flops
 from heliostat.train.worker.step_reports import StepReports
 
 from tests.unit.build_job import job

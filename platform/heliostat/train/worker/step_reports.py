@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from heliostat.cluster.peak_flops import peak_flops
 from heliostat.data.dataset import Dataset
 from heliostat.runs.events import Steps
 from heliostat.runs.time_ledger import Ledger
-from heliostat.train.peak_flops import peak_flops
 from heliostat.train.worker import bad_samples, zero_state
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.loss_watch import LossWatch
