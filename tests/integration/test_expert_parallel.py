@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from heliostat.config.spec import Job
 from heliostat.numerics import play
-from heliostat.recipes.text import experts
+from heliostat.parallel import experts
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.train.run import train

@@ -5,9 +5,9 @@ import math
 
 import pytest
 from heliostat.errors import ConfigError
+from heliostat.parallel import divided_matrices
 from heliostat.plan import dryrun, hardware, layouts, planner
 from heliostat.recipes.conformance import require_abilities
-from heliostat.recipes.text import divided_matrices
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.train.worker import tensor_group
 

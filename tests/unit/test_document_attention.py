@@ -4,7 +4,7 @@ of their length, and with the numbers of a mask of all pairs.
 
 import pytest
 import torch
-from heliostat.recipes.text import document_attention, sequence_attention
+from heliostat.parallel import document_attention, sequence_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -6,7 +6,8 @@ import logging
 import pytest
 import torch
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import experts, flops
+from heliostat.parallel import experts
+from heliostat.recipes.text import flops
 from heliostat.runs.events import Steps
 from heliostat.track.metrics import points
 from heliostat.train.worker.expert_load import ExpertLoad, load

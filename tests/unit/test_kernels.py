@@ -8,8 +8,9 @@ from heliostat.check import check_devices, check_job
 from heliostat.config import rules
 from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.numerics import small
+from heliostat.parallel import tiny
 from heliostat.recipes import CausalLM
-from heliostat.recipes.text import attention, checkpointing, float8, tiny
+from heliostat.recipes.text import attention, checkpointing, float8
 
 from tests.unit.build_job import job as build_job
 

@@ -12,8 +12,9 @@ from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
 from heliostat.inference.evaluate import evaluate
+from heliostat.parallel import tiny
 from heliostat.recipes import exported
-from heliostat.recipes.text import packing, tiny
+from heliostat.recipes.text import packing
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
 from transformers import CONFIG_MAPPING

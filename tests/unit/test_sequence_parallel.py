@@ -9,10 +9,10 @@ import pytest
 import torch
 from heliostat import check
 from heliostat.errors import ConfigError
+from heliostat.parallel import cutting
 from heliostat.plan import planner
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.protocol import IGNORED
-from heliostat.recipes.text import cutting
 from heliostat.recipes.text.causal_lm import CausalLM
 
 from tests.unit.build_job import BASE, job

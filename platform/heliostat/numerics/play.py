@@ -25,12 +25,13 @@ from heliostat.numerics.compare import relative
 from heliostat.numerics.rows import Row
 from heliostat.numerics.small import SAVED, STEPS
 from heliostat.numerics.tensors import read, write
+from heliostat.parallel import division
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.locations import Location
-from heliostat.train.worker import deepspeed_engine, division
+from heliostat.train.worker import deepspeed_engine
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.posts import Posts

@@ -19,9 +19,10 @@ from heliostat.config.spec import Job
 from heliostat.config.train_section import Offload, Parallel, Zero
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.parallel import tiny
 from heliostat.recipes import loading
 from heliostat.recipes.protocol import Batch, Recipe
-from heliostat.recipes.text import attention, tiny
+from heliostat.recipes.text import attention
 from heliostat.recipes.text.causal_lm import CausalLM
 
 STEPS, SAVED = 4, 2  # steps that are played, and the one behind which a checkpoint is saved

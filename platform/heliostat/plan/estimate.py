@@ -178,7 +178,7 @@ class Planner:
         kept = (held + self.kept.largest) * layout.micro_batch // layout.sequence
         left = self.kept.inputs(first) * layout.micro_batch // layout.sequence if train.activation_offload else 0
         if layout.sequence > 1 and self.job.data.document_mask:  # each makes it for whole samples
-            from heliostat.recipes.text import document_attention
+            from heliostat.parallel import document_attention
 
             kept += layout.micro_batch * document_attention.mask_bytes(length, memory.LOW[train.precision])
         if layout.sequence > 1 and train.tiled_loss:  # the gradient of the last layer's weight, which is not cut

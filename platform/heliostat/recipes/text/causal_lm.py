@@ -28,6 +28,7 @@ from heliostat.config.spec import Job
 from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
+from heliostat.parallel import expert_numbers
 from heliostat.recipes.protocol import (
     Batch,
     CutsSamples,
@@ -41,7 +42,7 @@ from heliostat.recipes.protocol import (
     Serves,
     Serving,
 )
-from heliostat.recipes.text import expert_keys, expert_numbers, initial, plain_keys, router_loss
+from heliostat.recipes.text import expert_keys, initial, plain_keys, router_loss
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
     import torch
@@ -123,7 +124,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return checkpointing.layers(model)
 
     def require_cut(self, parts: int) -> None:
-        from heliostat.recipes.text import cutting
+        from heliostat.parallel import cutting
 
         cutting.require(self, parts)
 
@@ -133,7 +134,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         expert_keys.require_divided(self, parts)
 
     def require_matrices_divided(self, parts: int) -> None:
-        from heliostat.recipes.text import divided_matrices
+        from heliostat.parallel import divided_matrices
 
         divided_matrices.require(self, parts)
 
@@ -229,12 +230,12 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return next_token.loss(model, batch, routing, self.tiled)
 
     def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:
-        from heliostat.recipes.text import experts
+        from heliostat.parallel import experts
 
         experts.balance(model, routed, self.experts.router_bias_update_rate)
 
     def exact(self, model: torch.nn.Module) -> list[str]:
-        from heliostat.recipes.text import experts
+        from heliostat.parallel import experts
 
         return [name for name, _ in experts.biases(model)] if self.routes else []
 
@@ -249,12 +250,12 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return next_token.cut(batch, part, parts)
 
     def exchange(self, model: torch.nn.Module, group: Any) -> None:
-        from heliostat.recipes.text import sequence_attention
+        from heliostat.parallel import sequence_attention
 
         sequence_attention.use(model, group, self.job.train.micro_batch, self.document_mask)
 
     def stacked_experts(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        from heliostat.recipes.text import experts
+        from heliostat.parallel import experts
 
         return experts.layers(model)
 
@@ -263,17 +264,17 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return 2 * rows * self.config.get_text_config(decoder=True).hidden_size if rows else 0
 
     def exchange_tokens(self, model: torch.nn.Module, group: Any) -> None:
-        from heliostat.recipes.text import divided_experts
+        from heliostat.parallel import divided_experts
 
         divided_experts.use(model, group)
 
     def divided_matrices(self, model: torch.nn.Module) -> dict[str, Any]:
-        from heliostat.recipes.text import divided_matrices
+        from heliostat.parallel import divided_matrices
 
         return dict(divided_matrices.of(model))
 
     def exchanged(self, parts: int) -> int:
-        from heliostat.recipes.text import sequence_attention
+        from heliostat.parallel import sequence_attention
 
         return sequence_attention.exchanged(self.config, self.length, parts)
 

@@ -17,7 +17,8 @@ from torch.autograd.graph import save_on_cpu
 
 from heliostat.config.train_section import SELECTIVE
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import selective, tiny
+from heliostat.parallel import tiny
+from heliostat.recipes.text import selective
 
 SOME, OFFLOAD = "train.activation_checkpointing", "train.activation_offload"
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from heliostat.config.fields import NonNegative
 from heliostat.config.worker_counts import divisors
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import expert_numbers
+from heliostat.parallel import expert_numbers
 from heliostat.schema import Strict, explain
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def read(model: dict[str, Any]) -> ExpertKeys:
 
 def require(recipe: Any) -> None:
     """Raises ConfigError if the job gives a key that the recipe's model has no use for; warns of biases that nothing changes."""
-    from heliostat.recipes.text import experts
+    from heliostat.parallel import experts
 
     keys, kind = recipe.experts, recipe.config.model_type
     given = [k for k in KEYS if k in keys.model_fields_set]
@@ -74,7 +74,7 @@ def require(recipe: Any) -> None:
 
 def require_divided(recipe: Any, parts: int) -> None:
     """Raises ConfigError unless the experts of the recipe's model can be divided into so many parts."""
-    from heliostat.recipes.text import experts
+    from heliostat.parallel import experts
 
     key, kind, count = "train.parallel.expert", recipe.config.model_type, expert_numbers.number(recipe.config)
     if not count:
@@ -95,7 +95,7 @@ def _small(recipe: Any) -> Any:
     """Builds a small model of the recipe's architecture, without memory for it; None if none can be built."""
     import torch
 
-    from heliostat.recipes.text import tiny
+    from heliostat.parallel import tiny
 
     for config in tiny.shrunk(recipe.config, recipe.length):
         small = copy.copy(recipe)

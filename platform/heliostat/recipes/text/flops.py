@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from heliostat.parallel import expert_numbers
 from heliostat.recipes import building
-from heliostat.recipes.text import expert_numbers
 
 EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 NO_SQUARE = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")  # kinds of layers that attend to nothing

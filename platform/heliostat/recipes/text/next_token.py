@@ -9,9 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from heliostat.parallel import experts
 from heliostat.recipes.batches import segments
 from heliostat.recipes.protocol import IGNORED, Batch, Loss, Part
-from heliostat.recipes.text import experts, router_loss, tiled_loss
+from heliostat.recipes.text import router_loss, tiled_loss
 
 
 def batch(content: np.ndarray, end: int | None) -> Batch:

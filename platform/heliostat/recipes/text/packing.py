@@ -12,8 +12,8 @@ import torch
 
 from heliostat import cpu_kernels
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import tiny
-from heliostat.recipes.text.tiny import LENGTH
+from heliostat.parallel import tiny
+from heliostat.parallel.tiny import LENGTH
 
 END = 1
 LAST = LENGTH // 6  # tokens of the document that is looked at

@@ -49,7 +49,7 @@ def _given(recipe: Any) -> bool:
     """Tests whether a small model of the recipe's architecture computes a router's loss if it is asked for."""
     import torch
 
-    from heliostat.recipes.text import tiny
+    from heliostat.parallel import tiny
 
     for config in tiny.shrunk(recipe.config, recipe.length):
         small = copy.copy(recipe)

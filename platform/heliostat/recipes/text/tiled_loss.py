@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from heliostat.errors import ConfigError
+from heliostat.parallel import tiny
 from heliostat.recipes.protocol import IGNORED
-from heliostat.recipes.text import tiny
 
 KEY = "train.tiled_loss"
 TOLERANCE = 1e-3  # relative, of the loss and of the gradient in fp32

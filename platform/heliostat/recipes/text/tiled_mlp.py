@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import checkpointing, selective, tiny
+from heliostat.parallel import tiny
+from heliostat.recipes.text import checkpointing, selective
 
 KEY = "train.tiled_mlp"
 NAMES = ("mlp", "feed_forward", "ffn")  # as transformers calls them

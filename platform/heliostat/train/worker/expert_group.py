@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from heliostat.errors import ConfigError
+from heliostat.parallel.division import Division
 from heliostat.recipes.protocol import DividesExperts, Recipe
-from heliostat.train.worker.division import Division
 
 PLACED = "autoep_expert"  # the word by which DeepSpeed knows parameters of which each group of workers has all, in parts
 

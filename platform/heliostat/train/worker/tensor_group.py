@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from heliostat.errors import TrainingError
+from heliostat.parallel.division import Division, of
 from heliostat.recipes.protocol import DividesMatrices, Recipe
-from heliostat.train.worker.division import Division, of
 
 KINDS: dict[str, dict[str, Any]] = {"column": {"partition_type": "column"}, "row": {"partition_type": "row"},
          "summed": {"partition_type": "skip", "grad_allreduce": True}}  # fmt: skip

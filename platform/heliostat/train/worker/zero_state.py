@@ -19,7 +19,7 @@ import torch.distributed as dist
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN
 from heliostat.errors import ConfigError, TrainingError
-from heliostat.train.worker import division
+from heliostat.parallel import division
 
 
 def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ import torch
 from heliostat import cpu_kernels
 from heliostat.config.worker_counts import divisors
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import sequence_attention, tiny
+from heliostat.parallel import sequence_attention, tiny
 
 KEY = "train.parallel.sequence"
 PARTS = 4

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from heliostat.recipes.text.expert_numbers import CHOSEN, EXPERTS
+from heliostat.parallel.expert_numbers import CHOSEN, EXPERTS
 
 LENGTH = 48  # tokens of a sample
 VOCABULARY = 96

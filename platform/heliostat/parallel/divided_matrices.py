@@ -19,7 +19,7 @@ import torch
 
 from heliostat.data import device_threads
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import tiny
+from heliostat.parallel import tiny
 
 KEY = "train.parallel.tensor"
 PARTS = 2

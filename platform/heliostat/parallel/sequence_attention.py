@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from heliostat.recipes.text import document_attention
+from heliostat.parallel import document_attention
 
 NAME = "cut"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from heliostat.recipes.text import experts
+from heliostat.parallel import experts
 
 
 def use(model: Any, group: Any) -> None:
