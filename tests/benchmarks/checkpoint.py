@@ -43,7 +43,7 @@ def llama(size: str) -> Any:
 
 
 def engine(size: str, stage: int, workers: int, universal: bool = False) -> Any:
-    from heliostat.train.worker import deepspeed_engine, zero_state
+    from heliostat.engine import deepspeed_engine, zero_state
 
     changes: dict[str, Any] = {"train.zero.stage": stage, "workers.count": workers, "train.global_batch": workers}
     changes |= {"train.micro_batch": 1, "train.deepspeed": {"checkpoint": {"load_universal": universal}}}
@@ -81,8 +81,8 @@ def timed(group: Any, name: str, action: Callable[[], object]) -> dict[str, Any]
 
 def load(made: Any, group: Any, folder: str) -> int:
     from heliostat.checkpoint import saver as checkpoint
+    from heliostat.engine import zero_state
     from heliostat.storage.locations import Location
-    from heliostat.train.worker import zero_state
 
     found = checkpoint.latest(Location(folder))
     assert found
@@ -96,8 +96,8 @@ def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str
     import torch.distributed as dist
     from heliostat.checkpoint import saver as checkpoint
     from heliostat.config import spec
+    from heliostat.engine import zero_state
     from heliostat.storage.locations import Location
-    from heliostat.train.worker import zero_state
 
     made = engine(size, 3, dist.get_world_size())
     yield {"name": "parameters", "seconds": sum(p.ds_numel for p in made.module.parameters())}

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 from heliostat.curation import reasons  # noqa: E402
 from heliostat.data.manifest import Manifest  # noqa: E402
 from heliostat.data.order import Order, Samples  # noqa: E402
-from heliostat.train.worker import deepspeed_engine  # noqa: E402
+from heliostat.engine import deepspeed_engine  # noqa: E402
 
 from tests.benchmarks import one_process, planted_web  # noqa: E402
 from tests.gpu import setting  # noqa: E402

@@ -12,7 +12,7 @@ import torch
 from heliostat import check
 from heliostat.data.dataset import open_dataset
 from heliostat.data.order import Samples
-from heliostat.train.worker import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.train.worker.lr_schedule import factor
 
 ALONE = ["workers.count=1", "mlflow.register=null"]

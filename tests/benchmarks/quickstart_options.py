@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
-from heliostat.train.worker import deepspeed_engine  # noqa: E402
+from heliostat.engine import deepspeed_engine  # noqa: E402
 
 from tests.benchmarks import one_process  # noqa: E402
 from tests.gpu import setting  # noqa: E402

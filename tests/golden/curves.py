@@ -23,11 +23,11 @@ from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset, plan
 from heliostat.data.manifest import read as read_manifest
+from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine.sample_group import SampleGroup
 from heliostat.recipes.loading import load
 from heliostat.runs.time_ledger import Ledger
-from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.sample_group import SampleGroup
 from heliostat.train.worker.stepper import Stepper
 
 from tests.golden import data

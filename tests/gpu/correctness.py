@@ -99,9 +99,9 @@ def save() -> Iterator[Row]:
     """A save beside the next steps, and a resume at another stage: the state bit by bit, the losses to rounding."""
     from heliostat.checkpoint import saver as checkpoint
     from heliostat.config import spec
+    from heliostat.engine import zero_state
     from heliostat.numerics import play
     from heliostat.storage.locations import Location
-    from heliostat.train.worker import zero_state
 
     from tests.unit import build_index
 

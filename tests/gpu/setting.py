@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 def start() -> Any:
     """Joins a process group of one, and prepares DeepSpeed; a gloo group beside it."""
-    from heliostat.train.worker import deepspeed_engine
+    from heliostat.engine import deepspeed_engine
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     where = tempfile.mkdtemp()
@@ -48,7 +48,7 @@ def recipe(made: Any, **attributes: Any) -> Any:
 
 
 def engine(made: Any, its: Any) -> Any:
-    from heliostat.train.worker import deepspeed_engine, zero_state
+    from heliostat.engine import deepspeed_engine, zero_state
 
     found = deepspeed_engine.build_engine(made, its)
     zero_state.init_optimizer_state(found)

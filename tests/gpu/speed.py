@@ -93,8 +93,8 @@ def checkpoint(model: str, stage: int = 1) -> Iterator[Row]:
     """How long a save beside training blocks it, and how long it takes in all."""
     from heliostat.checkpoint import saver
     from heliostat.config import spec
+    from heliostat.engine import zero_state
     from heliostat.storage.locations import Location
-    from heliostat.train.worker import zero_state
 
     from tests.unit import build_index
 

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from heliostat.config.spec import Job
 from heliostat.data.dataset import plan
 from heliostat.data.manifest import read as read_manifest
+from heliostat.engine import zero_state
 from heliostat.numerics import play
 from heliostat.recipes.loading import load
 from heliostat.runs import segments
-from heliostat.train.worker import zero_state
 from heliostat.train.worker.evaluation import HeldOut
 from safetensors.torch import load_file, save_file
 

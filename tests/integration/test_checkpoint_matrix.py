@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.storage.locations import Location
-from heliostat.train.worker import deepspeed_engine, zero_state
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -18,6 +18,8 @@ from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
+from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine.ema import Ema
 from heliostat.errors import ConfigError
 from heliostat.inference.evaluate import evaluate
 from heliostat.inference.generate import generate
@@ -29,9 +31,7 @@ from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.track.models import resolve
 from heliostat.train.run import train
-from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.ema import Ema
 from PIL import Image
 
 from tests.integration import ranks

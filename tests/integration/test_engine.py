@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import loss_scale as lossscale
 from heliostat.storage.locations import Location
-from heliostat.train.worker import deepspeed_engine, zero_state
-from heliostat.train.worker import loss_scale as lossscale
 from torch import nn
 
 from tests.integration import ranks

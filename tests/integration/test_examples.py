@@ -17,6 +17,7 @@ from heliostat.checkpoint import saver
 from heliostat.cli.train import _print_result
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import Manifest, read
+from heliostat.engine.sample_group import SampleGroup
 from heliostat.errors import ConfigError
 from heliostat.inference.evaluate import evaluate
 from heliostat.inference.export import export
@@ -27,7 +28,6 @@ from heliostat.storage.locations import Location
 from heliostat.track.models import resolve
 from heliostat.train.run import train
 from heliostat.train.worker.evaluation import HeldOut
-from heliostat.train.worker.sample_group import SampleGroup
 
 from jobs.examples.classifier import Classifier
 from tests.integration import ranks

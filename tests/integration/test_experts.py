@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Group
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.objective import Objective
 from torch import nn

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from heliostat.config.spec import Job
+from heliostat.engine import deepspeed_engine, first_weights
 from heliostat.errors import ConfigError
 from heliostat.recipes import building
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.embedder import Embedder
-from heliostat.train.worker import deepspeed_engine, first_weights
 
 from tests.integration import ranks
 from tests.unit import build_pairs

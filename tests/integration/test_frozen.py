@@ -13,10 +13,10 @@ import torch.distributed as dist
 from heliostat.checkpoint import layout
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.errors import CheckpointError
 from heliostat.inference import export
 from heliostat.storage.locations import Location
-from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.tune.clone import clone
 from safetensors.torch import load_file
 from torch import nn

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from heliostat.engine import deepspeed_engine
+from heliostat.engine.engine_config import engine_config
 from heliostat.recipes.text import initial
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.worker import deepspeed_engine
-from heliostat.train.worker.engine_config import engine_config
 
 from tests.integration import ranks
 from tests.unit.build_job import BASE, job

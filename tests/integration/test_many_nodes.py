@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
-from heliostat.train.worker import deepspeed_engine, zero_state
 from torch import nn
 
 from tests.integration import ranks

@@ -13,10 +13,10 @@ import torch
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.engine import deepspeed_engine, ema, zero_state
 from heliostat.errors import TrainingError
 from heliostat.numerics import play
 from heliostat.storage.locations import Location
-from heliostat.train.worker import deepspeed_engine, ema, zero_state
 
 from tests.integration import ranks
 from tests.integration.test_optimizers import AFTER, TRAINED, Layout, Model, _job, _load, _play

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.engine import deepspeed_engine, ema, zero_state
 from heliostat.numerics import play
 from heliostat.optim import whole_matrices
 from heliostat.optim.whole_matrices import Matrix
 from heliostat.plan import memory
 from heliostat.recipes import building
 from heliostat.storage.locations import Location
-from heliostat.train.worker import deepspeed_engine, ema, zero_state
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -24,8 +24,8 @@ def _job(precision: str, stage: int, workers: int) -> Any:
 
 def engines(_: Any, __: Any) -> Iterator[dict[str, Any]]:
     """On each rank, for each case: the bytes that an engine really holds after half of its micro-batches, and its slices."""
+    from heliostat.engine import deepspeed_engine, zero_state
     from heliostat.recipes.text.causal_lm import CausalLM
-    from heliostat.train.worker import deepspeed_engine, zero_state
 
     for precision, stage in CASES:
         j = _job(precision, stage, dist.get_world_size())
@@ -45,7 +45,7 @@ def engines(_: Any, __: Any) -> Iterator[dict[str, Any]]:
 
 
 def _held(engine: Any, stage: int) -> dict[str, int]:
-    from heliostat.train.worker import zero_state
+    from heliostat.engine import zero_state
 
     def size(tensors: Any) -> int:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)

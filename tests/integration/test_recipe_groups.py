@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.errors import ConfigError
 from heliostat.inference import export
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Batch, Exports, Group, Loss, Part, Weight
 from heliostat.storage.locations import Location
-from heliostat.train.worker import deepspeed_engine, zero_state
 from heliostat.train.worker.objective import Objective
 from safetensors.torch import load_file
 from torch import nn

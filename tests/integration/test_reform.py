@@ -19,8 +19,8 @@ import torch.distributed as dist
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.engine import deepspeed_engine, process_group, zero_state
 from heliostat.storage.locations import Location
-from heliostat.train.worker import deepspeed_engine, process_group, zero_state
 
 from tests.integration import ranks
 from tests.unit import build_index

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from heliostat.config.spec import Job
+from heliostat.engine import deepspeed_engine
 from heliostat.recipes import building
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.worker import deepspeed_engine
 from heliostat.train.worker.objective import Objective
 
 from tests.integration import ranks

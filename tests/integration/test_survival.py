@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from heliostat.check import check, load_job
 from heliostat.checkpoint import saver
+from heliostat.engine import process_group
 from heliostat.errors import ConfigError, LimitError, WorkerError
 from heliostat.recipes.protocol import Loss
 from heliostat.runs import goodput, liveness
@@ -26,7 +27,6 @@ from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.train.driver import attempt, limits
 from heliostat.train.run import train
-from heliostat.train.worker import process_group
 from mlflow import MlflowClient
 
 from tests.integration import commands

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
+from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.numerics import play
 from heliostat.parallel import division
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.train.run import train
-from heliostat.train.worker import deepspeed_engine, zero_state
 
 from tests.golden import data
 from tests.integration import layouts, ranks, selection

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from heliostat.engine import process_group
 from heliostat.errors import HeliostatError, NonFiniteError, PeerLostError, WorkerError
 from heliostat.runs.time_ledger import Ledger
-from heliostat.train.worker import process_group
 from heliostat.train.worker.heartbeat import Heartbeat
 from heliostat.train.worker.loop import Worker
 from heliostat.train.worker.process import TrainWorker

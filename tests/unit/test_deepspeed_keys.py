@@ -4,9 +4,9 @@ import pytest
 from heliostat import check
 from heliostat.config import deepspeed_keys
 from heliostat.config.deepspeed_keys import INSTEAD, Allowed
+from heliostat.engine.engine_config import engine_config
 from heliostat.errors import ConfigError
 from heliostat.schema import Strict
-from heliostat.train.worker.engine_config import engine_config
 
 from tests.unit.build_job import job
 

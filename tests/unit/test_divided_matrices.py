@@ -4,12 +4,12 @@ that divide them hold and send."""
 import math
 
 import pytest
+from heliostat.engine import tensor_group
 from heliostat.errors import ConfigError
 from heliostat.parallel import divided_matrices
 from heliostat.plan import dryrun, hardware, layouts, planner
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.worker import tensor_group
 
 from tests.integration import selection
 from tests.unit.build_job import job

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from heliostat.engine.engine_config import engine_config
 from heliostat.errors import ConfigError
 from heliostat.plan import hardware, layouts, memory, planner, traffic, zero_layout
 from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.worker.engine_config import engine_config
 
 from tests.unit.build_job import job
 

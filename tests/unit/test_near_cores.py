@@ -4,7 +4,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from heliostat.train.worker import near_cores
+from heliostat.engine import near_cores
 
 GPU = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xDC, pci_device_id=0)
 

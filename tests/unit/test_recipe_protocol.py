@@ -11,6 +11,7 @@ import pytest
 import torch
 from heliostat import check
 from heliostat.data.content import pack, part, unpack
+from heliostat.engine import deepspeed_engine
 from heliostat.errors import ConfigError
 from heliostat.plan.model_stats import activations, build, stats_of
 from heliostat.plan.zero_layout import slices, usual_groups
@@ -20,7 +21,6 @@ from heliostat.recipes.conformance import require_class
 from heliostat.recipes.gathering import in_order, taken
 from heliostat.recipes.protocol import IGNORED, Batch, Companion, Evaluates, Exports, Group, Loss, Part, Recipe, Weight
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.worker import deepspeed_engine
 from heliostat.train.worker.evaluation import dealt_whole
 from heliostat.train.worker.objective import Objective
 from torch import nn

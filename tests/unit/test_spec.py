@@ -288,7 +288,7 @@ def test_a_resumed_run_sums_micro_batches_as_it_did(changes, recorded, value):
 )
 def test_deepspeed_is_told_to_sum_in_fp32_only_where_there_is_something_to_sum(changes, wanted):
     """fp32 sums in fp32 anyway, and DeepSpeed fails at stage 0 when told to."""
-    from heliostat.train.worker.engine_config import engine_config
+    from heliostat.engine.engine_config import engine_config
 
     assert engine_config(job(**changes)).get("data_types") == wanted
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from heliostat.train.worker import state_group
-from heliostat.train.worker.state_group import StateGroup
+from heliostat.engine import state_group
+from heliostat.engine.state_group import StateGroup
 
 
 @pytest.fixture

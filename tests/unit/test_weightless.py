@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from heliostat.data import manifest
+from heliostat.engine import first_weights
 from heliostat.recipes import building, weightless
 from heliostat.recipes.loading import load
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.worker import first_weights
 
 from tests.unit import build_images
 from tests.unit.build_job import BASE, job

@@ -47,4 +47,4 @@ def modules(recipe: str, model: Mapping[str, Any]) -> list[str]:
 
 def early() -> list[str]:
     """Returns the modules for jobs that are not known yet, as far as they do not import Ray."""
-    return ["heliostat.train.worker.libraries", "mlflow", *(one.format(arch="llama") for one in TEXT), *OF["TextToImage"]]
+    return ["heliostat.engine.libraries", "mlflow", *(one.format(arch="llama") for one in TEXT), *OF["TextToImage"]]

@@ -21,6 +21,8 @@ from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
+from heliostat.engine import deepspeed_engine
+from heliostat.engine.sample_group import SampleGroup
 from heliostat.numerics.compare import relative
 from heliostat.numerics.rows import Row
 from heliostat.numerics.small import SAVED, STEPS
@@ -31,11 +33,9 @@ from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.locations import Location
-from heliostat.train.worker import deepspeed_engine
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.posts import Posts
-from heliostat.train.worker.sample_group import SampleGroup
 from heliostat.train.worker.stepper import Stepper
 from heliostat.train.worker.training_state import TrainingState
 from heliostat.train.worker.unsealed import Unsealed

@@ -171,7 +171,7 @@ def _child(who: str, folder: Path, play_it: Callable[..., None], *given: Any) ->
 
 def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *given: Any) -> None:
     """Plays in a process group of its own, as an attempt's workers do."""
-    from heliostat.train.worker import deepspeed_engine, process_group
+    from heliostat.engine import deepspeed_engine, process_group
 
     gpus = job.workers.gpus
     deepspeed_engine.prepare_environment(gpus)

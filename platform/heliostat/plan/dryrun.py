@@ -75,8 +75,8 @@ def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
 
 def check_engine(job: Job) -> None:
     """Raises ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
-    from heliostat.train.worker import deepspeed_engine
-    from heliostat.train.worker.engine_config import engine_config
+    from heliostat.engine import deepspeed_engine
+    from heliostat.engine.engine_config import engine_config
 
     deepspeed_engine.prepare_environment(job.workers.gpus)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

@@ -13,13 +13,13 @@ from typing import Any
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.config.train_section import SELECTIVE
+from heliostat.engine.engine_config import engine_config
 from heliostat.optim.optimizers import STATE_BYTES, Muon
 from heliostat.plan import failures, hardware, layouts, memory, orthogonalizing, step_time, traffic
 from heliostat.plan.counts import Counts
 from heliostat.plan.hardware import Device
 from heliostat.plan.layouts import Layout
 from heliostat.plan.traffic import Traffic
-from heliostat.train.worker.engine_config import engine_config
 
 
 class Planner:

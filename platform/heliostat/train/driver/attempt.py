@@ -24,6 +24,7 @@ from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, sample_bytes
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
+from heliostat.engine.process_group import Place
 from heliostat.errors import ConfigError, HeliostatError, LeaseError, StalledError, StoppedError, TrainingError
 from heliostat.runs.events import Event, Paused, Phase, Waiting, WorkerFailed
 from heliostat.storage import run_folder
@@ -39,7 +40,6 @@ from heliostat.train.driver.signals import Signals
 from heliostat.train.memory_keeper import Source
 from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
-from heliostat.train.worker.process_group import Place
 
 log = logging.getLogger(__name__)
 

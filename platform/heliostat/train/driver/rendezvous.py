@@ -15,8 +15,8 @@ from typing import Any
 
 import ray
 
+from heliostat.engine.process_group import Place
 from heliostat.train.driver.pool import Member
-from heliostat.train.worker.process_group import Place
 
 ANSWER_S = 30.0
 

@@ -17,10 +17,10 @@ from heliostat.data import content
 from heliostat.data.chunks import Gathered
 from heliostat.data.content import Content
 from heliostat.data.dataset import Dataset
+from heliostat.engine.sample_group import SampleGroup
 from heliostat.errors import DataError
 from heliostat.recipes.gathering import in_order, taken
 from heliostat.recipes.protocol import Evaluates, Recipe
-from heliostat.train.worker.sample_group import SampleGroup
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ import ray
 from heliostat.checkpoint import tree
 from heliostat.checkpoint.tree import Channel
 from heliostat.data import device_threads
+from heliostat.engine import process_group
 from heliostat.runs.events import Stack
 from heliostat.train.mailbox import interval
 from heliostat.train.stop_codes import PREEMPTED, RUN
-from heliostat.train.worker import process_group, sigterm
+from heliostat.train.worker import sigterm
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
+from heliostat.engine import deepspeed_engine, process_group
+from heliostat.engine.sample_group import SampleGroup
 from heliostat.recipes import building
 from heliostat.recipes.loading import load as load_recipe
 from heliostat.recipes.protocol import Draws
@@ -26,7 +28,7 @@ from heliostat.runs.events import Evaluation, ModelPhase, Paused, Phase
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.locations import Location
 from heliostat.train.stop_codes import FAILED, RESIZE, RUN
-from heliostat.train.worker import collector, deepspeed_engine, process_group
+from heliostat.train.worker import collector
 from heliostat.train.worker import gallery as pictures
 from heliostat.train.worker.batch_plan import BatchPlan
 from heliostat.train.worker.context import Context
@@ -37,7 +39,6 @@ from heliostat.train.worker.memory_copies import MemoryCopies
 from heliostat.train.worker.node_metrics import NodeMonitor
 from heliostat.train.worker.posts import Posts
 from heliostat.train.worker.recheck import Recheck
-from heliostat.train.worker.sample_group import SampleGroup
 from heliostat.train.worker.step_reports import StepReports
 from heliostat.train.worker.stepper import Stepper
 from heliostat.train.worker.training_state import TrainingState

@@ -15,11 +15,12 @@ from typing import Any
 
 import ray
 
+from heliostat.engine import process_group
+from heliostat.engine.process_group import Place
 from heliostat.errors import AccessError, HeliostatError, PeerLostError, WorkerError, innermost
 from heliostat.runs.events import WorkerFailed
 from heliostat.train import faults
-from heliostat.train.worker import process_group, sigterm
-from heliostat.train.worker.process_group import Place
+from heliostat.train.worker import sigterm
 
 log = logging.getLogger(__name__)
 

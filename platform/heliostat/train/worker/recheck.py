@@ -25,10 +25,11 @@ import torch.distributed as dist
 from heliostat.checkpoint.agreement import agreed, together
 from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
+from heliostat.engine import process_group
 from heliostat.errors import ConfigError, CorruptionError
 from heliostat.recipes.protocol import Batch, Recipe
 from heliostat.storage import wire
-from heliostat.train.worker import deterministic, process_group
+from heliostat.train.worker import deterministic
 from heliostat.train.worker.batch_plan import BatchPlan
 
 ELEMENTS = 64_000_000  # of the gradients that are compared at a time: they are held whole

@@ -11,9 +11,10 @@ import torch
 
 from heliostat.cluster.peak_flops import peak_flops
 from heliostat.data.dataset import Dataset
+from heliostat.engine import zero_state
 from heliostat.runs.events import Steps
 from heliostat.runs.time_ledger import Ledger
-from heliostat.train.worker import bad_samples, zero_state
+from heliostat.train.worker import bad_samples
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.loss_watch import LossWatch
 from heliostat.train.worker.lr_schedule import factor

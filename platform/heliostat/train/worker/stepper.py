@@ -15,16 +15,16 @@ import torch.distributed as dist
 from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.stream import StepSamples
+from heliostat.engine import deepspeed_engine
+from heliostat.engine.ema import Ema
+from heliostat.engine.sample_group import SampleGroup
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.time_ledger import Ledger
-from heliostat.train.worker import deepspeed_engine
 from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.ema import Ema
 from heliostat.train.worker.expert_load import ExpertLoad
 from heliostat.train.worker.lr_schedule import factor
 from heliostat.train.worker.micro_batches import Micro
 from heliostat.train.worker.objective import Objective
-from heliostat.train.worker.sample_group import SampleGroup
 
 
 class Report(NamedTuple):

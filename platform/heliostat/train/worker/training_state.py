@@ -21,12 +21,13 @@ import torch
 
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.engine import ema, loss_scale, zero_state
 from heliostat.errors import AccessError, StorageError
 from heliostat.runs.events import Saved
 from heliostat.runs.time_ledger import Ledger
 from heliostat.track import local_curves
 from heliostat.train.memory_keeper import Source
-from heliostat.train.worker import ema, loss_scale, memory_copies, zero_state
+from heliostat.train.worker import memory_copies
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.memory_copies import MemoryCopies
 from heliostat.train.worker.unsealed import Unsealed

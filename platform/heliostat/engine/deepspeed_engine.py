@@ -22,13 +22,13 @@ import torch.distributed as dist
 
 from heliostat import cpu_kernels
 from heliostat.config.spec import Job
+from heliostat.engine import expert_group, first_weights, matrix_cut, tensor_group, zero_state
+from heliostat.engine.engine_config import engine_config
+from heliostat.engine.sample_group import SampleGroup
+from heliostat.engine.state_group import StateGroup
 from heliostat.errors import ConfigError
 from heliostat.recipes import building
 from heliostat.recipes.protocol import GUIDE, Recipe
-from heliostat.train.worker import expert_group, first_weights, matrix_cut, tensor_group, zero_state
-from heliostat.train.worker.engine_config import engine_config
-from heliostat.train.worker.sample_group import SampleGroup
-from heliostat.train.worker.state_group import StateGroup
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
 

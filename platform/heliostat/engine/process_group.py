@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from heliostat.data import device_threads
+from heliostat.engine import near_cores
 from heliostat.errors import PeerLostError
-from heliostat.train.worker import near_cores
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver is quicker
 # NCCL's own watchdog would end the process that has lost a peer, and a second one the process whose watchdog is stuck
@@ -67,7 +67,7 @@ def leave() -> None:
     import torch
     import torch.distributed as dist
 
-    from heliostat.train.worker import deepspeed_engine
+    from heliostat.engine import deepspeed_engine
 
     deepspeed_engine.destroy_engines()
     with _taking_apart:

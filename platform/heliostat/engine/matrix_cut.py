@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import together
+from heliostat.engine import zero_state
 from heliostat.optim.whole_matrices import Matrix
 from heliostat.recipes import building
-from heliostat.train.worker import zero_state
 
 Slice = tuple[tuple[int, int], int]  # of a parameter: start and elements; where in the flat tensor
 

@@ -16,7 +16,7 @@ import torch
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import EMA
 from heliostat.config.spec import Job
-from heliostat.train.worker import zero_state
+from heliostat.engine import zero_state
 
 
 class Ema:
