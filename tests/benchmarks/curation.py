@@ -27,12 +27,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from heliostat.curation.registry import parse
-from heliostat.curation.work import Work
 from heliostat.pipelines.text import sources
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.making import Making
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow
 

@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 
 import yaml
 from heliostat.curation import reasons
-from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow
 from tests.unit.build_pipeline import Here, make_dataset

@@ -68,7 +68,7 @@ def plant(corpus: Path, folder: Path, documents: int, pairs: int) -> tuple[dict[
 def ours(folder: Path) -> dict[str, str]:
     """Runs the stage, with what spills and sorts; returns the cluster of each document, by its least, of those that have one."""
     sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
-    from heliostat.curation import spill
+    from heliostat.tasks import spill
 
     from tests.unit.build_curation import curate
 

@@ -16,15 +16,15 @@ import time
 
 import numpy as np
 import pyarrow as pa
-from heliostat.curation import spill
 from heliostat.curation.embedding import rounded
 from heliostat.curation.engine import Curated
 from heliostat.curation.segment import Spiller, survivors
 from heliostat.curation.semantic.cells import packed
 from heliostat.curation.stage import Document
 from heliostat.curation.stages.semantic import Semantic
-from heliostat.curation.work import Work
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow
 

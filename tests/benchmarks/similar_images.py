@@ -20,8 +20,8 @@ from heliostat.curation.engine import Curated
 from heliostat.curation.registry import parse
 from heliostat.curation.segment import Spiller
 from heliostat.curation.stage import Document, Picture
-from heliostat.curation.work import Work
 from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 
 from tests.benchmarks.curation import Timed
 

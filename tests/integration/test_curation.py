@@ -12,15 +12,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
-from heliostat.curation import crew, exchange, flow, merging, pieces, pool, reasons
-from heliostat.curation.flow import Task
-from heliostat.curation.pool import Pool
+from heliostat.curation import pieces, reasons
 from heliostat.curation.stages import minhash
-from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.errors import DataError, HeliostatError, StorageError
 from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage.locations import Location
+from heliostat.tasks import crew, exchange, flow, merging, pool
+from heliostat.tasks.flow import Task
+from heliostat.tasks.pool import Pool
+from heliostat.tasks.work import Work
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from tests.integration import commands

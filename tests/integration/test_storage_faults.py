@@ -11,12 +11,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from heliostat.chaos.proxy import Fault, FaultProxy
-from heliostat.curation import spill
 from heliostat.data import manifest
 from heliostat.data.index import index
 from heliostat.errors import StorageError
 from heliostat.storage import locations as storage
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
 
 SMALL, LARGE = (np.random.default_rng(0).bytes(n) for n in (100_000, 12 << 20))  # LARGE is uploaded in parts
 TOKENS = pa.array([[(i * j) % 300 for j in range(100)] for i in range(800)], pa.list_(pa.int32()))

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heliostat.curation import flow, spill
 from heliostat.curation.engine import Curated, Engine
 from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
 from heliostat.curation.segment import survivors
 from heliostat.curation.stage import Document, Picture
-from heliostat.curation.work import Work
 from heliostat.storage.locations import Location
+from heliostat.tasks import flow, spill
+from heliostat.tasks.work import Work
 from ray import cloudpickle
 
 

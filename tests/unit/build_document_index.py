@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.pipelines.text import tokens
 from heliostat.retrieval import build
 from heliostat.retrieval.search import Index
 from heliostat.retrieval.settings import Settings
 from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow
 from tests.unit.test_samples import END, TEXTS

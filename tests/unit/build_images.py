@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import sklearn.datasets
 from heliostat.config.spec import Job
-from heliostat.curation.work import Work
 from heliostat.data import collection, manifest, versions
 from heliostat.errors import DataError
 from heliostat.pipelines.images import pictures, sources, tasks
@@ -24,6 +23,7 @@ from heliostat.pipelines.images.pipeline import ImagePipeline
 from heliostat.pipelines.images.tasks import END
 from heliostat.pipelines.text import tokens
 from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 from PIL import Image
 from pydantic import ByteSize, PrivateAttr
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 from heliostat.cluster import connect
-from heliostat.curation.work import Work
 from heliostat.errors import AccessError, ConfigError, HeliostatError, LeaseError
 from heliostat.inference import generate, many
 from heliostat.inference.batch import engines, loading, reading, run, tasks
@@ -27,6 +26,7 @@ from heliostat.plan import hardware
 from heliostat.recipes import exported
 from heliostat.storage import lease, run_folder
 from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 from ray.exceptions import RayTaskError
 
 from tests.unit.build_curation import HereFlow, KilledError

@@ -14,7 +14,6 @@ import torch
 import transformers
 from heliostat.curation import pieces
 from heliostat.curation.stage import Document
-from heliostat.curation.work import Work
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.inference.batch import loading, reading, run
@@ -27,6 +26,7 @@ from heliostat.recipes.text import chat
 from heliostat.serving import kinds
 from heliostat.serving.engine import Engine
 from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 from PIL import Image
 
 from tests.unit import build_images, build_model

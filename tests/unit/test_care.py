@@ -11,16 +11,17 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from heliostat.curation import care, crew, engine, flow, registry, segment, tally
+from heliostat.curation import care, engine, registry, segment, tally
 from heliostat.curation.engine import Curated, Engine
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Outcome, Stage
-from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.pipelines.text import trace
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
+from heliostat.tasks import crew, flow
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import Work
 from ray.exceptions import WorkerCrashedError
 
 from tests.unit.build_curation import Given, left, left_out

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 import pytest
 from heliostat.curation import chain, engine, registry, tally
-from heliostat.curation.flow import execute
 from heliostat.curation.segment import load
 from heliostat.curation.stage import Document, GlobalStage, Outcome, Stage
-from heliostat.curation.work import Work
 from heliostat.errors import HeliostatError
 from heliostat.storage.locations import Location
+from heliostat.tasks.flow import execute
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import KilledError, curate, left, left_out, spelled
 

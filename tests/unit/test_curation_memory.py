@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat.curation import comparing, crew, flow, repetition, segment, slices, spill, tally
+from heliostat.curation import comparing, repetition, segment, slices, tally
 from heliostat.curation.english import words
 from heliostat.curation.minhash import signatures
 from heliostat.curation.stage import Document
@@ -17,9 +17,10 @@ from heliostat.curation.stages.fineweb import FineWeb
 from heliostat.curation.stages.gopher_quality import GopherQuality
 from heliostat.curation.stages.gopher_repetition import GopherRepetition
 from heliostat.curation.stages.length import Length
-from heliostat.curation.work import Work
 from heliostat.pipelines.text import gathering, tasks, tokens
 from heliostat.storage.locations import Location
+from heliostat.tasks import crew, flow, spill
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 from heliostat import extras
-from heliostat.curation import cpu_time, encodings, isolated, personal
+from heliostat.curation import encodings, isolated, personal
 from heliostat.curation.isolated import Isolated, IsolatedError
 from heliostat.curation.stage import Document
 from heliostat.curation.stages import detect_secrets
@@ -21,6 +21,7 @@ from heliostat.curation.stages.fix_text import FixText
 from heliostat.curation.stages.language import Language, sample
 from heliostat.curation.stages.pii import Pii
 from heliostat.errors import ConfigError, MissingExtraError
+from heliostat.tasks import cpu_time
 from pydantic import ValidationError
 
 PAGE = (

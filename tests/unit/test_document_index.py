@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError, LeaseError
 from heliostat.retrieval import build, table, units
 from heliostat.retrieval.cutting import cut
@@ -20,6 +19,7 @@ from heliostat.serving.asks import Search
 from heliostat.serving.shelf import Shelf
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 from heliostat.web.refusals import Refusal
 
 from tests.unit.build_curation import HereFlow, KilledError

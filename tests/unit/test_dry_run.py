@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from heliostat.cli.common import app
-from heliostat.curation import merging
 from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
-from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines import alike, estimates, leftovers, prediction
 from heliostat.pipelines.predicting import Prediction, rows_of
@@ -25,6 +23,8 @@ from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.sampling import SampledSource
 from heliostat.pipelines.text.trial import Trial
 from heliostat.storage.locations import Location
+from heliostat.tasks import merging
+from heliostat.tasks.work import Work
 from typer.testing import CliRunner
 
 from tests.unit.build_curation import HereFlow, spelled

@@ -5,10 +5,11 @@ import random
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat.curation import exchange, reasons, spill
-from heliostat.curation.exchange import exchanged
-from heliostat.curation.work import Work
+from heliostat.curation import reasons
 from heliostat.storage.locations import Location
+from heliostat.tasks import exchange, spill
+from heliostat.tasks.exchange import exchanged
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow, curate, left, left_out
 from tests.unit.test_making import STAGES, make, make_input

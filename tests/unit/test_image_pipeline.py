@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import merging, reasons, segment
+from heliostat.curation import reasons, segment
 from heliostat.curation.stage import Dropped
 from heliostat.data import documents, manifest
 from heliostat.errors import ConfigError
@@ -24,6 +24,7 @@ from heliostat.pipelines.images.pipeline import ImagePipeline
 from heliostat.pipelines.images.sources import Columns
 from heliostat.pipelines.prepare import sha256_json
 from heliostat.pipelines.text import trace
+from heliostat.tasks import merging
 from heliostat.track.lineage_of_documents import Trained
 from heliostat.track.report import curation
 from PIL import Image

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from heliostat.benchmark.documents import Documents, held_out
 from heliostat.benchmark.held_out import making as suites
-from heliostat.curation.work import Work
 from heliostat.data import infilling as layout
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
@@ -24,6 +23,7 @@ from heliostat.pipelines.text.tasks import TextSource
 from heliostat.recipes.text import vocabulary
 from heliostat.recipes.text.token_bytes import sizes
 from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 from tokenizers import AddedToken, Tokenizer
 
 from tests.unit import build_pages

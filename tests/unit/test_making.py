@@ -14,11 +14,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import flow, pieces
+from heliostat.curation import pieces
 from heliostat.curation.engine import Engine
 from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
-from heliostat.curation.work import Work
 from heliostat.errors import ConfigError
 from heliostat.pipelines.text import making, repositories, sources
 from heliostat.pipelines.text.documents import Rules
@@ -28,6 +27,8 @@ from heliostat.pipelines.text.pipeline import TextPipeline
 from heliostat.pipelines.text.tasks import TextSource
 from heliostat.schema import validate
 from heliostat.storage.locations import Location
+from heliostat.tasks import flow
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow, KilledError, spelled
 

@@ -5,11 +5,12 @@ import random
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat.curation import merging, segment, spill
-from heliostat.curation.merging import Range, merged
+from heliostat.curation import segment
 from heliostat.curation.segment import Run, survivors
-from heliostat.curation.work import Work
 from heliostat.storage.locations import Location
+from heliostat.tasks import merging, spill
+from heliostat.tasks.merging import Range, merged
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow
 from tests.unit.test_making import STAGES, make, make_input

@@ -7,12 +7,12 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat.curation import flow, spill
 from heliostat.curation.minhash import components
 from heliostat.curation.minhash.signatures import Parameters, keys
 from heliostat.curation.registry import parse
-from heliostat.curation.work import Work
 from heliostat.storage.locations import Location
+from heliostat.tasks import flow, spill
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow, curate, left, left_out, spelled
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import flow, merging, pieces
-from heliostat.curation.work import Work
+from heliostat.curation import pieces
 from heliostat.data import manifest, split
 from heliostat.errors import ConfigError
 from heliostat.pipelines.pairs import extracting
@@ -19,6 +18,8 @@ from heliostat.pipelines.pairs.reading import Least, PairSource
 from heliostat.pipelines.text import sources
 from heliostat.pipelines.text.documents import Rules
 from heliostat.storage.locations import Location
+from heliostat.tasks import flow, merging
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow
 

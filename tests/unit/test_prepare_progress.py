@@ -3,11 +3,11 @@
 import io
 import logging
 
-from heliostat.curation.flow import BATCH, Task
-from heliostat.curation.progress import Progress
-from heliostat.curation.work import Work
 from heliostat.pipelines.watching import Watch
 from heliostat.storage.locations import Location
+from heliostat.tasks.flow import BATCH, Task
+from heliostat.tasks.progress import Progress
+from heliostat.tasks.work import Work
 from rich.console import Console
 
 from tests.unit.build_curation import HereFlow, curate

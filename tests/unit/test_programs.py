@@ -15,8 +15,8 @@ from heliostat.benchmark import suite, tasks
 from heliostat.benchmark.programs import box, unit_tests
 from heliostat.benchmark.programs.box import FAILED, PASSED, TIMED_OUT, TOO_MUCH, Limits
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.sandbox import over_time
 from heliostat.storage.locations import Location
+from heliostat.tasks.sandbox import over_time
 
 SHORT = Limits(seconds=1.5, cpu_s=1, memory=128 << 20)
 

@@ -5,10 +5,11 @@ import unicodedata
 
 import numpy as np
 import pytest
-from heliostat.curation import repeated, segment, spill
+from heliostat.curation import repeated, segment
 from heliostat.curation.registry import parse
 from heliostat.curation.repeated import Parts
 from heliostat.curation.stage import Document, Dropped
+from heliostat.tasks import spill
 
 from tests.unit.build_curation import Given, KilledError, curate, left, left_out
 from tests.unit.test_comparable import reference

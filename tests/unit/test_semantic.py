@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from heliostat.curation import embedding, exchange, segment, spill
+from heliostat.curation import embedding, segment
 from heliostat.curation.registry import parse
 from heliostat.curation.semantic import cells, vectors
 from heliostat.curation.semantic.cells import centres, packed
 from heliostat.curation.stage import GlobalStage
 from heliostat.errors import ConfigError
+from heliostat.tasks import exchange, spill
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel

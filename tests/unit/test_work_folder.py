@@ -9,12 +9,13 @@ import heliostat.pipelines
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import reasons, segment, spill
+from heliostat.curation import reasons, segment
 from heliostat.errors import DataError
 from heliostat.pipelines import prepare
 from heliostat.pipelines.text import making
 from heliostat.storage import locations as storage
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
 
 from tests.unit.build_curation import HereFlow, curate, left
 from tests.unit.test_curation_engine import texts

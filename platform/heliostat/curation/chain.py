@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from heliostat.curation import cpu_time, files, registry, tally
+from heliostat.curation import registry, tally
 from heliostat.curation.stage import Document, Dropped, Stage, Work
-from heliostat.curation.work import key
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage.locations import Location
+from heliostat.tasks import cpu_time, files
+from heliostat.tasks.work import key
 
 Entry = tuple[dict[str, Any], str, dict[str, str]]
 """Of a stage: as in a pipeline file, the key of what it follows from, and the spills of the files that it names."""

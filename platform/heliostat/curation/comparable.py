@@ -21,7 +21,7 @@ from itertools import accumulate
 import numpy as np
 import regex
 
-from heliostat.curation import spill
+from heliostat.tasks import spill
 
 SEPARATOR, LETTER, JOINER, UNSPACED, CONTINUING, SKIPPED = range(6)
 JOINERS = ".,:/-\u066b\u066c"

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.curation import segment, spill, tally
+from heliostat.curation import segment, tally
 from heliostat.curation.engine import Curated, filled
-from heliostat.curation.exchange import exchanged
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.segment import Run, by_run, survivors
 from heliostat.curation.stage import GlobalStage
-from heliostat.curation.work import key
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+from heliostat.tasks.exchange import exchanged
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 LARGEST = 20  # clusters that are told
 DOCUMENT_BYTES = 4000  # of memory for what a task knows of a document: its id, who stays, its columns, each some times

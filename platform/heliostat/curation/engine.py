@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from heliostat.curation import files, libraries, segment, spill, tally
+from heliostat.curation import segment, tally
 from heliostat.curation.chain import Entry
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import EXAMPLES, Run, Source
 from heliostat.curation.stage import GlobalStage, Stage
-from heliostat.curation.work import key
+from heliostat.tasks import files, libraries, spill
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 RUN_SHARE = 8  # a run's texts are one so many-th of `memory_limit`: they are held as Python strings, a table and a file
 TALLIES = 64  # that a task sums

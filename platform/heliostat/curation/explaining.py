@@ -8,12 +8,12 @@ from typing import Any
 
 from heliostat.curation import reasons, segment, tally
 from heliostat.curation.engine import segments, summed
-from heliostat.curation.exchange import by_parts
-from heliostat.curation.flow import Flow
 from heliostat.curation.stage import Stage
 from heliostat.data import versions
 from heliostat.data.manifest import FILES
 from heliostat.storage.locations import Location
+from heliostat.tasks.exchange import by_parts
+from heliostat.tasks.flow import Flow
 
 
 @dataclass(frozen=True)

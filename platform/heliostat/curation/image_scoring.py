@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from heliostat.curation import files
 from heliostat.curation.picturing import upright
 from heliostat.curation.scoring import CONFIG, TOKENIZER, digest_of, labels, weights
 from heliostat.errors import ConfigError
+from heliostat.tasks import files
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # either, by the version that saved the folder
 Score = Callable[[list[bytes], list[str]], list[float]]

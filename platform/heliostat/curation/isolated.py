@@ -6,7 +6,7 @@ as much may pass on the clock. Requests and answers are framed bytes over a sock
 executed.
 
 A document may take a parser over. So its process has no variables of the environment but `KEPT`, no file but Python's libraries
-and fonts, no network, and may start nothing (`heliostat.sandbox`). Where the machine allows no namespaces, the log says so once:
+and fonts, no network, and may start nothing (`heliostat.tasks.sandbox`). Where the machine allows no namespaces, the log says so once:
 files of this user can be read then.
 
     with Isolated("heliostat.curation.html:extractor", {"with": "resiliparse"}, seconds=10, megabytes=2048) as extract:
@@ -34,8 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import heliostat
-from heliostat import sandbox
-from heliostat.curation import cpu_time
+from heliostat.tasks import cpu_time, sandbox
 
 log = logging.getLogger(__name__)
 

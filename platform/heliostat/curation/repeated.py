@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from heliostat.curation import segment, spill
+from heliostat.curation import segment
 from heliostat.curation.comparable import words
 from heliostat.curation.segment import Run, by_run, survivors
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
 
 Unit = Literal["line", "paragraph"]
 BETWEEN = {"line": "\n", "paragraph": "\n\n"}

@@ -7,19 +7,20 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from heliostat.curation import libraries, registry, repeated, tally
+from heliostat.curation import registry, repeated, tally
 from heliostat.curation.chain import bytes_of
 from heliostat.curation.comparing import about
 from heliostat.curation.engine import Curated, filled
-from heliostat.curation.exchange import by_parts
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.minhash import components
 from heliostat.curation.repeated import Signing
 from heliostat.curation.segment import FINISH, Run, Source, Spiller, documents_of, store
 from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
-from heliostat.curation.work import key
 from heliostat.schema import Float
 from heliostat.storage.locations import Location
+from heliostat.tasks import libraries
+from heliostat.tasks.exchange import by_parts
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 ROW_BYTES = 120  # of memory for each occurrence that a task goes through, sorting included
 RUNS = 8  # that a task rewrites

@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heliostat.curation import files
 from heliostat.errors import ConfigError
+from heliostat.tasks import files
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

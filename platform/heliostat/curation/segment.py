@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from heliostat.curation import care, cpu_time, spill, tally
+from heliostat.curation import care, tally
 from heliostat.curation.care import Care, Careful, Crash
 from heliostat.curation.chain import Chain, Entry, batches, bytes_of
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.storage.locations import Location
+from heliostat.tasks import cpu_time, spill
 
 RUN = pa.schema(
     [("key", pa.uint64()), ("row", pa.uint32()), ("hash", pa.binary(32)), ("id", pa.large_string()), ("bytes", pa.int64()),

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from heliostat.curation import libraries
 from heliostat.schema import Strict
+from heliostat.tasks import libraries
 
 
 @dataclass(frozen=True, slots=True)

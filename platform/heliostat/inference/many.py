@@ -18,9 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.curation import segment
-from heliostat.curation.flow import Flow, Task
-from heliostat.curation.progress import Progress
-from heliostat.curation.work import Work, key
 from heliostat.errors import HeliostatError
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.run import model_digest
@@ -30,6 +27,9 @@ from heliostat.recipes import exported
 from heliostat.recipes.protocol import Request
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.progress import Progress
+from heliostat.tasks.work import Work, key
 from heliostat.terminal import console
 from heliostat.text import brief
 

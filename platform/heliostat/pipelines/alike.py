@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from heliostat.curation import spill
 from heliostat.curation.comparing import counted
-from heliostat.curation.flow import Flow, Task
-from heliostat.curation.work import key
 from heliostat.pipelines.sampled import Sample
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 ROWS = 100_000  # documents of which a task counts those that were dropped: some 500 bytes of memory each
 EXACT = "exact"  # in place of a stage's name, in what became of documents

@@ -11,15 +11,15 @@ import numpy as np
 
 from heliostat.curation import segment, tally
 from heliostat.curation.engine import segments
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.stage import GlobalStage, Stage
-from heliostat.curation.work import key
 from heliostat.pipelines import estimates
 from heliostat.pipelines.alike import EXACT, Alike
 from heliostat.pipelines.estimates import Share
 from heliostat.pipelines.sampled import Sample
 from heliostat.storage.locations import Location
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 SHARD, TOKENIZER = "shard", "tokenizer"
 FEW = 400  # documents, of which a share of a half is known to 5 %

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny
 
 from heliostat.curation import reasons, registry
-from heliostat.curation.flow import Flow
-from heliostat.curation.progress import Progress
 from heliostat.curation.stage import Stage
-from heliostat.curation.work import Work
 from heliostat.data.manifest import Manifest, kept_path
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import Pipeline, place
 from heliostat.pipelines.watching import Watch
+from heliostat.tasks.flow import Flow
+from heliostat.tasks.progress import Progress
+from heliostat.tasks.work import Work
 
 
 class StagedPipeline(Pipeline):

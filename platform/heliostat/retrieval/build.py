@@ -23,9 +23,6 @@ from typing import Any
 import numpy as np
 
 from heliostat import extras
-from heliostat.curation.flow import Flow, Task
-from heliostat.curation.progress import Progress
-from heliostat.curation.work import Work, key
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
@@ -41,6 +38,9 @@ from heliostat.retrieval.tasks import Plan, index_unit
 from heliostat.retrieval.units import Unit, open_text, units
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.progress import Progress
+from heliostat.tasks.work import Work, key
 from heliostat.terminal import console
 
 log = logging.getLogger(__name__)

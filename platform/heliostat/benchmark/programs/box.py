@@ -1,5 +1,5 @@
 """Runs programs that nobody has read, such as those a model writes, where they can do little: Linux's namespaces, limits, and a
-filter of system calls (`heliostat.sandbox`).
+filter of system calls (`heliostat.tasks.sandbox`).
 
 It is no virtual machine: who finds a fault in the kernel is out. It bounds what one program takes, not what all take together.
 """
@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from heliostat import sandbox
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.tasks import sandbox
 from heliostat.text import brief
 
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.curation import spill
 from heliostat.curation.alike.pairs import EDGES, firsts, gather, spilled
 from heliostat.curation.comparing import JUDGED, LARGEST, counted
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
 
 NAMES = pa.schema(
     [("key", pa.uint64()), ("looks", pa.uint64()), ("gone", pa.bool_()), ("id", pa.large_string()), ("size", pa.int64())]

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.curation import spill
 from heliostat.curation.engine import groups
 from heliostat.curation.segment import Run, survivors
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
 
 BITS = 64
 KEYS = 64  # of a hash, at most

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.curation import spill
 from heliostat.curation.engine import filled
-from heliostat.curation.exchange import by_parts
-from heliostat.curation.flow import Flow, Task
-from heliostat.curation.work import key
 from heliostat.errors import HeliostatError
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+from heliostat.tasks.exchange import by_parts
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 ROUNDS = 100  # more than log^2 of the documents there are
 Edges = tuple[np.ndarray, np.ndarray]

@@ -16,10 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from heliostat.curation import segment, spill
+from heliostat.curation import segment
 from heliostat.curation.comparing import LARGEST, counted
 from heliostat.curation.segment import Run, by_run, survivors
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
 
 Rule = Literal["longest", "first", "oldest", "best"]
 CANDIDATES = pa.schema(

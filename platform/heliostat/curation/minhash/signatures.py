@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from heliostat.curation import spill
 from heliostat.curation.comparable import FACTOR, words
 from heliostat.curation.segment import Run, survivors
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
 
 VALUES = 1 << 18  # of signatures that are made together, each a Python integer for a moment
 

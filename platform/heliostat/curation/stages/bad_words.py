@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from heliostat.curation import files
 from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.tasks import files
 
 _WORD = re.compile(r"\w+")
 

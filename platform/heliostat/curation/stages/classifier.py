@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from heliostat.curation import files, linear
+from heliostat.curation import linear
 from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
 from heliostat.schema import Float
+from heliostat.tasks import files
 
 
 class Classifier(Stage):

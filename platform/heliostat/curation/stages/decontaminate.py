@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from heliostat.curation import decontamination, files
+from heliostat.curation import decontamination
 from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.tasks import files
 
 log = logging.getLogger(__name__)
 LISTED = 5  # hits that a document's detail names

@@ -16,18 +16,19 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from heliostat import extras
-from heliostat.curation import comparing, libraries, tally
+from heliostat.curation import comparing, tally
 from heliostat.curation.comparing import adding, by_runs, settled
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
-from heliostat.curation.exchange import by_parts
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.minhash import components
 from heliostat.curation.minhash.keep import Rule, candidates, choose, decide, members
 from heliostat.curation.minhash.signatures import Parameters, sign
 from heliostat.curation.segment import Run, store
 from heliostat.curation.stage import GlobalStage
-from heliostat.curation.work import key
+from heliostat.tasks import libraries
+from heliostat.tasks.exchange import by_parts
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 ROW_BYTES = 160  # of memory for each key, edge or member that a task holds, sorting included
 

@@ -15,17 +15,18 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from heliostat.curation import embedding, libraries, scoring, tally
+from heliostat.curation import embedding, scoring, tally
 from heliostat.curation.comparing import conclude, parts
 from heliostat.curation.engine import Curated
-from heliostat.curation.exchange import by_parts
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.minhash.keep import Rule
 from heliostat.curation.segment import Run
 from heliostat.curation.semantic import cells
 from heliostat.curation.stage import GlobalStage
-from heliostat.curation.work import key
 from heliostat.schema import Float
+from heliostat.tasks import libraries
+from heliostat.tasks.exchange import by_parts
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 ROW_BYTES = 400  # of memory for each document of a cell, beside its vector
 VECTORS = 16  # a file of vectors is one so many-th of `memory_limit`: it is sorted, encoded and read again

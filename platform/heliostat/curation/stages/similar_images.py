@@ -17,12 +17,12 @@ from heliostat.curation.alike import keep, pairs
 from heliostat.curation.comparing import conclude
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
-from heliostat.curation.exchange import by_parts
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.segment import Run
 from heliostat.curation.stage import GlobalStage
-from heliostat.curation.work import key
 from heliostat.errors import HeliostatError
+from heliostat.tasks.exchange import by_parts
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 IMAGE_BYTES, KEY_BYTES = 500, 160  # of memory for each image, and each key or pair, that a task holds, sorting included
 ROUNDS = 200  # far more than images that each wait for the next can make

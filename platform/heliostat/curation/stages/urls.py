@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from heliostat.curation import files
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.tasks import files
 
 _LISTS = ("domains", "urls", "words", "soft_words", "parts")
 _WORD = re.compile(r"[^\W_]+")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from heliostat.curation import pieces, segment
-from heliostat.curation.flow import Flow
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Source
 from heliostat.curation.stage import Document, Dropped, Picture
@@ -15,6 +14,7 @@ from heliostat.pipelines.images import sources
 from heliostat.pipelines.images.sources import Columns
 from heliostat.pipelines.prepare import InputFile
 from heliostat.storage.locations import Location
+from heliostat.tasks.flow import Flow
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from heliostat import extras
-from heliostat.curation.flow import Flow
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Source
 from heliostat.inference.batch.settings import Settings
@@ -18,6 +17,7 @@ from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import making, sources
 from heliostat.pipelines.text.documents import Rules
 from heliostat.pipelines.text.tasks import TextSource
+from heliostat.tasks.flow import Flow
 
 PIECES = 256  # of an input, about
 LEAST, MOST = 16 << 10, 1 << 20  # bytes of a piece

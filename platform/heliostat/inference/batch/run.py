@@ -25,10 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
-from heliostat.curation.progress import Progress
-from heliostat.curation.work import Work, key
 from heliostat.inference import vllm_terms
 from heliostat.inference.batch import loading, reading, tasks
 from heliostat.inference.batch.claim import claim
@@ -39,6 +36,9 @@ from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.progress import Progress
+from heliostat.tasks.work import Work, key
 from heliostat.terminal import console
 
 log = logging.getLogger(__name__)

@@ -11,14 +11,12 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from heliostat.curation import libraries, merging, pieces, segment, tally
+from heliostat.curation import pieces, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, Engine
 from heliostat.curation.explaining import explain
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import EXAMPLES, Run
 from heliostat.curation.stage import Stage
-from heliostat.curation.work import key
 from heliostat.data import versions
 from heliostat.data.manifest import FILES
 from heliostat.pipelines.images import pictures, tasks
@@ -31,6 +29,9 @@ from heliostat.pipelines.text import sources, tokens
 from heliostat.pipelines.text.making import listed
 from heliostat.pipelines.web import lists
 from heliostat.storage.locations import Location
+from heliostat.tasks import libraries, merging
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
 

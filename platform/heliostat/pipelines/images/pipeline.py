@@ -17,11 +17,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from heliostat import extras
-from heliostat.curation.flow import Flow
 from heliostat.curation.stage import GlobalStage, Stage
 from heliostat.curation.stages.image_size import ImageSize
 from heliostat.curation.stages.similar_images import SimilarImages
-from heliostat.curation.work import Work
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.images import pictures
@@ -39,6 +37,8 @@ from heliostat.pipelines.text import sources
 from heliostat.pipelines.web import lists
 from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
+from heliostat.tasks.flow import Flow
+from heliostat.tasks.work import Work
 
 
 class Buckets(Strict):

@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.curation import segment, spill
+from heliostat.curation import segment
 from heliostat.curation.chain import require_same
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.stage import Document, Dropped, Picture
-from heliostat.curation.work import key
 from heliostat.data import manifest, versions
 from heliostat.data import shard as shard_file
 from heliostat.data.manifest import SHARDS
@@ -32,6 +31,8 @@ from heliostat.pipelines.images.pictures import Raw, Rules
 from heliostat.pipelines.images.sources import Columns, Limits
 from heliostat.pipelines.text import tokens
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+from heliostat.tasks.work import key
 
 # what becomes of a run: `key` is the number of the image's shard among all of them
 DEALT = pa.schema(

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from heliostat.curation import merging, tally
+from heliostat.curation import tally
 from heliostat.curation.engine import RUN_SHARE, Curated, Engine
-from heliostat.curation.flow import Task
-from heliostat.curation.work import key
 from heliostat.data import versions
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.pipelines.pairs import extracting, reading
@@ -22,6 +20,9 @@ from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import documents, sources, tokens
 from heliostat.pipelines.text.making import Reading
 from heliostat.pipelines.text.tasks import bounds
+from heliostat.tasks import merging
+from heliostat.tasks.flow import Task
+from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from heliostat.curation import segment, spill
+from heliostat.curation import segment
 from heliostat.curation.segment import Run, survivors
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
 
 
 class Together(Strict):

@@ -14,16 +14,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from heliostat.curation import libraries, merging, pieces, reasons, segment, spill, tally
+from heliostat.curation import pieces, reasons, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, Engine, groups
-from heliostat.curation.exchange import by_parts
 from heliostat.curation.explaining import explain
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import REASONS
 from heliostat.curation.segment import Run
 from heliostat.curation.stage import Stage
-from heliostat.curation.work import key
 from heliostat.data import versions
 from heliostat.data.infilling import COUNTS, FACT, OWN, find
 from heliostat.data.manifest import FILES, SHARDS
@@ -34,6 +31,10 @@ from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.infilling import FillInTheMiddle
 from heliostat.pipelines.text.tasks import Sharding, TextSource
 from heliostat.storage.locations import Location
+from heliostat.tasks import libraries, merging, spill
+from heliostat.tasks.exchange import by_parts
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
 

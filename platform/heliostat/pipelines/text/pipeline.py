@@ -24,7 +24,6 @@ from pydantic import Field, model_validator
 from heliostat import extras
 from heliostat.curation import reasons
 from heliostat.curation.stages.pdf import Pdf
-from heliostat.curation.work import Work
 from heliostat.data.infilling import OWN, encode
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
@@ -39,6 +38,7 @@ from heliostat.pipelines.text.tasks import TextSource
 from heliostat.pipelines.text.trial import Trial
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from heliostat.curation import cpu_time, spill
 from heliostat.curation.segment import Run, survivors
 from heliostat.pipelines.predicting import Rate
 from heliostat.pipelines.text import tokens
 from heliostat.storage.locations import Location
+from heliostat.tasks import cpu_time, spill
 
 ENCODED = 16 << 20  # bytes of each half that are encoded, at most
 ENOUGH = 1.5  # times as much text, that tells how time grows

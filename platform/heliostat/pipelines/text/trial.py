@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from heliostat.curation import merging, pieces, spill
+from heliostat.curation import pieces
 from heliostat.curation.engine import RUN_SHARE, Curated, filled
-from heliostat.curation.flow import Task
 from heliostat.curation.pieces import Part
-from heliostat.curation.work import key
 from heliostat.errors import DataError
 from heliostat.pipelines.alike import alike_of
 from heliostat.pipelines.predicting import SHARD, TOKENIZER, Prediction, Rate, spread_of
@@ -19,6 +17,9 @@ from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.sampled import Sample
 from heliostat.pipelines.text import rates
 from heliostat.pipelines.text.making import Making, Totals
+from heliostat.tasks import merging, spill
+from heliostat.tasks.flow import Task
+from heliostat.tasks.work import key
 
 
 @dataclass

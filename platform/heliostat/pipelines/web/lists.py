@@ -18,15 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from heliostat.curation import spill
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.segment import store
-from heliostat.curation.work import key
 from heliostat.errors import ConfigError
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.text import sources
 from heliostat.pipelines.web.polite import host_of
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 from heliostat.text import brief, printable
 
 LISTS = (".jsonl", ".csv", ".parquet")

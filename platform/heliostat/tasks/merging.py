@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.curation import spill
-from heliostat.curation.flow import Flow, Task
 from heliostat.curation.segment import Run, survivors
-from heliostat.curation.work import key
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 LEAST = spill.GROUP_BYTES // 4
 """Bytes of a shard in a run, below which a merge is less work than what reading takes beside them."""

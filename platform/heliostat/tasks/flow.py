@@ -17,11 +17,11 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from heliostat.curation import cpu_time
 from heliostat.curation.care import CRASHED
-from heliostat.curation.crew import Crew, Started
-from heliostat.curation.progress import Progress, documents
-from heliostat.curation.work import Work
+from heliostat.tasks import cpu_time
+from heliostat.tasks.crew import Crew, Started
+from heliostat.tasks.progress import Progress, documents
+from heliostat.tasks.work import Work
 
 BATCH = 4096  # keys that are looked up together
 

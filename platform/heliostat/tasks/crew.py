@@ -19,14 +19,14 @@ from ray.exceptions import RayError, RayTaskError
 
 from heliostat.curation import care
 from heliostat.curation.care import Trouble
-from heliostat.curation.pool import Pool
-from heliostat.curation.work import Work
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
+from heliostat.tasks.pool import Pool
+from heliostat.tasks.work import Work
 from heliostat.text import printable
 
 if TYPE_CHECKING:
-    from heliostat.curation.flow import Flow, Task
+    from heliostat.tasks.flow import Flow, Task
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from heliostat.curation import libraries, spill
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
+from heliostat.tasks import libraries, spill
 
 log = logging.getLogger(__name__)
 

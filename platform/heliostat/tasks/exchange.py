@@ -16,10 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from heliostat.curation import spill
-from heliostat.curation.flow import Flow, Task
-from heliostat.curation.work import key
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 MANY = 1 << 16  # ranges of spills: so many cost about a minute of a CPU, or 3 cents of a store's requests
 
