@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-import heliostat.check as checks
 from heliostat import schema, uncaught
-from heliostat.check import Checked
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.exact_stream import ExactStream
 from heliostat.recipes.protocol import Generated
 from heliostat.run_handle import Run
+from heliostat.validation import check as checks
+from heliostat.validation.check import Checked
 
 __all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"]
 

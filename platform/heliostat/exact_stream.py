@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heliostat import schema
-from heliostat.check import check_data
 from heliostat.config import spec, workspace
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
@@ -28,6 +27,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.runs import segments
 from heliostat.storage.locations import Location
+from heliostat.validation.check import check_data
 
 if TYPE_CHECKING:  # with torch and Ray, which workers need and those who plan do not
     from heliostat.exact_feed import Feed

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 from heliostat import cpu_kernels  # noqa: E402
-from heliostat.check import load_job  # noqa: E402
 from heliostat.recipes.text.causal_lm import CausalLM  # noqa: E402
+from heliostat.validation.check import load_job  # noqa: E402
 
 MODEL = {"arch": "llama", "hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
          "intermediate_size": 1024, "vocab_size": 4096}  # fmt: skip

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from heliostat import check
 from heliostat.data.dataset import open_dataset
 from heliostat.train.worker import lr_schedule
+from heliostat.validation import check
 
 JOB = Path(__file__).resolve().parents[2] / "jobs/quickstart-diffusion.yaml"
 RATES = {"unet": 2e-3, "pixart": 1e-3}

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from heliostat import check
 from heliostat.data.dataset import open_dataset
 from heliostat.data.order import Samples
 from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.train.worker.lr_schedule import factor
+from heliostat.validation import check
 
 ALONE = ["workers.count=1", "mlflow.register=null"]
 CHUNK = 16  # samples that are scored at a time

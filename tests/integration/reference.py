@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from heliostat import check
 from heliostat.data.dataset import open_dataset
 from heliostat.recipes import building
 from heliostat.train.worker.lr_schedule import factor
+from heliostat.validation import check
 
 
 def plain_losses(path: Path, settings: list[str]) -> list[float]:

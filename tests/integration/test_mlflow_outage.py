@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from heliostat.chaos.servers import Server
-from heliostat.check import check, load_job
 from heliostat.errors import TrackingError
 from heliostat.runs.events import Steps
 from heliostat.runs.goodput import PARTS
@@ -18,6 +17,7 @@ from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
 from heliostat.track import logger as tracking_run
 from heliostat.track.logger import RunOwner
+from heliostat.validation.check import check, load_job
 from mlflow import MlflowClient
 
 from tests.integration import commands

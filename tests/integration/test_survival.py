@@ -16,7 +16,6 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
-from heliostat.check import check, load_job
 from heliostat.checkpoint import saver
 from heliostat.engine import process_group
 from heliostat.errors import ConfigError, LimitError, WorkerError
@@ -27,6 +26,7 @@ from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.train.driver import attempt, limits
 from heliostat.train.run import train
+from heliostat.validation.check import check, load_job
 from mlflow import MlflowClient
 
 from tests.integration import commands

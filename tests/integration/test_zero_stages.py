@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from heliostat.check import check_job, load_job
 from heliostat.data import manifest
 from heliostat.data.dataset import plan
+from heliostat.validation.check import check_job, load_job
 
 from tests.golden import curves, data
 from tests.integration import ranks

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from heliostat import check
 from heliostat.checkpoint import layout, retention, shard_index
 from heliostat.cluster import cluster_file as cluster_files
 from heliostat.cluster import local, source_code
@@ -39,6 +38,7 @@ from heliostat.track import local_curves, outbox
 from heliostat.track.parents import parents
 from heliostat.tune import listing, sweep
 from heliostat.tune import trial_record as trials
+from heliostat.validation import check
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as models_
 

@@ -4,14 +4,15 @@ import json
 import logging
 
 import pytest
-from heliostat import check, schema
-from heliostat.check import load_job
+from heliostat import schema
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.plan import auto, hardware, layouts, planner, ranking
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.train.run import train_job
+from heliostat.validation import check
+from heliostat.validation.check import load_job
 
 from tests.unit.build_index import index
 from tests.unit.build_job import ROOT, job, write

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from heliostat import check
 from heliostat.cluster import endpoint as reach
 from heliostat.cluster import local
 from heliostat.config.spec import LARGEST, divisors
 from heliostat.errors import AccessError, ConfigError, HeliostatError, StorageError, TrackingError
 from heliostat.storage.retries import Backoff
 from heliostat.track import mlflow_client
+from heliostat.validation import check
 
 from tests.unit.build_job import job
 

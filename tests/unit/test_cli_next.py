@@ -20,7 +20,7 @@ from tests.unit.command_line import run
 @pytest.mark.parametrize("unit", ["tokens", "samples"])
 def test_what_is_suggested_next_works_with_the_runs_own_paths(tmp_path, monkeypatch, registered, prompt, unit):
     """The model by a name that every command takes, the run's folder, its store unless that is the default, its own prompt."""
-    from heliostat.check import load_job
+    from heliostat.validation.check import load_job
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from heliostat.check import computable, cpu_flags
+from heliostat.validation.check import computable, cpu_flags
 
 from tests.unit.build_job import job
 

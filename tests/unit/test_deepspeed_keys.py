@@ -1,12 +1,12 @@
 """`train.deepspeed` takes what changes speed and memory; whatever else DeepSpeed would take has a key of the job file."""
 
 import pytest
-from heliostat import check
 from heliostat.config import deepspeed_keys
 from heliostat.config.deepspeed_keys import INSTEAD, Allowed
 from heliostat.engine.engine_config import engine_config
 from heliostat.errors import ConfigError
 from heliostat.schema import Strict
+from heliostat.validation import check
 
 from tests.unit.build_job import job
 

@@ -14,7 +14,6 @@ import pytest
 from heliostat import extras
 from heliostat.benchmark.run import Benchmark
 from heliostat.benchmark.suite import Suite
-from heliostat.check import check_job, check_services
 from heliostat.cluster import cluster_file, launch
 from heliostat.config import spec, workspace
 from heliostat.errors import ConfigError, MissingExtraError
@@ -24,6 +23,7 @@ from heliostat.retrieval.build import index_documents
 from heliostat.retrieval.settings import Settings
 from heliostat.storage.locations import Location
 from heliostat.tune import searchers
+from heliostat.validation.check import check_job, check_services
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 

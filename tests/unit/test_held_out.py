@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat import check
 from heliostat.data.chunks import Gathered
 from heliostat.data.dataset import make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes import exported
 from heliostat.train.worker import evaluation
+from heliostat.validation import check
 
 from tests.unit.build_job import job
 from tests.unit.test_dataset import make_dataset

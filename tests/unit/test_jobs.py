@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from heliostat import check
+from heliostat.validation import check
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "jobs").glob("*.yaml"), *(ROOT / "jobs" / "examples").glob("*.yaml")])

@@ -4,13 +4,13 @@ import importlib.util
 
 import pytest
 import torch
-from heliostat.check import check_devices, check_job
 from heliostat.config import rules
 from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.numerics import small
 from heliostat.parallel import tiny
 from heliostat.recipes import CausalLM
 from heliostat.recipes.text import attention, checkpointing, float8
+from heliostat.validation.check import check_devices, check_job
 
 from tests.unit.build_job import job as build_job
 

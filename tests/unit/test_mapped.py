@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat import check
 from heliostat.data import manifest, mapped
 from heliostat.data.dataset import DataPlan, Dataset
 from heliostat.data.mixing import Shape
 from heliostat.storage.locations import Location
+from heliostat.validation import check
 
 from tests.golden.data import tokens
 from tests.unit.build_job import job

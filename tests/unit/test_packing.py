@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from heliostat import check
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
@@ -17,6 +16,7 @@ from heliostat.recipes import exported
 from heliostat.recipes.text import packing
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
+from heliostat.validation import check
 from transformers import CONFIG_MAPPING
 
 from tests.unit.build_job import BASE, ROOT, job

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from heliostat import check
 from heliostat.data.dataset import open_dataset
+from heliostat.validation import check
 
 from tests.unit import build_images
 

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from heliostat import check
 from heliostat.data.content import pack, part, unpack
 from heliostat.engine import deepspeed_engine
 from heliostat.errors import ConfigError
@@ -23,6 +22,7 @@ from heliostat.recipes.protocol import IGNORED, Batch, Companion, Evaluates, Exp
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.train.worker.evaluation import dealt_whole
 from heliostat.train.worker.objective import Objective
+from heliostat.validation import check
 from torch import nn
 
 from tests.unit.build_job import job

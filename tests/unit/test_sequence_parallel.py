@@ -7,13 +7,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from heliostat import check
 from heliostat.errors import ConfigError
 from heliostat.parallel import cutting
 from heliostat.plan import planner
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.protocol import IGNORED
 from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.validation import check
 
 from tests.unit.build_job import BASE, job
 from tests.unit.build_recipe import Around

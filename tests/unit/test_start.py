@@ -5,9 +5,9 @@ import sys
 
 import psutil
 import pytest
-from heliostat import check
 from heliostat.cluster import connect, start
 from heliostat.errors import ClusterError, ConfigError
+from heliostat.validation import check
 
 from tests.unit.build_job import job
 

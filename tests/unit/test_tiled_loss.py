@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from heliostat.check import check_job
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.protocol import IGNORED
 from heliostat.recipes.text import tiled_loss
 from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.validation.check import check_job
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.build_job import BASE, job

@@ -18,19 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import heliostat.check as check
 from heliostat import schema
 from heliostat.chaos import measure
 from heliostat.chaos.faults import FAULTS, Fault, Scene, rng, when
 from heliostat.chaos.measure import Measured
 from heliostat.chaos.process import ChaosError, Command
-from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.config import workspace
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
+from heliostat.validation import check
+from heliostat.validation.check import Checked
 
 log = logging.getLogger(__name__)
 

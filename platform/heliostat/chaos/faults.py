@@ -27,11 +27,11 @@ from heliostat.chaos import disks, proxy
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import ChaosError, Command, workers
 from heliostat.chaos.servers import Server, mlflow_server, s3_server
-from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.storage.locations import Location
 from heliostat.track import logger
+from heliostat.validation.check import Checked
 
 SEEING_S = 120.0  # for a run to come upon the fault
 KEYS = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_EC2_METADATA_DISABLED": "true"}  # moto takes any

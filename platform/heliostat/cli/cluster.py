@@ -28,9 +28,9 @@ def check_(
     report = checks.check(file)
     warnings = report.warnings
     if job and not report.errors:
-        from heliostat.check import check_services
         from heliostat.plan import auto
         from heliostat.plan import planner as planning
+        from heliostat.validation.check import check_services
 
         wanted, recipe, _ = auto.prepared(job, setting, report.cluster)
         planning.plan(wanted, recipe, report.cluster)

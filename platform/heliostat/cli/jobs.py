@@ -58,10 +58,10 @@ def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = Fal
 
     It is then in the layout that it trains in.
     """
-    from heliostat.check import check_job, check_services
     from heliostat.plan import auto
     from heliostat.plan import planner as planning
     from heliostat.submit import submission
+    from heliostat.validation.check import check_job, check_services
 
     wanted = submission.load(file, settings, there)
     device = None if there.here or there.file or not wanted.workers.gpus else auto.elsewhere()

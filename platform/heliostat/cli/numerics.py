@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from heliostat.check import Checked
 from heliostat.cli.common import out, print_table
 from heliostat.errors import NumericsError
 from heliostat.terminal import console
+from heliostat.validation.check import Checked
 
 SHOWN = 8  # differences
 

@@ -29,7 +29,7 @@ def check(
     json_: Json = False,
 ) -> None:
     """Find everything wrong with a job before anything starts."""
-    import heliostat.check as checks
+    from heliostat.validation import check as checks
 
     if numerics and offline:
         raise ConfigError("--numerics: plays the job's own samples, which --offline leaves out; give one of the two")
@@ -94,9 +94,9 @@ def train(
         raise ConfigError("--workers goes with --dry-run; to train with another number use --set workers.count=N")
     import psutil
 
-    from heliostat.check import load_job
     from heliostat.plan import auto
     from heliostat.train.run import source, train_job
+    from heliostat.validation.check import load_job
 
     wanted, began = auto.settled(load_job(job, setting), resume=resume), psutil.Process().create_time()
     usual = store_uri(None)  # now: MLflow sets the variable to what the job names

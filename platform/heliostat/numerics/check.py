@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import heliostat.check as checks
 from heliostat.config.spec import Job
 from heliostat.numerics import processes
 from heliostat.numerics.rows import Row
 from heliostat.numerics.thresholds import LIMITS, Limits
 from heliostat.runs import verify
 from heliostat.storage.locations import Location
+from heliostat.validation import check as checks
 
 
 def check(checked: checks.Checked) -> dict[str, Any]:

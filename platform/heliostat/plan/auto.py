@@ -11,7 +11,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import heliostat.check as check
 from heliostat import schema
 from heliostat.checkpoint import layout
 from heliostat.cluster import cluster_file
@@ -23,6 +22,7 @@ from heliostat.plan.layouts import Layout
 from heliostat.plan.planner import bound
 from heliostat.plan.ranking import ranking
 from heliostat.recipes.protocol import Recipe
+from heliostat.validation import check
 
 KEY = "train.parallel: auto"
 log = logging.getLogger(__name__)

@@ -20,7 +20,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import heliostat.check as check
 from heliostat.cluster.package_digest import package_digest
 from heliostat.config import workspace
 from heliostat.config.spec import Job
@@ -29,6 +28,7 @@ from heliostat.plan.counts import Counts
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format
+from heliostat.validation import check
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-import heliostat.check as check
 from heliostat.checkpoint import checksums, layout, placement, shard_index
 from heliostat.checkpoint.element_types import BYTES
 from heliostat.config.spec import Job
@@ -24,6 +23,7 @@ from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import auto, planner, zero_layout
 from heliostat.plan.counts import ModelStats
 from heliostat.plan.model_stats import build, stats_of
+from heliostat.validation import check
 
 
 def kinds(job: Job, hidden: bool = False) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import heliostat.check as check
 from heliostat.cluster import cluster_file
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.plan import auto, calibrate, hardware
 from heliostat.plan.planner import bound, plan, planners, prepare
 from heliostat.plan.ranking import ranking
 from heliostat.storage.locations import Location
+from heliostat.validation import check
 
 
 def plan_file(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-import heliostat.check as check
 from heliostat.cluster import cluster_file
 from heliostat.cluster import pools as room
 from heliostat.cluster.cluster_file import ClusterFile
@@ -26,6 +25,7 @@ from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
 from heliostat.plan.hardware import GIB, Device
 from heliostat.recipes.protocol import CutsSamples, Recipe
+from heliostat.validation import check
 
 if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before needs none
     import torch

@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import heliostat.check as check
-from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.cluster import preloads, private_ray
@@ -30,6 +28,8 @@ from heliostat.storage import lease
 from heliostat.storage.run_folder import require_one_way
 from heliostat.track.tags import SOURCE_NAME
 from heliostat.train.driver.run import Run, RunHooks
+from heliostat.validation import check
+from heliostat.validation.check import Checked
 
 log = logging.getLogger(__name__)
 

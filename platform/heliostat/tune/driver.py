@@ -19,7 +19,6 @@ from typing import Any
 
 import ray
 
-import heliostat.check as check
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
@@ -31,6 +30,7 @@ from heliostat.tune import trial_record as records
 from heliostat.tune.state import State
 from heliostat.tune.sweep import Plan, load
 from heliostat.tune.trial_record import Claim, Record
+from heliostat.validation import check
 
 log = logging.getLogger(__name__)
 

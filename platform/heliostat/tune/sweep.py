@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-import heliostat.check as check
 from heliostat import kinds, schema
 from heliostat.config import spec, workspace
 from heliostat.config.spec import Fraction, Job, Name, Positive, Seed
@@ -27,6 +26,7 @@ from heliostat.text import brief
 from heliostat.tune import rungs
 from heliostat.tune import space as spaces
 from heliostat.tune.space import Params, Space
+from heliostat.validation import check
 
 Above0 = Annotated[Float, Field(gt=0)]
 OWN = ("name", "storage", "mlflow", "recipe", "evaluate")  # the sweep's own, or what makes trials comparable

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from heliostat import check
 from heliostat.data.dataset import open_dataset
+from heliostat.validation import check
 
 from tests.benchmarks.yardsticks import turns
 

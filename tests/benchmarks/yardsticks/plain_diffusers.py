@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from heliostat import check
 from heliostat.data.dataset import open_dataset
 from heliostat.recipes.images import rows
 from heliostat.recipes.images.pipeline import tokenize
+from heliostat.validation import check
 
 from tests.benchmarks.yardsticks import turns
 

@@ -6,7 +6,6 @@ import json
 import logging
 from typing import Any
 
-from heliostat.check import Checked
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.config.spec import Job
 from heliostat.recipes.protocol import Exports, Serves
@@ -17,6 +16,7 @@ from heliostat.storage import temporary
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
 from heliostat.track.logger import RunOwner
+from heliostat.validation.check import Checked
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from heliostat.check import Checked
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.data.dataset import make_order
@@ -45,6 +44,7 @@ from heliostat.train.driver.signals import Signals
 from heliostat.train.driver.warm_up import WarmUp
 from heliostat.train.pauses import PausePoints
 from heliostat.train.stop_codes import INTERRUPTED, RUN, STOPS
+from heliostat.validation.check import Checked
 
 if TYPE_CHECKING:  # Ray takes a second
     from heliostat.train.memory_keeper import Source
