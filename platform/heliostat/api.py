@@ -116,8 +116,8 @@ def generate(
     of those of many prompts; `options`: as the command has them, `max_tokens=64`, `steps=20`, each without its dashes.
     """
     from heliostat.inference.generate import answer
-    from heliostat.track.mlflow_client import default_uri
-    from heliostat.track.models import resolve
+    from heliostat.tracking.mlflow_client import default_uri
+    from heliostat.tracking.models import resolve
 
     return answer(resolve(os.fspath(model), tracking_uri or default_uri()), prompts, options, seed, out)
 

@@ -30,8 +30,8 @@ class Run:
     def __init__(self, run: str | os.PathLike[str], tracking_uri: str | None = None) -> None:
         """Finds the run by its folder (STORAGE/NAME, also on S3) or its MLflow run id; `tracking_uri`: of the store that knows
         the id."""
-        from heliostat.track.mlflow_client import default_uri
-        from heliostat.track.models import find_run
+        from heliostat.tracking.mlflow_client import default_uri
+        from heliostat.tracking.models import find_run
 
         self._place: Location = find_run(os.fspath(run), tracking_uri or default_uri()).absolute(Path.cwd())
 
@@ -71,7 +71,7 @@ class Run:
 
         Steps count what is done: 1 is the first.
         """
-        from heliostat.track.local_curves import read
+        from heliostat.tracking.local_curves import read
 
         curves = dict[str, dict[int, float]]()
         for point in read(self._place):

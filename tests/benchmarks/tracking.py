@@ -23,7 +23,7 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.runs.events import Steps
 from heliostat.runs.goodput import PARTS
-from heliostat.track.logger import RunOwner
+from heliostat.tracking.logger import RunOwner
 from mlflow import MlflowClient
 
 RATE = 20

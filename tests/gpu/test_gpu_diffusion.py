@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (2, "fp16"), (3, "bf16")])
 def test_a_diffusion_run_on_a_gpu_learns_and_its_export_draws(stage, precision, ray_session, tracking, tmp_path) -> None:
     from heliostat.inference.generate import generate
-    from heliostat.track.models import resolve
+    from heliostat.tracking.models import resolve
     from heliostat.train.run import train
 
     from tests.integration.conftest import curve

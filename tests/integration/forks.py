@@ -9,8 +9,8 @@ from tests.fork_server import ForkServer
 DRIVERS = (
     "heliostat.cli.main", "heliostat.train.run", "heliostat.train.driver.attempt", "heliostat.train.driver.memory",
     "heliostat.train.driver.progress", "heliostat.train.driver.pool", "heliostat.cluster.connect", "heliostat.cluster.nodes",
-    "heliostat.inference.export", "heliostat.inference.batch.run", "heliostat.track.logger", "heliostat.track.models",
-    "heliostat.track.report.page", "heliostat.track.report.curation", "heliostat.tune.driver", "heliostat.tune.trial",
+    "heliostat.inference.export", "heliostat.inference.batch.run", "heliostat.tracking.logger", "heliostat.tracking.models",
+    "heliostat.tracking.report.page", "heliostat.tracking.report.curation", "heliostat.tune.driver", "heliostat.tune.trial",
     "heliostat.tasks.flow", "heliostat.pipelines.text", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store", "matplotlib.figure", "matplotlib.backends.backend_agg", "ray.data",
     "transformers.generation", "transformers.models.auto.modeling_auto",

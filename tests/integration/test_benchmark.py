@@ -34,7 +34,7 @@ from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.runs.goodput import Attempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.track import tags
+from heliostat.tracking import tags
 from mlflow import MlflowClient
 
 from tests.integration import commands

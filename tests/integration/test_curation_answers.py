@@ -21,7 +21,7 @@ from heliostat.pipelines.prepare import prepare
 from heliostat.pipelines.text import tokens
 from heliostat.runs.samples import samples
 from heliostat.storage.locations import Location
-from heliostat.track.models import find_run
+from heliostat.tracking.models import find_run
 from heliostat.train.run import train
 from mlflow import MlflowClient
 

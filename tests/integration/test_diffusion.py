@@ -29,7 +29,7 @@ from heliostat.recipes import exported
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
-from heliostat.track.models import resolve
+from heliostat.tracking.models import resolve
 from heliostat.train.run import train
 from heliostat.train.worker.batch_plan import BatchPlan
 from PIL import Image

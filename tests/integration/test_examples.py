@@ -25,7 +25,7 @@ from heliostat.inference.generate import generate
 from heliostat.pipelines.prepare import prepare
 from heliostat.recipes.protocol import Batch, Evaluates, Loss, Recipe
 from heliostat.storage.locations import Location
-from heliostat.track.models import resolve
+from heliostat.tracking.models import resolve
 from heliostat.train.run import train
 from heliostat.train.worker.evaluation import HeldOut
 

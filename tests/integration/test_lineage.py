@@ -26,8 +26,8 @@ from heliostat.pipelines.prepare import prepare
 from heliostat.runs import goodput
 from heliostat.runs.segments import read as read_segments
 from heliostat.storage.locations import Location
-from heliostat.track.models import resolve
-from heliostat.track.registry import GateError
+from heliostat.tracking.models import resolve
+from heliostat.tracking.registry import GateError
 from heliostat.train.run import train
 from mlflow import MlflowClient
 
@@ -99,7 +99,7 @@ def story(shards: str, corpus: str, tracking: str, tmp_path_factory: pytest.Temp
     finally:
         end_tree(driver.pid)
         driver.wait(30)
-    from heliostat.track import mlflow_client, run_table
+    from heliostat.tracking import mlflow_client, run_table
 
     (killed,) = [r for r in run_table.rows(mlflow_client.connect(tracking), "lineage") if r["name"] == "base"]
     base = train(path, [*settings, "workers.count=1", "mlflow.alias=candidate"], resume=True)

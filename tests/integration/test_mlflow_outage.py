@@ -15,8 +15,8 @@ from heliostat.runs.goodput import PARTS
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
-from heliostat.track import logger as tracking_run
-from heliostat.track.logger import RunOwner
+from heliostat.tracking import logger as tracking_run
+from heliostat.tracking.logger import RunOwner
 from heliostat.validation.check import check, load_job
 from mlflow import MlflowClient
 

@@ -14,9 +14,9 @@ from heliostat.data.manifest import Manifest
 from heliostat.recipes.protocol import Serving
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import MLFLOW_RUN as RECORD
-from heliostat.track import card, checkpoint_models, mlflow_client, models, run_table, tags
-from heliostat.track.checkpoint_models import KIND, Checkpoints
-from heliostat.track.logger import RunOwner
+from heliostat.tracking import card, checkpoint_models, mlflow_client, models, run_table, tags
+from heliostat.tracking.checkpoint_models import KIND, Checkpoints
+from heliostat.tracking.logger import RunOwner
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature

@@ -22,7 +22,7 @@ import torch
 from heliostat.chaos.servers import Server
 from heliostat.recipes.protocol import Draws
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.track import ui
+from heliostat.tracking import ui
 from heliostat.train.run import train
 from heliostat.tune.driver import tune
 from mlflow import MlflowClient

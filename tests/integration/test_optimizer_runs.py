@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from heliostat.inference.evaluate import evaluate
-from heliostat.track.models import resolve
+from heliostat.tracking.models import resolve
 from heliostat.train.run import train
 
 from tests.integration.conftest import curve, tiny_job

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from heliostat.runs import goodput
-from heliostat.track.report import curation, page
+from heliostat.tracking.report import curation, page
 
 from tests.integration.browser import MISSING, chromium
 from tests.unit.test_curation_page import told

@@ -14,10 +14,10 @@ from heliostat.runs.goodput import Attempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import LEDGER, RESULT
-from heliostat.track import mlflow_client
-from heliostat.track.reconcile import YOUNG_S, settle, settle_folder
-from heliostat.track.tags import FOLDER as RUN_FOLDER
-from heliostat.track.tags import NAME, TOKEN
+from heliostat.tracking import mlflow_client
+from heliostat.tracking.reconcile import YOUNG_S, settle, settle_folder
+from heliostat.tracking.tags import FOLDER as RUN_FOLDER
+from heliostat.tracking.tags import NAME, TOKEN
 
 Scene = Callable[..., tuple[Any, str]]
 GONE = 2**22 + 1  # no process has this number
@@ -105,7 +105,7 @@ def test_a_run_that_has_only_begun_is_given_time(scene, tmp_path, monkeypatch):
     client, run_id = scene()
     Location(str(tmp_path / "run")).join(LEDGER).delete()
     assert settle(client, client.get_run(run_id)).info.status == "RUNNING"
-    monkeypatch.setattr("heliostat.track.reconcile.YOUNG_S", -1.0)
+    monkeypatch.setattr("heliostat.tracking.reconcile.YOUNG_S", -1.0)
     assert YOUNG_S > 0 and settle(client, client.get_run(run_id)).info.status == "FAILED"
 
 

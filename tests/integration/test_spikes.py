@@ -10,9 +10,9 @@ from heliostat.config.spec import Spike
 from heliostat.errors import LossSpikeError
 from heliostat.runs.events import Event
 from heliostat.storage.locations import Location
-from heliostat.track import local_curves
-from heliostat.track.logger import RunOwner
-from heliostat.track.report import page
+from heliostat.tracking import local_curves
+from heliostat.tracking.logger import RunOwner
+from heliostat.tracking.report import page
 from heliostat.train.driver.progress import ProgressReporter
 from heliostat.train.worker.loss_watch import LossWatch
 from heliostat.train.worker.posts import Posts

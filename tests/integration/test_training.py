@@ -20,8 +20,8 @@ from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import ConfigError, NonFiniteError
 from heliostat.inference.evaluate import evaluate
 from heliostat.storage.locations import Location
-from heliostat.track import registry
-from heliostat.track.models import models_of, resolve
+from heliostat.tracking import registry
+from heliostat.tracking.models import models_of, resolve
 from heliostat.train.run import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner

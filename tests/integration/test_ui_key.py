@@ -6,7 +6,7 @@ import mlflow
 import pytest
 import requests
 from heliostat.chaos.servers import Server
-from heliostat.track import ui
+from heliostat.tracking import ui
 
 from tests.unit.test_ui import KEY, keys_in
 

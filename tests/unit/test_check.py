@@ -14,7 +14,7 @@ from heliostat.cluster import local
 from heliostat.config.spec import LARGEST, divisors
 from heliostat.errors import AccessError, ConfigError, HeliostatError, StorageError, TrackingError
 from heliostat.storage.retries import Backoff
-from heliostat.track import mlflow_client
+from heliostat.tracking import mlflow_client
 from heliostat.validation import check
 
 from tests.unit.build_job import job

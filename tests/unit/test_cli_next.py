@@ -70,7 +70,7 @@ def test_the_usual_store_is_asked_for_before_mlflow_sets_it_to_the_jobs(tmp_path
 
 def test_a_run_that_another_store_knows_names_that_store(tmp_path):
     """Its folder says where; a run of the store that was asked has no such hint."""
-    from heliostat.track import mlflow_client
+    from heliostat.tracking import mlflow_client
     from mlflow.exceptions import MlflowException
 
     class Empty:

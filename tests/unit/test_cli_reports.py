@@ -10,7 +10,7 @@ from heliostat import tables
 from heliostat.chaos import measure
 from heliostat.cli import audit, common, main
 from heliostat.cli.chaos import table as chaos_table
-from heliostat.track import run_table
+from heliostat.tracking import run_table
 
 from tests.unit.command_line import FILES, NAMES, ROOT, run
 

@@ -10,9 +10,9 @@ from heliostat.runs import segments
 from heliostat.runs.events import Evaluation, Spike, Steps
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.track import local_curves
-from heliostat.track.metrics import Point
-from heliostat.track.outbox import Outbox
+from heliostat.tracking import local_curves
+from heliostat.tracking.metrics import Point
+from heliostat.tracking.outbox import Outbox
 
 from tests.unit.test_outbox import Store, steps
 

@@ -9,7 +9,7 @@ from heliostat.errors import ConfigError
 from heliostat.parallel import experts
 from heliostat.recipes.text import flops
 from heliostat.runs.events import Steps
-from heliostat.track.metrics import points
+from heliostat.tracking.metrics import points
 from heliostat.train.worker.expert_load import ExpertLoad, load
 from heliostat.train.worker.objective import Objective
 

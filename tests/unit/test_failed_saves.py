@@ -8,7 +8,7 @@ import pytest
 from heliostat.checkpoint.saver import TOLERATED, Saver
 from heliostat.errors import AccessError, CheckpointError, LeaseError, StorageError, WorkerError
 from heliostat.runs.events import Saved
-from heliostat.track.metrics import points
+from heliostat.tracking.metrics import points
 from heliostat.train.stop_codes import FAILED, RUN
 from heliostat.train.worker.training_state import TrainingState
 

@@ -19,7 +19,7 @@ from heliostat.recipes.images.quality import fid, kid
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
-from heliostat.track.models import resolve
+from heliostat.tracking.models import resolve
 from PIL import Image
 
 from tests.unit import build_images

@@ -25,8 +25,8 @@ from heliostat.pipelines.images.sources import Columns
 from heliostat.pipelines.prepare import sha256_json
 from heliostat.pipelines.text import trace
 from heliostat.tasks import merging
-from heliostat.track.lineage_of_documents import Trained
-from heliostat.track.report import curation
+from heliostat.tracking.lineage_of_documents import Trained
+from heliostat.tracking.report import curation
 from PIL import Image
 
 from tests.unit.build_curation import KilledError

@@ -15,7 +15,7 @@ from heliostat.runs.events import Event, Goodput, ModelPhase, Phase, Saved, Step
 from heliostat.runs.goodput import PARTS, Attempt, account, report, settle
 from heliostat.runs.time_ledger import Ledger, Recorder
 from heliostat.storage.locations import Location
-from heliostat.track.metrics import points
+from heliostat.tracking.metrics import points
 from typer.testing import CliRunner
 
 CASES = range(300)

@@ -6,9 +6,9 @@ import random
 import pytest
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import UNLOGGED
-from heliostat.track import outbox
-from heliostat.track.metrics import Point
-from heliostat.track.outbox import Outbox
+from heliostat.tracking import outbox
+from heliostat.tracking.metrics import Point
+from heliostat.tracking.outbox import Outbox
 from heliostat.train.worker import node_metrics
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from heliostat.runs import goodput
 from heliostat.runs.events import Steps
-from heliostat.track import metrics as points
-from heliostat.track.metrics import METRICS, Metric
-from heliostat.track.report import page, svg
-from heliostat.track.report.svg import Curve
+from heliostat.tracking import metrics as points
+from heliostat.tracking.metrics import METRICS, Metric
+from heliostat.tracking.report import page, svg
+from heliostat.tracking.report.svg import Curve
 
 
 def parsed(text: str) -> ET.Element:

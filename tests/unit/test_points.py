@@ -8,8 +8,8 @@ import pytest
 from heliostat.runs.events import Evaluation, Goodput, NodeSample, Saved, Spike, Steps
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.track import outbox, tags
-from heliostat.track.metrics import METRICS, Point, latest, metric_of, points, renamed
+from heliostat.tracking import outbox, tags
+from heliostat.tracking.metrics import METRICS, Point, latest, metric_of, points, renamed
 
 SOURCE = Path(heliostat.__file__).parent
 

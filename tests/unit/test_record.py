@@ -9,9 +9,9 @@ from heliostat.cluster import source_code
 from heliostat.cluster.workspace_package import CODE_FILE
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
-from heliostat.track import card
-from heliostat.track.parents import parents
-from heliostat.track.run_facts import flatten
+from heliostat.tracking import card
+from heliostat.tracking.parents import parents
+from heliostat.tracking.run_facts import flatten
 from heliostat.train import reproduce
 
 from tests.unit.build_job import job

@@ -13,8 +13,8 @@ from heliostat.cluster import endpoint as reach
 from heliostat.config import spec
 from heliostat.errors import ConfigError, TrackingError
 from heliostat.storage.locations import Location
-from heliostat.track import ui
-from heliostat.track.mlflow_client import connect
+from heliostat.tracking import ui
+from heliostat.tracking.mlflow_client import connect
 
 from tests.unit.build_job import job, write
 from tests.unit.forked import run

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 from heliostat.errors import ConfigError, TrackingError
-from heliostat.track import lineage, registry
-from heliostat.track.registry import Term, compare, parse
+from heliostat.tracking import lineage, registry
+from heliostat.tracking.registry import Term, compare, parse
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import transformers
 from heliostat.errors import ConfigError
 from heliostat.runs.events import Steps
-from heliostat.track.metrics import points
+from heliostat.tracking.metrics import points
 from heliostat.train.driver.progress import ProgressReporter
 from heliostat.train.worker.objective import Objective
 from rich.console import Console

@@ -8,7 +8,7 @@ import pytest
 import torch
 from heliostat.recipes.text import server
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.track.models import _unchecked
+from heliostat.tracking.models import _unchecked
 
 from tests.unit.build_job import BASE, job
 from tests.unit.test_samples import make_text

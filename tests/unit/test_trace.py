@@ -11,7 +11,7 @@ from heliostat.data.manifest import PLACES_KEY
 from heliostat.pipelines.text import tokens
 from heliostat.pipelines.text.replay import origin
 from heliostat.storage.locations import Location
-from heliostat.track.lineage_of_documents import with_replaced
+from heliostat.tracking.lineage_of_documents import with_replaced
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from heliostat.errors import ConfigError
-from heliostat.track.ui import serve
+from heliostat.tracking.ui import serve
 
 KEY = "sk-a-key-of-the-tests"
 
@@ -24,7 +24,7 @@ def keys_in(folder: Path) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_ui_that_is_told_to_end_leaves_no_server_behind(number, tmp_path):
-    code = "from pathlib import Path; from heliostat.track.ui import serve; "
+    code = "from pathlib import Path; from heliostat.tracking.ui import serve; "
     code += f"serve('sqlite:///{tmp_path}/mlflow.db', '127.0.0.1', 0, Path('{keys_in(tmp_path)}'), print)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline, there = time.monotonic() + 30, []
@@ -52,7 +52,7 @@ def test_mlflows_page_is_served_and_opens_as_model_training_where_the_browser_ha
     from mlflow.server import app
 
     plain = app.test_client().get("/").text
-    from heliostat.track import ui_app
+    from heliostat.tracking import ui_app
 
     assert ui_app.flask_app is app
     answer = app.test_client().get("/")
@@ -65,6 +65,6 @@ def test_mlflows_page_is_served_and_opens_as_model_training_where_the_browser_ha
 
 
 def test_an_app_without_a_file_of_keys_lets_nobody_in():
-    from heliostat.track import ui_app
+    from heliostat.tracking import ui_app
 
     assert ui_app.app.known == {}

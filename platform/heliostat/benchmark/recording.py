@@ -12,8 +12,8 @@ from typing import Any
 
 from heliostat.config.checkpoint_section import BENCHMARK
 from heliostat.text import brief
-from heliostat.track import mlflow_client, tags
-from heliostat.track.metrics import Point
+from heliostat.tracking import mlflow_client, tags
+from heliostat.tracking.metrics import Point
 
 AVERAGE = f"{BENCHMARK}average_centred"
 ARTIFACTS = "benchmarks"

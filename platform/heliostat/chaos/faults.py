@@ -30,7 +30,7 @@ from heliostat.chaos.servers import Server, mlflow_server, s3_server
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.storage.locations import Location
-from heliostat.track import logger
+from heliostat.tracking import logger
 from heliostat.validation.check import Checked
 
 SEEING_S = 120.0  # for a run to come upon the fault

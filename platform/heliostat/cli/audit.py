@@ -16,7 +16,7 @@ from heliostat.errors import VerifyError
 def checkpoints(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
     """List a run's checkpoints: what each is, whether it is whole, and which rule keeps it."""
     from heliostat.checkpoint.retention import survey
-    from heliostat.track.models import find_run
+    from heliostat.tracking.models import find_run
 
     place = find_run(run, store_uri(mlflow))
     rows = survey(place)
@@ -45,7 +45,7 @@ def _checkpoint_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
 def verify(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
     """Check a run's receipts against its datasets: what every step trained on, and that nothing was lost or repeated."""
     from heliostat.runs import verify as verifying
-    from heliostat.track.models import find_run
+    from heliostat.tracking.models import find_run
 
     place = find_run(run, store_uri(mlflow))
     report = verifying.verify(place)
@@ -59,8 +59,8 @@ def verify(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
 def goodput(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
     """Tell where a run's time went, from the command's start to the end, over all its restarts: parts that add up to 100 %."""
     from heliostat.runs import goodput as accounting
-    from heliostat.track.models import find_run
-    from heliostat.track.reconcile import settle_folder
+    from heliostat.tracking.models import find_run
+    from heliostat.tracking.reconcile import settle_folder
 
     place = find_run(run, store_uri(mlflow))
     settle_folder(place)
@@ -80,7 +80,7 @@ def samples(
 ) -> None:
     """Show the samples that a step trained on: their places in the datasets, and their text."""
     from heliostat.runs.samples import samples as read
-    from heliostat.track.models import find_run
+    from heliostat.tracking.models import find_run
 
     found = read(find_run(run, store_uri(mlflow)), step)
     if not json_:

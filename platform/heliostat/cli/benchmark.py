@@ -48,7 +48,7 @@ def benchmark(
 def _once(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
     from heliostat.benchmark import recording, run, scoring, shown
     from heliostat.storage.locations import Location
-    from heliostat.track.models import resolve
+    from heliostat.tracking.models import resolve
 
     found, fault = resolve(model, uri), None
     scoring.require_language_model(found)
@@ -71,7 +71,7 @@ def _follow(tasks: Benchmark, model: str, every: int, to: str, uri: str, json_: 
     from heliostat.benchmark import run, shown
     from heliostat.benchmark.follow import Followed, summary
     from heliostat.storage.locations import Location
-    from heliostat.track.models import find_run
+    from heliostat.tracking.models import find_run
 
     def told(step: int, result: dict[str, Any]) -> None:
         if not json_:

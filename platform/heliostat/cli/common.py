@@ -143,7 +143,7 @@ def store_uri(given: str | None) -> str:
         )
     if given and given.startswith("sqlite:///") and not Path(given.removeprefix("sqlite:///").partition("?")[0]).exists():
         raise ConfigError(f"--mlflow: {given}: there is no such file")
-    from heliostat.track.mlflow_client import default_uri
+    from heliostat.tracking.mlflow_client import default_uri
 
     return given or default_uri()
 

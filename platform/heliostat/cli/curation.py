@@ -53,7 +53,7 @@ def report(
     from heliostat.data import manifest
     from heliostat.plan import hardware
     from heliostat.storage.locations import Location
-    from heliostat.track.report import curation
+    from heliostat.tracking.report import curation
 
     if not to.absolute().parent.is_dir():
         raise ConfigError(f"--out: {to}: there is no folder {to.parent}")
@@ -160,8 +160,8 @@ def _print_forgotten(told: dict[str, Any]) -> None:
 
 def _runs(made: Any, id: str, run: str | None, mlflow: str | None) -> list[dict[str, Any]]:
     """Finds the runs that have trained on a document."""
-    from heliostat.track import mlflow_client
-    from heliostat.track.lineage_of_documents import Trained
+    from heliostat.tracking import mlflow_client
+    from heliostat.tracking.lineage_of_documents import Trained
 
     uri = store_uri(mlflow)
     with mlflow_client.asking(uri):

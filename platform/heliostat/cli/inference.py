@@ -40,7 +40,7 @@ def generate(
 ) -> None:
     """Let a model write or draw."""
     import heliostat.inference.generate as generating
-    from heliostat.track.models import resolve
+    from heliostat.tracking.models import resolve
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
              "sampler": sampler, "grid": grid, "width": width, "height": height}  # fmt: skip
@@ -102,7 +102,7 @@ def infer(
     from heliostat.inference.batch.settings import WRITES, Settings
     from heliostat.plan import hardware
     from heliostat.schema import validate
-    from heliostat.track.models import resolve
+    from heliostat.tracking.models import resolve
 
     options = {k: v for k, v in {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}.items() if v is not None}
     if options and task not in WRITES:
@@ -139,7 +139,7 @@ def evaluate(
 ) -> None:
     """Score a model on a dataset's held-out split."""
     from heliostat.inference.evaluate import evaluate as run
-    from heliostat.track.models import resolve
+    from heliostat.tracking.models import resolve
 
     scores = run(resolve(model, store_uri(mlflow)), data, samples, sequence_length, fraction)
     if not json_:
@@ -158,8 +158,8 @@ def export(
     """Write a run's checkpoint as a Hugging Face folder."""
     from heliostat.checkpoint import layout
     from heliostat.inference import export as exporting
-    from heliostat.track.logger import record
-    from heliostat.track.models import find_run
+    from heliostat.tracking.logger import record
+    from heliostat.tracking.models import find_run
 
     place = find_run(run, store_uri(mlflow))
     if step is not None and step not in (there := layout.steps(place)):

@@ -32,7 +32,7 @@ def plan(
 ) -> None:
     """Tell what a job needs and will cost: parameters, memory, speed, days, money, failures. Fails if it cannot fit."""
     from heliostat.plan.plan_file import plan_file
-    from heliostat.track.models import find_run
+    from heliostat.tracking.models import find_run
 
     if write and not calibrate:
         raise ConfigError("--write: needs --calibrate RUN")

@@ -47,7 +47,7 @@ def index_documents(
 
 
 def _resolved(model: str | None, mlflow: str | None) -> Path | None:
-    from heliostat.track.models import resolve
+    from heliostat.tracking.models import resolve
 
     return resolve(model, store_uri(mlflow)) if model else None
 

@@ -35,7 +35,7 @@ def runs(
     json_: Json = False,
 ) -> None:
     """List all runs, newest first: status, step, losses, tokens/s, goodput, worker-hours."""
-    from heliostat.track import mlflow_client, run_table
+    from heliostat.tracking import mlflow_client, run_table
 
     uri = store_uri(mlflow)
     with mlflow_client.asking(uri):
@@ -56,9 +56,9 @@ def report(
     json_: Json = False,
 ) -> None:
     """Write one self-contained page about a run: curves, goodput, restarts, samples, lineage."""
-    from heliostat.track import mlflow_client
-    from heliostat.track.reconcile import settle
-    from heliostat.track.report import page
+    from heliostat.tracking import mlflow_client
+    from heliostat.tracking.reconcile import settle
+    from heliostat.tracking.report import page
 
     uri = store_uri(mlflow)
     if not to.absolute().parent.is_dir():
@@ -87,8 +87,8 @@ def lineage(
     json_: Json = False,
 ) -> None:
     """Tell where a model comes from: run, restarts, code, machines, shards, parents; or which models saw a shard or dataset."""
-    from heliostat.track import lineage as tracing
-    from heliostat.track import mlflow_client
+    from heliostat.tracking import lineage as tracing
+    from heliostat.tracking import mlflow_client
 
     if sum(x is not None for x in (what, shard, dataset)) != 1:
         raise ConfigError("lineage: give one of MODEL, --shard or --dataset")
@@ -108,7 +108,7 @@ def lineage(
 
 
 def _backwards(client: Any, shard: str | None, dataset: str | None, json_: bool) -> None:
-    from heliostat.track.lineage_of_data import Seen
+    from heliostat.tracking.lineage_of_data import Seen
 
     rows = Seen(client).answer(shard, dataset)
     if not json_:
@@ -135,7 +135,7 @@ def promote(
     json_: Json = False,
 ) -> None:
     """Give a registered model an alias, unless it is worse than what has the alias now, or lacks what is required."""
-    from heliostat.track import mlflow_client, registry
+    from heliostat.tracking import mlflow_client, registry
 
     uri = store_uri(mlflow)
     with mlflow_client.asking(uri):
@@ -160,7 +160,7 @@ def reproduce(
     json_: Json = False,
 ) -> None:
     """Train a recorded run again from its record, and compare the losses of every step; tells what differs in the environment."""
-    from heliostat.track import mlflow_client
+    from heliostat.tracking import mlflow_client
     from heliostat.train import reproduce as again
 
     uri = store_uri(mlflow)
@@ -184,7 +184,7 @@ def ui(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on")] = 5000,
 ) -> None:
     """Open MLflow's UI on the runs' store, for those who have a key, and print its address."""
-    from heliostat.track.ui import serve
+    from heliostat.tracking.ui import serve
 
     known = keys_of(keys)
 

@@ -121,7 +121,7 @@ def _served(
     model: str | None, name: str | None, index: str | None, embedder: str | None, reranker: str | None, mlflow: str | None
 ) -> Served:
     from heliostat.serving.served import served
-    from heliostat.track.models import resolve
+    from heliostat.tracking.models import resolve
 
     store = store_uri(mlflow)
     if index is not None:

@@ -16,10 +16,10 @@ TRIALS = (  # what a sweep's trials import beside that: each is a run's driver
     "heliostat.train.run",
     "heliostat.train.driver.attempt",
     "heliostat.train.driver.progress",
-    "heliostat.track.logger",
+    "heliostat.tracking.logger",
     "mlflow",
 )
-DRIVERS = (*TRIALS, "ray.data", "heliostat.cli.main", "heliostat.track.lineage")
+DRIVERS = (*TRIALS, "ray.data", "heliostat.cli.main", "heliostat.tracking.lineage")
 TEXT = (
     "heliostat.recipes.text.causal_lm",
     "heliostat.cpu_kernels",

@@ -96,7 +96,7 @@ class Source:
         """Returns the version to serve; the last known if the registry does not answer, which is logged."""
         if not self.follows:
             return self.label
-        from heliostat.track import mlflow_client, registry
+        from heliostat.tracking import mlflow_client, registry
 
         try:
             if self.client is None:
@@ -112,7 +112,7 @@ class Source:
 
     def folder(self, version: str) -> Path:
         """Finds a version's folder; ConfigError if there is none."""
-        from heliostat.track.models import resolve
+        from heliostat.tracking.models import resolve
 
         number = version.rpartition("-")[2]
         return resolve(f"models:/{self.name}/{number}" if self.follows else self.model, self.store)

@@ -115,7 +115,7 @@ class Driver:
 
     def _settle(self, how: str) -> None:
         """Reports to MLflow that the run is over, which its dead driver could not."""
-        from heliostat.track.reconcile import settle_folder
+        from heliostat.tracking.reconcile import settle_folder
 
         try:
             settle_folder(self.run_folder, how)

@@ -20,9 +20,9 @@ from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.runs import consumed
 from heliostat.storage.run_folder import ATTEMPTS
-from heliostat.track import mlflow_client, tags
-from heliostat.track.lineage import attempts, data_of
-from heliostat.track.run_facts import read_json
+from heliostat.tracking import mlflow_client, tags
+from heliostat.tracking.lineage import attempts, data_of
+from heliostat.tracking.run_facts import read_json
 
 log = logging.getLogger(__name__)
 

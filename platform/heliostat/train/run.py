@@ -26,7 +26,7 @@ from heliostat.errors import ConfigError
 from heliostat.runs import summary as endings
 from heliostat.storage import lease
 from heliostat.storage.run_folder import require_one_way
-from heliostat.track.tags import SOURCE_NAME
+from heliostat.tracking.tags import SOURCE_NAME
 from heliostat.train.driver.run import Run, RunHooks
 from heliostat.validation import check
 from heliostat.validation.check import Checked

@@ -19,9 +19,9 @@ from heliostat.runs.mlflow_id import record
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff, Failure, retry
 from heliostat.text import brief
-from heliostat.track import mlflow_client, tags
-from heliostat.track.logger import CLIENT
-from heliostat.track.run_facts import params_of
+from heliostat.tracking import mlflow_client, tags
+from heliostat.tracking.logger import CLIENT
+from heliostat.tracking.run_facts import params_of
 from heliostat.tune import report
 from heliostat.tune.sweep import Plan
 from heliostat.tune.trial_record import Record

@@ -13,7 +13,7 @@ from typing import Any
 from heliostat.config import workspace
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
-from heliostat.track.tags import PARENT_RUN, SOURCE_NAME, SWEEP, TRIAL
+from heliostat.tracking.tags import PARENT_RUN, SOURCE_NAME, SWEEP, TRIAL
 from heliostat.tune import space as spaces
 from heliostat.tune import trial_record as records
 from heliostat.tune.space import Params

@@ -24,7 +24,7 @@ from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.runs.events import Event, Paused, Scores, Steps, Waiting
 from heliostat.storage.lease import Lease
 from heliostat.storage.locations import Location
-from heliostat.track.tags import PRUNED
+from heliostat.tracking.tags import PRUNED
 from heliostat.train.driver.signals import Signals
 from heliostat.train.pauses import PausePoints
 

@@ -15,7 +15,7 @@ from heliostat.storage import run_folder as paths
 from heliostat.storage import temporary
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
-from heliostat.track.logger import RunOwner
+from heliostat.tracking.logger import RunOwner
 from heliostat.validation.check import Checked
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ def finalize(
     Idempotent: after an interruption all of it may run again, which reuses what is there; `result.json` is written last.
     """
     from heliostat.inference.export import export
-    from heliostat.track import card
-    from heliostat.track.models import log_model
+    from heliostat.tracking import card
+    from heliostat.tracking.models import log_model
 
     job = checked.job
     held.fence.check()

@@ -33,7 +33,7 @@ from heliostat.runs.time_ledger import Recorder
 from heliostat.storage import run_folder as paths
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
-from heliostat.track.logger import RunOwner
+from heliostat.tracking.logger import RunOwner
 from heliostat.train.driver import corruption, refusals
 from heliostat.train.driver.benchmarks import Beside
 from heliostat.train.driver.exclusion import Suspicions, exclude

@@ -36,7 +36,7 @@ class WarmUp:
 
             from heliostat.inference import export  # noqa: F401
             from heliostat.recipes import building
-            from heliostat.track import models  # noqa: F401
+            from heliostat.tracking import models  # noqa: F401
 
             with torch.device("meta"):
                 building.build(self.recipe)

@@ -25,7 +25,7 @@ from heliostat.engine import ema, loss_scale, zero_state
 from heliostat.errors import AccessError, StorageError
 from heliostat.runs.events import Saved
 from heliostat.runs.time_ledger import Ledger
-from heliostat.track import local_curves
+from heliostat.tracking import local_curves
 from heliostat.train.memory_keeper import Source
 from heliostat.train.worker import memory_copies
 from heliostat.train.worker.context import Context

@@ -16,7 +16,7 @@ from flask import Response
 from mlflow.server import app as flask_app
 from mlflow.server.fastapi_app import app as mlflow_app
 
-from heliostat.track.ui import HOST, KEYS
+from heliostat.tracking.ui import HOST, KEYS
 from heliostat.web import deadlines, keys
 from heliostat.web.gate import Gate
 

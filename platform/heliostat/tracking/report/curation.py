@@ -20,9 +20,9 @@ from heliostat.curation.tally import EXAMPLES
 from heliostat.data.manifest import Manifest
 from heliostat.errors import HeliostatError
 from heliostat.text import printable
-from heliostat.track.report import svg
-from heliostat.track.report.frame import boxes, document, side_by_side, table
-from heliostat.track.report.histogram import histogram
+from heliostat.tracking.report import svg
+from heliostat.tracking.report.frame import boxes, document, side_by_side, table
+from heliostat.tracking.report.histogram import histogram
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-from heliostat.track.report.svg import labels, ticks
+from heliostat.tracking.report.svg import labels, ticks
 
 BARS = 40  # at most
 WIDE = 100  # times: from here on the axis is logarithmic

@@ -18,9 +18,9 @@ from heliostat.runs.mlflow_id import record
 from heliostat.schema import validate
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.track import local_curves, mlflow_client, tags
-from heliostat.track.outbox import Outbox
-from heliostat.track.run_facts import Record, read_json
+from heliostat.tracking import local_curves, mlflow_client, tags
+from heliostat.tracking.outbox import Outbox
+from heliostat.tracking.run_facts import Record, read_json
 
 log = logging.getLogger(__name__)
 

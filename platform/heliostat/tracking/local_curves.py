@@ -17,7 +17,7 @@ from heliostat.runs import events
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, Number, Whole, open_
-from heliostat.track.metrics import Point, points
+from heliostat.tracking.metrics import Point, points
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from heliostat.track import mlflow_client, tags
-from heliostat.track.metrics import latest
-from heliostat.track.reconcile import settle
+from heliostat.tracking import mlflow_client, tags
+from heliostat.tracking.metrics import latest
+from heliostat.tracking.reconcile import settle
 
 COLUMNS = ("run", "name", "status", "began", "step", "loss", "held-out", "rate", "goodput", "hours")
 

@@ -15,8 +15,8 @@ from heliostat import extras
 from heliostat.errors import ConfigError, TrackingError
 from heliostat.runs.mlflow_id import record
 from heliostat.text import brief
-from heliostat.track.metrics import Point
-from heliostat.track.tags import FOLDER, KIND, NAME, TRAINING
+from heliostat.tracking.metrics import Point
+from heliostat.tracking.tags import FOLDER, KIND, NAME, TRAINING
 
 DEFAULT = ".heliostat/mlflow.db"  # the quickstart's
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # of databases, by the beginning of their URI

@@ -19,12 +19,12 @@ from typing import Any
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
 from heliostat.storage.locations import Location
-from heliostat.track import lineage, run_table
-from heliostat.track.artifacts import read_json
-from heliostat.track.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
-from heliostat.track.report import svg
-from heliostat.track.report.frame import boxes, document, side_by_side
-from heliostat.track.tags import FOLDER
+from heliostat.tracking import lineage, run_table
+from heliostat.tracking.artifacts import read_json
+from heliostat.tracking.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
+from heliostat.tracking.report import svg
+from heliostat.tracking.report.frame import boxes, document, side_by_side
+from heliostat.tracking.tags import FOLDER
 
 FILE = "report.html"
 SPIKES = 20  # the newest, that are listed

@@ -19,11 +19,11 @@ from heliostat.runs import consumed
 from heliostat.runs.events import AttemptStarted
 from heliostat.storage.records import Format
 from heliostat.storage.run_folder import ATTEMPTS
-from heliostat.track.artifacts import read_json
-from heliostat.track.checkpoint_models import Checkpoints
-from heliostat.track.metrics import SPIKE
-from heliostat.track.parents import parents
-from heliostat.track.tags import BAD_NODES, CORRUPTION, PARENT_RUNS, SPIKES
+from heliostat.tracking.artifacts import read_json
+from heliostat.tracking.checkpoint_models import Checkpoints
+from heliostat.tracking.metrics import SPIKE
+from heliostat.tracking.parents import parents
+from heliostat.tracking.tags import BAD_NODES, CORRUPTION, PARENT_RUNS, SPIKES
 
 STARTS = Format(list[dict[str, Any]], "list of a run's starts", fix="delete it to begin another")
 NODES_SHOWN = 10  # lines about bad nodes in the tag: the newest

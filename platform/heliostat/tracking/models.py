@@ -23,9 +23,9 @@ from heliostat.recipes.protocol import Serves
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.text import brief
-from heliostat.track import card, registry, tags
-from heliostat.track.checkpoint_models import KIND
-from heliostat.track.parents import parents
+from heliostat.tracking import card, registry, tags
+from heliostat.tracking.checkpoint_models import KIND
+from heliostat.tracking.parents import parents
 
 if TYPE_CHECKING:  # with torch, which takes a second
     from heliostat.checkpoint.layout import Checkpoint

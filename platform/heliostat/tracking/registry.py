@@ -19,7 +19,7 @@ from heliostat.cluster.source_code import user
 from heliostat.errors import ConfigError, HeliostatError, TrackingError
 from heliostat.storage.records import Format
 from heliostat.text import brief
-from heliostat.track.tags import HISTORY, SCORE
+from heliostat.tracking.tags import HISTORY, SCORE
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 EVENTS = Format(list[dict[str, Any]], "history of a model", TrackingError, fix="delete the tag to begin another")

@@ -15,9 +15,9 @@ from heliostat.data.visits import visits
 from heliostat.errors import DataError
 from heliostat.runs import consumed
 from heliostat.storage.locations import Location
-from heliostat.track import tags
-from heliostat.track.lineage import data_of
-from heliostat.track.lineage_of_data import Seen
+from heliostat.tracking import tags
+from heliostat.tracking.lineage import data_of
+from heliostat.tracking.lineage_of_data import Seen
 
 
 @dataclass

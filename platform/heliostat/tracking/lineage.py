@@ -16,9 +16,9 @@ from heliostat.runs import goodput
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import ATTEMPTS
-from heliostat.track import checkpoint_models, mlflow_client, registry, tags
-from heliostat.track.reconcile import settle
-from heliostat.track.run_facts import read_json
+from heliostat.tracking import checkpoint_models, mlflow_client, registry, tags
+from heliostat.tracking.reconcile import settle
+from heliostat.tracking.run_facts import read_json
 
 DEPTH = 20  # generations of parents
 

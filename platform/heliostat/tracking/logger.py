@@ -32,9 +32,9 @@ from heliostat.runs.events import AttemptStarted, BadNodes, Corruption, Evaluati
 from heliostat.runs.mlflow_id import record
 from heliostat.storage import run_folder
 from heliostat.storage.retries import Backoff
-from heliostat.track import card, local_curves, mlflow_client, outbox, tags
-from heliostat.track.metrics import SPIKE, Point, points
-from heliostat.track.run_facts import Record, read_json
+from heliostat.tracking import card, local_curves, mlflow_client, outbox, tags
+from heliostat.tracking.metrics import SPIKE, Point, points
+from heliostat.tracking.run_facts import Record, read_json
 
 log = logging.getLogger(__name__)
 
@@ -299,13 +299,13 @@ class RunOwner:
         self._try("its datasets' pages", self._log_data_pages)
 
     def _log_page(self) -> None:
-        from heliostat.track.report import page
+        from heliostat.tracking.report import page
 
         text = page.page(page.gather(self._client, self._client.get_run(self.run_id)))
         self._client.log_text(self.run_id, text, page.FILE)
 
     def _log_data_pages(self) -> None:
-        from heliostat.track.report import curation
+        from heliostat.tracking.report import curation
 
         for name, text in curation.pages(self.manifests):
             self._client.log_text(self.run_id, text, name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
-from heliostat.track.parents import parents
+from heliostat.tracking.parents import parents
 
 FILE = "README.md"
 

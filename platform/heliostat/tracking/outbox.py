@@ -16,7 +16,7 @@ from itertools import islice
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format
-from heliostat.track.metrics import SYSTEM, Point, renamed
+from heliostat.tracking.metrics import SYSTEM, Point, renamed
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from heliostat.runs import consumed
-from heliostat.track import mlflow_client, tags
-from heliostat.track.lineage import DEPTH, data_of, distinct, versions
-from heliostat.track.run_facts import read_json
+from heliostat.tracking import mlflow_client, tags
+from heliostat.tracking.lineage import DEPTH, data_of, distinct, versions
+from heliostat.tracking.run_facts import read_json
 
 Taken = Callable[[Any, int | None], int]  # of a run, the samples in question that it took; before a step, if one is given
 

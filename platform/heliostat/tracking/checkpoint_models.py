@@ -15,9 +15,9 @@ from typing import Any
 from heliostat.errors import CheckpointError
 from heliostat.storage.locations import Location
 from heliostat.text import brief
-from heliostat.track import tags
-from heliostat.track.artifacts import read_json
-from heliostat.track.metrics import CHECKPOINT, renamed
+from heliostat.tracking import tags
+from heliostat.tracking.artifacts import read_json
+from heliostat.tracking.metrics import CHECKPOINT, renamed
 
 KIND = "heliostat.checkpoint"  # the logged models' type
 GONE = "checkpoints.json"  # the artifact: facts of those that are gone, by the id of the logged model that they had
