@@ -17,10 +17,10 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
-from heliostat.benchmark.suite import Suite
 from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
+from heliostat.evaluation.suite import Suite
 from heliostat.pipelines.images import pictures
 from heliostat.pipelines.images.pipeline import ImagePipeline
 from heliostat.pipelines.pairs import reading

@@ -51,8 +51,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
-from heliostat.benchmark.measures import edit_similarity  # noqa: E402
 from heliostat.data.infilling import OWN, Markers, encode, find  # noqa: E402
+from heliostat.evaluation.measures import edit_similarity  # noqa: E402
 from heliostat.pipelines.text import infilling, tokens  # noqa: E402
 from heliostat.pipelines.text.infilling import Arranged, FillInTheMiddle, arrange, spans  # noqa: E402
 

@@ -18,16 +18,16 @@ import torch
 import transformers
 import yaml
 from heliostat import schema
-from heliostat.benchmark import recording, shown
-from heliostat.benchmark.follow import Followed, summary
-from heliostat.benchmark.held_out import making
-from heliostat.benchmark.run import Benchmark
-from heliostat.benchmark.suite import load
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
+from heliostat.evaluation import recording, shown
+from heliostat.evaluation.follow import Followed, summary
+from heliostat.evaluation.held_out import making
+from heliostat.evaluation.run import Benchmark
+from heliostat.evaluation.suite import load
 from heliostat.inference.batch.engines import Continue, Input
 from heliostat.recipes import exported
 from heliostat.recipes.text.causal_lm import CausalLM

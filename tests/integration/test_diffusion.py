@@ -21,7 +21,7 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.engine.ema import Ema
 from heliostat.errors import ConfigError
-from heliostat.inference.evaluate import evaluate
+from heliostat.evaluation.losses import evaluate
 from heliostat.inference.generate import generate
 from heliostat.inference.many import generate_many
 from heliostat.pipelines.prepare import prepare

@@ -19,7 +19,7 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import Manifest, read
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.errors import ConfigError
-from heliostat.inference.evaluate import evaluate
+from heliostat.evaluation.losses import evaluate
 from heliostat.inference.export import export
 from heliostat.inference.generate import generate
 from heliostat.pipelines.prepare import prepare

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from heliostat.inference.evaluate import evaluate
+from heliostat.evaluation.losses import evaluate
 from heliostat.tracking.models import resolve
 from heliostat.train.run import train
 

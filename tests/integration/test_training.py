@@ -18,7 +18,7 @@ from heliostat.cli.main import app
 from heliostat.data import manifest
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import ConfigError, NonFiniteError
-from heliostat.inference.evaluate import evaluate
+from heliostat.evaluation.losses import evaluate
 from heliostat.storage.locations import Location
 from heliostat.tracking import registry
 from heliostat.tracking.models import models_of, resolve

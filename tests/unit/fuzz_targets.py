@@ -25,8 +25,8 @@ from heliostat.cluster import local, source_code
 from heliostat.cluster import review as cluster_check
 from heliostat.data import index, manifest
 from heliostat.data.dataset import open_dataset
+from heliostat.evaluation.losses import evaluate
 from heliostat.inference import generate
-from heliostat.inference.evaluate import evaluate
 from heliostat.inference.export import recipe_of
 from heliostat.pipelines import prepare
 from heliostat.runs import consumed, goodput, mlflow_id, verify

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heliostat.benchmark import suite, task_data, task_files
 from heliostat.errors import ConfigError
+from heliostat.evaluation import suite, task_data, task_files
 from heliostat.storage.locations import Location
 
 TASK = {"task": "colours", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "colours.jsonl"}}}

@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 from typing import Any
 
-from heliostat.benchmark import shown
-from heliostat.benchmark.follow import Followed, summary
 from heliostat.checkpoint import layout
+from heliostat.evaluation import shown
+from heliostat.evaluation.follow import Followed, summary
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 

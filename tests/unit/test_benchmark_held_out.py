@@ -7,10 +7,10 @@ from itertools import chain
 
 import pytest
 import yaml
-from heliostat.benchmark import contamination, documents
-from heliostat.benchmark.held_out import making, questions
-from heliostat.benchmark.held_out.questions import Text
 from heliostat.errors import ConfigError, MissingDataError
+from heliostat.evaluation import contamination, documents
+from heliostat.evaluation.held_out import making, questions
+from heliostat.evaluation.held_out.questions import Text
 
 from tests.unit import build_pages
 

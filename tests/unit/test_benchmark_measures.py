@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from heliostat.benchmark import measures, shown
+from heliostat.evaluation import measures, shown
 
 
 @pytest.mark.parametrize(

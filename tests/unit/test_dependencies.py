@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from heliostat import extras
-from heliostat.benchmark.run import Benchmark
-from heliostat.benchmark.suite import Suite
 from heliostat.cluster import cluster_file, launch
 from heliostat.config import spec, workspace
 from heliostat.errors import ConfigError, MissingExtraError
+from heliostat.evaluation.run import Benchmark
+from heliostat.evaluation.suite import Suite
 from heliostat.pipelines import ImagePipeline
 from heliostat.recipes import exported
 from heliostat.retrieval.build import index_documents

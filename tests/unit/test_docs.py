@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import typer
-from heliostat.benchmark.suite import Suite
 from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
+from heliostat.evaluation.suite import Suite
 from heliostat.pipelines.images.pipeline import ImagePipeline
 from heliostat.pipelines.pairs.pipeline import PairPipeline
 from heliostat.pipelines.text.pipeline import TextPipeline

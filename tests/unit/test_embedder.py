@@ -13,8 +13,8 @@ import transformers
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
+from heliostat.evaluation.losses import evaluate
 from heliostat.inference.batch.engines import Embed, Input
-from heliostat.inference.evaluate import evaluate
 from heliostat.recipes import contrastive, exported
 from heliostat.recipes.conformance import require_abilities, require_class
 from heliostat.recipes.text import encoder, sentence_folder

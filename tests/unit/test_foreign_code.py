@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from heliostat.config import workspace
 from heliostat.errors import ConfigError
-from heliostat.inference.evaluate import evaluate
+from heliostat.evaluation.losses import evaluate
 from heliostat.inference.generate import generate
 from heliostat.recipes import exported
 from heliostat.recipes.text.causal_lm import CausalLM

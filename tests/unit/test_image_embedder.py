@@ -12,7 +12,7 @@ import transformers
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
-from heliostat.inference.evaluate import evaluate
+from heliostat.evaluation.losses import evaluate
 from heliostat.recipes import exported
 from heliostat.recipes.conformance import require_abilities, require_class
 from heliostat.recipes.huggingface import from_config

@@ -9,11 +9,11 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 import yaml
-from heliostat.benchmark.documents import Documents, held_out
-from heliostat.benchmark.held_out import making as suites
 from heliostat.data import infilling as layout
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
+from heliostat.evaluation.documents import Documents, held_out
+from heliostat.evaluation.held_out import making as suites
 from heliostat.pipelines import forget
 from heliostat.pipelines.text import infilling, sources, tokens
 from heliostat.pipelines.text.documents import Rules

@@ -10,7 +10,7 @@ import torch
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
-from heliostat.inference.evaluate import evaluate
+from heliostat.evaluation.losses import evaluate
 from heliostat.parallel import tiny
 from heliostat.recipes import exported
 from heliostat.recipes.text import packing

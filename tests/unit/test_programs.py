@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from heliostat.benchmark import suite, tasks
-from heliostat.benchmark.programs import box, unit_tests
-from heliostat.benchmark.programs.box import FAILED, PASSED, TIMED_OUT, TOO_MUCH, Limits
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.evaluation import suite, tasks
+from heliostat.evaluation.programs import box, unit_tests
+from heliostat.evaluation.programs.box import FAILED, PASSED, TIMED_OUT, TOO_MUCH, Limits
 from heliostat.storage.locations import Location
 from heliostat.tasks.sandbox import over_time
 
@@ -174,7 +174,7 @@ def test_nothing_is_left_of_it(tmp_path, monkeypatch):
 def test_it_ends_with_who_has_started_it():
     """By SIGKILL, in the middle of a program that has asked not to be ended with it, named itself to say so, and sleeps."""
     program = LIBC + "libc.prctl(1, 0, 0, 0, 0)\nlibc.prctl(15, b'unbound', 0, 0, 0)\nimport time\ntime.sleep(99)"
-    code = f"from heliostat.benchmark.programs import box; box.run({program!r}, '', box.Limits(seconds=90))"
+    code = f"from heliostat.evaluation.programs import box; box.run({program!r}, '', box.Limits(seconds=90))"
     starter = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     seen, end = list[psutil.Process](), time.monotonic() + 30
     while "unbound" not in [one.name() for one in seen] and time.monotonic() < end:

@@ -12,7 +12,7 @@ from heliostat.cli.common import MODELS, Json, Model, TrackingUri, app, finish, 
 from heliostat.errors import ConfigError, TrackingError
 
 if TYPE_CHECKING:
-    from heliostat.benchmark.run import Benchmark
+    from heliostat.evaluation.run import Benchmark
 
 
 @app.command(rich_help_panel=MODELS)
@@ -30,8 +30,8 @@ def benchmark(
     json_: Json = False,
 ) -> None:
     """Score a language model on tasks of lm-eval, with intervals, chance levels, and what of them it was trained on."""
-    from heliostat.benchmark import run
-    from heliostat.benchmark.suite import load
+    from heliostat.evaluation import run
+    from heliostat.evaluation.suite import load
     from heliostat.storage.locations import Location
 
     require_file(Location(to))
@@ -46,7 +46,7 @@ def benchmark(
 
 
 def _once(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
-    from heliostat.benchmark import recording, run, scoring, shown
+    from heliostat.evaluation import recording, run, scoring, shown
     from heliostat.storage.locations import Location
     from heliostat.tracking.models import resolve
 
@@ -68,8 +68,8 @@ def _once(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
 
 
 def _follow(tasks: Benchmark, model: str, every: int, to: str, uri: str, json_: bool) -> None:
-    from heliostat.benchmark import run, shown
-    from heliostat.benchmark.follow import Followed, summary
+    from heliostat.evaluation import run, shown
+    from heliostat.evaluation.follow import Followed, summary
     from heliostat.storage.locations import Location
     from heliostat.tracking.models import find_run
 
@@ -103,7 +103,7 @@ def make_suite(
     json_: Json = False,
 ) -> None:
     """Make a suite of a dataset's held-out text: multiple choice, cloze, and exact match; nothing is downloaded."""
-    from heliostat.benchmark.held_out.making import make
+    from heliostat.evaluation.held_out.making import make
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--out: {to} is not empty; name another folder")

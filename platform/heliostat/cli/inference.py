@@ -138,7 +138,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Score a model on a dataset's held-out split."""
-    from heliostat.inference.evaluate import evaluate as run
+    from heliostat.evaluation.losses import evaluate as run
     from heliostat.tracking.models import resolve
 
     scores = run(resolve(model, store_uri(mlflow)), data, samples, sequence_length, fraction)

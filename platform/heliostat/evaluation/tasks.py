@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heliostat.benchmark import checking, task_data, task_files
-from heliostat.benchmark.programs import unit_tests
-from heliostat.benchmark.suite import Entry, Suite
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.evaluation import checking, task_data, task_files
+from heliostat.evaluation.programs import unit_tests
+from heliostat.evaluation.suite import Entry, Suite
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 

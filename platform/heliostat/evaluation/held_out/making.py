@@ -17,12 +17,12 @@ from typing import Any
 
 import yaml
 
-from heliostat.benchmark import documents
-from heliostat.benchmark.held_out import questions
-from heliostat.benchmark.held_out.questions import Ask, Text
 from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
+from heliostat.evaluation import documents
+from heliostat.evaluation.held_out import questions
+from heliostat.evaluation.held_out.questions import Ask, Text
 from heliostat.storage.locations import Location
 
 DOCUMENTS = 8  # that are read for each question that is asked for

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from heliostat.benchmark import documents
 from heliostat.config import workspace
 from heliostat.curation import decontamination
 from heliostat.curation.decontamination import Index
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.evaluation import documents
 from heliostat.recipes import exported
 from heliostat.storage.locations import Location
 from heliostat.text import brief

@@ -19,12 +19,12 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from heliostat.benchmark import recording
-from heliostat.benchmark.run import Benchmark
-from heliostat.benchmark.suite import same
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.errors import CheckpointError, ConfigError, DataError, HeliostatError, TrackingError
+from heliostat.evaluation import recording
+from heliostat.evaluation.run import Benchmark
+from heliostat.evaluation.suite import same
 from heliostat.inference.export import export
 from heliostat.runs import liveness, mlflow_id
 from heliostat.storage import run_folder

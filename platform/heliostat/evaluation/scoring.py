@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import transformers
 
-from heliostat.benchmark import measures
-from heliostat.benchmark.programs import unit_tests
-from heliostat.benchmark.suite import Suite
-from heliostat.benchmark.tasks import Task
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.evaluation import measures
+from heliostat.evaluation.programs import unit_tests
+from heliostat.evaluation.suite import Suite
+from heliostat.evaluation.tasks import Task
 from heliostat.recipes import exported
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text.generator import whole

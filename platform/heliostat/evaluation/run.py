@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from heliostat import extras
-from heliostat.benchmark import contamination, measures, sandbox, scoring
-from heliostat.benchmark.contamination import Examples
-from heliostat.benchmark.suite import Suite
-from heliostat.benchmark.tasks import Task, build
+from heliostat.evaluation import contamination, measures, sandbox, scoring
+from heliostat.evaluation.contamination import Examples
+from heliostat.evaluation.suite import Suite
+from heliostat.evaluation.tasks import Task, build
 from heliostat.inference.batch.run import model_digest
 from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported

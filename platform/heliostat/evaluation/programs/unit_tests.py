@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from heliostat.benchmark import measures
-from heliostat.benchmark.programs import box
 from heliostat.errors import ConfigError
+from heliostat.evaluation import measures
+from heliostat.evaluation.programs import box
 
 KEY, KIND, METRIC = "unit_tests", "unit_tests", "pass@1"
 LAST = "take_first"  # the filter that makes one answer of a list
