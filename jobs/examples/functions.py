@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from heliostat.curation.prepare import InputFile, Pipeline
 from heliostat.data import manifest, versions
 from heliostat.errors import ConfigError
-from heliostat.pipelines.prepare import InputFile, Pipeline
 from heliostat.storage.locations import Location
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -56,7 +56,7 @@ def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> 
 
     Returns the report that `heliostat prepare --json` prints: dataset, digest, tokens, dropped and more.
     """
-    from heliostat.pipelines.prepare import prepare as run
+    from heliostat.curation.prepare import prepare as run
 
     return run(Path(pipeline), settings(overrides), force=force)
 

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from heliostat.curation.registry import parse
-from heliostat.pipelines.text import sources
-from heliostat.pipelines.text.documents import Rules
-from heliostat.pipelines.text.making import Making
-from heliostat.pipelines.text.tasks import TextSource
+from heliostat.curation.text import sources
+from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.making import Making
+from heliostat.curation.text.tasks import TextSource
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 

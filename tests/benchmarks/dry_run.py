@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 import yaml
 from heliostat.curation import reasons
+from heliostat.curation.prepare import dry_run, prepare
 from heliostat.data import manifest
-from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 

@@ -51,10 +51,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
+from heliostat.curation.text import infilling, tokens  # noqa: E402
+from heliostat.curation.text.infilling import Arranged, FillInTheMiddle, arrange, spans  # noqa: E402
 from heliostat.data.infilling import OWN, Markers, encode, find  # noqa: E402
 from heliostat.evaluation.measures import edit_similarity  # noqa: E402
-from heliostat.pipelines.text import infilling, tokens  # noqa: E402
-from heliostat.pipelines.text.infilling import Arranged, FillInTheMiddle, arrange, spans  # noqa: E402
 
 END, VOCABULARY, LENGTH, BATCH, SPAN, MOST, LR, MATRIX_LR = "<|endoftext|>", 1024, 256, 16, 576, 32, 3e-3, 0.02
 MODEL = {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5, "num_key_value_heads": 5,

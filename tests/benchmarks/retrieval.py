@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from heliostat.curation.prepare import prepare
 from heliostat.inference.batch.run import model_digest
-from heliostat.pipelines.prepare import prepare
 from heliostat.retrieval import build, judging
 from heliostat.retrieval.search import Index
 from heliostat.retrieval.settings import Settings

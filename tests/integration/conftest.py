@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from heliostat.pipelines.prepare import prepare
+from heliostat.curation.prepare import prepare
 from heliostat.train.run import train
 from mlflow import MlflowClient
 

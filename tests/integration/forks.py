@@ -11,7 +11,7 @@ DRIVERS = (
     "heliostat.train.driver.progress", "heliostat.train.driver.pool", "heliostat.cluster.connect", "heliostat.cluster.nodes",
     "heliostat.inference.export", "heliostat.inference.batch.run", "heliostat.tracking.logger", "heliostat.tracking.models",
     "heliostat.tracking.report.page", "heliostat.tracking.report.curation", "heliostat.tune.driver", "heliostat.tune.trial",
-    "heliostat.tasks.flow", "heliostat.pipelines.text", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store",
+    "heliostat.tasks.flow", "heliostat.curation.text", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store", "matplotlib.figure", "matplotlib.backends.backend_agg", "ray.data",
     "transformers.generation", "transformers.models.auto.modeling_auto",
 )  # fmt: skip

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from heliostat.cli.main import app
 from heliostat.curation import reasons
+from heliostat.curation.prepare import dry_run, prepare
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage.locations import Location
 from identify.vendor.licenses import LICENSES
 

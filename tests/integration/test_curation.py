@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 import ray
 from heliostat.curation import pieces, reasons
+from heliostat.curation.prepare import dry_run, prepare
 from heliostat.curation.stages import minhash
 from heliostat.data import manifest
 from heliostat.errors import DataError, HeliostatError, StorageError
-from heliostat.pipelines.prepare import dry_run, prepare
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, exchange, flow, merging, pool
 from heliostat.tasks.flow import Task

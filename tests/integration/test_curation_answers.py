@@ -15,10 +15,10 @@ import pytest
 import yaml
 from heliostat.cli.main import app
 from heliostat.curation import reasons
+from heliostat.curation.prepare import prepare
+from heliostat.curation.text import tokens
 from heliostat.data import documents, manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines.prepare import prepare
-from heliostat.pipelines.text import tokens
 from heliostat.runs.samples import samples
 from heliostat.storage.locations import Location
 from heliostat.tracking.models import find_run

@@ -16,6 +16,7 @@ import yaml
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
 from heliostat.config.spec import Job
+from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.engine import deepspeed_engine, zero_state
@@ -24,7 +25,6 @@ from heliostat.errors import ConfigError
 from heliostat.evaluation.losses import evaluate
 from heliostat.inference.generate import generate
 from heliostat.inference.many import generate_many
-from heliostat.pipelines.prepare import prepare
 from heliostat.recipes import exported
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.runs.verify import verify

@@ -15,6 +15,7 @@ import transformers
 import yaml
 from heliostat.checkpoint import saver
 from heliostat.cli.train import _print_result
+from heliostat.curation.prepare import prepare
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import Manifest, read
 from heliostat.engine.sample_group import SampleGroup
@@ -22,7 +23,6 @@ from heliostat.errors import ConfigError
 from heliostat.evaluation.losses import evaluate
 from heliostat.inference.export import export
 from heliostat.inference.generate import generate
-from heliostat.pipelines.prepare import prepare
 from heliostat.recipes.protocol import Batch, Evaluates, Loss, Recipe
 from heliostat.storage.locations import Location
 from heliostat.tracking.models import resolve

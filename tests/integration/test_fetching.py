@@ -21,7 +21,7 @@ from tests.unit.test_fetching import running
 pytestmark = pytest.mark.ci
 
 EACH, A_TASK, LIMIT_S = 60, 20, 240
-COMMAND = (f"from heliostat.pipelines.web import lists; lists.URLS = {A_TASK}; "
+COMMAND = (f"from heliostat.curation.web import lists; lists.URLS = {A_TASK}; "
            "from heliostat.cli.main import main; main()")  # fmt: skip
 
 

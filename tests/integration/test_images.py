@@ -11,10 +11,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import torch
+from heliostat.curation.images import sources
+from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
 from heliostat.errors import HeliostatError
-from heliostat.pipelines.images import sources
-from heliostat.pipelines.prepare import prepare
 from heliostat.recipes.images import rows as image_rows
 from heliostat.storage.locations import Location
 from PIL import Image

@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from heliostat.curation.prepare import prepare
 from heliostat.inference.batch import run
 from heliostat.inference.batch.settings import Settings
-from heliostat.pipelines.prepare import prepare
 
 from tests.integration import commands
 from tests.unit.build_job import BASE

@@ -19,10 +19,10 @@ import yaml
 from heliostat.chaos.process import end_tree, workers
 from heliostat.checkpoint import layout
 from heliostat.cli.main import app
+from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset
 from heliostat.errors import ConfigError
-from heliostat.pipelines.prepare import prepare
 from heliostat.runs import goodput
 from heliostat.runs.segments import read as read_segments
 from heliostat.storage.locations import Location

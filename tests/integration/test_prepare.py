@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import pieces
 from heliostat.curation.pieces import Part
+from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
 from heliostat.errors import DataError, HeliostatError, StorageError
-from heliostat.pipelines.prepare import prepare
 from heliostat.storage.locations import Location
 from tokenizers import Tokenizer
 
@@ -149,7 +149,7 @@ def test_changed_input_config_and_lost_shard(tmp_path):
 def test_an_interrupted_run_leaves_the_dataset_that_was_there(tmp_path, monkeypatch):
     """A file lies where a shard's folder has to go, so one upload fails for real after others have succeeded or not."""
     code = (
-        "from heliostat.pipelines.prepare import place\nfrom heliostat.pipelines import TextPipeline\n\n"
+        "from heliostat.curation.prepare import place\nfrom heliostat.curation import TextPipeline\n\n"
         "class Obstructed(TextPipeline):\n    def write(self, output, inputs):\n"
         "        from pathlib import Path\n"
         "        Path(output.join('shards', '00030').path).touch()\n"

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.curation.prepare import prepare
+from heliostat.curation.text import tokens
 from heliostat.data import manifest
-from heliostat.pipelines.prepare import prepare
-from heliostat.pipelines.text import tokens
 from heliostat.storage.locations import Location
 
 pytestmark = pytest.mark.usefixtures("ray_session")

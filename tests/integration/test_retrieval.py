@@ -10,8 +10,8 @@ import boto3
 import pytest
 import yaml
 from heliostat.cli.main import app
+from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
-from heliostat.pipelines.prepare import prepare
 from heliostat.retrieval import build
 from heliostat.storage.locations import Location
 

@@ -7,9 +7,9 @@ import os
 import resource
 from pathlib import Path
 
-from heliostat.pipelines.images import sources as image_sources
-from heliostat.pipelines.text import tasks
-from heliostat.pipelines.text.documents import Rules
+from heliostat.curation.images import sources as image_sources
+from heliostat.curation.text import tasks
+from heliostat.curation.text.documents import Rules
 from heliostat.storage.locations import Location
 
 from tests.fork_server import Done, ForkServer

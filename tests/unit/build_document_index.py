@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+from heliostat.curation.text import tokens
 from heliostat.data import manifest
-from heliostat.pipelines.text import tokens
 from heliostat.retrieval import build
 from heliostat.retrieval.search import Index
 from heliostat.retrieval.settings import Settings

@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import sklearn.datasets
 from heliostat.config.spec import Job
+from heliostat.curation.images import pictures, sources, tasks
+from heliostat.curation.images.pipeline import ImagePipeline
+from heliostat.curation.images.tasks import END
+from heliostat.curation.text import tokens
 from heliostat.data import collection, manifest, versions
 from heliostat.errors import DataError
-from heliostat.pipelines.images import pictures, sources, tasks
-from heliostat.pipelines.images.pipeline import ImagePipeline
-from heliostat.pipelines.images.tasks import END
-from heliostat.pipelines.text import tokens
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 from PIL import Image

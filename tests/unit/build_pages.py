@@ -8,8 +8,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
+from heliostat.curation.text import tokens
 from heliostat.data import manifest
-from heliostat.pipelines.text import tokens
 from heliostat.storage.locations import Location
 
 END = "<|endoftext|>"

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from heliostat.config.spec import Job
+from heliostat.curation.text import tokens
 from heliostat.data import manifest
-from heliostat.pipelines.text import tokens
 from heliostat.storage.locations import Location
 
 from tests.unit.build_job import job

@@ -1,9 +1,9 @@
 """Makes whole datasets for tests in this process, without Ray."""
 
+from heliostat.curation.prepare import place
+from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.data import manifest, versions
 from heliostat.data.manifest import Manifest
-from heliostat.pipelines.prepare import place
-from heliostat.pipelines.text.pipeline import TextPipeline
 from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow

@@ -23,12 +23,12 @@ from heliostat.checkpoint import layout, retention, shard_index
 from heliostat.cluster import cluster_file as cluster_files
 from heliostat.cluster import local, source_code
 from heliostat.cluster import review as cluster_check
+from heliostat.curation import prepare
 from heliostat.data import index, manifest
 from heliostat.data.dataset import open_dataset
 from heliostat.evaluation.losses import evaluate
 from heliostat.inference import generate
 from heliostat.inference.export import recipe_of
-from heliostat.pipelines import prepare
 from heliostat.runs import consumed, goodput, mlflow_id, verify
 from heliostat.runs.events import Saved, Spike
 from heliostat.storage import run_folder

@@ -4,12 +4,11 @@ import json
 from typing import Any
 
 import pytest
-from heliostat.curation import reasons
+from heliostat.curation import forget, reasons
+from heliostat.curation.text import trace
 from heliostat.data import manifest
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines import forget
-from heliostat.pipelines.text import trace
 from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import spelled

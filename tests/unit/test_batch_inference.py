@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 from heliostat.cluster import connect
+from heliostat.curation import synthetic
+from heliostat.curation.text import sources
 from heliostat.errors import AccessError, ConfigError, HeliostatError, LeaseError
 from heliostat.inference import generate, many
 from heliostat.inference.batch import engines, loading, reading, run, tasks
@@ -20,8 +22,6 @@ from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue
 from heliostat.inference.batch.settings import Settings
 from heliostat.inference.many import generate_many
-from heliostat.pipelines import synthetic
-from heliostat.pipelines.text import sources
 from heliostat.plan import hardware
 from heliostat.recipes import exported
 from heliostat.storage import lease, run_folder

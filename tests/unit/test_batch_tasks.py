@@ -13,14 +13,14 @@ import pytest
 import torch
 import transformers
 from heliostat.curation import pieces
+from heliostat.curation.images import sources
 from heliostat.curation.stage import Document
+from heliostat.curation.text.documents import Rules
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.inference.batch import loading, reading, run
 from heliostat.inference.batch.engines import Chat, Embed, Input, Loaded
 from heliostat.inference.batch.settings import Settings
-from heliostat.pipelines.images import sources
-from heliostat.pipelines.text.documents import Rules
 from heliostat.recipes.images.embedder import ImageEmbedder
 from heliostat.recipes.text import chat
 from heliostat.serving import kinds

@@ -15,8 +15,8 @@ from heliostat.curation import care, engine, registry, segment, tally
 from heliostat.curation.engine import Curated, Engine
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Outcome, Stage
+from heliostat.curation.text import trace
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.pipelines.text import trace
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import crew, flow

@@ -17,7 +17,7 @@ from heliostat.curation.stages.fineweb import FineWeb
 from heliostat.curation.stages.gopher_quality import GopherQuality
 from heliostat.curation.stages.gopher_repetition import GopherRepetition
 from heliostat.curation.stages.length import Length
-from heliostat.pipelines.text import gathering, tasks, tokens
+from heliostat.curation.text import gathering, tasks, tokens
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, flow, spill
 from heliostat.tasks.work import Work

@@ -14,10 +14,10 @@ import pytest
 from heliostat import extras
 from heliostat.cluster import cluster_file, launch
 from heliostat.config import spec, workspace
+from heliostat.curation import ImagePipeline
 from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.evaluation.run import Benchmark
 from heliostat.evaluation.suite import Suite
-from heliostat.pipelines import ImagePipeline
 from heliostat.recipes import exported
 from heliostat.retrieval.build import index_documents
 from heliostat.retrieval.settings import Settings

@@ -13,10 +13,10 @@ import typer
 from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
+from heliostat.curation.images.pipeline import ImagePipeline
+from heliostat.curation.pairs.pipeline import PairPipeline
+from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.evaluation.suite import Suite
-from heliostat.pipelines.images.pipeline import ImagePipeline
-from heliostat.pipelines.pairs.pipeline import PairPipeline
-from heliostat.pipelines.text.pipeline import TextPipeline
 from heliostat.recipes.images.config import Model
 from heliostat.tune.sweep import Sweep
 from pydantic import BaseModel, Field

@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from heliostat.cli.common import app
+from heliostat.curation import estimates, leftovers, prediction
+from heliostat.curation import similar as alike
 from heliostat.curation.pieces import Part
+from heliostat.curation.predicting import Prediction, rows_of
+from heliostat.curation.prepare import Pipeline, dry_run
 from heliostat.curation.registry import parse
+from heliostat.curation.sampled import Sample
+from heliostat.curation.text import rates, sampling, sources, tokens
+from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.sampling import SampledSource
+from heliostat.curation.text.trial import Trial
 from heliostat.errors import ConfigError, DataError
-from heliostat.pipelines import alike, estimates, leftovers, prediction
-from heliostat.pipelines.predicting import Prediction, rows_of
-from heliostat.pipelines.prepare import Pipeline, dry_run
-from heliostat.pipelines.sampled import Sample
-from heliostat.pipelines.text import rates, sampling, sources, tokens
-from heliostat.pipelines.text.documents import Rules
-from heliostat.pipelines.text.sampling import SampledSource
-from heliostat.pipelines.text.trial import Trial
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging
 from heliostat.tasks.work import Work
@@ -345,7 +346,7 @@ def test_a_share_that_holds_nothing_is_refused_and_nothing_stays(tmp_path, monke
     path = tmp_path / "p.yaml"
     path.write_text(json.dumps({"name": "i", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(tmp_path / "in"),
                                 "output": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300}}))  # fmt: skip
-    monkeypatch.setattr("heliostat.pipelines.prepare._start_ray", lambda pipeline: None)
+    monkeypatch.setattr("heliostat.curation.prepare._start_ray", lambda pipeline: None)
     with pytest.raises(ConfigError, match=r"--sample: .*1 files holds nothing; give a larger one"):
         dry_run(path, [], 1e-9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "p.yaml"]

@@ -3,11 +3,10 @@
 import random
 
 import pytest
-from heliostat.curation import reasons
+from heliostat.curation import prediction, reasons, sampled
+from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.pieces import Part
 from heliostat.errors import ConfigError, DataError
-from heliostat.pipelines import prediction, sampled
-from heliostat.pipelines.images.pipeline import ImagePipeline
 from heliostat.storage.locations import Location
 
 from tests.unit.build_images import Here, folder_of, image, prepared

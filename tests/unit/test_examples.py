@@ -12,9 +12,9 @@ import torch
 from heliostat import errors, schema
 from heliostat import text as text_
 from heliostat.config import spec, workspace
+from heliostat.curation import prepare
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines import prepare
 from heliostat.recipes import batches, huggingface, protocol
 from heliostat.recipes.batches import pad, segments
 from heliostat.recipes.protocol import IGNORED

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import reasons
+from heliostat.curation.web import client, lists
+from heliostat.curation.web.client import Bounds, FetchError
+from heliostat.curation.web.polite import Fetcher
 from heliostat.errors import ConfigError, DataError
-from heliostat.pipelines.web import client, lists
-from heliostat.pipelines.web.client import Bounds, FetchError
-from heliostat.pipelines.web.polite import Fetcher
 from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import KilledError

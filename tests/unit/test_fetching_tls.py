@@ -4,8 +4,8 @@ import socket
 import time
 
 import pytest
-from heliostat.pipelines.web import client
-from heliostat.pipelines.web.client import Bounds, FetchError
+from heliostat.curation.web import client
+from heliostat.curation.web.client import Bounds, FetchError
 
 from tests.unit.build_tls import UNNAMED, Secure, signed
 from tests.unit.test_fetching import Handler, running

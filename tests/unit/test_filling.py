@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
+from heliostat.curation.text import infilling as arranging
+from heliostat.curation.text.infilling import Arranged, FillInTheMiddle, arrange
 from heliostat.errors import ConfigError
 from heliostat.inference.generate import generate, read_text
-from heliostat.pipelines.text import infilling as arranging
-from heliostat.pipelines.text.infilling import Arranged, FillInTheMiddle, arrange
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.serving.asks import Ask, Holds

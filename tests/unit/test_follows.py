@@ -11,15 +11,15 @@ import pyarrow.fs as pafs
 import pytest
 from heliostat.curation import chain, linear, pieces, registry
 from heliostat.curation.engine import Engine
+from heliostat.curation.images import sources as image_sources
+from heliostat.curation.images.sources import Columns
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Stage
 from heliostat.curation.stages.classifier import Classifier
+from heliostat.curation.text import sources, tasks
+from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import ConfigError, DataError
-from heliostat.pipelines.images import sources as image_sources
-from heliostat.pipelines.images.sources import Columns
-from heliostat.pipelines.text import sources, tasks
-from heliostat.pipelines.text.documents import Rules
-from heliostat.pipelines.text.tasks import TextSource
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries
 from heliostat.tasks.work import Work

@@ -11,8 +11,8 @@ import torch
 from heliostat.curation import image_scoring, reasons
 from heliostat.curation.registry import parse
 from heliostat.curation.stage import Document, Picture
+from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text.pipeline import TextPipeline
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (

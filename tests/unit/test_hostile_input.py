@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import segment
+from heliostat.curation.images import pictures
+from heliostat.curation.images import sources as image_sources
+from heliostat.curation.images.sources import Columns, Limits
+from heliostat.curation.text import documents, making, sources
+from heliostat.curation.text import tasks as text_tasks
+from heliostat.curation.text.documents import Document, Rules
 from heliostat.data import manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.pipelines.images import pictures
-from heliostat.pipelines.images import sources as image_sources
-from heliostat.pipelines.images.sources import Columns, Limits
-from heliostat.pipelines.text import documents, making, sources
-from heliostat.pipelines.text import tasks as text_tasks
-from heliostat.pipelines.text.documents import Document, Rules
 from heliostat.retrieval import build
 from heliostat.retrieval.record import read as read_record
 from heliostat.storage.locations import Location

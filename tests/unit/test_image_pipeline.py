@@ -14,16 +14,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import reasons, segment
+from heliostat.curation import forget, reasons, segment
+from heliostat.curation.images import pictures, sources, tasks
+from heliostat.curation.images.pipeline import ImagePipeline
+from heliostat.curation.images.sources import Columns
+from heliostat.curation.prepare import sha256_json
 from heliostat.curation.stage import Dropped
+from heliostat.curation.text import trace
 from heliostat.data import documents, manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines import forget
-from heliostat.pipelines.images import pictures, sources, tasks
-from heliostat.pipelines.images.pipeline import ImagePipeline
-from heliostat.pipelines.images.sources import Columns
-from heliostat.pipelines.prepare import sha256_json
-from heliostat.pipelines.text import trace
 from heliostat.tasks import merging
 from heliostat.tracking.lineage_of_documents import Trained
 from heliostat.tracking.report import curation

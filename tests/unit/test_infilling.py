@@ -9,17 +9,17 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 import yaml
+from heliostat.curation import forget
+from heliostat.curation.text import infilling, sources, tokens
+from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.infilling import Arranged, FillInTheMiddle, arrange
+from heliostat.curation.text.making import Making
+from heliostat.curation.text.tasks import TextSource
 from heliostat.data import infilling as layout
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.evaluation.documents import Documents, held_out
 from heliostat.evaluation.held_out import making as suites
-from heliostat.pipelines import forget
-from heliostat.pipelines.text import infilling, sources, tokens
-from heliostat.pipelines.text.documents import Rules
-from heliostat.pipelines.text.infilling import Arranged, FillInTheMiddle, arrange
-from heliostat.pipelines.text.making import Making
-from heliostat.pipelines.text.tasks import TextSource
 from heliostat.recipes.text import vocabulary
 from heliostat.recipes.text.token_bytes import sizes
 from heliostat.storage.locations import Location

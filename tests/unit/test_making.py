@@ -18,13 +18,13 @@ from heliostat.curation import pieces
 from heliostat.curation.engine import Engine
 from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
+from heliostat.curation.text import making, repositories, sources
+from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.gathering import Together
+from heliostat.curation.text.making import Making
+from heliostat.curation.text.pipeline import TextPipeline
+from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import making, repositories, sources
-from heliostat.pipelines.text.documents import Rules
-from heliostat.pipelines.text.gathering import Together
-from heliostat.pipelines.text.making import Making
-from heliostat.pipelines.text.pipeline import TextPipeline
-from heliostat.pipelines.text.tasks import TextSource
 from heliostat.schema import validate
 from heliostat.storage.locations import Location
 from heliostat.tasks import flow
@@ -302,9 +302,9 @@ def test_kinds_beside_the_first_are_read_with_stages_only(tmp_path):
 MEASURED = """
 import resource, sys, threading, time
 from heliostat.curation import segment, pieces
-from heliostat.pipelines.text import gathering, tasks
-from heliostat.pipelines.text.documents import Rules
-from heliostat.pipelines.text.gathering import Together
+from heliostat.curation.text import gathering, tasks
+from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.gathering import Together
 from heliostat.storage.locations import Location
 source, limit = tasks.TextSource(sys.argv[1], Rules()), int(sys.argv[2])
 list(source.read(pieces.Part("a.jsonl", 0, 0, 0, 1)))

@@ -8,15 +8,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import pieces
+from heliostat.curation.pairs import extracting
+from heliostat.curation.pairs.extracting import Pair
+from heliostat.curation.pairs.making import Making
+from heliostat.curation.pairs.pipeline import PairPipeline
+from heliostat.curation.pairs.reading import Least, PairSource
+from heliostat.curation.text import sources
+from heliostat.curation.text.documents import Rules
 from heliostat.data import manifest, split
 from heliostat.errors import ConfigError
-from heliostat.pipelines.pairs import extracting
-from heliostat.pipelines.pairs.extracting import Pair
-from heliostat.pipelines.pairs.making import Making
-from heliostat.pipelines.pairs.pipeline import PairPipeline
-from heliostat.pipelines.pairs.reading import Least, PairSource
-from heliostat.pipelines.text import sources
-from heliostat.pipelines.text.documents import Rules
 from heliostat.storage.locations import Location
 from heliostat.tasks import flow, merging
 from heliostat.tasks.work import Work

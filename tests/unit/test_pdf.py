@@ -9,11 +9,11 @@ import pytest
 from heliostat.curation.pieces import Part
 from heliostat.curation.registry import parse
 from heliostat.curation.stage import Document
+from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.pipeline import TextPipeline
+from heliostat.curation.text.sources import listing
+from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text.documents import Rules
-from heliostat.pipelines.text.pipeline import TextPipeline
-from heliostat.pipelines.text.sources import listing
-from heliostat.pipelines.text.tasks import TextSource
 
 from tests.unit.build_pdf import lines, make_pdf
 

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.curation.images import pictures, sources
+from heliostat.curation.images import tasks as image_tasks
+from heliostat.curation.images.pictures import Dropped, Picture, Raw, Rules
+from heliostat.curation.images.sources import Columns
 from heliostat.curation.pieces import Part
+from heliostat.curation.prepare import InputFile
 from heliostat.errors import ConfigError
-from heliostat.pipelines.images import pictures, sources
-from heliostat.pipelines.images import tasks as image_tasks
-from heliostat.pipelines.images.pictures import Dropped, Picture, Raw, Rules
-from heliostat.pipelines.images.sources import Columns
-from heliostat.pipelines.prepare import InputFile
 from PIL import Image
 
 from tests.unit.build_images import image

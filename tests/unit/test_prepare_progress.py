@@ -3,7 +3,7 @@
 import io
 import logging
 
-from heliostat.pipelines.watching import Watch
+from heliostat.curation.watching import Watch
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import BATCH, Task
 from heliostat.tasks.progress import Progress

@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.curation import prepare as preparing
+from heliostat.curation.prepare import InputFile, Pipeline
 from heliostat.data import manifest, versions
 from heliostat.data.index import index
 from heliostat.errors import ConfigError, DataError, StorageError, unwrapped
-from heliostat.pipelines import prepare as preparing
-from heliostat.pipelines.prepare import InputFile, Pipeline
 from heliostat.storage.locations import Location
 from ray.exceptions import RayTaskError
 
@@ -153,7 +153,7 @@ def test_a_prepare_that_is_killed_costs_nothing_and_what_it_left_goes_later(make
     made = make()
     before = data(tmp_path / "out")
     code = (
-        "import sys; from pathlib import Path; from heliostat.pipelines import prepare as p\n"
+        "import sys; from pathlib import Path; from heliostat.curation import prepare as p\n"
         "p.connect = p._keep_to = lambda *a, **k: None\np.prepare(Path(sys.argv[1]), ['first=500', 'fail=kill'])"
     )
     root = Path(__file__).parents[2]
@@ -269,7 +269,7 @@ def test_parts_are_replaced_and_removed_like_the_whole(make, tmp_path):
 SLOW = """
 import time
 from pathlib import Path
-from heliostat.pipelines import prepare
+from heliostat.curation import prepare
 from heliostat.data import versions
 prepare.connect = prepare._keep_to = lambda *_, **__: None  # it asks nothing of Ray
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import pieces
 from heliostat.curation.pieces import Part
-from heliostat.pipelines.text import documents, making, sources, tasks
-from heliostat.pipelines.text.documents import Rules
+from heliostat.curation.text import documents, making, sources, tasks
+from heliostat.curation.text.documents import Rules
 from heliostat.storage.locations import Location
 
 

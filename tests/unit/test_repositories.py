@@ -17,8 +17,8 @@ import pyarrow as pa
 import pytest
 from heliostat.curation.readers import REASONS, Limits, archives, clones, repository
 from heliostat.curation.stage import Document, Dropped
+from heliostat.curation.text import repositories
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import repositories
 
 LIMITS = Limits(max_document_bytes=1 << 16)
 MIT = (

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from heliostat.pipelines.web import robots
+from heliostat.curation.web import robots
 
 ALL = b"User-agent: *\n"
 

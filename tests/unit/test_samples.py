@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from heliostat.checkpoint import layout
+from heliostat.curation.text import tokens
 from heliostat.data import manifest, receipt
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import tokens
 from heliostat.runs import consumed, segments
 from heliostat.runs.samples import samples
 from heliostat.storage.locations import Location

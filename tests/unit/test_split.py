@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from heliostat.curation.text import tokens
 from heliostat.data import manifest
 from heliostat.data.dataset import DataPlan, Dataset
 from heliostat.data.manifest import Manifest
 from heliostat.data.mixing import Shape
 from heliostat.data.split import growing_runs, hash64, runs, split, whole
-from heliostat.pipelines.text import tokens
 from heliostat.storage.locations import Location
 
 PARTS = (0.01, 0.05, 0.1, 0.2, 0.5)

@@ -8,7 +8,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from heliostat.pipelines.text import stretches, tokens
+from heliostat.curation.text import stretches, tokens
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tests.unit.build_job import ROOT

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation.pieces import Part
+from heliostat.curation.text import documents, gathering, sources, tasks, tokens
+from heliostat.curation.text.documents import Document, Dropped, Rules
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text import documents, gathering, sources, tasks, tokens
-from heliostat.pipelines.text.documents import Document, Dropped, Rules
 from heliostat.storage.locations import Location
 
 END = "<|endoftext|>"

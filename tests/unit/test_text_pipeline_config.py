@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from heliostat.curation.prepare import load, prepare
+from heliostat.curation.text import tokens
 from heliostat.errors import ConfigError
-from heliostat.pipelines.prepare import load, prepare
-from heliostat.pipelines.text import tokens
 
 END = "<|endoftext|>"
 
@@ -22,8 +22,8 @@ tokenizer: {{vocab_size: 300}}
     ("settings", "message"),
     [
         (["pipeline=pipelines.text"], "must look like package.module:Class"),
-        (["pipeline=heliostat.pipelines.text.pipeline:TextPipelin"], "did you mean 'TextPipeline'"),
-        (["pipeline=heliostat.pipelines.text.pipeline:TokenizerConfig"], "must be a subclass of heliostat.prepare.Pipeline"),
+        (["pipeline=heliostat.curation.text.pipeline:TextPipelin"], "did you mean 'TextPipeline'"),
+        (["pipeline=heliostat.curation.text.pipeline:TokenizerConfig"], "must be a subclass of heliostat.prepare.Pipeline"),
         (["pipeline=null"], "must name a class"),
         (["chunk_token=5"], "chunk_token: unknown key; did you mean 'chunk_tokens'"),
         (["normalise=NFD"], "normalise: 'NFD' is not a choice"),
@@ -53,7 +53,7 @@ def test_errors_come_before_ray(tmp_path, monkeypatch, settings, message):
     def no_ray(**_):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("heliostat.pipelines.prepare.connect", no_ray)
+    monkeypatch.setattr("heliostat.curation.prepare.connect", no_ray)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("text")
     (tmp_path / "bad.json").write_text("{}")

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from heliostat.curation.images import tasks
+from heliostat.curation.images.latents import Latents
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
-from heliostat.pipelines.images import tasks
-from heliostat.pipelines.images.latents import Latents
 from heliostat.recipes.images import config, diffusers_folder
 from heliostat.recipes.images.pipeline import TextToImagePipeline, generators
 from heliostat.recipes.images.text_to_image import TextToImage

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from heliostat.curation.text.tokens import encode, load
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.pipelines.text.tokens import encode, load
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.token_bytes import sizes
 from heliostat.storage.locations import Location

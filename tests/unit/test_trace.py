@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.curation.text import tokens
+from heliostat.curation.text.replay import origin
 from heliostat.data import documents, manifest
 from heliostat.data.manifest import PLACES_KEY
-from heliostat.pipelines.text import tokens
-from heliostat.pipelines.text.replay import origin
 from heliostat.storage.locations import Location
 from heliostat.tracking.lineage_of_documents import with_replaced
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 from heliostat.curation import reasons
+from heliostat.curation.forget import forget
+from heliostat.curation.text import replay, trace
 from heliostat.errors import ConfigError
-from heliostat.pipelines.forget import forget
-from heliostat.pipelines.text import replay, trace
 from heliostat.storage.locations import Location
 
 from tests.unit.build_pipeline import Here, make_dataset

@@ -9,10 +9,9 @@ import heliostat.pipelines
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import reasons, segment
+from heliostat.curation import prepare, reasons, segment
+from heliostat.curation.text import making
 from heliostat.errors import DataError
-from heliostat.pipelines import prepare
-from heliostat.pipelines.text import making
 from heliostat.storage import locations as storage
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
@@ -21,7 +20,7 @@ from tests.unit.build_curation import HereFlow, curate, left
 from tests.unit.test_curation_engine import texts
 
 STAGES = [{"stage": "length", "min_words": 90}]
-PUBLISHED = ("heliostat.pipelines.text.tokens", "heliostat.pipelines.pairs.shards")  # row groups of datasets, a chunk each
+PUBLISHED = ("heliostat.curation.text.tokens", "heliostat.curation.pairs.shards")  # row groups of datasets, a chunk each
 
 
 def spilled(folder: Path) -> list[Path]:

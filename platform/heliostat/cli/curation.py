@@ -24,8 +24,8 @@ Text = Annotated[Path | None, typer.Option("--text", help="The document with the
 
 
 def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> tuple[Any, list[dict[str, Any]]]:
+    from heliostat.curation.text.trace import find
     from heliostat.data import manifest
-    from heliostat.pipelines.text.trace import find
     from heliostat.storage.locations import Location
 
     if sum(x is not None for x in (url, id, text)) != 1:
@@ -89,7 +89,7 @@ def trace(
     json_: Json = False,
 ) -> None:
     """Tell a document's way: where it was read, what each stage did to it, who stayed instead, its shard, and its steps."""
-    from heliostat.pipelines.text import trace as tracing
+    from heliostat.curation.text import trace as tracing
 
     made, ends = _found(dataset, url, id, text)
     told = [tracing.trace(made, end) for end in ends]
@@ -117,7 +117,7 @@ def forget(
     json_: Json = False,
 ) -> None:
     """Make a dataset without a document, and list every run that has trained on it, with the steps."""
-    from heliostat.pipelines import forget as forgetting
+    from heliostat.curation import forget as forgetting
     from heliostat.storage.locations import Location
 
     made, ends = _found(dataset, url, id, text)
@@ -136,7 +136,7 @@ def forget(
 def _ways(made: Any, id: str, mlflow: str | None) -> dict[str, Any]:
     """Tells where a document lies, who stayed in its place, and who trained on it."""
     from heliostat.curation import reasons
-    from heliostat.pipelines.text import trace as tracing
+    from heliostat.curation.text import trace as tracing
 
     told = tracing.trace(made, reasons.end_of(made, id)[0])
     if told["kept"] != id:

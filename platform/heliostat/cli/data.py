@@ -28,8 +28,8 @@ def prepare(
     verbose: Verbose = False,
 ) -> None:
     """Make a dataset: run a pipeline's Ray Data job. Does nothing if the dataset is up to date."""
-    from heliostat.pipelines.prepare import explain
-    from heliostat.pipelines.prepare import prepare as run
+    from heliostat.curation.prepare import explain
+    from heliostat.curation.prepare import prepare as run
 
     if sample is not None:
         if force:
@@ -44,8 +44,8 @@ def prepare(
 
 
 def _predict(pipeline: Path, settings: list[str], sample: str, json_: bool) -> None:
-    from heliostat.pipelines import prediction
-    from heliostat.pipelines.prepare import dry_run
+    from heliostat.curation import prediction
+    from heliostat.curation.prepare import dry_run
     from heliostat.plan import hardware
 
     found = dry_run(pipeline, settings, prediction.fraction(sample), quiet=json_)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from heliostat import extras
+from heliostat.curation.watching import Watch
 from heliostat.evaluation import contamination, measures, sandbox, scoring
 from heliostat.evaluation.contamination import Examples
 from heliostat.evaluation.suite import Suite
 from heliostat.evaluation.tasks import Task, build
 from heliostat.inference.batch.run import model_digest
-from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
 from heliostat.storage.locations import Location
 from heliostat.terminal import console

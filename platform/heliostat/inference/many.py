@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.curation import segment
+from heliostat.curation.watching import Watch
 from heliostat.errors import HeliostatError
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.run import model_digest
 from heliostat.inference.generate import BATCH, RESULTS
-from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Request
 from heliostat.storage import lease

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING
 from heliostat import lazy
 
 if TYPE_CHECKING:
-    from heliostat.pipelines.images.pipeline import ImagePipeline
-    from heliostat.pipelines.pairs.pipeline import PairPipeline
-    from heliostat.pipelines.text.pipeline import TextPipeline
+    from heliostat.curation.images.pipeline import ImagePipeline
+    from heliostat.curation.pairs.pipeline import PairPipeline
+    from heliostat.curation.text.pipeline import TextPipeline
 
 __all__ = ["ImagePipeline", "PairPipeline", "TextPipeline"]
 __getattr__, __dir__ = lazy.names(
     __name__,
     {
-        "ImagePipeline": "heliostat.pipelines.images.pipeline",
-        "PairPipeline": "heliostat.pipelines.pairs.pipeline",
-        "TextPipeline": "heliostat.pipelines.text.pipeline",
+        "ImagePipeline": "heliostat.curation.images.pipeline",
+        "PairPipeline": "heliostat.curation.pairs.pipeline",
+        "TextPipeline": "heliostat.curation.text.pipeline",
     },
 )

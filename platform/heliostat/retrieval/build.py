@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from heliostat import extras
+from heliostat.curation.watching import Watch
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.run import model_digest, origin
-from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
 from heliostat.recipes.text import sentence_folder
 from heliostat.retrieval import table

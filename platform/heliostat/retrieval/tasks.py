@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from heliostat.curation.text import tokens
 from heliostat.data import infilling
 from heliostat.data.infilling import Markers
 from heliostat.inference.batch.tasks import loaded
-from heliostat.pipelines.text import tokens
 from heliostat.retrieval import table
 from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.settings import Settings

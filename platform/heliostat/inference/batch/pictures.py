@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from heliostat.curation import pieces, segment
+from heliostat.curation.images import sources
+from heliostat.curation.images.sources import Columns
 from heliostat.curation.pieces import Part
+from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import Source
 from heliostat.curation.stage import Document, Dropped, Picture
-from heliostat.pipelines.images import sources
-from heliostat.pipelines.images.sources import Columns
-from heliostat.pipelines.prepare import InputFile
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
 

@@ -11,12 +11,12 @@ import pyarrow as pa
 
 from heliostat import extras
 from heliostat.curation.pieces import Part
+from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import Source
+from heliostat.curation.text import making, sources
+from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.tasks import TextSource
 from heliostat.inference.batch.settings import Settings
-from heliostat.pipelines.prepare import InputFile
-from heliostat.pipelines.text import making, sources
-from heliostat.pipelines.text.documents import Rules
-from heliostat.pipelines.text.tasks import TextSource
 from heliostat.tasks.flow import Flow
 
 PIECES = 256  # of an input, about

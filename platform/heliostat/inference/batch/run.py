@@ -26,13 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from heliostat.curation.pieces import Part
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.text.sources import absolute
+from heliostat.curation.watching import Watch
 from heliostat.inference import vllm_terms
 from heliostat.inference.batch import loading, reading, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.settings import Settings
-from heliostat.pipelines.prepare import InputFile
-from heliostat.pipelines.text.sources import absolute
-from heliostat.pipelines.watching import Watch
 from heliostat.recipes import exported
 from heliostat.storage import lease
 from heliostat.storage.locations import Location

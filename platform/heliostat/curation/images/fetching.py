@@ -1,0 +1,89 @@
+"""Reads images from the URLs of a list, several at a time, in the order of the list."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from heliostat.curation.images.pictures import Raw
+from heliostat.curation.images.sources import Columns
+from heliostat.curation.stage import Dropped
+from heliostat.curation.web import lists
+from heliostat.curation.web.client import Bounds, FetchError
+from heliostat.curation.web.polite import Fetcher
+from heliostat.schema import Float, Strict
+from heliostat.storage.locations import Location
+
+REASONS = {
+    "bad_url": "no http or https URL",
+    "private_address": "a host in a private network, which fetch.private does not allow",
+    "robots": "the host's robots.txt does not allow it, or cannot be had",
+    "refused": "the server answered with another status than 200, or redirected without end",
+    "unreachable": "no address, no connection, or no whole answer within fetch.seconds, after all retries",
+}
+VERSION = 2  # raised when the same keys fetch other images
+
+
+class Fetch(Strict):
+    """Configures how images of lists of URLs are fetched."""
+
+    column: str = Field("url", min_length=1)
+    """The column of URLs in the lists: `.jsonl`, `.csv` or `.parquet`."""
+    per_second: Float = Field(1.0, gt=0)
+    """Requests a second to one host, of the whole cluster. A `Crawl-delay` in its robots.txt makes them fewer."""
+    seconds: Float = Field(30.0, gt=0)
+    """The longest that a request may take, redirects included."""
+    retries: int = Field(2, ge=0, le=10)
+    """Further requests for a URL that could not be had just now (timeouts, 429, 5xx), each after a longer pause."""
+    robots: bool = True
+    """Whether robots.txt of each host is asked, and followed."""
+    private: bool = False
+    """Whether hosts in private networks may be asked. No list from elsewhere should be: it could name what only you can reach."""
+    agent: str = Field("heliostat", min_length=1, pattern=r"^[ -~]+$")
+    """What requests call themselves; robots.txt is read for its name, which ends at a slash or a blank. Name your own, with an
+    address to write to."""
+    threads: int = Field(8, ge=1, le=256)
+    """Requests that a task has under way."""
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what decides which images are fetched, VERSION too; the pace and patience do not."""
+        return {"version": VERSION, **self.model_dump(mode="json", include={"column", "robots", "private", "agent"})}
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """Fetches the URLs of a task of `lists`; what is fetched is bounded by `bytes`."""
+
+    config: Fetch
+    bytes: int
+
+    def read(self, folder: Location, task: dict[str, Any], names: list[str], columns: Columns) -> Iterator[Raw | Dropped]:
+        """Yields the images of a task's URLs, or why there is none."""
+        told = self.config
+        bounds = Bounds(self.bytes, told.seconds, told.private, told.agent)
+        fetcher = Fetcher(bounds, 1 / told.per_second, told.retries, told.robots, of=task["of"])
+        with ThreadPoolExecutor(told.threads) as pool:
+            waiting = deque[tuple[dict[str, Any], Future[bytes]]]()
+            for row in lists.rows(folder, task, names):
+                waiting.append((row, pool.submit(fetcher, row["url"])))
+                if len(waiting) >= 2 * told.threads:
+                    yield _read(*waiting.popleft(), columns)
+            while waiting:
+                yield _read(*waiting.popleft(), columns)
+
+
+def _read(row: dict[str, Any], answer: Future[bytes], columns: Columns) -> Raw | Dropped:
+    held = json.loads(row["row"])
+    try:
+        data = answer.result()
+    except FetchError as e:
+        return Dropped(row["id"], e.reason, f"{row['url'][:500]}: {e.detail}" if e.detail else row["url"][:500])
+    caption, label = held.get(columns.caption), held.get(columns.label) if columns.label else None
+    kept = {**columns.kept(held), "url": row["url"]} if "url" in columns.others else columns.kept(held)
+    return Raw(row["id"], data, caption if isinstance(caption, str) else None, "" if label is None else str(label), kept)

@@ -1,0 +1,119 @@
+"""Computes latents and text embeddings once, before training, in a pool of actors: frozen encoders never meet ZeRO.
+
+Each actor loads the encoders once, on a GPU if it has one. What is stored of an image is the distribution of its latents (mean
+and log variance, float16), so that training draws from it anew in every epoch, and of its caption the text encoder's last layer.
+`empty_caption.bin` holds what the encoder makes of no caption. The digest of such a dataset follows from arithmetic whose last
+bits differ by machine and batch: the same images on other hardware may give another one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from heliostat.curation.images.pictures import Size
+from heliostat.errors import ConfigError
+from heliostat.schema import Float, Strict
+
+EMPTY = "empty_caption.bin"
+
+
+class Latents(Strict):
+    """Configures the folders of the frozen models; without `text_encoder`, captions stay text."""
+
+    autoencoder: str
+    """Folder of the frozen `AutoencoderKL`."""
+    text_encoder: str | None = None
+    """Folder of the frozen text encoder (CLIP, T5). Unset: captions stay text."""
+    length: int = Field(77, gt=1)
+    """Tokens of a caption."""
+    workers: int = Field(1, gt=0)
+    """Actors that encode."""
+    gpus: Float = Field(0.0, ge=0)
+    """GPUs of each; 0 encodes on CPUs."""
+    batch: int = Field(16, gt=0)
+    """Images that an actor encodes at once."""
+
+    def check(self, sizes: tuple[Size, ...], channels: int) -> None:
+        from heliostat.recipes.images import config as diffusion_config
+
+        config = diffusion_config.folder_config("latents.autoencoder", self.autoencoder)
+        diffusion_config.require_weights("latents.autoencoder", self.autoencoder)
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        for size in sizes:
+            if size[0] % factor or size[1] % factor:
+                raise ConfigError(f"latents.autoencoder: needs sides that are multiples of {factor}, not {size[0]}x{size[1]}")
+        if config["in_channels"] != channels:
+            raise ConfigError(f"channels: {channels}, but the autoencoder takes {config['in_channels']}")
+        if self.text_encoder:
+            diffusion_config.folder_config("latents.text_encoder", self.text_encoder)
+            diffusion_config.require_weights("latents.text_encoder", self.text_encoder)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns all that latents and embeddings follow from; the tokenizer's files where the models' digests lack them."""
+        from heliostat.recipes.images import config as diffusion_config
+
+        tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
+        return {"models": self.models(), "length": self.length, **({"tokenizer": tokenizer} if tokenizer else {})}
+
+    def models(self) -> dict[str, str]:
+        from heliostat.recipes.images import config as diffusion_config
+
+        folders = {"autoencoder": self.autoencoder, **({"text": self.text_encoder} if self.text_encoder else {})}
+        return {name: diffusion_config.folder_digest(folder) for name, folder in folders.items()}
+
+
+class Encoder:
+    """Encodes images and captions in an actor: tables with images in, tables with latents and embeddings out."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        import torch
+
+        from heliostat.recipes.images import config as diffusion_config
+
+        torch.set_num_threads(1)
+        self.config = Latents(**config)
+        self.device = "cuda" if self.config.gpus else "cpu"
+        self.vae = diffusion_config.frozen_autoencoder(self.config.autoencoder).to(self.device)
+        self.text = self.tokenizer = None
+        if self.config.text_encoder:
+            self.text = diffusion_config.frozen_text_encoder(self.config.text_encoder).to(self.device)
+            self.tokenizer = diffusion_config.frozen_tokenizer(self.config.text_encoder, self.config.length)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        latents: list[bytes | None] = [None] * len(table)
+        embeddings: list[bytes | None] = [None] * len(table)
+        sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
+        for size in sorted(set(sizes)):
+            mine = [i for i, one in enumerate(sizes) if one == size]
+            for first in range(0, len(mine), self.config.batch):
+                rows = mine[first : first + self.config.batch]
+                part = table.take(pa.array(rows))
+                for i, latent in zip(rows, self.latents(part), strict=True):
+                    latents[i] = latent.tobytes()
+                if self.text is not None:
+                    for i, embedding in zip(rows, self.embeddings(part["caption"].to_pylist()), strict=True):
+                        embeddings[i] = embedding.tobytes()
+        out = table.drop_columns(["image"]).append_column("latent", pa.array(latents, pa.large_binary()))
+        return out if self.text is None else out.append_column("embedding", pa.array(embeddings, pa.large_binary()))
+
+    def latents(self, table: pa.Table) -> np.ndarray:
+        import torch
+
+        from heliostat.recipes.images.rows import pixels
+
+        with torch.no_grad():
+            return self.vae.encode(pixels(table).to(self.device)).latent_dist.parameters.cpu().numpy().astype(np.float16)
+
+    def embeddings(self, captions: list[str]) -> np.ndarray:
+        import torch
+
+        from heliostat.recipes.images.pipeline import embed, tokenize
+
+        tokens = tokenize(self.tokenizer, captions)
+        with torch.no_grad():
+            found = embed(self.text, tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
+        return found.cpu().numpy().astype(np.float16)

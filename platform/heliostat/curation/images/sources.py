@@ -1,0 +1,327 @@
+"""Reads images and captions from scikit-learn's digits, folders with a metadata file, Parquet, or WebDataset tars.
+
+    sklearn:digits      1,797 handwritten digits of 8 x 8 pixels, on every machine: the default that downloads nothing
+    FOLDER              metadata.jsonl, metadata.csv or metadata.parquet with a column `file_name`, and the files it names
+    FOLDER or GLOB      *.parquet: a column of encoded images (bytes, or {bytes, path} as Hugging Face writes them)
+    FOLDER or GLOB      *.tar as WebDataset writes them: KEY.png (.jpg, .webp) with KEY.txt, or KEY.json that has the columns
+
+Ids are places (`a.tar/KEY`, `b.parquet#7`), so they name an image for ever. A digit's caption is one of TEMPLATES, chosen by its
+number; of the 60 pairs of digit and template ten are never used, so that prompts are left which no model has seen.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from heliostat.curation import pieces
+from heliostat.curation.images import pictures
+from heliostat.curation.images.pictures import Dropped, Raw, encode
+from heliostat.curation.pieces import Part
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.readers.repository import name_of
+from heliostat.curation.text import sources
+from heliostat.errors import ConfigError
+from heliostat.storage.locations import Location
+from heliostat.text import brief, printable
+
+DIGITS = "sklearn:digits"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+ARCHIVES = (".tar", ".parquet")
+PARTS = ("txt", "json", "cls", *(suffix.removeprefix(".") for suffix in IMAGES))  # of a WebDataset's sample
+FILES_PER_TASK = 512
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "a handwritten {}", "the digit {}", "{} written by hand", "the number {} in ink", "a picture of {}", "{}, handwritten",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Holds the limits, in bytes, of a file of the input, and of an image in it, as it is stored."""
+
+    file: int = 1 << 33
+    image: int = 1 << 26
+
+
+@dataclass(frozen=True)
+class Columns:
+    image: str = "image"
+    caption: str = "caption"
+    label: str | None = None
+    others: tuple[str, ...] = ()
+
+    def kept(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns the values of a row that go with its image."""
+        return {name: row[name] for name in self.others if row.get(name) is not None}
+
+
+def held_back(digit: int) -> str:
+    """Returns the caption that no image of this digit has."""
+    return TEMPLATES[digit % len(TEMPLATES)].format(WORDS[digit])
+
+
+def digit_caption(number: int, digit: int) -> str:
+    """Returns the caption of the image of this number."""
+    used = [t for i, t in enumerate(TEMPLATES) if i != digit % len(TEMPLATES)]
+    return used[number % len(used)].format(WORDS[digit])
+
+
+# finding -------------------------------------------------------------------------------------------------------------
+
+
+def listing(uri: str, limit: int = Limits.file) -> list[InputFile]:
+    """Lists every file that belongs to the input, sorted by path; ConfigError if there are none.
+
+    Beside images by their suffixes, those of any name that metadata files (of at most `limit` bytes) name.
+    """
+    if uri == DIGITS:
+        return [InputFile("digits", 1797 * 64, 0)]
+    base, found = sources.find(uri)
+    tables = {p for p, _ in found if p.rsplit("/", 1)[-1] in METADATA}
+    wanted = (*METADATA, *IMAGES) if tables else ARCHIVES
+    others = {p for p, _ in found if tables and not p.lower().endswith(wanted)}
+    named = {entry["path"] for path in tables for entry in _entries(base, path, Columns(), limit)} & others if others else others
+    files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if (p or base.path).lower().endswith(wanted) or p in named]
+    if not files:
+        seen = f"{len(found)} files, none" if found else "no file there"
+        raise ConfigError(f"input: {uri!r}: {seen} of {', '.join(METADATA)}, *.tar or *.parquet")
+    return sorted(files, key=lambda f: f.path)
+
+
+def tasks(
+    uri: str, files: list[InputFile], columns: Columns, limit: int = Limits.file, target: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Plans the read tasks: each reads an archive, a part of a table, or some hundred files that a metadata file names.
+
+    Of these, `state` says what they follow from beside their rows: the bytes of each, and when it was modified.
+    `target`: bytes of a piece, by default by those of all files.
+    """
+    if uri == DIGITS:
+        yield {"kind": "digits", "path": ""}
+        return
+    tables = [f.path for f in files if f.path.rsplit("/", 1)[-1] in METADATA]
+    if not tables:
+        target = target or pieces.size(sum(f.bytes for f in files))
+        for piece in pieces.cut(((f.path, f.bytes, f.modified) for f in files), target, _ranged):
+            yield {"kind": "archives", "parts": [asdict(part) for part in piece]}
+        return
+    base, there = sources.root(uri), {f.path: [f.bytes, f.modified] for f in files}
+    for path in tables:
+        entries = _entries(base, path, columns, limit)
+        for first in range(0, len(entries), FILES_PER_TASK):
+            some = entries[first : first + FILES_PER_TASK]
+            yield {"kind": "files", "path": path, "entries": some, "state": [there.get(e["path"]) for e in some]}
+
+
+def _ranged(path: str) -> bool:
+    return path.lower().endswith(".parquet")
+
+
+def _entries(base: Location, path: str, columns: Columns, limit: int) -> list[dict[str, Any]]:
+    """Reads what a metadata file lists; ConfigError if it cannot."""
+    try:
+        data = sources.fetch(base, path, limit)
+    except sources.LeftOutError as e:
+        raise ConfigError(f"input: {printable(path)}: is not read: {pictures.REASONS[e.reason]} ({e.detail})") from e
+    return [_entry(row, path.rpartition("/")[0], path, columns) for row in read_table(path, data)]
+
+
+def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ConfigError(f"input: {printable(path)}: {str(row)[:40]!r} is no object with a 'file_name'; a line is one")
+    if "file_name" not in row:
+        found = printable(", ".join(map(str, row)))
+        raise ConfigError(f"input: {printable(path)}: has no column 'file_name'; its columns: {found}")
+    name, caption = str(row["file_name"]), row.get(columns.caption)
+    lost = name.startswith("/") or not name  # what is joined to a folder would lie inside it
+    joined = f"{folder}/{name}" if folder and not lost else name
+    return {
+        "path": joined if lost or ".." in joined.split("/") else posixpath.normpath(joined),  # as it is listed
+        "caption": caption if isinstance(caption, str) else None,
+        "label": _label(row, columns),
+        "columns": columns.kept(row),
+    }
+
+
+def _label(row: dict[str, Any], columns: Columns) -> str:
+    value = row.get(columns.label) if columns.label else None
+    return "" if value is None else str(value)
+
+
+def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
+    """Reads a metadata file's rows; ConfigError if it cannot be read, because then none of its images can."""
+    try:
+        if path.endswith(".parquet"):
+            return pq.read_table(io.BytesIO(data)).to_pylist()
+        text = data.decode("utf-8-sig")
+        if path.endswith(".csv"):
+            csv.field_size_limit(sources.FIELD)
+            return list(csv.DictReader(io.StringIO(text)))
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
+        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
+
+
+# reading -------------------------------------------------------------------------------------------------------------
+
+
+def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limits()) -> Iterator[Raw | Dropped]:
+    """Reads the images of a task."""
+    if task["kind"] == "digits":
+        yield from digits()
+    elif task["kind"] == "files":
+        yield from _files(sources.root(uri), task["entries"], task.get("state") or [], limits)
+    else:
+        for told in task["parts"]:
+            yield from _archive(sources.root(uri), Part(**told), columns, limits)
+
+
+def _files(
+    base: Location, entries: list[dict[str, Any]], states: list[list[int] | None], limits: Limits
+) -> Iterator[Raw | Dropped]:
+    for entry, state in zip(entries, states or [None] * len(entries), strict=True):
+        path, id = entry["path"], name_of(entry["path"].encode("utf-8", "surrogatepass"))
+        known = Part(path, *state) if state else None
+        try:
+            data = sources.fetch(base, path, limits.image) if path and path == id else b""
+        except sources.LeftOutError as e:
+            yield Dropped(id, e.reason, e.detail)
+            continue
+        if known and not base.is_s3:
+            sources.require_unchanged(base, known)
+        elif known and data and len(data) != known.bytes:  # without a second request
+            raise sources.changed(base.join(path), known, len(data))
+        yield Raw(id, data, entry["caption"], entry["label"], entry["columns"]) if data else Dropped(id, "unreadable")
+
+
+def _archive(base: Location, part: Part, columns: Columns, limits: Limits) -> Iterator[Raw | Dropped]:
+    path = part.path or base.name
+    sources.require_unchanged(base, part)
+    try:
+        opened = sources.blocks(base, part.path, limits.file)
+    except sources.LeftOutError as e:
+        if part.start == 0:  # told once
+            yield Dropped(path, e.reason, e.detail)
+        return
+    with opened as file:
+        if path.lower().endswith(".tar"):
+            yield from read_tar(path, file, columns, limits.image)
+        else:
+            yield from read_parquet(path, pa.PythonFile(file, mode="r"), columns, limits, part)
+    sources.require_unchanged(base, part)
+
+
+def digits() -> Iterator[Raw]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    for number, (pixels, digit) in enumerate(zip(found.images, found.target.tolist(), strict=True)):
+        image = Image.fromarray((255 - pixels * (255 / 16)).round().astype(np.uint8))  # black on white
+        yield Raw(f"digits#{number}", encode(image, "png", 0), digit_caption(number, digit), WORDS[digit])
+
+
+def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limits, part: Part) -> Iterator[Raw | Dropped]:
+    """Yields the rows of a Parquet file, or of a part of it. A broken footer is told once, a broken row group by its part."""
+    wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
+    try:
+        rows = sources.parquet_rows(file, columns.image, wanted, limits.file, part)
+    except (pa.ArrowException, OSError, ValueError):
+        if part.start == 0:
+            yield Dropped(path, "corrupt")
+        return
+    total = 0
+    try:
+        for number, row in rows:
+            image = row.get(columns.image)
+            image = image.get("bytes") if isinstance(image, dict) else image
+            caption = row.get(columns.caption)
+            total += len(image) if isinstance(image, bytes) else 0
+            if total > limits.file:
+                raise sources.LeftOutError("too_large", f"more than {limits.file:,} bytes, unpacked")
+            if isinstance(image, bytes) and len(image) > limits.image:
+                yield Dropped(f"{path}#{number}", "too_large", f"{len(image):,} bytes")
+                continue
+            yield Raw(
+                f"{path}#{number}",
+                image if isinstance(image, bytes) else None,
+                caption if isinstance(caption, str) else None,
+                _label(row, columns),
+                columns.kept(row),
+            )
+    except (pa.ArrowException, OSError, ValueError):
+        yield Dropped(path, "corrupt")
+    except sources.LeftOutError as e:
+        yield Dropped(path, e.reason, e.detail)
+
+
+def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
+    """Yields the samples of a tar: consecutive members with one name up to the first point of their last part are a sample.
+
+    Of it only PARTS are read. One of more than `limit` bytes together, which a sparse member only claims to have, is left out.
+    """
+    key, parts = "", dict[str, bytes | None]()
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # which it would keep, of any number
+                if not member.isfile():
+                    continue
+                folder, _, name = name_of(member.name.encode("utf-8", "surrogateescape")).rpartition("/")
+                stem, _, suffix = name.partition(".")
+                here = f"{folder}/{stem}" if folder else stem
+                if here != key:
+                    yield from _sample(path, key, parts, columns)
+                    key, parts = here, {}
+                if (part := suffix.lower()) not in PARTS:
+                    parts[""] = b""
+                    continue
+                held = sum(len(other or b"") for name, other in parts.items() if name != part)
+                if member.size + held > limit:
+                    parts[part] = None
+                    continue
+                body = tar.extractfile(member)
+                assert body is not None
+                parts[part] = found = body.read()
+                if len(found) != member.size:
+                    raise tarfile.ReadError("cut short")
+            file.seek(tar.offset)  # where it stopped: it passes over a head that is none
+            end = file.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, OSError, EOFError):
+        yield Dropped(path, "corrupt")
+        return
+    yield from _sample(path, key, parts, columns)
+    if not end:
+        yield Dropped(path, "corrupt", "no mark at its end")
+    elif end != bytes(tarfile.BLOCKSIZE):
+        yield Dropped(path, "corrupt", "what follows a file is no file")
+
+
+def _sample(path: str, key: str, found: dict[str, bytes | None], columns: Columns) -> Iterable[Raw | Dropped]:
+    if not found:
+        return ()
+    id = f"{path}/{key}"
+    parts = {suffix: body for suffix, body in found.items() if body is not None}
+    if len(parts) < len(found):
+        return (Dropped(id, "too_large", f"the part .{next(s for s in found if s not in parts)}"),)
+    try:
+        row = json.loads(parts["json"]) if "json" in parts else {}
+        caption = parts["txt"].decode() if "txt" in parts else row.get(columns.caption)
+        label = parts["cls"].decode().strip() if "cls" in parts else _label(row, columns)
+        kept = columns.kept(row)
+    except (ValueError, AttributeError, RecursionError):
+        return (Dropped(id, "corrupt"),)
+    image = next((parts[s.removeprefix(".")] for s in IMAGES if s.removeprefix(".") in parts), None)
+    return (Raw(id, image, caption if isinstance(caption, str) else None, label, kept),)

@@ -1,0 +1,230 @@
+"""Runs the image pipeline's own tasks in Ray's workers: reading, counting, the tokenizer, dealing images to shards, shards."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from heliostat.curation import segment
+from heliostat.curation.chain import require_same
+from heliostat.curation.images import pictures, sources
+from heliostat.curation.images.fetching import Fetching
+from heliostat.curation.images.pictures import Raw, Rules
+from heliostat.curation.images.sources import Columns, Limits
+from heliostat.curation.pieces import Part
+from heliostat.curation.segment import Run, survivors
+from heliostat.curation.stage import Document, Dropped, Picture
+from heliostat.curation.text import tokens
+from heliostat.data import manifest, versions
+from heliostat.data import shard as shard_file
+from heliostat.data.manifest import SHARDS
+from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+from heliostat.tasks.work import key
+
+# what becomes of a run: `key` is the number of the image's shard among all of them
+DEALT = pa.schema(
+    [("key", pa.uint64()), ("hash", pa.binary(32)), *((name, pa.large_string()) for name in ("id", "caption", "label")),
+     ("width", pa.int32()), ("height", pa.int32()), ("image", pa.large_binary()), ("columns", pa.large_string())]
+)  # fmt: skip
+STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embedding")  # of a shard: those that there are
+LABEL = "label"  # the column that goes with an image
+CLASSES = 1000  # the most labels that the manifest lists
+END = "<|endoftext|>"
+Shards = dict[str, tuple[int, int]]  # of each bucket: the number of its first shard among all, and how many it has
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Reads an image input's tasks, which lie in the spill folder: a part's path names one."""
+
+    input: str
+    columns: Columns
+    rules: Rules
+    limits: Limits
+    spill: Location
+    fetching: Fetching | None = None
+
+    def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
+        if self.fetching:
+            return self.fetching.read(self.spill, task, segment.load(self.spill, task["names"]), self.columns)
+        return sources.read(self.input, task, self.columns, self.limits)
+
+    def read(self, part: Part) -> Iterator[Document | Dropped]:
+        for raw in self._raw(segment.load(self.spill, part.path)):
+            caption = raw if isinstance(raw, Dropped) else pictures.clean(raw, self.rules)
+            if isinstance(caption, Dropped):
+                yield caption
+                continue
+            assert isinstance(raw, Raw) and raw.image is not None
+            columns = {**raw.columns, **({LABEL: raw.label} if raw.label else {})}
+            yield Document(raw.id, caption, columns, Picture(raw.image))
+
+    def finish(self, document: Document) -> Document | Dropped:
+        assert document.picture is not None and isinstance(document.text, str)
+        raw = Raw(document.id, document.picture.data, document.text)
+        if document.picture.hash:  # a stage may have changed its caption since
+            caption = pictures.clean(raw, self.rules)
+            return caption if isinstance(caption, Dropped) else Document(raw.id, caption, document.columns, document.picture)
+        made = pictures.prepare(raw, self.rules)
+        if isinstance(made, Dropped):
+            return made
+        picture = Picture(made.image, bytes.fromhex(made.hash), made.looks, made.size)
+        return Document(made.id, made.caption, document.columns, picture)
+
+
+def count(folder: Location, run: Run) -> dict[str, Any]:
+    """Counts a run's images by bucket, and lists their labels, as far as a manifest would."""
+    buckets, labels = Counter[str](), set[str]()
+    for table in survivors(folder, run, columns=["width", "height", "columns"]):
+        sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
+        buckets.update(f"{width}x{height}" for width, height in sizes)
+        if len(labels) <= CLASSES:
+            labels |= {label for held in pc.unique(table["columns"]).to_pylist() if (label := _label(held))}
+    return {"buckets": dict(sorted(buckets.items())), "labels": sorted(labels)[: CLASSES + 1]}
+
+
+def _label(columns: str | None) -> str:
+    return json.loads(columns).get(LABEL, "") if columns else ""
+
+
+def train(folder: Location, vocab_size: int, runs: list[Run]) -> dict[str, Any]:
+    """Trains a tokenizer on all captions, whose order does not matter."""
+    tables = (table for run in runs for table in survivors(folder, run, columns=["text"]))
+    texts = (text for table in tables for text in table["text"].to_pylist())
+    name = segment.store(folder, tokens.train(texts, vocab_size, END))
+    return {"definition": name, "files": [name]}
+
+
+# shards ----------------------------------------------------------------------------------------------------------------
+
+
+def deal(folder: Location, run: Run, shards: Shards, latents: dict[str, Any] | None, follows: str) -> dict[str, Any]:
+    """Spills a run's images by the shards that the hashes of their pixels name, each inside its bucket.
+
+    `follows`: the key of what the latents follow from.
+    """
+    found = [_dealt(table, shards) for table in survivors(folder, run)]
+    table = pa.concat_tables([DEALT.empty_table(), *found])
+    if latents is not None:
+        table = _encoder(json.dumps(latents), follows)(table)
+    name = spill.write(folder, table, ("hash", "id"))
+    return {"dealt": [name, len(table), table.nbytes], "files": [name]}
+
+
+def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
+    sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
+    first, number = np.array([shards[f"{width}x{height}"] for width, height in sizes], np.uint64).reshape(-1, 2).T
+    place = first + (table["key"].to_numpy() >> np.uint64(4)) % number  # by 60 bits of the hash
+    labels = [_label(held) for held in table["columns"].to_pylist()]
+    columns = [pa.array(place), table["hash"], table["id"], table["text"], pa.array(labels, pa.large_string()),
+               *(table[c] for c in ("width", "height", "image", "columns"))]  # fmt: skip
+    return pa.Table.from_arrays(columns, schema=DEALT)
+
+
+@lru_cache(maxsize=2)
+def _encoder(config: str, follows: str) -> Any:
+    """Loads the frozen encoders once in each process, for the tasks to come that follow from the same ones."""
+    from heliostat.curation.images.latents import Encoder, Latents
+
+    require_same("latents", key(Latents(**json.loads(config)).identity()), follows)
+    return Encoder(json.loads(config))
+
+
+def encode_nothing(folder: Location, latents: dict[str, Any], follows: str) -> dict[str, Any]:
+    """Spills what the text encoder makes of no caption."""
+    found = _encoder(json.dumps({**latents, "gpus": 0.0}), follows).embeddings([""])[0]
+    data = found.tobytes()
+    name = spill.put(folder, data, ".bin")
+    return {"name": name, "shape": list(found.shape), "files": [name]}
+
+
+def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
+                names: list[str], stored: tuple[str, ...] = ()) -> dict[str, Any]:  # fmt: skip
+    """Writes the shard of this number, with the columns of stages that are `stored`; returns its counts and its part of the
+    manifest."""
+    tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
+    if not tables:  # few images, none of which has such a hash
+        return {"path": "", "file_bytes": 0, "images": 0, "ends": [], "chunks": []}
+    table = pa.concat_tables(tables)
+    data = shard(_with(table, stored), chunk_images, (*STORED, *stored))
+    path = versions.store(Location(output), prefix, data, ".parquet")
+    rows, contents = manifest.read_footer(Location(output), path, None), shard_file.content_digests(data, None)
+    ends = [_ends(folder, path, table)] if explained else []
+    return {"path": path, "file_bytes": len(data), "images": len(table), "ends": ends, "files": ends,
+            "chunks": [{**row, "content": content} for row, content in zip(rows, contents, strict=True)]}  # fmt: skip
+
+
+def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
+    """Appends columns that stages have made, as strings; "" where one has made none."""
+    for name in stored:
+        values = [str(json.loads(held).get(name, "")) if held else "" for held in table["columns"].to_pylist()]
+        table = table.append_column(name, pa.array(values, pa.large_string()))
+    return table
+
+
+def _ends(folder: Location, path: str, table: pa.Table) -> str:
+    """Spills that these images are in a shard."""
+    rows = [{"key": segment.key_of(row["id"]), "id": row["id"], "stage": "shard", "reason": "kept", "detail": path,
+             "hash": row["hash"].hex(), "columns": row["columns"]}
+            for row in table.select(["id", "hash", "columns"]).to_pylist()]  # fmt: skip
+    return spill.write(folder, pa.Table.from_pylist(rows, segment.LEFT_OUT), ("id", "stage", "reason", "detail"))
+
+
+def folder_of(bucket: str, number: int, parts: bool) -> str:
+    """Returns where a shard's file lies, of the number that the shard has in its bucket."""
+    return f"{bucket}/{SHARDS}/{number:05d}/" if parts else f"{SHARDS}/{number:05d}/"
+
+
+def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED) -> bytes:
+    """Writes a shard as the bytes of a Parquet file: the same images, in whatever order, give the same bytes."""
+    table = table.sort_by([("hash", "ascending"), ("id", "ascending")]).select([c for c in columns if c in table.column_names])
+    table = spill.narrowed(table)
+    groups = max(1, round(len(table) / chunk_images))
+    edges = [len(table) * i // groups for i in range(groups + 1)]
+    return _parquet([table.slice(a, b - a) for a, b in itertools.pairwise(edges)])
+
+
+def without(file: pq.ParquetFile, id: str) -> tuple[bytes | None, int]:
+    """Writes an open shard again without an image, and returns it with the image's and its caption's bytes; None if none is left.
+
+    Row groups keep their other images. Of latents nobody knows what the image took.
+    """
+    left, size = list[pa.Table](), 0
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group)
+        named = pc.equal(table["id"], id)
+        for row in table.filter(named).to_pylist():
+            size += len(row["caption"].encode()) + len(row.get("image") or b"")
+        if len(kept := table.filter(pc.invert(named))):
+            left.append(kept)
+    return (_parquet(left) if left else None), size
+
+
+def _parquet(groups: list[pa.Table]) -> bytes:
+    content = hashlib.sha256()
+    sink = io.BytesIO()
+    schema = groups[0].schema.remove_metadata()
+    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False, write_page_checksum=True,
+                          write_statistics=False) as writer:  # fmt: skip
+        for table in groups:
+            for column in table.columns:
+                for value in column.to_pylist():
+                    part = value if isinstance(value, bytes) else str(value).encode()
+                    content.update(len(part).to_bytes(8, "little") + part)
+            writer.write_table(table.combine_chunks().cast(schema), row_group_size=max(1, len(table)))
+        # in the footer, which the manifest hashes: the dataset's digest then changes with any pixel
+        writer.add_key_value_metadata({"content": content.hexdigest()})
+    return sink.getvalue()

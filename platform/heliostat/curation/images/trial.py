@@ -1,0 +1,100 @@
+"""Prepares a sample of an image input, and predicts from it what the whole would give and take: the funnel, bytes, hours."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from heliostat.curation.images.making import Making
+from heliostat.curation.images.pictures import Raw
+from heliostat.curation.images.tasks import ImageSource
+from heliostat.curation.pieces import Part
+from heliostat.curation.predicting import Prediction, spread_of
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.sampled import OF_RECORDS, PLACES, Sample, chosen, evenly
+from heliostat.curation.segment import Run
+from heliostat.curation.similar import alike_of
+from heliostat.curation.stage import Dropped
+from heliostat.errors import DataError
+
+RATE = "rate"  # of a task: the share of its images that is taken
+
+
+@dataclass(frozen=True)
+class SampledSource(ImageSource):
+    """Reads a sample of an image input: of each task, the images whose ids are chosen."""
+
+    def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
+        return (raw for raw in super()._raw(task) if task[RATE] >= 1 or chosen(raw.id, task[RATE], OF_RECORDS))
+
+
+def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: Sample) -> Iterator[dict[str, Any]]:
+    """Yields the read tasks of a sample, and counts in it what is read.
+
+    Of images that are files of their own some are chosen; of archives some, at least PLACES if there are, and of the images in
+    them a share.
+    """
+    sizes = {f.path: f for f in inputs}
+    archives = list[Part]()
+    for task in tasks:
+        if task["kind"] == "files":
+            yield from _files(task, sizes, sample)
+        elif task["kind"] == "archives":
+            archives += [Part(**told) for told in task["parts"]]
+        else:  # images that come with a library
+            whole = [Part(f.path, f.bytes, f.modified) for f in inputs]
+            sample.add(task["kind"], whole, whole, False, sample.fraction)
+            yield {**task, RATE: sample.fraction}
+    if archives:
+        rate = min(1.0, max(sample.fraction, PLACES / len(archives)))
+        taken = evenly(archives, rate)
+        sample.add("archives", archives, taken, False, sample.fraction / rate)
+        for part in sorted(taken, key=lambda part: (part.path, part.start)):
+            yield {"kind": "archives", "parts": [vars(part)], RATE: sample.fraction / rate}
+
+
+def _files(task: dict[str, Any], sizes: dict[str, InputFile], sample: Sample) -> Iterator[dict[str, Any]]:
+    entries = {f"{place} {entry['path']}": (entry, state)
+               for place, (entry, state) in enumerate(zip(task["entries"], task["state"], strict=True))}  # fmt: skip
+    parts = [Part(name, sizes[entry["path"]].bytes if entry["path"] in sizes else 0, 0) for name, (entry, _) in entries.items()]
+    taken = evenly(parts, sample.fraction)
+    sample.add(task["kind"], parts, taken, True, 1.0)
+    if taken:
+        found = [entries[part.path] for part in taken]
+        yield {**task, "entries": [entry for entry, _ in found], "state": [state for _, state in found], RATE: 1.0}
+
+
+@dataclass
+class Trial(Making):
+    """Makes a dataset of a sample, and predicts that of the whole."""
+
+    sample: Sample = field(kw_only=True)
+    _left: list[Run] = field(default_factory=list, init=False)
+
+    @property
+    def explained(self) -> bool:
+        return True
+
+    def _tasks(self, inputs: list[InputFile]) -> Iterator[dict[str, Any]]:
+        return sampled(super()._tasks(inputs), inputs, self.sample)
+
+    def _counted(self, runs: list[Run]) -> tuple[dict[str, int], list[str]]:
+        self._left = runs
+        return super()._counted(runs)
+
+    def _log(self, found: Counter[str], examples: dict[str, list[str]]) -> None:
+        """Logs nothing: what the sample drops is in the prediction."""
+
+    def predicted(self, inputs: list[InputFile]) -> dict[str, Any]:
+        """Returns the prediction as JSON values."""
+        rows, meta = self.run(inputs)
+        if not rows:
+            raise DataError(f"nothing is left of the sample ({meta.get('dropped')}); give a larger one")
+        funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
+        spread = spread_of(self.flow, self._left, self.sample.fraction)
+        alike = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)
+        made = Prediction(self.sample, self.all_stages, funnel, self.flow, self.counted, spread, alike)
+        return made.told(len(inputs))

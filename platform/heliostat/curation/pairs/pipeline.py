@@ -1,0 +1,93 @@
+"""Makes pairs of texts that belong together, on Ray: docstrings with their functions (Python), titles with their sections
+(Markdown, HTML), and pairs that records have (`.jsonl`, `.parquet`). Run: `heliostat prepare pipelines/pairs.yaml`.
+
+Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Pairs go to the
+shard, and lie in it, by the hash of their text; equal pairs are there once. A text is held out with all of its queries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import Field
+
+from heliostat.curation.pairs import extracting
+from heliostat.curation.pairs.making import Making
+from heliostat.curation.pairs.reading import Least, PairSource
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.staged import StagedPipeline
+from heliostat.curation.text import documents, sources, tokens
+from heliostat.curation.text.pipeline import TokenizerConfig
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+from heliostat.storage.locations import Location
+
+
+class PairPipeline(StagedPipeline):
+    """Defines the keys of a pipeline of pairs; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
+
+    beside = frozenset({"work", "keep_work", "memory_limit"})
+
+    input: str = Field(min_length=1)
+    """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Pairs are made of `.py`,
+    `.md` and `.html`; `.jsonl` and `.parquet` hold them."""
+    exclude: list[str] = []
+    """Globs of files that are not read, by their paths below the input's folder."""
+    query_column: str = "query"
+    """The column of `.jsonl` and `.parquet` that holds the query."""
+    text_column: str = "text"
+    """The column that holds the text which the query is about."""
+    min_query_words: int = Field(2, ge=1)
+    """Pairs whose query has fewer words are left out (`short_query`)."""
+    min_text_words: int = Field(8, ge=1)
+    """Pairs whose text has fewer words are left out (`short_text`)."""
+    normalise: Literal["none", "NFC", "NFKC"] = "NFC"
+    """Unicode's normal form that queries and texts are brought to. It decides which are equal."""
+    tokenizer: TokenizerConfig | None = None
+    """Trained from the texts, or taken as it is, for a model that is trained from nothing. Unset: none; a pretrained model has
+    its own."""
+    chunk_pairs: int = Field(1024, gt=0)
+    """Pairs of a chunk, about."""
+    shard_bytes: int = Field(128_000_000, gt=0)
+    """Bytes of text in a shard, about; it bounds the memory of the task that writes it."""
+
+    @cached_property
+    def given(self) -> str | None:
+        return self.tokenizer.definition() if self.tokenizer else None
+
+    def check(self) -> None:
+        if self.query_column == self.text_column:
+            raise ConfigError(f"query_column: {self.query_column!r} is the text_column, too; a query is no text about itself")
+        if self.tokenizer and self.given is not None:
+            tokens.end_id(tokens.load(self.given), self.tokenizer.end_of_document)
+        for stage in self.stages:
+            if stage.of_images:
+                raise ConfigError(f"stages: {stage.named()} looks at images, which pairs of texts have none of; remove it")
+            stage.check()
+        for pattern in self.exclude:
+            sources.glob_regex(pattern, "exclude")
+        self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
+
+    def inputs(self) -> list[InputFile]:
+        return sources.without(sources.listing(self.input, True), self.exclude)
+
+    def identity(self) -> dict[str, Any]:
+        config = super().identity() | {"extracting": extracting.VERSION}
+        if self.given is not None:  # what it says, not where it lies
+            config["tokenizer"]["path"] = hashlib.sha256(self.given.encode()).hexdigest()
+        config["stages"] = [stage.identity() for stage in self.stages]
+        return config
+
+    def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        rules = documents.Rules(self.text_column, self.normalise, columns=(self.query_column,))
+        source = PairSource(self.input, rules, self.query_column, Least(self.min_query_words, self.min_text_words))
+        tokenizer = self.tokenizer.model_dump() if self.tokenizer else {}
+        making = Making(self.flow(), source, output, tokenizer, self.given, self.stages, self.memory_limit, self.shard_bytes,
+                        self.chunk_pairs)  # fmt: skip
+        return making.run(inputs)
+
+    def finish(self, made: Manifest) -> None:
+        if not self.keep_work:
+            self.worked.clear()

@@ -1,0 +1,99 @@
+"""Reads pairs from files, in a task: made of code and pages, or as the records of a file have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from heliostat.curation import readers
+from heliostat.curation.encodings import decode
+from heliostat.curation.pairs import extracting
+from heliostat.curation.pieces import Part
+from heliostat.curation.stage import Document, Dropped
+from heliostat.curation.text import documents, sources
+from heliostat.curation.text.tasks import TextSource
+
+QUERY, KIND = "query", "kind"  # columns of a pair beside its text
+DOCSTRING, SECTION, RECORD = "docstring", "section", "record"  # kinds
+WHOLE = (".py", ".md", ".txt", ".rst")  # files that are one document, beside pages
+REASONS = {
+    "unparsed": "code that this Python cannot parse, or a page that cannot be read",
+    "no_pairs": "neither functions with docstrings nor titles",
+    "no_query": "a record without a string in its query column",
+    "short_query": "a query of fewer than min_query_words words",
+    "short_text": "a text of fewer than min_text_words words",
+    "same": "a query that is its own text",
+}
+
+
+@dataclass(frozen=True)
+class Least:
+    """Defines how many words a pair must have."""
+
+    query: int
+    text: int
+
+
+@dataclass(frozen=True)
+class PairSource(TextSource):
+    """Reads the pairs of an input: each is a document, of which the query is a column."""
+
+    query_column: str
+    least: Least
+
+    def read(self, part: Part) -> Iterator[Document | Dropped]:
+        path = part.path or sources.root(self.input).name
+        suffix = sources.kind(path)[0] or readers.suffix_of(path) or ""
+        for item in super().read(part):
+            if isinstance(item, Dropped):
+                yield item
+            elif isinstance(item.text, str) and suffix not in WHOLE:
+                yield self._record(item)
+            else:
+                yield from self._made(item, suffix)
+
+    def finish(self, document: Document) -> Document | Dropped:
+        return self._fit(document)
+
+    def _record(self, item: Document) -> Document | Dropped:
+        query = item.columns.get(self.query_column)
+        return self._pair(item.id, RECORD, query, item.text) if isinstance(query, str) else Dropped(item.id, "no_query")
+
+    def _made(self, item: Document, suffix: str) -> Iterator[Document | Dropped]:
+        """Yields the pairs of one document, or why there is none."""
+        kind = DOCSTRING if suffix == ".py" else SECTION
+        try:
+            found = list(_find(item.text, suffix))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+            yield Dropped(item.id, "unparsed", f"{type(e).__name__}: {e}"[:200])
+            return
+        if not found:
+            yield Dropped(item.id, "no_pairs")
+        for pair in found:
+            yield self._pair(f"{item.id}#{pair.line}", kind, pair.query, pair.text)
+
+    def _pair(self, id: str, kind: str, query: str, text: Any) -> Document | Dropped:
+        asked = documents.clean(id, query, documents.Rules(normalise=self.rules.normalise))
+        made = documents.clean(id, text, self.rules)
+        if isinstance(asked, Dropped):
+            return Dropped(id, "short_query" if asked.reason == "empty" else asked.reason, "of the query")
+        if isinstance(made, Dropped):
+            return Dropped(id, "short_text") if made.reason == "empty" else made
+        return self._fit(Document(id, made.text, {QUERY: asked.text, KIND: kind}))
+
+    def _fit(self, pair: Document) -> Document | Dropped:
+        """Returns the pair, or why it is left out: too few words, or nothing to be found."""
+        assert isinstance(pair.text, str)
+        if len(pair.columns[QUERY].split()) < self.least.query:
+            return Dropped(pair.id, "short_query")
+        if len(pair.text.split()) < self.least.text:
+            return Dropped(pair.id, "short_text")
+        return Dropped(pair.id, "same") if pair.columns[QUERY].strip() == pair.text.strip() else pair
+
+
+def _find(text: str | bytes, suffix: str) -> Iterator[extracting.Pair]:
+    """Finds the pairs of a page, which is bytes, or of a file of this kind."""
+    if isinstance(text, bytes):
+        return extracting.html(decode(text, None)[0])
+    return {".py": extracting.docstrings, ".md": extracting.markdown}.get(suffix, lambda _: iter(()))(text)

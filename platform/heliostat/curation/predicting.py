@@ -1,0 +1,218 @@
+"""Predicts from what a sample's run found what the whole would give and take: the funnel, tokens, hours, and their bounds."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from heliostat.curation import estimates, segment, tally
+from heliostat.curation.engine import segments
+from heliostat.curation.estimates import Share
+from heliostat.curation.sampled import Sample
+from heliostat.curation.segment import Run, survivors
+from heliostat.curation.similar import EXACT, Alike
+from heliostat.curation.stage import GlobalStage, Stage
+from heliostat.storage.locations import Location
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
+
+SHARD, TOKENIZER = "shard", "tokenizer"
+FEW = 400  # documents, of which a share of a half is known to 5 %
+GOOD = 0.1  # to which bytes and tokens are known well
+HOUR_S = 3600
+GROUP = 64  # runs that a task measures
+WHICH = ("expected", "low", "high")
+Funnel = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Holds tokens a byte of the whole: expected, and between which bounds."""
+
+    expected: float
+    low: float
+    high: float
+
+
+@dataclass
+class Prediction:
+    """Predicts the whole from a sample's funnel, the CPU seconds of its tasks (`flow`) and of its stages (`counted`)."""
+
+    sample: Sample
+    stages: list[Stage]
+    funnel: Funnel
+    flow: Flow
+    counted: tally.Tally
+    spread: float
+    """The standard error of the bytes that are kept, as a share of them."""
+    alike: dict[str, Alike]
+    """What each stage that compares documents found, and of `exact` duplicates the shards."""
+    rate: Rate | None = None
+    most_trained: int | None = None
+    """Bytes of text that train a tokenizer, at most; None: all of it."""
+    training_grows: float = 1.0
+    """The power of its text with which the time grows that training a tokenizer takes."""
+    shards_drop_duplicates: bool = False
+    """Whether the shards' tasks leave out exact duplicates, as those of text do."""
+
+    def __post_init__(self) -> None:
+        self.repeated = self._repeated()
+        self.factors = [kept_factors(self.funnel, self.repeated, which) for which in WHICH]
+
+    def told(self, files: int) -> dict[str, Any]:
+        """Returns the prediction as JSON values."""
+        rows, hours = self._rows(), self._hours(self.factors[0], self.flow.seconds)
+        total, cpus = sum(hours.values()), self.flow.cpus()
+        last, spread = rows[-1], estimates.Z * self.spread
+        waited = {
+            kind: wall if kind == TOKENIZER else max(self.flow.seconds[kind], wall) for kind, wall in self.flow.walls.items()
+        }
+        clock = self._hours(self.factors[0], waited)
+        alone = clock.pop(TOKENIZER, 0.0)  # on all CPUs at once
+        few, many = (sum(self._hours(self.factors[i], self.flow.seconds).values()) for i in (2, 1))  # many duplicates, few
+        found = {
+            "sample": {"fraction": self.sample.fraction, "documents": self.funnel[segment.READ]["documents"],
+                       "bytes": round(self.sample.taken_bytes), "read_bytes": self.sample.read_bytes},
+            "input": {"files": files, "bytes": self.sample.input_bytes},
+            "funnel": rows,
+            "duplicates": {name: vars(share) for name, share in self.repeated.items()},
+            "documents": last["kept"],
+            "tokens": last["tokens"],
+            "cpu_hours": total,
+            "cpu_hours_low": few * max(0.0, 1 - spread),
+            "cpu_hours_high": many * (1 + spread),
+            "wall_hours": sum(clock.values()) / cpus + alone,
+            "cpus": cpus,
+            "notes": self._notes(),
+        }  # fmt: skip
+        least, most = (last["kept_bytes"] * self.factors[i][""] / self.factors[0][""] for i in (2, 1))
+        least, most = least * max(0.0, 1 - spread), most * (1 + spread)
+        found |= {"bytes": last["kept_bytes"], "bytes_low": round(least), "bytes_high": round(most)}
+        if self.rate and last["tokens"] is not None:
+            found |= {"tokens_low": round(least * self.rate.low), "tokens_high": round(most * self.rate.high)}
+        return found
+
+    def _rows(self) -> list[dict[str, Any]]:
+        made = rows_of(self.funnel, self.sample, self.factors, self.rate.expected if self.rate else None)
+        for row in made:
+            row["cpu_hours"] = self._of_stage(row["stage"])
+        first = [tally.label(*numbered) for numbered in segments(self.stages)[0]]
+        reading = self._hours(self.factors[0], self.flow.seconds)[segment.READ]
+        made[0]["cpu_hours"] = max(0.0, reading - sum(row["cpu_hours"] for row in made if row["stage"] in first))
+        return made
+
+    def _repeated(self) -> dict[str, Share]:
+        """Estimates the duplicates of each stage that drops documents for others, and of shards that leave out exact ones."""
+        found = dict[str, Share]()
+        for name, part in self.funnel.items():
+            if "clusters" in part["counts"] or (name == SHARD and self.shards_drop_duplicates and not found):
+                # of shards only if no stage compares: an exact duplicate is a near one
+                groups, places = self.alike.get(EXACT if name == SHARD else name, ({}, {}))
+                rate = self.sample.taken_bytes / self.sample.read_bytes
+                found[name] = estimates.duplicates_by_place(part["documents"], groups, places, rate, self.sample.of_documents)
+        return found
+
+    def _hours(self, factors: dict[str, float], taken: dict[str, float]) -> dict[str, float]:
+        """Predicts the hours of each kind of task from the seconds of the sample; stages are opened as often as there."""
+        before = {number: factors[tally.label(number, stage)] for number, stage in enumerate(self.stages)}
+        found, sample = {}, self.sample
+        for kind, seconds in taken.items():
+            opening, numbered = self.flow.opening.get(kind, 0.0), re.match(r"[a-z]+-(\d+)", kind)
+            factor = before[int(numbered[1])] if numbered else 1.0 if kind == segment.READ else factors[""]
+            found[kind] = ((seconds - opening) * sample.of_bytes * factor + opening) / HOUR_S
+        reading = self.counted[segment.READ]["seconds"]
+        found[segment.READ] += reading * (sample.input_bytes / sample.read_bytes - sample.of_bytes) / HOUR_S
+        if TOKENIZER in found and self.most_trained is not None:
+            sampled = self.funnel[SHARD]["kept_bytes"]
+            most, whole = self.most_trained, sampled * sample.of_bytes * factors[""]
+            found[TOKENIZER] = taken[TOKENIZER] * (min(most, whole) / min(most, sampled)) ** self.training_grows / HOUR_S
+        return found
+
+    def _of_stage(self, name: str) -> float:
+        seconds = self.flow.seconds["shards"] if name == SHARD else self.counted.get(name, {}).get("seconds", 0.0)
+        return seconds * self.sample.of_bytes * self.factors[0][name] / HOUR_S
+
+    def _notes(self) -> list[str]:
+        kept, notes = self.funnel[SHARD]["kept"], list[str]()
+        for name, share in self.repeated.items():
+            if share.high - share.low > 0.01:
+                notes.append(f"{name}: a sample holds few duplicates of its own documents: {share.seen:.1%} here, "
+                             f"{share.expected:.1%} expected of all, {share.low:.1%} to {share.high:.1%} possible")  # fmt: skip
+        for number, stage in enumerate(self.stages):
+            if isinstance(stage, GlobalStage) and (name := tally.label(number, stage)) not in self.repeated:
+                notes.append(f"{name}: compares all documents, of which a sample holds few; it will drop more of the whole")
+        if kept < FEW:
+            notes.append(
+                f"{kept:,} documents of the sample are kept, so what they are few of is known badly; give a larger share"
+            )
+        if (known := estimates.Z * self.spread) > GOOD:
+            larger = estimates.enough(self.sample.fraction, self.spread, GOOD)
+            notes.append(f"bytes, tokens and hours of what is kept are known to {known:.0%}, by the number of documents that are "
+                         f"kept, and their sizes; a share of {larger:.2g} would tell them to {GOOD:.0%}")  # fmt: skip
+        return notes
+
+
+def kept_factors(funnel: Funnel, repeated: dict[str, Share], which: str = "expected") -> dict[str, float]:
+    """Computes by what share of the sample's documents at each stage the whole has fewer, as it has more duplicates."""
+    found, factor = {}, 1.0
+    for name in funnel:
+        found[name] = factor
+        if name in repeated and repeated[name].seen < 1:
+            factor *= (1 - getattr(repeated[name], which)) / (1 - repeated[name].seen)
+    return found | {"": factor}  # behind the last
+
+
+def rows_of(funnel: Funnel, sample: Sample, factors: list[dict[str, float]], per_byte: float | None) -> list[dict[str, Any]]:
+    """Scales the funnel to the whole, with a binomial interval of what each stage leaves of what was read.
+
+    `factors` are `kept_factors` for the expected share of duplicates, and the lowest and highest; `per_byte` are tokens.
+    """
+    expected, fewest, most = factors
+    read, found = funnel[segment.READ]["documents"], list[dict[str, Any]]()
+    pages = max((i for i, name in enumerate(funnel) if name.endswith(" extract")), default=0)
+    spread = sample.unknown * estimates.Z * math.sqrt((1 - sample.fraction) / max(1, read))  # of the number read
+    names = [name for name in funnel if name != segment.FINISH]
+    for place, (name, after) in enumerate(zip(names, [*names[1:], ""], strict=True)):
+        part, came, (low, high) = funnel[name], expected[name], estimates.wilson(funnel[name]["kept"], read)
+        kept_bytes, times = part["kept_bytes"] * sample.of_bytes * expected[after], sample.of_documents * read
+        found.append({
+            "stage": name,
+            "documents": round(part["documents"] * sample.of_documents * came),
+            "bytes": round(part["bytes"] * sample.of_bytes * came),
+            "kept": round(part["kept"] * sample.of_documents * expected[after]),
+            "kept_low": round(low * times * max(0.0, 1 - spread) * most[after]),
+            "kept_high": round(high * times * (1 + spread) * fewest[after]),
+            "kept_bytes": round(kept_bytes),
+            "tokens": round(kept_bytes * per_byte) if per_byte is not None and place >= pages else None,
+            "dropped": {reason: round(n * sample.of_documents * came) for reason, n in part["dropped"].items()},
+        })  # fmt: skip
+        if len(part["dropped"]) == 1:  # for others: duplicates among them, of which there are more than the sample's
+            found[-1]["dropped"] = dict.fromkeys(part["dropped"], found[-1]["documents"] - found[-1]["kept"])
+    return found
+
+
+def spread_of(flow: Flow, runs: list[Run], fraction: float) -> float:
+    """Estimates the standard error of the bytes in runs of a sample, as a share of them: as if documents were drawn one by one.
+
+    Where few large documents hold most of the bytes it is large, however many documents there are.
+    """
+    parts = [runs[first : first + GROUP] for first in range(0, len(runs), GROUP)]
+    work = (Task(key("spread", [[run.name, run.decided] for run in part]), {"runs": part}) for part in parts)
+    measured = flow.all("spread", squares, work)
+    flow.forget("spread")
+    bytes, squared = (sum(record[name] for record in measured) for name in ("bytes", "squares"))
+    return math.sqrt((1 - fraction) * squared) / bytes if bytes else 0.0
+
+
+def squares(folder: Location, runs: list[Run]) -> dict[str, Any]:
+    """Sums the bytes of documents in runs, and their squares."""
+    total, squared = 0, 0.0
+    for run in runs:
+        for table in survivors(folder, run, columns=["bytes"]):
+            sizes = table["bytes"].to_numpy().astype(np.float64)
+            total, squared = total + int(sizes.sum()), squared + float((sizes * sizes).sum())
+    return {"bytes": total, "squares": squared}

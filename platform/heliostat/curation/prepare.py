@@ -1,0 +1,341 @@
+"""Prepares raw data as shards and a manifest, once: `heliostat prepare PIPELINE.yaml`; a rerun with nothing new does nothing.
+
+A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:TextPipeline`). It subclasses `Pipeline`, which
+is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:
+
+- everything cheap is checked before Ray starts: the keys, the inputs, the output's store;
+- the dataset exists only when it is complete: a new version is written beside the old one and its manifest last, so a run
+  that fails or is interrupted leaves what was there. What it had written itself it removes;
+- the version that it replaces stays for `keep_days`, for the runs that read it (`heliostat.data.versions`);
+- a folder that holds other things is refused, and nothing in it that is not ours is ever removed;
+- a finished dataset of the same configuration and input is kept (`up_to_date`), unless `force` is given;
+- the digest does not depend on where the input and output lie or when they were written. Those facts are kept in
+  `prepared.json`, beside the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from heliostat import kinds
+from heliostat.cluster import private_ray
+from heliostat.cluster.connect import connect
+from heliostat.config import workspace
+from heliostat.curation.leftovers import remove_old_samples, sample_folder
+from heliostat.curation.watching import Watch
+from heliostat.data import collection, manifest, versions
+from heliostat.data.infilling import COUNTS
+from heliostat.data.manifest import Manifest
+from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError, unwrapped
+from heliostat.schema import Float, Strict, apply, read_yaml, validate
+from heliostat.storage.locations import Location
+from heliostat.terminal import console
+
+log = logging.getLogger(__name__)
+
+LISTED = "quarantine.parquet"  # what was left out, and why: of the newest version
+DAY_S = 86_400
+CPUS = 4  # logical: the tasks wait for storage much of the time
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """Describes one file of the input; `path` is relative to the input's root, `modified` in nanoseconds since 1970."""
+
+    path: str
+    bytes: int
+    modified: int
+
+
+class Pipeline(Strict):
+    """Defines a pipeline: a validated YAML that can produce a dataset. Subclasses add keys and implement the methods."""
+
+    later: ClassVar[frozenset[str]] = frozenset()  # keys that came after others: datasets made without them are up to date
+    beside: ClassVar[frozenset[str]] = frozenset()  # keys that do not shape the data
+    ray_data: ClassVar[bool] = True  # whether `write` works by Ray Data, whose import takes a second
+
+    name: str = Field(min_length=1)
+    """The dataset's name, which its manifest records."""
+    output: str = Field(min_length=1)
+    """The folder of the dataset, or `s3://bucket/prefix`. It must not lie in the input."""
+    labels: dict[str, str] = {}
+    """Only nodes that carry these Ray labels do the work. Empty: any node."""
+    keep_days: Float = Field(7.0, ge=0)
+    """Days that a version stays after it was replaced, for the runs that read it. See docs/prepare.md#versions"""
+
+    def check(self) -> None:
+        """Checks everything that can be checked without Ray and without reading the data; ConfigError if something is wrong."""
+        raise NotImplementedError
+
+    def inputs(self) -> list[InputFile]:
+        """Lists the files to read, sorted by path; ConfigError if there are none."""
+        raise NotImplementedError
+
+    def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
+        """Returns which model wrote the input, and from what, where that is known: of answers of batch inference."""
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the part of the configuration that shapes the data: all but the locations, and later keys at their defaults."""
+        usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
+        return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *self.beside, *usual})
+
+    def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Writes everything but the manifest, on Ray, and returns the manifest's rows and metadata (with `kind`).
+
+        Files are named after their content (`versions.store`), because an older version lies in the same folder. In the metadata,
+        `files` lists the files that are also published under a plain name, and `listed` the files that list what was left out.
+        """
+        raise NotImplementedError
+
+    def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
+        """Prepares a share of the input in a folder, on Ray, and returns what the whole would give and take, as JSON values."""
+        raise ConfigError(f"--sample: {type(self).__name__} has no dry run; those of text and of images have one")
+
+    def watched(self, watch: Watch) -> None:
+        """Takes what shows a person how far `write` and `predict` are."""
+
+    def begin_anew(self) -> None:
+        """Forgets what an earlier run has left unfinished: `--force` was given."""
+
+    def finish(self, made: Manifest) -> None:
+        """Removes what is of no use once the dataset is published, and adds what its digest does not cover."""
+
+
+def place(uri: str, key: str) -> Location:
+    """Resolves the URI that a key of a pipeline has to a location; a relative path starts at the workspace."""
+    try:
+        return Location(uri).absolute(workspace.root())
+    except ConfigError as e:
+        raise ConfigError(f"{key}: {e}") from e
+
+
+def sha256_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
+    """Loads the pipeline's import path and the validated pipeline; ConfigError names every wrong key."""
+    given, path = path, path if path.is_absolute() else workspace.root() / path
+    written = read_yaml(path)
+    kinds.require("pipeline", given, written)
+    raw = apply(written, settings)
+    target = raw.pop("pipeline", None)
+    if not isinstance(target, str):
+        raise ConfigError(f"{path}: pipeline: {target!r} must name a class, such as heliostat.pipelines:TextPipeline")
+    cls = workspace.import_path(f"{path}: pipeline", target)
+    if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
+        raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.prepare.Pipeline")
+    return target, validate(cls, raw, str(path))
+
+
+def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Prepares the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values.
+
+    It shows how far it is, unless it is to be `quiet`.
+    """
+    start = time.monotonic()
+    target, pipeline = load(path, settings)
+    output = place(pipeline.output, "output")
+    _check_output(output)
+    pipeline.check()
+    record = versions.read_record(output)
+    inputs = pipeline.inputs()
+    config = sha256_json({"pipeline": target, **pipeline.identity()})
+    listing = sha256_json([(f.path, f.bytes) for f in inputs])
+    wanted = {"config": config, "input": sha256_json([(f.path, f.bytes, f.modified) for f in inputs])}
+    of_made = {k: record.get("made", record).get(k) for k in wanted}  # older records hold the two by themselves
+    if not force and of_made == wanted and (done := _finished(output)):
+        log.info("%s is up to date", output)
+        pruned = versions.prune(output, record, pipeline.keep_days * DAY_S) if record.get("replaced") else versions.NOTHING
+        return _report(done, time.monotonic() - start, True, pruned, record.get("made", {}).get("written_by"))
+
+    stages = {f"{number} {of['stage']}": of["version"] for number, of in enumerate(pipeline.identity().get("stages", []))}
+    if why := changed(of_made, wanted, record.get("made", {}).get("stages"), stages):
+        log.info("%s: preparing it again, because %s", output, why)
+    record, written_by = versions.claim(output, record), pipeline.written_by(inputs)
+    if force:
+        pipeline.begin_anew()
+    before = set(versions.listing(output))
+    try:
+        _start_ray(pipeline)
+        with Watch(console, f"preparing {pipeline.name}", quiet) as watch, unwrapped():
+            pipeline.watched(watch)
+            rows, meta = pipeline.write(output, inputs)
+        if not rows:
+            raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
+        listed = meta.pop("listed", None) or []
+        listed = [listed] if isinstance(listed, str) else listed
+        versions.save_beside(output)
+        record = {k: v for k, v in record.items() if k not in ("made", *wanted)}
+        versions.write_record(output, record)  # so that a dataset whose publishing breaks off is not up to date
+        write = collection.write if "parts" in meta else manifest.write
+        made = write(output, rows, {**meta, "name": pipeline.name, "config": config, "listing": listing})
+    except BaseException as e:
+        _undo(output, before, record, e)
+        raise
+    _list(output, listed)
+    versions.publish(output, made)
+    also = {"stages": stages, "written_by": written_by}
+    record = versions.mark(output, made, record) | {"made": wanted | {k: v for k, v in also.items() if v}}
+    versions.release(output, record)
+    pipeline.finish(made)
+    pruned = versions.prune(output, record, pipeline.keep_days * DAY_S)
+    return _report(made, time.monotonic() - start, False, pruned, written_by)
+
+
+def changed(made: dict[str, Any], wanted: dict[str, Any], before: dict[str, int] | None, stages: dict[str, int]) -> str:
+    """Says what is not as it was when the dataset was made; "" if nothing is, or there is no dataset.
+
+    `before` and `stages` are versions of stages by `NUMBER NAME`; older records have none.
+    """
+    if made["config"] is None or made == wanted:
+        return ""
+    newer = [f"{name} has version {stages[name]}, and had {was}" for name, was in (before or {}).items()
+             if stages.get(name, was) != was]  # fmt: skip
+    if newer:
+        return f"its stages decide otherwise: {', '.join(newer)}"
+    return "its keys, or versions of its stages, have changed" if made["config"] != wanted["config"] else "its input has changed"
+
+
+def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = False) -> dict[str, Any]:
+    """Prepares a sample of the input in a folder that is deleted again, and predicts what the whole would give and take."""
+    _, pipeline = load(path, settings)
+    output = place(pipeline.output, "output")
+    _check_output(output)
+    pipeline.check()
+    inputs = pipeline.inputs()
+    remove_old_samples(output)
+    folder = sample_folder(output)
+    _start_ray(pipeline)
+    try:
+        with Watch(console, f"preparing a sample of {pipeline.name}", quiet) as watch, unwrapped():
+            pipeline.watched(watch)
+            return pipeline.predict(folder, inputs, fraction)
+    finally:
+        folder.delete()
+
+
+def _start_ray(pipeline: Pipeline) -> None:
+    module = type(pipeline).__module__
+    needed = private_ray.TASKS if pipeline.ray_data else ()
+    private_ray.ahead(0, [*needed, *([module] if module.startswith("heliostat.") else [])])
+    connect(cpus=CPUS)
+    if pipeline.ray_data:
+        _keep_to(pipeline.labels)
+
+
+def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
+    """Removes what this run has written and no version names; where that fails too, logs that a later prepare removes it."""
+    log.warning("%s: %s; removing what was written: the dataset there is what it was before", output,
+                "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
+    try:
+        needed = set[str]().union(*(versions.paths(v) for v in versions.all_versions(output).values()))
+        versions.remove_all(output, sorted(set(versions.listing(output)) - before - needed))
+        versions.release(output, record)
+    except HeliostatError as e:
+        log.warning("%s; a later prepare removes it", e)
+
+
+def _list(output: Location, listed: list[str]) -> None:
+    """Publishes the list of what was left out under its plain name, a file or a folder of several, in place of an older list."""
+    place = output.join(LISTED)
+    place.delete()
+    for number, path in enumerate(listed):
+        (place if len(listed) == 1 else place.join(f"{number:05d}.parquet")).write(output.join(path).read())
+        versions.remove(output, path)
+
+
+def _keep_to(labels: dict[str, str]) -> None:
+    """Restricts Ray Data's tasks to nodes that carry the labels."""
+    import ray.data
+
+    ray.data.DataContext.get_current().execution_options.label_selector = labels or None
+
+
+def _check_output(output: Location) -> None:
+    """Checks that the output can be written; ConfigError or StorageError if not."""
+    try:
+        output.probe()
+    except StorageError as e:
+        raise type(e)(f"output: {e}") from e
+    try:
+        output.require_writable()
+    except AccessError as e:
+        raise ConfigError(f"output: {e}") from e
+
+
+def _finished(output: Location) -> Manifest | None:
+    """Returns the manifest of the dataset at `output` if it is complete, else None."""
+    try:
+        found = manifest.read(output)
+    except DataError:
+        return None
+    sizes = dict(output.files())
+    if any(sizes.get(path) != size for path, size in zip(*_columns(found, "path", "file_bytes"), strict=True)):
+        log.warning("%s: shards are missing or cut; preparing it again", output)
+        return None
+    return found
+
+
+def _columns(found: Manifest, *names: str) -> list[list[Any]]:
+    return [found.chunks[name].to_pylist() for name in names]
+
+
+def _report(
+    made: Manifest, seconds: float, up_to_date: bool, pruned: versions.Pruned, written_by: dict[str, Any] | None
+) -> dict[str, Any]:
+    meta = made.meta
+    if pruned.until is not None:
+        until = datetime.fromtimestamp(pruned.until).isoformat(" ", "minutes")
+        log.info("%s: %d replaced versions stay for the runs that read them, the last until %s; a prepare after that removes "
+                 "them (keep_days)", made.location, pruned.kept, until)  # fmt: skip
+    return {
+        "dataset": str(made.location),
+        "digest": made.digest,
+        "kind": made.kind,
+        "documents": meta.get("documents", made.rows),
+        "tokens": made.tokens,
+        "shards": len(set(made.paths)),
+        "chunks": made.chunks.num_rows,
+        "dropped": meta.get("dropped", {}),
+        "listed": str(listed) if (listed := made.location.join(LISTED)).exists() else None,
+        "duplicates": meta.get("duplicates", 0),
+        "rearranged": meta.get(COUNTS),
+        "vocab_size": meta.get("vocab_size"),
+        "written_by": written_by,
+        "seconds": round(seconds, 2),
+        "up_to_date": up_to_date,
+        "versions_kept": pruned.kept,
+        "removed": {"files": pruned.files, "bytes": pruned.bytes},
+    }
+
+
+def explain(report: dict[str, Any]) -> list[str]:
+    """Explains the report in plain sentences: what the dataset holds, and what was left out."""
+    state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
+    held = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
+    left_out = Counter(report["dropped"]) + Counter(duplicate=report["duplicates"])
+    told = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()))
+    listed = f" (listed in {report['listed']})" if report["listed"] else ""
+    made = [
+        f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
+        f"left out: {told or 'nothing'}{listed}",
+    ]
+    if by := report["written_by"]:
+        model = f"{by['model']['digest'][:12]} ({by['model']['folder']})"
+        made.append(f"written by model {model}: {by['answers']:,} answers to {by['input']}")
+    if counts := report["rearranged"]:
+        made.append(f"rearranged for filling in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
+                    f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip
+    return made

@@ -1,0 +1,81 @@
+"""Defines the keys of pipelines that run as recorded tasks, with stages between reading and shards."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny
+
+from heliostat.curation import reasons, registry
+from heliostat.curation.prepare import Pipeline, place
+from heliostat.curation.stage import Stage
+from heliostat.curation.watching import Watch
+from heliostat.data.manifest import Manifest, kept_path
+from heliostat.errors import ConfigError
+from heliostat.tasks.flow import Flow
+from heliostat.tasks.progress import Progress
+from heliostat.tasks.work import Work
+
+
+class StagedPipeline(Pipeline):
+    """Defines a pipeline whose tasks are recorded as they finish, so that a run that was ended goes on."""
+
+    _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
+    _watch: Watch | None = PrivateAttr(default=None)
+
+    ray_data = False
+
+    stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
+    """What documents, or images with captions, go through between reading and shards, in this order: `{stage: NAME, KEY:
+    VALUE}`. See docs/prepare.md#stages"""
+    memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=64 << 20)
+    """Bytes of memory that a task may take beside what its process has from the start, and that Ray reserves for it. A Parquet
+    file with large row groups takes more (docs/benchmarks/curation.md), and so may a document of more than a thirtieth of it."""
+    work: str | None = None
+    """The folder or `s3://` prefix of unfinished work, from which a run that was ended goes on. Unset: beside the output, with
+    `.work` behind its name. See docs/prepare.md#work"""
+    keep_work: bool = False
+    """Keeps the work when the dataset is published, so that the next one does again only what is new."""
+
+    @property
+    def worked(self) -> Work:
+        """Locates the unfinished work."""
+        return Work(place(self.work, "work") if self.work else place(self.output, "output").ending(".work"))
+
+    def flow(self, work: Work | None = None) -> Flow:
+        """Makes what runs the tasks, and shows how far they are; in another place than the pipeline's own, if one is given."""
+        return Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
+
+    def progress(self) -> Progress:
+        return Progress(self._watch.show) if self._watch else Progress()
+
+    def check_places(self, input: str, here: str | None) -> None:
+        """Checks that the input (its path `here`, if it has one), the output and the work lie apart; ConfigError if not."""
+        there = place(self.output, "output").path
+        if self.work and _overlap(self.worked.location.path, there):
+            raise ConfigError(f"work: {self.work!r} and the output {self.output!r} lie in one another; move the work away")
+        if here is None:
+            return
+        if _overlap(here, there):
+            raise ConfigError(f"output: {self.output!r} and the input {input!r} lie in one another; move the output away")
+        if _overlap(here, self.worked.location.path):
+            raise ConfigError(f"work: {self.worked.location} and the input {input!r} lie in one another; name another folder")
+
+    def watched(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def begin_anew(self) -> None:
+        self.worked.clear()
+
+    def conclude(self, made: Manifest, facts: dict[str, dict[str, Any]]) -> None:
+        """Writes what no digest covers beside the shards of a dataset with stages, and removes the work."""
+        for name, told in {**facts, reasons.SECONDS: self._seconds}.items() if self.stages else ():
+            made.location.join(kept_path(made.digest, name)).write(json.dumps(told).encode())
+        if not self.keep_work:
+            self.worked.clear()
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Tells whether one of two folders lies in the other."""
+    return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")

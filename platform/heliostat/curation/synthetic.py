@@ -1,0 +1,74 @@
+"""Reads which model wrote an input, where that is the answers of a batch inference: the lineage of synthetic data."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import PurePosixPath
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from heliostat.curation.prepare import InputFile
+from heliostat.errors import DataError
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Whole, open_
+
+log = logging.getLogger(__name__)
+
+FOLDER, RECORD = "answers", "inference.json"  # as `heliostat infer` writes them, side by side
+
+
+@open_
+class Model(TypedDict):
+    folder: str
+    digest: str
+
+
+@open_
+class File(TypedDict):
+    file: str
+
+
+@open_
+class Told(TypedDict):
+    """Describes what is read of `inference.json`."""
+
+    model: Model
+    engine: dict[str, Any]
+    settings: dict[str, Any]
+    input: str
+    inputs: str
+    answers: Whole
+    answers_in: list[File]
+
+
+TOLD = Format(Told, "record of a batch inference", DataError, fix="give the `heliostat infer` again")
+
+
+def answers(root: Location, files: list[InputFile]) -> dict[str, Any] | None:
+    """Returns what `inference.json` says of the model, the settings and the inputs of files; None if they are no such answers.
+
+    A warning tells of a record that cannot be read or does not list the files: then nothing is known of them.
+    """
+    folder = root if root.name == FOLDER else _above(root)
+    if folder.name != FOLDER:
+        return None
+    record = _above(folder).join(RECORD)
+    try:
+        told = TOLD.read(record)
+    except FileNotFoundError:
+        return None
+    except DataError as e:
+        log.warning("the dataset does not say which model wrote it: %s", e)
+        return None
+    listed = {PurePosixPath(one["file"]).name for one in told["answers_in"]}
+    if others := {PurePosixPath(file.path or root.name).name for file in files} - listed:
+        log.warning("the dataset does not say which model wrote it: %s does not list %s", record, min(others))
+        return None
+    return {name: value for name, value in told.items() if name in Told.__annotations__ and name != "answers_in"}
+
+
+def _above(place: Location) -> Location:
+    """Returns the folder that a place lies in."""
+    base, mark, query = place.uri.partition("?") if place.is_s3 else (place.uri, "", "")
+    return Location((base.rstrip("/").rpartition("/")[0] or "/") + mark + query)

@@ -1,0 +1,121 @@
+"""Rearranges documents for training to fill in the middle (Bavarian et al. 2022): which, how, and where they are cut follow from
+the hash of a document's text and the seed alone, so they are the same on any cluster. Pure functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from heliostat.config.fields import Seed
+from heliostat.curation.text import tokens
+from heliostat.data import infilling
+from heliostat.data.infilling import FACT, Markers
+from heliostat.errors import ConfigError
+from heliostat.schema import Float, Strict
+
+WORD = 1 << 64  # of which a draw is a part
+
+
+class FillInTheMiddle(Strict):
+    """Chooses how many texts are rearranged so that a model learns to write their middle."""
+
+    rate: Float = Field(0.5, gt=0, le=1)
+    """The share of texts (documents, or their spans) that are rearranged."""
+    spm_rate: Float = Field(0.5, ge=0, le=1)
+    """The share of those whose suffix comes first, before the prefix (SPM); the others have it behind the prefix (PSM)."""
+    span_chars: int | None = Field(8192, ge=16)
+    """A document of more characters is cut into spans of at most so many, about equal, each rearranged or not by itself. About
+    what a sample holds; null: documents are never cut."""
+    seed: Seed = 0
+    """Of the choice of texts, and of the places at which they are cut."""
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """Holds the pieces of a text, of which the middle is to be filled in."""
+
+    prefix: str
+    middle: str
+    suffix: str
+    suffix_first: bool
+
+    @property
+    def pieces(self) -> tuple[str, str, str]:
+        return self.prefix, self.middle, self.suffix
+
+
+def spans(text: str, most: int | None) -> list[str]:
+    """Cuts a text into about equal spans of at most so many characters; none is empty."""
+    count = 1 if most is None else max(1, -(-len(text) // most))
+    bounds = [i * len(text) // count for i in range(count + 1)]
+    return [text[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def arrange(text: str, digest: str, keys: FillInTheMiddle) -> list[str | Arranged]:
+    """Divides a document into texts that are as they were, never two in a row, and rearranged ones. `digest`: of the document."""
+    out: list[str | Arranged] = []
+    for number, span in enumerate(spans(text, keys.span_chars)):
+        drawn = draws(f"{keys.seed} {digest} {number}")
+        if drawn[0] >= keys.rate * WORD:
+            plain = out.pop() if out and isinstance(out[-1], str) else ""
+            out.append(f"{plain}{span}")
+            continue
+        first, last = sorted(draw * (len(span) + 1) // WORD for draw in drawn[2:])
+        out.append(Arranged(span[:first], span[first:last], span[last:], drawn[1] < keys.spm_rate * WORD))
+    return out
+
+
+def draws(name: str) -> list[int]:
+    """Draws four integers below 2**64 that follow from a name."""
+    raw = hashlib.sha256(name.encode()).digest()
+    return [int.from_bytes(raw[i : i + 8], "big") for i in range(0, 32, 8)]
+
+
+def encode(tokenizer: Tokenizer, documents: list[list[str | Arranged]], end: int, markers: Markers) -> list[np.ndarray]:
+    """Encodes each document to token ids, int32; each of its texts is followed by `end`."""
+    plain = iter(tokens.encode(tokenizer, [text for document in documents for text in document if isinstance(text, str)], end))
+    cut = [piece for document in documents for text in document if isinstance(text, Arranged) for piece in text.pieces]
+    pieces = (ids for batch in tokens.batches(cut) for ids in infilling.encode(tokenizer, batch))
+    return [
+        np.concatenate([next(plain) if isinstance(text, str) else _joined(text, pieces, end, markers) for text in document])
+        for document in documents
+    ]
+
+
+def _joined(text: Arranged, pieces: Iterator[list[int]], end: int, markers: Markers) -> np.ndarray:
+    prefix, middle, suffix = (next(pieces) for _ in text.pieces)
+    return np.array([*markers.prompt(prefix, suffix, text.suffix_first), *middle, end], np.int32)
+
+
+def names(tokenizer: Tokenizer) -> tuple[str, str, str]:
+    """Finds the markers of a tokenizer that is given; ConfigError if it has none that are known."""
+    found = infilling.names(tokenizer)
+    if found is None:
+        known = "; ".join(", ".join(one) for one in infilling.KNOWN)
+        raise ConfigError(
+            f"{FACT}: the tokenizer has none of the tokens that mark the pieces ({known}); take another, or train one"
+        )
+    return found
+
+
+def marking(definition: str, named: tuple[str, ...]) -> str:
+    """Returns a tokenizer's definition in which the markers are special tokens: a text that spells one is text, and they stand
+    for no bytes. Some models' tokenizers have them as plain ones."""
+    made = json.loads(definition)
+    added: dict[str, dict[str, Any]] = {token["content"]: token for token in made.get("added_tokens") or []}
+    if missing := [name for name in named if name not in added]:
+        raise ConfigError(f"{FACT}: {missing[0]!r} is no added token of the tokenizer; take another, or train one")
+    if all(added[name]["special"] for name in named):
+        return definition
+    for name in named:
+        added[name] |= {"special": True, "normalized": False}
+    return json.dumps(made, ensure_ascii=False)

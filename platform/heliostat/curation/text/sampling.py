@@ -1,0 +1,73 @@
+"""Chooses a sample of a text input: a pure function of the listing and the fraction.
+
+Files of one document are chosen by the hashes of their paths, large and small ones alike. Of files of many, first places are
+chosen in the same way (ranges of lines; whole files, where a range cannot be read), more of them the fewer there are, and then
+records within them by their hashes, so that every record has the same chance and only what is chosen is read. Order, the cluster
+and the cut into tasks play no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from heliostat.curation import pieces, readers
+from heliostat.curation.pieces import Part
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.sampled import OF_RECORDS, PLACES, Sample, chosen, evenly, place
+from heliostat.curation.stage import Document, Dropped
+from heliostat.curation.text import sources
+from heliostat.curation.text.tasks import TextSource
+
+BLOCK = 64 << 10  # bytes of lines that are chosen together, in inputs of up to BLOCKS of them
+BLOCKS = 1 << 20
+ONE = (".txt", ".md", ".py", ".rst", ".html", ".htm", ".xhtml", ".pdf")  # kinds of files that are one document
+Kind = Literal["one", "lines", "records"]
+
+
+def kind(path: str) -> Kind:
+    """Tells how a file is sampled: as a whole, by ranges of its lines, or by its records as they are read."""
+    suffix, codec = sources.kind(path)
+    if (suffix or readers.suffix_of(path)) in ONE:
+        return "one"
+    return "lines" if suffix == ".jsonl" and codec is None else "records"
+
+
+def choose(files: Iterable[InputFile], fraction: float, name: str) -> Sample:
+    """Chooses a sample; `name` is the path of an input that is one file."""
+    found, by_kind = Sample(fraction, name), dict[str, list[InputFile]]()
+    for file in files:
+        by_kind.setdefault(kind(file.path or name), []).append(file)
+    for which, of_kind in sorted(by_kind.items()):
+        total = sum(f.bytes for f in of_kind)
+        block = max(BLOCK, 1 << max(0, (total // BLOCKS).bit_length()))
+        parts = [part for f in of_kind for part in _places(f, which, block)]
+        rate = fraction if which == "one" else min(1.0, max(fraction, PLACES / len(parts)))
+        found.add(which, parts, evenly(parts, rate), which == "one", fraction / rate)
+    found.parts.sort(key=lambda part: (part.path, part.start))
+    return found
+
+
+def _places(file: InputFile, which: str, block: int) -> list[Part]:
+    """Cuts a file into the places that are chosen or not."""
+    ranged = which == "lines" and file.bytes > block
+    whole = [Part(file.path, file.bytes, file.modified)]
+    return [Part(file.path, file.bytes, file.modified, a, b) for a, b in pieces.ranges(file.bytes, block)] if ranged else whole
+
+
+@dataclass(frozen=True)
+class SampledSource(TextSource):
+    """Reads a sample of a text input: of each part, the records whose places are chosen."""
+
+    name: str
+    records: dict[str, float]
+
+    def read(self, part: Part) -> Iterator[Document | Dropped]:
+        """Yields a part's chosen records; those of a range of lines are named after it, because their numbers are not known."""
+        rate = self.records[kind(part.path or self.name)]
+        for item in TextSource.read(self, part):
+            id = item.id if part.stop is None else f"{place(part, self.name)}#{item.id.rpartition('#')[2]}"
+            if rate >= 1 or chosen(id, rate, OF_RECORDS):
+                yield Dropped(id, item.reason, item.detail) if isinstance(item, Dropped) else Document(
+                    id, item.text, item.columns)  # fmt: skip

@@ -1,0 +1,296 @@
+"""Runs the text pipeline's own tasks in Ray's workers: reading, the tokenizer's sample, shards, the list of what was left out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+
+from heliostat.curation import care, readers, segment
+from heliostat.curation.pdf import is_pdf
+from heliostat.curation.pieces import Part
+from heliostat.curation.readers import archives, clones
+from heliostat.curation.readers.streams import Limits
+from heliostat.curation.segment import Run, survivors
+from heliostat.curation.stage import Document as Raw
+from heliostat.curation.text import documents, gathering, infilling, repositories, sources, tokens
+from heliostat.data import manifest, versions
+from heliostat.data import shard as shard_file
+from heliostat.data.infilling import Markers
+from heliostat.data.manifest import FILES, SHARDS
+from heliostat.errors import ConfigError
+from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+
+PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
+SELECTED_BYTES = 8 << 20  # of the texts that train the tokenizer, that are held at a time
+ARCHIVES = (".warc", ".wet", ".wat")
+LISTED = pa.schema([(name, pa.large_string()) for name in ("id", "reason", "detail")])
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Reads a text input's parts in a task: kinds that need no stages as they are read without, others by READERS."""
+
+    input: str
+    rules: documents.Rules
+
+    def read(self, part: Part) -> Iterator[Raw | documents.Dropped]:
+        base = sources.root(self.input)
+        found = read_file if sources.kind(part.path or base.name)[0] else read_other
+        fixed = self.input != sources.STDLIB  # each node has its own
+        if fixed:
+            sources.require_unchanged(base, part)
+        for item in found(base, part.path, self.rules, part):
+            yield item if isinstance(item, documents.Dropped) else Raw(item.id, item.text, item.columns)
+        if fixed and (not base.is_s3 or part.length > sources.AHEAD):  # of a store, what takes several requests
+            sources.require_unchanged(base, part)
+
+    def finish(self, document: Raw) -> Raw | documents.Dropped:
+        if isinstance(document.text, bytes):
+            what, stage = ("PDF", "pdf") if is_pdf(document.text) else ("page", "extract")
+            raise ConfigError(f"stages: {document.id} is a {what}, not text; put {{stage: {stage}}} among the first")
+        made = documents.clean(document.id, document.text, self.rules, document.columns)
+        return made if isinstance(made, documents.Dropped) else Raw(made.id, made.text, made.columns)
+
+
+def read_file(base: Location, path: str, rules: documents.Rules,
+              part: Part | None = None) -> Iterator[documents.Document | documents.Dropped]:  # fmt: skip
+    """Reads a file's documents, or the reason why it is left out; a store that refuses or fails is an error."""
+    try:
+        file = sources.stream(base, path, rules.max_file_bytes)
+    except sources.LeftOutError as e:
+        if part is None or part.start == 0:
+            yield documents.Dropped(path or base.name, e.reason, e.detail)
+        return
+    with file:
+        yield from documents.read(path or base.name, file, rules, part)
+
+
+def read_other(
+    base: Location, path: str, rules: documents.Rules, part: Part
+) -> Iterator[Raw | documents.Document | documents.Dropped]:
+    """Reads a file of a kind that only pipelines with stages read, or a repository; pages stay bytes, and keep all columns."""
+    name = path or base.name
+    limits = Limits(rules.max_document_bytes, rules.max_file_bytes, rules.text_column)
+    if clones.is_clone(name) and not base.is_s3 and Path(base.path, path).is_dir():
+        yield from _of_repository(_clone(base, path, limits, part), rules)
+        return
+    try:
+        file = io.BufferedReader(sources.blocks(base, path, rules.max_file_bytes))
+    except sources.LeftOutError as e:
+        yield documents.Dropped(name, e.reason, e.detail)
+        return
+    archive = readers.suffix_of(name) in ARCHIVES
+    with file:
+        if archives.is_archive(name):
+            yield from _of_repository(archives.read(name, file, limits), rules)
+            return
+        for item in readers.read(name, file, limits):
+            if isinstance(item, documents.Dropped):
+                yield item
+                continue
+            columns = {k: v for k, v in item.columns.items() if archive or k in rules.columns}
+            yield Raw(item.id, item.text, columns) if isinstance(item.text, bytes) else documents.clean(
+                item.id, item.text, rules, columns)  # fmt: skip
+
+
+def _clone(base: Location, path: str, limits: Limits, part: Part) -> Iterator[Raw | documents.Dropped]:
+    name = path or base.name
+    if not sources.inside(base, path):
+        yield documents.Dropped(name, "outside", f"leads out of {base}")
+        return
+    yield from clones.read(name, Path(base.path, path), limits, repositories.commit_of(part.modified))
+
+
+def _of_repository(
+    found: Iterator[Raw | documents.Dropped], rules: documents.Rules
+) -> Iterator[documents.Document | documents.Dropped]:
+    """Normalises the files of a repository, which keep all that is known of them."""
+    for item in found:
+        yield item if isinstance(item, documents.Dropped) else documents.clean(item.id, item.text, rules, item.columns)
+
+
+def count_lines(folder: Location, input: str, part: Part) -> dict[str, Any]:
+    """Counts the lines that begin in a part of a file; 0 where it cannot be read, which reading it will tell."""
+    base = sources.root(input)
+    sources.require_unchanged(base, part)
+    try:
+        with sources.stream(base, part.path, part.bytes) as file:
+            return {"lines": documents.count_lines(file, part)}
+    except sources.LeftOutError:
+        return {"lines": 0}
+
+
+# the tokenizer's sample ------------------------------------------------------------------------------------------------
+
+
+def prefix_sizes(folder: Location, runs: list[Run]) -> dict[str, Any]:
+    """Measures the UTF-8 bytes of text per hash prefix."""
+    sizes = np.zeros(PREFIXES, np.int64)
+    for run in runs:
+        for table in survivors(folder, run, columns=["bytes"]):
+            places = (table["key"].to_numpy() >> np.uint64(48)).astype(np.int64)
+            sizes += np.bincount(places, weights=table["bytes"].to_numpy(), minlength=PREFIXES).astype(np.int64)
+    used = np.flatnonzero(sizes)
+    name = spill.write(folder, pa.table({"key": used.astype(np.uint64), "bytes": sizes[used]}))
+    return {"sizes": name, "files": [name]}
+
+
+def lowest(folder: Location, runs: list[Run], limit: int) -> dict[str, Any]:
+    """Selects the documents whose hash prefix is at most `limit`."""
+    found = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
+    table = gathering.unique(found)[0] if found else None
+    names = [] if table is None else [spill.write(folder, table, ("hash", "id"))]
+    return {"sample": names, "files": names}
+
+
+def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Trains a tokenizer on the selected documents, of so many bytes and hash prefixes up to `limit`, as far as `train_bytes`."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing else runs meanwhile
+    texts = selected(folder, samples, limit, bytes, config["train_bytes"])
+    name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
+    return {"definition": name, "files": [name]}
+
+
+def selected(folder: Location, samples: list[str], limit: int, bytes: int, train_bytes: int) -> Iterator[str]:
+    """Yields the selected texts in the order of their hashes, up to the one that fills `train_bytes`; some megabytes are held."""
+    prefixes, parts, taken = limit + 1, max(1, bytes // SELECTED_BYTES), 0
+    for part in range(parts):
+        low, high = part * prefixes // parts, (part + 1) * prefixes // parts
+        held = [t for name in samples for t in spill.read(folder, name, low << 48, high << 48)] if low < high else []
+        table = gathering.unique(held)[0] if held else segment.RUN.empty_table()
+        for size, text in zip(table["bytes"].to_pylist(), table["text"], strict=True):
+            yield text.as_py()
+            taken += size
+            if taken >= train_bytes:
+                return
+
+
+# shards ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Defines how documents become shards: their number, and what is written."""
+
+    output: str
+    shards: int
+    definition: str
+    end: int
+    chunk_tokens: int
+    explained: bool  # whether each document's end is recorded
+    infill: dict[str, Any] | None = None  # keys of FillInTheMiddle, and the markers' names and ids
+    together: bool | None = None  # whether the runs are those of documents that belong together
+
+
+def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
+    """Computes the range of keys of a shard, or of those up to `stop`: hashes whose first 52 bits, as a fraction, fall in their
+    parts."""
+    low, high = (-(-(shard << 52) // shards) << 12 for shard in (first, first + 1 if stop is None else stop))
+    return low, high
+
+
+def write_shards(folder: Location, first: int, stop: int, runs: list[Run], plan: Sharding) -> dict[str, Any]:
+    """Writes some shards, one after another; returns their counts and their part of the manifest."""
+    made = [one for shard in range(first, stop) if (one := _write_shard(folder, runs, shard, plan)) is not None]
+    files = [name for one in made for name in one.pop("ends")]
+    return {"shards": made, "ends": files, "files": files}
+
+
+def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) -> dict[str, Any] | None:
+    table, duplicates = _gathered(folder, runs, *bounds(shard, plan.shards), plan)
+    if table is None:
+        return None
+    tokenizer = tokens.load(plan.definition)
+    encoded, rearranged = _encoded(tokenizer, table, plan)
+    table = table.drop_columns("text")  # whose memory the file takes
+    ids = table["id"].to_pylist()
+    places = np.array(
+        [manifest.place(digest.hex()) for digest in table["group" if plan.together else "hash"].to_pylist()], np.int64
+    )
+    data = tokens.shard(ids, encoded, plan.chunk_tokens, places)
+    counts = tokens.counted(encoded, tokenizer.get_vocab_size())
+    groups = tokens.chunks(np.array([len(e) for e in encoded]), plan.chunk_tokens, places)
+    del encoded
+    output = Location(plan.output)
+    path = versions.store(output, f"{SHARDS}/{shard:05d}/", data, ".parquet")
+    contents = shard_file.content_digests(data, "tokens")
+    chunks = [{**row, "content": c} for row, c in zip(manifest.read_footer(output, path, "tokens"), contents, strict=True)]
+    return {
+        "path": path,
+        "file_bytes": len(data),
+        "documents": len(ids),
+        "duplicates": duplicates.count,
+        "bytes": int(table["bytes"].to_numpy().sum()),
+        "cut": sum(len(rows) for rows, _ in groups) - len(ids),
+        "counts": base64.b64encode(zlib.compress(counts.tobytes())).decode(),
+        "chunks": chunks,
+        "ends": gathering.spill_kept(folder, path, table, duplicates) if plan.explained else [],
+        **({"rearranged": rearranged} if plan.infill else {}),
+        **({"together": gathering.counted(table)} if plan.together else {}),
+    }
+
+
+def _gathered(
+    folder: Location, runs: list[Run], low: int, high: int, plan: Sharding
+) -> tuple[pa.Table | None, gathering.Duplicates]:
+    if plan.together:
+        return gathering.grouped(folder, runs, low, high), gathering.Duplicates(folder, False)
+    return gathering.gather(folder, runs, low, high, plan.explained)
+
+
+def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: Sharding) -> tuple[list[np.ndarray], dict[str, int]]:
+    """Encodes the texts of a table, rearranged if the plan says so; also counts the rearranged ones."""
+    encoded: list[np.ndarray] = []
+    told = plan.infill or {}
+    keys = infilling.FillInTheMiddle(**{k: told[k] for k in infilling.FillInTheMiddle.model_fields}) if told else None
+    markers = Markers(*told["markers"]) if told else None
+    for start, stop in _slices(table["bytes"].to_numpy()):
+        texts = table["text"].slice(start, stop - start).to_pylist()
+        if keys is None or markers is None:
+            encoded += tokens.encode(tokenizer, texts, plan.end)
+        else:
+            hashes = [digest.hex() for digest in table["hash"].slice(start, stop - start).to_pylist()]
+            arranged = [infilling.arrange(*one, keys) for one in zip(texts, hashes, strict=True)]
+            encoded += infilling.encode(tokenizer, arranged, plan.end, markers)
+    return encoded, markers.counted(encoded) if markers else {}
+
+
+def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yields ranges of documents of about a megabyte each, so that few texts are Python strings at a time."""
+    places = np.cumsum(sizes) // (16 * tokens.BATCH_CHARS)
+    edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(sizes)]
+    yield from itertools.pairwise(edges)
+
+
+# what was left out -----------------------------------------------------------------------------------------------------
+
+
+def list_left_out(folder: Location, part: int, parts: int, output: str, names: list[str],
+                  also: list[str] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Writes the list of what reading, and `also` some stages, left out, of one part of all keys: sorted by reason
+    and id."""
+    told, (low, high) = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string()), spill.share(part, parts)
+    tables = [_listed(t, told) for name in names for t in spill.read(folder, name, low, high)]
+    table = pa.concat_tables([LISTED.empty_table(), *tables]).sort_by([("reason", "ascending"), ("id", "ascending")])
+    sink = io.BytesIO()
+    pq.write_table(spill.narrowed(table), sink, compression="zstd")
+    return {"listed": versions.store(Location(output), f"{FILES}/listed-", sink.getvalue(), ".parquet"), "rows": len(table)}
+
+
+def _listed(table: pa.Table, stages: pa.Array) -> pa.Table:
+    """Returns what was left out at some stages, and what crashed at any."""
+    return table.filter(pc.or_(pc.is_in(table["stage"], stages), pc.equal(table["reason"], care.CRASHED))).select(LISTED.names)

@@ -1,0 +1,162 @@
+"""Tells a document's way through a dataset: where it was read, what each stage did to it, who stayed instead, and its shard."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+from heliostat.curation import reasons, segment
+from heliostat.curation.care import CRASHED
+from heliostat.curation.readers import REASONS
+from heliostat.curation.stage import Document, Dropped
+from heliostat.curation.text import documents, replay
+from heliostat.data import documents as places
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError, HeliostatError
+
+AFTER = (segment.FINISH, "exact", "shard", "forget")  # where documents end that all stages have kept
+ENDS = {"kept": "is in the dataset", "duplicate": "the same text", "forgotten": "taken out of an earlier dataset"}
+HOPS = 20  # from a duplicate to who stayed, who may be another's duplicate
+
+
+def find(made: Manifest, id: str | None = None, url: str | None = None, text: bytes | None = None) -> list[dict[str, Any]]:
+    """Finds documents by one of the three: what became of each (`reasons.END`); ConfigError if there is none."""
+    if id is not None:
+        found, what = reasons.end_of(made, id), f"--id: {id!r}: no document has this id"
+        what += "; it is the path in the input, with `#line`, `#row` or `#byte` where a file holds several"
+    elif url is not None:
+        found, what = reasons.with_column(made, "url", url), f"--url: {url!r}: no document has this url"
+    else:
+        assert text is not None
+        if made.kind != "tokens":
+            raise ConfigError("--text: the dataset holds images; find one by --id or --url")
+        hashes, fate = _hashes(made, text)
+        found = [row for digest in hashes for row in reasons.kept_as(made, digest)]
+        what = f"--text: no document has this text, as it is or behind the stages{fate}"
+    if not found:
+        raise ConfigError(f"{what} ({made.location})")
+    return sorted(found, key=lambda row: row["id"])
+
+
+def _hashes(made: Manifest, raw: bytes) -> tuple[list[str], str]:
+    """Computes the hashes that a text may be kept under, and tells which stage would drop it, if one does."""
+    by, fate = reasons.made_by(made), ""
+    document = documents.clean("--text", raw, replay.source_of(by).rules if by else documents.Rules())
+    if isinstance(document, documents.Dropped):
+        raise ConfigError(f"--text: no text: {document.reason} ({documents.REASONS[document.reason]})")
+    hashes, last = [document.hash], Document("--text", document.text)
+    for told, after in replay.stages(by, last) if by else ():
+        if told["did"] == "cut":
+            fate = f"; behind stage {told['stage']} texts follow from all documents, and are not found: use --id or --url"
+        elif after is None:
+            fate = f"; stage {told['stage']} would drop it: {told['reason']}"
+        last = after or last
+    finished = replay.source_of(by).finish(last) if by and not fate else None
+    if isinstance(finished, Document):
+        assert isinstance(finished.text, str)
+        hashes.append(hashlib.sha256(finished.text.encode()).hexdigest())
+    return list(dict.fromkeys(hashes)), fate
+
+
+def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
+    """Tells the way of a document, from what became of it.
+
+    Returns `id`, `columns`, `read`, `stages`, `end`, `instead` (the duplicates' way to who stayed), `kept` (the id that is in the
+    dataset, or null), `shard` (its path and `pieces`), and `notes`.
+    """
+    funnel, notes = reasons.funnel(made), list[str]()
+    by, steps = reasons.made_by(made), list[dict[str, Any]]()
+    try:
+        steps = _again(by, end, funnel, notes) if by and end["reason"] != CRASHED else []
+    except HeliostatError as e:
+        notes.append(str(e))
+    if not steps:
+        if end["reason"] == CRASHED:
+            notes.append("it is not taken through the stages again, as it would end this process, too")
+        elif made.kind == "tokens":
+            notes.append("the input is not there as it was: what stages that kept the document did to it is not known")
+        steps = _recorded(funnel, end)
+    for step in steps:
+        step |= {"what": _meaning(funnel, step), "thresholds": funnel.get(step["stage"], {}).get("thresholds", {})}
+    instead, last = _instead(made, end)
+    kept = last["id"] if last["reason"] == "kept" else None
+    path = places.current(made, last["detail"]) if kept else None
+    held = places.pieces(made, path, last["id"]) if path else []
+    return {
+        "id": end["id"],
+        "images": made.kind != "tokens",
+        "columns": end["columns"],
+        "read": replay.origin(end["id"]),
+        "stages": steps,
+        "end": {**{k: end[k] for k in ("stage", "reason", "detail", "measures")}, "what": _meaning(funnel, end)},
+        "instead": instead,
+        "kept": kept,
+        "shard": {"path": path, "pieces": [asdict(piece) for piece in held]} if held else None,
+        "notes": notes,
+    }
+
+
+def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
+    """Takes the document through the stages again, up to where it ended, or to one that cut out what follows from all documents:
+    from there on the record tells. Empty if it cannot be read."""
+    found = replay.read_again(replay.source_of(by), end["id"])
+    if found is None:
+        return []
+    read = {"stage": segment.READ, "did": "kept", "reason": "", "detail": "", "measures": {}, "counts": {}}
+    if isinstance(found, Dropped):
+        read |= {"did": "dropped", "reason": found.reason, "detail": found.detail}
+    steps = [read]
+    for told, _ in replay.stages(by, found) if isinstance(found, Document) else ():
+        if told["did"] == "cut" and end["stage"] not in {step["stage"] for step in steps}:
+            notes.append(f"what {told['stage']} removed follows from all documents: from there on the record tells the way")
+            recorded = _recorded(funnel, end)
+            return steps + recorded[next((i for i, step in enumerate(recorded) if step["stage"] == told["stage"]), None) :]
+        if told["did"] == "cut":  # it ended before, and would not today
+            break
+        if told["did"] == "compared":
+            gone = told["stage"] == end["stage"]
+            told |= {"did": "dropped", "reason": end["reason"], "detail": end["detail"]} if gone else {"did": "kept"}
+        steps.append(told)
+        if told["did"] == "dropped":
+            break
+    last = steps[-1]
+    today = f"dropped by {last['stage']}: {last['reason']}" if last["did"] == "dropped" else "kept"
+    then = "kept" if end["stage"] in AFTER else f"dropped by {end['stage']}: {end['reason']}"
+    if today != then:
+        notes.append(f"the input has changed since: read today, the document would be {today}; it was {then}")
+    return steps
+
+
+def _recorded(funnel: dict[str, Any], end: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tells what the dataset's record says of the stages: which it came through, and which dropped it."""
+    steps = list[dict[str, Any]]()
+    for name in funnel:
+        if name in (segment.FINISH, "shard"):
+            break
+        empty = {"stage": name, "did": "came through", "reason": "", "detail": "", "measures": {}, "counts": {}}
+        gone = name == end["stage"]
+        steps.append(empty | ({"did": "dropped", **{k: end[k] for k in ("reason", "detail", "measures")}} if gone else {}))
+        if gone:
+            break
+    return steps
+
+
+def _instead(made: Manifest, end: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Follows a duplicate to the document that stayed: each on the way with its cluster, and what became of the last."""
+    hops = list[dict[str, Any]]()
+    while end["reason"] in ("duplicate", "near_duplicate") and len(hops) < HOPS:
+        id, _, size = end["detail"].rpartition(" (one of ") if end["reason"] == "near_duplicate" else (end["detail"], "", "")
+        after = reasons.end_of(made, id)
+        hops.append({"id": id, "by": end["stage"], "cluster": int(size.rstrip(")")) if size else None})
+        if not after:
+            break
+        end = after[0]
+        hops[-1] |= {"end": {k: end[k] for k in ("stage", "reason", "detail")}}
+    return hops, end
+
+
+def _meaning(funnel: dict[str, Any], end: dict[str, Any]) -> str:
+    told = REASONS | documents.REASONS if end["stage"] in (segment.READ, segment.FINISH) else {}
+    told = told | funnel.get(end["stage"], {}).get("what", {}) | ENDS
+    return told.get(end["reason"], "")

@@ -1,0 +1,150 @@
+"""Cuts lists of URLs into tasks by host: those of a host are in one task, or in several that share the host's pace.
+
+A task of a list spills its rows by the hash of the host (16 bits of it are its group) and counts them by group; the driver holds
+the counts of the groups. Neighbouring groups with few URLs make a task together, one with many is dealt out to several.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.segment import store
+from heliostat.curation.text import sources
+from heliostat.curation.web.polite import host_of
+from heliostat.errors import ConfigError
+from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
+from heliostat.text import brief, printable
+
+LISTS = (".jsonl", ".csv", ".parquet")
+ROWS = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("id", "url", "row"))])
+SPILLED = 200_000  # rows, at a time
+GROUP = 48  # bits of a hash below its group
+URLS = 2000  # of a task, about
+
+
+def listing(uri: str) -> list[InputFile]:
+    """Lists the lists of URLs, sorted by path; ConfigError if there are none."""
+    base, found = sources.find(uri)
+    files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if (p or base.path).lower().endswith(LISTS)]
+    if not files:
+        seen = f"{len(found)} files, none" if found else "no file there"
+        raise ConfigError(f"input: {uri!r}: {seen} that ends in {', '.join(LISTS)}, as lists of URLs do (fetch)")
+    return sorted(files, key=lambda f: f.path)
+
+
+def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list[str], limit: int) -> Iterator[dict[str, Any]]:
+    """Yields the tasks that fetch: `of` says how many share a host's pace."""
+    told = {"uri": uri, "column": column, "wanted": wanted, "limit": limit}
+    reading = (Task(key("list", told, f.path, f.bytes, f.modified), {"path": f.path, **told}, bytes=f.bytes) for f in files)
+    counts, names = Counter[int](), list[str]()
+    for record in flow.all("lists", listed, reading):
+        counts.update({int(group): number for group, number in record["groups"].items()})
+        names += record["files"]
+    place = store(flow.work.spill, names)
+    for low, high, of in cut(counts):
+        for part in range(of):
+            yield {"kind": "urls", "names": place, "low": low << GROUP, "high": high << GROUP, "part": part, "of": of}
+
+
+def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
+    """Yields ranges of groups (first, behind the last), and the number of tasks for each."""
+    first, held, last = 0, 0, 0
+    for group in sorted(counts):
+        if counts[group] > URLS:
+            if held:
+                yield first, last + 1, 1
+            yield group, group + 1, -(-counts[group] // URLS)
+            held = 0
+            continue
+        if held + counts[group] > URLS:
+            yield first, last + 1, 1
+            held = 0
+        first, last = (first if held else group), group
+        held += counts[group]
+    if held:
+        yield first, last + 1, 1
+
+
+def listed(folder: Location, path: str, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, Any]:
+    """Spills the rows of a list by host; in the record, `groups` counts them."""
+    base, name, files, groups = sources.root(uri), path, list[str](), Counter[int]()
+    numbered = enumerate(_rows(base, path, limit), 1)
+    while some := list(itertools.islice(numbered, SPILLED)):
+        table = pa.Table.from_pylist([_row(f"{name or base.name}#{n}", row, column, wanted, name) for n, row in some], ROWS)
+        groups.update((k >> GROUP) for k in table["key"].to_pylist())
+        files.append(spill.write(folder, table, ("id",)))
+    return {"groups": {str(group): number for group, number in sorted(groups.items())}, "files": files}
+
+
+def _row(id: str, row: Any, column: str, wanted: list[str], path: str) -> dict[str, Any]:
+    if not isinstance(row, dict) or column not in row:
+        found = printable(", ".join(map(str, row))) if isinstance(row, dict) else "it is no object"
+        raise ConfigError(f"input: {printable(path)}: has no column {column!r} of URLs (fetch.column); its columns: {found}")
+    url = _whole(row[column]) if isinstance(row[column], str) else ""
+    held = {name: row[name] for name in wanted if row.get(name) is not None}
+    return {"key": xxhash.xxh64_intdigest(host_of(url).encode("utf-8", "surrogatepass")), "id": id, "url": url,
+            "row": json.dumps(held, default=str)}  # fmt: skip
+
+
+def _whole(url: str) -> str:
+    """Returns a URL as it is; what JSON spelled with half a surrogate pair, which no file can hold, as words that are no URL."""
+    try:
+        url.encode()
+    except UnicodeError:
+        return f"half a surrogate pair: {printable(url)}"
+    return url
+
+
+def _rows(base: Location, path: str, limit: int) -> Iterator[Any]:
+    """Yields the rows of a list; ConfigError if it cannot be read, because then nothing tells what is missing."""
+    try:
+        with sources.blocks(base, path, limit) as file:
+            lower = (path or base.name).lower()
+            if lower.endswith(".parquet"):
+                opened = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True, pre_buffer=False)
+                for batch in opened.iter_batches(1024):
+                    yield from batch.to_pylist()
+                return
+            csv.field_size_limit(sources.FIELD)
+            text = io.TextIOWrapper(io.BufferedReader(file), "utf-8-sig", newline="")
+            yield from csv.DictReader(text) if lower.endswith(".csv") else _lines(text)
+    except sources.LeftOutError as e:
+        raise ConfigError(f"input: {printable(path)}: is not read: {e.reason} ({e.detail})") from e
+    except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
+        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
+
+
+def _lines(text: Iterable[str]) -> Iterator[Any]:
+    return (json.loads(line) for line in text if line.strip())
+
+
+def rows(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a task, in order: `id`, `url` and `row`."""
+    mine = pa.concat_tables([ROWS.empty_table(), *_dealt(folder, task, names)]).sort_by(
+        [("key", "ascending"), ("id", "ascending")]
+    )
+    for batch in mine.to_batches(1024):
+        yield from batch.to_pylist()
+
+
+def _dealt(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[pa.Table]:
+    """Yields the rows that are dealt to a task: each `of`-th of those that its range of groups has, in the order of the files."""
+    seen = 0
+    for name in names:
+        for table in spill.read(folder, name, task["low"], task["high"]):
+            yield table.take(pa.array(range((task["part"] - seen) % task["of"], len(table), task["of"]), pa.int64()))
+            seen += len(table)

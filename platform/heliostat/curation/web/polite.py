@@ -1,0 +1,129 @@
+"""Fetches URLs as their hosts ask for: what robots.txt allows, so many a second, later where a host says so.
+
+A fetcher belongs to one task, and a host's URLs to tasks that share its pace, so that nothing needs to be agreed on between
+nodes. robots.txt is read once for each origin and task (RFC 9309: one that is missing allows all, one that cannot be had
+nothing). What a redirect leads to is asked by the same rules.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from heliostat.curation.web import robots
+from heliostat.curation.web.client import Bounds, FetchError, get, split
+
+ROBOTS_BYTES = 512 << 10  # RFC 9309 asks for 500 KiB
+LONGEST_S = 60.0  # that a host may ask for between two requests; what it wants more than that is not fetched from it
+
+
+@dataclass
+class Host:
+    """Keeps when a host may be asked next, by whatever port."""
+
+    pause: float
+    next: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass
+class Origin:
+    """Keeps the rules of a scheme, host and port."""
+
+    rules: robots.Rules | None = None
+    closed: FetchError | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Fetcher:
+    """Fetches URLs from any number of threads; `pause` seconds, at least, lie between two requests to one host.
+
+    `of` fetchers share that pace, and the one that a host's robots.txt asks for: each waits so many times as long.
+    """
+
+    def __init__(self, bounds: Bounds, pause: float, retries: int, robots: bool, sleep: Callable[[float], None] = time.sleep,
+                 clock: Callable[[], float] = time.monotonic, of: int = 1) -> None:  # fmt: skip
+        self.bounds, self.pause, self.retries, self.robots, self.of = bounds, pause * of, retries, robots, of
+        self.sleep, self.clock = sleep, clock
+        self.hosts: dict[str, Host] = {}
+        self.origins: dict[str, Origin] = {}
+        self.lock = threading.Lock()
+
+    def __call__(self, url: str) -> bytes:
+        """Returns what a URL has; FetchError, after so many retries, if it has nothing."""
+        asked = list[Host]()
+        for attempt in range(self.retries + 1):
+            try:
+                return get(url, self.bounds, lambda hop: asked.append(self._admitted(hop)))
+            except FetchError as e:
+                if not e.again or attempt == self.retries or e.wait > LONGEST_S:
+                    raise
+                with asked[-1].lock:
+                    asked[-1].next = max(asked[-1].next, self.clock() + max(e.wait, self.pause * 2**attempt))
+        raise AssertionError("a loop that returns or raises")
+
+    def _admitted(self, url: str) -> Host:
+        """Waits until a URL may be asked and returns its host; FetchError if it may not."""
+        scheme, name, port, target = split(url)
+        if self.robots:
+            base = f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
+            with self.lock:
+                origin = self.origins.setdefault(base, Origin())
+            self._learn(origin, base)
+            if origin.closed:
+                raise origin.closed
+            if origin.rules and not origin.rules.allow(target):
+                raise FetchError("robots", f"robots.txt of {name} does not allow it")
+        return self._wait(url)
+
+    def _wait(self, url: str) -> Host:
+        """Waits for a turn at the host of a URL, and returns it."""
+        host = self._host(split(url)[1])
+        with host.lock:
+            now = self.clock()
+            turn = max(now, host.next)
+            host.next = turn + host.pause
+        if turn > now:
+            self.sleep(turn - now)
+        return host
+
+    def _host(self, name: str) -> Host:
+        with self.lock:
+            return self.hosts.setdefault(name, Host(self.pause))
+
+    def _learn(self, origin: Origin, base: str) -> None:
+        """Reads the origin's robots.txt, once; what it redirects to waits for its turn, and is bound by no other robots.txt."""
+        with origin.lock:
+            if origin.rules or origin.closed:
+                return
+            name, rules = split(base)[1], robots.Rules()
+            bounds = Bounds(ROBOTS_BYTES, self.bounds.seconds, self.bounds.private, self.bounds.agent)
+            try:
+                rules = robots.parse(get(f"{base}/robots.txt", bounds, self._wait), self.bounds.agent)
+            except FetchError as e:
+                if e.reason == "private_address":
+                    origin.closed = e
+                elif e.reason != "refused" or e.again:
+                    origin.closed = FetchError("robots", f"robots.txt of {name} cannot be had ({e.reason}: {e.detail})")
+            if rules.delay > LONGEST_S:
+                origin.closed = FetchError("robots", f"robots.txt of {name} asks for {rules.delay:g} s between requests")
+            else:
+                self._slow(self._host(name), rules.delay)
+            origin.rules = rules
+
+    def _slow(self, host: Host, delay: float) -> None:
+        """Lets so many seconds, at least, lie between the requests of all that share a host, from now on."""
+        with host.lock:
+            host.pause = max(host.pause, delay * self.of)
+            host.next = max(host.next, self.clock() + host.pause)
+
+
+def host_of(url: str) -> str:
+    """Returns the host that a URL names, "" if it names none."""
+    try:
+        return (urlsplit(url.strip()).hostname or "").lower()
+    except ValueError:
+        return ""
