@@ -76,7 +76,7 @@ def train(
     Ctrl-C or SIGTERM, behind a checkpoint.
     """
     from heliostat.plan import auto
-    from heliostat.train.run import train_job
+    from heliostat.training.run import train_job
 
     job = auto.settled(_job(job), resume=resume)
     train_job(job, resume, overwrite, allow_data_change, verbose)

@@ -25,8 +25,8 @@ from heliostat.runs import segments
 from heliostat.runs.history import receipts
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.train.worker import bad_samples
-from heliostat.train.worker.unsealed import Unsealed
+from heliostat.training.worker import bad_samples
+from heliostat.training.worker.unsealed import Unsealed
 
 if TYPE_CHECKING:
     from heliostat.exact_stream import ExactStream

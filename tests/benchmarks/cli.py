@@ -30,7 +30,7 @@ CASES: dict[str, tuple[list[str], float | None]] = {
 # ends where the first attempt would begin: the file loaded, everything checked, the run claimed, its data planned
 TRAIN = """
 import sys
-from heliostat.train import run
+from heliostat.training import run
 def stop(self):
     raise SystemExit(0)
 run.Run.run = stop

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from heliostat.data.dataset import open_dataset
-from heliostat.train.worker import lr_schedule
+from heliostat.training.worker import lr_schedule
 from heliostat.validation import check
 
 JOB = Path(__file__).resolve().parents[2] / "jobs/quickstart-diffusion.yaml"

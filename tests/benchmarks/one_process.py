@@ -12,7 +12,7 @@ import torch
 from heliostat.data.dataset import open_dataset
 from heliostat.data.order import Samples
 from heliostat.engine import deepspeed_engine, zero_state
-from heliostat.train.worker.lr_schedule import factor
+from heliostat.training.worker.lr_schedule import factor
 from heliostat.validation import check
 
 ALONE = ["workers.count=1", "mlflow.register=null"]

@@ -41,9 +41,9 @@ import psutil
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import workers
 from heliostat.runs.events import Event, Phase, Steps
-from heliostat.train import run
-from heliostat.train.driver import attempt, progress
-from heliostat.train.stop_codes import RESIZE
+from heliostat.training import run
+from heliostat.training.driver import attempt, progress
+from heliostat.training.stop_codes import RESIZE
 
 PARTS = ("ended", "pause", "processes", "model", "checkpoint", "data", "first step", "recomputed")
 PHASES = {

@@ -37,9 +37,9 @@ from heliostat.checkpoint.layout import Checkpoint
 from heliostat.data import receipt
 from heliostat.plan import zero_layout
 from heliostat.storage.locations import Location
-from heliostat.train import mailbox
-from heliostat.train.driver import attempt, recovery, rendezvous
-from heliostat.train.driver.pool import Member
+from heliostat.training import mailbox
+from heliostat.training.driver import attempt, recovery, rendezvous
+from heliostat.training.driver.pool import Member
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

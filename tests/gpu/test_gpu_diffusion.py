@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def test_a_diffusion_run_on_a_gpu_learns_and_its_export_draws(stage, precision, ray_session, tracking, tmp_path) -> None:
     from heliostat.inference.generate import generate
     from heliostat.tracking.models import resolve
-    from heliostat.train.run import train
+    from heliostat.training.run import train
 
     from tests.integration.conftest import curve
     from tests.integration.test_diffusion import tiny_job, write

@@ -18,7 +18,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_a_run_on_a_gpu_learns(case, job_file, tracking) -> None:
-    from heliostat.train.run import train
+    from heliostat.training.run import train
 
     from tests.integration.conftest import curve
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from heliostat.curation.prepare import prepare
-from heliostat.train.run import train
+from heliostat.training.run import train
 from mlflow import MlflowClient
 
 from tests.integration.paced import PLAIN

@@ -7,8 +7,8 @@ from heliostat.cluster import private_ray
 from tests.fork_server import ForkServer
 
 DRIVERS = (
-    "heliostat.cli.main", "heliostat.train.run", "heliostat.train.driver.attempt", "heliostat.train.driver.memory",
-    "heliostat.train.driver.progress", "heliostat.train.driver.pool", "heliostat.cluster.connect", "heliostat.cluster.nodes",
+    "heliostat.cli.main", "heliostat.training.run", "heliostat.training.driver.attempt", "heliostat.training.driver.memory",
+    "heliostat.training.driver.progress", "heliostat.training.driver.pool", "heliostat.cluster.connect", "heliostat.cluster.nodes",
     "heliostat.inference.export", "heliostat.inference.batch.run", "heliostat.tracking.logger", "heliostat.tracking.models",
     "heliostat.tracking.report.page", "heliostat.tracking.report.curation", "heliostat.tune.driver", "heliostat.tune.trial",
     "heliostat.tasks.flow", "heliostat.curation.text", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store",
@@ -16,7 +16,7 @@ DRIVERS = (
     "transformers.generation", "transformers.models.auto.modeling_auto",
 )  # fmt: skip
 RANKS = (
-    "pytest", "boto3", "safetensors.torch", "heliostat.train.worker.loop", "heliostat.train.worker.preload",
+    "pytest", "boto3", "safetensors.torch", "heliostat.training.worker.loop", "heliostat.training.worker.preload",
     "heliostat.cpu_kernels", "heliostat.recipes.text.causal_lm", "heliostat.recipes.images.text_to_image",
     "transformers.models.llama.modeling_llama", "transformers.integrations.deepspeed", "diffusers.models.unets",
     "diffusers.models.transformers",

@@ -54,7 +54,7 @@ def deadly(writes: list[str], told: Path) -> None:
 def resume(given: list[str]) -> int:
     """Goes on with the run of a job's file, and dies in front of the first write that is not given; `told` then names it."""
     path, told, *writes = given
-    from heliostat.train import run
+    from heliostat.training import run
 
     deadly(writes, Path(told))
     run.train(Path(path), resume=True)

@@ -19,7 +19,7 @@ from heliostat.engine import zero_state
 from heliostat.numerics import play
 from heliostat.recipes.loading import load
 from heliostat.runs import segments
-from heliostat.train.worker.evaluation import HeldOut
+from heliostat.training.worker.evaluation import HeldOut
 from safetensors.torch import load_file, save_file
 
 from tests.unit.build_job import job

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from heliostat.data.dataset import open_dataset
 from heliostat.recipes import building
-from heliostat.train.worker.lr_schedule import factor
+from heliostat.training.worker.lr_schedule import factor
 from heliostat.validation import check
 
 

@@ -24,8 +24,8 @@ from heliostat.config import spec
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, HeliostatError, StorageError
 from heliostat.storage import locations as storage
 from heliostat.storage.locations import Location
-from heliostat.train.stop_codes import FAILED, RUN
-from heliostat.train.worker.heartbeat import StopConsensus
+from heliostat.training.stop_codes import FAILED, RUN
+from heliostat.training.worker.heartbeat import StopConsensus
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from tests.integration import ranks

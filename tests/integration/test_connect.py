@@ -19,7 +19,7 @@ import ray
 from heliostat.cluster import private, private_ray
 from heliostat.cluster.connect import connect
 from heliostat.errors import ConfigError
-from heliostat.train.run import train
+from heliostat.training.run import train
 
 from tests.integration import commands
 from tests.integration.paced import SET_PLAIN

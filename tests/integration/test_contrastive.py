@@ -15,8 +15,8 @@ from heliostat.data.manifest import read
 from heliostat.numerics.play import gradients
 from heliostat.recipes import building
 from heliostat.recipes.loading import load
-from heliostat.train.worker import coupled
-from heliostat.train.worker.batch_plan import BatchPlan
+from heliostat.training.worker import coupled
+from heliostat.training.worker.batch_plan import BatchPlan
 
 from tests.golden.curves import Steps
 from tests.integration import ranks

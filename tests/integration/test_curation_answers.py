@@ -22,7 +22,7 @@ from heliostat.errors import ConfigError
 from heliostat.runs.samples import samples
 from heliostat.storage.locations import Location
 from heliostat.tracking.models import find_run
-from heliostat.train.run import train
+from heliostat.training.run import train
 from mlflow import MlflowClient
 
 from tests.integration.conftest import tiny_job

@@ -30,8 +30,8 @@ from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.tracking.models import resolve
-from heliostat.train.run import train
-from heliostat.train.worker.batch_plan import BatchPlan
+from heliostat.training.run import train
+from heliostat.training.worker.batch_plan import BatchPlan
 from PIL import Image
 
 from tests.integration import ranks

@@ -17,7 +17,7 @@ from heliostat.data.index import index
 from heliostat.errors import ConfigError, DataError, HeliostatError
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
-from heliostat.train.run import train
+from heliostat.training.run import train
 
 from tests.integration.conftest import UNBROKEN_STEPS, curve
 from tests.integration.paced import PACED_PLAIN, PLAIN

@@ -26,8 +26,8 @@ from heliostat.inference.generate import generate
 from heliostat.recipes.protocol import Batch, Evaluates, Loss, Recipe
 from heliostat.storage.locations import Location
 from heliostat.tracking.models import resolve
-from heliostat.train.run import train
-from heliostat.train.worker.evaluation import HeldOut
+from heliostat.training.run import train
+from heliostat.training.worker.evaluation import HeldOut
 
 from jobs.examples.classifier import Classifier
 from tests.integration import ranks

@@ -19,7 +19,7 @@ from heliostat.numerics import play
 from heliostat.parallel import experts
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
-from heliostat.train.run import train
+from heliostat.training.run import train
 
 from tests.golden import data
 from tests.integration import layouts, ranks, selection

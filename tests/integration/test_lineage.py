@@ -28,7 +28,7 @@ from heliostat.runs.segments import read as read_segments
 from heliostat.storage.locations import Location
 from heliostat.tracking.models import resolve
 from heliostat.tracking.registry import GateError
-from heliostat.train.run import train
+from heliostat.training.run import train
 from mlflow import MlflowClient
 
 from tests.integration import commands

@@ -17,10 +17,10 @@ from heliostat.config.spec import Workers
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
-from heliostat.train.driver.memory import Memory
-from heliostat.train.driver.pool import Pool
-from heliostat.train.memory_keeper import summed
-from heliostat.train.run import train
+from heliostat.training.driver.memory import Memory
+from heliostat.training.driver.pool import Pool
+from heliostat.training.memory_keeper import summed
+from heliostat.training.run import train
 
 from tests.integration.conftest import UNBROKEN_STEPS, curve
 from tests.integration.paced import PACED_PLAIN, PLAIN

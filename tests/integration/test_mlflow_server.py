@@ -21,7 +21,7 @@ import pytest
 from heliostat.chaos.servers import Server
 from heliostat.cli.main import app
 from heliostat.errors import TrackingError
-from heliostat.train.run import train
+from heliostat.training.run import train
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 

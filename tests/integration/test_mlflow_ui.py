@@ -23,7 +23,7 @@ from heliostat.chaos.servers import Server
 from heliostat.recipes.protocol import Draws
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.tracking import ui
-from heliostat.train.run import train
+from heliostat.training.run import train
 from heliostat.tune.driver import tune
 from mlflow import MlflowClient
 from PIL import Image

@@ -15,7 +15,7 @@ from heliostat.chaos.process import STEP
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
-from heliostat.train.run import train
+from heliostat.training.run import train
 
 from tests.integration import hosts
 from tests.integration.conftest import curve, tiny_job

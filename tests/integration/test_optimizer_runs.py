@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from heliostat.evaluation.losses import evaluate
 from heliostat.tracking.models import resolve
-from heliostat.train.run import train
+from heliostat.training.run import train
 
 from tests.integration.conftest import curve, tiny_job
 from tests.integration.reference import plain_losses

@@ -16,7 +16,7 @@ from heliostat.chaos.process import Command, end_tree
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
-from heliostat.train.run import train
+from heliostat.training.run import train
 
 from tests.integration.conftest import curve, tiny_job
 from tests.integration.hosts import Console

@@ -12,8 +12,8 @@ import pytest
 import ray
 from heliostat.config.spec import Workers
 from heliostat.errors import PlacementError
-from heliostat.train.driver import slots
-from heliostat.train.driver.pool import Pool
+from heliostat.training.driver import slots
+from heliostat.training.driver.pool import Pool
 from ray.util.placement_group import placement_group, remove_placement_group
 
 pytestmark = pytest.mark.usefixtures("ray_session")

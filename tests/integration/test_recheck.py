@@ -15,8 +15,8 @@ import torch.distributed as dist
 from heliostat.data import manifest
 from heliostat.data.dataset import plan
 from heliostat.errors import CorruptionError
-from heliostat.train.run import train
-from heliostat.train.worker.recheck import Recheck
+from heliostat.training.run import train
+from heliostat.training.worker.recheck import Recheck
 
 from tests.golden import curves, data
 from tests.integration import ranks

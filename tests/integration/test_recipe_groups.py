@@ -18,7 +18,7 @@ from heliostat.inference import export
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Batch, Exports, Group, Loss, Part, Weight
 from heliostat.storage.locations import Location
-from heliostat.train.worker.objective import Objective
+from heliostat.training.worker.objective import Objective
 from safetensors.torch import load_file
 from torch import nn
 

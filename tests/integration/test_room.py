@@ -13,7 +13,7 @@ import pytest
 import ray
 import yaml
 from heliostat.cluster import private_ray
-from heliostat.train.run import train
+from heliostat.training.run import train
 from heliostat.tune import driver as tuning
 from heliostat.tune.sweep import load
 from ray.util.placement_group import placement_group, remove_placement_group

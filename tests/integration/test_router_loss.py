@@ -11,7 +11,7 @@ from heliostat.config.spec import Job
 from heliostat.engine import deepspeed_engine
 from heliostat.recipes import building
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.worker.objective import Objective
+from heliostat.training.worker.objective import Objective
 
 from tests.integration import ranks
 from tests.unit.build_job import BASE, job

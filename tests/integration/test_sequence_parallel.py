@@ -16,7 +16,7 @@ import torch.distributed as dist
 from heliostat.config.spec import Job
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
-from heliostat.train.run import train
+from heliostat.training.run import train
 
 from tests.golden import data
 from tests.integration import layouts, ranks, selection

@@ -13,9 +13,9 @@ from heliostat.storage.locations import Location
 from heliostat.tracking import local_curves
 from heliostat.tracking.logger import RunOwner
 from heliostat.tracking.report import page
-from heliostat.train.driver.progress import ProgressReporter
-from heliostat.train.worker.loss_watch import LossWatch
-from heliostat.train.worker.posts import Posts
+from heliostat.training.driver.progress import ProgressReporter
+from heliostat.training.worker.loss_watch import LossWatch
+from heliostat.training.worker.posts import Posts
 from mlflow import MlflowClient
 from rich.console import Console
 

@@ -24,8 +24,8 @@ from heliostat.runs import goodput, liveness
 from heliostat.runs.time_ledger import Recorder
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
-from heliostat.train.driver import attempt, limits
-from heliostat.train.run import train
+from heliostat.training.driver import attempt, limits
+from heliostat.training.run import train
 from heliostat.validation.check import check, load_job
 from mlflow import MlflowClient
 

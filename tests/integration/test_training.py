@@ -22,7 +22,7 @@ from heliostat.evaluation.losses import evaluate
 from heliostat.storage.locations import Location
 from heliostat.tracking import registry
 from heliostat.tracking.models import models_of, resolve
-from heliostat.train.run import train
+from heliostat.training.run import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 

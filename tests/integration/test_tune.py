@@ -20,7 +20,7 @@ import yaml
 from heliostat.checkpoint import layout
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
-from heliostat.train.run import train
+from heliostat.training.run import train
 from heliostat.tune import listing, trial_record
 from heliostat.tune.driver import tune
 

@@ -9,13 +9,13 @@ import pytest
 from heliostat.engine import process_group
 from heliostat.errors import HeliostatError, NonFiniteError, PeerLostError, WorkerError
 from heliostat.runs.time_ledger import Ledger
-from heliostat.train.worker.heartbeat import Heartbeat
-from heliostat.train.worker.loop import Worker
-from heliostat.train.worker.process import TrainWorker
-from heliostat.train.worker.recheck import Recheck
-from heliostat.train.worker.step_reports import StepReports
-from heliostat.train.worker.stepper import Report
-from heliostat.train.worker.training_state import TrainingState
+from heliostat.training.worker.heartbeat import Heartbeat
+from heliostat.training.worker.loop import Worker
+from heliostat.training.worker.process import TrainWorker
+from heliostat.training.worker.recheck import Recheck
+from heliostat.training.worker.step_reports import StepReports
+from heliostat.training.worker.stepper import Report
+from heliostat.training.worker.training_state import TrainingState
 
 from tests.unit.build_job import job
 
@@ -125,7 +125,7 @@ def test_bits_of_an_aborted_collective_are_no_corruption(monkeypatch):
     recheck: Any = object.__new__(Recheck)
     recheck.where, recheck.kind, recheck.group = ("node", "address"), "cpu", None
     recheck._digests = lambda *given: ordered() or [1]
-    monkeypatch.setattr("heliostat.train.worker.recheck.together", Never().__getattr__)
+    monkeypatch.setattr("heliostat.training.worker.recheck.together", Never().__getattr__)
     with pytest.raises(PeerLostError):
         recheck._all({}, 0, [])
 
@@ -140,7 +140,7 @@ def told(monkeypatch) -> list[Any]:
     monkeypatch.setattr(process_group, "join", lambda place: None)
     monkeypatch.setattr(process_group, "abort", lambda: done.append("abort"))
     monkeypatch.setattr(process_group, "leave", lambda: done.append("leave"))
-    monkeypatch.setattr("heliostat.train.worker.collector.spare_imports", lambda: None)
+    monkeypatch.setattr("heliostat.training.worker.collector.spare_imports", lambda: None)
     return done
 
 
@@ -154,7 +154,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, told: list[Any], error: Exception, 
             before()
             raise error
 
-    monkeypatch.setattr("heliostat.train.worker.loop.Worker", Failing)
+    monkeypatch.setattr("heliostat.training.worker.loop.Worker", Failing)
     worker = object.__new__(TrainWorker)
     worker._spent = False
     return worker

@@ -101,7 +101,7 @@ def test_type_checkers_see_the_names_that_python_sees():
 
 @pytest.mark.parametrize("name", heliostat.MODULES)
 def test_a_module_that_is_called_is_a_module_all_the_same(name):
-    """`heliostat.train(job)` and `heliostat.train.run` both work, in whatever order they are asked for, and on workers."""
+    """`heliostat.train(job)` and `heliostat.training.run` both work, in whatever order they are asked for, and on workers."""
     module = getattr(heliostat, name)
     assert module is importlib.import_module(f"heliostat.{name}") and isinstance(module, ModuleType)
     assert cloudpickle.loads(cloudpickle.dumps(module)) is module

@@ -10,7 +10,7 @@ from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.plan import auto, hardware, layouts, planner, ranking
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.run import train_job
+from heliostat.training.run import train_job
 from heliostat.validation import check
 from heliostat.validation.check import load_job
 

@@ -15,9 +15,9 @@ from heliostat.checkpoint.saver import Saver
 from heliostat.config import spec
 from heliostat.recipes import building
 from heliostat.storage.locations import Location
-from heliostat.train.worker.loop import Worker
-from heliostat.train.worker.memory_copies import MemoryCopies
-from heliostat.train.worker.training_state import TrainingState
+from heliostat.training.worker.loop import Worker
+from heliostat.training.worker.memory_copies import MemoryCopies
+from heliostat.training.worker.training_state import TrainingState
 
 
 @pytest.mark.parametrize("kept", ["a save", "a save and a copy"])

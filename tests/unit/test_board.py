@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from heliostat.config import spec
 from heliostat.runs.events import Event, NodeSample, Notice, Stack
-from heliostat.train import mailbox
-from heliostat.train.driver import attempt, stack_dumps
-from heliostat.train.driver.signals import Signals
+from heliostat.training import mailbox
+from heliostat.training.driver import attempt, stack_dumps
+from heliostat.training.driver.signals import Signals
 
 
 class Clock:

@@ -53,7 +53,7 @@ def test_what_is_suggested_begins_with_what_the_shell_finds(monkeypatch, called,
 
 def test_the_usual_store_is_asked_for_before_mlflow_sets_it_to_the_jobs(tmp_path, monkeypatch, capsys):
     """As `mlflow.set_tracking_uri` does: the store of the next command would not be named."""
-    from heliostat.train import run as running
+    from heliostat.training import run as running
 
     def trained(job: Any, *_: Any, **__: Any) -> dict[str, Any]:
         os.environ["MLFLOW_TRACKING_URI"] = job.mlflow.uri

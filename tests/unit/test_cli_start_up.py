@@ -20,7 +20,7 @@ CHILD = """
 import sys
 from heliostat.cli.main import main
 if sys.argv[1] == "train":  # ends where Ray would start
-    from heliostat.train import run
+    from heliostat.training import run
     run.Run.run = lambda self: sys.exit()
 sys.argv = ["heliostat", *sys.argv[1:]]
 try:
@@ -85,7 +85,7 @@ def test_no_module_of_the_command_line_imports_the_one_that_starts_it():
 def test_training_checks_each_thing_once_on_its_way_to_the_first_attempt(tmp_path, monkeypatch):
     """The file, then what does not depend on the run, then, with the run claimed, its data."""
     from heliostat.storage import lease
-    from heliostat.train import run as running
+    from heliostat.training import run as running
     from heliostat.validation import check
 
     make_text(tmp_path / "data")

@@ -10,7 +10,7 @@ import pytest
 from heliostat.cli import logs
 from heliostat.runs.events import Steps
 from heliostat.terminal import duration, fit
-from heliostat.train.driver import progress
+from heliostat.training.driver import progress
 from rich.console import Console
 
 PARTS = [(1, "loss 6.2277"), (5, "lr 1.00e-03"), (3, "1,234,567 tokens/s"), (4, "MFU 45.6%"), (7, "data wait 0.0%")]

@@ -4,7 +4,7 @@ import gc
 import weakref
 
 import pytest
-from heliostat.train.worker import collector
+from heliostat.training.worker import collector
 
 
 class Circle:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from heliostat.recipes import contrastive
 from heliostat.recipes.protocol import CouplesSamples, Loss
 from heliostat.recipes.text.embedder import Embedder
-from heliostat.train.worker import coupled
-from heliostat.train.worker.micro_batches import Micro
+from heliostat.training.worker import coupled
+from heliostat.training.worker.micro_batches import Micro
 
 from tests.unit import build_pairs
 from tests.unit.test_document_attention import Largest

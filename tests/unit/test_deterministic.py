@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from heliostat.recipes.protocol import Loss
-from heliostat.train.worker import deterministic, recheck
-from heliostat.train.worker.recheck import Recheck
+from heliostat.training.worker import deterministic, recheck
+from heliostat.training.worker.recheck import Recheck
 from torch import nn
 
 WORKERS = 3

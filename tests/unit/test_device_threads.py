@@ -16,7 +16,7 @@ from heliostat.config import spec
 from heliostat.data import device_threads
 from heliostat.engine import process_group
 from heliostat.storage.locations import Location
-from heliostat.train.worker import memory_copies, node_metrics
+from heliostat.training.worker import memory_copies, node_metrics
 
 HOUSE = Path(heliostat.__file__).parent
 ROOMS = ("train/worker", "checkpoint", "recipes", "update_rules", "data")  # what runs in a worker's process

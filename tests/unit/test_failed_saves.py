@@ -9,8 +9,8 @@ from heliostat.checkpoint.saver import TOLERATED, Saver
 from heliostat.errors import AccessError, CheckpointError, LeaseError, StorageError, WorkerError
 from heliostat.runs.events import Saved
 from heliostat.tracking.metrics import points
-from heliostat.train.stop_codes import FAILED, RUN
-from heliostat.train.worker.training_state import TrainingState
+from heliostat.training.stop_codes import FAILED, RUN
+from heliostat.training.worker.training_state import TrainingState
 
 from tests.unit.test_abort import worker_in_step
 

@@ -19,12 +19,12 @@ from heliostat.errors import (
     TrainingError,
     WorkerError,
 )
-from heliostat.train import faults
-from heliostat.train.driver import attempt, exclusion
-from heliostat.train.driver.attempt import Attempt
-from heliostat.train.driver.exclusion import Suspicions
-from heliostat.train.driver.failures import Failure, explain, survived
-from heliostat.train.driver.recovery import classify, frozen
+from heliostat.training import faults
+from heliostat.training.driver import attempt, exclusion
+from heliostat.training.driver.attempt import Attempt
+from heliostat.training.driver.exclusion import Suspicions
+from heliostat.training.driver.failures import Failure, explain, survived
+from heliostat.training.driver.recovery import classify, frozen
 
 ADVICE = """
 CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.

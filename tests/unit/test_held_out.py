@@ -11,7 +11,7 @@ from heliostat.data.dataset import make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes import exported
-from heliostat.train.worker import evaluation
+from heliostat.training.worker import evaluation
 from heliostat.validation import check
 
 from tests.unit.build_job import job

@@ -199,7 +199,7 @@ def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
 def test_a_command_takes_the_lease_before_it_looks_at_what_there_is(tmp_path):
     """Of two, the second is refused before it has read a checkpoint or a dataset, and a command that fails gives it back."""
     from heliostat.errors import HeliostatError
-    from heliostat.train.run import train
+    from heliostat.training.run import train
 
     from tests.unit.build_job import write
 

@@ -14,11 +14,11 @@ from heliostat.errors import ConfigError, LimitError, StoppedError
 from heliostat.runs.goodput import Attempt
 from heliostat.runs.time_ledger import Recorder
 from heliostat.storage.locations import Location
-from heliostat.train.driver import limits
-from heliostat.train.driver.limits import Spending, hourly
-from heliostat.train.driver.run import Run
-from heliostat.train.driver.signals import Signals
-from heliostat.train.stop_codes import INTERRUPTED
+from heliostat.training.driver import limits
+from heliostat.training.driver.limits import Spending, hourly
+from heliostat.training.driver.run import Run
+from heliostat.training.driver.signals import Signals
+from heliostat.training.stop_codes import INTERRUPTED
 from heliostat.tune import sweep
 
 from tests.unit.build_job import job

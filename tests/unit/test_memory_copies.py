@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from heliostat.train import memory_keeper
-from heliostat.train.memory_keeper import MemoryKeeper, Plan
-from heliostat.train.worker import memory_copies
-from heliostat.train.worker.memory_copies import MemoryCopies
+from heliostat.training import memory_keeper
+from heliostat.training.memory_keeper import MemoryKeeper, Plan
+from heliostat.training.worker import memory_copies
+from heliostat.training.worker.memory_copies import MemoryCopies
 
 SIZE = 1000  # numbers of a worker's state
 

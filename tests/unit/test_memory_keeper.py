@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from heliostat.train.driver.memory import whole
-from heliostat.train.memory_keeper import MemoryKeeper, Sum, summed
+from heliostat.training.driver.memory import whole
+from heliostat.training.memory_keeper import MemoryKeeper, Sum, summed
 
 DATA = np.arange(1000, dtype=np.uint8)
 

@@ -7,8 +7,8 @@ import pytest
 import ray._private.thirdparty.pynvml as bundled
 import torch
 from heliostat.runs.events import Event, NodeSample, Notice
-from heliostat.train.worker import node_metrics
-from heliostat.train.worker.node_metrics import NodeMonitor
+from heliostat.training.worker import node_metrics
+from heliostat.training.worker.node_metrics import NodeMonitor
 
 
 class NVMLError(Exception): ...

@@ -9,8 +9,8 @@ import torch
 from heliostat.errors import CorruptionError, LossSpikeError
 from heliostat.numerics import compare, small
 from heliostat.numerics.rows import Row
-from heliostat.train.driver.recovery import Budget, classify
-from heliostat.train.worker.recheck import digest, outvoted
+from heliostat.training.driver.recovery import Budget, classify
+from heliostat.training.worker.recheck import digest, outvoted
 
 from tests.unit import command_line
 from tests.unit.build_job import job, write

@@ -2,7 +2,7 @@
 a GPU is held to this one by `tests.gpu`."""
 
 import torch
-from heliostat.train.worker import on_device
+from heliostat.training.worker import on_device
 
 
 def test_batches_come_in_order():

@@ -9,7 +9,7 @@ from heliostat.storage.run_folder import UNLOGGED
 from heliostat.tracking import outbox
 from heliostat.tracking.metrics import Point
 from heliostat.tracking.outbox import Outbox
-from heliostat.train.worker import node_metrics
+from heliostat.training.worker import node_metrics
 
 
 class Store:

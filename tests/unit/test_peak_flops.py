@@ -8,7 +8,7 @@ import torch
 from heliostat.cluster.peak_flops import BF16, peak_flops
 from heliostat.errors import ConfigError
 from heliostat.plan import hardware
-from heliostat.train.worker.step_reports import StepReports
+from heliostat.training.worker.step_reports import StepReports
 
 from tests.unit.build_job import job
 

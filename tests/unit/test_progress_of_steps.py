@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from heliostat.recipes.protocol import Loss
-from heliostat.train.worker import coupled
-from heliostat.train.worker.micro_batches import Micro
-from heliostat.train.worker.objective import Objective
+from heliostat.training.worker import coupled
+from heliostat.training.worker.micro_batches import Micro
+from heliostat.training.worker.objective import Objective
 
 
 class Unread(torch.Tensor):

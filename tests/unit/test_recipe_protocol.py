@@ -20,8 +20,8 @@ from heliostat.recipes.conformance import require_class
 from heliostat.recipes.gathering import in_order, taken
 from heliostat.recipes.protocol import IGNORED, Batch, Companion, Evaluates, Exports, Group, Loss, Part, Recipe, Weight
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.train.worker.evaluation import dealt_whole
-from heliostat.train.worker.objective import Objective
+from heliostat.training.worker.evaluation import dealt_whole
+from heliostat.training.worker.objective import Objective
 from heliostat.validation import check
 from torch import nn
 

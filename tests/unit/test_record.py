@@ -12,7 +12,7 @@ from heliostat.recipes import exported
 from heliostat.tracking import card
 from heliostat.tracking.parents import parents
 from heliostat.tracking.run_facts import flatten
-from heliostat.train import reproduce
+from heliostat.training import reproduce
 
 from tests.unit.build_job import job
 from tests.unit.test_dataset import make_dataset

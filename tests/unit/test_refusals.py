@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from heliostat.errors import AccessError, StoppedError, unwrapped
 from heliostat.storage import wire
-from heliostat.train.driver import refusals
-from heliostat.train.driver.recovery import Budget
-from heliostat.train.driver.run import Run
+from heliostat.training.driver import refusals
+from heliostat.training.driver.recovery import Budget
+from heliostat.training.driver.run import Run
 
 from tests.unit.build_job import job
 

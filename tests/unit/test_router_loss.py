@@ -10,8 +10,8 @@ import transformers
 from heliostat.errors import ConfigError
 from heliostat.runs.events import Steps
 from heliostat.tracking.metrics import points
-from heliostat.train.driver.progress import ProgressReporter
-from heliostat.train.worker.objective import Objective
+from heliostat.training.driver.progress import ProgressReporter
+from heliostat.training.worker.objective import Objective
 from rich.console import Console
 
 from tests.unit.test_causal_lm import LLAMA, recipe

@@ -15,7 +15,7 @@ from heliostat.errors import ConfigError
 from heliostat.runs import consumed, segments
 from heliostat.runs.samples import samples
 from heliostat.storage.locations import Location
-from heliostat.train.worker import bad_samples
+from heliostat.training.worker import bad_samples
 
 from tests.unit.build_index import index
 from tests.unit.build_job import job

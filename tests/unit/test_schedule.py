@@ -5,7 +5,7 @@ import random
 
 import pytest
 from heliostat.config.schedules import REGISTRY, Schedule
-from heliostat.train.worker.lr_schedule import factor
+from heliostat.training.worker.lr_schedule import factor
 from pydantic import ValidationError
 
 NAMES = tuple(REGISTRY)

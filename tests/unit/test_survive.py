@@ -8,8 +8,8 @@ from heliostat import errors
 from heliostat.cluster.capacity import missing, room, starved
 from heliostat.config import spec
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, TrainingError, WorkerError
-from heliostat.train.driver.recovery import Budget, choose, classify, stalled
-from heliostat.train.worker.loss_spikes import Detector
+from heliostat.training.driver.recovery import Budget, choose, classify, stalled
+from heliostat.training.worker.loss_spikes import Detector
 
 from tests.unit.build_job import job
 

@@ -161,7 +161,7 @@ def reproduce(
 ) -> None:
     """Train a recorded run again from its record, and compare the losses of every step; tells what differs in the environment."""
     from heliostat.tracking import mlflow_client
-    from heliostat.train import reproduce as again
+    from heliostat.training import reproduce as again
 
     uri = store_uri(mlflow)
     with mlflow_client.asking(uri):

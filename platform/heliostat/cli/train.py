@@ -95,7 +95,7 @@ def train(
     import psutil
 
     from heliostat.plan import auto
-    from heliostat.train.run import source, train_job
+    from heliostat.training.run import source, train_job
     from heliostat.validation.check import load_job
 
     wanted, began = auto.settled(load_job(job, setting), resume=resume), psutil.Process().create_time()

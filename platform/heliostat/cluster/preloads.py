@@ -10,12 +10,12 @@ from typing import Any
 
 from heliostat.config import workspace
 
-TRAINING = ("ray.data", "heliostat.train.worker.preload")
+TRAINING = ("ray.data", "heliostat.training.worker.preload")
 TRIALS = (  # what a sweep's trials import beside that: each is a run's driver
     "heliostat.tune.trial",
-    "heliostat.train.run",
-    "heliostat.train.driver.attempt",
-    "heliostat.train.driver.progress",
+    "heliostat.training.run",
+    "heliostat.training.driver.attempt",
+    "heliostat.training.driver.progress",
     "heliostat.tracking.logger",
     "mlflow",
 )

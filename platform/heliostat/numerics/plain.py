@@ -22,8 +22,8 @@ from heliostat.numerics.tensors import read
 from heliostat.numerics.thresholds import LIMITS
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Batch, CouplesSamples, Recipe
-from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.coupled import objective
+from heliostat.training.worker.batch_plan import BatchPlan
+from heliostat.training.worker.coupled import objective
 
 WAIT_S = 300.0  # for the workers' next step
 

@@ -33,12 +33,12 @@ from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.locations import Location
-from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.context import Context
-from heliostat.train.worker.posts import Posts
-from heliostat.train.worker.stepper import Stepper
-from heliostat.train.worker.training_state import TrainingState
-from heliostat.train.worker.unsealed import Unsealed
+from heliostat.training.worker.batch_plan import BatchPlan
+from heliostat.training.worker.context import Context
+from heliostat.training.worker.posts import Posts
+from heliostat.training.worker.stepper import Stepper
+from heliostat.training.worker.training_state import TrainingState
+from heliostat.training.worker.unsealed import Unsealed
 
 FREE = SimpleNamespace(check=lambda: None)  # of a run that no other driver can take over
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -23,7 +23,7 @@ from heliostat.serving.options import Options
 from heliostat.serving.replica import Replica
 from heliostat.serving.run import require_free
 from heliostat.serving.served import Served
-from heliostat.train.driver.signals import Signals
+from heliostat.training.driver.signals import Signals
 from heliostat.web import deadlines
 
 log = logging.getLogger(__name__)

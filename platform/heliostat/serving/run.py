@@ -23,7 +23,7 @@ from heliostat.serving.options import Options
 from heliostat.serving.served import Served
 from heliostat.serving.versions import NoModel, Source, Versions
 from heliostat.text import brief
-from heliostat.train.driver.signals import Signals
+from heliostat.training.driver.signals import Signals
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from heliostat.runs import goodput
 from heliostat.runs.goodput import Attempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.train.driver.recovery import Budget
+from heliostat.training.driver.recovery import Budget
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from ray.tune import Callback
 from heliostat.cluster.nodes import Shortage
 from heliostat.config.spec import Job
 from heliostat.errors import HeliostatError
-from heliostat.train.driver.signals import Signals
+from heliostat.training.driver.signals import Signals
 from heliostat.tune.state import State
 from heliostat.tune.trial_record import Claim
 

@@ -23,7 +23,7 @@ from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.storage.run_folder import require_one_way
-from heliostat.train.driver.signals import Signals
+from heliostat.training.driver.signals import Signals
 from heliostat.tune import concurrency as room
 from heliostat.tune import report
 from heliostat.tune import trial_record as records
@@ -229,7 +229,7 @@ class _Tuning:
         best = records.best(all_records, self.plan.sweep.mode)
         if best is None or not self.plan.sweep.register_best:
             return
-        from heliostat.train.run import finalize
+        from heliostat.training.run import finalize
 
         log.info("trial %d is the best: %s %.4g", best.number, self.plan.sweep.metric, best.value)
         outcome = finalize(spec.resolve(self.plan.job(best.number, best.params)))

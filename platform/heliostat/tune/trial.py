@@ -25,8 +25,8 @@ from heliostat.runs.events import Event, Paused, Scores, Steps, Waiting
 from heliostat.storage.lease import Lease
 from heliostat.storage.locations import Location
 from heliostat.tracking.tags import PRUNED
-from heliostat.train.driver.signals import Signals
-from heliostat.train.pauses import PausePoints
+from heliostat.training.driver.signals import Signals
+from heliostat.training.pauses import PausePoints
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Trial(tune.Trainable):
     # the run's side --------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        from heliostat.train.driver.run import RunHooks
+        from heliostat.training.driver.run import RunHooks
 
         os.chdir(self.given["root"])
         if self.given["cluster"]:  # by this a run knows that Ray is not its own
@@ -102,7 +102,7 @@ class Trial(tune.Trainable):
         self._thread.start()
 
     def _run(self) -> None:
-        from heliostat.train.run import train_with_hooks
+        from heliostat.training.run import train_with_hooks
         from heliostat.tune.clone import clone
 
         try:

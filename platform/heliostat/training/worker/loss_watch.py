@@ -8,8 +8,8 @@ from collections.abc import Callable
 from heliostat.data.dataset import Dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.runs.events import Spike
-from heliostat.train.worker.context import Context
-from heliostat.train.worker.loss_spikes import Detector
+from heliostat.training.worker.context import Context
+from heliostat.training.worker.loss_spikes import Detector
 
 NAMED = 8  # samples that an error names
 

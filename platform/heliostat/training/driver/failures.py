@@ -13,7 +13,7 @@ from typing import Literal
 import ray
 
 from heliostat.errors import DeviceError, HeliostatError, PeerLostError, TrainingError, WorkerError, innermost
-from heliostat.train import faults
+from heliostat.training import faults
 
 Kind = Literal["device", "known", "raised", "unclear", "died", "peer", "late"]
 LIKELY: dict[Kind, int] = {"device": 0, "known": 1, "raised": 2, "unclear": 2, "died": 2, "peer": 3, "late": 4}

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from heliostat.engine.process_group import Place
-from heliostat.train.driver.pool import Member
+from heliostat.training.driver.pool import Member
 
 ANSWER_S = 30.0
 

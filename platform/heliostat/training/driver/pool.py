@@ -28,8 +28,8 @@ from heliostat.cluster.connect import remote_environment
 from heliostat.config.spec import Workers
 from heliostat.errors import PlacementError, TrainingError
 from heliostat.text import brief
-from heliostat.train.driver.slots import Slots
-from heliostat.train.worker.process import TrainWorker
+from heliostat.training.driver.slots import Slots
+from heliostat.training.worker.process import TrainWorker
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
-from heliostat.train.worker.posts import Posts
+from heliostat.training.worker.posts import Posts
 
 
 @dataclass(frozen=True)

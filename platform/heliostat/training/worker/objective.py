@@ -17,8 +17,8 @@ import torch.distributed as dist
 from heliostat.checkpoint.agreement import together
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Recipe
-from heliostat.train.worker import coupled
-from heliostat.train.worker.micro_batches import Micro, seeded
+from heliostat.training.worker import coupled
+from heliostat.training.worker.micro_batches import Micro, seeded
 
 TAKEN = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "mfu", "bad_samples", "skipped_steps", "loss_scale",
          "spike", "spike_limit")  # what else is logged as `train/NAME`  # fmt: skip

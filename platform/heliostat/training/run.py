@@ -1,6 +1,6 @@
 """Runs a training job from the driver.
 
-    from heliostat.train.run import train
+    from heliostat.training.run import train
     result = train(Path("jobs/quickstart.yaml"))
 
 Each run takes the same path: load the file, check what does not depend on the run, claim the run, plan its data from its last
@@ -27,7 +27,7 @@ from heliostat.runs import summary as endings
 from heliostat.storage import lease
 from heliostat.storage.run_folder import require_one_way
 from heliostat.tracking.tags import SOURCE_NAME
-from heliostat.train.driver.run import Run, RunHooks
+from heliostat.training.driver.run import Run, RunHooks
 from heliostat.validation import check
 from heliostat.validation.check import Checked
 

@@ -29,7 +29,7 @@ from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.data import device_threads
 from heliostat.errors import TrainingError
 from heliostat.text import brief
-from heliostat.train.memory_keeper import Plan, Source, Sum, summed
+from heliostat.training.memory_keeper import Plan, Source, Sum, summed
 
 log = logging.getLogger(__name__)
 

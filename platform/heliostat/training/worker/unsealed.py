@@ -23,7 +23,7 @@ from heliostat.data.dataset import Dataset
 from heliostat.data.stream import StepSamples
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.train.worker import bad_samples
+from heliostat.training.worker import bad_samples
 
 
 class Unsealed:

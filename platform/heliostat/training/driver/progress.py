@@ -13,7 +13,7 @@ from rich.text import Text
 
 from heliostat.runs.events import Evaluation, Event, Notice, Phase, Spike, Steps
 from heliostat.terminal import duration, fit
-from heliostat.train.worker.loss_spikes import Found
+from heliostat.training.worker.loss_spikes import Found
 
 log = logging.getLogger("heliostat")
 

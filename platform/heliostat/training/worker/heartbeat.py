@@ -22,9 +22,9 @@ from heliostat.checkpoint.tree import Channel
 from heliostat.data import device_threads
 from heliostat.engine import process_group
 from heliostat.runs.events import Stack
-from heliostat.train.mailbox import interval
-from heliostat.train.stop_codes import PREEMPTED, RUN
-from heliostat.train.worker import sigterm
+from heliostat.training.mailbox import interval
+from heliostat.training.stop_codes import PREEMPTED, RUN
+from heliostat.training.worker import sigterm
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import ray
 
 from heliostat.cluster.connect import remote_environment
 from heliostat.config.spec import Job
-from heliostat.train import memory_keeper
-from heliostat.train.driver.pool import Member
-from heliostat.train.memory_keeper import Plan, Source
+from heliostat.training import memory_keeper
+from heliostat.training.driver.pool import Member
+from heliostat.training.memory_keeper import Plan, Source
 
 log = logging.getLogger(__name__)
 

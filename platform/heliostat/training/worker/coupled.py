@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Part
-from heliostat.train.worker.micro_batches import Micro, seeded
+from heliostat.training.worker.micro_batches import Micro, seeded
 
 Found = dict[str, torch.Tensor]
 Checked = Callable[[Any, str], Loss]  # returns what a recipe's method gave, if it is a loss; by the method's name

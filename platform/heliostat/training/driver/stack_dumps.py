@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from heliostat.runs.events import Event, Stack
-from heliostat.train.mailbox import interval
+from heliostat.training.mailbox import interval
 
 ANSWER_S = 5.0  # for a worker that has heard of it, to look and to answer
 POLL_S = 0.5

@@ -26,11 +26,11 @@ from heliostat.errors import AccessError, StorageError
 from heliostat.runs.events import Saved
 from heliostat.runs.time_ledger import Ledger
 from heliostat.tracking import local_curves
-from heliostat.train.memory_keeper import Source
-from heliostat.train.worker import memory_copies
-from heliostat.train.worker.context import Context
-from heliostat.train.worker.memory_copies import MemoryCopies
-from heliostat.train.worker.unsealed import Unsealed
+from heliostat.training.memory_keeper import Source
+from heliostat.training.worker import memory_copies
+from heliostat.training.worker.context import Context
+from heliostat.training.worker.memory_copies import MemoryCopies
+from heliostat.training.worker.unsealed import Unsealed
 
 
 class TrainingState:

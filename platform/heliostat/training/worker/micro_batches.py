@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from heliostat.recipes.protocol import Batch
-from heliostat.train.worker import on_device
+from heliostat.training.worker import on_device
 
 
 class Micro(NamedTuple):

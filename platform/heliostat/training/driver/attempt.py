@@ -30,16 +30,16 @@ from heliostat.runs.events import Event, Paused, Phase, Waiting, WorkerFailed
 from heliostat.storage import run_folder
 from heliostat.storage.lease import Fence
 from heliostat.text import brief
-from heliostat.train import mailbox
-from heliostat.train.driver import rendezvous, stack_dumps
-from heliostat.train.driver.failures import Failure, explain, survived
-from heliostat.train.driver.memory import Memory
-from heliostat.train.driver.pool import Member, Pool
-from heliostat.train.driver.recovery import choose, frozen, stalled
-from heliostat.train.driver.signals import Signals
-from heliostat.train.memory_keeper import Source
-from heliostat.train.pauses import PausePoints
-from heliostat.train.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
+from heliostat.training import mailbox
+from heliostat.training.driver import rendezvous, stack_dumps
+from heliostat.training.driver.failures import Failure, explain, survived
+from heliostat.training.driver.memory import Memory
+from heliostat.training.driver.pool import Member, Pool
+from heliostat.training.driver.recovery import choose, frozen, stalled
+from heliostat.training.driver.signals import Signals
+from heliostat.training.memory_keeper import Source
+from heliostat.training.pauses import PausePoints
+from heliostat.training.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
 
 log = logging.getLogger(__name__)
 

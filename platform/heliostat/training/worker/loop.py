@@ -27,22 +27,22 @@ from heliostat.recipes.protocol import Draws
 from heliostat.runs.events import Evaluation, ModelPhase, Paused, Phase
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.locations import Location
-from heliostat.train.stop_codes import FAILED, RESIZE, RUN
-from heliostat.train.worker import collector
-from heliostat.train.worker import gallery as pictures
-from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.context import Context
-from heliostat.train.worker.evaluation import HeldOut
-from heliostat.train.worker.heartbeat import Heartbeat, StopConsensus
-from heliostat.train.worker.loss_watch import LossWatch
-from heliostat.train.worker.memory_copies import MemoryCopies
-from heliostat.train.worker.node_metrics import NodeMonitor
-from heliostat.train.worker.posts import Posts
-from heliostat.train.worker.recheck import Recheck
-from heliostat.train.worker.step_reports import StepReports
-from heliostat.train.worker.stepper import Stepper
-from heliostat.train.worker.training_state import TrainingState
-from heliostat.train.worker.unsealed import Unsealed
+from heliostat.training.stop_codes import FAILED, RESIZE, RUN
+from heliostat.training.worker import collector
+from heliostat.training.worker import gallery as pictures
+from heliostat.training.worker.batch_plan import BatchPlan
+from heliostat.training.worker.context import Context
+from heliostat.training.worker.evaluation import HeldOut
+from heliostat.training.worker.heartbeat import Heartbeat, StopConsensus
+from heliostat.training.worker.loss_watch import LossWatch
+from heliostat.training.worker.memory_copies import MemoryCopies
+from heliostat.training.worker.node_metrics import NodeMonitor
+from heliostat.training.worker.posts import Posts
+from heliostat.training.worker.recheck import Recheck
+from heliostat.training.worker.step_reports import StepReports
+from heliostat.training.worker.stepper import Stepper
+from heliostat.training.worker.training_state import TrainingState
+from heliostat.training.worker.unsealed import Unsealed
 
 HELD_POLL_S = 0.05
 

@@ -43,7 +43,7 @@ class Recorded:
 
 def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list[str], overwrite: bool) -> dict[str, Any]:
     """Trains the run's first `steps` steps again (all of its first segment, if none are given), and reports what differs."""
-    from heliostat.train.run import train
+    from heliostat.training.run import train
 
     found = mlflow_client.find(client, run, uri)
     recorded = read(client, found)

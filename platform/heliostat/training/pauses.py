@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from heliostat.train.stop_codes import INTERRUPTED, RUN
+from heliostat.training.stop_codes import INTERRUPTED, RUN
 
 
 class PausePoints:

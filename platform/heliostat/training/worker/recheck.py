@@ -29,8 +29,8 @@ from heliostat.engine import process_group
 from heliostat.errors import ConfigError, CorruptionError
 from heliostat.recipes.protocol import Batch, Recipe
 from heliostat.storage import wire
-from heliostat.train.worker import deterministic
-from heliostat.train.worker.batch_plan import BatchPlan
+from heliostat.training.worker import deterministic
+from heliostat.training.worker.batch_plan import BatchPlan
 
 ELEMENTS = 64_000_000  # of the gradients that are compared at a time: they are held whole
 BLOCK = 1 << 24  # elements that a digest looks at together

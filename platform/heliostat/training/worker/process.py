@@ -19,8 +19,8 @@ from heliostat.engine import process_group
 from heliostat.engine.process_group import Place
 from heliostat.errors import AccessError, HeliostatError, PeerLostError, WorkerError, innermost
 from heliostat.runs.events import WorkerFailed
-from heliostat.train import faults
-from heliostat.train.worker import sigterm
+from heliostat.training import faults
+from heliostat.training.worker import sigterm
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class TrainWorker:
 
     def run(self, place: Place, config: dict[str, Any]) -> dict[str, Any]:
         """Runs one attempt's worker and returns its summary; whatever the attempt has left is gone when this ends."""
-        from heliostat.train.worker import collector
-        from heliostat.train.worker.loop import Worker
+        from heliostat.training.worker import collector
+        from heliostat.training.worker.loop import Worker
 
         collector.spare_imports()
         process_group.join(place)

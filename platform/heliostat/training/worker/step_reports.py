@@ -14,11 +14,11 @@ from heliostat.data.dataset import Dataset
 from heliostat.engine import zero_state
 from heliostat.runs.events import Steps
 from heliostat.runs.time_ledger import Ledger
-from heliostat.train.worker import bad_samples
-from heliostat.train.worker.context import Context
-from heliostat.train.worker.loss_watch import LossWatch
-from heliostat.train.worker.lr_schedule import factor
-from heliostat.train.worker.stepper import Stepper
+from heliostat.training.worker import bad_samples
+from heliostat.training.worker.context import Context
+from heliostat.training.worker.loss_watch import LossWatch
+from heliostat.training.worker.lr_schedule import factor
+from heliostat.training.worker.stepper import Stepper
 
 
 class StepReports:

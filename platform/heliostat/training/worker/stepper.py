@@ -20,11 +20,11 @@ from heliostat.engine.ema import Ema
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.time_ledger import Ledger
-from heliostat.train.worker.batch_plan import BatchPlan
-from heliostat.train.worker.expert_load import ExpertLoad
-from heliostat.train.worker.lr_schedule import factor
-from heliostat.train.worker.micro_batches import Micro
-from heliostat.train.worker.objective import Objective
+from heliostat.training.worker.batch_plan import BatchPlan
+from heliostat.training.worker.expert_load import ExpertLoad
+from heliostat.training.worker.lr_schedule import factor
+from heliostat.training.worker.micro_batches import Micro
+from heliostat.training.worker.objective import Objective
 
 
 class Report(NamedTuple):

@@ -1,6 +1,6 @@
 """Carries a run out from the driver: starts and restarts the workers, and updates the ledger, MLflow and the terminal.
 
-`heliostat.train.run` claims and plans it first. docs/reliability.md describes what happens when something fails.
+`heliostat.training.run` claims and plans it first. docs/reliability.md describes what happens when something fails.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from heliostat.storage import run_folder as paths
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
 from heliostat.tracking.logger import RunOwner
-from heliostat.train.driver import corruption, refusals
-from heliostat.train.driver.benchmarks import Beside
-from heliostat.train.driver.exclusion import Suspicions, exclude
-from heliostat.train.driver.finalize import finalize, unit
-from heliostat.train.driver.limits import Spending
-from heliostat.train.driver.recovery import Budget, choose, classify
-from heliostat.train.driver.signals import Signals
-from heliostat.train.driver.warm_up import WarmUp
-from heliostat.train.pauses import PausePoints
-from heliostat.train.stop_codes import INTERRUPTED, RUN, STOPS
+from heliostat.training.driver import corruption, refusals
+from heliostat.training.driver.benchmarks import Beside
+from heliostat.training.driver.exclusion import Suspicions, exclude
+from heliostat.training.driver.finalize import finalize, unit
+from heliostat.training.driver.limits import Spending
+from heliostat.training.driver.recovery import Budget, choose, classify
+from heliostat.training.driver.signals import Signals
+from heliostat.training.driver.warm_up import WarmUp
+from heliostat.training.pauses import PausePoints
+from heliostat.training.stop_codes import INTERRUPTED, RUN, STOPS
 from heliostat.validation.check import Checked
 
 if TYPE_CHECKING:  # Ray takes a second
-    from heliostat.train.memory_keeper import Source
+    from heliostat.training.memory_keeper import Source
 
 log = logging.getLogger(__name__)
 
@@ -153,9 +153,9 @@ class Run:
         """Starts attempts one after another until the last step is done or another attempt would be of no use."""
         from heliostat.cluster import nodes
         from heliostat.cluster.connect import connect
-        from heliostat.train.driver.memory import Memory
-        from heliostat.train.driver.pool import Pool
-        from heliostat.train.driver.progress import ProgressReporter
+        from heliostat.training.driver.memory import Memory
+        from heliostat.training.driver.pool import Pool
+        from heliostat.training.driver.progress import ProgressReporter
 
         workers = self.job.workers
         most = max(self.counts)
@@ -192,7 +192,7 @@ class Run:
 
     def _attempt(self, owner: RunOwner, show: Any, signals: Signals, pool: Any, memory: Any) -> dict[str, Any]:
         from heliostat.cluster import nodes
-        from heliostat.train.driver.attempt import Attempt, Start
+        from heliostat.training.driver.attempt import Attempt, Start
 
         count = self.counts[0]
         if len(self.counts) > 1:
