@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from heliostat.api import Checked as Checked
-    from heliostat.api import ExactStream as ExactStream
-    from heliostat.api import Generated as Generated
-    from heliostat.api import Job as Job
-    from heliostat.api import Run as Run
-    from heliostat.api import check as check
-    from heliostat.api import datasets as datasets
-    from heliostat.api import generate as generate
-    from heliostat.api import load_job as load_job
-    from heliostat.api import prepare as prepare
-    from heliostat.api import train as train
+    from heliostat.api.functions import Checked as Checked
+    from heliostat.api.functions import ExactStream as ExactStream
+    from heliostat.api.functions import Generated as Generated
+    from heliostat.api.functions import Job as Job
+    from heliostat.api.functions import Run as Run
+    from heliostat.api.functions import check as check
+    from heliostat.api.functions import datasets as datasets
+    from heliostat.api.functions import generate as generate
+    from heliostat.api.functions import load_job as load_job
+    from heliostat.api.functions import prepare as prepare
+    from heliostat.api.functions import train as train
 
 __all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"]
 MODULES = ("check", "train")  # are of this name too, and are called as the function (`callable_module`)

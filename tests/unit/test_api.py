@@ -15,7 +15,8 @@ from types import ModuleType
 
 import heliostat
 import pytest
-from heliostat import api, uncaught
+from heliostat.api import functions as api
+from heliostat.api import uncaught
 from heliostat.errors import ConfigError, MissingDataError
 from ray import cloudpickle
 
@@ -62,7 +63,7 @@ def test_an_uncaught_mistake_of_the_persons_is_one_line_below_the_persons_own_fr
         assert head == "Traceback (most recent call last):" and line.startswith(last)
         assert [f for f in frames if "File" in f and "mine.py" not in f] == [] and "direct cause" not in "".join(frames)
     told = ended("load_job(5)")  # a TypeError
-    assert "heliostat/api.py" in told
+    assert "heliostat/api/functions.py" in told
 
 
 def test_the_frames_of_a_folder_whose_name_begins_as_the_packages_are_the_persons():

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from heliostat import schema, uncaught
+from heliostat import schema
+from heliostat.api import uncaught
+from heliostat.api.exact_stream import ExactStream
+from heliostat.api.run_handle import Run
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.exact_stream import ExactStream
 from heliostat.recipes.protocol import Generated
-from heliostat.run_handle import Run
 from heliostat.validation import check as checks
 from heliostat.validation.check import Checked
 
@@ -130,13 +131,13 @@ def datasets(
     global_batch: int | None = None,
     held_out: float = 0.0,
 ) -> ExactStream:
-    """Plans the exact, elastic order of samples for a `TorchTrainer` of your own: see `heliostat.exact_stream`.
+    """Plans the exact, elastic order of samples for a `TorchTrainer` of your own: see `heliostat.api.exact_stream`.
 
     `data`: the keys of a job's `data`, with `steps`, `global_batch` (samples of a step over all workers) and `held_out` (the
     fraction of samples that is left out of the order); or a whole Job, which holds all of these itself. `folder`: gets the plan,
     the receipts and the list of bad samples; one that has a plan is gone on with, ConfigError if the samples would be others.
     """
-    from heliostat.exact_stream import data_job, plan_stream
+    from heliostat.api.exact_stream import data_job, plan_stream
 
     if isinstance(data, Job):
         if steps is not None or global_batch is not None or held_out:

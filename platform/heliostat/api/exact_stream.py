@@ -30,7 +30,7 @@ from heliostat.storage.locations import Location
 from heliostat.validation.check import check_data
 
 if TYPE_CHECKING:  # with torch and Ray, which workers need and those who plan do not
-    from heliostat.exact_feed import Feed
+    from heliostat.api.exact_feed import Feed
 
 
 class AnySamples:
@@ -67,7 +67,7 @@ class ExactStream:
         ConfigError if the number of workers does not divide the lanes, or if no receipt ends at the step. What the folder holds
         of later steps is removed: they come anew.
         """
-        from heliostat.exact_feed import Feed
+        from heliostat.api.exact_feed import Feed
 
         return Feed(self, step)
 

@@ -29,7 +29,7 @@ from heliostat.training.worker import bad_samples
 from heliostat.training.worker.unsealed import Unsealed
 
 if TYPE_CHECKING:
-    from heliostat.exact_stream import ExactStream
+    from heliostat.api.exact_stream import ExactStream
 
 log = logging.getLogger(__name__)
 
