@@ -11,8 +11,8 @@ from typing import Any
 import heliostat
 import pytest
 import yaml
+from heliostat.cli.workspace_template import create
 from heliostat.errors import CheckpointError, ConfigError
-from heliostat.workspace_template import create
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "python-api.md").read_text()

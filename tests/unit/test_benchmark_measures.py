@@ -83,7 +83,7 @@ def result(**changes):
 
 
 def test_the_table_fits_into_80_columns_and_what_was_left_out_is_said():
-    from heliostat import tables
+    from heliostat.cli import tables
 
     lines = tables.lines(shown.rows(result()), (0, 1))
     assert max(map(len, lines)) <= 80, lines

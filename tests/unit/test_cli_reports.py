@@ -6,9 +6,8 @@ import re
 from typing import Any
 
 import pytest
-from heliostat import tables
 from heliostat.chaos import measure
-from heliostat.cli import audit, common, main
+from heliostat.cli import audit, common, main, tables
 from heliostat.cli.chaos import table as chaos_table
 from heliostat.tracking import run_table
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from heliostat.cli.main import app
+from heliostat.cli.workspace_template import create
 from heliostat.errors import ConfigError
-from heliostat.workspace_template import create
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]

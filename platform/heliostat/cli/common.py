@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from heliostat import tables
+from heliostat.cli import tables
 from heliostat.errors import ConfigError, HeliostatError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.text import printable

@@ -19,7 +19,7 @@ def init(
     json_: Json = False,
 ) -> None:
     """Make a workspace: jobs, pipelines and a local cluster to begin with. Files that are there are never overwritten."""
-    from heliostat.workspace_template import create
+    from heliostat.cli.workspace_template import create
 
     written = create(folder)
     if not json_:
