@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from heliostat.apps.search import build, judging
+from heliostat.apps.search.search import Index
+from heliostat.apps.search.settings import Settings
 from heliostat.curation.prepare import prepare
 from heliostat.inference.batch.run import model_digest
-from heliostat.retrieval import build, judging
-from heliostat.retrieval.search import Index
-from heliostat.retrieval.settings import Settings
 from heliostat.storage.locations import Location
 
 LEAST_WORDS = 4  # of a question

@@ -9,10 +9,10 @@ import time
 import boto3
 import pytest
 import yaml
+from heliostat.apps.search import build
 from heliostat.cli.main import app
 from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
-from heliostat.retrieval import build
 from heliostat.storage.locations import Location
 
 from tests.integration import commands

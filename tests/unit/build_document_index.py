@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+from heliostat.apps.search import build
+from heliostat.apps.search.search import Index
+from heliostat.apps.search.settings import Settings
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
-from heliostat.retrieval import build
-from heliostat.retrieval.search import Index
-from heliostat.retrieval.settings import Settings
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import openai
 import uvicorn
-from heliostat.play.run import Server, application
-from heliostat.serving.options import Options
-from heliostat.serving.served import served
+from heliostat.apps.play.run import Server, application
+from heliostat.apps.serve.options import Options
+from heliostat.apps.serve.served import served
 from heliostat.web import keys
 
 from tests.integration.endpoint import free_port

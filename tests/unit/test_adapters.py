@@ -8,11 +8,11 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from heliostat.apps.serve.adapters import Adapters, require
+from heliostat.apps.serve.group import Group
+from heliostat.apps.serve.served import served
 from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Continue, Input, Loaded
-from heliostat.serving.adapters import Adapters, require
-from heliostat.serving.group import Group
-from heliostat.serving.served import served
 from safetensors.torch import save_file
 
 from tests.unit.build_job import BASE

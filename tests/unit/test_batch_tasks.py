@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from heliostat.apps.serve import kinds
+from heliostat.apps.serve.engine import Engine
 from heliostat.curation import pieces
 from heliostat.curation.images import sources
 from heliostat.curation.stage import Document
@@ -23,8 +25,6 @@ from heliostat.inference.batch.engines import Chat, Embed, Input, Loaded
 from heliostat.inference.batch.settings import Settings
 from heliostat.recipes.images.embedder import ImageEmbedder
 from heliostat.recipes.text import chat
-from heliostat.serving import kinds
-from heliostat.serving.engine import Engine
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 from PIL import Image

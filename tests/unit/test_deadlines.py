@@ -9,8 +9,8 @@ import time
 
 import pytest
 import uvicorn
-from heliostat.play.run import Server
-from heliostat.serving.front import Front, Settings
+from heliostat.apps.play.run import Server
+from heliostat.apps.serve.front import Front, Settings
 from heliostat.web import deadlines
 from starlette.applications import Starlette
 from starlette.requests import Request

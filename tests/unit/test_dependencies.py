@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from heliostat import extras
+from heliostat.apps.search.build import index_documents
+from heliostat.apps.search.settings import Settings
 from heliostat.cluster import cluster_file, launch
 from heliostat.config import spec, workspace
 from heliostat.curation import ImagePipeline
@@ -19,8 +21,6 @@ from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.evaluation.run import Benchmark
 from heliostat.evaluation.suite import Suite
 from heliostat.recipes import exported
-from heliostat.retrieval.build import index_documents
-from heliostat.retrieval.settings import Settings
 from heliostat.storage.locations import Location
 from heliostat.tune import searchers
 from heliostat.validation.check import check_job, check_services

@@ -9,14 +9,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from heliostat.apps.search import build, table, units
+from heliostat.apps.search.cutting import cut
+from heliostat.apps.search.search import Index
+from heliostat.apps.search.settings import Settings
+from heliostat.apps.serve.asks import Search
+from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError, DataError, LeaseError
-from heliostat.retrieval import build, table, units
-from heliostat.retrieval.cutting import cut
-from heliostat.retrieval.search import Index
-from heliostat.retrieval.settings import Settings
 from heliostat.schema import validate
-from heliostat.serving.asks import Search
-from heliostat.serving.shelf import Shelf
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work

@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
+from heliostat.apps.serve.asks import Ask, Holds
+from heliostat.apps.serve.replica import Replica
 from heliostat.curation.text import infilling as arranging
 from heliostat.curation.text.infilling import Arranged, FillInTheMiddle, arrange
 from heliostat.errors import ConfigError
 from heliostat.inference.generate import generate, read_text
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.infilling import Infilling
-from heliostat.serving.asks import Ask, Holds
-from heliostat.serving.replica import Replica
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit import build_pages

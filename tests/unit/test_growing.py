@@ -4,10 +4,10 @@ import queue
 import random
 
 import pytest
-from heliostat.serving.growing import Growing
-from heliostat.serving.row import Row, Telling
-from heliostat.serving.sampling import Draw
-from heliostat.serving.stopping import Stopping
+from heliostat.apps.serve.growing import Growing
+from heliostat.apps.serve.row import Row, Telling
+from heliostat.apps.serve.sampling import Draw
+from heliostat.apps.serve.stopping import Stopping
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.apps.search import build
+from heliostat.apps.search.record import read as read_record
 from heliostat.curation import segment
 from heliostat.curation.images import pictures
 from heliostat.curation.images import sources as image_sources
@@ -23,8 +25,6 @@ from heliostat.curation.text import tasks as text_tasks
 from heliostat.curation.text.documents import Document, Rules
 from heliostat.data import manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.retrieval import build
-from heliostat.retrieval.record import read as read_record
 from heliostat.storage.locations import Location
 from heliostat.text import printable
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from heliostat.apps.serve import run
 from heliostat.errors import ConfigError
-from heliostat.serving import run
 from ray import serve
 
 OURS = {"heliostat-front": ["Front"], "tiny-1": ["Model"]}

@@ -11,21 +11,21 @@ import openai
 import pytest
 import requests
 import torch
+from heliostat.apps.play import app
+from heliostat.apps.play.run import play
+from heliostat.apps.search import answering
+from heliostat.apps.serve.asks import Holds, Picture
+from heliostat.apps.serve.options import Options as Serving
+from heliostat.apps.serve.painter import Painter
+from heliostat.apps.serve.replica import Replica
+from heliostat.apps.serve.served import served
+from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Embed, Input
-from heliostat.play import app
-from heliostat.play.run import play
 from heliostat.recipes import exported
 from heliostat.recipes.images.generator import ImageCanvas
 from heliostat.recipes.images.generator import Picture as Options
 from heliostat.recipes.text import sentence_folder
-from heliostat.retrieval import answering
-from heliostat.serving.asks import Holds, Picture
-from heliostat.serving.options import Options as Serving
-from heliostat.serving.painter import Painter
-from heliostat.serving.replica import Replica
-from heliostat.serving.served import served
-from heliostat.serving.shelf import Shelf
 from PIL import Image
 from safetensors.torch import save_file
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from heliostat.apps.search import judging, reranking
+from heliostat.apps.search.reranking import Reranker
+from heliostat.apps.search.search import Index
+from heliostat.apps.serve.asks import Search
+from heliostat.apps.serve.served import served
+from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError
-from heliostat.retrieval import judging, reranking
-from heliostat.retrieval.reranking import Reranker
-from heliostat.retrieval.search import Index
-from heliostat.serving.asks import Search
-from heliostat.serving.served import served
-from heliostat.serving.shelf import Shelf
 from heliostat.storage.locations import Location
 from tokenizers import Tokenizer, processors
 from transformers import BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification

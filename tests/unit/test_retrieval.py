@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from heliostat.apps.search import answering, judging, tasks
+from heliostat.apps.search.record import RECORD
+from heliostat.apps.search.search import Index, fuse
+from heliostat.apps.search.settings import Settings
+from heliostat.apps.serve.asks import Search
+from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError, DataError
-from heliostat.retrieval import answering, judging, tasks
-from heliostat.retrieval.record import RECORD
-from heliostat.retrieval.search import Index, fuse
-from heliostat.retrieval.settings import Settings
-from heliostat.serving.asks import Search
-from heliostat.serving.shelf import Shelf
 from heliostat.storage.locations import Location
 from heliostat.web.refusals import Refusal
 

@@ -6,12 +6,12 @@ import json
 import struct
 
 import pytest
+from heliostat.apps.serve import answers, options, requests, sse
+from heliostat.apps.serve.backend import TRIES, Backend
+from heliostat.apps.serve.limits import Limits
+from heliostat.apps.serve.stopping import Stopping
+from heliostat.apps.serve.versions import Versions
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.serving import answers, options, requests, sse
-from heliostat.serving.backend import TRIES, Backend
-from heliostat.serving.limits import Limits
-from heliostat.serving.stopping import Stopping
-from heliostat.serving.versions import Versions
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
 

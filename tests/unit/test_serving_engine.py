@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from heliostat.apps.serve import group
+from heliostat.apps.serve.engine import Engine
+from heliostat.apps.serve.row import Row, Telling
+from heliostat.apps.serve.sampling import Draw
+from heliostat.apps.serve.stopping import Stopping
 from heliostat.inference.batch.engines import Continue, Embed, Input, Loaded
 from heliostat.recipes.protocol import Request
 from heliostat.recipes.text.generator import TextGenerator
 from heliostat.recipes.text.server import TextServer
-from heliostat.serving import group
-from heliostat.serving.engine import Engine
-from heliostat.serving.row import Row, Telling
-from heliostat.serving.sampling import Draw
-from heliostat.serving.stopping import Stopping
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 

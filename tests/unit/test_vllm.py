@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from heliostat.apps.serve.row import Row
+from heliostat.apps.serve.sampling import Draw
+from heliostat.apps.serve.stopping import Stopping
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference import vllm_terms
 from heliostat.inference.batch import engines, loading
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Input
 from heliostat.inference.batch.settings import Settings
-from heliostat.serving.row import Row
-from heliostat.serving.sampling import Draw
-from heliostat.serving.stopping import Stopping
 from heliostat.storage.locations import Location
 from safetensors.torch import save_file
 
@@ -195,8 +195,8 @@ def test_what_is_made_of_its_tokens_is_what_the_other_engine_answers(model, vllm
 
 
 def test_a_stream_of_its_tokens_is_told_as_the_other_engine_tells_it(model, vllm):
-    from heliostat.serving.engine import Engine
-    from heliostat.serving.vllm_engine import VllmEngine
+    from heliostat.apps.serve.engine import Engine
+    from heliostat.apps.serve.vllm_engine import VllmEngine
 
     def rows(tokenizer: Any, found: queue.Queue) -> list[Row]:
         kinds = [(9, [], 2), (6, [], None), (9, ["e"], None)]
@@ -254,14 +254,14 @@ def test_ends_that_config_json_alone_names_end_answers_with_either_engine(model,
 
 
 def test_vllms_own_limit_is_that_of_prompts(model, vllm, monkeypatch):
-    from heliostat.serving.vllm_engine import VllmEngine
+    from heliostat.apps.serve.vllm_engine import VllmEngine
 
     monkeypatch.setattr(vllm_terms, "engine", lambda folder, *_: {"model": str(folder), "max_model_len": None})
     assert VllmEngine(model, 1, {}).loaded.longest == loading.engine(model, "score", 1, {}, "vllm").longest == 24
 
 
 def test_an_adapter_of_another_model_is_refused_before_vllm_starts(model, vllm, tmp_path):
-    from heliostat.serving.vllm_engine import VllmEngine
+    from heliostat.apps.serve.vllm_engine import VllmEngine
 
     (tmp_path / "one").mkdir()
     (tmp_path / "one/adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
@@ -273,7 +273,7 @@ def test_an_adapter_of_another_model_is_refused_before_vllm_starts(model, vllm, 
 
 
 def test_a_request_that_nobody_waits_for_is_aborted_and_a_dead_core_ends_the_replica(model, vllm, monkeypatch):
-    from heliostat.serving import vllm_engine
+    from heliostat.apps.serve import vllm_engine
 
     engine, found, seen = vllm_engine.VllmEngine(model, 4, {}), queue.Queue[Any](), []
 
@@ -306,7 +306,7 @@ def test_a_request_that_nobody_waits_for_is_aborted_and_a_dead_core_ends_the_rep
 
 
 def test_a_stream_that_vllm_breaks_off_fails_and_the_others_go_on(model, vllm, monkeypatch):
-    from heliostat.serving.vllm_engine import VllmEngine
+    from heliostat.apps.serve.vllm_engine import VllmEngine
 
     engine, found = VllmEngine(model, 4, {}), queue.Queue[Any]()
     plain = engine.llm.tokens

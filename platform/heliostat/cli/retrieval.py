@@ -11,7 +11,7 @@ from heliostat.cli.common import DATA, MODELS, Json, TrackingUri, app, finish, o
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
-    from heliostat.retrieval.search import Index
+    from heliostat.apps.search.search import Index
 
 SHOWN = 600  # characters of a passage that are printed; --json has all
 
@@ -33,8 +33,8 @@ def index_documents(
     json_: Json = False,
 ) -> None:
     """Make a dataset's documents searchable, or bring their index up to date: by words, and with --embedder by meaning too."""
-    from heliostat.retrieval import build
-    from heliostat.retrieval.settings import Settings
+    from heliostat.apps.search import build
+    from heliostat.apps.search.settings import Settings
     from heliostat.schema import validate
 
     build.require()
@@ -93,8 +93,8 @@ def ask(
     json_: Json = False,
 ) -> None:
     """Ask an index of documents: prints the passages with their sources, or a model's answer from them."""
-    from heliostat.retrieval import build, reranking
-    from heliostat.retrieval.search import MODES, Index
+    from heliostat.apps.search import build, reranking
+    from heliostat.apps.search.search import MODES, Index
     from heliostat.storage.locations import Location
 
     build.require()
@@ -122,7 +122,7 @@ def ask(
     told = {"index": index, "dataset": opened.record["dataset"], "mode": way, "question": question, "passages": passages}
     told |= {"reranker": orders.facts()} if orders else {}
     if answering is not None and passages:
-        from heliostat.retrieval.answering import answer
+        from heliostat.apps.search.answering import answer
 
         told["answer"] = answer(answering, question, passages, max_tokens)
     if not json_:
@@ -160,8 +160,8 @@ def _scores(passage: dict[str, Any]) -> str:
 
 
 def _judge(index: Index, file: Path, reranker: Path | None, json_: bool) -> None:
-    from heliostat.retrieval import judging
-    from heliostat.retrieval.reranking import Reranker
+    from heliostat.apps.search import judging
+    from heliostat.apps.search.reranking import Reranker
 
     asked = judging.questions(file)
     told = judging.judge(index, asked, Reranker(reranker) if reranker else None)

@@ -11,7 +11,7 @@ from heliostat.cli.common import MODELS, Keys, OnCluster, TrackingUri, app, flag
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
-    from heliostat.serving.served import Served
+    from heliostat.apps.serve.served import Served
 
 AnyModel = Annotated[
     str | None, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="[MODEL]", show_default=False)
@@ -59,8 +59,8 @@ def serve(
 
     join(cluster)
     from heliostat import extras
+    from heliostat.apps.serve import options, run
     from heliostat.schema import validate
-    from heliostat.serving import options, run
 
     extras.require("serve", "watchfiles", what="heliostat serve")
     if stop:
@@ -96,11 +96,11 @@ def play(
 ) -> None:
     """Open a page in the browser to try a model or an index: write, complete code, chat, draw, ask."""
     from heliostat import extras
+    from heliostat.apps.serve import options
     from heliostat.schema import validate
-    from heliostat.serving import options
 
     extras.require("play", "starlette", "uvicorn", what="heliostat play")
-    from heliostat.play import run
+    from heliostat.apps.play import run
 
     if open_ and keys != Path(".heliostat/play/keys"):
         raise ConfigError("--no-keys: goes without --keys")
@@ -120,12 +120,12 @@ def play(
 def _served(
     model: str | None, name: str | None, index: str | None, embedder: str | None, reranker: str | None, mlflow: str | None
 ) -> Served:
-    from heliostat.serving.served import served
+    from heliostat.apps.serve.served import served
     from heliostat.tracking.models import resolve
 
     store = store_uri(mlflow)
     if index is not None:
-        from heliostat.retrieval import build
+        from heliostat.apps.search import build
 
         build.require()
     beside = [resolve(one, store) if one else None for one in (embedder, reranker)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from heliostat.serving.asks import Ask
-from heliostat.serving.replica import Replica
+from heliostat.apps.serve.asks import Ask
+from heliostat.apps.serve.replica import Replica
 
 
 class Local:

@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from heliostat.apps.search import table
+from heliostat.apps.search.cutting import cut
+from heliostat.apps.search.settings import Settings
+from heliostat.apps.search.units import Unit, documents
 from heliostat.curation.text import tokens
 from heliostat.data import infilling
 from heliostat.data.infilling import Markers
 from heliostat.inference.batch.tasks import loaded
-from heliostat.retrieval import table
-from heliostat.retrieval.cutting import cut
-from heliostat.retrieval.settings import Settings
-from heliostat.retrieval.units import Unit, documents
 from heliostat.storage.locations import Location
 
 if TYPE_CHECKING:

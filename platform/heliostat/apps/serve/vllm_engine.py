@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import transformers
 
+from heliostat.apps.serve import adapters as lora
+from heliostat.apps.serve.row import Deliver, Row, Telling, ending
 from heliostat.errors import HeliostatError
 from heliostat.inference import vllm_terms
 from heliostat.inference.batch.vllm_engine import Described
 from heliostat.recipes.text.infilling import Infilling
-from heliostat.serving import adapters as lora
-from heliostat.serving.row import Deliver, Row, Telling, ending
 from heliostat.text import brief
 
 log = logging.getLogger(__name__)

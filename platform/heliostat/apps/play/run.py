@@ -12,17 +12,17 @@ from typing import Any
 
 import uvicorn
 
+from heliostat.apps.play import abilities
+from heliostat.apps.play.app import app
+from heliostat.apps.play.local import Local
+from heliostat.apps.serve import kinds
+from heliostat.apps.serve.front import Front
+from heliostat.apps.serve.options import Options
+from heliostat.apps.serve.replica import Replica
+from heliostat.apps.serve.run import require_free
+from heliostat.apps.serve.served import Served
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError
-from heliostat.play import abilities
-from heliostat.play.app import app
-from heliostat.play.local import Local
-from heliostat.serving import kinds
-from heliostat.serving.front import Front
-from heliostat.serving.options import Options
-from heliostat.serving.replica import Replica
-from heliostat.serving.run import require_free
-from heliostat.serving.served import Served
 from heliostat.training.driver.signals import Signals
 from heliostat.web import deadlines
 

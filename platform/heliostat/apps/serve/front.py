@@ -18,11 +18,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from heliostat.serving import answers, kinds, measures, requests, sse
-from heliostat.serving.answers import Shape
-from heliostat.serving.asks import Ask, Picture, Search
-from heliostat.serving.backend import Backend
-from heliostat.serving.limits import Limits
+from heliostat.apps.serve import answers, kinds, measures, requests, sse
+from heliostat.apps.serve.answers import Shape
+from heliostat.apps.serve.asks import Ask, Picture, Search
+from heliostat.apps.serve.backend import Backend
+from heliostat.apps.serve.limits import Limits
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
 

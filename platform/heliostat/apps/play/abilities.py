@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from heliostat.apps.serve import requests
+from heliostat.apps.serve.options import Options
+from heliostat.apps.serve.painter import MOST_AREA
+from heliostat.apps.serve.replica import Replica
+from heliostat.apps.serve.served import Served
 from heliostat.recipes.text import infilling
-from heliostat.serving import requests
-from heliostat.serving.options import Options
-from heliostat.serving.painter import MOST_AREA
-from heliostat.serving.replica import Replica
-from heliostat.serving.served import Served
 
 NO_MODEL = "no model was given"
 DRAWS = "the model draws, and writes nothing"

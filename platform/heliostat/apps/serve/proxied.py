@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from heliostat.web import deadlines
 
-SETTING = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "heliostat.serving.proxied.middlewares"}
+SETTING = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "heliostat.apps.serve.proxied.middlewares"}
 OWN = "/-"  # before the paths of the proxy: /-/routes names the applications, /-/healthz says how the cluster is
 
 

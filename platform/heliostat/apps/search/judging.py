@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from heliostat.apps.search.reranking import Reranker, reordered
+from heliostat.apps.search.search import DEPTH, Index, Passage, fuse
 from heliostat.errors import ConfigError
-from heliostat.retrieval.reranking import Reranker, reordered
-from heliostat.retrieval.search import DEPTH, Index, Passage, fuse
 
 CUTS = (1, 5, 10)
 MEASURES = (*(f"recall@{k}" for k in CUTS), "ndcg@10", "mrr")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from heliostat.serving.stopping import UNFINISHED
+from heliostat.apps.serve.stopping import UNFINISHED
 
 Piece = dict[str, Any]  # of an answer: text, logprobs, finish, and at its end the numbers of tokens
 Source = dict[str, Any]  # a passage, its place in the corpus, and what of it the model was shown (`used`: whole, part or no)

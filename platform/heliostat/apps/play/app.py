@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from heliostat.serving.front import Front
+from heliostat.apps.serve.front import Front
 from heliostat.web.refusals import Refusal
 
 FILES = {one.name: one for one in (Path(__file__).parent / "page").iterdir()}

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from heliostat.apps.search.search import Index, Passage
 from heliostat.curation import scoring
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch.run import model_digest
 from heliostat.recipes.text import encoder
-from heliostat.retrieval.search import Index, Passage
 
 OPTION = "--reranker"
 HEAD = "ForSequenceClassification"

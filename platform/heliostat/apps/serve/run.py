@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from heliostat.apps.serve import kinds, proxied
+from heliostat.apps.serve.options import Options
+from heliostat.apps.serve.served import Served
+from heliostat.apps.serve.versions import NoModel, Source, Versions
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.inference import vllm_terms
-from heliostat.serving import kinds, proxied
-from heliostat.serving.options import Options
-from heliostat.serving.served import Served
-from heliostat.serving.versions import NoModel, Source, Versions
 from heliostat.text import brief
 from heliostat.training.driver.signals import Signals
 
@@ -33,7 +33,7 @@ FRONT_S = 300.0  # for a front that died to come again
 DRAIN_MORE_S = 10.0  # behind the deadline of an answer
 DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # of the actor that lives as long as the command does
 OURS = ({"Front"}, {"Model"})  # deployments of each application
-MODULES = ("ray.serve", "heliostat.serving.deployed", "heliostat.serving.engine")
+MODULES = ("ray.serve", "heliostat.apps.serve.deployed", "heliostat.apps.serve.engine")
 
 
 def serve(served: Served, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
@@ -232,7 +232,7 @@ class Endpoint:
     def _front(self, keys: dict[str, str] | None) -> Any:
         from ray import serve
 
-        from heliostat.serving.deployed import DeployedFront
+        from heliostat.apps.serve.deployed import DeployedFront
 
         made: Any = serve.deployment(DeployedFront, name="Front", max_ongoing_requests=100_000, max_constructor_retry_count=2,
                                 health_check_period_s=2, ray_actor_options={"num_cpus": 0})  # fmt: skip
@@ -241,8 +241,8 @@ class Endpoint:
     def _model(self, folder: Path | None) -> Any:
         from ray import serve
 
+        from heliostat.apps.serve.deployed import DeployedReplica
         from heliostat.cluster.connect import remote_environment
-        from heliostat.serving.deployed import DeployedReplica
 
         gpus, engine = min(self.gpus, 1), self.engine(folder)
         least, most = self.options.replicas

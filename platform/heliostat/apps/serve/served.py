@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from heliostat.apps.serve import kinds
+from heliostat.apps.serve.asks import Holds
+from heliostat.apps.serve.front import Settings
+from heliostat.apps.serve.options import Options
+from heliostat.apps.serve.versions import NoModel, Source
 from heliostat.errors import ConfigError
-from heliostat.serving import kinds
-from heliostat.serving.asks import Holds
-from heliostat.serving.front import Settings
-from heliostat.serving.options import Options
-from heliostat.serving.versions import NoModel, Source
 from heliostat.storage.locations import Location
 
 
@@ -32,17 +32,17 @@ class Served:
     def kind(self) -> str | None:
         """Returns the kind of the model; None without one. ConfigError if that, or the index, cannot be served."""
         if self.index is not None:
-            from heliostat.retrieval.search import Index
+            from heliostat.apps.search.search import Index
 
             Index(Location(self.index))
         if self.reranker is not None:
-            from heliostat.retrieval import reranking
+            from heliostat.apps.search import reranking
 
             reranking.require(Path(self.reranker))
         folder = self.source.folder(self.source.wanted())
         kind = None if folder is None else kinds.of(folder)
         if self.adapters:
-            from heliostat.serving import adapters
+            from heliostat.apps.serve import adapters
 
             if kind != kinds.TEXT:
                 raise ConfigError("--adapter: goes with a model that writes")

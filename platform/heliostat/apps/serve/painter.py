@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from heliostat.apps.serve.asks import Picture
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Paints
-from heliostat.serving.asks import Picture
 from heliostat.text import brief
 from heliostat.web.refusals import Refusal
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from heliostat.apps.search import answering
+from heliostat.apps.search.reranking import Reranker, best
+from heliostat.apps.search.search import Index
+from heliostat.apps.serve.asks import Search
 from heliostat.errors import ConfigError, DataError
-from heliostat.retrieval import answering
-from heliostat.retrieval.reranking import Reranker, best
-from heliostat.retrieval.search import Index
-from heliostat.serving.asks import Search
 from heliostat.storage.locations import Location
 from heliostat.web.refusals import Refusal
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from heliostat.serving.stopping import UNFINISHED
+from heliostat.apps.serve.stopping import UNFINISHED
 
 WINDOW = 16  # tokens that are settled together
 OPEN = 4  # last tokens, which may be pieces of one character

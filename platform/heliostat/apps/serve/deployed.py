@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from heliostat.serving.asks import Holds
-from heliostat.serving.confined import confine
-from heliostat.serving.front import Front, Settings
-from heliostat.serving.handles import LOST, Handles
-from heliostat.serving.replica import Replica
+from heliostat.apps.serve.asks import Holds
+from heliostat.apps.serve.confined import confine
+from heliostat.apps.serve.front import Front, Settings
+from heliostat.apps.serve.handles import LOST, Handles
+from heliostat.apps.serve.replica import Replica
 
 
 class DeployedFront(Front):

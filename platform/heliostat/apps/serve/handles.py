@@ -10,7 +10,7 @@ from ray import serve
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OwnerDiedError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
-from heliostat.serving.asks import Ask
+from heliostat.apps.serve.asks import Ask
 
 # what a call ends with if its replica died, or was ended before it took the call
 LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError, NodeDiedError, OwnerDiedError, ReplicaUnavailableError,

@@ -8,14 +8,14 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heliostat.serving import kinds
-from heliostat.serving.asks import Ask, Holds, Picture, Search
+from heliostat.apps.serve import kinds
+from heliostat.apps.serve.asks import Ask, Holds, Picture, Search
 from heliostat.web.refusals import Refusal
 
 if TYPE_CHECKING:  # a replica loads what it holds, and no more libraries than that
-    from heliostat.serving.painter import Painter
-    from heliostat.serving.shelf import Shelf
-    from heliostat.serving.writer import Writer
+    from heliostat.apps.serve.painter import Painter
+    from heliostat.apps.serve.shelf import Shelf
+    from heliostat.apps.serve.writer import Writer
 
 Answer = dict[str, Any]
 
@@ -30,17 +30,17 @@ class Replica:
         if holds.model is not None:
             self._load(Path(holds.model), holds)
         if holds.index is not None:
-            from heliostat.serving.shelf import Shelf
+            from heliostat.apps.serve.shelf import Shelf
 
             self.shelf = Shelf(holds.index, holds.embedder, holds.reranker)
 
     def _load(self, folder: Path, holds: Holds) -> None:
         if kinds.of(folder) == kinds.IMAGES:
-            from heliostat.serving.painter import Painter
+            from heliostat.apps.serve.painter import Painter
 
             self.painter = Painter(folder)
         else:
-            from heliostat.serving.writer import Writer
+            from heliostat.apps.serve.writer import Writer
 
             self.writer = Writer(folder, holds.batch, holds.adapters, holds.engine)
 

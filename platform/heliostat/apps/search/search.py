@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from heliostat.apps.search import record, table, tasks
 from heliostat.curation import reasons
 from heliostat.data.manifest import SCHEMA, Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.inference.batch.run import model_digest
-from heliostat.retrieval import record, table, tasks
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 

@@ -7,19 +7,19 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heliostat.apps.serve.adapters import Adapters
+from heliostat.apps.serve.asks import Ask, Messages
+from heliostat.apps.serve.engine import Engine
+from heliostat.apps.serve.row import Row
+from heliostat.apps.serve.sampling import Draw
+from heliostat.apps.serve.stopping import Stopping
 from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Loaded
 from heliostat.recipes.text import chat, infilling
-from heliostat.serving.adapters import Adapters
-from heliostat.serving.asks import Ask, Messages
-from heliostat.serving.engine import Engine
-from heliostat.serving.row import Row
-from heliostat.serving.sampling import Draw
-from heliostat.serving.stopping import Stopping
 from heliostat.web.refusals import Refusal
 
 if TYPE_CHECKING:
-    from heliostat.serving.vllm_engine import VllmEngine
+    from heliostat.apps.serve.vllm_engine import VllmEngine
 
 
 class Writer:
@@ -28,7 +28,7 @@ class Writer:
     def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None, engine: str = "transformers") -> None:
         self.engine: Engine | VllmEngine
         if engine == "vllm":
-            from heliostat.serving.vllm_engine import VllmEngine
+            from heliostat.apps.serve.vllm_engine import VllmEngine
 
             self.engine = VllmEngine(folder, batch, adapters or {})
         else:

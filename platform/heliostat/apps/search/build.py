@@ -23,6 +23,11 @@ from typing import Any
 import numpy as np
 
 from heliostat import extras
+from heliostat.apps.search import table
+from heliostat.apps.search.record import RECORD, read
+from heliostat.apps.search.settings import Settings
+from heliostat.apps.search.tasks import Plan, index_unit
+from heliostat.apps.search.units import Unit, open_text, units
 from heliostat.curation.watching import Watch
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
@@ -31,11 +36,6 @@ from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.run import model_digest, origin
 from heliostat.recipes import exported
 from heliostat.recipes.text import sentence_folder
-from heliostat.retrieval import table
-from heliostat.retrieval.record import RECORD, read
-from heliostat.retrieval.settings import Settings
-from heliostat.retrieval.tasks import Plan, index_unit
-from heliostat.retrieval.units import Unit, open_text, units
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow, Task

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 import psutil
 import torch
 
+from heliostat.apps.serve import sampling
+from heliostat.apps.serve.adapters import Adapters
+from heliostat.apps.serve.group import Group
+from heliostat.apps.serve.row import Deliver, Row, Telling, ending
 from heliostat.inference.batch.engines import Embed, Input, Loaded, pads_hold
 from heliostat.recipes.text.infilling import Infilling
-from heliostat.serving import sampling
-from heliostat.serving.adapters import Adapters
-from heliostat.serving.group import Group
-from heliostat.serving.row import Deliver, Row, Telling, ending
 from heliostat.text import brief
 
 log = logging.getLogger(__name__)

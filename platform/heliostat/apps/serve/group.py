@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from heliostat.serving.adapters import Adapters
+from heliostat.apps.serve.adapters import Adapters
 
 
 class Group:

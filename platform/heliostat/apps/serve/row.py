@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from heliostat.apps.serve.growing import Growing
+from heliostat.apps.serve.sampling import Draw
+from heliostat.apps.serve.stopping import UNFINISHED, Stopping
 from heliostat.inference.batch.engines import Loaded
 from heliostat.recipes.text.generator import ends
 from heliostat.recipes.text.infilling import Infilling
-from heliostat.serving.growing import Growing
-from heliostat.serving.sampling import Draw
-from heliostat.serving.stopping import UNFINISHED, Stopping
 
 Deliver = Callable[[dict[str, Any]], None]
 Found = dict[str, Any]  # of a token: the logarithm of its probability (`chosen`), and those of the likeliest with ids (`best`)
