@@ -8,7 +8,11 @@ docs/python-api.md describes every name. Importing heliostat imports nothing els
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 __version__ = "0.1.0"
 
@@ -26,12 +30,45 @@ if TYPE_CHECKING:
     from heliostat.api.functions import train as train
 
 __all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"]
-MODULES = ("check", "train")  # are of this name too, and are called as the function (`callable_module`)
+
+
+class _Earlier(MetaPathFinder, Loader):
+    """Finds public modules under their earlier paths, so that the recipes and pipelines of users still import."""
+
+    paths: ClassVar = {
+        "heliostat.benchmark": "heliostat.evaluation",
+        "heliostat.config.kinds": "heliostat.schema",
+        "heliostat.config.optimizers": "heliostat.optim.optimizers",
+        "heliostat.config.schema": "heliostat.schema",
+        "heliostat.exact_stream": "heliostat.api.exact_stream",
+        "heliostat.pipelines": "heliostat.curation",
+        "heliostat.retrieval": "heliostat.apps.search",
+        "heliostat.run_handle": "heliostat.api.run_handle",
+        "heliostat.track": "heliostat.tracking",
+    }
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        known = next((old for old in self.paths if fullname == old or fullname.startswith(f"{old}.")), None)
+        if known is None:
+            return None
+        return ModuleSpec(fullname, self, origin=self.paths[known] + fullname.removeprefix(known))
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        assert spec.origin is not None
+        module = importlib.import_module(spec.origin)
+        self._specs[id(module)] = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._specs.pop(id(module))  # importing it had set the earlier path's
+
+    _specs: ClassVar[dict[int, ModuleSpec | None]] = {}
+
+
+sys.meta_path.insert(0, _Earlier())  # first: an earlier folder with compiled files only is found as a namespace otherwise
 
 
 def __getattr__(name: str) -> Any:
-    if name in MODULES:
-        return importlib.import_module(f"heliostat.{name}")
     if name in __all__:
         return getattr(importlib.import_module("heliostat.api"), name)
     raise AttributeError(f"module 'heliostat' has no attribute {name!r}")

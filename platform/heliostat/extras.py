@@ -7,7 +7,8 @@ pyproject.toml defines what is in an extra; MODULES lists by which of its module
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 
 from heliostat.errors import MissingExtraError
@@ -49,3 +50,14 @@ def bringing(module: str) -> str | None:
 
 def _pairs() -> Iterator[tuple[str, str]]:
     return ((extra, module) for extra, modules in MODULES.items() for module in modules)
+
+
+def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """Builds a package's `__getattr__` and `__dir__`, which import a name at its first use. `homes`: the module of each name."""
+
+    def get(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(homes[name]), name)
+
+    return get, lambda: sorted(homes)

@@ -14,7 +14,6 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, ValidationError
 
-from heliostat import kinds
 from heliostat.errors import ConfigError
 from heliostat.text import brief
 
@@ -238,5 +237,39 @@ def validate(model: type[M], raw: Any, where: str) -> M:
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
     """Reads a file of a kind (`kinds`), with settings applied, and validates it; ConfigError if it is clearly of another."""
     raw = read_yaml(path)
-    kinds.require(kind, path, raw)
+    require_kind(kind, path, raw)
     return validate(model, apply(raw, settings or []), str(path))
+
+
+# The kind of a YAML file follows from its keys, so that a file given to the wrong command gets an error that names the right
+# one. A file is of a kind if it has one of the keys that only this kind has; the schema reports what this does not find.
+
+KIND_KEYS = {  # in this order: a sweep may be written with keys of a job
+    "cluster": ("cluster_name", "provider", "available_node_types", "apiVersion"),
+    "pipeline": ("pipeline",),
+    "sweep": ("space", "searcher", "scheduler"),
+    "job": ("recipe",),
+    "suite": ("tasks",),
+}
+KIND_NAMES = {"cluster": "a cluster file", "pipeline": "a pipeline", "sweep": "a sweep", "job": "a job", "suite": "a suite"}
+KIND_COMMANDS = {
+    "cluster": "heliostat cluster up {0}`, or name it with `--cluster {0}",
+    "pipeline": "heliostat prepare {0}",
+    "sweep": "heliostat tune {0}",
+    "job": "heliostat train {0}",
+    "suite": "heliostat benchmark MODEL {0}",
+}
+
+
+def kind_of(raw: Any) -> str | None:
+    """Detects the kind of a file's content; None if its keys do not show it."""
+    keys = set(raw) if isinstance(raw, dict) else set()
+    return next((kind for kind, own in KIND_KEYS.items() if keys & set(own)), None)
+
+
+def require_kind(wanted: str, path: Path, raw: Any) -> None:
+    """Raises ConfigError if the file is clearly of another kind than `wanted`; it names the command that takes it."""
+    found = kind_of(raw)
+    if found and found != wanted and not set(raw) & set(KIND_KEYS[wanted]):
+        command = KIND_COMMANDS[found].format(path)
+        raise ConfigError(f"{path}: is {KIND_NAMES[found]}, and {KIND_NAMES[wanted]} is wanted here; use `{command}`")

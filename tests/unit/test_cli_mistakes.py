@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from heliostat import kinds
+from heliostat import schema
 from heliostat.cli import common, main
 from heliostat.errors import AccessError, ConfigError, TrainingError
 from heliostat.storage.locations import Location
@@ -123,7 +123,7 @@ def test_a_file_of_another_kind_names_its_own_command(monkeypatch, capsys, wante
         if "--cluster" in words:
             continue
         code, _, err = run(monkeypatch, capsys, *words, FILES[given])
-        assert code == 2 and kinds.COMMANDS[given].format(FILES[given]) in err, (words, err)
+        assert code == 2 and schema.KIND_COMMANDS[given].format(FILES[given]) in err, (words, err)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_every_file_of_the_workspace_is_of_its_kind(path):
     from heliostat.schema import read_yaml
 
     wanted = "pipeline" if path.parent.name in ("pipelines", "data") else "sweep" if path.parent.name == "sweeps" else "job"
-    assert kinds.kind_of(read_yaml(path)) == wanted
+    assert schema.kind_of(read_yaml(path)) == wanted
 
 
 def test_a_sweep_whose_job_is_no_job_says_so(tmp_path, monkeypatch, capsys):

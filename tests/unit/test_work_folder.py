@@ -5,7 +5,7 @@ import pkgutil
 from pathlib import Path
 
 import heliostat.curation
-import heliostat.pipelines
+import heliostat.tasks
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -64,7 +64,7 @@ def test_a_spill_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
 
 def schemas() -> list[tuple[str, pa.Schema]]:
     found = []
-    for package in (heliostat.curation, heliostat.pipelines):
+    for package in (heliostat.curation, heliostat.tasks):
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if info.name not in PUBLISHED and ".stages." not in info.name:
                 module = importlib.import_module(info.name)

@@ -1,0 +1,14 @@
+"""Holds the public Python API: what `import heliostat` offers, and the exact stream for a training loop of one's own.
+
+Start at `functions`. May import every room but `cli` and `apps`.
+"""
+
+from heliostat import extras
+
+__getattr__, __dir__ = extras.lazy_names(
+    __name__,
+    dict.fromkeys(
+        ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"],
+        "heliostat.api.functions",
+    ),
+)

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from heliostat import kinds
+from heliostat import schema
 from heliostat.config import workspace
 from heliostat.errors import ConfigError
 from heliostat.schema import documents
@@ -109,7 +109,7 @@ def shaped(path: Path) -> Iterator[None]:
 def read(path: Path) -> ClusterFile:
     """Reads a cluster file; ConfigError if it is of neither kind, or lacks its name or another required part."""
     documents = _documents(path)
-    kinds.require("cluster", path, documents[0])
+    schema.require_kind("cluster", path, documents[0])
     kuberay = [d for d in documents if str(d.get("apiVersion", "")).startswith("ray.io/")]
     if len(kuberay) > 1:
         raise ConfigError(f"{path}: holds {len(kuberay)} Ray resources; one cluster a file, please")

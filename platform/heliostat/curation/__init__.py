@@ -1,1 +1,23 @@
-"""Curates text at any scale: documents go through a list of stages, and each leaves with a reason or goes on to the shards."""
+"""Curates text and images at any scale, and makes datasets of them: readers, stages, deduplication, builders of shards.
+
+A pipeline file names a pipeline as `pipeline: heliostat.pipelines:NAME`, which is this package under its earlier name.
+"""
+
+from typing import TYPE_CHECKING
+
+from heliostat import extras
+
+if TYPE_CHECKING:
+    from heliostat.curation.images.pipeline import ImagePipeline
+    from heliostat.curation.pairs.pipeline import PairPipeline
+    from heliostat.curation.text.pipeline import TextPipeline
+
+__all__ = ["ImagePipeline", "PairPipeline", "TextPipeline"]
+__getattr__, __dir__ = extras.lazy_names(
+    __name__,
+    {
+        "ImagePipeline": "heliostat.curation.images.pipeline",
+        "PairPipeline": "heliostat.curation.pairs.pipeline",
+        "TextPipeline": "heliostat.curation.text.pipeline",
+    },
+)

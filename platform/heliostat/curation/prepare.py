@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from heliostat import kinds
+from heliostat import schema
 from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
 from heliostat.config import workspace
@@ -128,7 +128,7 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     """Loads the pipeline's import path and the validated pipeline; ConfigError names every wrong key."""
     given, path = path, path if path.is_absolute() else workspace.root() / path
     written = read_yaml(path)
-    kinds.require("pipeline", given, written)
+    schema.require_kind("pipeline", given, written)
     raw = apply(written, settings)
     target = raw.pop("pipeline", None)
     if not isinstance(target, str):

@@ -4,7 +4,7 @@ is.
 
 from typing import TYPE_CHECKING
 
-from heliostat import lazy
+from heliostat import extras
 
 if TYPE_CHECKING:
     from heliostat.recipes.images.autoencoder import Autoencoder
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from heliostat.recipes.text.embedder import Embedder
 
 __all__ = ["Autoencoder", "CausalLM", "Embedder", "ImageEmbedder", "TextToImage"]
-__getattr__, __dir__ = lazy.names(
+__getattr__, __dir__ = extras.lazy_names(
     __name__,
     {
         "Autoencoder": "heliostat.recipes.images.autoencoder",

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from heliostat import kinds, schema
+from heliostat import schema
 from heliostat.config import spec, workspace
 from heliostat.config.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.errors import ConfigError
@@ -232,7 +232,7 @@ def load(path: Path, changes: list[str] | None = None) -> Plan:
     if not file.is_file():
         raise ConfigError(f"{path}: job: there is no file {sweep.job!r} in {workspace.root()}")
     raw = schema.read_yaml(file)
-    kinds.require("job", file, raw)
+    schema.require_kind("job", file, raw)
     return make(sweep, place(raw, sweep.set_), str(path))
 
 

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 from heliostat import extras
-from heliostat.callable_module import make_callable
 from heliostat.cluster.capacity import require_gpus
 from heliostat.config import deepspeed_keys, spec
 from heliostat.config.checkpoint_section import Benchmarks
@@ -38,7 +37,6 @@ from heliostat.recipes.protocol import Recipe
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 
-make_callable(__name__)
 log = logging.getLogger(__name__)
 
 
