@@ -1,6 +1,8 @@
-"""Holds the public Python API: what `import heliostat` offers, and the exact stream for a training loop of one's own.
+"""Holds the public Python API: what `import heliostat` offers, and the exact stream for a training loop of your own.
 
-Start at `functions`. May import every room but `cli` and `apps`.
+Start at `functions`.
+May import: `checkpoint`, `cluster`, `config`, `curation`, `data`, `inference`, `plan`, `recipes`, `runs`, `storage`,
+`tracking`, `training`, `validation`.
 """
 
 from heliostat import extras

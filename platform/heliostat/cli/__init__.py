@@ -1,1 +1,6 @@
-"""Defines the command line: `common` has what commands share, `main` starts it, every other module is a group of commands."""
+"""Defines the command line: one module per group of commands; `common` has what commands share.
+
+Start at `main`.
+May import: `apps`, `chaos`, `checkpoint`, `cluster`, `config`, `curation`, `data`, `evaluation`, `inference`, `numerics`,
+`plan`, `runs`, `storage`, `submit`, `tracking`, `training`, `tune`, `validation`, `web`.
+"""

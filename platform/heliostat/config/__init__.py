@@ -1,1 +1,5 @@
-"""Reads what a person writes: files of jobs, pipelines, sweeps and clusters."""
+"""Defines the job schema, its rules across sections, and the workspace.
+
+Start at `spec`.
+May import: `optim`, `storage`.
+"""

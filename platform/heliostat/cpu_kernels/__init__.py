@@ -1,4 +1,7 @@
-"""Computes models that train on CPUs with kernels of their own, where those are faster than torch's; GPUs never meet them.
+"""Computes attention and linear layers faster than torch on CPUs; a GPU never uses it.
+
+Start at `attention`.
+May import: `config`.
 
 `train.cpu_kernels` switches them off. What they save: docs/benchmarks/train-overhead.md#cpu-kernels
 """

@@ -1,4 +1,7 @@
-"""Curates text and images at any scale, and makes datasets of them: readers, stages, deduplication, builders of shards.
+"""Makes datasets of raw text and images: readers, stages, deduplication, builders of shards, explanations.
+
+Start at `prepare`.
+May import: `cluster`, `config`, `data`, `recipes`, `storage`, `tasks`.
 
 A pipeline file names a pipeline as `pipeline: heliostat.pipelines:NAME`, which is this package under its earlier name.
 """

@@ -1,1 +1,5 @@
-"""Updates parameters by rules that torch lacks: Lion, Schedule-Free, and Muon on whole matrices in ZeRO's slices."""
+"""Defines the optimizers: their keys in a job, their state, and the steps that torch lacks.
+
+Start at `optimizers`.
+May import: no other room.
+"""

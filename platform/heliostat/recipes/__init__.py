@@ -1,5 +1,9 @@
-"""Exports the recipes, what can be trained: `recipe: heliostat.recipes:NAME` in a job file; `protocol` defines what a recipe
-is.
+"""Defines what a recipe is (`protocol`), and holds the built-in recipes: text and images.
+
+Start at `protocol`.
+May import: `config`, `cpu_kernels`, `data`, `parallel`, `storage`.
+
+A job file names a recipe as `recipe: heliostat.recipes:NAME`.
 """
 
 from typing import TYPE_CHECKING

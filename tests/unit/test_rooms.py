@@ -1,0 +1,97 @@
+"""The map of the code cannot be false: what rooms say of themselves, what they import, and what the documentation shows agree."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from docs.site import rooms
+
+PACKAGE = rooms.PACKAGE
+ROOMS = {room.name: room for room in rooms.rooms()}
+LOOSE = 6  # modules at the root that belong to no room
+LAYERS = 16
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Maps every module of the package to its file."""
+    names = {path: ".".join(("heliostat", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in PACKAGE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+@cache
+def imports() -> dict[str, frozenset[str]]:
+    """Maps every module to those of the package that it imports: at the top, in functions, and for types alone."""
+    found = defaultdict(set)
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names if alias.name in modules()}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "heliostat":
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    found[name].add(full if full in modules() else node.module)
+    return {name: frozenset(targets - {name, "heliostat"}) for name, targets in found.items() if name != "heliostat"}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_imports_what_its_docstring_says_and_nothing_else(name):
+    """Imports for types and in functions count too."""
+    seen = {room_of(t) for m, targets in imports().items() if room_of(m) == name for t in targets}
+    assert (seen & ROOMS.keys()) - {name} == ROOMS[name].imports
+
+
+def test_rooms_import_downwards_alone():
+    """What a docstring allows is in a lower layer of the contract, which has at most 16."""
+    layers = rooms.layers()
+    height = {name: n for n, layer in enumerate(layers) for name in layer}
+    assert [(a.name, b) for a in ROOMS.values() for b in a.imports if height[b] <= height[a.name]] == []
+    assert len(layers) <= LAYERS
+
+
+def test_every_folder_is_a_room_and_few_modules_are_in_none():
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == ROOMS.keys()
+    assert len([path for path in PACKAGE.glob("*.py") if not path.name.startswith("__")]) <= LOOSE
+    assert all((PACKAGE / room.name / f"{room.start}.py").is_file() for room in ROOMS.values())
+
+
+def test_only_the_command_line_imports_applications():
+    assert {room_of(m) for m, targets in imports().items() for t in targets if room_of(t) == "apps"} <= {"apps", "cli"}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports for types and in functions count too."""
+    state, path, circles = dict[str, int](), list[str](), list[list[str]]()
+
+    def visit(module: str) -> None:
+        state[module] = 1
+        path.append(module)
+        for target in sorted(imports().get(module, ())):
+            if state.get(target) == 1:
+                circles.append([*path[path.index(target) :], target])
+            elif target not in state:
+                visit(target)
+        path.pop()
+        state[module] = 2
+
+    for module in modules():
+        if module not in state and module != "heliostat":
+            visit(module)
+    assert circles == []
+
+
+@pytest.mark.parametrize(("page", "name"), rooms.PAGES.items())
+def test_the_documentation_shows_the_rooms_and_layers_of_the_code(page, name):
+    """If this fails: `python -m docs.site.rooms`."""
+    text = (rooms.ROOT / page).read_text(encoding="utf-8")
+    assert f"<!-- begin: {name} -->" in text and rooms.filled(text, name) == text
