@@ -1,7 +1,7 @@
 """Writes the table of rooms in docs/concepts.md and the layers in CONTRIBUTING.md: `python -m docs.site.rooms`.
 
-A room is a folder of `platform/heliostat/`. The docstring of its `__init__` says what it does, where to start reading, and what it
-may import. The layers are those of the import contract in `pyproject.toml`. `tests/unit/test_rooms.py` holds both to the code.
+A room is a folder of `platform/heliostat/`. The docstring of its `__init__` says what it does, where to start reading, and what
+it may import. The layers are those of the import contract in `pyproject.toml`. `tests/unit/test_rooms.py` holds both to the code.
 """
 
 from __future__ import annotations

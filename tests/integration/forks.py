@@ -8,7 +8,8 @@ from tests.fork_server import ForkServer
 
 DRIVERS = (
     "heliostat.cli.main", "heliostat.training.run", "heliostat.training.driver.attempt", "heliostat.training.driver.memory",
-    "heliostat.training.driver.progress", "heliostat.training.driver.pool", "heliostat.cluster.connect", "heliostat.cluster.nodes",
+    "heliostat.training.driver.progress", "heliostat.training.driver.pool", "heliostat.cluster.connect",
+    "heliostat.cluster.nodes",
     "heliostat.inference.export", "heliostat.inference.batch.run", "heliostat.tracking.logger", "heliostat.tracking.models",
     "heliostat.tracking.report.page", "heliostat.tracking.report.curation", "heliostat.tune.driver", "heliostat.tune.trial",
     "heliostat.tasks.flow", "heliostat.curation.text", "mlflow.pyfunc", "mlflow.store.tracking.sqlalchemy_store",

@@ -91,9 +91,8 @@ def test_type_checkers_see_the_names_that_python_sees():
     """`py.typed` is shipped, and the names under TYPE_CHECKING are those of `dir`."""
     tree = ast.parse((ROOT / "platform/heliostat/__init__.py").read_text())
     (block,) = [n for n in tree.body if isinstance(n, ast.If)]
-    seen = [
-        a.asname for n in block.body if isinstance(n, ast.ImportFrom) and n.module == "heliostat.api.functions" for a in n.names
-    ]
+    lines = [line for line in block.body if isinstance(line, ast.ImportFrom) and line.module == "heliostat.api.functions"]
+    seen = [alias.asname for line in lines for alias in line.names]
     assert seen == NAMES and (ROOT / "platform/heliostat/py.typed").is_file()
     hints = typing.get_type_hints(api.train, vars(api))
     assert hints["return"] is heliostat.Run
@@ -111,7 +110,7 @@ EARLIER = {
 
 @pytest.mark.parametrize("path", EARLIER)
 def test_public_modules_import_under_their_earlier_paths(path):
-    """A user's recipe or pipeline of before still imports, and gets the same classes; what a worker is sent names the new path."""
+    """A user's recipe or pipeline of before still imports, and gets the same classes; workers get the new path."""
     code = f"import importlib; old = importlib.import_module({path!r}); new = importlib.import_module({EARLIER[path]!r})\n"
     code += "print(old is new, new.__name__ == new.__spec__.name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

@@ -10,16 +10,18 @@ import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch.distributed as dist
 
 from heliostat.checkpoint import agreement
 from heliostat.cluster import nodes
+from heliostat.config import spec
+from heliostat.config.spec import Job
 from heliostat.data import receipt, stream
 from heliostat.data.content import Content
-from heliostat.data.dataset import open_dataset, sample_bytes
+from heliostat.data.dataset import DataPlan, open_dataset, sample_bytes
 from heliostat.errors import ConfigError
 from heliostat.runs import segments
 from heliostat.runs.history import receipts
@@ -27,9 +29,6 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.training.worker import bad_samples
 from heliostat.training.worker.unsealed import Unsealed
-
-if TYPE_CHECKING:
-    from heliostat.api.exact_stream import ExactStream
 
 log = logging.getLogger(__name__)
 
@@ -53,25 +52,26 @@ class Batch:
 class Feed(Iterator[Batch]):
     """Iterates over a worker's batches, one a step, from the step that it was opened at to the last."""
 
-    def __init__(self, of: ExactStream, step: int) -> None:
+    def __init__(self, job: Job, plan: DataPlan, folder: str, step: int) -> None:
         if not dist.is_initialized():
             raise ConfigError("ExactStream.start: call it in the training function of a TorchTrainer, on every worker")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.job, self.plan, self.folder = of.job, of.plan, Location(of.folder)
-        self.done, self.last_step = step, of.steps
-        if self.world not in of.workers:
+        self.job, self.plan, self.folder = job, plan, Location(folder)
+        self.done, self.last_step = step, job.last_step
+        workers = spec.divisors(plan.shape.lanes)
+        if self.world not in workers:
             raise ConfigError(
                 f"ExactStream.start: {self.world} workers do not divide the stream's {self.plan.shape.lanes} lanes; use "
-                f"{' or '.join(map(str, of.workers))}"
+                f"{' or '.join(map(str, workers))}"
             )
-        if not 0 <= step <= of.steps:
-            raise ConfigError(f"ExactStream.start: step {step} is not between 0 and the stream's {of.steps}")
+        if not 0 <= step <= self.last_step:
+            raise ConfigError(f"ExactStream.start: step {step} is not between 0 and the stream's {self.last_step}")
         self.group = dist.new_group(backend="gloo")  # for what is on the CPU, whatever the training's own is
         self.dataset = open_dataset(self.plan)
         self._unsealed = Unsealed(self.folder, self.dataset, self.group)
         self._unsealed.chain, self._unsealed.replaced = self._begin(step)
         self._sealed, self._replaced = step, self._unsealed.replaced  # up to the last receipt; of all workers, on rank 0
-        self._parts = self._share() if step < of.steps else []
+        self._parts = self._share() if step < self.last_step else []
         if self._parts:
             order, part = self.dataset.order, self._parts[self.rank]
             self._samples = stream.iterate(part, self.plan, order, self.rank, self.world, step)

@@ -69,7 +69,7 @@ class ExactStream:
         """
         from heliostat.api.exact_feed import Feed
 
-        return Feed(self, step)
+        return Feed(self.job, self.plan, self.folder, step)
 
 
 def plan_stream(job: Job, folder: str) -> ExactStream:

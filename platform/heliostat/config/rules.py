@@ -5,19 +5,40 @@ together, offload fits the stage.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from heliostat.config.checkpoint_section import Checkpoint, Evaluate
 from heliostat.config.data_section import Data
 from heliostat.config.tracking_sections import Mlflow
-from heliostat.config.train_section import SELECTIVE
+from heliostat.config.train_section import SELECTIVE, Train
 from heliostat.config.worker_counts import divisors, fitting
+from heliostat.config.worker_sections import Workers
 from heliostat.redact import carries_secret
 
-if TYPE_CHECKING:
-    from heliostat.config.spec import Job
+
+class Ruled(Protocol):
+    """Lists what the rules read of a job (`spec.Job`)."""
+
+    @property
+    def data(self) -> Data: ...
+    @property
+    def train(self) -> Train: ...
+    @property
+    def evaluate(self) -> Evaluate | None: ...
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+    @property
+    def workers(self) -> Workers: ...
+    @property
+    def mlflow(self) -> Mlflow: ...
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def replicas(self) -> int: ...
+    def worker_counts(self) -> list[int]: ...
 
 
-def faults(job: Job) -> list[str]:
+def faults(job: Ruled) -> list[str]:
     """Lists what is wrong, a line each that begins with the key."""
     found = _sequence_faults(job) or _expert_faults(job) or _tensor_faults(job) or _many_nodes_faults(job) or _batch_faults(job)
     found += [*_memory_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
@@ -33,7 +54,7 @@ def faults(job: Job) -> list[str]:
     return found
 
 
-def _sequence_faults(job: Job) -> list[str]:
+def _sequence_faults(job: Ruled) -> list[str]:
     each, train = job.train.parallel.sequence, job.train
     if each == 1:
         return []
@@ -52,7 +73,7 @@ def _sequence_faults(job: Job) -> list[str]:
     return faults
 
 
-def _group_faults(key: str, each: int, job: Job) -> list[str]:
+def _group_faults(key: str, each: int, job: Ruled) -> list[str]:
     """Lists what keeps workers from being in groups of `each`."""
     workers = job.workers
     if isinstance(workers.count, int) and workers.count % each:
@@ -68,7 +89,7 @@ def _untried(key: str, others: Mapping[str, object]) -> list[str]:
     return [f"{key} with {other} is not tried; remove one of them" for other, made in others.items() if made]
 
 
-def _expert_faults(job: Job) -> list[str]:
+def _expert_faults(job: Ruled) -> list[str]:
     each, train = job.train.parallel.expert, job.train
     if each == 1:
         return []
@@ -86,7 +107,7 @@ def _expert_faults(job: Job) -> list[str]:
     return faults + _untried(key, untried)
 
 
-def _tensor_faults(job: Job) -> list[str]:
+def _tensor_faults(job: Ruled) -> list[str]:
     each, train = job.train.parallel.tensor, job.train
     if each == 1:
         return []
@@ -109,7 +130,7 @@ def _tensor_faults(job: Job) -> list[str]:
     return faults + _untried(key, untried)
 
 
-def _many_nodes_faults(job: Job) -> list[str]:
+def _many_nodes_faults(job: Ruled) -> list[str]:
     """Lists what is wrong with the ways in which fewer bytes travel between nodes."""
     train, zero, faults = job.train, job.train.zero, list[str]()
     asked = {"divide_within": zero.divide_within, "copy_within": zero.copy_within, "quantize_weights": zero.quantize_weights}
@@ -141,7 +162,7 @@ def _many_nodes_faults(job: Job) -> list[str]:
     return faults
 
 
-def _memory_faults(job: Job) -> list[str]:
+def _memory_faults(job: Ruled) -> list[str]:
     """Lists what is wrong with the ways to save memory that a job asks for."""
     train = job.train
     asked = {"tiled_loss": train.tiled_loss, "tiled_mlp": train.tiled_mlp, "activation_offload": train.activation_offload}
@@ -157,7 +178,7 @@ def _memory_faults(job: Job) -> list[str]:
     return faults
 
 
-def untried_selective(job: Job) -> dict[str, bool]:
+def untried_selective(job: Ruled) -> dict[str, bool]:
     """Tells of the settings that were never tried with selective checkpointing, by name, whether a job makes them."""
     train = job.train
     return {
@@ -170,7 +191,7 @@ def untried_selective(job: Job) -> dict[str, bool]:
     }
 
 
-def _batch_faults(job: Job) -> list[str]:
+def _batch_faults(job: Ruled) -> list[str]:
     if isinstance(job.workers.count, list):
         return _elastic_faults(job)
     parallel = job.train.parallel
@@ -194,7 +215,7 @@ def _batch_faults(job: Job) -> list[str]:
     return []
 
 
-def _elastic_faults(job: Job) -> list[str]:
+def _elastic_faults(job: Ruled) -> list[str]:
     batch, lanes, workers = job.train.global_batch, job.lanes, job.workers
     if batch % lanes:
         near = min(divisors(batch), key=lambda c: abs(c - lanes))
@@ -202,7 +223,7 @@ def _elastic_faults(job: Job) -> list[str]:
     if job.worker_counts():
         return []
     most = lanes * job.train.parallel.sharing
-    nearest = min(fitting(job, lanes, 1, most), key=lambda n: abs(n - workers.least), default=None)
+    nearest = min(fitting(job.train, lanes, 1, most), key=lambda n: abs(n - workers.least), default=None)
     return [
         f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
         f"micro-batches; {f'nearest: {nearest}' if nearest else 'train.micro_batch must divide train.global_batch'}"
@@ -228,7 +249,7 @@ def _mix_faults(data: Data) -> list[str]:
     return faults
 
 
-def _precision_faults(job: Job) -> list[str]:
+def _precision_faults(job: Ruled) -> list[str]:
     faults = []
     if job.train.precision == "fp16" and not job.workers.gpus:
         faults.append("train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32")
@@ -249,7 +270,7 @@ def _precision_faults(job: Job) -> list[str]:
     return faults
 
 
-def _attention_faults(job: Job) -> list[str]:
+def _attention_faults(job: Ruled) -> list[str]:
     train, name = job.train, job.train.attention
     if name is None or name in ("sdpa", "eager"):
         return []
@@ -269,7 +290,7 @@ def _attention_faults(job: Job) -> list[str]:
     return faults
 
 
-def _fp8_faults(job: Job) -> list[str]:
+def _fp8_faults(job: Ruled) -> list[str]:
     train = job.train
     if not train.fp8:
         return []
@@ -282,7 +303,7 @@ def _fp8_faults(job: Job) -> list[str]:
     return [f"train.fp8: true {why}; set it to false, or change that" for why, is_so in wrong.items() if is_so]
 
 
-def _optimizer_faults(job: Job) -> list[str]:
+def _optimizer_faults(job: Ruled) -> list[str]:
     optimizer, faults = job.train.optimizer, []
     if optimizer.averages and job.train.schedule.name != "constant":
         name = job.train.schedule.name
@@ -296,11 +317,11 @@ def _optimizer_faults(job: Job) -> list[str]:
     return faults
 
 
-def sums_on_host(job: Job) -> bool:
+def sums_on_host(job: Ruled) -> bool:
     return bool(job.train.zero.offload.optimizer) and job.train.zero.stage in (1, 2) and job.train.precision != "fp32"
 
 
-def _offload_faults(job: Job) -> list[str]:
+def _offload_faults(job: Ruled) -> list[str]:
     zero, offload = job.train.zero, job.train.zero.offload
     faults = []
     if offload.optimizer and zero.stage == 0:
@@ -324,7 +345,7 @@ def _mlflow_faults(mlflow: Mlflow) -> list[str]:
     return faults
 
 
-def _checkpoint_faults(job: Job) -> list[str]:
+def _checkpoint_faults(job: Ruled) -> list[str]:
     policy, faults = job.checkpoint, []
     if policy.keep_every and policy.keep_every % policy.every:
         near = policy.every * max(1, round(policy.keep_every / policy.every))

@@ -115,7 +115,7 @@ class Job(Strict):
     def worker_counts(self, lanes: int | None = None) -> list[int]:
         """Lists the numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its
         `lanes`)."""
-        return fitting(self, lanes or self.lanes, self.workers.least, self.workers.most)
+        return fitting(self.train, lanes or self.lanes, self.workers.least, self.workers.most)
 
     def on(self, workers: int) -> Job:
         """Copies the job, with this fixed number of workers."""

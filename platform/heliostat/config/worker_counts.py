@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from heliostat.config.fields import LARGEST
-
-if TYPE_CHECKING:
-    from heliostat.config.spec import Job
+from heliostat.config.train_section import Train
 
 
-def fitting(job: Job, lanes: int, least: int, most: int) -> list[int]:
+def fitting(train: Train, lanes: int, least: int, most: int) -> list[int]:
     """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches.
 
     The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts, or state, form whole groups.
     """
-    batch, micro, each = job.train.global_batch, job.train.micro_batch, job.train.parallel.sharing
+    batch, micro, each = train.global_batch, train.micro_batch, train.parallel.sharing
     replicas = divisors(math.gcd(lanes, batch))
     found = [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
-    zero = job.train.zero
-    groups = job.train.parallel.expert, zero.divide_within or 1, zero.copy_within or 1
+    zero = train.zero
+    groups = train.parallel.expert, zero.divide_within or 1, zero.copy_within or 1
     return [n for n in found if not any(n % each for each in groups)]
 
 

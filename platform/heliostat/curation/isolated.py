@@ -6,7 +6,7 @@ as much may pass on the clock. Requests and answers are framed bytes over a sock
 executed.
 
 A document may take a parser over. So its process has no variables of the environment but `KEPT`, no file but Python's libraries
-and fonts, no network, and may start nothing (`heliostat.tasks.sandbox`). Where the machine allows no namespaces, the log says so once:
+and fonts, no network, and may start nothing (`tasks.sandbox`). Where the machine allows no namespaces, the log says so once:
 files of this user can be read then.
 
     with Isolated("heliostat.curation.html:extractor", {"with": "resiliparse"}, seconds=10, megabytes=2048) as extract:
