@@ -40,6 +40,8 @@ TEXT_WIDTHS = {
 }
 VOCABULARIES = (".txt", ".model", ".tiktoken")  # of tokenizers, beside JSON: merges.txt, vocab.txt, spiece.model
 
+Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
+
 
 class Text(Strict):
     """Describes the text encoder: a CLIP text encoder of these keys, trained with the model, or `pretrained`: a folder (CLIP or
@@ -96,7 +98,7 @@ class Samples(Strict):
     """Of the sampler."""
     guidance: Float = Field(default=4.0, ge=0)
     """How strictly images follow the prompt (classifier-free guidance); 1 is plain."""
-    sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None
+    sampler: Sampler | None = None
     """`euler` is of flow, the others are not. Unset: `ddim`, or `euler` for flow."""
     per_prompt: int = Field(default=4, gt=0)
     """Images of each prompt."""

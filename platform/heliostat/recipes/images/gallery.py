@@ -10,25 +10,40 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
 
+from heliostat.data.manifest import Manifest
 from heliostat.recipes.images import diffusers_folder
-from heliostat.recipes.images.config import Features
+from heliostat.recipes.images.config import Features, Model, Sampler
 from heliostat.recipes.images.judge import Judge, real_images
+from heliostat.recipes.images.noising import Process
+from heliostat.recipes.images.parts import Parts
 from heliostat.recipes.images.pipeline import denoise, generators
-
-if TYPE_CHECKING:
-    from heliostat.recipes.images.text_to_image import TextToImage
 
 SHOWN_SIDE = 64  # pixels; smaller pictures are enlarged in the grid
 GAP = 4  # grey pixels after each
 
 
+class DrawingRecipe(Protocol):
+    """Lists what a gallery needs of a text-to-image recipe."""
+
+    model: Model
+    parts: Parts
+    process: Process
+    sampler: Sampler
+    sources: list[Manifest]
+
+    def sampler_of(self, model: nn.Module, device: Any) -> Any: ...
+    def pixels_of(self, sampled: torch.Tensor) -> np.ndarray: ...
+
+
 class Gallery:
-    def __init__(self, recipe: TextToImage) -> None:
+    def __init__(self, recipe: DrawingRecipe) -> None:
         self.recipe, self.samples = recipe, recipe.model.samples
         self.prompts = [p.text for p in self.samples.prompts]
         self.labels = [p.label for p in self.samples.prompts]

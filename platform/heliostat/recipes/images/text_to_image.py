@@ -15,15 +15,18 @@ and timesteps that never change: `loss`, and `loss_t0` to `loss_t3` by quarter o
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
+from transformers import CLIPTextModel
 
 from heliostat import extras
 from heliostat.config.spec import Job
@@ -34,7 +37,7 @@ from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import Gallery
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
-from heliostat.recipes.images.pipeline import decode, tokenize
+from heliostat.recipes.images.pipeline import TextToImagePipeline, decode, tokenize
 from heliostat.recipes.protocol import Batch, Companion, Draws, Evaluates, Generated, Loss, Paints, Recipe, Serves, Serving
 from heliostat.schema import validate
 
@@ -184,7 +187,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     # the export ------------------------------------------------------------------------------------------------------
 
     def save_config(self, folder: Path) -> None:
-        diffusers_folder.save(self, folder)
+        _save_parts(self, folder)
         shutil.copy(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
 
     def load(self, folder: Path) -> nn.Module:
@@ -218,7 +221,53 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return ImageCanvas(folder)
 
     def serving(self) -> Serving:
-        return diffusers_folder.serving(self)
+        from mlflow.models import infer_signature
+
+        samples = self.model.samples
+        params = {"steps": samples.steps, "guidance": samples.guidance, "seed": 0}
+        prompts = [*(p.text for p in samples.prompts), "an image"][:1]
+        signature = infer_signature(prompts, ["base64"], params)
+        return Serving(Path(__file__).with_name("server.py"), prompts, signature, diffusers_folder.REQUIREMENTS)
+
+
+def _save_parts(recipe: TextToImage, folder: Path) -> None:
+    """Writes all of the export but the trained weights."""
+    with torch.device("meta"):
+        model: Any = recipe.build()
+    backbone = getattr(model, recipe.parts.name)
+    (folder / recipe.parts.name).mkdir(parents=True, exist_ok=True)
+    backbone.save_config(folder / recipe.parts.name)
+    text = recipe.model.text
+    if text.pretrained:
+        shutil.copytree(text.pretrained, folder / "text_encoder", dirs_exist_ok=True)
+        kind = type(recipe.parts.text_encoder).__name__
+    else:
+        kind = CLIPTextModel.__name__
+        model.text_encoder.config.architectures = [kind]
+        model.text_encoder.config.save_pretrained(folder / "text_encoder")
+    recipe.parts.tokenizer.save_pretrained(folder / "tokenizer")
+    if recipe.model.autoencoder:
+        shutil.copytree(recipe.model.autoencoder.pretrained, folder / "vae", dirs_exist_ok=True)
+    scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
+    scheduler.save_pretrained(folder / "scheduler")
+    standard = (
+        recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and kind == "CLIPTextModel" and not recipe.process.flow
+    )
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline" if standard else ["pipeline", TextToImagePipeline.__name__],
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        recipe.parts.name: ["diffusers", type(backbone).__name__],
+        "text_encoder": ["transformers", kind],
+        "tokenizer": ["transformers", type(recipe.parts.tokenizer).__name__],
+        "vae": ["diffusers", "AutoencoderKL"] if recipe.parts.vae_config else [None, None],
+    }
+    if standard:
+        nothing: dict[str, Any] = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
+        index |= {**nothing, "requires_safety_checker": False}
+    else:
+        index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
 __all__ = ["Denoiser", "Generated", "TextToImage"]

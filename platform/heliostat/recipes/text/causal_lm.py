@@ -328,7 +328,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     def save_config(self, folder: Path) -> None:
         from heliostat.recipes.text import exporting
 
-        exporting.write(self, folder)
+        exporting.write(folder, self.config, self.pretrained, self.tokenizer, self.sources)
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:  # type: ignore[override]

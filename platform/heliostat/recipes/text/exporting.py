@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from heliostat.data.manifest import Manifest
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import infilling, vocabulary
 
-if TYPE_CHECKING:
-    from heliostat.recipes.text.causal_lm import CausalLM
 
-
-def write(recipe: CausalLM, folder: Path) -> None:
-    """Writes them into the model's folder; of a pretrained model as its own folder has them."""
-    config = type(recipe.config).from_dict(recipe.config.to_dict())
+def write(folder: Path, given: Any, pretrained: str | None, tokenizer: Callable[[], Any], sources: list[Manifest]) -> None:
+    """Writes them into the model's folder. Those of a pretrained model are copied; else `tokenizer` builds the tokenizer."""
+    config = type(given).from_dict(given.to_dict())
     config.use_cache = True
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(folder)
-    _generation(recipe.pretrained, config).save_pretrained(folder)
-    if recipe.pretrained:
-        from_folder("model.pretrained", AutoTokenizer, recipe.pretrained).save_pretrained(folder)
-        (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(recipe.pretrained)))  # as it is, not as it is read
+    _generation(pretrained, config).save_pretrained(folder)
+    if pretrained:
+        from_folder("model.pretrained", AutoTokenizer, pretrained).save_pretrained(folder)
+        (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(pretrained)))  # as it is, not as it is read
     else:
-        recipe.tokenizer().save_pretrained(folder)
-    infilling.write(folder, recipe.sources)
+        tokenizer().save_pretrained(folder)
+    infilling.write(folder, sources)
 
 
 def _generation(pretrained: str | None, config: Any) -> Any:

@@ -5,16 +5,38 @@ Most jobs are tried without torch, whose import takes seconds: each trial import
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Literal, Protocol
 
+from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes.text import expert_keys, initial, router_loss
 
-if TYPE_CHECKING:
-    from heliostat.recipes.text.causal_lm import CausalLM
+
+class LanguageModel(Protocol):
+    """Lists what trials read of a language model's recipe (`causal_lm.CausalLM`)."""
+
+    job: Job
+    plain: Any
+    pretrained: str | None
+    unbalanced: bool
+    document_mask: bool
+    tiled: bool
+    tiled_mlp: bool
+    checkpointing: int | Literal["selective"]
+    offload: bool
+    attention: str | None
+    fp8: Any
+
+    @property
+    def config(self) -> Any: ...
+    def plainly(self) -> Any: ...
+    def blocks(self, model: Any) -> list[Any]: ...
+    def require_cut(self, parts: int) -> None: ...
+    def require_divided(self, parts: int) -> None: ...
+    def require_matrices_divided(self, parts: int) -> None: ...
 
 
-def probe(recipe: CausalLM) -> None:
+def probe(recipe: LanguageModel) -> None:
     """Tries kernels, what saves memory, weights, packing, experts and layouts, as far as the job asks for each."""
     configured, parallel = recipe.plain is None, recipe.job.train.parallel
     _require_kernels(recipe)
@@ -42,7 +64,7 @@ def probe(recipe: CausalLM) -> None:
         recipe.require_cut(parallel.sequence)
 
 
-def _require_memory_savers(recipe: CausalLM) -> None:
+def _require_memory_savers(recipe: LanguageModel) -> None:
     """Raises ConfigError if the model cannot have its MLPs in tiles, or its activations checkpointed as the job says."""
     if recipe.tiled_mlp:
         from heliostat.recipes.text import tiled_mlp
@@ -54,7 +76,7 @@ def _require_memory_savers(recipe: CausalLM) -> None:
         checkpointing.require(recipe)
 
 
-def _require_kernels(recipe: CausalLM) -> None:
+def _require_kernels(recipe: LanguageModel) -> None:
     """Raises ConfigError if the model cannot be computed by the kernels that the job names."""
     if recipe.attention:
         from heliostat.recipes.text import attention
@@ -73,7 +95,7 @@ def _require_kernels(recipe: CausalLM) -> None:
                 raise ConfigError(f"train.compile: blocks: transformers does not tell the layers of {kind!r}; set it to true")
 
 
-def _require_weights(recipe: CausalLM) -> None:
+def _require_weights(recipe: LanguageModel) -> None:
     """Raises ConfigError if the job's keys change which weights the pretrained model has."""
     import torch
     from transformers import AutoModelForCausalLM
