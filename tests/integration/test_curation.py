@@ -224,6 +224,7 @@ def test_merges_change_nothing(tmp_path, monkeypatch):
     assert first.select(told).equals(again.select(told)) and len(first) > 300
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("ray_session")
 def test_killed_at_any_moment_the_same_digest(tmp_path):
     """The driver and all its processes, three times, each time later: what was finished stays, and the digest is the same."""

@@ -59,7 +59,7 @@ def concluded(request, documents, tmp_path_factory) -> dict[str, dict[str, Any]]
     return trials.run(jobs, tmp_path_factory.mktemp("architectures"))
 
 
-@pytest.mark.parametrize("arch", selection.kept(ARCHITECTURES, "qwen3"))
+@pytest.mark.parametrize("arch", selection.kept(ARCHITECTURES))
 def test_an_architecture_computes_what_one_plain_process_does(arch, concluded) -> None:
     """Dense ones and experts, at every stage, with three optimizers, two precisions, masks of documents, checkpointing, balancing
     by bias, experts that workers divide, and samples that both share."""

@@ -3,8 +3,6 @@
 import collections
 import math
 import socket
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +11,7 @@ import psutil
 import pytest
 import requests
 
+from tests.integration import commands
 from tests.integration.endpoint import KEY, NAME, OTHER, Endpoint, serving
 
 ASKED = {"model": NAME, "prompt": "a b", "max_tokens": 12, "seed": 3, "temperature": 0.9}
@@ -189,10 +188,9 @@ def test_the_command_ends_with_all_its_processes(endpoint):
 
 def test_the_command_says_in_a_line_what_is_wrong(tmp_path, endpoint):
     def said(*more: str) -> str:
-        command = [sys.executable, "-m", "heliostat", "serve", *more]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-        return done.stderr
+        done = commands.run("serve", *more, log=tmp_path / "log", timeout=120, cwd=tmp_path)
+        assert done.returncode == 2 and len(done.err.strip().splitlines()) == 1, done.err
+        return done.err
 
     model = str(endpoint.folder / "model")
     assert "--replicas: '3..1' is no number" in said(model, "--replicas", "3..1")

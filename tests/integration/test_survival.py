@@ -74,6 +74,7 @@ def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
     return thread
 
 
+@pytest.mark.ci
 def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file, tracking, unbroken):
     """A worker is killed, then one is frozen, then one gets SIGTERM: three restarts in one command, and the unbroken curve."""
     path = job_file("battered")

@@ -28,6 +28,14 @@ def nothing_computes_on() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def counted_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets the planner keep its counts of models for a file whose tests do not change how it counts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HELIOSTAT_CACHE", str(tmp_path_factory.mktemp("counts")))
+        yield
+
+
+@pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """HOST:PORT of an S3 server in this process. It answers one request after another: moto's threads look and put in two steps,
     where S3 makes a conditional put one."""

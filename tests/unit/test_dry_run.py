@@ -132,19 +132,27 @@ def test_what_is_predicted_of_each_stage_is_near_the_whole(tmp_path):
     assert found["tokens"] == pytest.approx(truth["shard"]["counts"]["tokens"], rel=0.1)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3])
-def test_documents_bytes_and_tokens_of_a_whole_lie_between_the_bounds_that_are_told(tmp_path, share):
-    """Of documents of very different sizes, a third of which a stage leaves out; and a person is told the bounds."""
-    rng = random.Random(5)
-    (tmp_path / "in").mkdir()
+OF_ALL_SIZES = [{"stage": "length", "min_words": 30}]
+
+
+@pytest.fixture(scope="module")
+def of_all_sizes(tmp_path_factory) -> tuple[Path, dict]:
+    """A folder with documents of very different sizes in `in`, and what is left of the whole behind OF_ALL_SIZES."""
+    folder, rng = tmp_path_factory.mktemp("sizes"), random.Random(5)
+    (folder / "in").mkdir()
     for i in range(1500):
         words = " ".join(f"w{spelled(rng.randrange(900))}" for _ in range(min(3000, int(rng.lognormvariate(4, 1.2)))))
-        (tmp_path / "in" / f"{i}.txt").write_text(words or "w1")
-    stages = [{"stage": "length", "min_words": 30}]
-    made, inputs = trial(tmp_path, share, stages=stages)
+        (folder / "in" / f"{i}.txt").write_text(words or "w1")
+    (_, meta), _ = make_whole(folder, "whole", OF_ALL_SIZES)
+    return folder, json.loads((folder / "whole" / meta["curation"]["funnel"]).read_text())["shard"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_documents_bytes_and_tokens_of_a_whole_lie_between_the_bounds_that_are_told(of_all_sizes, share):
+    """Of documents of very different sizes, a third of which a stage leaves out; and a person is told the bounds."""
+    folder, truth = of_all_sizes
+    made, inputs = trial(folder, share, stages=OF_ALL_SIZES, name=f"trial-{share}")
     found = made.predicted(inputs)
-    (_, meta), _ = make_whole(tmp_path, "whole", stages)
-    truth = json.loads((tmp_path / "whole" / meta["curation"]["funnel"]).read_text())["shard"]
     last = found["funnel"][-1]
     assert 800 < truth["kept"] < 1100 and last["kept_low"] <= truth["kept"] <= last["kept_high"]
     assert found["bytes_low"] <= truth["kept_bytes"] <= found["bytes_high"] < 1.7 * found["bytes"]

@@ -5,14 +5,12 @@ import random
 import numpy as np
 import pyarrow as pa
 import pytest
-from heliostat.curation import reasons
 from heliostat.storage.locations import Location
 from heliostat.tasks import exchange, spill
 from heliostat.tasks.exchange import exchanged
 from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow, curate, left, left_out
-from tests.unit.test_making import STAGES, make, make_input
 from tests.unit.test_minhash import planted
 from tests.unit.test_repeated_lines import make_texts
 from tests.unit.test_similar_images import images
@@ -68,7 +66,7 @@ def test_what_is_opened_grows_with_the_power_of_one_and_a_half(tmp_path, monkeyp
 TEXTS = make_texts(200)
 SIMILAR = images(12)
 CASES = {
-    "minhash": (planted()[0], [{"stage": "minhash"}], {}),
+    "minhash": (planted(12)[0], [{"stage": "minhash"}], {}),
     "lines": (TEXTS, [{"stage": "repeated_lines"}], {}),
     "images": (dict.fromkeys(SIMILAR, "x"), [{"stage": "similar_images"}], {"pictures": SIMILAR}),
 }
@@ -82,12 +80,3 @@ def test_the_same_stay_whether_spills_are_merged_or_not(tmp_path, monkeypatch, c
     found, there = curate(tmp_path / "merged", texts, stages, 20, 1 << 14, seed=1, **more)
     assert left(found, there) == left(plain, here) != texts and left_out(found, there) == left_out(plain, here)
     assert any(kind.endswith("-merge") for kind in there.done) and not any(kind.endswith("-merge") for kind in here.done)
-
-
-def test_the_dataset_is_the_same_with_its_record_of_merged_spills(tmp_path, monkeypatch):
-    make_input(tmp_path / "in")
-    monkeypatch.setattr(reasons, "END_ROWS", 20)
-    first, plain = make(tmp_path, "first", STAGES, 40_000)
-    monkeypatch.setattr(exchange, "MANY", 2)
-    again, there = make(tmp_path, "again", STAGES, 40_000, seed=3)
-    assert again == first and there.done["ends-merge"] > 3 and "ends-merge" not in plain.done

@@ -101,12 +101,12 @@ def test_shards_that_are_done_stay_right_under_another_memory_limit(tmp_path, mo
     monkeypatch.setattr(making, "ALONE", 1)
     (tmp_path / "in" / "c.jsonl.gz").unlink()  # which is read as a whole
     limits = 160_000, 200_000  # of 10 and of 12 shards a task, and the same spilled runs
-    whole, _ = make(tmp_path, "whole", [], limits[0])
-    for before, after in (limits, limits[::-1]):
-        _, here = make(tmp_path, f"all-{before}", [], before)
+    whole, here = make(tmp_path, "whole", [], limits[0])
+    _, other = make(tmp_path, "other", [], limits[1])
+    for before, after, total in ((*limits, len(here.ran)), (*limits[::-1], len(other.ran))):
         name = f"from-{before}"
         with pytest.raises(KilledError):
-            make(tmp_path, name, [], before, most=len(here.ran) - 1)
+            make(tmp_path, name, [], before, most=total - 1)
         made, there = make(tmp_path, name, [], after)
         assert made == whole and there.done["shards"] > 0
 
