@@ -21,6 +21,7 @@ import torch
 
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.checkpoint.tree import Channel
 from heliostat.errors import AccessError, StorageError
 from heliostat.events import Saved
 from heliostat.track import local_curves
@@ -29,7 +30,7 @@ from heliostat.train.time_ledger import Ledger
 from heliostat.train.worker import ema, loss_scale, memory_copies, zero_state
 from heliostat.train.worker.context import Context
 from heliostat.train.worker.memory_copies import MemoryCopies
-from heliostat.train.worker.unsealed import Unsealed
+from heliostat.train.worker.unsealed import Part, Unsealed
 
 
 class TrainingState:
@@ -45,6 +46,7 @@ class TrainingState:
             context.posts.notice_of_any,
         )  # fmt: skip
         self.failed = self._in_a_row = 0  # saves of this attempt that have failed
+        self._sealing: tuple[Part, int] | None = None  # what the save in flight seals, and how many events are with it
         for copies in self._copies():
             copies.attach(zero_state.inner_optimizer(engine))
         self.average = ema.of(context.job, engine)
@@ -60,7 +62,7 @@ class TrainingState:
     def settle(self) -> None:
         """Waits for the save in flight, and continues without it if the store has failed, some times in a row; collective."""
         try:
-            if self.saver.wait():
+            if self._saved():
                 self._in_a_row = 0
         except AccessError:
             raise  # it would come again
@@ -73,8 +75,20 @@ class TrainingState:
 
     def wait(self) -> None:
         """Waits until what is being saved, and copied, has arrived."""
-        for copies in self._copies():
-            copies.wait()
+        self._saved()
+        if self.memory:
+            self.memory.wait()
+
+    def _saved(self) -> bool:
+        """Waits for the save in flight, if there is one, and forgets what its receipt covers: all workers know of it."""
+        try:
+            return self.saver.wait()
+        finally:
+            if self._sealing:
+                (part, told), self._sealing = self._sealing, None
+                self.unsealed.drop(part)
+                if part.sealed:
+                    del self.context.posts.told[:told]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -94,17 +108,21 @@ class TrainingState:
     # saving ----------------------------------------------------------------------------------------------------------
 
     def save(self, done: int, metrics: dict[str, float | None]) -> None:
-        """Seals the samples up to step `done`, and begins to save the state behind it. Collective."""
+        """Begins to save the state behind step `done`: the saver's thread seals the samples up to there first. Collective."""
         context, posts = self.context, self.context.posts
         context.progressed()
         self.settle()
 
+        part, told = self.unsealed.part(done), list(posts.told)
+
         def first() -> None:
             context.fence.check()
-            local_curves.write(context.run_folder, done, posts.told)
+            local_curves.write(context.run_folder, done, told)
 
-        bad = self.unsealed.seal(done, first)
-        posts.told = []
+        def seal(channel: Channel) -> dict[str, Any]:
+            sealed = self.unsealed.write(part, channel, first)
+            return {"receipt": {"steps": done, "chain": sealed.chain}, "bad_samples": sealed.replaced}
+
         facts = {
             "name": context.job.name,
             "world_size": context.world,
@@ -113,12 +131,11 @@ class TrainingState:
             "job": context.job.dump(),
             "data": context.plan.dump(),
             "data_digest": context.plan.digest,
-            "receipt": {"steps": done, "chain": self.unsealed.chain},
-            "bad_samples": bad,
             "metrics": metrics,
             "written": time.time(),
         }
-        self.saver.save(done, self.tensors(), facts, zero_state.frozen(self.engine))
+        self.saver.save(done, self.tensors(), facts, zero_state.frozen(self.engine), seal)
+        self._sealing = part, len(told)
         context.progressed()
         posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, failed=self.failed, ledger=self.ledger.totals()))
 
