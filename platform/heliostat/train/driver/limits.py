@@ -1,8 +1,8 @@
 """Watches what a run takes, in hours and money, and finds when one of the job's `limits` is reached.
 
-Hours and money are those of the whole run: those of earlier commands are the ledger's, this command's are of a monotonic clock. The
-time between commands doesn't count. While the ledger can't be read, only this command counts. Money is the price of the devices
-that workers hold, from the price table of `heliostat plan`.
+Hours and money are those of the whole run: those of earlier commands are the ledger's, this command's are of a monotonic clock.
+The time between commands doesn't count. While the ledger can't be read, only this command counts. Money is the price of the
+devices that workers hold, from the price table of `heliostat plan`.
 """
 
 from __future__ import annotations
