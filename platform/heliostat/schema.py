@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import types
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, ValidationError
@@ -36,6 +36,7 @@ def _number(value: object) -> object:
 
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 SHOWN = 200  # characters of a wrong value
+KINDS: dict[Any, str] = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}  # what stands for a value in a fix
 NODES = 2_000_000  # values that a file may hold, those that it repeats by name counted each time
 M = TypeVar("M", bound=BaseModel)
 
@@ -186,17 +187,20 @@ def _inner(annotation: Any) -> Any:
     return annotation
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Explains each fault in one line: the key's path, what is wrong with which value, and the nearest valid choice."""
+def explain(error: ValidationError, model: type[BaseModel], within: str = "") -> list[str]:
+    """Explains each fault in one line: the key's path, what is wrong with which value, and the nearest valid choice.
+
+    `within`: the key that holds the model in a file.
+    """
     lines = []
     for fault in error.errors():
         owner, path = _walk(model, fault["loc"])
-        key = brief(".".join(str(p) for p in path))
+        key = brief(".".join(str(p) for p in ((within, *path) if within else path)))
         if fault["type"] == "extra_forbidden":
             known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
             lines.append(f"{key}: unknown key{nearest(str(path[-1]), known)}")
         elif fault["type"] == "missing":
-            lines.append(f"{key}: is required")
+            lines.append(absent(key, _example(owner, str(path[-1]))))
         elif fault["type"] == "union_tag_invalid":  # the name that says which keys there are
             names = list(_inner(owner.model_fields[str(path[-1])].annotation)) if owner else []
             lines.append(f"{key}.name: {_shown(fault['input']['name'])} is not a choice{nearest(fault['ctx']['tag'], names)}")
@@ -213,6 +217,31 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
                 need = message.removeprefix("Value error, ") if fault["type"] == "value_error" else f"{value}: {message}"
             lines.append(f"{key}: {need}" if key else need)
     return lines
+
+
+def absent(key: str, example: str = "...") -> str:
+    """Says that a key is missing, and how to write it."""
+    return f"{key}: required key missing. Write {key}: {example}"
+
+
+def _example(owner: type[BaseModel] | None, key: str) -> str:
+    """Shows what stands for a key's value: a mapping's required keys, choices, or the kind of value."""
+    fields = owner.model_fields if owner else {}
+    field = next((f for name, f in fields.items() if key in (name, f.alias)), None)
+    return _kind(field.annotation) if field else "..."
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is list:
+        return f"[{', '.join(map(_kind, get_args(annotation)))}]"
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if choices := [str(c) for c in get_args(annotation)] if get_origin(annotation) is Literal else []:
+        return "|".join(choices)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        needed = [f.alias or name for name, f in annotation.model_fields.items() if f.is_required()]
+        return f"{{{', '.join(f'{name}: ...' for name in needed)}}}"
+    return KINDS.get(annotation, "...")
 
 
 def _shown(value: object) -> str:

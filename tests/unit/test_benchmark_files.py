@@ -39,7 +39,7 @@ def test_a_suite_names_its_tasks_alone_or_with_what_it_sets(tmp_path):
         ({"exampels": 3}, "exampels: unknown key; did you mean 'examples'"),
         ({"dtype": "bf15"}, "did you mean 'bf16'"),
         ({"examples": 0}, "examples: 0 should be greater than 0"),
-        ({"name": None}, "name: is required"),
+        ({"name": None}, "name: required key missing. Write name: TEXT"),
         ({"contamination": {"n": 1}}, r"contamination\.n: 1 should be"),
         ({"recipe": "x", "tasks": None}, "is a job, and a suite is wanted here; use `heliostat train"),
     ],

@@ -3,13 +3,19 @@
 import random
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from heliostat.config import spec
+from heliostat.errors import HeliostatError, StalledError
 from heliostat.runs.events import Event, NodeSample, Notice, Stack
 from heliostat.training import mailbox
 from heliostat.training.driver import attempt, stack_dumps
+from heliostat.training.driver.pool import Member
 from heliostat.training.driver.signals import Signals
+from heliostat.training.worker.heartbeat import Heartbeat
+
+from tests.unit.test_abort import worker_in_step
 
 
 class Clock:
@@ -68,7 +74,7 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
     made.signals, made._ordered, made._phase, made._fault, made._stop_by = Signals(), 0, "step", None, None
     made._since = time.monotonic() - 1000
     made._heartbeats = {0: {"node": "n", "pid": 1, "moved": time.monotonic(), "at": time.monotonic()}}
-    made._keep_stacks = lambda: "stacks"  # type: ignore[method-assign]
+    made._members, made._keep_stacks = [], lambda: ("stacks", {})  # type: ignore[method-assign]
     return made
 
 
@@ -98,3 +104,66 @@ def test_what_many_nodes_are_busy_with_crowds_no_loss_out_and_what_is_lost_is_co
     assert [e.text for e in events if isinstance(e, Notice)] == [str(step) for step in range(2, 12)]
     assert len(events) == 15 and lost == 2 + 12 * 64 - 5
     assert state.drain() == ([], {}, 0)
+
+
+def stack(*frames: str) -> str:
+    """Stack traces of a process whose main thread is in these calls."""
+    main = "".join(f'  File "/lib/{frame.split()[0]}", line 7, in {frame.split()[1]}\n    x()\n' for frame in frames)
+    return f'thread heartbeat:\n  File "/lib/threading.py", line 1, in wait\n    y()\n\nthread MainThread:\n{main}'
+
+
+def stall(
+    stacks: dict[int, str], *reached: tuple[int, int], workers: int = 4, gpus: tuple[str, ...] = ("GPU-1",)
+) -> HeliostatError:
+    """The error of an attempt whose workers have stalled, at these steps and micro-batches."""
+    made, now = watched(), time.monotonic()
+    made.job.workers = spec.Workers(count=workers)  # type: ignore[misc]
+    made._members = [Member(rank, None, rank, f"node{rank}", f"10.0.0.{rank}", gpus) for rank in range(workers)]
+    made._heartbeats = {
+        rank: {"node": f"node{rank}", "pid": 1, "moved": now - 70, "at": now, "step": step, "micro": micro}
+        for rank, (step, micro) in enumerate(reached)
+    }
+    made._keep_stacks = lambda: ("stacks.txt", stacks)  # type: ignore[method-assign]
+    made._look()
+    assert isinstance(made._fault, StalledError)
+    return made._fault
+
+
+def test_a_stall_names_the_slowest_worker_with_its_node_device_step_and_micro_batch():
+    """All answer, so none was named."""
+    reduced = dict.fromkeys(range(4), stack("loop.py step", "c10d.py all_reduce"))
+    found = stall(reduced, (12, 4), (12, 4), (12, 1), (12, 3))
+    assert str(found) == (
+        "no worker got on for 70 s (watchdog: 60 s): worker 2 on 10.0.0.2 (node node2, GPU GPU-1) is the slowest, "
+        "in step 12 after micro-batch 1; the fastest is in step 12 after micro-batch 4; the workers' stacks are in stacks.txt"
+    )
+
+
+def test_a_stall_in_which_all_workers_wait_in_one_call_says_so():
+    reduced = dict.fromkeys(range(4), stack("loop.py step", "c10d.py all_reduce"))
+    same = "all 4 workers answer and wait in the same call, all_reduce (c10d.py:7), in step 12 after micro-batch 4; "
+    assert same in str(stall(reduced, *[(12, 4)] * 4))
+    assert "same call, all_reduce (c10d.py:7), before the first step" in str(stall(reduced, *[(0, 0)] * 4))
+
+
+def test_a_stall_names_the_worker_that_is_in_another_call_or_that_does_not_answer():
+    stacks = dict.fromkeys(range(4), stack("loop.py step", "c10d.py all_reduce")) | {3: stack("loop.py step", "recipe.py read")}
+    place, where = "worker 3 on 10.0.0.3 (node node3, GPU GPU-1)", "read (recipe.py:7), in step 12 after micro-batch 4"
+    assert f"{place} is in another call than others, {where}; " in str(stall(stacks, *[(12, 4)] * 4))
+    del stacks[1]
+    assert "worker 1 on 10.0.0.1 (node node1) doesn't answer; the" in str(stall(stacks, *[(12, 4)] * 4, gpus=()))
+
+
+def test_a_worker_tells_which_step_and_micro_batch_it_is_at(monkeypatch):
+    beat, sent = object.__new__(Heartbeat), list[Any]()
+    beat._rank, beat.progress, beat._ordered, beat._facts, beat._every = 0, 9, 0, {"pid": 1}, 0.0
+    beat._ended = SimpleNamespace(wait=lambda seconds: True)  # type: ignore[assignment]
+    beat._mailbox = SimpleNamespace(heartbeat=SimpleNamespace(remote=lambda *given: sent.append(given) or {}))
+    monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
+    worker = worker_in_step(1.0, lambda: [worker._handed() for _ in range(3)] and None)
+    worker.unsealed, worker.watch = SimpleNamespace(add=lambda *given: None), SimpleNamespace(check_norm=lambda *given: None)
+    worker.heartbeat = beat
+    monkeypatch.setattr(Heartbeat, "stop", 0)
+    worker._make(5)
+    beat._beat()
+    assert sent == [(0, 13, {"pid": 1, "step": 6, "micro": 3})]

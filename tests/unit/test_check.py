@@ -1,6 +1,7 @@
 """What is found wrong before anything starts, where a person could not have known: machines, and servers with errors."""
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from heliostat.cli.main import app as cli_app
 from heliostat.cluster import endpoint as reach
 from heliostat.cluster import local
 from heliostat.config.spec import LARGEST, divisors
@@ -16,6 +18,7 @@ from heliostat.errors import AccessError, ConfigError, HeliostatError, StorageEr
 from heliostat.storage.retries import Backoff
 from heliostat.tracking import mlflow_client
 from heliostat.validation import check
+from typer.testing import CliRunner
 
 from tests.unit.build_job import job
 
@@ -114,6 +117,37 @@ def test_the_cause_of_an_error_of_mlflows_client_is_not_cut_off(monkeypatch, sta
     with server(status, "No space left on device") as uri, pytest.raises(TrackingError) as e, mlflow_client.asking(uri):
         mlflow.MlflowClient(tracking_uri=uri).get_run("0" * 32)
     assert str(e.value).startswith(f"MLflow at {uri}: it answered {status}") and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("there", ["nothing listens", "it never answers"])
+def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_next(monkeypatch, there):
+    """MLflow's client tried for over a minute."""
+    for name in [*mlflow_client.CLIENT, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(mlflow_client, "BUDGET_S", 2.0)
+    monkeypatch.setattr(mlflow_client, "ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        if there == "nothing listens":
+            silent.close()
+        uri, begun = f"http://127.0.0.1:{port}", time.monotonic()
+        result = CliRunner().invoke(cli_app, ["runs", "--mlflow", uri])
+    error = result.exception
+    assert isinstance(error, TrackingError) and time.monotonic() - begun < 20
+    assert str(error).startswith(f"MLflow at {uri}: no answer within 2 s (") and "\n" not in str(error)
+    assert str(error).endswith("). Start it with `mlflow server`, or pass another store: --mlflow URI")
+
+
+def test_mlflows_own_client_is_bounded_by_the_commands_too(monkeypatch):
+    """A proxy answers for a server that is down, and each request to it was tried seven times."""
+    for name in [*mlflow_client.CLIENT, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"]:
+        monkeypatch.delenv(name, raising=False)
+    begun = time.monotonic()
+    with server(503, "bad gateway") as uri, pytest.raises(TrackingError, match="it answered 503"), mlflow_client.asking(uri):
+        mlflow.MlflowClient(tracking_uri=uri).get_run("0" * 32)
+    with server(200, "OK") as uri, mlflow_client.asking(uri.replace("http://", "http://me:password@") + "/"):
+        pass
+    assert time.monotonic() - begun < 10
 
 
 def test_a_body_is_told_where_the_client_tells_it():

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from heliostat.cluster import cluster_file, idle, local
 
@@ -59,8 +60,13 @@ def test_the_time_without_a_job_is_counted_from_the_last_one_and_no_answer_count
     assert not idle.wait(lambda: None, idle_s=60.0, gone_s=600.0, poll_s=10.0) and clock[0] == 610.0
 
 
-def test_up_starts_what_watches_and_down_ends_it(tmp_path: Path, monkeypatch):
-    """Only where the file says so, and only one of it."""
+def _lives(process: psutil.Process) -> bool:
+    """Waits some seconds for a killed process to end."""
+    return bool(psutil.wait_procs([process], timeout=10)[1])
+
+
+def test_up_starts_what_watches_replaces_it_and_down_ends_it(tmp_path: Path, monkeypatch):
+    """Only where the file says so, only one of it, and with the file's minutes: another number left the first one running."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "with.yaml").write_text((ROOT / "clusters" / "local.yaml").read_text())
     cluster = cluster_file.read(tmp_path / "with.yaml")
@@ -74,6 +80,16 @@ def test_up_starts_what_watches_and_down_ends_it(tmp_path: Path, monkeypatch):
     assert watched and read and read.watcher == watched and local._watched(cluster, read).watcher == watched
     process = local._watcher(read)
     assert process and process.cmdline()[-2:] == [cluster.name, "240"]
+    cluster.raw["idle_timeout_minutes"] = 60
+    again = local._watched(cluster, read)
+    shorter = local._watcher(again)
+    assert shorter and shorter.cmdline()[-2:] == [cluster.name, "60"] and not _lives(process)
+    stored = local.read(cluster.name)
+    assert stored and stored.watcher == again.watcher
+    del cluster.raw["idle_timeout_minutes"]
+    assert local._watched(cluster, stored).watcher is None and not _lives(shorter)
+    cluster.raw["idle_timeout_minutes"] = 240
+    read = local._watched(cluster, stored)
     local.down(cluster.name)
     deadline = time.monotonic() + 10
     while local._watcher(read) and time.monotonic() < deadline:

@@ -1,17 +1,35 @@
 """A store that fails now and then costs checkpoints, not a healthy attempt; the last checkpoint must be there."""
 
-from collections.abc import Callable
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from heliostat.checkpoint import layout
 from heliostat.checkpoint.saver import TOLERATED, Saver
+from heliostat.config import spec
+from heliostat.data import receipt
+from heliostat.engine import zero_state
 from heliostat.errors import AccessError, CheckpointError, LeaseError, StorageError, WorkerError
-from heliostat.runs.events import Saved
+from heliostat.runs import consumed
+from heliostat.runs.events import Evaluation, Saved
+from heliostat.runs.history import receipts
+from heliostat.runs.time_ledger import Ledger
+from heliostat.storage.locations import Location
 from heliostat.tracking.metrics import points
 from heliostat.training.stop_codes import FAILED, RUN
+from heliostat.training.worker import bad_samples
+from heliostat.training.worker.posts import Posts
 from heliostat.training.worker.training_state import TrainingState
+from heliostat.training.worker.unsealed import Unsealed
 
+from tests.unit.build_job import job
 from tests.unit.test_abort import worker_in_step
 
 AWAY = StorageError("s3://x: storage failed for 600 s")
@@ -29,6 +47,7 @@ def saving(*outcomes: Exception | bool) -> tuple[Any, list[str]]:
 
     state: Any = object.__new__(TrainingState)
     state.saver, state.memory, state.failed, state._in_a_row = SimpleNamespace(wait=wait, failed=True), None, 0, 0
+    state._sealing = None
     state.context = SimpleNamespace(posts=SimpleNamespace(notice=notices.append))
     return state, notices
 
@@ -85,20 +104,22 @@ def pruning(prune: Callable[[int], None]) -> tuple[Any, list[str]]:
     return saver, notices
 
 
-def test_old_checkpoints_that_cannot_be_removed_cost_no_new_one():
-    outcomes: list[Exception | None] = [AccessError("delete: denied"), None, *[AWAY] * (TOLERATED + 1)]
+def test_old_checkpoints_that_cannot_be_removed_cost_warnings_and_never_a_save():
+    """The fourth in a row was reported as a failed save, and counted as one."""
+    outcomes: list[Exception | None] = [AccessError("delete: denied"), None, *[AWAY] * (TOLERATED + 3)]
 
     def prune(step: int) -> None:
         if (error := outcomes.pop(0)) is not None:
             raise error
 
     saver, notices = pruning(prune)
-    for step in range(TOLERATED + 2):
+    for step in range(TOLERATED + 5):
         saver._prune(step)
-    assert notices[0] == "step 0: old checkpoints could not be removed (1 in a row, of 3 that are tolerated): delete: denied"
-    assert len(notices) == TOLERATED + 1
-    with pytest.raises(StorageError):
-        saver._prune(9)
+    later = "they use space until the store deletes again"
+    assert notices[0] == f"step 0: old checkpoints could not be removed; {later}: delete: denied"
+    assert notices[1].startswith("step 2: old checkpoints could not be removed; ")
+    assert notices[-1] == f"step 7: old checkpoints could not be removed, 6 times in a row; {later}: {AWAY}"
+    assert len(notices) == TOLERATED + 4
 
 
 def test_a_run_that_another_driver_has_taken_over_removes_nothing():
@@ -107,3 +128,121 @@ def test_a_run_that_another_driver_has_taken_over_removes_nothing():
 
     with pytest.raises(LeaseError):
         pruning(prune)[0]._prune(1)
+
+
+# what the receipt of a failed save covers --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def training(run: Location, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A worker's state that saves for real, of one small tensor."""
+    state: Any = object.__new__(TrainingState)
+    group, posts = dist.group.WORLD, Posts(None, 0)
+    posts.notice = (notices := list[str]()).append  # type: ignore[method-assign,assignment]
+    made = job()
+    state.context = SimpleNamespace(
+        job=made, plan=SimpleNamespace(dump=dict, digest="d"), run_folder=run, world=1, posts=posts,
+        fence=SimpleNamespace(check=lambda: None), progressed=lambda: None, control=group,
+    )  # fmt: skip
+    state.unsealed = Unsealed(run, SimpleNamespace(plan=SimpleNamespace(digest="d")), group)  # type: ignore[arg-type]
+    state.saver = Saver(run, spec.Checkpoint(every=1, keep=9), group)
+    state.memory, state.failed, state._in_a_row, state._sealing = None, 0, 0, None
+    state.tensors, state.ledger = lambda: {"w": torch.ones(3)}, Ledger("computing")
+    state._counters = lambda: {"optimizer_steps": 1, "loss_scale": None}
+    monkeypatch.setattr(zero_state, "frozen", lambda engine: {})
+    state.engine, state.notices = None, notices
+    return state
+
+
+def train(state: Any, *steps: int) -> None:
+    for step in steps:
+        state.unsealed.add(step - 1, SimpleNamespace(digests=[step, 100 + step], bad=[]))
+
+
+@pytest.mark.parametrize("away", ["receipts", "curves", "quarantine", "checkpoints"])
+def test_an_outage_while_the_receipt_is_written_costs_one_checkpoint_and_nothing_else(tmp_path, monkeypatch, alone, away):
+    """The receipt was written in the training thread: a store that was away then ended the attempt."""
+    run = Location(str(tmp_path / "run"))
+    state, down, in_thread = training(run, monkeypatch), [True], list[str]()
+    write = Location.write
+
+    def failing(self: Location, data: bytes, *given: Any) -> None:
+        in_thread.append(threading.current_thread().name)
+        if down[0] and f"/{away}/" in str(self):
+            raise AWAY
+        write(self, data, *given)
+
+    monkeypatch.setattr(Location, "write", failing)
+    bad = {"step": 0, "position": 0, "source": 0, "chunk": 0, "row": 0, "reason": "x", "by": (0, 0, 1)}
+    monkeypatch.setattr(bad_samples, "describe", lambda found, dataset: found)
+    state.unsealed._bad, state.context.posts.told = [bad], [Evaluation(step=1, scores={}, images={})]
+    train(state, 1, 2)
+    state.save(2, {})
+    train(state, 3)
+    kept = state.unsealed.kept()  # in memory while the receipt is written: everything that no receipt covers for certain
+    assert np.shape(kept["lanes"]) == (1, 3, 2) and kept["chain"] == "" and len(kept["bad"]) == 1
+    with pytest.raises(StorageError):
+        state.saver.wait()
+    state.settle()
+    sealed = away == "checkpoints"
+    assert len(state.unsealed._lanes) == (1 if sealed else 3)
+    assert len(state.context.posts.told) == len(state.unsealed._bad) == (0 if sealed else 1)
+    down[0] = False
+    state.save(3, {})
+    state.wait()
+    assert threading.main_thread().name not in in_thread
+    assert layout.steps(run) == [3]
+    last = {r.end: r for r in receipts(run)}[3]
+    digests = receipt.step_digests(np.array([[1, 101], [2, 102], [3, 103]]))
+    assert last.first == (2 if sealed else 0) and last.steps == digests[last.first :]
+    index = layout.decode(layout.folder(run, 3).join(layout.INDEX).read())
+    assert last.chain == receipt.extend("", digests) == index["receipt"]["chain"]
+    listed = [name for name, _ in run.join("quarantine").files()]
+    assert listed == ["step-00000002.jsonl" if sealed else "step-00000003.jsonl"]
+    assert state.unsealed._lanes == state.unsealed._bad == state.context.posts.told == []
+
+
+def test_outages_of_receipts_count_as_failed_saves_and_the_attempt_ends_behind_the_tolerated_ones(tmp_path, monkeypatch, alone):
+    state = training(Location(str(tmp_path / "run")), monkeypatch)
+
+    def away(*given: Any) -> None:
+        raise AWAY
+
+    monkeypatch.setattr(Location, "write", away)
+    for step in range(1, TOLERATED + 2):
+        train(state, step)
+        state.save(step, {})
+    assert state.failed == TOLERATED and len(state.notices) == TOLERATED
+    with pytest.raises(StorageError):
+        state.wait()
+
+
+def test_no_checkpoint_is_complete_before_its_receipt(tmp_path, monkeypatch, alone):
+    run, written, write = Location(str(tmp_path / "run")), list[str](), Location.write
+    state = training(run, monkeypatch)
+    monkeypatch.setattr(Location, "write", lambda self, *given: (written.append(str(self)), write(self, *given))[1])
+    train(state, 1)
+    state.save(1, {})
+    state.wait()
+    kinds = [place.removeprefix(f"{run}/").split("/")[0] for place in written]
+    assert kinds == ["curves", "receipts", "checkpoints", "checkpoints"] and written[-1].endswith("checkpoint.json")
+
+
+def test_a_replaced_sample_that_two_lists_name_is_counted_once(tmp_path, monkeypatch):
+    """Lists overlap where a receipt was written, and its worker has not heard of it."""
+    run = Location(str(tmp_path))
+    place = {"dataset": "d", "shard": "s", "row_group": 0, "row": 1}
+    first = {"step": 1, "counted_from": 1, **place, "reason": "torn", "replaced_by": place}
+    run.join("quarantine", "step-00000002.jsonl").write(json.dumps(first).encode() + b"\n")
+    both = [first, {**first, "step": 3}]
+    run.join("quarantine", "step-00000004.jsonl").write("".join(json.dumps(one) + "\n" for one in both).encode())
+    monkeypatch.setattr(consumed.segments, "read", lambda run: [])
+    monkeypatch.setattr(consumed.coverage, "cut", lambda plans, steps: [])
+    found = consumed.record(run, 4)
+    assert found["replaced_count"] == 2 and [bad["step"] for bad in found["replaced"]] == [1, 3]

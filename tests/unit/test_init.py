@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,13 @@ def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_
     told = done.stdout.split()
     assert "a/mine" in told and "cd a/mine heliostat prepare pipelines/quickstart.yaml" in " ".join(told)
     made = written(tmp_path / "a" / "mine")
-    assert made.pop(".gitignore").decode().splitlines() == [".heliostat/", ".venv/", "__pycache__/"]
+    assert made.pop(".gitignore").decode().splitlines() == [
+        ".heliostat/",
+        ".venv/",
+        "__pycache__/",
+        "/from-python-model/",
+        "/my-model/",
+    ]
     assert made == {path: content for path, content in written(TEMPLATE).items() if path != "gitignore"}
     monkeypatch.chdir(tmp_path / "a")
     (tmp_path / "a" / "other").mkdir()
@@ -56,7 +63,7 @@ def test_what_is_there_is_never_overwritten_and_then_nothing_is_written(tmp_path
 def test_a_gitignore_that_is_there_gets_the_lines_that_it_lacks(tmp_path):
     (tmp_path / ".gitignore").write_text("*.log\n.venv/")
     create(tmp_path)
-    assert (tmp_path / ".gitignore").read_text() == "*.log\n.venv/\n.heliostat/\n__pycache__/\n"
+    assert (tmp_path / ".gitignore").read_text() == "*.log\n.venv/\n.heliostat/\n__pycache__/\n/from-python-model/\n/my-model/\n"
 
 
 @pytest.mark.parametrize("block", ["folder", "below"])
@@ -71,3 +78,12 @@ def test_a_file_where_a_folder_must_be_is_one_line(tmp_path, block):
         create(folder)
     assert "\n" not in str(e.value)
     assert len(written(tmp_path)) == 1
+
+
+def test_what_the_first_pages_export_is_ignored():
+    """An exported model showed up as new files of the repository, and would travel with a submitted job."""
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/tour.md", "docs/python-api.md"))
+    exported = set(re.findall(r"export \S+ --to ([\w-]+)", pages) + re.findall(r'pathlib\.Path\("([\w-]+)"\)', pages))
+    assert exported == {"my-model", "from-python-model"}
+    for ignored in (ROOT / ".gitignore", TEMPLATE / "gitignore"):
+        assert {f"/{folder}/" for folder in exported} <= set(ignored.read_text().splitlines())

@@ -14,11 +14,11 @@ OURS = {"heliostat-front": ["Front"], "tiny-1": ["Model"]}
 @pytest.fixture
 def cluster(monkeypatch):
     """Ray Serve of a cluster: its applications, whether the command that made them is running, and whether Serve was ended."""
-    state = SimpleNamespace(applications={}, running=False, ended=False)
+    state = SimpleNamespace(applications={}, proxies={}, running=False, ended=False)
 
     def status():
         found = {name: SimpleNamespace(deployments=dict.fromkeys(parts)) for name, parts in state.applications.items()}
-        return SimpleNamespace(applications=found)
+        return SimpleNamespace(applications=found, proxies=state.proxies)
 
     def get_actor(name, namespace):
         if not state.running:
@@ -43,6 +43,27 @@ def test_an_endpoint_in_use_and_applications_of_others_stay(cluster):
         run.end_left()
     cluster.applications, cluster.running = {**OURS, "app": ["Ingress", "Model"]}, False
     with pytest.raises(ConfigError, match="has applications, which would end"):
+        run.end_left()
+    assert not cluster.ended
+
+
+@pytest.mark.parametrize(
+    "left", [{"heliostat-front": []}, {"heliostat-front": ["Front"], "tiny-1": []}, {"heliostat-front": [], "tiny-1": []}, {}]
+)
+def test_an_endpoint_that_was_killed_before_its_deployments_exist_is_ended(cluster, caplog, left):
+    """It was taken for others', or not seen at all, and its proxy kept the port."""
+    cluster.applications, cluster.proxies = left, {"node": "HEALTHY"}
+    assert run.end_left() and cluster.ended
+    assert ("heliostat-front" if left else "it has no application") in caplog.text
+
+
+@pytest.mark.parametrize("left", [{"other": []}, {"heliostat-front": ["Front"], "other": ["Ingress"]}])
+def test_an_application_of_others_without_deployments_stays(cluster, left):
+    cluster.applications = left
+    with pytest.raises(ConfigError, match="has applications, which would end"):
+        run.end_left()
+    cluster.applications, cluster.proxies, cluster.running = {}, {"node": "HEALTHY"}, True
+    with pytest.raises(ConfigError, match="its command is still running"):
         run.end_left()
     assert not cluster.ended
 

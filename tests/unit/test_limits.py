@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from heliostat.errors import ConfigError, LimitError, StoppedError
+from heliostat.errors import ConfigError, LimitError, PlacementError, StoppedError, StorageError
+from heliostat.runs import goodput, time_ledger
 from heliostat.runs.goodput import Attempt
 from heliostat.runs.time_ledger import Recorder
 from heliostat.storage.locations import Location
 from heliostat.training.driver import limits
+from heliostat.training.driver import run as run_module
 from heliostat.training.driver.limits import Spending, hourly
 from heliostat.training.driver.run import Run
 from heliostat.training.driver.signals import Signals
@@ -120,3 +122,74 @@ def test_a_sweep_takes_no_limits_of_a_run():
 
 def test_the_price_table_is_the_plans():
     assert limits._table()["devices"]["H100"]["hour"] == 6.88
+
+
+class Away:
+    """Reads a ledger as long as its store answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+        self.error, read = error, goodput.read
+
+        def asked(run: Location) -> list[Attempt]:
+            if self.error:
+                raise self.error
+            return read(run)
+
+        monkeypatch.setattr(goodput, "read", asked)
+        monkeypatch.setattr(time_ledger, "RETRY_S", 0.0)
+
+
+@pytest.mark.parametrize("error", [StorageError("s3://x: away"), OSError("away")])
+def test_a_ledger_that_cannot_be_read_at_first_is_read_again_and_said_to_be_missing_once(tmp_path, monkeypatch, caplog, error):
+    """Its hours were left out for good, so a limit was reached hours late, or never."""
+    store = Away(monkeypatch, error)
+    watched = spending(tmp_path, {"hours": 4.0}, (5.0, 4, 0.0))
+    for _ in range(20):
+        assert watched.check() == ""
+        time.sleep(0.01)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the run's ledger can't be read; until it is, goodput and limits count this command only: {error}"
+    ]
+    store.error = None
+    until = time.monotonic() + 10
+    while not watched.check() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert watched.reached == "limits.hours: 4 h are used up (5.00 h over all commands)"
+    assert len(caplog.records) == 2 and "count all commands" in caplog.text
+
+
+def test_a_limit_that_is_reached_without_the_ledger_says_so(tmp_path, monkeypatch):
+    Away(monkeypatch, StorageError("away"))
+    watched = Spending(job(limits={"hours": 1.0}), ledger(tmp_path, started=2 * HOUR))
+    assert watched.check() == ("limits.hours: 1 h are used up (2.00 h in this command; the ledger of earlier ones can't be read)")
+
+
+def test_a_wall_clock_that_is_set_uses_up_no_hours(tmp_path, monkeypatch):
+    recorder, wall = ledger(tmp_path, (2.0, 4, 0.0), started=HOUR), time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + 1000 * HOUR)
+    recorder.restart()
+    hours, held = recorder.spent()
+    assert hours == pytest.approx(3.0, abs=0.01) and held == pytest.approx(2.0 * 4 + 1.0 * 2, abs=0.01)
+    monkeypatch.setattr(time, "time", lambda: wall() - 1000 * HOUR)
+    assert recorder.spent()[0] == pytest.approx(3.0, abs=0.01)
+
+
+@pytest.mark.parametrize("signal_too", [False, True])
+def test_a_limit_reached_between_two_attempts_is_what_the_error_says(tmp_path, monkeypatch, signal_too):
+    """It was a StoppedError, as of a signal."""
+    run: Any = object.__new__(Run)
+    run.spending, run.signals = spending(tmp_path, {"hours": 1.0}, (2.0, 1, 0.0)), Signals()
+    run.ledger, run.lease, run.start_step, run.saved_step = run.spending._ledger, SimpleNamespace(lost=None), 5, 5
+    run.restarts, run.job = 0, job()
+    run.ledger.restart = lambda **given: None
+    error = PlacementError("no room")
+    run._pause = lambda seconds, signals: (Run._beat(run), signal_too and setattr(run.signals, "name", "SIGTERM"))
+    text = r"^limits\.hours: 1 h are used up .*; stopped between two attempts; raise it and use --resume to go on from step 5$"
+    with pytest.raises(LimitError, match=text):
+        Run._recover(run, error, None, run.signals, None, None)
+    with pytest.raises(LimitError, match=r"limits\.hours: 1 h are used up"):
+        Run._recover(run, StoppedError("stopped by SIGTERM; no checkpoint"), None, run.signals, None, None)
+    with pytest.raises(StoppedError, match=r"^stopped by SIGINT between two attempts; use --resume to go on from step 3$"):
+        run_module._heed(SimpleNamespace(name="SIGINT"), "", 3)
+    after = run_module._stopped("x", run.spending.reached, "after the last step", "use --resume to export and register the model")
+    assert isinstance(after, LimitError) and str(after).startswith("limits.hours: 1 h are used up")

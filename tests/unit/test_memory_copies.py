@@ -2,6 +2,7 @@
 all workers stop together and say so once.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -170,3 +171,69 @@ def test_a_piece_that_is_damaged_on_its_way_is_found(monkeypatch):
     workers.end()
     assert workers.held(0) == workers.held(1) == [] and "did not arrive as it was sent" in workers.notices[0]
     assert "worker 0 and 1 more: " in workers.notices[0]
+
+
+# on a GPU ------------------------------------------------------------------------------------------------------------
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of this host that says it is on a GPU, and notes what is done with it, and in which thread."""
+
+    log: list[tuple[str, str]] = []
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("cpu", "clone", "copy_"):
+            how = f" {kwargs}" if kwargs else ""
+            cls.log.append((f"{name}{how}", threading.current_thread().name))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Streams:
+    """Stands for `torch.cuda`: notes what is queued and waited for, and in which thread."""
+
+    device = "cuda:0"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def note(self, what: str) -> None:
+        OnGpu.log.append((what, threading.current_thread().name))
+
+    def record_event(self) -> Any:
+        self.note(f"event of {self.name}")
+        return SimpleNamespace(name=self.name, synchronize=lambda: self.note(f"host waits for {self.name}"))
+
+    def wait_event(self, event: Any) -> None:
+        self.note(f"{self.name} waits for {event.name}")
+
+
+def test_copies_of_a_gpu_go_by_a_stream_of_their_own_and_only_kernels_wait_for_them(monkeypatch):
+    """They were packed on the training's stream, with copies that block, and the host waited in the optimizer's step."""
+    OnGpu.log, training, pinned = [], Streams("training"), list[bool]()
+    buffer = memory_copies.flat_copy.as_buffer
+    monkeypatch.setattr(memory_copies.flat_copy, "as_buffer", lambda size, pin: (pinned.append(pin), buffer(size, False))[1])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Streams("copies"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: training)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    put = memory_copies.ray.put
+    monkeypatch.setattr(memory_copies.ray, "put", lambda data: (training.note("read"), put(data))[1])
+    workers = Workers(monkeypatch, Remote())
+    (copies,) = workers.all
+    state = {"weights": torch.arange(8.0).as_subclass(OnGpu), "host": torch.ones(4)}
+    copies.keep(1, state, {}, {}, None)
+    copies.before_change()
+    workers.end()
+    here = threading.current_thread().name
+    mine = [what for what, thread in OnGpu.log if thread == here]
+    assert mine == ["clone", "event of training", "training waits for copies"]  # no copy to the host, and no wait of it
+    theirs = [what for what, thread in OnGpu.log if thread != here]
+    queued = ["copies waits for training", "copy_ {'non_blocking': True}", "event of copies", "host waits for copies", "read"]
+    assert theirs[: len(queued)] == queued and set(theirs[len(queued) :]) <= {"read"}
+    (found,) = workers.keepers[0].keeper._copies.values()
+    assert pinned == [True] and found.data[64:96].view("float32").tolist() == list(range(8))

@@ -221,7 +221,7 @@ def test_what_looks_at_whole_matrices_is_told_from_what_does_not():
             {"name": None, "lr": LR},
             "train.optimizer.name: None is not a choice; valid: adamw, lion, muon, rmsprop, schedule_free, sgd",
         ),
-        ({"name": "sgd"}, "train.optimizer.lr: is required"),
+        ({"name": "sgd"}, "train.optimizer.lr: required key missing. Write train.optimizer.lr: NUMBER"),
         ({"name": "sgd", "lr": LR, "betas": [0.9, 0.95]}, "train.optimizer.betas: unknown key; valid: lr, momentum, name, "),
         ({"name": "sgd", "lr": LR, "momentun": 0.1}, "train.optimizer.momentun: unknown key; did you mean 'momentum'?"),
         ({"name": "sgd", "lr": LR, "momentum": 1}, "train.optimizer.momentum: 1 should be less than 1"),

@@ -7,6 +7,7 @@ import yaml
 from heliostat import schema
 from heliostat.config import spec
 from heliostat.config.spec import Job
+from heliostat.curation import prepare, registry
 from heliostat.errors import ConfigError
 
 from tests.unit.build_job import BASE, raw, write
@@ -114,11 +115,28 @@ def test_a_choice_that_is_none_shows_the_choices(tmp_path, key, value, message):
 
 
 @pytest.mark.parametrize(
-    "key", ["name", "recipe", "model", "data", "train.steps", "train.optimizer.lr", "data.sources", "mlflow.uri"]
-)
-def test_a_missing_key_is_named(tmp_path, key):
-    """`KEY: is required`, with its whole path."""
-    assert fault(write(tmp_path, **{key: None})) == f"{tmp_path / 'job.yaml'}: {key}: is required"
+    ("key", "example"),
+    [
+        ("name", "TEXT"), ("recipe", "TEXT"), ("model", "..."), ("data", "{sources: ...}"), ("train.steps", "INTEGER"),
+        ("train.optimizer.lr", "NUMBER"), ("data.sources", "[{path: ...}]"), ("mlflow.uri", "TEXT"),
+    ],
+)  # fmt: skip
+def test_a_missing_key_is_named_with_what_to_write(tmp_path, key, example):
+    """With its whole path, and without the mapping that lacks it."""
+    message = fault(write(tmp_path, **{key: None}))
+    assert message == f"{tmp_path / 'job.yaml'}: {key}: required key missing. Write {key}: {example}"
+
+
+@pytest.mark.parametrize("given", [{"min_chars": 3}, {"by": ["url"], "secret": "x" * 500}])
+def test_a_stage_without_its_name_says_what_to_write_and_shows_no_mapping(given):
+    with pytest.raises(ValueError, match=r"^stage: required key missing. Write stage: NAME$"):
+        registry.parse(given)
+
+
+def test_a_pipeline_file_without_its_class_says_what_to_write(tmp_path):
+    (tmp_path / "p.yaml").write_text("output: x\nstages: []\n")
+    with pytest.raises(ConfigError, match=r"pipeline: required key missing. Write pipeline: heliostat.pipelines:TextPipeline$"):
+        prepare.load(tmp_path / "p.yaml", [])
 
 
 def test_several_faults_are_one_error_that_lists_them_all(tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.tracking import ui
 from heliostat.tracking.ui import serve
 
 KEY = "sk-a-key-of-the-tests"
@@ -68,3 +69,81 @@ def test_an_app_without_a_file_of_keys_lets_nobody_in():
     from heliostat.tracking import ui_app
 
     assert ui_app.app.known == {}
+
+
+LISTENING = """
+import http.server, socket, sys, time
+time.sleep({late})
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(401)
+        self.end_headers()
+    def log_message(self, *given): pass
+http.server.HTTPServer(("127.0.0.1", {port}), Answer).handle_request()
+"""
+
+
+def served(monkeypatch: pytest.MonkeyPatch, folder: Path, port: int, code: str) -> tuple[list[str], list[str]]:
+    """Runs the command with this program as MLflow's server; what it did, in order, and the links."""
+    done, links = list[str](), list[str]()
+
+    def ready(url: str) -> None:
+        done.append("link")
+        links.append(url)
+
+    monkeypatch.setattr(ui, "command", lambda host, port: [sys.executable, "-c", code])
+    monkeypatch.setattr(ui.signal, "signal", lambda *given: None)
+    answers = ui._answers
+    monkeypatch.setattr(ui, "_answers", lambda *given: answers(*given) and not done.append("answered"))
+    serve(f"sqlite:///{folder}/mlflow.db", "127.0.0.1", port, keys_in(folder), ready, lambda: done.append("keys"))
+    return done, links
+
+
+def free() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return one.getsockname()[1]
+
+
+def test_the_link_is_printed_once_the_server_answers(monkeypatch, tmp_path):
+    """It was printed before the server began, and who opened it found nothing."""
+    port = free()
+    done, links = served(monkeypatch, tmp_path, port, LISTENING.format(late=0.5, port=port))
+    assert done == ["keys", "answered", "link"] and links == [f"http://127.0.0.1:{port}/"]
+
+
+def test_a_port_that_the_system_chooses_is_in_the_link(monkeypatch, tmp_path):
+    _, (link,) = served(monkeypatch, tmp_path, 0, LISTENING.format(late=0, port=0))
+    assert int(link.removeprefix("http://127.0.0.1:").removesuffix("/")) > 0
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_of_two_starts_on_one_port_the_second_fails_and_names_the_port(monkeypatch, tmp_path, code):
+    """Both saw the port free. The second one's server ended with 0, and so did the command; the first one's answers there."""
+    port = free()
+    first = (
+        f"import http.server; http.server.HTTPServer(('127.0.0.1', {port}), http.server.BaseHTTPRequestHandler).serve_forever()"
+    )
+    other: list[subprocess.Popen[bytes]] = []
+
+    def taken() -> None:
+        other.append(subprocess.Popen([sys.executable, "-c", first]))
+        while not ui._answers("127.0.0.1", port):
+            time.sleep(0.05)
+
+    monkeypatch.setattr(ui, "command", lambda host, port: [sys.executable, "-c", f"import time; time.sleep(0.5); exit({code})"])
+    monkeypatch.setattr(ui.signal, "signal", lambda *given: None)
+    links: list[str] = []
+    try:
+        with pytest.raises(HeliostatError, match=rf"^--port: .* answered on 127\.0\.0\.1:{port} .*pass --port {port + 1}$") as e:
+            serve(f"sqlite:///{tmp_path}/mlflow.db", "127.0.0.1", port, keys_in(tmp_path), links.append, taken)
+        assert links == [] and e.value.exit_code == 1 and "\n" not in str(e.value)
+    finally:
+        for process in other:
+            process.kill()
+            process.wait()
+
+
+def test_a_server_that_never_answers_is_ended_at_the_deadline(monkeypatch, tmp_path):
+    monkeypatch.setattr(ui, "START_S", 0.5)
+    with pytest.raises(HeliostatError, match="didn't answer on 127"):
+        served(monkeypatch, tmp_path, free(), "import time; time.sleep(60)")

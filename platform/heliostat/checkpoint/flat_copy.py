@@ -60,10 +60,13 @@ def size(ranges: Iterable[Range]) -> int:
 
 
 def pack(state: Mapping[str, torch.Tensor], ranges: Iterable[Range], buffer: torch.Tensor) -> None:
-    """Copies the slices into their places in a flat uint8 buffer on the CPU."""
-    for r in ranges:
+    """Copies the slices into their places in a flat uint8 buffer on the CPU.
+
+    It only queues those of a GPU, on the current stream and first: the queue fills while the others are copied.
+    """
+    for r in sorted(ranges, key=lambda r: not state[r.name].is_cuda):
         local, _ = _local(state[r.name])
-        buffer[r.offset : r.offset + r.size].view(local.dtype).copy_(local.reshape(-1))
+        buffer[r.offset : r.offset + r.size].view(local.dtype).copy_(local.reshape(-1), non_blocking=True)
 
 
 def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[Range], buffer: torch.Tensor) -> None:

@@ -5,7 +5,8 @@ The copies are views of the buffer, which is kept from save to save: fresh memor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,40 +16,32 @@ from heliostat.checkpoint.flat_shard import FlatShard
 ALIGNMENT = 64  # bytes
 
 
-class HostCopy:
-    """Copies slices in a thread; `views`: the last copies, by name, until the next `copy`."""
+class CopyStream:
+    """Queues copies from a GPU on a stream of its own, after what another thread has queued for training; else does nothing."""
 
     def __init__(self) -> None:
-        self.views: dict[str, torch.Tensor] = {}
-        self._layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._stream: Any = None
         self._ready: Any = None
         self._done: Any = None
 
-    def mark(self, shards: Mapping[str, FlatShard]) -> None:
+    def mark(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Marks the moment whose state is to be copied; called in the thread that trains, behind what it has queued on a GPU."""
-        device = next((s.device for s in shards.values() if s.is_cuda), None)
+        device = next((t.device for t in tensors.values() if t.is_cuda), None)
         if device is None:
             return
         self._stream = self._stream or torch.cuda.Stream(device)
         self._ready = torch.cuda.current_stream(device).record_event()
 
-    def copy(self, shards: Mapping[str, FlatShard], copied: Callable[[], None]) -> dict[str, FlatShard]:
-        """Copies the slices as of the last `mark`: on a GPU it only queues that, and `wait` waits. Calls `copied` for each."""
-        self._make_room(shards)
-        ordered = sorted(shards, key=lambda n: not shards[n].is_cuda)  # the queue fills while what is on the host is copied
-        on_gpu = [n for n in ordered if shards[n].is_cuda]
-        if on_gpu:
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(self._ready)
-                for name in on_gpu:
-                    self.views[name].copy_(shards[name].local, non_blocking=True)
-                    copied()
-                self._done = self._stream.record_event()
-        for name in ordered[len(on_gpu) :]:
-            self.views[name].copy_(shards[name].local)
-            copied()
-        return {n: s.holding(self.views[n]) for n, s in shards.items()}
+    @contextmanager
+    def queue(self) -> Iterator[None]:
+        """Queues the copies that are made inside, as of the last `mark`; `wait` waits for them."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._ready)
+            yield
+            self._done = self._stream.record_event()
 
     def hold_back(self) -> None:
         """Lets what is queued next on the GPU wait until the queued copies are done; the calling thread does not wait."""
@@ -59,6 +52,30 @@ class HostCopy:
         """Waits until the queued copies are in host memory."""
         if self._done is not None:
             self._done.synchronize()
+
+
+class HostCopy(CopyStream):
+    """Copies slices in a thread; `views`: the last copies, by name, until the next `copy`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views: dict[str, torch.Tensor] = {}
+        self._layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def copy(self, shards: Mapping[str, FlatShard], copied: Callable[[], None]) -> dict[str, FlatShard]:
+        """Copies the slices as of the last `mark`: on a GPU it only queues that, and `wait` waits. Calls `copied` for each."""
+        self._make_room(shards)
+        ordered = sorted(shards, key=lambda n: not shards[n].is_cuda)  # the queue fills while what is on the host is copied
+        on_gpu = [n for n in ordered if shards[n].is_cuda]
+        if on_gpu:
+            with self.queue():
+                for name in on_gpu:
+                    self.views[name].copy_(shards[name].local, non_blocking=True)
+                    copied()
+        for name in ordered[len(on_gpu) :]:
+            self.views[name].copy_(shards[name].local)
+            copied()
+        return {n: s.holding(self.views[n]) for n, s in shards.items()}
 
     def _make_room(self, shards: Mapping[str, FlatShard]) -> None:
         layout = {n: (s.local.shape, s.dtype) for n, s in shards.items()}

@@ -37,7 +37,7 @@ from heliostat.storage.locations import Location
 __all__ = ["Checkpoint", "Saver", "casts", "folder", "latest", "load", "open_checkpoint", "open_together", "steps"]
 
 
-TOLERATED = 3  # failures in a row, of saves or of the removal of old checkpoints, that don't end training
+TOLERATED = 3  # failed saves in a row that don't end training
 PULSE_S = 1.0  # between two looks at a save that is waited for
 TAG = 1  # of what the savers tell each other
 LONGEST = timedelta(hours=12)  # a wait of one worker for another's part of a checkpoint; the watchdog sees whether that gets on
@@ -81,11 +81,17 @@ class Saver:
         self._follows = True
 
     def save(
-        self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any], frozen: dict[str, FlatShard] | None = None
+        self,
+        step: int,
+        state: dict[str, torch.Tensor],
+        facts: dict[str, Any],
+        frozen: dict[str, FlatShard] | None = None,
+        seal: Callable[[Channel], dict[str, Any]] = lambda channel: {},
     ) -> None:
         """Saves the state of a step as a checkpoint.
 
         `state`: of `zero_state.state`; `frozen`: of `zero_state.frozen`; `facts`: what rank 0 puts into `checkpoint.json`.
+        `seal`: writes, in the thread and on all workers, what must be there before the checkpoint; returns more facts.
         """
         best, scores = self.policy.best, facts["metrics"].keys() - {"train_loss"}
         if best and scores and best.metric not in scores and not best.is_late:
@@ -96,7 +102,7 @@ class Saver:
         state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
         self._host.mark({n: t for n, t in state.items() if isinstance(t, FlatShard)})
         self._copied.clear()
-        self._pending = self._started = self._thread.submit(self._write, step, state, facts, frozen or {})
+        self._pending = self._started = self._thread.submit(self._write, step, state, facts, frozen or {}, seal)
         self.blocked_s += time.perf_counter() - started
         if not self._follows:
             self.before_change()
@@ -154,7 +160,14 @@ class Saver:
     def _wrote(self) -> None:
         self._written += 1
 
-    def _write(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any], frozen: dict[str, FlatShard]) -> None:
+    def _write(
+        self,
+        step: int,
+        state: dict[str, torch.Tensor],
+        facts: dict[str, Any],
+        frozen: dict[str, FlatShard],
+        seal: Callable[[Channel], dict[str, Any]],
+    ) -> None:
         try:
             copied = self._copy(state)
             error = None
@@ -163,6 +176,7 @@ class Saver:
         finally:
             self._copied.set()
         agreed(self.channel, partial(self._until_on_host, error))
+        facts = {**facts, **seal(self.channel)}
         if name := self.frozen.keep(frozen):
             facts = {**facts, FROZEN: name}
         self._store(folder(self.run, step), step, copied, facts)
@@ -170,16 +184,16 @@ class Saver:
             self._prune(step)
 
     def _prune(self, step: int) -> None:
-        """Removes old checkpoints. The new one is complete, so a store that fails here is tolerated some times in a row."""
+        """Removes old checkpoints. The new one is complete, so a store that fails here costs a warning."""
         try:
             self._pruner.prune(step)
             self._unpruned = 0
         except StorageError as e:
             self._unpruned += 1
-            if self._unpruned > TOLERATED:
-                raise
-            again = f"{self._unpruned} in a row, of {TOLERATED} that are tolerated"
-            self._notice(f"step {step}: old checkpoints could not be removed ({again}): {e}")
+            again = f", {self._unpruned} times in a row" if self._unpruned > 1 else ""
+            self._notice(
+                f"step {step}: old checkpoints could not be removed{again}; they use space until the store deletes again: {e}"
+            )
 
     def _copy(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         slices = {n: t for n, t in state.items() if isinstance(t, FlatShard)}

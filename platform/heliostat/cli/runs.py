@@ -186,10 +186,4 @@ def ui(
     """Open MLflow's UI on the runs' store, for those who have a key, and print its address."""
     from heliostat.tracking.ui import serve
 
-    known = keys_of(keys)
-
-    def ready(url: str) -> None:
-        known()
-        print_page(url, keys)
-
-    serve(store_uri(mlflow), host, port, keys, ready)
+    serve(store_uri(mlflow), host, port, keys, lambda url: print_page(url, keys), keys_of(keys))

@@ -134,11 +134,22 @@ def up(cluster: ClusterFile, restart: bool = False) -> State:
 
 
 def _watched(cluster: ClusterFile, state: State) -> State:
-    """Starts the process that ends the cluster after the file's `idle_timeout_minutes` without a job, unless it runs."""
+    """Makes sure that one process ends the cluster after the file's `idle_timeout_minutes` without a job.
+
+    One that was started for other minutes ends.
+    """
     minutes = cluster.raw.get("idle_timeout_minutes")
-    if not minutes or _watcher(state):
+    wanted = ["-m", "heliostat.cluster.idle", state.name, str(minutes)]
+    if watcher := _watcher(state):
+        if minutes and _command(watcher)[-len(wanted) :] == wanted:
+            return state
+        watcher.kill()
+        state.watcher = None
+        state.write()
+        log.info("cluster %s: the watch with another idle_timeout_minutes is ended", state.name)
+    if not minutes:
         return state
-    command = [sys.executable, "-m", "heliostat.cluster.idle", state.name, str(minutes)]
+    command = [sys.executable, *wanted]
     with (state.folder / "logs" / "idle.log").open("ab") as out:
         process = subprocess.Popen(
             command, cwd=workspace.root(), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -159,6 +170,14 @@ def _watcher(state: State) -> psutil.Process | None:
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
+
+
+def _command(process: psutil.Process) -> list[str]:
+    """Reads a process's command line; empty if it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _complete(cluster: ClusterFile, state: State, alive: list[Node]) -> State:

@@ -199,7 +199,7 @@ def faults(job: Job) -> list[str]:
     try:
         Allowed.model_validate(_without(given, list(INSTEAD)))
     except ValidationError as e:
-        lines += [f"train.deepspeed.{line}" for line in explain(e, Allowed)]
+        lines += explain(e, Allowed, "train.deepspeed")
     offload = job.train.zero.offload
     needs = [
         ("fp16", job.train.precision == "fp16", "train.precision fp16"),

@@ -37,7 +37,7 @@ from heliostat.data import collection, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import Manifest
 from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError, unwrapped
-from heliostat.schema import Float, Strict, apply, read_yaml, validate
+from heliostat.schema import Float, Strict, absent, apply, read_yaml, validate
 from heliostat.storage.locations import Location
 from heliostat.terminal import console
 
@@ -130,7 +130,9 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     written = read_yaml(path)
     schema.require_kind("pipeline", given, written)
     raw = apply(written, settings)
-    target = raw.pop("pipeline", None)
+    if "pipeline" not in raw:
+        raise ConfigError(f"{path}: {absent('pipeline', 'heliostat.pipelines:TextPipeline')}")
+    target = raw.pop("pipeline")
     if not isinstance(target, str):
         raise ConfigError(f"{path}: pipeline: {target!r} must name a class, such as heliostat.pipelines:TextPipeline")
     cls = workspace.import_path(f"{path}: pipeline", target)

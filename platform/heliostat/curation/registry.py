@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from heliostat.curation.stage import Stage
-from heliostat.schema import explain, nearest
+from heliostat.schema import absent, explain, nearest
 
 STAGES = "heliostat.curation.stages"  # imported one by one, when named
 
@@ -39,7 +39,9 @@ def parse(raw: Any) -> Stage:
     """Makes a stage of its entry in a pipeline file, `{stage: NAME, KEY: VALUE}`; ValueError that says what is wrong."""
     if isinstance(raw, Stage):
         return raw
-    if not isinstance(raw, dict) or not isinstance(raw.get("stage"), str):
+    if isinstance(raw, dict) and "stage" not in raw:
+        raise ValueError(absent("stage", "NAME"))
+    if not isinstance(raw, dict) or not isinstance(raw["stage"], str):
         raise ValueError(f"{raw!r} is no stage; write it as {{stage: NAME, KEY: VALUE}}")
     cls = find(raw["stage"])
     try:

@@ -94,7 +94,7 @@ def _own_keys(kind: type[Strict], model: dict[str, Any]) -> Any:
     try:
         return kind.model_validate({k: v for k, v in model.items() if k in kind.model_fields})
     except ValidationError as e:
-        raise ConfigError("\n  ".join(f"model.{line}" for line in explain(e, kind))) from e
+        raise ConfigError("\n  ".join(explain(e, kind, "model"))) from e
 
 
 def present(content: Any, column: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, NotRequired
 
@@ -46,7 +47,8 @@ def record(run: Location, steps: int) -> dict[str, Any]:
     Returns {steps, segments: [{first, end, digest, plan, sources}], replaced, replaced_count}.
     """
     lists = [run.join(run_folder.QUARANTINE, name) for name, _ in run.join(run_folder.QUARANTINE).files()]
-    replaced = [_from_1(bad) for place in lists for bad in REPLACED.read_lines(place)]
+    found = (_from_1(bad) for place in lists for bad in REPLACED.read_lines(place))
+    replaced = list({json.dumps(bad, sort_keys=True): bad for bad in found}.values())  # lists overlap as receipts do
     return {
         "steps": steps,
         "segments": [_segment(s) for s in coverage.cut(segments.read(run), steps)],

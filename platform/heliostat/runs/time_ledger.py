@@ -13,9 +13,10 @@ import socket
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from heliostat.errors import HeliostatError
@@ -28,6 +29,7 @@ from heliostat.storage.locations import Location
 log = logging.getLogger(__name__)
 
 EVERY_S = 5.0  # a killed driver's file is at most so old
+RETRY_S = 30.0  # between two tries to read a ledger that can't be read
 
 
 class Ledger:
@@ -86,7 +88,10 @@ class Recorder:
         """Begins the ledger with a first attempt; `started`: wall clock of the command's start."""
         self.run = run
         self.attempts = [self._attempt(started, start_step, workers)]
-        self._earlier: list[Attempt] | None = None
+        self._begun = [time.monotonic() - max(0.0, time.time() - started)]  # each attempt, by a clock that nobody sets
+        self._earlier: list[Attempt] | None = None  # attempts of earlier commands, once they are read
+        self._reading: Future | None = None
+        self._again = 0.0  # when they are to be read again; 0.0 before the first time
         self._joined: float | None = None  # when this attempt's rank 0 began to count
         self._head: dict[str, float] = {}  # the parts until then
         self._placing: list[float] = []  # when the pool was asked for workers
@@ -165,6 +170,7 @@ class Recorder:
             failed.pending = "restarting"
         self._end(outcome, max(at, failed.known))
         self.attempts.append(self._attempt(failed.seen, failed.reached, failed.workers, restart=True))
+        self._begun.append(time.monotonic())
         self._joined, self._placing, self._saved_at = None, [], set()
 
     def _end(self, outcome: str, at: float) -> None:
@@ -193,22 +199,49 @@ class Recorder:
         return goodput.report(self._all())
 
     def spent(self) -> tuple[float, float]:
-        """Computes the run's hours up to now, over all its commands, and its workers' hours while they held resources."""
-        attempts = self._all()
-        hours = [(a.seen - a.started) / 3600 for a in attempts]
+        """Computes the run's hours up to now, over all its commands, and its workers' hours while they held resources.
+
+        Those of earlier commands are the ledger's; this command's own are of a monotonic clock.
+        """
+        earlier, ends = self._before(), [*self._begun[1:], time.monotonic()]
+        attempts = [*earlier, *self.attempts]
+        hours = [(a.seen - a.started) / 3600 for a in earlier]
+        hours += [(end - begun) / 3600 for begun, end in zip(self._begun, ends, strict=True)]
         held = [a.workers * max(0.0, h - a.parts.get("queued", 0.0) / 3600) for a, h in zip(attempts, hours, strict=True)]
         return sum(hours), sum(held)
 
+    @property
+    def complete(self) -> bool:
+        """Tells whether the attempts of earlier commands are read."""
+        return self._earlier is not None
+
     def _all(self) -> list[Attempt]:
-        if self._earlier is None:
-            try:
-                mine = {a.id for a in self.attempts}
-                self._earlier = [a for a in goodput.read(self.run) if a.id not in mine]
-            except (HeliostatError, OSError) as e:
-                log.warning("goodput without the run's earlier attempts: %s", e)
-                self._earlier = []
         self._seen()
-        return [*self._earlier, *self.attempts]
+        return [*self._before(), *self.attempts]
+
+    def _before(self) -> list[Attempt]:
+        """Returns the attempts of earlier commands. If they can't be read at first, the thread tries again every RETRY_S."""
+        if self._earlier is None:
+            if not self._again:
+                self._take(partial(goodput.read, self.run))
+            elif self._reading is None and time.monotonic() >= self._again:
+                self._reading = self._thread.submit(goodput.read, self.run)
+            elif self._reading is not None and self._reading.done():
+                reading, self._reading = self._reading, None
+                self._take(reading.result)
+        return self._earlier or []
+
+    def _take(self, read: Callable[[], list[Attempt]]) -> None:
+        mine, first = {a.id for a in self.attempts}, not self._again
+        try:
+            self._earlier = [a for a in read() if a.id not in mine]
+        except (HeliostatError, OSError) as e:
+            self._again = time.monotonic() + RETRY_S
+            if first:
+                log.warning("the run's ledger can't be read; until it is, goodput and limits count this command only: %s", e)
+            return
+        if not first:
+            log.warning("the run's ledger is read: goodput and limits count all commands")
 
     def close(self, outcome: str, reason: str = "") -> None:
         """Closes the ledger at the command's end; the file is written when this returns."""

@@ -46,12 +46,6 @@ IMAGES = 500  # that wait for MLflow; with more the oldest go
 EXCHANGE_S = 300.0  # the longest that an exchange which has begun may take
 PAUSES = Backoff(0.5, 15.0)  # between two tries
 NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # would come again at every try
-# MLflow's client by itself tries for minutes, in which nothing could be done
-CLIENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is for results
-}
 
 
 @dataclass(kw_only=True)
@@ -311,8 +305,7 @@ class RunOwner:
             self._client.log_text(self.run_id, text, name)
 
     def _open(self) -> None:
-        for name, value in CLIENT.items():
-            os.environ.setdefault(name, value)
+        mlflow_client.set_client()
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a warning for every try
         import mlflow
 

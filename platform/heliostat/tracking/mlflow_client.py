@@ -5,22 +5,41 @@ from __future__ import annotations
 import os
 import re
 import socket
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from heliostat import extras
 from heliostat.errors import ConfigError, TrackingError
 from heliostat.runs.mlflow_id import record
+from heliostat.storage.retries import Backoff, Failure, retry
 from heliostat.text import brief
 from heliostat.tracking.metrics import Point
 from heliostat.tracking.tags import FOLDER, KIND, NAME, TRAINING
 
 DEFAULT = ".heliostat/mlflow.db"  # the quickstart's
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # of databases, by the beginning of their URI
-ANSWER_S = 5.0  # for a database to take a connection; MLflow itself tries for 100
+ANSWER_S = 5.0  # for a database to take a connection, or a server to answer; MLflow itself tries for 100
+BUDGET_S = 10.0  # for a server that doesn't answer, in all
+PAUSES = Backoff(0.5, 2.0)
+# MLflow's client by itself tries for minutes, in which nothing could be done
+CLIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is for results
+}
+
+
+def set_client() -> None:
+    """Bounds how long MLflow's client tries, unless the environment says otherwise."""
+    for name, value in CLIENT.items():
+        os.environ.setdefault(name, value)
 
 
 def default_uri() -> str:
@@ -71,9 +90,15 @@ def _probe(uri: str) -> None:
 
 @contextmanager
 def asking(uri: str) -> Iterator[None]:
-    """Converts whatever MLflow raises within the context into a TrackingError of one line."""
+    """Converts whatever MLflow raises within the context into a TrackingError of one line.
+
+    It begins once a server answers, whatever the answer is; TrackingError if it doesn't within BUDGET_S.
+    """
     import mlflow
 
+    set_client()
+    if uri.startswith(("http://", "https://")):
+        _until_answers(uri)
     try:
         yield
     except mlflow.exceptions.MlflowException as e:
@@ -86,6 +111,31 @@ def asking(uri: str) -> Iterator[None]:
         if not type(e).__module__.startswith("sqlalchemy"):
             raise
         raise TrackingError(f"MLflow at {uri}: {brief(e)}") from e
+
+
+def _until_answers(uri: str) -> None:
+    parts = urlsplit(uri)
+    place = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=f"{parts.path.rstrip('/')}/health").geturl()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(place, timeout=ANSWER_S).close()
+        except urllib.error.HTTPError as e:  # it answers, and MLflow's client will say what is wrong
+            e.close()
+        except urllib.error.URLError as e:
+            if not isinstance(e.reason, ssl.SSLError):  # what MLflow's client trusts is its own business
+                raise
+
+    def judge(error: Exception) -> None:
+        if not isinstance(error, OSError | HTTPException):
+            raise error
+
+    def give_up(failure: Failure) -> NoReturn:
+        reason = brief(getattr(failure.error, "reason", failure.error) or type(failure.error).__name__)
+        fix = "Start it with `mlflow server`, or pass another store: --mlflow URI"
+        raise TrackingError(f"MLflow at {uri}: no answer within {BUDGET_S:g} s ({reason}). {fix}") from failure.error
+
+    retry(ask, BUDGET_S, PAUSES, judge, give_up)
 
 
 def fault(error: object) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -21,13 +23,19 @@ from heliostat.redact import redact
 log = logging.getLogger(__name__)
 
 END_S = 5.0
+START_S = 120.0  # for the server to answer
+ANSWER_S = 5.0  # for one answer
+POLL_S = 0.1
 KEYS, HOST = "HELIOSTAT_UI_KEYS", "HELIOSTAT_UI_HOST"  # of the server's environment: the file of its keys, and its address
 
 
-def serve(store: str, host: str, port: int, keys: Path, ready: Callable[[str], None]) -> None:
-    """Runs `mlflow server` on the store for those who have a key, and calls `ready` with its URL.
+def serve(
+    store: str, host: str, port: int, keys: Path, ready: Callable[[str], None], before: Callable[[], object] = lambda: None
+) -> None:
+    """Runs `mlflow server` on the store for those who have a key, and calls `ready` with its URL once it answers.
 
-    If the store is a server already, logs its address. ConfigError for a taken port.
+    If the store is a server already, logs its address. `before` is called before the server starts. ConfigError for a taken port,
+    HeliostatError for a server that doesn't come to answer.
     """
     if store.startswith(("http://", "https://")):
         log.info("MLflow's UI is at %s", redact(store))
@@ -35,18 +43,60 @@ def serve(store: str, host: str, port: int, keys: Path, ready: Callable[[str], N
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         if probe.connect_ex((host, port)) == 0:
             raise ConfigError(f"--port: {port} on {host} is taken; give another")
-    ready(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
+    before()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     # in a session of its own: Ctrl-C is ours to pass on, or the server would answer it with a traceback
     told = {**os.environ, **environment(store, host, keys)}
     server = subprocess.Popen(command(host, port), env=told, start_new_session=True)
     try:
+        bound = _answering(server, host, port)
+        ready(f"http://{f'[{host}]' if ':' in host else host}:{bound}/")
         code = server.wait()
     finally:
         _end_tree(server.pid)
     if code:
         raise HeliostatError(f"`mlflow server` ended with exit code {code}; what it said is above")
+
+
+def _answering(server: subprocess.Popen[bytes], host: str, port: int) -> int:
+    """Waits until the server answers, and returns its port. Another process may have taken the port meanwhile, and answer."""
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        if (code := server.poll()) is not None:
+            other = "another number" if not port else f"{port + 1}" if port < 65535 else "5000"
+            raise HeliostatError(
+                f"--port: `mlflow server` ended before it answered on {host}:{port} (exit code {code}). If another program has "
+                f"taken the port, as the lines above say, pass --port {other}"
+            )
+        if (found := _listening(server.pid)) and _answers(host, found):
+            return found
+        time.sleep(POLL_S)
+    raise HeliostatError(f"--port: `mlflow server` didn't answer on {host}:{port} within {START_S:.0f} s. See the lines above")
+
+
+def _listening(root: int) -> int | None:
+    """Finds the port on which a process, or one that it started, listens."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in (psutil.Process(root), *psutil.Process(root).children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for one in process.net_connections("inet"):
+                    if one.status == psutil.CONN_LISTEN:
+                        return one.laddr.port
+    return None
+
+
+def _answers(host: str, port: int) -> bool:
+    """Tells whether an HTTP server answers, whatever the answer is."""
+    asked = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
+    try:
+        asked.request("GET", "/health")
+        asked.getresponse()
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        asked.close()
+    return True
 
 
 def command(host: str, port: int) -> list[str]:

@@ -44,7 +44,8 @@ class State:
         (self._system if isinstance(event, NodeSample) else self._events).add(event)
 
     def heartbeat(self, rank: int, progress: int, facts: dict[str, Any]) -> dict[str, Any]:
-        """Stores a worker's heartbeat and returns the driver's orders; `facts`: pid and node."""
+        """Stores a worker's heartbeat and returns the driver's orders; `facts`: pid, node, step and
+        micro-batch."""
         now, before = self._clock(), self._heartbeats.get(rank)
         moved = before["moved"] if before and before["progress"] == progress else now
         self._heartbeats[rank] = {**facts, "progress": progress, "moved": moved, "at": now}

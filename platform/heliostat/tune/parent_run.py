@@ -20,7 +20,6 @@ from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff, Failure, retry
 from heliostat.text import brief
 from heliostat.tracking import mlflow_client, tags
-from heliostat.tracking.logger import CLIENT
 from heliostat.tracking.run_facts import params_of
 from heliostat.tune import report
 from heliostat.tune.sweep import Plan
@@ -38,8 +37,7 @@ class Parent:
     """Holds the sweep's MLflow run: `Parent(plan, run_id)` creates one if there is none yet."""
 
     def __init__(self, plan: Plan, run_id: str) -> None:
-        for name, value in CLIENT.items():
-            os.environ.setdefault(name, value)
+        mlflow_client.set_client()
         import mlflow
 
         self.plan, self.uri = plan, plan.base["mlflow"]["uri"]

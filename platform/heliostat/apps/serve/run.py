@@ -83,18 +83,24 @@ def end_left() -> bool:
     import ray
     from ray import serve
 
-    applications = serve.status().applications
-    if not applications:
+    status = serve.status()
+    applications = status.applications
+    if not applications and not status.proxies:
         return False
-    if any(set(one.deployments) not in OURS for one in applications.values()):
+    if not all(_ours(name, set(one.deployments), FRONT in applications) for name, one in applications.items()):
         raise ConfigError("this cluster's Ray Serve has applications, which would end with this endpoint; take another cluster")
     try:
         ray.get_actor(DRIVER, namespace=NAMESPACE)
     except ValueError:  # Ray ends it with its driver
-        log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)))
+        log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)) or "it has no application")
         serve.shutdown()
         return True
     raise ConfigError("this cluster has an endpoint, and its command is still running; stop that with Ctrl-C, or take another")
+
+
+def _ours(name: str, deployments: set[str], fronted: bool) -> bool:
+    """Tells whether an application is of an endpoint; one that has no deployment yet, by its name or by the front with it."""
+    return deployments in OURS if deployments else name == FRONT or fronted
 
 
 class Driver:

@@ -37,7 +37,7 @@ def read(model: dict[str, Any]) -> ExpertKeys:
     try:
         return ExpertKeys.model_validate({k: model[k] for k in KEYS if k in model})
     except ValidationError as e:
-        raise ConfigError("\n  ".join(f"model.{line}" for line in explain(e, ExpertKeys))) from e
+        raise ConfigError("\n  ".join(explain(e, ExpertKeys, "model"))) from e
 
 
 def require(recipe: Any) -> None:

@@ -73,9 +73,7 @@ def _extended(config: Any, given: Any, changes: dict[str, Any]) -> dict[str, Any
     try:
         scaling = RopeScaling.model_validate(given)
     except ValidationError as e:
-        lines = explain(e, RopeScaling)
-        marks = ["." if line.partition(":")[0] in RopeScaling.model_fields else ": " for line in lines]
-        raise ConfigError("\n  ".join(f"model.{SCALING}{m}{line}" for m, line in zip(marks, lines, strict=True))) from e
+        raise ConfigError("\n  ".join(explain(e, RopeScaling, f"model.{SCALING}"))) from e
     old = getattr(config, "rope_parameters", None)
     if not old:
         raise ConfigError(f"model.{SCALING}: {config.model_type!r} has no rotary positions; remove this key")

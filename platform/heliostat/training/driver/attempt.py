@@ -35,7 +35,7 @@ from heliostat.training.driver import rendezvous, stack_dumps
 from heliostat.training.driver.failures import Failure, explain, survived
 from heliostat.training.driver.memory import Memory
 from heliostat.training.driver.pool import Member, Pool
-from heliostat.training.driver.recovery import choose, frozen, stalled
+from heliostat.training.driver.recovery import choose, frozen, held_up, stalled
 from heliostat.training.driver.signals import Signals
 from heliostat.training.memory_keeper import Source
 from heliostat.training.pauses import PausePoints
@@ -97,6 +97,7 @@ class Attempt:
         self._parts = self._stream()
         self._heartbeats: dict[int, dict[str, Any]] = {}
         self._told: dict[int, HeliostatError] = {}  # each worker's own error, by rank
+        self._members: list[Member] = []  # the workers' processes, in order of their ranks
         self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
         self._ordered = 0
         self._held: int | None = None  # the step behind which the workers wait
@@ -239,8 +240,9 @@ class Attempt:
         limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start
         if reason := stalled(self._heartbeats, self.start.job.workers.most, now, limit, self._since):
             suspects = frozen(self._heartbeats, now, limit)  # before the stacks, which take time
-            where = self._keep_stacks()
-            fault = StalledError(f"{reason} (watchdog: {limit:g} s); the workers' stacks are in {where}")
+            where, found = self._keep_stacks()
+            who = self._held_up(found)
+            fault = StalledError(f"{reason} (watchdog: {limit:g} s): {who}; the workers' stacks are in {where}")
             fault.suspects = suspects
             self._fault = fault
 
@@ -251,13 +253,23 @@ class Attempt:
             self._stop_by = time.monotonic() + self.job.checkpoint.grace
         self._mailbox.order.remote(stop=code)
 
-    def _keep_stacks(self) -> str:
-        """Collects the stack traces of every worker's threads and writes them to the run's folder; returns the file's place."""
+    def _held_up(self, stacks: dict[int, str]) -> str:
+        """Finds the worker that the others wait for, with its node and device, or says that nothing sets one apart."""
+        calls = {rank: stack_dumps.call(stack) for rank, stack in stacks.items()}
+        rank, why = held_up(self._heartbeats, calls, self.job.workers.most)
+        if rank is None:
+            return why
+        known = rank < len(self._members)
+        return f"{_failure(rank, self._members[rank], None).place if known else f'worker {rank}'} {why}"
+
+    def _keep_stacks(self) -> tuple[str, dict[int, str]]:
+        """Collects the stack traces of every worker's threads and writes them to the run's folder; returns the file's place, and
+        the traces by rank."""
         self._mailbox.order.remote(dump=True)
         found = stack_dumps.collect(self.job.workers.most, self._drained, self._take)
         place = self.job.run_folder.join(run_folder.STACKS, f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
         place.write(stack_dumps.text(found, self.job.workers.most).encode())
-        return str(place)
+        return str(place), found
 
     def _end_workers(self, thread: threading.Thread) -> None:
         if not self._heartbeats:  # they have not begun
@@ -278,6 +290,7 @@ class Attempt:
         self._mailbox.post.remote(Phase(phase="placing"))
         try:
             members, places = self._places()
+            self._members = members
             copies = self.start.memory.plan(members, self.start.source)
         except ray.exceptions.RayError as e:
             raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e

@@ -1,7 +1,8 @@
 """Watches what a run takes, in hours and money, and finds when one of the job's `limits` is reached.
 
-Hours and money are those of the whole run, from its ledger: all commands count, the time between them does not. Money is the
-price of the devices that workers hold, from the price table of `heliostat plan`.
+Hours and money are those of the whole run: those of earlier commands are the ledger's, this command's are of a monotonic clock.
+The time between commands doesn't count. While the ledger can't be read, only this command counts. Money is the price of the
+devices that workers hold, from the price table of `heliostat plan`.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ class Spending:
         """Returns the limit that is reached, with what the run has taken; empty if none is."""
         hours, worker_hours = self._ledger.spent()
         spent = worker_hours * (self._rate or 0.0)
+        scope = "over all commands" if self._ledger.complete else "in this command; the ledger of earlier ones can't be read"
         if self.limits.hours and hours >= self.limits.hours:
-            self.reached = f"limits.hours: {self.limits.hours:g} h are used up ({hours:.2f} h over all commands)"
+            self.reached = f"limits.hours: {self.limits.hours:g} h are used up ({hours:.2f} h {scope})"
         elif self.limits.cost and spent >= self.limits.cost:
-            self.reached = f"limits.cost: {self.limits.cost:g} {_table()['currency']} are used up ({spent:.2f} over all commands)"
+            self.reached = f"limits.cost: {self.limits.cost:g} {_table()['currency']} are used up ({spent:.2f} {scope})"
         return self.reached
 
     def require_left(self) -> None:

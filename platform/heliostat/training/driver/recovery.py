@@ -9,8 +9,10 @@ resizes and waiting for resources are no failures and have no limit.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from heliostat.config.spec import Retries
 from heliostat.errors import (
@@ -77,6 +79,34 @@ def frozen(heartbeats: dict[int, dict], now: float, limit: float) -> tuple[str, 
     """Finds the node whose workers are silent when a run has stalled, by `limit` seconds; none if several nodes' are."""
     nodes = {p["node"] for p in heartbeats.values() if now - p["at"] > limit / 2}
     return tuple(nodes) if len(nodes) == 1 else ()
+
+
+def held_up(heartbeats: Mapping[int, Mapping[str, Any]], calls: Mapping[int, str], workers: int) -> tuple[int | None, str]:
+    """Finds the worker that the others wait for in a stall, and says why; None if nothing sets one apart.
+
+    `calls`: where the main thread of each worker is that has answered with its stack traces.
+    """
+    if silent := [rank for rank in range(workers) if rank not in calls]:
+        more = f", and {len(silent) - 1} more don't" if len(silent) > 1 else ""
+        return silent[0], f"doesn't answer{more}"
+    reached = {rank: (p.get("step", 0), p.get("micro", 0)) for rank, p in heartbeats.items()}
+    last = max(reached.values(), default=(0, 0))
+    if behind := [rank for rank in reached if reached[rank] < last]:
+        rank = min(behind, key=lambda r: (reached[r], heartbeats[r]["moved"]))
+        return rank, f"is the slowest, {_where(reached[rank])}; the fastest is {_where(last)}"
+    alike = Counter(calls.values())
+    if len(alike) == 1:
+        return (
+            None,
+            f"all {workers} workers answer and wait in the same call, {min(alike) or 'outside of Python'}, {_where(last)}",
+        )
+    rank = min(calls, key=lambda r: (alike[calls[r]], heartbeats[r]["moved"] if r in heartbeats else 0.0))
+    return rank, f"is in another call than others, {calls[rank] or 'outside of Python'}, {_where(last)}"
+
+
+def _where(reached: tuple[int, int]) -> str:
+    step, micro = reached
+    return f"in step {step} after micro-batch {micro}" if step else "before the first step"
 
 
 def choose(allowed: list[int], room: int) -> int:

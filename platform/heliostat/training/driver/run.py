@@ -187,7 +187,9 @@ class Run:
         self.lease.fence.check()
         endings.write(self.job.run_folder, summary)
         if signals.name:
-            raise StoppedError(f"stopped by {signals.name} behind the last step; use --resume to export and register the model")
+            raise _stopped(
+                signals.name, self.spending.reached, "after the last step", "use --resume to export and register the model"
+            )
         return summary
 
     def _attempt(self, owner: RunOwner, show: Any, signals: Signals, pool: Any, memory: Any) -> dict[str, Any]:
@@ -265,7 +267,8 @@ class Run:
         """Prepares another attempt after a failure, or raises the error."""
         kind = classify(error)
         if isinstance(error, StoppedError):
-            raise LimitError(str(error)) if self.spending.reached else error
+            reached = self.spending.reached
+            raise LimitError(str(error) if reached in str(error) else f"{reached}; {error}") if reached else error
         if kind == "final":
             raise error
         if isinstance(error, AccessError) and refusals.confirmed(error, self.job):
@@ -275,7 +278,7 @@ class Run:
             self._restart("failed", str(error))
             self.trust_memory = True  # nothing was tried
             self._pause(self.job.retries.backoff, signals)
-            _heed(signals, self.start_step)
+            _heed(signals, self.spending.reached, self.start_step)
             return
         if kind in ("corrupt", "spike") or isinstance(error, CorruptionError):  # the run goes back behind what is in memory
             memory.forget()
@@ -297,7 +300,7 @@ class Run:
         if isinstance(error, LossSpikeError):
             self._leave_out(max(step, error.step - 1), error.step)
         self._pause(wait, signals)
-        _heed(signals, step)
+        _heed(signals, self.spending.reached, step)
 
     def _exclude(self, error: HeliostatError, step: int, owner: RunOwner, pool: Any) -> list[str]:
         """Excludes the nodes that a failure shows to be bad; returns what was done, if anything. `step`: of the checkpoint."""
@@ -357,7 +360,13 @@ class Run:
         return finalize(self.checked, self.lease, self.ledger, owner, last, summary)
 
 
-def _heed(signals: Signals, step: int) -> None:
-    """Raises the error of a run that was told to stop while no worker was there."""
+def _heed(signals: Signals, reached: str, step: int) -> None:
+    """Raises the error of a run that was ordered to stop while it had no workers."""
     if signals.name:
-        raise StoppedError(f"stopped by {signals.name} between two attempts; use --resume to go on from step {step}")
+        fix = "raise it and use" if reached else "use"
+        raise _stopped(signals.name, reached, "between two attempts", f"{fix} --resume to go on from step {step}")
+
+
+def _stopped(signal: str, reached: str, where: str, fix: str) -> StoppedError:
+    """Makes the error of a run that stops: of the limit that is reached, if there is one, else of the signal."""
+    return LimitError(f"{reached}; stopped {where}; {fix}") if reached else StoppedError(f"stopped by {signal} {where}; {fix}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from heliostat.training.mailbox import interval
 
 ANSWER_S = 5.0  # for a worker that has heard of it, to look and to answer
 POLL_S = 0.5
+FRAME = re.compile(r'  File "(?:.*/)?([^"/]+)", line (\d+), in (\S+)')
 
 
 def wait_s(workers: int) -> float:
@@ -41,6 +43,13 @@ def collect(
             else:
                 take(event)
     return stacks
+
+
+def call(stack: str) -> str:
+    """Finds where the main thread is in a worker's stack traces; empty if that is not in them."""
+    main = next((part for part in re.split(r"^thread ", stack, flags=re.M) if part.startswith("MainThread:")), "")
+    frames = FRAME.findall(main)
+    return "{2} ({0}:{1})".format(*frames[-1]) if frames else ""
 
 
 def text(stacks: dict[int, str], workers: int) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from heliostat.checkpoint.agreement import merged
 from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
 from heliostat.data.order import Order
@@ -33,14 +32,11 @@ def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
         )
 
 
-def collect(run: Location, done: int, mine: list[dict[str, Any]], count: int, dataset: Dataset, group: Any) -> int:
-    """Writes the list of what all workers have replaced since the last receipt; returns the run's total on rank 0. Collective."""
-    found, total = merged(group, lambda: (mine, count), lambda one, other: (one[0] + other[0], one[1] + other[1])) or ([], 0)
-    entries = sorted(found, key=lambda b: (b["step"], b["position"]))
-    if entries:
-        lines = [json.dumps(describe(b, dataset)) for b in entries]
+def write(run: Location, done: int, found: list[dict[str, Any]], dataset: Dataset) -> None:
+    """Writes the list of what all workers have replaced since the last receipt, unless that is nothing."""
+    if found:
+        lines = [json.dumps(describe(bad, dataset)) for bad in sorted(found, key=lambda b: (b["step"], b["position"]))]
         run_folder.quarantine(run, done).write("\n".join(lines).encode() + b"\n")
-    return total
 
 
 def describe(bad: dict[str, Any], dataset: Dataset) -> dict[str, Any]:

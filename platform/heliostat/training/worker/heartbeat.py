@@ -36,6 +36,7 @@ VOTES = 2  # tag of the channel
 class Heartbeat:
     def __init__(self, mailbox: Any, rank: int, workers: int) -> None:
         self.progress = 0  # a count of whatever shows that the loop gets on
+        self.step = self.micro = 0  # the step that is being made, from 1 on, and its micro-batches so far
         self._mailbox, self._rank, self._ordered = mailbox, rank, RUN
         self._every = interval(workers)
         self._abort = process_group.order()
@@ -55,7 +56,8 @@ class Heartbeat:
         dumped = aborted = False
         while True:
             try:
-                orders = ray.get(self._mailbox.heartbeat.remote(self._rank, self.progress, self._facts), timeout=ANSWER_S)
+                facts = {**self._facts, "step": self.step, "micro": self.micro}
+                orders = ray.get(self._mailbox.heartbeat.remote(self._rank, self.progress, facts), timeout=ANSWER_S)
             except ray.exceptions.RayError as e:  # without a mailbox there is no driver, and Ray ends this process
                 log.warning("worker %d: no answer from the driver's mailbox (%s)", self._rank, type(e).__name__)
                 orders = {}

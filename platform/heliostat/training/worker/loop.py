@@ -98,7 +98,7 @@ class Worker:
         self.state = TrainingState(self.context, self.engine, self.unsealed, self.ledger, self.memory)
         self.batch_plan = BatchPlan(job, plan)
         self.stepper = Stepper(
-            job, self.engine, self.recipe, self.batch_plan, self.sharing, self.ledger, self.state.average, self._progressed
+            job, self.engine, self.recipe, self.batch_plan, self.sharing, self.ledger, self.state.average, self._handed
         )
         if self.start_step:
             self._phase("restore")
@@ -165,6 +165,7 @@ class Worker:
             self._progressed()
         blocked = self.state.blocked_s
         self.consensus.ask(FAILED if self.state.saver.failed else self.heartbeat.stop)
+        self.heartbeat.step, self.heartbeat.micro = step + 1, 0
         norm = self.stepper.step(step, mine)
         self._progressed()  # before the step counts
         self.unsealed.add(step, mine)
@@ -266,6 +267,11 @@ class Worker:
         """Counts progress, for the watchdog; PeerLostError once the workers were ordered to abort."""
         process_group.check()
         self.heartbeat.progress += 1
+
+    def _handed(self) -> None:
+        """Counts a micro-batch that the host has handed to the device."""
+        self.heartbeat.micro += 1
+        self._progressed()
 
     def _phase(self, phase: str) -> None:
         self.posts.post(Phase(phase=phase, ledger=self.ledger.totals()))

@@ -1,9 +1,11 @@
 """Copies a worker's part of the training state into the memory of its node and of another, and reads it back from there.
 
 The copy into this process's memory runs beside the next forward and backward pass, as a save's does: only the next optimizer step
-waits for it. It leaves for the keepers (`train.memory_keeper`) in a thread of its own, in pieces, several of which travel at the
-same time. Who dies, or is late, leaves a generation incomplete, and an incomplete one is not used. If a worker's copy fails, or
-training waits for one too long, all workers agree to keep no more: generations without that worker's part would be of no use.
+waits for it. On a GPU it is queued on a stream of its own, into pinned memory, and the optimizer's kernels wait, not the host.
+
+It leaves for the keepers (`train.memory_keeper`) in a thread of its own, in pieces, several of which travel at the same time. Who
+dies, or is late, leaves a generation incomplete, and an incomplete one is not used. If a worker's copy fails, or training waits
+for one too long, all workers agree to keep no more: generations without that worker's part would be of no use.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.agreement import agreed, together
 from heliostat.checkpoint.flat_copy import Piece, Range
 from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.checkpoint.host_copy import CopyStream
 from heliostat.data import device_threads
 from heliostat.errors import TrainingError
 from heliostat.text import brief
@@ -51,6 +54,7 @@ class MemoryCopies:
         self._copied, self._ended, self._late = threading.Event(), threading.Event(), threading.Event()
         self._copied.set()
         self._buffer: torch.Tensor | None = None
+        self._stream = CopyStream()
         self._off, self._kept = False, 0
         self._failed = ""  # why this worker's last copy did
 
@@ -59,8 +63,9 @@ class MemoryCopies:
         optimizer.register_step_pre_hook(lambda *_: self.before_change())
 
     def before_change(self) -> None:
-        """Waits until the copy in flight is made, and the state may change."""
+        """Waits until the state that is being copied may change; on a GPU, what is queued next waits."""
         self._until(lambda: self._copied.wait(POLL_S))
+        self._stream.hold_back()
 
     def keep(self, step: int, state: Mapping[str, torch.Tensor], common: dict[str, Any], own: dict[str, Any], group: Any) -> None:
         """Copies the state behind a step. All workers call this, and `wait` before it, at the same steps.
@@ -72,8 +77,9 @@ class MemoryCopies:
         ranges = flat_copy.layout(state)
         if self._buffer is None and not self._begin(flat_copy.size(ranges), state, group):
             return
-        # the forward pass may change buffers: they are copied now
-        state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
+        # the forward pass may change buffers: they are copied now, where they are
+        state = {n: t if isinstance(t, FlatShard) else t.detach().clone() for n, t in state.items()}
+        self._stream.mark(state)
         self._copied.clear()
         told = {"step": step, "world": self._world, "common": common, "layout": [astuple(r) for r in ranges], "own": own}
         self._pending = self._thread.submit(self._copy, f"{self._plan.attempt}:{step}", state, ranges, told)
@@ -126,8 +132,7 @@ class MemoryCopies:
             if self._rank == 0:
                 self._notice(f"{OFF}: {why}")
             return False
-        cuda = any(t.is_cuda for t in (s.local if isinstance(s, FlatShard) else s for s in state.values()))
-        self._buffer = flat_copy.as_buffer(size, cuda)
+        self._buffer = flat_copy.as_buffer(size, any(t.is_cuda for t in state.values()))
         return True
 
     def _until(self, done: Callable[[], bool]) -> None:
@@ -139,9 +144,11 @@ class MemoryCopies:
     def _copy(self, id: str, state: dict[str, torch.Tensor], ranges: list[Range], told: dict[str, Any]) -> None:
         assert self._buffer is not None
         try:
-            flat_copy.pack(state, ranges, self._buffer)
+            with self._stream.queue():
+                flat_copy.pack(state, ranges, self._buffer)
         finally:
             self._copied.set()
+        self._stream.wait()
         data = self._buffer.numpy()
         keepers = self._plan.keepers[self._rank]
         self._answers([keeper.open.remote(id, self._rank, len(data)) for keeper in keepers])

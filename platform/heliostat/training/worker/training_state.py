@@ -21,6 +21,7 @@ import torch
 
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.checkpoint.tree import Channel
 from heliostat.engine import ema, loss_scale, zero_state
 from heliostat.errors import AccessError, StorageError
 from heliostat.runs.events import Saved
@@ -30,7 +31,7 @@ from heliostat.training.memory_keeper import Source
 from heliostat.training.worker import memory_copies
 from heliostat.training.worker.context import Context
 from heliostat.training.worker.memory_copies import MemoryCopies
-from heliostat.training.worker.unsealed import Unsealed
+from heliostat.training.worker.unsealed import Part, Unsealed
 
 
 class TrainingState:
@@ -46,6 +47,7 @@ class TrainingState:
             context.posts.notice_of_any,
         )  # fmt: skip
         self.failed = self._in_a_row = 0  # saves of this attempt that have failed
+        self._sealing: tuple[Part, int] | None = None  # what the save in flight seals, and how many events are with it
         for copies in self._copies():
             copies.attach(zero_state.inner_optimizer(engine))
         self.average = ema.of(context.job, engine)
@@ -61,7 +63,7 @@ class TrainingState:
     def settle(self) -> None:
         """Waits for the save in flight, and continues without it if the store has failed, some times in a row; collective."""
         try:
-            if self.saver.wait():
+            if self._saved():
                 self._in_a_row = 0
         except AccessError:
             raise  # it would come again
@@ -74,8 +76,20 @@ class TrainingState:
 
     def wait(self) -> None:
         """Waits until what is being saved, and copied, has arrived."""
-        for copies in self._copies():
-            copies.wait()
+        self._saved()
+        if self.memory:
+            self.memory.wait()
+
+    def _saved(self) -> bool:
+        """Waits for the save in flight, if there is one, and forgets what its receipt covers: all workers know of it."""
+        try:
+            return self.saver.wait()
+        finally:
+            if self._sealing:
+                (part, told), self._sealing = self._sealing, None
+                self.unsealed.drop(part)
+                if part.sealed:
+                    del self.context.posts.told[:told]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -95,17 +109,21 @@ class TrainingState:
     # saving ----------------------------------------------------------------------------------------------------------
 
     def save(self, done: int, metrics: dict[str, float | None]) -> None:
-        """Seals the samples up to step `done`, and begins to save the state behind it. Collective."""
+        """Begins to save the state behind step `done`: the saver's thread seals the samples up to there first. Collective."""
         context, posts = self.context, self.context.posts
         context.progressed()
         self.settle()
 
+        part, told = self.unsealed.part(done), list(posts.told)
+
         def first() -> None:
             context.fence.check()
-            local_curves.write(context.run_folder, done, posts.told)
+            local_curves.write(context.run_folder, done, told)
 
-        bad = self.unsealed.seal(done, first)
-        posts.told = []
+        def seal(channel: Channel) -> dict[str, Any]:
+            sealed = self.unsealed.write(part, channel, first)
+            return {"receipt": {"steps": done, "chain": sealed.chain}, "bad_samples": sealed.replaced}
+
         facts = {
             "name": context.job.name,
             "world_size": context.world,
@@ -114,12 +132,11 @@ class TrainingState:
             "job": context.job.dump(),
             "data": context.plan.dump(),
             "data_digest": context.plan.digest,
-            "receipt": {"steps": done, "chain": self.unsealed.chain},
-            "bad_samples": bad,
             "metrics": metrics,
             "written": time.time(),
         }
-        self.saver.save(done, self.tensors(), facts, zero_state.frozen(self.engine))
+        self.saver.save(done, self.tensors(), facts, zero_state.frozen(self.engine), seal)
+        self._sealing = part, len(told)
         context.progressed()
         posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, failed=self.failed, ledger=self.ledger.totals()))
 

@@ -1,19 +1,21 @@
 """Holds which samples a run was trained on since its last receipt, until the next one seals them.
 
     unsealed.add(step, samples)          # behind every step
-    unsealed.seal(done)                  # before the checkpoint of these steps: collective
+    part = unsealed.part(done)           # what the next receipt covers
+    unsealed.write(part, group)          # before the checkpoint of these steps, in any thread: collective
+    unsealed.drop(part)                  # in the thread that trains, as soon as all workers know that it is written
     unsealed.kept() -> unsealed.take_up  # with a copy of the training state, of all workers, and back
 
 A receipt tells the digests of its steps' samples, and a chain of all digests up to there (`data.receipt`). Beside it lies a list
-of samples that were replaced (`bad_samples`).
+of samples that were replaced (`bad_samples`). If a receipt can't be written, the next one covers its steps, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +26,28 @@ from heliostat.data.stream import StepSamples
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.training.worker import bad_samples
+
+
+class Sealed(NamedTuple):
+    """Describes a receipt that is written: the chain after it, and how many samples were replaced in the run up to there."""
+
+    chain: str
+    replaced: int
+
+
+@dataclass
+class Part:
+    """Holds this worker's share of what one receipt covers: the steps since the last one, up to step `done`. `sealed`: once the
+    receipt is written, the same on all workers."""
+
+    done: int
+    chain: str
+    digests: list[str]  # on rank 0: of steps that an earlier attempt made
+    steps: int  # of this attempt, on a worker that reads samples
+    lanes: list[np.ndarray]  # their digests
+    bad: list[dict[str, Any]]
+    replaced: int
+    sealed: Sealed | None = None
 
 
 class Unsealed:
@@ -47,23 +71,43 @@ class Unsealed:
             self._bad += [{"step": step, **dataclasses.asdict(bad)} for bad in mine.bad]
             self.replaced += len(mine.bad)
 
-    def seal(self, done: int, first: Callable[[], None] = lambda: None) -> int:
-        """Writes the receipt of the steps since the last one, up to step `done`; returns how many samples were replaced in the
-        run, on rank 0. Collective. `first`: what rank 0 does before; if it raises, nothing is written, and all workers raise."""
-        parts = agreement.merged(self.group, self._own, operator.add)  # on rank 0
+    def part(self, done: int) -> Part:
+        """Returns what a receipt up to step `done` covers; steps that are added later don't change it."""
+        return Part(done, self.chain, list(self._digests), len(self._lanes), self._own(), list(self._bad), self.replaced)
 
-        def write() -> str:
-            digests = self._digests + _of_steps(parts or [])
-            chain = receipt.extend(self.chain, digests)
+    def write(self, part: Part, group: Any, first: Callable[[], None] = lambda: None) -> Sealed:
+        """Writes the receipt of a part, and the list of replaced samples. Collective, and in any thread.
+
+        `first`: what rank 0 does before; if it raises, nothing is written, and all workers raise.
+        """
+        found = agreement.merged(group, lambda: (part.lanes, part.bad, part.replaced), _join)
+
+        def written() -> tuple[str, int]:
+            lanes, bad, replaced = found or ([], [], 0)
+            digests = part.digests + _of_steps(lanes)
+            chain = receipt.extend(part.chain, digests)
             first()
-            sealed = receipt.seal(done - len(digests), digests, chain, self.dataset.plan.digest)
-            run_folder.receipt(self.folder, done).write(sealed)
-            return chain
+            sealed = receipt.seal(part.done - len(digests), digests, chain, self.dataset.plan.digest)
+            run_folder.receipt(self.folder, part.done).write(sealed)
+            bad_samples.write(self.folder, part.done, bad, self.dataset)
+            return chain, replaced
 
-        self.chain = agreement.first(self.group, write)
-        replaced = bad_samples.collect(self.folder, done, self._bad, self.replaced, self.dataset, self.group)
-        self._digests, self._lanes, self._bad = [], [], []
-        return replaced
+        part.sealed = Sealed(*agreement.first(group, written))
+        return part.sealed
+
+    def drop(self, part: Part) -> None:
+        """Forgets what a receipt covers, if it was written."""
+        if part.sealed:
+            self.chain = part.sealed.chain
+            del self._digests[: len(part.digests)], self._lanes[: part.steps], self._bad[: len(part.bad)]
+
+    def seal(self, done: int) -> int:
+        """Writes the receipt of the steps up to `done`, and waits for it; returns how many samples were replaced in the run.
+        Collective."""
+        part = self.part(done)
+        sealed = self.write(part, self.group)
+        self.drop(part)
+        return sealed.replaced
 
     def kept(self) -> dict[str, Any]:
         """Returns what it holds as plain data."""
@@ -85,3 +129,7 @@ class Unsealed:
 def _of_steps(lanes: list[np.ndarray]) -> list[str]:
     """Computes the digests of steps from all workers' lanes; there may be no steps."""
     return receipt.step_digests(receipt.in_lane_order(lanes)) if lanes and len(lanes[0]) else []
+
+
+def _join(one: tuple[list[Any], list[Any], int], other: tuple[list[Any], list[Any], int]) -> tuple[list[Any], list[Any], int]:
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
