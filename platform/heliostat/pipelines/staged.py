@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny
 
+from heliostat.config.schema import nearest
 from heliostat.curation import reasons, registry
 from heliostat.curation.flow import Flow
 from heliostat.curation.progress import Progress
@@ -61,6 +63,21 @@ class StagedPipeline(Pipeline):
             raise ConfigError(f"output: {self.output!r} and the input {input!r} lie in one another; move the output away")
         if _overlap(here, self.worked.location.path):
             raise ConfigError(f"work: {self.worked.location} and the input {input!r} lie in one another; name another folder")
+
+    def check_columns(self, known: Iterable[str], key: str) -> None:
+        """Checks that documents can have the columns that stages compare: where none has it, all would be equal; ConfigError if
+        not. `known` columns come with the documents, and `key` is the pipeline's that names more of them, if there is one."""
+        there = set(known)
+        for number, stage in enumerate(self.stages):
+            if not type(stage).__module__.startswith("heliostat."):
+                return  # a stage of somebody's own may make any column
+            for field in stage.compares:
+                if (name := getattr(stage, field)) and name not in there:
+                    hint, also = nearest(name, sorted(there)), f", or name it under `{key}` too" if key else ""
+                    fix = f"{hint}{'' if hint.endswith('?') else '.'} Correct it{also}"
+                    told = f"{name!r} is none of the documents' columns"
+                    raise ConfigError(f"stages.{number}: {stage.named()}: {field}: {told}{fix}")
+            there |= stage.made()
 
     def watched(self, watch: Watch) -> None:
         self._watch = watch

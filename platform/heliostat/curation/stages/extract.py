@@ -24,6 +24,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, Work
 class Extract(Stage):
     """Makes text of HTML pages."""
 
+    makes: ClassVar[tuple[str, ...]] = ("encoding", "title")
     reasons: ClassVar[dict[str, str]] = {
         "no_text": "no text is left of the page",
         "too_large": "more bytes than max_bytes",

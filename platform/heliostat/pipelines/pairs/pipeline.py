@@ -17,7 +17,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.pipelines.pairs import extracting
 from heliostat.pipelines.pairs.making import Making
-from heliostat.pipelines.pairs.reading import Least, PairSource
+from heliostat.pipelines.pairs.reading import KIND, QUERY, Least, PairSource
 from heliostat.pipelines.prepare import InputFile
 from heliostat.pipelines.staged import StagedPipeline
 from heliostat.pipelines.text import documents, sources, tokens
@@ -66,6 +66,7 @@ class PairPipeline(StagedPipeline):
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} looks at images, which pairs of texts have none of; remove it")
             stage.check()
+        self.check_columns((QUERY, KIND), "")
         for pattern in self.exclude:
             sources.glob_regex(pattern, "exclude")
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)

@@ -23,7 +23,8 @@ from pydantic import Field, model_validator
 
 from heliostat import extras
 from heliostat.config.schema import Strict
-from heliostat.curation import reasons
+from heliostat.curation import readers, reasons
+from heliostat.curation.readers import warc
 from heliostat.curation.stages.pdf import Pdf
 from heliostat.curation.work import Work
 from heliostat.data.infilling import OWN, encode
@@ -36,7 +37,7 @@ from heliostat.pipelines.text import documents, infilling, repositories, samplin
 from heliostat.pipelines.text.gathering import Together
 from heliostat.pipelines.text.infilling import FillInTheMiddle
 from heliostat.pipelines.text.making import SHARD_SHARE, Making
-from heliostat.pipelines.text.tasks import TextSource
+from heliostat.pipelines.text.tasks import ARCHIVES, TextSource
 from heliostat.pipelines.text.trial import Trial
 from heliostat.storage import Location
 
@@ -140,7 +141,7 @@ class TextPipeline(StagedPipeline):
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} looks at images, which a text pipeline has none of; remove it")
             stage.check()
-        self._check_within()
+        self.check_columns(self._known, "columns")
         if self.repositories:
             extras.require("curation", "identify", what="repositories: licences are told by their texts, which")
             if self.input == sources.STDLIB:
@@ -154,19 +155,12 @@ class TextPipeline(StagedPipeline):
                         self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
 
-    def _check_within(self) -> None:
-        """Raises ConfigError if no document can have the column `within`: all would be compared with all, without a word."""
-        known = {*self.columns, *(repositories.COLUMNS if self.repositories else ())}
-        for number, stage in enumerate(self.stages):
-            if not type(stage).__module__.startswith("heliostat."):
-                return  # a stage of somebody's own may make any column
-            within = getattr(stage, "within", None)
-            if within is None:
-                made = (getattr(stage, key, None) for key in ("column", "bucket_column"))
-                known |= {"language", *(name for name in made if name)}
-            elif within and within not in known:
-                told = f"{within!r} is none of the documents' columns; name it under `columns` too"
-                raise ConfigError(f"stages.{number}: {stage.named()}: within: {told}")
+    @property
+    def _known(self) -> set[str]:
+        """Returns the columns that documents come with, or may: those of crawls are known where a file is read."""
+        kind = sources.kind(self.input)[0] or readers.suffix_of(self.input)
+        crawled = () if kind and kind not in ARCHIVES else warc.COLUMNS
+        return {*self.columns, *(repositories.COLUMNS if self.repositories else crawled)}
 
     def _check_together(self, together: Together) -> None:
         """Raises ConfigError if documents do not have the columns; those of repositories come with them."""
