@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsA
 
 from heliostat.config.schema import nearest
 from heliostat.curation import reasons, registry
-from heliostat.curation.flow import Flow
+from heliostat.curation.flow import LEAST_MEMORY, Flow
 from heliostat.curation.progress import Progress
 from heliostat.curation.stage import Stage
 from heliostat.curation.work import Work
@@ -31,8 +31,9 @@ class StagedPipeline(Pipeline):
     stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
     """What documents, or images with captions, go through between reading and shards, in this order: `{stage: NAME, KEY:
     VALUE}`. See docs/prepare.md#stages"""
-    memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=64 << 20)
-    """Bytes of memory that a task may take beside what its process has from the start, and that Ray reserves for it. A Parquet
+    memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
+    """Bytes of memory that a task may take beside what its process has from the start, and that Ray reserves for it:
+    so many tasks run on a node at once as have room there, and a line in the log says so where that is fewer than CPUs. A Parquet
     file with large row groups takes more (docs/benchmarks/curation.md), and so may a document of more than a thirtieth of it."""
     work: str | None = None
     """The folder or `s3://` prefix of unfinished work, from which a run that was ended goes on. Unset: beside the output, with
