@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 
 from heliostat.curation import cpu_time
-from heliostat.curation.care import CRASHED
+from heliostat.curation.care import CRASHED, UNREAD
 from heliostat.curation.crew import Crew, Started
 from heliostat.curation.progress import Progress, documents
 from heliostat.curation.work import Work
@@ -179,7 +179,9 @@ class Flow:
         self.walls[kind] = self.walls.get(kind, 0.0) + record.get("wall", record["seconds"])
         self.opening[kind] = self.opening.get(kind, 0.0) + record.get("opening", 0.0)
         self.passed += documents(record)
-        self.crashed += record.get("reasons", {}).get(CRASHED, 0)
+        self.crashed += sum(record.get("reasons", {}).get(reason, 0) for reason in (CRASHED, UNREAD))
+        for told in record.get("unread", []):
+            log.warning("%s: %s; the rest of it is missing from the dataset", kind, told)
 
 
 def most_each(nodes: list[int], tasks: int) -> int:
