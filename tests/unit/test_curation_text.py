@@ -471,6 +471,7 @@ JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0"
         "gh" + "s_" + LONG[:76],
         "xox" + "b-1234-5678-" + LONG[:24],
         "s" + "hpat_" + "0a" * 16,
+        "AK" + "IA" + "Q7W2" * 4,
     ],
     ids=lambda t: t[:8],
 )
@@ -484,6 +485,8 @@ def test_a_token_is_masked_to_its_end(token):
     "text",
     [
         "sk-learn-contrib-package",
+        "QAQAAAAAAAwAa" + "AK" + "IAAQAAAAAABAAHAM0AAQAAAAAABQA8AU8AAQ",  # base64
+        "# Account SID (AC" + "x" * 32 + ")",
         "npm_config_registry",
         "hf_hub_download_with_progress_and_more",
         "AIza",
