@@ -191,13 +191,15 @@ def fault() -> None:
 
 
 @pytest.mark.parametrize(("how", "why"), [(killed, "WorkerCrashedError"), (fault, "RuntimeError: a bug of a reader")])
-def test_a_file_that_cannot_be_read_costs_what_comes_after_in_it(tmp_path, forked, how, why):
+def test_a_file_that_cannot_be_read_costs_what_comes_after_in_it_and_says_so(tmp_path, forked, caplog, how, why):
     given = texts(200)
     found, made = curate(tmp_path, given, STAGES, source=Breaking(given, how=how))
     kept, gone = left(found, made), left_out(found, made)
     assert len(kept) == 199 + 70 and f"d004#{69}" in kept
-    assert gone.keys() == {"d004"} and gone["d004"][:2] == ("read", "crashed")
-    assert gone["d004"][2].startswith(f"what comes after d004#69: {why}")
+    assert gone.keys() == {"d004"} and gone["d004"][:2] == ("read", "unread"), "not one document of many"
+    assert gone["d004"][2].startswith(told := f"d004 after row 69 could not be read: {why}") and found.reasons == {"unread": 1}
+    (line,) = (m for m in caplog.messages if "could not be read" in m)
+    assert line.startswith(f"read: {told}") and line.endswith("; the rest of it is missing from the dataset")
 
 
 def work(folder: Location, number: int, ran: str, bad: dict[int, str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import tracemalloc
 import unicodedata
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import regex
 from heliostat.curation import comparable
 from heliostat.curation.comparable import edges, hashed, words
+from heliostat.curation.stages.repeated_spans import RepeatedSpans
 
 MARKS = regex.compile(
     r"[[\p{M}&&[\p{Inherited}\p{Latin}\p{Greek}\p{Cyrillic}\p{Arabic}\p{Hebrew}]]--[\u3099\u309a]]|\p{Cf}", regex.V1
@@ -109,6 +111,56 @@ def test_every_character_is_where_it_was_in_nfc_or_not():
         assert len(edges(text)) == words([text]).counts[0]
     text = "Un cafe\u0301, 12.50 e\u0301t 中文"
     assert [text[a:b] for a, b in edges(text)] == ["Un", "cafe", "12.50", "e\u0301t", "中", "文"]
+
+
+ODD = [range(0x300, 0x370), range(0x590, 0x700), range(0x900, 0x1000), range(0x1000, 0x1200), range(0x1AB0, 0x1B50),
+       range(0x3040, 0x3100), range(0xAC00, 0xAD00), range(0xFB00, 0xFB50), range(0x110A0, 0x11140), range(0x11340, 0x11380),
+       [*range(0x200B, 0x2010), 0xFE0F, 0x3099, 0x309A, 0x34F0, 0x1F469, 0x1F3FD], [*map(ord, "ab 1.9,-\n")]]  # fmt: skip
+
+
+def test_words_and_their_places_are_as_many_whatever_the_marks_and_their_order():
+    """NFC puts marks of several scripts in a row in another order: where that begins a word, the text has one at that place."""
+    rng = random.Random(4)
+    for _ in range(2500):
+        some = rng.sample(ODD, rng.randint(1, 3))
+        text = "".join(chr(rng.choice(rng.choice(some))) for _ in range(rng.randrange(1, 14)))
+        places = edges(text)
+        assert len(places) == words([text]).counts[0], ascii(text)
+        assert (np.diff(places.ravel()) >= 0).all() and places.min(initial=0) >= 0 and places.max(initial=0) <= len(text)
+    odd = "\u094d\u309a"  # one word as written, two in NFC
+    assert len(edges(odd)) == 2 and len(RepeatedSpans(words=10).cut(f"a {odd} b " + "c " * 9, {7}).text) < 24
+
+
+def test_a_word_of_any_length_takes_bounded_memory_and_is_whole_up_to_a_length(monkeypatch):
+    monkeypatch.setattr(comparable, "BLOCK", 64)
+    monkeypatch.setattr(comparable, "LONGEST", 256)
+    comparable._block_powers.cache_clear()
+    long = "abcdefgh" * 100
+    for before in ("", "a ", "word " * 20, "(" * 63):
+        one, other = words([f"{before}{long[:256]} end"]), words([f"{long[:256]}"])
+        assert one.hashes[-2] == other.hashes[0]
+        pieces, alone = words([f"{before}{long}"]), words([f" {long}"])
+        assert pieces.counts[0] == before.count("a") + before.count("word") + 3
+        assert pieces.hashes[-3:].tolist() == alone.hashes.tolist(), "pieces begin where the word does"
+        assert len(edges(unicodedata.normalize("NFD", f"{before}{'é' * 800}"))) == words([f"{before}{'é' * 800}"]).counts[0]
+    comparable._block_powers.cache_clear()
+
+
+@pytest.mark.parametrize(("text", "most"), [("x" * 2_000_000, 2), ("a b c d e f g h " * 130_000, 25)], ids=["a word", "letters"])
+def test_words_of_a_large_text_take_few_bytes_for_each_of_its_own(monkeypatch, text, most):
+    monkeypatch.setattr(comparable, "BLOCK", 1 << 13)
+    monkeypatch.setattr(comparable, "LONGEST", 1 << 14)  # a share of what they are
+    comparable._block_powers.cache_clear()
+    words(["a 1"])
+    tracemalloc.start()
+    try:
+        words([text]).ngrams(5)
+        edges(text)
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        comparable._block_powers.cache_clear()
+    assert held < most * len(text)
 
 
 def test_n_grams_of_numbers_alone_are_compared_as_written():

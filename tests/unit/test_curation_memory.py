@@ -231,6 +231,27 @@ def test_a_task_asks_ray_for_its_memory_and_for_no_more_than_a_node_has(tmp_path
     assert not working.full and working.memory == asked
 
 
+@pytest.mark.parametrize(("memory", "nodes", "cpus", "told"), [
+    (2 * GB, [(8, 5 * GB)], 1, "2048 MiB for each task leaves room for 2 at once, where the CPUs would run 8. "
+                               "Set memory_limit: 640MiB to run 8 at once, or give the nodes more memory"),
+    (2 * GB, [(4, 1 * GB)], 1, "2048 MiB for each task leaves room for 1 at once, where the CPUs would run 4. "
+                               "Set memory_limit: 256MiB to run 4 at once, or give the nodes more memory"),
+    (1 << 26, [(4, 1 << 27)], 1, "64 MiB for each task leaves room for 2 at once, where the CPUs would run 4. "
+                                 "To run more, give the nodes more memory"),
+    (2 * GB, [(4, 8 * GB)], 1, None),
+    (2 * GB, [(8, 5 * GB)], 4, None),
+    (0, [(8, 5 * GB)], 1, None),
+])  # fmt: skip
+def test_a_machine_whose_memory_leaves_cpus_idle_is_logged_once_with_the_fix(tmp_path, monkeypatch, caplog, memory, nodes, cpus,
+                                                                             told):  # fmt: skip
+    there = [{"Alive": True, "Resources": {"CPU": float(have), "memory": float(n)}} for have, n in nodes]
+    monkeypatch.setattr(flow.ray, "nodes", lambda: there)
+    made = flow.Flow(Work(Location(str(tmp_path))), memory=memory)
+    for kind in ("some", "others"):
+        assert not crew.Crew(made, kind, flow.execute, print, cpus, 0, 0.0).full
+    assert caplog.messages == ([f"memory_limit: {told}"] if told else [])
+
+
 def test_tallies_are_summed_one_at_a_time():
     class Seen:
         alive = most = 0

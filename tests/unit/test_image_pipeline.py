@@ -328,6 +328,10 @@ def test_stages_that_cannot_be_are_refused(tmp_path):
 
     refused("image_size stands behind similar_images", stages=[{"stage": "similar_images"}, {"stage": "image_size"}])
     refused("'label' is the name of the label's", columns={"others": ["label"]})
+    within = {"stage": "minhash", "within": "crawls"}
+    refused(r"stages.0: minhash: within: 'crawls' is none .* Correct it, or name it under `columns.others` too", stages=[within])
+    refused(r"within: 'crawls' is none .*did you mean 'crawl'\?", stages=[within], columns={"others": ["crawl"]})
+    Here.model_validate(keys(tmp_path, stages=[within | {"within": "crawl"}], columns={"others": ["crawl"]})).check()
     refused("work: .* and the output .* lie in one another", work=str(tmp_path / "out" / "work"))
 
 

@@ -387,3 +387,32 @@ def test_what_a_task_says_to_the_person_is_its_own_line_without_rays_traceback()
             raise StorageError("x")
         except StorageError as e:
             raise StorageError(f"output: {e}") from e
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize("now", [0, 1, 2])
+def test_the_list_of_what_was_left_out_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch, before, now):
+    output = Location(str(tmp_path))
+
+    def made(count: int, data: bytes) -> list[str]:
+        names = [f"files/listed-{data.decode()}{i}.parquet" for i in range(count)]
+        for name in names:
+            output.join(name).write(data)
+        return names
+
+    def there() -> set[bytes]:
+        place = tmp_path / preparing.LISTED
+        return {p.read_bytes() for p in ([place] if place.is_file() else place.glob("*"))}
+
+    preparing._list(output, made(before, b"old"))
+    assert there() == ({b"old"} if before else set())
+    listed = made(now, b"new")
+    with monkeypatch.context() as failing:
+        failing.setattr(Location, "write", lambda *_: (_ for _ in ()).throw(StorageError("full")))
+        if now:
+            with pytest.raises(StorageError):
+                preparing._list(output, listed)
+            assert there() == ({b"old"} if before else set()), "the older list stays"
+    preparing._list(output, listed)
+    assert there() == ({b"new"} if now else set())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ([preparing.LISTED] if now else [])

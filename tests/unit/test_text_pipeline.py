@@ -142,7 +142,7 @@ def test_read_parquet():
 
 def test_every_reason_is_explained():
     reasons = {"unreadable", "corrupt", "invalid_json", "no_text", "not_utf8", "binary", "empty", "too_short", "too_long",
-               "too_large", "outside", "crashed"}  # fmt: skip
+               "too_large", "outside", "crashed", "unread"}  # fmt: skip
     assert set(documents.REASONS) == reasons
 
 

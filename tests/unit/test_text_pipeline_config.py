@@ -41,6 +41,16 @@ tokenizer: {{vocab_size: 300}}
         (["min_chars=9", "max_chars=3"], "max_chars: 3 is below min_chars 9"),
         (["input=TMP/nothing"], "no file there"),
         (["stages=[{stage: minhash, within: dump}]"], "stages.0: minhash: within: 'dump' is none of the documents' columns"),
+        (
+            ["columns=[dump]", "stages=[{stage: minhash, within: dumps}]"],
+            "within: 'dumps' is none of the documents' columns; did you mean 'dump'",
+        ),
+        (
+            ["columns=[date]", "stages=[{stage: minhash, keep: oldest, column: dat}]"],
+            "stages.0: minhash: column: 'dat' is none of the documents' columns; did you mean 'date'? Correct it, or name",
+        ),
+        (["stages=[{stage: c4}, {stage: minhash, keep: best, column: score}]"], "stages.1: minhash: column: 'score' is none"),
+        (["stages=[{stage: minhash, keep: oldest, column: language}, {stage: language}]"], "column: 'language' is none"),
         (["exclude=['[b-a]']"], "exclude: '[b-a]' is not a valid pattern"),
         (["exclude=['**']"], "exclude: leaves none of the 1 files"),
         (["output=TMP/in/out"], "lie in one another"),

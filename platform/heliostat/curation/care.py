@@ -21,6 +21,8 @@ from heliostat.text import brief, printable
 
 CRASHED = "crashed"
 MEANING = "it ended its process, or a stage raised an error at it, each time"
+UNREAD = "unread"
+UNREAD_MEANING = "the rest of a file, or of a range of it: reading fails there each time; how many documents it holds isn't known"
 MOST, SHARE = 20, 1000  # crashed documents: a run ends at more than MOST, and more than one in SHARE
 BLAMED = 2  # times that a process must die at a document
 READ, INPUT = "read", "the input"  # the stage, and the name of a file that is all of the input
@@ -131,6 +133,8 @@ class Careful:
     """What was read so far, with what reading leaves out."""
     part: int = 0
     crashes: int = 0
+    unread: list[str] = field(default_factory=list)
+    """Where reading failed, and why: what comes after it in its part is missing."""
 
     def reading(self, piece: list[Part], read: Callable[[Part], Iterable[Document | Dropped]]) -> Iterator[Document | Dropped]:
         """Yields what parts hold; of one at which reading fails, what comes before."""
@@ -139,7 +143,7 @@ class Careful:
 
     def _part(self, care: Care, part: Part, read: Callable[[Part], Iterable[Document | Dropped]]) -> Iterator[Document | Dropped]:
         lost = {crash.number: crash.detail for crash in care.crashed if crash.part == self.part}
-        items, last = iter(read(part)), ""
+        items, last, row = iter(read(part)), "", 0
         item: Document | Dropped
         while True:
             why = lost.get(self.read)
@@ -154,10 +158,12 @@ class Careful:
                 except Exception as e:  # noqa: BLE001 - whatever a reader raises is the part's fault, and recorded with it
                     why = last_line(e)
             if why is not None:
-                item, items = Dropped(part.path or INPUT, CRASHED, f"what comes after {last or 'its begin'}: {why}"), iter(())
+                told = f"{_range(part)} after row {_row(last, row)} could not be read: {why}"
+                self.unread.append(told)
+                item, items = Dropped(part.path or INPUT, UNREAD, told), iter(())
                 self._crashed(Crash(self.read, self.part, item.id, READ, why))
             assert item is not None
-            self.read, last = self.read + 1, item.id
+            self.read, last, row = self.read + 1, item.id, row + 1
             yield item
 
     def _note_reading(self, care: Care, part: Part) -> None:
@@ -222,6 +228,18 @@ class Careful:
         self.crashes += 1
         if self.crashes > most(max(self.read, self.taken)):
             raise too_many(self.crashes, f"such as {printable(crash.id)!r} at {printable(crash.stage)} ({crash.detail})")
+
+
+def _range(part: Part) -> str:
+    """Names a part of the input: a file, or a range of it."""
+    path = printable(part.path or INPUT)
+    return path if part.stop is None else f"bytes {part.start:,} to {part.stop:,} of {path}"
+
+
+def _row(last: str, count: int) -> str:
+    """Returns the number of the last row that was read: that in its id, or how many were."""
+    number = last.rpartition("#")[2]
+    return number if number.isdecimal() else str(count)
 
 
 class Through:

@@ -35,7 +35,11 @@ VOICED = "\u3099\u309a"  # marks of kana, which change the sound
 FOLDED = (range(0x3400), range(0xA000, 0xAC00), range(0xF900, 0x17000), range(0x18D00, 0x20000), range(0x2F800, 0x2FA20))
 """Code points that may be compared as others: all but Han, Hangul, Tangut, and those for private use."""
 CODES = 0x110000
-END = regex.compile(rf"\s|[[{ALONE}]--\p{{M}}]", regex.V1)  # where a long text can be cut
+_END = rf"[\s!-+;-@\[-`{{-~]|[[{ALONE}]--\p{{M}}]"
+END, LAST_END = (regex.compile(way + _END, regex.V1) for way in ("", "(?r)"))  # where a long text can be cut: in no word
+LONGEST = 1 << 18
+"""Characters up to which a word is always whole; a longer one may be the words of its pieces, so that it takes bounded memory."""
+
 ZERO = ord("0")
 BLOCK = 1 << 16  # characters, and values that are hashed, at a time: what is computed for them stays in the processor's cache
 FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
@@ -81,16 +85,58 @@ class Words:
 def words(texts: Sequence[str]) -> Words:
     """Finds the words of texts."""
     plain = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
-    edges = np.fromiter(accumulate((len(text) + 1 for text in plain), initial=0), np.int64)
-    parts = list(_blocks("\n".join(plain)))
-    starts, _, hashes, exact, numbers = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return Words(np.diff(np.searchsorted(starts, edges)), hashes, exact, numbers)
+    begins = np.fromiter(accumulate((len(text) + 1 for text in plain), initial=0), np.int64)
+    joined = plain[0] if len(plain) == 1 else "\n".join(plain)
+    first, total = np.zeros(len(begins), np.int64), 0  # the number of each text's first word
+    hashes, exact, numbers, at = list[np.ndarray](), list[np.ndarray](), list[np.ndarray](), 0
+    for starts, stops, *found in _blocks(joined):
+        upto = int(np.searchsorted(begins, stops[-1])) if len(stops) else at
+        first[at:upto] = total + np.searchsorted(starts, begins[at:upto])
+        at, total = upto, total + len(starts)
+        for column, part in zip((hashes, exact, numbers), found, strict=True):
+            column.append(part)
+    first[at:] = total
+    if not any(part.any() for part in numbers):
+        exact.clear()  # as `hashes`
+    made = _joined(hashes)
+    return Words(np.diff(first), made, _joined(exact) if exact else made, _joined(numbers))
 
 
-def edges(text: str) -> list[tuple[int, int]]:
-    """Lists where each word of a text begins and ends; as many as `words` finds, in NFC or not."""
-    starts, stops, *_ = (np.concatenate(columns) for columns in zip(*_blocks(text), strict=True))
-    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+def edges(text: str) -> np.ndarray:
+    """Returns where each word of a text begins and ends, a row each; as many as `words` finds, in NFC or not."""
+    found = _edges_of(text)
+    plain = text if text.isascii() else unicodedata.normalize("NFC", text)
+    return found if plain == text else _as_many(text, found, plain, _edges_of(plain))
+
+
+def _edges_of(text: str) -> np.ndarray:
+    return _joined([np.stack([starts, stops], axis=1) for starts, stops, *_ in _blocks(text)])
+
+
+def _as_many(text: str, found: np.ndarray, plain: str, wanted: np.ndarray) -> np.ndarray:
+    """Returns a text's words where it has as many as its NFC between two white spaces; else the NFC's, at the same share of it.
+
+    Marks of several scripts in a row are put in another order by NFC, which may begin a word elsewhere.
+    """
+    cuts, plain_cuts = ([0, *(gap.end() for gap in regex.finditer(r"\s", t)), len(t) + 1] for t in (text, plain))
+    at, plain_at = np.searchsorted(found[:, 0], cuts), np.searchsorted(wanted[:, 0], plain_cuts)
+    if (at == plain_at).all():
+        return found
+    parts = list[np.ndarray]()
+    for i in range(len(cuts) - 1):
+        own, other = found[at[i] : at[i + 1]], wanted[plain_at[i] : plain_at[i + 1]]
+        if len(own) != len(other):
+            begin, length = plain_cuts[i], plain_cuts[i + 1] - plain_cuts[i]
+            own = cuts[i] + (other - begin) * (cuts[i + 1] - cuts[i]) // length
+        parts.append(own)
+    return _joined(parts)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Joins arrays, and empties their list."""
+    made = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    parts.clear()
+    return made
 
 
 def hashed(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
@@ -172,13 +218,23 @@ def _blocks(text: str) -> Iterator[Block]:
     """Yields the words of each part of a text; at least one part."""
     begin = 0
     while True:
-        found = END.search(text, begin + BLOCK) if begin + BLOCK < len(text) else None
-        end = found.start() if found else len(text)
+        end = _end(text, begin)
         starts, stops, hashes, exact, numbers = _block(text[begin:end])
         yield starts + begin, stops + begin, hashes, exact, numbers
         if end == len(text):
             return
         begin = end
+
+
+def _end(text: str, begin: int) -> int:
+    """Finds where a part of a text ends: where a word does, or in one that is too long, so far from where that begins."""
+    most = begin + BLOCK + LONGEST
+    if (found := END.search(text, begin + BLOCK, most)) is not None:
+        return found.start()
+    if most >= len(text):
+        return len(text)
+    last = LAST_END.search(text, begin + 1, begin + BLOCK)
+    return last.start() if last else most + (END.match(text, begin) is not None)
 
 
 def _block(text: str) -> Block:

@@ -17,21 +17,34 @@ Span = tuple[int, int]
 
 _ESCAPE = r"(?<=\\[abfnrtv])|(?<![A-Za-z0-9._%+\\-])"  # in a string of code, `\n` ends before an address begins
 _EMAIL = re.compile(rf"(?:{_ESCAPE})[A-Za-z0-9._%+-]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}[A-Za-z]{{2,24}}(?![A-Za-z0-9_(-])")
-_LOGIN = re.compile(r"(?:://[^\s/@]{0,100}|\bgit)@\Z")  # of a URL, or of a repository: `git@github.com:owner/name`
-_IPV4 = re.compile(r"(?<![\w.])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w)")
+_LOGIN = re.compile(r"(?:://[^\s/@]{0,100}|:/\w{1,100}|\bgit)@\Z")  # of a URL, or of a repository: `git@github.com:owner/name`
+_NO_MAILBOX = re.compile(  # what has the form of an address and is none
+    r"\A(?:[^A-Za-z0-9]+@"  # a pattern: `LIKE '%@example.com'`
+    r"|[a-z0-9-]*-[a-z0-9-]*@(?:openssh\.com|libssh\.org|lysator\.liu\.se)\Z"  # an algorithm of SSH
+    r"|[^@]+@(?:www\.|[A-Za-z0-9-]+\.py\Z|\d{1,2}\.[A-Za-z]+\Z))"  # a web server, a file of Python, an attribute: `f@1.bar`
+)
+_IPV4 = re.compile(r"(?<![\w.])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w|-[A-Za-z]|\+\d)")  # no kernel, no time of a zone
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])")  # 2000::/3
 _NUMBERED = re.compile(  # what four numbers with dots are that are no address: a section, a version, an object identifier, a path
-    r"(?:section|chapter|version|release|object.?identifier|oid)s?[-`'\"=:(_\s]{0,6}(?:[\d.]{1,12} (?:and|or|to) )?\Z"
-    r"|(?:§|[=<>~!]=)\s?\Z|(?:[ ,-]\d){3}[ ,-]\Z",
+    r"(?:section|sec\.|chapter|appendix|version|\bver|\bv\.|release|minimum|maximum|object.?identifier|oid)s?"
+    r"[-`'\"=:(_\s]{0,16}(?:[\d.]{1,12} (?:and|or|to) )?\Z"
+    r"|(?:§|[=<>~!]=|\brfc[ -]?\d{1,5},?)\s?\Z|(?:[ ,-]\d){3}[ ,-]\Z",
     re.IGNORECASE,
 )
+_PREFIX = re.compile(r"/\d{1,3}(?!\d)")  # of a network
+RESOLVERS = frozenset({"8.8.8.8", "8.8.4.4", "9.9.9.9"})
+"""Public name servers that `LONG` would leave. Not 1.1.1.1 and 1.0.0.1: more often a section's number and a version's."""
+
+LONG = 2  # groups of two digits or more, at least, of an address of version 4: fewer are far more often a version or a section
 BEFORE = 128  # characters before a match that are looked at
 WRITTEN = 4  # groups of an address of version 6: fewer may be a slice, a scope or a time
-_PHONE = re.compile(r"(?<![\w.+-])(?:\+|00)?\(?\d(?:[ ().\-/]{0,2}\d){6,16}(?!\w)")
+_PHONE = re.compile(r"(?<![\w.+-])(?!\+?\d{1,20}\.\d{1,20}(?![\d.]))(?:\+|00)?\(?\d(?:[ ().\-/]{0,2}\d){6,16}(?!\w)")
 _SAID = re.compile(  # before digits without a space in them, which may be any number
-    r"(?:phone|tel|call|fax|\bfon|mobil|cell|whatsapp|gsm|handy|☎|📞)[a-z]{0,3}(?: ?(?:number|nummer|no|nr))?\W{0,4}\Z",
+    r"(?:phone|tel|call|fax|\bfon(?!t)|mobil|cell|whatsapp|gsm|handy|☎|📞)[a-z]{0,3}(?: ?(?:number|nummer|no|nr))?\W{0,4}\Z",
     re.IGNORECASE,
 )
+_DECIMAL = re.compile(r"\d\.\d{3}(?: \d{3}){0,9} \Z")  # before its further digits, in groups
+_SEED = re.compile(r"(?:rng|seed|random)\w{0,20}[(=: ]{1,3}\Z", re.IGNORECASE)
 _CARD = re.compile(r"(?<![\w.*^-])\d(?:[ -]?\d){12,18}(?!\w)(?![.-]?\d)(?! ?[*^])")
 _GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 3, 3, 3), (4, 4, 4, 4, 3), (13,), (15,), (16,)}  # that a card's digits are written in
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?=[ A-Z0-9])")
@@ -61,28 +74,42 @@ def emails(text: str) -> Iterator[Span]:
         while len(labels) > 1 and labels[-1].lower() not in top_level.NAMES:
             labels.pop()
         end = found.start() + len(local) + len(at)
-        if len(labels) > 1 and not _LOGIN.search(text, max(0, end - BEFORE), end):
-            yield found.start(), end + len(".".join(labels))
+        whole = local + at + ".".join(labels)
+        if len(labels) > 1 and not _LOGIN.search(text, max(0, end - BEFORE), end) and not _NO_MAILBOX.match(whole):
+            yield found.start(), found.start() + len(whole)
 
 
 def addresses(text: str) -> Iterator[Span]:
     """Finds IP addresses that are public: private, local, multicast and documentation ranges, and networks, are nobody's."""
     for found in _IPV4.finditer(text):
-        if _public(found[0]) and not found[0].endswith(".0.0"):
+        if _long(found[0]) and _public(found[0], text, found.end()) and not found[0].endswith(".0.0"):
             start = found.start()
             if not _NUMBERED.search(text, max(0, start - BEFORE), start):
                 yield found.span()
     for found in _IPV6.finditer(text) if ":" in text else ():
-        if sum(map(bool, found[0].split(":"))) >= WRITTEN and _public(found[0]):
+        if sum(map(bool, found[0].split(":"))) >= WRITTEN and _public(found[0], text, found.end()):
             yield found.span()
 
 
-def _public(address: str) -> bool:
+def _long(address: str) -> bool:
+    return sum(len(group) > 1 for group in address.split(".")) >= LONG or address in RESOLVERS
+
+
+def _public(address: str, text: str, end: int) -> bool:
+    """Tells whether an address that ends there in a text is public, and not the first of a network: `2001:db8:7:a::/64`."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
         return False
-    return parsed.is_global and not parsed.is_multicast
+    if not parsed.is_global or parsed.is_multicast:
+        return False
+    prefix = _PREFIX.match(text, end)
+    if prefix is None:
+        return True
+    try:
+        return ipaddress.ip_network(address + prefix[0]).num_addresses == 1
+    except ValueError:  # an address with its network's prefix, or a path of a URL
+        return True
 
 
 def cards(text: str) -> Iterator[Span]:
@@ -90,9 +117,9 @@ def cards(text: str) -> Iterator[Span]:
     yield from _first_valid(_CARD, text, _is_card)
 
 
-def _is_card(number: str, _: str) -> bool:
+def _is_card(number: str, before: str) -> bool:
     groups, digits = _DIGITS.findall(number), "".join(_DIGITS.findall(number))
-    if tuple(map(len, groups)) not in _GROUPS or len({*number} - {*digits}) > 1 or len({*digits}) == 1:
+    if tuple(map(len, groups)) not in _GROUPS or len({*number} - {*digits}) > 1 or len({*digits}) == 1 or _SEED.search(before):
         return False
     return any(len(digits) in lengths and low <= digits[: len(low)] <= high for low, high, lengths in _ISSUERS) and luhn(digits)
 
@@ -154,7 +181,7 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
     def valid(found: str, before: str) -> bool:
         groups = _DIGITS.findall(found)
         digits = "".join(groups)
-        if len(digits) < FEWEST or (region is None and found[0] != "+") or not _apart(found):
+        if len(digits) < FEWEST or (region is None and found[0] != "+") or not _apart(found) or _DECIMAL.search(before):
             return False
         try:
             number = phonenumbers.parse("+" * (found[0] == "+") + digits, region)

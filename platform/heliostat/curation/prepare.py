@@ -25,6 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pyarrow.fs import FileType
 from pydantic import Field
 
 from heliostat import schema
@@ -250,11 +251,30 @@ def _undo(output: Location, before: set[str], record: dict[str, Any], error: Bas
 
 
 def _list(output: Location, listed: list[str]) -> None:
-    """Publishes the list of what was left out under its plain name, a file or a folder of several, in place of an older list."""
+    """Publishes the list of what was left out under its plain name, a file or a folder of several, in place of an older list.
+
+    The older list is replaced when the new one is complete. Where one is a file in a store and the other a folder, the older one
+    is deleted first: some stores allow no file and folder of one name.
+    """
     place = output.join(LISTED)
-    place.delete()
-    for number, path in enumerate(listed):
-        (place if len(listed) == 1 else place.join(f"{number:05d}.parquet")).write(output.join(path).read())
+    ready = place if output.is_s3 else output.join(f".{LISTED}.new")
+    kind = place.attempt(lambda: place.fs.get_file_info(place.path)).type
+    if ready != place:
+        ready.delete()
+    elif kind != (FileType.File if len(listed) == 1 else FileType.Directory):
+        place.delete()
+    names = [""] if len(listed) == 1 else [f"{number:05d}.parquet" for number in range(len(listed))]
+    for name, path in zip(names, listed, strict=True):
+        (ready.join(name) if name else ready).write(output.join(path).read())
+    if ready == place:
+        for name in {name for name, _ in place.files()} - {*names}:
+            place.join(name).delete()
+    else:
+        if len(listed) != 1 or kind == FileType.Directory:
+            place.delete()
+        if listed:
+            Path(ready.path).replace(place.path)
+    for path in listed:
         versions.remove(output, path)
 
 

@@ -169,7 +169,7 @@ def _run(folder: Location, documents: Iterable[Document | Dropped], source: Sour
         for item in left_out:
             out.leave_out(item.id, READ, item.reason, item.detail)
         taking.take(batch, stages)
-    return out.record(chain.tally)
+    return out.record(chain.tally) | ({"unread": taking.unread} if taking.unread else {})
 
 
 @dataclass

@@ -85,6 +85,11 @@ class Stage(Strict):
     version: ClassVar[int] = 1
     """Raised whenever the same keys give other documents: what was made by an earlier version is then made again."""
 
+    makes: ClassVar[tuple[str, ...]] = ()
+    """Columns that it gives to documents, in addition to those that its keys `column`, `bucket_column`, and `original` name."""
+    compares: ClassVar[tuple[str, ...]] = ()
+    """Keys that name a column that it compares, which documents must have."""
+
     later: ClassVar[frozenset[str]] = frozenset()
     """Keys that came after others: datasets made without them are up to date where they have their defaults."""
 
@@ -105,6 +110,11 @@ class Stage(Strict):
     def entry(self) -> dict[str, Any]:
         """Returns its entry in a pipeline file, with all keys."""
         return {"stage": self.named(), **self.model_dump(mode="json")}
+
+    def made(self) -> set[str]:
+        """Returns the names of the columns that it gives to documents."""
+        keys = {"column", "bucket_column", "original"} - {*self.compares}
+        return {*self.makes, *(name for key in keys if (name := getattr(self, key, None)))}
 
     def stored(self) -> tuple[str, ...]:
         """Returns the names of columns that it makes, and that shards of images keep."""

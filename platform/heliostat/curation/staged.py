@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny
@@ -13,7 +14,8 @@ from heliostat.curation.stage import Stage
 from heliostat.curation.watching import Watch
 from heliostat.data.manifest import Manifest, kept_path
 from heliostat.errors import ConfigError
-from heliostat.tasks.flow import Flow
+from heliostat.schema import nearest
+from heliostat.tasks.flow import LEAST_MEMORY, Flow
 from heliostat.tasks.progress import Progress
 from heliostat.tasks.work import Work
 
@@ -29,8 +31,9 @@ class StagedPipeline(Pipeline):
     stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
     """What documents, or images with captions, go through between reading and shards, in this order: `{stage: NAME, KEY:
     VALUE}`. See docs/prepare.md#stages"""
-    memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=64 << 20)
-    """Bytes of memory that a task may take beside what its process has from the start, and that Ray reserves for it. A Parquet
+    memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
+    """Bytes of memory that a task may take beside what its process has from the start, and that Ray reserves for it:
+    so many tasks run on a node at once as have room there, and a line in the log says so where that is fewer than CPUs. A Parquet
     file with large row groups takes more (docs/benchmarks/curation.md), and so may a document of more than a thirtieth of it."""
     work: str | None = None
     """The folder or `s3://` prefix of unfinished work, from which a run that was ended goes on. Unset: beside the output, with
@@ -61,6 +64,21 @@ class StagedPipeline(Pipeline):
             raise ConfigError(f"output: {self.output!r} and the input {input!r} lie in one another; move the output away")
         if _overlap(here, self.worked.location.path):
             raise ConfigError(f"work: {self.worked.location} and the input {input!r} lie in one another; name another folder")
+
+    def check_columns(self, known: Iterable[str], key: str) -> None:
+        """Checks that documents can have the columns that stages compare: where none has it, all would be equal; ConfigError if
+        not. `known` columns come with the documents, and `key` is the pipeline's that names more of them, if there is one."""
+        there = set(known)
+        for number, stage in enumerate(self.stages):
+            if not type(stage).__module__.startswith("heliostat."):
+                return  # a stage of somebody's own may make any column
+            for field in stage.compares:
+                if (name := getattr(stage, field)) and name not in there:
+                    hint, also = nearest(name, sorted(there)), f", or name it under `{key}` too" if key else ""
+                    fix = f"{hint}{'' if hint.endswith('?') else '.'} Correct it{also}"
+                    told = f"{name!r} is none of the documents' columns"
+                    raise ConfigError(f"stages.{number}: {stage.named()}: {field}: {told}{fix}")
+            there |= stage.made()
 
     def watched(self, watch: Watch) -> None:
         self._watch = watch

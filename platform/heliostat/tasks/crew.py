@@ -182,6 +182,8 @@ class Crew:
             )
         elif self.pool is None and max(nodes) < self.cpus:
             self._request(max(nodes))
+        elif self.pool is None:
+            self.flow.log_short_memory(self.cpus)
         self.alone = not any(nodes)
         self.room = 2 * self.size if self.pool else max(2, 2 * sum(nodes) // self.cpus)
 

@@ -7,6 +7,7 @@ fails is run again, and the others continue (`crew`).
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,13 +18,16 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from heliostat.curation.care import CRASHED
+from heliostat.curation.care import CRASHED, UNREAD
 from heliostat.tasks import cpu_time
 from heliostat.tasks.crew import Crew, Started
 from heliostat.tasks.progress import Progress, documents
 from heliostat.tasks.work import Work
 
 BATCH = 4096  # keys that are looked up together
+MIB = 1 << 20
+LEAST_MEMORY = 64 * MIB  # of `memory_limit`
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Flow:
     """Documents that tasks passed on."""
     memory: int = 0
     """Bytes that a task may take, which Ray is asked for: so many tasks run on a node as have room there. 0: not asked."""
+    short: bool = False
+    """Whether it was logged that memory leaves CPUs idle."""
     progress: Progress = field(default_factory=Progress)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of this run, by which its tasks know what it has recorded."""
@@ -91,6 +97,23 @@ class Flow:
         which it would wait forever."""
         nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
         return min(self.memory, max((memory for have, memory in nodes if have >= cpus), default=0)) or None
+
+    def log_short_memory(self, cpus: int) -> None:
+        """Logs, once, that tasks of so many CPUs each leave some of them idle, because nodes have too little memory for more."""
+        nodes = [(have // cpus, memory) for have, memory in zip(self.nodes(), self.nodes("memory"), strict=True) if have >= cpus]
+        asked, room = self.memory_each(cpus), sum(tasks for tasks, _ in nodes)
+
+        def at_once(each: int) -> int:
+            return sum(min(tasks, memory // each) for tasks, memory in nodes)
+
+        if self.short or not asked or at_once(asked) >= room:
+            return
+        self.short, better = True, max(LEAST_MEMORY, min(memory // tasks for tasks, memory in nodes) // MIB * MIB)
+        fix = f"Set memory_limit: {better // MIB}MiB to run {at_once(better)} at once, or" if better < asked else "To run more,"
+        log.warning(
+            "memory_limit: %.0f MiB for each task leaves room for %d at once, where the CPUs would run %d. %s give the nodes "
+            "more memory", self.memory / MIB, at_once(asked), room, fix,
+        )  # fmt: skip
 
     def run(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], cpus: int = 1,
             valid: Callable[[dict[str, Any]], bool] = lambda record: True,
@@ -156,7 +179,9 @@ class Flow:
         self.walls[kind] = self.walls.get(kind, 0.0) + record.get("wall", record["seconds"])
         self.opening[kind] = self.opening.get(kind, 0.0) + record.get("opening", 0.0)
         self.passed += documents(record)
-        self.crashed += record.get("reasons", {}).get(CRASHED, 0)
+        self.crashed += sum(record.get("reasons", {}).get(reason, 0) for reason in (CRASHED, UNREAD))
+        for told in record.get("unread", []):
+            log.warning("%s: %s; the rest of it is missing from the dataset", kind, told)
 
 
 def most_each(nodes: list[int], tasks: int) -> int:

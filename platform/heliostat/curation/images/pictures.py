@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from heliostat.curation.care import CRASHED, MEANING
+from heliostat.curation.care import CRASHED, MEANING, UNREAD, UNREAD_MEANING
 from heliostat.curation.picturing import fault, upright
 from heliostat.curation.stage import Dropped
 
@@ -25,6 +25,7 @@ REASONS = {
     "too_large": "more than max_file_bytes, or an image of more than max_image_bytes",
     "outside": "a file_name or a link that leads out of the input",
     CRASHED: MEANING,
+    UNREAD: UNREAD_MEANING,
     "no_image": "a caption without an image",
     "no_caption": "an image without a caption",
     "not_utf8": "a caption or a label with half a surrogate pair, which JSON can spell and no shard can hold",

@@ -142,6 +142,7 @@ class ImagePipeline(StagedPipeline):
         if LABEL in self.columns.others:
             raise ConfigError(f"columns.others: {LABEL!r} is the name of the label's; name that column by columns.label")
         self._check_stages()
+        self.check_columns({LABEL, *self.columns.others}, "columns.others")
         digits = self.input == image_sources.DIGITS
         if digits:
             extras.require("images", "sklearn", what=f"input: {self.input}")

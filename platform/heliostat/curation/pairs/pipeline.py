@@ -15,7 +15,7 @@ from pydantic import Field
 
 from heliostat.curation.pairs import extracting
 from heliostat.curation.pairs.making import Making
-from heliostat.curation.pairs.reading import Least, PairSource
+from heliostat.curation.pairs.reading import KIND, QUERY, Least, PairSource
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.text import documents, sources, tokens
@@ -66,6 +66,7 @@ class PairPipeline(StagedPipeline):
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} looks at images, which pairs of texts have none of; remove it")
             stage.check()
+        self.check_columns((QUERY, KIND), "")
         for pattern in self.exclude:
             sources.glob_regex(pattern, "exclude")
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)

@@ -17,6 +17,9 @@ from heliostat.curation.readers.streams import Limits
 from heliostat.curation.stage import Document, Dropped
 
 MOST_BREAKS = 10_000  # places where reading begins again, in one file
+HEADERS = {"url": "warc-target-uri", "date": "warc-date", "record_id": "warc-record-id",
+           "crawl_languages": "warc-identified-content-language"}  # fmt: skip
+COLUMNS = (*HEADERS, "content_type")  # of a document, where they are known
 PAGES = ("text/html", "application/xhtml+xml")
 Make = Callable[[str, dict[str, Any], bytes, Limits], Document | Dropped]
 
@@ -87,6 +90,4 @@ def _records(path: str, stream: BinaryIO, limits: Limits, kind: str, make: Make)
 
 
 def _columns(headers: dict[str, str]) -> dict[str, Any]:
-    names = {"url": "warc-target-uri", "date": "warc-date", "record_id": "warc-record-id",
-             "crawl_languages": "warc-identified-content-language"}  # fmt: skip
-    return {name: value.strip("<>") for name, header in names.items() if (value := headers.get(header))}
+    return {name: value.strip("<>") for name, header in HEADERS.items() if (value := headers.get(header))}

@@ -37,6 +37,7 @@ _TAG = re.compile(r"<[^<>]*>")
 class Code(Stage):
     """Drops source files that nobody wrote (Li et al. 2023)."""
 
+    makes: ClassVar[tuple[str, ...]] = ("language",)
     reasons: ClassVar[dict[str, str]] = {
         "empty": "no character in it",
         "vendored": "a path that other people's code is put at",

@@ -34,6 +34,7 @@ _NEAR = re.compile(r"[A-Za-z0-9+/_=.-]{16}|://[^\s@]{1,200}@|PRIVATE KEY|PuTTY|A
 _ANY = re.compile(r"\S")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
 WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector", *OWN}  # whose group is a token's prefix; others' is the secret
+ALONE = {"AWSKeyDetector", "TwilioKeyDetector"}  # whose keys also occur by chance inside of base64
 TAILS = {  # the rest of tokens that detect-secrets finds the beginning of
     "JSON Web Token": re.compile(r"[\w=-]*(?:\.[\w=-]+)*"),
     **dict.fromkeys(("OpenAI Token", "Slack Token", "Discord Bot Token"), re.compile(r"[\w-]*")),
@@ -80,7 +81,7 @@ class DetectSecrets(Stage):
 
     reasons: ClassVar[dict[str, str]] = {"secrets": "more secrets than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     detectors: list[str] = Field(FORMS + OWN, min_length=1)
     """The detectors that are used, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub
@@ -210,11 +211,13 @@ def _secrets(line: str, detectors: list[Any]) -> Iterator[tuple[Span, str]]:
 
 
 def _matched(line: str, detector: Any, told: set[str]) -> Iterator[Span]:
-    whole = type(detector).__name__ in WHOLE
+    whole, alone = (type(detector).__name__ in some for some in (WHOLE, ALONE))
     for pattern in detector.denylist:
         for found in pattern.finditer(line):
             if not told.isdisjoint((found[0], *found.groups(""))):
                 start, end = found.span(0 if whole or not pattern.groups or found[1] is None else 1)
+                if alone and (line[:start][-1:].isalnum() or line[end:][:1].isalnum() or len({*line[start + 2 : end]}) == 1):
+                    continue
                 secret = line[start:end].rstrip(' \t\r"')  # some patterns hold what stands beside it
                 yield end - len(line[start:end].lstrip(' \t\r"=:')), start + len(secret)
 

@@ -24,6 +24,7 @@ from heliostat.schema import Float
 class Extract(Stage):
     """Makes text of HTML pages."""
 
+    makes: ClassVar[tuple[str, ...]] = ("encoding", "title")
     reasons: ClassVar[dict[str, str]] = {
         "no_text": "no text is left of the page",
         "too_large": "more bytes than max_bytes",

@@ -37,6 +37,7 @@ class MinHash(GlobalStage):
     """Drops near duplicates but one of each cluster."""
 
     version: ClassVar = 2  # words are those of `comparable`, as FineWeb compares them: accents and numbers don't count
+    compares: ClassVar = ("column", "within")
     reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
 
     bands: int = Field(14, ge=1, le=1000)

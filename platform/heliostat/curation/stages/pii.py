@@ -9,6 +9,10 @@ Code has much that looks like one of these, so form alone is not enough: a slice
 object identifier is no address, `x@self.weight` and `git@github.com:a/b` are no e-mail, and a date or a long integer is no phone
 number. An address of IPv6 needs four written groups, a domain must be one that IANA has delegated, a card's digits stand in the
 groups of cards, and an area code stands by itself, unless a word such as `call` comes before the number.
+
+An address of IPv4 needs two groups of two digits or more: `3.3.3.3` and `3.4.1.1` are sections and versions. The rule leaves
+0.03 % of random public addresses unmasked, 263 of 1,000,000. Google's and Quad9's resolvers (`8.8.8.8`) are masked all the same,
+Cloudflare's `1.1.1.1` is not. A network (`64.252.64.0/18`) isn't masked either.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ class Pii(Stage):
 
     reasons: ClassVar[dict[str, str]] = {"pii": "more of it than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     kinds: list[Kind] = Field(["email", "ip"], min_length=1)
     """What is looked for: `email`, `ip`, `phone`, `credit_card`, `iban`."""

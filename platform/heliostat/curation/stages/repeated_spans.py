@@ -32,8 +32,8 @@ class RepeatedSpans(RepeatingStage):
         places = edges(text)
         kept, at, removed, gone = list[str](), 0, 0, spans(lost, self.signing().size)
         for first, stop in gone:
-            kept.append(text[at : places[first][0]].rstrip())
-            at = places[stop][0] if stop < len(places) else len(text)
+            kept.append(text[at : places[first, 0]].rstrip())
+            at = int(places[stop, 0]) if stop < len(places) else len(text)
             removed += stop - first
         left = "\n".join(part for part in [*kept, text[at:]] if part)
         detail = f"{removed:,} of {len(places):,} words, in {len(gone):,} spans"

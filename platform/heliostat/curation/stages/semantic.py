@@ -36,6 +36,7 @@ NUMBER_BYTES = 16  # of memory for each number of a vector that is compared, wit
 class Semantic(GlobalStage):
     """Drops documents that mean much the same as another, which stays."""
 
+    compares: ClassVar = ("column",)
     reasons: ClassVar = {"near_duplicate": "means much the same as another document, which stays"}
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.curation.care import CRASHED, MEANING
+from heliostat.curation.care import CRASHED, MEANING, UNREAD, UNREAD_MEANING
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import Limits, streams
 from heliostat.curation.stage import Dropped
@@ -36,6 +36,7 @@ REASONS = {
     "too_large": "beyond max_file_bytes or max_document_bytes, unpacked; what came before is kept",
     "outside": "a link that leads out of the input",
     CRASHED: MEANING,
+    UNREAD: UNREAD_MEANING,
 }
 BUFFER = 4 << 20  # bytes of a Parquet column that are read at a time: a row group may be larger than memory
 Form = Literal["none", "NFC", "NFKC"]

@@ -22,15 +22,16 @@ from pyarrow.fs import FileType
 from pydantic import Field, model_validator
 
 from heliostat import extras
-from heliostat.curation import reasons, synthetic
+from heliostat.curation import readers, reasons, synthetic
 from heliostat.curation.prepare import InputFile, place
+from heliostat.curation.readers import warc
 from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.stages.pdf import Pdf
 from heliostat.curation.text import documents, infilling, repositories, sampling, sources, tokens
 from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.infilling import FillInTheMiddle
 from heliostat.curation.text.making import SHARD_SHARE, Making
-from heliostat.curation.text.tasks import TextSource
+from heliostat.curation.text.tasks import ARCHIVES, TextSource
 from heliostat.curation.text.trial import Trial
 from heliostat.data.infilling import OWN, encode
 from heliostat.data.manifest import Manifest
@@ -139,7 +140,7 @@ class TextPipeline(StagedPipeline):
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} looks at images, which a text pipeline has none of; remove it")
             stage.check()
-        self._check_within()
+        self.check_columns(self._known, "columns")
         if self.repositories:
             extras.require("curation", "identify", what="repositories: licences are told by their texts, which")
             if self.input == sources.STDLIB:
@@ -153,19 +154,12 @@ class TextPipeline(StagedPipeline):
                         self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
 
-    def _check_within(self) -> None:
-        """Raises ConfigError if no document can have the column `within`: all would be compared with all, without a word."""
-        known = {*self.columns, *(repositories.COLUMNS if self.repositories else ())}
-        for number, stage in enumerate(self.stages):
-            if not type(stage).__module__.startswith("heliostat."):
-                return  # a stage of somebody's own may make any column
-            within = getattr(stage, "within", None)
-            if within is None:
-                made = (getattr(stage, key, None) for key in ("column", "bucket_column"))
-                known |= {"language", *(name for name in made if name)}
-            elif within and within not in known:
-                told = f"{within!r} is none of the documents' columns; name it under `columns` too"
-                raise ConfigError(f"stages.{number}: {stage.named()}: within: {told}")
+    @property
+    def _known(self) -> set[str]:
+        """Returns the columns that documents come with, or may: those of crawls are known where a file is read."""
+        kind = sources.kind(self.input)[0] or readers.suffix_of(self.input)
+        crawled = () if kind and kind not in ARCHIVES else warc.COLUMNS
+        return {*self.columns, *(repositories.COLUMNS if self.repositories else crawled)}
 
     def _check_together(self, together: Together) -> None:
         """Raises ConfigError if documents do not have the columns; those of repositories come with them."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from heliostat.curation import reasons, segment
-from heliostat.curation.care import CRASHED
+from heliostat.curation.care import CRASHED, UNREAD
 from heliostat.curation.readers import REASONS
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import documents, replay
@@ -68,11 +68,11 @@ def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     funnel, notes = reasons.funnel(made), list[str]()
     by, steps = reasons.made_by(made), list[dict[str, Any]]()
     try:
-        steps = _again(by, end, funnel, notes) if by and end["reason"] != CRASHED else []
+        steps = _again(by, end, funnel, notes) if by and end["reason"] not in (CRASHED, UNREAD) else []
     except HeliostatError as e:
         notes.append(str(e))
     if not steps:
-        if end["reason"] == CRASHED:
+        if end["reason"] in (CRASHED, UNREAD):
             notes.append("it is not taken through the stages again, as it would end this process, too")
         elif made.kind == "tokens":
             notes.append("the input is not there as it was: what stages that kept the document did to it is not known")
