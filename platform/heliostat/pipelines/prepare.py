@@ -68,7 +68,7 @@ class Pipeline(Strict):
     output: str = Field(min_length=1)
     """The folder of the dataset, or `s3://bucket/prefix`. It must not lie in the input."""
     labels: dict[str, str] = {}
-    """Only nodes that carry these Ray labels do the work. Empty: any node."""
+    """Only nodes that these Ray label selectors take do the work: `v`, `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
     keep_days: Float = Field(7.0, ge=0)
     """Days that a version stays after it was replaced, for the runs that read it. See docs/prepare.md#versions"""
 
