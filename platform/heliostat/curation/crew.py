@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from heliostat.curation import care
+from heliostat.curation import care, shipping
 from heliostat.curation.care import Trouble
 from heliostat.curation.pool import Pool
+from heliostat.curation.shipping import NotHereError, Shipment
 from heliostat.curation.work import Work
 from heliostat.errors import innermost, unwrapped
 from heliostat.retries import Backoff
@@ -45,6 +46,8 @@ class Started:
     task: Task
     trouble: Trouble = field(default_factory=Trouble)
     due: float = 0.0
+    offered: set[Shipment] = field(default_factory=set)
+    """What its node lacked, and the driver has copied to the work folder."""
 
 
 class Crew:
@@ -140,6 +143,11 @@ class Crew:
     def _judge(self, started: Started, error: Exception) -> None:
         """Decides whether a task that failed is run again; raises what a person must change."""
         cause, trouble, task = innermost(error), started.trouble, started.task
+        if isinstance(cause, NotHereError) and not self.stopped and cause.shipment not in started.offered:
+            shipping.offer(self.work.spill, cause.shipment)
+            started.offered.add(cause.shipment)
+            self.later.append(started)
+            return
         if cause is not None and cause.exit_code == 2:
             with unwrapped():
                 raise error

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from heliostat import extras, lease
+from heliostat.curation import shipping
 from heliostat.curation.flow import Flow, Task
 from heliostat.curation.progress import Progress
 from heliostat.curation.work import Work, key
@@ -145,6 +146,7 @@ def build(
         "cpu_seconds": round(sum(record["seconds"] for record in records), 1),
     }
     place.join(RECORD).write(json.dumps(told, indent=1).encode())
+    shipping.withdraw(flow.work.spill)
     for path in gone:
         place.join(path).delete()
     table.clean(version)
@@ -159,9 +161,9 @@ def _passages(
     target = flow.work.begin(max(LEAST, min(MOST, made.tokens // UNITS)))
     definition, known = made.file("tokenizer.json").read().decode(), embedder or {}
     plan = Plan(
-        made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings, known.get("folder"),
-        known.get("digest", ""), known.get("dims"), batch, before.record["version"] if before and embedder else None,
-        Markers.of(made.meta),
+        made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings,
+        shipping.describe("--embedder", known["folder"]) if embedder else None, known.get("digest", ""), known.get("dims"), batch,
+        before.record["version"] if before and embedder else None, Markers.of(made.meta),
     )  # fmt: skip
     shared = {"plan": flow.share(plan)}
     rearranged = [astuple(plan.markers)] if plan.markers else []
