@@ -46,7 +46,7 @@ def rewrite(file: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.html"])
 def test_a_file_that_changes_after_it_was_listed_is_an_error_that_names_it(tmp_path, name):
     (tmp_path / name).write_text('{"text": "some words"}\n' * 20)
-    (piece,) = pieces.cut([(f.path, f.bytes, f.modified) for f in sources.listing(str(tmp_path), more=True)], 1 << 20, sources.ranged)
+    (piece,) = pieces.cut([f.part for f in sources.listing(str(tmp_path), more=True)], 1 << 20, sources.ranged)
     source = TextSource(str(tmp_path), Rules())
     assert list(source.read(piece[0]))
     rewrite(tmp_path / name)
