@@ -19,7 +19,7 @@ LOCK = ".lock"
 
 
 def folder(kind: str) -> Path:
-    """Names the folder of a kind of files; it may not be there."""
+    """Returns the folder of a kind of files, which may not be there."""
     return Path(tempfile.gettempdir()) / f"heliostat-{kind}-{os.getuid()}"
 
 
