@@ -89,7 +89,7 @@ def _opened(entry: str, follows: str) -> Work:
     stage = registry.parse(json.loads(entry))
     if key(stage.follows()) != follows:
         raise ConfigError(
-            f"stages: {stage.named()}: its libraries on node {socket.gethostname()} are not those of the start. Give every node "
-            "the same ones, leave them as they are during the run, and start again"
+            f"stages: {stage.named()}: its files or its libraries on node {socket.gethostname()} are not those of the start. "
+            "Give every node the same ones, leave them as they are during the run, and start again"
         )
     return stage.open()
