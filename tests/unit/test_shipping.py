@@ -14,6 +14,7 @@ from heliostat.curation import crew, files, flow, shipping
 from heliostat.curation.shipping import NotHereError, describe, here, offer
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.pipelines.images.latents import Latents
 from heliostat.storage import Location
 
 
@@ -207,3 +208,27 @@ def test_the_driver_copies_what_a_task_asks_for_once_and_starts_it_again(tmp_pat
     assert len(made.failed) == 1
     shipping.withdraw(spill)
     assert not Path(spill.path, shipping.SHIPPED).exists()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_text_encoder_comes_with_its_tokenizer_wherever_that_is(spill, tmp_path, apart):
+    """Diffusers' pipelines have the tokenizer beside the encoder's folder; their other parts are not copied."""
+    root = tmp_path / "driver"
+    names = ["vae/config.json", "vae/x.safetensors", "text_encoder/x.safetensors", "unet/x.safetensors"]
+    for name in [*names, "tokenizer/tokenizer.json" if apart else "text_encoder/tokenizer.json"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    latents = Latents(autoencoder=str(root / "vae"), text_encoder=str(root / "text_encoder"))
+    shipments = latents.shipments()
+    assert latents.located(spill, shipments) == latents
+    for one in shipments:
+        offer(spill, one)
+    shutil.rmtree(root)
+    made = latents.located(spill, shipments)
+    assert Path(made.autoencoder, "config.json").read_text() == "vae/config.json"
+    text = Path(made.text_encoder or "")
+    assert text.name == "text_encoder" and (text / "x.safetensors").read_text() == "text_encoder/x.safetensors"
+    assert (text.parent / "tokenizer" if apart else text).joinpath("tokenizer.json").exists()
+    assert not list(node_cache.folder(shipping.SHIPPED).rglob("unet"))
+    plain = Latents(autoencoder=str(made.autoencoder))
+    assert plain.located(spill, plain.shipments()) == plain
