@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from heliostat.chaos.nodes import LocalNodes
+from heliostat.curation import linear
 
 from tests.benchmarks.broken.rounds import at_work
 from tests.benchmarks.prepare_chaos import make_input
@@ -18,6 +20,8 @@ from tests.benchmarks.prepare_chaos import make_input
 pytestmark = pytest.mark.ci
 
 LIMIT_S = 240
+STAGES = [{"stage": "length", "min_words": 65}, {"stage": "minhash"}]
+HIDE = 'mount -t tmpfs none "$0" && exec "$@"'
 
 
 def lose_worker(nodes: LocalNodes, node: int) -> bool:
@@ -33,12 +37,12 @@ def lose_node(nodes: LocalNodes, node: int) -> bool:
     return True
 
 
-def prepared(folder: Path, given: Path, nodes: LocalNodes, lose) -> tuple[str, set[str], bool]:
+def prepared(folder: Path, given: Path, nodes: LocalNodes, lose, stages=STAGES) -> tuple[str, set[str], bool]:
     """Prepares the input; as soon as the last node runs a task, loses something of it. Returns (digest, addresses of the nodes
     that ran tasks, whether something was lost)."""
     folder.mkdir()
     pipeline = {"name": "nodes", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(given), "output": f"{folder}/out",
-                "stages": [{"stage": "length", "min_words": 65}, {"stage": "minhash"}], "memory_limit": 100_000_000,
+                "stages": stages, "memory_limit": 100_000_000,
                 "tokenizer": {"vocab_size": 400, "train_bytes": 50_000}, "chunk_tokens": 2000,
                 "shard_bytes": 5_000_000}  # fmt: skip
     (folder / "pipeline.yaml").write_text(json.dumps(pipeline))
@@ -74,3 +78,30 @@ def test_one_digest_on_one_two_and_three_nodes_with_a_worker_and_a_node_lost(tmp
         assert len(worked) == count and lost is bool(lose), (count, worked, lost)
         found[count] = digest
     assert len(set(found.values())) == 1, found
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], check=False).returncode != 0, reason="needs mounts of its own")
+def test_a_stage_runs_on_a_node_that_lacks_its_model(tmp_path, monkeypatch):
+    """The second node sees an empty folder in the model's place: it copies the model out of the work folder, once."""
+    make_input(tmp_path / "in", 1200)
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    cache.mkdir()
+    linear.Linear(np.zeros(16, np.float32), 5.0, linear.Features(1, 4, 100)).save(model, {})
+    (model / "pytorch_model.bin").write_bytes(b"a pickle")
+    stages = [{"stage": "classifier", "model": str(model)}, {"stage": "length", "min_words": 65}]
+    found = list[str]()
+    for count in (1, 2):
+        (tmp_path / f"cluster{count}").mkdir()
+        with LocalNodes(tmp_path / f"cluster{count}", 1, 1) as nodes:
+            if count == 2:
+                nodes.inside = ("unshare", "-m", "sh", "-c", HIDE, str(model))
+                monkeypatch.setenv("TMPDIR", str(cache))
+                nodes.add()
+                monkeypatch.delenv("TMPDIR")
+            digest, worked, _ = prepared(tmp_path / f"on{count}", tmp_path / "in", nodes, None, stages)
+        assert len(worked) == count
+        assert ("copied to the work folder" in (tmp_path / f"on{count}" / "log").read_text()) is (count == 2)
+        found.append(digest)
+    copies = [p.relative_to(cache) for p in cache.rglob("*") if p.is_file() and p.parent.name == "model"]
+    assert sorted(p.name for p in copies) == ["classifier.json", "weights.safetensors"] and len({p.parts[1] for p in copies}) == 1
+    assert found[0] == found[1]

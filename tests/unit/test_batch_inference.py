@@ -67,9 +67,18 @@ def lines(folder: Path, name: str, numbers: range) -> None:
     (folder / name).write_text("\n".join(rows) + "\nno json\n")
 
 
+def model_in(folder: Path) -> Path:
+    """The files of a model that a test's engine stands for."""
+    model = folder / "model"
+    if not model.exists():
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+    return model
+
+
 def infer(folder: Path, out: Path, before_commit: Callable[[], None] = lambda: None, **flow) -> dict:
-    place = Location(str(out))
-    made_by = {"model": {"folder": "none", "digest": "d"}, "engine": {"name": "transformers", "version": "0"}}
+    place, model = Location(str(out)), model_in(out.parent)
+    made_by = {"model": {"folder": str(model), "digest": "d"}, "engine": {"name": "transformers", "version": "0"}}
     facts = {**made_by, "settings": Settings(keep=["n"]).model_dump(), "input": str(folder)}
     flow = HereFlow(Work(place.join(run.WORK)), **flow)
     return run.answer(flow, sources.listing(str(folder)), facts, place, before_commit)
@@ -356,13 +365,13 @@ def test_a_worker_answers_by_the_model_that_is_in_the_folder_now(tmp_path, monke
     for number, text in enumerate(["one", "two", "two"]):
         says.write_text(text)
         place = Location(str(tmp_path / f"infer{number}"))
-        facts = {"model": {"folder": str(tmp_path), "digest": text}, "settings": Settings().model_dump(),
+        facts = {"model": {"folder": str(model_in(tmp_path)), "digest": text}, "settings": Settings().model_dump(),
                  "input": str(tmp_path / "in")}  # fmt: skip
         run.answer(HereFlow(Work(place.join(run.WORK))), sources.listing(str(tmp_path / "in")), facts, place)
         (file,) = Path(place.join(tasks.ANSWERS).path).iterdir()
         assert set(pq.read_table(file)["answer"].to_pylist()) == {text}
         flow = HereFlow(Work(Location(str(tmp_path / f"many{number}" / "work"))))
-        (made,) = many.answered(flow, tmp_path, ["a"], {}, 0, str(tmp_path / f"many{number}"), text)
+        (made,) = many.answered(flow, model_in(tmp_path), ["a"], {}, 0, str(tmp_path / f"many{number}"), text)
         assert json.loads(made) == {"prompt": "a", "text": text}
     assert loads == ["one", "one", "two", "two"]
     tasks.loaded.cache_clear()

@@ -2,6 +2,7 @@
 
 import pytest
 import ray
+from heliostat.cluster import nodes
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, flow
 from heliostat.tasks.work import Work
@@ -31,6 +32,20 @@ def test_only_living_nodes_that_carry_the_labels_count(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: there)
     mine = flow.Flow(Work(Location(str(tmp_path))), {"pool": "data"})
     assert (mine.cpus(), mine.devices(), mine.cpus_each(1), mine.cpus_each(2)) == (3, 1, 2, 1)
+
+
+@pytest.mark.parametrize(("selector", "cpus"), [
+    ("data", 5), ("!train", 13), ("in(data, train)", 7), ("in(data,train)", 7), ("!in(data, train)", 8), ("!data", 10), ("", 1),
+])  # fmt: skip
+def test_labels_select_nodes_as_ray_does(tmp_path, monkeypatch, selector, cpus):
+    """Ray takes a node without the label for `!`, and reads lists; a node that it would use must count."""
+    there = [node(5, pool="data"), node(2, pool="train"), node(8)]
+    monkeypatch.setattr(ray, "nodes", lambda: there)
+    mine = flow.Flow(Work(Location(str(tmp_path))), {"pool": selector})
+    assert mine.cpus() == cpus
+    named = {f"{i}": one | {"NodeID": f"{i}"} for i, one in enumerate(there)}
+    monkeypatch.setattr(ray, "nodes", lambda: list(named.values()))
+    assert max(1, sum(nodes.carrying({"pool": selector}).values())) == cpus
 
 
 def test_a_cluster_without_a_node_that_carries_the_labels_is_warned_of_once(tmp_path, monkeypatch, caplog):

@@ -4,22 +4,24 @@ import ast
 import contextlib
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow.fs as pafs
 import pytest
-from heliostat.curation import chain, linear, pieces, registry
+from heliostat.curation import chain, linear, pieces, registry, shipping
 from heliostat.curation.engine import Engine
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.sources import Columns
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Stage
-from heliostat.curation.stages.classifier import Classifier
 from heliostat.curation.text import sources, tasks
 from heliostat.curation.text.documents import Rules
 from heliostat.curation.text.tasks import TextSource
-from heliostat.errors import ConfigError, DataError
+from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries
 from heliostat.tasks.work import Work
@@ -45,9 +47,7 @@ def rewrite(file: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.html"])
 def test_a_file_that_changes_after_it_was_listed_is_an_error_that_names_it(tmp_path, name):
     (tmp_path / name).write_text('{"text": "some words"}\n' * 20)
-    (piece,) = pieces.cut(
-        [(f.path, f.bytes, f.modified) for f in sources.listing(str(tmp_path), more=True)], 1 << 20, sources.ranged
-    )
+    (piece,) = pieces.cut([f.part for f in sources.listing(str(tmp_path), more=True)], 1 << 20, sources.ranged)
     source = TextSource(str(tmp_path), Rules())
     assert list(source.read(piece[0]))
     rewrite(tmp_path / name)
@@ -98,30 +98,28 @@ def entry(tmp_path: Path, stage: Stage) -> chain.Entry:
     return made
 
 
-def test_a_worker_takes_the_lists_of_the_start_whatever_its_node_has_in_their_place(tmp_path):
-    """Nodes without a common disk have other files under one path, or none."""
-    words, folder = tmp_path / "words.txt", Location(str(tmp_path / "work" / "spill"))
+@pytest.mark.parametrize("change", ["another", "none"])
+def test_a_worker_takes_the_files_of_the_start_whatever_its_node_has_in_their_place(tmp_path, monkeypatch, change):
+    """Nodes without a common disk have other lists and models under one path, or none."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    words, model, folder = tmp_path / "words.txt", tmp_path / "model", Location(str(tmp_path / "work" / "spill"))
     words.write_text("apples")
-    given = entry(tmp_path, registry.parse({"stage": "bad_words", "lists": [str(words)]}))
-    for change in (lambda: words.write_text("pears"), words.unlink):
-        change()
-        chain._opened.cache_clear()
-        kept, _ = chain.Chain(folder, [given]).run([Document("a", "some pears"), Document("b", "some apples")])
-        assert [d.id for d in kept] == ["a"]
-
-
-def test_a_stage_whose_model_is_another_on_the_worker_is_an_error(tmp_path):
-    embedder = tmp_path / "model"
-    embedder.mkdir()
-    for name, data in ((linear.ABOUT, b"{}"), (linear.WEIGHTS, b"weights")):
-        (embedder / name).write_bytes(data)
-    given = entry(tmp_path, Classifier.model_construct(model=str(embedder)))
-    (embedder / linear.WEIGHTS).write_bytes(b"others!")
+    score = linear.Linear(np.zeros(16, np.float32), 5.0, linear.Features(1, 4, 100))
+    score.save(model, {})
+    stages = [{"stage": "bad_words", "lists": [str(words)]}, {"stage": "classifier", "model": str(model)}]
+    given = [entry(tmp_path, registry.parse(stage)) for stage in stages]
+    for _, _, shipments in given:
+        shipping.offer(folder, *shipments)
+    if change == "none":
+        words.unlink()
+        shutil.rmtree(model)
+    else:
+        words.write_text("pears")
+        score.bias = -5.0
+        score.save(model, {})
     chain._opened.cache_clear()
-    with pytest.raises(
-        ConfigError, match=r"^stages: classifier: its files or its libraries on node \S+ are not those of the start"
-    ):
-        chain.Chain(Location(str(tmp_path / "work" / "spill")), [given])
+    kept, dropped = chain.Chain(folder, given).run([Document("a", "some pears"), Document("b", "some apples")])
+    assert [d.id for d in kept] == ["a"] and [d[2] for d in dropped] == ["bad_word"]
 
 
 # libraries -------------------------------------------------------------------------------------------------------------

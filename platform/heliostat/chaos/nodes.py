@@ -43,6 +43,9 @@ class Node:
 class LocalNodes:
     """Runs a cluster of local nodes while its context lasts: `with LocalNodes(folder, count, cpus) as nodes:`."""
 
+    inside: tuple[str, ...] = ()
+    """The command that the next nodes are started by, such as one that hides files from them."""
+
     def __init__(self, folder: Path, count: int, cpus: float) -> None:
         self._folder, self._count, self._cpus = folder, count, cpus
         self.address, self._client_port = f"127.0.0.1:{free_port()}", free_port()
@@ -95,8 +98,8 @@ class LocalNodes:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(workspace.root()), environment.get("PYTHONPATH")]))
         files = SESSIONS / host.rpartition(".")[2]
         environment[ZYGOTE] = f"{files}z"
-        command = [sys.executable, "-m", "heliostat.cluster.node", "start", f"--node-ip-address={host}", *arguments, "--block",
-                   f"--temp-dir={files}", "--object-store-memory=200000000"]  # fmt: skip
+        command = [*self.inside, sys.executable, "-m", "heliostat.cluster.node", "start", f"--node-ip-address={host}",
+                   *arguments, "--block", f"--temp-dir={files}", "--object-store-memory=200000000"]  # fmt: skip
         with log.open("w") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=workspace.root())
         self.nodes.append(Node(host, process))

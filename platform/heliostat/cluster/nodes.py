@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.cluster.capacity import FETCHING, missing, room, starved
+from heliostat.cluster.labels import selects
 from heliostat.config.spec import Job, Workers
 
 log = logging.getLogger(__name__)
@@ -78,9 +79,9 @@ def missing_now(job: Job) -> str | None:
 
 
 def carrying(labels: Mapping[str, str]) -> dict[str, float]:
-    """Maps the living nodes with these labels to their total CPUs, whoever uses them."""
+    """Maps the living nodes that a label selector takes to their total CPUs, whoever uses them."""
     return {n["NodeID"]: n["Resources"].get("CPU", 0.0) for n in ray.nodes()
-            if n["Alive"] and labels.items() <= n.get("Labels", {}).items()}  # fmt: skip
+            if n["Alive"] and selects(labels, n.get("Labels") or {})}  # fmt: skip
 
 
 def except_on(lost: Collection[str], labels: Mapping[str, str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from heliostat.cluster.capacity import FETCHING, room
 from heliostat.cluster.cluster_file import ClusterFile, Pool
+from heliostat.cluster.labels import selects
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 
@@ -30,8 +31,8 @@ def check(job: Job, cluster: ClusterFile) -> None:
 
 
 def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[Pool]:
-    """Selects the pools that carry the labels; ConfigError if pools have labels, but none has these."""
-    found = [p for p in cluster.pools if labels.items() <= p.labels.items()]
+    """Selects the pools whose nodes the labels select; ConfigError if pools have labels, but none has these."""
+    found = [p for p in cluster.pools if selects(labels, p.labels)]
     if labels and not found and any(p.labels for p in cluster.pools):
         have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})
         raise ConfigError(f"{field}: no pool of {cluster.path} carries {dict(labels)}; there are {', '.join(have)}")

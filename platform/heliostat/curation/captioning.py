@@ -11,8 +11,9 @@ from typing import Any
 
 from heliostat.curation import image_scoring
 from heliostat.curation.image_scoring import full, loaded, parts, pixels
-from heliostat.curation.scoring import TOKENIZER, digest_of
+from heliostat.curation.scoring import TOKENIZER
 from heliostat.errors import ConfigError
+from heliostat.tasks import files
 
 KINDS = ("blip", "git", "vision-encoder-decoder")  # models that caption an image without being asked anything
 GENERATION = "generation_config.json"
@@ -34,7 +35,7 @@ def describe(folder: str) -> dict[str, Any]:
 def digests(folder: str) -> dict[str, str]:
     """Returns the SHA-256 of all files that captions follow from."""
     more = [path for name in (TOKENIZER, GENERATION) if (path := Path(folder) / name).is_file()]
-    return image_scoring.digests(folder) | {path.name: digest_of(path) for path in more}
+    return image_scoring.digests(folder) | {path.name: files.digest("model", str(path)) for path in more}
 
 
 def load(folder: str, max_tokens: int, batch: int) -> Captions:

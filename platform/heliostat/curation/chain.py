@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from heliostat.curation import registry, tally
+from heliostat.curation import registry, shipping, tally
+from heliostat.curation.shipping import Shipment
 from heliostat.curation.stage import Document, Dropped, Stage, Work
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage.locations import Location
-from heliostat.tasks import cpu_time, files
+from heliostat.tasks import cpu_time
 from heliostat.tasks.work import key
 
-Entry = tuple[dict[str, Any], str, dict[str, str]]
-"""Of a stage: as in a pipeline file, the key of what it follows from, and the spills of the files that it names."""
+Entry = tuple[dict[str, Any], str, tuple[Shipment, ...]]
+"""Of a stage: as in a pipeline file, the key of what it follows from, and the files that it names."""
 Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
 BATCH, BATCH_CHARS = 64, 1 << 20  # documents, and their characters, that a stage is given together
 IMAGE_SHARE = 32  # bytes of an image that count as a character: an image is some hundred times as large as a text
@@ -43,10 +44,10 @@ class Chain:
 
     def __init__(self, folder: Location, stages: list[Entry], first: int = 0) -> None:
         self.stages: list[tuple[str, Stage, Work]] = []
-        for number, (entry, follows, spills) in enumerate(stages, first):
+        for number, (entry, follows, shipments) in enumerate(stages, first):
             stage = registry.parse(entry)
-            with files.spilled(folder, spills):
-                work = _opened(json.dumps(stage.entry()), follows)
+            located = stage.located({one.path: shipping.here(folder, one) for one in shipments})
+            work = _opened(json.dumps(located.entry()), follows)
             self.stages.append((tally.label(number, stage), stage, work))
         self.tally: tally.Tally = {}
 
@@ -87,14 +88,9 @@ def bytes_of(document: Document) -> int:
 def _opened(entry: str, follows: str) -> Work:
     """Opens a stage once in each process: its models and lists stay for the tasks to come that follow from the same ones."""
     stage = registry.parse(json.loads(entry))
-    require_same(f"stages: {stage.named()}", key(stage.follows()), follows)
-    return stage.open()
-
-
-def require_same(what: str, here: str, follows: str) -> None:
-    """Raises ConfigError if what a task loads is not what it is to follow from."""
-    if here != follows:
+    if key(stage.follows()) != follows:
         raise ConfigError(
-            f"{what}: its files or its libraries on node {socket.gethostname()} are not those of the start. Give every node the "
-            "same ones, leave them as they are during the run, and start again"
+            f"stages: {stage.named()}: its files or its libraries on node {socket.gethostname()} are not those of the start. "
+            "Give every node the same ones, leave them as they are during the run, and start again"
         )
+    return stage.open()

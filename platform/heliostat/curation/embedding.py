@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from heliostat.curation.scoring import Reader, describe, digest_of, digests
+from heliostat.curation.scoring import Reader, describe, digests
 from heliostat.errors import ConfigError, naming
 from heliostat.recipes.text import sentence_folder
+from heliostat.tasks import files
 
 
 def pooling(folder: str) -> str:
@@ -29,7 +30,7 @@ def identity(folder: str) -> dict[str, str]:
     place = Path(folder)
     with naming("model"):
         told = [place / sentence_folder.MODULES, sentence_folder.pooling_file(place)]
-    return digests(folder) | {str(p.relative_to(place)): digest_of(p) for p in told if p.is_file()}
+    return digests(folder) | {str(p.relative_to(place)): files.digest("model", str(p)) for p in told if p.is_file()}
 
 
 class Embedder(Reader):

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from heliostat.curation import segment, tally
+from heliostat.curation import segment, shipping, tally
 from heliostat.curation.chain import Entry
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import EXAMPLES, Run, Source
 from heliostat.curation.stage import GlobalStage, Stage
-from heliostat.tasks import files, libraries, spill
+from heliostat.tasks import libraries
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import key
 
@@ -114,13 +114,11 @@ class Engine:
                                       "run_bytes": self.run_bytes}, bytes=run.bytes, careful=True)  # fmt: skip
 
     def _entries(self, stages: list[Stage]) -> list[Entry]:
-        """Describes stages to their tasks, and spills the files that they name."""
+        """Describes stages, and the files that they name, to their tasks."""
         made = list[Entry]()
         for stage in stages:
-            with files.noted() as found:
-                follows = key(stage.follows())
-            spills = {path: spill.put(self.flow.work.spill, data, ".bin") for path, data in found.items()}
-            made.append((stage.entry(), follows, spills))
+            shipments = (shipping.describe(name, path) for name, path in stage.named_paths())
+            made.append((stage.entry(), key(stage.follows()), tuple(shipments)))
         return made
 
     @property

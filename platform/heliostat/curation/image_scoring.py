@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.curation.picturing import upright
-from heliostat.curation.scoring import CONFIG, TOKENIZER, digest_of, labels, weights
+from heliostat.curation.scoring import CONFIG, TOKENIZER, labels, weights
 from heliostat.errors import ConfigError
 from heliostat.tasks import files
 
@@ -55,7 +55,7 @@ def digests(folder: str) -> dict[str, str]:
     """Returns the SHA-256 of all files that scores follow from."""
     tokenizer = [TOKENIZER] if is_clip(describe(folder)) else []
     paths = [*weights(folder), *(Path(folder) / name for name in (CONFIG, *_processors(folder), *tokenizer))]
-    return {path.name: digest_of(path) for path in paths}
+    return {path.name: files.digest("model", str(path)) for path in paths}
 
 
 def load(folder: str, label: str | None, batch: int) -> Score:

@@ -7,7 +7,8 @@ small files ends is decided by the names in it, so that a file that comes or goe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Any
 
 import xxhash
 
@@ -20,7 +21,8 @@ LEAST, MOST = 1 << 20, 128 << 20  # bytes of a piece
 class Part:
     """Describes what is read of one file, of `bytes` bytes and modified when it was: all, or the records that begin in a range.
 
-    `first` is the number of the range's first record, from 1; 0 where the reader finds that out.
+    `first` is the number of the range's first record, from 1; 0 where the reader finds that out. `etag`: of an object, where its
+    store gives one.
     """
 
     path: str
@@ -29,6 +31,7 @@ class Part:
     start: int = 0
     stop: int | None = None
     first: int = 1
+    etag: str = ""
 
     @property
     def length(self) -> int:
@@ -38,7 +41,13 @@ class Part:
     @property
     def identity(self) -> list[object]:
         """Returns what the part's documents follow from, as JSON values."""
-        return list(astuple(self))
+        *told, etag = astuple(self)
+        return [*told, etag] if etag else told
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Returns the part as JSON values by its fields' names; those of a part without an ETag are as they always were."""
+        return {name: value for name, value in asdict(self).items() if name != "etag" or value}
 
 
 def size(total: int) -> int:
@@ -51,20 +60,20 @@ def number(bytes: int, files: int) -> int:
     return max(1, -(-(bytes + files * FILE_BYTES) // size(bytes)), -(-files // MOST_FILES))
 
 
-def cut(files: Iterable[tuple[str, int, int]], target: int, ranged: Callable[[str], bool]) -> Iterator[list[Part]]:
-    """Yields pieces of about `target` bytes of files (path, bytes, modified) in their order.
+def cut(files: Iterable[Part], target: int, ranged: Callable[[str], bool]) -> Iterator[list[Part]]:
+    """Yields pieces of about `target` bytes of whole files in their order.
 
     `ranged` says of a path whether such a file can be read from the middle. Ranges of a file are pieces of their own.
     """
     piece, held = list[Part](), 0
-    for path, bytes, modified in files:
-        if bytes > 2 * target and ranged(path):
-            yield from ([Part(path, bytes, modified, a, b, 0 if a else 1)] for a, b in ranges(bytes, target))
+    for file in files:
+        if file.bytes > 2 * target and ranged(file.path):
+            yield from ([replace(file, start=a, stop=b, first=0 if a else 1)] for a, b in ranges(file.bytes, target))
             continue
-        piece.append(Part(path, bytes, modified))
-        cost = bytes + FILE_BYTES
+        piece.append(file)
+        cost = file.bytes + FILE_BYTES
         held += cost
-        if xxhash.xxh64_intdigest(path.encode()) * target < cost << 64 or held >= 2 * target or len(piece) >= MOST_FILES:
+        if xxhash.xxh64_intdigest(file.path.encode()) * target < cost << 64 or held >= 2 * target or len(piece) >= MOST_FILES:
             yield piece
             piece, held = [], 0
     if piece:

@@ -33,6 +33,7 @@ from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
 from heliostat.config import workspace
 from heliostat.curation.leftovers import remove_old_samples, sample_folder
+from heliostat.curation.pieces import Part
 from heliostat.curation.watching import Watch
 from heliostat.data import collection, manifest, versions
 from heliostat.data.infilling import COUNTS
@@ -51,11 +52,20 @@ CPUS = 4  # logical: the tasks wait for storage much of the time
 
 @dataclass(frozen=True)
 class InputFile:
-    """Describes one file of the input; `path` is relative to the input's root, `modified` in nanoseconds since 1970."""
+    """Describes one file of the input; `path` is relative to the input's root, `modified` in nanoseconds since 1970.
+
+    `etag`: of an object, where its store gives one.
+    """
 
     path: str
     bytes: int
     modified: int
+    etag: str = ""
+
+    @property
+    def part(self) -> Part:
+        """Returns all of the file, to be read."""
+        return Part(self.path, self.bytes, self.modified, etag=self.etag)
 
 
 class Pipeline(Strict):
@@ -70,7 +80,7 @@ class Pipeline(Strict):
     output: str = Field(min_length=1)
     """The folder of the dataset, or `s3://bucket/prefix`. It must not lie in the input."""
     labels: dict[str, str] = {}
-    """Only nodes that carry these Ray labels do the work. Empty: any node."""
+    """Only nodes that these Ray label selectors take do the work: `v`, `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
     keep_days: Float = Field(7.0, ge=0)
     """Days that a version stays after it was replaced, for the runs that read it. See docs/prepare.md#versions"""
 
@@ -158,6 +168,9 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
     listing = sha256_json([(f.path, f.bytes) for f in inputs])
     wanted = {"config": config, "input": sha256_json([(f.path, f.bytes, f.modified) for f in inputs])}
     of_made = {k: record.get("made", record).get(k) for k in wanted}  # older records hold the two by themselves
+    if any(f.etag for f in inputs):
+        wanted["etags"] = sha256_json([(f.path, f.etag) for f in inputs])
+        of_made["etags"] = record.get("made", {}).get("etags", wanted["etags"])  # older records hold none
     if not force and of_made == wanted and (done := _finished(output)):
         log.info("%s is up to date", output)
         pruned = versions.prune(output, record, pipeline.keep_days * DAY_S) if record.get("replaced") else versions.NOTHING

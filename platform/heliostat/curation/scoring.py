@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,25 +56,7 @@ def labels(config: dict[str, Any]) -> list[str]:
 def digests(folder: str) -> dict[str, str]:
     """Returns the SHA-256 of all files that scores follow from."""
     paths = [*weights(folder), Path(folder) / CONFIG, Path(folder) / TOKENIZER]
-    return {path.name: digest_of(path) for path in paths}
-
-
-def digest_of(path: Path) -> str:
-    """Returns the SHA-256 of a model's file, which is read once while it stays as it is."""
-    return _digest(str(path), *_state(path))
-
-
-def _state(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError as e:
-        raise ConfigError(f"model: {str(path)!r} cannot be read ({e.strerror}); name a folder that is there") from e
-    return stat.st_size, stat.st_mtime_ns
-
-
-@lru_cache(maxsize=256)
-def _digest(path: str, size: int, modified: int) -> str:
-    return files.digest("model", path)
+    return {path.name: files.digest("model", str(path)) for path in paths}
 
 
 def padded(tokens: int, most: int) -> int:

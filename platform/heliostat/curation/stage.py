@@ -9,9 +9,9 @@ models and lists are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from heliostat.schema import Strict
 from heliostat.tasks import libraries
@@ -90,6 +90,8 @@ class Stage(Strict):
     compares: ClassVar[tuple[str, ...]] = ()
     """Keys that name a column that it compares, which documents must have."""
 
+    paths: ClassVar[tuple[str, ...]] = ()
+    """Keys that name files or folders, such as a model: tasks find these on every node (`shipping`)."""
     later: ClassVar[frozenset[str]] = frozenset()
     """Keys that came after others: datasets made without them are up to date where they have their defaults."""
 
@@ -102,6 +104,23 @@ class Stage(Strict):
         """Returns all that its result follows from: name, version and keys. One whose key names a file puts the digest there."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         return {"version": self.version, **{key: value for key, value in self.entry().items() if key not in usual}}
+
+    def named_paths(self) -> Iterator[tuple[str, str]]:
+        """Yields each key that names files, and a path that it holds: one, a list of them, or a mapping of names to them."""
+        for key in self.paths:
+            value = getattr(self, key)
+            held = value.values() if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
+            yield from ((key, path) for path in held)
+
+    def located(self, places: Mapping[str, str]) -> Self:
+        """Returns the stage with the places of this node for the paths that it names."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: places[path] for name, path in value.items()}
+            return places[value] if isinstance(value, str) else value and [places[path] for path in value]
+
+        return self.model_copy(update={key: moved(getattr(self, key)) for key in self.paths})
 
     def follows(self) -> dict[str, Any]:
         """Returns what its tasks follow from: its identity, and the versions of the libraries that it uses."""

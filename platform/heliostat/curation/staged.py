@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny
 
-from heliostat.curation import reasons, registry
+from heliostat.curation import reasons, registry, shipping
 from heliostat.curation.prepare import Pipeline, place
 from heliostat.curation.stage import Stage
 from heliostat.curation.watching import Watch
@@ -90,7 +90,9 @@ class StagedPipeline(Pipeline):
         """Writes what no digest covers beside the shards of a dataset with stages, and removes the work."""
         for name, told in {**facts, reasons.SECONDS: self._seconds}.items() if self.stages else ():
             made.location.join(kept_path(made.digest, name)).write(json.dumps(told).encode())
-        if not self.keep_work:
+        if self.keep_work:
+            shipping.withdraw(self.worked.spill)
+        else:
             self.worked.clear()
 
 

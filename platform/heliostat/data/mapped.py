@@ -9,25 +9,22 @@ for a day are deleted when the next is written.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from heliostat.storage import node_cache
+
 log = logging.getLogger(__name__)
 
 LARGE = 1_000_000  # rows
 WAIT_S = 600  # for another process that makes the same table
-DAY_S = 86_400
 
 
 def table(key: Any, build: Callable[[], pa.Table]) -> pa.Table:
@@ -35,11 +32,11 @@ def table(key: Any, build: Callable[[], pa.Table]) -> pa.Table:
 
     `key` is JSON-like and names everything that the table depends on.
     """
-    file = _folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
+    file = node_cache.folder("tables") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
     if (found := _open(file)) is not None:
         return found
     try:
-        with _alone(file):
+        with node_cache.alone(file, WAIT_S):
             if (found := _open(file)) is not None:
                 return found
             made = build()
@@ -50,15 +47,10 @@ def table(key: Any, build: Callable[[], pa.Table]) -> pa.Table:
         return build()
 
 
-def _folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"heliostat-tables-{os.getuid()}"
-
-
 def _open(file: Path) -> pa.Table | None:
     """Opens the table in the file; None if there is none, or if another user could have written it."""
     try:
-        folder = os.lstat(file.parent)
-        if folder.st_uid != os.getuid() or folder.st_mode & 0o077 or not file.is_file():
+        if not node_cache.is_ours(file.parent) or not file.is_file():
             return None
         os.utime(file)
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
@@ -66,31 +58,9 @@ def _open(file: Path) -> pa.Table | None:
         return None
 
 
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Holds the file's lock, which ends with the process; OSError if it cannot be acquired."""
-    file.parent.mkdir(mode=0o700, exist_ok=True)
-    folder = os.lstat(file.parent)
-    if folder.st_uid != os.getuid() or folder.st_mode & 0o077:
-        raise PermissionError("the folder is open to other users; remove it")
-    with file.with_suffix(".lock").open("w") as lock:
-        until = time.monotonic() + WAIT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.1)
-        yield
-
-
 def _write(file: Path, made: pa.Table) -> None:
     """Writes the table whole or not at all, and removes files that have not been used for a day."""
-    for other in file.parent.glob("*"):
-        if other != file.with_suffix(".lock") and time.time() - other.stat().st_mtime > DAY_S:
-            other.unlink(missing_ok=True)
+    node_cache.remove_unused(file)
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:

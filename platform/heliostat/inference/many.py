@@ -17,7 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from heliostat.curation import segment
+from heliostat.curation import segment, shipping
+from heliostat.curation.shipping import Shipment
 from heliostat.curation.watching import Watch
 from heliostat.errors import HeliostatError
 from heliostat.inference.batch.claim import claim
@@ -41,7 +42,7 @@ def generate_many(
 ) -> int:
     """Answers all prompts, the i-th with seed + i, with so many models side by side on a Ray of its own; returns their number.
 
-    Every node must see the model's folder under the same path. `quiet`: shows nothing. ConfigError before Ray starts if the
+    `quiet`: shows nothing. ConfigError before Ray starts if the
     model cannot, or the output holds something else, also answers to other prompts, or another command writes there.
     """
     place = Location(out)
@@ -66,6 +67,7 @@ def generate_many(
                 raise
             except Exception as e:  # such as too little memory for a model
                 raise HeliostatError(f"generating failed: {brief(getattr(e, 'cause', None) or e)}") from e
+            shipping.withdraw(flow.work.spill)
         held.fence.check()
         place.join(RESULTS).write("".join(f"{result}\n" for result in results).encode())
     return len(results)
@@ -80,7 +82,7 @@ def answered(
     """
     place = Location(out)
     there = {place.join(name).uri for name, _ in place.files()}
-    shared = {"model": str(folder), "options": options, "seed": seed, "out": out, "follows": follows}
+    shared = {"model": shipping.describe("model", str(folder)), "options": options, "seed": seed, "out": out, "follows": follows}
     tasks = (
         Task(key(follows, first), {"first": first, "prompts": prompts[first : first + BATCH], **shared})
         for first in range(0, len(prompts), BATCH)
@@ -90,13 +92,14 @@ def answered(
 
 
 def answer_batch(
-    folder: Location, first: int, prompts: list[str], model: str, options: dict[str, Any], seed: int, out: str, follows: str
+    folder: Location, first: int, prompts: list[str], model: Shipment, options: dict[str, Any], seed: int, out: str, follows: str
 ) -> dict[str, Any]:
     """Answers prompts, of which the first has the number `first`; returns where their answers are, and what was drawn."""
     place = Location(out)
     asked = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
-    with exported.using(Path(model)):
-        made = _generator(model, json.dumps(options, sort_keys=True), follows)(asked)
+    held = shipping.here(folder, model)
+    with exported.using(Path(held)):
+        made = _generator(held, json.dumps(options, sort_keys=True), follows)(asked)
     results = segment.store(folder, [json.dumps({"prompt": g.prompt, **g.facts}) for g in made])
     return {"results": results, "files": [results], "drawn": [g.facts["file"] for g in made if "file" in g.facts]}
 

@@ -7,14 +7,11 @@ links, a file that only one can open. On S3 it is `If-None-Match: *`, through bo
 from __future__ import annotations
 
 import os
-import re
 import uuid
 from pathlib import Path
 
 from heliostat.storage import requester_pays, s3_options
-from heliostat.storage.s3_client import client, worded
-
-TAKEN = re.compile(r"^AWS Error PreconditionFailed|^AWS Error \S+ \(HTTP status 412\)")
+from heliostat.storage.s3_client import RewrittenError, client, worded
 
 
 def put_file(path: str, data: bytes) -> bool:
@@ -56,8 +53,6 @@ def put_object(path: str, query: str, data: bytes, attempts: int, silence_s: flo
     try:
         with worded():
             client(query, attempts, silence_s).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-    except OSError as e:
-        if TAKEN.search(str(e)):
-            return False
-        raise
+    except RewrittenError:
+        return False
     return True

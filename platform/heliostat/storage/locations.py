@@ -34,6 +34,7 @@ from heliostat.errors import AccessError, ConfigError, DataError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.storage import exclusive, parallel_listing, requester_pays, retries, s3_client, s3_options
 from heliostat.storage.retries import Backoff, Failure
+from heliostat.storage.s3_client import Listed, Store
 from heliostat.text import brief, printable
 
 log = logging.getLogger(__name__)
@@ -287,15 +288,32 @@ class Location:
         found = self._listing(selector)
         return sorted((i.path[len(self.path) + 1 :], i.size) for i in found if i.type == pafs.FileType.File)
 
-    def tree(self) -> list[pafs.FileInfo]:
+    def tree(self) -> list[Listed]:
         """Lists all files below this folder, sorted by path; of a store many folders at a time, which pays for large inputs."""
-
-        def listed(path: str, recursive: bool) -> list[pafs.FileInfo]:
-            return self._listing(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
-
         if self.is_s3:
-            return parallel_listing.files_below(self.path, listed)
-        return sorted((i for i in listed(self.path, True) if i.type == pafs.FileType.File), key=lambda i: i.path)
+            return parallel_listing.files_below(
+                self.path, lambda path, recursive: self.attempt(lambda: self._objects.listing(path, recursive))
+            )
+        found = self._listing(pafs.FileSelector(self.path, recursive=True, allow_not_found=True))
+        return sorted((_listed(i) for i in found if i.type == pafs.FileType.File), key=lambda i: i.path)
+
+    def info(self) -> Listed | None:
+        """Describes the file here, or the folder on a disk; None if there is none."""
+        if self.is_s3:
+            try:
+                return self.attempt(lambda: self._objects.head(self.path))
+            except FileNotFoundError:
+                return None
+        found = self.attempt(lambda: self.fs.get_file_info(self.path))
+        return None if found.type == pafs.FileType.NotFound else _listed(found)
+
+    def read_object(self, begin: int, end: int, etag: str) -> bytes:
+        """Reads a range of an object of this `etag`; RewrittenError if the object was written again since."""
+        return self.attempt(lambda: self._objects.read(self.path, begin, end, etag))
+
+    @property
+    def _objects(self) -> Store:
+        return Store(self.query, *_patience(retry_budget()))
 
     def folders(self) -> list[str]:
         """Lists the names of the folders directly below, sorted."""
@@ -415,6 +433,10 @@ class Location:
 
     def _tell(self, failure: Failure, wait: float) -> None:
         log.warning("%s: %s; retrying in %.1f s", self.uri, _reason(failure.error), wait)
+
+
+def _listed(found: pafs.FileInfo) -> Listed:
+    return Listed(found.path, found.type, found.size or 0, found.mtime_ns or 0)
 
 
 def _takes_files(folder: Path) -> bool:

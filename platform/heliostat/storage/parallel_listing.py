@@ -13,16 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.fs as pafs
 
+from heliostat.storage.s3_client import Listed as Info
+
 THREADS = 16
 ENOUGH = 64  # folders, behind which no more are looked for
 LEVELS = 4  # of folders that are looked into, at most
 PAGE = 1000  # names that a store gives at a time
 
-Listed = Callable[[str, bool], list[pafs.FileInfo]]
+Listed = Callable[[str, bool], list[Info]]
 """Lists a folder: what is directly in it, or (True) all below."""
 
 
-def files_below(path: str, listed: Listed) -> list[pafs.FileInfo]:
+def files_below(path: str, listed: Listed) -> list[Info]:
     """Lists all files below a folder, sorted by path."""
     with ThreadPoolExecutor(THREADS) as pool:
         found, folders = _split(listed(path, False))
@@ -41,7 +43,7 @@ def files_below(path: str, listed: Listed) -> list[pafs.FileInfo]:
     return _sorted([*found, *below])
 
 
-def _split(infos: Iterable[pafs.FileInfo]) -> tuple[list[pafs.FileInfo], list[str]]:
+def _split(infos: Iterable[Info]) -> tuple[list[Info], list[str]]:
     """Splits a listing into files and the paths of folders."""
     held = list(infos)
     return [i for i in held if i.type == pafs.FileType.File], [i.path for i in held if i.type == pafs.FileType.Directory]
@@ -52,5 +54,5 @@ def _plain(path: str, folder: str) -> bool:
     return folder.startswith(f"{path}/") and all(folder[len(path) + 1 :].split("/"))
 
 
-def _sorted(infos: list[pafs.FileInfo]) -> list[pafs.FileInfo]:
+def _sorted(infos: list[Info]) -> list[Info]:
     return sorted({i.path: i for i in infos if i.type == pafs.FileType.File}.values(), key=lambda i: i.path)

@@ -7,12 +7,94 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+
+import pyarrow.fs as pafs
 
 from heliostat.storage import s3_options
 
 MISSING = ("NoSuchKey", "404", "NotFound")
+PAYER = {"RequestPayer": "requester"}
+
+
+class RewrittenError(Exception):
+    """Reports that an object is not the one that was asked for: it was written again since."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Describes a file or folder as pyarrow does. `etag`: names what an object holds, if its store gives one."""
+
+    path: str
+    type: pafs.FileType
+    size: int = 0
+    mtime_ns: int = 0
+    etag: str = ""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Reads objects of the store that a query describes, by `client`; paths are BUCKET/KEY."""
+
+    query: str
+    attempts: int
+    silence_s: float
+
+    @property
+    def client(self) -> Any:
+        return client(self.query, self.attempts, self.silence_s)
+
+    @property
+    def payer(self) -> dict[str, str]:
+        return PAYER if s3_options.resolve(self.query).requester_pays else {}
+
+    def head(self, path: str) -> Listed:
+        """Describes an object; FileNotFoundError if there is none."""
+        bucket, _, key = path.partition("/")
+        with worded():
+            found = self.client.head_object(Bucket=bucket, Key=key, **self.payer)
+        return _listed(path, found["ContentLength"], found)
+
+    def listing(self, path: str, recursive: bool) -> list[Listed]:
+        """Lists what is directly in a folder, or all below it."""
+        base, found = path.rstrip("/"), list[Listed]()
+        bucket = base.partition("/")[0]
+        for page in self.pages(base, recursive):
+            found += [Listed(f"{bucket}/{p['Prefix'].rstrip('/')}", pafs.FileType.Directory)
+                      for p in page.get("CommonPrefixes", [])]  # fmt: skip
+            found += [_listed(f"{bucket}/{o['Key']}", o["Size"], o)
+                      for o in page.get("Contents", []) if not o["Key"].endswith("/")]  # fmt: skip
+        return found
+
+    def pages(self, path: str, recursive: bool, most: int = 1000) -> Iterator[dict[str, Any]]:
+        """Yields the store's answers to the request for a listing."""
+        bucket, _, key = path.partition("/")
+        asked = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": most, **self.payer}
+        asked |= {} if recursive else {"Delimiter": "/"}
+        while True:
+            with worded():
+                page = self.client.list_objects_v2(**asked)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
+
+    def read(self, path: str, begin: int, end: int, etag: str = "") -> bytes:
+        """Reads a range of an object; RewrittenError if it has another `etag`, where one is given."""
+        bucket, _, key = path.partition("/")
+        asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={begin}-{end - 1}", **({"IfMatch": f'"{etag}"'} if etag else {})}
+        with worded():
+            data = self.client.get_object(**asked, **self.payer)["Body"].read()
+        if len(data) != end - begin:
+            raise ConnectionError(f"{len(data):,} of {end - begin:,} bytes came")
+        return data
+
+
+def _listed(path: str, size: int, told: dict[str, Any]) -> Listed:
+    modified = told["LastModified"]
+    return Listed(path, pafs.FileType.File, size, round(modified.timestamp() * 1000) * 1_000_000, told.get("ETag", "").strip('"'))
 
 
 @lru_cache(maxsize=16)
@@ -43,6 +125,8 @@ def worded() -> Iterator[None]:
         yield
     except ClientError as e:
         code, status = e.response["Error"]["Code"], e.response["ResponseMetadata"].get("HTTPStatusCode")
+        if code == "PreconditionFailed" or status == 412:
+            raise RewrittenError(str(e)) from e
         if code in MISSING:
             raise FileNotFoundError(e.response["Error"].get("Message", code)) from e
         raise OSError(f"AWS Error {code} (HTTP status {status}): {e.response['Error'].get('Message', '')}") from e

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from heliostat.curation import care
+from heliostat.curation import care, shipping
 from heliostat.curation.care import Trouble
+from heliostat.curation.shipping import NotHereError, Shipment
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks.pool import Pool
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 TRIES, LOST, FAILED = 3, 8, 3
 PAUSE = Backoff(0.5, 10.0)  # before a task is run again whose process died: what is short of memory stays so for a while
 LOOK_S = 10.0  # between looks at the cluster's nodes
+AWAY_S = 0.5  # between looks at actors that are all lost
 ENDING_S = 2.0  # for tasks to end by themselves after the run is given up
 END_S = 60.0  # and when they are cancelled
 
@@ -45,6 +47,8 @@ class Started:
     task: Task
     trouble: Trouble = field(default_factory=Trouble)
     due: float = 0.0
+    offered: set[Shipment] = field(default_factory=set)
+    """What its node lacked, and the driver has copied to the work folder."""
 
 
 class Crew:
@@ -68,6 +72,8 @@ class Crew:
     def full(self) -> bool:
         """Tells whether twice as many tasks are under way as have room; nodes that come and go are looked at now and then."""
         self._look()
+        if self.pool and not self.pool.ready:
+            return True
         return len(self.under_way) + len(self.later) >= self.room
 
     @property
@@ -99,13 +105,15 @@ class Crew:
         ready, _ = ray.wait(list(self.under_way), num_returns=1, timeout=wait)
         for reference in ready:
             started = self.under_way.pop(reference)
-            if self.pool:
-                self.pool.ended(reference)
             try:
                 record = ray.get(reference)
             except Exception as e:  # noqa: BLE001 - judged
+                if self.pool:
+                    (self.pool.lost if _is_lost(e) else self.pool.ended)(reference)
                 self._judge(started, e)
                 continue
+            if self.pool:
+                self.pool.ended(reference)
             if started.trouble.attempt:
                 self.work.note(self.kind, started.task.key).delete()
             if crashed := record.get("examples", {}).get(care.CRASHED):
@@ -130,6 +138,8 @@ class Crew:
 
     def _start_due(self) -> float:
         """Starts the tasks whose pause is over; returns the seconds until another one's is, or the nodes are looked at."""
+        if self.pool and not self.pool.ready:
+            return AWAY_S
         now, later = time.monotonic(), self.later
         self.later = [one for one in later if one.due > now]
         for started in later:
@@ -140,10 +150,15 @@ class Crew:
     def _judge(self, started: Started, error: Exception) -> None:
         """Decides whether a task that failed is run again; raises what a person must change."""
         cause, trouble, task = innermost(error), started.trouble, started.task
+        if isinstance(cause, NotHereError) and not self.stopped and cause.shipment not in started.offered:
+            shipping.offer(self.work.spill, cause.shipment)
+            started.offered.add(cause.shipment)
+            self.later.append(started)
+            return
         if cause is not None and cause.exit_code == 2:
             with unwrapped():
                 raise error
-        lost = isinstance(error, RayError) and not isinstance(error, RayTaskError)
+        lost = _is_lost(error)
         trouble.count += 1
         if lost and task.careful and (found := trouble.learn(self.work.note(self.kind, task.key), error)):
             self.last = found.id
@@ -195,6 +210,11 @@ class Crew:
             started = self.under_way.pop(reference)
             ray.cancel(reference)
             self.start(started)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Tells whether a task failed because its process or node died, and not by an error of its own."""
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
 
 def _end(references: list[Any]) -> None:

@@ -1,54 +1,25 @@
 """Reads the files that stages' keys name: lists of words and domains, evaluation sets; and their digests.
 
-The driver spills the files that `digests` is asked for, and a task reads the spills, wherever it runs. So a stage that uses
-`digests` reads its files by `read` alone.
+A stage lists such keys, and those that name models, in `Stage.paths`: `shipping` takes what they name to the nodes that lack it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from heliostat.errors import ConfigError
-from heliostat.storage.locations import Location
 
-_noted: ContextVar[dict[str, bytes] | None] = ContextVar("noted", default=None)
-_spilled: ContextVar[Callable[[str], bytes | None]] = ContextVar("spilled", default=lambda path: None)
-
-
-@contextmanager
-def noted() -> Iterator[dict[str, bytes]]:
-    """Collects the files that `digests` reads meanwhile, by their paths."""
-    found = dict[str, bytes]()
-    token = _noted.set(found)
-    try:
-        yield found
-    finally:
-        _noted.reset(token)
-
-
-@contextmanager
-def spilled(folder: Location, names: dict[str, str]) -> Iterator[None]:
-    """Lets files be read from the spills that they have by their paths."""
-    token = _spilled.set(lambda path: folder.join(names[path]).read() if path in names else None)
-    try:
-        yield
-    finally:
-        _spilled.reset(token)
+_digests: dict[tuple[str, int, int, int, int], str] = {}  # of files, by their paths and states
 
 
 def read(key: str, path: str) -> bytes:
     """Reads a file that a key names; ConfigError that names the key if it cannot be."""
-    if (held := _spilled.get()(path)) is not None:
-        return held
     try:
         return Path(path).read_bytes()
     except OSError as e:
-        raise ConfigError(f"{key}: {path!r} cannot be read ({e.strerror}); name a file that is there") from e
+        raise _unreadable(key, path, e) from e
 
 
 def entries(key: str, path: str) -> list[str]:
@@ -64,8 +35,18 @@ def entries(key: str, path: str) -> list[str]:
 
 
 def digest(key: str, path: str) -> str:
-    """Returns the SHA-256 of a file that a key names."""
-    return hashlib.sha256(read(key, path)).hexdigest()
+    """Returns the SHA-256 of a file that a key names, which each process reads once while the file stays as it is."""
+    try:
+        state = _state(path)
+        if state not in _digests:
+            with Path(path).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if _state(path) != state:
+                raise ConfigError(f"{key}: {path!r} changed while it was read. Leave it as it is, and start again")
+            _digests[state] = found
+    except OSError as e:
+        raise _unreadable(key, path, e) from e
+    return _digests[state]
 
 
 def digests(identity: dict[str, Any], stage: Any, *keys: str) -> dict[str, Any]:
@@ -74,16 +55,18 @@ def digests(identity: dict[str, Any], stage: Any, *keys: str) -> dict[str, Any]:
     for key in keys:
         value = getattr(stage, key)
         if isinstance(value, str):
-            out[key] = _noting(key, value)
+            out[key] = digest(key, value)
         elif isinstance(value, dict):
-            out[key] = {name: _noting(key, path) for name, path in value.items()}
+            out[key] = {name: digest(key, path) for name, path in value.items()}
         elif value:
-            out[key] = [_noting(key, path) for path in value]
+            out[key] = [digest(key, path) for path in value]
     return out
 
 
-def _noting(key: str, path: str) -> str:
-    data = read(key, path)
-    if (found := _noted.get()) is not None:
-        found[path] = data
-    return hashlib.sha256(data).hexdigest()
+def _state(path: str) -> tuple[str, int, int, int, int]:
+    found = Path(path).stat()
+    return str(Path(path).absolute()), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _unreadable(key: str, path: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{key}: {path!r} cannot be read ({error.strerror}); name a file that is there")

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from heliostat.cluster import labels
 from heliostat.curation.care import CRASHED, UNREAD
 from heliostat.tasks import cpu_time
 from heliostat.tasks.crew import Crew, Started
@@ -81,7 +82,7 @@ class Flow:
 
     def nodes(self, resource: str = "CPU") -> list[int]:
         """Lists how many CPUs, or GPUs, or bytes of memory, each living node has that carries the labels."""
-        mine = [n for n in ray.nodes() if n["Alive"] and self.labels.items() <= (n.get("Labels") or {}).items()]
+        mine = [n for n in ray.nodes() if n["Alive"] and labels.selects(self.labels, n.get("Labels") or {})]
         return [int(n["Resources"].get(resource, 0)) for n in mine]
 
     def cpus_each(self, tasks: int) -> int:

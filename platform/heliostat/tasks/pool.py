@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from heliostat.errors import HeliostatError
 
@@ -16,19 +19,38 @@ log = logging.getLogger(__name__)
 PLACE_S = 120.0  # for an actor to have a place, and its process to start
 
 
+@dataclass
+class _Away:
+    """Describes an actor whose process or node was lost: since when, and the call that it is to answer once it is back."""
+
+    since: float
+    call: Any
+
+
 class Pool:
-    """Gives each task to the actor that has the fewest; an actor that dies is started again, its tasks are not."""
+    """Gives each task to the actor that has the fewest; an actor that dies is started again, its tasks are not.
+
+    One that has no place again within PLACE_S, such as after its node was lost, is given up.
+    """
 
     def __init__(self, execute: Callable[..., dict[str, Any]], size: int, **options: Any) -> None:
         made: Any = ray.remote(_Worker)
         actor = made.options(max_restarts=-1, max_task_retries=0, **options)
-        self.actors: list[Any] = _placed([actor.remote(execute) for _ in range(size)])
+        self.actors: dict[int, Any] = dict(enumerate(_placed([actor.remote(execute) for _ in range(size)])))
         self.under_way: dict[Any, int] = {}
+        self.away: dict[int, _Away] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Tells whether an actor takes tasks; looks first which are back, and gives up those that are not in time."""
+        for number, away in list(self.away.items()):
+            self._look(number, away)
+        return len(self.away) < len(self.actors)
 
     def remote(self, *arguments: Any, **shared: Any) -> Any:
         """Starts a task; returns its reference."""
         load = Counter(self.under_way.values())
-        number = min(range(len(self.actors)), key=lambda i: load[i])
+        number = min(self.actors, key=lambda i: (i in self.away, load[i]))
         reference = self.actors[number].run.remote(*arguments, **shared)
         self.under_way[reference] = number
         return reference
@@ -37,10 +59,45 @@ class Pool:
         """Takes note that a task has ended."""
         self.under_way.pop(reference, None)
 
+    def lost(self, reference: Any) -> None:
+        """Takes note that a task has ended because its actor died."""
+        number = self.under_way.pop(reference, None)
+        if number in self.actors and number not in self.away:
+            self.away[number] = _Away(time.monotonic(), self.actors[number].alive.remote())
+
     def end(self) -> None:
         """Ends the actors, and what is under way with them."""
-        for actor in self.actors:
+        for actor in self.actors.values():
             ray.kill(actor)
+
+    def _look(self, number: int, away: _Away) -> None:
+        """Takes an actor that answers back, and gives up one that has not answered in time; HeliostatError if it was the last."""
+        if ray.wait([away.call], timeout=0)[0]:
+            try:
+                ray.get(away.call)
+            except RayError:  # it is not back yet, and calls fail meanwhile
+                away.call = self.actors[number].alive.remote()
+            else:
+                del self.away[number]
+                return
+        if time.monotonic() - away.since < PLACE_S:
+            return
+        if _is_alive(self.actors[number]):  # and is busy with a task that came before the call
+            away.since = time.monotonic()
+            return
+        ray.kill(self.actors.pop(number))
+        del self.away[number]
+        if not self.actors:
+            raise HeliostatError(
+                f"the last actor had no place within {PLACE_S:.0f} s after it was lost: its node is gone, or others hold what it "
+                "needs. Wait for a node, and start again: finished tasks are kept"
+            )
+        log.warning("an actor had no place within %.0f s after it was lost; continuing with %d", PLACE_S, len(self.actors))
+
+
+def _is_alive(actor: Any) -> bool:
+    """Tells whether Ray has a process for an actor."""
+    return ray._private.state.actors(actor._actor_id.hex()).get("State") == "ALIVE"
 
 
 def _placed(actors: list[Any]) -> list[Any]:

@@ -28,6 +28,7 @@ from heliostat.apps.search.record import RECORD, read
 from heliostat.apps.search.settings import Settings
 from heliostat.apps.search.tasks import Plan, index_unit
 from heliostat.apps.search.units import Unit, open_text, units
+from heliostat.curation import shipping
 from heliostat.curation.watching import Watch
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
@@ -146,6 +147,7 @@ def build(
         "cpu_seconds": round(sum(record["seconds"] for record in records), 1),
     }
     place.join(RECORD).write(json.dumps(told, indent=1).encode())
+    shipping.withdraw(flow.work.spill)
     for path in gone:
         place.join(path).delete()
     table.clean(version)
@@ -160,9 +162,9 @@ def _passages(
     target = flow.work.begin(max(LEAST, min(MOST, made.tokens // UNITS)))
     definition, known = made.file("tokenizer.json").read().decode(), embedder or {}
     plan = Plan(
-        made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings, known.get("folder"),
-        known.get("digest", ""), known.get("dims"), batch, before.record["version"] if before and embedder else None,
-        Markers.of(made.meta),
+        made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings,
+        shipping.describe("--embedder", known["folder"]) if embedder else None, known.get("digest", ""), known.get("dims"), batch,
+        before.record["version"] if before and embedder else None, Markers.of(made.meta),
     )  # fmt: skip
     shared = {"plan": flow.share(plan)}
     rearranged = [astuple(plan.markers)] if plan.markers else []

@@ -15,6 +15,8 @@ from heliostat.apps.search import table
 from heliostat.apps.search.cutting import cut
 from heliostat.apps.search.settings import Settings
 from heliostat.apps.search.units import Unit, documents
+from heliostat.curation import shipping
+from heliostat.curation.shipping import Shipment
 from heliostat.curation.text import tokens
 from heliostat.data import infilling
 from heliostat.data.infilling import Markers
@@ -28,14 +30,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Plan:
     """Describes what all units of an index have in common. `before`: the version whose embeddings are taken over, if any;
-    `markers`: of a dataset that is rearranged for filling in the middle; `follows`: the digest of the embedder's files."""
+    `markers`: of a dataset that is rearranged for filling in the middle; `embedder`: its files; `follows`: their
+    digest."""
 
     dataset: str
     index: str
     definition: str
     end: int | None
     settings: Settings
-    embedder: str | None = None
+    embedder: Shipment | None = None
     follows: str = ""
     dims: int | None = None
     batch: int = 16
@@ -53,7 +56,7 @@ def index_unit(spill: Location, unit: Unit, plan: Plan) -> dict[str, Any]:
         seen += 1
         rows += made
     index = Location(plan.index)
-    counts = _embed(rows, index, plan) if plan.embedder else {}
+    counts = _embed(rows, index, plan, shipping.here(spill, plan.embedder)) if plan.embedder else {}
     fragments = table.write(index, pa.Table.from_pylist(rows, table.schema(plan.dims))) if rows else []
     return {"documents": seen, "empty": empty, "passages": len(rows), "fragments": fragments, "files": [], **counts}
 
@@ -80,14 +83,14 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _embed(rows: list[dict[str, Any]], index: Location, plan: Plan) -> dict[str, int]:
+def _embed(rows: list[dict[str, Any]], index: Location, plan: Plan, model: str) -> dict[str, int]:
     """Adds the embeddings of the rows' texts, each text's computed once and none that is known; returns what was done, and how
     many of the passages are longer than the embedder takes, or have no embedding."""
     texts = {row["digest"]: row["text"] for row in rows}
     known = table.embeddings(index, plan.before, list(texts)) if plan.before is not None else {}
-    cut = longer(str(plan.embedder), {digest: texts[digest] for digest in known}, plan.batch, plan.follows)
+    cut = longer(model, {digest: texts[digest] for digest in known}, plan.batch, plan.follows)
     new = {digest: text for digest, text in texts.items() if digest not in known}
-    for digest, made in zip(new, embed(str(plan.embedder), list(new.values()), plan.batch, plan.follows), strict=True):
+    for digest, made in zip(new, embed(model, list(new.values()), plan.batch, plan.follows), strict=True):
         if made:
             known[digest] = made["embedding"]
             cut |= {digest} if made["truncated"] else set()

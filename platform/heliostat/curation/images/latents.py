@@ -8,15 +8,19 @@ bits differ by machine and batch: the same images on other hardware may give ano
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from heliostat.curation import shipping
 from heliostat.curation.images.pictures import Size
+from heliostat.curation.shipping import Shipment
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
+from heliostat.storage.locations import Location
 
 EMPTY = "empty_caption.bin"
 
@@ -58,6 +62,24 @@ class Latents(Strict):
 
         tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
         return {"models": self.models(), "length": self.length, **({"tokenizer": tokenizer} if tokenizer else {})}
+
+    def shipments(self) -> list[Shipment]:
+        """Describes the models' files to tasks: of the text encoder, its tokenizer's too, wherever that is."""
+        from heliostat.recipes.images import config as diffusion_config
+
+        described = [shipping.describe("latents.autoencoder", self.autoencoder)]
+        if self.text_encoder:
+            folder, tokenizer = Path(self.text_encoder), diffusion_config.tokenizer_folder(self.text_encoder)
+            apart = tokenizer != folder and tokenizer.is_dir()
+            within = (folder.name, tokenizer.name) if apart else ()
+            described.append(shipping.describe("latents.text_encoder", str(folder.parent if apart else folder), within))
+        return described
+
+    def located(self, folder: Location, shipments: list[Shipment]) -> Latents:
+        """Returns the keys with the places that this node has for `shipments`."""
+        autoencoder, *text = [shipping.here(folder, one) for one in shipments]
+        parts = [Path(self.text_encoder or "").name] if text and shipments[1].within else []
+        return self.model_copy(update={"autoencoder": autoencoder, "text_encoder": str(Path(text[0], *parts)) if text else None})
 
     def models(self) -> dict[str, str]:
         from heliostat.recipes.images import config as diffusion_config

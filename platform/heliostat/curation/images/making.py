@@ -155,7 +155,7 @@ class Making:
         meta: dict[str, Any] = {"models": latents.models()}
         if latents.text_encoder:
             config, follows = latents.model_dump(), latents.identity()
-            work = iter([Task(key("empty", follows), {"latents": config, "follows": key(follows)})])
+            work = iter([Task(key("empty", follows), {"latents": config, "shipments": latents.shipments()})])
             (record,) = self.flow.all("empty-caption", tasks.encode_nothing, work)
             data = self.flow.work.spill.join(record["name"]).read()
             (path,) = {versions.store(folder, f"{FILES}/empty_caption-", data, ".bin") for folder in folders}
@@ -173,7 +173,8 @@ class Making:
                         curated.bytes // total, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None
-        given = {"shards": shards, "latents": latents, "follows": key(follows)}
+        shipments = self.latents.shipments() if self.latents else []
+        given = {"shards": shards, "latents": latents, "shipments": shipments}
         uses = libraries.versions(("diffusers", *libraries.MODELS) if self.latents else ())
         dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **given}, bytes=run.bytes)
                    for run in curated.runs)  # fmt: skip

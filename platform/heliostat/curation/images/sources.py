@@ -17,7 +17,7 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,9 @@ def listing(uri: str, limit: int = Limits.file) -> list[InputFile]:
     wanted = (*METADATA, *IMAGES) if tables else ARCHIVES
     others = {p for p, _ in found if tables and not p.lower().endswith(wanted)}
     named = {entry["path"] for path in tables for entry in _entries(base, path, Columns(), limit)} & others if others else others
-    files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if (p or base.path).lower().endswith(wanted) or p in named]
+    files = [
+        InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in found if (p or base.path).lower().endswith(wanted) or p in named
+    ]
     if not files:
         seen = f"{len(found)} files, none" if found else "no file there"
         raise ConfigError(f"input: {uri!r}: {seen} of {', '.join(METADATA)}, *.tar or *.parquet")
@@ -115,10 +117,10 @@ def tasks(
     tables = [f.path for f in files if f.path.rsplit("/", 1)[-1] in METADATA]
     if not tables:
         target = target or pieces.size(sum(f.bytes for f in files))
-        for piece in pieces.cut(((f.path, f.bytes, f.modified) for f in files), target, _ranged):
-            yield {"kind": "archives", "parts": [asdict(part) for part in piece]}
+        for piece in pieces.cut((f.part for f in files), target, _ranged):
+            yield {"kind": "archives", "parts": [part.fields for part in piece]}
         return
-    base, there = sources.root(uri), {f.path: [f.bytes, f.modified] for f in files}
+    base, there = sources.root(uri), {f.path: [f.bytes, f.modified, *([f.etag] if f.etag else [])] for f in files}
     for path in tables:
         entries = _entries(base, path, columns, limit)
         for first in range(0, len(entries), FILES_PER_TASK):
@@ -190,13 +192,13 @@ def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limi
 
 
 def _files(
-    base: Location, entries: list[dict[str, Any]], states: list[list[int] | None], limits: Limits
+    base: Location, entries: list[dict[str, Any]], states: list[list[Any] | None], limits: Limits
 ) -> Iterator[Raw | Dropped]:
     for entry, state in zip(entries, states or [None] * len(entries), strict=True):
         path, id = entry["path"], name_of(entry["path"].encode("utf-8", "surrogatepass"))
-        known = Part(path, *state) if state else None
+        known = Part(path, state[0], state[1], etag="".join(state[2:])) if state else None
         try:
-            data = sources.fetch(base, path, limits.image) if path and path == id else b""
+            data = sources.fetch(base, path, limits.image, known) if path and path == id else b""
         except sources.LeftOutError as e:
             yield Dropped(id, e.reason, e.detail)
             continue
@@ -211,7 +213,7 @@ def _archive(base: Location, part: Part, columns: Columns, limits: Limits) -> It
     path = part.path or base.name
     sources.require_unchanged(base, part)
     try:
-        opened = sources.blocks(base, part.path, limits.file)
+        opened = sources.blocks(base, part.path, limits.file, part)
     except sources.LeftOutError as e:
         if part.start == 0:  # told once
             yield Dropped(path, e.reason, e.detail)

@@ -18,13 +18,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation import segment
-from heliostat.curation.chain import require_same
 from heliostat.curation.images import pictures, sources
 from heliostat.curation.images.fetching import Fetching
 from heliostat.curation.images.pictures import Raw, Rules
 from heliostat.curation.images.sources import Columns, Limits
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Run, survivors
+from heliostat.curation.shipping import Shipment
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.curation.text import tokens
 from heliostat.data import manifest, versions
@@ -32,7 +32,6 @@ from heliostat.data import shard as shard_file
 from heliostat.data.manifest import SHARDS
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
-from heliostat.tasks.work import key
 
 # what becomes of a run: `key` is the number of the image's shard among all of them
 DEALT = pa.schema(
@@ -111,15 +110,15 @@ def train(folder: Location, vocab_size: int, runs: list[Run]) -> dict[str, Any]:
 # shards ----------------------------------------------------------------------------------------------------------------
 
 
-def deal(folder: Location, run: Run, shards: Shards, latents: dict[str, Any] | None, follows: str) -> dict[str, Any]:
+def deal(folder: Location, run: Run, shards: Shards, latents: dict[str, Any] | None, shipments: list[Shipment]) -> dict[str, Any]:
     """Spills a run's images by the shards that the hashes of their pixels name, each inside its bucket.
 
-    `follows`: the key of what the latents follow from.
+    `shipments`: the files of the models of the latents.
     """
     found = [_dealt(table, shards) for table in survivors(folder, run)]
     table = pa.concat_tables([DEALT.empty_table(), *found])
     if latents is not None:
-        table = _encoder(json.dumps(latents), follows)(table)
+        table = _encoder(_located(folder, latents, shipments))(table)
     name = spill.write(folder, table, ("hash", "id"))
     return {"dealt": [name, len(table), table.nbytes], "files": [name]}
 
@@ -134,18 +133,24 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=DEALT)
 
 
-@lru_cache(maxsize=2)
-def _encoder(config: str, follows: str) -> Any:
-    """Loads the frozen encoders once in each process, for the tasks to come that follow from the same ones."""
-    from heliostat.curation.images.latents import Encoder, Latents
+def _located(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> str:
+    """Returns the keys of latents with the places of the models on this node, as JSON."""
+    from heliostat.curation.images.latents import Latents
 
-    require_same("latents", key(Latents(**json.loads(config)).identity()), follows)
+    return Latents(**latents).located(folder, shipments).model_dump_json()
+
+
+@lru_cache(maxsize=2)
+def _encoder(config: str) -> Any:
+    """Loads the frozen encoders once in each process, for the tasks to come that have the same ones."""
+    from heliostat.curation.images.latents import Encoder
+
     return Encoder(json.loads(config))
 
 
-def encode_nothing(folder: Location, latents: dict[str, Any], follows: str) -> dict[str, Any]:
+def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> dict[str, Any]:
     """Spills what the text encoder makes of no caption."""
-    found = _encoder(json.dumps({**latents, "gpus": 0.0}), follows).embeddings([""])[0]
+    found = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments)).embeddings([""])[0]
     data = found.tobytes()
     name = spill.put(folder, data, ".bin")
     return {"name": name, "shape": list(found.shape), "files": [name]}

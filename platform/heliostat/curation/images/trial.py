@@ -45,7 +45,7 @@ def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: Sa
         elif task["kind"] == "archives":
             archives += [Part(**told) for told in task["parts"]]
         else:  # images that come with a library
-            whole = [Part(f.path, f.bytes, f.modified) for f in inputs]
+            whole = [f.part for f in inputs]
             sample.add(task["kind"], whole, whole, False, sample.fraction)
             yield {**task, RATE: sample.fraction}
     if archives:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from heliostat.curation import shipping
 from heliostat.curation.pairs import extracting
 from heliostat.curation.pairs.making import Making
 from heliostat.curation.pairs.reading import KIND, QUERY, Least, PairSource
@@ -90,5 +91,7 @@ class PairPipeline(StagedPipeline):
         return making.run(inputs)
 
     def finish(self, made: Manifest) -> None:
-        if not self.keep_work:
+        if self.keep_work:
+            shipping.withdraw(self.worked.spill)
+        else:
             self.worked.clear()

@@ -17,16 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from heliostat.curation import embedding
-from heliostat.curation.chain import require_same
+from heliostat.curation import shipping
 from heliostat.curation.comparing import JUDGED, LARGEST, counted
 from heliostat.curation.embedding import Embedder
 from heliostat.curation.minhash.keep import Rule, ranked
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.semantic import vectors
+from heliostat.curation.shipping import Shipment
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
-from heliostat.tasks.work import key
 
 TEXTS = 64  # that are embedded together
 OF_CELL = 256  # documents of the sample for each cell
@@ -39,24 +38,23 @@ ABOUT = pa.schema(
 
 @dataclass(frozen=True)
 class Model:
-    """Defines what embeds: a folder, the tokens of a text that it is given, how many texts at once, and the key of its files."""
+    """Defines what embeds: a folder's files, the tokens of a text that it is given, and how many texts at once."""
 
-    folder: str
+    files: Shipment
     max_tokens: int
     batch: int
-    follows: str
 
 
 @lru_cache(maxsize=1)
-def _opened(model: Model) -> Embedder:
+def _opened(model: Model, place: str) -> Embedder:
     """Loads a model once in each process, for the tasks to come."""
-    require_same("stages: semantic: model", key(embedding.identity(model.folder)), model.follows)
-    return Embedder(model.folder, model.max_tokens, model.batch)
+    return Embedder(place, model.max_tokens, model.batch)
 
 
 def embed(folder: Location, run: Run, model: Model, most: int) -> dict[str, Any]:
     """Spills the vectors of a run's documents under their hashes, `most` bytes of them together."""
-    embedder, held, names, record = _opened(model), list[pa.Table](), list[str](), {"rows": 0, "size": 0, "cut": 0}
+    embedder = _opened(model, shipping.here(folder, model.files))
+    held, names, record = list[pa.Table](), list[str](), {"rows": 0, "size": 0, "cut": 0}
     for table in survivors(folder, run, columns=["text"]):
         for start in range(0, len(table), TEXTS):
             part = table.slice(start, TEXTS)

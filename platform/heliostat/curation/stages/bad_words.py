@@ -25,6 +25,7 @@ class BadWords(Stage):
 
     reasons: ClassVar[dict[str, str]] = {"bad_word": "more words of the lists than max_found"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"bad_words": ("max_found",)}
+    paths: ClassVar[tuple[str, ...]] = ("lists",)
 
     lists: list[str] = Field(min_length=1)
     """Files of words and phrases, one a line."""

@@ -25,6 +25,7 @@ class Classifier(Stage):
 
     reasons: ClassVar[dict[str, str]] = {"low_score": "a score below min_score"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"score": ("min_score",)}
+    paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
     """The classifier's folder."""

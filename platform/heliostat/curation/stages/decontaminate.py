@@ -32,6 +32,7 @@ class Decontaminate(Stage):
     reasons: ClassVar[dict[str, str]] = {"contaminated": "at least min_hits n-grams of an evaluation set"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"hits": ("min_hits",)}
     version: ClassVar[int] = 2  # words are those of `comparable`: accents and numbers don't count, Chinese has words
+    paths: ClassVar[tuple[str, ...]] = ("sets",)
 
     sets: dict[str, str] = Field(min_length=1)
     """The evaluation sets: a name for each, and its file."""

@@ -29,9 +29,10 @@ class HfClassifier(Stage):
         "high_score": "a score above max_score",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"score": ("min_score", "max_score")}
+    paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """The model's folder, which every node must reach."""
+    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     label: str = Field(min_length=1)
     """The label whose score is taken, by its name in config.json (`LABEL_0` where it has none)."""
     min_score: Float | None = None

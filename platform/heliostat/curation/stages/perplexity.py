@@ -35,9 +35,10 @@ class Perplexity(Stage):
         "too_short": "fewer than two tokens, which have no perplexity",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"perplexity": ("min_perplexity", "max_perplexity")}
+    paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """The model's folder, which every node must reach."""
+    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     min_perplexity: Float | None = Field(None, ge=1)
     """The least perplexity of a document that is kept (`low_perplexity`)."""
     max_perplexity: Float | None = Field(None, ge=1)

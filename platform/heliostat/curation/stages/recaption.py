@@ -27,9 +27,10 @@ class Recaption(Stage):
     gpu: ClassVar[bool] = True
     of_images: ClassVar[bool] = True
     reasons: ClassVar[dict[str, str]] = {"no_caption": "an image of which the model wrote nothing"}
+    paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """The model's folder, which every node must reach."""
+    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     max_tokens: int = Field(64, ge=1)
     """The most tokens of a caption; those that are cut there are counted."""
     batch: int = Field(16, ge=1, le=1024)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from heliostat.curation import embedding, scoring, tally
+from heliostat.curation import embedding, scoring, shipping, tally
 from heliostat.curation.comparing import conclude, parts
 from heliostat.curation.engine import Curated
 from heliostat.curation.minhash.keep import Rule
@@ -39,9 +39,10 @@ class Semantic(GlobalStage):
     compares: ClassVar = ("column",)
     reasons: ClassVar = {"near_duplicate": "means much the same as another document, which stays"}
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
+    paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """The model's folder, which every node must reach."""
+    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     min_similarity: Float = Field(0.95, gt=0, lt=1)
     """The least cosine of documents that mean much the same. What it is of yours depends on the model: look at the histogram of
     `curate report`."""
@@ -75,7 +76,7 @@ class Semantic(GlobalStage):
 
     def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
         files, most = embedding.identity(self.model), memory_limit // VECTORS
-        model = cells.Model(self.model, self.max_tokens, self.batch, key(files))
+        model = cells.Model(shipping.describe("model", self.model), self.max_tokens, self.batch)
         follows = [files, self.max_tokens, self.batch, libraries.of(self.named())]
         embeddings = (Task(key("embed", run.name, run.decided, follows, most), {"run": run, "model": model, "most": most},
                            bytes=run.bytes) for run in found.runs)  # fmt: skip

@@ -32,6 +32,7 @@ class Urls(Stage):
         "no_url": "no URL, where `required` is set",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"soft_words": ("max_soft_words",)}
+    paths: ClassVar[tuple[str, ...]] = _LISTS
 
     domains: list[str] = []
     """Files of hosts, one a line; hosts below one are blocked with it."""

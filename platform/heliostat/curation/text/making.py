@@ -8,7 +8,7 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -231,7 +231,7 @@ class Making(Reading):
 def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[Part]]:
     """Cuts an input into pieces of about `target` bytes; of files that are read in ranges of lines, the lines before each range
     are counted first."""
-    cut = list(pieces.cut(((f.path, f.bytes, f.modified) for f in files), target, lambda path: sources.ranged(path or input)))
+    cut = list(pieces.cut((f.part for f in files), target, lambda path: sources.ranged(path or input)))
     unknown = [p[0] for p in cut if p[0].stop is not None and sources.kind(p[0].path or input)[0] == ".jsonl"]
     count = (Task(key("lines", input, part.identity), {"input": input, "part": part}) for part in unknown)
     lines = dict(zip(unknown, (r["lines"] for r in flow.all("lines", tasks.count_lines, count)), strict=True))
@@ -248,7 +248,7 @@ def numbered(cut: list[list[Part]], lines: dict[Part, int]) -> Iterator[list[Par
             continue
         if part.path != path:
             path, first = part.path, 1
-        yield [Part(part.path, part.bytes, part.modified, part.start, part.stop, first)]
+        yield [replace(part, first=first)]
         first += lines[part]
 
 

@@ -33,7 +33,7 @@ def listing(uri: str) -> list[InputFile]:
         raise ConfigError("input: holds git clones, and there is no program `git`; install it")
     inside = tuple(_worked_in(folder) for folder in folders)
     files = [
-        InputFile(path, info.size, info.mtime_ns or 0)
+        InputFile(path, info.size, info.mtime_ns, info.etag)
         for path, info in found
         if archives.is_archive(path or base.name) and not path.startswith(inside)
     ]

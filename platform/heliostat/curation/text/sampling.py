@@ -9,7 +9,7 @@ and the cut into tasks play no part.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from heliostat.curation import pieces, readers
@@ -52,8 +52,8 @@ def choose(files: Iterable[InputFile], fraction: float, name: str) -> Sample:
 def _places(file: InputFile, which: str, block: int) -> list[Part]:
     """Cuts a file into the places that are chosen or not."""
     ranged = which == "lines" and file.bytes > block
-    whole = [Part(file.path, file.bytes, file.modified)]
-    return [Part(file.path, file.bytes, file.modified, a, b) for a, b in pieces.ranges(file.bytes, block)] if ranged else whole
+    whole = file.part
+    return [replace(whole, start=a, stop=b) for a, b in pieces.ranges(file.bytes, block)] if ranged else [whole]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers.streams import LeftOutError as LeftOutError
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.storage.locations import Location
+from heliostat.storage.s3_client import Listed, RewrittenError
 from heliostat.text import printable
 
 log = logging.getLogger(__name__)
@@ -103,12 +104,11 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri or uri == STDLIB else str(workspace.root() / uri)
 
 
-def find(uri: str) -> tuple[Location, list[tuple[str, pafs.FileInfo]]]:
+def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
     """Finds the input's root, and the files in it that match the pattern, by relative path ("" for the root if it is a file)."""
     base, pattern = root(uri), split_glob(uri)[1]
     base.probe()
-    info = base.attempt(lambda: base.fs.get_file_info(base.path))
-    if info.type == pafs.FileType.File:
+    if base.attempt(lambda: base.fs.get_file_info(base.path)).type == pafs.FileType.File and (info := base.info()):
         return base, [("", info)]
     start = len(base.path.rstrip("/")) + 1
     try:
@@ -126,7 +126,7 @@ def listing(uri: str, more: bool = False) -> list[InputFile]:
     base, found = find(uri)
     if uri == STDLIB:
         found = [(p, i) for p, i in found if p.endswith(".py") and not STDLIB_SKIPS & set(p.split("/")[:-1])]
-    files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if known(p or base.path, more)]
+    files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in found if known(p or base.path, more)]
     if not files:
         seen = f"{len(found)} files, none" if found else "no file there"
         ends = ", ".join([*SUFFIXES, *(e for e in readers.READERS if more and e not in SUFFIXES)])
@@ -217,16 +217,17 @@ def _begins(info: pq.RowGroupMetaData) -> int:
     return min((min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns), default=0)
 
 
-def fetch(base: Location, path: str, limit: int) -> bytes:
-    """Reads a file of the input, or the root itself if there is no path.
+def fetch(base: Location, path: str, limit: int, part: Part | None = None) -> bytes:
+    """Reads a file of the input, or the root itself if there is no path; `part`: as it was listed, where that is known.
 
     LeftOutError if it lies outside, is larger than `limit`, or (a local one) cannot be opened; a store that refuses or fails is
     an error.
     """
     if not inside(base, path):
         raise LeftOutError("outside", f"leads out of {base}")
+    place = base.join(path) if path else base
     try:
-        data = (base.join(path) if path else base).read(limit + 1)
+        data = place.read(limit + 1) if part is None or not part.etag else _of_object(place, part, 0, min(part.bytes, limit + 1))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         raise LeftOutError("unreadable") from e
     except StorageError as e:
@@ -238,22 +239,26 @@ def fetch(base: Location, path: str, limit: int) -> bytes:
     return data
 
 
-def stream(base: Location, path: str, limit: int) -> pa.NativeFile:
+def stream(base: Location, path: str, limit: int, part: Part | None = None) -> pa.NativeFile:
     """Opens a file of the input as `blocks` does, for Arrow."""
-    return pa.PythonFile(blocks(base, path, limit), mode="r")
+    return pa.PythonFile(blocks(base, path, limit, part), mode="r")
 
 
-def blocks(base: Location, path: str, limit: int) -> io.RawIOBase:
+def blocks(base: Location, path: str, limit: int, part: Part | None = None) -> io.RawIOBase:
     """Opens a file of the input, or the root itself, to be read in blocks; each read is repeated while the store fails.
 
-    LeftOutError as of `fetch`.
+    `part`: the file as it was listed, where that is known: of an object with an ETag, the store refuses every read of another.
+    LeftOutError as of `fetch`, DataError if an object has been written again.
     """
     if not inside(base, path):
         raise LeftOutError("outside", f"leads out of {base}")
     place = base.join(path) if path else base
     try:
-        file = place.open()
-        size = place.attempt(file.size)
+        if part is not None and part.etag:
+            file, size = None, _as_listed(place, part)
+        else:
+            file = place.open()
+            size = place.attempt(file.size)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         raise LeftOutError("unreadable") from e
     except StorageError as e:
@@ -262,14 +267,14 @@ def blocks(base: Location, path: str, limit: int) -> io.RawIOBase:
         raise LeftOutError("unreadable", str(e)) from e
     if size > limit:
         raise LeftOutError("too_large", f"more than {limit:,} bytes")
-    return _Blocks(place, file, size)
+    return _Blocks(place, file, size, part)
 
 
 class _Blocks(io.RawIOBase):
     """Presents a file of a store as a Python file that reads some megabytes ahead."""
 
-    def __init__(self, place: Location, file: pa.NativeFile, size: int) -> None:
-        self.place, self.file, self.length, self.at = place, file, size, 0
+    def __init__(self, place: Location, file: pa.NativeFile | None, size: int, part: Part | None) -> None:
+        self.place, self.file, self.part, self.length, self.at = place, file, part, size, 0
         self.block, self.begin = b"", 0
 
     def readable(self) -> bool:
@@ -298,29 +303,55 @@ class _Blocks(io.RawIOBase):
         if size <= 0:
             return b""
         if not (self.begin <= self.at and self.at + size <= self.begin + len(self.block)):
-            ahead, begin = max(size, AHEAD), self.at
-            self.block = self.place.attempt(lambda: self.file.read_at(min(ahead, self.length - begin), begin))
-            self.begin = begin
+            self.begin, self.block = self.at, self._fetched(self.at, min(max(size, AHEAD), self.length - self.at))
         start = self.at - self.begin
         found = self.block[start : start + size]
         self.at += len(found)
         return found
 
+    def _fetched(self, begin: int, size: int) -> bytes:
+        if self.file is None:
+            assert self.part is not None
+            return _of_object(self.place, self.part, begin, begin + size)
+        file = self.file
+        return self.place.attempt(lambda: file.read_at(size, begin))
+
+
+def _as_listed(place: Location, part: Part) -> int:
+    """Returns the bytes of an object; FileNotFoundError if it is gone, DataError if its ETag is not as it was listed."""
+    if (found := place.info()) is None:
+        raise FileNotFoundError(str(place))
+    if found.etag != part.etag:
+        raise changed(place, part, found.size)
+    return found.size
+
+
+def _of_object(place: Location, part: Part, begin: int, end: int) -> bytes:
+    """Reads a range of an object as it was listed; DataError if it has been written again."""
+    try:
+        return place.read_object(begin, end, part.etag) if begin < end else b""
+    except RewrittenError as e:
+        raise changed(place, part, found.size if (found := place.info()) else part.bytes) from e
+
 
 def require_unchanged(base: Location, part: Part) -> None:
-    """Raises DataError if a file is not as it was when the input was listed; nothing if that is not known, or it is a folder."""
+    """Raises DataError if a file is not as it was when the input was listed; nothing if that is not known, or it is a folder.
+
+    Nothing also of an object with an ETag: each of its reads is conditional (`blocks`, `fetch`).
+    """
     place = base.join(part.path) if part.path else base
-    info = place.attempt(lambda: place.fs.get_file_info(place.path)) if part.modified else None
+    info = place.info() if part.modified and not part.etag else None
     if info is None or info.type != pafs.FileType.File:
         return
     unit = 1_000_000_000 if base.is_s3 else 1  # a store tells seconds where it is asked for one file, and may list fractions
-    if (info.size, (info.mtime_ns or 0) // unit) != (part.bytes, part.modified // unit):
+    if (info.size, info.mtime_ns // unit) != (part.bytes, part.modified // unit):
         raise changed(place, part, info.size)
 
 
 def changed(place: Location, part: Part, size: int) -> DataError:
     """Makes the error of a file that is not as it was when the input was listed."""
-    now = f"{size:,} now" if size != part.bytes else "as many now, of another time"
+    other = "content" if part.etag else "time"
+    now = f"{size:,} now" if size != part.bytes else f"as many now, of another {other}"
     return DataError(
         f"input: {place}: changed during the run: it had {part.bytes:,} bytes when it was listed, and has {now}. "
         "Start again: what was made of it is made again"

@@ -70,7 +70,7 @@ def read_file(base: Location, path: str, rules: documents.Rules,
               part: Part | None = None) -> Iterator[documents.Document | documents.Dropped]:  # fmt: skip
     """Reads a file's documents, or the reason why it is left out; a store that refuses or fails is an error."""
     try:
-        file = sources.stream(base, path, rules.max_file_bytes)
+        file = sources.stream(base, path, rules.max_file_bytes, part)
     except sources.LeftOutError as e:
         if part is None or part.start == 0:
             yield documents.Dropped(path or base.name, e.reason, e.detail)
@@ -89,7 +89,7 @@ def read_other(
         yield from _of_repository(_clone(base, path, limits, part), rules)
         return
     try:
-        file = io.BufferedReader(sources.blocks(base, path, rules.max_file_bytes))
+        file = io.BufferedReader(sources.blocks(base, path, rules.max_file_bytes, part))
     except sources.LeftOutError as e:
         yield documents.Dropped(name, e.reason, e.detail)
         return
@@ -128,7 +128,7 @@ def count_lines(folder: Location, input: str, part: Part) -> dict[str, Any]:
     base = sources.root(input)
     sources.require_unchanged(base, part)
     try:
-        with sources.stream(base, part.path, part.bytes) as file:
+        with sources.stream(base, part.path, part.bytes, part) as file:
             return {"lines": documents.count_lines(file, part)}
     except sources.LeftOutError:
         return {"lines": 0}

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from heliostat.curation.pieces import Part
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import store
 from heliostat.curation.text import sources
@@ -39,7 +40,7 @@ URLS = 2000  # of a task, about
 def listing(uri: str) -> list[InputFile]:
     """Lists the lists of URLs, sorted by path; ConfigError if there are none."""
     base, found = sources.find(uri)
-    files = [InputFile(p, i.size, i.mtime_ns or 0) for p, i in found if (p or base.path).lower().endswith(LISTS)]
+    files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in found if (p or base.path).lower().endswith(LISTS)]
     if not files:
         seen = f"{len(found)} files, none" if found else "no file there"
         raise ConfigError(f"input: {uri!r}: {seen} that ends in {', '.join(LISTS)}, as lists of URLs do (fetch)")
@@ -49,7 +50,12 @@ def listing(uri: str) -> list[InputFile]:
 def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list[str], limit: int) -> Iterator[dict[str, Any]]:
     """Yields the tasks that fetch: `of` says how many share a host's pace."""
     told = {"uri": uri, "column": column, "wanted": wanted, "limit": limit}
-    reading = (Task(key("list", told, f.path, f.bytes, f.modified), {"path": f.path, **told}, bytes=f.bytes) for f in files)
+    reading = (
+        Task(
+            key("list", told, f.path, f.bytes, f.modified, *([f.etag] if f.etag else [])), {"part": f.part, **told}, bytes=f.bytes
+        )
+        for f in files
+    )
     counts, names = Counter[int](), list[str]()
     for record in flow.all("lists", listed, reading):
         counts.update({int(group): number for group, number in record["groups"].items()})
@@ -79,10 +85,11 @@ def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
         yield first, last + 1, 1
 
 
-def listed(folder: Location, path: str, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, Any]:
+def listed(folder: Location, part: Part, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, Any]:
     """Spills the rows of a list by host; in the record, `groups` counts them."""
-    base, name, files, groups = sources.root(uri), path, list[str](), Counter[int]()
-    numbered = enumerate(_rows(base, path, limit), 1)
+    base, name, files, groups = sources.root(uri), part.path, list[str](), Counter[int]()
+    sources.require_unchanged(base, part)
+    numbered = enumerate(_rows(base, part, limit), 1)
     while some := list(itertools.islice(numbered, SPILLED)):
         table = pa.Table.from_pylist([_row(f"{name or base.name}#{n}", row, column, wanted, name) for n, row in some], ROWS)
         groups.update((k >> GROUP) for k in table["key"].to_pylist())
@@ -109,10 +116,11 @@ def _whole(url: str) -> str:
     return url
 
 
-def _rows(base: Location, path: str, limit: int) -> Iterator[Any]:
+def _rows(base: Location, part: Part, limit: int) -> Iterator[Any]:
     """Yields the rows of a list; ConfigError if it cannot be read, because then nothing tells what is missing."""
+    path = part.path
     try:
-        with sources.blocks(base, path, limit) as file:
+        with sources.blocks(base, path, limit, part) as file:
             lower = (path or base.name).lower()
             if lower.endswith(".parquet"):
                 opened = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True, pre_buffer=False)

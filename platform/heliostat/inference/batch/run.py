@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from heliostat.curation import shipping
 from heliostat.curation.pieces import Part
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.text.sources import absolute
@@ -36,6 +37,7 @@ from heliostat.inference.batch.settings import Settings
 from heliostat.recipes import exported
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
+from heliostat.tasks import files as model_files
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.progress import Progress
 from heliostat.tasks.work import Work, key
@@ -95,6 +97,7 @@ def answer(
                     "devices": _devices(records), "new": flow.done.get("infer", 0)}  # fmt: skip
     _list_bad(place, records)
     place.join(RECORD).write(json.dumps({**made, "answers_in": listed}, indent=1).encode())
+    shipping.withdraw(flow.work.spill)
     for one in gone:
         one.delete()
     return made
@@ -104,8 +107,7 @@ def model_digest(folder: Path) -> str:
     """Computes the digest of a model's files: what its answers follow from."""
     told = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with file.open("rb") as opened:
-            told.update(f"{file.relative_to(folder)}\0".encode() + hashlib.file_digest(opened, "sha256").digest())
+        told.update(f"{file.relative_to(folder)}\0".encode() + bytes.fromhex(model_files.digest("model", str(file))))
     return told.hexdigest()
 
 
@@ -121,8 +123,8 @@ def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Loc
     asked, input = facts["settings"], facts["input"]
     read = reading.of(input, Settings(**asked))
     model = facts["model"]
-    shared = {"source": read.source(flow), "output": place.uri, "model": model["folder"], "follows": model["digest"],
-              "settings": asked}  # fmt: skip
+    shared = {"source": read.source(flow), "output": place.uri, "model": shipping.describe("model", model["folder"]),
+              "follows": model["digest"], "settings": asked}  # fmt: skip
 
     def task(piece: list[Part]) -> Task:
         told = [part.identity for part in piece]

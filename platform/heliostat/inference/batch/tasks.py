@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from heliostat.curation import shipping
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Source
+from heliostat.curation.shipping import Shipment
 from heliostat.curation.stage import Document, Dropped
 from heliostat.inference.batch.settings import Settings
 from heliostat.storage.locations import Location
@@ -49,13 +51,13 @@ def answer_piece(
     source: Source,
     output: str,
     name: str,
-    model: str,
+    model: Shipment,
     settings: dict[str, Any],
     follows: str,
 ) -> dict[str, Any]:
     """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record.
 
-    `follows`: the digest of the model's files.
+    `model`: its files; `follows`: their digest.
     """
     found = list(chain.from_iterable(source.read(part) for part in piece))
     read = [item for item in found if isinstance(item, Document)]
@@ -66,7 +68,8 @@ def answer_piece(
     bad += [[one.id, "not_utf8", f"the kept column {column!r}"] for one, column in zip(read, wrong, strict=True) if column]
     open_ = [(one, columns) for one, columns, column in zip(read, kept, wrong, strict=True) if not column]
     rows = []
-    for (document, columns), answer in zip(open_, _answers(model, asked, [one for one, _ in open_], follows), strict=True):
+    held = shipping.here(spill, model)
+    for (document, columns), answer in zip(open_, _answers(held, asked, [one for one, _ in open_], follows), strict=True):
         if answer.bad:
             bad.append([document.id, answer.bad, _spelt(answer.detail)])
         else:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from heliostat.cluster.labels import selects
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError
 from heliostat.runs.time_ledger import Recorder
@@ -76,9 +77,9 @@ def hourly(workers: Workers, nodes: Iterable[dict[str, Any]]) -> float | None:
     if not workers.gpus:
         return workers.cpus * devices["cpu"]["hour"]
     wanted = {name: value for name, value in workers.labels.items() if not name.startswith(RAYS)}  # Ray's own: not listed
-    fitting = [n for n in nodes if n["gpus"] and wanted.items() <= n["labels"].items()]
+    fitting = [n for n in nodes if n["gpus"] and selects(wanted, n["labels"])]
     if kind := workers.labels.get(ACCELERATOR):
-        fitting = [n for n in fitting if kind in n["accelerators"]]
+        fitting = [n for n in fitting if any(selects({ACCELERATOR: kind}, {ACCELERATOR: one}) for one in n["accelerators"])]
     kinds = {kind for node in fitting for kind in node["accelerators"] or ["a GPU that Ray has no name for"]}
     known = {kind: devices.get(kind.split("-")[0]) for kind in kinds}
     if unknown := sorted(kind for kind, device in known.items() if device is None):

@@ -1,0 +1,235 @@
+"""How models and word lists come to nodes that lack them."""
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from heliostat.curation import shipping
+from heliostat.curation.images.latents import Latents
+from heliostat.curation.shipping import NotHereError, describe, here, offer
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.storage import node_cache
+from heliostat.storage.locations import Location
+from heliostat.tasks import crew, files, flow
+from heliostat.tasks.work import Work
+
+
+@pytest.fixture
+def spill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
+    (tmp_path / "node").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    return Location(str(tmp_path / "work" / "spill"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder of safetensors, with a pickle and hidden files, as a snapshot of the Hub may be."""
+    folder = tmp_path / "driver" / "model"
+    (folder / "1_Pooling").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    for name, text in {"model.safetensors": "w" * 100, "config.json": "{}", "1_Pooling/config.json": "[]",
+                       "pytorch_model.bin": "pickle", "own.py": "code", ".cache/x.json": "x"}.items():  # fmt: skip
+        (folder / name).write_text(text)
+    return folder
+
+
+def cached() -> list[Path]:
+    return [p for p in node_cache.folder(shipping.SHIPPED).glob("*") if p.is_dir()]
+
+
+def test_a_path_with_the_files_is_used_and_nothing_is_copied(spill, model):
+    assert here(spill, describe("model", str(model))) == str(model)
+    assert not cached() and not Path(spill.path).exists()
+
+
+def test_a_file_is_hashed_once_in_a_process_while_it_stays_as_it_is(spill, model, monkeypatch):
+    read, real = [], files.hashlib.file_digest
+    monkeypatch.setattr(files.hashlib, "file_digest", lambda *given: read.append(1) or real(*given))
+    described = describe("model", str(model))
+    for _ in range(5):
+        here(spill, described)
+    assert len(read) == 3
+    (model / "config.json").write_text("{ }")
+    assert describe("model", str(model)) != described and len(read) == 4
+
+
+@pytest.mark.parametrize("fault", ["absent", "other", "more"])
+def test_a_node_without_the_folder_gets_the_files_and_no_pickle(spill, model, fault):
+    described = describe("model", str(model))
+    kept = shutil.copytree(model, model.parent / "kept")
+    if fault == "absent":
+        shutil.rmtree(model)
+    elif fault == "other":
+        (model / "model.safetensors").write_text("v" * 100)
+    else:
+        (model / "other.safetensors").write_text("v")
+    with pytest.raises(NotHereError, match=r"node .* doesn't have this file as the driver has it"):
+        here(spill, described)
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(kept, model)
+    offer(spill, described)
+    shutil.rmtree(model)
+    place = Path(here(spill, described))
+    assert place.name == "model" and place != model
+    found = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
+    assert found == ["1_Pooling/config.json", "config.json", "model.safetensors"]
+    assert node_cache.is_ours(place.parent.parent)
+    shutil.rmtree(spill.path)
+    assert here(spill, described) == str(place), "the cache is enough"
+
+
+def test_a_folder_of_pickles_is_not_copied(spill, model):
+    (model / "model.safetensors").unlink()
+    described = describe("model", str(model))
+    assert here(spill, described) == str(model)
+    (model / "pytorch_model.bin").write_text("other")
+    with pytest.raises(ConfigError, match=r"isn't copied: it can run code. Save the model as safetensors"):
+        here(spill, described)
+
+
+def test_a_single_file_of_any_kind_is_copied_under_its_name(spill, tmp_path):
+    file = tmp_path / "lid.bin"
+    file.write_bytes(os.urandom(3000))
+    described, data = describe("model", str(file)), file.read_bytes()
+    offer(spill, described)
+    file.unlink()
+    place = Path(here(spill, described))
+    assert place.name == "lid.bin" and place.read_bytes() == data
+
+
+def test_files_are_copied_block_by_block(spill, model, monkeypatch):
+    """A model of many gigabytes is in no process's memory."""
+    monkeypatch.setattr(shipping, "BLOCK", 16)
+    described = describe("model", str(model))
+    offer(spill, described)
+    shutil.rmtree(model)
+    sizes, real = [], shipping._blocks
+    monkeypatch.setattr(shipping, "_blocks", lambda *given: (sizes.append(len(b)) or b for b in real(*given)))
+    assert (Path(here(spill, described)) / "model.safetensors").read_text() == "w" * 100
+    assert max(sizes) == 16 and sum(sizes) == described.bytes
+
+
+@pytest.mark.parametrize("where", ["work", "node"])
+def test_a_damaged_copy_is_not_used(spill, model, where):
+    described = describe("model", str(model))
+    offer(spill, described)
+    kept = shutil.move(model, model.parent / "kept")
+    copies = Path(spill.path, shipping.SHIPPED)
+    (weights,) = [p for p in copies.iterdir() if p.stat().st_size == 100]
+    if where == "work":
+        weights.write_text("v" * 100)
+        with pytest.raises(NotHereError, match="was damaged and is removed"):
+            here(spill, described)
+        assert not weights.exists() and not cached()
+        shutil.move(kept, model)
+        offer(spill, described)
+        shutil.rmtree(model)
+    else:
+        (Path(here(spill, described)) / "model.safetensors").write_text("v" * 100)
+    assert (Path(here(spill, described)) / "model.safetensors").read_text() == "w" * 100
+
+
+def test_a_file_that_changed_since_the_start_is_not_offered(spill, model):
+    described = describe("model", str(model))
+    (model / "model.safetensors").write_text("v" * 100)
+    with pytest.raises(ConfigError, match=r"model.safetensors: changed during the run"):
+        offer(spill, described)
+    assert not list(Path(spill.path, shipping.SHIPPED).glob("*-100"))
+
+
+def test_one_process_copies_while_others_wait_and_not_forever(spill, model, monkeypatch):
+    described = describe("model", str(model))
+    offer(spill, described)
+    shutil.rmtree(model)
+    fetched, real = [], shipping._fetch
+
+    def slow(*given):
+        fetched.append(1)
+        time.sleep(0.3)
+        real(*given)
+
+    monkeypatch.setattr(shipping, "_fetch", slow)
+    threads = [threading.Thread(target=here, args=(spill, described)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1 and len(cached()) == 1
+    shutil.rmtree(cached()[0])
+    monkeypatch.setattr(shipping, "WAIT_S", 0.2)
+    monkeypatch.setattr(shipping, "BYTES_PER_S", 1 << 40)
+    with (node_cache.alone(node_cache.folder(shipping.SHIPPED) / described.digest, 1.0),
+          pytest.raises(HeliostatError, match=r"another process copied .*model for 0 s; start again")):  # fmt: skip
+        here(spill, described)
+    monkeypatch.setattr(shipping, "WAIT_S", -1.0)
+    with pytest.raises(HeliostatError, match="is read too slowly"):
+        here(spill, described)
+
+
+def test_a_disk_without_room_is_one_error_that_names_the_cache(spill, model, monkeypatch):
+    described = describe("model", str(model))
+    offer(spill, described)
+    shutil.rmtree(model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
+    told = r"heliostat-shipped-\d+/\w+: node .* bytes are needed, and 10 are free\)\. Give it room"
+    with pytest.raises(HeliostatError, match=told):
+        here(spill, described)
+    assert not cached()
+
+
+def test_what_was_not_used_for_a_day_leaves_the_cache(spill, tmp_path):
+    places = []
+    for name in ("a", "b", "c"):
+        file = tmp_path / name
+        file.write_text(name)
+        described = describe("lists", str(file))
+        offer(spill, described)
+        file.unlink()
+        places.append(Path(here(spill, described)))
+        if name == "a":
+            os.utime(places[0].parent, (0, 0))
+    assert [place.exists() for place in places] == [False, True, True]
+
+
+def test_the_driver_copies_what_a_task_asks_for_once_and_starts_it_again(tmp_path, spill, model, monkeypatch):
+    """A task that asks again for the same files, which the driver has copied, ends the run by one error."""
+    described = describe("model", str(model))
+    monkeypatch.setattr(ray, "nodes", list)
+    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), "read", flow.execute, print, 1, 0, 0.0)
+    started = crew.Started(0, flow.Task("k", {}))
+    made._judge(started, NotHereError("x", described))
+    assert made.later == [started] and not made.failed and started.trouble.count == 0
+    assert len(list(Path(spill.path, shipping.SHIPPED).iterdir())) == 3
+    made._judge(started, NotHereError("x", described))
+    assert len(made.failed) == 1
+    shipping.withdraw(spill)
+    assert not Path(spill.path, shipping.SHIPPED).exists()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_text_encoder_comes_with_its_tokenizer_wherever_that_is(spill, tmp_path, apart):
+    """Diffusers' pipelines have the tokenizer beside the encoder's folder; their other parts are not copied."""
+    root = tmp_path / "driver"
+    names = ["vae/config.json", "vae/x.safetensors", "text_encoder/x.safetensors", "unet/x.safetensors"]
+    for name in [*names, "tokenizer/tokenizer.json" if apart else "text_encoder/tokenizer.json"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    latents = Latents(autoencoder=str(root / "vae"), text_encoder=str(root / "text_encoder"))
+    shipments = latents.shipments()
+    assert latents.located(spill, shipments) == latents
+    for one in shipments:
+        offer(spill, one)
+    shutil.rmtree(root)
+    made = latents.located(spill, shipments)
+    assert Path(made.autoencoder, "config.json").read_text() == "vae/config.json"
+    text = Path(made.text_encoder or "")
+    assert text.name == "text_encoder" and (text / "x.safetensors").read_text() == "text_encoder/x.safetensors"
+    assert (text.parent / "tokenizer" if apart else text).joinpath("tokenizer.json").exists()
+    assert not list(node_cache.folder(shipping.SHIPPED).rglob("unet"))
+    plain = Latents(autoencoder=str(made.autoencoder))
+    assert plain.located(spill, plain.shipments()) == plain
