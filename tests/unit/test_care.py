@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from heliostat.curation import care, engine, registry, segment, tally
+from heliostat.curation import careful, engine, registry, segment, tally
 from heliostat.curation.engine import Curated, Engine
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Outcome, Stage
@@ -19,7 +19,7 @@ from heliostat.curation.text import trace
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
-from heliostat.tasks import crew, flow
+from heliostat.tasks import care, crew, flow
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work
 from ray.exceptions import WorkerCrashedError
@@ -272,8 +272,8 @@ def test_a_task_that_dies_with_another_one_in_its_actor_is_not_given_up_when_tha
     for document in range(4):
         for again in range(3):
             note = made.work.note("read", deadly.task.key)
-            careful = care.Careful(deadly.trouble.care(note))
-            careful.note(care.Place(document, -1, again > 0, f"d{document}" if again else "", "stage" if again else ""))
+            taking = careful.Careful(deadly.trouble.care(note))
+            taking.note(care.Place(document, -1, again > 0, f"d{document}" if again else "", "stage" if again else ""))
             made.later.clear()
             for started in (other, deadly):
                 made._judge(started, WorkerCrashedError())

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.fs as pafs
 import pytest
-from heliostat.curation import chain, linear, pieces, registry, shipping
+from heliostat.curation import chain, linear, pieces, registry
 from heliostat.curation.engine import Engine
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.sources import Columns
@@ -23,7 +23,7 @@ from heliostat.curation.text.documents import Rules
 from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
-from heliostat.tasks import libraries
+from heliostat.tasks import libraries, shipping
 from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import Given, HereFlow, curate

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import ray
-from heliostat.curation import shipping
 from heliostat.curation.images.latents import Latents
-from heliostat.curation.shipping import NotHereError, describe, here, offer
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage import node_cache
 from heliostat.storage.locations import Location
-from heliostat.tasks import crew, files, flow
+from heliostat.tasks import crew, files, flow, shipping
+from heliostat.tasks.shipping import NotHereError, describe, here, offer
 from heliostat.tasks.work import Work
 
 

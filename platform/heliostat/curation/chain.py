@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from heliostat.curation import registry, shipping, tally
-from heliostat.curation.shipping import Shipment
+from heliostat.curation import registry, tally
 from heliostat.curation.stage import Document, Dropped, Stage, Work
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage.locations import Location
-from heliostat.tasks import cpu_time
+from heliostat.tasks import cpu_time, shipping
+from heliostat.tasks.shipping import Shipment
 from heliostat.tasks.work import key
 
 Entry = tuple[dict[str, Any], str, tuple[Shipment, ...]]

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from heliostat.curation import segment, shipping, tally
+from heliostat.curation import segment, tally
 from heliostat.curation.chain import Entry
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import EXAMPLES, Run, Source
 from heliostat.curation.stage import GlobalStage, Stage
-from heliostat.tasks import libraries
+from heliostat.tasks import libraries, shipping
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import key
 

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from heliostat.curation import care, segment, tally
+from heliostat.curation import segment, tally
 from heliostat.curation.segment import LEFT_OUT as END
 from heliostat.curation.segment import key_of, packed
 from heliostat.curation.stage import Stage
@@ -28,7 +28,7 @@ from heliostat.data import versions
 from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
-from heliostat.tasks import spill
+from heliostat.tasks import care, spill
 
 SECONDS, PIPELINE = UNCOVERED
 END_ROWS = 200_000  # of a file, whose task takes 0.4 KB of memory for each

@@ -18,13 +18,15 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from heliostat.curation import care, tally
-from heliostat.curation.care import Care, Careful, Crash
+from heliostat.curation import careful, tally
+from heliostat.curation.careful import Careful
 from heliostat.curation.chain import Chain, Entry, batches, bytes_of
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.storage.locations import Location
-from heliostat.tasks import cpu_time, spill
+from heliostat.tasks import care, cpu_time, spill
+from heliostat.tasks.care import Care, Crash
+from heliostat.tasks.spill import Run, survivors
 
 RUN = pa.schema(
     [("key", pa.uint64()), ("row", pa.uint32()), ("hash", pa.binary(32)), ("id", pa.large_string()), ("bytes", pa.int64()),
@@ -39,7 +41,7 @@ LEFT_OUT = pa.schema(
         *((name, pa.large_string()) for name in ("id", "stage", "reason", "detail", "measures", "hash", "columns")),
     ]
 )
-READ = care.READ  # the stage at which reading leaves something out
+READ = careful.READ  # the stage at which reading leaves something out
 FINISH = "finish"  # the one at which texts are left out that do not meet what is asked of them after the stages
 LEFT_OUT_ROWS, LEFT_OUT_BYTES = 20_000, 64 << 20  # that are held, as Python objects, before they are spilled
 EXAMPLES = 3  # ids that are told for each reason
@@ -59,16 +61,6 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Run:
-    """Describes a spilled run of documents, and the spills of those of its rows that were decided against since."""
-
-    name: str
-    rows: int
-    bytes: int
-    decided: tuple[str, ...] = ()
-
-
 def key_of(id: str) -> int:
     """Computes the key by which a document's records are found: the hash of its id."""
     return xxhash.xxh64_intdigest(id.encode("utf-8", "surrogatepass"))
@@ -77,16 +69,6 @@ def key_of(id: str) -> int:
 def packed(columns: dict[str, Any] | None) -> str | None:
     """Writes a document's columns as JSON, None if it has none."""
     return json.dumps(columns, sort_keys=True, default=str) if columns else None
-
-
-def survivors(
-    folder: Location, run: Run, low: int = 0, high: int = spill.ALL, columns: list[str] | None = None
-) -> Iterator[pa.Table]:
-    """Yields the run's documents of a range of keys, without those that were decided against."""
-    decided = [t["row"].to_numpy() for name in run.decided for t in spill.read(folder, name, low, high)]
-    gone = np.unique(np.concatenate(decided)) if decided else np.zeros(0, np.uint32)
-    for table in spill.read(folder, run.name, low, high, None if columns is None else ["row", *columns]):
-        yield spill.without(table, gone)
 
 
 def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -173,7 +155,7 @@ def _run(folder: Location, documents: Iterable[Document | Dropped], source: Sour
 
 
 @dataclass
-class _Stages(care.Through):
+class _Stages(careful.Through):
     """Takes documents through a chain of stages to what is spilled."""
 
     chain: Chain
@@ -200,7 +182,7 @@ class _Stages(care.Through):
         return self.source.finish(document) if self.chain.stages or _unfinished(document) else document
 
     def leave_out(self, document: Document, crash: Crash) -> None:
-        care.count(self.chain.tally, [name for name, *_ in self.chain.stages], crash, bytes_of(document))
+        careful.count(self.chain.tally, [name for name, *_ in self.chain.stages], crash, bytes_of(document))
         self.out.leave_out(document.id, crash.stage, care.CRASHED, crash.detail, columns=document.columns)
 
 

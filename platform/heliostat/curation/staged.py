@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny
 
-from heliostat.curation import reasons, registry, shipping
+from heliostat.curation import reasons, registry
 from heliostat.curation.prepare import Pipeline, place
 from heliostat.curation.stage import Stage
 from heliostat.curation.watching import Watch
 from heliostat.data.manifest import Manifest, kept_path
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
+from heliostat.tasks import shipping
 from heliostat.tasks.flow import LEAST_MEMORY, Flow
 from heliostat.tasks.progress import Progress
 from heliostat.tasks.work import Work

@@ -17,8 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from heliostat.curation import segment, shipping
-from heliostat.curation.shipping import Shipment
+from heliostat.curation import segment
 from heliostat.curation.watching import Watch
 from heliostat.errors import HeliostatError
 from heliostat.inference.batch.claim import claim
@@ -28,8 +27,10 @@ from heliostat.recipes import exported
 from heliostat.recipes.protocol import Request
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
+from heliostat.tasks import shipping
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.progress import Progress
+from heliostat.tasks.shipping import Shipment
 from heliostat.tasks.work import Work, key
 from heliostat.terminal import console
 from heliostat.text import brief

@@ -1,5 +1,5 @@
 """Runs resumable tasks on Ray: records each finished task, retries failures, spills and merges tables.
 
 Start at `flow`.
-May import: `curation`, `storage`.
+May import: `cluster`, `storage`.
 """

@@ -12,22 +12,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from heliostat.curation import care, shipping
-from heliostat.curation.care import Trouble
-from heliostat.curation.shipping import NotHereError, Shipment
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
+from heliostat.tasks import care, shipping
+from heliostat.tasks.care import Trouble
 from heliostat.tasks.pool import Pool
+from heliostat.tasks.shipping import NotHereError, Shipment
 from heliostat.tasks.work import Work
 from heliostat.text import printable
-
-if TYPE_CHECKING:
-    from heliostat.tasks.flow import Flow, Task
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +34,34 @@ LOOK_S = 10.0  # between looks at the cluster's nodes
 AWAY_S = 0.5  # between looks at actors that are all lost
 ENDING_S = 2.0  # for tasks to end by themselves after the run is given up
 END_S = 60.0  # and when they are cancelled
+
+
+@dataclass(frozen=True)
+class Task:
+    """Describes a task: the key that its result follows from, and what its function is called with."""
+
+    key: str
+    arguments: dict[str, Any]
+    shared: dict[str, Any] = field(default_factory=dict)
+    """Further arguments, each from `Flow.share`: what is large and the same for many tasks travels to a node once."""
+    bytes: int = 0
+    """That it reads, about: for the progress."""
+    careful: bool = False
+    """Whether its function takes `care`, where it is run again."""
+
+
+class Flowing(Protocol):
+    """Lists what a crew reads of the flow that it works for (`flow.Flow`)."""
+
+    work: Work
+    labels: dict[str, str]
+    crashed: int
+    passed: int
+    name: str
+
+    def nodes(self, resource: str = "CPU") -> list[int]: ...
+    def memory_each(self, cpus: int = 1) -> int | None: ...
+    def log_short_memory(self, cpus: int) -> None: ...
 
 
 @dataclass(eq=False)
@@ -54,7 +79,7 @@ class Started:
 class Crew:
     """Keeps tasks under way, in a pool of `size` actors, if any, else as tasks of `cpus` CPUs each."""
 
-    def __init__(self, flow: Flow, kind: str, execute: Any, function: Callable[..., dict[str, Any]], cpus: int, size: int,
+    def __init__(self, flow: Flowing, kind: str, execute: Any, function: Callable[..., dict[str, Any]], cpus: int, size: int,
                  gpus: float) -> None:  # fmt: skip
         self.flow, self.kind, self.execute, self.function, self.cpus = flow, kind, execute, function, cpus
         self.work = Work(flow.work.location)  # without what was looked up

@@ -19,9 +19,9 @@ import pyarrow as pa
 import ray
 
 from heliostat.cluster import labels
-from heliostat.curation.care import CRASHED, UNREAD
 from heliostat.tasks import cpu_time
-from heliostat.tasks.crew import Crew, Started
+from heliostat.tasks.care import CRASHED, UNREAD
+from heliostat.tasks.crew import Crew, Started, Task
 from heliostat.tasks.progress import Progress, documents
 from heliostat.tasks.work import Work
 
@@ -29,20 +29,6 @@ BATCH = 4096  # keys that are looked up together
 MIB = 1 << 20
 LEAST_MEMORY = 64 * MIB  # of `memory_limit`
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Describes a task: the key that its result follows from, and what its function is called with."""
-
-    key: str
-    arguments: dict[str, Any]
-    shared: dict[str, Any] = field(default_factory=dict)
-    """Further arguments, each from `Flow.share`: what is large and the same for many tasks travels to a node once."""
-    bytes: int = 0
-    """That it reads, about: for the progress."""
-    careful: bool = False
-    """Whether its function takes `care`, where it is run again."""
 
 
 @dataclass

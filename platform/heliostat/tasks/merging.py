@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.curation.segment import Run, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.spill import Run, survivors
 from heliostat.tasks.work import key
 
 LEAST = spill.GROUP_BYTES // 4

@@ -13,6 +13,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -147,3 +148,21 @@ def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
     if not len(dropped):
         return table
     return table.filter(pc.invert(pc.is_in(table["row"], value_set=pa.array(dropped, table.schema.field("row").type))))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Describes a spilled run of documents, and the spills of those of its rows that were decided against since."""
+
+    name: str
+    rows: int
+    bytes: int
+    decided: tuple[str, ...] = ()
+
+
+def survivors(folder: Location, run: Run, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Yields the run's documents of a range of keys, without those that were decided against."""
+    decided = [t["row"].to_numpy() for name in run.decided for t in read(folder, name, low, high)]
+    gone = np.unique(np.concatenate(decided)) if decided else np.zeros(0, np.uint32)
+    for table in read(folder, run.name, low, high, None if columns is None else ["row", *columns]):
+        yield without(table, gone)

@@ -28,7 +28,6 @@ from heliostat.apps.search.record import RECORD, read
 from heliostat.apps.search.settings import Settings
 from heliostat.apps.search.tasks import Plan, index_unit
 from heliostat.apps.search.units import Unit, open_text, units
-from heliostat.curation import shipping
 from heliostat.curation.watching import Watch
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
@@ -39,6 +38,7 @@ from heliostat.recipes import exported
 from heliostat.recipes.text import sentence_folder
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
+from heliostat.tasks import shipping
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.progress import Progress
 from heliostat.tasks.work import Work, key

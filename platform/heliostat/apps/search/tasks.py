@@ -15,13 +15,13 @@ from heliostat.apps.search import table
 from heliostat.apps.search.cutting import cut
 from heliostat.apps.search.settings import Settings
 from heliostat.apps.search.units import Unit, documents
-from heliostat.curation import shipping
-from heliostat.curation.shipping import Shipment
 from heliostat.curation.text import tokens
 from heliostat.data import infilling
 from heliostat.data.infilling import Markers
 from heliostat.inference.batch.tasks import loaded
 from heliostat.storage.locations import Location
+from heliostat.tasks import shipping
+from heliostat.tasks.shipping import Shipment
 
 if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Embed

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from heliostat.curation import shipping
 from heliostat.curation.images.pictures import Size
-from heliostat.curation.shipping import Shipment
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
+from heliostat.tasks import shipping
+from heliostat.tasks.shipping import Shipment
 
 EMPTY = "empty_caption.bin"
 

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from heliostat.curation.care import CRASHED, MEANING, UNREAD, UNREAD_MEANING
 from heliostat.curation.picturing import fault, upright
 from heliostat.curation.stage import Dropped
+from heliostat.tasks.care import CRASHED, MEANING, UNREAD, UNREAD_MEANING
 
 REASONS = {
     "unreadable": "the file vanished or cannot be opened",

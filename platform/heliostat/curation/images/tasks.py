@@ -24,7 +24,6 @@ from heliostat.curation.images.pictures import Raw, Rules
 from heliostat.curation.images.sources import Columns, Limits
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Run, survivors
-from heliostat.curation.shipping import Shipment
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.curation.text import tokens
 from heliostat.data import manifest, versions
@@ -32,6 +31,7 @@ from heliostat.data import shard as shard_file
 from heliostat.data.manifest import SHARDS
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
+from heliostat.tasks.shipping import Shipment
 
 # what becomes of a run: `key` is the number of the image's shard among all of them
 DEALT = pa.schema(

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from heliostat.curation import shipping
 from heliostat.curation.pairs import extracting
 from heliostat.curation.pairs.making import Making
 from heliostat.curation.pairs.reading import KIND, QUERY, Least, PairSource
@@ -24,6 +23,7 @@ from heliostat.curation.text.pipeline import TokenizerConfig
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
+from heliostat.tasks import shipping
 
 
 class PairPipeline(StagedPipeline):

@@ -17,15 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from heliostat.curation import shipping
 from heliostat.curation.comparing import JUDGED, LARGEST, counted
 from heliostat.curation.embedding import Embedder
 from heliostat.curation.minhash.keep import Rule, ranked
 from heliostat.curation.segment import Run, survivors
 from heliostat.curation.semantic import vectors
-from heliostat.curation.shipping import Shipment
 from heliostat.storage.locations import Location
-from heliostat.tasks import spill
+from heliostat.tasks import shipping, spill
+from heliostat.tasks.shipping import Shipment
 
 TEXTS = 64  # that are embedded together
 OF_CELL = 256  # documents of the sample for each cell

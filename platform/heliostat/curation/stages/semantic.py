@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from heliostat.curation import embedding, scoring, shipping, tally
+from heliostat.curation import embedding, scoring, tally
 from heliostat.curation.comparing import conclude, parts
 from heliostat.curation.engine import Curated
 from heliostat.curation.minhash.keep import Rule
@@ -23,7 +23,7 @@ from heliostat.curation.segment import Run
 from heliostat.curation.semantic import cells
 from heliostat.curation.stage import GlobalStage
 from heliostat.schema import Float
-from heliostat.tasks import libraries
+from heliostat.tasks import libraries, shipping
 from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import key

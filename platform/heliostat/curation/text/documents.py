@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.curation.care import CRASHED, MEANING, UNREAD, UNREAD_MEANING
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import Limits, streams
 from heliostat.curation.stage import Dropped
 from heliostat.curation.text import sources
+from heliostat.tasks.care import CRASHED, MEANING, UNREAD, UNREAD_MEANING
 
 __all__ = ["REASONS", "Document", "Dropped", "Rules", "clean", "read"]
 REASONS = {

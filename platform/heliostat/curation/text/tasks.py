@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from heliostat.curation import care, readers, segment
+from heliostat.curation import readers, segment
 from heliostat.curation.pdf import is_pdf
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import archives, clones
@@ -32,7 +32,7 @@ from heliostat.data.infilling import Markers
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
-from heliostat.tasks import spill
+from heliostat.tasks import care, spill
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
 SELECTED_BYTES = 8 << 20  # of the texts that train the tokenizer, that are held at a time

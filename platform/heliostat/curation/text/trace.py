@@ -7,13 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from heliostat.curation import reasons, segment
-from heliostat.curation.care import CRASHED, UNREAD
 from heliostat.curation.readers import REASONS
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import documents, replay
 from heliostat.data import documents as places
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.tasks.care import CRASHED, UNREAD
 
 AFTER = (segment.FINISH, "exact", "shard", "forget")  # where documents end that all stages have kept
 ENDS = {"kept": "is in the dataset", "duplicate": "the same text", "forgotten": "taken out of an earlier dataset"}

@@ -25,7 +25,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heliostat.curation import shipping
 from heliostat.curation.pieces import Part
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.text.sources import absolute
@@ -38,6 +37,7 @@ from heliostat.recipes import exported
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
 from heliostat.tasks import files as model_files
+from heliostat.tasks import shipping
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.progress import Progress
 from heliostat.tasks.work import Work, key

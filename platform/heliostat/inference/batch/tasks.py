@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from heliostat.curation import shipping
 from heliostat.curation.pieces import Part
 from heliostat.curation.segment import Source
-from heliostat.curation.shipping import Shipment
 from heliostat.curation.stage import Document, Dropped
 from heliostat.inference.batch.settings import Settings
 from heliostat.storage.locations import Location
+from heliostat.tasks import shipping
+from heliostat.tasks.shipping import Shipment
 
 if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Answer, Input
