@@ -89,11 +89,11 @@ def _without_compiler() -> Iterator[None]:
 
 def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGroup | None = None) -> torch.nn.Module:
     """Builds the model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
-    torch.manual_seed(job.train.seed)
     if job.train.zero.stage < 3:
         model = first_weights.build(job, recipe)
         _require_dimensions(model)
         return model
+    torch.manual_seed(job.train.seed)
     importlib.import_module("torch._dynamo")  # its first import fails under zero.Init
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -159,7 +159,7 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
         group.average(engine)
     for name, values in exact.items():
         building.put_buffer(model, name, values.to(engine.device))
-    tensor_group.mark(recipe, engine)
+    tensor_group.check(recipe, engine)
     if sharing:
         sharing.join(recipe, engine.module)
     engine.moments, engine.copies, engine.state_group = moments, settings.copies, group  # which `zero_state` reads

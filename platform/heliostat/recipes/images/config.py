@@ -165,7 +165,9 @@ def partitioned() -> AbstractContextManager[Any]:
 def load_or_build(cls: Any, folder: str | Path) -> Any:
     """Loads a folder's model of diffusers in fp32, or builds it without weights where none are wanted."""
     if weightless.wanted():
-        return cls.from_config(cls.load_config(folder))
+        model = cls.from_config(cls.load_config(folder))
+        weightless.comes_from(model, folder)
+        return model
     return cls.from_pretrained(folder, torch_dtype=torch.float32)
 
 
