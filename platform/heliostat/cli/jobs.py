@@ -195,7 +195,7 @@ def stop(
 ) -> None:
     """Stop a job; it saves a checkpoint first, unless --now."""
     from heliostat.cluster.endpoint import endpoint
-    from heliostat.storage.locations import BUDGET
+    from heliostat.storage.retries import BUDGET
     from heliostat.submit.jobs import Jobs
     from heliostat.submit.submission import Record
 

@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from heliostat.errors import DataError, StorageError
 from heliostat.storage import s3_options
-from heliostat.storage.locations import Location, retry_budget
+from heliostat.storage.locations import Location
+from heliostat.storage.retries import retry_budget
 from heliostat.text import brief
 
 T = TypeVar("T")
