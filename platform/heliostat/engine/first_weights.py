@@ -64,8 +64,13 @@ def _in_turns(made: _Making, group: Any, why: str) -> None:
             "See %s for what `build` may do without weights.",
             type(made.recipe).__name__, why, turns, made.gigabytes, GUIDE,
         )  # fmt: skip
+
+    def take(turn: int) -> None:
+        if turn == mine and dist.get_rank():
+            made.with_weights()
+
     for turn in range(turns):
-        agreed(group, lambda turn=turn: made.with_weights() if turn == mine and dist.get_rank() else None)
+        agreed(group, partial(take, turn))
 
 
 class _Making:

@@ -37,7 +37,7 @@ class Stored:
     def read(self) -> torch.Tensor:
         """Reads the tensor into host memory of its own: a mapped file would count as the process's memory."""
         values = torch.empty(self.shape, dtype=self.dtype)
-        left = memoryview(values.reshape(-1).view(torch.uint8).numpy()) if values.numel() else memoryview(b"")
+        left = memoryview(values.reshape(-1).view(torch.uint8).numpy().data) if values.numel() else memoryview(b"")
         with self.file.open("rb", buffering=0) as f:
             f.seek(self.offset)
             while left:
