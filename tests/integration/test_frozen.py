@@ -17,7 +17,7 @@ from heliostat.errors import CheckpointError
 from heliostat.inference import export
 from heliostat.storage import Location
 from heliostat.train.worker import deepspeed_engine, zero_state
-from heliostat.tune.clone import clone
+from heliostat.tune.trial import clone
 from safetensors.torch import load_file
 from torch import nn
 
