@@ -7,9 +7,9 @@ import struct
 
 import pytest
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.serving import answers, options, requests, sse
+from heliostat.serving import answers, front, options, requests
 from heliostat.serving.backend import TRIES, Backend
-from heliostat.serving.limits import Limits
+from heliostat.serving.front import Limits
 from heliostat.serving.stopping import Stopping
 from heliostat.serving.versions import Versions
 from heliostat.web import keys
@@ -207,7 +207,7 @@ def test_a_key_file_that_is_wrong_is_named_without_its_keys(tmp_path, text, said
 
 
 def test_an_event_is_one_line_whatever_the_text_holds():
-    framed = sse.event({"text": "a\n\ndata: b\u2028\r"})
+    framed = front.event({"text": "a\n\ndata: b\u2028\r"})
     assert framed.startswith(b"data: {") and framed.endswith(b"}\n\n") and framed.count(b"\n") == 2
     assert json.loads(framed[6:]) == {"text": "a\n\ndata: b\u2028\r"}
 
