@@ -14,9 +14,9 @@ from heliostat.config.schema import validate
 from heliostat.curation.work import Work
 from heliostat.errors import ConfigError, DataError, LeaseError
 from heliostat.retrieval import build, table, units
-from heliostat.retrieval.cutting import cut
 from heliostat.retrieval.search import Index
 from heliostat.retrieval.settings import Settings
+from heliostat.retrieval.tasks import cut
 from heliostat.serving.asks import Search
 from heliostat.serving.shelf import Shelf
 from heliostat.storage import Location
@@ -249,4 +249,4 @@ def test_an_index_that_another_command_has_taken_over_is_not_written(corpus, tmp
     flow = HereFlow(Work(place.join(build.WORK)))
     with pytest.raises(LeaseError):
         build.build(flow, corpus, place, SETTINGS, None, None, 4, taken)
-    assert not place.join(build.RECORD).exists()
+    assert not place.join(table.RECORD).exists()

@@ -24,7 +24,7 @@ from heliostat.pipelines.text import documents, making, sources
 from heliostat.pipelines.text import tasks as text_tasks
 from heliostat.pipelines.text.documents import Document, Rules
 from heliostat.retrieval import build
-from heliostat.retrieval.record import read as read_record
+from heliostat.retrieval.table import read_record
 from heliostat.storage import Location
 from heliostat.text import printable
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from heliostat.errors import ConfigError, DataError
 from heliostat.retrieval import answering, judging, tasks
-from heliostat.retrieval.record import RECORD
 from heliostat.retrieval.search import Index, fuse
 from heliostat.retrieval.settings import Settings
+from heliostat.retrieval.table import RECORD
 from heliostat.serving.asks import Search
 from heliostat.serving.shelf import Shelf
 from heliostat.storage import Location
