@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -30,7 +29,7 @@ WAIT_S = 600  # for another process that makes the same table
 DAY_S = 86_400
 
 
-def table(key: Any, build: Callable[[], pa.Table]) -> pa.Table:
+def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
     """Returns the table that `build` makes, which is built once on this machine and shared by its processes through a file.
 
     `key` is JSON-like and names everything that the table depends on.
@@ -42,9 +41,9 @@ def table(key: Any, build: Callable[[], pa.Table]) -> pa.Table:
         with _alone(file):
             if (found := _open(file)) is not None:
                 return found
-            made = build()
-            _write(file, made)
-            return _open(file) or made
+            built = build()
+            _write(file, built)
+            return _open(file) or built
     except (OSError, pa.ArrowException) as e:
         log.warning("%s: no table can be shared there (%s); this process keeps its own", file.parent, e)
         return build()
