@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.apps.search import build
-from heliostat.apps.search.record import read as read_record
+from heliostat.apps.search.table import read_record
 from heliostat.curation import segment
 from heliostat.curation.images import pictures
 from heliostat.curation.images import sources as image_sources

@@ -23,6 +23,7 @@ from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import auto, planner, zero_layout
 from heliostat.plan.counts import ModelStats
 from heliostat.plan.model_stats import build, stats_of
+from heliostat.recipes.protocol import Recipe
 from heliostat.validation import check
 
 
@@ -90,7 +91,7 @@ def check_engine(job: Job) -> None:
         ) from e
 
 
-def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
+def _data(job: Job, recipe: Recipe) -> tuple[dict[str, int], str]:
     """Computes the numbers of the data plan, from the datasets if they can be read; else a note gives the reason."""
     note = ""
     try:
