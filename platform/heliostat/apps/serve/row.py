@@ -9,7 +9,8 @@ from typing import Any
 
 from heliostat.apps.serve.growing import Growing
 from heliostat.apps.serve.sampling import Draw
-from heliostat.apps.serve.stopping import UNFINISHED, Stopping
+from heliostat.apps.serve.stopping import Stopping
+from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Loaded
 from heliostat.recipes.text.generator import ends
 from heliostat.recipes.text.infilling import Infilling
@@ -48,14 +49,11 @@ class Row:
 
 
 def ending(loaded: Loaded, infilling: Infilling | None) -> set[int]:
-    """Returns the tokens that end an answer, a middle among them."""
+    """Returns the tokens that end an answer, a middle among them; ConfigError if its text cannot be decoded as it grows."""
+    if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
+        kind = type(loaded.tokenizer).__name__
+        raise ConfigError(f"the model's tokenizer: not one of the tokenizers library ({kind}). Convert it to a tokenizer.json.")
     return {*ends(loaded.tokenizer, loaded.generation()), *(infilling.ends if infilling else [])}
-
-
-def _parting(one: str, other: str) -> int:
-    """Returns the first place where two texts differ, or one has ended."""
-    least = min(len(one), len(other))
-    return next((at for at in range(least) if one[at] != other[at]), least)
 
 
 class Telling:
@@ -67,17 +65,14 @@ class Telling:
 
     def take(self, row: Row, token: int, found: Found | None) -> None:
         """Adds a token; `found` of a row that wants logprobs."""
-        ended, before = token in self.ends, row.text.unsent if found is not None else ""
+        ended, begins = token in self.ends, row.stopping.sent + len(row.text.unsent)  # of a character's piece: where it begins
         if not ended:
             row.made.append(token)
             if token not in self.without_text:
-                row.text.add(token, self._decode)
+                row.text.add(token, self.tokenizer.backend_tokenizer)
         full = len(row.made) >= row.most
         rest = self._decode(row.made)[row.stopping.sent :] if ended or full else row.text.unsent
         if found is not None and not ended:
-            begins = row.stopping.sent + _parting(before, rest.rstrip(UNFINISHED))
-            for one in row.told:  # pieces of one character begin where it does, which its last one tells
-                one["offset"] = min(one["offset"], begins)
             row.told.append({"offset": begins, **self._told(found, token)})
         text = row.stopping.feed(rest, last=ended or full)
         row.text.drop(len(text))
