@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypedDict
 from heliostat.apps.serve.asks import Item, Logprobs
 from heliostat.apps.serve.growing import Growing
 from heliostat.apps.serve.sampling import Draw
-from heliostat.apps.serve.stopping import UNFINISHED, Stopping
+from heliostat.apps.serve.stopping import Stopping
+from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Loaded
 from heliostat.inference.vllm_terms import Chosen
 from heliostat.recipes.text.generator import ends
@@ -61,14 +62,11 @@ class Row:
 
 
 def ending(loaded: Loaded, infilling: Infilling | None) -> set[int]:
-    """Returns the tokens that end an answer, a middle among them."""
+    """Returns the tokens that end an answer, a middle among them; ConfigError if its text cannot be decoded as it grows."""
+    if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
+        kind = type(loaded.tokenizer).__name__
+        raise ConfigError(f"the model's tokenizer: not one of the tokenizers library ({kind}). Convert it to a tokenizer.json.")
     return {*ends(loaded.tokenizer, loaded.generation()), *(infilling.ends if infilling else [])}
-
-
-def _parting(one: str, other: str) -> int:
-    """Returns the first place where two texts differ, or one has ended."""
-    least = min(len(one), len(other))
-    return next((at for at in range(least) if one[at] != other[at]), least)
 
 
 class Telling:
@@ -80,17 +78,14 @@ class Telling:
 
     def take(self, row: Row, token: int, chosen: Chosen | None) -> None:
         """Adds a token; `chosen` of a row that wants logprobs."""
-        ended, before = token in self.ends, row.text.unsent if chosen is not None else ""
+        ended, begins = token in self.ends, row.stopping.sent + len(row.text.unsent)  # of a character's piece: where it begins
         if not ended:
             row.made.append(token)
             if token not in self.without_text:
-                row.text.add(token, self._decode)
+                row.text.add(token, self.tokenizer.backend_tokenizer)
         full = len(row.made) >= row.most
         rest = self._decode(row.made)[row.stopping.sent :] if ended or full else row.text.unsent
         if chosen is not None and not ended:
-            begins = row.stopping.sent + _parting(before, rest.rstrip(UNFINISHED))
-            for one in row.told:  # pieces of one character begin where it does, which its last one tells
-                one["offset"] = min(one["offset"], begins)
             row.told.append(self._drawn(chosen, token, begins))
         text = row.stopping.feed(rest, last=ended or full)
         row.text.drop(len(text))
