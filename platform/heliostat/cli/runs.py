@@ -108,7 +108,7 @@ def lineage(
 
 
 def _backwards(client: Any, shard: str | None, dataset: str | None, json_: bool) -> None:
-    from heliostat.track.lineage_of_data import Seen
+    from heliostat.track.lineage import Seen
 
     rows = Seen(client).answer(shard, dataset)
     if not json_:

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.cluster.capacity import FETCHING, missing, room, starved
 from heliostat.config.spec import Job, Workers
+from heliostat.events import Node
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,8 @@ def free(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
     return {node: resources for node, resources in found.items() if node in there}
 
 
-def inventory() -> list[dict[str, Any]]:
-    """Lists the cluster's living nodes as plain data."""
+def inventory() -> list[Node]:
+    """Lists the cluster's living nodes."""
     return [
         {
             "host": node["NodeManagerHostname"],

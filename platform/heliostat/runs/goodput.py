@@ -24,7 +24,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from heliostat import run_folder
 from heliostat.errors import ConfigError
 from heliostat.records import Format, closed
 from heliostat.storage import Location
+
+if TYPE_CHECKING:  # takes a second
+    from matplotlib.figure import Figure
 
 COLOURS = {
     "queued": "#d9d9d9", "starting": "#fdd0a2", "compiling": "#fdae6b", "data": "#9ecae1", "computing": "#31a354",
@@ -168,11 +171,34 @@ def account(attempts: Iterable[Attempt]) -> dict[str, float]:
     return total
 
 
-def report(attempts: Iterable[Attempt]) -> dict[str, Any]:
-    """Builds the goodput report, which `heliostat goodput --json` prints.
+class Start(TypedDict):
+    """Describes an attempt in the report. `before`: the part and the seconds of the gap before it."""
 
-    Its keys: `total_s`, `parts`, `attributed` (the parts' share of the total), `goodput`, `worker_hours`, `attempts`.
-    """
+    started: float
+    seconds: float
+    workers: int
+    start_step: int
+    reached: int
+    outcome: str | None
+    reason: str
+    restart: bool
+    before: dict[str, float]
+    parts: dict[str, float]
+
+
+class Report(TypedDict):
+    """Describes what `heliostat goodput --json` prints. `attributed`: the parts' share of the total."""
+
+    total_s: float
+    parts: dict[str, float]
+    attributed: float
+    goodput: float
+    worker_hours: float
+    attempts: list[Start]
+
+
+def report(attempts: Iterable[Attempt]) -> Report:
+    """Builds the goodput report."""
     settled = settle(attempts)
     parts = account(s.attempt for s in settled)
     known = sum(parts.values())
@@ -211,14 +237,14 @@ def read(run: Location) -> list[Attempt]:
     return attempts
 
 
-def read_report(run: Location) -> dict[str, Any]:
+def read_report(run: Location) -> Report:
     attempts = read(run)
     if not attempts:
         raise ConfigError(f"{run}: has no {run_folder.LEDGER}/; it was trained by a version that kept none")
     return report(attempts)
 
 
-def table(found: dict[str, Any]) -> list[list[str]]:
+def table(found: Report) -> list[list[str]]:
     """Lays a goodput report out as rows of text: a head, the parts that took any time, the total.
 
     There is a column for each of the newest attempts, if there are several.
@@ -240,18 +266,18 @@ def table(found: dict[str, Any]) -> list[list[str]]:
     return [*rows, ["steps", "", "", *steps]] if attempts else rows
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
-    return {key: found[key] for key in ("total_s", "parts", "goodput")}
+def summary(found: Report) -> dict[str, object]:
+    return {"total_s": found["total_s"], "parts": found["parts"], "goodput": found["goodput"]}
 
 
-def line(found: dict[str, Any]) -> str:
+def line(found: Report) -> str:
     """Summarises a goodput report in one line: goodput and the largest other parts."""
     others = sorted(((s, p) for p, s in found["parts"].items() if p != "computing"), reverse=True)[:4]
     rest = ", ".join(f"{part} {seconds:.1f}" for seconds, part in others if seconds >= 0.05)
     return f"goodput {found['goodput']:.1%}: computing {found['parts']['computing']:.1f} of {found['total_s']:.1f} s ({rest})"
 
 
-def chart(found: dict[str, Any]) -> Any:
+def chart(found: Report) -> Figure:
     """Draws a goodput report as a matplotlib figure: one stacked bar for each attempt, and one for the run."""
     from matplotlib.figure import Figure
 

@@ -21,8 +21,9 @@ from heliostat.errors import ConfigError
 from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import consumed
 from heliostat.track import mlflow_client, tags
-from heliostat.track.lineage import attempts, data_of
-from heliostat.track.run_facts import read_json
+from heliostat.track.lineage import Attempt, attempts, data_of
+from heliostat.track.mlflow_client import read_json
+from heliostat.track.run_facts import Start
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,9 @@ class Recorded:
     plan: Any
     end: int
     curve: dict[int, float]
-    starts: list[dict[str, Any]]
+    starts: list[Start]
     environment: dict[str, str]
-    attempts: list[dict[str, Any]]
+    attempts: list[Attempt]
 
 
 def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list[str], overwrite: bool) -> dict[str, Any]:
@@ -71,11 +72,15 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
 def read(client: Any, run: Any) -> Recorded:
     """Reads a run's record from MLflow; ConfigError if the record is too incomplete to reproduce the run."""
     run_id = run.info.run_id
-    job, data, starts = read_json(client, run_id, "job.json"), data_of(client, run), read_json(client, run_id, ATTEMPTS)
+    job, data, starts = (
+        read_json(client, run_id, "job.json", dict[str, Any]),
+        data_of(client, run),
+        read_json(client, run_id, ATTEMPTS, list[Start]),
+    )
     if job is None or not data["segments"] or not starts:
         raise ConfigError(f"run {run_id}: its record has no job, data or machines; it ended before its first checkpoint")
     first = consumed.parse(data)[0]
-    environment = read_json(client, run_id, f"code/environment-{starts[0]['environment']}.json") or {}
+    environment = read_json(client, run_id, f"code/environment-{starts[0]['environment']}.json", dict[str, str]) or {}
     return Recorded(run_id, job, first.plan, first.end, read_curve(client, run_id), starts, environment, attempts(client, run))
 
 
