@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
@@ -17,17 +16,18 @@ from heliostat.checkpoint.agreement import agreed, first
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import Checkpoint, open_checkpoint
+from heliostat.checkpoint.tree import Group
 from heliostat.errors import CheckpointError, WorkerError
 from heliostat.storage import Location
 
 
-def open_together(run: Location, step: int, group: Any) -> Checkpoint:
+def open_together(run: Location, step: int, group: Group) -> Checkpoint:
     """Opens the checkpoint of a step on all ranks: rank 0 reads `checkpoint.json`, looks for the shards, and tells the others."""
     return first(group, lambda: open_checkpoint(run, step))
 
 
 def load(
-    checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any, progressed: Callable[[], None] = lambda: None
+    checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Group, progressed: Callable[[], None] = lambda: None
 ) -> int:
     """Loads a checkpoint into this rank's slices; returns the bytes read. Calls `progressed` after each request.
 
