@@ -140,12 +140,12 @@ def _kill(pids: list[int]) -> None:
             continue
 
 
-def kill(processes: list[dict[str, Any]]) -> None:
+def kill(processes: Collection[Mapping[str, Any]]) -> None:
     """Kills processes, given as {node, pid}, frozen ones too; waits until they have ended, at most 20 s."""
     waiting = []
     for node in Counter(p["node"] for p in processes):
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        waiting.append(_kill.options(scheduling_strategy=there).remote([p["pid"] for p in processes if p["node"] == node]))
+        affinity = NodeAffinitySchedulingStrategy(node, soft=False)
+        waiting.append(_kill.options(scheduling_strategy=affinity).remote([p["pid"] for p in processes if p["node"] == node]))
     _, late = ray.wait(waiting, num_returns=len(waiting), timeout=ENDING_S)
     if late:
         log.warning("%d nodes did not end their workers within %.0f s", len(late), ENDING_S)
