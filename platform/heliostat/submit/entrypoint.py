@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 import yaml
@@ -217,7 +217,16 @@ def jobs_url() -> str:
     return ray_address_to_api_server_url(canonicalize_bootstrap_address_or_die(os.environ.get("RAY_ADDRESS", "auto")))
 
 
-def before(name: str, queue: str, jobs: list[dict[str, Any]]) -> list[str] | None:
+class Waiting(TypedDict):
+    """Describes what is read of a job in the answer of the Jobs API."""
+
+    submission_id: str
+    status: str
+    start_time: int
+    metadata: dict[str, str] | None
+
+
+def before(name: str, queue: str, jobs: list[Waiting]) -> list[str] | None:
     """Lists the queue's unfinished jobs that started before the job `name`; None if that is not among them (yet)."""
     waiting = [j for j in jobs if (j.get("metadata") or {}).get("queue") == queue and j["status"] in ("PENDING", "RUNNING")]
     mine = next((j for j in waiting if j["submission_id"] == name), None)
