@@ -171,8 +171,8 @@ def account(attempts: Iterable[Attempt]) -> dict[str, float]:
     return total
 
 
-class Start(TypedDict):
-    """Describes an attempt in the report. `before`: the part and the seconds of the gap before it."""
+class Outline(TypedDict):
+    """Describes an attempt as a person asks for it."""
 
     started: float
     seconds: float
@@ -182,6 +182,11 @@ class Start(TypedDict):
     outcome: str | None
     reason: str
     restart: bool
+
+
+class Start(Outline):
+    """Describes an attempt in the report. `before`: the part and the seconds of the gap before it."""
+
     before: dict[str, float]
     parts: dict[str, float]
 

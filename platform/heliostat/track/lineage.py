@@ -18,6 +18,7 @@ from heliostat.events import Node
 from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import consumed, goodput
 from heliostat.runs.consumed import Consumed
+from heliostat.runs.goodput import Outline
 from heliostat.storage import Location
 from heliostat.track import checkpoint_models, mlflow_client, registry, tags
 from heliostat.track.checkpoint_models import Facts
@@ -52,19 +53,6 @@ class Model(TypedDict):
     history: list[Entry]
 
 
-class Attempt(TypedDict):
-    """Describes a start of the workers."""
-
-    started: float
-    seconds: float
-    workers: int
-    start_step: int
-    reached: int
-    outcome: str | None
-    reason: str
-    restart: bool
-
-
 class Ancestor(Parent):
     run: Traced | None
 
@@ -81,7 +69,7 @@ class Traced(About):
     environments: list[str]
     clusters: list[str]
     nodes: list[Node]
-    attempts: list[Attempt]
+    attempts: list[Outline]
     changes: list[dict[str, Any]]  # start_step, and [was, is] by key of the job
     data: Consumed
     tokenizers: list[str]
@@ -171,7 +159,7 @@ def _parent_node(client: MlflowClient, parent: Parent, depth: int) -> Traced | N
     return run_node(client, run, depth - 1) if tags.FOLDER in run.data.tags else None
 
 
-def attempts(client: MlflowClient, run: Run) -> list[Attempt]:
+def attempts(client: MlflowClient, run: Run) -> list[Outline]:
     """Lists every start of the workers.
 
     Reads the goodput report in MLflow if the run has ended, else the ledger in the run's folder; empty if neither can be read.
@@ -182,7 +170,7 @@ def attempts(client: MlflowClient, run: Run) -> list[Attempt]:
             report = goodput.read_report(Location(run.data.tags[tags.FOLDER]))
         except (HeliostatError, OSError):
             return []
-    return [cast(Attempt, {k: a.get(k) for k in Attempt.__annotations__}) for a in report["attempts"]]
+    return [cast(Outline, {k: a.get(k) for k in Outline.__annotations__}) for a in report["attempts"]]
 
 
 def data_of(client: MlflowClient, run: Run) -> Consumed:

@@ -20,8 +20,9 @@ from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.run_folder import ATTEMPTS
 from heliostat.runs import consumed
+from heliostat.runs.goodput import Outline
 from heliostat.track import mlflow_client, tags
-from heliostat.track.lineage import Attempt, attempts, data_of
+from heliostat.track.lineage import attempts, data_of
 from heliostat.track.mlflow_client import read_json
 from heliostat.track.run_facts import Start
 
@@ -39,7 +40,7 @@ class Recorded:
     curve: dict[int, float]
     starts: list[Start]
     environment: dict[str, str]
-    attempts: list[Attempt]
+    attempts: list[Outline]
 
 
 def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list[str], overwrite: bool) -> dict[str, Any]:
