@@ -114,8 +114,8 @@ class Checkpoint:
 
     def order(self, name: str) -> Columns:
         """Returns the order in which the shards hold a tensor."""
-        held = self.holder(name).index["tensors"][name].get("columns")
-        return Columns(*held) if held else ROWS
+        recorded = self.holder(name).index["tensors"][name].get("columns")
+        return Columns(*recorded) if recorded else ROWS
 
     def holder(self, name: str) -> Checkpoint:
         """Returns the checkpoint whose shards hold a tensor: this one, or that of its frozen parameters."""
@@ -184,9 +184,9 @@ class Checkpoint:
             by_shard.setdefault(shard, []).append(part)
         jobs = []
         for shard, parts in by_shard.items():
-            found = checksums.runs(parts)
-            ways = min(-(-READ_THREADS // len(by_shard)), len(found))
-            jobs += [(shard, found[i::ways]) for i in range(ways)]
+            reads = checksums.runs(parts)
+            ways = min(-(-READ_THREADS // len(by_shard)), len(reads))
+            jobs += [(shard, reads[i::ways]) for i in range(ways)]
         with device_threads.pool(READ_THREADS) as pool:
             return sum(pool.map(lambda job: self._read(job[0], job[1], progressed), jobs))
 
@@ -247,10 +247,10 @@ class Checkpoint:
             nonlocal total
             total += self.fill(self.slices(name, start, part), progressed)
 
-        if (held := self.order(name)) == order:
+        if (stored := self.order(name)) == order:
             read(first, target)
         else:
-            columns.collect(read, held, order, math.prod(self.index["tensors"][name]["shape"]), first, target, PIECE // 8)
+            columns.collect(read, stored, order, math.prod(self.index["tensors"][name]["shape"]), first, target, PIECE // 8)
         return total
 
     def read(self, name: str) -> torch.Tensor:
@@ -295,11 +295,11 @@ def _fault(what: str, step: int | None) -> CheckpointError:
 
 def open_checkpoint(run: Location, step: int) -> Checkpoint:
     """Opens the checkpoint of a step; CorruptCheckpointError, with the reason, unless it is complete."""
-    found = _open(folder(run, step), step)
-    if name := found.index.get(FROZEN):
+    checkpoint = _open(folder(run, step), step)
+    if name := checkpoint.index.get(FROZEN):
         frozen = _open(run.join(run_folder.CHECKPOINTS, name), None)
-        return Checkpoint(found.location, found.index, frozen, found.places)
-    return found
+        return Checkpoint(checkpoint.location, checkpoint.index, frozen, checkpoint.places)
+    return checkpoint
 
 
 def _open(location: Location, step: int | None) -> Checkpoint:

@@ -33,11 +33,11 @@ def write(run: Location, summary: Mapping[str, object]) -> None:
 
 def read(run: Location, last: Checkpoint, job: Job) -> Ending:
     """Reads the summary of the training that ended with this checkpoint; without one, computes it from checkpoint and ledger."""
-    found = _of_step(run.join(run_folder.SUMMARY), last.step)
-    if found is None:
+    ending = _of_step(run.join(run_folder.SUMMARY), last.step)
+    if ending is None:
         log.info("%s: no command has written down how the training ended: its last checkpoint and its ledger tell", run)
-        found = from_checkpoint(last.step, last.index["metrics"], job, _attempts(run))
-    return found
+        ending = from_checkpoint(last.step, last.index["metrics"], job, _attempts(run))
+    return ending
 
 
 def result(run: Location, step: int) -> Ending | None:
@@ -71,13 +71,13 @@ def from_checkpoint(step: int, metrics: Mapping[str, float | None], job: Job, at
 
 def _of_step(place: Location, step: int) -> Ending | None:
     try:
-        found = json.loads(place.read())
+        ending = json.loads(place.read())
     except FileNotFoundError:
         return None
     except ValueError:
         log.warning("%s: is damaged, and is made again", place)
         return None
-    return found if isinstance(found, dict) and found.get("steps") == step else None
+    return ending if isinstance(ending, dict) and ending.get("steps") == step else None
 
 
 def _attempts(run: Location) -> list[Attempt]:

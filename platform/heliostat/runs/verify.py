@@ -81,12 +81,12 @@ def recompute(unit: Unit) -> Recomputed:
     order = unit.data.order
     places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, lanes, samples of a lane]
     loaded = unit.data.load(places.ravel())
-    found = {}
+    by_version = {}
     for version in unit.versions:
         digests = receipt.sample_digests(loaded.samples, loaded.content, version).reshape(places.shape)
-        found[version] = receipt.step_digests(np.array([[receipt.lane_digest(lane) for lane in step] for step in digests]))
+        by_version[version] = receipt.step_digests(np.array([[receipt.lane_digest(lane) for lane in step] for step in digests]))
     planned = order.locate(places.ravel()) if loaded.bad else loaded.samples
-    return Recomputed(found, planned, len(loaded.bad))
+    return Recomputed(by_version, planned, len(loaded.bad))
 
 
 def recomputed(history: History) -> Iterator[tuple[Unit, Recomputed]]:
@@ -158,14 +158,14 @@ class Audit:
         self.first: Difference | None = None
         self._seen: tuple[int, Seen] | None = None
 
-    def take(self, unit: Unit, found: Recomputed) -> None:
+    def take(self, unit: Unit, result: Recomputed) -> None:
         if self._seen is None or self._seen[0] != unit.segment:
             self._seen = (unit.segment, Seen(unit.data))
-        self.repeated += self._seen[1].add(found.planned)
-        self.replaced += found.replaced
+        self.repeated += self._seen[1].add(result.planned)
+        self.replaced += result.replaced
         near = [r for r in self.history.receipts if r.first < unit.end and r.end > unit.first]
         for number, step in enumerate(range(unit.first, unit.end)):
-            digests = {version: steps[number] for version, steps in found.digests.items()}
+            digests = {version: steps[number] for version, steps in result.digests.items()}
             self._step(step, digests, self.history.plans[unit.segment], [r for r in near if r.first <= step < r.end])
 
     def _step(self, step: int, digests: dict[int, str], plan: DataPlan, claims: list[Receipt]) -> None:
@@ -208,8 +208,8 @@ def verify(run: Location) -> Report:
     columns = (TextColumn("verifying"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=history.steps)
-        for unit, found in recomputed(history):
-            audit.take(unit, found)
+        for unit, result in recomputed(history):
+            audit.take(unit, result)
             progress.update(task, completed=unit.end)
     return audit.report()
 

@@ -128,13 +128,13 @@ class Driver:
         os.close(sink)
         reader = threading.Thread(target=self._copy, args=(source,), daemon=True)
         reader.start()
-        told = isinstance(child, subprocess.Popen)  # by whoever told this process to stop
+        signaled = isinstance(child, subprocess.Popen)  # by what has stopped this process
         while (code := child.poll()) is None:
             if self.stopping.wait(POLL_S):
-                if not told:
+                if not signaled:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(child.pid, signal.SIGTERM)
-                    told = True
+                    signaled = True
                 if self._now():
                     self._kill(child.pid)
                     self._killed = True
@@ -198,14 +198,14 @@ class Driver:
     def _wait_for_turn(self, queue: str) -> None:
         """Waits until no job of the queue that was submitted before this one is left."""
         url, token = self.jobs_url(), http.own_token()
-        told = False
+        announced = False
         while not self.stopping.is_set():
             ahead = before(self.name, queue, http.get(f"{url}/api/jobs/", token)[1] or [])
             if ahead == []:
                 return
-            if ahead and not told:
+            if ahead and not announced:
                 log.info("in queue %s behind %s", queue, ", ".join(ahead))
-                told = True
+                announced = True
             self.stopping.wait(QUEUE_S)
 
 

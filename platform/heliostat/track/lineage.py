@@ -246,12 +246,12 @@ class Seen:
 # as a person reads it ------------------------------------------------------------------------------------------------
 
 
-def lines(found: Lineage) -> list[tuple[int, str]]:
+def lines(traced: Lineage) -> list[tuple[int, str]]:
     """Lays the lineage tree out as lines of text: (depth, text)."""
     out: list[tuple[int, str]] = []
-    if model := found["model"]:
+    if model := traced["model"]:
         out += _model_lines(model, 0)
-    return out + _run_lines(found["run"], 1 if found["model"] else 0)
+    return out + _run_lines(traced["run"], 1 if traced["model"] else 0)
 
 
 def _model_lines(model: Model, depth: int) -> list[tuple[int, str]]:

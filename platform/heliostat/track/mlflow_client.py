@@ -146,10 +146,10 @@ def fault(error: object) -> str:
 def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]:
     """Lists the experiments' names by id, or only the one named `name`; ConfigError if there is no such experiment."""
     if name is not None:
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        existing = client.get_experiment_by_name(name)
+        if existing is None:
             raise ConfigError(f"--experiment: {name!r} is no experiment; there are {', '.join(experiments(client).values())}")
-        return {found.experiment_id: found.name}
+        return {existing.experiment_id: existing.name}
     return {e.experiment_id: e.name for e in pages(lambda token: client.search_experiments(page_token=token))}
 
 
@@ -158,16 +158,16 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
 
     It is marked as one for training models, unless somebody has chosen a kind (MLflow's UI also notes its own guesses there).
     """
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    existing = client.get_experiment_by_name(name)
+    if existing is None:
         place = None
         if uri.startswith("sqlite:///"):  # MLflow's own default is a folder below wherever the process happens to run
             place = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name)
-        found = client.get_experiment(client.create_experiment(name, artifact_location=place))
-    kind = found.tags.get(KIND, "")
+        existing = client.get_experiment(client.create_experiment(name, artifact_location=place))
+    kind = existing.tags.get(KIND, "")
     if not kind or kind.endswith(("_inferred", "_inferred_type")):
-        client.set_experiment_tag(found.experiment_id, KIND, TRAINING)
-    return str(found.experiment_id)
+        client.set_experiment_tag(existing.experiment_id, KIND, TRAINING)
+    return str(existing.experiment_id)
 
 
 def runs(client: MlflowClient, experiment_ids: list[str]) -> list[Run]:
@@ -187,10 +187,10 @@ def find(client: MlflowClient, run: str, uri: str) -> Run:
     if run_id is None:
         raise ConfigError(f"{run!r}: is neither a run id (32 hex digits), nor a run's folder with a run.json")
     try:
-        found = client.get_run(run_id)
+        recorded_run = client.get_run(run_id)
     except MlflowException as e:
         fix = f"; it is in another store: give --mlflow {recorded}" if (recorded := known.get("uri")) and recorded != uri else ""
         raise ConfigError(f"{run!r}: no such run in {uri}{fix}") from e
-    if FOLDER not in found.data.tags:
+    if FOLDER not in recorded_run.data.tags:
         raise ConfigError(f"{run!r}: is a run of {uri} that `heliostat train` did not make")
-    return found
+    return recorded_run

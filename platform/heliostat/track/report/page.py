@@ -72,13 +72,13 @@ def gather(client: MlflowClient, run: Run) -> Facts:
 
 def _curves(client: MlflowClient, run: Run) -> Curves:
     """Reads the (step, value) points of every metric that is in a chart, by its present name."""
-    found: Curves = {}
+    curves: Curves = {}
     for recorded in run.data.metrics:
         metric = metric_of(name := renamed(recorded))
         if metric and metric.chart:
             history = client.get_metric_history(run.info.run_id, recorded)
-            found.setdefault(name, []).extend((m.step, m.value) for m in history)
-    return {name: sorted(points) for name, points in found.items()}
+            curves.setdefault(name, []).extend((m.step, m.value) for m in history)
+    return {name: sorted(points) for name, points in curves.items()}
 
 
 def _spikes(client: MlflowClient, run_id: str) -> list[tuple[int, float, float]]:
@@ -89,12 +89,12 @@ def _spikes(client: MlflowClient, run_id: str) -> list[tuple[int, float, float]]
 
 def _pictures(client: MlflowClient, run_id: str) -> list[tuple[str, bytes]]:
     """Downloads the newest image of each kind: (name, PNG); those above PICTURE_BYTES are passed over."""
-    found = []
+    newest = []
     for kind in client.list_artifacts(run_id, "images"):
         small = [f.path for f in client.list_artifacts(run_id, kind.path) if (f.file_size or 0) <= PICTURE_BYTES]
-        found += sorted(small)[-1:]
+        newest += sorted(small)[-1:]
     with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
-        return [(path, Path(client.download_artifacts(run_id, path, folder)).read_bytes()) for path in found[:PICTURES]]
+        return [(path, Path(client.download_artifacts(run_id, path, folder)).read_bytes()) for path in newest[:PICTURES]]
 
 
 def page(facts: Facts) -> str:
@@ -149,7 +149,7 @@ def _sections(curves: Curves) -> list[str]:
         charts: dict[str, tuple[str, list[svg.Curve]]] = {}
         for metric, name in ((m, n) for m in METRICS if m.section == section for n in sorted(curves) if metric_of(n) is m):
             charts.setdefault(_title(metric, name), (metric.unit, []))[1].append(svg.Curve(name, curves[name], metric.mark))
-        drawn = [svg.lines(title, found, (0.0, last), unit) for title, (unit, found) in charts.items()]
+        drawn = [svg.lines(title, shown, (0.0, last), unit) for title, (unit, shown) in charts.items()]
         if any(drawn):
             out += [f"<h3>{section}</h3>", side_by_side(drawn)]
     return out
