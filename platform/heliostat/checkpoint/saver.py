@@ -50,7 +50,7 @@ class Saver:
         self,
         run: Location,
         policy: spec.Checkpoint,
-        group: Any,
+        group: dist.ProcessGroup,
         fence: Fence | None = None,
         progressed: Callable[[], None] = lambda: None,
         notice: Callable[[str], None] = lambda text: None,
@@ -81,7 +81,7 @@ class Saver:
         self._follows = True
 
     def save(
-        self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any], frozen: dict[str, FlatShard] | None = None
+        self, step: int, state: dict[str, torch.Tensor], facts: Mapping[str, Any], frozen: dict[str, FlatShard] | None = None
     ) -> None:
         """Saves the state of a step as a checkpoint.
 
@@ -154,7 +154,7 @@ class Saver:
     def _wrote(self) -> None:
         self._written += 1
 
-    def _write(self, step: int, state: dict[str, torch.Tensor], facts: dict[str, Any], frozen: dict[str, FlatShard]) -> None:
+    def _write(self, step: int, state: dict[str, torch.Tensor], facts: Mapping[str, Any], frozen: dict[str, FlatShard]) -> None:
         try:
             copied = self._copy(state)
             error = None
@@ -190,5 +190,5 @@ class Saver:
             raise error
         self._host.wait()
 
-    def _store(self, target: Location, step: int | None, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def _store(self, target: Location, step: int | None, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         writing.write(target, step, tensors, facts, self.channel, self._wrote, self.fence)

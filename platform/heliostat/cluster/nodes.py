@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.cluster.capacity import FETCHING, missing, room, starved
 from heliostat.config.spec import Job, Workers
+from heliostat.runs.events import Node
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,8 @@ def free(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
     return {node: resources for node, resources in found.items() if node in there}
 
 
-def inventory() -> list[dict[str, Any]]:
-    """Lists the cluster's living nodes as plain data."""
+def inventory() -> list[Node]:
+    """Lists the cluster's living nodes."""
     return [
         {
             "host": node["NodeManagerHostname"],
@@ -139,12 +140,12 @@ def _kill(pids: list[int]) -> None:
             continue
 
 
-def kill(processes: list[dict[str, Any]]) -> None:
+def kill(processes: Collection[Mapping[str, Any]]) -> None:
     """Kills processes, given as {node, pid}, frozen ones too; waits until they have ended, at most 20 s."""
     waiting = []
     for node in Counter(p["node"] for p in processes):
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        waiting.append(_kill.options(scheduling_strategy=there).remote([p["pid"] for p in processes if p["node"] == node]))
+        affinity = NodeAffinitySchedulingStrategy(node, soft=False)
+        waiting.append(_kill.options(scheduling_strategy=affinity).remote([p["pid"] for p in processes if p["node"] == node]))
     _, late = ray.wait(waiting, num_returns=len(waiting), timeout=ENDING_S)
     if late:
         log.warning("%d nodes did not end their workers within %.0f s", len(late), ENDING_S)

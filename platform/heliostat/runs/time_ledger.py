@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
@@ -188,7 +187,7 @@ class Recorder:
         place, data = self.run.join(run_folder.LEDGER, attempt.name), attempt.dump()
         self._writing = self._thread.submit(_store, place, data)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> goodput.Report:
         """Computes the run's goodput up to now, over all attempts, those of earlier commands too."""
         return goodput.report(self._all())
 

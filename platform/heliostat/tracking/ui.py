@@ -39,8 +39,8 @@ def serve(store: str, host: str, port: int, keys: Path, ready: Callable[[str], N
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     # in a session of its own: Ctrl-C is ours to pass on, or the server would answer it with a traceback
-    told = {**os.environ, **environment(store, host, keys)}
-    server = subprocess.Popen(command(host, port), env=told, start_new_session=True)
+    variables = {**os.environ, **environment(store, host, keys)}
+    server = subprocess.Popen(command(host, port), env=variables, start_new_session=True)
     try:
         code = server.wait()
     finally:
@@ -60,8 +60,8 @@ def environment(store: str, host: str, keys: Path) -> dict[str, str]:
 
     On a command line a database's password would be visible to everybody.
     """
-    told = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    return {**told, KEYS: str(keys.absolute()), HOST: host}
+    variables = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return {**variables, KEYS: str(keys.absolute()), HOST: host}
 
 
 def _end(number: int, frame: FrameType | None) -> None:
