@@ -10,6 +10,7 @@ from itertools import pairwise
 from heliostat.chaos.process import STEP
 from heliostat.config.fields import Json
 from heliostat.runs.goodput import Attempt
+from heliostat.runs.verify import Report
 
 Lines = Sequence[tuple[float, str]]  # wall clock, and what was said
 
@@ -65,7 +66,7 @@ def recomputed_steps(attempts: Iterable[Attempt]) -> int:
     return sum(max(0, before.reached - after.start_step) for before, after in pairwise(ordered))
 
 
-def row(fault: str, found: Measured, report: dict[str, Json], loss: float, expected: float, goodput: float) -> dict[str, Json]:
+def row(fault: str, found: Measured, report: Report, loss: float, expected: float, goodput: float) -> dict[str, Json]:
     """Builds the fault's row of the table.
 
     `report`: the result of `verify`; `loss` and `expected`: the last step's loss, of this run and of the unbroken one.
@@ -92,7 +93,7 @@ def broken(fault: str) -> dict[str, Json]:
     return {"fault": fault, **dict.fromkeys(keys)}
 
 
-def problems(row: dict[str, Json], report: dict[str, Json], curve: list[int], steps: int) -> list[str]:
+def problems(row: dict[str, Json], report: Report, curve: list[int], steps: int) -> list[str]:
     """Lists what is wrong with a finished run; empty if it is as good as the unbroken one.
 
     `curve`: the steps whose loss MLflow holds; `steps`: how many the job has.

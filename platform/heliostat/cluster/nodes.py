@@ -8,7 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -22,6 +22,18 @@ log = logging.getLogger(__name__)
 ENDING_S = 20.0
 SAY_S, AGAIN_S = 4.0, 60.0
 NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
+
+
+class LivingNode(TypedDict):
+    """Describes a living node of the cluster."""
+
+    host: str
+    address: str
+    cpus: float
+    gpus: float
+    accelerators: list[str]
+    memory_gib: float
+    labels: dict[str, str]
 
 
 def room_now(job: Job, held: Mapping[str, int], avoided: Collection[str] = ()) -> int:
@@ -101,8 +113,8 @@ def free(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
     return {node: resources for node, resources in found.items() if node in there}
 
 
-def inventory() -> list[dict[str, Any]]:
-    """Lists the cluster's living nodes as plain data."""
+def inventory() -> list[LivingNode]:
+    """Lists the cluster's living nodes."""
     return [
         {
             "host": node["NodeManagerHostname"],
@@ -140,12 +152,12 @@ def _kill(pids: list[int]) -> None:
             continue
 
 
-def kill(processes: list[dict[str, Any]]) -> None:
+def kill(processes: Collection[Mapping[str, Any]]) -> None:
     """Kills processes, given as {node, pid}, frozen ones too; waits until they have ended, at most 20 s."""
     waiting = []
     for node in Counter(p["node"] for p in processes):
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        waiting.append(_kill.options(scheduling_strategy=there).remote([p["pid"] for p in processes if p["node"] == node]))
+        affinity = NodeAffinitySchedulingStrategy(node, soft=False)
+        waiting.append(_kill.options(scheduling_strategy=affinity).remote([p["pid"] for p in processes if p["node"] == node]))
     _, late = ray.wait(waiting, num_returns=len(waiting), timeout=ENDING_S)
     if late:
         log.warning("%d nodes did not end their workers within %.0f s", len(late), ENDING_S)

@@ -16,7 +16,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from heliostat.checkpoint import checksums, layout, placement, shard_index
-from heliostat.checkpoint.element_types import BYTES
+from heliostat.checkpoint.index import Index
+from heliostat.checkpoint.index import root as index_root
+from heliostat.checkpoint.placement import BYTES, Shard, Tensor
+from heliostat.checkpoint.shard_index import Place
 from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import ConfigError, DataError, StorageError
@@ -111,7 +114,7 @@ def _data(job: Job, recipe: Recipe) -> tuple[dict[str, int], str]:
     }, note
 
 
-def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> tuple[dict[str, Any], int]:
+def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> tuple[Index, int]:
     """Builds the `checkpoint.json` that the ranks would write; returns it with the bytes of it and of the shards' indexes.
 
     Raises CheckpointError unless every element is in a shard exactly once.
@@ -123,23 +126,21 @@ def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.S
             part, index = _shard(rank, tensors)
             whole, size = placement.merge(whole, part), size + len(index)
     facts = {"name": job.name, "world_size": len(owned), "zero_stage": job.train.zero.stage, "job": job.dump()}
-    root = placement.root(job.train.steps, {"format": layout.format_of(whole.tensors), **facts}, whole)
+    root = index_root(job.train.steps, {"format": layout.format_of(whole.tensors), **facts}, whole)
     return root, size + len(layout.encode(root))
 
 
 def _tensors(job: Job, model: ModelStats, mine: list[zero_layout.Slice]) -> placement.Tensors:
     parts = job.train.parallel.tensor
     by_columns = {n for n, kind in model.divided.items() if kind == "row"} if parts > 1 else set[str]()
-    return {
-        f"{kind}.{name}": {
-            "dtype": "F32",
-            "shape": [math.prod(model.shapes[name])],
-            "runs": [[0, 1, start, numel]],
-            **({"columns": [parts, model.shapes[name][1]]} if name in by_columns else {}),
-        }
-        for name, start, numel in mine
-        for kind in kinds(job, name in model.hidden)
-    }
+    tensors = placement.Tensors()
+    for name, start, numel in mine:
+        for kind in kinds(job, name in model.hidden):
+            entry: Tensor = {"dtype": "F32", "shape": [math.prod(model.shapes[name])], "runs": [[0, 1, start, numel]]}
+            if name in by_columns:
+                entry["columns"] = [parts, model.shapes[name][1]]
+            tensors[f"{kind}.{name}"] = entry
+    return tensors
 
 
 def _buffers(model: ModelStats, rank: int, world: int) -> placement.Tensors:
@@ -153,7 +154,7 @@ def _buffers(model: ModelStats, rank: int, world: int) -> placement.Tensors:
 
 def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.Part, bytes]:
     """Plans a rank's shard, with checksums of ten digits; returns its part of `checkpoint.json`, and its index."""
-    places, offset = {}, 0
+    places, offset = dict[str, Place](), 0
     for name, entry in tensors.items():
         ((_, _, start, numel),) = entry["runs"]
         size = numel * BYTES[entry["dtype"]]
@@ -161,5 +162,5 @@ def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.Part, bytes
         places[name] = {"start": start, "numel": numel, "offset": offset, "crc32": sums}
         offset += size
     index = shard_index.encode(places)
-    shard = {"file": f"shard-{rank:05d}.safetensors", "bytes": offset, "index": shard_index.seal(index)}
+    shard: Shard = {"file": f"shard-{rank:05d}.safetensors", "bytes": offset, "index": shard_index.seal(index)}
     return placement.Part([shard], tensors), index
