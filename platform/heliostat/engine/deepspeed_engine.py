@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from heliostat import cpu_kernels
 from heliostat.config.spec import Job
-from heliostat.engine import expert_group, first_weights, matrix_cut, tensor_group, zero_state
+from heliostat.engine import expert_group, first_weights, matrix_cut, partitioned_build, tensor_group, zero_state
 from heliostat.engine.engine_config import engine_config
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.engine.state_group import StateGroup
@@ -87,6 +88,20 @@ def _without_compiler() -> Iterator[None]:
         torch.compile = compiler
 
 
+def require_config(job: Job) -> None:
+    """Raises ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
+    prepare_environment(job.workers.gpus)
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**engine_config(job)["zero_optimization"])
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise ConfigError(
+            f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}"
+        ) from e
+
+
 def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGroup | None = None) -> torch.nn.Module:
     """Builds the model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
     torch.manual_seed(job.train.seed)
@@ -94,14 +109,8 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
         model = first_weights.build(job, recipe)
         _require_dimensions(model)
         return model
-    importlib.import_module("torch._dynamo")  # its first import fails under zero.Init
-    from transformers.integrations import HfDeepSpeedConfig
-
-    stage = HfDeepSpeedConfig(config)  # while it lives, transformers builds and initialises models partitioned
-    with group.dividing() if group else nullcontext():
-        model = building.build(recipe)
-    del stage
-    return model
+    with group.dividing() if group else nullcontext(), partitioned_build.building(config):
+        return building.build(recipe)
 
 
 def _require_dimensions(model: torch.nn.Module) -> None:
