@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from heliostat.engine import patches
 from heliostat.errors import TrainingError
 from heliostat.parallel.division import Division, of
 from heliostat.recipes.protocol import DividesMatrices, Recipe
@@ -49,9 +50,7 @@ def mark(recipe: Recipe, engine: Any) -> None:
         return
     from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
-    if engine.first_dataloader_check is not None:  # it would send a batch's tensors to the others, where `SampleGroup` has been
-        engine.first_dataloader_check.remove()
-        engine.first_dataloader_check = None
+    patches.stop_input_check(engine)
     assert isinstance(recipe, DividesMatrices)
     model, group, parts = engine.module, engine.mpu.get_tensor_model_parallel_group(), engine.autotp_size()
     if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups from engine to engine
