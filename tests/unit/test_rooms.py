@@ -139,3 +139,34 @@ def test_only_the_engine_imports_deepspeed():
     """There are no exceptions: other rooms ask the engine, and rooms below it define what the engine passes in."""
     found = {f"{path.relative_to(PACKAGE)}:{line}" for path in modules().values() for line in deepspeed_imports(path)}
     assert sorted(place for place in found if not place.startswith("engine/")) == [] and found
+
+
+OTHER_REACHES = {  # each names one private part of Ray, where it is used
+    "apps/serve/confined.py": "replaces the call by which replicas of Serve open a port",
+    "cluster/connect.py": "replaces parts of Ray while a private one starts",
+    "data/windows.py": "is a policy of Ray Data; `data` may not import `cluster`",
+    "tune/pb2.py": "is a scheduler of Ray Tune",
+    "tune/searchers.py": "is a searcher of Ray Tune",
+}
+
+
+def ray_reaches(path: Path) -> list[int]:
+    """Lists the lines that name a private module of Ray."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "import_module":
+            names = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        found += [node.lineno for name in names if re.match(r"ray(\.\w+)*\._|ray\.dashboard", name)]
+    return found
+
+
+def test_private_parts_of_ray_are_reached_in_one_module():
+    found = {str(path.relative_to(PACKAGE)) for path in modules().values() if ray_reaches(path)}
+    assert found - {"cluster/ray_internals.py"} == OTHER_REACHES.keys()

@@ -151,7 +151,7 @@ class _Tuning:
 
     def _connect(self) -> int:
         """Joins or starts Ray, and returns how many trials run side by side."""
-        from heliostat.cluster import nodes, preloads, private_ray
+        from heliostat.cluster import nodes, preloads, private_ray, ray_internals
         from heliostat.cluster.connect import connect
 
         workers = self.base.workers
@@ -164,7 +164,7 @@ class _Tuning:
             connect(max(os.cpu_count() or 1, round(cpus) + 1), round(count * workers.most * workers.gpus), self.verbose)
             return count
         connect(1, verbose=self.verbose)
-        free = ray._private.state.available_resources_per_node()
+        free = ray_internals.free_resources()
         there, leaving = nodes.carrying(workers.labels), nodes.draining()
         fits = room.gangs(workers, {n: r for n, r in free.items() if n in there and n not in leaving})
         if not fits:
