@@ -19,7 +19,7 @@ from unittest.mock import patch
 import psutil
 import ray
 
-from heliostat.cluster import private, private_ray, start
+from heliostat.cluster import private, private_ray, ray_internals, start
 from heliostat.cluster.capacity import require_gpus
 from heliostat.cluster.private_ray import AUTHENTICATION, LOOPBACK, UNTOLD, token_file, worker_environment
 from heliostat.cluster.zygote import launching
@@ -106,7 +106,7 @@ def disconnect() -> None:
     """Leaves a cluster, or ends a private Ray and kills what is left of it: an actor's process may hang in its own exit."""
     if not ray.is_initialized():
         return
-    node: Any = ray._private.worker._global_node
+    node = ray_internals.own_node()
     if "raylet" not in node.all_processes:  # a cluster's, which runs on
         ray.shutdown()
         return

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from heliostat.cluster import ray_internals
 from heliostat.cluster.capacity import FETCHING, missing, room, starved
 from heliostat.cluster.labels import selects
 from heliostat.config.spec import Job, Workers
@@ -41,7 +42,7 @@ def room_now(job: Job, held: Mapping[str, int], avoided: Collection[str] = ()) -
 
     Nodes that drain, lack the workers' labels, or are `avoided` take none.
     """
-    free, leaving = ray._private.state.available_resources_per_node(), draining().union(avoided)
+    free, leaving = ray_internals.free_resources(), draining().union(avoided)
     train, data = carrying(job.workers.labels), carrying(job.data.labels)
     apart = any(cpus >= FETCHING for n, cpus in data.items() if n not in train and n not in leaving)
     return room(job.workers, {n: r for n, r in free.items() if n in train and n not in leaving}, held, apart)
@@ -54,7 +55,7 @@ def starved_now(job: Job, held: Mapping[str, int]) -> bool:
 
 def crowded_now(job: Job) -> str | None:
     """Explains, in numbers, that no node has the CPU free that reading the run's data needs; None if one has."""
-    there, free = carrying(job.data.labels), ray._private.state.available_resources_per_node()
+    there, free = carrying(job.data.labels), ray_internals.free_resources()
     left = {n: free.get(n, {}).get("CPU", 0.0) for n in there}
     if any(cpus >= FETCHING - 1e-6 for cpus in left.values()):
         return None
@@ -83,7 +84,7 @@ def missing_now(job: Job) -> str | None:
     """Explains, in numbers, which resources are missing for the job's workers; None if all of them fit."""
     if room_now(job, {}) >= job.workers.most:
         return None
-    free, leaving = ray._private.state.available_resources_per_node(), draining()
+    free, leaving = ray_internals.free_resources(), draining()
     train, data = carrying(job.workers.labels), carrying(job.data.labels)
     all_ = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["NodeID"] in train and n["NodeID"] not in leaving}
     apart = any(cpus >= FETCHING for n, cpus in data.items() if n not in train and n not in leaving)
@@ -109,7 +110,7 @@ def except_on(lost: Collection[str], labels: Mapping[str, str]) -> dict[str, str
 
 def free(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """Maps the living nodes with these labels to the resources that nobody uses."""
-    found, there = ray._private.state.available_resources_per_node(), carrying(labels)
+    found, there = ray_internals.free_resources(), carrying(labels)
     return {node: resources for node, resources in found.items() if node in there}
 
 
@@ -132,7 +133,7 @@ def inventory() -> list[LivingNode]:
 
 def draining() -> set[str]:
     """Returns the ids of the nodes that drain: preempted by their provider, or drained by a person."""
-    return set(ray._private.state.state.get_draining_nodes())
+    return ray_internals.draining_nodes()
 
 
 def ask_for(workers: Workers, count: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from heliostat.engine import patches
 from heliostat.errors import TrainingError
 from heliostat.parallel.division import Division, of
 from heliostat.recipes.protocol import DividesMatrices, Recipe
@@ -56,12 +57,10 @@ def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[N
     from deepspeed.module_inject import set_autotp_mode
     from deepspeed.module_inject.auto_tp import AutoTP
     from deepspeed.runtime.tensor_parallel.config import get_tensor_parallel_config
-    from deepspeed.utils import groups
 
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
     set_autotp_mode(training=True)
-    groups._init_tp_mesh_device(tensor_model_parallel_size=workers)
-    group = groups.get_tensor_model_parallel_group()
+    group = patches.matrix_group(workers)
     config: Any = get_tensor_parallel_config(settings(recipe, model, workers))
     autotp: Any = AutoTP(
         module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None, training_mode=True,
@@ -70,7 +69,7 @@ def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[N
     )  # fmt: skip
     autotp.set_tensor_parallel_config(workers, group)
     autotp.update_linear_policies()
-    autotp._replace_module(model)
+    patches.divide_matrices(autotp, model)
     _mark(model, group, workers)
     yield
     autotp.register_replicated_grad_hooks(model)
@@ -104,9 +103,7 @@ def check(recipe: Recipe, engine: Any) -> None:
     """Raises TrainingError unless what AutoTP has divided is what the recipe names."""
     if engine.autotp_size() <= 1:
         return
-    if engine.first_dataloader_check is not None:  # it would send a batch's tensors to the others, where `SampleGroup` has been
-        engine.first_dataloader_check.remove()
-        engine.first_dataloader_check = None
+    patches.stop_input_check(engine)
     assert isinstance(recipe, DividesMatrices)
     model = engine.module
     wanted = {(name, kind) for name, kind in recipe.divided_matrices(model).items() if kind != "summed"}

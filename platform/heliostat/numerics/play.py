@@ -22,7 +22,7 @@ from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
-from heliostat.engine import deepspeed_engine
+from heliostat.engine import deepspeed_engine, full_tensors
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.numerics.compare import relative
 from heliostat.numerics.rows import Row
@@ -43,7 +43,8 @@ from heliostat.training.worker.unsealed import Unsealed
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from deepspeed import DeepSpeedEngine
+
+    from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
 FREE = SimpleNamespace(check=lambda: None)  # of a run that no other driver can take over
 POLL_S = 0.05
@@ -167,16 +168,14 @@ def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.nn.Parameter]
 
 def gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Assembles every parameter's gradient, in fp32; collective."""
-    from deepspeed.utils import safe_get_full_grad
-
     scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if engine.zero_optimization_stage() else 1.0
     full = {}
     for name, p in _trained(engine):
-        grad = safe_get_full_grad(p)
+        grad = full_tensors.gradient(p)
         if grad is None:
             full[name] = torch.zeros(building.shape(p))
         else:
-            whole = division.assembled(p, grad.detach().view(getattr(p, "ds_shape", p.shape)))
+            whole = division.assembled(p, grad.view(getattr(p, "ds_shape", p.shape)))
             full[name] = whole.float().cpu().clone() / scale
     return full
 
@@ -194,23 +193,15 @@ def state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 
 def _full(engine: DeepSpeedEngine, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if not engine.zero_optimization_stage():
-        value = p.data if key is None else engine.optimizer.state[p][key]
-    else:
-        value = safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
-    whole = division.assembled(p, value.detach().view(getattr(p, "ds_shape", p.shape)))
+    whole = division.assembled(p, full_tensors.state(engine, p, key).view(getattr(p, "ds_shape", p.shape)))
     return whole.float().cpu().clone()
 
 
 def weigh(engine: DeepSpeedEngine, job: Job, step: int, row: Row) -> None:
     """Compares the weights that this worker's forward pass uses with the masters, rounded; collective."""
-    from deepspeed.runtime.zero import GatheredParameters
-
     for name, p in _trained(engine):
         right = _full(engine, p, None).to(TYPES[job.train.precision])
-        with GatheredParameters([p], enabled=engine.zero_optimization_stage() == 3):
+        with full_tensors.gathered(engine, p):
             used = division.assembled(p, p.detach()).cpu().to(right.dtype)
         row.add(step, f"{name} on worker {dist.get_rank()}", relative(used.float(), right.float()), lambda: "a stale buffer")
 

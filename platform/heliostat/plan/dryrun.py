@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from heliostat.checkpoint import checksums, layout, placement, shard_index
 from heliostat.checkpoint.index import Index
 from heliostat.checkpoint.index import root as index_root
@@ -22,7 +20,7 @@ from heliostat.checkpoint.placement import BYTES, Shard, Tensor
 from heliostat.checkpoint.shard_index import Place
 from heliostat.config.spec import Job
 from heliostat.data import mixing
-from heliostat.errors import ConfigError, DataError, StorageError
+from heliostat.errors import DataError, StorageError
 from heliostat.plan import auto, planner, zero_layout
 from heliostat.plan.counts import ModelStats
 from heliostat.plan.model_stats import build, stats_of
@@ -37,10 +35,12 @@ def kinds(job: Job, hidden: bool = False) -> list[str]:
 
 
 def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:
+    from heliostat.engine import deepspeed_engine
+
     started = time.perf_counter()
     job, recipe, _ = auto.prepared(path, settings + ([f"workers.count={workers}"] if workers else []))
     job = job.on(job.worker_counts()[-1])
-    check_engine(job)
+    deepspeed_engine.require_config(job)
     data, note = _data(job, recipe)
     built = build(recipe)
     model = stats_of(recipe, built)
@@ -75,23 +75,6 @@ def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
         return zero_layout.divided(shapes, stage, job.workers.most, groups, parallel.tensor, whole)
     workers, replicas = job.workers.most, job.workers.most // (job.train.zero.divide_within or job.workers.most)
     return zero_layout.slices(model.trained, stage, workers, groups, model.stacked, parallel.expert, replicas)
-
-
-def check_engine(job: Job) -> None:
-    """Raises ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
-    from heliostat.engine import deepspeed_engine
-    from heliostat.engine.engine_config import engine_config
-
-    deepspeed_engine.prepare_environment(job.workers.gpus)
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    try:
-        DeepSpeedZeroConfig(**engine_config(job)["zero_optimization"])
-    except ValidationError as e:
-        first = e.errors()[0]
-        raise ConfigError(
-            f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}"
-        ) from e
 
 
 def _data(job: Job, recipe: Recipe) -> tuple[dict[str, int], str]:

@@ -31,7 +31,7 @@ import yaml
 
 from heliostat import schema
 from heliostat.cluster import dashboard as http
-from heliostat.cluster import forked_command
+from heliostat.cluster import forked_command, ray_internals
 from heliostat.cluster.forked_command import ForkedCommand
 from heliostat.cluster.zygote import PLACE as ZYGOTE
 from heliostat.config import workspace
@@ -212,10 +212,7 @@ class Driver:
 
 def jobs_url() -> str:
     """Returns the address of the Jobs API, from the state of the cluster that this process runs on."""
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray.dashboard.utils import ray_address_to_api_server_url
-
-    return ray_address_to_api_server_url(canonicalize_bootstrap_address_or_die(os.environ.get("RAY_ADDRESS", "auto")))
+    return ray_internals.jobs_url(os.environ.get("RAY_ADDRESS", "auto"))
 
 
 class Waiting(TypedDict):

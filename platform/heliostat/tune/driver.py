@@ -158,7 +158,7 @@ class _Tuning:
 
     def _connect(self) -> int:
         """Joins or starts Ray, and returns how many trials run side by side."""
-        from heliostat.cluster import nodes, preloads, private_ray
+        from heliostat.cluster import nodes, preloads, private_ray, ray_internals
         from heliostat.cluster.connect import connect
 
         workers = self.base.workers
@@ -171,7 +171,7 @@ class _Tuning:
             connect(max(os.cpu_count() or 1, round(cpus) + 1), round(count * workers.most * workers.gpus), self.verbose)
             return count
         connect(1, verbose=self.verbose)
-        free = ray._private.state.available_resources_per_node()
+        free = ray_internals.free_resources()
         labeled, leaving = nodes.carrying(workers.labels), nodes.draining()
         most = gangs(workers, {n: r for n, r in free.items() if n in labeled and n not in leaving})
         if not most:
