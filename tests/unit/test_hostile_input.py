@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.apps.search import build
 from heliostat.apps.search.record import read as read_record
-from heliostat.curation import segment
+from heliostat.curation import readers, segment
 from heliostat.curation.images import pictures
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.sources import Columns, Limits
-from heliostat.curation.text import documents, making, sources
+from heliostat.curation.text import making, sources
 from heliostat.curation.text import tasks as text_tasks
-from heliostat.curation.text.documents import Document, Rules
+from heliostat.curation.text.documents import Document, Dropped, Rules
 from heliostat.data import manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
@@ -95,17 +95,17 @@ def test_a_line_that_is_too_long_is_left_out_and_the_lines_about_it_are_kept(cod
     assert [len(line) for line in lines[1:3]] == [limit, limit + 1]
     data = b"\n".join(lines)
     data = gzip.compress(data) if codec == ".gz" else pa.compress(data, codec="zstd", asbytes=True) if codec else data
-    found = list(documents.read(f"a.jsonl{codec}", data, Rules(max_document_bytes=limit + 1)))
-    assert [(d.id, d.reason if isinstance(d, documents.Dropped) else len(d.text)) for d in found] == [
+    found = list(readers.read(f"a.jsonl{codec}", io.BytesIO(data), Rules(max_document_bytes=limit + 1)))
+    assert [(d.id, d.reason if isinstance(d, Dropped) else len(d.text)) for d in found] == [
         (f"a.jsonl{codec}#1", 10), (f"a.jsonl{codec}#2", limit - 12), (f"a.jsonl{codec}#3", limit - 11),
         (f"a.jsonl{codec}#4", "too_large"), (f"a.jsonl{codec}#5", 5)]  # fmt: skip
 
 
 def test_what_comes_before_the_limit_of_a_file_is_kept():
     data = gzip.compress(b"".join(json.dumps({"text": f"{i}"}).encode() + b"\n" for i in range(1000)))
-    found = list(documents.read("a.jsonl.gz", data, Rules(max_file_bytes=5000)))
+    found = list(readers.read("a.jsonl.gz", io.BytesIO(data), Rules(max_file_bytes=5000)))
     assert all(isinstance(d, Document) for d in found[:-1]) and len(found) > 300
-    assert found[-1] == documents.Dropped("a.jsonl.gz", "too_large", "more than 5,000 bytes, unpacked")
+    assert found[-1] == Dropped("a.jsonl.gz", "too_large", "more than 5,000 bytes, unpacked")
 
 
 # leaving the input ---------------------------------------------------------------------------------------------------

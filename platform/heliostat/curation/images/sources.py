@@ -30,6 +30,7 @@ from heliostat.curation.images import pictures
 from heliostat.curation.images.pictures import Dropped, Raw, encode
 from heliostat.curation.pieces import Part
 from heliostat.curation.prepare import InputFile
+from heliostat.curation.readers import parquet
 from heliostat.curation.readers.repository import name_of
 from heliostat.curation.text import sources
 from heliostat.errors import ConfigError
@@ -237,14 +238,14 @@ def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limit
     """Yields the rows of a Parquet file, or of a part of it. A broken footer is told once, a broken row group by its part."""
     wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
-        rows = sources.parquet_rows(file, columns.image, wanted, limits.file, part)
+        opened = parquet.opened(file, columns.image)
     except (pa.ArrowException, OSError, ValueError):
         if part.start == 0:
             yield Dropped(path, "corrupt")
         return
     total = 0
     try:
-        for number, row in rows:
+        for number, row in _rows(opened, tuple(wanted), limits.file, part):
             image = row.get(columns.image)
             image = image.get("bytes") if isinstance(image, dict) else image
             caption = row.get(columns.caption)
@@ -265,6 +266,12 @@ def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limit
         yield Dropped(path, "corrupt")
     except sources.LeftOutError as e:
         yield Dropped(path, e.reason, e.detail)
+
+
+def _rows(file: pq.ParquetFile, wanted: tuple[str, ...], limit: int, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
+    for first, batch in parquet.batches(file, wanted, limit, part, 64):
+        for row in range(len(batch)):
+            yield first + row, {name: batch.column(i)[row].as_py() for i, name in enumerate(batch.schema.names)}
 
 
 def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
