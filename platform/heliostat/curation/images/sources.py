@@ -11,8 +11,6 @@ number; of the 60 pairs of digit and template ten are never used, so that prompt
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import posixpath
 import tarfile
@@ -26,7 +24,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from heliostat.curation import pieces
-from heliostat.curation.images import pictures
 from heliostat.curation.images.pictures import Dropped, Raw, encode
 from heliostat.curation.pieces import Part
 from heliostat.curation.prepare import InputFile
@@ -35,7 +32,7 @@ from heliostat.curation.readers.repository import name_of
 from heliostat.curation.text import sources
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
-from heliostat.text import brief, printable
+from heliostat.text import printable
 
 DIGITS = "sklearn:digits"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -133,11 +130,7 @@ def _ranged(path: str) -> bool:
 
 def _entries(base: Location, path: str, columns: Columns, limit: int) -> list[dict[str, Any]]:
     """Reads what a metadata file lists; ConfigError if it cannot."""
-    try:
-        data = sources.fetch(base, path, limit)
-    except sources.LeftOutError as e:
-        raise ConfigError(f"input: {printable(path)}: is not read: {pictures.REASONS[e.reason]} ({e.detail})") from e
-    return [_entry(row, path.rpartition("/")[0], path, columns) for row in read_table(path, data)]
+    return [_entry(row, path.rpartition("/")[0], path, columns) for row in sources.rows(base, path, limit)]
 
 
 def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dict[str, Any]:
@@ -160,20 +153,6 @@ def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dic
 def _label(row: dict[str, Any], columns: Columns) -> str:
     value = row.get(columns.label) if columns.label else None
     return "" if value is None else str(value)
-
-
-def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
-    """Reads a metadata file's rows; ConfigError if it cannot be read, because then none of its images can."""
-    try:
-        if path.endswith(".parquet"):
-            return pq.read_table(io.BytesIO(data)).to_pylist()
-        text = data.decode("utf-8-sig")
-        if path.endswith(".csv"):
-            csv.field_size_limit(sources.FIELD)
-            return list(csv.DictReader(io.StringIO(text)))
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
-        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
 
 
 # reading -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ and only if it lies inside the input: neither a link nor a name in a metadata fi
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import logging
 import os
 import re
@@ -19,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from heliostat.config import workspace
 from heliostat.curation import readers
@@ -28,7 +31,7 @@ from heliostat.curation.readers.streams import CODECS
 from heliostat.curation.readers.streams import LeftOutError as LeftOutError
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.storage.locations import Location
-from heliostat.text import printable
+from heliostat.text import brief, printable
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +176,28 @@ def blocks(base: Location, path: str, limit: int) -> io.RawIOBase:
     if size > limit:
         raise LeftOutError("too_large", f"more than {limit:,} bytes")
     return _Blocks(place, file, size)
+
+
+def rows(base: Location, path: str, limit: int) -> Iterator[Any]:
+    """Yields the rows of a list of images or URLs: a .parquet, a .csv, or lines of JSON.
+
+    ConfigError if it cannot be read, because then nothing tells what is missing.
+    """
+    try:
+        with blocks(base, path, limit) as file:
+            lower = (path or base.name).lower()
+            if lower.endswith(".parquet"):
+                opened = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True, pre_buffer=False)
+                for batch in opened.iter_batches(1024):
+                    yield from batch.to_pylist()
+                return
+            csv.field_size_limit(FIELD)
+            text = io.TextIOWrapper(io.BufferedReader(file), "utf-8-sig", newline="")
+            yield from csv.DictReader(text) if lower.endswith(".csv") else (json.loads(line) for line in text if line.strip())
+    except LeftOutError as e:
+        raise ConfigError(f"input: {printable(path)}: is not read: {readers.REASONS[e.reason]} ({e.detail})") from e
+    except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
+        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
 
 
 @contextmanager
