@@ -80,4 +80,4 @@ def of(input: str, asked: Settings) -> Reading:
 
         return Pictures(input, asked.column, tuple(asked.keep))
     rules = ChatRules if asked.task == "chat" else Rules
-    return Texts(input, rules(asked.column, "none", 0, columns=tuple(asked.keep)))
+    return Texts(input, rules(text_column=asked.column, normalise="none", min_chars=0, columns=tuple(asked.keep)))
