@@ -108,8 +108,8 @@ def test_a_wheel_holds_only_heliostat_and_leaves_platform_alone(unpacked):
 def test_a_wheel_is_whole(unpacked):
     """Every file of the package is in it: code, types, tables, and the files of a workspace, so that it needs no clone."""
     assert contents(unpacked / "heliostat") == contents(ROOT / "platform" / "heliostat")
-    needed = {"py.typed", "recipes/text/causal_lm.py", "recipes/images/text_to_image.py", "pipelines/text/pipeline.py"}
-    needed |= {"pipelines/images/pipeline.py", "plan/prices.yaml", "template/jobs/quickstart.yaml", "template/gitignore"}
+    needed = {"py.typed", "recipes/text/causal_lm.py", "recipes/images/text_to_image.py", "curation/text/pipeline.py"}
+    needed |= {"curation/images/pipeline.py", "plan/prices.yaml", "cli/template/jobs/quickstart.yaml", "cli/template/gitignore"}
     assert needed <= contents(unpacked / "heliostat")
     (metadata,) = unpacked.glob("heliostat-*.dist-info/METADATA")
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata.read_text(), re.MULTILINE))
