@@ -19,7 +19,7 @@ def create(folder: Path) -> list[str]:
 
     A `.gitignore` that is there gets the lines that it lacks.
     """
-    template = {(IGNORED if path == "gitignore" else path): file for path, file in _files(files("heliostat") / "template", "")}
+    template = {(IGNORED if path == "gitignore" else path): file for path, file in _files(files("heliostat.cli") / "template", "")}
     try:
         _refuse(folder, list(template))
         for path, file in template.items():
