@@ -128,9 +128,14 @@ def test_what_code_takes_from_beside_it_is_in_the_wheel(unpacked):
 
 def test_what_a_file_names_is_in_the_wheel(unpacked):
     """The recipes and pipelines of the workspace that it makes come from it, not from a folder that a clone has."""
-    for path in (unpacked / "heliostat" / "template").rglob("*.yaml"):
+    paths = [*(unpacked / "heliostat" / "cli" / "template").rglob("*.yaml")]
+    rooms = {"recipe": "recipes", "pipeline": "curation"}
+    found = set()
+    for path in paths:
         for key, module, name in re.findall(r"^(recipe|pipeline): (\S+):(\S+)", path.read_text(), re.MULTILINE):
             code = f"import importlib.util, sys; from heliostat import {module.removeprefix('heliostat.')} as m\n"
             code += f"print(m.__file__, {name!r} in m.__all__)"
             (told,) = python(code, cwd=unpacked.parent, pythonpath=unpacked)
-            assert told == f"{unpacked}/heliostat/{key}s/__init__.py True"
+            assert told == f"{unpacked}/heliostat/{rooms[key]}/__init__.py True"
+            found.add(key)
+    assert found == rooms.keys()
