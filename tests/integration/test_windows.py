@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import ray
-from heliostat.data import stream, windows
+from heliostat.data import stream
 from ray.data.datasource import ReadTask
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 STANDS_AT = 10
 
 
-class Noting(windows.Windows):
+class Noting(stream.Windows):
     """Notes how far it is, by the note's size."""
 
     def __init__(self, count: int, note: Path) -> None:
@@ -43,7 +43,7 @@ class Noting(windows.Windows):
 def standing(note: Path, still_s: float = 2.0) -> int:
     """How many there are when none has come for so long."""
     deadline, seen, since = time.monotonic() + 60, 0, time.monotonic()
-    while (now := time.monotonic()) < deadline and (seen < windows.AHEAD or now - since < still_s):
+    while (now := time.monotonic()) < deadline and (seen < stream.AHEAD or now - since < still_s):
         if (size := note.stat().st_size) != seen:
             seen, since = size, now
         time.sleep(0.1)
@@ -56,7 +56,7 @@ def test_windows_are_numbered_in_order_and_shortly_before_they_are_fetched(
 ) -> None:
     """While fetching stands still, so does numbering."""
     made, go_on = tmp_path / "made", tmp_path / "go-on"
-    monkeypatch.setattr(windows, "Windows", lambda count: Noting(count, made))
+    monkeypatch.setattr(stream, "Windows", lambda count: Noting(count, made))
 
     def fetch(batch: dict[str, Any]) -> dict[str, Any]:
         deadline = time.monotonic() + 120
@@ -68,7 +68,7 @@ def test_windows_are_numbered_in_order_and_shortly_before_they_are_fetched(
     context.target_max_block_size = 1
     context.execution_options.preserve_order = True
     with ray.data.DataContext.current(context):
-        million = windows.numbered(1_000_000, context)
+        million = stream.numbered(1_000_000, context)
         stage = million.map_batches(fetch, batch_size=1, compute=ray.data.TaskPoolStrategy(size=1))
     parts = stream.split(stage, 1)
     try:
@@ -76,11 +76,11 @@ def test_windows_are_numbered_in_order_and_shortly_before_they_are_fetched(
             for number in range(STANDS_AT // 2):  # not all that are fetched: the consumer is a few ahead itself
                 assert next(rows)["id"] == number
             before = standing(made)
-            assert before >= windows.AHEAD
+            assert before >= stream.AHEAD
             time.sleep(6)  # some eighty come in this time if nothing holds them back
             assert made.stat().st_size - before < 20
             go_on.touch()
-            for number in range(STANDS_AT // 2, 2 * windows.AHEAD):
+            for number in range(STANDS_AT // 2, 2 * stream.AHEAD):
                 assert next(rows)["id"] == number
     finally:
         stream.end(parts)

@@ -21,7 +21,7 @@ CHANGED = r"changed during the run: it had {} bytes .* has as many now, of anoth
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.html"])
 def test_an_object_of_the_same_size_and_second_is_an_error_that_names_it(place, name):
     place.join(name).write(OLD)
-    (file,) = sources.listing(str(place), more=True)
+    (file,) = sources.listing(str(place), ["extract"])
     assert file.etag and file.part.identity[-1] == file.etag
     place.join(name).write(NEW)
     with pytest.raises(DataError, match=rf"^input: \S+/{name}\S*: " + CHANGED.format(r"\d+")):
