@@ -15,6 +15,7 @@ import pyarrow.fs as pafs
 
 from heliostat.storage import s3_options
 
+SHORTER = "HTTP status 416"  # of a range behind an object's end
 MISSING = ("NoSuchKey", "404", "NotFound")
 PAYER = {"RequestPayer": "requester"}
 
@@ -85,16 +86,22 @@ class Store:
         """Reads a range of an object; RewrittenError if it has another `etag`, where one is given."""
         bucket, _, key = path.partition("/")
         asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={begin}-{end - 1}", **({"IfMatch": f'"{etag}"'} if etag else {})}
-        with worded():
-            data = self.client.get_object(**asked, **self.payer)["Body"].read()
+        try:
+            with worded():
+                data = self.client.get_object(**asked, **self.payer)["Body"].read()
+        except OSError as e:
+            if etag and SHORTER in str(e):  # of a store that looks at the range before the ETag
+                raise RewrittenError(str(e)) from e
+            raise
         if len(data) != end - begin:
             raise ConnectionError(f"{len(data):,} of {end - begin:,} bytes came")
         return data
 
 
 def _listed(path: str, size: int, told: dict[str, Any]) -> Listed:
-    modified = told["LastModified"]
-    return Listed(path, pafs.FileType.File, size, round(modified.timestamp() * 1000) * 1_000_000, told.get("ETag", "").strip('"'))
+    modified, etag = told["LastModified"], told.get("ETag", "").strip('"')
+    etag = "" if etag.startswith("W/") else etag  # a weak one, which no conditional read matches
+    return Listed(path, pafs.FileType.File, size, round(modified.timestamp() * 1000) * 1_000_000, etag)
 
 
 @lru_cache(maxsize=16)
@@ -120,6 +127,8 @@ def client(query: str, attempts: int, silence_s: float) -> Any:
 def worded() -> Iterator[None]:
     """Raises boto3's errors as OSErrors."""
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
 
     try:
         yield
@@ -132,5 +141,5 @@ def worded() -> Iterator[None]:
         raise OSError(f"AWS Error {code} (HTTP status {status}): {e.response['Error'].get('Message', '')}") from e
     except NoCredentialsError as e:
         raise PermissionError(str(e)) from e
-    except BotoCoreError as e:
+    except (BotoCoreError, ResponseParserError, HTTPError) as e:  # boto3 passes on answers that are cut, and faults of TLS
         raise ConnectionError(str(e)) from e
