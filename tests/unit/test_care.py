@@ -202,6 +202,17 @@ def test_a_file_that_cannot_be_read_costs_what_comes_after_in_it_and_says_so(tmp
     assert line.startswith(f"read: {told}") and line.endswith("; the rest of it is missing from the dataset")
 
 
+def test_too_many_files_that_cannot_be_read_are_one_error_that_names_one(tmp_path, forked):
+    class Unreadable(Given):
+        def read(self, part: Part) -> Iterator[Document]:
+            fault()
+            yield from ()
+
+    given = texts(60)
+    with pytest.raises(HeliostatError, match=r"than one in 1,000: such as 'd\d+'"):
+        curate(tmp_path, given, STAGES, pieces=6, source=Unreadable(given))
+
+
 def work(folder: Location, number: int, ran: str, bad: dict[int, str]) -> dict[str, Any]:
     Path(ran, f"{number}-{time.monotonic_ns()}").touch()
     if (how := bad.get(number)) == "die":

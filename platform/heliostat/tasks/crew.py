@@ -141,7 +141,8 @@ class Crew:
                 self.pool.ended(reference)
             if started.trouble.attempt:
                 self.work.note(self.kind, started.task.key).delete()
-            if crashed := record.get("examples", {}).get(care.CRASHED):
+            told = record.get("examples", {})
+            if crashed := told.get(care.CRASHED) or told.get(care.UNREAD):
                 self.last = crashed[0]
             yield started, record
 
