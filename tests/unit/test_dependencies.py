@@ -64,16 +64,16 @@ NOT_IMPORTED = {
     "zensical": "a program",
     "pymdown-extensions": "Zensical imports it",
 }
-IMAGES = re.compile(r"(recipes|pipelines)/images/")
+IMAGES = re.compile(r"(recipes|curation)/images/")
 LATE = {  # modules of the core that import what an extra brings, once `extras.require` was asked
     "tune/searchers.py": "tune",
     **{f"curation/{name}.py": "curation" for name in ("encodings", "html", "licenses", "linear", "pdf", "personal")},
     "curation/minhash/signatures.py": "curation",
     **{f"curation/stages/{name}.py": "curation" for name in ("detect_secrets", "fix_text", "language")},
     "curation/picturing.py": "images",
-    **{f"benchmark/{name}.py": "benchmark" for name in ("checking", "sandbox", "scoring", "tasks")},
-    **{f"retrieval/{name}.py": "retrieval" for name in ("search", "table")},
-    **{f"{name}.py": "vllm" for name in ("inference/vllm_terms", "inference/batch/vllm_engine", "serving/vllm_engine")},
+    **{f"evaluation/{name}.py": "benchmark" for name in ("checking", "sandbox", "scoring", "tasks")},
+    **{f"apps/search/{name}.py": "retrieval" for name in ("search", "table")},
+    **{f"{name}.py": "vllm" for name in ("inference/vllm_terms", "inference/batch/vllm_engine", "apps/serve/vllm_engine")},
 }  # fmt: skip
 
 
