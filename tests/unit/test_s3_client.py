@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
+from botocore.utils import parse_timestamp
 from heliostat.curation.pieces import Part
 from heliostat.curation.text import sources
 from heliostat.errors import DataError
@@ -66,3 +67,13 @@ def test_a_range_behind_the_end_of_an_object_that_became_shorter_tells_that_it_w
         Store("", 1, 1.0).read("b/a.jsonl", 20, 30, "abc")
     with pytest.raises(OSError, match="InvalidRange"):
         Store("", 1, 1.0).read("b/a.jsonl", 20, 30)
+
+
+def test_the_time_of_a_listed_object_is_parsed_without_a_parser_of_any_format(monkeypatch):
+    """Which takes 60 of the 90 ms that a page of 1,000 names costs."""
+    told = ["2026-11-27T10:00:03.120Z", "Fri, 27 Nov 2026 10:00:03 GMT", "2026-11-27T10:00:03", 1795773603]
+    assert [s3_client._time(one) for one in told] == [parse_timestamp(one) for one in told]
+    monkeypatch.setattr("botocore.utils.parse_timestamp", lambda told: pytest.fail("slow"))
+    assert s3_client._time(told[0]) == datetime(2026, 11, 27, 10, 0, 3, 120_000, UTC)
+    parsers = s3_client.client("anonymous=true", 1, 1.0)._endpoint._response_parser_factory
+    assert parsers.create_parser("rest-xml")._timestamp_parser is s3_client._time

@@ -6,8 +6,9 @@ Faults are OSErrors as pyarrow words them, for `storage.diagnose`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -108,6 +109,7 @@ def _listed(path: str, size: int, told: dict[str, Any]) -> Listed:
 def client(query: str, attempts: int, silence_s: float) -> Any:
     """Makes the client of a store, which tries a request so many times, and waits so long for a byte."""
     import boto3
+    import botocore.session
     from botocore import UNSIGNED
     from botocore.config import Config
 
@@ -120,7 +122,21 @@ def client(query: str, attempts: int, silence_s: float) -> Any:
         signature_version=UNSIGNED if options.anonymous else None,
         max_pool_connections=32,
     )
-    return boto3.session.Session().client("s3", endpoint_url=options.url, region_name=options.region, config=config)
+    session = botocore.session.get_session()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
+    return boto3.session.Session(botocore_session=session).client(
+        "s3", endpoint_url=options.url, region_name=options.region, config=config
+    )
+
+
+def _time(told: Any) -> datetime:
+    """Parses a time: that of a listing fast, which would be most of what a listing costs."""
+    from botocore.utils import parse_timestamp
+
+    with suppress(TypeError, ValueError):
+        if (found := datetime.fromisoformat(told)).tzinfo:
+            return found
+    return parse_timestamp(told)
 
 
 @contextmanager
