@@ -48,6 +48,8 @@ class Task:
     """That it reads, about: for the progress."""
     careful: bool = False
     """Whether its function takes `care`, where it is run again."""
+    before: str = ""
+    """The key that earlier versions gave to the same task, whose record counts too."""
 
 
 class Flowing(Protocol):
