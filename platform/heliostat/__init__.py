@@ -9,7 +9,6 @@ docs/python-api.md describes every name. Importing heliostat imports nothing els
 
 import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,14 +31,18 @@ if TYPE_CHECKING:
 __all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"]
 
 
-class _Earlier(MetaPathFinder, Loader):
-    """Finds public modules under their earlier paths, so that the recipes and pipelines of users still import."""
+class _Earlier:
+    """Finds public modules under their earlier paths, so that the recipes and pipelines of users still import.
+
+    It derives from no class of `importlib.abc`, which takes as long to import as all else here.
+    """
 
     paths: ClassVar = {
         "heliostat.benchmark": "heliostat.evaluation",
         "heliostat.config.kinds": "heliostat.schema",
         "heliostat.config.optimizers": "heliostat.optim.optimizers",
         "heliostat.config.schema": "heliostat.schema",
+        "heliostat.curation.files": "heliostat.tasks.files",
         "heliostat.exact_stream": "heliostat.api.exact_stream",
         "heliostat.pipelines": "heliostat.curation",
         "heliostat.retrieval": "heliostat.apps.search",
@@ -48,10 +51,13 @@ class _Earlier(MetaPathFinder, Loader):
     }
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if not fullname.startswith("heliostat."):  # most imports, and each comes by
+            return None
         known = next((old for old in self.paths if fullname == old or fullname.startswith(f"{old}.")), None)
         if known is None:
             return None
-        return ModuleSpec(fullname, self, origin=self.paths[known] + fullname.removeprefix(known))
+        origin = self.paths[known] + fullname.removeprefix(known)
+        return ModuleSpec(fullname, self, origin=origin)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         assert spec.origin is not None

@@ -8,9 +8,8 @@ Ray workers to the driver, so what each takes are its `args`: the message, and w
 password of a URI, whoever wrote it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from heliostat.redact import redact
 
@@ -19,7 +18,7 @@ class HeliostatError(Exception):
     """Serves as the base class of every error that heliostat raises on purpose."""
 
     exit_code = 1
-    found: dict[str, Any] = {}  # what a command had found out before: `--json` prints it beside the error
+    found: Mapping[str, object] = {}  # what a command had found out before: `--json` prints it beside the error
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redact(a) if isinstance(a, str) else a for a in args))

@@ -264,7 +264,7 @@ def validate(model: type[M], raw: Any, where: str) -> M:
 
 
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
-    """Reads a file of a kind (`kinds`), with settings applied, and validates it; ConfigError if it is clearly of another."""
+    """Reads a file of a kind (`KIND_KEYS`), with settings applied, and validates it; ConfigError if it is clearly of another."""
     raw = read_yaml(path)
     require_kind(kind, path, raw)
     return validate(model, apply(raw, settings or []), str(path))

@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.fs as pafs
-from heliostat.chaos import disks
+from heliostat.chaos import faults
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.proxy import Fault, FaultProxy
 from heliostat.chaos.servers import Server, s3_server
@@ -106,7 +106,7 @@ def kill_nodes(round: Round, nodes: LocalNodes) -> None:
 
 def fill_disk(round: Round, place: Path, size: int) -> None:
     held = int(size * round.rng.uniform(0.05, 0.9))
-    disks.mount(place, held)
+    faults.mount_disk(place, held)
     try:
         while not round.over:
             round.end(round.start(), in_order=True)
@@ -114,7 +114,7 @@ def fill_disk(round: Round, place: Path, size: int) -> None:
             held += size // 2
             subprocess.run(["mount", "-o", f"remount,size={held}", str(place)], check=True)
     finally:
-        disks.unmount(place)
+        faults.unmount_disk(place)
 
 
 def digest(round: Round) -> str | None:

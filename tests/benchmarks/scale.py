@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from heliostat.checkpoint import checksums, layout, placement, shard_index, tree, writing
 from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.checkpoint.index import root as index_root
 from heliostat.checkpoint.layout import Checkpoint
 from heliostat.data import receipt
 from heliostat.plan import zero_layout
@@ -164,7 +165,7 @@ def save(ranks: Ranks, rounds: int) -> tuple[dict[str, Any], bytes]:
 
     def finish() -> bytes:
         whole = ranks.merge(ranks.part(0), messages)
-        return layout.encode(placement.root(100, {"format": layout.FORMAT, **facts(world_size=ranks.world)}, whole))
+        return layout.encode(index_root(100, {"format": layout.FORMAT, **facts(world_size=ranks.world)}, whole))
 
     root_s, root = timed(finish, rounds)
     held = timed(lambda: layout.encode(layout.decode(root)), rounds)[0]

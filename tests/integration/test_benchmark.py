@@ -362,7 +362,7 @@ def test_task_files_and_data_sets_of_a_store_are_those_of_the_folder(place, tmp_
         contextlib.closing(Benchmark(*load(folder / "suite" / "suite.yaml"), quiet=True)) as near,
     ):
         for one, other in zip(far.tasks, near.tasks, strict=True):
-            assert list(one.made.eval_docs) == list(other.made.eval_docs) and len(one.made.eval_docs) > 5
+            assert list(one.task.eval_docs) == list(other.task.eval_docs) and len(one.task.eval_docs) > 5
     store.join("data", "held_out_cloze.jsonl").delete()
     with pytest.raises(
         ConfigError, match=r"held_out_cloze\.yaml\S*: data_files: there is no s3://suites/held-out/data/held_out_cloze"

@@ -17,7 +17,7 @@ from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.errors import CheckpointError
 from heliostat.inference import export
 from heliostat.storage.locations import Location
-from heliostat.tune.clone import clone
+from heliostat.tune.trial import clone
 from safetensors.torch import load_file
 from torch import nn
 

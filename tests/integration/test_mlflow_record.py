@@ -181,7 +181,7 @@ def test_a_checkpoint_that_retention_removed_is_not_listed_any_more_and_still_kn
     one.sync(client)
     one.sync(client)  # once each, however often
     assert shown(client, experiment, run_id) == [f"checkpoint-000000{s}" for s in (10, 20, 30)]
-    assert {m.tags[tags.SOURCE_NAME] for m in checkpoint_models.logged(client, experiment, run_id)} == {"jobs/mine.yaml"}
+    assert {m.tags[tags.SOURCE_NAME] for m in checkpoint_models.logged(client, client.get_run(run_id))} == {"jobs/mine.yaml"}
     first = next(c for c in checkpoint_models.history(client, client.get_run(run_id)) if c["step"] == 10)
     folder(run, 10).delete()
     folder(run, 20).delete()
@@ -216,7 +216,7 @@ def test_where_nobody_may_delete_a_gone_checkpoint_is_marked_once_and_the_run_go
     for checkpoints_ in (one, one, Checkpoints(run_id, experiment, run)):
         checkpoints_.sync(client)
     assert len(asked) == 1 and "checkpoint-00000010" in caplog.text
-    (gone,) = [m for m in checkpoint_models.logged(client, experiment, run_id) if m.tags.get(tags.DELETED) == "true"]
+    (gone,) = [m for m in checkpoint_models.logged(client, client.get_run(run_id)) if m.tags.get(tags.DELETED) == "true"]
     assert gone.model_id == asked[0]
     known = checkpoint_models.history(client, client.get_run(run_id))
     assert [(c["step"], c["deleted"]) for c in known] == [(10, True), (20, False)]

@@ -14,7 +14,7 @@ from heliostat.chaos.proxy import Fault, FaultProxy
 from heliostat.data import manifest
 from heliostat.data.index import index
 from heliostat.errors import StorageError
-from heliostat.storage import locations as storage
+from heliostat.storage import retries
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
@@ -65,7 +65,7 @@ def row_group(place: Location, number: int) -> list[list[int]]:
 @pytest.mark.parametrize("fault", BROKEN)
 def test_with_three_of_ten_requests_failing_everything_is_read_and_written_right(root, proxy, monkeypatch, fault):
     """Writes of one and of several parts, whole reads, row groups, listings and deletes: as without faults, only slower."""
-    monkeypatch.setenv(storage.BUDGET, "60")
+    monkeypatch.setenv(retries.BUDGET, "60")
     failing = BROKEN[fault]
     proxy.faults = (Fault(failing.kind, rate=0.3, status=failing.status, code=failing.code, seconds=0.3),)
 
@@ -91,7 +91,7 @@ def test_with_three_of_ten_requests_failing_everything_is_read_and_written_right
 
 def test_spilled_tables_are_read_while_requests_fail(root, proxy, monkeypatch):
     """Footers, too: opening a Parquet file asks the store for them."""
-    monkeypatch.setenv(storage.BUDGET, "12")
+    monkeypatch.setenv(retries.BUDGET, "12")
     name = spill.write(root.join("spill"), pa.table({"key": pa.array(range(50), pa.uint64())}))
     proxy.faults = (Fault("status", rate=0.4),)
     for _ in range(15):
@@ -113,7 +113,7 @@ def test_a_spilled_table_is_asked_for_in_few_requests(root, proxy):
 
 
 def test_a_probe_outlives_one_refused_request(root, proxy, monkeypatch):
-    monkeypatch.setenv(storage.BUDGET, "60")
+    monkeypatch.setenv(retries.BUDGET, "60")
     proxy.faults = (Fault("status", limit=1),)
     root.probe()
     assert sum(proxy.injected.values()) == 1
@@ -140,7 +140,7 @@ OPERATIONS: dict[str, Callable[[Location], object]] = {
 )
 def test_a_store_that_never_recovers_is_an_error_within_the_budget(root, proxy, monkeypatch, fault, operation):
     """StorageError with the place and what the store did, after some attempts and before the budget has passed."""
-    monkeypatch.setenv(storage.BUDGET, "4")
+    monkeypatch.setenv(retries.BUDGET, "4")
     proxy.faults = (BROKEN[fault],)
     start = time.monotonic()
     with pytest.raises(StorageError, match=r"^s3://faults/x.*: storage failed for \d s: .*AWS Error") as e:
@@ -162,7 +162,7 @@ def test_refused_credentials_fail_at_once(root, proxy, code):
 
 def test_a_row_group_whose_reading_breaks_off_is_read_again(root, proxy, monkeypatch):
     """The file opens well; then the store throttles until the SDK gives up: the whole read is repeated and gives the tokens."""
-    monkeypatch.setenv(storage.BUDGET, "20")
+    monkeypatch.setenv(retries.BUDGET, "20")
     place, started = root.join("a.parquet"), []
 
     def read() -> pa.Table:
@@ -179,7 +179,7 @@ def test_a_row_group_whose_reading_breaks_off_is_read_again(root, proxy, monkeyp
 
 def test_a_hanging_answer_is_given_up_and_asked_for_again(root, proxy, monkeypatch):
     """Silence is a fault too: after a part of the budget, not after minutes."""
-    monkeypatch.setenv(storage.BUDGET, "16")
+    monkeypatch.setenv(retries.BUDGET, "16")
     proxy.faults = (Fault("delay", seconds=600, limit=2),)
     start = time.monotonic()
     assert root.join("small").read() == SMALL
@@ -189,7 +189,7 @@ def test_a_hanging_answer_is_given_up_and_asked_for_again(root, proxy, monkeypat
 @pytest.mark.parametrize("kind", ["status", "reset", "cut"])
 def test_a_write_that_fails_at_any_request_leaves_the_old_object(bucket, monkeypatch, kind):
     """Whichever request of an upload fails, readers see the old bytes; or, if only the answer to the last was lost, the new."""
-    monkeypatch.setenv(storage.BUDGET, "0")  # one attempt at every request
+    monkeypatch.setenv(retries.BUDGET, "0")  # one attempt at every request
 
     def place(endpoint: str) -> Location:
         return Location(f"s3://faults/torn-{kind}?endpoint_override={endpoint}&scheme=http")
@@ -222,7 +222,7 @@ class NthFails(FaultProxy):
 
 def test_damage_behind_a_failing_store_is_still_damage(root, proxy, monkeypatch):
     """A turned bit, read while a third of the requests fail: what the Parquet reader says, never a StorageError; and no retry."""
-    monkeypatch.setenv(storage.BUDGET, "60")
+    monkeypatch.setenv(retries.BUDGET, "60")
     raw = bytearray(root.join("a.parquet").read())
     raw[1000] ^= 4
     root.join("bad.parquet").write(bytes(raw))
@@ -234,7 +234,7 @@ def test_damage_behind_a_failing_store_is_still_damage(root, proxy, monkeypatch)
 
 def test_a_dataset_is_indexed_through_a_failing_store_as_through_a_good_one(root, proxy, monkeypatch):
     """Footers, listing, old and new manifest: the same version comes out, and the one before is kept."""
-    monkeypatch.setenv(storage.BUDGET, "60")
+    monkeypatch.setenv(retries.BUDGET, "60")
     shard = root.join("a.parquet").read()
     digests = []
     for place, faults in ((root.join("good"), ()), (root.join("bad"), (Fault("status", rate=0.2), Fault("cut", rate=0.2)))):

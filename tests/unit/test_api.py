@@ -32,6 +32,7 @@ def test_importing_heliostat_imports_nothing_else_and_shows_every_name():
     assert set(NAMES) <= set(names) and heliostat.__all__ == NAMES == api.__all__
     assert not {m.partition(".")[0] for m in modules} - set(sys.stdlib_module_names) - {"heliostat"}
     assert [m for m in modules if m.startswith("heliostat")] == ["heliostat"]
+    assert not {m for m in modules if m.startswith("importlib.resources")}  # as long as the rest, for each command
 
 
 def test_a_job_is_loaded_without_torch_ray_or_mlflow():
@@ -64,11 +65,13 @@ def test_an_uncaught_mistake_of_the_persons_is_one_line_below_the_persons_own_fr
 
 
 def test_the_frames_of_a_folder_whose_name_begins_as_the_packages_are_the_persons():
-    mine = Path(uncaught.__file__).parent.with_name("heliostat_jobs") / "mine.py"
-    try:
-        exec(compile("raise error", str(mine), "exec"), {"error": ConfigError("no")})
-    except ConfigError as e:
-        assert f'"{mine}", line 1' in uncaught.shown(e, e.__traceback__.tb_next)
+    package = Path(heliostat.__file__).parent
+    mine = package.with_name("heliostat_jobs") / "mine.py"
+    for place, theirs in ((mine, True), (package / "validation" / "check.py", False), (package / "api" / "run_handle.py", False)):
+        try:
+            exec(compile("raise error", str(place), "exec"), {"error": ConfigError("no")})
+        except ConfigError as e:
+            assert (f'"{place}", line 1' in uncaught.shown(e, e.__traceback__.tb_next)) is theirs
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,6 +108,7 @@ EARLIER = {
     "heliostat.benchmark.suite": "heliostat.evaluation.suite",
     "heliostat.exact_stream": "heliostat.api.exact_stream",
     "heliostat.pipelines": "heliostat.curation",
+    "heliostat.curation.files": "heliostat.tasks.files",
 }
 
 
@@ -115,6 +119,13 @@ def test_public_modules_import_under_their_earlier_paths(path):
     code += "print(old is new, new.__name__ == new.__spec__.name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["True", "True"]
+
+
+def test_a_location_imports_from_where_pipelines_of_users_found_it():
+    """The example of a pipeline of one's own imported it from there, and `heliostat.storage` was a module."""
+    code = "from heliostat.storage import Location; print(Location.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["heliostat.storage.locations"]
 
 
 def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):

@@ -32,7 +32,7 @@ def workspace(monkeypatch) -> None:
 
 def ranked(**changes):
     made = job(**changes)
-    return made, ranking.ranking(made, CausalLM(made))
+    return made, ranking.ranking(made, CausalLM(made)).dump()
 
 
 def degrees(found) -> set[tuple[int, int, int]]:
@@ -164,7 +164,7 @@ def test_commands_plan_the_layout_that_auto_finds(tmp_path):
     found = json.loads(out)
     assert code == 0 and any("train.parallel: auto: of " in line for line in lines)
     plain = planner.planners(made, CausalLM(made), None, None, hardware.table())[-1].chosen()
-    assert found["memory"] == plain["memory"] and found["speed"]["step_s"] == plain["speed"]["step_s"]
+    assert found["memory"] == plain.memory and found["speed"]["step_s"] == plain.speed["step_s"]
     assert layouts.of(made) != layouts.of(load_job(tmp_path / "job.yaml"))
     code, out, _, _ = run("train", path, "--dry-run")
     assert code == 0 and f"at ZeRO stage {made.train.zero.stage} on 4 ranks" in out

@@ -259,7 +259,7 @@ def answers(out: Path) -> list[dict]:
 def documents(out: Path, column: str, *columns: str) -> list[Document]:
     """What a text pipeline reads of answers."""
     flow = HereFlow(Work(Location(f"{out}-read")))
-    read = reading.Texts(str(out / "answers"), Rules(column, "none", columns=columns))
+    read = reading.Texts(str(out / "answers"), Rules(text_column=column, normalise="none", columns=columns))
     found = (one for piece in read.pieces(flow, read.listing()) for part in piece for one in read.source(flow).read(part))
     return [one for one in found if isinstance(one, Document)]
 

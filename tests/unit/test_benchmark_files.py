@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from heliostat.errors import ConfigError
-from heliostat.evaluation import suite, task_data, task_files
+from heliostat.evaluation import suite, task_files
 from heliostat.storage.locations import Location
 
 TASK = {"task": "colours", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "colours.jsonl"}}}
@@ -107,7 +107,7 @@ def test_code_in_a_file_that_is_included_is_refused_too(tmp_path):
 
 
 def placed(folder: Path, **changes):
-    return task_data.placed(TASK | changes, Location(str(folder)), folder / "cache", "colours.yaml")
+    return task_files.placed(TASK | changes, Location(str(folder)), folder / "cache", "colours.yaml")
 
 
 def test_files_are_of_the_task_files_folder_and_a_folder_gives_a_split_a_file(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from heliostat.chaos import disks, experiment, faults, measure
+from heliostat.chaos import experiment, faults, measure
 from heliostat.chaos.measure import Measured
 from heliostat.chaos.process import ChaosError, Command
 from heliostat.checkpoint import layout
@@ -122,8 +122,8 @@ def test_every_fault_of_the_default_is_one_and_the_command_shows_them():
 
 
 def test_what_this_machine_cannot_do_is_said_before_anything_starts(monkeypatch):
-    monkeypatch.setattr(disks.os, "geteuid", lambda: 1000)
-    assert disks.why_not(job()) == "mounts a small tmpfs, which needs root"
+    monkeypatch.setattr(faults.os, "geteuid", lambda: 1000)
+    assert faults.no_disk(job()) == "mounts a small tmpfs, which needs root"
     assert "set workers.gpus to 0" in str(faults.cannot_make_nodes(job(**{"workers.gpus": 1})))
 
 

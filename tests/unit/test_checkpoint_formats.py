@@ -9,7 +9,7 @@ import torch
 from heliostat.checkpoint import checksums, layout, retention
 from heliostat.errors import CheckpointError, CorruptCheckpointError
 from heliostat.storage.locations import Location
-from heliostat.tune.clone import clone
+from heliostat.tune.trial import clone
 
 from tests.unit.build_checkpoint import age, save, slices
 from tests.unit.build_job import job

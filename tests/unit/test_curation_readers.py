@@ -12,7 +12,7 @@ import tracemalloc
 
 import pyarrow as pa
 import pytest
-from heliostat.curation.readers import READERS, REASONS, Limits, read, suffix_of
+from heliostat.curation.readers import KINDS, REASONS, Limits, read, suffix_of
 from heliostat.curation.stage import Document, Dropped
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -309,7 +309,7 @@ def test_kinds_are_told_by_suffix():
     assert suffix_of("x/A.WARC.GZ") == ".warc" and suffix_of("a.tar") is None and suffix_of("a.html.xz") == ".html"
     assert brief(items("a.bin", b"x")) == ["unknown_kind"]
     assert brief(items("a.txt", b"\xef\xbb\xbfhi")) == ["hi"] and brief(items("a.md", b"\xff")) == ["not_utf8"]
-    assert brief(items("a.html", b" ")) == ["empty"] and all(s.startswith(".") for s in READERS)
+    assert brief(items("a.html", b" ")) == ["empty"] and all(s.startswith(".") for s in KINDS)
 
 
 def test_errors_of_the_stream_pass_through():

@@ -90,9 +90,9 @@ def planned(**changes):
 def test_divided_experts_are_not_gathered_and_tokens_travel():
     """Memory for state stays; what is gathered and what is sent is less by nearly the degree."""
     whole, divided = planned().chosen(), planned(**{KEY: 8}).chosen()
-    assert divided["memory"]["optimizer"] == whole["memory"]["optimizer"]
-    assert divided["memory"]["working"] < whole["memory"]["working"] / 3
-    assert divided["communication"]["bytes_per_step"] < whole["communication"]["bytes_per_step"] / 3
+    assert divided.memory["optimizer"] == whole.memory["optimizer"]
+    assert divided.memory["working"] < whole.memory["working"] / 3
+    assert divided.communication["bytes_per_step"] < whole.communication["bytes_per_step"] / 3
 
 
 def test_layouts_that_are_ranked_keep_the_degree_and_its_stage():

@@ -130,12 +130,12 @@ def test_the_plan_knows_what_a_worker_has_of_each_matrix():
     assert sum(map(math.prod, half.shapes.values())) == half.model.parameters - divided // 2
     assert half.model.flops == whole.model.flops and half.alike == 2
     mine, all_ = half.chosen(), whole.chosen()
-    assert mine["memory"]["weights"] == 2 * (half.model.parameters - divided // 2) < all_["memory"]["weights"]
-    assert mine["memory"]["activations"] < all_["memory"]["activations"]
+    assert mine.memory["weights"] == 2 * (half.model.parameters - divided // 2) < all_.memory["weights"]
+    assert mine.memory["activations"] < all_.memory["activations"]
     assert sum(w.flops * w.count for w in half.work) < 0.8 * sum(w.flops * w.count for w in whole.work)
     rows, columns = half.model.added()
     assert (rows, columns) == (2 * 2 * 32, 2 * 5 * 32)
-    assert mine["communication"]["bytes_per_step"] > 0 and {one.stage for one in layouts.candidates(half.job, 4)} == {1, 2}
+    assert mine.communication["bytes_per_step"] > 0 and {one.stage for one in layouts.candidates(half.job, 4)} == {1, 2}
     two_nodes = job(**{**four, "workers.count": 16}, **{"train.parallel": {"tensor": 2}, "train.global_batch": 16})
     moved = planner.planners(two_nodes, CausalLM(two_nodes), None, "H100", hardware.table())[-1]._traffic(
         layouts.of(two_nodes), 1

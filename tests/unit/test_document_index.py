@@ -10,9 +10,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from heliostat.apps.search import build, table, units
-from heliostat.apps.search.cutting import cut
 from heliostat.apps.search.search import Index
 from heliostat.apps.search.settings import Settings
+from heliostat.apps.search.tasks import cut
 from heliostat.apps.serve.asks import Search
 from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError, DataError, LeaseError
@@ -249,4 +249,4 @@ def test_an_index_that_another_command_has_taken_over_is_not_written(corpus, tmp
     flow = HereFlow(Work(place.join(build.WORK)))
     with pytest.raises(LeaseError):
         build.build(flow, corpus, place, SETTINGS, None, None, 4, taken)
-    assert not place.join(build.RECORD).exists()
+    assert not place.join(table.RECORD).exists()

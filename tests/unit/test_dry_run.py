@@ -55,7 +55,7 @@ def make_input(folder: Path, documents: int = 6000) -> None:
 
 
 def trial(tmp_path: Path, share: float, seed: int = 0, stages=STAGES, name: str = "trial") -> tuple[Trial, list]:
-    inputs = sources.listing(str(tmp_path / "in"), bool(stages))
+    inputs = sources.listing(str(tmp_path / "in"), ["extract"] * bool(stages))
     sample = sampling.choose(inputs[::-1] if seed else inputs, share, "in")
     here = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), seed=seed)
     source = SampledSource(str(tmp_path / "in"), Rules(), "in", sample.records)
@@ -81,7 +81,7 @@ def test_a_sample_follows_from_input_and_share_alone(tmp_path):
 
 def test_every_record_has_the_same_chance_and_a_larger_share_holds_the_smaller(tmp_path):
     make_input(tmp_path / "in", 3000)
-    inputs, found = sources.listing(str(tmp_path / "in"), True), {}
+    inputs, found = sources.listing(str(tmp_path / "in"), ["extract"]), {}
     for share in (0.05, 0.2):
         sample = sampling.choose(inputs, share, "in")
         source = SampledSource(str(tmp_path / "in"), Rules(), "in", sample.records)

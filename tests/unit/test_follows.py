@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.fs as pafs
 import pytest
-from heliostat.curation import chain, linear, pieces, registry
+from heliostat.curation import chain, linear, pieces, readers, registry
 from heliostat.curation.engine import Engine
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.sources import Columns
@@ -47,7 +47,7 @@ def rewrite(file: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.html"])
 def test_a_file_that_changes_after_it_was_listed_is_an_error_that_names_it(tmp_path, name):
     (tmp_path / name).write_text('{"text": "some words"}\n' * 20)
-    (piece,) = pieces.cut([f.part for f in sources.listing(str(tmp_path), more=True)], 1 << 20, sources.ranged)
+    (piece,) = pieces.cut([f.part for f in sources.listing(str(tmp_path), ["extract"])], 1 << 20, readers.ranged)
     source = TextSource(str(tmp_path), Rules())
     assert list(source.read(piece[0]))
     rewrite(tmp_path / name)

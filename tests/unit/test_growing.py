@@ -2,14 +2,16 @@
 
 import queue
 import random
+from types import SimpleNamespace
 
 import pytest
-from heliostat.apps.serve.growing import Growing
-from heliostat.apps.serve.row import Row, Telling
+from heliostat.apps.serve.growing import LONG, Growing
+from heliostat.apps.serve.row import Row, Telling, ending
 from heliostat.apps.serve.sampling import Draw
-from heliostat.apps.serve.stopping import Stopping
+from heliostat.apps.serve.stopping import UNFINISHED, Stopping
+from heliostat.errors import ConfigError
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.unit.test_tokenizers import KINDS, TEXTS, trained
 
@@ -51,16 +53,32 @@ def test_the_text_that_is_sent_is_that_of_all_tokens_decoded_at_once(kind, stops
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_decoded_grows_with_the_answer_and_not_with_its_square(kind):
-    made, work = tokenizer(kind), 0
-
-    def decode(tokens: list[int]) -> str:
-        nonlocal work
-        work += len(tokens)
-        return made.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    tokens, growing = (made(HARD * 60, add_special_tokens=False)["input_ids"] * 3)[:4000], Growing()
+def test_a_text_grows_with_each_token_and_what_waits_does_not(kind):
+    made, growing, longest = tokenizer(kind), Growing(), 0
+    tokens = (made(HARD * 60, add_special_tokens=False)["input_ids"] * 3)[:4000]
     for token in tokens:
-        growing.add(token, decode)
+        growing.add(token, made.backend_tokenizer)
         growing.drop(max(0, len(growing.unsent) - 40))
-    assert work < 100 * len(tokens)
+        longest = max(longest, len(growing.waiting))
+    assert longest < LONG
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback"])
+def test_bytes_that_are_no_text_are_sent_and_end_nothing(kind):
+    """Neither do they wait for ever, nor does what follows them: DecodeStream alone keeps them all, or raises."""
+    made, growing = tokenizer(kind), Growing()
+    first, *_, last = made("\N{GRINNING FACE}", add_special_tokens=False)["input_ids"]
+    for number in range(2 * LONG):
+        growing.add(last, made.backend_tokenizer)
+        assert growing.unsent or number < LONG
+    assert set(growing.unsent) == {UNFINISHED}
+    growing.drop(len(growing.unsent))
+    word = made("value", add_special_tokens=False)["input_ids"]
+    for token in [*word, first, *word, last, *word]:
+        growing.add(token, made.backend_tokenizer)
+    assert growing.unsent.count("value") == 3 and len(growing.waiting) < LONG
+
+
+def test_a_tokenizer_whose_text_cannot_be_decoded_as_it_grows_is_one_error():
+    with pytest.raises(ConfigError, match="not one of the tokenizers library"):
+        ending(SimpleNamespace(tokenizer=ByT5Tokenizer()), None)

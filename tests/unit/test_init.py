@@ -13,7 +13,7 @@ from heliostat.errors import ConfigError
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
-TEMPLATE = ROOT / "platform" / "heliostat" / "template"
+TEMPLATE = ROOT / "platform" / "heliostat" / "cli" / "template"
 
 
 def written(folder: Path) -> dict[str, bytes]:
@@ -25,7 +25,7 @@ def test_the_files_are_those_of_heliostats_own_workspace():
     shipped = {path: (ROOT / path).read_bytes() for path in written(TEMPLATE) if path != "gitignore"}
     assert written(TEMPLATE).keys() - shipped.keys() == {"gitignore"}
     stale = [path for path, content in shipped.items() if (TEMPLATE / path).read_bytes() != content]
-    assert not stale, f"cp {stale[0]} platform/heliostat/template/{stale[0]}"
+    assert not stale, f"cp {stale[0]} platform/heliostat/cli/template/{stale[0]}"
     quickstart = {str(p.relative_to(ROOT)) for f in ("jobs", "pipelines") for p in (ROOT / f).rglob("quickstart*.yaml")}
     assert shipped.keys() == quickstart | {"clusters/local.yaml"}
 

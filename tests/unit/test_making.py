@@ -1,9 +1,11 @@
 """A text dataset from reading to the manifest's rows, in this process: the same in any order, and again after any end."""
 
+import bz2
 import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import random
 import subprocess
 import sys
@@ -63,7 +65,7 @@ def make(
     parsed = [parse(entry) for entry in stages]
     output = Location(f"{tmp_path}/{name}")
     made = Making(here, source, output, BPE, None, parsed, memory_limit, 4000, 500, None, together).run(
-        sources.listing(str(tmp_path / "in"), bool(stages))
+        sources.listing(str(tmp_path / "in"), ["extract"] * bool(stages))
     )
     rows, meta = made
     return (sorted(rows, key=lambda row: (row["path"], row["row_group"])), meta), here  # as the manifest has them
@@ -292,11 +294,32 @@ def test_a_page_without_extract_is_an_error_that_names_it(tmp_path):
         make(tmp_path, "out", [{"stage": "minhash"}])
 
 
-def test_kinds_beside_the_first_are_read_with_stages_only(tmp_path):
-    make_input(tmp_path / "in")
-    assert "d.csv" not in {f.path for f in sources.listing(str(tmp_path / "in"))}
-    (_, meta), _ = make(tmp_path, "out", [{"stage": "length", "min_words": 40}])
-    assert meta["curation"]["ends"] and "d.csv" in {f.path for f in sources.listing(str(tmp_path / "in"), True)}
+@pytest.mark.parametrize("stages", [[], [{"stage": "length", "min_words": 1}]], ids=["without stages", "with stages"])
+def test_every_kind_and_codec_is_read_with_and_without_stages(tmp_path, caplog, stages):
+    """A `.csv` or a `.bz2` is read by the same reader; pages need `extract`, so without stages they are left out and counted."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("of a file")
+    (folder / "b.csv").write_text("url,text\nhttp://b,of a row\nhttp://c,\n")
+    (folder / "c.jsonl.bz2").write_bytes(bz2.compress(b'{"text": "of a line"}\n{bad'))
+    (folder / "d.txt.xz").write_bytes(lzma.compress(b"of a packed file"))
+    (folder / "e.ndjson").write_text('{"text": "of another line"}')
+    (folder / "f.py.bz2").write_bytes(bz2.compress(b"print()"))
+    if not stages:
+        (folder / "g.html").write_text("<p>of a page")
+    (rows, meta), _ = make(tmp_path, "out", stages)
+    found = {
+        id for path in {row["path"] for row in rows} for id in pq.read_table(tmp_path / "out" / path)["document"].to_pylist()
+    }
+    assert found == {"a.txt", "b.csv#1", "c.jsonl.bz2#1", "d.txt.xz", "e.ndjson#1", "f.py.bz2"} and meta["documents"] == 6
+    assert meta["dropped"] == {"empty": 1, "invalid_json": 1}
+    assert ("1 pages or web archives are not read; {stage: extract}" in caplog.text) == (not stages)
+
+
+def test_pages_alone_are_an_error_that_names_their_stage(tmp_path):
+    (tmp_path / "a.html").write_text("<p>a")
+    with pytest.raises(ConfigError, match=r"1 pages or web archives and nothing else; put {stage: extract} first"):
+        sources.listing(str(tmp_path))
 
 
 MEASURED = """

@@ -121,10 +121,10 @@ def test_the_plan_of_a_job_has_them_and_no_layout_that_the_check_refuses():
     counts = Counts(first.model, first.kept, first.work)
     plans = [Planner(job(**sixteen, **given), counts, first.device, first.prices) for given in keys]
     plain, divided, copied, rounded = (one.chosen() for one in plans)
-    leaving = [one["communication"]["between_nodes"] for one in (divided, copied, rounded, plain)]
+    leaving = [one.communication["between_nodes"] for one in (divided, copied, rounded, plain)]
     assert leaving == sorted(leaving) and len(set(leaving)) == 4
-    assert divided["memory"]["optimizer"] > 1.9 * plain["memory"]["optimizer"]
-    assert copied["memory"]["weights"] > plain["memory"]["weights"] == rounded["memory"]["weights"]
+    assert divided.memory["optimizer"] > 1.9 * plain.memory["optimizer"]
+    assert copied.memory["weights"] > plain.memory["weights"] == rounded.memory["weights"]
     for one, given in zip(plans, keys, strict=True):
         for layout in layouts.candidates(one.job, 16):
             set_ = {k: v for k, v in layout.settings().items() if v is not None}

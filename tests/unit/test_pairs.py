@@ -138,7 +138,7 @@ def make(tmp_path: Path, name: str, **keys: Any) -> tuple[list[dict[str, Any]], 
     here: flow.Flow = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), **keys)
     output = Location(f"{tmp_path}/{name}")
     making = Making(here, source(tmp_path / "in"), output, BPE, None, [], 1 << 30, 1500, 8)
-    return *making.run(sources.listing(str(tmp_path / "in"), True)), output
+    return *making.run(sources.listing(str(tmp_path / "in"), ("extract", "pdf"))), output
 
 
 def rows_of(chunks: list[dict[str, Any]], output: Location) -> list[list[dict[str, Any]]]:

@@ -89,7 +89,7 @@ def test_files_are_read_where_the_pipeline_has_the_stage(tmp_path, caplog):
     assert files({"stage": "pdf"}) == ["a.pdf", "b.PDF.gz", "c.txt", "locked.pdf"]
     source = TextSource(str(folder), Rules())
 
-    read = {f.path: next(iter(source.read(Part(f.path, f.bytes, 0)))) for f in listing(str(folder), True)}
+    read = {f.path: next(iter(source.read(Part(f.path, f.bytes, 0)))) for f in listing(str(folder), ["pdf"])}
     with pytest.raises(ConfigError, match=r"a\.pdf is a PDF, not text; put {stage: pdf} among the first"):
         source.finish(read["a.pdf"])
     outcomes = parse({"stage": "pdf"}).open()(list(read.values()))

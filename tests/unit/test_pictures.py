@@ -17,7 +17,9 @@ from heliostat.curation.images.pictures import Dropped, Picture, Raw, Rules
 from heliostat.curation.images.sources import Columns
 from heliostat.curation.pieces import Part
 from heliostat.curation.prepare import InputFile
+from heliostat.curation.text import sources as text_sources
 from heliostat.errors import ConfigError
+from heliostat.storage.locations import Location
 from PIL import Image
 
 from tests.unit.build_images import image
@@ -193,10 +195,10 @@ def test_a_folder_with_a_metadata_file(tmp_path, kind):
     }
 
 
-def test_a_row_goes_to_the_end_of_its_line_whatever_is_in_its_caption():
+def test_a_row_goes_to_the_end_of_its_line_whatever_is_in_its_caption(tmp_path):
     rows = [{"file_name": "0.png", "caption": "one\u2028two\u0085three"}, {"file_name": "1.png", "caption": "x"}]
-    data = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode()
-    assert sources.read_table("metadata.jsonl", data) == rows
+    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode())
+    assert list(text_sources.rows(Location(str(tmp_path)), "metadata.jsonl", 1 << 20)) == rows
 
 
 def test_a_metadata_file_that_cannot_be_read_is_one_error(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from heliostat.checkpoint import index, placement, tree, writing
 from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.checkpoint.index import root as index_root
 from heliostat.checkpoint.placement import Chunk, Part
 from heliostat.errors import CheckpointError
 from heliostat.plan import zero_layout
@@ -83,7 +84,7 @@ def test_the_plans_of_all_ranks_hold_every_element_once_and_the_same_slices_as_t
     states = _states(rng, world)
     mine = [writing.mine(state, rank, world) for rank, state in enumerate(states)]
     whole = _up([_part(rank, tensors) for rank, tensors in enumerate(mine)])
-    root = placement.root(1, {}, whole)
+    root = index_root(1, {}, whole)
     ranks = [rank for rank in range(world) if mine[rank]]
     assert [shard["file"] for shard in root["shards"]] == [str(rank) for rank in ranks]
     ours = {(n, ranks[c.shard], c.start, c.numel) for n, e in root["tensors"].items() for c in placement.chunks(e["runs"])}
@@ -113,14 +114,14 @@ def test_a_slice_that_is_missing_or_there_twice_makes_no_checkpoint() -> None:
     def part(*slices: tuple[int, int]) -> Part:
         return _up([_part(r, {"w": FlatShard(torch.zeros(n), s, 10)}) for r, (s, n) in enumerate(slices)])
 
-    assert placement.root(1, {}, part((0, 5), (5, 5)))["tensors"]["w"]["runs"] == [[0, 2, 0, 5]]
+    assert index_root(1, {}, part((0, 5), (5, 5)))["tensors"]["w"]["runs"] == [[0, 2, 0, 5]]
     for slices, said in [
         (((0, 5), (6, 4)), "elements 5 to 6 are in no chunk, or in two"),
         (((0, 5), (4, 6)), "elements 5 to 4 are in no chunk, or in two"),
         (((0, 5), (5, 4)), "its chunks hold 9 of 10 elements"),
     ]:
         with pytest.raises(CheckpointError, match=f"'w' cannot be saved: {said}"):
-            placement.root(1, {}, part(*slices))
+            index_root(1, {}, part(*slices))
         shards = [{"file": f"s{n}", "bytes": 99, "index": {"bytes": 1, "crc32": 1}} for n in range(2)]
         made = {"format": 4, "shards": shards, "tensors": part(*slices).tensors}
         assert index.fault(made, None) == f"tensors: 'w': {said}"

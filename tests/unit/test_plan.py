@@ -11,7 +11,7 @@ import torch
 from heliostat.cli.plan import lines
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.plan import failures, hardware, memory, planner, step_time, traffic, zero_layout
+from heliostat.plan import estimate, hardware, memory, planner, step_time, traffic, zero_layout
 from heliostat.plan.counts import ALWAYS, AT_STAGE_3, Work
 from heliostat.plan.model_stats import Meter, activations, build, stats_of, work
 from heliostat.storage.locations import Location
@@ -237,12 +237,12 @@ def test_checkpointing_plays_again_what_is_in_layers():
 
 def test_young_dalys_interval_wastes_least():
     """No interval near it is better; and never shorter than an upload takes."""
-    between, blocked, restart = failures.mean_time_between(50_700, 64), 5.0, 180.0
-    best = failures.best_interval(blocked, between)
+    between, blocked, restart = estimate.mean_time_between(50_700, 64), 5.0, 180.0
+    best = estimate.best_interval(blocked, between)
     assert best == pytest.approx(math.sqrt(2 * 5 * 50_700 / 64 * 3600))
-    least = failures.waste(best, blocked, between, restart)
-    assert all(failures.waste(best * f, blocked, between, restart) > least for f in (0.5, 0.9, 1.1, 2.0))
-    assert failures.best_interval(1e-9, between, upload_s=60) == 60
+    least = estimate.waste(best, blocked, between, restart)
+    assert all(estimate.waste(best * f, blocked, between, restart) > least for f in (0.5, 0.9, 1.1, 2.0))
+    assert estimate.best_interval(1e-9, between, upload_s=60) == 60
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from heliostat.config import spec
 from heliostat.errors import ConfigError
-from heliostat.plan import calibrate, hardware, layouts, planner, ranking
+from heliostat.plan import hardware, layouts, plan_file, planner, ranking
 from heliostat.plan.layouts import Layout
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.runs.goodput import Attempt
@@ -29,7 +29,7 @@ def wide() -> dict:
     sizes = {"hidden_size": 16384, "intermediate_size": 65536, "vocab_size": 4096, "num_hidden_layers": 3}
     changes = {"workers.gpus": 1, "workers.count": 4, "train.global_batch": 64, "data.sequence_length": 512}
     j = job(**changes, **{f"model.{k}": v for k, v in sizes.items()})
-    return ranking.ranking(j, CausalLM(j))
+    return ranking.ranking(j, CausalLM(j)).dump()
 
 
 def test_layouts_are_ranked_by_time_within_memory_and_each_says_why_it_loses(wide):
@@ -85,11 +85,11 @@ def test_a_shared_sample_takes_less_memory_and_waits_for_what_is_exchanged():
     shared = ranking.degrees(j, made)
     estimates = planner.planners(j, made, None, None, hardware.table(), exchanged=shared)[-1]
     alone, eight = (estimates.candidate(Layout(3, 1, True, False, sequence=n)) for n in (1, 8))
-    assert eight["memory"]["activations"] == pytest.approx(alone["memory"]["activations"] / 8, rel=1e-3)
-    assert eight["memory"]["optimizer"] == alone["memory"]["optimizer"]
-    assert eight["communication"]["exposed_s"] > alone["communication"]["exposed_s"]
-    assert eight["communication"]["bytes_per_step"] > alone["communication"]["bytes_per_step"]
-    assert eight["layout"].settings()["train.parallel.sequence"] == 8
+    assert eight.memory["activations"] == pytest.approx(alone.memory["activations"] / 8, rel=1e-3)
+    assert eight.memory["optimizer"] == alone.memory["optimizer"]
+    assert eight.communication["exposed_s"] > alone.communication["exposed_s"]
+    assert eight.communication["bytes_per_step"] > alone.communication["bytes_per_step"]
+    assert eight.layout.settings()["train.parallel.sequence"] == 8
 
 
 def test_what_is_printed_to_set_makes_the_job_the_best_layout(wide, tmp_path):
@@ -133,9 +133,9 @@ def attempt(*marks: tuple[int, float]) -> Attempt:
 
 
 def test_pace_is_taken_between_marks_and_needs_steps():
-    assert calibrate.pace(attempt((10, 30.0), (20, 40.0), (40, 60.0))) == (1.0, 30)  # the first ten warm up
-    assert calibrate.pace(attempt((10, 30.0))) == (3.0, 10)
-    assert calibrate.pace(attempt((1, 5.0))) is None and calibrate.pace(attempt()) is None
+    assert plan_file.pace(attempt((10, 30.0), (20, 40.0), (40, 60.0))) == (1.0, 30)  # the first ten warm up
+    assert plan_file.pace(attempt((10, 30.0))) == (3.0, 10)
+    assert plan_file.pace(attempt((1, 5.0))) is None and plan_file.pace(attempt()) is None
 
 
 def test_a_corrected_device_takes_as_long_as_was_measured():
@@ -143,16 +143,17 @@ def test_a_corrected_device_takes_as_long_as_was_measured():
     j = job(**{"train.precision": "fp32", "model.hidden_size": 256, "model.intermediate_size": 512})
     prices = hardware.table()
     first = planner.planners(j, CausalLM(j), None, None, prices)[-1]
-    before = first.chosen()["speed"]["step_s"]
-    found = calibrate.corrected(first.device.efficiency, first.chosen(), 3 * before)
-    again = planner.planners(j, CausalLM(j), None, None, calibrate.laid_over(prices, "cpu", found))[-1]
-    assert again.chosen()["speed"]["step_s"] == pytest.approx(3 * before, rel=1e-6)
+    before = first.chosen().speed["step_s"]
+    found = plan_file.corrected(first.device.efficiency, first.chosen(), 3 * before)
+    prices["efficiency"]["cpu"] = asdict(found)
+    again = planner.planners(j, CausalLM(j), None, None, prices)[-1]
+    assert again.chosen().speed["step_s"] == pytest.approx(3 * before, rel=1e-6)
 
 
 def test_the_file_is_one_that_prices_takes(tmp_path):
     j, place = job(), Location(str(tmp_path))
     measured = hardware.Efficiency(0.123456, 0.2, 0.3, 0.4, 0.5, 1e-5)
-    calibrate.write(tmp_path / "cpu.yaml", "cpu", measured, place, calibrate.Measured(j, 0.5, 20))
+    plan_file.write_efficiency(tmp_path / "cpu.yaml", "cpu", measured, place, plan_file.Measured(j, 0.5, 20))
     read = hardware.efficiency(hardware.table(tmp_path / "cpu.yaml"), "cpu")
     assert asdict(read) == pytest.approx(asdict(measured), rel=1e-3)
     assert yaml.safe_load((tmp_path / "cpu.yaml").read_text()).keys() == {"efficiency"}
@@ -160,7 +161,7 @@ def test_the_file_is_one_that_prices_takes(tmp_path):
 
 def test_a_run_without_measurements_is_an_error_that_says_what_is_missing(tmp_path):
     with pytest.raises(ConfigError, match=r"--calibrate: .*has no checkpoint"):
-        calibrate.measured(Location(str(tmp_path)))
+        plan_file.measured(Location(str(tmp_path)))
     path = str(write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing")}))
     code, _, lines, _ = run("plan", path, "--write", "x.yaml")
     assert code == 2 and "--write: needs --calibrate RUN" in lines[0]

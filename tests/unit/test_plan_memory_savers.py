@@ -119,7 +119,7 @@ def estimates(**changes) -> Planner:
 def test_fewer_layers_take_more_memory_and_less_time():
     one = estimates()
     found = [one.candidate(Layout(3, 4, which, False)) for which in (False, 1, 2, 3, True)]
-    kept, replaying = ([f["memory"]["activations"] for f in found], [f["parts"]["replaying"] for f in found])
+    kept, replaying = ([f.memory["activations"] for f in found], [f.parts["replaying"] for f in found])
     assert kept[0] > kept[1] > kept[2] > kept[3]
     assert kept[4] - kept[3] == 4 * 256 * 32 * 2  # the last one's input, and as much room to play a layer again
     assert replaying == pytest.approx([n / 4 * replaying[-1] for n in range(5)]) and replaying[-1] > 0
@@ -130,18 +130,18 @@ def test_offload_moves_inputs_to_the_host_and_takes_the_time_of_two_copies():
     layout = layouts.of(plain.job)
     here, there = plain.candidate(layout), moved.candidate(layout)
     inputs = 4 * 256 * 32 * 2 * layout.micro_batch  # of four layers
-    assert there["memory"]["host"] - here["memory"]["host"] == inputs
-    assert here["memory"]["activations"] - there["memory"]["activations"] == inputs * 3 // 4
+    assert there.memory["host"] - here.memory["host"] == inputs
+    assert here.memory["activations"] - there.memory["activations"] == inputs * 3 // 4
     accumulation = 16 // (4 * layout.micro_batch)
     rate = hardware.table()["storage"]["host_copy"] * 1e9
-    assert there["parts"]["copying"] - here["parts"]["copying"] == pytest.approx(2 * inputs * accumulation / rate)
+    assert there.parts["copying"] - here.parts["copying"] == pytest.approx(2 * inputs * accumulation / rate)
     assert all(one.checkpointing is not False for one in layouts.candidates(moved.job, 4))
 
 
 def test_the_fewest_layers_that_fit_are_found():
     """One layer fewer does not fit; where all fit whole, or none does, there is nothing to choose."""
     one, layout = estimates(), Layout(3, 4, True, False)
-    need = [one.candidate(replace(layout, checkpointing=n))["memory"]["total"] for n in range(4)]
+    need = [one.candidate(replace(layout, checkpointing=n)).memory["total"] for n in range(4)]
     for least in (1, 2):
         one.device = replace(one.device, memory=(need[least] + need[least - 1]) / 2)
         assert list(one.partly(layout)) == [replace(layout, checkpointing=least)]
@@ -169,6 +169,6 @@ def test_what_makes_128k_tokens_fit():
     """The job as it is fits, with nothing played again; with whole MLPs it needs its layers checkpointed, and takes longer."""
     as_it_is, whole = of_the_job(), of_the_job(f"{TILED}=false")
     mine, layout = as_it_is.chosen(), layouts.of(as_it_is.job)
-    assert mine["fits"] and mine["parts"]["replaying"] == 0 and as_it_is.job.train.tiled_mlp
-    assert not whole.chosen()["fits"] and whole.chosen()["memory"]["activations"] > 2 * mine["memory"]["activations"]
-    assert whole.candidate(replace(layout, checkpointing=True))["speed"]["step_s"] > 1.2 * mine["speed"]["step_s"]
+    assert mine.fits and mine.parts["replaying"] == 0 and as_it_is.job.train.tiled_mlp
+    assert not whole.chosen().fits and whole.chosen().memory["activations"] > 2 * mine.memory["activations"]
+    assert whole.candidate(replace(layout, checkpointing=True)).speed["step_s"] > 1.2 * mine.speed["step_s"]

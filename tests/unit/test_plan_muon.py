@@ -7,7 +7,7 @@ import pytest
 import torch
 from heliostat.optim import whole_matrices
 from heliostat.optim.orthogonal import newton_schulz
-from heliostat.plan import hardware, orthogonalizing, planner
+from heliostat.plan import hardware, planner, step_time
 from heliostat.recipes.text.causal_lm import CausalLM
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,7 +42,7 @@ def sent(stage: int, workers: int) -> list[int]:
 @pytest.mark.parametrize("workers", [2, 4, 8])
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_plan_sends_what_the_exchange_sends(stage, workers):
-    planned = orthogonalizing.moved(sum(map(math.prod, SIDES)), workers, stage)
+    planned = step_time.momenta_sent(sum(map(math.prod, SIDES)), workers, stage)
     real = sent(stage, workers)
     assert sum(real) / workers == pytest.approx(planned, rel=0.01 if stage == 3 else 0.25)
 
@@ -51,7 +51,7 @@ def test_products_are_those_that_torch_counts():
     for sides in ((48, 32), (32, 80), (64, 64)):
         with FlopCounterMode(display=False) as counter:
             newton_schulz(torch.randn(*sides), torch.float32)
-        assert orthogonalizing.flops([sides]) == counter.get_total_flops()
+        assert step_time.newton_schulz([sides]) == counter.get_total_flops()
 
 
 def planned(**changes):

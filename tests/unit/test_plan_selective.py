@@ -120,9 +120,9 @@ def wide() -> Planner:
 
 def test_it_lies_between_none_and_all_in_memory_and_in_time(wide):
     none, some, every = (wide.candidate(Layout(2, 2, which, False)) for which in (False, SELECTIVE, True))
-    assert none["memory"]["activations"] > some["memory"]["activations"] > every["memory"]["activations"]
-    assert none["speed"]["step_s"] < some["speed"]["step_s"] < every["speed"]["step_s"]
-    assert 0 < some["parts"]["replaying"] < every["parts"]["replaying"] / 2
+    assert none.memory["activations"] > some.memory["activations"] > every.memory["activations"]
+    assert none.speed["step_s"] < some.speed["step_s"] < every.speed["step_s"]
+    assert 0 < some.parts["replaying"] < every.parts["replaying"] / 2
 
 
 def test_the_cheapest_that_fits_is_found_by_memory(wide):
@@ -130,10 +130,10 @@ def test_the_cheapest_that_fits_is_found_by_memory(wide):
     layout, chosen = Layout(3, 2, True, False), {}
     given = {which: wide.candidate(replace(layout, checkpointing=which)) for which in (False, SELECTIVE, 3, True)}
     for which, one in given.items():
-        wide.device = replace(wide.device, memory=one["memory"]["total"])
+        wide.device = replace(wide.device, memory=one.memory["total"])
         kinds = [replace(layout, checkpointing=kind) for kind in (False, SELECTIVE, True)]
         fitting = [wide.candidate(each) for kind in kinds for each in (kind, *wide.partly(kind))]
-        chosen[which] = min(fitting, key=layouts.order)["activation_checkpointing"]
+        chosen[which] = min(fitting, key=layouts.order).layout.checkpointing
     assert chosen == {which: which for which in given}
 
 

@@ -108,8 +108,8 @@ def test_a_wheel_holds_only_heliostat_and_leaves_platform_alone(unpacked):
 def test_a_wheel_is_whole(unpacked):
     """Every file of the package is in it: code, types, tables, and the files of a workspace, so that it needs no clone."""
     assert contents(unpacked / "heliostat") == contents(ROOT / "platform" / "heliostat")
-    needed = {"py.typed", "recipes/text/causal_lm.py", "recipes/images/text_to_image.py", "pipelines/text/pipeline.py"}
-    needed |= {"pipelines/images/pipeline.py", "plan/prices.yaml", "template/jobs/quickstart.yaml", "template/gitignore"}
+    needed = {"py.typed", "recipes/text/causal_lm.py", "recipes/images/text_to_image.py", "curation/text/pipeline.py"}
+    needed |= {"curation/images/pipeline.py", "plan/prices.yaml", "cli/template/jobs/quickstart.yaml", "cli/template/gitignore"}
     assert needed <= contents(unpacked / "heliostat")
     (metadata,) = unpacked.glob("heliostat-*.dist-info/METADATA")
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", metadata.read_text(), re.MULTILINE))
@@ -128,9 +128,14 @@ def test_what_code_takes_from_beside_it_is_in_the_wheel(unpacked):
 
 def test_what_a_file_names_is_in_the_wheel(unpacked):
     """The recipes and pipelines of the workspace that it makes come from it, not from a folder that a clone has."""
-    for path in (unpacked / "heliostat" / "template").rglob("*.yaml"):
+    paths = [*(unpacked / "heliostat" / "cli" / "template").rglob("*.yaml")]
+    rooms = {"recipe": "recipes", "pipeline": "curation"}
+    found = set()
+    for path in paths:
         for key, module, name in re.findall(r"^(recipe|pipeline): (\S+):(\S+)", path.read_text(), re.MULTILINE):
             code = f"import importlib.util, sys; from heliostat import {module.removeprefix('heliostat.')} as m\n"
             code += f"print(m.__file__, {name!r} in m.__all__)"
             (told,) = python(code, cwd=unpacked.parent, pythonpath=unpacked)
-            assert told == f"{unpacked}/heliostat/{key}s/__init__.py True"
+            assert told == f"{unpacked}/heliostat/{rooms[key]}/__init__.py True"
+            found.add(key)
+    assert found == rooms.keys()

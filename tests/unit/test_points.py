@@ -85,6 +85,24 @@ def test_tags_of_recorded_runs_are_found_by_their_former_names():
     assert all(name.startswith("mlflow.heliostat.") for name in tags.FORMERLY)  # which MLflow's UI does not show
 
 
+def test_tags_are_named_as_in_runs_that_are_recorded():
+    """A tag under another name hides every run, model, and version recorded before: they have no folder then. Whoever renames one
+    on purpose adds the former name to FORMERLY."""
+    named = {tags.NAME: "name", tags.FOLDER: "run_folder", tags.RECIPE: "recipe", tags.DIRTY: "dirty", tags.VERSION: "version.",
+             tags.REASON: "reason", tags.MODEL_URI: "model_uri", tags.SPIKES: "spikes", tags.CORRUPTION: "corruption",
+             tags.BAD_NODES: "bad_nodes", tags.PARENT_RUNS: "parent_runs", tags.REPRODUCES: "reproduces", tags.SWEEP: "sweep",
+             tags.SWEEP_FOLDER: "sweep_folder", tags.SWEEP_RUN: "sweep_run", tags.TRIAL: "trial", tags.STATUS: "status",
+             tags.PRUNED: "pruned", tags.CLONES: "clones", tags.BEST_TRIAL: "best_trial", tags.BEST_RUN: "best_run",
+             tags.STEP: "step", tags.PLACE: "uri", tags.DATA_DIGEST: "data_digest", tags.RECEIPT: "receipt",
+             tags.DELETED: "deleted", tags.WORKERS: "workers", tags.ZERO_STAGE: "zero_stage", tags.SCORE: "score.",
+             tags.HISTORY: "history"}  # fmt: skip
+    assert {name: f"heliostat.{plain}" for name, plain in named.items()} == {name: name for name in named}
+    hidden = {tags.TOKEN: "token", tags.STEPS: "steps", tags.WRITTEN: "written", tags.LOGGED: "logged", tags.MADE_OF: "made_of"}
+    assert {name: f"mlflow.heliostat.{plain}" for name, plain in hidden.items()} == {name: name for name in hidden}
+    known = {v for k, v in vars(tags).items() if k.isupper() and isinstance(v, str) and "heliostat." in v}
+    assert known == {*named, *hidden}
+
+
 def test_no_module_spells_a_tag_by_itself():
     known = {v for k, v in vars(tags).items() if k.isupper() and isinstance(v, str) and v.startswith(("heliostat.", "mlflow."))}
     known |= set(tags.FORMERLY.values())

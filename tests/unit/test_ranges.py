@@ -7,9 +7,9 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import pieces
+from heliostat.curation import pieces, readers
 from heliostat.curation.pieces import Part
-from heliostat.curation.text import documents, making, sources, tasks
+from heliostat.curation.text import making, tasks
 from heliostat.curation.text.documents import Rules
 from heliostat.storage.locations import Location
 
@@ -60,8 +60,8 @@ def test_a_line_that_is_longer_than_many_ranges_is_read_once(tmp_path):
     parts = [Part("a.jsonl", len(data), 0, a, b, 1) for a, b in pieces.ranges(len(data), 1 << 20)]
     assert len(parts) == 32
     for part in parts:
-        with pa.PythonFile(Counted(tmp_path / "a.jsonl"), "r") as file:
-            found += [len(d.text) for d in documents.read("a.jsonl", file, Rules(), part)]
+        with Counted(tmp_path / "a.jsonl") as file:
+            found += [len(d.text) for d in readers.read("a.jsonl", file, Rules(), part)]
     assert found == [5, 32 << 20, 4] and len(data) < bytes_read < 4 * len(data)
 
 
@@ -90,12 +90,12 @@ def test_columns_travel_with_the_document(tmp_path):
 def test_a_piece_is_a_function_of_the_files_near_it():
     """All files once, in order; one more file changes the piece that it falls into, and a longer file only its end."""
     files = [Part(f"f/{i:04d}.txt", 1000 + i % 700, i) for i in range(3000)]
-    cut = list(pieces.cut(files, 1 << 16, sources.ranged))
+    cut = list(pieces.cut(files, 1 << 16, readers.ranged))
     assert [p for piece in cut for p in piece] == files
     sizes = [sum(p.bytes + pieces.FILE_BYTES for p in piece) for piece in cut]
     assert max(sizes) < 2.2 * (1 << 16) and 0.5 < (sum(sizes) / len(sizes)) / (1 << 16) < 1.2
-    more = list(pieces.cut(sorted([*files, Part("f/1500b.txt", 999, 0)], key=lambda p: p.path), 1 << 16, sources.ranged))
+    more = list(pieces.cut(sorted([*files, Part("f/1500b.txt", 999, 0)], key=lambda p: p.path), 1 << 16, readers.ranged))
     assert len({str(piece) for piece in more} - {str(piece) for piece in cut}) <= 3
-    grown = list(pieces.cut([Part("a.jsonl", 10**6, 1), Part("b.txt", 5, 1)], 1 << 16, sources.ranged))
+    grown = list(pieces.cut([Part("a.jsonl", 10**6, 1), Part("b.txt", 5, 1)], 1 << 16, readers.ranged))
     assert [(p.start, p.stop) for (p,) in grown[:-1]] == [(i << 16, (i + 1) << 16 if i < 14 else 10**6) for i in range(15)]
     assert pieces.size(10) == 1 << 20 and pieces.size(100 << 20) == 8 << 20 and pieces.size(1 << 50) == pieces.MOST

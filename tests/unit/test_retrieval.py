@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from heliostat.apps.search import answering, judging, tasks
-from heliostat.apps.search.record import RECORD
 from heliostat.apps.search.search import Index, fuse
 from heliostat.apps.search.settings import Settings
+from heliostat.apps.search.table import RECORD
 from heliostat.apps.serve.asks import Search
 from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError, DataError

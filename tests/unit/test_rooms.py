@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -95,3 +96,77 @@ def test_the_documentation_shows_the_rooms_and_layers_of_the_code(page, name):
     """If this fails: `python -m docs.site.rooms`."""
     text = (rooms.ROOT / page).read_text(encoding="utf-8")
     assert f"<!-- begin: {name} -->" in text and rooms.filled(text, name) == text
+
+
+DEEPSPEED = re.compile(r"deepspeed(\.|$)|transformers\.integrations\.deepspeed$", re.IGNORECASE)
+OF_TRANSFORMERS = re.compile(r"deepspeed", re.IGNORECASE)  # names that transformers exports for DeepSpeed's sake
+
+
+def deepspeed_imports(path: Path) -> list[int]:
+    """Lists the lines that import DeepSpeed, or what transformers has for it: at the top, in functions, and by name."""
+    lines = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level and not (node.module or "").startswith("heliostat"):
+            of_transformers = (node.module or "").startswith("transformers")
+            names = [node.module or "", *("deepspeed" for a in node.names if of_transformers and OF_TRANSFORMERS.search(a.name))]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        lines += [node.lineno for name in names if DEEPSPEED.match(name)]
+    return lines
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import deepspeed",
+        "def f():\n    import deepspeed.comm.comm as communication",
+        "from deepspeed.utils import groups",
+        "from transformers.integrations import is_deepspeed_zero3_enabled",
+        "from transformers.integrations import HfDeepSpeedConfig",
+        "from transformers.integrations.deepspeed import deepspeed_config",
+        "importlib.import_module('deepspeed.utils.numa')",
+    ],
+)
+def test_every_way_to_import_deepspeed_is_seen(line, tmp_path):
+    (tmp_path / "module.py").write_text(line)
+    assert deepspeed_imports(tmp_path / "module.py")
+
+
+def test_only_the_engine_imports_deepspeed():
+    """There are no exceptions: other rooms ask the engine, and rooms below it define what the engine passes in."""
+    found = {f"{path.relative_to(PACKAGE)}:{line}" for path in modules().values() for line in deepspeed_imports(path)}
+    assert sorted(place for place in found if not place.startswith("engine/")) == [] and found
+
+
+OTHER_REACHES = {  # each names one private part of Ray, where it is used
+    "apps/serve/deployed.py": "replaces the call by which replicas of Serve open a port",
+    "cluster/connect.py": "replaces parts of Ray while a private one starts",
+    "data/stream.py": "is a policy of Ray Data; `data` may not import `cluster`",
+    "tune/pb2.py": "is a scheduler of Ray Tune",
+    "tune/searchers.py": "is a searcher of Ray Tune",
+}
+
+
+def ray_reaches(path: Path) -> list[int]:
+    """Lists the lines that name a private module of Ray."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "import_module":
+            names = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        found += [node.lineno for name in names if re.match(r"ray(\.\w+)*\._|ray\.dashboard", name)]
+    return found
+
+
+def test_private_parts_of_ray_are_reached_in_one_module():
+    found = {str(path.relative_to(PACKAGE)) for path in modules().values() if ray_reaches(path)}
+    assert found - {"cluster/ray_internals.py"} == OTHER_REACHES.keys()

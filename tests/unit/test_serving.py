@@ -6,9 +6,9 @@ import json
 import struct
 
 import pytest
-from heliostat.apps.serve import answers, options, requests, sse
+from heliostat.apps.serve import answers, front, options, requests
 from heliostat.apps.serve.backend import TRIES, Backend
-from heliostat.apps.serve.limits import Limits
+from heliostat.apps.serve.front import Limits
 from heliostat.apps.serve.stopping import Stopping
 from heliostat.apps.serve.versions import Versions
 from heliostat.errors import ConfigError, HeliostatError
@@ -207,7 +207,7 @@ def test_a_key_file_that_is_wrong_is_named_without_its_keys(tmp_path, text, said
 
 
 def test_an_event_is_one_line_whatever_the_text_holds():
-    framed = sse.event({"text": "a\n\ndata: b\u2028\r"})
+    framed = front.event({"text": "a\n\ndata: b\u2028\r"})
     assert framed.startswith(b"data: {") and framed.endswith(b"}\n\n") and framed.count(b"\n") == 2
     assert json.loads(framed[6:]) == {"text": "a\n\ndata: b\u2028\r"}
 

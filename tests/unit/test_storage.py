@@ -325,9 +325,9 @@ def test_a_failing_store_is_asked_again_with_growing_waits(no_sleep):
 def test_a_store_that_fails_for_ever_is_an_error_within_the_budget(no_sleep, monkeypatch, budget):
     """StorageError with the place, the time and the first line of the reason, before the budget is exceeded."""
     if budget is None:
-        monkeypatch.delenv(storage.BUDGET, raising=False)
+        monkeypatch.delenv(retries.BUDGET, raising=False)
     else:
-        monkeypatch.setenv(storage.BUDGET, budget)
+        monkeypatch.setenv(retries.BUDGET, budget)
 
     def never() -> None:
         raise OSError("AWS Error SLOW_DOWN during GetObject operation: still down\nwith details")
@@ -343,7 +343,7 @@ def test_a_store_that_fails_for_ever_is_an_error_within_the_budget(no_sleep, mon
 
 def test_no_attempt_begins_that_would_end_beyond_the_budget(no_sleep, monkeypatch):
     """Attempts that take 25 s each: two in a minute, not three."""
-    monkeypatch.setenv(storage.BUDGET, "60")
+    monkeypatch.setenv(retries.BUDGET, "60")
     begun = []
 
     def slow() -> None:
@@ -359,15 +359,15 @@ def test_no_attempt_begins_that_would_end_beyond_the_budget(no_sleep, monkeypatc
 @pytest.mark.parametrize("budget", ["a minute", "-1", "nan", "inf", ""])
 def test_a_budget_that_is_no_number_is_refused(monkeypatch, budget):
     """The variable, its value and the fix."""
-    monkeypatch.setenv(storage.BUDGET, budget)
+    monkeypatch.setenv(retries.BUDGET, budget)
     with pytest.raises(ConfigError, match=f"HELIOSTAT_RETRY_BUDGET_S: '{budget}' is no number of seconds; set it to 60"):
-        storage.retry_budget()
+        retries.retry_budget()
 
 
 @pytest.mark.parametrize("budget", [0, 1, 2, 5, 6, 10, 23, 24, 60, 600])
 def test_the_sdk_gives_up_within_half_the_budget(budget):
     """Its attempts at one request, with its longest pauses of 1, 2, ... s between them, leave time for a second operation."""
-    attempts, silence = storage._patience(budget)
+    attempts, silence = retries.patience(budget)
     assert attempts >= 1 and silence >= 1
     assert attempts * silence + 2 ** (attempts - 1) - 1 <= max(1, budget / 2)
 

@@ -4,12 +4,14 @@ import gzip
 import hashlib
 import io
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation.pieces import Part
+from heliostat.curation import readers
 from heliostat.curation.text import documents, gathering, sources, tasks, tokens
 from heliostat.curation.text.documents import Document, Dropped, Rules
 from heliostat.data import manifest
@@ -31,8 +33,13 @@ def parquet(columns: dict) -> bytes:
 
 
 def read(path: str, data: bytes, **rules) -> list[tuple[str, str]]:
-    """(id, text, or the reason in capitals) of every document."""
-    return [(d.id, d.text if isinstance(d, Document) else d.reason.upper()) for d in documents.read(path, data, Rules(**rules))]
+    """(id, text, or the reason in capitals) of every document, read from a folder as a task reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
+        found = list(tasks.read_file(Location(folder), path, Rules(**rules)))
+    return [(d.id, d.text if isinstance(d, Document) else d.reason.upper()) for d in found]
 
 
 @pytest.mark.parametrize(
@@ -120,8 +127,7 @@ def test_lines_of_a_damaged_gzip_member_are_kept_and_the_damage_counted(tmp_path
         (padded, []),
     ):
         (tmp_path / f"a{suffix}").write_bytes(data)
-        found = list(tasks.read_file(Location(str(tmp_path)), f"a{suffix}", Rules())) if suffix == ".jsonl.gz" else list(
-            tasks.read_other(Location(str(tmp_path)), f"a{suffix}", Rules(), Part(f"a{suffix}", len(data), 0)))  # fmt: skip
+        found = list(tasks.read_file(Location(str(tmp_path)), f"a{suffix}", Rules()))
         assert [d.text for d in found[:3000]] == [json.loads(row)["text"] for row in ROWS]
         assert [d.reason for d in found[3000:]] == expected
 
@@ -141,9 +147,9 @@ def test_read_parquet():
 
 
 def test_every_reason_is_explained():
-    reasons = {"unreadable", "corrupt", "invalid_json", "no_text", "not_utf8", "binary", "empty", "too_short", "too_long",
-               "too_large", "outside", "crashed", "unread"}  # fmt: skip
-    assert set(documents.REASONS) == reasons
+    """Of one list: the readers', and those of what is asked of a text."""
+    assert set(documents.REASONS) == {*readers.REASONS, "too_short", "too_long", "crashed", "unread"}
+    assert {"unreadable", "corrupt", "invalid_json", "no_text", "not_utf8", "binary", "empty", "too_large"} < set(readers.REASONS)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +229,7 @@ def test_unique_keeps_the_smallest_id():
 @pytest.mark.parametrize("shards", [1, 2, 3, 7, 640, 99_991])
 def test_a_shard_holds_the_range_of_hashes_that_it_always_held(shards):
     """That of the first 52 bits, as a fraction: also of the hashes next to a bound."""
-    keys = [int(Document("", str(i)).hash[:16], 16) for i in range(300)]
+    keys = [int(hashlib.sha256(b"%d" % i).hexdigest()[:16], 16) for i in range(300)]
     keys += [k for s in range(min(shards, 50)) for k in tasks.bounds(s, shards)[:1]]
     keys += [k - 1 for s in range(min(shards, 50)) for k in tasks.bounds(s, shards)[1:]]
     for key in keys:

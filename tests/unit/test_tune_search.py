@@ -133,9 +133,9 @@ def test_one_driver_at_a_time(plan, tmp_path) -> None:
     with pytest.raises(ConfigError, match=f"is being driven by process {os.getpid()}"):
         Claim(folder)
     claim.end()
-    assert records.read_json(folder.join("driver.json")) is None
+    assert records.read_json(folder.join("driver.json"), records.DRIVER) is None
     gone = subprocess.run([sys.executable, "-c", CLAIM, str(folder)], check=False)  # it dies with its claim
-    assert gone.returncode == -signal.SIGKILL and records.read_json(folder.join("driver.json"))
+    assert gone.returncode == -signal.SIGKILL and records.read_json(folder.join("driver.json"), records.DRIVER)
     claim = Claim(folder)
     claim.end()
-    assert records.read_json(folder.join("driver.json")) is None
+    assert records.read_json(folder.join("driver.json"), records.DRIVER) is None

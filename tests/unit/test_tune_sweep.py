@@ -6,7 +6,7 @@ import pytest
 import yaml
 from heliostat.config.spec import Workers
 from heliostat.errors import ConfigError
-from heliostat.tune import concurrency, report
+from heliostat.tune import driver, report
 from heliostat.tune.sweep import Plan, Sweep, holds, load
 from heliostat.tune.trial_record import Record, best, ranked
 
@@ -199,15 +199,15 @@ def test_the_table_names_keys_by_their_last_part_unless_two_share_it(tmp_path):
     ],
 )
 def test_as_many_trials_as_find_room_for_all_their_workers(workers, cpus, count):
-    assert concurrency.gangs(workers, {str(i): {"CPU": float(c)} for i, c in enumerate(cpus)}) == count
+    assert driver.gangs(workers, {str(i): {"CPU": float(c)} for i, c in enumerate(cpus)}) == count
 
 
 def test_gpus_count_too_and_one_machine_holds_at_least_one_trial():
-    assert concurrency.gangs(Workers(count=2, gpus=1), {"a": {"CPU": 100.0, "GPU": 5.0}}) == 2
+    assert driver.gangs(Workers(count=2, gpus=1), {"a": {"CPU": 100.0, "GPU": 5.0}}) == 2
     assert (
-        concurrency.here(Workers(count=2), 2),
-        concurrency.here(Workers(count=4), 2),
-        concurrency.here(Workers(count=1), 8),
+        driver.here(Workers(count=2), 2),
+        driver.here(Workers(count=4), 2),
+        driver.here(Workers(count=1), 8),
     ) == (1, 1, 8)
 
 

@@ -2,13 +2,17 @@
 the device that trains.
 """
 
+import random
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from heliostat.data import manifest
 from heliostat.engine import first_weights
-from heliostat.recipes import building, weightless
+from heliostat.recipes import building, folder_weights, weightless
 from heliostat.recipes.loading import load
+from heliostat.recipes.protocol import Recipe
 from heliostat.recipes.text.causal_lm import CausalLM
 
 from tests.unit import build_images
@@ -20,7 +24,7 @@ class Group:
 
     def __init__(self, rank: int, world: int = 8) -> None:
         self.rank, self.world, self.sent = rank, world, 0
-        self.is_initialized, self.new_group = (lambda: True), (lambda backend: None)
+        self.is_initialized, self.new_group, self.destroy_process_group = (lambda: True), (lambda backend: None), (lambda _: None)
 
     def get_rank(self) -> int:
         return self.rank
@@ -33,10 +37,23 @@ class Group:
         self.sent += tensor.numel()
 
 
-def test_one_of_eight_workers_of_a_node_has_the_weights_in_host_memory(monkeypatch):
+@pytest.fixture
+def worker(monkeypatch):
+    """Makes this process a worker of some, which waits for no other."""
+
+    def made(rank: int, world: int = 8) -> Group:
+        group = Group(rank, world)
+        monkeypatch.setattr(first_weights, "dist", group)
+        monkeypatch.setattr(first_weights, "agreed", lambda group, work: work())
+        monkeypatch.setattr(first_weights, "first", lambda group, work: "" if rank else work())
+        return group
+
+    return made
+
+
+def test_one_of_eight_workers_of_a_node_has_the_weights_in_host_memory(worker, monkeypatch):
     """All had, in fp32: 8 x 32 GB of a model of 8 billion parameters. What is sent is in the precision that trains."""
     made, held = job(**{"train.zero.stage": 1, "train.precision": "bf16"}), dict[int, int]()
-    monkeypatch.setattr(first_weights, "agreed", lambda group, work: work())
     build = building.build
 
     for rank in range(8):
@@ -47,11 +64,75 @@ def test_one_of_eight_workers_of_a_node_has_the_weights_in_host_memory(monkeypat
             return model
 
         monkeypatch.setattr(building, "build", noted)
-        monkeypatch.setattr(first_weights, "dist", group := Group(rank))
+        group = worker(rank)
         model = first_weights.build(made, CausalLM(made))
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         assert group.sent == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     assert held == {0: 4 * sum(p.numel() for p in model.parameters()), **dict.fromkeys(range(1, 8), 0)}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "tied", "shards", "bf16"])
+def test_the_first_worker_reads_a_folder_tensor_by_tensor(kind, alone, worker, monkeypatch, tmp_path):
+    """It had all of them in fp32. One that is alone does so too."""
+    torch.manual_seed(4)
+    written = CausalLM(job(**{"model.tie_word_embeddings": kind == "tied"})).build()
+    if kind == "bf16":
+        written = written.bfloat16()
+    written.save_pretrained(tmp_path, max_shard_size="20KB" if kind == "shards" else "1GB")
+    made = job(model={"pretrained": str(tmp_path)}, **{"train.zero.stage": 1, "train.precision": "bf16"})
+    right, read, alive, most = CausalLM(made).build(), folder_weights.Stored.read, [0], [0]
+
+    def counted(stored):
+        values = read(stored)
+        alive[0] += values.nbytes
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(values.untyped_storage(), lambda size=values.nbytes: alive.__setitem__(0, alive[0] - size))
+        return values
+
+    if kind != "bf16":  # what is read is then what trains, where the device is the host
+        monkeypatch.setattr(folder_weights.Stored, "read", counted)
+    monkeypatch.setattr("heliostat.recipes.text.generator.whole", lambda *_, **__: pytest.fail("loads the whole model"))
+    worker(0, 1 if alone else 8)
+    model = first_weights.build(made, CausalLM(made))
+    for (name, p), expected in zip(model.named_parameters(), right.parameters(), strict=True):
+        assert torch.equal(p, expected.bfloat16()), name
+    assert most[0] <= max(4 * p.numel() for p in model.parameters())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (kind == "tied")
+
+
+def test_a_folder_that_transformers_converts_is_loaded_by_it_and_says_so(worker, caplog, tmp_path):
+    """Its experts have a name each in the folder, and are stacked in the model."""
+    given = {**BASE["model"], "arch": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(4)
+    CausalLM(job(model=given)).build().save_pretrained(tmp_path)
+    made = job(model={"pretrained": str(tmp_path)}, **{"train.zero.stage": 1, "train.precision": "fp32"})
+    right = CausalLM(made).build()
+    worker(0)
+    model = first_weights.build(made, CausalLM(made))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), right.parameters(), strict=True))
+    assert (
+        "the first worker loads all weights at once, 0.0 GB of host memory" in caplog.text and "has no tensors for" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("fault", ["cut", "renamed", "adapter"])
+def test_a_folder_that_is_not_as_it_should_be_is_left_to_the_library(fault, worker, tmp_path):
+    """Which says what is wrong, or does what else there is to do."""
+    CausalLM(job()).build().save_pretrained(tmp_path)
+    made = job(model={"pretrained": str(tmp_path)}, **{"train.zero.stage": 1})
+    with weightless.building() as noted:
+        model = CausalLM(made).build()
+    assert len(folder_weights.find(model, noted)) == len(list(model.parameters()))
+    file = tmp_path / "model.safetensors"
+    if fault == "cut":
+        file.write_bytes(file.read_bytes()[:-4])
+    elif fault == "renamed":
+        file.write_bytes(file.read_bytes().replace(b'"lm_head.weight"', b'"lm_hand.weight"'))
+    else:
+        (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(folder_weights.UnreadableError, match={"cut": "incomplete", "renamed": "no tensors"}.get(fault, fault)):
+        folder_weights.find(model, noted)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral", "qwen3"])
@@ -66,7 +147,10 @@ def test_a_model_without_weights_is_shaped_as_one_with_them(arch):
     with weightless.building():
         model = building.build(recipe)
     assert all(p.is_meta for p in model.parameters()) and not any(b.is_meta for b in model.buffers())
-    weightless.materialize(model, torch.device("cpu"), torch.bfloat16)
+    parameters = list(model.parameters())
+    for p in parameters:
+        weightless.put(p, torch.zeros(p.shape, dtype=torch.bfloat16))
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
     shapes = [{n: (tuple(p.shape), p.requires_grad) for n, p in m.named_parameters()} for m in (model, right)]
     assert shapes[0] == shapes[1] and model.state_dict().keys() == right.state_dict().keys()
     assert model.training == right.training and all(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -85,35 +169,88 @@ def test_image_models_are_built_without_weights_too(tmp_path):
     right = building.build(recipe)
     with weightless.building():
         model = building.build(recipe)
-    weightless.materialize(model, torch.device("cpu"), torch.float32)
+    assert all(p.is_meta for p in model.parameters())
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in right.named_parameters()}
-    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    assert not any(b.is_meta for b in model.buffers())
 
 
-def test_the_first_workers_weights_are_sent_as_they_are_drawn(monkeypatch):
+def test_the_first_workers_weights_are_sent_as_they_are_drawn(worker):
     """In the precision that trains; the host's copy in fp32 is given up as they are sent."""
     made = job(**{"train.zero.stage": 1, "train.precision": "bf16"})
-    monkeypatch.setattr(first_weights, "dist", Group(0))
-    monkeypatch.setattr(first_weights, "agreed", lambda group, work: work())
-    torch.manual_seed(3)
+    worker(0)
+    torch.manual_seed(made.train.seed)
     right = building.build(CausalLM(made))
-    torch.manual_seed(3)
     model = first_weights.build(made, CausalLM(made))
     for p, expected in zip(model.parameters(), right.parameters(), strict=True):
         assert torch.equal(p, expected.bfloat16())
     assert np.isfinite(sum(float(p.float().sum()) for p in model.parameters()))
 
 
-class Own(CausalLM):
+class Own(Recipe):
+    """Makes two layers, and something beside them."""
+
+    kind = "rows"
+    batch = loss = None
+
+    def __init__(self, made, more) -> None:
+        self.job, self.more, self.list = made, more, []
+
     def build(self) -> torch.nn.Module:
-        model = super().build()
-        assert not any(p.is_meta for p in model.parameters())
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        self.more(self, model)
         return model
 
 
-@pytest.mark.parametrize(("recipe", "changes"), [(Own, {}), (CausalLM, {"train.parallel.tensor": 2, "workers.count": 2})])
-def test_who_may_read_the_weights_builds_them_in_every_worker(recipe, changes, monkeypatch):
-    """A `build` of one's own; and workers that divide matrices, who have other parts of them."""
-    made = job(**{"train.zero.stage": 1, **changes})
-    monkeypatch.setattr(first_weights, "dist", Group(1, 2))
-    assert not any(p.is_meta for p in first_weights.build(made, recipe(made)).parameters())
+def _tied(recipe, model):
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    model[0].weight = weight
+    model[1].weight = weight
+
+
+def _closed(recipe, model):
+    drawn = torch.rand(())
+    model[0].register_forward_hook(lambda module, given, made: made * drawn)
+
+
+BESIDE = {
+    "nothing": (lambda recipe, model: None, ""),
+    "scaled": (lambda recipe, model: model[0].weight.data.mul_(2), ""),
+    "tied": (_tied, ""),
+    "kept parameter": (lambda recipe, model: recipe.list.append(model[0].weight), ""),
+    "buffer": (lambda recipe, model: model.register_buffer("drawn", torch.rand(2)), ""),
+    "of the weights": (lambda recipe, model: model.register_buffer("norm", model[0].weight.norm()), ""),
+    "Python's random": (lambda recipe, model: setattr(recipe, "seed", random.Random(0).random()), ""),
+    "read": (lambda recipe, model: float(model[0].weight.std()), "RuntimeError"),
+    "drawn": (lambda recipe, model: setattr(model, "order", torch.randperm(64).tolist()), "model.order[0]"),
+    "copied": (lambda recipe, model: recipe.list.append(model[0].weight.detach().clone()), "recipe['list'][0]"),
+    "teacher": (
+        lambda recipe, model: setattr(recipe, "teacher", torch.nn.Linear(2, 2)),
+        "recipe['teacher']._parameters['weight']",
+    ),
+    "closed over": (_closed, "model._modules['0']._forward_hooks[0] (0)"),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_a_build_makes_of_weights_is_found(beside, worker):
+    """It would be another thing on each worker, or have no values."""
+    more, why = BESIDE[beside]
+    made, group = job(**{"train.zero.stage": 1}), worker(0)
+    making = first_weights._Making(made, Own(made, more))
+    assert (found := making.as_first()) == why or (why == "RuntimeError" and found.startswith(why)), found
+    assert all(p.is_meta for p in making.model.parameters())
+    making.send()
+    assert not any(p.is_meta for p in making.model.parameters()) and group.sent
+    assert len(making.recipe.list) == (beside in ("copied", "kept parameter"))
+
+
+def test_other_workers_have_no_weights_of_a_build_of_ones_own(worker, monkeypatch):
+    """Each had all in fp32. What does not work without weights is built in turns: see test_first_weights.py."""
+    made = job(**{"train.zero.stage": 1})
+    worker(1)
+    send, held = first_weights._Making.send, []
+    monkeypatch.setattr(
+        first_weights._Making, "send", lambda making: (held.extend(p.is_meta for p in making.model.parameters()), send(making))
+    )
+    model = first_weights.build(made, Own(made, lambda recipe, model: None))
+    assert held == [True] * 4 and not any(p.is_meta for p in model.parameters())

@@ -133,5 +133,5 @@ def test_no_module_unpickles_what_peers_or_stores_have_written():
         for line in path.read_text().splitlines()
         if calls.search(line)
     }
-    allowed = "train/worker/process.py: pickle.loads(pickle.dumps(error))"
+    allowed = "training/worker/process.py: pickle.loads(pickle.dumps(error))"
     assert not {line for line in found if not line.startswith(allowed)}

@@ -19,8 +19,13 @@ from heliostat.storage.locations import Location
 
 if TYPE_CHECKING:  # with torch, which takes a second
     from heliostat.checkpoint.layout import Checkpoint
+    from heliostat.checkpoint.retention import Row
     from heliostat.recipes.protocol import Generated
+    from heliostat.runs.goodput import Report as Goodput
     from heliostat.runs.history import Receipt
+    from heliostat.runs.samples import Sample
+    from heliostat.runs.summary import Ending
+    from heliostat.runs.verify import Report as Verification
 
 
 class Run:
@@ -59,7 +64,7 @@ class Run:
         return self._checkpoint(None).job
 
     @property
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> Ending | None:
         """Reads what `heliostat train --json` printed at the end; None before that."""
         try:
             return json.loads(self._place.join(run_folder.RESULT).read())
@@ -82,7 +87,7 @@ class Run:
         """Reads the training loss of every step, 1 the first, up to the newest checkpoint."""
         return self.metrics().get("train/loss", {})
 
-    def checkpoints(self) -> list[dict[str, Any]]:
+    def checkpoints(self) -> list[Row]:
         """Lists the checkpoints, ascending by step: {step, bytes, whole, fault, kept, written, world_size, zero_stage, metrics}.
 
         `written`: seconds since 1970; one that is not whole has a fault, and nothing from `written` on.
@@ -97,19 +102,19 @@ class Run:
 
         return receipts(self._place)
 
-    def samples(self, step: int) -> list[dict[str, Any]]:
+    def samples(self, step: int) -> list[Sample]:
         """Reads the samples of a step, counted from 1: {lane, place, source, shard, row_group, row, epoch, text, replaces}."""
         from heliostat.runs.samples import samples
 
         return samples(self._place, step)
 
-    def verify(self) -> dict[str, Any]:
+    def verify(self) -> Verification:
         """Recomputes every receipt from the shards: {ok, steps, samples, lost, repeated, replaced, first_difference}."""
         from heliostat.runs.verify import verify
 
         return verify(self._place)
 
-    def goodput(self) -> dict[str, Any]:
+    def goodput(self) -> Goodput:
         """Reports where the time went, in seconds, over all restarts: {total_s, parts, goodput, attempts, ...}."""
         from heliostat.runs.goodput import read_report
 

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from heliostat.errors import HeliostatError
 
-PACKAGE = f"{Path(__file__).parent}{os.sep}"
+PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"  # every room: a person also calls what the API returns
 
 
 def install() -> None:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from heliostat import schema
 from heliostat.chaos import measure
@@ -25,6 +24,7 @@ from heliostat.chaos.measure import Measured
 from heliostat.chaos.process import ChaosError, Command
 from heliostat.checkpoint import layout
 from heliostat.config import workspace
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
@@ -58,9 +58,9 @@ class Chaos:
         return f"sqlite:///{self.work}/mlflow.db"
 
     def arguments(self, name: str, changes: dict[str, str]) -> list[str]:
-        made = {"name": name, "storage": str(self.work / "runs"), "mlflow.uri": self.tracking, "mlflow.register": "null",
+        changed = {"name": name, "storage": str(self.work / "runs"), "mlflow.uri": self.tracking, "mlflow.register": "null",
                 "train.log_every": "1", **changes}  # fmt: skip
-        settings = [*self.settings, *(f"{key}={value}" for key, value in made.items())]
+        settings = [*self.settings, *(f"{key}={value}" for key, value in changed.items())]
         return [str(self.path), *(word for setting in settings for word in ("--set", setting))]
 
 
@@ -72,7 +72,7 @@ def chaos(
     rate: float = 0.2,
     work: Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[dict[str, Json]], list[str]]:
     """Runs the job once without faults and once per fault; returns (a row per fault, what is wrong).
 
     `tell` is called with a description of each stage. ConfigError before anything starts.
@@ -134,7 +134,7 @@ def _unbroken(it: Chaos) -> Unbroken:
     return Unbroken(result["train_loss"], max(sizes), max(late))
 
 
-def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Any], list[str]]:
+def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Json], list[str]]:
     """Runs the job with a fault; returns the fault's row, and what is wrong with the run."""
     job, folder = it.checked.job, it.work / fault.name
     folder.mkdir(exist_ok=True)
@@ -164,15 +164,15 @@ def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Any], l
         return _compare(it, fault, scene, command, whole)
 
 
-def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unbroken) -> tuple[dict[str, Any], list[str]]:
+def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unbroken) -> tuple[dict[str, Json], list[str]]:
     result, report = command.result(), verify(scene.run)
     if fault.name == "corrupt-shard" and not report["replaced"]:
         raise ChaosError("the run did not come upon the damaged shard")
     attempts = goodput.read(scene.run)
     seen = scene.seen or (command.heard(fault.notice, scene.struck) if fault.notice else None)
     cured = scene.cured or (command.heard(fault.cured, scene.struck) if fault.cured else None)
-    found = Measured(scene.struck, seen, cured, command.lines, attempts)
-    row = measure.row(fault.name, found, report, result["train_loss"], whole.loss, goodput.report(attempts)["goodput"])
+    measured = Measured(scene.struck, seen, cured, command.lines, attempts)
+    row = measure.row(fault.name, measured, report, result["train_loss"], whole.loss, goodput.report(attempts)["goodput"])
     faulty = measure.problems(row, report, _logged(it.tracking, result["run_id"]), it.checked.job.train.steps)
     return row, faulty + measure.unregistered(_registered(it.tracking, result["run_id"]), fault.late)
 

@@ -11,6 +11,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +25,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from heliostat import extras
-from heliostat.chaos import disks, proxy
+from heliostat.chaos import proxy
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import ChaosError, Command, workers
 from heliostat.chaos.servers import Server, mlflow_server, s3_server
@@ -82,7 +84,7 @@ class Fault:
     name: str
     what: str
     strike: Callable[[Scene, Command], None]
-    prepare: Callable[[Scene], Any] = _nothing
+    prepare: Callable[[Scene], object] = _nothing
     unable: Callable[[Job], str | None] = _can
     notice: str = ""  # what the run's command says when it has seen it; else an attempt's end tells
     cured: str = ""  # and when it is over; else the next new step tells
@@ -94,10 +96,10 @@ class Fault:
 
 
 def _one_worker(scene: Scene, command: Command) -> psutil.Process:
-    found = workers(command.process.pid)
-    if not found:
+    processes = workers(command.process.pid)
+    if not processes:
         raise ChaosError("no worker's process was found")
-    return scene.random.choice(found)
+    return scene.random.choice(processes)
 
 
 def kill_worker(scene: Scene, command: Command) -> None:
@@ -291,12 +293,40 @@ def mlflow_down(scene: Scene, command: Command) -> None:
 # disks ---------------------------------------------------------------------------------------------------------------
 
 
+def no_disk(job: Job) -> str | None:
+    """Explains why no small disk can be mounted here; None if one can."""
+    if os.geteuid():
+        return "mounts a small tmpfs, which needs root"
+    with tempfile.TemporaryDirectory() as probe:
+        try:
+            mount_disk(Path(probe), 1 << 20)
+        except ChaosError as e:
+            return str(e)
+        unmount_disk(Path(probe))
+    return None
+
+
+def mount_disk(folder: Path, size: int) -> None:
+    """Mounts a tmpfs of a size of our own, which Linux lets root do."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as e:
+        raise ChaosError("needs the command `mount`") from e
+    if done.returncode:
+        raise ChaosError(f"cannot mount a tmpfs ({done.stderr.strip()})")
+
+
+def unmount_disk(folder: Path) -> None:
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+
+
 def prepare_disk(scene: Scene) -> None:
     """Mounts a disk for the run, with room for its checkpoints and little more."""
     disk = scene.folder / "disk"
     disk.mkdir(exist_ok=True)
-    disks.mount(disk, (scene.checked.job.checkpoint.keep + 3) * scene.checkpoint_bytes + (32 << 20))
-    scene.stack.callback(disks.unmount, disk)
+    mount_disk(disk, (scene.checked.job.checkpoint.keep + 3) * scene.checkpoint_bytes + (32 << 20))
+    scene.stack.callback(unmount_disk, disk)
     scene.storage = Location(str(disk))
     scene.settings["storage"] = str(disk)
 
@@ -332,7 +362,7 @@ FAULTS = {
         Fault("mlflow-down", "MLflow's server dies, and comes back", mlflow_down, prepare_mlflow,
               notice=logger.AWAY, cured=logger.BACK),
         Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk,
-              disks.why_not, notice="a checkpoint could not be saved"),
+              no_disk, notice="a checkpoint could not be saved"),
     )
 }  # fmt: skip
 

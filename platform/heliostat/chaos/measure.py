@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from heliostat.chaos.process import STEP
+from heliostat.config.fields import Json
 from heliostat.runs.goodput import Attempt
+from heliostat.runs.verify import Report
 
 Lines = Sequence[tuple[float, str]]  # wall clock, and what was said
 
@@ -45,7 +46,7 @@ def recovered_s(found: Measured) -> float | None:
         return found.cured - found.struck
     ends = [a.seen for a in found.attempts if a.outcome != "finished" and a.seen >= found.struck]
     since = max([found.struck, *ends])
-    steps = [(at, int(told[1])) for at, line in found.lines if (told := STEP.search(line))]
+    steps = [(at, int(match[1])) for at, line in found.lines if (match := STEP.search(line))]
     before = max((step for at, step in steps if at <= since), default=0)
     after = next((at for at, step in steps if at > since and step > before), None)
     return None if after is None else after - found.struck
@@ -53,7 +54,7 @@ def recovered_s(found: Measured) -> float | None:
 
 def pace_s(lines: Lines) -> float:
     """Computes the seconds per step from the lines so far; 0 before there are two steps."""
-    steps = [(at, int(told[1])) for at, line in lines if (told := STEP.search(line))]
+    steps = [(at, int(match[1])) for at, line in lines if (match := STEP.search(line))]
     if len(steps) < 2 or steps[-1][1] <= steps[0][1]:
         return 0.0
     return (steps[-1][0] - steps[0][0]) / (steps[-1][1] - steps[0][1])
@@ -65,7 +66,7 @@ def recomputed_steps(attempts: Iterable[Attempt]) -> int:
     return sum(max(0, before.reached - after.start_step) for before, after in pairwise(ordered))
 
 
-def row(fault: str, found: Measured, report: dict[str, Any], loss: float, expected: float, goodput: float) -> dict[str, Any]:
+def row(fault: str, found: Measured, report: Report, loss: float, expected: float, goodput: float) -> dict[str, Json]:
     """Builds the fault's row of the table.
 
     `report`: the result of `verify`; `loss` and `expected`: the last step's loss, of this run and of the unbroken one.
@@ -86,27 +87,27 @@ def rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 2)
 
 
-def broken(fault: str) -> dict[str, Any]:
+def broken(fault: str) -> dict[str, Json]:
     """Builds the row of a fault whose run did not finish."""
     keys = ("detected_s", "recovered_s", "recomputed_steps", "lost", "repeated", "loss_difference", "goodput")
     return {"fault": fault, **dict.fromkeys(keys)}
 
 
-def problems(row: dict[str, Any], report: dict[str, Any], curve: list[int], steps: int) -> list[str]:
+def problems(row: dict[str, Json], report: Report, curve: list[int], steps: int) -> list[str]:
     """Lists what is wrong with a finished run; empty if it is as good as the unbroken one.
 
     `curve`: the steps whose loss MLflow holds; `steps`: how many the job has.
     """
-    found = []
+    faults = []
     if row["lost"] or row["repeated"]:
-        found.append(f"{row['lost']} samples were lost and {row['repeated']} repeated")
+        faults.append(f"{row['lost']} samples were lost and {row['repeated']} repeated")
     if not report["ok"] or report["steps"] != steps:
-        found.append(f"its receipts do not agree with its data: {report['first_difference']}")
+        faults.append(f"its receipts do not agree with its data: {report['first_difference']}")
     if curve != list(range(1, steps + 1)):
-        found.append("MLflow does not hold the loss of every step once")
+        faults.append("MLflow does not hold the loss of every step once")
     if not math.isfinite(row["loss_difference"]):
-        found.append("its last loss is not finite")
-    return found
+        faults.append("its last loss is not finite")
+    return faults
 
 
 def unregistered(versions: int, expected: bool) -> list[str]:

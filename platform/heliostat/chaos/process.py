@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from heliostat.config import workspace
+from heliostat.config.fields import Json
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +81,9 @@ class Command:
     @property
     def step(self) -> int:
         """Returns the highest step in the output so far; 0 if there is none."""
-        return max((int(found[1]) for _, line in list(self.lines) if (found := STEP.search(line))), default=0)
+        return max((int(match[1]) for _, line in list(self.lines) if (match := STEP.search(line))), default=0)
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Json]:
         try:
             return json.loads(self.said)
         except ValueError as e:
@@ -128,14 +128,14 @@ class Command:
 
 def workers(root: int) -> list[psutil.Process]:
     """Finds the training workers among a process's descendants."""
-    found = []
+    processes = []
     for process in descendants(root):
         try:
             if process.name().startswith(WORKER):
-                found.append(process)
+                processes.append(process)
         except psutil.NoSuchProcess:
             continue
-    return sorted(found, key=lambda p: p.pid)
+    return sorted(processes, key=lambda p: p.pid)
 
 
 def descendants(root: int) -> list[psutil.Process]:

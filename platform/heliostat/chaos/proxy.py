@@ -110,17 +110,17 @@ class FaultProxy:
         """
         with self._lock:
             self.requests += 1
-            found = None
+            drawn = None
             for fault in self.faults:
                 if not fnmatchcase(path, fault.key):
                     continue
                 hit = self._random.random() < fault.rate
                 spent = fault.limit is not None and self.injected[fault] >= fault.limit
-                if hit and not spent and found is None:
-                    found = fault
-            if found:
-                self.injected[found] += 1
-            return found
+                if hit and not spent and drawn is None:
+                    drawn = fault
+            if drawn:
+                self.injected[drawn] += 1
+            return drawn
 
     def ended_within(self, seconds: float) -> bool:
         """Waits `seconds`, or until the proxy ends; returns whether it ended."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 
 from heliostat.checkpoint import tree
+from heliostat.checkpoint.tree import Group
 from heliostat.errors import HeliostatError, WorkerError
 from heliostat.storage import wire
 
@@ -28,19 +29,19 @@ class Outcome(NamedTuple):
     rank: int = -1
 
 
-def together(group: Any, work: Callable[[], T]) -> list[T]:
+def together(group: Group, work: Callable[[], T]) -> list[T]:
     """Runs `work` on every rank and returns all results in rank order; if one fails, every rank raises its error."""
     return _share(group, _attempt(group, lambda: [work()]), operator.add, whole=True)
 
 
-def agreed(group: Any, work: Callable[[], T]) -> T:
+def agreed(group: Group, work: Callable[[], T]) -> T:
     """Runs `work` on every rank and returns this rank's result; if one fails, every rank raises its error."""
     mine = _attempt(group, work)
     _share(group, mine._replace(value=None), lambda *_: None, whole=False)
     return mine.value
 
 
-def merged(group: Any, work: Callable[[], T], merge: Callable[[T, T], T]) -> T | None:
+def merged(group: Group, work: Callable[[], T], merge: Callable[[T, T], T]) -> T | None:
     """Runs `work` on every rank and merges the results in rank order on the way to rank 0; elsewhere this returns None.
 
     If one fails, every rank raises its error.
@@ -48,14 +49,14 @@ def merged(group: Any, work: Callable[[], T], merge: Callable[[T, T], T]) -> T |
     return _share(group, _attempt(group, work), merge, whole=False)
 
 
-def first(group: Any, work: Callable[[], T]) -> T:
+def first(group: Group, work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 alone and returns its result on every rank; if it fails, every rank raises its error."""
     where = tree.channel(group)
     mine = _attempt(group, work) if dist.get_rank(where.group) == 0 else Outcome()
     return _result(mine, tree.down(where, mine))
 
 
-def _attempt(group: Any, work: Callable[[], T]) -> Outcome:
+def _attempt(group: Group, work: Callable[[], T]) -> Outcome:
     rank = dist.get_rank(tree.channel(group).group)
     try:
         return Outcome(work())
@@ -68,7 +69,7 @@ def _attempt(group: Any, work: Callable[[], T]) -> Outcome:
         return Outcome(error=fault, rank=rank)
 
 
-def _share(group: Any, mine: Outcome, merge: Callable[[Any, Any], Any], whole: bool) -> Any:
+def _share(group: Group, mine: Outcome, merge: Callable[[T, T], object], whole: bool) -> Any:
     """Merges all ranks' outcomes onto rank 0, and hands the error, and the `whole` if it is asked for, to all ranks."""
 
     def join(one: Outcome, other: Outcome) -> Outcome:
@@ -82,7 +83,7 @@ def _share(group: Any, mine: Outcome, merge: Callable[[Any, Any], Any], whole: b
     return value if whole or dist.get_rank(where.group) else total.value
 
 
-def _result(mine: Outcome, told: Outcome) -> Any:
-    if told.error is not None:
-        raise (mine.error or told.error) if told.rank == mine.rank else told.error  # this rank's own has its cause
-    return told.value
+def _result(mine: Outcome, shared: Outcome) -> Any:
+    if shared.error is not None:
+        raise (mine.error or shared.error) if shared.rank == mine.rank else shared.error  # this rank's own has its cause
+    return shared.value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from heliostat.checkpoint.columns import ROWS, Columns
@@ -35,5 +33,5 @@ class FlatShard(torch.Tensor):
         return FlatShard(self.local[first:stop], self.start + first, self.shape[0], self.columns)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:  # type: ignore[override]
         raise TypeError(f"a FlatShard has no {func}")

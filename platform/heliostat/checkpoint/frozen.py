@@ -11,13 +11,13 @@ import hashlib
 import operator
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from heliostat.checkpoint import checksums
 from heliostat.checkpoint.agreement import first, merged
 from heliostat.checkpoint.columns import ROWS
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint
+from heliostat.checkpoint.tree import Group
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 
@@ -27,7 +27,7 @@ PIECE = 64 * checksums.BLOCK  # bytes on their way from the device at a time
 class Keeper:
     """Keeps one worker's parameters that are not trained; all workers of the group make the same calls in the same order."""
 
-    def __init__(self, run: Location, group: Any, write: Callable[[Location, dict[str, FlatShard]], None]) -> None:
+    def __init__(self, run: Location, group: Group, write: Callable[[Location, dict[str, FlatShard]], None]) -> None:
         """Prepares the keeper; `write` saves slices as a folder, together with the other workers."""
         self.run, self.group, self._write = run, group, write
         self._loaded = self._folder = ""

@@ -8,53 +8,16 @@ every shard here: `upgrade` makes the newest of them.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, NotRequired
+from collections.abc import Mapping
+from typing import Any, NotRequired, cast
 
-from pydantic import Field
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint import placement, shard_index
-from heliostat.checkpoint.element_types import BYTES
+from heliostat.checkpoint.placement import BYTES, Listed, Name, Shard, Tensor, Tensors
 from heliostat.data import plans
-from heliostat.errors import DataError
+from heliostat.errors import CheckpointError, DataError
 from heliostat.storage.records import Format, Hex, Number, Whole, open_
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of a file in the checkpoint's own folder
-
-
-@open_
-class Sealed(TypedDict):
-    """Describes the file of a shard's index."""
-
-    bytes: Whole
-    crc32: Whole
-
-
-@open_
-class Shard(TypedDict):
-    file: Name
-    bytes: Whole
-    index: NotRequired[Sealed]  # since format 4
-
-
-@open_
-class Chunk(TypedDict):
-    """Describes a chunk as formats 2 and 3 have it."""
-
-    shard: Whole
-    start: Whole
-    numel: Whole
-    offset: Whole
-    crc32: list[Whole]
-
-
-@open_
-class Tensor(TypedDict):
-    dtype: str
-    shape: list[Whole]
-    runs: NotRequired[list[Annotated[list[Whole], Field(min_length=4, max_length=4)]]]
-    columns: NotRequired[Annotated[list[Whole], Field(min_length=2, max_length=2)]]  # since format 5
-    chunks: NotRequired[list[Chunk]]
 
 
 @open_
@@ -69,7 +32,7 @@ class Files(TypedDict):
 
     format: int
     shards: list[Shard]
-    tensors: dict[str, Tensor]
+    tensors: Tensors
 
 
 @open_
@@ -80,12 +43,13 @@ class Index(Files):
     frozen: NotRequired[Name]
     name: str
     job: dict[str, Any]
-    data: dict[str, Any]
+    data: dict[str, object]
     metrics: dict[str, float | None]
     written: Number
     world_size: Whole
     zero_stage: Whole
     optimizer_steps: Whole
+    loss_scale: NotRequired[float | None]
     bad_samples: Whole
 
 
@@ -93,10 +57,10 @@ FILES, INDEX = Format(Files, "index"), Format(Index, "index")
 LISTED = (2, 3)  # the formats whose index lists every chunk
 
 
-def fault(index: Any, step: int | None) -> str:
+def fault(index: object, step: int | None) -> str:
     """Finds what is wrong with the index of a step's checkpoint, or of a folder of frozen parameters; empty if nothing is."""
     try:
-        found: Files = FILES.build(index, "it")
+        listing: Files = FILES.build(index, "it")
         if step is not None:
             whole = INDEX.build(index, "it")
             plans.build(whole["data"], "data")
@@ -104,11 +68,11 @@ def fault(index: Any, step: int | None) -> str:
                 return f"step: it is of step {whole['step']}"
     except DataError as e:
         return str(e)
-    listed = found["format"] in LISTED
-    if not listed and any("index" not in shard for shard in found["shards"]):
+    listed = listing["format"] in LISTED
+    if not listed and any("index" not in shard for shard in listing["shards"]):
         return "shards: one has no index"
-    for name, tensor in found["tensors"].items():
-        if said := _tensor_fault(tensor, found["shards"], listed):
+    for name, tensor in listing["tensors"].items():
+        if said := _tensor_fault(tensor, listing["shards"], listed):
             return f"tensors: {name[:200]!r}: {said}"
     return ""
 
@@ -136,19 +100,27 @@ def _columns_fault(tensor: Tensor) -> str:
     return "" if fits else f"it has no {parts} blocks of columns in rows of {width} elements"
 
 
-def upgrade(index: dict[str, Any]) -> tuple[dict[str, Any], dict[int, shard_index.Places]]:
+def upgrade(index: Index) -> tuple[Index, dict[int, shard_index.Places]]:
     """Returns an index of any format in the newest's form, and the places in each shard where the index itself lists them."""
     places: dict[int, shard_index.Places] = {}
     if index["format"] not in LISTED:
         return index, places
-    tensors = {}
+    tensors = Tensors()
     for name, entry in index["tensors"].items():
-        tensors[name] = {**{k: v for k, v in entry.items() if k != "chunks"}, "runs": _runs(entry["chunks"])}
+        tensors[name] = {**cast(Tensor, {k: v for k, v in entry.items() if k != "chunks"}), "runs": _runs(entry["chunks"])}
         for chunk in entry["chunks"]:
             places.setdefault(chunk["shard"], {})[name, chunk["start"]] = chunk
     return {**index, "tensors": tensors}, places
 
 
-def _runs(chunks: list[Any]) -> list[placement.Run]:
+def _runs(chunks: list[Listed]) -> list[placement.Run]:
     ordered = sorted(chunks, key=lambda c: c["start"])
     return placement.runs(placement.Chunk(c["shard"], c["start"], c["numel"]) for c in ordered)
+
+
+def root(step: int | None, facts: Mapping[str, object], whole: placement.Part) -> Index:
+    """Builds the contents of `checkpoint.json`; CheckpointError if the ranks' slices leave elements out, or overlap."""
+    for name, entry in whole.tensors.items():
+        if said := placement.fault(entry, len(whole.shards)):
+            raise CheckpointError(f"{name!r} cannot be saved: {said}")
+    return cast("Index", {**facts, "step": step, "shards": whole.shards, "tensors": whole.tensors})

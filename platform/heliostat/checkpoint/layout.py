@@ -18,11 +18,13 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 from heliostat.checkpoint import checksums, columns, placement, shard_index
 from heliostat.checkpoint import index as checkpoint_index
 from heliostat.checkpoint.columns import ROWS, Columns
+from heliostat.checkpoint.index import Index
+from heliostat.checkpoint.placement import Tensor
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.config.spec import Job
 from heliostat.data import device_threads, plans
@@ -42,7 +44,7 @@ INDEX = "checkpoint.json"
 FORMAT = 4
 IN_COLUMNS = 5  # a format 4 with tensors in the order of their columns, which readers of 4 would take for others
 READABLE = (2, 3, 4, 5)  # 2 had no frozen parameters; 3 listed every chunk in `checkpoint.json`
-FROZEN = "frozen"  # what their tensors' names begin with
+FROZEN: Final = "frozen"  # what their tensors' names begin with
 EMA = "ema"  # what the names of the weights' averages begin with
 READ_THREADS = 8
 PIECE = 64 * checksums.BLOCK  # what is in memory of a tensor that is read as a stream
@@ -75,7 +77,7 @@ class Checkpoint:
     """
 
     location: Location
-    index: dict[str, Any]
+    index: Index
     frozen: Checkpoint | None = None
     places: dict[int, shard_index.Places] = field(default_factory=dict, repr=False, compare=False)
 
@@ -102,7 +104,7 @@ class Checkpoint:
         return self.index["step"]
 
     @property
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> placement.Tensors:
         """Returns the index entries of all tensors that can be read, by name, those of frozen parameters included."""
         return {**self.index["tensors"], **(self.frozen.tensors if self.frozen else {})}
 
@@ -112,8 +114,8 @@ class Checkpoint:
 
     def order(self, name: str) -> Columns:
         """Returns the order in which the shards hold a tensor."""
-        held = self.holder(name).index["tensors"][name].get("columns")
-        return Columns(*held) if held else ROWS
+        recorded = self.holder(name).index["tensors"][name].get("columns")
+        return Columns(*recorded) if recorded else ROWS
 
     def holder(self, name: str) -> Checkpoint:
         """Returns the checkpoint whose shards hold a tensor: this one, or that of its frozen parameters."""
@@ -143,7 +145,7 @@ class Checkpoint:
             out.append((chunk.shard, cut))
         return out
 
-    def _place(self, name: str, chunk: placement.Chunk) -> dict[str, Any]:
+    def _place(self, name: str, chunk: placement.Chunk) -> shard_index.Place:
         if chunk.shard not in self.places:
             self.fetch_places([chunk.shard])
         place = self.places[chunk.shard].get((name, chunk.start))
@@ -182,9 +184,9 @@ class Checkpoint:
             by_shard.setdefault(shard, []).append(part)
         jobs = []
         for shard, parts in by_shard.items():
-            found = checksums.runs(parts)
-            ways = min(-(-READ_THREADS // len(by_shard)), len(found))
-            jobs += [(shard, found[i::ways]) for i in range(ways)]
+            reads = checksums.runs(parts)
+            ways = min(-(-READ_THREADS // len(by_shard)), len(reads))
+            jobs += [(shard, reads[i::ways]) for i in range(ways)]
         with device_threads.pool(READ_THREADS) as pool:
             return sum(pool.map(lambda job: self._read(job[0], job[1], progressed), jobs))
 
@@ -245,10 +247,10 @@ class Checkpoint:
             nonlocal total
             total += self.fill(self.slices(name, start, part), progressed)
 
-        if (held := self.order(name)) == order:
+        if (stored := self.order(name)) == order:
             read(first, target)
         else:
-            columns.collect(read, held, order, math.prod(self.index["tensors"][name]["shape"]), first, target, PIECE // 8)
+            columns.collect(read, stored, order, math.prod(self.index["tensors"][name]["shape"]), first, target, PIECE // 8)
         return total
 
     def read(self, name: str) -> torch.Tensor:
@@ -266,18 +268,18 @@ class Checkpoint:
         return out
 
 
-def format_of(tensors: Mapping[str, Any]) -> int:
+def format_of(tensors: Mapping[str, Tensor]) -> int:
     """Returns the format that an index of these tensors has."""
     return IN_COLUMNS if any("columns" in entry for entry in tensors.values()) else FORMAT
 
 
-def encode(index: dict[str, Any]) -> bytes:
+def encode(index: Mapping[str, object]) -> bytes:
     """Encodes an index as the bytes of `checkpoint.json`, with a CRC-32 of the bytes before it as its last entry."""
     body = json.dumps(index)[:-1].encode()
     return body + b', "crc32": "%08x"}' % zlib.crc32(body)
 
 
-def decode(data: bytes) -> dict[str, Any]:
+def decode(data: bytes) -> Index:
     """Decodes the bytes of `checkpoint.json`; ValueError unless they are what `encode` made."""
     body, mark, rest = data.rpartition(b', "crc32": "')
     if not mark or rest != b'%08x"}' % zlib.crc32(body):
@@ -293,11 +295,11 @@ def _fault(what: str, step: int | None) -> CheckpointError:
 
 def open_checkpoint(run: Location, step: int) -> Checkpoint:
     """Opens the checkpoint of a step; CorruptCheckpointError, with the reason, unless it is complete."""
-    found = _open(folder(run, step), step)
-    if name := found.index.get(FROZEN):
+    checkpoint = _open(folder(run, step), step)
+    if name := checkpoint.index.get(FROZEN):
         frozen = _open(run.join(run_folder.CHECKPOINTS, name), None)
-        return Checkpoint(found.location, found.index, frozen, found.places)
-    return found
+        return Checkpoint(checkpoint.location, checkpoint.index, frozen, checkpoint.places)
+    return checkpoint
 
 
 def _open(location: Location, step: int | None) -> Checkpoint:
@@ -321,7 +323,7 @@ def _open(location: Location, step: int | None) -> Checkpoint:
     return Checkpoint(location, index, places=places)
 
 
-def files(index: dict[str, Any]) -> Iterator[tuple[str, int]]:
+def files(index: Index) -> Iterator[tuple[str, int]]:
     """Yields the files that an index lists, with their sizes: each shard, and its index if it has one of its own."""
     for shard in index["shards"]:
         yield shard["file"], shard["bytes"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
@@ -17,17 +16,18 @@ from heliostat.checkpoint.agreement import agreed, first
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import Checkpoint, open_checkpoint
+from heliostat.checkpoint.tree import Group
 from heliostat.errors import CheckpointError, WorkerError
 from heliostat.storage.locations import Location
 
 
-def open_together(run: Location, step: int, group: Any) -> Checkpoint:
+def open_together(run: Location, step: int, group: Group) -> Checkpoint:
     """Opens the checkpoint of a step on all ranks: rank 0 reads `checkpoint.json`, looks for the shards, and tells the others."""
     return first(group, lambda: open_checkpoint(run, step))
 
 
 def load(
-    checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Any, progressed: Callable[[], None] = lambda: None
+    checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Group, progressed: Callable[[], None] = lambda: None
 ) -> int:
     """Loads a checkpoint into this rank's slices; returns the bytes read. Calls `progressed` after each request.
 
@@ -38,8 +38,8 @@ def load(
     The state is then useless.
     """
     _check(checkpoint, state)
-    held = {n: safetensors_file.DTYPES[checkpoint.tensors[n]["dtype"]] for n in state}
-    targets = {n: _target(t, held[n]) for n, t in state.items()}
+    stored = {n: safetensors_file.DTYPES[checkpoint.tensors[n]["dtype"]] for n in state}
+    targets = {n: _target(t, stored[n]) for n, t in state.items()}
 
     def read() -> int:
         sources = [source for source in (checkpoint, checkpoint.frozen) if source]
@@ -69,9 +69,9 @@ def _check(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> None:
         what = f"has no {missing[0]!r}" if missing else f"holds {wrong[0]!r} in another shape"
         raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
     for name, tensor in state.items():
-        held = safetensors_file.DTYPES[tensors[name]["dtype"]]
-        if held != tensor.dtype and not (held.is_floating_point and tensor.dtype.is_floating_point):
-            what = f"holds {name!r} as {held}, and the model has it as {tensor.dtype}"
+        stored = safetensors_file.DTYPES[tensors[name]["dtype"]]
+        if stored != tensor.dtype and not (stored.is_floating_point and tensor.dtype.is_floating_point):
+            what = f"holds {name!r} as {stored}, and the model has it as {tensor.dtype}"
             raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
 
 
@@ -122,8 +122,8 @@ def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:
     changed: dict[str, list[str]] = {}
     tensors = checkpoint.tensors
     for name, tensor in state.items():
-        held = safetensors_file.DTYPES[tensors[name]["dtype"]]
-        if torch.promote_types(held, tensor.dtype) != tensor.dtype:
-            changed.setdefault(f"from {held} to {tensor.dtype}".replace("torch.", ""), []).append(name)
+        stored = safetensors_file.DTYPES[tensors[name]["dtype"]]
+        if torch.promote_types(stored, tensor.dtype) != tensor.dtype:
+            changed.setdefault(f"from {stored} to {tensor.dtype}".replace("torch.", ""), []).append(name)
     parts = [f"{len(names)} tensors {how} ({names[0]}{', ...' * (len(names) > 1)})" for how, names in changed.items()]
     return f"{checkpoint.location}: loaded into an engine of fewer bits, rounded: {'; '.join(parts)}" if parts else None

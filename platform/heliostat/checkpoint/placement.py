@@ -8,14 +8,56 @@ the first from element `start` on. ZeRO cuts evenly, so a tensor has a run or tw
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Annotated, NamedTuple, NotRequired
 
-from heliostat.errors import CheckpointError
+from pydantic import Field
+from typing_extensions import TypedDict
+
 from heliostat.storage import wire
+from heliostat.storage.records import Whole, open_
 
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # of an element
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of a file in the checkpoint's own folder
 Run = list[int]  # first shard, shards, start, elements in each
-Tensors = dict[str, dict[str, Any]]  # by name: dtype, shape, runs
+
+
+@open_
+class Sealed(TypedDict):
+    """Describes the file of a shard's index."""
+
+    bytes: Whole
+    crc32: Whole
+
+
+@open_
+class Shard(TypedDict):
+    file: Name
+    bytes: Whole
+    index: NotRequired[Sealed]  # since format 4
+
+
+@open_
+class Listed(TypedDict):
+    """Describes a chunk as formats 2 and 3 have it."""
+
+    shard: Whole
+    start: Whole
+    numel: Whole
+    offset: Whole
+    crc32: list[Whole]
+
+
+@open_
+class Tensor(TypedDict):
+    dtype: str
+    shape: list[Whole]
+    runs: NotRequired[list[Annotated[list[Whole], Field(min_length=4, max_length=4)]]]
+    columns: NotRequired[Annotated[list[Whole], Field(min_length=2, max_length=2)]]  # since format 5
+    chunks: NotRequired[list[Listed]]
+
+
+Tensors = dict[str, Tensor]  # by name
 
 
 class Chunk(NamedTuple):
@@ -30,7 +72,7 @@ class Chunk(NamedTuple):
 class Part(NamedTuple):
     """Holds what some consecutive ranks have written: their shards, and their tensors, whose runs count these shards."""
 
-    shards: list[dict[str, Any]]
+    shards: list[Shard]
     tensors: Tensors
 
 
@@ -50,14 +92,6 @@ def merge(one: Part, other: Part) -> Part:
         else:
             one.tensors[name] = {**entry, "runs": runs}
     return one
-
-
-def root(step: int | None, facts: Mapping[str, Any], whole: Part) -> dict[str, Any]:
-    """Builds the contents of `checkpoint.json`; CheckpointError if the ranks' slices leave elements out, or overlap."""
-    for name, entry in whole.tensors.items():
-        if said := fault(entry, len(whole.shards)):
-            raise CheckpointError(f"{name!r} cannot be saved: {said}")
-    return {**facts, "step": step, "shards": whole.shards, "tensors": whole.tensors}
 
 
 def _extend(runs: list[Run], more: list[Run]) -> None:
@@ -92,7 +126,7 @@ def chunks(runs: Iterable[Run], first: int = 0, stop: int | None = None) -> Iter
             yield Chunk(shard + number, start + number * numel, numel)
 
 
-def fault(entry: Mapping[str, Any], shards: int) -> str:
+def fault(entry: Tensor, shards: int) -> str:
     """Finds what is wrong with a tensor's runs: elements in no chunk or in two, no such shard; empty if nothing is."""
     end = 0
     for shard, count, start, numel in sorted(entry["runs"], key=lambda run: run[2]):

@@ -9,15 +9,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import NotRequired
 
-from heliostat.checkpoint import benchmarks
+from typing_extensions import TypedDict
+
 from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint, folder, open_checkpoint, steps
+from heliostat.config.checkpoint_section import BENCHMARK
 from heliostat.config.spec import Checkpoint as Policy
-from heliostat.errors import CheckpointError
+from heliostat.errors import CheckpointError, DataError
 from heliostat.storage import run_folder
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, open_
+
+
+@open_
+class Task(TypedDict):
+    """Describes a task's score."""
+
+    task: str
+    score: float
+
+
+@open_
+class Result(TypedDict):
+    """Describes what is read of a benchmark's result, `benchmarks/SUITE/step-*.json`. `written`: when its checkpoint was."""
+
+    written: float
+    tasks: list[Task]
+
+
+RESULT = Format(Result, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")
+
+
+class Row(TypedDict):
+    """Describes a checkpoint's folder, whether it is complete, and why it is kept; one that is not complete has only a fault."""
+
+    step: int
+    bytes: int
+    whole: bool
+    fault: str | None
+    kept: list[str]
+    written: NotRequired[float]
+    world_size: NotRequired[int]
+    zero_stage: NotRequired[int]
+    metrics: NotRequired[dict[str, float | None]]
 
 
 def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] | None = None) -> dict[int, list[str]]:
@@ -53,10 +89,10 @@ class Pruner:
         """Deletes what the policy does not keep; to be called when step `saved` is complete and no save is in flight."""
         files = {path for path, _ in self.run.join(run_folder.CHECKPOINTS).files()}
         self._scores.pop(saved, None)  # of an earlier save of this step
-        found = {step: f"{folder(self.run, step).name}/{INDEX}" in files for step in steps(self.run)}
-        whole = [step for step, complete in found.items() if complete and step <= saved]
+        completeness = {step: f"{folder(self.run, step).name}/{INDEX}" in files for step in steps(self.run)}
+        whole = [step for step, complete in completeness.items() if complete and step <= saved]
         kept = retained(whole, self.policy, self._read_scores(whole) if self.policy.best else None)
-        gone = found.keys() - kept.keys()
+        gone = completeness.keys() - kept.keys()
         if gone and self.fence:
             self.fence.check()
         for step in gone:
@@ -93,33 +129,38 @@ class Pruner:
 def score(run: Location, checkpoint: Checkpoint, policy: Policy) -> float:
     """Returns the best metric's value in a checkpoint, or of a benchmark of it; nan if there is none, or none yet."""
     if policy.best and policy.best.is_late:
-        return benchmarks.score(run, checkpoint.step, checkpoint.index["written"], policy.best.metric)
+        return _benchmark(run, checkpoint.step, checkpoint.index["written"], policy.best.metric)
     value = checkpoint.index["metrics"].get(policy.best.metric) if policy.best else None
     return math.nan if value is None else value
 
 
-def survey(run: Location) -> list[dict[str, Any]]:
-    """Describes each checkpoint's folder as a row of plain data, in ascending order of steps.
+def _benchmark(run: Location, step: int, written: float, metric: str) -> float:
+    """Reads a benchmark's score of the checkpoint of a step that was written at this time; nan if there is none."""
+    for suite in run.join(run_folder.BENCHMARKS).folders():
+        try:
+            result = RESULT.read(run_folder.benchmark(run, suite, step))
+        except (FileNotFoundError, DataError):
+            continue  # not scored yet, or not whole: no reason to stop a run that trains
+        for row in result["tasks"] if result["written"] == written else ():
+            if f"{BENCHMARK}{row['task']}" == metric:
+                return row["score"]
+    return math.nan
 
-    A row holds what the folder is, whether it is complete, and why it is kept. The rules are those of the newest complete
-    checkpoint's job.
-    """
+
+def survey(run: Location) -> list[Row]:
+    """Describes each checkpoint's folder, in ascending order of steps, by the rules of the newest complete checkpoint's job."""
     sizes: dict[str, int] = {}
     for path, size in run.join(run_folder.CHECKPOINTS).files():
         sizes[path.split("/")[0]] = sizes.get(path.split("/")[0], 0) + size
     rows, whole = [], []
     for step in steps(run):
-        row: dict[str, Any] = {
-            "step": step,
-            "bytes": sizes.get(folder(run, step).name, 0),
-            "whole": True,
-            "fault": None,
-            "kept": [],
-        }
+        size = sizes.get(folder(run, step).name, 0)
+        row: Row = {"step": step, "bytes": size, "whole": True, "fault": None, "kept": []}
         try:
-            found = open_checkpoint(run, step)
-            whole.append(found)
-            row |= {k: found.index[k] for k in ("written", "world_size", "zero_stage", "metrics")}
+            whole.append(open_checkpoint(run, step))
+            index = whole[-1].index
+            row |= {"written": index["written"], "world_size": index["world_size"], "zero_stage": index["zero_stage"],
+                    "metrics": index["metrics"]}  # fmt: skip
         except CheckpointError as e:
             row |= {"whole": False, "fault": str(e)}
         rows.append(row)

@@ -50,7 +50,7 @@ class Saver:
         self,
         run: Location,
         policy: spec.Checkpoint,
-        group: Any,
+        group: dist.ProcessGroup,
         fence: Fence | None = None,
         progressed: Callable[[], None] = lambda: None,
         notice: Callable[[str], None] = lambda text: None,
@@ -84,7 +84,7 @@ class Saver:
         self,
         step: int,
         state: dict[str, torch.Tensor],
-        facts: dict[str, Any],
+        facts: Mapping[str, Any],
         frozen: dict[str, FlatShard] | None = None,
         seal: Callable[[Channel], dict[str, Any]] = lambda channel: {},
     ) -> None:
@@ -164,7 +164,7 @@ class Saver:
         self,
         step: int,
         state: dict[str, torch.Tensor],
-        facts: dict[str, Any],
+        facts: Mapping[str, Any],
         frozen: dict[str, FlatShard],
         seal: Callable[[Channel], dict[str, Any]],
     ) -> None:
@@ -204,5 +204,5 @@ class Saver:
             raise error
         self._host.wait()
 
-    def _store(self, target: Location, step: int | None, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def _store(self, target: Location, step: int | None, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         writing.write(target, step, tensors, facts, self.channel, self._wrote, self.fence)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint.checksums import BLOCK
-from heliostat.checkpoint.element_types import BYTES
+from heliostat.checkpoint.placement import BYTES, Listed, Sealed, Shard, Tensor
 from heliostat.errors import DataError
 from heliostat.storage.records import Format, Whole, open_
 
@@ -34,7 +33,7 @@ class Listing(TypedDict):
     tensors: dict[str, Place]
 
 
-Places = dict[tuple[str, int], Any]  # by tensor and first element
+Places = dict[tuple[str, int], Place]  # by tensor and first element
 LISTING = Format(Listing, "index of a shard")
 
 
@@ -43,32 +42,33 @@ def name(shard: str) -> str:
     return f"{shard.removesuffix('.safetensors')}.json"
 
 
-def encode(places: Mapping[str, Mapping[str, Any]]) -> bytes:
+def encode(places: Mapping[str, Place]) -> bytes:
     return json.dumps({"tensors": places}).encode()
 
 
-def seal(data: bytes) -> dict[str, int]:
+def seal(data: bytes) -> Sealed:
     """Computes what `checkpoint.json` says of a shard's index."""
     return {"bytes": len(data), "crc32": zlib.crc32(data)}
 
 
-def decode(data: bytes, shard: Mapping[str, Any], tensors: Mapping[str, Any]) -> Places:
+def decode(data: bytes, shard: Shard, tensors: Mapping[str, Tensor]) -> Places:
     """Decodes the index of a shard, which `checkpoint.json` describes; ValueError unless it is what was written, and fits."""
-    if seal(data) != {key: shard["index"][key] for key in ("bytes", "crc32")}:
+    sealed = shard["index"]
+    if seal(data) != {"bytes": sealed["bytes"], "crc32": sealed["crc32"]}:
         raise ValueError("is not what was written (CRC-32)")
     try:
-        found = LISTING.parse(data, "it")["tensors"]
+        places = LISTING.parse(data, "it")["tensors"]
     except DataError as e:
         raise ValueError(str(e)) from e
-    for tensor, place in found.items():
+    for tensor, place in places.items():
         if tensor not in tensors:
             raise ValueError(f"{tensor[:200]!r} is no tensor of the checkpoint")
         if said := place_fault(place, BYTES[tensors[tensor]["dtype"]], shard["bytes"]):
             raise ValueError(f"{tensor[:200]!r}: {said}")
-    return {(tensor, place["start"]): place for tensor, place in found.items()}
+    return {(tensor, place["start"]): place for tensor, place in places.items()}
 
 
-def place_fault(place: Mapping[str, Any], itemsize: int, shard_bytes: int) -> str:
+def place_fault(place: Place | Listed, itemsize: int, shard_bytes: int) -> str:
     """Finds what is wrong with a chunk's place in its shard; empty if nothing is."""
     size = place["numel"] * itemsize
     if place["offset"] + size > shard_bytes:

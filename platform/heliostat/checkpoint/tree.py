@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,12 +31,15 @@ class Channel:
     `timeout`: of one message; None is the group's.
     """
 
-    group: Any
+    group: dist.ProcessGroup
     tag: int = 0
     timeout: timedelta | None = None
 
 
-def channel(group: Any) -> Channel:
+Group: TypeAlias = "dist.ProcessGroup | Channel"
+
+
+def channel(group: Group) -> Channel:
     """Returns a channel as it is, and a process group's first one."""
     return group if isinstance(group, Channel) else Channel(group)
 
@@ -100,7 +103,8 @@ def _get(where: Channel, source: int, size: int) -> bytes:
     return got.numpy().tobytes()
 
 
-def _wait(where: Channel, work: Any) -> None:
+def _wait(where: Channel, work: dist.Work | None) -> None:
+    assert work is not None  # this rank is in the group
     if where.timeout is None:
         work.wait()
     else:

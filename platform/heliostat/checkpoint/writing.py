@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from heliostat.checkpoint import checksums, layout, placement, safetensors_file,
 from heliostat.checkpoint.agreement import first, merged
 from heliostat.checkpoint.columns import ROWS
 from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.checkpoint.index import root as index_root
 from heliostat.checkpoint.layout import INDEX, encode
 from heliostat.checkpoint.tree import Channel
 from heliostat.errors import CheckpointError, WorkerError
@@ -34,7 +34,7 @@ def write(
     target: Location,
     step: int | None,
     tensors: Mapping[str, torch.Tensor],
-    facts: dict[str, Any],
+    facts: Mapping[str, object],
     channel: Channel,
     wrote: Callable[[], None] = lambda: None,
     fence: Fence | None = None,
@@ -67,10 +67,12 @@ def clear(target: Location, fence: Fence | None) -> None:
     target.delete()
 
 
-def finish(target: Location, step: int | None, facts: dict[str, Any], part: placement.Part | None, fence: Fence | None) -> None:
+def finish(
+    target: Location, step: int | None, facts: Mapping[str, object], part: placement.Part | None, fence: Fence | None
+) -> None:
     """Makes the folder valid: checks that every element is in it once, then writes `checkpoint.json`."""
     written = part or placement.Part([], {})
-    index = placement.root(step, {"format": layout.format_of(written.tensors), **facts}, written)
+    index = index_root(step, {"format": layout.format_of(written.tensors), **facts}, written)
     if fence:
         fence.check()
     target.join(INDEX).write(encode(index))
@@ -93,26 +95,26 @@ def write_shard(target: Location, tensors: dict[str, torch.Tensor], rank: int, w
     return part({"file": file, "bytes": size, "index": shard_index.seal(index)}, tensors)
 
 
-def part(shard: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> placement.Part:
+def part(shard: placement.Shard, tensors: Mapping[str, torch.Tensor]) -> placement.Part:
     """Describes one shard and the tensors in it."""
-    held: dict[str, dict[str, Any]] = {}
+    entries = placement.Tensors()
     for name, tensor in tensors.items():
         start, numel = _cut(tensor)
-        held[name] = {
+        entries[name] = {
             "dtype": safetensors_file.NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "runs": [[0, 1, start, numel]],
         }
         if isinstance(tensor, FlatShard) and tensor.columns != ROWS:
-            held[name]["columns"] = list(tensor.columns)
-    return placement.Part([shard], held)
+            entries[name]["columns"] = list(tensor.columns)
+    return placement.Part([shard], entries)
 
 
 def _cut(tensor: torch.Tensor) -> tuple[int, int]:
     return (tensor.start, tensor.local.numel()) if isinstance(tensor, FlatShard) else (0, tensor.numel())
 
 
-def _place(tensor: torch.Tensor, offset: int, crc32: list[int]) -> dict[str, Any]:
+def _place(tensor: torch.Tensor, offset: int, crc32: list[int]) -> shard_index.Place:
     start, numel = _cut(tensor)
     return {"start": start, "numel": numel, "offset": offset, "crc32": crc32}
 

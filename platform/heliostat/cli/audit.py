@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from heliostat.cli.common import RUNS, Json, Run, TrackingUri, app, finish, flag, out, print_table, store_uri
 from heliostat.errors import VerifyError
+
+if TYPE_CHECKING:
+    from heliostat.checkpoint.retention import Row
+    from heliostat.runs.samples import Sample
 
 
 @app.command(rich_help_panel=RUNS)
@@ -28,10 +32,10 @@ def checkpoints(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> No
     finish({"run_folder": str(place), "checkpoints": rows}, json_)
 
 
-def _checkpoint_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+def _checkpoint_cells(rows: list[Row]) -> list[list[str]]:
     table = [["step", "written", "MB", "workers", "ZeRO", "kept as", "scores"]]
     for row in rows:
-        facts = [f"{row['step']:,}", "torn", f"{row['bytes'] / 1e6:,.1f}", "", "", "", row["fault"]]
+        facts = [f"{row['step']:,}", "torn", f"{row['bytes'] / 1e6:,.1f}", "", "", "", row["fault"] or ""]
         if row["whole"]:
             written = datetime.fromtimestamp(row["written"]).isoformat(sep=" ", timespec="seconds")
             scores = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row["metrics"].items() if v is not None)
@@ -89,7 +93,7 @@ def samples(
     finish({"step": step, "samples": found}, json_)
 
 
-def _print_sample(sample: dict[str, Any], full: bool) -> None:
+def _print_sample(sample: Sample, full: bool) -> None:
     where = "lane {lane}, place {place}: {source}/{shard}, row group {row_group}, row {row}, epoch {epoch}"
     out.print(where.format(**sample), style="bold")
     if bad := sample["replaces"]:

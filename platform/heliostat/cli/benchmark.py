@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -73,7 +73,7 @@ def _follow(tasks: Benchmark, model: str, every: int, to: str, uri: str, json_: 
     from heliostat.storage.locations import Location
     from heliostat.tracking.models import find_run
 
-    def told(step: int, result: dict[str, Any]) -> None:
+    def told(step: int, result: dict[str, object]) -> None:
         if not json_:
             out.print(shown.line(step, result))
 

@@ -17,6 +17,7 @@ HEADS = {
     "lost": "samples lost", "repeated": "samples repeated", "loss_difference": "final loss difference", "goodput": "goodput",
 }  # fmt: skip
 ISSUE = "kill-worker,kill-node,hang,sigterm,s3-503,corrupt-shard,torn-checkpoint,mlflow-down,disk-full"
+Row = dict[str, Any]  # of the comparison, as `--json` prints it
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -46,13 +47,13 @@ def chaos(
     finish({"faults": rows}, json_, fault)
 
 
-def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def table(rows: list[Row]) -> list[list[str]]:
     """Formats the rows as text, the columns' names first."""
     return [list(HEADS.values()), *(cells(row) for row in rows)]
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    def text(key: str, value: Any) -> str:
+def cells(row: Row) -> list[str]:
+    def text(key: str, value: object) -> str:
         if value is None:
             return "-"
         if key.endswith("_s"):

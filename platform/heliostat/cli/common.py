@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +35,7 @@ PANELS = (DATA, TRAINING, MODELS, RUNS, SWEEPS, CLUSTERS, JOBS)  # in this order
 class Commands(typer.core.TyperGroup):
     """Lists the commands of one heading together."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def list_commands(self, ctx: object) -> list[str]:
         panels = {name: getattr(command, "rich_help_panel", None) for name, command in self.commands.items()}
         return sorted(self.commands, key=lambda name: PANELS.index(panels[name]) if panels[name] in PANELS else len(PANELS))
 
@@ -46,7 +46,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
 class Printer(Console):
     """Prints to standard output, so that what comes from data moves no cursor and marks up nothing."""
 
-    def print(self, *objects: Any, **options: Any) -> None:
+    def print(self, *objects: object, **options: Any) -> None:
         super().print(*(printable(o, lines=True) if isinstance(o, str) else o for o in objects), **{"markup": False, **options})
 
 
@@ -148,7 +148,7 @@ def store_uri(given: str | None) -> str:
     return given or default_uri()
 
 
-def finish(result: dict[str, Any], json_: bool, fault: HeliostatError | None = None) -> None:
+def finish(result: Mapping[str, object], json_: bool, fault: HeliostatError | None = None) -> None:
     """Prints a command's result as one JSON object, if it is asked for; raises `fault`, which then carries the result."""
     if fault:
         fault.found = result
@@ -157,12 +157,12 @@ def finish(result: dict[str, Any], json_: bool, fault: HeliostatError | None = N
         write_json(result)
 
 
-def write_json(result: dict[str, Any]) -> None:
+def write_json(result: Mapping[str, object]) -> None:
     """Writes one object on one line; JSON has no NaN and no infinity, so they are null."""
     sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from heliostat.cli.common import DATA, HELP, Json, TrackingUri, app, finish, out, print_table, store_uri
 from heliostat.errors import ConfigError
 
+if TYPE_CHECKING:
+    from heliostat.data.manifest import Manifest
+    from heliostat.tracking.lineage_of_documents import Reached
+
 MOST = 20  # documents, samples and steps that are printed; --json has all
+Told = dict[str, Any]  # what the command prints, as `--json` prints it
 
 Dataset = Annotated[
     str, typer.Argument(help="A dataset made with stages: a folder or s3:// URI", metavar="DATASET", show_default=False)
@@ -23,7 +28,7 @@ Id = Annotated[
 Text = Annotated[Path | None, typer.Option("--text", help="The document with the text of this file", metavar="FILE")]
 
 
-def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> tuple[Any, list[dict[str, Any]]]:
+def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> tuple[Manifest, list[Told]]:
     from heliostat.curation.text.trace import find
     from heliostat.data import manifest
     from heliostat.storage.locations import Location
@@ -69,7 +74,7 @@ def report(
     finish({"file": str(to), "dataset": str(made.location), "digest": made.digest, **_stages(told)}, json_)
 
 
-def _stages(told: dict[str, Any]) -> dict[str, Any]:
+def _stages(told: Told) -> Told:
     """Sums up the funnel: of each stage what came, was kept and dropped, and its seconds."""
     names = ("documents", "bytes", "kept", "kept_bytes", "dropped", "counts")
     parts = {name: {k: part[k] for k in names if k in part} for name, part in told["funnel"].items()}
@@ -133,7 +138,7 @@ def forget(
     finish(result, json_)
 
 
-def _ways(made: Any, id: str, mlflow: str | None) -> dict[str, Any]:
+def _ways(made: Manifest, id: str, mlflow: str | None) -> Told:
     """Tells where a document lies, who stayed in its place, and who trained on it."""
     from heliostat.curation import reasons
     from heliostat.curation.text import trace as tracing
@@ -144,7 +149,7 @@ def _ways(made: Any, id: str, mlflow: str | None) -> dict[str, Any]:
     return {"shard": told["shard"], "instead": told["instead"], "runs": _runs(made, id, None, mlflow)}
 
 
-def _print_forgotten(told: dict[str, Any]) -> None:
+def _print_forgotten(told: Told) -> None:
     tokens = f", {told['tokens']:,} tokens" if told["tokens"] else ""
     out.print(f"dataset {told['dataset']} is ready: {told['documents']:,} documents{tokens}, digest {told['digest'][:12]}, "
               f"without {', '.join(told['forgotten'])}")  # fmt: skip
@@ -158,7 +163,7 @@ def _print_forgotten(told: dict[str, Any]) -> None:
     out.print("  the dataset that it was in, that one's earlier versions, the input and the runs' models still hold it")
 
 
-def _runs(made: Any, id: str, run: str | None, mlflow: str | None) -> list[dict[str, Any]]:
+def _runs(made: Manifest, id: str, run: str | None, mlflow: str | None) -> list[Reached]:
     """Finds the runs that have trained on a document."""
     from heliostat.tracking import mlflow_client
     from heliostat.tracking.lineage_of_documents import Trained
@@ -170,7 +175,7 @@ def _runs(made: Any, id: str, run: str | None, mlflow: str | None) -> list[dict[
         return Trained(client, made, id).runs(only)
 
 
-def _print(told: dict[str, Any]) -> None:
+def _print(told: Told) -> None:
     out.print(told["id"], style="bold")
     read = dict(told["read"])
     where = "".join(
@@ -198,7 +203,7 @@ def _print(told: dict[str, Any]) -> None:
     _print_runs(told)
 
 
-def _did(stage: dict[str, Any]) -> str:
+def _did(stage: Told) -> str:
     reason = f" ({stage['reason']}: {stage['what']})" if stage["what"] else f" ({stage['reason']})" if stage["reason"] else ""
     size = stage.get("bytes") if stage["did"] == "changed" else None
     text = stage["did"] + reason + (f", {stage['detail']}" if stage["detail"] else "")
@@ -211,7 +216,7 @@ def _did(stage: dict[str, Any]) -> str:
     return text + (f"; {', '.join(figures)}" if figures else "")
 
 
-def _print_runs(told: dict[str, Any]) -> None:
+def _print_runs(told: Told) -> None:
     for row in told["runs"]:
         steps = ", ".join(f"{step:,}" for step in row["steps"][:MOST]) + (" ..." if len(row["steps"]) > MOST else "")
         how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "none by itself"

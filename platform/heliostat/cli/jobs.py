@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -20,7 +21,8 @@ from heliostat.terminal import duration
 if TYPE_CHECKING:
     from heliostat.cluster.endpoint import Endpoint
     from heliostat.config.spec import Job
-    from heliostat.submit.jobs import Jobs
+    from heliostat.submit.jobs import Jobs, Submitted
+    from heliostat.submit.progress import Progress
     from heliostat.submit.submission import Record
 
 Target = Annotated[str | None, typer.Option("--cluster", "-c", help="A cluster file, an address, or a local cluster's name")]
@@ -85,11 +87,11 @@ def send(jobs: Jobs, wanted: Record, flags: tuple[str, ...], follow: bool, json_
         return
     for text in jobs.follow(job_id):
         _write(text, sys.stderr if json_ else sys.stdout)
-    found = jobs.get(job_id)
-    told: dict[str, Any] = {"id": job_id, "status": found["status"], "run_folder": wanted.run_folder}
-    if code := exit_code(found):
-        told["error"] = {"type": "JobError", "message": found["message"], "exit_code": code}
-    finish(told, json_)
+    ended = jobs.get(job_id)
+    result: dict[str, object] = {"id": job_id, "status": ended["status"], "run_folder": wanted.run_folder}
+    if code := exit_code(ended):
+        result["error"] = {"type": "JobError", "message": ended["message"], "exit_code": code}
+    finish(result, json_)
     sys.exit(code)
 
 
@@ -106,11 +108,11 @@ def jobs(cluster: Target = None, json_: Json = False) -> None:
     finish({"jobs": found}, json_)
 
 
-def _cells(jobs: list[dict[str, Any]]) -> list[list[str]]:
+def _cells(jobs: list[Submitted]) -> list[list[str]]:
     rows = [["job", "status", "began", "queue"]]
     for j in jobs:
         began = datetime.fromtimestamp(j["started"]).isoformat(sep=" ", timespec="seconds") if j["started"] else ""
-        rows.append([j["id"], j["status"].lower(), began, j["metadata"].get("queue") or ""])
+        rows.append([str(j["id"]), j["status"].lower(), began, j["metadata"].get("queue") or ""])
     return rows
 
 
@@ -129,7 +131,7 @@ def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
     finish(found, json_)
 
 
-def _progress(folder: str, steps: int, metadata: dict[str, Any]) -> dict[str, Any]:
+def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> Progress:
     from heliostat.storage.locations import Location
     from heliostat.submit import progress
 
@@ -195,21 +197,20 @@ def stop(
 ) -> None:
     """Stop a job; it saves a checkpoint first, unless --now."""
     from heliostat.cluster.endpoint import endpoint
-    from heliostat.storage.locations import BUDGET
+    from heliostat.storage.retries import BUDGET
     from heliostat.submit.jobs import Jobs
     from heliostat.submit.submission import Record
 
     record = Record.read(id_)
     with endpoint(cluster or (record.cluster if record else None)) as there:
-        found = Jobs(there).stop(id_, now)
+        stopped = Jobs(there).stop(id_, now)
     if now:  # the store may be why
         os.environ[BUDGET] = "3"
-    found["progress"] = _progress(found["metadata"]["run"], int(found["metadata"]["steps"]), found["metadata"])
+    p = _progress(stopped["metadata"]["run"], int(stopped["metadata"]["steps"]), stopped["metadata"])
     if not json_:
-        p = found["progress"]
         at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"
-        out.print(f"{id_}: {found['status'].lower()}{at}; go on with `heliostat resume {id_}`")
-    finish(found, json_)
+        out.print(f"{id_}: {stopped['status'].lower()}{at}; go on with `heliostat resume {id_}`")
+    finish({**stopped, "progress": p}, json_)
 
 
 @app.command(rich_help_panel=JOBS)

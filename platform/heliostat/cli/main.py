@@ -16,7 +16,7 @@ import atexit
 import logging
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import typer
 
@@ -29,7 +29,7 @@ from heliostat.text import printable
 
 # isort: off
 # They register their commands, in the order in which `heliostat --help` lists those of a heading
-from heliostat.cli import init, data, curation, train, plan, chaos, inference, benchmark  # noqa: F401
+from heliostat.cli import data, curation, train, plan, chaos, inference, benchmark  # noqa: F401
 from heliostat.cli import retrieval, serving, runs, audit, tune, cluster, jobs  # noqa: F401
 # isort: on
 
@@ -98,7 +98,13 @@ def _run(json_: bool, verbose: bool) -> int:
     return told["exit_code"]
 
 
-def described(error: BaseException) -> dict[str, Any]:
+class Described(TypedDict):
+    type: str
+    message: str
+    exit_code: int
+
+
+def described(error: BaseException) -> Described:
     """Describes an error as the `error` of a JSON answer."""
     kind, message, code = type(error).__name__, str(error), getattr(error, "exit_code", 1)
     if isinstance(error, KeyboardInterrupt | typer.Abort):

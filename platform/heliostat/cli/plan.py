@@ -11,6 +11,7 @@ from heliostat.cli.common import TRAINING, JobFile, Json, Settings, TrackingUri,
 from heliostat.errors import ConfigError
 
 GIB = 1 << 30
+Plan = dict[str, Any]  # as `plan.planner` makes it, and `--json` prints it
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -47,7 +48,7 @@ def plan(
     finish(found, json_, None if fits else ConfigError(f"{job}: no layout fits on {found['workers']} workers; use more"))
 
 
-def show_ranking(p: dict[str, Any]) -> None:
+def show_ranking(p: Plan) -> None:
     out.print(f"{p['name']}: {parameters(p)} on {p['workers']} workers of {p['device']['name']} (estimates)")
     rows = [["stage", "parallel", "micro-batch", "checkpointing", "offload", "GiB", "s a step", "MFU", "why"]]
     for one in p["layouts"]:
@@ -80,7 +81,7 @@ def replayed(which: bool | int | str) -> str:
     return which if isinstance(which, str) else f"{which} layer{'s' * (which > 1)}"
 
 
-def parameters(p: dict[str, Any]) -> str:
+def parameters(p: Plan) -> str:
     """Writes how many parameters a planned model has, and of a mixture of experts how many a token meets."""
     total, active = p["parameters"]["total"], p["parameters"]["active"]
     return f"{total:,} parameters" + (f", {active:,} of them active for a token," if active < total else "")
@@ -92,7 +93,7 @@ def _checkpointing(which: bool | int | str) -> str:
     return f", {kind}activation checkpointing{of}" if which else ""
 
 
-def lines(p: dict[str, Any]) -> list[str]:
+def lines(p: Plan) -> list[str]:
     """Writes the plan as a person reads it."""
     m, s, r, c, link = p["memory"], p["speed"], p["run"], p["checkpoint"], p["communication"]
     name = p["device"]["name"]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from heliostat.apps.search.search import Index
 
 SHOWN = 600  # characters of a passage that are printed; --json has all
+Told = dict[str, Any]  # what the command prints, as `--json` prints it
 
 
 @app.command("index-documents", rich_help_panel=DATA)
@@ -52,7 +53,7 @@ def _resolved(model: str | None, mlflow: str | None) -> Path | None:
     return resolve(model, store_uri(mlflow)) if model else None
 
 
-def _print_made(made: dict[str, Any], to: str) -> None:
+def _print_made(made: Told, to: str) -> None:
     size = f"{made['documents']:,} documents in {made['passages']:,} passages"
     if not made["new"] and not made["added"] + made["deleted"]:
         out.print(f"{to} is up to date: {size} of {made['dataset']['digest'][:12]}")
@@ -130,7 +131,7 @@ def ask(
     finish(told, json_)
 
 
-def _print_found(told: dict[str, Any]) -> None:
+def _print_found(told: Told) -> None:
     passages, answer = told["passages"], told.get("answer")
     if answer:
         out.print(answer["text"])
@@ -150,7 +151,7 @@ def _print_found(told: dict[str, Any]) -> None:
         out.print("no passage has a word of the question")
 
 
-def _scores(passage: dict[str, Any]) -> str:
+def _scores(passage: Told) -> str:
     """Says what has scored a passage: first what its place in the list is by."""
     found = f"{passage['scored_by']} score {passage['score']:.4g}"
     if "rerank_score" not in passage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +26,9 @@ from heliostat.cli.common import (
 )
 from heliostat.errors import ConfigError
 from heliostat.redact import redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 @app.command(rich_help_panel=RUNS)
@@ -107,8 +110,8 @@ def lineage(
     finish(found, json_)
 
 
-def _backwards(client: Any, shard: str | None, dataset: str | None, json_: bool) -> None:
-    from heliostat.tracking.lineage_of_data import Seen
+def _backwards(client: MlflowClient, shard: str | None, dataset: str | None, json_: bool) -> None:
+    from heliostat.tracking.lineage import Seen
 
     rows = Seen(client).answer(shard, dataset)
     if not json_:

@@ -8,11 +8,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heliostat.cli.common import TRAINING, JobFile, Json, Settings, Verbose, app, finish, flag, out, program, store_uri
-from heliostat.errors import ConfigError
+from heliostat.cli.common import (
+    TRAINING,
+    JobFile,
+    Json,
+    Settings,
+    Verbose,
+    app,
+    finish,
+    flag,
+    out,
+    print_table,
+    program,
+    store_uri,
+)
+from heliostat.errors import ConfigError, NumericsError
+from heliostat.terminal import console
 
 if TYPE_CHECKING:
     from heliostat.config.spec import Job
+    from heliostat.runs.summary import Ending
+    from heliostat.validation.check import Checked
+
+SHOWN = 8  # differences of `check --numerics`
+Found = dict[str, Any]  # as `numerics.check` makes it, and `--json` prints it
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -34,27 +53,75 @@ def check(
     if numerics and offline:
         raise ConfigError("--numerics: plays the job's own samples, which --offline leaves out; give one of the two")
     wanted = checks.load_job(job, setting)
-    found: dict[str, Any] = {"file": str(job), "name": wanted.name, "offline": offline}
+    found: dict[str, object] = {"file": str(job), "name": wanted.name, "offline": offline}
     if offline:
         checks.check_job(wanted)
-        told = "the file and the model are right; datasets, stores and machines were not looked at"
+        right = "the file and the model are right; datasets, stores and machines were not looked at"
     else:
         from heliostat.plan import auto
 
         checked = checks.check(auto.settled(wanted, cluster), cluster)
         shape, steps, samples = checked.plan.shape, checked.job.train.steps, int(checked.order.epoch_samples.sum())
-        found |= {"samples": samples, "steps": steps, "epochs": steps * shape.batch / samples, "lanes": shape.lanes,
+        epochs = steps * shape.batch / samples
+        found |= {"samples": samples, "steps": steps, "epochs": epochs, "lanes": shape.lanes,
                   "steps_per_block": shape.steps_per_block, "window": shape.window}  # fmt: skip
-        told = (f"right. {samples:,} training samples, {found['epochs']:.2f} epochs in {steps:,} steps; "
+        right = (f"right. {samples:,} training samples, {epochs:.2f} epochs in {steps:,} steps; "
                 f"{shape.lanes} lanes, blocks of {shape.steps_per_block} steps, windows of {shape.window:,} samples")  # fmt: skip
     if not json_:
-        out.print(f"{job}: {told}")
+        out.print(f"{job}: {right}")
     fault = None
     if numerics:
-        from heliostat.cli.numerics import show
-
-        found["numerics"], fault = show(job, checked, quiet=json_)
+        found["numerics"], fault = _show_numerics(job, checked, quiet=json_)
     finish(found, json_, fault)
+
+
+def _show_numerics(job: Path, checked: Checked, quiet: bool) -> tuple[Found, NumericsError | None]:
+    """Checks the numerics and prints them unless `quiet`; returns what was found, and the error to end with if they differ."""
+    from heliostat.numerics import check as numerics
+
+    with console.status("playing some steps on two workers, and beside them"):
+        found = numerics.check(checked)
+    if not quiet:
+        for line in _recomputed(found["trial"]):
+            out.print(line)
+        print_table(_table(found["rows"]), left=(0, 4))
+    if found["ok"]:
+        if not quiet:
+            out.print(
+                f"{job}: the same numbers as one plain process of torch in fp32, within {found['trial']['precision']}'s limits"
+            )
+        return found, None
+    return found, NumericsError(f"{job}: {explain(found['faults'])}")
+
+
+def _recomputed(t: Found) -> list[str]:
+    where = "GPUs" if t["gpus"] else "CPUs"
+    tokens = f" of {t['sequence_length']:,} tokens" if t["sequence_length"] else ""
+    return [
+        f"{t['model']}; {t['optimizer']}, {t['precision']}, ZeRO stage {t['stage']}, {t['workers']} workers on {where}",
+        f"{t['steps']} steps of {t['global_batch']} samples{tokens} in micro-batches of {t['micro_batch']}; "
+        f"from step {t['resumed']['step']} also on {t['resumed']['workers']} worker at stage {t['resumed']['stage']}",
+    ]
+
+
+def _table(rows: list[Found]) -> list[list[str]]:
+    head = ["", "compared", "worst", "limit", "where"]
+    return [head, *([r["what"], f"{r['count']:,}", _number(r["worst"]), _number(r["limit"]), _where(r)] for r in rows)]
+
+
+def _where(row: Found) -> str:
+    return ("" if row["worst"] == 0 else row["where"]) + (f"  DIFFERS ({row['faults']})" if row["faults"] else "")
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def explain(faults: list[Found]) -> str:
+    """Lists the differences, those with a known cause and the largest first."""
+    ordered = sorted(faults, key=lambda f: (f["step"], not f["cause"], -f["difference"]))
+    more = f"\n  and {len(ordered) - SHOWN:,} more" if len(ordered) > SHOWN else ""
+    return "the numbers differ from those of one plain process\n  " + "\n  ".join(f["text"] for f in ordered[:SHOWN]) + more
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -109,7 +176,7 @@ def train(
     finish(result, json_)
 
 
-def _print_result(result: dict[str, Any]) -> None:
+def _print_result(result: Ending) -> None:
     for sample in result["samples"]:
         out.rule(f"prompt: {sample['prompt']!r}", align="left")
         out.print(sample["prompt"] + sample["text"])
@@ -131,7 +198,7 @@ def _print_result(result: dict[str, Any]) -> None:
     out.print(f"model {result['model_uri'] or 'not logged'}, run {result['run_id']}, checkpoint {result['checkpoint']}")
 
 
-def next_commands(result: dict[str, Any], job: Job, usual: str) -> list[str]:
+def next_commands(result: Ending, job: Job, usual: str) -> list[str]:
     """Lists commands that work with what this run has made: its model, folder, and MLflow store if that is not the `usual`."""
     store = [] if job.mlflow.uri == usual else ["--mlflow", job.mlflow.uri]
     uri = result["model_uri"] or ""  # of a recipe that is not served: none

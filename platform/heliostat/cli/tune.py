@@ -12,6 +12,8 @@ from heliostat.cli.common import SWEEPS, Json, Settings, Verbose, app, finish, f
 from heliostat.cli.jobs import Follow, Queue, Target, checked, send
 from heliostat.errors import ConfigError
 
+Result = dict[str, Any]  # of a sweep, as `--json` prints it
+
 DEFAULT_STORAGE = ".heliostat/runs"
 Storage = Annotated[str, typer.Option(help="Where runs and sweeps live: a folder or s3:// prefix")]
 SweepName = Annotated[
@@ -119,7 +121,7 @@ def _submit(
         send(Jobs(there), record, flags, follow, json_)
 
 
-def _carry(folder: str, big: Path, json_: bool) -> dict[str, Any]:
+def _carry(folder: str, big: Path, json_: bool) -> Result:
     from dataclasses import asdict
 
     from heliostat.storage.locations import Location
@@ -154,7 +156,7 @@ def write_best(sweep: str) -> Path:
     return path
 
 
-def _print(result: dict[str, Any], top: int) -> None:
+def _print(result: Result, top: int) -> None:
     from heliostat.tune import report
 
     print_table(report.cells(result["trials"][:top]), left=())

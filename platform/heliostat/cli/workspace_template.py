@@ -19,7 +19,8 @@ def create(folder: Path) -> list[str]:
 
     A `.gitignore` that is there gets the lines that it lacks.
     """
-    template = {(IGNORED if path == "gitignore" else path): file for path, file in _files(files("heliostat") / "template", "")}
+    shipped = _files(files("heliostat.cli") / "template", "")
+    template = {(IGNORED if path == "gitignore" else path): file for path, file in shipped}
     try:
         _refuse(folder, list(template))
         for path, file in template.items():

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
-from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.cluster.cluster_file import ClusterFile, Section
 from heliostat.cluster.exposure import docker_options
 
 BROAD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -29,13 +28,13 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
     yield from _aws(cluster) if cluster.provider == "aws" else _gcp(cluster)
 
 
-def _nodes(cluster: ClusterFile) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], bool]]:
+def _nodes(cluster: ClusterFile) -> Iterator[tuple[str, Section, Section, bool]]:
     """Yields (key of its node_config, node_config, node type, whether it has GPUs) of every node type."""
     for name, node in (cluster.raw.get("available_node_types") or {}).items():
         yield f"available_node_types.{name}.node_config", node.get("node_config") or {}, node, bool(_gpus(node))
 
 
-def _gpus(node: dict[str, Any]) -> float:
+def _gpus(node: Section) -> float:
     return (node.get("resources") or {}).get("GPU", 0)
 
 

@@ -21,6 +21,7 @@ from heliostat.text import brief
 
 ACCELERATOR = "ray.io/accelerator-type"  # Ray's own label of a node's GPU
 GPU_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu")
+Section = dict[str, Any]  # a mapping of a cluster file, or of an answer of its tool, whose schema is the tool's own
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class ClusterFile:
     path: Path
     kind: str
     name: str
-    raw: dict[str, Any]
-    others: tuple[dict[str, Any], ...] = ()
+    raw: Section
+    others: tuple[Section, ...] = ()
 
     @cached_property
     def pools(self) -> tuple[Pool, ...]:
@@ -74,7 +75,7 @@ class ClusterFile:
         return self.raw.get("metadata", {}).get("namespace", "default")
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Section:
         """Returns the RayCluster spec of a KubeRay manifest."""
         return self.raw["spec"]["rayClusterSpec"] if self.kind == "RayJob" else self.raw["spec"]
 
@@ -131,14 +132,14 @@ def read(path: Path) -> ClusterFile:
     )
 
 
-def _documents(path: Path) -> list[dict[str, Any]]:
+def _documents(path: Path) -> list[Section]:
     found = documents(path)
     if not found or not all(isinstance(d, dict) for d in found):
         raise ConfigError(f"{path}: must hold mappings of keys to values")
     return found
 
 
-def _launcher_pools(raw: dict[str, Any]) -> Iterator[Pool]:
+def _launcher_pools(raw: Section) -> Iterator[Pool]:
     docker = raw.get("docker") or {}
     for name, node in (raw.get("available_node_types") or {}).items():
         head, resources, config = name == raw.get("head_node_type"), node.get("resources") or {}, node.get("node_config") or {}
@@ -163,12 +164,12 @@ def _launcher_pools(raw: dict[str, Any]) -> Iterator[Pool]:
         )
 
 
-def groups(spec: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def groups(spec: Section) -> list[tuple[str, Section]]:
     """Lists (name, group) of a RayCluster spec, the head first."""
     return [("head", spec["headGroupSpec"]), *((g["groupName"], g) for g in spec.get("workerGroupSpecs") or [])]
 
 
-def _kuberay_pools(spec: dict[str, Any]) -> Iterator[Pool]:
+def _kuberay_pools(spec: Section) -> Iterator[Pool]:
     for name, group in groups(spec):
         head = group is spec["headGroupSpec"]
         container = group["template"]["spec"]["containers"][0]
@@ -176,7 +177,7 @@ def _kuberay_pools(spec: dict[str, Any]) -> Iterator[Pool]:
         amounts = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
         params = group.get("rayStartParams") or {}
         cpus = params.get("num-cpus", amounts.get("cpu"))
-        replicas = int(group.get("replicas", group.get("minReplicas", 0)))
+        replicas = int(group["replicas"] if "replicas" in group else group.get("minReplicas", 0))
         yield Pool(
             name=name,
             head=head,
@@ -189,7 +190,7 @@ def _kuberay_pools(spec: dict[str, Any]) -> Iterator[Pool]:
         )
 
 
-def quantity(text: Any) -> float:
+def quantity(given: object) -> float:
     """Parses a Kubernetes quantity of CPUs or GPUs: 8, "8" or "500m"."""
-    text = str(text)
+    text = str(given)
     return float(text[:-1]) / 1000 if text.endswith("m") else float(text)

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import psutil
 import ray
 
-from heliostat.cluster import private, private_ray, start
+from heliostat.cluster import private, private_ray, ray_internals, start
 from heliostat.cluster.capacity import require_gpus
 from heliostat.cluster.private_ray import AUTHENTICATION, LOOPBACK, UNTOLD, token_file, worker_environment
 from heliostat.cluster.zygote import launching
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 END_S = 5.0  # for the processes of a private Ray to end by themselves
 
 
-def remote_environment(gpus: float) -> dict[str, Any]:
+def remote_environment(gpus: float) -> dict[str, dict[str, str]]:
     """Returns the runtime environment of workers on a cluster named by RAY_ADDRESS; empty on a private Ray, which inherits it."""
     return {"env_vars": worker_environment(gpus)} if os.environ.get("RAY_ADDRESS") else {}
 
@@ -41,7 +41,7 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    options: dict[str, object] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         start.init(address="auto", **options)
         if ray.available_resources().get("CPU", 0.0) < 1:
@@ -106,7 +106,7 @@ def disconnect() -> None:
     """Leaves a cluster, or ends a private Ray and kills what is left of it: an actor's process may hang in its own exit."""
     if not ray.is_initialized():
         return
-    node: Any = ray._private.worker._global_node
+    node = ray_internals.own_node()
     if "raylet" not in node.all_processes:  # a cluster's, which runs on
         ray.shutdown()
         return
@@ -131,7 +131,7 @@ def _without_monitors(verbose: bool) -> Iterator[None]:
     """
     from ray._private.node import Node
 
-    def nothing(node: Any, **_: Any) -> None:
+    def nothing(node: Node, **_: object) -> None:
         node._webui_url = ""
 
     names = ["start_monitor", "start_api_server", *([] if verbose else ["start_log_monitor"])]

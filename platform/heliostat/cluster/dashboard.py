@@ -9,7 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from heliostat.cluster import private
 
@@ -46,8 +46,20 @@ def probe(url: str, token: str | None = None) -> int:
     return get(f"{url}/api/version", token, 3.0)[0]
 
 
-def node_table(url: str, token: str | None) -> list[dict[str, Any]]:
-    """Lists the id, address, liveness, resources and labels of every node that ever belonged to the cluster."""
+class Member(TypedDict):
+    """Describes a node that belongs to the cluster, or did."""
+
+    id: str
+    address: str
+    alive: bool
+    head: bool
+    cpus: float
+    gpus: float
+    labels: dict[str, str]
+
+
+def node_table(url: str, token: str | None) -> list[Member]:
+    """Lists every node that ever belonged to the cluster."""
     status, raw = get(f"{url}/api/v0/nodes?limit=10000&detail=1", token)
     if status != 200 or not raw.get("result"):
         return []

@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from typing import Any
 
-from heliostat.cluster.cluster_file import ClusterFile, groups
+from heliostat.cluster.cluster_file import ClusterFile, Section, groups
 
 DOCKER_OPTIONS = ("run_options", "head_run_options", "worker_run_options")
 LOOPBACK = ("127.", "localhost", "::1")
@@ -52,7 +51,7 @@ def _asks_for_token(command: str) -> bool:
 
 def docker_options(cluster: ClusterFile) -> Iterator[tuple[str, list[str]]]:
     """Yields (key, words) of every list of `docker run` options in a launcher file, its node types' included."""
-    places: list[tuple[str, dict[str, Any]]] = [("docker", cluster.raw.get("docker") or {})]
+    places: list[tuple[str, Section]] = [("docker", cluster.raw.get("docker") or {})]
     for name, node in (cluster.raw.get("available_node_types") or {}).items():
         places.append((f"available_node_types.{name}.docker", node.get("docker") or {}))
     for where, docker in places:
@@ -68,7 +67,7 @@ def _words(option: str) -> list[str]:
         return option.split()
 
 
-def _kuberay(spec: dict[str, Any]) -> Iterator[str]:
+def _kuberay(spec: Section) -> Iterator[str]:
     if (spec.get("authOptions") or {}).get("mode") != "token":
         yield "authOptions: Ray asks for no token; set mode: token"
     head = spec["headGroupSpec"]

@@ -12,11 +12,10 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
-from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.cluster.cluster_file import ClusterFile, Section
 from heliostat.cluster.endpoint import tool
 from heliostat.errors import ClusterError
 
@@ -105,17 +104,17 @@ class Asker:
                 log.warning("%s; the operator's events are not shown", e)
             return []
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Section:
         """Returns the resource's status, empty where it cannot be read; ClusterError after FAILURES in a row."""
         try:
-            found = _status(self.cluster)
+            current = _status(self.cluster)
         except ClusterError:
             self.failed += 1
             if self.failed >= FAILURES:
                 raise
             return {}
         self.failed = 0
-        return found
+        return current
 
 
 def _is_of(event: Event, cluster: ClusterFile) -> bool:
@@ -135,7 +134,7 @@ def _create(cluster: ClusterFile) -> None:
     tool(["kubectl", "create", "-f", "-"], what, given=yaml.safe_dump(cluster.raw))
 
 
-def _note(cluster: ClusterFile, status: dict[str, Any]) -> str | None:
+def _note(cluster: ClusterFile, status: Section) -> str | None:
     """Returns what to tell the person once waiting is over; None while it isn't; ClusterError if the start failed."""
     where = f"kubectl -n {cluster.namespace} get {cluster.kind.lower()} {cluster.name}"
     if cluster.kind == "RayJob":
@@ -156,7 +155,7 @@ def _note(cluster: ClusterFile, status: dict[str, Any]) -> str | None:
     return None
 
 
-def _status(cluster: ClusterFile) -> dict[str, Any]:
+def _status(cluster: ClusterFile) -> Section:
     command = ["kubectl", "-n", cluster.namespace, "get", cluster.kind.lower(), cluster.name, "-o", "json"]
     return json.loads(tool(command, f"reading the status of {cluster.name}", 60)).get("status") or {}
 

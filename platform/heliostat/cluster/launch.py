@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from heliostat import extras
 from heliostat.cluster import cluster_file, kuberay, local
@@ -18,7 +20,17 @@ log = logging.getLogger(__name__)
 UP_S = 3600.0  # clouds may take long to find machines
 
 
-def up(cluster: ClusterFile, restart: bool = False) -> dict[str, Any]:
+class Outcome(TypedDict):
+    """Describes what was done to a cluster: `nodes` that were started, or `processes` that were ended, of a local one."""
+
+    name: str
+    note: str
+    url: NotRequired[str]
+    nodes: NotRequired[int]
+    processes: NotRequired[int]
+
+
+def up(cluster: ClusterFile, restart: bool = False) -> Outcome:
     """Starts a cluster, or joins a running one; only with `restart` is Ray started anew where it runs, which ends jobs."""
     if cluster.local:
         state = local.up(cluster, restart)
@@ -50,7 +62,7 @@ def launcher(cluster: ClusterFile, restart: bool) -> list[str]:
     return ["ray", "up", "--yes", *([] if restart else ["--no-restart"]), str(cluster.path)]
 
 
-def down(target: str) -> dict[str, Any]:
+def down(target: str) -> Outcome:
     """Stops a cluster: `target` is a cluster file, or the name of a local cluster."""
     if not target.endswith((".yaml", ".yml")):
         return _down_local(target)
@@ -81,7 +93,7 @@ def _stop_hosts(cluster: ClusterFile) -> None:
             log.warning("%s; if the host is there, Ray may still run on it", e)
 
 
-def _down_local(name: str) -> dict[str, Any]:
+def _down_local(name: str) -> Outcome:
     state = local.read(name)
     if state is None:
         have = ", ".join(s.name for s in local.known()) or "none"

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from heliostat.cluster.cluster_file import ClusterFile, groups
+from heliostat.cluster.cluster_file import ClusterFile, Section, groups
 
 METRICS, DASHBOARD, DNS = 8080, 8265, 53
 NAMES = {METRICS: ("metrics",), DASHBOARD: ("dashboard",), DNS: ("dns",)}  # by which policies may name the ports
@@ -21,7 +20,7 @@ GATES = {"networkPolicy": "RayClusterNetworkPolicy", "tlsOptions": "RayClusterMT
 MADE = {"ray.io/is-ray-node": "yes", "app.kubernetes.io/name": "kuberay", "app.kubernetes.io/created-by": "kuberay-operator"}
 SUBMITTER = "submitter"  # the pod that submits a RayJob; it listens to nothing
 
-Rule = dict[str, Any]  # of Kubernetes: from or to, and ports
+Rule = Section  # of Kubernetes: from or to, and ports
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class PodKind:
     """Describes the pods of one group of the cluster, or a RayJob's submitter."""
 
     name: str
-    template: dict[str, Any]
+    template: Section
     made: dict[str, str] = field(default_factory=dict)  # labels that KubeRay adds
 
     @property
@@ -73,13 +72,13 @@ def _kinds(cluster: ClusterFile) -> list[PodKind]:
     for name, group in workers:
         made = {**MADE, **named, "ray.io/node-type": "worker", "ray.io/group": name}
         kinds.append(PodKind(name, group["template"], made))
-    job: dict[str, Any] = cluster.raw["spec"] if cluster.kind == "RayJob" else {"submissionMode": ""}
+    job: Section = cluster.raw["spec"] if cluster.kind == "RayJob" else {"submissionMode": ""}
     if job.get("submissionMode", "K8sJobMode") == "K8sJobMode":
         kinds.append(PodKind(SUBMITTER, job.get("submitterPodTemplate") or {}))
     return kinds
 
 
-def _policies(cluster: ClusterFile) -> Iterator[dict[str, Any]]:
+def _policies(cluster: ClusterFile) -> Iterator[Section]:
     for document in cluster.others:
         namespace = (document.get("metadata") or {}).get("namespace", "default")
         if document.get("kind") == "NetworkPolicy" and namespace == cluster.namespace:
@@ -96,7 +95,7 @@ def _rules(cluster: ClusterFile, kind: PodKind) -> Rules:
     return Rules(given["Ingress"], given["Egress"])
 
 
-def _selects(selector: dict[str, Any] | None, labels: dict[str, str]) -> bool:
+def _selects(selector: Section | None, labels: dict[str, str]) -> bool:
     """Checks a label selector; the empty one selects every pod."""
     selector = selector or {}
     if not (selector.get("matchLabels") or {}).items() <= labels.items():
@@ -176,7 +175,7 @@ def _open(rules: list[Rule], port: int, kinds: list[PodKind], protocol: str = "T
     return False
 
 
-def _own(peer: dict[str, Any], kinds: list[PodKind]) -> bool:
+def _own(peer: Section, kinds: list[PodKind]) -> bool:
     """Checks whether a rule's peer is none but the cluster's own pods."""
     selector = peer.get("podSelector")
     if "namespaceSelector" in peer or "ipBlock" in peer or not selector:  # an empty one selects all of the namespace
@@ -184,7 +183,7 @@ def _own(peer: dict[str, Any], kinds: list[PodKind]) -> bool:
     return any(_selects(selector, kind.labels) for kind in kinds)
 
 
-def _holds(entry: dict[str, Any], port: int, protocol: str) -> bool:
+def _holds(entry: Section, port: int, protocol: str) -> bool:
     """Checks whether an entry of a rule's ports holds one; one without a port holds all of its protocol (TCP if not given)."""
     first = entry.get("port")
     if entry.get("protocol", "TCP") != protocol:
@@ -194,7 +193,7 @@ def _holds(entry: dict[str, Any], port: int, protocol: str) -> bool:
     return first is None or first.startswith(NAMES.get(port, ()))
 
 
-def _every(entry: dict[str, Any]) -> bool:
+def _every(entry: Section) -> bool:
     """Checks whether an entry of a rule's ports holds every port of TCP, which is all that Ray's pods use."""
     first = entry.get("port")
     of_all = first is None or (first == 1 and entry.get("endPort", 0) == 65535)

@@ -8,11 +8,12 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from heliostat.cluster import ray_internals
 from heliostat.cluster.capacity import FETCHING, missing, room, starved
 from heliostat.cluster.labels import selects
 from heliostat.config.spec import Job, Workers
@@ -24,12 +25,24 @@ SAY_S, AGAIN_S = 4.0, 60.0
 NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 
+class LivingNode(TypedDict):
+    """Describes a living node of the cluster."""
+
+    host: str
+    address: str
+    cpus: float
+    gpus: float
+    accelerators: list[str]
+    memory_gib: float
+    labels: dict[str, str]
+
+
 def room_now(job: Job, held: Mapping[str, int], avoided: Collection[str] = ()) -> int:
     """Computes how many workers fit on the cluster as it is; `held`: by node, how many of the run's own are on it already.
 
     Nodes that drain, lack the workers' labels, or are `avoided` take none.
     """
-    free, leaving = ray._private.state.available_resources_per_node(), draining().union(avoided)
+    free, leaving = ray_internals.free_resources(), draining().union(avoided)
     train, data = carrying(job.workers.labels), carrying(job.data.labels)
     apart = any(cpus >= FETCHING for n, cpus in data.items() if n not in train and n not in leaving)
     return room(job.workers, {n: r for n, r in free.items() if n in train and n not in leaving}, held, apart)
@@ -42,7 +55,7 @@ def starved_now(job: Job, held: Mapping[str, int]) -> bool:
 
 def crowded_now(job: Job) -> str | None:
     """Explains, in numbers, that no node has the CPU free that reading the run's data needs; None if one has."""
-    there, free = carrying(job.data.labels), ray._private.state.available_resources_per_node()
+    there, free = carrying(job.data.labels), ray_internals.free_resources()
     left = {n: free.get(n, {}).get("CPU", 0.0) for n in there}
     if any(cpus >= FETCHING - 1e-6 for cpus in left.values()):
         return None
@@ -71,7 +84,7 @@ def missing_now(job: Job) -> str | None:
     """Explains, in numbers, which resources are missing for the job's workers; None if all of them fit."""
     if room_now(job, {}) >= job.workers.most:
         return None
-    free, leaving = ray._private.state.available_resources_per_node(), draining()
+    free, leaving = ray_internals.free_resources(), draining()
     train, data = carrying(job.workers.labels), carrying(job.data.labels)
     all_ = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["NodeID"] in train and n["NodeID"] not in leaving}
     apart = any(cpus >= FETCHING for n, cpus in data.items() if n not in train and n not in leaving)
@@ -97,12 +110,12 @@ def except_on(lost: Collection[str], labels: Mapping[str, str]) -> dict[str, str
 
 def free(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """Maps the living nodes with these labels to the resources that nobody uses."""
-    found, there = ray._private.state.available_resources_per_node(), carrying(labels)
+    found, there = ray_internals.free_resources(), carrying(labels)
     return {node: resources for node, resources in found.items() if node in there}
 
 
-def inventory() -> list[dict[str, Any]]:
-    """Lists the cluster's living nodes as plain data."""
+def inventory() -> list[LivingNode]:
+    """Lists the cluster's living nodes."""
     return [
         {
             "host": node["NodeManagerHostname"],
@@ -120,7 +133,7 @@ def inventory() -> list[dict[str, Any]]:
 
 def draining() -> set[str]:
     """Returns the ids of the nodes that drain: preempted by their provider, or drained by a person."""
-    return set(ray._private.state.state.get_draining_nodes())
+    return ray_internals.draining_nodes()
 
 
 def ask_for(workers: Workers, count: int) -> None:
@@ -140,12 +153,12 @@ def _kill(pids: list[int]) -> None:
             continue
 
 
-def kill(processes: list[dict[str, Any]]) -> None:
+def kill(processes: Collection[Mapping[str, Any]]) -> None:
     """Kills processes, given as {node, pid}, frozen ones too; waits until they have ended, at most 20 s."""
     waiting = []
     for node in Counter(p["node"] for p in processes):
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        waiting.append(_kill.options(scheduling_strategy=there).remote([p["pid"] for p in processes if p["node"] == node]))
+        affinity = NodeAffinitySchedulingStrategy(node, soft=False)
+        waiting.append(_kill.options(scheduling_strategy=affinity).remote([p["pid"] for p in processes if p["node"] == node]))
     _, late = ray.wait(waiting, num_returns=len(waiting), timeout=ENDING_S)
     if late:
         log.warning("%d nodes did not end their workers within %.0f s", len(late), ENDING_S)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from heliostat.cluster import network_policies
-from heliostat.cluster.cluster_file import GPU_RESOURCES, ClusterFile, groups
+from heliostat.cluster.cluster_file import GPU_RESOURCES, ClusterFile, Section, groups
 from heliostat.config.spec import Job
 
 RDMA = re.compile(r"^rdma/|/efa$|/ib$|/roce$|hugepages.*rdma|^vpc\.amazonaws\.com/efa$")
@@ -61,7 +60,7 @@ def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:
             )
 
 
-def _privileges(name: str, pod: dict[str, Any]) -> Iterator[str]:
+def _privileges(name: str, pod: Section) -> Iterator[str]:
     """Warns of violations of the restricted Pod Security Standard, as far as a Ray pod can meet it."""
     shared = pod.get("securityContext") or {}
     for container in pod["containers"]:
@@ -82,14 +81,14 @@ def _privileges(name: str, pod: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: container {container.get('name')}: {network[0]} registers memory; add the capability IPC_LOCK"
 
 
-def _gpu_pod(name: str, pod: dict[str, Any]) -> Iterator[str]:
+def _gpu_pod(name: str, pod: Section) -> Iterator[str]:
     if not pod.get("tolerations"):
         yield f"{name}: no tolerations: nodes with GPUs are usually tainted (nvidia.com/gpu), so the pods would wait for ever"
     if not pod.get("nodeSelector") and not pod.get("affinity"):
         yield f"{name}: no nodeSelector: the pods may land on nodes with another GPU; name the product"
 
 
-def _ending(name: str, pod: dict[str, Any]) -> Iterator[str]:
+def _ending(name: str, pod: Section) -> Iterator[str]:
     """Warns if a deleted pod does not drain its Ray node first, or has too little time for it."""
     seconds, allowed = _hook_seconds(pod), float(pod.get("terminationGracePeriodSeconds", 30))
     if seconds is None:
@@ -104,7 +103,7 @@ def _ending(name: str, pod: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _hook_seconds(pod: dict[str, Any]) -> float | None:
+def _hook_seconds(pod: Section) -> float | None:
     """Returns the seconds that the preStop hook gives the workers; None if there is no hook."""
     for container in pod["containers"]:
         command = (((container.get("lifecycle") or {}).get("preStop") or {}).get("exec") or {}).get("command") or []
@@ -113,10 +112,10 @@ def _hook_seconds(pod: dict[str, Any]) -> float | None:
     return None
 
 
-def _resources(container: dict[str, Any]) -> dict[str, Any]:
+def _resources(container: Section) -> Section:
     resources = container.get("resources") or {}
     return {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
 
 
-def _amount(pod: dict[str, Any], names: tuple[str, ...]) -> bool:
+def _amount(pod: Section, names: tuple[str, ...]) -> bool:
     return any(name in _resources(container) for container in pod["containers"] for name in names)

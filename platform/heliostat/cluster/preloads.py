@@ -6,7 +6,6 @@ A name may be of nothing that there is: what cannot be imported ahead is left to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from heliostat.config import workspace
 
@@ -37,7 +36,7 @@ OF = {  # the recipes of heliostat
 }
 
 
-def modules(recipe: str, model: Mapping[str, Any]) -> list[str]:
+def modules(recipe: str, model: Mapping[str, object]) -> list[str]:
     """Returns the modules for a job's `recipe` and `model`; not those of a user's own recipe, whose import may do anything."""
     module, _, name = recipe.partition(":")
     if workspace.BUILT_IN.get(module, module) != "heliostat.recipes":

@@ -10,13 +10,16 @@ import json
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.cluster.cluster_file import ClusterFile, Section
 from heliostat.config import workspace
 from heliostat.schema import nearest
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
 
 CRDS = "HELIOSTAT_KUBERAY_CRDS"
 CRD_FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml"}
@@ -40,17 +43,17 @@ def crd_folder() -> Path:
 
 
 @lru_cache
-def _launcher() -> dict[str, Any]:
+def _launcher() -> Section:
     """Reads Ray's schema without importing Ray, which takes a second."""
     from importlib.util import find_spec
 
-    found = find_spec("ray")
-    assert found and found.origin
-    return json.loads((Path(found.origin).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8"))
+    spec = find_spec("ray")
+    assert spec and spec.origin
+    return json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8"))
 
 
 @lru_cache
-def _crd(file: Path, api_version: str) -> dict[str, Any] | None:
+def _crd(file: Path, api_version: str) -> Section | None:
     if not file.is_file():
         return None
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte: ten times as fast
@@ -78,7 +81,7 @@ def strict(schema: Any) -> Any:
     return out
 
 
-def _lines(error: Any) -> list[str]:
+def _lines(error: ValidationError) -> list[str]:
     where = ".".join(map(str, error.absolute_path))
     dot = f"{where}." if where else ""
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):

@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 
 import psutil
 
+from heliostat.cluster import ray_internals
 from heliostat.errors import ClusterError
 
 log = logging.getLogger(__name__)
@@ -84,14 +85,12 @@ NOTICES = {"aws": aws_notice, "gcp": gcp_notice}
 def drain(seconds: float, reason: str, address: str | None = None, node_ip: str | None = None) -> str:
     """Drains this machine's node, which leaves in `seconds`, and returns the node's id; ClusterError if that fails."""
     import ray
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import autoscaler_pb2, gcs_pb2
 
     preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
     alive = gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE  # type: ignore[attr-defined]
     try:
-        client = GcsClient(address=canonicalize_bootstrap_address_or_die(address or "auto"))
+        client = ray_internals.state_client(address or "auto")
         here = node_ip or ray.util.get_node_ip_address()
         nodes = client.get_all_node_info(timeout=RETRY_S).items()
         mine = [key.hex() for key, n in nodes if n.node_manager_address == here and n.state == alive]

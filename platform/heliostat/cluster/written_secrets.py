@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from heliostat.cluster.cluster_file import ClusterFile
 
@@ -57,7 +56,7 @@ def _refers(value: str) -> bool:
     return value.lstrip("'\"").startswith(("/", "~", "./"))
 
 
-def _environment(node: Any) -> Iterator[tuple[str, str]]:
+def _environment(node: object) -> Iterator[tuple[str, str]]:
     """Yields (name, literal value) of every container's environment variables."""
     if isinstance(node, dict):
         for entry in node["env"] if isinstance(node.get("env"), list) else []:

@@ -117,7 +117,7 @@ def own_ids() -> Iterator[None]:
 
     class Drawn:
         @staticmethod
-        def from_random() -> Any:
+        def from_random() -> object:
             return kind(os.urandom(kind.size()))
 
     ray.actor.ActorClassID = Drawn  # type: ignore[misc, assignment]

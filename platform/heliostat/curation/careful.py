@@ -130,7 +130,7 @@ class Careful:
 
 
 def _range(part: Part) -> str:
-    """Returns the name of a part of the input: a file, or a range of it."""
+    """Formats a part of the input: a file, or a range of it."""
     path = printable(part.path or INPUT)
     return path if part.stop is None else f"bytes {part.start:,} to {part.stop:,} of {path}"
 

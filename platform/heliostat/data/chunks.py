@@ -57,20 +57,20 @@ class Chunks:
         def fill(mine: np.ndarray) -> Content | None:
             source, chunk = int(samples.source[mine[0]]), int(samples.chunk[mine[0]])
             try:
-                found = take(self.read(source, chunk), samples.row[mine])
+                content = take(self.read(source, chunk), samples.row[mine])
             except DamagedError as e:
                 faults.update(dict.fromkeys(mine.tolist(), str(e)))
                 if tokens is not None:
                     tokens[mine] = 0
                 return None
             if tokens is None:
-                return found
-            outside = found.view(np.uint32).max(axis=1) >= self._vocabulary[source]  # as unsigned, a negative one is large
+                return content
+            outside = content.view(np.uint32).max(axis=1) >= self._vocabulary[source]  # as unsigned, a negative one is large
             if outside.any():
                 reason = f"{self.place(source, chunk)}: a token outside the vocabulary of {self._vocabulary[source]}"
                 faults.update(dict.fromkeys(mine[outside].tolist(), reason))
-                found[outside] = 0
-            tokens[mine] = found
+                content[outside] = 0
+            tokens[mine] = content
             return None
 
         with device_threads.pool(READERS) as pool:

@@ -8,8 +8,7 @@ a step is then of one part (`Shape.unit`), in an order that is as exact and elas
 
 from __future__ import annotations
 
-from typing import Any
-
+from heliostat.config.fields import Json
 from heliostat.config.spec import Job, Source
 from heliostat.data import manifest, versions
 from heliostat.data.dataset import DataPlan
@@ -21,22 +20,22 @@ KIND = "collection"
 OF_ALL = ("parts", "curation", "also", "forgotten")  # of the metadata: what is said of the whole, in the collection's folder
 
 
-def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:
+def write(location: Location, rows: list[dict[str, Json]], meta: dict[str, Json]) -> Manifest:
     """Writes the manifests of all parts, then the collection's, from rows whose paths are `PART/shards/...`.
 
     `meta["parts"]` holds the metadata that is special to each part.
     """
     parts = {name: own for name, own in meta["parts"].items() if any(r["path"].startswith(f"{name}/") for r in rows)}
-    held, digests, common = {}, {}, {k: v for k, v in meta.items() if k not in OF_ALL}
+    rows_of, digests, common = {}, {}, {k: v for k, v in meta.items() if k not in OF_ALL}
     for name, own in parts.items():
         inside = [{**r, "path": r["path"].removeprefix(f"{name}/")} for r in rows if r["path"].startswith(f"{name}/")]
         special = {"name": f"{meta['name']}-{name}", "documents": sum(r["rows"] for r in inside), "dropped": {}}
-        made = manifest.write(location.join(name), inside, {**common, **special, **own})
-        held[name], digests[name] = made.rows, made.digest
-    return manifest.write(location, rows, {**meta, "kind": KIND, "parts": held, "digests": digests})
+        version = manifest.write(location.join(name), inside, {**common, **special, **own})
+        rows_of[name], digests[name] = version.rows, version.digest
+    return manifest.write(location, rows, {**meta, "kind": KIND, "parts": rows_of, "digests": digests})
 
 
-def _held(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], bool]:
+def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Json], bool]:
     """Returns (a dataset's metadata, whether it is of the version that a run recorded), ({}, False) if there is no dataset.
 
     Of a collection, which a `prepare` may have replaced meanwhile, it is the version whose parts the run trains on; else the
@@ -46,39 +45,39 @@ def _held(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], b
     if newest is None or newest.kind != KIND or recorded is None:
         return newest.meta if newest else {}, False
     trained = dict(zip(recorded.uris, recorded.digests, strict=True))
-    for found in (newest, *versions.all_versions(place).values()):
-        parts = found.meta.get("digests", {})
+    for version in (newest, *versions.all_versions(place).values()):
+        parts = version.meta.get("digests", {})
         if parts and all(trained.get(place.join(name).uri) == digest for name, digest in parts.items()):
-            return found.meta, True
+            return version.meta, True
     return newest.meta, False
 
 
 def expand(job: Job, recorded: DataPlan | None = None) -> Job:
     """Replaces every source of the job that is a collection by its parts, of the version in `recorded` if it is given."""
-    found: list[tuple[Source, list[tuple[str, float]]]] = []
+    expanded: list[tuple[Source, list[tuple[str, float]]]] = []
     for source in job.data.sources:
         place = Location(source.path)
-        held, as_recorded = _held(place, recorded)
-        if held.get("kind") != KIND:
-            found.append((source, [(source.path, 1.0)]))
+        meta, as_recorded = _meta(place, recorded)
+        if meta.get("kind") != KIND:
+            expanded.append((source, [(source.path, 1.0)]))
             continue
-        for name, digest in held.get("digests", {}).items():
+        for name, digest in meta.get("digests", {}).items():
             if not as_recorded and (now := manifest.read(place.join(name)).digest) != digest:
                 raise ConfigError(
                     f"data.sources: {source.path}: its part {name} is {now[:12]}, but {digest[:12]} is listed: a prepare is at "
                     "work or broke off; run it again"
                 )
-        total = sum(held["parts"].values())
-        found.append((source, [(place.join(name).uri, rows / total) for name, rows in sorted(held["parts"].items())]))
-    if all(parts == [(source.path, 1.0)] for source, parts in found):
+        total = sum(meta["parts"].values())
+        expanded.append((source, [(place.join(name).uri, rows / total) for name, rows in sorted(meta["parts"].items())]))
+    if all(parts == [(source.path, 1.0)] for source, parts in expanded):
         return job
     if job.data.sequence_length:
         raise ConfigError("data.sources: a collection holds images; remove data.sequence_length")
 
     def shares(weights: list[float]) -> list[float]:
-        return [_round(w * share) for w, (_, parts) in zip(weights, found, strict=True) for _, share in parts]
+        return [_round(w * share) for w, (_, parts) in zip(weights, expanded, strict=True) for _, share in parts]
 
-    paths = [(source, path) for source, parts in found for path, _ in parts]
+    paths = [(source, path) for source, parts in expanded for path, _ in parts]
     weights = shares([s.weight for s in job.data.sources])
     sources = [
         Source(path=path, weight=weight, max_epochs=source.max_epochs)

@@ -11,10 +11,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
+from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.chunks import Chunks, Gathered
@@ -60,13 +60,13 @@ class DataPlan:
         """Returns the sources' weights at the start of the sequence."""
         return self.mix[0][1]
 
-    def dump(self) -> dict[str, Any]:
-        made = json.loads(json.dumps(dataclasses.asdict(self)))
-        made["shape"] = {RECORDED_AS.get(key, key): value for key, value in made["shape"].items()}
-        return made
+    def dump(self) -> dict[str, Json]:
+        dumped = json.loads(json.dumps(dataclasses.asdict(self)))
+        dumped["shape"] = {RECORDED_AS.get(key, key): value for key, value in dumped["shape"].items()}
+        return dumped
 
     @staticmethod
-    def parse(raw: dict[str, Any]) -> DataPlan:
+    def parse(raw: dict[str, Json]) -> DataPlan:
         lists = {k: tuple(raw[k]) for k in ("uris", "digests", "max_epochs")}
         mix = tuple((step, tuple(weights)) for step, weights in raw["mix"])
         skips = tuple(tuple(skip) for skip in raw.get("skips", ()))
@@ -192,12 +192,12 @@ class Dataset:
         """Reads the samples' contents, and reports which of them are bad."""
         return self._chunks.gather(samples)
 
-    def read(self, samples: Samples) -> Any:
+    def read(self, samples: Samples) -> Content:
         """Reads the samples' contents in order; DataError if any is bad."""
-        found = self.gather(samples)
-        if found.faults:
-            raise DataError(next(iter(found.faults.values())))
-        return found.content
+        gathered = self.gather(samples)
+        if gathered.faults:
+            raise DataError(next(iter(gathered.faults.values())))
+        return gathered.content
 
     def load(self, positions: np.ndarray, replace: bool = True) -> Loaded:
         """Loads the samples at positions of the global sequence, with bad ones replaced; DataError for bad ones if not `replace`.
@@ -207,14 +207,14 @@ class Dataset:
         where a resumed run starts.
         """
         samples = self.order.locate(positions)
-        found = self.gather(samples)
-        if found.faults and not replace:
-            raise DataError(f"{next(iter(found.faults.values()))}; data.on_bad_sample 'replace' would train on another one")
+        gathered = self.gather(samples)
+        if gathered.faults and not replace:
+            raise DataError(f"{next(iter(gathered.faults.values()))}; data.on_bad_sample 'replace' would train on another one")
         bad: list[Bad] = []
-        parts = [found.content] if len(found.content) else []  # then the replacements, one by one
-        index, first = np.arange(len(samples)), len(found.content)
+        parts = [gathered.content] if len(gathered.content) else []  # then the replacements, one by one
+        index, first = np.arange(len(samples)), len(gathered.content)
         windows: dict[int, tuple[Samples, Gathered]] = {}
-        for i, reason in sorted(found.faults.items()):
+        for i, reason in sorted(gathered.faults.items()):
             window, begin, end = self.order.window_at(int(positions[i]))
             if window not in windows:
                 whole = self.order.locate(np.arange(begin, end))
@@ -227,7 +227,7 @@ class Dataset:
                            (int(whole.source[j]), int(whole.chunk[j]), int(whole.row[j]))))  # fmt: skip
             for field in ("source", "epoch", "chunk", "row"):
                 getattr(samples, field)[i] = getattr(whole, field)[j]
-        return Loaded(samples, take(join(parts), index) if bad else found.content, bad)
+        return Loaded(samples, take(join(parts), index) if bad else gathered.content, bad)
 
 
 def _replacement(at: int, window: Samples, read: Gathered, reason: str) -> int:

@@ -31,20 +31,20 @@ def pieces(made: Manifest, path: str, id: str) -> list[Piece]:
     chunks, column = made.chunks, "document" if made.kind == "tokens" else "id"
     mine = np.flatnonzero(pc.equal(chunks["path"].cast("string"), path).to_numpy())
     groups = dict(zip(chunks["row_group"].to_numpy()[mine].tolist(), mine.tolist(), strict=True))
-    place, found = made.location.join(path), list[Piece]()
+    place, parts = made.location.join(path), list[Piece]()
     with place.open() as source:
         file = place.attempt(partial(pq.ParquetFile, source))
         for group, chunk in groups.items():
             names = place.attempt(partial(file.read_row_group, group, columns=[column]))[column]
             rows = np.flatnonzero(pc.equal(names, id).to_numpy())
             if len(rows) and column == "id":
-                found.append(Piece(chunk, group, int(rows[0]), 1))
+                parts.append(Piece(chunk, group, int(rows[0]), 1))
             elif len(rows):
                 tokens = place.attempt(partial(file.read_row_group, group, columns=["tokens"]))["tokens"]
                 sizes = pc.list_value_length(tokens).to_numpy()
                 first, last = int(rows[0]), int(rows[-1])
-                found.append(Piece(chunk, group, int(sizes[:first].sum()), int(sizes[first : last + 1].sum())))
-    return found
+                parts.append(Piece(chunk, group, int(sizes[:first].sum()), int(sizes[first : last + 1].sum())))
+    return parts
 
 
 def current(made: Manifest, path: str) -> str | None:

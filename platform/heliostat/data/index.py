@@ -11,10 +11,10 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 
+from heliostat.config.fields import Json
 from heliostat.data import device_threads, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import SHARDS, Manifest
@@ -53,10 +53,10 @@ def index(location: Location) -> Report:
     sizes = {f"{SHARDS}/{path}": size for path, size in location.join(SHARDS).files()}
     listed = dict(zip(before.chunks["path"].to_pylist(), before.chunks["file_bytes"].to_pylist(), strict=True))
     _check_listed(location, listed, sizes)
-    found = {p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet")}
-    new = sorted(found - _of_replaced(location)) if found else []
-    if len(new) < len(found):
-        log.info("%s: %d shards of replaced versions are not taken", location, len(found) - len(new))
+    unlisted = {p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet")}
+    new = sorted(unlisted - _of_replaced(location)) if unlisted else []
+    if len(new) < len(unlisted):
+        log.info("%s: %d shards of replaced versions are not taken", location, len(unlisted) - len(new))
     after = _extend(before, new) if new else before
     return Report(
         dataset=str(location),
@@ -80,9 +80,9 @@ def _of_replaced(location: Location) -> set[str]:
 def _check_listed(location: Location, listed: dict[str, int], sizes: dict[str, int]) -> None:
     for path, expected in listed.items():
         if sizes.get(path) != expected:
-            found = f"{sizes[path]:,} bytes" if path in sizes else "missing"
+            actual = f"{sizes[path]:,} bytes" if path in sizes else "missing"
             raise DataError(
-                f"{location.join(path)}: {found}, but {expected:,} bytes are listed; put it back, and give new data new names"
+                f"{location.join(path)}: {actual}, but {expected:,} bytes are listed; put it back, and give new data new names"
             )
 
 
@@ -102,7 +102,7 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     return manifest.write_table(before.location, chunks, _meta(before.meta, added))
 
 
-def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:
+def _meta(before: dict[str, Json], added: pa.Table) -> dict[str, Json]:
     """Updates the metadata by what footers count, and removes what they do not."""
     meta = {k: v for k, v in before.items() if k not in NOT_IN_FOOTERS}
     if "documents" in meta:  # a row each

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Markers:
     middle: int
 
     @staticmethod
-    def of(meta: dict[str, Any]) -> Markers | None:
+    def of(meta: dict[str, Json]) -> Markers | None:
         """Reads the markers from a dataset's metadata; None if nothing in it is rearranged."""
         return Markers(*meta[FACT]["markers"]) if FACT in meta else None
 
@@ -85,14 +86,14 @@ def text(tokenizer: Tokenizer, tokens: np.ndarray, end: int | None, markers: Mar
     """Returns the text of a document whose spans, each with its `end`, are rearranged or not; but for a space before one that is
     not, where the tokenizer puts one before each text."""
     before = tokenizer.encode(ANCHOR, add_special_tokens=False).ids  # so that the decoder takes no space of a span away
-    opening, made = tokenizer.decode(before, skip_special_tokens=False), list[str]()
+    opening, parts = tokenizer.decode(before, skip_special_tokens=False), list[str]()
     for part in _parts(tokens, end):
         if part[0] == markers.prefix:
             decoded = tokenizer.decode([*before, *markers.restored(part).tolist()], skip_special_tokens=False)
-            made.append(decoded.removeprefix(opening))
+            parts.append(decoded.removeprefix(opening))
         else:
-            made.append(tokenizer.decode(part.tolist(), skip_special_tokens=False))
-    return "".join(made)
+            parts.append(tokenizer.decode(part.tolist(), skip_special_tokens=False))
+    return "".join(parts)
 
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str] | None:
@@ -115,9 +116,9 @@ def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
     anchor = "" if behind == before + alone else ANCHOR
     before = before if anchor else []
     asked = [anchor + piece for piece in (PROBE, *pieces)]
-    found = [one.ids for one in tokenizer.encode_batch_fast(asked, add_special_tokens=False)]
-    probe, *made = [ids[len(before) :] for ids in found]
-    apart = tokenizer.decode(probe).removeprefix(" ") == PROBE and all(ids[: len(before)] == before for ids in found)
+    encoded = [one.ids for one in tokenizer.encode_batch_fast(asked, add_special_tokens=False)]
+    probe, *rest = [ids[len(before) :] for ids in encoded]
+    apart = tokenizer.decode(probe).removeprefix(" ") == PROBE and all(ids[: len(before)] == before for ids in encoded)
     if anchor and not apart:
         raise ConfigError(f"{FACT}: the tokenizer puts a space before each text, also before pieces of one; take another")
-    return made
+    return rest

@@ -19,13 +19,13 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from heliostat.config.fields import Json
 from heliostat.data import mapped, shard, soundness
 from heliostat.errors import DataError, MissingDataError
 from heliostat.storage.locations import LEAVES, Location
@@ -51,7 +51,7 @@ SCHEMA = pa.schema(
     ]
 )
 # columns that came later, each with the value that says that it is not known: a column of nothing else is left out of the digest
-LATER: dict[str, Any] = {"place": -1, "content": ""}
+LATER: dict[str, Json] = {"place": -1, "content": ""}
 PLACES = 1 << 52  # a document's place is its text's hash, counted from the end: the split holds out those below a fraction
 PLACES_KEY = b"heliostat.places"  # in a shard's footer: of each row group
 SLICE = 1 << 16  # rows that are looked at together, where all would take much memory
@@ -63,9 +63,9 @@ class Manifest:
 
     location: Location
     chunks: pa.Table
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Json] = field(default_factory=dict)
 
-    def fact(self, name: str) -> Any:
+    def fact(self, name: str) -> Json:
         """Returns a fact from the metadata; DataError if it is missing, and so the dataset cannot be used as intended."""
         if self.meta.get(name) is None:
             raise DataError(f"{self.location}: its manifest does not say its {name!r}; prepare the dataset again")
@@ -115,7 +115,7 @@ class Manifest:
         return int(self.chunks["rows"].to_numpy().sum())
 
 
-def digest(chunks: pa.Table, meta: dict[str, Any]) -> str:
+def digest(chunks: pa.Table, meta: dict[str, Json]) -> str:
     """Computes the digest of the chunk rows and `meta` (without its own digest): 64 hex digits, whatever the Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
     for column in SCHEMA:
@@ -139,7 +139,7 @@ def place(hash: str) -> int:
     return PLACES - 1 - int(hash[:13], 16)
 
 
-def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
+def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Json]]:
     """Reads the manifest rows of one shard from its footer alone: no data page is read.
 
     DataError if the shard is missing, not Parquet, or (as far as the footer shows) not lists of token ids below `vocab_size`.
@@ -184,11 +184,11 @@ def _places(parquet: pq.FileMetaData) -> list[int]:
     """Reads the place of each row group from the footer; -1 for all if the footer has none, or none that fit these row groups."""
     unknown = [-1] * parquet.num_row_groups
     try:
-        found = json.loads((parquet.metadata or {}).get(PLACES_KEY, b"[]"))
+        places = json.loads((parquet.metadata or {}).get(PLACES_KEY, b"[]"))
     except ValueError:
         return unknown
-    right = isinstance(found, list) and len(found) == len(unknown) and all(type(p) is int and 0 <= p < PLACES for p in found)
-    return found if right else unknown
+    right = isinstance(places, list) and len(places) == len(unknown) and all(type(p) is int and 0 <= p < PLACES for p in places)
+    return places if right else unknown
 
 
 def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int], name: str, vocab_size: int | None) -> None:
@@ -202,30 +202,30 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
     if len(columns) > 1 or leaf.max_repetition_level != 1 or leaf.physical_type not in ("INT32", "INT64"):
         raise DataError(f"{place}: column {name!r} is not a list of integers")
     for group in range(parquet.num_row_groups):
-        found = parquet.row_group(group).column(columns[0]).statistics
-        if found is None:
+        bounds = parquet.row_group(group).column(columns[0]).statistics
+        if bounds is None:
             continue
-        if found.has_null_count and found.null_count:
-            raise DataError(f"{place}: row group {group} has {found.null_count} empty documents or null tokens; leave them out")
-        if vocab_size and found.has_min_max and not 0 <= found.min <= found.max < vocab_size:
+        if bounds.has_null_count and bounds.null_count:
+            raise DataError(f"{place}: row group {group} has {bounds.null_count} empty documents or null tokens; leave them out")
+        if vocab_size and bounds.has_min_max and not 0 <= bounds.min <= bounds.max < vocab_size:
             raise DataError(
-                f"{place}: row group {group} has tokens from {found.min} to {found.max}, but the dataset's vocabulary is "
+                f"{place}: row group {group} has tokens from {bounds.min} to {bounds.max}, but the dataset's vocabulary is "
                 f"{vocab_size}; use its tokenizer.json"
             )
 
 
-def write(location: Location, rows: list[dict[str, Any]], meta: dict[str, Any]) -> Manifest:
+def write(location: Location, rows: list[dict[str, Json]], meta: dict[str, Json]) -> Manifest:
     """Sorts the rows by path and row group, computes the digest and writes the manifest: the dataset now exists."""
     return write_table(location, pa.Table.from_pylist(rows, schema=SCHEMA), meta)
 
 
-def write_table(location: Location, chunks: pa.Table, meta: dict[str, Any]) -> Manifest:
+def write_table(location: Location, chunks: pa.Table, meta: dict[str, Json]) -> Manifest:
     """Sorts the chunk table by path and row group, computes the digest and writes the manifest: the dataset now exists."""
     chunks = _compact(_complete(chunks).cast(SCHEMA).sort_by([("path", "ascending"), ("row_group", "ascending")]))
-    made = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
-    keep(made)
-    location.join(FILE).write(_encode(made))
-    return made
+    version = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
+    keep(version)
+    location.join(FILE).write(_encode(version))
+    return version
 
 
 def keep(version: Manifest) -> None:
@@ -305,19 +305,19 @@ def read_shared(location: Location, digest: str) -> Manifest:
 
 def share(get: Callable[[], Manifest]) -> Manifest:
     """Gets a manifest and, if its table is large, moves that to where all processes of this machine share it."""
-    made = _moved(get())
+    version = _moved(get())
     pa.default_memory_pool().release_unused()  # else Arrow keeps what the table took
-    return made
+    return version
 
 
-def _moved(found: Manifest) -> Manifest:
-    return found if len(found.chunks) < mapped.LARGE else _shared(found.location, found.digest, lambda: found)
+def _moved(version: Manifest) -> Manifest:
+    return version if len(version.chunks) < mapped.LARGE else _shared(version.location, version.digest, lambda: version)
 
 
 def _shared(location: Location, digest: str, get: Callable[[], Manifest]) -> Manifest:
     def build() -> pa.Table:
-        found = get()
-        return found.chunks.replace_schema_metadata({"heliostat": json.dumps(found.meta)})
+        version = get()
+        return version.chunks.replace_schema_metadata({"heliostat": json.dumps(version.meta)})
 
     table = mapped.table(["manifest", digest], build)
     return Manifest(location, table.replace_schema_metadata(None), json.loads(table.schema.metadata[b"heliostat"]))
@@ -334,10 +334,10 @@ def _read(location: Location, *parts: str) -> Manifest:
             raise ValueError("columns of other types")
         if any(column.null_count for column in chunks.columns):
             raise ValueError("values are missing")
-        found, outside = digest(chunks, meta), _outside(chunks, meta)
+        computed, outside = digest(chunks, meta), _outside(chunks, meta)
     except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise DataError(f"{place}: not a heliostat manifest, or damaged") from e
-    if found != meta.get("digest"):
+    if computed != meta.get("digest"):
         raise DataError(f"{place}: does not match its own digest; prepare the dataset again")
     if outside is not None:
         raise DataError(f"{place}: names {outside!r}, which is not a place inside the dataset; do not use it")
@@ -346,7 +346,7 @@ def _read(location: Location, *parts: str) -> Manifest:
     return Manifest(location, chunks, meta)
 
 
-def _outside(chunks: pa.Table, meta: dict[str, Any]) -> str | None:
+def _outside(chunks: pa.Table, meta: dict[str, Json]) -> str | None:
     """Finds the first path that leaves the dataset's folder (`../x`, `/x`) or is invalid (`a//b`), if there is one."""
     files, digests, curation = meta.get("files", {}), meta.get("digests", {}), meta.get("curation", {})
     named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values(), *meta.get("also", [])]

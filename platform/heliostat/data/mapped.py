@@ -15,7 +15,6 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -27,7 +26,7 @@ LARGE = 1_000_000  # rows
 WAIT_S = 600  # for another process that makes the same table
 
 
-def table(key: Any, build: Callable[[], pa.Table]) -> pa.Table:
+def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
     """Returns the table that `build` makes, which is built once on this machine and shared by its processes through a file.
 
     `key` is JSON-like and names everything that the table depends on.
@@ -39,9 +38,9 @@ def table(key: Any, build: Callable[[], pa.Table]) -> pa.Table:
         with node_cache.alone(file, WAIT_S):
             if (found := _open(file)) is not None:
                 return found
-            made = build()
-            _write(file, made)
-            return _open(file) or made
+            built = build()
+            _write(file, built)
+            return _open(file) or built
     except (OSError, pa.ArrowException) as e:
         log.warning("%s: no table can be shared there (%s); this process keeps its own", file.parent, e)
         return build()

@@ -206,12 +206,12 @@ class Order:
     def epoch(self, source: int, number: int) -> Epoch:
         """Returns a source's chunks in an epoch's order; caches the last two epochs of each source."""
         key = (source, number)
-        found = self._epochs.get(key)
-        if found is None:  # threads may find it twice; none may find it gone
-            found = self._epochs[key] = Epoch(self.splits[source], (*self.key, CHUNKS, source, number))
+        known = self._epochs.get(key)
+        if known is None:  # threads may find it twice; none may find it gone
+            known = self._epochs[key] = Epoch(self.splits[source], (*self.key, CHUNKS, source, number))
             while len(self._epochs) > 2 * len(self.splits):
                 self._epochs.pop(next(iter(self._epochs)), None)
-        return found
+        return known
 
     def locate(self, positions: np.ndarray) -> Samples:
         """Locates the samples at positions of the global sequence, int64 [n] in any order."""
@@ -272,8 +272,8 @@ def shuffled(chunks: int, key: tuple[int, ...]) -> np.ndarray:
     """Permutes `chunks` chunks, int32; all processes of this machine share one copy of a large permutation."""
     if chunks < mapped.LARGE:
         return permutation(chunks, *key).astype(np.int32)
-    made = mapped.table(["permutation", chunks, *key], lambda: pa.table({"chunk": permutation(chunks, *key).astype(np.int32)}))
-    return made["chunk"].to_numpy()
+    shared = mapped.table(["permutation", chunks, *key], lambda: pa.table({"chunk": permutation(chunks, *key).astype(np.int32)}))
+    return shared["chunk"].to_numpy()
 
 
 class Epoch:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from heliostat.config.fields import Json
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
@@ -57,10 +58,10 @@ def _fault(plan: Plan) -> str | None:
     return None
 
 
-RAW, PLAN = Format(dict[str, Any], "data plan"), Format(Plan, "data plan", check=_fault)
+RAW, PLAN = Format(dict[str, Json], "data plan"), Format(Plan, "data plan", check=_fault)
 
 
-def build(raw: Any, where: object) -> DataPlan:
+def build(raw: Json, where: object) -> DataPlan:
     """Builds the plan that was dumped as `raw`; DataError that names `where` if it is no valid plan."""
     if isinstance(raw, dict):  # plans of before there were any do not name theirs
         shape = raw.get("shape")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +28,7 @@ class Footer:
     parquet: pq.FileMetaData
 
 
-def read_footer(file: Any) -> Footer:
+def read_footer(file: pa.NativeFile) -> Footer:
     """Reads the footer of an open Parquet file in one or two small reads; Arrow error, OSError or ValueError if it has none."""
     size = file.size()
     tail = file.read_at(min(size, TAIL), max(0, size - TAIL))
@@ -43,16 +42,16 @@ def read_footer(file: Any) -> Footer:
 def extent(parquet: pq.FileMetaData, group: int, column: str | None) -> tuple[int, int]:
     """Computes the byte range (begin, end) of a row group in the file, or of one of its columns."""
     info = parquet.row_group(group)
-    found = [info.column(i) for i in range(info.num_columns)]
+    every = [info.column(i) for i in range(info.num_columns)]
     ranges = [
         (min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset), c.total_compressed_size)
-        for c in found
+        for c in every
         if column is None or c.path_in_schema.split(".")[0] == column
     ]
     return min(start for start, _ in ranges), max(start + size for start, size in ranges)
 
 
-def content_digest(raw: Any) -> str:
+def content_digest(raw: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(raw)
 
 
@@ -67,22 +66,22 @@ class ExchangedError(ValueError):
     """Reports that a shard, or a chunk of it, is not the one that the manifest lists."""
 
 
-def read_group(file: Any, group: int, column: str | None, footer: str, content: str) -> pa.Table:
+def read_group(file: pa.NativeFile, group: int, column: str | None, footer: str, content: str) -> pa.Table:
     """Reads a row group of an open file, or one column of it, after comparing the digests of the footer and of the content.
 
     `content` is "" where the manifest does not know it. ExchangedError if a digest differs.
     """
-    found = read_footer(file)
-    if found.digest != footer:
+    read = read_footer(file)
+    if read.digest != footer:
         raise ExchangedError("another shard lies there: its footer is not the one that the manifest lists")
-    start, end = extent(found.parquet, group, column)
-    if not 0 <= start < end <= found.size:
+    start, end = extent(read.parquet, group, column)
+    if not 0 <= start < end <= read.size:
         raise pa.ArrowInvalid(f"row group {group} is said to lie outside the file")
     raw = file.read_buffer(end - start) if file.seek(start) == start else b""
     if content and content_digest(raw) != content:
         raise ExchangedError("its bytes are not those that the manifest lists")
-    part = pa.PythonFile(_Part(raw, start, found.size), mode="r")
-    reader = pq.ParquetFile(part, metadata=found.parquet, page_checksum_verification=True)
+    part = pa.PythonFile(_Part(raw, start, read.size), mode="r")
+    reader = pq.ParquetFile(part, metadata=read.parquet, page_checksum_verification=True)
     return reader.read_row_group(group, columns=[column] if column else None)
 
 

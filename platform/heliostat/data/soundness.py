@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, NotRequired
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from heliostat.config.fields import Json
 from heliostat.errors import DataError
 from heliostat.storage.records import Format, Whole, open_
 
@@ -46,7 +47,7 @@ class Meta(TypedDict):
 META = Format(Meta, "metadata")
 
 
-def fault(chunks: pa.Table, meta: dict[str, Any]) -> str:
+def fault(chunks: pa.Table, meta: dict[str, Json]) -> str:
     """Finds what cannot be true in a manifest's chunks and metadata, and describes it; empty if all can."""
     try:
         META.build(meta, "its metadata")

@@ -68,8 +68,8 @@ def split(source: Manifest, sequence_length: int | None, fraction: float, versio
         return _split(source, sequence_length, fraction, version)
 
     def build() -> pa.Table:
-        made = _split(source, sequence_length, fraction, version)
-        return pa.table({"samples": made.samples, "held": made.held, "start": made.start})
+        divided = _split(source, sequence_length, fraction, version)
+        return pa.table({"samples": divided.samples, "held": divided.held, "start": divided.start})
 
     shared = mapped.table(["split", source.digest, sequence_length, fraction, version], build)
     return Split(*(shared[name].to_numpy() for name in ("samples", "held", "start")))
@@ -100,8 +100,8 @@ def _identity(source: Manifest) -> np.ndarray:
 
 def whole(samples: np.ndarray, places: np.ndarray, fraction: float) -> Split:
     """Holds out, whole, the chunks whose place is below the fraction."""
-    held = np.where(places < fraction, samples, 0)
-    return Split(samples.astype(np.int64), held.astype(np.int64), np.broadcast_to(np.int64(0), len(samples)))
+    held_out = np.where(places < fraction, samples, 0)
+    return Split(samples.astype(np.int64), held_out.astype(np.int64), np.broadcast_to(np.int64(0), len(samples)))
 
 
 def growing_runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
@@ -110,9 +110,9 @@ def growing_runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> 
     The total is right on average however small the chunks are.
     """
     first, second = _hashes(identity)
-    held = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
+    held_out = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
     start = (second % np.maximum(samples, 1).astype(np.uint64)).astype(np.int64)
-    return Split(samples.astype(np.int64), held, start)
+    return Split(samples.astype(np.int64), held_out, start)
 
 
 def runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
@@ -121,9 +121,9 @@ def runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
     A run of held-out rows ends within its chunk, so where it starts depends on the fraction (in `growing_runs` it does not).
     """
     first, second = _hashes(identity)
-    held = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
-    start = (second % (samples - held + 1).astype(np.uint64)).astype(np.int64)
-    return Split(samples.astype(np.int64), held, start)
+    held_out = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
+    start = (second % (samples - held_out + 1).astype(np.uint64)).astype(np.int64)
+    return Split(samples.astype(np.int64), held_out, start)
 
 
 def _hashes(identity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,25 +14,36 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ExecutionResources
+from ray.data import DataIterator, ExecutionResources
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
 
+from heliostat.config.fields import Json
 from heliostat.data import device_threads
 from heliostat.data.content import Content, join, pack, part, unpack
 from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.data.order import Order
 from heliostat.data.receipt import lane_digest, sample_digests
-from heliostat.data.windows import numbered
 from heliostat.errors import AccessError
 from heliostat.storage import wire
+
+if TYPE_CHECKING:
+    from ray.data._internal.execution.interfaces import PhysicalOperator
 
 ENVELOPE = pa.schema(
     [("block", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]
 )
+AHEAD = 64  # windows that are numbered and wait to be fetched; Ray takes up to some hundred more in one go when it starts
 COPIES = 4  # of a window while it is fetched: its chunks, its samples, its blocks on their way, and those just before
 
 
@@ -100,6 +111,49 @@ def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
     ranges.append((begin, end))
 
 
+class Windows(Datasource):
+    """Yields the numbers of a run's windows, rows {id: 0}, {id: 1}, ..., as blocks of one task, shortly before they are fetched.
+
+    `ray.data.range` would make a task and a pickled description of every window when the stream starts: 1.4 ms and 8 KB a window,
+    so minutes and gigabytes where a run reads terabytes. One task takes the same time whatever their number, and Ray Data then
+    fetches with few processes, each for many windows.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * self.count
+
+    def get_read_tasks(self, *_: object, **__: object) -> list[ReadTask]:
+        count = self.count
+
+        def blocks() -> Iterator[pa.Table]:
+            for number in range(count):
+                yield pa.table({"id": [number]})
+
+        return [ReadTask(blocks, BlockMetadata(count, 8 * count, None, None))]
+
+
+class Ahead(BackpressurePolicy):
+    """Limits the numbered windows that wait to be fetched: Ray Data limits only bytes, and would take all these small blocks."""
+
+    def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
+        if not op.name.startswith("ReadWindows"):  # what Ray calls the task of `Windows`
+            return None
+        return 0 if self._topology[op].total_enqueued_output_blocks() >= AHEAD else None
+
+
+def numbered(count: int, context: ray.data.DataContext) -> ray.data.Dataset:
+    """Makes the Ray Dataset of rows {id: 0} to {id: count - 1}, which are produced as fast as the next stage takes them.
+
+    With the context's `target_max_block_size` of 1, each block has one row. The task takes no CPU of Ray's, so it stays a task of
+    its own: one that was fused with the next stage would do all of its work.
+    """
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Ahead])
+    return ray.data.read_datasource(Windows(count), num_cpus=0, override_num_blocks=1)
+
+
 def dataset(
     task: Fetch,
     concurrency: int,
@@ -107,7 +161,7 @@ def dataset(
     sample_bytes: int,
     labels: dict[str, str] | None = None,
     own_cpu: bool = True,
-) -> Any:
+) -> ray.data.Dataset:
     """Makes the Ray Dataset of the task's blocks, a Ray block each.
 
     At most `concurrency` windows are in flight, fewer where `memory_limit` does not allow so many. With `labels`, only nodes that
@@ -125,12 +179,12 @@ def dataset(
     fits = max(1, memory_limit // (COPIES * task.plan.shape.window * sample_bytes))
     with ray.data.DataContext.current(context):
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
-        # a byte of memory: tasks that ask for the same as those before them would be fused with them (`windows.numbered`)
-        needs: dict[str, Any] = {} if own_cpu else {"num_cpus": 0, "memory": 1}
+        # a byte of memory: tasks that ask for the same as those before them would be fused with them (`numbered`)
+        needs: dict[str, Json] = {} if own_cpu else {"num_cpus": 0, "memory": 1}
         return numbered(task.count, context).map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True, **needs)
 
 
-def split(data: Any, workers: int) -> list[Any]:
+def split(data: ray.data.Dataset, workers: int) -> list[DataIterator]:
     """Splits the stream into one part for each worker, in order, block by block.
 
     The stream runs in an actor of its own on this node, which `end` stops. Ray Train could split it too, but with one more
@@ -139,9 +193,9 @@ def split(data: Any, workers: int) -> list[Any]:
     return data.streaming_split(workers, equal=False)
 
 
-def end(parts: list[Any]) -> None:
+def end(parts: list[DataIterator]) -> None:
     """Ends the stream, and with it the tasks that fetch."""
-    ray.kill(parts[0]._coord_actor)
+    ray.kill(parts[0]._coord_actor)  # type: ignore[attr-defined]
 
 
 @wire.travels
@@ -162,30 +216,32 @@ class StepSamples:
 class LaneStream:
     """Cuts steps from the blocks that one worker receives. `next_step` must be called for consecutive steps."""
 
-    def __init__(self, blocks: Iterator[Any], plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> None:
+    def __init__(
+        self, blocks: Iterator[pa.Table], plan: DataPlan, order: Order, rank: int, workers: int, start_step: int
+    ) -> None:
         self.blocks, self.plan, self.order = blocks, plan, order
         self.lanes = range(rank, plan.shape.lanes, workers)
         self.step = start_step
         self._round = -1
-        self._held: list[tuple[np.ndarray, Content, list[dict[str, Any]]]] = []
+        self._blocks: list[tuple[np.ndarray, Content, list[dict[str, Json]]]] = []
 
     def next_step(self) -> StepSamples:
         shape, inside = self.plan.shape, self.order.round_of(self.step)
         if inside.first_step != self._round:
-            self._held = [self._receive(inside.block + lane) for lane in self.lanes]
+            self._blocks = [self._receive(inside.block + lane) for lane in self.lanes]
             self._round = inside.first_step
         inner = self.order.data_step(self.step) - inside.first_step
         rows = slice(inner * shape.per_lane, (inner + 1) * shape.per_lane)
         self.step += 1
-        bad = [b for _, _, found in self._held for b in found if rows.start <= b["at"] < rows.stop]
+        bad = [b for _, _, replaced in self._blocks for b in replaced if rows.start <= b["at"] < rows.stop]
         return StepSamples(
-            join([part(content, rows) for _, content, _ in self._held]),
+            join([part(content, rows) for _, content, _ in self._blocks]),
             self.lanes,
-            [lane_digest(digests[rows]) for digests, _, _ in self._held],
+            [lane_digest(digests[rows]) for digests, _, _ in self._blocks],
             [Bad(**{k: v for k, v in b.items() if k != "at"}) for b in bad],
         )
 
-    def _receive(self, expected: int) -> tuple[np.ndarray, Content, list[dict[str, Any]]]:
+    def _receive(self, expected: int) -> tuple[np.ndarray, Content, list[dict[str, Json]]]:
         table = next(self.blocks)
         number = table["block"][0].as_py()
         assert number == expected, f"the stream brought block {number} where {expected} was due"
@@ -194,16 +250,16 @@ class LaneStream:
         return digests, content, json.loads(table["bad"][0].as_py())
 
 
-def iterate(part: Any, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
+def iterate(part: DataIterator, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
     """Starts a worker's stream over its part, which prefetches a round ahead from now on."""
     lanes = plan.shape.lanes // workers
     batches = part.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
     return LaneStream(begun(iter(batches)), plan, order, rank, workers, start_step)
 
 
-def begun(blocks: Iterator[Any]) -> Iterator[Any]:
+def begun(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Fetches the first block in a thread while the caller is busy with something else; yields it and the blocks behind it."""
-    first: Future[Any] = Future()
+    first: Future[pa.Table] = Future()
 
     def fetch() -> None:
         try:
@@ -213,7 +269,7 @@ def begun(blocks: Iterator[Any]) -> Iterator[Any]:
 
     device_threads.thread(fetch, "first-block")
 
-    def rest() -> Iterator[Any]:
+    def rest() -> Iterator[pa.Table]:
         yield first.result()
         yield from blocks
 

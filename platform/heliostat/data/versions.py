@@ -22,11 +22,11 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pyarrow.fs as pafs
 
+from heliostat.config.fields import Json
 from heliostat.data import device_threads, manifest
 from heliostat.data.manifest import FILES, SHARDS, Manifest
 from heliostat.errors import ConfigError, DataError
@@ -63,7 +63,7 @@ def store(location: Location, prefix: str, data: bytes, suffix: str) -> str:
 # the record ----------------------------------------------------------------------------------------------------------
 
 
-def read_record(location: Location) -> dict[str, Any]:
+def read_record(location: Location) -> dict[str, Json]:
     """Reads the folder's record, {} if it is missing or damaged; ConfigError if there is none, but files that are no dataset."""
     try:
         record = json.loads(location.join(RECORD).read())
@@ -76,13 +76,13 @@ def read_record(location: Location) -> dict[str, Any]:
     except ValueError:
         log.warning("%s: damaged; it is written anew", location.join(RECORD))
         return {}
-    found = location.attempt(lambda: location.fs.get_file_info(pafs.FileSelector(location.path, allow_not_found=True)))
-    if not found:
+    files = location.attempt(lambda: location.fs.get_file_info(pafs.FileSelector(location.path, allow_not_found=True)))
+    if not files:
         return {}
     try:
         manifest.read(location)
     except DataError as e:
-        first = min(i.base_name for i in found)
+        first = min(i.base_name for i in files)
         raise ConfigError(
             f"output: {location}: is not empty and holds no dataset of ours ({RECORD} is missing; there is {first!r}); "
             "give another folder, or empty this one yourself"
@@ -90,16 +90,16 @@ def read_record(location: Location) -> dict[str, Any]:
     return {}
 
 
-def _times(raw: Any) -> dict[str, float]:
+def _times(raw: object) -> dict[str, float]:
     """Extracts the times at which versions were replaced, as far as the record holds them."""
     return {name: float(t) for name, t in raw.items() if isinstance(t, int | float)} if isinstance(raw, dict) else {}
 
 
-def write_record(location: Location, record: dict[str, Any]) -> None:
+def write_record(location: Location, record: dict[str, Json]) -> None:
     location.join(RECORD).write(json.dumps(record, indent=1).encode())
 
 
-def claim(location: Location, record: dict[str, Any]) -> dict[str, Any]:
+def claim(location: Location, record: dict[str, Json]) -> dict[str, Json]:
     """Claims the folder for this process, and returns the record with it; ConfigError if another one on this machine builds."""
     if isinstance(other := record.get("building"), dict):
         host, pid = other.get("host"), other.get("pid")
@@ -114,12 +114,12 @@ def claim(location: Location, record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def release(location: Location, record: dict[str, Any]) -> None:
+def release(location: Location, record: dict[str, Json]) -> None:
     """Writes the record without the entry of the building process, which `claim` added."""
     write_record(location, {k: v for k, v in record.items() if k != "building"})
 
 
-def _alive(pid: Any, started: Any) -> bool:
+def _alive(pid: Json, started: Json) -> bool:
     try:
         return abs(psutil.Process(pid).create_time() - started) < 1
     except (psutil.Error, TypeError, ValueError):
@@ -132,8 +132,8 @@ def _alive(pid: Any, started: Any) -> bool:
 def listing(location: Location) -> dict[str, pafs.FileInfo]:
     """Lists the files below the dataset's folder whose names have the form that `prepare` gives them, by relative path."""
     selector = pafs.FileSelector(location.path, recursive=True, allow_not_found=True)
-    found = location.attempt(lambda: location.fs.get_file_info(selector))
-    paths = ((i.path[len(location.path) + 1 :], i) for i in found if i.type == pafs.FileType.File)
+    files = location.attempt(lambda: location.fs.get_file_info(selector))
+    paths = ((i.path[len(location.path) + 1 :], i) for i in files if i.type == pafs.FileType.File)
     return {path: info for path, info in paths if OURS.fullmatch(path)}
 
 
@@ -146,18 +146,18 @@ def paths(version: Manifest) -> set[str]:
     """Lists every file of a version, relative to the dataset's folder; of a collection, also its parts' manifests."""
     parts, digests, beside = (version.meta.get(key, {}) for key in ("parts", "digests", "files"))
     folders = ["", *(f"{part}/" for part in parts)]
-    found = {f"{folder}{path}" for folder in folders for name in beside for path in (name, beside[name])}
-    found |= {manifest.kept_path(version.digest, name) for name in manifest.BESIDE if not beside}
-    found |= {f"{part}/{manifest.FILE}" for part in parts}
-    found |= {f"{part}/{manifest.VERSIONS}/{manifest.version_name(digest)}" for part, digest in digests.items()}
-    found |= {manifest.kept_path(version.digest, name) for name in manifest.UNCOVERED if version.meta.get("also")}
-    return found | set(version.paths) | set(version.meta.get("also", []))
+    named = {f"{folder}{path}" for folder in folders for name in beside for path in (name, beside[name])}
+    named |= {manifest.kept_path(version.digest, name) for name in manifest.BESIDE if not beside}
+    named |= {f"{part}/{manifest.FILE}" for part in parts}
+    named |= {f"{part}/{manifest.VERSIONS}/{manifest.version_name(digest)}" for part, digest in digests.items()}
+    named |= {manifest.kept_path(version.digest, name) for name in manifest.UNCOVERED if version.meta.get("also")}
+    return named | set(version.paths) | set(version.meta.get("also", []))
 
 
 # publishing and removing ---------------------------------------------------------------------------------------------
 
 
-def mark(location: Location, newest: Manifest | None, record: dict[str, Any], now: float | None = None) -> dict[str, Any]:
+def mark(location: Location, newest: Manifest | None, record: dict[str, Json], now: float | None = None) -> dict[str, Json]:
     """Marks every kept version but `newest` as replaced, from now on where it was not before, and returns the record."""
     now = time.time() if now is None else now
     known = record.get("replaced", {})
@@ -166,7 +166,7 @@ def mark(location: Location, newest: Manifest | None, record: dict[str, Any], no
     return {**record, "replaced": {name: known.get(name, now) for name in names}}
 
 
-def prune(location: Location, record: dict[str, Any], keep_s: float, now: float | None = None) -> Pruned:
+def prune(location: Location, record: dict[str, Json], keep_s: float, now: float | None = None) -> Pruned:
     """Removes the versions that were replaced at least `keep_s` seconds ago, and old files that no version names."""
     now = time.time() if now is None else now
     try:

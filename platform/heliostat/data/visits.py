@@ -29,7 +29,7 @@ class Visit:
 
 def visits(segment: Segment, source: int, chunk: int, rows: range) -> list[Visit]:
     """Finds when a segment's steps took these rows of a source's chunk, by step. Bad samples count as themselves."""
-    order, found = open_dataset(segment.plan).order, list[Visit]()
+    order, taken = open_dataset(segment.plan).order, list[Visit]()
     train = order.splits[source].train
     begin = order.window_at(order.round_of(segment.first).begin)[1]
     end = order.window_at(order.round_of(segment.end - 1).end - 1)[2]  # whole windows: samples change their places in them
@@ -44,8 +44,8 @@ def visits(segment: Segment, source: int, chunk: int, rows: range) -> list[Visit
             for i in np.flatnonzero(mine & (samples.row >= rows.start) & (samples.row < rows.stop)).tolist():
                 step, lane, place = order.step_of(low + i)
                 if step is not None and segment.first <= step < segment.end:
-                    found.append(Visit(step + 1, lane, place, epoch, int(samples.row[i])))
-    return sorted(found, key=lambda v: (v.step, v.lane, v.place))
+                    taken.append(Visit(step + 1, lane, place, epoch, int(samples.row[i])))
+    return sorted(taken, key=lambda v: (v.step, v.lane, v.place))
 
 
 def _windows(order: Order, source: int, first: int, stop: int, begin: int, end: int) -> Iterator[tuple[int, int]]:

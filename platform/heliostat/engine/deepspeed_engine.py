@@ -6,29 +6,29 @@ ZeRO shards optimizer state (stage 1), gradients (2) and parameters (3) over the
 
 from __future__ import annotations
 
-import functools
 import gc
-import importlib
-import logging
 import os
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from heliostat import cpu_kernels
 from heliostat.config.spec import Job
-from heliostat.engine import expert_group, first_weights, matrix_cut, tensor_group, zero_state
+from heliostat.engine import expert_group, first_weights, matrix_cut, partitioned_build, patches, tensor_group, zero_state
 from heliostat.engine.engine_config import engine_config
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.engine.state_group import StateGroup
 from heliostat.errors import ConfigError
 from heliostat.recipes import building
 from heliostat.recipes.protocol import GUIDE, Recipe
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine as DeepSpeedEngine
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
 
@@ -37,71 +37,36 @@ def prepare_environment(gpus: float) -> None:
     """Makes DeepSpeed importable and usable on this machine, with or without a C++ compiler."""
     if not gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    with _without("mlflow"):  # DeepSpeed's autotuner takes it where it is: 3 of the 11 s that a worker's imports took
-        import deepspeed
-    with (
-        _without_compiler()
-    ):  # which every initialize asks whether an optimizer is one of: 1 s for the compiler that it decorates with
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-
-    numa: Any = importlib.import_module("deepspeed.utils.numa")
-    if not hasattr(numa.get_numa_cores, "cache_info"):  # on CPU ZeRO-3 asks in each reduction, and each time it runs a program
-        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
-
-    # collects all garbage six times in each bf16 engine's making, to print how much memory is in use: 3 s
-    bf16: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
-    bf16.see_memory_usage = _nothing
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On CPU every initialize compiles a shared-memory all-reduce that training never calls: 27 s, and a crash without g++.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    patches.import_without_mlflow()
+    patches.import_muon_without_compiler()
+    patches.cache_numa_cores()
+    patches.silence_memory_reports()
+    patches.skip_shared_memory_kernel()
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """Does nothing."""
+def require_config(job: Job) -> None:
+    """Raises ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
+    prepare_environment(job.workers.gpus)
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-
-@contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Makes importing the module fail inside, unless it was imported before."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
     try:
-        yield
-    finally:
-        del sys.modules[module]
-
-
-@contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Makes `torch.compile` return what it is given inside."""
-
-    def same(function: Any = None, **_: Any) -> Any:
-        return function or same
-
-    compiler, torch.compile = torch.compile, same  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compiler
+        DeepSpeedZeroConfig(**engine_config(job)["zero_optimization"])
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise ConfigError(
+            f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}"
+        ) from e
 
 
 def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGroup | None = None) -> torch.nn.Module:
     """Builds the model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
-    torch.manual_seed(job.train.seed)
     if job.train.zero.stage < 3:
         model = first_weights.build(job, recipe)
         _require_dimensions(model)
         return model
-    importlib.import_module("torch._dynamo")  # its first import fails under zero.Init
-    from transformers.integrations import HfDeepSpeedConfig
-
-    stage = HfDeepSpeedConfig(config)  # while it lives, transformers builds and initialises models partitioned
-    with group.dividing() if group else nullcontext():
-        model = building.build(recipe)
-    del stage
-    return model
+    torch.manual_seed(job.train.seed)
+    with group.dividing() if group else nullcontext(), partitioned_build.building(config):
+        return building.build(recipe)
 
 
 def _require_dimensions(model: torch.nn.Module) -> None:
@@ -120,13 +85,12 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     Of workers that divide matrices, it shards and averages over those with the same part.
     """
     import deepspeed
-    from deepspeed.utils import groups as known_groups
     from deepspeed.utils import set_z3_leaf_module
 
     config, within = engine_config(job), job.train.zero.divide_within
     group = StateGroup(within) if within and within < dist.get_world_size() else None
     if job.train.zero.copy_within:
-        _share_copies()
+        patches.share_second_copies()
     model = build_model(job, recipe, config, group)
     if job.train.zero.quantize_weights:
         _require_eighths(model)
@@ -150,7 +114,7 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     exact = {name: model.get_buffer(name).float() for name in recipe.exact(model)}
     optimizer = settings.build(groups)
     config |= tensor_group.settings(recipe, model, train.parallel.tensor)
-    known_groups.mpu = group  # DeepSpeed would keep those of the engine before
+    patches.set_model_parallel_unit(group)
     if group:
         group.equalize(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False, mpu=group)
@@ -159,7 +123,7 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
         group.average(engine)
     for name, values in exact.items():
         building.put_buffer(model, name, values.to(engine.device))
-    tensor_group.mark(recipe, engine)
+    tensor_group.check(recipe, engine)
     if sharing:
         sharing.join(recipe, engine.module)
     engine.moments, engine.copies, engine.state_group = moments, settings.copies, group  # which `zero_state` reads
@@ -187,21 +151,6 @@ def _require_eighths(model: torch.nn.Module) -> None:
             )
 
 
-def _share_copies() -> None:
-    """Makes all parts of a model keep their second copies (`train.zero.copy_within`) in one group, which DeepSpeed makes for each
-    part that is built divided, and refuses to make twice."""
-    from deepspeed.utils import groups
-
-    make: Any = groups._create_zero_param_parallel_group
-
-    def once(workers: int) -> None:
-        if groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None:
-            make(workers)
-
-    if make.__name__ != once.__name__:
-        groups._create_zero_param_parallel_group = once
-
-
 def destroy_engines() -> None:
     """Takes the engines of this process apart, so that they leave its memory.
 
@@ -210,38 +159,18 @@ def destroy_engines() -> None:
     """
     if "deepspeed" not in sys.modules:
         return
-    from deepspeed.runtime.zero import parameter_offload
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
     while _engines:
         _engines.pop().destroy()  # not by a name, which would keep the last one, and all that it knows, in the collection
-    parameter_offload.FWD_MODULE_STACK.clear()
-    cached = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
-    for cell in cached.__closure__:
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
+    patches.release_modules()
     gc.collect()  # they are in circles
 
 
 def forget_groups() -> None:
-    """Forgets the process groups that DeepSpeed knows, and what it has counted: all ranks of a new group must count alike.
-
-    Those are the numbers that it gives to parameters, and to modules, in a default argument.
-    """
+    """Forgets the process groups that DeepSpeed knows, and what it has counted: all ranks of a new group must count alike."""
     if "deepspeed" not in sys.modules:
         return
-    import deepspeed.comm.comm as communication
-    import deepspeed.utils.groups as groups
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
-
-    communication.cdb = None
-    importlib.reload(groups)
-    if layer := sys.modules.get("deepspeed.sequence.layer"):
-        vars(layer)["_all_to_all_groups"].clear()
-    Init.param_id = 0
-    (counter,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
-    counter[0] = 0
+    patches.forget_groups()
+    patches.restart_numbering()
 
 
 def set_lr(engine: Any, lr: float) -> None:

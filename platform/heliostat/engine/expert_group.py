@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from heliostat.engine import patches
 from heliostat.errors import ConfigError
 from heliostat.parallel.division import Division
 from heliostat.recipes.protocol import DividesExperts, Recipe
-
-PLACED = "autoep_expert"  # the word by which DeepSpeed knows parameters of which each group of workers has all, in parts
 
 
 def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
@@ -25,12 +24,9 @@ def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
     others; collective."""
     if workers == 1:
         return
-    from deepspeed.utils import groups
-
     assert isinstance(recipe, DividesExperts)
-    groups._create_expert_and_data_parallel(workers)
     name = f"ep_size_{workers}"
-    group, alike = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+    group, alike = patches.expert_groups(name, workers)
     division = Division(dist.get_rank(group), workers, group)
     for module in recipe.stacked_experts(model):
         parameters: dict[str, Any] = dict(module.named_parameters(recurse=False))
@@ -38,8 +34,7 @@ def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
             if whole.ds_shape[0] % workers:
                 raise ConfigError(f"train.parallel.expert: {workers} does not divide the {whole.ds_shape[0]} experts of a layer")
             own = _part(whole, division)
-            own.ds_zero_placement_family, own.ds_zero_partition_group_name = PLACED, name
-            own.ds_zero_partition_process_group = alike
+            patches.place_expert(own, name, alike)
             setattr(module, key, own)
             whole.convert_to_zero_parameters(param_list=[own])
     gc.collect()  # ZeRO's parameters are in circles, and this worker's part of the undivided ones would stay

@@ -1,54 +1,174 @@
 """Makes a model's initial weights once in a run's workers, below ZeRO stage 3, where each of them has all weights.
 
-The first worker sends its weights to the others, one at a time, in the precision that trains, from device to device. The others
-build the model without weights of their own (`recipes.weightless`). In host memory are the weights of one worker in fp32, and
-only until they are sent, rather than those of every one on a node (8 x 32 GB with 8 GPUs and 8 billion parameters).
+The first worker has the weights. It sends them to the others one at a time, in the precision that trains, from device to device.
+Each worker then keeps its part, if matrices are divided (`train.parallel.tensor`). The first worker has them from one of these:
 
-All build their own where that can't be: with `train.parallel.tensor`, whose workers have other parts of each matrix, and in
-recipes of one's own, whose `build` may read the weights.
+- A pretrained folder: it reads one tensor at a time (`recipes.folder_weights`), so host memory never holds more than one.
+- The recipe's `build`: one copy in fp32 is in its host memory, and only until it is sent.
+
+All other workers build the model without weights (`recipes.weightless`). A recipe of one's own may read weights in its `build`.
+The first worker therefore tries such a `build` with and without weights. If the results differ (`recipes.build_difference`), the
+workers of each node build the model with weights in turns, keep what is not a weight, and report what that costs.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
-from heliostat.checkpoint.agreement import agreed
+from heliostat.checkpoint.agreement import agreed, first, together
 from heliostat.config.spec import Job
-from heliostat.recipes import building, weightless
-from heliostat.recipes.protocol import Recipe
+from heliostat.engine import tensor_group
+from heliostat.parallel.division import of
+from heliostat.recipes import build_difference, building, folder_weights, weightless
+from heliostat.recipes.protocol import GUIDE, Recipe
+from heliostat.text import brief
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+log = logging.getLogger(__name__)
 
 
 def build(job: Job, recipe: Recipe) -> torch.nn.Module:
     """Builds the model with its initial weights, the same on every worker; collective."""
-    ours = type(recipe).build.__module__.startswith("heliostat.")
-    if not dist.is_initialized() or dist.get_world_size() == 1 or job.train.parallel.tensor > 1 or not ours:
+    torch.manual_seed(job.train.seed)
+    if not dist.is_initialized():
         return building.build(recipe)
-    device, dtype = _device(job), DTYPES[job.train.precision]
-    model = agreed(dist.new_group(backend="gloo"), lambda: _built(recipe, device, dtype))
-    for p in model.parameters():
-        p.data = _sent(p.detach().to(device, dtype if p.is_floating_point() else None))
-    for name, buffer in list(model.named_buffers()):  # a pretrained model's may hold what its architecture does not say
-        building.put_buffer(model, name, _sent(buffer.detach().to(device)))
-    return model
+    made, group = _Making(job, recipe), dist.new_group(backend="gloo")
+    why = first(group, made.as_first)
+    if why:
+        _in_turns(made, group, why)
+    else:
+        agreed(group, lambda: made.without_weights() if dist.get_rank() else None)
+    dist.destroy_process_group(group)
+    if dist.get_world_size() > 1 or made.values:
+        with tensor_group.dividing(recipe, made.model, job.train.parallel.tensor):
+            made.send()
+    return made.model
 
 
-def _built(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def _in_turns(made: _Making, group: Any, why: str) -> None:
+    """Builds the model with weights on the other workers, one worker of a node at a time; none keeps its weights."""
+    mine = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    turns = max(together(group, lambda: mine)) + 1
     if dist.get_rank() == 0:
-        return building.build(recipe)
-    with weightless.building():
-        model = building.build(recipe)
-    weightless.materialize(model, device, dtype)
-    return model
+        log.warning(
+            "recipe: %s.build needs weights (%s): the workers of a node call it in %d turns, each with %.1f GB of host memory. "
+            "See %s for what `build` may do without weights.",
+            type(made.recipe).__name__, why, turns, made.gigabytes, GUIDE,
+        )  # fmt: skip
+
+    def take(turn: int) -> None:
+        if turn == mine and dist.get_rank():
+            made.with_weights()
+
+    for turn in range(turns):
+        agreed(group, partial(take, turn))
 
 
-def _sent(tensor: torch.Tensor) -> torch.Tensor:
-    """Sends the first worker's tensor, on the device that trains, to all others; returns what arrived."""
-    tensor = tensor.contiguous()
-    dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)
+class _Making:
+    """Makes this worker's model. `values`: on the first worker, what gives the model's tensors their values, by their ids."""
+
+    model: torch.nn.Module
+
+    def __init__(self, job: Job, recipe: Recipe) -> None:
+        self.seed, self.recipe, self.values = job.train.seed, recipe, dict[int, Callable[[], torch.Tensor]]()
+        self.device, self.dtype = _device(job), DTYPES[job.train.precision]
+
+    @property
+    def gigabytes(self) -> float:
+        return 4 * sum(p.numel() for p in self.model.parameters()) / 1e9  # in fp32
+
+    def as_first(self) -> str:
+        """Makes the first worker's model; returns why the others can't build it without weights, or "". A worker that is alone
+        keeps the model as it was built, unless it reads the weights from a folder."""
+        ours, alone = type(self.recipe).build.__module__.startswith("heliostat."), dist.get_world_size() == 1
+        if ours and self._is_read():
+            return ""
+        twin = None if ours or alone else _copied(self.recipe)
+        torch.manual_seed(self.seed)
+        self.model = building.build(self.recipe)
+        if alone:
+            return ""
+        why = self._difference(twin) if twin else ""
+        for p, host in weightless.empty_all(self.model):
+            self.values[id(p)] = partial(_same, host.to(self.device, self._type(p)) if why else host)
+        return why
+
+    def _is_read(self) -> bool:
+        """Builds the model without weights and locates them in the job's folder; False if they can't be read one by one."""
+        with weightless.building() as noted:
+            self.model = building.build(self.recipe)
+        try:
+            self.values = {key: stored.read for key, stored in folder_weights.find(self.model, noted).items()}
+        except folder_weights.UnreadableError as e:
+            if noted:
+                log.warning("model: the first worker loads all weights at once, %.1f GB of host memory (%s)", self.gigabytes, e)
+            return False
+        return True
+
+    def _difference(self, twin: Recipe) -> str:
+        """Finds what the recipe's `build` makes otherwise without weights."""
+        try:
+            with weightless.building():
+                model = building.build(twin)
+            return build_difference.find((self.recipe, self.model), (twin, model))
+        except Exception as e:  # noqa: BLE001  whatever somebody's own code raises
+            return f"{type(e).__name__}: {brief(str(e))}"
+
+    def without_weights(self) -> None:
+        with weightless.building():
+            self.model = building.build(self.recipe)
+
+    def with_weights(self) -> None:
+        """Builds the model as the first worker does, for what else its `build` makes."""
+        torch.manual_seed(self.seed)
+        self.model = building.build(self.recipe)
+        for _ in weightless.empty_all(self.model):
+            pass  # each is given up
+
+    def send(self) -> None:
+        """Gives all tensors of the model the first worker's values, parameters in the precision that trains; collective."""
+        for p in self.model.parameters():
+            weightless.put(p, of(p).cut(self._sent(p, building.shape(p), self._type(p))))
+        sent: dict[int, torch.Tensor] = {}  # a buffer that several modules have stays one
+        for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
+            if id(buffer) not in sent:
+                sent[id(buffer)] = self._sent(buffer, tuple(buffer.shape), buffer.dtype)
+            building.put_buffer(self.model, name, sent[id(buffer)])
+
+    def _type(self, parameter: torch.Tensor) -> torch.dtype:
+        return self.dtype if parameter.is_floating_point() else parameter.dtype
+
+    def _sent(self, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Sends the first worker's values for a tensor, on the device that trains, to all others; returns what arrived."""
+        if dist.get_rank() == 0:
+            values = self.values.pop(id(tensor), partial(_same, tensor))().to(self.device, dtype).contiguous()
+        else:
+            values = torch.empty(shape, dtype=dtype, device=self.device)
+        if dist.get_world_size() > 1:
+            dist.broadcast(values.reshape(-1).view(torch.uint8), 0)
+        return values
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _copied(recipe: Recipe) -> Recipe:
+    """Copies a recipe, and the lists, sets and dicts in its attributes: a `build` may add to them."""
+    found = copy.copy(recipe)
+    for name, value in vars(recipe).items():
+        if type(value) in (list, dict, set):
+            setattr(found, name, copy.copy(value))
+    return found
 
 
 def _device(job: Job) -> torch.device:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import first
 from heliostat.config.train_section import Parallel
+from heliostat.engine import head_exchange
+from heliostat.parallel import sequence_attention
 from heliostat.recipes.protocol import Batch, CutsSamples, Recipe
 
 T = TypeVar("T")
@@ -61,4 +63,5 @@ class SampleGroup:
         """Makes the model exchange what its tokens need of the other stretches."""
         if self.cuts:
             assert isinstance(recipe, CutsSamples)
-            recipe.exchange(model, self.group)
+            with sequence_attention.exchanging(head_exchange.around):
+                recipe.exchange(model, self.group)

@@ -7,13 +7,13 @@ gradients, once a step, and so make the same step. (Elsewhere: hybrid sharding, 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from heliostat.engine import patches
 
 
 class StateGroup:
@@ -45,17 +45,9 @@ class StateGroup:
     def get_model_parallel_rank(self) -> int:
         return 0
 
-    @contextmanager
-    def dividing(self) -> Iterator[None]:
+    def dividing(self) -> AbstractContextManager[None]:
         """Makes what is built inside, through `deepspeed.zero.Init`, divided within the group."""
-        from deepspeed.runtime.zero.partition_parameters import Init
-
-        whole: Any = Init.__init__
-        Init.__init__ = functools.partialmethod(whole, data_parallel_group=self.within)
-        try:
-            yield
-        finally:
-            Init.__init__ = whole
+        return patches.partition_within(self.within)
 
     def equalize(self, model: torch.nn.Module) -> None:
         """Gives all groups the first one's weights: of what is built in parts, one worker may draw or read the values."""
@@ -73,26 +65,10 @@ class StateGroup:
 
         All groups make the step or none does: whether fp16 gradients overflow is decided of the averages, and by all.
         """
-        zero, step, norms = engine.optimizer, engine.optimizer.step, engine.optimizer._get_norm_groups
-        within = zero.has_overflow
         first = dist.get_global_rank(self.across, 0)
-
-        def alike() -> list[torch.Tensor]:  # a group that adds up in another order would clip by another norm
-            found = [norm.reshape(1) for norm in norms()]
-            for norm in found:
-                dist.broadcast(norm, first, group=self.across)
-            return [norm[0] for norm in found]
-
-        def averaged(*given: Any, **named: Any) -> Any:
-            gradients = zero.grad_partitions_flat_buffer.div_(self.count)
-            dist.all_reduce(gradients, group=self.across)
-            if (reducing := zero.reduce_and_partition_stream) is not None:  # on which DeepSpeed looks for an overflow
-                reducing.wait_stream(torch.cuda.current_stream())
-            return step(*given, **named)
-
-        def overflow(*given: Any, **named: Any) -> bool:
-            found = torch.tensor(float(within(*given, **named)), device=zero.grad_partitions_flat_buffer.device)
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.across)
-            return bool(found)
-
-        zero.step, zero._get_norm_groups, zero.has_overflow = averaged, alike, overflow
+        patches.before_step(
+            engine.optimizer,
+            average=lambda gradients: dist.all_reduce(gradients.div_(self.count), group=self.across),
+            equalize=lambda norm: dist.broadcast(norm, first, group=self.across),
+            agree=lambda flag: dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.across),
+        )

@@ -8,12 +8,14 @@ those with the same, one of each group. AutoTP is told every module: what it wou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from heliostat.engine import patches
 from heliostat.errors import TrainingError
 from heliostat.parallel.division import Division, of
 from heliostat.recipes.protocol import DividesMatrices, Recipe
@@ -42,23 +44,48 @@ def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
     return {kind: sorted(patterns) for kind, patterns in found.items()}
 
 
-def mark(recipe: Recipe, engine: Any) -> None:
-    """Notes on each parameter of the engine which part of it this worker has, and its whole shape; TrainingError unless what
-    AutoTP has divided is what the recipe names."""
-    if engine.autotp_size() <= 1:
+@contextmanager
+def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[None]:
+    """Divides the matrices of a model whose parameters have shapes alone, as DeepSpeed does when it makes an engine, and notes on
+    each parameter which part of it this worker has. Inside, parameters get their values: hooks on gradients come afterwards.
+    Collective."""
+    if workers == 1:
+        yield
         return
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.module_inject import set_autotp_mode
+    from deepspeed.module_inject.auto_tp import AutoTP
+    from deepspeed.runtime.tensor_parallel.config import get_tensor_parallel_config
+
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
+    set_autotp_mode(training=True)
+    group = patches.matrix_group(workers)
+    config: Any = get_tensor_parallel_config(settings(recipe, model, workers))
+    autotp: Any = AutoTP(
+        module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None, training_mode=True,
+        linear_layer_setting=(torch.nn.Linear, torch.nn.Embedding), model_config=getattr(model, "config", None),
+        partition_config=config.get_partition_config_object(),
+    )  # fmt: skip
+    autotp.set_tensor_parallel_config(workers, group)
+    autotp.update_linear_policies()
+    patches.divide_matrices(autotp, model)
+    _mark(model, group, workers)
+    yield
+    autotp.register_replicated_grad_hooks(model)
+    model.ds_autotp_parsed = True  # type: ignore[assignment]  # the engine leaves the model as it is
+
+
+def _mark(model: torch.nn.Module, group: Any, parts: int) -> None:
+    """Notes on each parameter which part of it this worker has, and its whole shape; TrainingError for unequal parts."""
     from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
-    if engine.first_dataloader_check is not None:  # it would send a batch's tensors to the others, where `SampleGroup` has been
-        engine.first_dataloader_check.remove()
-        engine.first_dataloader_check = None
-    assert isinstance(recipe, DividesMatrices)
-    model, group, parts = engine.module, engine.mpu.get_tensor_model_parallel_group(), engine.autotp_size()
     if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups from engine to engine
         raise TrainingError(
             f"train.parallel.tensor: DeepSpeed has groups of {dist.get_world_size(group)} workers in this process already"
         )
     rank = dist.get_rank(group)
+    parameter: Any
     for parameter in model.parameters():
         told = getattr(parameter, DS_AUTOTP_UC_META, None)
         if not told or told["replicated"]:
@@ -70,6 +97,15 @@ def mark(recipe: Recipe, engine: Any) -> None:
             )
         parameter.division = Division(rank, parts, group, whole[1] if by == 1 else 0)
         parameter.whole_shape = whole
+
+
+def check(recipe: Recipe, engine: Any) -> None:
+    """Raises TrainingError unless what AutoTP has divided is what the recipe names."""
+    if engine.autotp_size() <= 1:
+        return
+    patches.stop_input_check(engine)
+    assert isinstance(recipe, DividesMatrices)
+    model = engine.module
     wanted = {(name, kind) for name, kind in recipe.divided_matrices(model).items() if kind != "summed"}
     cut = {name.removesuffix(".weight"): of(p) for name, p in model.named_parameters() if p.dim() > 1}
     divided = {(name, "row" if how.width else "column") for name, how in cut.items() if how.parts > 1}

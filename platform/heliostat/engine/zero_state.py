@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN
+from heliostat.engine import patches
 from heliostat.errors import ConfigError, TrainingError
 from heliostat.parallel import division
 
@@ -108,7 +109,7 @@ def place(engine: Any, p: Any) -> Place | None:
         group, offset, _ = zero.grad_position[zero.get_param_id(p)]
         start, size = _at_stage_3(p)
         return Place(_flats(engine)[group], offset, size, start)
-    if (mapping := p._hp_mapping) is None:
+    if (mapping := patches.fragment(p)) is None:
         return None
     kept, within = mapping.hp_fragment_address, mapping.lp_fragment_address
     return Place(_flats(engine)[mapping.param_group_index], kept.start, kept.numel, within.start)
@@ -223,8 +224,8 @@ def _kept(engine: Any, p: Any, key: str) -> torch.Tensor:
     if stage == 0:
         return (engine.optimizer.state[p][key] if kind else p.data).view(-1)
     if stage == 3:
-        return engine.optimizer._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=kind)[0]
-    return p._hp_mapping.get_hp_fragment(kind)
+        return patches.partition_state(engine.optimizer, p, kind)
+    return patches.fragment(p).get_hp_fragment(kind)
 
 
 def optimizer_steps(engine: Any) -> int:
@@ -270,14 +271,11 @@ def refresh(engine: Any) -> None:
     """Copies the fp32 master weights into the weights that the forward pass uses."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
-        zero._partition_all_parameters()  # what is still gathered from the last forward pass would be used again
+        patches.partition_parameters(zero)
         for low, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
             if low is not None:
                 low.data.copy_(master.data)
-        for group in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
-        for p in engine.module.parameters():
-            p.ds_secondary_tensor = None  # the second copy (`train.zero.copy_within`) is of the values before
+        patches.reassign_parameters(zero, engine.module.parameters())
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
     elif stage and _sums_apart(engine):

@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from heliostat.config import workspace
+from heliostat.config.fields import Json
 from heliostat.curation import decontamination
 from heliostat.curation.decontamination import Index
 from heliostat.data.manifest import Manifest
@@ -35,7 +35,7 @@ class Training:
     sources: list[tuple[Manifest, np.ndarray]]
 
     @property
-    def facts(self) -> list[dict[str, Any]]:
+    def facts(self) -> list[dict[str, object]]:
         """Describes each dataset: its place, digest, and how many of its chunks are compared."""
         return [{"data": str(m.location), "digest": m.digest, "chunks": len(c), "of": len(m.chunks)} for m, c in self.sources]
 
@@ -46,19 +46,19 @@ def of_model(folder: Path) -> Training:
     if export.job is None:
         raise ConfigError(f"{folder} does not say what it was trained on; name it under contamination.data")
     data, evaluated = export.job["data"], export.job.get("evaluate")
-    held = evaluated.get("fraction", 0.01) if evaluated else 0.0
+    held_out = evaluated.get("fraction", 0.01) if evaluated else 0.0
     version = {"version": export.data_version} if export.data_version else {}
     sources = []
     for source in data["sources"]:
-        made = documents.open_text(Location(source["path"]).absolute(workspace.root()))
-        sources.append((made, documents.trained(made, data["sequence_length"], held, **version)))
+        dataset = documents.open_text(Location(source["path"]).absolute(workspace.root()))
+        sources.append((dataset, documents.trained(dataset, data["sequence_length"], held_out, **version)))
     return Training(sources)
 
 
 def of_datasets(paths: Sequence[str]) -> Training:
     """Opens datasets that are named, all of each."""
     opened = [documents.open_text(Location(path).absolute(workspace.root())) for path in paths]
-    return Training([(made, np.arange(len(made.chunks))) for made in opened])
+    return Training([(dataset, np.arange(len(dataset.chunks))) for dataset in opened])
 
 
 @dataclass
@@ -78,8 +78,8 @@ class Examples:
         hashes = np.unique(np.concatenate(every)) if every else np.zeros(0, np.uint64)
         index, damaged = Index(hashes, np.zeros(0, np.int32), []), list[str]()
         total, done, seen = sum(len(chunks) for _, chunks in training.sources), 0, np.zeros(len(hashes), bool)
-        for made, chunks in training.sources:
-            read = documents.Documents(made)
+        for dataset, chunks in training.sources:
+            read = documents.Documents(dataset)
             for texts in read.texts(chunks):
                 for grams in decontamination.grams(list(texts), self.n):
                     seen[np.searchsorted(hashes, grams[index.hits(grams)])] = True
@@ -94,7 +94,7 @@ class Examples:
         return [float(np.isin(grams, self.found).mean()) if len(grams) else None for grams in self.grams[task]]
 
 
-def summary(shares: Sequence[float | None], values: Sequence[Any], score: float) -> dict[str, Any]:
+def summary(shares: Sequence[float | None], values: Sequence[Json], score: float) -> dict[str, object]:
     """Sums up a task: the share of the compared examples that have an n-gram of the training data, and the score of the rest;
     what is too short to be compared is in neither.
 
@@ -113,7 +113,7 @@ def summary(shares: Sequence[float | None], values: Sequence[Any], score: float)
     }
 
 
-def measured(examples: Examples, folder: Path, data: Sequence[str], shown: Shown) -> dict[str, Any]:
+def measured(examples: Examples, folder: Path, data: Sequence[str], shown: Shown) -> dict[str, object]:
     """Looks the examples up in the training data; says what was compared, or why nothing was."""
     try:
         training = of_datasets(data) if data else of_model(folder)

@@ -17,29 +17,29 @@ from heliostat.storage.locations import Location
 
 def open_text(place: Location) -> Manifest:
     """Opens a prepared dataset; ConfigError if it holds no text."""
-    made = manifest.read(place)
-    if made.kind != "tokens":
-        raise ConfigError(f"{place}: holds {made.kind!r}, not text, so no text of it can be compared or asked about")
-    return made
+    dataset = manifest.read(place)
+    if dataset.kind != "tokens":
+        raise ConfigError(f"{place}: holds {dataset.kind!r}, not text, so no text of it can be compared or asked about")
+    return dataset
 
 
-def trained(made: Manifest, length: int, fraction: float, version: int = NEWEST) -> np.ndarray:
+def trained(dataset: Manifest, length: int, fraction: float, version: int = NEWEST) -> np.ndarray:
     """Lists the chunks that training takes samples of, at a sequence length and held-out fraction."""
-    return np.flatnonzero(split(made, length, fraction, version).train > 0)
+    return np.flatnonzero(split(dataset, length, fraction, version).train > 0)
 
 
-def held_out(made: Manifest, fraction: float) -> np.ndarray:
+def held_out(dataset: Manifest, fraction: float) -> np.ndarray:
     """Lists the chunks that are held out of training, at any sequence length."""
-    return np.flatnonzero(split(made, 1, fraction).held > 0)
+    return np.flatnonzero(split(dataset, 1, fraction).held > 0)
 
 
 class Documents:
     """Reads the texts of a dataset's documents. `damaged`: the chunks that could not be read, which are left out."""
 
-    def __init__(self, made: Manifest) -> None:
-        self._chunks, self._end = Chunks([made], 1), made.meta.get("end_of_document")
-        self._markers = infilling.Markers.of(made.meta)
-        self._tokenizer = Tokenizer.from_str(made.file("tokenizer.json").read().decode())
+    def __init__(self, dataset: Manifest) -> None:
+        self._chunks, self._end = Chunks([dataset], 1), dataset.meta.get("end_of_document")
+        self._markers = infilling.Markers.of(dataset.meta)
+        self._tokenizer = Tokenizer.from_str(dataset.file("tokenizer.json").read().decode())
         self.damaged: list[str] = []
 
     def token(self, id: int) -> str:

@@ -15,16 +15,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import Checkpoint
+from heliostat.config.fields import Json
 from heliostat.errors import CheckpointError, ConfigError, DataError, HeliostatError, TrackingError
 from heliostat.evaluation import recording
 from heliostat.evaluation.run import Benchmark
-from heliostat.evaluation.suite import same
+from heliostat.evaluation.suite import Result, same
 from heliostat.inference.export import export
 from heliostat.runs import liveness, mlflow_id
 from heliostat.storage import run_folder
@@ -43,11 +43,11 @@ REMOVED = "retention has removed its checkpoint before it was scored"
 class Kept(TypedDict):
     """Describes what is read of a result that was kept. `written`: when its checkpoint was."""
 
-    suite: dict[str, Any]
+    suite: dict[str, Json]
     written: float
-    tasks: list[dict[str, Any]]
-    average: dict[str, Any]
-    recorded: dict[str, Any]
+    tasks: list[dict[str, Json]]
+    average: dict[str, Json]
+    recorded: dict[str, Json]
 
 
 KEPT = Format(Kept, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")
@@ -59,9 +59,9 @@ class Followed:
 
     run: Location
     benchmark: Benchmark
-    told: Callable[[int, dict[str, Any]], None]
+    told: Callable[[int, Result], None]
     every: int = 1  # of the steps, and the last
-    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    results: dict[int, Result] = field(default_factory=dict)
     removed: dict[int, str] = field(default_factory=dict)
     torn: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
@@ -82,17 +82,17 @@ class Followed:
                 time.sleep(poll_s)
         self._try_to_send(self._again)
         self._tag_later_versions()
-        there = layout.steps(self.run)
+        left = layout.steps(self.run)
         for step in {*self._wanted(False), *self._saved()} - self.results.keys() - self.failed.keys() - self.removed.keys():
-            if step in there or step > max(there, default=0):
+            if step in left or step > max(left, default=0):
                 self.torn[step] = "its checkpoint is not complete, and nobody writes it any more"
             else:
                 self.removed[step] = REMOVED
 
     def _wanted(self, lives: bool) -> list[int]:
         """Lists the steps with a checkpoint that is to be scored; the last one is known when the driver has ended."""
-        there = layout.steps(self.run)
-        return [step for step in there if step % self.every == 0 or (not lives and step == there[-1])]
+        steps = layout.steps(self.run)
+        return [step for step in steps if step % self.every == 0 or (not lives and step == steps[-1])]
 
     def _saved(self) -> list[int]:
         """Lists the steps to be scored that the run has begun to save, as its receipts tell: those stay."""
@@ -117,21 +117,21 @@ class Followed:
         if step in self.failed:
             return None
         try:
-            found = layout.open_checkpoint(self.run, step)
+            checkpoint = layout.open_checkpoint(self.run, step)
         except CheckpointError:
             return None  # being written, or just removed
         known = self.results.get(step)
-        return None if known and known["written"] == found.index["written"] else found
+        return None if known and known["written"] == checkpoint.index["written"] else checkpoint
 
     def _score(self, step: int) -> None:
-        found = self._open(step)
-        if found is None:
+        checkpoint = self._open(step)
+        if checkpoint is None:
             self._lost(step)
             return
         with tempfile.TemporaryDirectory(prefix="heliostat-benchmark-") as folder:
             model = Path(folder) / "model"
             try:
-                export(found, model, mlflow_id.record(self.run).get("run_id"))
+                export(checkpoint, model, mlflow_id.record(self.run).get("run_id"))
             except (HeliostatError, FileNotFoundError) as e:
                 if not self._lost(step):
                     self._fail(step, e)
@@ -143,8 +143,8 @@ class Followed:
             except HeliostatError as e:
                 self._fail(step, e)
                 return
-        result["model"]["folder"] = str(found.location)
-        self.results[step] = {**result, "written": found.index["written"], "recorded": recording.unrecorded("not sent yet")}
+        result["model"]["folder"] = str(checkpoint.location)
+        self.results[step] = {**result, "written": checkpoint.index["written"], "recorded": recording.unrecorded("not sent yet")}
         self._keep(step)
         self.told(step, self.results[step])
 
@@ -166,27 +166,27 @@ class Followed:
 
     def _send(self) -> None:
         """Sends to MLflow what it has not taken yet; TrackingError if it does not answer."""
-        told = mlflow_id.record(self.run)
+        mlflow = mlflow_id.record(self.run)
         for step, result in sorted(self.results.items()):
-            if "run_id" not in told or result["recorded"]["run_id"] is not None:
+            if "run_id" not in mlflow or result["recorded"]["run_id"] is not None:
                 continue
             sent = {key: value for key, value in result.items() if key not in ("recorded", "written")}
-            sent["model"] = result["model"] | {"run_id": told["run_id"], "step": step}
-            result["recorded"] = recording.record(told["uri"], sent)
+            sent["model"] = result["model"] | {"run_id": mlflow["run_id"], "step": step}
+            result["recorded"] = recording.record(mlflow["uri"], sent)
             self._keep(step)
 
     def _tag_later_versions(self) -> None:
         """Writes the scores to versions that were registered when MLflow had them already, as the last step's are."""
-        told = mlflow_id.record(self.run)
+        mlflow = mlflow_id.record(self.run)
         sent = {step: one for step, one in self.results.items() if one["recorded"]["run_id"] is not None}
-        if "run_id" not in told or not sent:
+        if "run_id" not in mlflow or not sent:
             return
         try:
-            found = recording.tag(told["uri"], told["run_id"], sent)
+            tagged = recording.tag(mlflow["uri"], mlflow["run_id"], sent)
         except TrackingError as e:
             log.warning("MLflow does not take the scores of registered versions; give the command again: %s", brief(e))
             return
-        for step, versions in found.items():
+        for step, versions in tagged.items():
             if versions != sent[step]["recorded"]["versions"]:
                 sent[step]["recorded"]["versions"] = versions
                 self._keep(step)
@@ -208,7 +208,7 @@ def alive(run: Location) -> bool:
     return last is not None and last.outcome not in ("finished", "interrupted") and liveness.lives(last)
 
 
-def summary(followed: Followed) -> dict[str, Any]:
+def summary(followed: Followed) -> Result:
     """Sums up what was scored, step by step, and what was not."""
     steps = [
         {"step": step, "scores": {row["task"]: row["score"] for row in result["tasks"]}, "average": result["average"]["centred"],

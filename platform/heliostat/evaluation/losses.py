@@ -27,7 +27,7 @@ from heliostat.storage.records import Format
 log = logging.getLogger(__name__)
 
 BATCH = 8
-SETTINGS = Format(dict[str, Any], "tokenizer's configuration", ConfigError)
+SETTINGS = Format(dict[str, object], "tokenizer's configuration", ConfigError)
 
 
 def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
@@ -47,23 +47,26 @@ def _evaluate(
     if manifests[0].kind != recipe.kind:
         raise ConfigError(f"--data: {data} holds {manifests[0].kind!r}, but the model is scored on {recipe.kind!r}")
     recipe.bind(manifests)
-    made = plan(job, manifests)
-    dataset = open_dataset(dataclasses.replace(made, version=export.data_version) if export.data_version else made)
-    held = dataset.order.held_out(samples)
-    if not len(held):
-        raise ConfigError(f"--fraction: {made.held_fraction:g} of {data} holds no sample out; give a larger one")
-    if len(held) < min(samples, sum(dataset.order.held_shares(samples))):
+    planned = plan(job, manifests)
+    dataset = open_dataset(dataclasses.replace(planned, version=export.data_version) if export.data_version else planned)
+    held_out = dataset.order.held_out(samples)
+    if not len(held_out):
+        raise ConfigError(f"--fraction: {planned.held_fraction:g} of {data} holds no sample out; give a larger one")
+    if len(held_out) < min(samples, sum(dataset.order.held_shares(samples))):
         log.warning(
-            "--samples: %d wanted, but --fraction %g holds out %d, which are scored", samples, made.held_fraction, len(held)
+            "--samples: %d wanted, but --fraction %g holds out %d, which are scored",
+            samples,
+            planned.held_fraction,
+            len(held_out),
         )
-    found = dataset.read(held)
+    contents = dataset.read(held_out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = recipe.load(export.folder).eval().to(device)
     sums: dict[str, float] = {}
     kept: list[dict[str, np.ndarray]] = []
     with torch.no_grad():
-        for rows in _batches(held.source):
-            part = content.part(found, rows)
+        for rows in _batches(held_out.source):
+            part = content.part(contents, rows)
             batch = {k: v.to(device) for k, v in recipe.batch(part, np.arange(rows.start, rows.stop)).items()}
             scores = recipe.evaluate(model, batch)
             kept.append(taken(scores, recipe.gathered, np.ones(rows.stop - rows.start, dtype=bool)))
@@ -81,27 +84,22 @@ def _batches(source: np.ndarray) -> list[slice]:
 
 def _job(export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> Job:
     """Builds the job that made the model, on other data; for a language model from elsewhere, a minimal job from its folder."""
-    made: dict[str, Any] = export.job or {"model": {}, "data": {}, "train": {}}
-    length = sequence_length or made["data"].get("sequence_length")
+    before: dict[str, Any] = export.job or {"model": {}, "data": {}, "train": {}}
+    length = sequence_length or before["data"].get("sequence_length")
     if export.job is None and not (length := length or _trained_length(export.folder)):
         raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")
-    held = fraction or (made.get("evaluate") or {}).get("fraction", 0.01)
-    source = {"path": str(Location(data).absolute(workspace.root()))}
+    held_out = fraction or (before.get("evaluate") or {}).get("fraction", 0.01)
+    source, seed = {"path": str(Location(data).absolute(workspace.root()))}, before["train"].get("seed", 0)
+    train = {"steps": 1, "global_batch": BATCH, "micro_batch": BATCH, "optimizer": {"lr": 1.0}, "seed": seed}
     return validate(
         Job,
         {
             "name": "evaluate",
-            "recipe": made.get("recipe", exports.LANGUAGE_MODEL),
-            "model": export.recipe.exported(export.folder, made["model"]),
-            "data": {"sources": [source], "sequence_length": length, "document_mask": made["data"].get("document_mask", False)},
-            "train": {
-                "steps": 1,
-                "global_batch": BATCH,
-                "micro_batch": BATCH,
-                "optimizer": {"lr": 1.0},
-                "seed": made["train"].get("seed", 0),
-            },
-            "evaluate": {"every": 1, "samples": samples, "fraction": held},
+            "recipe": before.get("recipe", exports.LANGUAGE_MODEL),
+            "model": export.recipe.exported(export.folder, before["model"]),
+            "data": {"sources": [source], "sequence_length": length, "document_mask": before["data"].get("document_mask", False)},
+            "train": train,
+            "evaluate": {"every": 1, "samples": samples, "fraction": held_out},
             "checkpoint": {"every": 1},
             "storage": str(export.folder),
             "mlflow": {"uri": "sqlite:////dev/null", "experiment": "none"},

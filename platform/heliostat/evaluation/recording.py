@@ -8,30 +8,35 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from heliostat.config.checkpoint_section import BENCHMARK
+from heliostat.config.fields import Json
+from heliostat.evaluation.suite import Result
 from heliostat.text import brief
 from heliostat.tracking import mlflow_client, tags
 from heliostat.tracking.metrics import Point
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 AVERAGE = f"{BENCHMARK}average_centred"
 ARTIFACTS = "benchmarks"
 
 
-def metrics(result: dict[str, Any]) -> dict[str, float]:
+def metrics(result: Result) -> dict[str, float]:
     """Lists a result's metrics by name: each task's score, standard error and edit similarity, where it has them, and the average
     of the centred scores."""
-    found = {f"{BENCHMARK}{row['task']}": row["score"] for row in result["tasks"]}
-    found |= {f"{BENCHMARK}{row['task']}_stderr": row["stderr"] for row in result["tasks"] if row["stderr"] is not None}
+    scores = {f"{BENCHMARK}{row['task']}": row["score"] for row in result["tasks"]}
+    scores |= {f"{BENCHMARK}{row['task']}_stderr": row["stderr"] for row in result["tasks"] if row["stderr"] is not None}
     similar = {f"{BENCHMARK}{row['task']}_edit_similarity": row.get("edit_similarity") for row in result["tasks"]}
-    found |= {name: value for name, value in similar.items() if value is not None}
+    scores |= {name: value for name, value in similar.items() if value is not None}
     if result["average"]["centred"] is not None:
-        found[AVERAGE] = result["average"]["centred"]
-    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+        scores[AVERAGE] = result["average"]["centred"]
+    return {name: float(value) for name, value in scores.items() if math.isfinite(value)}
 
 
-def record(uri: str, result: dict[str, Any]) -> dict[str, Any]:
+def record(uri: str, result: Result) -> dict[str, Json]:
     """Records a result; says on which run, at which step and for which versions, or why it is not recorded.
 
     TrackingError if MLflow does not answer.
@@ -43,20 +48,15 @@ def record(uri: str, result: dict[str, Any]) -> dict[str, Any]:
         client = mlflow_client.connect(uri)
         if (fault := _unknown(client, run_id)) is not None:
             return unrecorded(f"run {run_id} is not in {uri}: {fault}")
-        told, now = metrics(result), time.time()
-        mlflow_client.send(client, run_id, [Point(name, value, now, step) for name, value in told.items()])
+        scores, now = metrics(result), time.time()
+        mlflow_client.send(client, run_id, [Point(name, value, now, step) for name, value in scores.items()])
         artifact = f"{ARTIFACTS}/{result['suite']['name']}-{step:08d}.json"
         client.log_dict(run_id, result, artifact)
-        return {
-            "run_id": run_id,
-            "step": step,
-            "artifact": artifact,
-            "versions": _versions(client, run_id, {step: told})[step],
-            "why_not": "",
-        }
+        versions = _versions(client, run_id, {step: scores})[step]
+        return {"run_id": run_id, "step": step, "artifact": artifact, "versions": versions, "why_not": ""}
 
 
-def tag(uri: str, run_id: str, results: Mapping[int, dict[str, Any]]) -> dict[int, list[str]]:
+def tag(uri: str, run_id: str, results: Mapping[int, Result]) -> dict[int, list[str]]:
     """Writes the scores of a run's steps, which are recorded, to the versions that it has now; returns their names by step.
 
     TrackingError if MLflow does not answer.
@@ -65,12 +65,12 @@ def tag(uri: str, run_id: str, results: Mapping[int, dict[str, Any]]) -> dict[in
         return _versions(mlflow_client.connect(uri), run_id, {step: metrics(result) for step, result in results.items()})
 
 
-def unrecorded(why: str) -> dict[str, Any]:
-    """Returns what is told of a result that is not recorded."""
+def unrecorded(why: str) -> dict[str, Json]:
+    """Returns the entry of a result that is not recorded."""
     return {"run_id": None, "step": None, "artifact": None, "versions": [], "why_not": why}
 
 
-def _unknown(client: Any, run_id: str) -> str | None:
+def _unknown(client: MlflowClient, run_id: str) -> str | None:
     """Returns what MLflow says of a run that it does not know; None if it knows it."""
     from mlflow.exceptions import MlflowException
 
@@ -83,14 +83,14 @@ def _unknown(client: Any, run_id: str) -> str | None:
     return None
 
 
-def _versions(client: Any, run_id: str, told: Mapping[int, dict[str, float]]) -> dict[int, list[str]]:
+def _versions(client: MlflowClient, run_id: str, scores: Mapping[int, dict[str, float]]) -> dict[int, list[str]]:
     """Writes the scores of steps to the registered versions that the run made at them; returns their names by step."""
-    names: dict[int, list[str]] = {step: [] for step in told}
-    by_tag = {str(step): step for step in told}
+    names: dict[int, list[str]] = {step: [] for step in scores}
+    by_tag = {str(step): step for step in scores}
     for version in client.search_model_versions(f"run_id = '{run_id}'"):
-        if (step := by_tag.get(version.tags.get(tags.STEP))) is None:
+        if (step := by_tag.get(version.tags.get(tags.STEP, ""))) is None:
             continue
-        for name, value in told[step].items():
+        for name, value in scores[step].items():
             if version.tags.get(tag_ := f"{tags.SCORE}{name}") != repr(value):
                 client.set_model_version_tag(version.name, version.version, tag_, repr(value))
         names[step].append(f"models:/{version.name}/{version.version}")

@@ -8,18 +8,22 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from heliostat import extras
+from heliostat.config.fields import Json
 from heliostat.curation.watching import Watch
 from heliostat.evaluation import contamination, measures, sandbox, scoring
 from heliostat.evaluation.contamination import Examples
-from heliostat.evaluation.suite import Suite
+from heliostat.evaluation.suite import Result, Row, Suite
 from heliostat.evaluation.tasks import Task, build
 from heliostat.inference.batch.run import model_digest
 from heliostat.recipes import exported
 from heliostat.storage.locations import Location
 from heliostat.terminal import console
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,7 @@ class Benchmark:
         extras.require("benchmark", "lm_eval", what="heliostat benchmark")
         self.suite, self.quiet = suite, quiet
         self._cache = tempfile.TemporaryDirectory(prefix="heliostat-benchmark-")
-        self._seen: dict[str, Any] = {}
+        self._seen: dict[str, Json] = {}
         self._examples: Examples | None = None
         with sandbox.held():
             self.tasks: list[Task] = build(suite, folder, Path(self._cache.name))
@@ -43,10 +47,10 @@ class Benchmark:
         """Removes what was copied."""
         self._cache.cleanup()
 
-    def score(self, folder: Path) -> dict[str, Any]:
+    def score(self, folder: Path) -> Result:
         """Scores the model in a folder on all tasks; returns what the result's file holds."""
         scoring.require_language_model(folder)
-        began, rows = time.time(), list[dict[str, Any]]()
+        began, rows = time.time(), list[Row]()
         with Watch(console, f"scoring {folder.name}", self.quiet) as watch:
             seen = self._contamination(folder, watch)
             watch.show("model", "loading it")
@@ -55,19 +59,19 @@ class Benchmark:
                 for number, task in enumerate(self.tasks, 1):
                     watch.show("tasks", f"{task.name}, {number} of {len(self.tasks)}")
                     rows.append(self._row(model, task))
-        told = {"folder": str(folder), "digest": model_digest(folder), **_origin(folder)}
+        facts = {"folder": str(folder), "digest": model_digest(folder), **_origin(folder)}
         return {
-            "suite": self.suite.model_dump(), "model": told, "tasks": rows, "average": _average(rows), "contamination": seen,
+            "suite": self.suite.model_dump(), "model": facts, "tasks": rows, "average": _average(rows), "contamination": seen,
             "versions": {name: version(name) for name in PACKAGES}, "seconds": round(time.time() - began, 1),
         }  # fmt: skip
 
-    def _row(self, model: Any, task: Task) -> dict[str, Any]:
+    def _row(self, model: HFLM, task: Task) -> Row:
         row, values = scoring.score(model, task, self.suite)
-        known = self._examples is not None and not self._seen.get("unknown")
-        told = contamination.summary(self._examples.shares(task.name), values, row["score"]) if known and self._examples else None
-        return row | {"contamination": told}
+        if self._examples is None or self._seen.get("unknown"):
+            return row | {"contamination": None}
+        return row | {"contamination": contamination.summary(self._examples.shares(task.name), values, row["score"])}
 
-    def _contamination(self, folder: Path, watch: Watch) -> dict[str, Any] | None:
+    def _contamination(self, folder: Path, watch: Watch) -> dict[str, Json] | None:
         """Looks the examples up in the training data, of the first model; None if the suite says not to."""
         asked = self.suite.contamination
         if not asked.measure or self._seen:
@@ -85,7 +89,7 @@ class Benchmark:
         return self._seen
 
 
-def _origin(folder: Path) -> dict[str, Any]:
+def _origin(folder: Path) -> dict[str, object]:
     """Returns the run and the step that the model comes from, if its folder tells."""
     if not (folder / exported.RECORD).is_file():
         return {"run_id": None, "step": None}
@@ -93,13 +97,13 @@ def _origin(folder: Path) -> dict[str, Any]:
     return {"run_id": origin.get("run_id"), "step": origin.get("step")}
 
 
-def _average(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _average(rows: list[Row]) -> dict[str, object]:
     """Averages the centred scores of the tasks that have one."""
     known = [row for row in rows if row["centred"] is not None]
-    made = measures.average([(row["centred"], row["stderr"], row["chance"]) for row in known])
-    return {"centred": made and made[0], "stderr": made and made[1], "tasks": len(known), "of": len(rows)}
+    average = measures.average([(row["centred"], row["stderr"], row["chance"]) for row in known])
+    return {"centred": average and average[0], "stderr": average and average[1], "tasks": len(known), "of": len(rows)}
 
 
-def write(result: dict[str, Any], place: Location) -> None:
+def write(result: Result, place: Location) -> None:
     """Writes a result as JSON."""
     place.write((json.dumps(result, indent=1) + "\n").encode())

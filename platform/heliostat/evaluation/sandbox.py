@@ -11,8 +11,11 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 LOGGERS = ("lm_eval", "datasets", "evaluate", "transformers")
 
@@ -25,7 +28,7 @@ def held() -> Iterator[None]:
 
     plain = tqdm.__init__
 
-    def without_bar(self: Any, *args: Any, **options: Any) -> None:
+    def without_bar(self: object, *args: object, **options: object) -> None:
         plain(self, *args, **{**options, "disable": True})
 
     with contextlib.ExitStack() as stack:
@@ -53,11 +56,11 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _environment(plain: Any) -> Any:
+def _environment(plain: Environment) -> Environment:
     """Makes a sandboxed environment that renders as a plain one does."""
     from jinja2 import BaseLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    made = ImmutableSandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
-    made.filters.update(plain.filters)
-    return made
+    sandboxed = ImmutableSandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    sandboxed.filters.update(plain.filters)
+    return sandboxed

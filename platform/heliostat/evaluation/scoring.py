@@ -6,23 +6,28 @@ import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import transformers
 
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.evaluation import measures
 from heliostat.evaluation.programs import unit_tests
-from heliostat.evaluation.suite import Suite
+from heliostat.evaluation.suite import Row, Suite
 from heliostat.evaluation.tasks import Task
 from heliostat.recipes import exported
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text.generator import whole
 from heliostat.text import brief
 
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Sample = dict[str, Json]  # of lm-eval: an example, and what the model made of it
 RESAMPLES = 1000  # of standard errors that have no formula: those of perplexity, BLEU
 
 
@@ -34,7 +39,7 @@ def require_language_model(folder: Path) -> None:
         )
 
 
-def load(folder: Path, suite: Suite) -> Any:
+def load(folder: Path, suite: Suite) -> HFLM:
     """Loads a model as lm-eval's; ConfigError if a weight is missing, or it would need code from its folder."""
     from lm_eval.models.huggingface import HFLM
 
@@ -44,7 +49,7 @@ def load(folder: Path, suite: Suite) -> Any:
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=suite.batch)
 
 
-def score(model: Any, task: Task, suite: Suite) -> tuple[dict[str, Any], list[Any]]:
+def score(model: HFLM, task: Task, suite: Suite) -> tuple[Row, list[Json]]:
     """Scores a model on a task; returns what is known of the score, and each example's own value."""
     from lm_eval.evaluator import evaluate
 
@@ -52,7 +57,7 @@ def score(model: Any, task: Task, suite: Suite) -> tuple[dict[str, Any], list[An
     np.random.seed(suite.seed)
     torch.manual_seed(suite.seed)
     try:
-        found = evaluate(model, {"tasks": {task.name: task.made}}, limit=suite.examples, bootstrap_iters=RESAMPLES)
+        evaluated = evaluate(model, {"tasks": {task.name: task.task}}, limit=suite.examples, bootstrap_iters=RESAMPLES)
     except HeliostatError:
         raise
     except Exception as e:
@@ -60,37 +65,37 @@ def score(model: Any, task: Task, suite: Suite) -> tuple[dict[str, Any], list[An
             f"tasks: {task.name}: lm-eval cannot score it ({type(e).__name__}: {brief(e) or 'no reason given'}); "
             f"the model takes {model.max_length} tokens"
         ) from e
-    samples = [one for one in found["samples"][task.name] if one["filter"] == task.filter]
-    row = _row(task, found, samples, truncated(model, task))
+    samples = [one for one in evaluated["samples"][task.name] if one["filter"] == task.filter]
+    row = _row(task, evaluated, samples, truncated(model, task))
     if not task.runs_code:
         return row, [one[task.metric] for one in samples]
-    written = [(task.made.doc_to_text(one["doc"]) + one["filtered_resps"][0], one["target"]) for one in samples]
+    written = [(task.task.doc_to_text(one["doc"]) + one["filtered_resps"][0], one["target"]) for one in samples]
     ended = unit_tests.verdicts(written)
     return unit_tests.row(row, ended), unit_tests.passed(ended)
 
 
-def _row(task: Task, found: Any, samples: list[dict[str, Any]], cut: int) -> dict[str, Any]:
-    told, name = found["results"][task.name], task.name
-    value, stderr = float(told[f"{task.metric},{task.filter}"]), told.get(f"{task.metric}_stderr,{task.filter}")
+def _row(task: Task, evaluated: dict[str, Json], samples: list[Sample], cut: int) -> Row:
+    scores, name = evaluated["results"][task.name], task.name
+    value, stderr = float(scores[f"{task.metric},{task.filter}"]), scores.get(f"{task.metric}_stderr,{task.filter}")
     stderr = float(stderr) if isinstance(stderr, int | float) else None
-    kind = str(task.made.OUTPUT_TYPE)
+    kind = str(task.task.OUTPUT_TYPE)
     guessing = (
         task.entry.chance if task.entry.chance is not None else measures.chance(kind, task.metric, list(choices(task, samples)))
     )
     bounds = measures.interval(value, stderr, [one[task.metric] for one in samples])
     return {
         "task": name, "source": task.source, "kind": kind, "metric": task.metric, "filter": task.filter,
-        "higher_is_better": found["higher_is_better"][name].get(task.metric), "fewshot": found["n-shot"][name],
+        "higher_is_better": evaluated["higher_is_better"][name].get(task.metric), "fewshot": evaluated["n-shot"][name],
         "score": value, "stderr": stderr, "low": bounds and bounds[0], "high": bounds and bounds[1],
         "chance": guessing, "centred": measures.centred(value, guessing),
-        "examples": len(samples), "of": found["n-samples"][name]["original"], "truncated": cut,
-        "version": str(found["versions"][name]),
-        "metrics": {key: v for key, v in told.items() if isinstance(v, int | float) and "," in key},
+        "examples": len(samples), "of": evaluated["n-samples"][name]["original"], "truncated": cut,
+        "version": str(evaluated["versions"][name]),
+        "metrics": {key: v for key, v in scores.items() if isinstance(v, int | float) and "," in key},
         "edit_similarity": similarity(samples) if kind == "generate_until" and not task.runs_code else None,
     }  # fmt: skip
 
 
-def similarity(samples: list[dict[str, Any]]) -> float | None:
+def similarity(samples: list[Sample]) -> float | None:
     """Computes the mean edit similarity of what the model wrote to the right answers; None where those are no texts."""
     pairs = [(one["filtered_resps"][0], one["target"]) for one in samples]
     if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
@@ -98,21 +103,21 @@ def similarity(samples: list[dict[str, Any]]) -> float | None:
     return sum(measures.edit_similarity(*pair) for pair in pairs) / len(pairs)
 
 
-def choices(task: Task, samples: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+def choices(task: Task, samples: list[Sample]) -> Iterator[tuple[int, int]]:
     """Yields (right choices, all choices) of each example of a multiple choice."""
-    if task.made.OUTPUT_TYPE != "multiple_choice":
+    if task.task.OUTPUT_TYPE != "multiple_choice":
         return
     for one in samples:
         right = one["target"] if isinstance(one["target"], list) else [one["target"]]
-        yield len(set(right)), len(task.made.doc_to_choice(one["doc"]))
+        yield len(set(right)), len(task.task.doc_to_choice(one["doc"]))
 
 
-def truncated(model: Any, task: Task) -> int:
+def truncated(model: HFLM, task: Task) -> int:
     """Counts the examples of which the model saw only the end, because they are longer than it takes."""
-    return len({one.doc_id for one in task.made.instances if _cut(model, one.request_type, one.args)})
+    return len({one.doc_id for one in task.task.instances if _cut(model, one.request_type, one.args)})
 
 
-def _cut(model: Any, kind: str, args: tuple[Any, ...]) -> bool:
+def _cut(model: HFLM, kind: str, args: tuple[Json, ...]) -> bool:
     if kind == "loglikelihood":
         before, behind = model._encode_pair(*args) if args[0] else ([0], model.tok_encode(args[1], add_special_tokens=False))
         return len(before) + len(behind) > model.max_length + 1
@@ -126,9 +131,9 @@ def _cut(model: Any, kind: str, args: tuple[Any, ...]) -> bool:
 
 def texts(task: Task, suite: Suite) -> Iterator[str]:
     """Yields the text of each example: its question and its right answer, without solved examples before it."""
-    for doc in itertools.islice(task.made.eval_docs, suite.examples):
-        asked, target = task.made.doc_to_text(doc), task.made.doc_to_target(doc)
-        known = task.made.doc_to_choice(doc) if task.made.config.doc_to_choice is not None else None
+    for doc in itertools.islice(task.task.eval_docs, suite.examples):
+        asked, target = task.task.doc_to_text(doc), task.task.doc_to_target(doc)
+        known = task.task.doc_to_choice(doc) if task.task.config.doc_to_choice is not None else None
         asked = known[asked] if isinstance(asked, int) and known else asked
         target = target[0] if isinstance(target, list) and target else target
         target = known[target] if isinstance(target, int) and known and target < len(known) else target

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from heliostat.config.fields import Json
+from heliostat.evaluation.suite import Result, Row
 
 HEAD = ["task", "metric", "score", "95 %", "chance", "centred", "n", "seen"]
 NAME, METRIC = 17, 9  # characters, so that a row has 80; the file has all
 
 
-def rows(result: dict[str, Any]) -> list[list[str]]:
+def rows(result: Result) -> list[list[str]]:
     """Makes the table, the head first."""
     return [HEAD, *(_row(row) for row in result["tasks"])]
 
 
-def _row(row: dict[str, Any]) -> list[str]:
+def _row(row: Row) -> list[str]:
     seen = (row["contamination"] or {}).get("contaminated")
     return [
         _short(row["task"], NAME),
@@ -39,30 +40,30 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def notes(result: dict[str, Any]) -> list[str]:
+def notes(result: Result) -> list[str]:
     """Lists what is said below the table."""
     average, seen, recorded = result["average"], result["contamination"], result["recorded"]
-    found = []
+    lines = []
     if average["centred"] is not None:
         error = "" if average["stderr"] is None else f" ± {1.96 * average['stderr']:.3f}"
-        found.append(
+        lines.append(
             f"average of the centred scores: {average['centred']:+.3f}{error} ({average['tasks']} of {average['of']} tasks)"
         )
-    found += [f"{row['task']}: edit similarity of the answers {row['edit_similarity']:.3f} (1: each is the right one)"
+    lines += [f"{row['task']}: edit similarity of the answers {row['edit_similarity']:.3f} (1: each is the right one)"
               for row in result["tasks"] if row.get("edit_similarity") is not None]  # fmt: skip
-    found += [_of_programs(row) for row in result["tasks"] if row.get("programs")]
-    found += _of_contamination(result, seen)
-    found += [f"{row['task']}: the model saw only the end of {row['truncated']:,} examples, which are longer than it takes"
+    lines += [_of_programs(row) for row in result["tasks"] if row.get("programs")]
+    lines += _of_contamination(result, seen)
+    lines += [f"{row['task']}: the model saw only the end of {row['truncated']:,} examples, which are longer than it takes"
               for row in result["tasks"] if row["truncated"]]  # fmt: skip
     if recorded["why_not"]:
-        found.append(f"not in MLflow: {recorded['why_not']}")
+        lines.append(f"not in MLflow: {recorded['why_not']}")
     else:
         versions = f", and of {', '.join(recorded['versions'])}" if recorded["versions"] else ""
-        found.append(f"in MLflow: bench/TASK of run {recorded['run_id']} at step {recorded['step']:,}{versions}")
-    return found
+        lines.append(f"in MLflow: bench/TASK of run {recorded['run_id']} at step {recorded['step']:,}{versions}")
+    return lines
 
 
-def _of_programs(row: dict[str, Any]) -> str:
+def _of_programs(row: Row) -> str:
     """Says how the programs of a task ended, which were run in a sandbox."""
     ended = row["programs"]
     words = {"failed": "failed", "timed_out": "ran out of time", "too_much_output": "wrote too much"}
@@ -70,33 +71,33 @@ def _of_programs(row: dict[str, Any]) -> str:
     return f"{row['task']}: {ended['passed']:,} of {row['examples']:,} programs passed their tests{others}"
 
 
-def _of_contamination(result: dict[str, Any], seen: dict[str, Any] | None) -> list[str]:
+def _of_contamination(result: Result, seen: dict[str, Json] | None) -> list[str]:
     if seen is None:
         return ["seen: not measured (contamination.measure: false)"]
     if seen["unknown"]:
         return [f"seen: not known: {seen['unknown']}"]
     chunks = sum(one["chunks"] for one in seen["datasets"])
     short = sum(row["contamination"]["too_short"] for row in result["tasks"])
-    found = [f"seen: examples that share {seen['n']} words in a row with the training data ({chunks:,} chunks)"]
+    lines = [f"seen: examples that share {seen['n']} words in a row with the training data ({chunks:,} chunks)"]
     if short:
-        found[0] += f"; {short:,} have fewer words and are not compared"
+        lines[0] += f"; {short:,} have fewer words and are not compared"
     if seen["damaged"]:
-        found.append(f"seen: {seen['damaged']:,} damaged chunks are not compared")
-    return found
+        lines.append(f"seen: {seen['damaged']:,} damaged chunks are not compared")
+    return lines
 
 
-def line(step: int, result: dict[str, Any]) -> str:
+def line(step: int, result: Result) -> str:
     """Tells a checkpoint's scores in one line."""
     centred = result["average"]["centred"]
     parts = [f"{row['task']} {_number(row['score'])}" for row in result["tasks"]]
     return f"step {step:,}: " + ", ".join([*([] if centred is None else [f"average {centred:+.3f}"]), *parts])
 
 
-def missed(told: dict[str, Any]) -> list[str]:
+def missed(summary: Result) -> list[str]:
     """Tells which steps of a run are not scored, those of one reason in a line."""
     steps: dict[str, list[int]] = {}
     for what in ("removed", "torn", "failed"):
-        for step, why in told[what].items():
+        for step, why in summary[what].items():
             steps.setdefault(why, []).append(int(step))
 
     def said(some: list[int]) -> str:

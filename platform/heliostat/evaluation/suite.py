@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from heliostat import schema
-from heliostat.config.fields import Name, Positive, Seed
+from heliostat.config.fields import Json, Name, Positive, Seed
 from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
+
+Result = dict[str, Json]  # of a model on a suite, as its file holds it
+Row = dict[str, Json]  # of a result: a task
 
 
 class Entry(Strict):
@@ -29,7 +32,7 @@ class Entry(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _named(cls, value: Any) -> Any:
+    def _named(cls, value: object) -> object:
         return {"task": value} if isinstance(value, str) else value
 
 

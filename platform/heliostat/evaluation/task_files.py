@@ -1,4 +1,4 @@
-"""Reads lm-eval's task files (YAML) from a folder or S3 as plain data: nothing in them is run.
+"""Reads lm-eval's task files (YAML) and their data sets from a folder or S3, as plain data: nothing in them is run.
 
 lm-eval itself calls what a task file names with `!function`, and loads whatever metric or class it names. From a folder or a
 store that would be foreign code, so such a file is refused, whoever it is by.
@@ -6,19 +6,23 @@ store that would be foreign code, so such a file is refused, whoever it is by.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
 from heliostat import schema
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location, is_inside
 
 SUFFIXES = (".yaml", ".yml")
 FUNCTION = re.compile(r"^[^#\n]*?:\s*!function\b", re.MULTILINE)
 MOST_BYTES = 4 << 20  # of a task file
 ALONE = ("task", "tag", "group", "task_list")  # structure, which the tasks that include a file do not take over
+READERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
+BUILDERS = sorted(set(READERS.values()))  # of the library `datasets`: the others may run code, or read pickles
+KWARGS = ("data_files", "field", "sep", "delimiter", "column_names", "trust_remote_code")
 
 
 def download(folder: Location, to: Path) -> Path:
@@ -37,10 +41,10 @@ def download(folder: Location, to: Path) -> Path:
 
 def find(root: Path, name: str) -> Path | None:
     """Finds the file of a task below a folder, hidden folders left out; None if there is none, ConfigError if there are two."""
-    found = naming(root, "task", name)
-    if len(found) > 1:
-        raise ConfigError(f"tasks: {name!r} is in two files, {found[0]} and {found[1]}; rename one")
-    return found[0] if found else None
+    files = naming(root, "task", name)
+    if len(files) > 1:
+        raise ConfigError(f"tasks: {name!r} is in two files, {files[0]} and {files[1]}; rename one")
+    return files[0] if files else None
 
 
 def naming(root: Path, key: str, name: str) -> list[Path]:
@@ -62,7 +66,7 @@ def _files(root: Path) -> Iterator[Path]:
             yield path
 
 
-def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, object]:
     """Reads a task file, with the files that it includes below its own keys, as lm-eval does; ConfigError if it is unsound."""
     path = path.resolve()
     if path in seen:
@@ -76,10 +80,92 @@ def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         )
     own = schema.read_yaml(path)
     included = own.pop("include", [])
-    merged: dict[str, Any] = {}
+    merged: dict[str, object] = {}
     for other in included if isinstance(included, list) else [included]:
         if not isinstance(other, str):
             raise ConfigError(f"{path}: include: {other!r} is no path; name a file beside this one")
         inherited = read(root, path.parent / other, (*seen, path))
         merged |= {key: value for key, value in inherited.items() if key not in ("task_list",)}
     return merged | own
+
+
+def placed(config: dict[str, object], folder: Location, cache: Path, where: object) -> dict[str, object]:
+    """Returns a task's configuration with the files of its data set in their places; ConfigError if one is missing.
+
+    A relative path is taken from the folder of the task files, as by `lm_eval` run in that folder; files of S3 are copied here.
+    What names no file, folder or store is a data set of the Hugging Face hub, which needs a network.
+    """
+    path, kwargs = config.get("dataset_path"), config.get("dataset_kwargs") or {}
+    if not isinstance(path, str) or not isinstance(kwargs, dict):
+        raise ConfigError(f"{where}: dataset_path: {path!r} is no data set; name a reader ({', '.join(BUILDERS)}), or a folder")
+    if path in BUILDERS:
+        options = _of_files(kwargs, folder, cache, where)
+    elif (place := _folder(path, folder, where)) is not None:
+        path, options = _of_folder(place, cache, where)
+    elif "/" in path and not path.startswith((".", "/")) and not urlsplit(path).scheme:
+        return config  # of the hub
+    else:
+        raise ConfigError(f"{where}: dataset_path: {path!r} is no folder with a data set, and no reader ({', '.join(BUILDERS)})")
+    return config | {"dataset_path": path, "dataset_kwargs": options | {"cache_dir": str(cache / "arrow")}}
+
+
+def _of_files(kwargs: dict[str, object], folder: Location, cache: Path, where: object) -> dict[str, object]:
+    """Resolves `data_files`: a path, a list of them, or one of both for each split."""
+    if unknown := [key for key in kwargs if key not in KWARGS]:
+        raise ConfigError(f"{where}: dataset_kwargs: {unknown[0]!r} is not taken; there are {', '.join(KWARGS[:-1])}")
+    files = kwargs.get("data_files")
+    if not files:
+        raise ConfigError(f"{where}: dataset_kwargs: data_files is required; name a file, or one for each split")
+
+    def local(value: object) -> object:
+        if isinstance(value, dict):
+            return {split: local(one) for split, one in value.items()}
+        if isinstance(value, list):
+            return [local(one) for one in value]
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}: data_files: {value!r} is no path")
+        place = _place(value, folder, where)
+        return str(_fetched(place, cache, where))
+
+    return {key: value for key, value in kwargs.items() if key != "trust_remote_code"} | {"data_files": local(files)}
+
+
+def _place(value: str, folder: Location, where: object) -> Location:
+    if urlsplit(value).scheme or value.startswith("/"):
+        return Location(value)
+    try:
+        return folder.join(value)
+    except DataError as e:
+        raise ConfigError(f"{where}: {value!r} leads out of {folder}; copy it there, or give its absolute path") from e
+
+
+def _fetched(place: Location, cache: Path, where: object) -> Path:
+    """Returns the file, or its copy if it is of a store; ConfigError if it is missing."""
+    if not place.exists():
+        raise ConfigError(f"{where}: data_files: there is no {place}; put it there, or name another")
+    if not place.is_s3:
+        return Path(place.path)
+    copy = cache / "data" / hashlib.sha256(place.uri.encode()).hexdigest()[:16] / place.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(place.read())
+    return copy
+
+
+def _folder(path: str, folder: Location, where: object) -> Location | None:
+    place = _place(path, folder, where)
+    return place if place.files() else None
+
+
+def _of_folder(place: Location, cache: Path, where: object) -> tuple[str, dict[str, object]]:
+    """Finds the splits of a folder: `test.jsonl`, or `test-00000-of-00002.parquet`."""
+    named = [name for name, _ in place.files() if Path(name).suffix in READERS and not Path(name).name.startswith(".")]
+    readers = {READERS[Path(name).suffix] for name in named}
+    if len(readers) != 1:
+        problem = f"files of several kinds ({', '.join(sorted(readers))})" if readers else f"no file of {', '.join(READERS)}"
+        raise ConfigError(f"{where}: dataset_path: {place} holds {problem}; give one kind, a file a split, as test.jsonl")
+    splits: dict[str, list[str]] = {}
+    for name in named:
+        splits.setdefault(Path(name).name.partition(".")[0].partition("-")[0], []).append(
+            str(_fetched(place.join(*name.split("/")), cache, where))
+        )
+    return readers.pop(), {"data_files": splits}

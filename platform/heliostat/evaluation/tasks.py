@@ -1,18 +1,37 @@
-"""Builds a suite's tasks as lm-eval's own: from task files below a folder, else from those that lm-eval brings."""
+"""Builds a suite's tasks as lm-eval's own: from checked task files below a folder, else from those that lm-eval brings."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.evaluation import checking, task_data, task_files
+from heliostat.evaluation import task_files
 from heliostat.evaluation.programs import unit_tests
 from heliostat.evaluation.suite import Entry, Suite
+from heliostat.schema import nearest
 from heliostat.storage.locations import Location
 from heliostat.text import brief
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
+KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
+REFUSED = {  # keys by which a task file would run code, or that are of other models than of text
+    "class": "a task written in Python is not run; write it as a task file",
+    "custom_dataset": "a data set that code makes is not taken; write it as JSON lines or Parquet",
+    "process_results": "code that scores is not run; take metrics of lm-eval's",
+    "use_prompt": "write the prompt as doc_to_text and doc_to_target",
+    "unsafe_code": "what a model writes is run for `unit_tests` alone; write the task with them",
+    "doc_to_image": "the model is of text",
+    "doc_to_audio": "the model is of text",
+}
+GENERATION = ("until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks", "max_new_tokens", "max_tokens", "max_length",
+              "repetition_penalty", "num_beams")  # fmt: skip
+STRUCTURE = ("tag", "group", "task_list", "task")
 
 
 @dataclass(frozen=True)
@@ -21,7 +40,7 @@ class Task:
     unit tests of what the model writes."""
 
     entry: Entry
-    made: Any
+    task: ConfigurableTask
     metric: str
     filter: str
     source: str  # its file below the folder, or "lm-eval"
@@ -42,29 +61,29 @@ def _build(suite: Suite, entry: Entry, folder: Location, root: Path, cache: Path
     file = task_files.find(root, entry.task)
     source, runs_code = "lm-eval" if file is None else str(file.relative_to(root)), False
     if file is None:
-        made = _own(entry.task, root, folder)
+        task = _own(entry.task, root, folder)
     else:
         where = folder.join(*source.split("/"))
         config = task_files.read(root, file)
         if runs_code := unit_tests.KEY in config:
             config = unit_tests.arranged(config, suite.run_code, where)
-        checking.check(config, where)
+        check(config, where)
         if runs_code:
             unit_tests.require_one_answer(config, where)
-        made = _made({k: v for k, v in config.items() if k not in ("tag", "group", "task_list")}, where, folder, cache)
+        task = _made({k: v for k, v in config.items() if k not in ("tag", "group", "task_list")}, where, folder, cache)
     if runs_code and (entry.fewshot or entry.metric):
         raise ConfigError(
             f"tasks: {entry.task}: {'fewshot' if entry.fewshot else 'metric'}: does not go with unit tests; take it out"
         )
-    _settle(made, suite, entry)
-    metric, filter_ = _score(made, entry)
-    return Task(entry, made, metric, filter_, source, runs_code)
+    _settle(task, suite, entry)
+    metric, filter_ = _score(task, entry)
+    return Task(entry, task, metric, filter_, source, runs_code)
 
 
-def _made(config: dict[str, Any], where: Location, folder: Location, cache: Path) -> Any:
+def _made(config: dict[str, object], where: Location, folder: Location, cache: Path) -> ConfigurableTask:
     from lm_eval.api.task import ConfigurableTask
 
-    config = task_data.placed(config, folder, cache, where)
+    config = task_files.placed(config, folder, cache, where)
     try:
         return ConfigurableTask(config=config)
     except HeliostatError:
@@ -73,7 +92,7 @@ def _made(config: dict[str, Any], where: Location, folder: Location, cache: Path
         raise ConfigError(f"{where}: the task cannot be built: {_said(e, config)}") from e
 
 
-def _own(name: str, root: Path, folder: Location) -> Any:
+def _own(name: str, root: Path, folder: Location) -> ConfigurableTask:
     """Builds a task that lm-eval brings; ConfigError if it has none of that name, or its data set cannot be had."""
     from lm_eval import tasks
     from lm_eval.api.task import ConfigurableTask
@@ -83,12 +102,12 @@ def _own(name: str, root: Path, folder: Location) -> Any:
     if not files:
         raise ConfigError(f"tasks: {name!r} {_unknown(name, root, folder, brought)}")
     try:  # by its file: to index all that lm-eval brings takes a minute
-        made = tasks.TaskManager(include_defaults=False).load([str(files[0])])["tasks"][name]
+        task = tasks.TaskManager(include_defaults=False).load([str(files[0])])["tasks"][name]
     except Exception as e:
         raise ConfigError(f"tasks: {name!r}, lm-eval's own, cannot be built: {_said(e, {})}") from e
-    if not isinstance(made, ConfigurableTask) or getattr(made, "UNSAFE_CODE", False):
+    if not isinstance(task, ConfigurableTask) or getattr(task, "UNSAFE_CODE", False):
         raise ConfigError(f"tasks: {name!r} is a task of its own code, or runs what the model writes; take another")
-    return made
+    return task
 
 
 def _unknown(name: str, root: Path, folder: Location, brought: Path) -> str:
@@ -99,7 +118,7 @@ def _unknown(name: str, root: Path, folder: Location, brought: Path) -> str:
     return f"is no task of {folder}, nor of lm-eval's" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _said(error: Exception, config: dict[str, Any]) -> str:
+def _said(error: Exception, config: dict[str, object]) -> str:
     """Explains why a task was not built."""
     kind = type(error).__name__
     if kind in ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectTimeout"):
@@ -107,21 +126,21 @@ def _said(error: Exception, config: dict[str, Any]) -> str:
     return f"{kind}: {brief(error)}"
 
 
-def _settle(made: Any, suite: Suite, entry: Entry) -> None:
+def _settle(task: ConfigurableTask, suite: Suite, entry: Entry) -> None:
     """Sets the number of solved examples, and the seed of their choice, by lm-eval's rules."""
-    own = made.get_config("num_fewshot")
+    own = task.get_config("num_fewshot")
     if entry.fewshot is not None:
         own = entry.fewshot
     elif suite.fewshot is not None and own != 0:
         own = suite.fewshot
-    made.set_config(key="num_fewshot", value=own or 0)
-    made.set_fewshot_seed(seed=suite.seed)
+    task.set_config(key="num_fewshot", value=own or 0)
+    task.set_fewshot_seed(seed=suite.seed)
 
 
-def _score(made: Any, entry: Entry) -> tuple[str, str]:
+def _score(task: ConfigurableTask, entry: Entry) -> tuple[str, str]:
     """Finds the metric and the filter of a task's score; ConfigError if the suite names one that the task has not."""
-    metrics = list(made.aggregation())
-    filters = [ensemble.name for ensemble in made._filters]
+    metrics = list(task.aggregation())
+    filters = [ensemble.name for ensemble in task._filters]
     metric, _, filter_ = (entry.metric or metrics[0]).partition(",")
     if metric not in metrics:
         raise ConfigError(f"tasks: {entry.task}: metric: {metric!r} is none of the task's; there are {', '.join(metrics)}")
@@ -130,3 +149,69 @@ def _score(made: Any, entry: Entry) -> tuple[str, str]:
             f"tasks: {entry.task}: metric: {filter_!r} is none of the task's filters; there are {', '.join(filters)}"
         )
     return metric, filter_ or filters[0]
+
+
+def check(config: dict[str, object], where: object) -> None:
+    """Raises ConfigError that names the key, the value and the fix, if lm-eval would refuse the task, or run code for it."""
+    from lm_eval.config.task import TaskConfig
+
+    known = [field.name for field in dataclasses.fields(TaskConfig)]
+    for key, why in REFUSED.items():
+        if config.get(key):
+            raise ConfigError(f"{where}: {key}: {why}")
+    if isinstance(config.get("group"), str) or not isinstance(config.get("task"), str):
+        raise ConfigError(f"{where}: is a group of tasks; name its tasks in the suite")
+    if unknown := [key for key in config if key not in known and key not in STRUCTURE]:
+        raise ConfigError(f"{where}: {unknown[0]}: unknown key{nearest(str(unknown[0]), known)}")
+    kind = config.get("output_type", "generate_until")
+    if kind not in KINDS:
+        raise ConfigError(f"{where}: output_type: {kind!r} is not a choice{nearest(str(kind), list(KINDS))}")
+    if not (config.get("test_split") or config.get("validation_split")):
+        raise ConfigError(f"{where}: test_split is required; name the split of the data set that is scored")
+    _metrics(config.get("metric_list"), where)
+    _filters(config.get("filter_list"), where)
+    _generation(config.get("generation_kwargs"), where)
+
+
+def _metrics(listed: object, where: object) -> None:
+    from lm_eval.api import metrics, registry
+
+    assert metrics  # registers them
+    known, ways = list(registry.metric_registry.keys()), list(registry.aggregation_registry.keys())
+    for entry in _entries(listed, "metric_list", "metric", where):
+        name, way = entry["metric"], entry.get("aggregation")
+        if name not in known or entry.get("hf_evaluate"):
+            raise ConfigError(f"{where}: metric_list: {name!r} is no metric of lm-eval's{nearest(str(name), known)}")
+        if way is not None and way not in ways:
+            raise ConfigError(f"{where}: metric_list: {name}: aggregation: {way!r} is not a choice{nearest(str(way), ways)}")
+
+
+def _filters(listed: object, where: object) -> None:
+    from lm_eval import filters
+    from lm_eval.api import registry
+
+    assert filters  # registers them
+    known = [name for name in registry.filter_registry.keys() if name != "custom"]  # noqa: SIM118 (it is no dictionary)
+    for chain in _entries(listed, "filter_list", "name", where):
+        for step in _entries(chain.get("filter"), "filter_list: filter", "function", where):
+            if step["function"] not in known:
+                raise ConfigError(
+                    f"{where}: filter_list: {step['function']!r} is no filter{nearest(str(step['function']), known)}"
+                )
+
+
+def _generation(options: object, where: object) -> None:
+    if options is None:
+        return
+    if not isinstance(options, dict):
+        raise ConfigError(f"{where}: generation_kwargs: {options!r} is no mapping")
+    if unknown := [key for key in options if key not in GENERATION]:  # one of transformers' would fetch code
+        raise ConfigError(f"{where}: generation_kwargs: {unknown[0]!r} is not taken{nearest(str(unknown[0]), list(GENERATION))}")
+
+
+def _entries(listed: object, key: str, name: str, where: object) -> list[dict[str, object]]:
+    if listed is None:
+        return []
+    if not isinstance(listed, list) or not all(isinstance(one, dict) and isinstance(one.get(name), str) for one in listed):
+        raise ConfigError(f"{where}: {key}: must be a list of mappings, each with {name!r}, a text")
+    return listed

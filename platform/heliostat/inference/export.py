@@ -68,8 +68,8 @@ def _initial(checkpoint: Checkpoint, job: Job, recipe: Recipe, frozen: list[str]
 
     Their values are those that the model was built with, from the job's seed.
     """
-    held = {*checkpoint.names("master"), *checkpoint.names(FROZEN)}
-    if not (wanted := [n for n in frozen if n not in held]):
+    saved = {*checkpoint.names("master"), *checkpoint.names(FROZEN)}
+    if not (wanted := [n for n in frozen if n not in saved]):
         return {}
     log.warning("%s: holds no parameters that are not trained; %d are built anew from the seed", checkpoint.location, len(wanted))
     torch.manual_seed(job.train.seed)
@@ -152,10 +152,10 @@ class _Sources:
     def _made(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
         """Computes a tensor with the weight's `make` from the sources, each in its own shape."""
         assert weight.make
-        made = weight.make(*(self._whole(s).float().view(self.shapes[s]) for s in weight.sources))
-        if tuple(made.shape) != tuple(weight.shape):
-            raise ConfigError(f"recipe: the export's {name!r} was made {tuple(made.shape)}, and is to be {tuple(weight.shape)}")
-        yield made.reshape(-1)
+        computed = weight.make(*(self._whole(s).float().view(self.shapes[s]) for s in weight.sources))
+        if (shape := tuple(computed.shape)) != tuple(weight.shape):
+            raise ConfigError(f"recipe: the export's {name!r} was made {shape}, and is to be {tuple(weight.shape)}")
+        yield computed.reshape(-1)
 
     def _whole(self, source: str) -> torch.Tensor:
         return self.checkpoint.read(self.places[source]) if source in self.places else self.initial[source].reshape(-1)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Generated, Request
@@ -19,7 +19,7 @@ RESULTS = "results.jsonl"
 BATCH = 16
 
 
-def generate(folder: Path, prompt: str, options: dict[str, Any], seed: int, out: str | None) -> Generated:
+def generate(folder: Path, prompt: str, options: dict[str, Json], seed: int, out: str | None) -> Generated:
     """Generates the answer to one prompt in this process; a text is written to `out` as it is shown.
 
     AccessError or StorageError before the model is loaded if nothing can be written there.
@@ -27,14 +27,14 @@ def generate(folder: Path, prompt: str, options: dict[str, Any], seed: int, out:
     if out is not None:
         Location(out).require_file()
     with exported.using(folder):
-        (made,) = exported.generator(folder, options)([Request(prompt, seed, out)])
-    if out is not None and "file" not in made.facts:
-        Location(out).write(f"{made.shown}\n".encode())
-    return made
+        (answer,) = exported.generator(folder, options)([Request(prompt, seed, out)])
+    if out is not None and "file" not in answer.facts:
+        Location(out).write(f"{answer.shown}\n".encode())
+    return answer
 
 
 def answer(
-    folder: Path, prompts: str | Sequence[str], options: dict[str, Any], seed: int, out: str | None
+    folder: Path, prompts: str | Sequence[str], options: dict[str, Json], seed: int, out: str | None
 ) -> Generated | list[Generated]:
     """Answers a prompt, or many in order, the i-th with seed + i, all in this process; files of many go into the folder `out`."""
     if isinstance(prompts, str):
@@ -44,7 +44,7 @@ def answer(
     ]
     with exported.using(folder):
         ask = exported.read(folder).recipe.generator(folder, options)
-        return [made for i in range(0, len(asked), BATCH) for made in ask(asked[i : i + BATCH])]
+        return [answer for i in range(0, len(asked), BATCH) for answer in ask(asked[i : i + BATCH])]
 
 
 def read_text(option: str, given: str) -> str:

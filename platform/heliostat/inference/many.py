@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from heliostat.config.fields import Json
 from heliostat.curation import segment
 from heliostat.curation.watching import Watch
 from heliostat.errors import HeliostatError
@@ -24,7 +25,7 @@ from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.run import model_digest
 from heliostat.inference.generate import BATCH, RESULTS
 from heliostat.recipes import exported
-from heliostat.recipes.protocol import Request
+from heliostat.recipes.protocol import Generated, Request
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
@@ -39,7 +40,7 @@ WORK = "work"
 
 
 def generate_many(
-    folder: Path, prompts: list[str], options: dict[str, Any], seed: int, out: str, workers: int, quiet: bool = False
+    folder: Path, prompts: list[str], options: dict[str, Json], seed: int, out: str, workers: int, quiet: bool = False
 ) -> int:
     """Answers all prompts, the i-th with seed + i, with so many models side by side on a Ray of its own; returns their number.
 
@@ -56,7 +57,7 @@ def generate_many(
     claim(place, asked, "answers", "answers of `heliostat generate --prompts`")
     import torch
 
-    with lease.take(place, "written", "wait for it, or stop it", field="--out") as held:
+    with lease.take(place, "written", "wait for it, or stop it", field="--out") as lease_:
         from heliostat.cluster.connect import connect
 
         connect(cpus=workers, gpus=torch.cuda.device_count())
@@ -69,43 +70,43 @@ def generate_many(
             except Exception as e:  # such as too little memory for a model
                 raise HeliostatError(f"generating failed: {brief(getattr(e, 'cause', None) or e)}") from e
             shipping.withdraw(flow.work.spill)
-        held.fence.check()
+        lease_.fence.check()
         place.join(RESULTS).write("".join(f"{result}\n" for result in results).encode())
     return len(results)
 
 
 def answered(
-    flow: Flow, folder: Path, prompts: list[str], options: dict[str, Any], seed: int, out: str, follows: str
+    flow: Flow, folder: Path, prompts: list[str], options: dict[str, Json], seed: int, out: str, follows: str
 ) -> list[str]:
     """Answers prompts by tasks of a flow; returns a line of JSON for each, in their order.
 
     `follows`: the key of what the answers follow from, the model's files among it.
     """
     place = Location(out)
-    there = {place.join(name).uri for name, _ in place.files()}
+    drawn = {place.join(name).uri for name, _ in place.files()}
     shared = {"model": shipping.describe("model", str(folder)), "options": options, "seed": seed, "out": out, "follows": follows}
     tasks = (
         Task(key(follows, first), {"first": first, "prompts": prompts[first : first + BATCH], **shared})
         for first in range(0, len(prompts), BATCH)
     )
-    records = flow.all("generate", answer_batch, tasks, valid=lambda record: there.issuperset(record["drawn"]), pooled=True)
+    records = flow.all("generate", answer_batch, tasks, valid=lambda record: drawn.issuperset(record["drawn"]), pooled=True)
     return [result for record in records for result in segment.load(flow.work.spill, record["results"])]
 
 
 def answer_batch(
-    folder: Location, first: int, prompts: list[str], model: Shipment, options: dict[str, Any], seed: int, out: str, follows: str
-) -> dict[str, Any]:
+    folder: Location, first: int, prompts: list[str], model: Shipment, options: dict[str, Json], seed: int, out: str, follows: str
+) -> dict[str, object]:
     """Answers prompts, of which the first has the number `first`; returns where their answers are, and what was drawn."""
     place = Location(out)
     asked = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
-    held = shipping.here(folder, model)
-    with exported.using(Path(held)):
-        made = _generator(held, json.dumps(options, sort_keys=True), follows)(asked)
-    results = segment.store(folder, [json.dumps({"prompt": g.prompt, **g.facts}) for g in made])
-    return {"results": results, "files": [results], "drawn": [g.facts["file"] for g in made if "file" in g.facts]}
+    used = shipping.here(folder, model)
+    with exported.using(Path(used)):
+        answers = _generator(used, json.dumps(options, sort_keys=True), follows)(asked)
+    results = segment.store(folder, [json.dumps({"prompt": g.prompt, **g.facts}) for g in answers])
+    return {"results": results, "files": [results], "drawn": [g.facts["file"] for g in answers if "file" in g.facts]}
 
 
 @lru_cache(maxsize=1)
-def _generator(model: str, options: str, follows: str) -> Any:
+def _generator(model: str, options: str, follows: str) -> Callable[[list[Request]], list[Generated]]:
     """Loads a model once in each process, for the tasks to come that follow from the same one."""
     return exported.generator(Path(model), json.loads(options))

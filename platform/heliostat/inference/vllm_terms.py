@@ -13,17 +13,28 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from heliostat import extras
 from heliostat.errors import ConfigError
 from heliostat.recipes.images import clip_folder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.logprobs import Logprob
 
 ENGINES = ("auto", "transformers", "vllm")
 TASKS = ("continue", "chat", "score", "embed", "serve")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, for which it has kernels
 MOST_LOGPROBS = 20  # of a token
 os.environ["VLLM_NO_USAGE_STATS"] = "1"  # before it is imported: it would tell its makers of the machine and the model
+
+
+class Chosen(TypedDict):
+    """Holds the log probability of a token that was chosen, and those of the likeliest with their ids."""
+
+    chosen: float
+    best: list[tuple[int, float]]
 
 
 def choose(asked: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
@@ -65,14 +76,16 @@ def _architectures() -> Collection[str]:
     return ModelRegistry.get_supported_archs()
 
 
-def engine(folder: Path, config: Any, longest: int | None, batch: int, ranks: Sequence[int] = ()) -> dict[str, Any]:
+def engine(
+    folder: Path, config: PretrainedConfig, longest: int | None, batch: int, ranks: Sequence[int] = ()
+) -> dict[str, object]:
     """Returns what the engine of a folder's model is made with: weights in their own precision, no code and no sampling of the
     folder's. `ranks`: of the adapters that it is to hold."""
-    held = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank(max(ranks))} if ranks else {}
+    adapters = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank(max(ranks))} if ranks else {}
     return {
         "model": str(folder.absolute()), "dtype": str(config.dtype or "float32").removeprefix("torch."), "max_model_len": longest,
         "max_num_seqs": batch, "trust_remote_code": False, "generation_config": "vllm", "max_logprobs": MOST_LOGPROBS,
-        "logprobs_mode": "raw_logprobs", "disable_log_stats": True, **held,
+        "logprobs_mode": "raw_logprobs", "disable_log_stats": True, **adapters,
     }  # fmt: skip
 
 
@@ -85,7 +98,7 @@ def rank(most: int) -> int:
 
 def sampling(
     most: int, temperature: float, top_p: float, seed: int, ends: Iterable[int], logprobs: int | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Returns the keys of `SamplingParams` by which `most` tokens are drawn, each draw of this seed alone; none but `ends`
     end them."""
     return {
@@ -94,22 +107,22 @@ def sampling(
     }  # fmt: skip
 
 
-def scoring() -> dict[str, Any]:
+def scoring() -> dict[str, object]:
     """Returns the keys of `SamplingParams` by which a prompt's tokens are scored; one token is drawn, for there is no less."""
     return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
 
 
-def nats(tokens: Sequence[int], found: Sequence[Mapping[int, Any] | None]) -> float:
+def nats(tokens: Sequence[int], scored: Sequence[Mapping[int, Logprob] | None]) -> float:
     """Adds up the negative log-likelihoods of a prompt's tokens behind the first; ValueError if one is missing."""
-    if len(found) != len(tokens):
-        raise ValueError(f"vLLM has scored {len(found)} of {len(tokens)} tokens")
-    told = [at[token].logprob for token, at in zip(tokens[1:], found[1:], strict=True) if at is not None and token in at]
-    if len(told) != len(tokens) - 1:
-        raise ValueError(f"vLLM has scored {len(told)} of {len(tokens) - 1} tokens")
-    return -math.fsum(told)
+    if len(scored) != len(tokens):
+        raise ValueError(f"vLLM has scored {len(scored)} of {len(tokens)} tokens")
+    known = [at[token].logprob for token, at in zip(tokens[1:], scored[1:], strict=True) if at is not None and token in at]
+    if len(known) != len(tokens) - 1:
+        raise ValueError(f"vLLM has scored {len(known)} of {len(tokens) - 1} tokens")
+    return -math.fsum(known)
 
 
-def probabilities(at: Mapping[int, Any], token: int, most: int) -> dict[str, Any]:
+def probabilities(at: Mapping[int, Logprob], token: int, most: int) -> Chosen:
     """Returns the logarithm of the chosen token's probability, and the `most` likeliest, as the endpoint tells them."""
     best = sorted(((other, one.logprob) for other, one in at.items()), key=lambda pair: (-pair[1], pair[0]))
     return {"chosen": at[token].logprob, "best": best[:most]}

@@ -13,8 +13,8 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.numerics import processes
 from heliostat.numerics.rows import Row
@@ -24,7 +24,7 @@ from heliostat.storage.locations import Location
 from heliostat.validation import check as checks
 
 
-def check(checked: checks.Checked) -> dict[str, Any]:
+def check(checked: checks.Checked) -> dict[str, Json]:
     """Plays the trial and compares; raises the error of a process that failed."""
     began, job = time.monotonic(), checked.job
     with tempfile.TemporaryDirectory(prefix="heliostat-numerics-") as name:
@@ -32,33 +32,33 @@ def check(checked: checks.Checked) -> dict[str, Any]:
         return {**conclude(Path(name)), "seconds": time.monotonic() - began}
 
 
-def conclude(folder: Path) -> dict[str, Any]:
+def conclude(folder: Path) -> dict[str, Json]:
     """Compares what the trial's processes have left in their folder."""
-    told = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "played", "resumed", "plain")}
-    rows = [*_rows(told, LIMITS[told["trial"]["precision"]]), _receipts(Location(told["trial"]["run"]))]
+    files = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "played", "resumed", "plain")}
+    rows = [*_rows(files, LIMITS[files["trial"]["precision"]]), _receipts(Location(files["trial"]["run"]))]
     faults = [fault for row in rows for fault in row.faults]
     return {
         "ok": not faults,
-        "trial": told["trial"],
+        "trial": files["trial"],
         "rows": [{k: v for k, v in row.dump().items() if k != "faults"} | {"faults": len(row.faults)} for row in rows],
         "faults": [{**vars(fault), "text": str(fault)} for fault in faults],
-        "losses": {"engine": told["played"]["losses"], "plain": told["plain"]["losses"], "resumed": told["resumed"]["losses"]},
+        "losses": {"engine": files["played"]["losses"], "plain": files["plain"]["losses"], "resumed": files["resumed"]["losses"]},
     }
 
 
-def _rows(told: dict[str, Any], limits: Limits) -> list[Row]:
-    played, plain, resumed = told["played"], told["plain"], told["resumed"]
+def _rows(files: dict[str, Json], limits: Limits) -> list[Row]:
+    played, plain, resumed = files["played"], files["plain"], files["resumed"]
     begun, gradients, updates = (Row.parse(row) for row in plain["rows"])
     loss, behind = Row("loss", limits.loss), Row("resumed loss", limits.resumed)
-    for step, (found, right) in enumerate(zip(played["losses"], plain["losses"], strict=True), 1):
-        loss.add(step, "", _apart(found, right))
-    after = told["trial"]["resumed"]["step"]
-    for step, (found, right) in enumerate(zip(resumed["losses"], played["losses"][after:], strict=True), after + 1):
-        behind.add(step, "", _apart(found, right))
+    for step, (own, right) in enumerate(zip(played["losses"], plain["losses"], strict=True), 1):
+        loss.add(step, "", _apart(own, right))
+    after = files["trial"]["resumed"]["step"]
+    for step, (own, right) in enumerate(zip(resumed["losses"], played["losses"][after:], strict=True), after + 1):
+        behind.add(step, "", _apart(own, right))
     return [begun, _together(played["rows"]), loss, gradients, updates, Row.parse(resumed["row"]), behind]
 
 
-def _together(parts: list[dict[str, Any]]) -> Row:
+def _together(parts: list[dict[str, Json]]) -> Row:
     """Joins the rows of all workers: the first with the worst difference, and everybody's faults."""
     rows = [Row.parse(part) for part in parts]
     worst = max(rows, key=lambda row: row.worst)
@@ -66,8 +66,8 @@ def _together(parts: list[dict[str, Any]]) -> Row:
     return worst
 
 
-def _apart(found: float, right: float) -> float:
-    return abs(found - right) / max(abs(right), 1e-30) if found == found else float("inf")
+def _apart(own: float, right: float) -> float:
+    return abs(own - right) / max(abs(right), 1e-30) if own == own else float("inf")
 
 
 def _receipts(run: Location) -> Row:

@@ -18,7 +18,6 @@ from heliostat.data.dataset import DataPlan
 from heliostat.numerics import compare, play
 from heliostat.numerics.rows import Row
 from heliostat.numerics.small import STEPS
-from heliostat.numerics.tensors import read
 from heliostat.numerics.thresholds import LIMITS
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Batch, CouplesSamples, Recipe
@@ -84,21 +83,21 @@ class Plain:
         self, recipe: CouplesSamples, micros: list[tuple[int, Batch]], terms: int
     ) -> tuple[float, list[dict[str, torch.Tensor]]]:
         """Computes the same of a loss of all samples of the step, of which a worker's share is what its samples add."""
-        found = []
+        represented = []
         for seed, micro in micros:
             torch.manual_seed(seed)
-            found.append(recipe.represent(self.model, micro))
-        leaves = [{n: t.detach().requires_grad_(t.is_floating_point()) for n, t in one.items()} for one in found]
-        made = recipe.couple({name: torch.cat([one[name] for one in leaves]) for name in leaves[0]})
-        objective(made, terms).backward()
+            represented.append(recipe.represent(self.model, micro))
+        leaves = [{n: t.detach().requires_grad_(t.is_floating_point()) for n, t in one.items()} for one in represented]
+        result = recipe.couple({name: torch.cat([one[name] for one in leaves]) for name in leaves[0]})
+        objective(result, terms).backward()
         parts = []
         for replica in range(self.job.replicas):
             self.model.zero_grad()
-            for one, leaf in zip(found[replica :: self.job.replicas], leaves[replica :: self.job.replicas], strict=True):
+            for one, leaf in zip(represented[replica :: self.job.replicas], leaves[replica :: self.job.replicas], strict=True):
                 shares = [(one[name], grad) for name in one if (grad := leaf[name].grad) is not None]
                 torch.autograd.backward([tensor for tensor, _ in shares], [grad for _, grad in shares])
             parts.append(self._kept())
-        return made.sum.item() / terms, parts
+        return result.sum.item() / terms, parts
 
     def _kept(self) -> dict[str, torch.Tensor]:
         return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self.trained.items()}
@@ -123,7 +122,7 @@ def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
     """Plays all steps beside the workers, and writes the rows of the comparison."""
     limits, plain = LIMITS[job.train.precision], Plain(job, plan, recipe)
     begun, grads, updates = Row("initial weights", 0.0), Row("gradients", limits.gradient), Row("updates", limits.update)
-    weights, before = read(folder / "weights-0", WAIT_S), None
+    weights, before = play.read(folder / "weights-0", WAIT_S), None
     for name, right in plain.initial().items():
         begun.add(1, name, compare.relative(weights[name], right.to(plain.type).float()))
     told = []
@@ -131,9 +130,9 @@ def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
         plain.put(weights)
         loss, parts = plain.gradients(plain.next_micros(step))
         whole = {n: torch.stack([part[n] for part in parts]).sum(0) for n in parts[0]}
-        found = read(folder / f"gradients-{step}", WAIT_S)
+        found = play.read(folder / f"gradients-{step}", WAIT_S)
         _gradients(grads, step + 1, found, whole, parts, before, limits.floor)
-        following = read(folder / f"weights-{step + 1}", WAIT_S)
+        following = play.read(folder / f"weights-{step + 1}", WAIT_S)
         _updates(updates, step + 1, weights, following, plain.step(weights, found))
         weights, before = following, whole
         told.append(loss)

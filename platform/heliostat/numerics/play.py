@@ -7,11 +7,12 @@ a file of tensors before and after each step (`weights-STEP`, `gradients-STEP`),
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -21,17 +22,17 @@ from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
-from heliostat.engine import deepspeed_engine
+from heliostat.engine import deepspeed_engine, full_tensors
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.numerics.compare import relative
 from heliostat.numerics.rows import Row
 from heliostat.numerics.small import SAVED, STEPS
-from heliostat.numerics.tensors import read, write
 from heliostat.parallel import division
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs import segments
 from heliostat.runs.time_ledger import Ledger
+from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
 from heliostat.training.worker.batch_plan import BatchPlan
 from heliostat.training.worker.context import Context
@@ -40,7 +41,13 @@ from heliostat.training.worker.stepper import Stepper
 from heliostat.training.worker.training_state import TrainingState
 from heliostat.training.worker.unsealed import Unsealed
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from heliostat.engine.deepspeed_engine import DeepSpeedEngine
+
 FREE = SimpleNamespace(check=lambda: None)  # of a run that no other driver can take over
+POLL_S = 0.05
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -51,10 +58,9 @@ class Player:
         self.job, self.recipe = job, recipe
         self.step = start_step  # that is being played
         self.rank, self.control = dist.get_rank(), dist.new_group(backend="gloo")
-        free: Any = FREE
         context = Context(
-            job, plan, job.run_folder, start_step, self.rank, dist.get_world_size(), self.control, free, Posts(None, self.rank),
-            progressed=lambda: None,
+            job, plan, job.run_folder, start_step, self.rank, dist.get_world_size(), self.control, cast(Fence, FREE),
+            Posts(None, self.rank), progressed=lambda: None,
         )  # fmt: skip
         ledger, self.dataset = Ledger("computing"), open_dataset(plan)
         self.sharing = SampleGroup(job.train.parallel)
@@ -80,9 +86,9 @@ class Player:
             mine = self.sharing.share(self._read)
             self.stepper.step(step, mine)
             self.unsealed.add(step, mine)
-        made = torch.stack(self.stepper.losses[begun:]).double()
-        dist.all_reduce(made)
-        return made.tolist()
+        sums = torch.stack(self.stepper.losses[begun:]).double()
+        dist.all_reduce(sums)
+        return sums.tolist()
 
     def save(self, done: int) -> None:
         self.state.save(done, {})
@@ -102,7 +108,7 @@ def dealt(plan: DataPlan, rank: int, world: int, start_step: int) -> stream.Lane
     order = open_dataset(plan).order
     task = stream.fetch(plan, order, start_step, STEPS, replace=True)
 
-    def mine() -> Iterator[Any]:
+    def mine() -> Iterator[pa.Table]:
         for window in range(task.count):
             for table in task({"id": np.array([window])}):
                 if table["block"][0].as_py() % world == rank:
@@ -147,65 +153,55 @@ def _watch(player: Player, folder: Path) -> None:
     """Keeps each step's gradient behind its last backward pass, reduced and summed, before it is clipped."""
     engine, backward = player.engine, player.engine.backward
 
-    def kept(*given: Any, **named: Any) -> Any:
-        made = backward(*given, **named)
+    def kept(*given: object, **named: object) -> object:
+        result = backward(*given, **named)
         if engine.is_gradient_accumulation_boundary():
             _keep(folder / f"gradients-{player.step}", gradients(engine))
-        return made
+        return result
 
     engine.backward = kept
 
 
-def _trained(engine: Any) -> Iterator[tuple[str, Any]]:
+def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.nn.Parameter]]:
     yield from ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
 
 
-def gradients(engine: Any) -> dict[str, torch.Tensor]:
+def gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Assembles every parameter's gradient, in fp32; collective."""
-    from deepspeed.utils import safe_get_full_grad
-
     scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if engine.zero_optimization_stage() else 1.0
-    found = {}
+    full = {}
     for name, p in _trained(engine):
-        grad = safe_get_full_grad(p)
+        grad = full_tensors.gradient(p)
         if grad is None:
-            found[name] = torch.zeros(building.shape(p))
+            full[name] = torch.zeros(building.shape(p))
         else:
-            whole = division.assembled(p, grad.detach().view(getattr(p, "ds_shape", p.shape)))
-            found[name] = whole.float().cpu().clone() / scale
-    return found
+            whole = division.assembled(p, grad.view(getattr(p, "ds_shape", p.shape)))
+            full[name] = whole.float().cpu().clone() / scale
+    return full
 
 
-def masters(engine: Any) -> dict[str, torch.Tensor]:
+def masters(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Assembles every parameter's fp32 master weight; collective."""
     return {name: _full(engine, p, None) for name, p in _trained(engine)}
 
 
-def state(engine: Any) -> dict[str, torch.Tensor]:
+def state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Assembles masters and moments, with their kind before the name; collective."""
     return {
         f"{key or 'master'}.{name}": _full(engine, p, key) for name, p in _trained(engine) for key in (None, *engine.moments[p])
     }
 
 
-def _full(engine: Any, p: Any, key: str | None) -> torch.Tensor:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if not engine.zero_optimization_stage():
-        found = p.data if key is None else engine.optimizer.state[p][key]
-    else:
-        found = safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
-    whole = division.assembled(p, found.detach().view(getattr(p, "ds_shape", p.shape)))
+def _full(engine: DeepSpeedEngine, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
+    whole = division.assembled(p, full_tensors.state(engine, p, key).view(getattr(p, "ds_shape", p.shape)))
     return whole.float().cpu().clone()
 
 
-def weigh(engine: Any, job: Job, step: int, row: Row) -> None:
+def weigh(engine: DeepSpeedEngine, job: Job, step: int, row: Row) -> None:
     """Compares the weights that this worker's forward pass uses with the masters, rounded; collective."""
-    from deepspeed.runtime.zero import GatheredParameters
-
     for name, p in _trained(engine):
         right = _full(engine, p, None).to(TYPES[job.train.precision])
-        with GatheredParameters([p], enabled=engine.zero_optimization_stage() == 3):
+        with full_tensors.gathered(engine, p):
             used = division.assembled(p, p.detach()).cpu().to(right.dtype)
         row.add(step, f"{name} on worker {dist.get_rank()}", relative(used.float(), right.float()), lambda: "a stale buffer")
 
@@ -213,3 +209,21 @@ def weigh(engine: Any, job: Job, step: int, row: Row) -> None:
 def _keep(place: Path, tensors: dict[str, torch.Tensor]) -> None:
     if dist.get_rank() == 0:
         write(place, tensors)
+
+
+def write(place: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes tensors as a file for another process of the trial, which is whole once it has its name."""
+    part = place.with_name(f"{place.name}.part.npz")
+    np.savez(part, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
+    part.rename(place)
+
+
+def read(place: Path, seconds: float) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a file, which is waited for so long; TimeoutError if it does not come."""
+    until = time.monotonic() + seconds
+    while not place.exists():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{place.name} did not come within {seconds:.0f} s")
+        time.sleep(POLL_S)
+    with np.load(place, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

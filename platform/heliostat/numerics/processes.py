@@ -17,14 +17,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from heliostat.cluster import private_ray
 from heliostat.config import workspace
 from heliostat.config.spec import Job
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError, HeliostatError, TrainingError, innermost
+
+if TYPE_CHECKING:
+    from heliostat.numerics.small import Trial
 
 DEADLINE_S = 600.0
 END_S = 10.0
@@ -47,9 +51,9 @@ def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
     finally:
         _end(host)
     if (failed := folder / "error.json").exists():
-        told = json.loads(failed.read_text())
-        kind = ConfigError if told["exit_code"] == 2 else TrainingError
-        raise kind(f"--numerics: {told['who']}: {told['message']}")
+        error = json.loads(failed.read_text())
+        kind = ConfigError if error["exit_code"] == 2 else TrainingError
+        raise kind(f"--numerics: {error['who']}: {error['message']}")
     if host.returncode:
         raise TrainingError(f"--numerics: its process ended with code {host.returncode}: {_last(folder)}")
 
@@ -113,7 +117,7 @@ def host(folder: Path) -> int:
     gc.freeze()
     context = multiprocessing.get_context("fork")
 
-    def start(who: str, play_it: Callable[..., None], *more: Any) -> Any:
+    def start(who: str, play_it: Callable[..., None], *more: object) -> ForkProcess:
         process = context.Process(target=_child, args=(who, folder, play_it, *more), daemon=True)
         process.start()
         return process
@@ -133,7 +137,7 @@ def host(folder: Path) -> int:
     return 0 if _ended([last, beside]) else 1
 
 
-def _describe(trial: Any) -> dict[str, Any]:
+def _describe(trial: Trial) -> dict[str, object]:
     from heliostat.numerics import small
 
     train, other = trial.job.train, small.elsewhere(trial.job)
@@ -153,7 +157,7 @@ def _describe(trial: Any) -> dict[str, Any]:
     }
 
 
-def _ended(processes: list[Any], beside: Any = None) -> bool:
+def _ended(processes: list[ForkProcess], beside: ForkProcess | None = None) -> bool:
     """Waits until all have ended; False as soon as one of them, or the one beside them, has failed."""
     watched = [*processes, *([beside] if beside else [])]
     while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in watched):
@@ -161,7 +165,7 @@ def _ended(processes: list[Any], beside: Any = None) -> bool:
     return not any(p.exitcode for p in watched)
 
 
-def _child(who: str, folder: Path, play_it: Callable[..., None], *given: Any) -> None:
+def _child(who: str, folder: Path, play_it: Callable[..., None], *given: object) -> None:
     try:
         play_it(*given)
     except BaseException as e:
@@ -169,13 +173,13 @@ def _child(who: str, folder: Path, play_it: Callable[..., None], *given: Any) ->
         raise
 
 
-def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *given: Any) -> None:
+def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *given: object) -> None:
     """Plays in a process group of its own, as an attempt's workers do."""
     from heliostat.engine import deepspeed_engine, process_group
 
     gpus = job.workers.gpus
     deepspeed_engine.prepare_environment(gpus)
-    folder: Path = given[-1]
+    folder = cast(Path, given[-1])
     names = tuple(map(str, range(world))) if gpus else ()
     meeting = f"file://{folder / f'group-{world}'}"
     process_group.join(process_group.Place(rank, world, rank, world, meeting, "nccl" if gpus else "gloo", names))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+
+from heliostat.config.fields import Json
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Row:
         if not difference <= self.limit:
             self.faults.append(Fault(self.what, step, name, difference, cause()))
 
-    def dump(self) -> dict[str, Any]:
+    def dump(self) -> dict[str, Json]:
         return asdict(self)
 
     @staticmethod
-    def parse(raw: dict[str, Any]) -> Row:
+    def parse(raw: dict[str, Json]) -> Row:
         return Row(**{**raw, "faults": [Fault(**fault) for fault in raw["faults"]]})

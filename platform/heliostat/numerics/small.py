@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -31,7 +31,7 @@ LARGEST = 20_000_000  # parameters of a model that stays as it is
 LONGEST = 512  # tokens of a sample that stays as it is
 TILE = 7  # tokens of an MLP's tile
 BATCH = 16  # samples of a step, at most, where the job has more
-ELSEWHERE = {0: 1, 1: 3, 2: 3, 3: 1}  # by stage, the one at which a checkpoint is loaded again
+ELSEWHERE: dict[int, Literal[1, 3]] = {0: 1, 1: 3, 2: 3, 3: 1}  # by stage, the one at which a checkpoint is loaded again
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def unaided(recipe: Recipe) -> Recipe:
     """Returns the recipe without what saves memory or time: all activations kept, whole logits, whole MLPs, kernels' twins."""
     if not isinstance(recipe, CausalLM):
         return recipe
-    found = recipe.plainly()
-    found.checkpointing = found.offload = found.tiled = found.tiled_mlp = False
-    return found
+    plain = recipe.plainly()
+    plain.checkpointing = plain.offload = plain.tiled = plain.tiled_mlp = False
+    return plain
 
 
 def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
@@ -92,7 +92,7 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
         "sequence_length": min(job.data.sequence_length or 0, longest) or None,
     }
     offload = {k: "cpu" for k, v in raw["train"]["zero"]["offload"].items() if v and k != "nvme_path"}
-    zero: dict[str, Any] = {"stage": job.train.zero.stage, "offload": offload}
+    zero: dict[str, object] = {"stage": job.train.zero.stage, "offload": offload}
     if job.train.zero.copy_within:
         zero["copy_within"] = WORKERS
     raw["train"] |= {"steps": STEPS, "stop_after": None, "global_batch": batch, "micro_batch": micro, "ema": None, "zero": zero,
@@ -120,7 +120,7 @@ def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
 
 def elsewhere(job: Job) -> Job:
     """Returns the job at another layout: one worker, which has whole samples, and another stage."""
-    stage: Any = ELSEWHERE[job.train.zero.stage]
+    stage = ELSEWHERE[job.train.zero.stage]
     optimizer = job.train.zero.offload.optimizer if stage == 3 else None
     zero, parallel = Zero(stage=stage, offload=Offload(optimizer=optimizer)), Parallel()
     train = job.train.model_copy(update={"zero": zero, "parallel": parallel})
@@ -145,10 +145,10 @@ def _cut(recipe: CausalLM, job: Job) -> int:
 
 def _fold(recipe: CausalLM, vocabulary: int) -> None:
     """Folds the samples' tokens into a smaller vocabulary."""
-    made: Callable[..., Batch] = recipe.batch
+    unfolded: Callable[..., Batch] = recipe.batch
     recipe.end %= vocabulary
 
     def batch(content: np.ndarray, keys: np.ndarray | None = None) -> Batch:
-        return made(content % vocabulary, keys)
+        return unfolded(content % vocabulary, keys)
 
     recipe.batch = batch  # type: ignore[method-assign]

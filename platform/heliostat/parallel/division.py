@@ -26,6 +26,10 @@ class Division(NamedTuple):
     group: Any = None
     width: int = 0
 
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """Copies this worker's part of a parameter; returns the tensor itself where nothing is divided."""
+        return whole.chunk(self.parts, 1 if self.width else 0)[self.part].clone() if self.parts > 1 else whole
+
     @property
     def columns(self) -> Columns:
         return Columns(self.parts, self.width) if self.width else ROWS

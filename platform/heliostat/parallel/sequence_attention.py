@@ -2,13 +2,16 @@
 et al. 2023, arXiv 2309.14509).
 
 Before the attention the workers of a group exchange all heads of some tokens for some heads of all tokens, and back behind it:
-DeepSpeed's `UlyssesSPAttentionHF`, around whatever computes attention in the model. Nothing else in a model may mix tokens, which
-`cutting` tests.
+that is DeepSpeed's `UlyssesSPAttentionHF`, around whatever computes attention in the model. The engine is above this room, so it
+passes that in (`exchanging`). Nothing else in a model may mix tokens, which `cutting` tests.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,22 +21,33 @@ from heliostat.parallel import document_attention
 NAME = "cut"
 
 
+class HeadExchange(Protocol):
+    """Makes an attention of all tokens for some heads, of one of some tokens for all heads; `sizes` as this module's `sizes`."""
+
+    def __call__(self, attention: Any, group: Any, micro_batch: int, sizes: tuple[int, int, int], layers: int) -> Any: ...
+
+
+_exchange: ContextVar[HeadExchange | None] = ContextVar("head_exchange", default=None)
+
+
+@contextmanager
+def exchanging(exchange: HeadExchange) -> Iterator[None]:
+    """Makes `use` exchange heads by this inside."""
+    token = _exchange.set(exchange)
+    try:
+        yield
+    finally:
+        _exchange.reset(token)
+
+
 def use(model: Any, group: Any, micro_batch: int, documents: bool) -> None:
     """Makes a model of transformers exchange heads in the group, from now on; `documents`: positions at 0 begin documents, which
-    do not attend to each other."""
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-
-    heads, shared, width = sizes(model.config)
-    attention = UlyssesSPAttentionHF(
-        attn=core(model),
-        batch_size=micro_batch,
-        attn_head_count=heads,
-        attn_head_size=width,
-        kv_head_count=shared,
-        num_hidden_layers=model.config.get_text_config(decoder=True).num_hidden_layers,
-        process_group=group,
-        seq_length_is_variable=True,
-    )
+    do not attend to each other. Only within `exchanging`, in which the engine calls a recipe's `exchange`."""
+    exchange = _exchange.get()
+    if exchange is None:
+        raise RuntimeError("sequence_attention.use: no engine exchanges heads here. Call it in a recipe's exchange(model, group)")
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    attention = exchange(core(model), group, micro_batch, sizes(model.config), layers)
 
     def gathered(positions: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(positions) for _ in range(dist.get_world_size(group))]

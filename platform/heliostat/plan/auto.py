@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from heliostat import schema
 from heliostat.checkpoint import layout
@@ -18,6 +18,7 @@ from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, StorageError
 from heliostat.plan import hardware, layouts
+from heliostat.plan.hardware import Machine, Prices
 from heliostat.plan.layouts import Layout
 from heliostat.plan.planner import bound
 from heliostat.plan.ranking import ranking
@@ -33,7 +34,7 @@ def settled(
     cluster: Path | ClusterFile | None = None,
     resume: bool = False,
     device: str | None = None,
-    prices: dict[str, Any] | None = None,
+    prices: Prices | None = None,
 ) -> Job:
     """Returns the job in the fastest layout that fits, if it asks for that; ConfigError if none does.
 
@@ -49,15 +50,15 @@ def settled(
         log.info("%s: the run has begun on as many workers, and keeps its layout: %s", KEY, said(computed, kept))
         return layouts.applied(computed, kept)
     plain, recipe, unread = bound(*check.check_job(computed))
-    there = cluster_file.read(cluster) if isinstance(cluster, Path) else cluster
-    found = ranking(plain, recipe, there, device or (None if cluster else here(job)), prices)
-    best, where = found["layouts"][0], f"{found['workers']} workers of {found['device']['name']}"
-    if found["set"] is None:
-        raise ConfigError(f"{KEY}: no layout fits on {where} (the nearest: {best['why']}); use more workers, or a smaller model")
+    pools = cluster_file.read(cluster) if isinstance(cluster, Path) else cluster
+    ranked = ranking(plain, recipe, pools, device or (None if cluster else here(job)), prices)
+    best, where = ranked.candidates[0], f"{ranked.planner.workers} workers of {ranked.planner.device.name}"
+    if ranked.changes is None:
+        raise ConfigError(f"{KEY}: no layout fits on {where} (the nearest: {best.why}); use more workers, or a smaller model")
     note = f"; the datasets were not looked at: {unread}" if unread else ""
-    which = f"of {len(found['layouts'])} layouts the fastest on {where}, {best['speed']['step_s']:.3g} s a step by the plan"
-    log.info("%s: %s: %s%s", KEY, which, shown(found["set"]), note)
-    return schema.validate(Job, schema.apply(computed.dump(), found["set"]), job.name)
+    which = f"of {len(ranked.candidates)} layouts the fastest on {where}, {best.speed['step_s']:.3g} s a step by the plan"
+    log.info("%s: %s: %s%s", KEY, which, shown(ranked.changes), note)
+    return schema.validate(Job, schema.apply(computed.dump(), ranked.changes), job.name)
 
 
 def prepared(path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None) -> tuple[Job, Recipe, str]:
@@ -69,11 +70,11 @@ def recorded(job: Job) -> Job | None:
     """Returns the job of the run's newest checkpoint, if its workers are those that the job asks for."""
     try:
         job.run_folder.wait_for_store()
-        found = layout.latest(job.run_folder)
+        newest = layout.latest(job.run_folder)
     except StorageError as e:
         log.warning("%s: which layout the run has was not looked at: %s", KEY, e)
         return None
-    before = found.job if found else None
+    before = newest.job if newest else None
     same = before and before.workers.count in job.worker_counts() and before.workers.gpus == job.workers.gpus
     return before if same else None
 
@@ -96,10 +97,10 @@ def elsewhere() -> str:
     return hardware.DEFAULT_GPU
 
 
-def named(name: str, memory: float, devices: dict[str, Any]) -> str:
+def named(name: str, memory: float, devices: Mapping[str, Machine]) -> str:
     """Finds a GPU of a name as CUDA tells it, with so many bytes of memory, in a price table; ConfigError if it is not there."""
-    if found := hardware.find(name, memory, devices):
-        return found
+    if device := hardware.find(name, memory, devices):
+        return device
     raise ConfigError(
         f"{KEY}: this machine's {name} with {memory / hardware.GIB:.0f} GiB is not in the price table; set the layout that "
         "`heliostat plan JOB --rank --prices FILE --device NAME` finds"

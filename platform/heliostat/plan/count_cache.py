@@ -18,7 +18,6 @@ from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from heliostat.cluster.package_digest import package_digest
 from heliostat.config import workspace
@@ -52,14 +51,14 @@ def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
         pass
     except (DataError, OSError) as e:
         log.warning("counting the model anew: %s", e)
-    found = count()
+    counts = count()
     try:
-        Location(str(place)).write(json.dumps(asdict(found), default=sorted).encode())
+        Location(str(place)).write(json.dumps(asdict(counts), default=sorted).encode())
         for old in sorted(place.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
     except (StorageError, OSError) as e:
         log.info("the count of the model was not kept: %s", e)
-    return found
+    return counts
 
 
 def key(job: Job, recipe: Recipe) -> str | None:
@@ -67,26 +66,26 @@ def key(job: Job, recipe: Recipe) -> str | None:
     module = job.recipe.partition(":")[0]
     if workspace.BUILT_IN.get(module, module) != "heliostat.recipes" or any(map(_is_path, _leaves(job.model))):
         return None
-    told = {k: v for k, v in job.dump().items() if k not in APART}
-    told["train"] = {k: v for k, v in told["train"].items() if k not in APART_TRAIN}
-    shared = told["train"]["parallel"]["sequence"] > 1
-    told["train"]["parallel"] = told["train"]["parallel"]["tensor"]  # of the degrees the one that makes a worker's model another
-    told["train"]["optimizer"] = {k: v for k, v in told["train"]["optimizer"].items() if k != "lr"}
-    told["data"] = {k: v for k, v in told["data"].items() if k in ("sequence_length", "document_mask")}
-    told["data"]["document_mask"] &= not shared  # `model_stats` counts no mask of all pairs then
+    keys = {k: v for k, v in job.dump().items() if k not in APART}
+    keys["train"] = {k: v for k, v in keys["train"].items() if k not in APART_TRAIN}
+    shared = keys["train"]["parallel"]["sequence"] > 1
+    keys["train"]["parallel"] = keys["train"]["parallel"]["tensor"]  # of the degrees the one that makes a worker's model another
+    keys["train"]["optimizer"] = {k: v for k, v in keys["train"]["optimizer"].items() if k != "lr"}
+    keys["data"] = {k: v for k, v in keys["data"].items() if k in ("sequence_length", "document_mask")}
+    keys["data"]["document_mask"] &= not shared  # `model_stats` counts no mask of all pairs then
     bound = [source.digest for source in getattr(recipe, "sources", [])]
     machine = [platform.machine(), platform.python_version(), sorted(check.cpu_flags())]
-    whole = json.dumps([told, bound, machine, _code()], sort_keys=True)
+    whole = json.dumps([keys, bound, machine, _code()], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
 
-def _leaves(value: Any) -> list[Any]:
+def _leaves(value: object) -> list[object]:
     if isinstance(value, dict):
         return [leaf for one in value.values() for leaf in _leaves(one)]
     return [leaf for one in value for leaf in _leaves(one)] if isinstance(value, list) else [value]
 
 
-def _is_path(value: Any) -> bool:
+def _is_path(value: object) -> bool:
     return isinstance(value, str) and ("/" in value or Path(value).exists())
 
 

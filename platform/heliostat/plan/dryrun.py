@@ -13,16 +13,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from heliostat.checkpoint import checksums, layout, placement, shard_index
-from heliostat.checkpoint.element_types import BYTES
+from heliostat.checkpoint.index import Index
+from heliostat.checkpoint.index import root as index_root
+from heliostat.checkpoint.placement import BYTES, Shard, Tensor
+from heliostat.checkpoint.shard_index import Place
 from heliostat.config.spec import Job
 from heliostat.data import mixing
-from heliostat.errors import ConfigError, DataError, StorageError
+from heliostat.errors import DataError, StorageError
 from heliostat.plan import auto, planner, zero_layout
 from heliostat.plan.counts import ModelStats
 from heliostat.plan.model_stats import build, stats_of
+from heliostat.recipes.protocol import Recipe
 from heliostat.validation import check
 
 
@@ -33,10 +35,12 @@ def kinds(job: Job, hidden: bool = False) -> list[str]:
 
 
 def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:
+    from heliostat.engine import deepspeed_engine
+
     started = time.perf_counter()
     job, recipe, _ = auto.prepared(path, settings + ([f"workers.count={workers}"] if workers else []))
     job = job.on(job.worker_counts()[-1])
-    check_engine(job)
+    deepspeed_engine.require_config(job)
     data, note = _data(job, recipe)
     built = build(recipe)
     model = stats_of(recipe, built)
@@ -73,24 +77,7 @@ def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
     return zero_layout.slices(model.trained, stage, workers, groups, model.stacked, parallel.expert, replicas)
 
 
-def check_engine(job: Job) -> None:
-    """Raises ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
-    from heliostat.engine import deepspeed_engine
-    from heliostat.engine.engine_config import engine_config
-
-    deepspeed_engine.prepare_environment(job.workers.gpus)
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    try:
-        DeepSpeedZeroConfig(**engine_config(job)["zero_optimization"])
-    except ValidationError as e:
-        first = e.errors()[0]
-        raise ConfigError(
-            f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}"
-        ) from e
-
-
-def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
+def _data(job: Job, recipe: Recipe) -> tuple[dict[str, int], str]:
     """Computes the numbers of the data plan, from the datasets if they can be read; else a note gives the reason."""
     note = ""
     try:
@@ -110,7 +97,7 @@ def _data(job: Job, recipe: Any) -> tuple[dict[str, Any], str]:
     }, note
 
 
-def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> tuple[dict[str, Any], int]:
+def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> tuple[Index, int]:
     """Builds the `checkpoint.json` that the ranks would write; returns it with the bytes of it and of the shards' indexes.
 
     Raises CheckpointError unless every element is in a shard exactly once.
@@ -122,23 +109,21 @@ def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.S
             part, index = _shard(rank, tensors)
             whole, size = placement.merge(whole, part), size + len(index)
     facts = {"name": job.name, "world_size": len(owned), "zero_stage": job.train.zero.stage, "job": job.dump()}
-    root = placement.root(job.train.steps, {"format": layout.format_of(whole.tensors), **facts}, whole)
+    root = index_root(job.train.steps, {"format": layout.format_of(whole.tensors), **facts}, whole)
     return root, size + len(layout.encode(root))
 
 
 def _tensors(job: Job, model: ModelStats, mine: list[zero_layout.Slice]) -> placement.Tensors:
     parts = job.train.parallel.tensor
     by_columns = {n for n, kind in model.divided.items() if kind == "row"} if parts > 1 else set[str]()
-    return {
-        f"{kind}.{name}": {
-            "dtype": "F32",
-            "shape": [math.prod(model.shapes[name])],
-            "runs": [[0, 1, start, numel]],
-            **({"columns": [parts, model.shapes[name][1]]} if name in by_columns else {}),
-        }
-        for name, start, numel in mine
-        for kind in kinds(job, name in model.hidden)
-    }
+    tensors = placement.Tensors()
+    for name, start, numel in mine:
+        for kind in kinds(job, name in model.hidden):
+            entry: Tensor = {"dtype": "F32", "shape": [math.prod(model.shapes[name])], "runs": [[0, 1, start, numel]]}
+            if name in by_columns:
+                entry["columns"] = [parts, model.shapes[name][1]]
+            tensors[f"{kind}.{name}"] = entry
+    return tensors
 
 
 def _buffers(model: ModelStats, rank: int, world: int) -> placement.Tensors:
@@ -152,7 +137,7 @@ def _buffers(model: ModelStats, rank: int, world: int) -> placement.Tensors:
 
 def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.Part, bytes]:
     """Plans a rank's shard, with checksums of ten digits; returns its part of `checkpoint.json`, and its index."""
-    places, offset = {}, 0
+    places, offset = dict[str, Place](), 0
     for name, entry in tensors.items():
         ((_, _, start, numel),) = entry["runs"]
         size = numel * BYTES[entry["dtype"]]
@@ -160,5 +145,5 @@ def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.Part, bytes
         places[name] = {"start": start, "numel": numel, "offset": offset, "crc32": sums}
         offset += size
     index = shard_index.encode(places)
-    shard = {"file": f"shard-{rank:05d}.safetensors", "bytes": offset, "index": shard_index.seal(index)}
+    shard: Shard = {"file": f"shard-{rank:05d}.safetensors", "bytes": offset, "index": shard_index.seal(index)}
     return placement.Part([shard], tensors), index

@@ -1,4 +1,9 @@
-"""Estimates memory, speed and cost of a job on a device, in its own layout and in others."""
+"""Estimates memory, speed and cost of a job on a device, in its own layout and in others, and how often it should save.
+
+With a mean time mu between interruptions, a save that stops training for C seconds, and R seconds to restart, the interval W
+that wastes least is sqrt(2 C mu) (Young 1974, doi 10.1145/361147.361115; Daly 2006, doi 10.1016/j.future.2004.11.016, adds terms
+that vanish for C << mu). The waste is C / W for saving, and (W / 2 + R) / mu for what is computed again and for restarting.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +20,13 @@ from heliostat.config.spec import Job
 from heliostat.config.train_section import SELECTIVE
 from heliostat.engine.engine_config import engine_config
 from heliostat.optim.optimizers import STATE_BYTES, Muon
-from heliostat.plan import failures, hardware, layouts, memory, orthogonalizing, step_time, traffic
+from heliostat.plan import hardware, layouts, memory, step_time, traffic
 from heliostat.plan.counts import Counts
-from heliostat.plan.hardware import Device
-from heliostat.plan.layouts import Layout
+from heliostat.plan.hardware import Device, Prices
+from heliostat.plan.layouts import Candidate, Layout
 from heliostat.plan.traffic import Traffic
+
+HOUR = 3600.0
 
 
 class Planner:
@@ -30,7 +37,7 @@ class Planner:
         job: Job,
         counts: Counts,
         device: Device,
-        prices: dict[str, Any],
+        prices: Prices,
         exchanged: Mapping[int, int] | None = None,
         selects: bool = False,
     ) -> None:
@@ -43,17 +50,17 @@ class Planner:
         self.alike = self.workers // self.tensor  # that have the same part of each matrix, and divide state among them
         self.shapes = counts.model.own(self.tensor)  # of a worker's parameters
         self.network, self.selects = hardware.network(prices), selects
-        self._micro: dict[tuple[Any, ...], tuple[float, float]] = {}
+        self._micro: dict[tuple[int, int, bool, bool, int], tuple[float, float]] = {}
 
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self) -> Candidate:
         """Estimates the job as it is."""
         return self.candidate(layouts.of(self.job))
 
-    def recommend(self) -> dict[str, Any] | None:
+    def recommend(self) -> Candidate | None:
         """Finds the best layout that fits; None if none does."""
         given = layouts.candidates(self.job, self.workers, [self.job.train.parallel.sequence], self.selects)
         best = min((self.candidate(one) for layout in given for one in (layout, *self.partly(layout))), key=layouts.order)
-        return best if best["fits"] else None
+        return best if best.fits else None
 
     def partly(self, layout: Layout) -> Iterator[Layout]:
         """Yields a layout that checkpoints all layers with as few of them checkpointed as fit, where none does not."""
@@ -80,50 +87,45 @@ class Planner:
         many, which = len(self.kept.layers), layout.checkpointing
         return many if which is True or isinstance(which, str) else min(many, which)
 
-    def candidate(self, layout: Layout) -> dict[str, Any]:
+    def candidate(self, layout: Layout) -> Candidate:
         """Estimates memory, communication and speed in a layout, everything else as in the job."""
         accumulation = self._accumulation(layout)
         held, need, left = self._memory(layout, accumulation)
         moved = self._traffic(layout, accumulation)
         took, replaying, handed = self._time(layout, accumulation, moved, held.host + held.disk + left * accumulation)
         per_second = self.job.train.global_batch / took.total
-        return {
-            "layout": layout,
-            "stage": layout.stage,
-            "micro_batch": layout.micro_batch,
-            "parallel": {"sequence": layout.sequence, "tensor": layout.tensor, "expert": layout.expert},
-            "activation_checkpointing": layout.checkpointing,
-            "offload_optimizer": layout.offload_optimizer,
-            "fits": self._within(need),
-            "memory": {**need.dump(), "device": int(self.device.memory)},
-            "communication": {
+        return Candidate(
+            layout=layout,
+            fits=self._within(need),
+            memory={**need.dump(), "device": int(self.device.memory)},
+            communication={
                 "bytes_per_step": moved.total + handed,
                 "between_nodes": moved.between_nodes(self.device.per_node),
                 "seconds_per_step": took.communicating,
                 "exposed_s": took.exposed,
             },
-            "parts": {
+            parts={
                 "forward_backward": took.computing - replaying,
                 "replaying": replaying,
                 "updating": took.updating,
                 "exposed": took.exposed,
                 "copying": took.copying,
             },
-            "speed": {
+            speed={
                 "step_s": took.total,
                 "samples_per_second": per_second,
                 "tokens_per_second": per_second * (self.job.data.sequence_length or 0),
                 "mfu": self.model.flops * self.job.train.global_batch / took.total / (self.device.flops * self.workers),
             },
-        }
+        )
 
     @cached_property
     def _own(self) -> Counter[str]:
         """Counts the parameters that a worker computes with, by module: of experts that are divided, its own."""
-        parts, found = self.job.train.parallel.expert, Counter[str]()
+        parts, counts = self.job.train.parallel.expert, Counter[str]()
         for name, shape in self.shapes.items():
-            found[name.rpartition(".")[0]] += math.prod(shape) // (parts if name in self.model.stacked else 1)
-        return found
+            counts[name.rpartition(".")[0]] += math.prod(shape) // (parts if name in self.model.stacked else 1)
+        return counts
 
     def _traffic(self, layout: Layout, accumulation: int) -> Traffic:
         """Estimates what of weights and gradients each worker sends in a step. Workers that divide experts have only those to
@@ -228,10 +230,10 @@ class Planner:
         optimizer = self.job.train.optimizer
         if not isinstance(optimizer, Muon):
             return 0, 0.0, 0.0
-        sides = list(orthogonalizing.matrices(self.model))
-        sent = orthogonalizing.moved(sum(map(math.prod, sides)), self.workers, stage)
+        sides = list(step_time.hidden_sides(self.model))
+        sent = step_time.momenta_sent(sum(map(math.prod, sides)), self.workers, stage)
         peak = self.device.peaks.get(optimizer.newton_schulz, self.device.flops)
-        computed = orthogonalizing.flops(sides) / (self.workers if stage else 1) / (peak * self.device.efficiency.matmul)
+        computed = step_time.newton_schulz(sides) / (self.workers if stage else 1) / (peak * self.device.efficiency.matmul)
         return sent, sent / (traffic.rate(self.workers, self.device) * self.network.rate), computed
 
     def _moments(self) -> int:
@@ -241,10 +243,10 @@ class Planner:
 
     @cached_property
     def _zero(self) -> dict[str, Any]:
-        found: dict[str, Any] = engine_config(self.job)["zero_optimization"]
-        return found
+        section: dict[str, Any] = engine_config(self.job)["zero_optimization"]
+        return section
 
-    def checkpoint(self, chosen: dict[str, Any]) -> dict[str, float]:
+    def checkpoint(self, chosen: Candidate) -> dict[str, float]:
         """Estimates size and times of a checkpoint, and the interval that loses least to failures."""
         rates, nodes = self.prices["storage"], -(-self.workers // self.device.per_node)
         trained = sum(math.prod(s) for s in self.model.trained.values())
@@ -253,32 +255,30 @@ class Planner:
         blocked = size / self.workers / (rates["host_copy"] * 1e9) if self.gpu else 0.1
         upload = size / nodes / (rates["node"] * 1e9)
         between = self.between()
-        seconds = failures.best_interval(max(blocked, 1e-3), between, upload)
-        step_s = chosen["speed"]["step_s"]
+        seconds = best_interval(max(blocked, 1e-3), between, upload)
+        step_s = chosen.speed["step_s"]
         mine = self.job.checkpoint.every * step_s
         restart = self.prices["node_failures"]["restart_s"]
         return {
             "bytes": size,
             "blocked_s": blocked,
             "upload_s": upload,
-            "hours_between_failures": between / failures.HOUR,
+            "hours_between_failures": between / HOUR,
             "every": self.job.checkpoint.every,
             "recommended_every": max(1, round(seconds / step_s)),
-            "goodput": 1 - failures.waste(mine, blocked, between, restart),
-            "recommended_goodput": 1 - failures.waste(max(1, round(seconds / step_s)) * step_s, blocked, between, restart),
+            "goodput": 1 - waste(mine, blocked, between, restart),
+            "recommended_goodput": 1 - waste(max(1, round(seconds / step_s)) * step_s, blocked, between, restart),
         }
 
     def between(self) -> float:
-        return failures.mean_time_between(
-            self.prices["node_failures"]["device_hours"], self.workers * max(1, self.job.workers.gpus)
-        )
+        return mean_time_between(self.prices["node_failures"]["device_hours"], self.workers * max(1, self.job.workers.gpus))
 
-    def run(self, chosen: dict[str, Any]) -> dict[str, float]:
+    def run(self, chosen: Candidate) -> dict[str, float]:
         """Estimates the whole run: time, expected failures, energy and cost."""
-        seconds = self.job.train.steps * chosen["speed"]["step_s"]
+        seconds = self.job.train.steps * chosen.speed["step_s"]
         good = max(0.01, self.checkpoint(chosen)["goodput"])
         wall = seconds / good
-        hours = wall / failures.HOUR
+        hours = wall / HOUR
         energy = self.device.watts * self.workers * self.prices["pue"] * hours / 1000
         return {
             "samples": self.job.train.steps * self.job.train.global_batch,
@@ -290,3 +290,21 @@ class Planner:
             "energy_cost": energy * self.prices["energy_per_kwh"],
             "cost": self.device.hour * self.workers * hours,
         }
+
+
+def mean_time_between(device_hours: float, devices: float) -> float:
+    """Computes the mean seconds between interruptions of the whole run: the failure rates of the devices add up."""
+    return device_hours / devices * HOUR
+
+
+def best_interval(blocked_s: float, between_s: float, upload_s: float = 0.0) -> float:
+    """Computes the checkpoint interval in seconds that wastes least time.
+
+    Never shorter than a save takes to reach storage, because at most one is in flight.
+    """
+    return max(math.sqrt(2 * blocked_s * between_s), upload_s)
+
+
+def waste(interval_s: float, blocked_s: float, between_s: float, restart_s: float) -> float:
+    """Computes the share of the time that is not new training (saving, recomputing, restarting), at most 1."""
+    return min(1.0, blocked_s / interval_s + (interval_s / 2 + restart_s) / between_s)

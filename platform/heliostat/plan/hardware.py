@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import yaml
 
@@ -20,6 +20,7 @@ from heliostat.errors import ConfigError
 
 GIB = 1 << 30
 DEFAULT_GPU = "H100"
+Machine = dict[str, Any]  # the entry of a device in the price table
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,28 @@ class Device:
     peaks: Mapping[str, float] = field(default_factory=dict)  # by precision
 
 
-def table(over: Path | None = None) -> dict[str, Any]:
+class Prices(TypedDict):
+    """Holds the price table (`prices.yaml`)."""
+
+    date: str
+    currency: str
+    energy_per_kwh: float
+    pue: float
+    node_failures: dict[str, float]
+    devices: dict[str, Machine]
+    instances: dict[str, Machine]
+    efficiency: dict[str, dict[str, float]]
+    network: dict[str, float]
+    storage: dict[str, float]
+
+
+def table(over: Path | None = None) -> Prices:
     """Reads the price table `prices.yaml`, with a user's file laid over it."""
     base = yaml.safe_load(resources.files("heliostat.plan").joinpath("prices.yaml").read_text(encoding="utf-8"))
-    return _merge(base, schema.read_yaml(over), "") if over else base
+    return cast(Prices, _merge(base, schema.read_yaml(over), "") if over else base)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any], where: str) -> dict[str, Any]:
+def _merge(base: dict[str, object], over: dict[str, object], where: str) -> dict[str, object]:
     """Merges a user's price table over the base.
 
     `devices`, `instances` and `efficiency` may get new names; any other key must be one that the plan reads: else a ConfigError.
@@ -76,15 +92,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any], where: str) -> dict[str, 
         path = f"{where}{key}"
         if key not in base and where not in ("devices.", "instances.") and not where.startswith("efficiency."):
             raise ConfigError(f"--prices: {path}: unknown key{schema.nearest(str(key), [str(k) for k in base])}")
-        if isinstance(base.get(key), dict):
+        if isinstance(inner := base.get(key), dict):
             if not isinstance(value, dict):
                 raise ConfigError(f"--prices: {path}: {value!r} should be a mapping")
-            value = _merge(base[key], value, f"{path}.")
+            value = _merge(inner, value, f"{path}.")
         out[key] = value
     return out
 
 
-def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance: str | None = None) -> Device:
+def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | None = None) -> Device:
     """Resolves the device that one worker of the job has; ConfigError if it is not in the price table or does not suit the job.
 
     `name`: a device of the table; `instance`: a machine type of the table, which may name another price and network.
@@ -95,13 +111,13 @@ def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance:
             f"machine type {instance!r} of the cluster file is not in the price table"
             f"{schema.nearest(instance, list(prices['instances']))}. Pass --device NAME, or add it to instances in --prices FILE"
         )
-    found = prices["instances"].get(instance or "", {})
-    name = name or (found.get("device", DEFAULT_GPU) if gpus else "cpu")
+    rented = prices["instances"].get(instance or "", {})
+    name = name or (rented.get("device", DEFAULT_GPU) if gpus else "cpu")
     if name not in prices["devices"]:
         raise ConfigError(f"device {name!r} is not in the price table{schema.nearest(name, list(prices['devices']))}")
     if (name == "cpu") == bool(gpus):
         raise ConfigError(f"workers.gpus: is {gpus:g}, but the plan is for {name}; give it GPUs, or plan on another device")
-    raw = {**prices["devices"][name], **{k: v for k, v in found.items() if k != "device"}}
+    raw = prices["devices"][name] | {k: v for k, v in rented.items() if k != "device"}
     try:
         units = cores if name == "cpu" else gpus  # a device is what one worker has
         return Device(
@@ -122,7 +138,7 @@ def resolve(job: Job, prices: dict[str, Any], name: str | None = None, instance:
         raise ConfigError(f"--prices: devices.{name}: lacks {e}, or it is no number") from e
 
 
-def find(name: str, memory: float, devices: dict[str, Any]) -> str | None:
+def find(name: str, memory: float, devices: Mapping[str, Machine]) -> str | None:
     """Finds a GPU, by its exact name in CUDA and its bytes of memory, among devices of the table; None if it is not there.
 
     A device's `names` are those that CUDA reports; without them, it is its own name, also after "NVIDIA ".
@@ -130,15 +146,15 @@ def find(name: str, memory: float, devices: dict[str, Any]) -> str | None:
     return next((d for d, known in devices.items() if name in names(d, known) and memory > 0.9 * known["memory_gib"] * GIB), None)
 
 
-def names(device: str, known: dict[str, Any]) -> list[str]:
+def names(device: str, known: Machine) -> list[str]:
     """Returns the names that CUDA reports for a device of the table."""
-    found = known.get("names", [device, f"NVIDIA {device}"])
-    if not isinstance(found, list):
-        raise ConfigError(f"--prices: devices.{device}.names: expected a list of names, got {found!r}")
-    return found
+    listed = known.get("names", [device, f"NVIDIA {device}"])
+    if not isinstance(listed, list):
+        raise ConfigError(f"--prices: devices.{device}.names: expected a list of names, got {listed!r}")
+    return listed
 
 
-def cost(used: list[dict[str, Any]], prices: dict[str, Any]) -> float | None:
+def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
     """Computes what devices cost in the `seconds` that each was at work; None if one is not in the price table.
 
     `name`: `cpu`, by the core, or a GPU's as CUDA tells it, with its bytes of `memory`.
@@ -151,7 +167,7 @@ def cost(used: list[dict[str, Any]], prices: dict[str, Any]) -> float | None:
     return total
 
 
-def efficiency(prices: dict[str, Any], name: str) -> Efficiency:
+def efficiency(prices: Prices, name: str) -> Efficiency:
     """Reads what work reaches on a device of the table: its own entry, or that of `other`, over which its entry is laid."""
     raw, known = {**prices["efficiency"]["other"], **prices["efficiency"].get(name, {})}, list(Efficiency.__dataclass_fields__)
     for key, value in raw.items():
@@ -162,6 +178,6 @@ def efficiency(prices: dict[str, Any], name: str) -> Efficiency:
     return Efficiency(**raw)
 
 
-def network(prices: dict[str, Any]) -> Network:
+def network(prices: Prices) -> Network:
     """Reads what communication reaches."""
     return Network(**prices["network"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from heliostat import schema
 from heliostat.config import rules
@@ -37,7 +37,7 @@ class Layout:
     expert: int = 1
 
     @property
-    def family(self) -> tuple[Any, ...]:
+    def family(self) -> tuple[object, ...]:
         """Returns what two layouts share that differ in the micro-batch alone, and in how many layers it lets them keep whole."""
         which = self.checkpointing if isinstance(self.checkpointing, bool | str) else "some"
         return self.stage, which, self.offload_optimizer, self.offload_param, *self.degrees
@@ -46,7 +46,7 @@ class Layout:
     def degrees(self) -> tuple[int, int, int]:
         return self.sequence, self.tensor, self.expert
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Returns the job's keys that make it train so."""
         return {
             "train.zero.stage": self.stage,
@@ -60,6 +60,27 @@ class Layout:
         }
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """Holds the estimates of a layout: memory in bytes, seconds of a step by part, and why it isn't the first of a ranking."""
+
+    layout: Layout
+    fits: bool
+    memory: dict[str, int]
+    communication: dict[str, float]
+    parts: dict[str, float]
+    speed: dict[str, float]
+    why: str = ""
+
+    def dump(self) -> dict[str, object]:
+        layout, estimates = self.layout, {k: v for k, v in vars(self).items() if k != "layout"}
+        return {
+            "layout": layout.settings(), "stage": layout.stage, "micro_batch": layout.micro_batch,
+            "parallel": {"sequence": layout.sequence, "tensor": layout.tensor, "expert": layout.expert},
+            "activation_checkpointing": layout.checkpointing, "offload_optimizer": layout.offload_optimizer, **estimates,
+        }  # fmt: skip
+
+
 def of(job: Job) -> Layout:
     """Returns the layout that a job asks for."""
     train, zero = job.train, job.train.zero
@@ -71,14 +92,14 @@ def of(job: Job) -> Layout:
 def changes(job: Job, layout: Layout) -> list[str]:
     """Lists the `--set` values that make a job train in a layout: what differs from the job as it is."""
     was, train = of(job).settings(), job.train
-    found = [f"{key}={_yaml(value)}" for key, value in layout.settings().items() if _yaml(value) != _yaml(was[key])]
+    changed = [f"{key}={_yaml(value)}" for key, value in layout.settings().items() if _yaml(value) != _yaml(was[key])]
     if train.zero.offload.nvme_path and layout.offload_param != "nvme":
-        found.append("train.zero.offload.nvme_path=null")
+        changed.append("train.zero.offload.nvme_path=null")
     if train.parallel.auto:  # in a file it is a word, which has no keys
         names = zip(("sequence", "tensor", "expert"), layout.degrees, strict=True)
         whole = ", ".join(f"{name}: {n}" for name, n in names if n > 1)
-        found = [f"train.parallel={{{whole}}}", *(one for one in found if not one.startswith("train.parallel."))]
-    return found
+        changed = [f"train.parallel={{{whole}}}", *(one for one in changed if not one.startswith("train.parallel."))]
+    return changed
 
 
 def applied(job: Job, layout: Layout) -> Job:
@@ -86,7 +107,7 @@ def applied(job: Job, layout: Layout) -> Job:
     return schema.validate(Job, schema.apply(job.dump(), changes(job, layout)), job.name)
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     return "null" if value is None else str(value).lower()
 
 
@@ -117,15 +138,14 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
                     yield Layout(stage, micro, checkpointing, bool(optimizer), param)
 
 
-def order(candidate: dict[str, Any]) -> tuple[Any, ...]:
+def order(candidate: Candidate) -> tuple[object, ...]:
     """Sorts candidates: those that fit first, the fastest first; at equal speed the simplest."""
-    layout: Layout = candidate["layout"]
-    if not candidate["fits"]:
-        return (1, candidate["memory"]["total"], *complexity(layout))
-    return (0, round(candidate["speed"]["step_s"], 3), *complexity(layout))
+    if not candidate.fits:
+        return (1, candidate.memory["total"], *complexity(candidate.layout))
+    return (0, round(candidate.speed["step_s"], 3), *complexity(candidate.layout))
 
 
-def complexity(layout: Layout) -> tuple[Any, ...]:
+def complexity(layout: Layout) -> tuple[object, ...]:
     """Sorts layouts, the simplest first: no offload, no groups of workers, then the lower stage, no checkpointing or of fewer
     layers, the larger micro-batch."""
     offload = layout.offload_optimizer, layout.offload_param or ""
@@ -134,28 +154,28 @@ def complexity(layout: Layout) -> tuple[Any, ...]:
     return (*offload, math.prod(layout.degrees), layout.stage, kind, -layout.micro_batch)
 
 
-def ranked(made: list[dict[str, Any]], possible: Callable[[Layout], bool] = lambda _: True) -> list[dict[str, Any]]:
+def ranked(estimates: list[Candidate], possible: Callable[[Layout], bool] = lambda _: True) -> list[Candidate]:
     """Ranks candidates that are `possible`: of those that differ in the micro-batch alone the best, each with why it is not the
     first."""
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for one in sorted(made, key=order):
-        if one["layout"].family not in best and possible(one["layout"]):
-            best[one["layout"].family] = one
-    found = list(best.values())
-    return [{**one, "why": why(one, found[0])} for one in found]
+    best: dict[tuple[object, ...], Candidate] = {}
+    for one in sorted(estimates, key=order):
+        if one.layout.family not in best and possible(one.layout):
+            best[one.layout.family] = one
+    first = next(iter(best.values()), None)
+    return [replace(one, why=why(one, first)) for one in best.values()] if first else []
 
 
-def why(one: dict[str, Any], first: dict[str, Any]) -> str:
+def why(one: Candidate, first: Candidate) -> str:
     """Says why a layout is not the best: what does not fit, or what takes the most of the time that it takes longer."""
-    if not one["fits"]:
-        return _lacks(one["memory"])
+    if not one.fits:
+        return _lacks(one.memory)
     if one is first:
         return "the fastest that fits"
-    more = {part: one["parts"][part] - first["parts"][part] for part in first["parts"]}
-    slower = one["speed"]["step_s"] - first["speed"]["step_s"]
+    more = {part: one.parts[part] - first.parts[part] for part in first.parts}
+    slower = one.speed["step_s"] - first.speed["step_s"]
     part = max(more, key=lambda p: more[p])
     if slower < 1e-3 or more[part] <= 0:
-        simpler = complexity(one["layout"]) < complexity(first["layout"])
+        simpler = complexity(one.layout) < complexity(first.layout)
         return f"{1000 * slower:.1f} ms slower, and simpler" if simpler else "as fast, and more complicated"
     return f"+{more[part]:.2f} s {PARTS[part]}"
 
@@ -169,7 +189,7 @@ PARTS = {
 }
 
 
-def _lacks(memory: dict[str, Any]) -> str:
+def _lacks(memory: dict[str, int]) -> str:
     if memory["total"] > memory["device"]:
         largest = max(("weights", "gradients", "optimizer", "working", "activations", "frozen"), key=lambda k: memory[k])
         return f"{(memory['total'] - memory['device']) / GIB:.1f} GiB too much, {largest} {memory[largest] / GIB:.1f}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from heliostat.optim.optimizers import STATE_BYTES
 from heliostat.plan import zero_layout
@@ -115,7 +114,7 @@ def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:
     return max(sum(math.prod(shapes[name]) for name, _, _ in rank) for rank in owned)
 
 
-def working(parameters: int, largest_layer: int, stage: int, precision: str, config: Mapping[str, Any], overlap: bool) -> int:
+def working(parameters: int, largest_layer: int, stage: int, precision: str, config: Mapping[str, object], overlap: bool) -> int:
     """Computes the bytes of communication buffers, and at stage 3 of the parameters that are gathered at the same time.
 
     No buffer is larger than the model.

@@ -8,7 +8,7 @@ architecture.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -20,10 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from heliostat import cpu_kernels
 from heliostat.config.spec import Job
+from heliostat.data.content import Content
 from heliostat.plan.counts import Activations, Counts, ModelStats, Tile, Work
 from heliostat.plan.operations import Recorder, extended, grouped
 from heliostat.recipes import building
-from heliostat.recipes.protocol import DividesExperts, DividesMatrices, Recipe
+from heliostat.recipes.protocol import Batch, DividesExperts, DividesMatrices, Recipe
 from heliostat.recipes.text import checkpointing, next_token, selective, tiled_loss, tiled_mlp
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +35,7 @@ def build(recipe: Recipe) -> torch.nn.Module:
         return building.build(recipe)
 
 
-def count(job: Job, recipe: Recipe, built: torch.nn.Module | None, contents: Sequence[Any]) -> Counts:
+def count(job: Job, recipe: Recipe, built: torch.nn.Module | None, contents: Sequence[Content]) -> Counts:
     """Counts all that a plan needs. `built`: the recipe's model from `build`, if there is one; it cannot be used afterwards.
 
     `contents` are what `recipe.batch` takes for one sample, for two and for three.
@@ -100,7 +101,7 @@ def _stacked(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
     return frozenset(name for name, p in model.named_parameters() if id(p) in own)
 
 
-def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any, count: bool = False) -> Activations:
+def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content, count: bool = False) -> Activations:
     """Measures the activations of one sample by running the recipe's loss on fake tensors.
 
     `content` is what `recipe.batch` takes for a batch of one. The model comes from `build` and trains no more. It must
@@ -128,7 +129,7 @@ def _tile(model: Any) -> Tile | None:
     return Tile(rows, 2 * kept // rows, 4 * sum(p.numel() for p in mlp.parameters()))
 
 
-def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Any, Any]) -> tuple[Work, ...]:
+def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[Work, ...]:
     """Counts the operations of a micro-batch's forward and backward pass by running both on fake tensors.
 
     `contents` are what `recipe.batch` takes for two samples and for three. The model is that of `activations`, afterwards. Of
@@ -155,10 +156,10 @@ def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.n
     """Leaves only some of a stack's layers, in their order, for the duration of a context."""
     whole = stack._modules
     places = [i for i, m in enumerate(whole.values()) if m in some]
-    found: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    configs = {k: c for k, c in found.items() if len(getattr(c, "layer_types", None) or ()) == len(whole)}
+    by_id: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs = [c for c in by_id.values() if len(getattr(c, "layer_types", None) or ()) == len(whole)]
     with ExitStack() as patches:
-        for config in configs.values():  # models look up there, by its place, how a layer attends
+        for config in configs:  # models look up there, by its place, how a layer attends
             patches.enter_context(patch.object(config, "layer_types", [config.layer_types[i] for i in places]))
         stack._modules = {str(n): layer for n, layer in enumerate(m for m in whole.values() if m in some)}
         try:
@@ -167,15 +168,15 @@ def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.n
             stack._modules = whole
 
 
-def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Any, Any]) -> tuple[Work, ...]:
-    found = []
+def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[Work, ...]:
+    operations = []
     for content in contents:
         with _on_fakes(job, recipe, model, content) as batch, Recorder(layers(model)) as recorder:
             loss = recipe.loss(model, batch)
             sum((p.weight * p.value for p in loss.parts.values() if p.weight), loss.sum).backward()
-        found.append(recorder.found)
+        operations.append(recorder.found)
         model.zero_grad(set_to_none=True)
-    return grouped(*found)
+    return grouped(*operations)
 
 
 def _stack(model: torch.nn.Module) -> torch.nn.ModuleList | None:
@@ -189,7 +190,7 @@ def _stack(model: torch.nn.Module) -> torch.nn.ModuleList | None:
 
 def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
     """Groups layers whose weights have the same shapes and that attend in the same way."""
-    kinds: dict[Any, list[torch.nn.Module]] = {}
+    kinds: dict[tuple[type, str, str], list[torch.nn.Module]] = {}
     for layer in stack:
         ways = [getattr(m, name, None) for m in layer.modules() for name in ("attention_type", "layer_type", "sliding_window")]
         shapes = [tuple(p.shape) for p in layer.parameters()]
@@ -205,7 +206,7 @@ def _as_it_trains(job: Job, recipe: Recipe, model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any) -> Iterator[Any]:
+def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content) -> Iterator[Batch]:
     """Provides the batch of a content as fake tensors, and gives the model such, for the duration of a context."""
     with ExitStack() as stack:
         batch = recipe.batch(content, np.zeros(len(content), dtype=np.int64))
@@ -219,7 +220,7 @@ def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Any) ->
         yield {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items()}
 
 
-def _one_document() -> Any:
+def _one_document() -> AbstractContextManager[object]:
     """Replaces transformers' detection of packed sequences by one that finds none, for the duration of a context.
 
     A real run finds from its position_ids that sequences are not packed, and goes without a mask. Fake position_ids have no
@@ -232,13 +233,13 @@ def _one_document() -> Any:
 
 def _fake(model: torch.nn.Module) -> None:
     """Gives a meta model fake parameters and buffers on the CPU; shared ones stay shared."""
-    made: dict[torch.Tensor, Any] = {}
+    fakes: dict[torch.Tensor, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                if p not in made:
-                    made[p] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-                module._parameters[name] = made[p]
+                if p not in fakes:
+                    fakes[p] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                module._parameters[name] = fakes[p]
         for name, b in module._buffers.items():
             if b is not None:
                 module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
@@ -282,7 +283,7 @@ class Meter:
         self._keeping.__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._keeping.__exit__(*error)
         self._hooks.__exit__(*error)
         for handle in self._handles:
@@ -297,7 +298,7 @@ class Meter:
             self.largest = max(self.largest, storage.nbytes())
         return tensor
 
-    def _begin(self, module: Any, args: Any, kwargs: Any) -> None:
+    def _begin(self, module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         tensors = [
             t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.requires_grad
         ]
@@ -305,7 +306,7 @@ class Meter:
         self._inside.append(self.total)
         self._dear.append(self._keeping.bytes)
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, *_: object) -> None:
         self._inside[-1] = self.total - self._inside[-1]
         self._dear[-1] = self._keeping.bytes - self._dear[-1]
 

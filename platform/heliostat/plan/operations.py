@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from heliostat.plan.counts import ALWAYS, AT_STAGE_3, ATTENTION, CONVOLUTION, MATMUL, MEMORY, Work
 from heliostat.recipes.text import selective
 
+Arguments = Sequence[Any]  # of an operation: tensors, numbers, and lists of them
 FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "_unsafe_view",
         "_local_scalar_dense"}  # fmt: skip
 
@@ -58,13 +59,13 @@ class Recorder(TorchDispatchMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self._hooks.__exit__(*error)
         for handle in self._handles:
             handle.remove()
 
-    def _begin(self, *_: Any) -> None:
+    def _begin(self, *_: object) -> None:
         self._begun.append(len(self.found))
         self._last = len(self.found)
 
@@ -72,13 +73,15 @@ class Recorder(TorchDispatchMode):
         self._last = len(self.found)
         return tensor
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, *_: object) -> None:
         for i in range(self._begun.pop(), self._last):
             self.found[i] = replace(self.found[i], replayed=ALWAYS)
         if self._last < len(self.found) and self.found[self._last].dear:
             self.found[self._last] = replace(self.found[self._last], replayed=AT_STAGE_3)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: object, args: Arguments = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         space, _, name = func._schema.name.partition("::")
         if space != "prim" and not func.is_view and name not in FREE:
@@ -86,7 +89,7 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def describe(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, dear: bool) -> Operation:
+def describe(name: str, args: Arguments, kwargs: Mapping[str, object], out: object, dear: bool) -> Operation:
     """Describes an operation by its name and tensors, as one that is not played again."""
     tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
     moved = float(sum(t.numel() * t.element_size() for t in tensors.values()))
@@ -94,7 +97,7 @@ def describe(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any, d
     return Operation(kind, float(flops), moved, 0, dear)
 
 
-def _work(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> tuple[str, float]:
+def _work(name: str, args: Arguments, kwargs: Mapping[str, object], out: Any) -> tuple[str, float]:
     """Returns an operation's kind, and its FLOPs if it multiplies."""
     if "scaled_dot_product" in name or name in ("_flash_attention_forward", "_flash_attention_backward"):
         return ATTENTION, _attention(name, args, kwargs)
@@ -112,7 +115,7 @@ def _work(name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> t
     return MEMORY, 0
 
 
-def _attention(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
+def _attention(name: str, args: Arguments, kwargs: Mapping[str, object]) -> float:
     """Counts the FLOPs of a fused attention: two products forward and five backward, half of each where it is causal."""
     backward = "backward" in name
     query, key, value = args[1:4] if backward else args[:3]
@@ -130,29 +133,27 @@ def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Work,
     """
     if [o.kind for o in two] != [o.kind for o in three]:
         three = [replace(o, flops=1.5 * o.flops, moved=1.5 * o.moved) for o in two]
-    found = Counter(
-        (a.kind, b.flops - a.flops, b.moved - a.moved, max(0.0, 3 * a.moved - 2 * b.moved), a.replayed, a.dear)
+    each = (
+        Work(a.kind, 1, b.flops - a.flops, b.moved - a.moved, max(0.0, 3 * a.moved - 2 * b.moved), a.replayed, a.dear)
         for a, b in zip(two, three, strict=True)
     )
-    return tuple(
-        Work(kind, n, flops, moved, fixed, replayed, dear) for (kind, flops, moved, fixed, replayed, dear), n in found.items()
-    )
+    return tuple(replace(one, count=n) for one, n in Counter(each).items())
 
 
-def times(work: Iterable[Work], factor: int) -> Counter[tuple[Any, ...]]:
-    """Counts operations by what each does, a number of times."""
-    found: Counter[tuple[Any, ...]] = Counter()
+def counted(work: Iterable[Work]) -> Counter[Work]:
+    """Counts operations by what each does."""
+    counts = Counter[Work]()
     for w in work:
-        found[w.kind, w.flops, w.moved, w.fixed, w.replayed, w.dear] += factor * w.count
-    return found
+        counts[replace(w, count=1)] += w.count
+    return counts
 
 
 def extended(base: Sequence[Work], longer: Sequence[tuple[Sequence[Work], int]]) -> tuple[Work, ...]:
     """Adds to a model's work that of more layers: of each kind, the work with one layer more, and how many more there are."""
-    found = times(base, 1)
+    counts, once = counted(base), counted(base)
     for work, more in longer:
-        added = times(work, 1)
-        added.subtract(times(base, 1))
-        for key, count in added.items():
-            found[key] += more * count
-    return tuple(Work(kind, n, *rest) for (kind, *rest), n in found.items() if n)
+        added = counted(work)
+        added.subtract(once)
+        for one, n in added.items():
+            counts[one] += more * n
+    return tuple(replace(one, count=n) for one, n in counts.items() if n)

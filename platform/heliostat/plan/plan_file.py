@@ -1,17 +1,32 @@
-"""Plans the job of a job file, in its own layout or ranked among all, with what a run has measured (`heliostat plan`)."""
+"""Plans the job of a job file, in its own layout or ranked among all (`heliostat plan`).
+
+With `--calibrate RUN`, a measured run corrects the device's efficiencies. Its ledger has the computing time of its steps, and the
+plan has the expected time. Their ratio corrects all rates, so the next plan for that device starts from what was measured.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import yaml
+
+from heliostat.checkpoint import layout
 from heliostat.cluster import cluster_file
 from heliostat.cluster.cluster_file import ClusterFile
-from heliostat.plan import auto, calibrate, hardware
+from heliostat.config.spec import Job
+from heliostat.errors import ConfigError
+from heliostat.plan import auto, hardware
+from heliostat.plan.hardware import Efficiency, Prices
+from heliostat.plan.layouts import Candidate
 from heliostat.plan.planner import bound, plan, planners, prepare
 from heliostat.plan.ranking import ranking
+from heliostat.runs import goodput
+from heliostat.runs.goodput import Attempt
 from heliostat.storage.locations import Location
 from heliostat.validation import check
+
+LEAST = 2  # steps after the first, which starts the kernels
 
 
 def plan_file(
@@ -23,7 +38,7 @@ def plan_file(
     run: Location | None = None,
     write: Path | None = None,
     rank: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Plans the job of a job file; its datasets are looked at if they can be reached.
 
     `run`: a measured run that the device's efficiencies are taken from, and `write` the file that gets them. `rank`: all layouts
@@ -38,24 +53,81 @@ def plan_file(
     if job.train.parallel.auto and not rank:
         device = device or (None if pools else auto.here(job))
         job, recipe, _ = bound(*check.check_job(auto.settled(check.load_job(path, settings), pools, device=device, prices=table)))
-    found = (ranking if rank else plan)(job, recipe, pools, device, table)
-    found["notes"] += notes
-    return found
+    if rank:
+        ranked = ranking(job, recipe, pools, device, table)
+        return {**ranked.dump(), "notes": ranked.notes + notes}
+    return {**plan(job, recipe, pools, device, table), "notes": notes}
 
 
 def calibrated(
-    run: Location, prices: dict[str, Any], cluster: ClusterFile | None, device: str | None, write: Path | None
-) -> tuple[dict[str, Any], str]:
+    run: Location, prices: Prices, cluster: ClusterFile | None, device: str | None, write: Path | None
+) -> tuple[Prices, str]:
     """Plans a run's own job and corrects the efficiencies of its device by what it measured; returns them in the price table."""
-    said = calibrate.measured(run)
-    job, recipe, _ = bound(*check.check_job(said.job))
+    measurement = measured(run)
+    job, recipe, _ = bound(*check.check_job(measurement.job))
     planner = planners(job, recipe, cluster, device, prices)[-1]
     planned, name = planner.chosen(), planner.device.name
-    efficiency = calibrate.corrected(planner.device.efficiency, planned, said.step_s)
+    efficiency = corrected(planner.device.efficiency, planned, measurement.step_s)
     if write:
-        calibrate.write(write, name, efficiency, run, said)
+        write_efficiency(write, name, efficiency, run, measurement)
     note = (
-        f"{name} as measured in {run}: {said.step_s:.3g} s a step over {said.steps} steps, where the plan said "
-        f"{planned['speed']['step_s']:.3g}" + (f"; written to {write}" if write else "")
+        f"{name} as measured in {run}: {measurement.step_s:.3g} s a step over {measurement.steps} steps, where the plan said "
+        f"{planned.speed['step_s']:.3g}" + (f"; written to {write}" if write else "")
     )
-    return calibrate.laid_over(prices, name, efficiency), note
+    return {**prices, "efficiency": {**prices["efficiency"], name: asdict(efficiency)}}, note
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Holds what a run measured: its job on the workers that it had, and the seconds that a step computed, over so many steps."""
+
+    job: Job
+    step_s: float
+    steps: int
+
+
+def measured(run: Location) -> Measured:
+    """Reads what a run measured; ConfigError if it did not: no checkpoint (with its job), no ledger, too few steps."""
+    checkpoint = layout.latest(run)
+    if not checkpoint:
+        raise ConfigError(f"--calibrate: {run}: has no checkpoint, and so no record of its job; let it train until it saves one")
+    attempts = [(one, *rate) for one in goodput.read(run) if (rate := pace(one))]
+    if not attempts:
+        raise ConfigError(
+            f"--calibrate: {run}: measured no steps: no attempt in its ledger has {LEAST} after the first; train it longer"
+        )
+    longest, seconds, steps = max(attempts, key=lambda one: one[2])
+    return Measured(checkpoint.job.on(longest.workers), seconds, steps)
+
+
+def pace(attempt: Attempt) -> tuple[float, int] | None:
+    """Computes an attempt's seconds of computing a step and over how many steps; None if there are too few.
+
+    From its first mark to its last, where it has two: what comes before the first includes warming up.
+    """
+    marks = attempt.marks if len(attempt.marks) > 1 else [(attempt.start_step, 0.0), *attempt.marks]
+    (first, began), (last, ended) = marks[0], marks[-1]
+    return ((ended - began) / (last - first), last - first) if last - first >= LEAST and ended > began else None
+
+
+def corrected(efficiency: Efficiency, planned: Candidate, step_s: float) -> Efficiency:
+    """Corrects a device's efficiency so that a planned step takes as long as it was measured.
+
+    What computes is corrected; communication and copies stay as planned, unless there would be no time left to compute.
+    """
+    parts = planned.parts
+    computing = parts["forward_backward"] + parts["replaying"] + parts["updating"]
+    beside = parts["exposed"] + parts["copying"]
+    slower = (step_s - beside) / computing if step_s > 2 * beside else step_s / (computing + beside)
+    rates = {k: v / slower for k, v in asdict(efficiency).items() if k not in ("fused", "launch")}
+    return Efficiency(**rates, fused=efficiency.fused, launch=efficiency.launch * slower)
+
+
+def write_efficiency(path: Path, device: str, efficiency: Efficiency, run: Location, measured: Measured) -> None:
+    """Writes a device's efficiency as a file that `--prices` takes."""
+    values = {k: float(f"{v:.4g}") for k, v in asdict(efficiency).items()}
+    head = (
+        f"# What {device} reached in {run}: {measured.step_s:.4g} s of computing a step, over {measured.steps} steps on "
+        f"{measured.job.workers.most} workers.\n# Lay it over the plan's table: heliostat plan JOB --prices {path}\n"
+    )
+    path.write_text(head + yaml.safe_dump({"efficiency": {device: values}}, sort_keys=False), encoding="utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -19,18 +19,20 @@ from heliostat.cluster import pools as room
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
+from heliostat.data.content import Content
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import count_cache, hardware
 from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
-from heliostat.plan.hardware import GIB, Device
+from heliostat.plan.hardware import GIB, Device, Prices
+from heliostat.plan.layouts import Candidate
 from heliostat.recipes.protocol import CutsSamples, Recipe
 from heliostat.validation import check
 
 if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before needs none
     import torch
 
-CHOICES = ("stage", "micro_batch", "activation_checkpointing", "offload_optimizer")
+CHOICES = ("stage", "micro_batch", "activation_checkpointing", "offload_optimizer", "speed")
 
 
 def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
@@ -60,7 +62,7 @@ def bound(job: Job, recipe: Recipe) -> tuple[Job, Recipe, str]:
 
 
 def planners(
-    job: Job, recipe: Recipe, cluster: ClusterFile | None, device: str | None, prices: dict[str, Any],
+    job: Job, recipe: Recipe, cluster: ClusterFile | None, device: str | None, prices: Prices,
     built: torch.nn.Module | None = None, exchanged: dict[int, int] | None = None, counts: list[int] | None = None,
 ) -> list[Planner]:  # fmt: skip
     """Counts a job's model, and returns a planner for the fewest workers that the job may have and one for the most.
@@ -90,34 +92,34 @@ def _count(job: Job, recipe: Recipe, built: torch.nn.Module | None) -> Counts:
 
 
 def plan(
-    job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: dict[str, Any] | None = None,
+    job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: Prices | None = None,
     built: torch.nn.Module | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, object]:  # fmt: skip
     """Plans a job: memory, communication, speed, cost, checkpoints; ConfigError with the reason if it cannot run.
 
     `built`: the recipe's model from `model_stats.build`, if there is one; it cannot be used afterwards.
     """
     both = planners(job, recipe, cluster, device, prices or hardware.table(), built)
     for one in both:  # an elastic run must fit on few, too
-        if not (mine := one.chosen())["fits"]:
+        if not (mine := one.chosen()).fits:
             raise ConfigError(_refusal(one.job, one.device, mine, one.recommend()))
     planner = both[-1]
     chosen, best, model = planner.chosen(), planner.recommend(), planner.model
     return {
         **facts(planner),
-        "memory": chosen["memory"],
+        "memory": chosen.memory,
         "flops": {"per_sample": model.flops, "per_token": model.flops / (job.data.sequence_length or 1)},
-        "communication": chosen["communication"],
-        "speed": chosen["speed"],
-        "parts": chosen["parts"],
+        "communication": chosen.communication,
+        "speed": chosen.speed,
+        "parts": chosen.parts,
         "run": planner.run(chosen),
         "checkpoint": planner.checkpoint(chosen),
-        "recommended": {k: best[k] for k in (*CHOICES, "speed")} if best else None,
+        "recommended": {k: v for k, v in best.dump().items() if k in CHOICES} if best else None,
         "notes": [],
     }
 
 
-def facts(planner: Planner) -> dict[str, Any]:
+def facts(planner: Planner) -> dict[str, object]:
     """Tells what is planned, and on what."""
     model = planner.model
     return {
@@ -139,7 +141,7 @@ def _device_of(cluster: ClusterFile) -> tuple[str | None, str | None]:
     return None, None
 
 
-def sample(job: Job, recipe: Recipe, rows: int = 1) -> Any:
+def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
     """Returns what `recipe.batch` takes for so many samples: zeros for tokens, else the dataset's first row."""
     if recipe.kind == "tokens":
         return np.zeros((rows, job.data.sequence_length or 1), dtype=np.int32)
@@ -151,8 +153,8 @@ def sample(job: Job, recipe: Recipe, rows: int = 1) -> Any:
     return pa.concat_tables([first] * rows).combine_chunks()
 
 
-def _refusal(job: Job, device: Device, chosen: dict[str, Any], best: dict[str, Any] | None) -> str:
-    need = chosen["memory"]
+def _refusal(job: Job, device: Device, chosen: Candidate, best: Candidate | None) -> str:
+    need = chosen.memory
     parts = ", ".join(
         f"{k} {need[k] / GIB:.1f}"
         for k in ("weights", "gradients", "optimizer", "working", "activations", "frozen", "margin")
@@ -164,12 +166,13 @@ def _refusal(job: Job, device: Device, chosen: dict[str, Any], best: dict[str, A
         share = f"a worker's share is {device.host_memory / GIB:.0f}"
         what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload, and {share}"
     more = "activation_checkpointing: true, " if not job.train.activation_checkpointing else ""
-    replays = best and str(best["activation_checkpointing"]) != str(job.train.activation_checkpointing)
+    fitting = best.layout if best else None
+    replays = fitting and str(fitting.checkpointing) != str(job.train.activation_checkpointing)
     way = (
-        f"it fits with train.zero.stage {best['stage']}, train.micro_batch {best['micro_batch']}"
-        + (", train.zero.offload.optimizer cpu" if best["offload_optimizer"] else "")
-        + (f", train.activation_checkpointing {str(best['activation_checkpointing']).lower()}" if replays else "")
-        if best
+        f"it fits with train.zero.stage {fitting.stage}, train.micro_batch {fitting.micro_batch}"
+        + (", train.zero.offload.optimizer cpu" if fitting.offload_optimizer else "")
+        + (f", train.activation_checkpointing {str(fitting.checkpointing).lower()}" if replays else "")
+        if fitting
         else f"no stage and micro-batch fits on {job.workers.most} workers; use {more}more workers, offload, or a smaller model"
     )
-    return f"train.zero.stage {chosen['stage']}, train.micro_batch {chosen['micro_batch']}: each worker {what}; {way}"
+    return f"train.zero.stage {chosen.layout.stage}, train.micro_batch {chosen.layout.micro_batch}: each worker {what}; {way}"

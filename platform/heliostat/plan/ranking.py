@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from dataclasses import dataclass
 
 from heliostat import schema
 from heliostat.cluster.cluster_file import ClusterFile
@@ -17,7 +17,9 @@ from heliostat.config.spec import Job
 from heliostat.config.worker_counts import divisors
 from heliostat.errors import ConfigError
 from heliostat.plan import hardware, layouts, planner
-from heliostat.plan.layouts import Layout
+from heliostat.plan.estimate import Planner
+from heliostat.plan.hardware import Prices
+from heliostat.plan.layouts import Candidate, Layout
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.protocol import CutsSamples, DividesExperts, DividesMatrices, Recipe
 
@@ -25,14 +27,28 @@ EXPERT, TENSOR = "expert", "tensor"
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Holds ranked layouts on the most workers; `changes`: the job's settings for the first, None if it doesn't fit."""
+
+    planner: Planner
+    candidates: list[Candidate]
+    changes: list[str] | None
+    notes: list[str]
+
+    def dump(self) -> dict[str, object]:
+        layouts = [one.dump() for one in self.candidates]
+        return {**planner.facts(self.planner), "layouts": layouts, "set": self.changes, "notes": self.notes}
+
+
 def ranking(
-    job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: Prices | None = None
+) -> Ranking:
     """Ranks the layouts in which a job could train, each with why it is not the best.
 
     A layout of an elastic job must fit on its fewest workers, too.
     """
-    table, made, counts = prices or hardware.table(), list[dict[str, Any]](), job.worker_counts()
+    table, estimates, counts = prices or hardware.table(), list[Candidate](), job.worker_counts()
     families, notes = divided(job, recipe)
     for one in families:
         shared = degrees(one, recipe, counts)
@@ -40,16 +56,11 @@ def ranking(
         for given in layouts.candidates(most.job, most.workers, shared, most.selects):
             for layout in (given, *fewest.partly(given)):
                 few = fewest.candidate(layout)
-                made.append(most.candidate(layout) if few["fits"] else few)
-    found = layouts.ranked(made, lambda layout: possible(job, layout, counts))
-    if not found:
+                estimates.append(most.candidate(layout) if few.fits else few)
+    ranked = layouts.ranked(estimates, lambda layout: possible(job, layout, counts))
+    if not ranked:
         raise ConfigError(f"{job.name}: no layout trains on {most.workers} workers; {'; '.join(notes) or 'use others'}")
-    return {
-        **planner.facts(most),
-        "layouts": [{**one, "layout": one["layout"].settings()} for one in found],
-        "set": layouts.changes(job, found[0]["layout"]) if found[0]["fits"] else None,
-        "notes": notes,
-    }
+    return Ranking(most, ranked, layouts.changes(job, ranked[0].layout) if ranked[0].fits else None, notes)
 
 
 def possible(job: Job, layout: Layout, counts: list[int]) -> bool:
@@ -66,26 +77,26 @@ def divided(job: Job, recipe: Recipe) -> tuple[list[Job], list[str]]:
 
     Returns also, of matrices and of experts, why no number of workers could divide them.
     """
-    stage, parallel, notes, found = job.train.zero.stage, job.train.parallel, list[str](), [job]
+    stage, parallel, notes, jobs = job.train.zero.stage, job.train.parallel, list[str](), [job]
     if parallel.tensor > 1 or parallel.expert > 1:
         try:
-            found = [_divides(job, {}, stage)]
+            jobs = [_divides(job, {}, stage)]
         except ConfigError as e:
-            found = []
+            jobs = []
             notes.append(f"workers divide matrices or experts: {_last(e, job)}")
     for key, at in ((TENSOR, min(2, max(1, stage))), (EXPERT, 3)):
-        made, why = list[Job](), ""
+        own, why = list[Job](), ""
         for parts in _parts(job.worker_counts()):
             try:
                 one = _divides(job, {key: parts}, at)
                 _require(one, recipe)
-                made.append(one)
+                own.append(one)
             except ConfigError as e:
                 why = why or _last(e, job)
-        if why and not made:
+        if why and not own:
             notes.append(f"no workers divide {'matrices' if key == TENSOR else 'experts'}: {why}")
-        found += made
-    return found, notes
+        jobs += own
+    return jobs, notes
 
 
 def _last(e: ConfigError, job: Job) -> str:
@@ -121,16 +132,16 @@ def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[i
 
     An elastic job's degrees are those that its fewest workers and its most can have, too. `counts`: other numbers of workers.
     """
-    found = dict[int, int]()
+    sent = dict[int, int]()
     for parts in [1, *_parts(counts or job.worker_counts())]:
         raw = job.dump()
         raw["train"] |= {"parallel": {**raw["train"]["parallel"], "sequence": parts}, "micro_batch": 1}
         try:
             schema.validate(Job, raw, job.name)
-            found[parts] = _exchanged(recipe, parts)
+            sent[parts] = _exchanged(recipe, parts)
         except ConfigError as e:
             log.debug("%d workers cannot share a sample: %s", parts, e)
-    return found
+    return sent
 
 
 def _exchanged(recipe: Recipe, parts: int) -> int:

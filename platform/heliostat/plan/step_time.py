@@ -7,13 +7,16 @@ by `heliostat plan --calibrate`. docs/plan.md has the formulas.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from heliostat.plan.counts import ALWAYS, AT_STAGE_3, MEMORY, Work
+from heliostat.plan.counts import ALWAYS, AT_STAGE_3, MEMORY, ModelStats, Work
 from heliostat.plan.hardware import Device, Network
 from heliostat.plan.traffic import Traffic, rate
 
+ITERATIONS = 5  # of Newton and Schulz, which orthogonalizes whole matrices (`heliostat.optim.whole_matrices`)
+MOMENTUM = 4  # bytes of an element on its way: momenta travel in fp32
 BACKWARD = 2 / 3  # of a micro-batch's computing: what a reduction of gradients can hide behind
 
 
@@ -131,3 +134,22 @@ def step(
     """
     communicating, waits = exposed(moved, micro, setting, device, network)
     return Step(setting.accumulation * micro, communicating + exchanging, waits + exchanging, updating, copying)
+
+
+def hidden_sides(model: ModelStats) -> Iterator[tuple[int, int]]:
+    """Yields the sides of all hidden matrices; a stack of experts has one for each."""
+    for name in model.hidden:
+        *stacked, rows, columns = model.shapes[name]
+        yield from ((rows, columns) for _ in range(math.prod(stacked)))
+
+
+def momenta_sent(elements: int, workers: int, stage: int) -> int:
+    """Estimates the bytes that each worker sends in a step: its slices to the workers that matrices fall to, and as many results
+    back; 1 / workers of them stay where they are. At stage 0 all workers have whole matrices."""
+    return 2 * MOMENTUM * elements * (workers - 1) // workers**2 if stage else 0
+
+
+def newton_schulz(sides: Iterable[tuple[int, int]]) -> float:
+    """Counts the FLOPs that orthogonalize matrices: in each iteration two products of a square with the matrix, and one of two
+    squares of its shorter side."""
+    return float(sum(ITERATIONS * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in sides))

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
+
+from heliostat.recipes import partitioning
 
 
 @torch.no_grad()
 def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Copies a value into a parameter, also into one that ZeRO-3 has partitioned."""
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        gathered: Any = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-    else:
-        gathered = nullcontext()
-    with gathered:
+    with partitioning.whole(parameter):
         parameter.copy_(value)

@@ -173,7 +173,7 @@ class CouplesSamples(Recipe):
 
     def couple_some(self, found: dict[str, torch.Tensor], some: slice) -> Loss:
         """Computes what `some` of a step's samples add to the loss of all and to each of its parts: the sums over all samples are
-        what `couple` gives. Optional: with it, workers share large steps (`SHARED_FROM` in `train.worker.coupled`)."""
+        what `couple` gives. Optional: with it, workers share large steps (`SHARED_FROM` in `training.worker.coupled`)."""
         raise NotImplementedError
 
     @classmethod

@@ -1,7 +1,8 @@
-"""Builds a model without memory for its weights, where another worker's weights will be put into it.
+"""Builds a model without memory for its weights, which another worker or a folder then gives their values.
 
-Parameters have shapes alone (torch's meta device) while the model is built; buffers are real. `materialize` then gives them
-memory on the device that trains, in the precision that trains, so no copy in fp32 is ever in host memory.
+Parameters have shapes alone (torch's meta device) while the model is built; buffers are real. `put` then gives a parameter its
+values on the device that trains, in the precision that trains. A parameter stays the same object throughout, so what refers to it
+(tied weights, optimizers) keeps it.
 """
 
 from __future__ import annotations
@@ -9,54 +10,77 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-_building = ContextVar("weightless", default=False)
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Names the folder that has the values of a module's tensors, here by their names in the module."""
+
+    module: torch.nn.Module
+    folder: Path
+    tensors: dict[str, torch.Tensor]
+
+
+_building = ContextVar[list[Pretrained] | None]("weightless", default=None)
 
 
 def wanted() -> bool:
-    """Tells whether a model is built without weights now: a recipe then loads none."""
-    return _building.get()
+    """Checks whether a model is built without weights now: a recipe then loads none."""
+    return _building.get() is not None
+
+
+def comes_from(module: torch.nn.Module, folder: str | Path) -> None:
+    """Notes that a module, as it is now, has its weights from a folder. Does nothing where the module was built with weights."""
+    if (noted := _building.get()) is not None:
+        noted.append(Pretrained(module, Path(folder), dict(module.state_dict(keep_vars=True))))
 
 
 @contextmanager
-def building() -> Iterator[None]:
-    """Makes modules that are built inside register parameters without memory."""
+def building() -> Iterator[list[Pretrained]]:
+    """Makes modules that are built inside register parameters without memory; yields the list of folders that recipes note."""
     register = torch.nn.Module.register_parameter
 
     def without(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
         register(module, name, param)
         if type(param) is torch.nn.Parameter and not param.is_meta:
-            shape_only = torch.nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-            shape_only.__dict__.update(param.__dict__)
-            module._parameters[name] = shape_only
+            empty(param)
 
-    token = _building.set(True)
+    noted: list[Pretrained] = []
+    token = _building.set(noted)
     torch.nn.Module.register_parameter = without  # type: ignore[method-assign,assignment]
     try:
-        yield
+        yield noted
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
         _building.reset(token)
 
 
-def materialize(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives all that has shapes alone memory on the device, parameters in `dtype`, with no values yet."""
-    made: dict[int, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}  # tied parameters stay one
-    for module in model.modules():
-        for name, param in module._parameters.items():
-            if param is not None and param.is_meta:
-                if id(param) not in made:
-                    made[id(param)] = param, _unfilled(param, device, dtype)
-                module._parameters[name] = made[id(param)][1]
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+def empty(param: torch.nn.Parameter) -> None:
+    """Takes a parameter's values away; its shape and its attributes stay."""
+    put(param, torch.empty_like(param, device="meta"))
 
 
-def _unfilled(param: torch.nn.Parameter, device: torch.device, dtype: torch.dtype) -> torch.nn.Parameter:
-    data = torch.empty(param.shape, dtype=dtype if param.is_floating_point() else param.dtype, device=device)
-    made = torch.nn.Parameter(data, requires_grad=param.requires_grad)
+def empty_all(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Takes the values of all parameters away; yields each parameter that the model then has, and its values."""
+    for param in list(model.parameters()):
+        values = param.detach()
+        try:
+            empty(param)
+            yield param, values
+        except RuntimeError:  # a graph of autograd refers to it
+            made = torch.nn.Parameter(values.to("meta"), requires_grad=param.requires_grad)
+            made.__dict__.update(param.__dict__)
+            for module in model.modules():
+                module._parameters.update({name: made for name, p in module._parameters.items() if p is param})
+            yield made, values
+
+
+def put(param: torch.nn.Parameter, values: torch.Tensor) -> None:
+    """Gives a parameter values on any device, of any type and shape; hooks on its gradient are lost."""
+    made = torch.nn.Parameter(values.detach(), requires_grad=param.requires_grad)
     made.__dict__.update(param.__dict__)
-    return made
+    torch.utils.swap_tensors(param, made)

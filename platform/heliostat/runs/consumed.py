@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, NotRequired
+from typing import NotRequired
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -37,15 +37,62 @@ class Replaced(Place):
     replaced_by: Place
 
 
+class Forgotten(TypedDict):
+    """Describes the dataset that one was made from by forgetting the documents `ids`."""
+
+    digest: str
+    ids: list[str]
+
+
+class Source(TypedDict):
+    """Describes what a segment took of one source.
+
+    `samples`: those trained on; `range`: of the source's stream, whose epochs follow one another, to within a sample a lane.
+    """
+
+    uri: str
+    digest: str
+    name: str
+    kind: str
+    tokenizer: str | None
+    weights: list[tuple[int, float]]  # from a step on
+    samples: int
+    tokens: int
+    range: tuple[int, int]
+    left_out: int
+    epochs: float
+    held_out: int
+    shards: dict[str, int]  # seen, total
+    ranges: list[tuple[str, str]]  # of shards
+    ranges_left_out: int
+    forgotten: NotRequired[list[Forgotten]]
+
+
+class Taken(TypedDict):
+    """Describes a segment, and what it took of each source; `plan`: as `DataPlan.dump` makes it."""
+
+    first: int
+    end: int
+    digest: str
+    plan: dict[str, object]
+    sources: list[Source]
+
+
+class Consumed(TypedDict):
+    """Describes what a run has trained on: the content of `data.json`."""
+
+    steps: int
+    segments: list[Taken]
+    replaced: list[Replaced]
+    replaced_count: int
+
+
 REPLACED = Format(Replaced, "list of replaced samples")
 LISTED = 200  # ranges of shards, and replaced samples, that are written out
 
 
-def record(run: Location, steps: int) -> dict[str, Any]:
-    """Computes what a run has trained on, from its folder and its datasets' manifests.
-
-    Returns {steps, segments: [{first, end, digest, plan, sources}], replaced, replaced_count}.
-    """
+def record(run: Location, steps: int) -> Consumed:
+    """Computes what a run has trained on, from its folder and its datasets' manifests."""
     lists = [run.join(run_folder.QUARANTINE, name) for name, _ in run.join(run_folder.QUARANTINE).files()]
     found = (_from_1(bad) for place in lists for bad in REPLACED.read_lines(place))
     replaced = list({json.dumps(bad, sort_keys=True): bad for bad in found}.values())  # lists overlap as receipts do
@@ -57,17 +104,17 @@ def record(run: Location, steps: int) -> dict[str, Any]:
     }
 
 
-def _from_1(bad: Any) -> dict[str, Any]:
+def _from_1(bad: Replaced) -> Replaced:
     """Converts the step of a replaced sample to counting from 1, which older lists do not do."""
     return {**bad, "step": bad["step"] + 1 - bad.get("counted_from", 0), "counted_from": 1}
 
 
-def parse(raw: dict[str, Any]) -> list[Segment]:
+def parse(raw: Consumed) -> list[Segment]:
     """Parses the segments of a record of what a run has trained on (`data.json`)."""
     return [Segment(s["first"], s["end"], plans.build(s["plan"], "data.json")) for s in raw["segments"]]
 
 
-def _segment(segment: Segment) -> dict[str, Any]:
+def _segment(segment: Segment) -> Taken:
     data = open_dataset(segment.plan)
     counts = coverage.segment_counts(segment, data.sources)
     begin, end = data.order.consumed(segment.first), data.order.consumed(segment.end)
@@ -81,36 +128,34 @@ def _segment(segment: Segment) -> dict[str, Any]:
     }
 
 
-def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin: int, end: int) -> dict[str, Any]:
-    """Describes what a segment took of one source.
-
-    `samples`: those trained on; `range`: of the source's stream, whose epochs follow one another, to within a sample a lane.
-    """
+def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin: int, end: int) -> Source:
     manifest, split = data.sources[number], data.order.splits[number]
     seen = coverage.shards(manifest, counts)
-    found = list(coverage.ranges(manifest, seen))
+    ranges = list(coverage.ranges(manifest, seen))
     samples = int(counts.sum())
-    return {
+    source: Source = {
         "uri": data.plan.uris[number],
         "digest": manifest.digest,
         "name": manifest.meta.get("name", manifest.location.name),
         "kind": manifest.kind,
         "tokenizer": manifest.meta.get("tokenizer"),
-        "weights": [[step, weights[number]] for step, weights in data.plan.mix],
+        "weights": [(step, weights[number]) for step, weights in data.plan.mix],
         "samples": samples,
         "tokens": samples * (data.plan.sequence_length or 0),
-        "range": [begin, end],
+        "range": (begin, end),
         "left_out": left_out,
         "epochs": samples / int(data.order.epoch_samples[number]),
         "held_out": int(split.held.sum()),
         "shards": {"seen": len(seen), "total": len(set(manifest.paths))},
-        "ranges": found[:LISTED],
-        "ranges_left_out": max(0, len(found) - LISTED),
-        **({"forgotten": manifest.meta["forgotten"]} if "forgotten" in manifest.meta else {}),
+        "ranges": ranges[:LISTED],
+        "ranges_left_out": max(0, len(ranges) - LISTED),
     }
+    if "forgotten" in manifest.meta:
+        source["forgotten"] = manifest.meta["forgotten"]
+    return source
 
 
-def of_digest(raw: dict[str, Any], digest: str, before: int | None = None) -> int:
+def of_digest(raw: Consumed, digest: str, before: int | None = None) -> int:
     """Counts the samples that a run took of the datasets whose digest begins with `digest`.
 
     `raw`: the run's record of what it has trained on; `before`: only steps before that one, if it is given.
@@ -118,7 +163,7 @@ def of_digest(raw: dict[str, Any], digest: str, before: int | None = None) -> in
     return sum(int(counts.sum()) for _, manifest, counts in _taken(raw, before, lambda s: s["digest"].startswith(digest)))
 
 
-def of_shard(raw: dict[str, Any], shard: str, before: int | None = None) -> int:
+def of_shard(raw: Consumed, shard: str, before: int | None = None) -> int:
     """Counts the samples that a run took of one shard, in steps before `before`, if it is given. Replaced samples do not count.
 
     `raw`: the run's record of what it has trained on; `shard`: a whole path or URI, or the end of one, as `part-00017.parquet`.
@@ -147,16 +192,14 @@ def same(wanted: str, uri: str, path: str) -> bool:
     return any(f"/{place}".endswith(f"/{wanted}") for place in named)
 
 
-def _taken(
-    raw: dict[str, Any], before: int | None, wanted: Callable[[dict[str, Any]], bool]
-) -> Iterator[tuple[str, Manifest, np.ndarray]]:
+def _taken(raw: Consumed, before: int | None, wanted: Callable[[Source], bool]) -> Iterator[tuple[str, Manifest, np.ndarray]]:
     """Yields (uri, manifest, samples by chunk) of every wanted source of every segment, up to the step `before`, if given."""
-    for segment, told in zip(parse(raw), raw["segments"], strict=True):
+    for segment, recorded in zip(parse(raw), raw["segments"], strict=True):
         end = segment.end if before is None else min(segment.end, before)
-        if end <= segment.first or not any(wanted(s) for s in told["sources"]):
+        if end <= segment.first or not any(wanted(s) for s in recorded["sources"]):
             continue
         sources = open_dataset(segment.plan).sources
         counts = coverage.segment_counts(Segment(segment.first, end, segment.plan), sources)
-        for source, manifest, taken in zip(told["sources"], sources, counts, strict=True):
+        for source, manifest, taken in zip(recorded["sources"], sources, counts, strict=True):
             if wanted(source):
                 yield source["uri"], manifest, taken

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from heliostat.cluster.nodes import LivingNode
 from heliostat.errors import HeliostatError
 
 Scores = dict[str, float]
@@ -169,14 +171,14 @@ class AttemptStarted(Event):
 
     start_step: int
     workers: int
-    nodes: list[dict[str, Any]]
+    nodes: list[LivingNode]
 
 
 @dataclass(kw_only=True)
 class Goodput(Event):
     """Reports where the run's seconds went, up to `step` steps."""
 
-    report: dict[str, Any]
+    report: Mapping[str, Any]
     step: int
 
 
@@ -184,13 +186,13 @@ RECORDED: dict[str, type[Event]] = {e.kind: e for e in (Steps, Spike, Evaluation
 LEFT_OUT = ("ledger", "images")  # of what is recorded
 
 
-def dump(event: Event) -> dict[str, Any]:
+def dump(event: Event) -> dict[str, object]:
     """Converts an event of RECORDED to JSON values."""
     kind = next(name for name, cls in RECORDED.items() if type(event) is cls)
     return {"kind": kind, **{k: v for k, v in vars(event).items() if k not in LEFT_OUT}}
 
 
-def parse(raw: dict[str, Any]) -> Event | None:
+def parse(raw: Mapping[str, Any]) -> Event | None:
     """Parses an event that `dump` wrote, in this version of heliostat or an earlier one; None for a kind that is not known."""
     if (cls := RECORDED.get(raw["kind"])) is None:
         return None

@@ -24,7 +24,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from heliostat.errors import ConfigError
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, closed
+
+if TYPE_CHECKING:  # takes a second
+    from matplotlib.figure import Figure
 
 COLOURS = {
     "queued": "#d9d9d9", "starting": "#fdd0a2", "compiling": "#fdae6b", "data": "#9ecae1", "computing": "#31a354",
@@ -168,11 +171,39 @@ def account(attempts: Iterable[Attempt]) -> dict[str, float]:
     return total
 
 
-def report(attempts: Iterable[Attempt]) -> dict[str, Any]:
-    """Builds the goodput report, which `heliostat goodput --json` prints.
+class Outline(TypedDict):
+    """Describes an attempt as a person asks for it."""
 
-    Its keys: `total_s`, `parts`, `attributed` (the parts' share of the total), `goodput`, `worker_hours`, `attempts`.
-    """
+    started: float
+    seconds: float
+    workers: int
+    start_step: int
+    reached: int
+    outcome: str | None
+    reason: str
+    restart: bool
+
+
+class Start(Outline):
+    """Describes an attempt in the report. `before`: the part and the seconds of the gap before it."""
+
+    before: dict[str, float]
+    parts: dict[str, float]
+
+
+class Report(TypedDict):
+    """Describes what `heliostat goodput --json` prints. `attributed`: the parts' share of the total."""
+
+    total_s: float
+    parts: dict[str, float]
+    attributed: float
+    goodput: float
+    worker_hours: float
+    attempts: list[Start]
+
+
+def report(attempts: Iterable[Attempt]) -> Report:
+    """Builds the goodput report."""
     settled = settle(attempts)
     parts = account(s.attempt for s in settled)
     known = sum(parts.values())
@@ -211,53 +242,53 @@ def read(run: Location) -> list[Attempt]:
     return attempts
 
 
-def read_report(run: Location) -> dict[str, Any]:
+def read_report(run: Location) -> Report:
     attempts = read(run)
     if not attempts:
         raise ConfigError(f"{run}: has no {run_folder.LEDGER}/; it was trained by a version that kept none")
     return report(attempts)
 
 
-def table(found: dict[str, Any]) -> list[list[str]]:
+def table(report: Report) -> list[list[str]]:
     """Lays a goodput report out as rows of text: a head, the parts that took any time, the total.
 
     There is a column for each of the newest attempts, if there are several.
     """
-    attempts = found["attempts"][-COLUMNS:] if len(found["attempts"]) > 1 else []
-    first = len(found["attempts"]) - len(attempts) + 1
+    attempts = report["attempts"][-COLUMNS:] if len(report["attempts"]) > 1 else []
+    first = len(report["attempts"]) - len(attempts) + 1
     rows = [["part", "seconds", "share", *(f"attempt {i}" for i in range(first, first + len(attempts)))]]
-    unknown = found["total_s"] - sum(found["parts"].values())
+    unknown = report["total_s"] - sum(report["parts"].values())
     values = [(part, seconds, [a["parts"][part] + a["before"].get(part, 0.0) for a in attempts])
-              for part, seconds in found["parts"].items()]  # fmt: skip
+              for part, seconds in report["parts"].items()]  # fmt: skip
     if unknown > 0.05:
         values.append(("not reported yet", unknown, [a["seconds"] - sum(a["parts"].values()) for a in attempts]))
     values = [v for v in values if v[1] >= 0.05]
-    values.append(("total", found["total_s"], [a["seconds"] + sum(a["before"].values()) for a in attempts]))
+    values.append(("total", report["total_s"], [a["seconds"] + sum(a["before"].values()) for a in attempts]))
     for part, seconds, each in values:
-        share = seconds / found["total_s"] if found["total_s"] else 0.0
+        share = seconds / report["total_s"] if report["total_s"] else 0.0
         rows.append([part, f"{seconds:,.1f}", f"{share:.1%}", *(f"{s:,.1f}" for s in each)])
     steps = [f"{a['start_step'] + 1:,}-{a['reached']:,}" for a in attempts]
     return [*rows, ["steps", "", "", *steps]] if attempts else rows
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
-    return {key: found[key] for key in ("total_s", "parts", "goodput")}
+def summary(report: Report) -> dict[str, object]:
+    return {"total_s": report["total_s"], "parts": report["parts"], "goodput": report["goodput"]}
 
 
-def line(found: dict[str, Any]) -> str:
+def line(report: Report) -> str:
     """Summarises a goodput report in one line: goodput and the largest other parts."""
-    others = sorted(((s, p) for p, s in found["parts"].items() if p != "computing"), reverse=True)[:4]
+    others = sorted(((s, p) for p, s in report["parts"].items() if p != "computing"), reverse=True)[:4]
     rest = ", ".join(f"{part} {seconds:.1f}" for seconds, part in others if seconds >= 0.05)
-    return f"goodput {found['goodput']:.1%}: computing {found['parts']['computing']:.1f} of {found['total_s']:.1f} s ({rest})"
+    return f"goodput {report['goodput']:.1%}: computing {report['parts']['computing']:.1f} of {report['total_s']:.1f} s ({rest})"
 
 
-def chart(found: dict[str, Any]) -> Any:
+def chart(report: Report) -> Figure:
     """Draws a goodput report as a matplotlib figure: one stacked bar for each attempt, and one for the run."""
     from matplotlib.figure import Figure
 
-    shown = found["attempts"][-BARS:]  # the newest
-    bars = [("run", found["parts"])]
-    for number, one in enumerate(shown, len(found["attempts"]) - len(shown) + 1):
+    shown = report["attempts"][-BARS:]  # the newest
+    bars = [("run", report["parts"])]
+    for number, one in enumerate(shown, len(report["attempts"]) - len(shown) + 1):
         both = {p: s + one["before"].get(p, 0.0) for p, s in one["parts"].items()}
         bars.append((f"attempt {number}", both))
     figure = Figure(figsize=(10, 1.6 + 0.4 * len(bars)), layout="constrained")
@@ -266,10 +297,10 @@ def chart(found: dict[str, Any]) -> Any:
     for part, colour in COLOURS.items():
         widths = np.array([parts[part] for _, parts in bars])
         if widths.any():
-            axes.barh(names, widths, left=left, color=colour, label=f"{part} {found['parts'][part]:,.1f} s")
+            axes.barh(names, widths, left=left, color=colour, label=f"{part} {report['parts'][part]:,.1f} s")
         left += widths
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    axes.set_title(f"goodput {found['goodput']:.1%} of {found['total_s']:,.0f} s")
+    axes.set_title(f"goodput {report['goodput']:.1%} of {report['total_s']:,.0f} s")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure

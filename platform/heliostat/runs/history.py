@@ -113,14 +113,14 @@ def receipts(run: Location) -> list[Receipt]:
 
     def read(name: str) -> Receipt:
         raw = SEALED.read(folder.join(name))
-        found = Receipt(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"], raw.get("version", 1))
-        if found.version not in receipt.CONTENTS:
+        sealed = Receipt(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"], raw.get("version", 1))
+        if sealed.version not in receipt.CONTENTS:
             raise VerifyError(
-                f"{folder.join(name)}: is of version {found.version}, which a newer heliostat wrote; check with that"
+                f"{folder.join(name)}: is of version {sealed.version}, which a newer heliostat wrote; check with that"
             )
-        if found.end != run_folder.step_of(name):
-            raise VerifyError(f"{folder.join(name)}: ends at step {found.end}, and is named after another")
-        return found
+        if sealed.end != run_folder.step_of(name):
+            raise VerifyError(f"{folder.join(name)}: ends at step {sealed.end}, and is named after another")
+        return sealed
 
     with ThreadPoolExecutor(READERS) as pool:
         return sorted(pool.map(read, [name for name, _ in folder.files()]), key=lambda r: r.first)

@@ -5,7 +5,7 @@ The file is written before MLflow is asked, so that there is never a second MLfl
 
 from __future__ import annotations
 
-from typing import Any, NotRequired
+from typing import NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -23,12 +23,21 @@ class Made(TypedDict):
     run_id: NotRequired[str]
 
 
+class Record(TypedDict, total=False):
+    """Describes the same, or nothing of a new run."""
+
+    token: str
+    uri: str
+    name: str
+    run_id: str
+
+
 MADE = Format(Made, "record of a run", fix="delete it, and the run goes on as another one in MLflow")
 
 
-def record(run: Location) -> dict[str, Any]:
+def record(run: Location) -> Record:
     """Reads the run's record of its MLflow run (`run.json`); empty for a new run."""
     try:
-        return dict(MADE.read(run.join(run_folder.MLFLOW_RUN)))
+        return cast(Record, MADE.read(run.join(run_folder.MLFLOW_RUN)))
     except FileNotFoundError:
         return {}

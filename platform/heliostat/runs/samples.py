@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from heliostat.checkpoint import layout
 from heliostat.data.content import part
@@ -15,12 +15,31 @@ from heliostat.runs.history import History
 from heliostat.storage.locations import Location
 
 
-def samples(run: Location, step: int) -> list[dict[str, Any]]:
-    """Reads the global batch of a step, counted from 1, lane by lane.
+class Place(TypedDict):
+    """Describes where a sample is; `row` counts the chunk's samples."""
 
-    Each sample is {lane, place, source, shard, row_group, row, epoch, text, replaces}. `row` counts the chunk's samples;
-    `replaces` is null, or the place of the bad sample that this one stands in for and what was wrong with it.
-    """
+    shard: str
+    row_group: int
+    row: int
+
+
+class Bad(Place):
+    reason: str
+
+
+class Sample(Place):
+    """Describes a sample of a step; `replaces`: the bad one that it stands in for."""
+
+    lane: int
+    place: int
+    source: str
+    epoch: int
+    text: str
+    replaces: Bad | None
+
+
+def samples(run: Location, step: int) -> list[Sample]:
+    """Reads the global batch of a step, counted from 1, lane by lane."""
     history = History(run)
     if not 1 <= step <= history.steps:
         raise ConfigError(f"--step {step}: the run has receipts of steps 1 to {history.steps}")
@@ -29,8 +48,8 @@ def samples(run: Location, step: int) -> list[dict[str, Any]]:
     recipe = _recipe(run, data)
     places = data.order.step(index)
     loaded = data.load(places.ravel())
-    bad = {b.position: {**_place(data, b.source, b.chunk, b.row), "reason": b.reason} for b in loaded.bad}
-    out = []
+    bad: dict[int, Bad] = {b.position: {**_place(data, b.source, b.chunk, b.row), "reason": b.reason} for b in loaded.bad}
+    out = list[Sample]()
     for i, position in enumerate(places.ravel().tolist()):
         lane, place = divmod(i, places.shape[1])
         source, chunk, row, epoch = (int(getattr(loaded.samples, f)[i]) for f in ("source", "chunk", "row", "epoch"))
@@ -48,7 +67,7 @@ def samples(run: Location, step: int) -> list[dict[str, Any]]:
     return out
 
 
-def _place(data: Dataset, source: int, chunk: int, row: int) -> dict[str, Any]:
+def _place(data: Dataset, source: int, chunk: int, row: int) -> Place:
     chunks = data.sources[source].chunks
     return {"shard": chunks["path"][chunk].as_py(), "row_group": chunks["row_group"][chunk].as_py(), "row": row}
 

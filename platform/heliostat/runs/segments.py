@@ -33,7 +33,7 @@ def begin(run: Location, plan: DataPlan, step: int) -> None:
 def read(run: Location) -> list[DataPlan]:
     """Reads every data plan that the run has followed, by the step at which each began; DataError if they are out of order."""
     folder = run.join(run_folder.SEGMENTS)
-    found = [plans.read(folder.join(path)) for path, _ in folder.files()]
-    if any(a.begins >= b.begins for a, b in itertools.pairwise(found)):
+    followed = [plans.read(folder.join(path)) for path, _ in folder.files()]
+    if any(a.begins >= b.begins for a, b in itertools.pairwise(followed)):
         raise DataError(f"{folder}: the data plans do not begin one after another, as their names say; one is not this run's")
-    return found
+    return followed

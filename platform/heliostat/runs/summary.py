@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from heliostat.config.spec import Job
@@ -22,28 +23,29 @@ if TYPE_CHECKING:  # with torch, which takes a second
 
 log = logging.getLogger(__name__)
 
+Ending = dict[str, Any]  # the facts that `heliostat train --json` prints, as the command that ended wrote them
 TRAINING = ("data", "computing", "communicating")  # the parts of an attempt that rates are of
 
 
-def write(run: Location, summary: dict[str, Any]) -> None:
+def write(run: Location, summary: Mapping[str, object]) -> None:
     run.join(run_folder.SUMMARY).write(json.dumps(summary).encode())
 
 
-def read(run: Location, last: Checkpoint, job: Job) -> dict[str, Any]:
+def read(run: Location, last: Checkpoint, job: Job) -> Ending:
     """Reads the summary of the training that ended with this checkpoint; without one, computes it from checkpoint and ledger."""
-    found = _of_step(run.join(run_folder.SUMMARY), last.step)
-    if found is None:
+    ending = _of_step(run.join(run_folder.SUMMARY), last.step)
+    if ending is None:
         log.info("%s: no command has written down how the training ended: its last checkpoint and its ledger tell", run)
-        found = from_checkpoint(last.step, last.index["metrics"], job, _attempts(run))
-    return found
+        ending = from_checkpoint(last.step, last.index["metrics"], job, _attempts(run))
+    return ending
 
 
-def result(run: Location, step: int) -> dict[str, Any] | None:
+def result(run: Location, step: int) -> Ending | None:
     """Reads the result of the run that ended with this step; None if there is none, or only that of another end."""
     return _of_step(run.join(run_folder.RESULT), step)
 
 
-def from_checkpoint(step: int, metrics: dict[str, Any], job: Job, attempts: list[Attempt]) -> dict[str, Any]:
+def from_checkpoint(step: int, metrics: Mapping[str, float | None], job: Job, attempts: list[Attempt]) -> Ending:
     """Computes the summary of a training from its last checkpoint and its ledger.
 
     `metrics`: of the checkpoint's index; `attempts`: the ledger's.
@@ -67,15 +69,15 @@ def from_checkpoint(step: int, metrics: dict[str, Any], job: Job, attempts: list
     }
 
 
-def _of_step(place: Location, step: int) -> dict[str, Any] | None:
+def _of_step(place: Location, step: int) -> Ending | None:
     try:
-        found = json.loads(place.read())
+        ending = json.loads(place.read())
     except FileNotFoundError:
         return None
     except ValueError:
         log.warning("%s: is damaged, and is made again", place)
         return None
-    return found if isinstance(found, dict) and found.get("steps") == step else None
+    return ending if isinstance(ending, dict) and ending.get("steps") == step else None
 
 
 def _attempts(run: Location) -> list[Attempt]:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
@@ -194,7 +193,7 @@ class Recorder:
         place, data = self.run.join(run_folder.LEDGER, attempt.name), attempt.dump()
         self._writing = self._thread.submit(_store, place, data)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> goodput.Report:
         """Computes the run's goodput up to now, over all attempts, those of earlier commands too."""
         return goodput.report(self._all())
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,8 +27,7 @@ from heliostat.terminal import console
 AHEAD = 3  # units loaded at once
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """Describes a difference between what was recomputed (`expected`) and what the run recorded (`found`).
 
     `what`: "digest", "chain", "data plan", or "receipt" where none covers the step (then `found` is None).
@@ -82,12 +81,12 @@ def recompute(unit: Unit) -> Recomputed:
     order = unit.data.order
     places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, lanes, samples of a lane]
     loaded = unit.data.load(places.ravel())
-    found = {}
+    by_version = {}
     for version in unit.versions:
         digests = receipt.sample_digests(loaded.samples, loaded.content, version).reshape(places.shape)
-        found[version] = receipt.step_digests(np.array([[receipt.lane_digest(lane) for lane in step] for step in digests]))
+        by_version[version] = receipt.step_digests(np.array([[receipt.lane_digest(lane) for lane in step] for step in digests]))
     planned = order.locate(places.ravel()) if loaded.bad else loaded.samples
-    return Recomputed(found, planned, len(loaded.bad))
+    return Recomputed(by_version, planned, len(loaded.bad))
 
 
 def recomputed(history: History) -> Iterator[tuple[Unit, Recomputed]]:
@@ -132,6 +131,24 @@ class Seen:
         return repeated
 
 
+class Report(TypedDict):
+    """Describes what `heliostat verify --json` prints.
+
+    `steps`: covered steps with all receipts right; `samples`: those that receipts cover; `lost`: planned samples before the last
+    known step that no receipt covers; `repeated`: samples that their epoch held before (an epoch has as many places as samples:
+    while this is 0, each comes once); `replaced`: bad samples that another one replaced; `first_difference`: its fields, with
+    the step counted from 1, as everywhere that a person looks.
+    """
+
+    ok: bool
+    steps: int
+    samples: int
+    lost: int
+    repeated: int
+    replaced: int
+    first_difference: dict[str, int | str | None] | None
+
+
 class Audit:
     """Compares what was recomputed with what the run recorded, unit by unit."""
 
@@ -141,14 +158,14 @@ class Audit:
         self.first: Difference | None = None
         self._seen: tuple[int, Seen] | None = None
 
-    def take(self, unit: Unit, found: Recomputed) -> None:
+    def take(self, unit: Unit, result: Recomputed) -> None:
         if self._seen is None or self._seen[0] != unit.segment:
             self._seen = (unit.segment, Seen(unit.data))
-        self.repeated += self._seen[1].add(found.planned)
-        self.replaced += found.replaced
+        self.repeated += self._seen[1].add(result.planned)
+        self.replaced += result.replaced
         near = [r for r in self.history.receipts if r.first < unit.end and r.end > unit.first]
         for number, step in enumerate(range(unit.first, unit.end)):
-            digests = {version: steps[number] for version, steps in found.digests.items()}
+            digests = {version: steps[number] for version, steps in result.digests.items()}
             self._step(step, digests, self.history.plans[unit.segment], [r for r in near if r.first <= step < r.end])
 
     def _step(self, step: int, digests: dict[int, str], plan: DataPlan, claims: list[Receipt]) -> None:
@@ -172,7 +189,7 @@ class Audit:
         if differences and self.first is None:
             self.first = differences[0]
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         return {
             "ok": self.first is None and not self.repeated,
             "steps": self.agreeing,
@@ -180,30 +197,24 @@ class Audit:
             "lost": self.lost,
             "repeated": self.repeated,
             "replaced": self.replaced,
-            "first_difference": {**asdict(self.first), "step": self.first.step + 1} if self.first else None,
+            "first_difference": self.first._replace(step=self.first.step + 1)._asdict() if self.first else None,
         }
 
 
-def verify(run: Location) -> dict[str, Any]:
-    """Verifies that the run trained on what it had to.
-
-    Returns {ok, steps, samples, lost, repeated, replaced, first_difference}. `steps`: covered steps with all receipts right;
-    `samples`: those that receipts cover; `lost`: planned samples before the last known step that no receipt covers; `repeated`:
-    samples that their epoch held before (an epoch has as many places as samples: while this is 0, each comes once); `replaced`:
-    bad samples that another one replaced. The step of a difference is counted from 1, as everywhere that a person looks.
-    """
+def verify(run: Location) -> Report:
+    """Verifies that the run trained on what it had to."""
     history = History(run)
     audit = Audit(history)
     columns = (TextColumn("verifying"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=history.steps)
-        for unit, found in recomputed(history):
-            audit.take(unit, found)
+        for unit, result in recomputed(history):
+            audit.take(unit, result)
             progress.update(task, completed=unit.end)
     return audit.report()
 
 
-def explain(report: dict[str, Any]) -> str:
+def explain(report: Report) -> str:
     """Explains in a line why a run failed verification: the first step that differs, or samples repeated within an epoch."""
     first = report["first_difference"]
     if not first:
@@ -212,4 +223,4 @@ def explain(report: dict[str, Any]) -> str:
     if first["what"] == "receipt":
         return f"step {step} is the first that no receipt covers, with {report['lost']:,} samples in all; a file is missing"
     names = {"digest": "its samples' digest", "chain": "the chain after it", "data plan": "its data plan"}
-    return f"step {step} is the first that differs: {names[first['what']]} is {expected}, {where} says {found}"
+    return f"step {step} is the first that differs: {names[str(first['what'])]} is {expected}, {where} says {found}"

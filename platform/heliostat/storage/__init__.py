@@ -3,3 +3,8 @@
 Start at `locations`.
 May import: no other room.
 """
+
+from heliostat import extras
+
+# `Location` of this package: where pipelines of users found it when it was a module
+__getattr__, __dir__ = extras.lazy_names(__name__, {"Location": "heliostat.storage.locations"})

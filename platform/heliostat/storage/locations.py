@@ -13,7 +13,6 @@ Location pickles as its URI.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -33,14 +32,14 @@ import pyarrow.fs as pafs
 from heliostat.errors import AccessError, ConfigError, DataError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.storage import exclusive, parallel_listing, requester_pays, retries, s3_client, s3_options
-from heliostat.storage.retries import Backoff, Failure
+from heliostat.storage.diagnosis import FINAL, NO_BUCKET, diagnose, reason
+from heliostat.storage.retries import Backoff, Failure, patience, retry_budget
 from heliostat.storage.s3_client import Listed, Store
-from heliostat.text import brief, printable
+from heliostat.text import printable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-BUDGET = "HELIOSTAT_RETRY_BUDGET_S"
 BACKOFF = Backoff(0.2, 8.0, jitter=0.5)
 PROBE_S = 3.0  # in which a busy store that refuses one request takes another
 AWAY_S = 1800.0  # in which a store that is away is waited for by what it would end
@@ -49,36 +48,13 @@ LISTINGS = 20  # of a folder on disk that others change meanwhile
 UPLOAD_BLOCK = 16 << 20  # bytes that are read of a file at a time
 UPLOAD_WINDOW = 64 << 20  # bytes that are on their way to the store before their arrival is waited for
 UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by a second for so many bytes, or a long one could never begin again
-# what stores answer, in lower case without punctuation: ACCESS_DENIED, AccessDenied and "Access Denied" are one
-REFUSED = ("accessdenied", "allaccessdisabled", "expiredtoken", "httpstatus401", "httpstatus403", "invalidaccesskeyid",
-           "invalidtoken", "requesttimetooskewed", "signaturedoesnotmatch", "unrecognizedclient")  # fmt: skip
-MISSING = ("nosuchkey", "resourcenotfound")
-DAMAGED_ON_THE_WAY = ("baddigest", "incompletebody", "invalidpart")  # an upload's, so worth another
-NO_BUCKET = "NO_SUCH_BUCKET"  # in the words of the S3 client
-HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405", "httpstatus501")
 # a path that a record must not hold: absolute, with an empty part, `.` or `..`, split by / or \, or with a control character
 LEAVES = r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"
-FINAL = {
-    "refused": "access refused; check the credentials and the bucket policy",
-    "hopeless": "the store cannot do this; check bucket, credentials, region and endpoint",
-}
 
 
 def is_inside(path: str) -> bool:
     """Tells whether a path from a record names a place inside the folder that it is relative to, by its name."""
     return re.search(LEAVES, path) is None
-
-
-def retry_budget() -> float:
-    """Reads from the environment for how many seconds a failing store is retried; ConfigError for what is no such number."""
-    raw = os.environ.get(BUDGET, "60")
-    try:
-        budget_s = float(raw)
-    except ValueError:
-        budget_s = -1.0
-    if not 0 <= budget_s < float("inf"):
-        raise ConfigError(f"{BUDGET}: {raw!r} is no number of seconds; set it to 60, or unset it")
-    return budget_s
 
 
 @lru_cache(maxsize=64)
@@ -102,34 +78,6 @@ def _forget_clients() -> None:
     """Drops the clients of all stores, so that the next request reads the credentials again: these may have expired."""
     _s3.cache_clear()
     s3_client.client.cache_clear()
-
-
-def _patience(budget_s: float) -> tuple[int, float]:
-    """Splits the retry budget into attempts at one request, and the seconds of silence that each may last: all of them take less
-    than half the budget.
-
-    The SDK repeats single requests, so that one fault does not undo a large upload (it pauses up to 1 s, then up to 2 s);
-    `Location.attempt` repeats whole operations.
-    """
-    return (3 if budget_s >= 24 else 2 if budget_s >= 6 else 1), max(1.0, budget_s / 8)
-
-
-def diagnose(error: OSError) -> str:
-    """Classifies an error: `refused`, `missing`, `hopeless`, `fault` (of the store, so worth a retry) or `content`.
-
-    pyarrow has one class for all of them. Whatever its S3 client reports names AWS or S3, whatever the operating system reports
-    has a number; an OSError without either is a Parquet or codec library's, about the bytes.
-    """
-    _, mark, answer = str(error).rpartition("AWS Error")  # before it stand the names of key and bucket
-    words = re.sub(r"[^a-z0-9]", "", answer.lower())
-    if isinstance(error, FileNotFoundError) or any(word in words for word in MISSING):
-        return "missing"
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS or any(word in words for word in REFUSED):
-        return "refused"
-    if not any(word in words for word in DAMAGED_ON_THE_WAY) and any(word in words for word in HOPELESS):
-        return "hopeless"
-    known = mark or "S3 bucket" in answer or error.errno is not None or isinstance(error, (TimeoutError, ConnectionError))
-    return "fault" if known else "content"
 
 
 @dataclass(frozen=True)
@@ -162,7 +110,7 @@ class Location:
 
     @property
     def fs(self) -> pafs.FileSystem:
-        return _s3(self.query, *_patience(retry_budget())) if self.is_s3 else pafs.LocalFileSystem()
+        return _s3(self.query, *patience(retry_budget())) if self.is_s3 else pafs.LocalFileSystem()
 
     @property
     def path(self) -> str:
@@ -229,7 +177,7 @@ class Location:
         False may be the answer to one's own write, if the first answer was lost: let the data show whose it is.
         """
         if self.is_s3:
-            return self.attempt(lambda: exclusive.put_object(self.path, self.query, data, *_patience(retry_budget())))
+            return self.attempt(lambda: exclusive.put_object(self.path, self.query, data, *patience(retry_budget())))
         with self._made():
             return self.attempt(lambda: exclusive.put_file(self.path, data))
 
@@ -313,7 +261,7 @@ class Location:
 
     @property
     def _objects(self) -> Store:
-        return Store(self.query, *_patience(retry_budget()))
+        return Store(self.query, *patience(retry_budget()))
 
     def folders(self) -> list[str]:
         """Lists the names of the folders directly below, sorted."""
@@ -425,14 +373,14 @@ class Location:
             raise self._no_bucket() from error
         if meaning in FINAL:
             _forget_clients()
-            raise AccessError(f"{self.uri}: {FINAL[meaning]} ({_reason(error)})", self.uri) from error
+            raise AccessError(f"{self.uri}: {FINAL[meaning]} ({reason(error)})", self.uri) from error
 
     def _give_up(self, failure: Failure) -> NoReturn:
         lasted = f"storage failed for {failure.seconds:.0f} s" if failure.count > 1 else "storage failed at the first request"
-        raise StorageError(f"{self.uri}: {lasted}: {_reason(failure.error)}") from failure.error
+        raise StorageError(f"{self.uri}: {lasted}: {reason(failure.error)}") from failure.error
 
     def _tell(self, failure: Failure, wait: float) -> None:
-        log.warning("%s: %s; retrying in %.1f s", self.uri, _reason(failure.error), wait)
+        log.warning("%s: %s; retrying in %.1f s", self.uri, reason(failure.error), wait)
 
 
 def _listed(found: pafs.FileInfo) -> Listed:
@@ -448,7 +396,3 @@ def _takes_files(folder: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _reason(error: Exception) -> str:
-    return brief(error) or type(error).__name__

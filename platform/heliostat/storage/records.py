@@ -7,10 +7,10 @@ error that names the file and its first fault, and nothing behind it meets a val
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Generic, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
@@ -19,6 +19,7 @@ from heliostat.storage.locations import Location, is_inside
 from heliostat.text import brief, printable
 
 T = TypeVar("T")
+Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"  # any JSON value, to be read
 Whole = Annotated[int, Field(ge=0, lt=2**53)]  # a count or a place: arithmetic on a few of them stays within 64 bits
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
@@ -67,7 +68,7 @@ class Format(Generic[T]):
         lines = _bytes(place).split(b"\n")
         return [self.parse(line, f"{place}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
-    def build(self, raw: Any, where: object) -> T:
+    def build(self, raw: object, where: object) -> T:
         """Builds the record from plain data that was decoded already."""
         return self.parse(json.dumps(raw).encode(), where)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+from heliostat.errors import ConfigError
+
 T = TypeVar("T")
+BUDGET = "HELIOSTAT_RETRY_BUDGET_S"  # of a store that fails
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,25 @@ def retry(
             wait = min(backoff.wait(count), left)
         tell(failure, wait)
         (sleep or time.sleep)(wait)
+
+
+def retry_budget() -> float:
+    """Reads from the environment for how many seconds a failing store is retried; ConfigError for what is no such number."""
+    raw = os.environ.get(BUDGET, "60")
+    try:
+        budget_s = float(raw)
+    except ValueError:
+        budget_s = -1.0
+    if not 0 <= budget_s < float("inf"):
+        raise ConfigError(f"{BUDGET}: {raw!r} is no number of seconds; set it to 60, or unset it")
+    return budget_s
+
+
+def patience(budget_s: float) -> tuple[int, float]:
+    """Splits the retry budget into attempts at one request, and the seconds of silence that each may last: all of them take less
+    than half the budget.
+
+    The SDK repeats single requests, so that one fault does not undo a large upload (it pauses up to 1 s, then up to 2 s);
+    `Location.attempt` repeats whole operations.
+    """
+    return (3 if budget_s >= 24 else 2 if budget_s >= 6 else 1), max(1.0, budget_s / 8)

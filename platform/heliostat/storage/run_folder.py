@@ -4,19 +4,19 @@ checkpoints/step-00000100/   shards, and `checkpoint.json`, written last (`check
 checkpoints/frozen-DIGEST/   parameters that are not trained
 receipts/step-00000100.json  what the steps up to 100 trained on (`data.receipt`)
 segments/step-00000000.json  the data plan that the run follows from that step on (`runs.segments`)
-quarantine/step-*.jsonl      samples that were replaced (`train.worker.bad_samples`)
-curves/step-*.json           losses and scores, until MLflow has them for certain (`track.local_curves`)
-benchmarks/SUITE/step-*.json scores of checkpoints on a suite (`benchmark.follow`)
+quarantine/step-*.jsonl      samples that were replaced (`training.worker.bad_samples`)
+curves/step-*.json           losses and scores, until MLflow has them for certain (`tracking.local_curves`)
+benchmarks/SUITE/step-*.json scores of checkpoints on a suite (`evaluation.follow`)
 ledger/ATTEMPT.json          where the time of each attempt went (`runs.goodput`)
 lease/00000001.json          who may write here (`lease`)
 logs/ATTEMPT.000000.log      of a submitted job (`submit.logs`)
 stacks/TIME.txt              the stacks of the workers when they stalled
 run.json                     which MLflow run this is (`runs.mlflow_id`)
-attempts.json                each start of the workers: code, machines (`track.run_facts`)
-unlogged.jsonl               points that MLflow has not taken yet (`track.outbox`)
+attempts.json                each start of the workers: code, machines (`tracking.run_facts`)
+unlogged.jsonl               points that MLflow has not taken yet (`tracking.outbox`)
 clone.json                   the last checkpoint that population based training put here (`tune.clone`)
 summary.json, result.json    the end: of training, and of everything (`runs.summary`)
-probe                        empty; the driver writes it to see whether it may write (`train.driver.refusals`)
+probe                        empty; the driver writes it to see whether it may write (`training.driver.refusals`)
 """
 
 from __future__ import annotations

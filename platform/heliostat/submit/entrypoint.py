@@ -24,14 +24,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import psutil
 import yaml
 
 from heliostat import schema
 from heliostat.cluster import dashboard as http
-from heliostat.cluster import forked_command
+from heliostat.cluster import forked_command, ray_internals
 from heliostat.cluster.forked_command import ForkedCommand
 from heliostat.cluster.zygote import PLACE as ZYGOTE
 from heliostat.config import workspace
@@ -129,13 +129,13 @@ class Driver:
         os.close(sink)
         reader = threading.Thread(target=self._copy, args=(source,), daemon=True)
         reader.start()
-        told = isinstance(child, subprocess.Popen)  # by whoever told this process to stop
+        signaled = isinstance(child, subprocess.Popen)  # by what has stopped this process
         while (code := child.poll()) is None:
             if self.stopping.wait(POLL_S):
-                if not told:
+                if not signaled:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(child.pid, signal.SIGTERM)
-                    told = True
+                    signaled = True
                 if self._now():
                     self._kill(child.pid)
                     self._killed = True
@@ -199,26 +199,32 @@ class Driver:
     def _wait_for_turn(self, queue: str) -> None:
         """Waits until no job of the queue that was submitted before this one is left."""
         url, token = self.jobs_url(), http.own_token()
-        told = False
+        announced = False
         while not self.stopping.is_set():
             ahead = before(self.name, queue, http.get(f"{url}/api/jobs/", token)[1] or [])
             if ahead == []:
                 return
-            if ahead and not told:
+            if ahead and not announced:
                 log.info("in queue %s behind %s", queue, ", ".join(ahead))
-                told = True
+                announced = True
             self.stopping.wait(QUEUE_S)
 
 
 def jobs_url() -> str:
     """Returns the address of the Jobs API, from the state of the cluster that this process runs on."""
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray.dashboard.utils import ray_address_to_api_server_url
-
-    return ray_address_to_api_server_url(canonicalize_bootstrap_address_or_die(os.environ.get("RAY_ADDRESS", "auto")))
+    return ray_internals.jobs_url(os.environ.get("RAY_ADDRESS", "auto"))
 
 
-def before(name: str, queue: str, jobs: list[dict[str, Any]]) -> list[str] | None:
+class Waiting(TypedDict):
+    """Describes what is read of a job in the answer of the Jobs API."""
+
+    submission_id: str
+    status: str
+    start_time: int
+    metadata: dict[str, str] | None
+
+
+def before(name: str, queue: str, jobs: list[Waiting]) -> list[str] | None:
     """Lists the queue's unfinished jobs that started before the job `name`; None if that is not among them (yet)."""
     waiting = [j for j in jobs if (j.get("metadata") or {}).get("queue") == queue and j["status"] in ("PENDING", "RUNNING")]
     mine = next((j for j in waiting if j["submission_id"] == name), None)

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
 
 import yaml
 
@@ -31,6 +31,9 @@ from heliostat.redact import carries_secret
 from heliostat.storage.retries import Backoff, Failure, retry
 from heliostat.submit.entrypoint import ENDS
 from heliostat.submit.submission import Record
+
+if TYPE_CHECKING:  # takes a second
+    from ray.job_submission import JobDetails
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,18 @@ PASSED = (
     "MLFLOW_S3_ENDPOINT_URL",
     "HF_HUB_OFFLINE",
 )
+
+
+class Submitted(TypedDict):
+    """Describes a submission as the cluster knows it; times in seconds."""
+
+    id: str | None
+    status: str
+    message: str
+    metadata: dict[str, str]
+    started: float | None
+    ended: float | None
+    exit_code: int | None
 
 
 class Jobs:
@@ -82,19 +97,19 @@ class Jobs:
         before and no flag lets it resume or start anew.
         """
         digest, queue = record.digest, record.queue
-        if found := self.find(record.id):
-            if found["status"] not in OVER or (found["status"] == "SUCCEEDED" and not flags):
-                if found["metadata"].get("digest") != digest:
+        if earlier := self.find(record.id):
+            status = earlier["status"]
+            if status not in OVER or (status == "SUCCEEDED" and not flags):
+                if earlier["metadata"].get("digest") != digest:
                     raise ConfigError(
-                        f"name: {record.id!r} is a job with other settings on this cluster ({found['status'].lower()}); "
-                        "use another name"
+                        f"name: {record.id!r} is a job with other settings on this cluster ({status.lower()}); use another name"
                     )
-                log.info("job %s is there already: %s", record.id, found["status"].lower())
+                log.info("job %s is there already: %s", record.id, status.lower())
                 record.write()
                 return record.id
             if not flags:
                 raise ConfigError(
-                    f"name: job {record.id!r} {found['status'].lower()} before; go on with `heliostat resume {record.id}`, "
+                    f"name: job {record.id!r} {status.lower()} before; go on with `heliostat resume {record.id}`, "
                     "or start anew with --overwrite"
                 )
             self._forget(record.id)
@@ -125,8 +140,8 @@ class Jobs:
             }
 
             def send() -> None:
-                there = self.find(record.id)  # an answer may have been lost, and the submission not
-                if not (there and there["metadata"].get("attempt") == attempt):
+                sent = self.find(record.id)  # an answer may have been lost, and the submission not
+                if not (sent and sent["metadata"].get("attempt") == attempt):
                     self.client.submit_job(
                         entrypoint=shlex.join(command), submission_id=record.id, runtime_env=runtime, metadata=metadata
                     )
@@ -171,41 +186,41 @@ class Jobs:
 
     # looking ---------------------------------------------------------------------------------------------------------
 
-    def list(self) -> list[dict[str, Any]]:
+    def list(self) -> list[Submitted]:
         """Lists every submission, the newest first."""
         raw = self._retry(self.client.list_jobs, "listing jobs")
-        found = [_plain(j) for j in raw if j.submission_id and ENDS not in (j.metadata or {})]
-        return sorted(found, key=lambda j: j["started"] or 0, reverse=True)
+        ours = [_plain(j) for j in raw if j.submission_id and ENDS not in (j.metadata or {})]
+        return sorted(ours, key=lambda j: j["started"] or 0, reverse=True)
 
-    def find(self, job_id: str) -> dict[str, Any] | None:
+    def find(self, job_id: str) -> Submitted | None:
         return next((j for j in self.list() if j["id"] == job_id), None)
 
-    def get(self, job_id: str) -> dict[str, Any]:
-        found = self.find(job_id)
-        if found is None:
-            near = schema.nearest(job_id, [j["id"] for j in self.list()])
+    def get(self, job_id: str) -> Submitted:
+        job = self.find(job_id)
+        if job is None:
+            near = schema.nearest(job_id, [str(j["id"]) for j in self.list()])
             raise ConfigError(f"{job_id}: no such job on {self.there.url}{near}")
-        if "run" not in found["metadata"]:
+        if "run" not in job["metadata"]:
             raise ConfigError(f"{job_id}: was not submitted with heliostat; use `ray job`")
-        return found
+        return job
 
     def follow(self, job_id: str) -> Iterator[str]:
         """Yields the log as it grows, until the job is over, without what earlier submissions of this id wrote to it."""
         attempt = self.get(job_id)["metadata"]["attempt"]
-        held: str | None = ""  # what came before the submission's part of the log was found
+        before: str | None = ""  # what came before the submission's part of the log was found
         for text in self._tail(job_id):
-            if held is None:
+            if before is None:
                 yield text
                 continue
-            held += text
-            if (at := _beginning(held, attempt, over=False)) is not None:
-                yield held[at:]
-                held = None
-        if held and (at := _beginning(held, attempt, over=True)) is not None:
-            yield held[at:]
-        found = self.get(job_id)
-        if found["status"] == "FAILED" and found["exit_code"] is None:  # it never came to its entrypoint
-            yield found["message"] + "\n"
+            before += text
+            if (at := _beginning(before, attempt, over=False)) is not None:
+                yield before[at:]
+                before = None
+        if before and (at := _beginning(before, attempt, over=True)) is not None:
+            yield before[at:]
+        job = self.get(job_id)
+        if job["status"] == "FAILED" and job["exit_code"] is None:  # it never came to its entrypoint
+            yield job["message"] + "\n"
 
     def _tail(self, job_id: str) -> Iterator[str]:
         """Yields what is added to the log's file until the job is over; after a broken connection, only what is new."""
@@ -234,21 +249,21 @@ class Jobs:
 
     # stopping --------------------------------------------------------------------------------------------------------
 
-    def stop(self, job_id: str, now: bool = False) -> dict[str, Any]:
+    def stop(self, job_id: str, now: bool = False) -> Submitted:
         """Stops a job, after a checkpoint unless `now`, waits until it is over and returns it."""
-        found = self.get(job_id)
-        if found["status"] in OVER:
-            return found
-        note = self._note_to_end(found["metadata"]["attempt"]) if now else None
+        job = self.get(job_id)
+        if job["status"] in OVER:
+            return job
+        note = self._note_to_end(job["metadata"]["attempt"]) if now else None
         self._retry(lambda: self.client.stop_job(job_id), "stopping")
         deadline = time.monotonic() + STOP_S + 30
-        while (found := self.get(job_id))["status"] not in OVER:
+        while (job := self.get(job_id))["status"] not in OVER:
             if time.monotonic() > deadline:
                 raise ClusterError(f"{job_id}: did not stop in {STOP_S + 30} s")
             time.sleep(FOLLOW_S)
         if note:
             self._retry(lambda: self.client.delete_job(note), "forgetting the note to stop")
-        return found
+        return job
 
     def _note_to_end(self, attempt: str) -> str:
         """Submits a marker job, which does nothing: its metadata make the attempt's driver end; this needs only the cluster."""
@@ -288,8 +303,7 @@ def _beginning(text: str, attempt: str, over: bool) -> int | None:
     return 0 if over else None
 
 
-def _plain(details: Any) -> dict[str, Any]:
-    """Converts Ray's JobDetails to plain data; times in seconds."""
+def _plain(details: JobDetails) -> Submitted:
     return {
         "id": details.submission_id,
         "status": str(details.status),
@@ -301,7 +315,7 @@ def _plain(details: Any) -> dict[str, Any]:
     }
 
 
-def exit_code(job: dict[str, Any]) -> int:
+def exit_code(job: Submitted) -> int:
     """Returns the exit code of a command that followed a job: 0 succeeded, 130 stopped, 2 if the job's input was bad, else 1."""
     if job["status"] == "STOPPED":
         return 130

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
@@ -10,7 +12,18 @@ from heliostat.runs.goodput import Attempt
 from heliostat.storage.locations import Location
 
 
-def of_run(run: Location, steps: int) -> dict[str, Any]:
+class Progress(TypedDict):
+    """Describes how far a run or a sweep is; `note`: why that is not known."""
+
+    step: int | None
+    steps: int | None
+    fraction: float | None
+    eta_s: float | None
+    unit: NotRequired[str]  # "trial" of a sweep
+    note: NotRequired[str]
+
+
+def of_run(run: Location, steps: int) -> Progress:
     """Computes a run's progress from its ledger in storage: steps done, their share, and seconds left at the present pace."""
     try:
         attempts = goodput.read(run)
@@ -22,7 +35,7 @@ def of_run(run: Location, steps: int) -> dict[str, Any]:
     return {"step": last.reached, "steps": steps, "fraction": last.reached / steps, "eta_s": eta(last, steps)}
 
 
-def of_sweep(folder: Location) -> dict[str, Any]:
+def of_sweep(folder: Location) -> Progress:
     """Computes a sweep's progress from its record in storage: finished trials, out of all planned ones."""
     from heliostat.tune import listing
 

@@ -68,8 +68,8 @@ class Again:
     def _attempt(self, pid: int) -> Attempt | None:
         """Finds this process's newest attempt in the run's ledger; None if there is none."""
         self.folder.wait_for_store(self._pause)
-        found = [a for a in goodput.read(self.folder) if (a.host, a.pid) == (socket.gethostname(), pid)]
-        return max(found, key=lambda a: a.started, default=None)
+        mine = [a for a in goodput.read(self.folder) if (a.host, a.pid) == (socket.gethostname(), pid)]
+        return max(mine, key=lambda a: a.started, default=None)
 
     def _has_begun(self, pid: int) -> bool:
         if not self.sweep:

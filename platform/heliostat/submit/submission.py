@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from heliostat import schema
 from heliostat.cluster.endpoint import Endpoint
@@ -29,9 +28,9 @@ class Record:
     cluster: str | None
     run_folder: str
     steps: int
-    job: dict[str, Any]
+    job: dict[str, object]
     queue: str | None
-    sweep: dict[str, Any] | None = None
+    sweep: dict[str, object] | None = None
 
     @classmethod
     def of(cls, job: Job, cluster: str | None, queue: str | None) -> Record:

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from heliostat.cluster import ray_internals
 from heliostat.errors import HeliostatError
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Pool:
 
 def _is_alive(actor: Any) -> bool:
     """Tells whether Ray has a process for an actor."""
-    return ray._private.state.actors(actor._actor_id.hex()).get("State") == "ALIVE"
+    return ray_internals.actor_lives(actor)
 
 
 def _placed(actors: list[Any]) -> list[Any]:

@@ -29,7 +29,7 @@ from heliostat.tasks import libraries, spill
 
 log = logging.getLogger(__name__)
 
-CODE = 8  # raised when the same inputs and configuration give other spill files
+CODE = 9  # raised when the same inputs and configuration give other spill files
 READERS = 32  # threads
 DONE, SPILL, NOTES, MARK = "done", "spill", "notes", "work.json"
 SIZES = 16  # times, by which an input may grow before its pieces become larger

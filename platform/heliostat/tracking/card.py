@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
-from heliostat.tracking.parents import parents
+from heliostat.tracking.parents import Parent, parents
 
 FILE = "README.md"
 
@@ -25,7 +24,7 @@ def note(job: Job, manifests: list[Manifest]) -> str:
     return "\n\n".join(line for line in lines if line)
 
 
-def license_of(job: Job, origins: list[dict[str, Any]]) -> str:
+def license_of(job: Job, origins: list[Parent]) -> str:
     """Determines the license of a job's model.
 
     It is the job's own; else that of the models it was initialised from, if they agree; else `unknown`.
@@ -39,9 +38,7 @@ def write(folder: Path, job: Job, run_id: str, step: int, scores: dict[str, floa
     (folder / FILE).write_text(text(job, run_id, step, scores, manifests, parents(job)))
 
 
-def text(
-    job: Job, run_id: str, step: int, scores: dict[str, float], manifests: list[Manifest], origins: list[dict[str, Any]]
-) -> str:
+def text(job: Job, run_id: str, step: int, scores: dict[str, float], manifests: list[Manifest], origins: list[Parent]) -> str:
     names = [_name(m) for m in manifests]
     header = {"license": license_of(job, origins).lower(), "datasets": names, "tags": ["heliostat"]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", f"# {job.name}", ""]

@@ -1,37 +1,94 @@
-"""Traces where a model comes from, as one tree of plain data, from MLflow and the run's folder alone.
+"""Traces where a model comes from, and which models have trained on a shard, from MLflow and the run's folder alone.
 
-    lineage(client, uri, "models:/name@champion")    # or NAME/VERSION, a run id, a run's folder
-
-A run's node holds: code, job, machines, attempts (restarts, worker counts), data (segments, sources, ranges of shards, what was
-replaced), tokenizers, checkpoints, registered versions, its sweep, and its parents, each with a node of its own.
+lineage(client, uri, "models:/name@champion")    # or NAME/VERSION, a run id, a run's folder
+Seen(client).answer(shard="part-00017.parquet")
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from typing_extensions import TypedDict
+
+from heliostat.cluster.nodes import LivingNode
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.runs import goodput
+from heliostat.runs import consumed, goodput
+from heliostat.runs.consumed import Consumed
+from heliostat.runs.goodput import Outline
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.tracking import checkpoint_models, mlflow_client, registry, tags
+from heliostat.tracking.checkpoint_models import Facts
+from heliostat.tracking.mlflow_client import read_json
+from heliostat.tracking.parents import Parent, Parents
 from heliostat.tracking.reconcile import settle
-from heliostat.tracking.run_facts import read_json
+from heliostat.tracking.registry import Entry
+from heliostat.tracking.run_facts import Start
+from heliostat.tracking.run_table import About, about
+
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+T = TypeVar("T")
+Taken = Callable[["Run", int | None], int]  # of a run, the samples in question that it took; before a step, if one is given
 
 DEPTH = 20  # generations of parents
 
 
-def lineage(client: Any, uri: str, what: str) -> dict[str, Any]:
-    """Traces the lineage of a model or a run; ConfigError for a name that leads to no run.
+class Model(TypedDict):
+    """Describes a registered version; `step`: that its checkpoint is of."""
 
-    Returns {model: the registered version or None, run: the run's node}.
-    """
+    name: str
+    version: str
+    uri: str
+    aliases: list[str]
+    license: str | None
+    step: int | None
+    scores: dict[str, float]
+    history: list[Entry]
+
+
+class Ancestor(Parent):
+    run: Traced | None
+
+
+class Traced(About):
+    """Describes a run, and where it comes from: its node."""
+
+    sweep: str | None
+    reproduces: str | None
+    folder: str
+    recipe: str | None
+    job: dict[str, str | None]  # its artifact, and its seeds
+    code: list[dict[str, str]]
+    environments: list[str]
+    clusters: list[str]
+    nodes: list[LivingNode]
+    attempts: list[Outline]
+    changes: list[dict[str, Any]]  # start_step, and [was, is] by key of the job
+    data: Consumed
+    tokenizers: list[str]
+    checkpoints: list[Facts]
+    models: list[Model]
+    parents: list[Ancestor]
+
+
+class Lineage(TypedDict):
+    model: Model | None  # if it was asked by a registered version
+    run: Traced
+
+
+def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
+    """Traces the lineage of a model or a run; ConfigError for a name that leads to no run."""
     if re.fullmatch(r"[0-9a-f]{32}", what) or _is_folder(what):
         return {"model": None, "run": run_node(client, settle(client, mlflow_client.find(client, what, uri)))}
     if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # a model that was not registered is its run's
-        made_by = client.get_logged_model(logged[1]).source_run_id
+        made_by = str(client.get_logged_model(logged[1]).source_run_id)
         return {"model": None, "run": run_node(client, settle(client, mlflow_client.find(client, made_by, uri)))}
     version = registry.find(client, what)
     if not version.run_id:
@@ -46,7 +103,7 @@ def _is_folder(what: str) -> bool:
     return "/" in what and Location(what).join(run_folder.MLFLOW_RUN).exists()
 
 
-def model_node(client: Any, version: Any) -> dict[str, Any]:
+def model_node(client: MlflowClient, version: ModelVersion) -> Model:
     aliases = client.get_registered_model(version.name).aliases
     return {
         "name": version.name,
@@ -60,24 +117,17 @@ def model_node(client: Any, version: Any) -> dict[str, Any]:
     }
 
 
-def run_node(client: Any, run: Any, depth: int = DEPTH) -> dict[str, Any]:
-    run_id, told = run.info.run_id, run.data.tags
-    origins = (read_json(client, run_id, "parents.json") or {}).get("parents", [])
-    starts = read_json(client, run_id, ATTEMPTS) or []
+def run_node(client: MlflowClient, run: Run, depth: int = DEPTH) -> Traced:
+    run_id, known, params = run.info.run_id, run.data.tags, run.data.params
+    starts = read_json(client, run_id, ATTEMPTS, list[Start]) or []
     data = data_of(client, run)
     return {
-        "run_id": run_id,
-        "name": told[tags.NAME],
-        "experiment": client.get_experiment(run.info.experiment_id).name,
-        "status": run.info.status,
-        "reason": told.get(tags.REASON),
-        "started": run.info.start_time / 1000,
-        "ended": run.info.end_time / 1000 if run.info.end_time else None,
-        "sweep": told.get(tags.PARENT_RUN),
-        "reproduces": told.get(tags.REPRODUCES),
-        "folder": told[tags.FOLDER],
-        "recipe": told.get(tags.RECIPE),
-        "job": {"artifact": "job.json", "seed": run.data.params.get("train.seed"), "data_seed": run.data.params.get("data.seed")},
+        **about(run, client.get_experiment(run.info.experiment_id).name),
+        "sweep": known.get(tags.PARENT_RUN),
+        "reproduces": known.get(tags.REPRODUCES),
+        "folder": known[tags.FOLDER],
+        "recipe": known.get(tags.RECIPE),
+        "job": {"artifact": "job.json", "seed": params.get("train.seed"), "data_seed": params.get("data.seed")},
         "code": distinct([s["code"] for s in starts]),
         "environments": distinct([s["environment"] for s in starts]),
         "clusters": distinct([s["cluster"] for s in starts if s["cluster"]]),
@@ -88,11 +138,15 @@ def run_node(client: Any, run: Any, depth: int = DEPTH) -> dict[str, Any]:
         "tokenizers": distinct([s["tokenizer"] for g in data["segments"] for s in g["sources"] if s["tokenizer"]]),
         "checkpoints": checkpoint_models.history(client, run),
         "models": [model_node(client, v) for v in versions(client, run_id)],
-        "parents": [{**p, "run": _parent_node(client, p, depth)} for p in origins],
+        "parents": [{**p, "run": _parent_node(client, p, depth)} for p in _parents(client, run_id)],
     }
 
 
-def _parent_node(client: Any, parent: dict[str, Any], depth: int) -> dict[str, Any] | None:
+def _parents(client: MlflowClient, run_id: str) -> list[Parent]:
+    return (read_json(client, run_id, "parents.json", Parents) or {"parents": []})["parents"]
+
+
+def _parent_node(client: MlflowClient, parent: Parent, depth: int) -> Traced | None:
     """Builds the node of a parent's run; None if no run is known for the parent, or this store does not have it."""
     from mlflow.exceptions import MlflowException
 
@@ -105,49 +159,107 @@ def _parent_node(client: Any, parent: dict[str, Any], depth: int) -> dict[str, A
     return run_node(client, run, depth - 1) if tags.FOLDER in run.data.tags else None
 
 
-def attempts(client: Any, run: Any) -> list[dict[str, Any]]:
+def attempts(client: MlflowClient, run: Run) -> list[Outline]:
     """Lists every start of the workers.
 
     Reads the goodput report in MLflow if the run has ended, else the ledger in the run's folder; empty if neither can be read.
     """
-    report = read_json(client, run.info.run_id, "goodput.json") if run.info.status != "RUNNING" else None
+    report = read_json(client, run.info.run_id, "goodput.json", goodput.Report) if run.info.status != "RUNNING" else None
     if report is None:
         try:
             report = goodput.read_report(Location(run.data.tags[tags.FOLDER]))
         except (HeliostatError, OSError):
             return []
-    keys = ("started", "seconds", "workers", "start_step", "reached", "outcome", "reason", "restart")
-    return [{k: a.get(k) for k in keys} for a in report["attempts"]]
+    return [cast(Outline, {k: a.get(k) for k in Outline.__annotations__}) for a in report["attempts"]]
 
 
-def data_of(client: Any, run: Any) -> dict[str, Any]:
+def data_of(client: MlflowClient, run: Run) -> Consumed:
     """Reads what the run has trained on; empty if it has not reached a checkpoint."""
-    return read_json(client, run.info.run_id, "data.json") or {"steps": 0, "segments": [], "replaced": [], "replaced_count": 0}
+    recorded = read_json(client, run.info.run_id, "data.json", Consumed)
+    return recorded or {"steps": 0, "segments": [], "replaced": [], "replaced_count": 0}
 
 
-def versions(client: Any, run_id: str) -> list[Any]:
+def versions(client: MlflowClient, run_id: str) -> list[ModelVersion]:
     return sorted(client.search_model_versions(f"run_id = '{run_id}'"), key=lambda v: (v.name, int(v.version)))
 
 
-def distinct(values: list[Any]) -> list[Any]:
+def distinct(values: list[T]) -> list[T]:
     return [v for i, v in enumerate(values) if v not in values[:i]]
+
+
+class Descendant(TypedDict):
+    """Describes a run that has trained on samples; `inherited`: the run ids of its ancestors that have."""
+
+    run_id: str
+    name: str
+    status: str
+    inherited: list[str]
+    models: list[str]
+
+
+class Row(Descendant):
+    samples: int
+
+
+class Seen:
+    """Finds the runs that have trained on a shard or a dataset: themselves, or through the models they were initialised from.
+
+    Exact, to the sample: computed from the data plans that each run recorded in MLflow, and the datasets' manifests.
+    """
+
+    def __init__(self, client: MlflowClient) -> None:
+        self.client = client
+        self.runs = {r.info.run_id: r for r in mlflow_client.runs(client, list(mlflow_client.experiments(client)))}
+
+    def answer(self, shard: str | None = None, digest: str | None = None) -> list[Row]:
+        """Finds each run that has trained on the shard, or on datasets whose digest begins with `digest`; newest first."""
+
+        def taken(run: Run, before: int | None) -> int:
+            data = data_of(self.client, run)
+            return consumed.of_digest(data, digest, before) if digest else consumed.of_shard(data, str(shard), before)
+
+        return self.rows(taken)
+
+    def rows(self, taken: Taken, only: str | None = None) -> list[Row]:
+        """Finds each run, or `only` one, that has taken samples, itself or by inheritance."""
+        rows = list[Row]()
+        for run_id, run in self.runs.items():
+            if only not in (None, run_id):
+                continue
+            samples, inherited = taken(run, None), self._inherited(run, taken, DEPTH)
+            if samples or inherited:
+                models = [f"models:/{v.name}/{v.version}" for v in versions(self.client, run_id)]
+                rows.append({"run_id": run_id, "name": run.data.tags[tags.NAME], "status": run.info.status, "samples": samples,
+                             "inherited": inherited, "models": models})  # fmt: skip
+        return rows
+
+    def _inherited(self, run: Run, taken: Taken, depth: int) -> list[str]:
+        """Lists the run ids of ancestors that took samples before the step that the run was initialised from."""
+        out: list[str] = []
+        for parent in _parents(self.client, run.info.run_id):
+            above = self.runs.get(run_id := parent["run_id"] or "")
+            if above is not None and depth:
+                out += ([run_id] if taken(above, parent["step"]) else []) + self._inherited(above, taken, depth - 1)
+        return distinct(out)
 
 
 # as a person reads it ------------------------------------------------------------------------------------------------
 
 
-def lines(found: dict[str, Any]) -> list[tuple[int, str]]:
+def lines(traced: Lineage) -> list[tuple[int, str]]:
     """Lays the lineage tree out as lines of text: (depth, text)."""
     out: list[tuple[int, str]] = []
-    if model := found["model"]:
+    if model := traced["model"]:
         out += _model_lines(model, 0)
-    return out + _run_lines(found["run"], 1 if found["model"] else 0)
+    return out + _run_lines(traced["run"], 1 if traced["model"] else 0)
 
 
-def _model_lines(model: dict[str, Any], depth: int) -> list[tuple[int, str]]:
+def _model_lines(model: Model, depth: int) -> list[tuple[int, str]]:
     aliases = f" ({', '.join('@' + a for a in model['aliases'])})" if model["aliases"] else ""
-    told = "  ".join(f"{k} {v:.5g}" for k, v in model["scores"].items())
-    out = [(depth, f"model {model['name']} version {model['version']}{aliases}, license {model['license'] or 'unknown'}  {told}")]
+    scores = "  ".join(f"{k} {v:.5g}" for k, v in model["scores"].items())
+    out = [
+        (depth, f"model {model['name']} version {model['version']}{aliases}, license {model['license'] or 'unknown'}  {scores}")
+    ]
     for entry in model["history"]:
         more = f", in place of version {entry['replaced']}" if entry.get("replaced") else ""
         more += f", version {entry['replaced_by']} took its place" if entry.get("replaced_by") else ""
@@ -156,12 +268,12 @@ def _model_lines(model: dict[str, Any], depth: int) -> list[tuple[int, str]]:
     return out
 
 
-def _run_lines(run: dict[str, Any], depth: int) -> list[tuple[int, str]]:
+def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
     reason = f": {run['reason']}" if run["reason"] else ""
     out = [(depth, f"run {run['name']} ({run['run_id']}), {run['status']}{reason}")]
     below = depth + 1
-    for key in ("sweep", "reproduces"):
-        out += [(below, f"{key}: {run[key]}")] if run[key] else []
+    for key, other in (("sweep", run["sweep"]), ("reproduces", run["reproduces"])):
+        out += [(below, f"{key}: {other}")] if other else []
     for code in run["code"]:
         dirty = f", changed (code/{code['diff']}.diff)" if code["diff"] else ""
         out.append((below, f"code: {code['commit'] or 'no git commit'}{dirty}"))
@@ -184,8 +296,8 @@ def _run_lines(run: dict[str, Any], depth: int) -> list[tuple[int, str]]:
         out.append((below, f"{count:,} bad samples were replaced"))
     out += [(below, f"tokenizer {t[:12]}") for t in run["tokenizers"]]
     for c in run["checkpoints"]:
-        told = "  ".join(f"{k} {v:.5g}" for k, v in c["scores"].items())
-        out.append((below, f"checkpoint of step {c['step']:,}{' (deleted)' if c['deleted'] else ''}: {c['uri']}  {told}"))
+        scores = "  ".join(f"{k} {v:.5g}" for k, v in c["scores"].items())
+        out.append((below, f"checkpoint of step {c['step']:,}{' (deleted)' if c['deleted'] else ''}: {c['uri']}  {scores}"))
     for parent in run["parents"]:
         at = f", step {parent['step']:,}" if parent["step"] is not None else ""
         changed = f", with {', '.join(keys)} changed" if (keys := parent.get("changed")) else ""
@@ -194,12 +306,12 @@ def _run_lines(run: dict[str, Any], depth: int) -> list[tuple[int, str]]:
     return out
 
 
-def _source_line(s: dict[str, Any]) -> str:
+def _source_line(s: consumed.Source) -> str:
     shown = ", ".join(a if a == b else f"{a} to {b}" for a, b in s["ranges"][:3]) + (" ..." if len(s["ranges"]) > 3 else "")
     weights = ", ".join(f"{w:g}" + (f" from step {step + 1:,}" if step else "") for step, w in s["weights"])
     return (f"{s['name']} {s['digest'][:12]}, weight {weights}: {s['samples']:,} samples, {s['epochs']:.2f} epochs, "
             f"{s['shards']['seen']} of {s['shards']['total']} shards ({shown}) of {s['uri']}{_forgotten(s)}")  # fmt: skip
 
 
-def _forgotten(source: dict[str, Any]) -> str:
+def _forgotten(source: consumed.Source) -> str:
     return "".join(f", made of {old['digest'][:12]} without {', '.join(old['ids'])}" for old in source.get("forgotten", []))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from heliostat.config import workspace
 from heliostat.curation import reasons
@@ -11,24 +11,52 @@ from heliostat.data import documents
 from heliostat.data.dataset import open_dataset
 from heliostat.data.documents import Piece
 from heliostat.data.manifest import Manifest
-from heliostat.data.visits import visits
+from heliostat.data.visits import Visit, visits
 from heliostat.errors import DataError
 from heliostat.runs import consumed
+from heliostat.runs.consumed import Consumed, Place, Replaced
 from heliostat.storage.locations import Location
 from heliostat.tracking import tags
-from heliostat.tracking.lineage import data_of
-from heliostat.tracking.lineage_of_data import Seen
+from heliostat.tracking.lineage import Descendant, Seen, data_of
+
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+Chunk = tuple[str, str, int]  # dataset, shard, row group
+
+
+class Sample(Place):
+    """Describes a sample that holds some of the document; who took a bad one's place has no lane in the record."""
+
+    step: int  # from 1
+    lane: int | None
+    place: int | None
+    epoch: int | None
+
+
+class Reached(Descendant):
+    """Describes a run that has trained on the document.
+
+    `unsure`: replaced bad samples that are not listed; `fault`: why it is not known what the run took, of a dataset that this
+    one is a version of.
+    """
+
+    samples: list[Sample]
+    steps: list[int]
+    unsure: int
+    fault: str | None
 
 
 @dataclass
 class Trained:
     """Finds the runs that have trained on a document, which a dataset holds under `id`."""
 
-    client: Any
+    client: MlflowClient
     made: Manifest
     id: str
     places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)  # by a version's digest
-    found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # samples, by run
+    found: dict[str, list[Sample]] = field(default_factory=dict)  # samples, by run
     faults: dict[str, str] = field(default_factory=dict)  # by run
 
     @property
@@ -37,29 +65,25 @@ class Trained:
         parts = self.made.meta.get("digests", {}).values()
         return {self.made.digest, *parts, *(earlier["digest"] for earlier in self.made.meta.get("forgotten", []))}
 
-    def runs(self, only: str | None = None) -> list[dict[str, Any]]:
-        """Finds each run, or `only` one, that has trained on the document, itself or through what it was initialised from.
-
-        Each row holds run_id, name, status, samples (where each lies: step from 1, lane, place, epoch, shard, row_group, row),
-        steps, inherited (the ancestors' run ids), models, unsure (replaced bad samples that are not listed), and fault: why
-        it is not known what the run took, of a dataset that this one is a version of, or null.
-        """
+    def runs(self, only: str | None = None) -> list[Reached]:
+        """Finds each run, or `only` one, that has trained on the document, itself or through what it was initialised from."""
         seen = Seen(self.client)
-        rows = seen.rows(lambda run, before: len(self._before(run, before)), only)
-        unknown = [seen.runs[run_id] for run_id in self.faults if only in (None, run_id)]
+        rows: list[Descendant] = [*seen.rows(lambda run, before: len(self._before(run, before)), only)]
         known = {row["run_id"] for row in rows}
+        unknown = [seen.runs[run_id] for run_id in self.faults if run_id not in known and only in (None, run_id)]
         rows += [{"run_id": run.info.run_id, "name": run.data.tags[tags.NAME], "status": run.info.status, "inherited": [],
-                  "models": []} for run in unknown if run.info.run_id not in known]  # fmt: skip
-        for row in rows:
-            samples = self.found.get(row["run_id"], [])
-            row |= {"samples": samples, "steps": sorted({sample["step"] for sample in samples}), "unsure": 0}
-            row["fault"] = self.faults.get(row["run_id"])
-            if samples:
-                data = data_of(self.client, self.client.get_run(row["run_id"]))
-                row["unsure"] = data["replaced_count"] - len(data["replaced"])
-        return rows
+                  "models": []} for run in unknown]  # fmt: skip
+        return [self._reached(row) for row in rows]
 
-    def _before(self, run: Any, before: int | None) -> list[dict[str, Any]]:
+    def _reached(self, row: Descendant) -> Reached:
+        samples, unsure = self.found.get(row["run_id"], []), 0
+        if samples:
+            data = data_of(self.client, self.client.get_run(row["run_id"]))
+            unsure = data["replaced_count"] - len(data["replaced"])
+        steps = sorted({sample["step"] for sample in samples})
+        return {**row, "samples": samples, "steps": steps, "unsure": unsure, "fault": self.faults.get(row["run_id"])}
+
+    def _before(self, run: Run, before: int | None) -> list[Sample]:
         """Finds the samples of a run in its steps up to `before`, as it was counted there, or in all."""
         run_id = run.info.run_id
         if run_id not in self.found:
@@ -69,18 +93,18 @@ class Trained:
                 self.found[run_id], self.faults[run_id] = [], str(e)
         return [s for s in self.found[run_id] if before is None or s["step"] <= before]
 
-    def _samples(self, data: dict[str, Any]) -> list[dict[str, Any]]:
-        out, held = list[dict[str, Any]](), dict[tuple[Any, ...], range]()
-        for segment, told in zip(consumed.parse(data), data["segments"], strict=True):
-            for number, source in enumerate(told["sources"]):
+    def _samples(self, data: Consumed) -> list[Sample]:
+        samples, rows_of = list[Sample](), dict[Chunk, range]()
+        for segment, taken in zip(consumed.parse(data), data["segments"], strict=True):
+            for number, source in enumerate(taken["sources"]):
                 if source["digest"] not in self.digests and not same_folder(source["uri"], str(self.made.location)):
                     continue
                 for shard, piece in self._pieces(open_dataset(segment.plan).sources[number]):
                     rows = piece.samples(segment.plan.sequence_length or 1)
-                    place = {"dataset": source["uri"], "shard": shard, "row_group": piece.row_group}
-                    held[tuple(place.values())] = rows
-                    out += [{**place, **asdict(visit)} for visit in visits(segment, number, piece.chunk, rows)]
-        return with_replaced(out, data["replaced"], held)
+                    chunk = source["uri"], shard, piece.row_group
+                    rows_of[chunk] = rows
+                    samples += [_sample(chunk, visit) for visit in visits(segment, number, piece.chunk, rows)]
+        return with_replaced(samples, data["replaced"], rows_of)
 
     def _pieces(self, version: Manifest) -> list[tuple[str, Piece]]:
         """Locates the document in a version of the dataset; nowhere, if that one did not keep it."""
@@ -100,20 +124,26 @@ def same_folder(a: str, b: str) -> bool:
     return Location(a).absolute(workspace.root()).path == Location(b).absolute(workspace.root()).path
 
 
-def with_replaced(samples: list[dict[str, Any]], replaced: list[Any], held: dict[tuple[Any, ...], range]) -> list[dict[str, Any]]:
+def _sample(chunk: Chunk, visit: Visit) -> Sample:
+    dataset, shard, row_group = chunk
+    return {"dataset": dataset, "shard": shard, "row_group": row_group, "step": visit.step, "lane": visit.lane,
+            "place": visit.place, "epoch": visit.epoch, "row": visit.row}  # fmt: skip
+
+
+def with_replaced(samples: list[Sample], replaced: list[Replaced], rows_of: dict[Chunk, range]) -> list[Sample]:
     """Leaves out the samples that were bad, and others took their place; adds those that took others' places.
 
-    `held`: the rows of each (dataset, shard, row group) that hold the document. Who took a place has no lane in the record.
+    `rows_of`: the rows of each chunk that hold the document.
     """
 
-    def at(place: Any) -> tuple[Any, ...]:
+    def at(place: Place) -> Chunk:
         return place["dataset"], place["shard"], place["row_group"]
 
-    gone = {(bad["step"], *at(bad), bad["row"]) for bad in replaced}
-    kept = [s for s in samples if (s["step"], *at(s), s["row"]) not in gone]
+    gone = {(bad["step"], at(bad), bad["row"]) for bad in replaced}
+    kept = [s for s in samples if (s["step"], at(s), s["row"]) not in gone]
     for bad in replaced:
         by = bad["replaced_by"]
-        if by["row"] in held.get(at(by), range(0)):
-            named = {name: by[name] for name in ("dataset", "shard", "row_group", "row")}
-            kept.append({**named, "step": bad["step"], "lane": None, "place": None, "epoch": None})
+        if by["row"] in rows_of.get(at(by), range(0)):
+            kept.append({"dataset": by["dataset"], "shard": by["shard"], "row_group": by["row_group"], "row": by["row"],
+                         "step": bad["step"], "lane": None, "place": None, "epoch": None})  # fmt: skip
     return sorted(kept, key=lambda s: (s["step"], s["lane"] or 0, s["place"] or 0))

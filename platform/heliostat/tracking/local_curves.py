@@ -74,9 +74,9 @@ def _fault(read: list[Recorded]) -> str | None:
 EVENTS = Format(list[Recorded], "list of a run's curves", check=_fault, fix="delete it to go without these steps' curves")
 
 
-def write(run: Location, done: int, told: list[events.Event]) -> None:
+def write(run: Location, done: int, reported: list[events.Event]) -> None:
     """Writes the events of the steps up to `done` that no earlier file of the run's curves holds."""
-    run_folder.curves(run, done).write(json.dumps([events.dump(event) for event in told]).encode())
+    run_folder.curves(run, done).write(json.dumps([events.dump(event) for event in reported]).encode())
 
 
 def missing(run: Location, known: dict[str, int]) -> list[Point]:
@@ -90,10 +90,10 @@ def read(run: Location, last: int = 0) -> list[Point]:
     for name, _ in folder.files():
         if run_folder.step_of(name) > last:
             for event in EVENTS.read(folder.join(name)):
-                if (found := events.parse(dict(event))) is None:
+                if (parsed := events.parse(event)) is None:
                     log.warning(
                         "%s: an event of kind %r is of another version of heliostat; it is not logged", name, event["kind"]
                     )
                     continue
-                out += points(found)
+                out += points(parsed)
     return out

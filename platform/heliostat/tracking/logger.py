@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from heliostat.cluster import source_code
 from heliostat.config.spec import Job
@@ -34,7 +34,11 @@ from heliostat.storage import run_folder
 from heliostat.storage.retries import Backoff
 from heliostat.tracking import card, local_curves, mlflow_client, outbox, tags
 from heliostat.tracking.metrics import SPIKE, Point, points
-from heliostat.tracking.run_facts import Record, read_json
+from heliostat.tracking.mlflow_client import read_json, write_json
+from heliostat.tracking.run_facts import Record
+
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +52,19 @@ PAUSES = Backoff(0.5, 15.0)  # between two tries
 NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # would come again at every try
 
 
+class Table(TypedDict):
+    """Describes what is read of the run's table of samples."""
+
+    data: list[list[str]]
+
+
 @dataclass(kw_only=True)
 class End(Event):
     """Marks the end of the command: the last event that is posted."""
 
     status: str
     reason: str
-    report: dict[str, Any]
+    report: goodput.Report
     tags: dict[str, str]
 
 
@@ -103,7 +113,7 @@ class RunOwner:
         if not self._thread.ident:
             self._thread.start()
 
-    def client(self) -> Any:
+    def client(self) -> MlflowClient:
         """Waits until MLflow has answered, and returns the MlflowClient; TrackingError if there is no answer for AWAY_S."""
         self.post(Event())  # the thread may wait for a first event
         self._start()
@@ -124,22 +134,22 @@ class RunOwner:
         except MlflowException as e:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
 
-    def _log_samples(self, client: Any, rows: list[list[str]]) -> None:
+    def _log_samples(self, client: MlflowClient, rows: list[list[str]]) -> None:
         """Adds rows to the run's table of samples, unless they are its last rows already.
 
         MLflow's `log_table` would add them again if this is repeated.
         """
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
-        before = (read_json(client, self.run_id, SAMPLES) or {"data": []})["data"]
+        before = (read_json(client, self.run_id, SAMPLES, Table) or {"data": []})["data"]
         before = before[: -len(rows)] if rows and before[-len(rows) :] == rows else before
-        client.log_dict(self.run_id, {"columns": ["prompt", "text"], "data": [*before, *rows]}, SAMPLES)
+        write_json(client, self.run_id, {"columns": ["prompt", "text"], "data": [*before, *rows]}, SAMPLES)
         tables = json.loads(client.get_run(self.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
         mine = {"path": SAMPLES, "type": "table"}
         if mine not in tables:
             client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, mine]))
 
-    def finish(self, status: str, reason: str, report: dict[str, Any], closing: dict[str, str] | None = None) -> None:
+    def finish(self, status: str, reason: str, report: goodput.Report, closing: dict[str, str] | None = None) -> None:
         """Writes all that waits, the run's goodput, tags, and its status: FINISHED, FAILED or KILLED.
 
         If MLflow stays away for AWAY_S, the run's next command does it: TrackingError for a run that is FINISHED.
@@ -151,12 +161,11 @@ class RunOwner:
         self._thread.join(AWAY_S + EXCHANGE_S)
         if self._fault or self._thread.is_alive():
             kept = self.job.run_folder.join(run_folder.UNLOGGED)
-            told = (
-                f"{self._away()}; what it has not got is in {kept}, and the next `heliostat train --resume` of this run logs it"
-            )
+            lacks = f"{self._away()}; what it has not got is in {kept}"
+            fault = f"{lacks}, and the next `heliostat train --resume` of this run logs it"
             if status == "FINISHED":
-                raise TrackingError(told) from self._fault
-            log.error(told)
+                raise TrackingError(fault) from self._fault
+            log.error(fault)
 
     def _away(self) -> str:
         reason = mlflow_client.fault(self._fault) if self._fault else "no answer"
@@ -280,7 +289,7 @@ class RunOwner:
         report = end.report
         self._try("its checkpoints and data", lambda: self._record.sync(report["attempts"][-1]["reached"]))
         try:
-            self._client.log_dict(self.run_id, report, "goodput.json")
+            write_json(self._client, self.run_id, report, "goodput.json")
             self._client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
         except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
             log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
@@ -312,20 +321,20 @@ class RunOwner:
         job = self.job
         self._client = mlflow.MlflowClient(tracking_uri=job.mlflow.uri)
         mlflow.set_tracking_uri(job.mlflow.uri)  # for what only MLflow's module functions can do
-        found = record(job.run_folder)
-        if found.get("uri") != job.mlflow.uri:
-            found = {"token": uuid.uuid4().hex, "uri": job.mlflow.uri, "name": job.name}
-        if "run_id" in found:
-            self._client.update_run(found["run_id"], status="RUNNING")
-            self._client.set_tag(found["run_id"], tags.STEPS, str(job.train.steps))
-            self._record = Record(self._client, found["run_id"], job)
-            self.run_id = found["run_id"]
+        known = record(job.run_folder)
+        if known.get("uri") != job.mlflow.uri:
+            known = {"token": uuid.uuid4().hex, "uri": job.mlflow.uri, "name": job.name}
+        if "run_id" in known:
+            self._client.update_run(known["run_id"], status="RUNNING")
+            self._client.set_tag(known["run_id"], tags.STEPS, str(job.train.steps))
+            self._record = Record(self._client, known["run_id"], job)
+            self.run_id = known["run_id"]
             return
-        job.run_folder.join(run_folder.MLFLOW_RUN).write(json.dumps(found).encode())
-        self._made = self._made or self._make(found["token"])
+        job.run_folder.join(run_folder.MLFLOW_RUN).write(json.dumps(known).encode())
+        self._made = self._made or self._make(known["token"])
         self._record = Record(self._client, self._made, job)
         self._record.begin(self.manifests, self._data_version)
-        job.run_folder.join(run_folder.MLFLOW_RUN).write(json.dumps({**found, "run_id": self._made}).encode())
+        job.run_folder.join(run_folder.MLFLOW_RUN).write(json.dumps({**known, "run_id": self._made}).encode())
         self.run_id = self._made
 
     def _make(self, token: str) -> str:
@@ -334,8 +343,8 @@ class RunOwner:
         for name in (tags.TOKEN, tags.FORMERLY[tags.TOKEN]):
             if made := self._client.search_runs([experiment_id], f"tags.`{name}` = '{token}'"):
                 return str(made[0].info.run_id)
-        told = {**_tags(self.job, self.manifests), **self._tags, tags.TOKEN: token}
-        return str(self._client.create_run(experiment_id, run_name=self.job.name, tags=told).info.run_id)
+        written = {**_tags(self.job, self.manifests), **self._tags, tags.TOKEN: token}
+        return str(self._client.create_run(experiment_id, run_name=self.job.name, tags=written).info.run_id)
 
     def _send(self, new: list[Point]) -> None:
         mlflow_client.send(self._client, self.run_id, new)
@@ -356,7 +365,7 @@ class RunOwner:
 def _tags(job: Job, manifests: list[Manifest]) -> dict[str, str]:
     """Collects the tags of a new run, for people and for `heliostat` itself: who made it, from what job, code and packages."""
     submitted = bool(os.environ.get("HELIOSTAT_CLUSTER"))
-    told = {
+    written = {
         tags.NAME: job.name,
         tags.RECIPE: job.recipe,
         tags.FOLDER: str(job.run_folder),
@@ -368,10 +377,10 @@ def _tags(job: Job, manifests: list[Manifest]) -> dict[str, str]:
     }
     for package in PACKAGES:
         try:
-            told[tags.VERSION + package] = version(package)
+            written[tags.VERSION + package] = version(package)
         except PackageNotFoundError:
             continue
     source = source_code.source()
     if source.commit:
-        told |= {tags.COMMIT: source.commit, tags.DIRTY: str(source.dirty)}
-    return told
+        written |= {tags.COMMIT: source.commit, tags.DIRTY: str(source.dirty)}
+    return written

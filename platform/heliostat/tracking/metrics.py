@@ -12,13 +12,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from heliostat.runs.events import Evaluation, Event, Goodput, NodeSample, Saved, Spike, Steps
 
 SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it is above; at spikes alone
 CHECKPOINT = "train/checkpoint/"  # begins the names of the scores of checkpoints' logged models
 SYSTEM, TIME = "system/", "train/time/"  # begin the names of what is of a time rather than of a step
+
+
+Number: TypeAlias = float | list[float]  # or one for each step
+Values: TypeAlias = Number | Mapping[str, Number | None] | None  # by what a `*` stands for
 
 
 class Point(NamedTuple):
@@ -50,7 +54,7 @@ class Metric:
 
     name: str
     kind: type[Event]
-    value: Callable[[Any], Any]
+    value: Callable[[Any], Values]
     chart: str = ""
     unit: str = ""
     section: str = "Learning"
@@ -62,19 +66,19 @@ class Metric:
         return _star(self.name, name)
 
 
-def _of(key: str) -> Callable[[Any], Any]:
+def _of(key: str) -> Callable[[Event], Values]:
     return lambda event: getattr(event, key)
 
 
-def _of_source(key: str) -> Callable[[Any], Any]:
+def _of_source(key: str) -> Callable[[Steps], Values]:
     return lambda event: {source: given.get(key) for source, given in event.sources.items()}
 
 
-def _of_experts(key: str) -> Callable[[Any], Any]:
+def _of_experts(key: str) -> Callable[[Steps], Values]:
     return lambda event: event.experts.get(key)
 
 
-def _of_goodput(key: str) -> Callable[[Any], Any]:
+def _of_goodput(key: str) -> Callable[[Goodput], Values]:
     return lambda event: event.report[key]
 
 
@@ -132,7 +136,7 @@ def points(event: Event) -> list[Point]:
     return once + [point for group in zip(*reversed(stepwise), strict=True) for point in group]
 
 
-def _values(event: Event) -> Iterable[tuple[str, Any]]:
+def _values(event: Event) -> Iterable[tuple[str, Number]]:
     """Yields (name, number or list) for each metric that the event has a value of.
 
     If two metrics produce the same name, the first one counts.
@@ -140,7 +144,7 @@ def _values(event: Event) -> Iterable[tuple[str, Any]]:
     known = set[str]()
     for metric in METRICS:
         value = metric.value(event) if isinstance(event, metric.kind) else None
-        named = value if "*" in metric.name and isinstance(value, Mapping) else {"": value}
+        named = value if isinstance(value, Mapping) else {"": value}
         for star, number in named.items():
             name = metric.name.replace("*", star)
             if number is not None and name not in known:

@@ -1,4 +1,4 @@
-"""Accesses runs in MLflow's store for the commands: sends metrics, finds runs, and turns failures into one clear error."""
+"""Accesses runs in MLflow's store: sends metrics, reads artifacts, finds runs, and turns failures into one clear error."""
 
 from __future__ import annotations
 
@@ -6,25 +6,37 @@ import os
 import re
 import socket
 import ssl
+import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 from urllib.parse import urlsplit
+
+from pydantic import JsonValue
 
 from heliostat import extras
 from heliostat.errors import ConfigError, TrackingError
-from heliostat.runs.mlflow_id import record
+from heliostat.runs.mlflow_id import Record, record
+from heliostat.storage.records import Format
 from heliostat.storage.retries import Backoff, Failure, retry
 from heliostat.text import brief
 from heliostat.tracking.metrics import Point
 from heliostat.tracking.tags import FOLDER, KIND, NAME, TRAINING
 
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.store.entities import PagedList
+
+T = TypeVar("T")
+
 DEFAULT = ".heliostat/mlflow.db"  # the quickstart's
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # of databases, by the beginning of their URI
+ARTIFACT: Format[JsonValue] = Format(cast(type[JsonValue], JsonValue), "record in MLflow", TrackingError)
 ANSWER_S = 5.0  # for a database to take a connection, or a server to answer; MLflow itself tries for 100
 BUDGET_S = 10.0  # for a server that doesn't answer, in all
 PAUSES = Backoff(0.5, 2.0)
@@ -47,19 +59,49 @@ def default_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT).absolute()}"
 
 
-def send(client: Any, run_id: str, points: list[Point]) -> None:
+def send(client: MlflowClient, run_id: str, points: list[Point]) -> None:
     from mlflow.entities import Metric
 
     client.log_batch(run_id, metrics=[Metric(p.key, p.value, int(p.at * 1000), p.step) for p in points])
 
 
-def known(client: Any, run_id: str) -> dict[str, int]:
+def known(client: MlflowClient, run_id: str) -> dict[str, int]:
     """Reads the last place (step or time) that MLflow has of each metric."""
-    found = client.get_run(run_id).data.to_proto().metrics
-    return {m.key: Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in found}
+    newest = client.get_run(run_id).data.to_proto().metrics
+    return {m.key: Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in newest}
 
 
-def connect(uri: str) -> Any:
+def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -> T | None:
+    """Reads a JSON artifact of a run, which is one of heliostat's own and so of this kind; None if the run has none."""
+    folder = artifact.rpartition("/")[0] or None
+    if artifact not in {f.path for f in client.list_artifacts(run_id, folder)}:
+        return None
+    with tempfile.TemporaryDirectory(prefix="heliostat-") as local:
+        data = Path(client.download_artifacts(run_id, artifact, local)).read_bytes()
+    return cast(T, ARTIFACT.parse(data, f"run {run_id}: {artifact}"))
+
+
+def write_json(client: MlflowClient, run_id: str, value: object, artifact: str) -> None:
+    client.log_dict(run_id, value, artifact)  # type: ignore[arg-type]  # it takes any JSON value
+
+
+def pages(search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
+    """Yields the results of a search, page after page; `search` is called with the token of each page."""
+    page = search(None)
+    yield from page
+    while page.token:
+        page = search(page.token)
+        yield from page
+
+
+def logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
+    """Lists the logged models of a run, complete or not, checkpoints too, oldest first."""
+    of_run, experiment_ids = f"source_run_id = '{run.info.run_id}'", [run.info.experiment_id]
+    models = pages(lambda token: client.search_logged_models(experiment_ids, filter_string=of_run, page_token=token))
+    return sorted(models, key=lambda m: m.creation_timestamp)
+
+
+def connect(uri: str) -> MlflowClient:
     """Connects to MLflow's store at `uri`: returns an MlflowClient, and makes the store MLflow's default.
 
     TrackingError if it is a database whose server takes no connection.
@@ -151,65 +193,54 @@ def fault(error: object) -> str:
     return brief(cause[1] if cause else said or type(error).__name__)
 
 
-def experiments(client: Any, name: str | None = None) -> dict[str, str]:
+def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]:
     """Lists the experiments' names by id, or only the one named `name`; ConfigError if there is no such experiment."""
     if name is not None:
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        existing = client.get_experiment_by_name(name)
+        if existing is None:
             raise ConfigError(f"--experiment: {name!r} is no experiment; there are {', '.join(experiments(client).values())}")
-        return {found.experiment_id: found.name}
-    out, token = dict[str, str](), None
-    while True:
-        page = client.search_experiments(page_token=token)
-        out |= {e.experiment_id: e.name for e in page}
-        token = page.token
-        if not token:
-            return out
+        return {existing.experiment_id: existing.name}
+    return {e.experiment_id: e.name for e in pages(lambda token: client.search_experiments(page_token=token))}
 
 
-def experiment(client: Any, uri: str, name: str) -> str:
+def experiment(client: MlflowClient, uri: str, name: str) -> str:
     """Finds or makes the experiment, and returns its id.
 
     It is marked as one for training models, unless somebody has chosen a kind (MLflow's UI also notes its own guesses there).
     """
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    existing = client.get_experiment_by_name(name)
+    if existing is None:
         place = None
         if uri.startswith("sqlite:///"):  # MLflow's own default is a folder below wherever the process happens to run
             place = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name)
-        found = client.get_experiment(client.create_experiment(name, artifact_location=place))
-    kind = found.tags.get(KIND, "")
+        existing = client.get_experiment(client.create_experiment(name, artifact_location=place))
+    kind = existing.tags.get(KIND, "")
     if not kind or kind.endswith(("_inferred", "_inferred_type")):
-        client.set_experiment_tag(found.experiment_id, KIND, TRAINING)
-    return str(found.experiment_id)
+        client.set_experiment_tag(existing.experiment_id, KIND, TRAINING)
+    return str(existing.experiment_id)
 
 
-def runs(client: Any, experiment_ids: list[str]) -> list[Any]:
+def runs(client: MlflowClient, experiment_ids: list[str]) -> list[Run]:
     """Lists all runs that heliostat made in these experiments, newest first."""
-    found, token = [], None
-    while True:
-        page = client.search_runs(experiment_ids, f"tags.`{NAME}` LIKE '%'", page_token=token, order_by=["start_time DESC"])
-        found += page
-        token = page.token
-        if not token:
-            return found
+    ours, newest = f"tags.`{NAME}` LIKE '%'", ["start_time DESC"]
+    return list(pages(lambda token: client.search_runs(experiment_ids, ours, page_token=token, order_by=newest)))
 
 
-def find(client: Any, run: str, uri: str) -> Any:
+def find(client: MlflowClient, run: str, uri: str) -> Run:
     """Finds the run of an id, or of a run's folder; ConfigError if MLflow does not know it, or heliostat did not make it."""
     from mlflow.exceptions import MlflowException
 
     from heliostat.storage.locations import Location
 
-    told = {"run_id": run} if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run))
-    run_id = told.get("run_id")
+    known: Record = {"run_id": run} if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run))
+    run_id = known.get("run_id")
     if run_id is None:
         raise ConfigError(f"{run!r}: is neither a run id (32 hex digits), nor a run's folder with a run.json")
     try:
-        found = client.get_run(run_id)
+        recorded_run = client.get_run(run_id)
     except MlflowException as e:
-        fix = f"; it is in another store: give --mlflow {kept}" if (kept := told.get("uri")) and kept != uri else ""
+        fix = f"; it is in another store: give --mlflow {recorded}" if (recorded := known.get("uri")) and recorded != uri else ""
         raise ConfigError(f"{run!r}: no such run in {uri}{fix}") from e
-    if FOLDER not in found.data.tags:
+    if FOLDER not in recorded_run.data.tags:
         raise ConfigError(f"{run!r}: is a run of {uri} that `heliostat train` did not make")
-    return found
+    return recorded_run

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from heliostat.config.spec import Job
@@ -25,9 +25,14 @@ from heliostat.storage.locations import Location
 from heliostat.text import brief
 from heliostat.tracking import card, registry, tags
 from heliostat.tracking.checkpoint_models import KIND
+from heliostat.tracking.mlflow_client import logged_models
 from heliostat.tracking.parents import parents
 
-if TYPE_CHECKING:  # with torch, which takes a second
+if TYPE_CHECKING:  # MLflow and torch take seconds
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
+
     from heliostat.checkpoint.layout import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -44,13 +49,13 @@ def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Ser
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     mlflow.set_tracking_uri(job.mlflow.uri)
-    told = card.license_of(job, parents(job))
-    client: Any = mlflow.MlflowClient()
+    license = card.license_of(job, parents(job))
+    client = mlflow.MlflowClient()
     made_of = f"{last.step} {last.index['written']!r}"
     try:
-        model_id = _logged(client, run_id, made_of) or _log(client, run_id, made_of, folder, recipe, scores, told)
+        model_id = _logged(client, run_id, made_of) or _log(client, run_id, made_of, folder, recipe, scores, license)
         client.update_run(run_id, status="RUNNING")  # the fluent run has ended it, and there is more to come
-        client.set_logged_model_tags(model_id, {tags.LICENSE: told, tags.STEP: str(last.step)})
+        client.set_logged_model_tags(model_id, {tags.LICENSE: license, tags.STEP: str(last.step)})
         uri = f"models:/{model_id}"
         if not job.mlflow.register_as:
             return uri
@@ -61,13 +66,15 @@ def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Ser
                 version = mlflow.register_model(uri, job.mlflow.register_as, tags={tags.MADE_OF: uri})
             finally:
                 logging_utils.enable_logging()
-        _describe(client, job, version, last.step, told, (folder / card.FILE).read_text(), scores)
+        _describe(client, job, version, last.step, license, (folder / card.FILE).read_text(), scores)
     except mlflow.exceptions.MlflowException as e:
         raise TrackingError(f"mlflow: the model in {folder} could not be logged ({e})") from e
     return f"models:/{job.mlflow.register_as}/{version.version}"
 
 
-def _log(client: Any, run_id: str, made_of: str, folder: Path, recipe: Serves, scores: dict[str, float], told: str) -> str:
+def _log(
+    client: MlflowClient, run_id: str, made_of: str, folder: Path, recipe: Serves, scores: dict[str, float], license: str
+) -> str:
     """Logs the folder as a new pyfunc model of the run, and returns the logged model's id."""
     import mlflow
 
@@ -83,7 +90,7 @@ def _log(client: Any, run_id: str, made_of: str, folder: Path, recipe: Serves, s
             params={f"eval.{k}": v for k, v in scores.items()},
             tags={**source, tags.MADE_OF: made_of},
             pip_requirements=list(serving.requirements),
-            metadata={"license": told},
+            metadata={"license": license},
         )
     return str(info.model_id)
 
@@ -108,7 +115,7 @@ def _unchecked() -> Iterator[None]:
         yield
 
 
-def _logged(client: Any, run_id: str, made_of: str) -> str | None:
+def _logged(client: MlflowClient, run_id: str, made_of: str) -> str | None:
     """Finds the id of the model that an earlier call logged completely for this checkpoint; None if there is none.
 
     Deletes what earlier calls left incomplete.
@@ -124,41 +131,33 @@ def _logged(client: Any, run_id: str, made_of: str) -> str | None:
     return whole
 
 
-def models_of(client: Any, run: Any) -> list[Any]:
+def models_of(client: MlflowClient, run: Run) -> list[LoggedModel]:
     """Lists the logged models of a run that are no checkpoints, complete or not, oldest first."""
-    found = list[Any]()
-    token = None
-    while True:
-        page = client.search_logged_models(
-            [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'", page_token=token
-        )
-        found += [m for m in page if m.model_type != KIND]
-        token = page.token
-        if not token:
-            return sorted(found, key=lambda m: m.creation_timestamp)
+    return [m for m in logged_models(client, run) if m.model_type != KIND]
 
 
-def _registered(client: Any, name: str, run_id: str, uri: str) -> Any:
+def _registered(client: MlflowClient, name: str, run_id: str, uri: str) -> ModelVersion | None:
     """Finds the version that an earlier call registered for this logged model; None if there is none."""
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     return next((v for v in versions if tags.value(v.tags, tags.MADE_OF) == uri), None)
 
 
-def _describe(client: Any, job: Job, made: Any, step: int, told: str, text: str, scores: dict[str, float]) -> None:
+def _describe(
+    client: MlflowClient, job: Job, made: ModelVersion, step: int, license: str, text: str, scores: dict[str, float]
+) -> None:
     """Sets the registered version's tags, card and alias.
 
     The alias is set only once, because it may have been moved to another version since.
     """
-    name, version = job.mlflow.register_as, str(made.version)
-    told_of = {tags.LICENSE: told, tags.STEP: str(step), **{f"{tags.SCORE}eval/{k}": repr(v) for k, v in scores.items()}}
-    for key, value in told_of.items():
+    name, version = str(job.mlflow.register_as), str(made.version)
+    written = {tags.LICENSE: license, tags.STEP: str(step), **{f"{tags.SCORE}eval/{k}": repr(v) for k, v in scores.items()}}
+    for key, value in written.items():
         client.set_model_version_tag(name, version, key, value)
     client.update_model_version(name, version, description=text.split("---\n", 2)[-1][:5000])
     if job.mlflow.alias and not any(entry["event"] == "registered" for entry in registry.history(made)):
         client.set_registered_model_alias(name, job.mlflow.alias, version)
-        registry.record(
-            client, str(name), version, {"alias": job.mlflow.alias, "at": round(time.time(), 3), "event": "registered"}
-        )
+        at = round(time.time(), 3)
+        registry.record(client, name, version, {"alias": job.mlflow.alias, "at": at, "event": "registered"})
 
 
 def resolve(model: str, tracking_uri: str) -> Path:
@@ -176,7 +175,7 @@ def _download(model: str, tracking_uri: str) -> Path:
     import mlflow
 
     mlflow.set_tracking_uri(tracking_uri)
-    client: Any = mlflow.MlflowClient()
+    client = mlflow.MlflowClient()
     try:
         uri = model
         if not model.startswith("models:/"):

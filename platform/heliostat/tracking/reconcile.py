@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from heliostat.config.spec import Job
 from heliostat.errors import HeliostatError
@@ -18,9 +18,14 @@ from heliostat.runs.mlflow_id import record
 from heliostat.schema import validate
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
+from heliostat.storage.records import Json
 from heliostat.tracking import local_curves, mlflow_client, tags
 from heliostat.tracking.outbox import Outbox
-from heliostat.tracking.run_facts import Record, read_json
+from heliostat.tracking.run_facts import Record
+
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +33,7 @@ STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  
 YOUNG_S = 60.0  # a run may be so old before its driver has written anything
 
 
-def settle(client: Any, run: Any, how: str = "") -> Any:
+def settle(client: MlflowClient, run: Run, how: str = "") -> Run:
     """Completes and closes the run in MLflow if it is RUNNING there but its driver is dead; returns the run as it is then.
 
     Writes to MLflow in no other case. `how`: what is known of the end of a driver that could not record it itself.
@@ -49,18 +54,18 @@ def settle_folder(folder: Location, how: str = "") -> None:
 
     Asks MLflow only where the folder shows that something may be left to do. `how`: what is known of the driver's end.
     """
-    told = record(folder)
+    known = record(folder)
     last = liveness.last(folder)
-    if "run_id" not in told or last is None:
+    if "run_id" not in known or last is None:
         return
     if (last.outcome is None and not liveness.lives(last)) or folder.join(run_folder.UNLOGGED).exists():
-        client = mlflow_client.connect(told["uri"])
-        settle(client, client.get_run(told["run_id"]), how)
+        client = mlflow_client.connect(known["uri"])
+        settle(client, client.get_run(known["run_id"]), how)
 
 
-def _settle(client: Any, run: Any, folder: Location, how: str) -> bool:
-    run_id, told, last = run.info.run_id, record(folder), liveness.last(folder)
-    if told.get("run_id") != run_id and told.get("token") != tags.value(run.data.tags, tags.TOKEN):
+def _settle(client: MlflowClient, run: Run, folder: Location, how: str) -> bool:
+    run_id, known, last = run.info.run_id, record(folder), liveness.last(folder)
+    if known.get("run_id") != run_id and known.get("token") != tags.value(run.data.tags, tags.TOKEN):
         _end(client, run_id, "KILLED", f"its folder {folder} is gone, or another run's", time.time())
         return True
     if last is None:
@@ -82,18 +87,18 @@ def _settle(client: Any, run: Any, folder: Location, how: str) -> bool:
     return True
 
 
-def _complete(client: Any, run_id: str, folder: Location) -> None:
+def _complete(client: MlflowClient, run_id: str, folder: Location) -> None:
     """Logs what the run's folder holds and MLflow lacks: metrics, goodput, checkpoints and data."""
     box = Outbox(folder, lambda p: mlflow_client.send(client, run_id, p), lambda: mlflow_client.known(client, run_id))
     box.precede(local_curves.missing(folder, mlflow_client.known(client, run_id)))
     box.flush()
     report = goodput.read_report(folder)
-    client.log_dict(run_id, report, "goodput.json")
-    job = read_json(client, run_id, "job.json")
+    mlflow_client.write_json(client, run_id, report, "goodput.json")
+    job = mlflow_client.read_json(client, run_id, "job.json", dict[str, Json])
     if job is not None:
         Record(client, run_id, validate(Job, job, f"run {run_id}: job.json")).sync(report["attempts"][-1]["reached"])
 
 
-def _end(client: Any, run_id: str, status: str, reason: str, at: float) -> None:
+def _end(client: MlflowClient, run_id: str, status: str, reason: str, at: float) -> None:
     client.set_tag(run_id, tags.REASON, reason[:5000])
     client.set_terminated(run_id, status, end_time=int(at * 1000))

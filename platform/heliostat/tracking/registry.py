@@ -13,17 +13,48 @@ import operator
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired
+
+from typing_extensions import TypedDict
 
 from heliostat.cluster.source_code import user
 from heliostat.errors import ConfigError, HeliostatError, TrackingError
-from heliostat.storage.records import Format
+from heliostat.storage.records import Format, open_
 from heliostat.text import brief
 from heliostat.tracking.tags import HISTORY, SCORE
 
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-EVENTS = Format(list[dict[str, Any]], "history of a model", TrackingError, fix="delete the tag to begin another")
-KEPT = 20  # entries of it
+KEPT = 20  # entries of a history
+
+
+@open_
+class Entry(TypedDict):
+    """Describes an event of a version's history: it was registered, promoted, or replaced."""
+
+    event: str
+    alias: str
+    at: float
+    by: NotRequired[str]
+    require: NotRequired[list[str]]
+    overruled: NotRequired[list[str]]
+    replaced: NotRequired[str | None]
+    replaced_by: NotRequired[str]
+
+
+class Promotion(Entry):
+    """Describes what `promote` has done."""
+
+    name: str
+    version: str
+    scores: dict[str, float]
+    replaced_scores: dict[str, float]
+
+
+EVENTS = Format(list[Entry], "history of a model", TrackingError, fix="delete the tag to begin another")
 
 
 class GateError(HeliostatError):
@@ -40,10 +71,10 @@ class Term:
 
     @staticmethod
     def parse(text: str) -> Term:
-        found = re.fullmatch(r"\s*([^<>=\s]+)\s*(<=|>=|<|>)\s*(\S+)\s*", text)
+        match = re.fullmatch(r"\s*([^<>=\s]+)\s*(<=|>=|<|>)\s*(\S+)\s*", text)
         try:
-            if found:
-                return Term(found[1], found[2], float(found[3]))
+            if match:
+                return Term(match[1], match[2], float(match[3]))
         except ValueError:
             pass
         raise ConfigError(f"--require: {text!r} must look like eval/loss<2.1, with one of {', '.join(OPERATORS)}")
@@ -52,8 +83,8 @@ class Term:
         """Checks the requirement against a model's scores: returns what is wrong, empty if it holds."""
         if self.metric not in metrics:
             return f"{self.metric} is not known of it; there are {', '.join(sorted(metrics)) or 'no scores'}"
-        held = OPERATORS[self.sign](metrics[self.metric], self.value)
-        return "" if held else f"{self.metric} is {metrics[self.metric]:.6g}, required is {self.sign} {self.value:g}"
+        holds = OPERATORS[self.sign](metrics[self.metric], self.value)
+        return "" if holds else f"{self.metric} is {metrics[self.metric]:.6g}, required is {self.sign} {self.value:g}"
 
 
 def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, float]) -> str:
@@ -70,13 +101,13 @@ def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, fl
 
 def parse(model: str) -> tuple[str, str, str]:
     """Parses NAME@ALIAS or NAME/VERSION, with or without `models:/` before it, into (name, version, alias)."""
-    found = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/(\d+)|@([^/@]+))", model)
-    if not found:
+    match = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/(\d+)|@([^/@]+))", model)
+    if not match:
         raise ConfigError(f"{model!r}: name a registered model's version as NAME@ALIAS or NAME/VERSION")
-    return found[1], found[2] or "", found[3] or ""
+    return match[1], match[2] or "", match[3] or ""
 
 
-def find(client: Any, model: str) -> Any:
+def find(client: MlflowClient, model: str) -> ModelVersion:
     """Finds the model version of NAME@ALIAS or NAME/VERSION; ConfigError if there is none."""
     from mlflow.exceptions import MlflowException
 
@@ -87,31 +118,32 @@ def find(client: Any, model: str) -> Any:
         raise ConfigError(f"{model}: no such version of a registered model ({brief(e)})") from e
 
 
-def scores(client: Any, version: Any) -> tuple[dict[str, float], dict[str, str]]:
+def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float], dict[str, str]]:
     """Reads a version's scores (as `eval/loss`), and which held-out samples of each dataset (by digest) they were measured on."""
     tags = version.tags
-    told = {k.removeprefix(SCORE): float(v) for k, v in tags.items() if k.startswith(SCORE)}
+    measured = {k.removeprefix(SCORE): float(v) for k, v in tags.items() if k.startswith(SCORE)}
     data = {}
     if version.run_id:
-        for given in client.get_run(version.run_id).inputs.dataset_inputs:
-            held = {t.key: t.value for t in given.tags}
-            how = f"{held.get('held_out_fraction', '')}, version {held.get('data_version', 1)}"
-            data[held.get("digest", given.dataset.digest)] = how
-    return told, data
+        inputs = client.get_run(version.run_id).inputs
+        for given in inputs.dataset_inputs if inputs else ():
+            noted = {t.key: t.value for t in given.tags}
+            how = f"{noted.get('held_out_fraction', '')}, version {noted.get('data_version', 1)}"
+            data[noted.get("digest", given.dataset.digest)] = how
+    return measured, data
 
 
-def history(version: Any) -> list[dict[str, Any]]:
+def history(version: ModelVersion) -> list[Entry]:
     where = f"models:/{version.name}/{version.version}: tag {HISTORY}"
     return EVENTS.parse(version.tags.get(HISTORY, "[]").encode(), where)
 
 
-def record(client: Any, name: str, version: str, entry: dict[str, Any]) -> None:
+def record(client: MlflowClient, name: str, version: str, entry: Entry) -> None:
     """Adds an entry to a version's history, which keeps the newest entries."""
     known = history(client.get_model_version(name, version))
     client.set_model_version_tag(name, version, HISTORY, json.dumps([*known, entry][-KEPT:]))
 
 
-def promote(client: Any, model: str, alias: str, require: list[str], metric: str, mode: str, force: bool) -> dict[str, Any]:
+def promote(client: MlflowClient, model: str, alias: str, require: list[str], metric: str, mode: str, force: bool) -> Promotion:
     """Moves the alias to the model; GateError if a term does not hold, or it is worse than what has the alias now.
 
     Two models are compared on `metric` if they were scored on the same held-out samples; if not, that is an error too.
@@ -121,38 +153,38 @@ def promote(client: Any, model: str, alias: str, require: list[str], metric: str
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,99}", alias) or re.fullmatch(r"v\d+", alias) or alias == "latest":
         raise ConfigError(f"{alias!r} is no alias: use letters, digits, . _ -, and neither `latest` nor a version as v1")
     new = find(client, model)
-    told, data = scores(client, new)
+    measured, data = scores(client, new)
     present = _present(client, new.name, alias)
-    faults = [fault for term in terms if (fault := term.check(told))]
+    faults = [fault for term in terms if (fault := term.check(measured))]
     before: dict[str, float] = {}
     if present is not None and present.version != new.version:
         before, its_data = scores(client, present)
         if data != its_data:
             faults.append(f"it was scored on other held-out samples than version {present.version}: score both on one dataset "
                           "with `heliostat evaluate`, and use --force")  # fmt: skip
-        elif fault := compare(metric, mode, told, before):
+        elif fault := compare(metric, mode, measured, before):
             faults.append(fault)
     if faults and not force:
         raise GateError(f"{new.name} version {new.version} does not become {alias}: {'; '.join(faults)}")
-    entry: dict[str, Any] = {
+    replaced = str(present.version) if present is not None and present.version != new.version else None
+    entry: Entry = {
         "alias": alias,
         "at": round(time.time(), 3),
         "by": user(),
         "event": "promoted",
         "require": require,
         "overruled": faults,
-        "replaced": str(present.version) if present is not None and present.version != new.version else None,
+        "replaced": replaced,
     }
     client.set_registered_model_alias(new.name, alias, new.version)
     record(client, new.name, new.version, entry)
-    if entry["replaced"]:
-        record(
-            client, new.name, entry["replaced"], {**entry, "event": "replaced", "replaced": None, "replaced_by": str(new.version)}
-        )
-    return {"name": new.name, "version": str(new.version), **entry, "scores": told, "replaced_scores": before}
+    if replaced:
+        before_it: Entry = {**entry, "event": "replaced", "replaced": None, "replaced_by": str(new.version)}
+        record(client, new.name, replaced, before_it)
+    return {"name": new.name, "version": str(new.version), **entry, "scores": measured, "replaced_scores": before}
 
 
-def _present(client: Any, name: str, alias: str) -> Any:
+def _present(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """Looks up the version that has the alias; None if none has."""
     version = client.get_registered_model(name).aliases.get(alias)
     return client.get_model_version(name, version) if version else None

@@ -10,28 +10,53 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, cast
+
+from typing_extensions import TypedDict
 
 from heliostat.cluster import source_code
+from heliostat.cluster.nodes import LivingNode
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.runs import consumed
 from heliostat.runs.events import AttemptStarted
-from heliostat.storage.records import Format
+from heliostat.storage.records import Format, Json
 from heliostat.storage.run_folder import ATTEMPTS
-from heliostat.tracking.artifacts import read_json
 from heliostat.tracking.checkpoint_models import Checkpoints
 from heliostat.tracking.metrics import SPIKE
+from heliostat.tracking.mlflow_client import read_json, write_json
 from heliostat.tracking.parents import parents
 from heliostat.tracking.tags import BAD_NODES, CORRUPTION, PARENT_RUNS, SPIKES
 
-STARTS = Format(list[dict[str, Any]], "list of a run's starts", fix="delete it to begin another")
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow import MlflowClient
+
+
+class Code(TypedDict):
+    """Describes the code of a command, by its commit and the digest of what differs from it, and its packages by a digest."""
+
+    code: dict[str, str]
+    environment: str
+
+
+class Start(Code):
+    """Describes a start of the workers: an entry of `attempts.json`. `changes`: [was, is] by key of the job."""
+
+    at: float
+    start_step: int
+    workers: int
+    nodes: list[LivingNode]
+    cluster: str
+    changes: dict[str, tuple[str | None, str | None]]
+
+
+STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="delete it to begin another")
 NODES_SHOWN = 10  # lines about bad nodes in the tag: the newest
 SPIKES_SHOWN = 100  # in the tag: the newest, of more
 
 
 class Record:
-    def __init__(self, client: Any, run_id: str, job: Job) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, job: Job) -> None:
         self.client, self.run_id, self.job = client, run_id, job
         self._checkpoints = Checkpoints(run_id, client.get_run(run_id).info.experiment_id, job.run_folder)
         self._source: source_code.Source | None = None
@@ -44,10 +69,10 @@ class Record:
         params = [Param(k, v) for k, v in params_of(self.job.dump()).items()]
         for i in range(0, len(params), 100):
             self.client.log_batch(self.run_id, params=params[i : i + 100])
-        self.client.log_dict(self.run_id, self.job.dump(), "job.json")
+        write_json(self.client, self.run_id, self.job.dump(), "job.json")
         self._log_inputs(manifests, data_version)
         origins = parents(self.job)
-        self.client.log_dict(self.run_id, {"parents": origins}, "parents.json")
+        write_json(self.client, self.run_id, {"parents": origins}, "parents.json")
         if ids := [p["run_id"] for p in origins if p["run_id"]]:
             self.client.set_tag(self.run_id, PARENT_RUNS, ",".join(ids))
 
@@ -55,18 +80,19 @@ class Record:
         """Adds a start of the workers to the run's record."""
         self._checkpoints.back(event.start_step)
         place = self.job.run_folder.join(ATTEMPTS)
-        told = self._code() | {"cluster": os.environ.get("HELIOSTAT_CLUSTER", ""), "changes": self._changes()}
-        entry = {k: getattr(event, k) for k in ("at", "start_step", "workers", "nodes")} | told
-        known = STARTS.read(place) if place.exists() else []
+        cluster, code = os.environ.get("HELIOSTAT_CLUSTER", ""), self._code()
+        entry: Start = {"at": event.at, "start_step": event.start_step, "workers": event.workers, "nodes": event.nodes, **code,
+                        "cluster": cluster, "changes": self._changes()}  # fmt: skip
+        known = cast(list[Start], STARTS.read(place)) if place.exists() else []
         if entry["at"] not in [a["at"] for a in known]:
             known.append(entry)
             place.write(json.dumps(known).encode())
-        self.client.log_dict(self.run_id, known, ATTEMPTS)
+        write_json(self.client, self.run_id, known, ATTEMPTS)
 
     def sync(self, steps: int) -> None:
         """Writes what the run's folder holds after `steps` steps: its checkpoints, and what it has trained on."""
         self._checkpoints.sync(self.client)
-        self.client.log_dict(self.run_id, consumed.record(self.job.run_folder, steps), "data.json")
+        write_json(self.client, self.run_id, consumed.record(self.job.run_folder, steps), "data.json")
 
     def spikes(self) -> None:
         """Writes the steps of the newest loss spikes that MLflow has as a tag of the run."""
@@ -81,22 +107,22 @@ class Record:
         """Writes what was found of bad nodes, and done about them, as a tag of the run."""
         self.client.set_tag(self.run_id, BAD_NODES, "\n".join(lines[-NODES_SHOWN:]))
 
-    def _code(self) -> dict[str, Any]:
+    def _code(self) -> Code:
         """Describes the code and the package environment of this command; their files are written once."""
         if self._source is None:
             source, packages = source_code.source(), source_code.environment()
             digest = hashlib.sha256(json.dumps(packages).encode()).hexdigest()[:12]
-            self.client.log_dict(self.run_id, packages, f"code/environment-{digest}.json")
+            write_json(self.client, self.run_id, packages, f"code/environment-{digest}.json")
             if source.dirty:
                 self.client.log_text(self.run_id, source.text(), f"code/{source.digest}.diff")
             self._source, self._environment = source, digest
         return {"code": self._source.facts(), "environment": self._environment}
 
-    def _changes(self) -> dict[str, list[Any]]:
+    def _changes(self) -> dict[str, tuple[str | None, str | None]]:
         """Compares this command's job with the one that the run began with: [was, is] by key."""
-        first = read_json(self.client, self.run_id, "job.json") or {}
+        first = read_json(self.client, self.run_id, "job.json", dict[str, Json]) or {}
         was, now = flatten(first), flatten(self.job.dump())
-        return {k: [was.get(k), now.get(k)] for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)}
+        return {k: (was.get(k), now.get(k)) for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)}
 
     def _log_inputs(self, manifests: list[Manifest], data_version: int) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -114,7 +140,7 @@ class Record:
         self.client.log_inputs(self.run_id, datasets=inputs)
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
+def flatten(tree: object, prefix: str = "") -> dict[str, str]:
     """Flattens a tree to strings by dotted keys, as MLflow's params want them (values are cut at 6,000 characters)."""
     if isinstance(tree, dict):
         items = [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in tree.items()]
@@ -125,12 +151,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
     return {k: v for key, value in items for k, v in flatten(value, key).items()}
 
 
-def params_of(tree: Any) -> dict[str, str]:
+def params_of(tree: object) -> dict[str, str]:
     """Flattens what is set, for MLflow's params: keys without a value would only be in the way there."""
     return flatten(_set(tree))
 
 
-def _set(tree: Any) -> Any:
+def _set(tree: object) -> object:
     if isinstance(tree, dict):
         return {k: _set(v) for k, v in tree.items() if v not in (None, "")}
     return [_set(v) for v in tree] if isinstance(tree, list) else tree

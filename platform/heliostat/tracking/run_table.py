@@ -3,54 +3,89 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING
+
+from typing_extensions import TypedDict
 
 from heliostat.tracking import mlflow_client, tags
 from heliostat.tracking.metrics import latest
 from heliostat.tracking.reconcile import settle
 
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
 COLUMNS = ("run", "name", "status", "began", "step", "loss", "held-out", "rate", "goodput", "hours")
 
 
-def rows(client: Any, experiment: str | None) -> list[dict[str, Any]]:
+class About(TypedDict):
+    """Describes a run in MLflow."""
+
+    run_id: str
+    name: str
+    experiment: str
+    status: str
+    reason: str | None
+    started: float
+    ended: float | None
+
+
+class Row(About):
+    """Describes a run as a row of the table; `worker_hours`: workers times hours, over all its attempts; `sweep`: its run id."""
+
+    step: int
+    steps: int | None
+    train_loss: float | None
+    eval_loss: float | None
+    per_second: float | None
+    goodput: float | None
+    worker_hours: float | None
+    gpus: float
+    sweep: str | None
+
+
+def rows(client: MlflowClient, experiment: str | None) -> list[Row]:
     """Builds a row for each run that heliostat made; those whose driver has died are settled first."""
     names = mlflow_client.experiments(client, experiment)
     return [row(settle(client, run), names[run.info.experiment_id]) for run in mlflow_client.runs(client, list(names))]
 
 
-def row(run: Any, experiment: str) -> dict[str, Any]:
-    """Describes a run as a row of the table.
-
-    `worker_hours` is what the run cost: workers times hours, over all its attempts.
-    """
-    metrics, told, params = latest(run.data.metrics), run.data.tags, run.data.params
-    at = {m.key: m.step for m in run.data.to_proto().metrics}
+def about(run: Run, experiment: str) -> About:
     return {
         "run_id": run.info.run_id,
-        "name": told[tags.NAME],
+        "name": run.data.tags[tags.NAME],
         "experiment": experiment,
         "status": run.info.status,
-        "reason": told.get(tags.REASON),
+        "reason": run.data.tags.get(tags.REASON),
         "started": run.info.start_time / 1000,
         "ended": run.info.end_time / 1000 if run.info.end_time else None,
+    }
+
+
+def row(run: Run, experiment: str) -> Row:
+    """Describes a run as a row of the table."""
+    metrics, known, params = latest(run.data.metrics), run.data.tags, run.data.params
+    at = {m.key: m.step for m in run.data.to_proto().metrics}
+    return {
+        **about(run, experiment),
         "step": at.get("train/loss", 0),
-        "steps": int(steps) if (steps := told.get(tags.STEPS, params.get("train.steps"))) else None,
+        "steps": int(steps) if (steps := known.get(tags.STEPS, params.get("train.steps"))) else None,
         "train_loss": metrics.get("train/loss"),
         "eval_loss": metrics.get("eval/loss"),
         "per_second": metrics.get("train/tokens_per_second"),
         "goodput": metrics.get("train/time/goodput"),
         "worker_hours": metrics.get("train/time/worker_hours"),
         "gpus": float(params.get("workers.gpus", 0)),
-        "sweep": told.get(tags.PARENT_RUN),
+        "sweep": known.get(tags.PARENT_RUN),
     }
 
 
-def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+def cells(rows: list[Row]) -> list[list[str]]:
     """Formats the rows as text, with the columns' names first."""
     return [list(COLUMNS), *(_cells(r) for r in rows)]
 
 
-def _cells(r: dict[str, Any]) -> list[str]:
+def _cells(r: Row) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 

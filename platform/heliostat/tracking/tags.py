@@ -15,7 +15,7 @@ PARENT_RUN = "mlflow.parentRunId"  # makes a nested run
 KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"  # of an experiment: what its page is for
 
 # of a run
-NAME, FOLDER = "heliostat.name", "heliostat.storage.run_folder"  # of every run that `heliostat train` makes
+NAME, FOLDER = "heliostat.name", "heliostat.run_folder"  # of every run that `heliostat train` makes
 RECIPE, DIRTY, VERSION = "heliostat.recipe", "heliostat.dirty", "heliostat.version."  # and a package's name
 TOKEN = "mlflow.heliostat.token"  # finds a run whose driver died before it wrote the run's id down
 STEPS = "mlflow.heliostat.steps"  # that its newest command is to come to; the param is of the first command

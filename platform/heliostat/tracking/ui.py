@@ -47,8 +47,8 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     # in a session of its own: Ctrl-C is ours to pass on, or the server would answer it with a traceback
-    told = {**os.environ, **environment(store, host, keys)}
-    server = subprocess.Popen(command(host, port), env=told, start_new_session=True)
+    variables = {**os.environ, **environment(store, host, keys)}
+    server = subprocess.Popen(command(host, port), env=variables, start_new_session=True)
     try:
         bound = _answering(server, host, port)
         ready(f"http://{f'[{host}]' if ':' in host else host}:{bound}/")
@@ -110,8 +110,8 @@ def environment(store: str, host: str, keys: Path) -> dict[str, str]:
 
     On a command line a database's password would be visible to everybody.
     """
-    told = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    return {**told, KEYS: str(keys.absolute()), HOST: host}
+    variables = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return {**variables, KEYS: str(keys.absolute()), HOST: host}
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -19,10 +19,12 @@ from heliostat.cluster import source_code
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.runs import consumed
+from heliostat.runs.goodput import Outline
 from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.tracking import mlflow_client, tags
 from heliostat.tracking.lineage import attempts, data_of
-from heliostat.tracking.run_facts import read_json
+from heliostat.tracking.mlflow_client import read_json
+from heliostat.tracking.run_facts import Start
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +38,9 @@ class Recorded:
     plan: Any
     end: int
     curve: dict[int, float]
-    starts: list[dict[str, Any]]
+    starts: list[Start]
     environment: dict[str, str]
-    attempts: list[dict[str, Any]]
+    attempts: list[Outline]
 
 
 def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list[str], overwrite: bool) -> dict[str, Any]:
@@ -71,11 +73,15 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
 def read(client: Any, run: Any) -> Recorded:
     """Reads a run's record from MLflow; ConfigError if the record is too incomplete to reproduce the run."""
     run_id = run.info.run_id
-    job, data, starts = read_json(client, run_id, "job.json"), data_of(client, run), read_json(client, run_id, ATTEMPTS)
+    job, data, starts = (
+        read_json(client, run_id, "job.json", dict[str, Any]),
+        data_of(client, run),
+        read_json(client, run_id, ATTEMPTS, list[Start]),
+    )
     if job is None or not data["segments"] or not starts:
         raise ConfigError(f"run {run_id}: its record has no job, data or machines; it ended before its first checkpoint")
     first = consumed.parse(data)[0]
-    environment = read_json(client, run_id, f"code/environment-{starts[0]['environment']}.json") or {}
+    environment = read_json(client, run_id, f"code/environment-{starts[0]['environment']}.json", dict[str, str]) or {}
     return Recorded(run_id, job, first.plan, first.end, read_curve(client, run_id), starts, environment, attempts(client, run))
 
 

@@ -14,26 +14,32 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 
+from heliostat.cluster.capacity import FETCHING, fits
 from heliostat.config import spec
-from heliostat.config.spec import Job
+from heliostat.config.fields import Json
+from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.storage.run_folder import require_one_way
 from heliostat.training.driver.signals import Signals
-from heliostat.tune import concurrency as room
 from heliostat.tune import report
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import State
 from heliostat.tune.sweep import Plan, load
-from heliostat.tune.trial_record import Claim, Record
+from heliostat.tune.trial_record import Claim, Kept, Record
 from heliostat.validation import check
+
+if TYPE_CHECKING:
+    from heliostat.tune.parent_run import Parent
 
 log = logging.getLogger(__name__)
 
+TRIAL_CPUS = 0.1  # of Tune's actor for a trial
 DEATHS = 3  # of a trial's own process, or its node, that are survived; what its workers suffer the run itself survives
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -52,7 +58,7 @@ def tune(
     retry_failed: bool = False,
     overwrite: bool = False,
     verbose: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Runs a sweep to its end, or goes on with it; HeliostatError with one line for whatever stopped it."""
     require_one_way(resume, overwrite)
     plan = load(path, settings)
@@ -65,7 +71,7 @@ def tune(
         require_optuna()
     claim = Claim(plan.folder)
     try:
-        before = records.read_json(plan.folder.join("sweep.json"))
+        before = records.read_json(plan.folder.join("sweep.json"), records.KEPT)
         if before and not overwrite and not resume:
             raise ConfigError(
                 f"name: sweep {plan.sweep.name!r} is in {plan.folder} already; use --resume to go on, --overwrite to start "
@@ -78,12 +84,12 @@ def tune(
             before = None
         if before:
             _same(plan, before)
-        return _Tuning(plan, before or {}, retry_failed, verbose, claim).go()
+        return _Tuning(plan, before, retry_failed, verbose, claim).go()
     finally:
         claim.end()
 
 
-def _same(plan: Plan, before: dict[str, Any]) -> None:
+def _same(plan: Plan, before: Kept) -> None:
     """Checks that a resumed sweep is the one that was begun; ConfigError if not. Its budget and concurrency may change."""
     free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
@@ -99,27 +105,28 @@ def _same(plan: Plan, before: dict[str, Any]) -> None:
 
 
 class _Tuning:
-    def __init__(self, plan: Plan, before: dict[str, Any], retry_failed: bool, verbose: bool, claim: Claim) -> None:
-        self.plan, self.before, self.verbose, self.claim = plan, before, verbose, claim
+    def __init__(self, plan: Plan, before: Kept | None, retry_failed: bool, verbose: bool, claim: Claim) -> None:
+        self.plan, self.verbose, self.claim = plan, verbose, claim
+        self.before = before or Kept(sweep={}, job={}, run_id="", seconds=0.0)
         self.base = Job.model_validate(plan.base)
-        self.found = records.read(plan.folder)
-        for record in self.found:
+        self.records = records.read(plan.folder)
+        for record in self.records:
             if record.status == "failed" and retry_failed:
                 record.status, record.reason = "waiting", ""
         self.signals = Signals()
 
-    def go(self) -> dict[str, Any]:
+    def go(self) -> dict[str, Json]:
         from heliostat.tune.parent_run import Parent
 
         folder = self.plan.folder
         folder.join("stop").delete()
         concurrency = self._connect()
-        parent = Parent(self.plan, self.before.get("run_id", ""))
-        self.kept = {"sweep": self.plan.sweep.dump(), "job": self.plan.base, "run_id": parent.run_id,
-                     "created": self.before.get("created", time.time()), "seconds": self.before.get("seconds", 0.0)}  # fmt: skip
-        folder.join("sweep.json").write(json.dumps(self.kept).encode())
-        self.state = State(self.plan, self.found, concurrency, parent.run_id, self.kept["seconds"])
-        result: dict[str, Any] = {}
+        parent = Parent(self.plan, self.before["run_id"])
+        kept: Kept = {"sweep": self.plan.sweep.dump(), "job": self.plan.base, "run_id": parent.run_id,
+                      "created": self.before.get("created", time.time()), "seconds": self.before["seconds"]}  # fmt: skip
+        folder.join("sweep.json").write(json.dumps(kept).encode())
+        self.state = State(self.plan, self.records, concurrency, parent.run_id, kept["seconds"])
+        result: dict[str, Json] = {}
         status, reason = "FAILED", ""
         try:
             if not self._complete():
@@ -135,11 +142,11 @@ class _Tuning:
             parent.settle(all_records)
             for record in all_records:
                 records.write(folder, record)
-            folder.join("sweep.json").write(json.dumps({**self.kept, "seconds": self.state.seconds}).encode())
+            folder.join("sweep.json").write(json.dumps({**kept, "seconds": self.state.seconds}).encode())
             result |= self._result(parent.run_id, all_records)
             if status == "FINISHED":
                 self._finalize(parent, result, all_records)
-            parent.close(status, reason, all_records, result)
+            parent.close(status, reason, all_records, (result["best"] or {}).get("model_uri"))
             folder.join("result.json").write(json.dumps(result, indent=2).encode())
             folder.join("ray").delete()
             folder.join("stop").delete()
@@ -151,7 +158,7 @@ class _Tuning:
 
     def _connect(self) -> int:
         """Joins or starts Ray, and returns how many trials run side by side."""
-        from heliostat.cluster import nodes, preloads, private_ray
+        from heliostat.cluster import nodes, preloads, private_ray, ray_internals
         from heliostat.cluster.connect import connect
 
         workers = self.base.workers
@@ -159,37 +166,34 @@ class _Tuning:
         os.environ.update(ENVIRONMENT)
         if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
             private_ray.ahead(workers.gpus, [*preloads.modules(self.base.recipe, self.base.model), *preloads.TRIALS])
-            count = wanted or room.here(workers, os.cpu_count() or 1)
-            cpus = count * (workers.most * workers.cpus + room.FETCHING + 1)
+            count = wanted or here(workers, os.cpu_count() or 1)
+            cpus = count * (workers.most * workers.cpus + FETCHING + 1)
             connect(max(os.cpu_count() or 1, round(cpus) + 1), round(count * workers.most * workers.gpus), self.verbose)
             return count
         connect(1, verbose=self.verbose)
-        free = ray._private.state.available_resources_per_node()
-        there, leaving = nodes.carrying(workers.labels), nodes.draining()
-        fits = room.gangs(workers, {n: r for n, r in free.items() if n in there and n not in leaving})
-        if not fits:
-            missing = (
-                nodes.missing_now(self.base) or f"no room for a trial's own {room.TRIAL_CPUS:g} CPU beside its workers; waiting"
-            )
+        free = ray_internals.free_resources()
+        labeled, leaving = nodes.carrying(workers.labels), nodes.draining()
+        most = gangs(workers, {n: r for n, r in free.items() if n in labeled and n not in leaving})
+        if not most:
+            missing = nodes.missing_now(self.base) or f"no room for a trial's own {TRIAL_CPUS:g} CPU beside its workers; waiting"
             log.warning("one trial after another: %s", missing)
-        elif wanted and wanted > fits:
-            log.warning("concurrency: there is room for %d trials of %d workers, not %d", fits, workers.most, wanted)
-        return max(1, min(wanted or fits, fits))
+        elif wanted and wanted > most:
+            log.warning("concurrency: there is room for %d trials of %d workers, not %d", most, workers.most, wanted)
+        return max(1, min(wanted or most, most))
 
     def _complete(self) -> bool:
-        found = self.state.records
-        return self.plan.trials is not None and len(found) >= self.plan.trials and all(r.over for r in found.values())
+        known = self.state.records
+        return self.plan.trials is not None and len(known) >= self.plan.trials and all(r.over for r in known.values())
 
     def _fit(self) -> None:
         from ray import tune as ray_tune
 
         from heliostat.tune import schedulers, searchers
-        from heliostat.tune.callbacks import Watch
         from heliostat.tune.trial import Trial
 
         scheduler = schedulers.make(self.state)
         scheduler.set_search_properties("value", self.plan.sweep.mode)
-        scheduler.replay(self.found)
+        scheduler.replay(self.records)
         trials = searchers.Trials(self.state, searchers.make(self.plan.sweep))
         ray_folder = self.plan.folder.join("ray")
         with self.signals, warnings.catch_warnings():
@@ -202,13 +206,13 @@ class _Tuning:
                     storage_path=ray_folder.path,
                     storage_filesystem=ray_folder.fs,
                     failure_config=ray_tune.FailureConfig(max_failures=DEATHS),
-                    callbacks=[Watch(self.state, scheduler, trials, self.signals, self.claim, self.base)],
+                    callbacks=[schedulers.Watch(self.state, scheduler, self.signals, self.claim, self.base)],
                     verbose=0,
                 ),
             )
             tuner.fit()
 
-    def _result(self, run_id: str, all_records: list[Record]) -> dict[str, Any]:
+    def _result(self, run_id: str, all_records: list[Record]) -> dict[str, Json]:
         best = records.best(all_records, self.plan.sweep.mode)
         rows = report.rows(self.plan, all_records)
         totals = {"steps": sum(r.step for r in all_records), "tokens": sum(r.tokens for r in all_records)}
@@ -224,7 +228,7 @@ class _Tuning:
             "trials": rows,
         }  # fmt: skip
 
-    def _finalize(self, parent: Any, result: dict[str, Any], all_records: list[Record]) -> None:
+    def _finalize(self, parent: Parent, result: dict[str, Json], all_records: list[Record]) -> None:
         """Exports the best trial's model, logs it to its run, and registers it if the job asks for that."""
         best = records.best(all_records, self.plan.sweep.mode)
         if best is None or not self.plan.sweep.register_best:
@@ -236,3 +240,24 @@ class _Tuning:
         result["best"]["model_uri"] = outcome["model_uri"]
         if outcome["model_uri"]:
             parent.mark_model(outcome["model_uri"], best.number)
+
+
+def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
+    """Counts the trials that can place all their workers at once, each with a data task on some node; half-placed trials would
+    wait for each other. `free`: resources by node."""
+    nodes = [{"CPU": r.get("CPU", 0.0), "GPU": r.get("GPU", 0.0)} for r in free.values()]
+    aside, count = FETCHING + TRIAL_CPUS, 0
+    while beside := [n for n in nodes if n["CPU"] >= aside]:
+        node = min(beside, key=lambda n: fits(workers, n) - fits(workers, n, aside))
+        node["CPU"] -= aside
+        most = count + 1 if workers.placement == "strict_spread" else 1 << 30
+        if sum(min(most, fits(workers, n)) for n in nodes) < (count + 1) * workers.most:
+            break
+        count += 1
+    return count
+
+
+def here(workers: Workers, cores: int) -> int:
+    """Counts the trials that fit on this machine's cores, at least 1, where Ray is started for the sweep alone and data tasks
+    mostly wait."""
+    return 1 if workers.gpus else max(1, int(cores / (workers.most * workers.cpus) + 1e-6))

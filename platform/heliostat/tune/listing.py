@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
 
+from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.schema import validate
@@ -13,28 +13,29 @@ from heliostat.storage.locations import Location, is_inside
 from heliostat.tune import report
 from heliostat.tune import trial_record as records
 from heliostat.tune.sweep import Plan, Sweep, count, place
+from heliostat.tune.trial_record import Kept
 
 STOP_S = 600.0
 
 
-def sweeps(storage: Location) -> list[dict[str, Any]]:
+def sweeps(storage: Location) -> list[dict[str, Json]]:
     """Lists every sweep below the storage, by name."""
-    found = []
+    rows = []
     for name in storage.folders():
         folder = storage.join(name)
-        if (kept := records.read_json(folder.join("sweep.json"))) is None:
+        if (kept := records.read_json(folder.join("sweep.json"), records.KEPT)) is None:
             continue
         all_records, given = records.read(folder), kept["sweep"]
         best = records.best(all_records, given.get("mode", "min"))
-        found.append({"name": name, "folder": str(folder), "run_id": kept["run_id"], "metric": given.get("metric", "loss"),
+        rows.append({"name": name, "folder": str(folder), "run_id": kept["run_id"], "metric": given.get("metric", "loss"),
                       "running": running(folder), "states": dict(Counter(r.status for r in all_records)),
                       "best": best.value if best else None})  # fmt: skip
-    return found
+    return rows
 
 
 def running(folder: Location) -> bool:
     """Tells whether a driver has written the sweep's heartbeat within the last SILENCE_S seconds."""
-    driver = records.read_json(folder.join("driver.json"))
+    driver = records.read_json(folder.join("driver.json"), records.DRIVER)
     return driver is not None and time.time() - driver["at"] < records.SILENCE_S
 
 
@@ -47,23 +48,23 @@ def find(sweep: str, storage: str) -> Location:
     raise ConfigError(f"{sweep}: is no sweep, nor is there one of this name in {storage}; see `heliostat sweeps`")
 
 
-def read(folder: Location) -> tuple[Plan, dict[str, Any]]:
-    kept = records.read_json(folder.join("sweep.json"))
+def read(folder: Location) -> tuple[Plan, Kept]:
+    kept = records.read_json(folder.join("sweep.json"), records.KEPT)
     if kept is None:
         raise ConfigError(f"{folder}: holds no sweep (no sweep.json)")
     return Plan(_sweep(folder, kept), kept["job"], None), kept
 
 
-def _sweep(folder: Location, kept: dict[str, Any]) -> Sweep:
+def _sweep(folder: Location, kept: Kept) -> Sweep:
     return validate(Sweep, kept["sweep"], f"{folder.join('sweep.json')}: sweep")
 
 
-def show(folder: Location) -> dict[str, Any]:
+def show(folder: Location) -> dict[str, Json]:
     """Reports a sweep's progress: all its trials, the best first."""
     plan, kept = read(folder)
     all_records = records.read(folder)
     best = records.best(all_records, plan.sweep.mode)
-    done = (records.read_json(folder.join("result.json")) or {}).get("best") or {}
+    done = (records.read_json(folder.join("result.json"), records.ANY) or {}).get("best") or {}
     return {
         "sweep": plan.sweep.name,
         "folder": str(folder),
@@ -80,7 +81,7 @@ def show(folder: Location) -> dict[str, Any]:
 
 def progress(folder: Location) -> tuple[int, int]:
     """Counts the trials that are over, and the trials that are planned, as far as that is known."""
-    all_records, kept = records.read(folder), records.read_json(folder.join("sweep.json"))
+    all_records, kept = records.read(folder), records.read_json(folder.join("sweep.json"), records.KEPT)
     planned = count(_sweep(folder, kept)) if kept else None
     return sum(r.over for r in all_records), max(planned or 0, len(all_records))
 
@@ -97,7 +98,7 @@ def stop(folder: Location) -> None:
         time.sleep(1.0)
 
 
-def best_job(folder: Location) -> dict[str, Any]:
+def best_job(folder: Location) -> dict[str, object]:
     """Builds the job of the best trial, as plain data named after the sweep: the base job with the best parameters."""
     plan, _ = read(folder)
     best = records.best(records.read(folder), plan.sweep.mode)

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from heliostat.cluster import source_code
 from heliostat.errors import TrackingError
@@ -23,7 +23,7 @@ from heliostat.tracking import mlflow_client, tags
 from heliostat.tracking.run_facts import params_of
 from heliostat.tune import report
 from heliostat.tune.sweep import Plan
-from heliostat.tune.trial_record import Record
+from heliostat.tune.trial_record import Record, best
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Parent:
     def _create(self) -> str:
         name, sweep = self.plan.base["mlflow"]["experiment"], self.plan.sweep
         experiment = self._do(lambda: mlflow_client.experiment(self.client, self.uri, name))
-        told = {
+        facts = {
             tags.SWEEP: sweep.name,
             tags.SWEEP_FOLDER: str(self.plan.folder),
             tags.USER: source_code.user(),
@@ -65,37 +65,37 @@ class Parent:
             tags.NOTE: report.note(self.plan),
         }
         if commit := source_code.source().commit:
-            told[tags.COMMIT] = commit
-        made = self._do(lambda: self.client.create_run(experiment, run_name=sweep.name, tags=told).info.run_id)
+            facts[tags.COMMIT] = commit
+        run_id = self._do(lambda: self.client.create_run(experiment, run_name=sweep.name, tags=facts).info.run_id)
         from mlflow.entities import Param
 
         params = [Param(k, v) for k, v in params_of(sweep.dump()).items()]
-        self._do(lambda: self.client.log_batch(made, params=params))
-        self._do(lambda: self.client.log_dict(made, {"sweep": sweep.dump(), "job": self.plan.base}, "sweep.json"))
-        return made
+        self._do(lambda: self.client.log_batch(run_id, params=params))
+        self._do(lambda: self.client.log_dict(run_id, {"sweep": sweep.dump(), "job": self.plan.base}, "sweep.json"))
+        return run_id
 
     def settle(self, records: list[Record]) -> None:
         """Gives every trial's run the status that its record has: a trial whose process died could not. Notes the run ids."""
-        for found in records:
-            known = record(self.trial(found))
+        for trial in records:
+            known = record(self.trial(trial))
             if "run_id" not in known:
                 continue  # it never came to a first step
-            found.run_id = known["run_id"]
+            trial.run_id = known["run_id"]
             run = self._do(lambda known=known: self.client.get_run(known["run_id"]))  # type: ignore[misc]
-            wanted = STATUS.get(found.status, "KILLED")
+            wanted = STATUS.get(trial.status, "KILLED")
             if run.info.status != wanted:
                 self._do(lambda run=run, wanted=wanted: self.client.set_terminated(run.info.run_id, wanted))  # type: ignore[misc]
-            told = {tags.STATUS: found.status}
-            told |= {tags.PRUNED: f"step {found.step}"} if found.status == "pruned" else {}
-            told |= {tags.CLONES: json.dumps(found.clones)[:5000]} if found.clones else {}
-            for key, value in told.items():
+            facts = {tags.STATUS: trial.status}
+            facts |= {tags.PRUNED: f"step {trial.step}"} if trial.status == "pruned" else {}
+            facts |= {tags.CLONES: json.dumps(trial.clones)[:5000]} if trial.clones else {}
+            for key, value in facts.items():
                 if run.data.tags.get(key) != value:
                     self._do(lambda run=run, k=key, v=value: self.client.set_tag(run.info.run_id, k, v))  # type: ignore[misc]
 
-    def trial(self, found: Record) -> Location:
-        return self.plan.folder.join("trials", self.plan.name(found.number))
+    def trial(self, record: Record) -> Location:
+        return self.plan.folder.join("trials", self.plan.name(record.number))
 
-    def close(self, status: str, reason: str, records: list[Record], result: dict[str, Any]) -> None:
+    def close(self, status: str, reason: str, records: list[Record], model_uri: str | None) -> None:
         """Logs the table of trials, PBT's lineage, the plots and the outcome, and ends the sweep's run."""
         sweep = self.plan.sweep
         rows = report.rows(self.plan, records)
@@ -108,14 +108,12 @@ class Parent:
             self._do(lambda: self.client.log_dict(self.run_id, {"clones": lineage}, "lineage.json"))
         for name, figure in report.figures(self.plan, records).items():
             self._do(lambda name=name, figure=figure: self.client.log_figure(self.run_id, figure, name))  # type: ignore[misc]
-        best = result.get("best")
-        told = {tags.REASON: reason} if reason else {}
-        if best:
-            told |= {tags.BEST_TRIAL: str(best["trial"]), tags.BEST_RUN: best["run_id"]}
-            if uri := best.get("model_uri"):
-                told[tags.MODEL_URI] = uri
-            self._do(lambda: self.client.log_metric(self.run_id, f"best/{sweep.metric}", best["value"]))
-        for key, value in told.items():
+        facts = {tags.REASON: reason} if reason else {}
+        if (first := best(records, sweep.mode)) and (score := first.value) is not None:
+            facts |= {tags.BEST_TRIAL: str(first.number), tags.BEST_RUN: first.run_id}
+            facts |= {tags.MODEL_URI: model_uri} if model_uri else {}
+            self._do(lambda: self.client.log_metric(self.run_id, f"best/{sweep.metric}", score))
+        for key, value in facts.items():
             self._do(lambda k=key, v=value: self.client.set_tag(self.run_id, k, v))  # type: ignore[misc]
         self._do(lambda: self.client.set_terminated(self.run_id, status))
 
@@ -124,6 +122,6 @@ class Parent:
         if not model_uri.startswith("models:/") or model_uri.count("/") != 2:
             return
         name, version = model_uri.removeprefix("models:/").split("/")
-        told = {tags.SWEEP: self.plan.sweep.name, tags.SWEEP_RUN: self.run_id, tags.TRIAL: str(number)}
-        for key, value in told.items():
+        facts = {tags.SWEEP: self.plan.sweep.name, tags.SWEEP_RUN: self.run_id, tags.TRIAL: str(number)}
+        for key, value in facts.items():
             self._do(lambda k=key, v=value: self.client.set_model_version_tag(name, version, k, v))  # type: ignore[misc]

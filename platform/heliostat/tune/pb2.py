@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def _of(record: Record, by_number: dict[int, Record]) -> Iterator[Interval]:
         while clones and clones[0]["at"] <= at:
             clone = clones.pop(0)
             params = clone["params"]
-            donor = [v for s, v, told in by_number[clone["from"]].reports if s == clone["step"] and told <= clone["at"]]
+            donor = [v for s, v, when in by_number[clone["from"]].reports if s == clone["step"] and when <= clone["at"]]
             since = (clone["step"], donor[-1]) if donor else None
         if since and step > since[0]:
             yield Interval(record.number, step, since[1], (value - since[1]) / (step - since[0]), params)
@@ -65,17 +65,17 @@ def suggest(records: list[Record], donor: int, step: int, space: Space, mode: st
     points = np.array([[i.step, sign * i.before, *_units(space, i.params)] for i in known])
     gains = np.array([sign * i.gain for i in known])
     cloned = [_units(space, r.params) for r in records if r.clones and r.clones[-1]["step"] == step]
-    taken: Any = np.array(cloned) if cloned else None
+    taken = np.array(cloned) if cloned else None
     here = np.array([own[-1].step, sign * own[-1].before])  # the last interval's: what is to come lies outside of what is known
     drawn = np.random.get_state()  # Tune's search takes its starting points from there
     np.random.seed(int(rng.integers(2**32)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scikit-learn, of kernel parameters at their bounds
-            found = _select_config(points, gains, taken, here, dict.fromkeys(space, (0.0, 1.0)), 2)
+            units = _select_config(points, gains, taken, here, dict.fromkeys(space, (0.0, 1.0)), 2)  # type: ignore[arg-type]
     finally:
         np.random.set_state(drawn)
-    return {key: _value(domain, float(unit)) for (key, domain), unit in zip(space.items(), found, strict=True)}
+    return {key: _value(domain, float(unit)) for (key, domain), unit in zip(space.items(), units, strict=True)}
 
 
 def _units(space: Space, params: Params) -> list[float]:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections import Counter
+from typing import TYPE_CHECKING
 
+from heliostat.config.fields import Json
 from heliostat.tune.sweep import Plan
 from heliostat.tune.trial_record import Record, ranked
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, object]  # of the table of trials
 COLOURS = {"finished": "#31a354", "pruned": "#9ecae1", "failed": "#de2d26"}
 
 
-def rows(plan: Plan, records: list[Record]) -> list[dict[str, Any]]:
+def rows(plan: Plan, records: list[Record]) -> list[Row]:
     """Lists the trials as rows of plain data, the best first."""
-    found = []
+    table = []
     for record in ranked(records, plan.sweep.mode):
-        row: dict[str, Any] = {"trial": record.number, "status": record.status, "step": record.step, "steps": record.steps,
-                               plan.sweep.metric: record.value, **record.params, "seconds": round(record.seconds, 1),
-                               "run_id": record.run_id}  # fmt: skip
+        row: Row = {"trial": record.number, "status": record.status, "step": record.step, "steps": record.steps,
+                    plan.sweep.metric: record.value, **record.params, "seconds": round(record.seconds, 1),
+                    "run_id": record.run_id}  # fmt: skip
         if record.clones:
             row["clones"] = ", ".join(f"{c['from']}@{c['step']}" for c in record.clones)
         if record.reason:
             row["reason"] = record.reason.splitlines()[0]
-        found.append(row)
-    return found
+        table.append(row)
+    return table
 
 
 def note(plan: Plan) -> str:
@@ -33,12 +39,12 @@ def note(plan: Plan) -> str:
     return f"{what} {', '.join(f'`{key}`' for key in sweep.space)}.\n\nThe trials are its child runs, and rows of `trials.json`."
 
 
-def columns(rows: list[dict[str, Any]]) -> list[str]:
+def columns(rows: list[Row]) -> list[str]:
     """Lists the columns of all rows, in the order in which they come."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
-def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+def cells(rows: list[Row]) -> list[list[str]]:
     """Formats the rows as text, the columns' names first: of a key its last part, if that distinguishes it from the others."""
     names = [c for c in columns(rows) if c not in ("run_id", "steps", "reason")]
     short = {n: n.rpartition(".")[2] for n in names}
@@ -47,7 +53,7 @@ def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
     return [[short[n] for n in names], *([_cell(row, n) for n in names] for row in rows)]
 
 
-def _cell(row: dict[str, Any], name: str) -> str:
+def _cell(row: Row, name: str) -> str:
     value = row.get(name)
     if value is None:
         return ""
@@ -56,7 +62,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def figures(plan: Plan, records: list[Record]) -> dict[str, Any]:
+def figures(plan: Plan, records: list[Record]) -> dict[str, Figure]:
     """Plots every trial's curve, and the parameters beside the metric: the figures by file name, none without a report."""
     reported = [r for r in records if r.reports]
     if not reported:
@@ -64,13 +70,13 @@ def figures(plan: Plan, records: list[Record]) -> dict[str, Any]:
     return {"history.png": _history(plan, reported), "parallel_coordinates.png": _parallel(plan, reported)}
 
 
-def _figure(width: float) -> Any:
+def _figure(width: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, 4.5), layout="constrained")
 
 
-def _history(plan: Plan, records: list[Record]) -> Any:
+def _history(plan: Plan, records: list[Record]) -> Figure:
     figure = _figure(8)
     axes = figure.subplots()
     for record in records:
@@ -80,18 +86,11 @@ def _history(plan: Plan, records: list[Record]) -> Any:
         axes.annotate(str(record.number), (step, value), fontsize=7)
     axes.set_xlabel("step")
     axes.set_ylabel(plan.sweep.metric)
-    axes.set_title(f"{plan.sweep.name}: " + ", ".join(f"{k} {c}" for k, c in _counts(records).items()))
+    axes.set_title(f"{plan.sweep.name}: " + ", ".join(f"{k} {c}" for k, c in Counter(r.status for r in records).items()))
     return figure
 
 
-def _counts(records: list[Record]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for record in records:
-        found[record.status] = found.get(record.status, 0) + 1
-    return found
-
-
-def _parallel(plan: Plan, records: list[Record]) -> Any:
+def _parallel(plan: Plan, records: list[Record]) -> Figure:
     keys = list(plan.sweep.space)
     figure = _figure(max(5.0, 2.2 * (len(keys) + 1)))
     axes = figure.subplots()
@@ -115,11 +114,11 @@ def _parallel(plan: Plan, records: list[Record]) -> Any:
     return figure
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)[:12]
 
 
-def position(plan: Plan, key: str, value: Any) -> float:
+def position(plan: Plan, key: str, value: Json) -> float:
     """Computes a value's position on its axis, 0 to 1; -0.1, below the axis, if the key did not count."""
     domain = plan.sweep.space[key]
     if value is None:

@@ -7,10 +7,13 @@ and PB2 are synchronous: their trials stop behind the same step, and the worst c
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
@@ -20,23 +23,32 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from heliostat.errors import ConfigError
+from heliostat.cluster.nodes import Shortage
+from heliostat.config.spec import Job
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.training.driver.signals import Signals
 from heliostat.tune import pb2
 from heliostat.tune import space as spaces
 from heliostat.tune.space import Params
 from heliostat.tune.sweep import bracket, brackets
-from heliostat.tune.trial_record import Record
+from heliostat.tune.trial_record import Claim, Record
 
 if TYPE_CHECKING:
-    from heliostat.tune.state import State
+    from ray.tune.execution.tune_controller import TuneController
 
+    from heliostat.tune.state import Result, State
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+GONE_S = 300.0  # for the last trials' workers to go
 TRIES = 20  # at values near the donor's that make a valid job
 
 
-def make(state: State) -> Any:
+def make(state: State) -> Within:
     """Creates the sweep's scheduler; its `controller` becomes Tune's own when Tune starts its first trial."""
     given, steps = state.plan.sweep.scheduler, state.plan.base["train"]["steps"]
-    scheduler: Any
+    scheduler: Within
     if given.halves:
         scheduler = Halving(
             time_attr="step",
@@ -55,21 +67,21 @@ def make(state: State) -> Any:
     return scheduler
 
 
-class Within:
+class Within(TrialScheduler):
     """Keeps paused trials waiting while there is no room for their workers."""
 
     watched: State
-    controller: Any
+    controller: Any  # with private parts that `Watch` uses
 
     def replay(self, records: list[Record]) -> None:
         """Replays to the scheduler what trials of earlier commands reported."""
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         self.controller = tune_controller
-        super().on_trial_add(tune_controller, trial)  # type: ignore[misc]
+        super().on_trial_add(tune_controller, trial)
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        trial = super().choose_trial_to_run(tune_controller)  # type: ignore[misc]
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
+        trial = super().choose_trial_to_run(tune_controller)
         paused = trial is not None and trial.status == Trial.PAUSED
         return None if paused and self.watched.busy() >= self.watched.concurrency else trial
 
@@ -81,7 +93,7 @@ class Fifo(Within, FIFOScheduler):
 class Halving(Within, AsyncHyperBandScheduler):
     """Schedules by ASHA, or by HyperBand in its asynchronous form, which is ASHA on several brackets."""
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
         plan = self.watched.plan
         number = self.watched.of(trial.trial_id).number
@@ -89,8 +101,8 @@ class Halving(Within, AsyncHyperBandScheduler):
 
     def replay(self, records: list[Record]) -> None:
         """Restores the rungs from what trials of earlier commands reported."""
-        trials: dict[int, Any] = {r.number: _StandIn(self.watched.plan.name(r.number)) for r in records}
-        nobody: Any = None  # in the controller's place
+        trials = {r.number: cast(Trial, _StandIn(self.watched.plan.name(r.number))) for r in records}
+        nobody = cast("TuneController", None)
         for trial in trials.values():
             self.on_trial_add(nobody, trial)
         for step, value, record in _in_order(records):
@@ -100,7 +112,7 @@ class Halving(Within, AsyncHyperBandScheduler):
 class Median(Within, MedianStoppingRule):
     def replay(self, records: list[Record]) -> None:
         """Replays the curves of trials that are over."""
-        trials = {r.number: _StandIn(self.watched.plan.name(r.number)) for r in records if r.over}
+        trials = {r.number: cast(Trial, _StandIn(self.watched.plan.name(r.number))) for r in records if r.over}
         for step, value, record in _in_order(records):
             if record.number in trials:
                 self._results[trials[record.number]].append({"step": step, "value": value})
@@ -114,8 +126,8 @@ class _StandIn:
 
 
 def _in_order(records: list[Record]) -> list[tuple[int, float, Record]]:
-    found = [(at, step, value, record) for record in records for step, value, at in record.reports]
-    return [(step, value, record) for _, step, value, record in sorted(found, key=lambda f: f[:2])]
+    reports = [(at, step, value, record) for record in records for step, value, at in record.reports]
+    return [(step, value, record) for _, step, value, record in sorted(reports, key=lambda r: r[:2])]
 
 
 class Pbt(Within, PopulationBasedTraining):
@@ -140,7 +152,7 @@ class Pbt(Within, PopulationBasedTraining):
                 min((r.step for r in left), default=0) // given.interval * given.interval + given.interval
             )
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
         record = self.watched.of(trial.trial_id)
         if record.reports:  # of an earlier command
@@ -150,7 +162,7 @@ class Pbt(Within, PopulationBasedTraining):
             own.last_score, own.last_train_time, own.last_result = sign * value, step, {"step": step, "value": value}
             own.last_perturbation_time = step
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
         self.watched.told(trial.trial_id, result)  # Tune tells its callbacks later, when all may have been exchanged
         own = self._trial_state[trial]
         due = "value" in result and result["step"] - own.last_perturbation_time >= self._perturbation_interval
@@ -159,7 +171,7 @@ class Pbt(Within, PopulationBasedTraining):
             return TrialScheduler.PAUSE
         return super().on_trial_result(tune_controller, trial, result)
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
         chosen = super().choose_trial_to_run(tune_controller)
         trials = [t for t in tune_controller.get_trials() if not t.is_finished()]
         waits = len(self._trial_state) >= self._population and all(t.status == Trial.PAUSED for t in trials)
@@ -168,7 +180,7 @@ class Pbt(Within, PopulationBasedTraining):
             return super().choose_trial_to_run(tune_controller)
         return chosen
 
-    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, object], dict]:
         record, donor = self.watched.of(trial.trial_id), self.watched.of(trial_to_clone.trial_id)
         step = int(self._trial_state[trial_to_clone].last_train_time)
         rng = np.random.default_rng([self.watched.plan.sweep.searcher.seed, record.number, step])
@@ -181,7 +193,7 @@ class Pbt(Within, PopulationBasedTraining):
             params = near
             break
         self.watched.cloned(record, donor, step, params)
-        return self.watched.config(record), {}
+        return dict(self.watched.config(record)), {}
 
     def _near(self, donor: Record, step: int, rng: np.random.Generator) -> Iterator[Params]:
         """Yields values for a trial that clones the donor at the step; the later ones are tried where the first make no valid
@@ -200,3 +212,54 @@ class Pb2(Pbt):
         if suggested := pb2.suggest(records, donor.number, step, sweep.space, sweep.mode, rng):
             yield suggested
         yield from super()._near(donor, step, rng)
+
+
+class Watch(Callback):
+    """Connects Tune's callbacks to the sweep: keeps its state, stops it on request, and waits until the last workers are gone."""
+
+    def __init__(self, state: State, scheduler: Within, signals: Signals, claim: Claim, base: Job) -> None:
+        self.state, self.scheduler, self.signals, self.claim = state, scheduler, signals, claim
+        self._look_at = 0.0
+        self._base, self._idle = base, Shortage(base)
+
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        return Callback, ()  # Tune pickles its callbacks into a state that nobody reads
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
+        self.state.trials = trials
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
+        self.state.started(trial.trial_id)
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Result, **info: object) -> None:
+        self.state.told(trial.trial_id, result)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: object) -> None:
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + LOOK_S
+            self._look()
+        if all(t.is_finished() for t in trials):
+            self._until_gone()
+
+    def _look(self) -> None:
+        self.state.tick()
+        self.claim.beat()
+        if any(t.status == "RUNNING" for t in self.state.trials):  # it says itself what it waits for
+            self._idle = Shortage(self._base)
+        elif self.state.live() and (missing := self._idle.told()):
+            log.warning(missing)
+        if self.signals.name:
+            self.state.stop(self.signals.name)
+        try:
+            if not self.state.stopping and self.state.folder.join("stop").exists():
+                self.state.stop("told to stop")
+        except (HeliostatError, OSError) as e:
+            log.warning("whether the sweep is to stop cannot be seen: %s", e)
+
+    def _until_gone(self) -> None:
+        """Waits for the actors of the last trials to end: Tune itself would kill them after seconds, and their workers would
+        stay."""
+        manager, deadline = self.scheduler.controller._tune_controller._actor_manager, time.monotonic() + GONE_S
+        while manager.num_total_actors and time.monotonic() < deadline:
+            manager.next(timeout=0.5)
+            self.claim.beat()

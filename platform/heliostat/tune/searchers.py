@@ -19,6 +19,9 @@ from heliostat.tune.sweep import Sweep, tell
 from heliostat.tune.trial_record import Record
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from ray.tune.experiment import Trial
+
     from heliostat.tune.state import State
 
 log = logging.getLogger(__name__)
@@ -89,7 +92,7 @@ def require_optuna() -> None:
     extras.require("tune", "optuna", what="searcher.name: 'optuna'")
 
 
-def _distribution(domain: Domain) -> Any:
+def _distribution(domain: Domain) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     values = domain.values
@@ -121,7 +124,7 @@ class Trials(SearchAlgorithm):
     def total_samples(self) -> int:
         return self.state.plan.trials or 0
 
-    def next_trial(self) -> Any:
+    def next_trial(self) -> Trial | None:
         if self._finished or self.state.busy() >= self.state.concurrency:
             return None
         record = None if self.state.stopping else self._record()

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from heliostat.config.fields import Json
 from heliostat.schema import Float, Strict
 
 Range = Annotated[list[Float], Field(min_length=2, max_length=2)]
 Steps = Annotated[list[Float], Field(min_length=3, max_length=3)]
 Whole = Annotated[list[int], Field(min_length=2, max_length=2)]
 WholeSteps = Annotated[list[int], Field(min_length=3, max_length=3)]
-Values = Annotated[list[Any], Field(min_length=1)]
-Params = dict[str, Any]
+Values = Annotated[list[Json], Field(min_length=1)]
+Params = dict[str, Json]
 
 ALL = 4096  # corners that are checked one by one; of a larger space every pair of keys is
 
@@ -48,7 +49,7 @@ class Domain(Strict):
     """One of these values, which may be mappings."""
     grid: Values | None = None
     """The same for `searcher: {name: grid}`: each combination of listed values is one trial."""
-    when: dict[str, Any] = {}
+    when: Params = {}
     """The key counts only if an earlier key of the space has this value, or one of a list: `{train.schedule.name: wsd}`."""
 
     @property
@@ -56,7 +57,7 @@ class Domain(Strict):
         return next(k for k in KINDS if getattr(self, k) is not None)
 
     @property
-    def values(self) -> list[Any]:
+    def values(self) -> list[Json]:
         """Returns the bounds, or the choices, as written."""
         return getattr(self, self.kind)
 
@@ -101,7 +102,7 @@ def faults(space: Space) -> list[str]:
     return lines
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: Json) -> list[Json]:
     return value if isinstance(value, list) else [value]
 
 
@@ -123,7 +124,7 @@ def draw(space: Space, seed: int, number: int) -> Params:
     return params
 
 
-def sample(domain: Domain, rng: np.random.Generator) -> Any:
+def sample(domain: Domain, rng: np.random.Generator) -> Json:
     values = domain.values
     if domain.listed:
         return values[int(rng.integers(len(values)))]
@@ -136,7 +137,7 @@ def sample(domain: Domain, rng: np.random.Generator) -> Any:
     return fit(domain, float(rng.uniform(values[0], values[1])))
 
 
-def fit(domain: Domain, value: float) -> Any:
+def fit(domain: Domain, value: float) -> float:
     """Rounds a number to the nearest one that the domain holds."""
     low, high, *step = domain.values
     if step:
@@ -152,17 +153,17 @@ def grid(space: Space) -> list[Params]:
     return _combinations(space, {key: domain.values for key, domain in space.items()})
 
 
-def _combinations(space: Space, values: dict[str, list[Any]]) -> list[Params]:
-    found = [Params()]
+def _combinations(space: Space, values: dict[str, list[Json]]) -> list[Params]:
+    points = [Params()]
     for key, domain in space.items():
-        found = [p | chosen for p in found for chosen in ([{key: v} for v in values[key]] if holds(domain, p) else [{}])]
-    return found
+        points = [p | chosen for p in points for chosen in ([{key: v} for v in values[key]] if holds(domain, p) else [{}])]
+    return points
 
 
 # checking ------------------------------------------------------------------------------------------------------------
 
 
-def extremes(domain: Domain) -> list[Any]:
+def extremes(domain: Domain) -> list[Json]:
     """Lists the values at the domain's edges, or all values of a listed domain."""
     return list(domain.values) if domain.listed else [fit(domain, domain.values[0]), fit(domain, domain.values[1])]
 
@@ -173,11 +174,11 @@ def corners(space: Space) -> list[Params]:
     edges = {key: extremes(domain) for key, domain in space.items()}
     if math.prod(len(e) for e in edges.values()) <= ALL:
         return _combinations(space, edges)
-    found: dict[str, Params] = {}
+    points: dict[str, Params] = {}
     for pair in itertools.combinations(edges, 2):
         some = {key: values if key in pair else values[:1] for key, values in edges.items()}
-        found |= {repr(p): p for p in _combinations(space, some)}
-    return list(found.values())
+        points |= {repr(p): p for p in _combinations(space, some)}
+    return list(points.values())
 
 
 # population based training -------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from heliostat.config import workspace
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tracking.tags import PARENT_RUN, SOURCE_NAME, SWEEP, TRIAL
@@ -18,21 +19,25 @@ from heliostat.tune import space as spaces
 from heliostat.tune import trial_record as records
 from heliostat.tune.space import Params
 from heliostat.tune.sweep import Plan, holds, tell
-from heliostat.tune.trial_record import Record
+from heliostat.tune.trial_record import Config, Record
 
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
+
+Result = dict[str, Json]  # of a trial, with what Tune adds
 log = logging.getLogger(__name__)
 
 
 class State:
-    def __init__(self, plan: Plan, found: list[Record], concurrency: int, parent: str, spent_s: float) -> None:
-        """Takes the records `found` of earlier commands, which took `spent_s` seconds, and in `parent` the sweep's MLflow run."""
+    def __init__(self, plan: Plan, before: list[Record], concurrency: int, parent: str, spent_s: float) -> None:
+        """Takes the records of earlier commands, which took `spent_s` seconds, and in `parent` the sweep's MLflow run."""
         self.plan, self.concurrency, self.parent = plan, concurrency, parent
-        self.records = {r.number: r for r in found}
-        self.trials: list[Any] = []  # Tune's own list
+        self.records = {r.number: r for r in before}
+        self.trials: list[Trial] = []  # Tune's own list
         self.stopping = ""  # why
         self.used_up = False  # it stops because of its budget, which is an end as any other
         self._spent_s, self._began, self._ticked = spent_s, time.monotonic(), time.monotonic()
-        self._ends: dict[int, dict[str, Any]] = {}  # what trials said of their ends
+        self._ends: dict[int, Result] = {}  # what trials said of their ends
 
     @property
     def folder(self) -> Location:
@@ -53,7 +58,7 @@ class State:
     def live(self) -> bool:
         return any(not t.is_finished() for t in self.trials)
 
-    def config(self, record: Record) -> dict[str, Any]:
+    def config(self, record: Record) -> Config:
         """Builds the configuration that Ray Tune gives to the trial."""
         job = self.plan.job(record.number, record.params)
         last = record.clones[-1] if record.clones else None
@@ -64,7 +69,7 @@ class State:
             "pauses": holds(self.plan.sweep, job, record.number),
             "metric": self.plan.sweep.metric,
             "prunes": not self.plan.sweep.scheduler.exchanges,
-            "clone": last and {"id": len(record.clones), "folder": last["folder"], "step": last["step"]},
+            "clone": {"id": len(record.clones), "folder": last["folder"], "step": last["step"]} if last else None,
             "stop": str(self.folder.join("stop")),
             "tags": tags,
             "root": str(workspace.root()),
@@ -94,7 +99,7 @@ class State:
             record.status = "running"
             self._keep(record)
 
-    def told(self, trial_id: str, result: dict[str, Any]) -> None:
+    def told(self, trial_id: str, result: Result) -> None:
         """Takes in a trial's result: its step, at some steps its scores, at its end how it ended."""
         record = self.of(trial_id)
         step = int(result["step"])

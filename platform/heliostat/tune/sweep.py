@@ -10,20 +10,20 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
 from heliostat import schema
 from heliostat.config import spec, workspace
+from heliostat.config.fields import Json
 from heliostat.config.spec import Fraction, Job, Name, Positive, Seed
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Evaluates
 from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
 from heliostat.text import brief
-from heliostat.tune import rungs
 from heliostat.tune import space as spaces
 from heliostat.tune.space import Params, Space
 from heliostat.validation import check
@@ -84,7 +84,7 @@ class Sweep(Strict):
     """The sweep: its folder is the job's `storage/name`."""
     job: str
     """The base job's file, taken from the workspace."""
-    set_: dict[str, Any] = Field(default={}, alias="set")
+    set_: Params = Field(default={}, alias="set")
     """Keys of the job that all trials share, as `train.steps: 100`."""
     space: Annotated[Space, Field(min_length=1)]
     """Keys of the job, and what they may be: a domain for each."""
@@ -121,7 +121,7 @@ class Sweep(Strict):
             raise ValueError("\n  ".join(faults))
         return self
 
-    def dump(self) -> dict[str, Any]:
+    def dump(self) -> dict[str, Json]:
         return json.loads(self.model_dump_json(by_alias=True, exclude_defaults=True))
 
 
@@ -158,7 +158,7 @@ class Plan:
     """Holds a sweep that passed all checks: its file, the base job as plain data, and the number of trials, if that is known."""
 
     sweep: Sweep
-    base: dict[str, Any]
+    base: dict[str, Json]
     trials: int | None
 
     @property
@@ -184,12 +184,12 @@ class Plan:
         return train["steps"] * train["global_batch"] * (self.base["data"].get("sequence_length") or 1)
 
 
-def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:
+def place(raw: dict[str, Json], params: Params) -> dict[str, Json]:
     """Sets the parameters in the job."""
     return schema.apply(raw, settings(params))
 
 
-def settings(params: dict[str, Any]) -> list[str]:
+def settings(params: Params) -> list[str]:
     """Writes the parameters as settings `key.path=value`."""
     return [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in params.items()]
 
@@ -199,7 +199,7 @@ def holds(sweep: Sweep, job: Job, number: int) -> list[int]:
     scheduler, steps = sweep.scheduler, job.train.steps
     if scheduler.halves:
         assert scheduler.grace is not None
-        all_rungs = rungs.rungs(scheduler.grace, scheduler.reduction, steps)
+        all_rungs = rungs(scheduler.grace, scheduler.reduction, steps)
         return all_rungs[bracket(sweep, steps, number) :]
     if scheduler.exchanges:
         assert scheduler.interval is not None
@@ -216,12 +216,39 @@ def brackets(sweep: Sweep, steps: int) -> int:
     if scheduler.name != "hyperband":
         return 1
     assert scheduler.grace is not None
-    return len(rungs.rungs(scheduler.grace, scheduler.reduction, steps)) + 1
+    return len(rungs(scheduler.grace, scheduler.reduction, steps)) + 1
 
 
 def bracket(sweep: Sweep, steps: int, number: int) -> int:
     """Returns the number of the bracket that the trial of this number is in."""
-    return rungs.bracket(number, brackets(sweep, steps), sweep.scheduler.reduction)
+    return bracket_of(number, brackets(sweep, steps), sweep.scheduler.reduction)
+
+
+def rungs(grace: int, reduction: int, steps: int) -> list[int]:
+    """Lists the rungs grace, grace x reduction, ... that lie below a trial's last step."""
+    waits = []
+    while grace < steps:
+        waits.append(grace)
+        grace *= reduction
+    return waits
+
+
+def shares(brackets: int, reduction: int) -> list[float]:
+    """Computes the share of all trials that each bracket gets (Li et al. 2018, arXiv 1603.06560, algorithm 1).
+
+    Bracket 0 begins at the first rung, the next at the second; the last waits on none.
+    """
+    counts = [math.ceil(brackets / (s + 1) * reduction**s) for s in reversed(range(brackets))]
+    return [count / sum(counts) for count in counts]
+
+
+def bracket_of(number: int, brackets: int, reduction: int) -> int:
+    """Assigns the trial of this number to a bracket, so that whatever the budget is, each bracket has had about its share."""
+    parts, counts = shares(brackets, reduction), [0] * brackets
+    for i in range(number + 1):
+        chosen = max(range(brackets), key=lambda b: parts[b] * (i + 1) - counts[b])
+        counts[chosen] += 1
+    return chosen
 
 
 def load(path: Path, changes: list[str] | None = None) -> Plan:
@@ -241,7 +268,7 @@ def base_file(sweep: Sweep) -> Path:
     return Path(sweep.job) if Path(sweep.job).is_absolute() else workspace.root() / sweep.job
 
 
-def make(sweep: Sweep, raw: dict[str, Any], where: str) -> Plan:
+def make(sweep: Sweep, raw: dict[str, Json], where: str) -> Plan:
     """Plans a sweep from its file and its base job, both already read, and checks it."""
     base = spec.resolve(schema.validate(Job, raw, f"{where}: job {sweep.job} with set"))
     plan = Plan(sweep, base.dump(), count(sweep))

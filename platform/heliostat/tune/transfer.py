@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -21,6 +20,7 @@ from heliostat import schema
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
+from heliostat.tune.space import Params
 from heliostat.tune.sweep import Plan
 from heliostat.tune.trial_record import Record
 
@@ -73,7 +73,7 @@ def check(plan: Plan, big: Path) -> Job:
     return job
 
 
-def _models(plan: Plan) -> list[dict[str, Any]]:
+def _models(plan: Plan) -> list[Params]:
     domain = plan.sweep.space.get("model")
     return list(domain.values) if domain and domain.listed else [plan.base["model"]]
 
@@ -88,19 +88,19 @@ def carry(plan: Plan, records: list[Record], big: Job, file: Path) -> tuple[Tran
             scores.setdefault(model[WIDTH], {})[float(record.params[LR])] = value
     if not scores:
         raise ConfigError("--transfer: no trial of the sweep has finished")
-    found = transfer({w: optimum(points, plan.sweep.mode) for w, points in sorted(scores.items())}, big.model[WIDTH])
-    raw = schema.apply(schema.read_yaml(file), [f"{LR}={found.rate!r}"])
+    carried = transfer({w: optimum(points, plan.sweep.mode) for w, points in sorted(scores.items())}, big.model[WIDTH])
+    raw = schema.apply(schema.read_yaml(file), [f"{LR}={carried.rate!r}"])
     path = file.with_name(f"{file.stem}-transferred.yaml")
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
-    return found, path
+    return carried, path
 
 
-def tell(found: Transfer) -> list[str]:
+def tell(carried: Transfer) -> list[str]:
     """Describes the transfer in lines for people."""
-    lines = [f"width {width:>6,}: best lr {rate:.3g}" for width, rate in found.rates.items()]
-    how = "measured" if found.measured else "muP's, as there is one width only"
-    far = found.width / max(found.rates)
+    lines = [f"width {width:>6,}: best lr {rate:.3g}" for width, rate in carried.rates.items()]
+    how = "measured" if carried.measured else "muP's, as there is one width only"
+    far = carried.width / max(carried.rates)
     return [
         *lines,
-        f"lr ~ width^{found.power:.2f} ({how}); at width {found.width:,}, {far:.1f} times the widest: lr {found.rate:.3g}",
+        f"lr ~ width^{carried.power:.2f} ({how}); at width {carried.width:,}, {far:.1f} times the widest: lr {carried.rate:.3g}",
     ]

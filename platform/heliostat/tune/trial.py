@@ -8,6 +8,7 @@ as its checkpoint is empty.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
@@ -15,18 +16,25 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray import tune
 
+from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
-from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.errors import CheckpointError, ConfigError, HeliostatError, StoppedError
 from heliostat.runs.events import Event, Paused, Scores, Steps, Waiting
+from heliostat.storage import run_folder
 from heliostat.storage.lease import Lease
 from heliostat.storage.locations import Location
 from heliostat.tracking.tags import PRUNED
 from heliostat.training.driver.signals import Signals
 from heliostat.training.pauses import PausePoints
+from heliostat.tune.state import Result
+from heliostat.tune.trial_record import ANY, Clone, Config, read_json
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +57,7 @@ class Trial(tune.Trainable):
     """Trains one trial of a sweep as Tune's trainable; `config` is what `State.config` builds."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self.given = config
+        self.given = cast(Config, config)
         self._events: queue.Queue[Paused | Waiting | Over] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._held: int | None = None  # the step behind which the run waits
@@ -57,7 +65,7 @@ class Trial(tune.Trainable):
 
     # Tune's side -----------------------------------------------------------------------------------------------------
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> Result:
         if self._thread is None:
             if self._told_to_stop():
                 return {"step": self._step, "ended": "stopped", "done": True}
@@ -71,7 +79,7 @@ class Trial(tune.Trainable):
         (Path(checkpoint_dir) / "step").write_text(str(self._step))
         return checkpoint_dir
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
+    def load_checkpoint(self, checkpoint: object) -> None:
         pass
 
     def cleanup(self) -> None:
@@ -103,12 +111,11 @@ class Trial(tune.Trainable):
 
     def _run(self) -> None:
         from heliostat.training.run import train_with_hooks
-        from heliostat.tune.clone import clone
 
         try:
-            with self._lease() as held:
+            with self._lease() as lease:
                 if self.given["clone"]:
-                    held.fence.check()
+                    lease.fence.check()
                     clone(self.given["clone"], self._job.run_folder)
             summary = train_with_hooks(self._job, self._hooks)
             self._events.put(Over(ended="finished", step=summary["steps"], scores=summary["eval"]))
@@ -139,7 +146,7 @@ class Trial(tune.Trainable):
         elif isinstance(event, Paused | Waiting):
             self._events.put(event)
 
-    def _next(self) -> dict[str, Any]:
+    def _next(self) -> Result:
         """Builds the next result for Tune, from the run's next event or, after a second without one, from its step."""
         try:
             event = self._events.get(timeout=BEAT_S)
@@ -149,16 +156,16 @@ class Trial(tune.Trainable):
             return {"step": self._step}
         if isinstance(event, Waiting):
             return {"step": self._step, "waits": event.text}
-        told: dict[str, Any] = {"step": self._step if event.step is None else event.step}
+        result: Result = {"step": self._step if event.step is None else event.step}
         if event.scores:
-            told |= {"value": float(event.scores[self.given["metric"]]), "scores": event.scores}
+            result |= {"value": float(event.scores[self.given["metric"]]), "scores": event.scores}
         if isinstance(event, Paused):
             self._held = event.step
         else:
-            told |= {"done": True, "ended": event.ended, "reason": event.reason}
+            result |= {"done": True, "ended": event.ended, "reason": event.reason}
             assert self._thread
             self._thread.join()
-        return told
+        return result
 
     def _told_to_stop(self) -> bool:
         try:
@@ -166,3 +173,50 @@ class Trial(tune.Trainable):
         except (HeliostatError, OSError) as e:
             log.warning("whether the sweep is to stop cannot be seen: %s", e)
             return False
+
+
+def clone(wanted: Clone, run: Location) -> bool:
+    """Clones a trial for PBT: makes the donor's checkpoint the newest of the run; returns False if that was done before.
+
+    A checkpoint's step is the run's step, and all trials of a PBT sweep have the same data plan. So the clone goes on with the
+    samples after the donor's, and the receipts up to there, which are copied, are its own: `heliostat verify` holds.
+    """
+    if (read_json(run.join(run_folder.CLONE), ANY) or {}).get("id") == wanted["id"]:
+        return False
+    donor, step = Location(wanted["folder"]), wanted["step"]
+    cloned = layout.open_checkpoint(donor, step)
+    for own in layout.steps(run):
+        if own >= step:
+            place = layout.folder(run, own)
+            place.join(layout.INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
+            place.delete()
+    if cloned.frozen:
+        place = run.join(run_folder.CHECKPOINTS, cloned.frozen.location.name)
+        for name in (*(file for file, _ in layout.files(cloned.frozen.index)), layout.INDEX):
+            copy(cloned.frozen.location.join(name), place.join(name))
+    target = layout.folder(run, step)
+    for file, _ in layout.files(cloned.index):
+        copy(cloned.location.join(file), target.join(file))
+    for folder in (run_folder.SEGMENTS, run_folder.RECEIPTS, run_folder.QUARANTINE):
+        run.join(folder).delete()
+        for name, _ in donor.join(folder).files():
+            if run_folder.step_of(name) <= step:
+                copy(donor.join(folder, name), run.join(folder, name))
+    copy(cloned.location.join(layout.INDEX), target.join(layout.INDEX))
+    if layout.open_checkpoint(run, step).index != cloned.index:
+        raise CheckpointError(f"{target}: is not what was cloned from {cloned.location}")
+    run.join(run_folder.CLONE).write(json.dumps(wanted).encode())
+    return True
+
+
+def copy(source: Location, target: Location) -> None:
+    """Copies a file as a stream, so that it appears at the target only when it is whole."""
+    with source.open() as file:
+        size = file.size()
+
+        def fill(out: pa.NativeFile) -> None:
+            file.seek(0)
+            while block := file.read(16 << 20):
+                out.write(block)
+
+        target.send(fill, size)

@@ -18,10 +18,11 @@ import os
 import socket
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import NotRequired, TypeVar
 
 from typing_extensions import TypedDict
 
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
@@ -32,6 +33,11 @@ ALIVE_S = 5.0  # between two signs of life
 SILENCE_S = 4 * ALIVE_S
 OVER = ("finished", "pruned", "failed")
 STATES = ("waiting", "running", "paused", "stopped", *OVER)
+T = TypeVar("T")
+Clone = TypedDict(  # what a trial took over from another; `id`, in its configuration: which of its clones this is
+    "Clone", {"id": int, "from": int, "step": int, "at_step": int, "folder": str, "old": Params, "params": Params, "at": float},
+    total=False,
+)  # fmt: skip
 
 
 @closed
@@ -47,7 +53,7 @@ class Record:
     steps: int = 0
     reports: list[tuple[int, float, float]] = field(default_factory=list)  # step, the metric, wall clock
     scores: dict[str, float] = field(default_factory=dict)  # the last
-    clones: list[dict[str, Any]] = field(default_factory=list)  # from, step, params: what it took over from another trial
+    clones: list[Clone] = field(default_factory=list)
     seconds: float = 0.0  # that it ran
     tokens: float = 0.0  # that it trained on
     run_id: str = ""
@@ -64,10 +70,11 @@ class Record:
 
 @open_
 class Kept(TypedDict):
-    sweep: dict[str, Any]
-    job: dict[str, Any]
+    sweep: Params
+    job: Params
     run_id: str
     seconds: Number
+    created: NotRequired[Number]
 
 
 @open_
@@ -83,12 +90,25 @@ def _fault(record: Record) -> str | None:
     return None
 
 
+class Config(TypedDict):
+    """Describes the configuration that Ray Tune gives to a trial's process."""
+
+    job: dict[str, Json]
+    pauses: list[int]
+    metric: str
+    prunes: bool
+    clone: Clone | None
+    stop: str
+    tags: dict[str, str]
+    root: str
+    cluster: str
+    params: Params
+
+
 TRIAL = Format(Record, "record of a trial", ConfigError, _fault)
-ANY = Format(dict[str, Any], "record of a sweep", ConfigError)
-KEPT: dict[str, Format[Any]] = {
-    "sweep.json": Format(Kept, "record of a sweep", ConfigError),
-    "driver.json": Format(Driver, "sign of life of a sweep", ConfigError, fix="delete it if nothing drives the sweep"),
-}
+KEPT = Format(Kept, "record of a sweep", ConfigError)
+DRIVER = Format(Driver, "sign of life of a sweep", ConfigError, fix="delete it if nothing drives the sweep")
+ANY = Format(dict[str, Json], "record of a sweep", ConfigError)
 
 
 def place(folder: Location, number: int) -> Location:
@@ -105,10 +125,10 @@ def read(folder: Location) -> list[Record]:
     return sorted((TRIAL.read(folder.join("records", n)) for n in names), key=lambda r: r.number)
 
 
-def read_json(place: Location) -> dict[str, Any] | None:
+def read_json(place: Location, format_: Format[T]) -> T | None:
     """Reads one of the folder's other files; None if it does not exist."""
     try:
-        return KEPT.get(place.name, ANY).read(place)
+        return format_.read(place)
     except FileNotFoundError:
         return None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from heliostat.apps.search.search import Passage
 from heliostat.errors import ConfigError, HeliostatError
 
 HEAD = "Answer the question from the passages, and name the numbers of those that the answer is from.\n"
@@ -23,7 +23,7 @@ class Prompt:
     cut: bool
 
 
-def prompt(question: str, passages: Sequence[dict[str, Any]], room: int | None, count: Count) -> Prompt:
+def prompt(question: str, passages: Sequence[Passage], room: int | None, count: Count) -> Prompt:
     """Writes the prompt of as many whole passages as fit into `room` tokens; if not even one does, of its beginning.
 
     ConfigError if there is no room for the question.
@@ -54,20 +54,21 @@ def _beginning(text: str, fits: Callable[[str], bool]) -> str:
     return text[:low]
 
 
-def _write(question: str, passages: Sequence[dict[str, Any]], texts: Sequence[str]) -> str:
-    told = [f"\n[{n}] {p['document']}\n{text.strip()}\n" for n, (p, text) in enumerate(zip(passages, texts, strict=False), 1)]
-    return f"{HEAD}{''.join(told)}\nQuestion: {question}\nAnswer:"
+def _write(question: str, passages: Sequence[Passage], texts: Sequence[str]) -> str:
+    numbered = [f"\n[{n}] {p['document']}\n{text.strip()}\n" for n, (p, text) in enumerate(zip(passages, texts, strict=False), 1)]
+    return f"{HEAD}{''.join(numbered)}\nQuestion: {question}\nAnswer:"
 
 
-def answer(model: Path, question: str, passages: Sequence[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
+def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: int) -> dict[str, object]:
     """Answers a question with the likeliest words of a model; HeliostatError if it cannot, ConfigError if there is no room."""
     from heliostat.inference.batch.engines import Continue, Input
 
     engine = Continue(model, 1, {"max_tokens": max_tokens, "temperature": 0})
     room = None if engine.longest is None else engine.longest - max_tokens
     asked = prompt(question, passages, room, lambda text: len(engine.encode(text)))
-    (made,) = engine([Input(asked.text, 0)])
-    if made.bad:
-        raise HeliostatError(f"{model}: cannot answer ({made.bad}: {made.detail})")
+    (written,) = engine([Input(asked.text, 0)])
+    if written.bad:
+        raise HeliostatError(f"{model}: cannot answer ({written.bad}: {written.detail})")
     facts = {"prompt_tokens": asked.tokens, "passages_used": asked.used, "cut": asked.cut}
-    return {"text": made.values["answer"].strip(), "tokens": made.values["tokens"], "finish": made.values["finish"], **facts}
+    values = written.values
+    return {"text": values["answer"].strip(), "tokens": values["tokens"], "finish": values["finish"], **facts}

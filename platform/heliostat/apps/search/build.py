@@ -18,16 +18,16 @@ import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from heliostat import extras
 from heliostat.apps.search import table
-from heliostat.apps.search.record import RECORD, read
 from heliostat.apps.search.settings import Settings
 from heliostat.apps.search.tasks import Plan, index_unit
 from heliostat.apps.search.units import Unit, open_text, units
+from heliostat.config.fields import Json
 from heliostat.curation.watching import Watch
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
@@ -44,6 +44,9 @@ from heliostat.tasks.progress import Progress
 from heliostat.tasks.work import Work, key
 from heliostat.terminal import console
 
+if TYPE_CHECKING:
+    import lance
+
 log = logging.getLogger(__name__)
 
 WORK = "work"
@@ -55,20 +58,20 @@ COUNTS = ("documents", "passages", "empty", "embedded", "truncated", "unembedded
 def index_documents(
     dataset: str, output: str, settings: Settings, embedder: Path | None = None, batch: int = 16, workers: int = 2,
     quiet: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Json]:  # fmt: skip
     """Builds the index, or brings it up to date; returns what `index.json` says, and `new`, the units that were done.
 
     ConfigError before anything starts if the dataset holds no text, the embedder embeds none, or the output holds
     something else, or is being built by another command.
     """
     require()
-    made, place = open_text(Location(dataset)), Location(output)
+    prepared, place = open_text(Location(dataset)), Location(output)
     about = describe(embedder) if embedder else None
     place.probe()
     claim(place, {"embedder": about and about["digest"], **settings.model_dump()}, "an index", "index of documents")
-    with lease.take(place, "built", "wait for it, or stop it", field="--out") as held:
+    with lease.take(place, "built", "wait for it, or stop it", field="--out") as lease_:
         before = what_was(place)
-        if before and before.record["dataset"]["digest"] == made.digest:
+        if before and before.record["dataset"]["digest"] == prepared.digest:
             return {**before.record, "added": 0, "deleted": 0, "new": 0}
         import torch
 
@@ -77,24 +80,24 @@ def index_documents(
         connect(cpus=workers, gpus=torch.cuda.device_count() if embedder else 0)
         with Watch(console, f"indexing {dataset}", quiet) as watch:
             flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
-            return build(flow, made, place, settings, about, before, batch, held.fence.check)
+            return build(flow, prepared, place, settings, about, before, batch, lease_.fence.check)
 
 
 @dataclass(frozen=True)
 class Before:
     """Holds what the index was: its record, and the keys of its documents."""
 
-    record: dict[str, Any]
+    record: table.Record
     keys: np.ndarray
 
 
 def what_was(place: Location) -> Before | None:
     """Reads what the index was; None if there was none, or a part of it is lost: then all is built anew, as a warning says."""
-    if not place.join(RECORD).exists():
+    if not place.join(table.RECORD).exists():
         return None
-    found = read(place)
+    known = table.read_record(place)
     try:
-        return Before(found, table.document_keys(place, table.open_version(place, found["version"])))
+        return Before(known, table.document_keys(place, table.open_version(place, known["version"])))
     except DataError as e:
         log.warning("%s; it is built anew", e)
         return None
@@ -105,7 +108,7 @@ def require() -> None:
     extras.require("retrieval", "lance", what="an index of documents")
 
 
-def describe(embedder: Path) -> dict[str, Any]:
+def describe(embedder: Path) -> dict[str, Json]:
     """Describes the embedder: folder, digest, origin, and `dims` of its embeddings; ConfigError if it embeds no text."""
     from transformers import AutoConfig
 
@@ -117,25 +120,25 @@ def describe(embedder: Path) -> dict[str, Any]:
 
 
 def build(
-    flow: Flow, made: Manifest, place: Location, settings: Settings, embedder: dict[str, Any] | None,
+    flow: Flow, prepared: Manifest, place: Location, settings: Settings, embedder: dict[str, Json] | None,
     before: Before | None, batch: int, before_commit: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Json]:  # fmt: skip
     """Makes the passages by tasks of a flow, commits them as a version, and writes what it is to `index.json`.
 
     `before_commit`: raises if another command has taken the index over.
     """
     began = time.time()
-    records = _passages(flow, made, place, settings, embedder, before, batch)
+    records = _passages(flow, prepared, place, settings, embedder, before, batch)
     fragments = [fragment for record in records for fragment in record["fragments"]]
     if not fragments:
-        raise DataError(f"{made.location}: none of its documents has a passage of text")
+        raise DataError(f"{prepared.location}: none of its documents has a passage of text")
     before_commit()
     columns = table.schema(embedder["dims"] if embedder else None)
     version = table.build_indices(table.commit(place, columns, fragments), place)
-    new, shards, ends = flow.done.get("passages", 0), set(made.paths), _ends(made, place)
+    new, shards, ends = flow.done.get("passages", 0), set(prepared.paths), _ends(prepared, place)
     kept, gone = _replaced(place, ends, before)
-    told: dict[str, Any] = {
-        "dataset": {"location": str(made.location), "digest": made.digest, "shards": len(shards)},
+    record: dict[str, Json] = {
+        "dataset": {"location": str(prepared.location), "digest": prepared.digest, "shards": len(shards)},
         "embedder": embedder,
         "settings": settings.model_dump(),
         **{name: sum(record.get(name, 0) for record in records) for name in COUNTS},
@@ -146,25 +149,25 @@ def build(
         "seconds": round(time.time() - began, 1),
         "cpu_seconds": round(sum(record["seconds"] for record in records), 1),
     }
-    place.join(RECORD).write(json.dumps(told, indent=1).encode())
+    place.join(table.RECORD).write(json.dumps(record, indent=1).encode())
     shipping.withdraw(flow.work.spill)
     for path in gone:
         place.join(path).delete()
     table.clean(version)
-    return {**told, "new": new}
+    return {**record, "new": new}
 
 
 def _passages(
-    flow: Flow, made: Manifest, place: Location, settings: Settings, embedder: dict[str, Any] | None,
+    flow: Flow, prepared: Manifest, place: Location, settings: Settings, embedder: dict[str, Json] | None,
     before: Before | None, batch: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Json]]:  # fmt: skip
     """Runs a task for each unit, and returns their records in the dataset's order."""
-    target = flow.work.begin(max(LEAST, min(MOST, made.tokens // UNITS)))
-    definition, known = made.file("tokenizer.json").read().decode(), embedder or {}
+    target = flow.work.begin(max(LEAST, min(MOST, prepared.tokens // UNITS)))
+    definition, known = prepared.file("tokenizer.json").read().decode(), embedder or {}
     plan = Plan(
-        made.location.uri, place.uri, definition, made.meta.get("end_of_document"), settings,
+        prepared.location.uri, place.uri, definition, prepared.meta.get("end_of_document"), settings,
         shipping.describe("--embedder", known["folder"]) if embedder else None, known.get("digest", ""), known.get("dims"), batch,
-        before.record["version"] if before and embedder else None, Markers.of(made.meta),
+        before.record["version"] if before and embedder else None, Markers.of(prepared.meta),
     )  # fmt: skip
     shared = {"plan": flow.share(plan)}
     rearranged = [astuple(plan.markers)] if plan.markers else []
@@ -173,28 +176,28 @@ def _passages(
     def task(unit: Unit) -> Task:
         return Task(key("passages", follows, unit.identity), {"unit": unit}, shared, unit.bytes)
 
-    there = {name for name, _ in place.join(table.NAME).files()}
+    present = {name for name, _ in place.join(table.NAME).files()}
 
-    def whole(record: dict[str, Any]) -> bool:
-        return all(name in there for fragment in record["fragments"] for name in table.files(fragment))
+    def whole(record: dict[str, Json]) -> bool:
+        return all(name in present for fragment in record["fragments"] for name in table.files(fragment))
 
-    return flow.all("passages", index_unit, (task(unit) for unit in units(made, target)), valid=whole, pooled=bool(embedder))
+    return flow.all("passages", index_unit, (task(unit) for unit in units(prepared, target)), valid=whole, pooled=bool(embedder))
 
 
-def _changes(place: Location, version: Any, before: Before | None) -> dict[str, int]:
+def _changes(place: Location, version: lance.LanceDataset, before: Before | None) -> dict[str, int]:
     """Counts the documents with passages that came, went and stayed since the version before."""
     now, was = table.document_keys(place, version), before.keys if before else np.zeros(0, np.int64)
     kept = len(np.intersect1d(now, was, assume_unique=True))
     return {"added": len(now) - kept, "deleted": len(was) - kept, "kept": kept}
 
 
-def _ends(made: Manifest, place: Location) -> list[list[str]]:
+def _ends(prepared: Manifest, place: Location) -> list[list[str]]:
     """Copies the dataset's record of its documents, if it has one; returns its files as the dataset lists them."""
-    listed = made.meta.get("curation", {}).get("ends", [])
-    there = {f"files/{name}" for name, _ in place.join("files").files()}
+    listed = prepared.meta.get("curation", {}).get("ends", [])
+    present = {f"files/{name}" for name, _ in place.join("files").files()}
     for _, path in listed:
-        if path not in there:  # its name says what is in it
-            place.join(path).write(made.location.join(path).read())
+        if path not in present:  # its name says what is in it
+            place.join(path).write(prepared.location.join(path).read())
     return listed
 
 

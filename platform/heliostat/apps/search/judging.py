@@ -10,10 +10,10 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from heliostat.apps.search.reranking import Reranker, reordered
 from heliostat.apps.search.search import DEPTH, Index, Passage, fuse
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 
 CUTS = (1, 5, 10)
@@ -28,7 +28,7 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a string in JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--questions: {file} cannot be read ({e})") from e
-    found = []
+    pairs = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -40,21 +40,21 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             form = '{"question": "...", "document": ID or [ID, ...]}'
             raise ConfigError(f"--questions: {file}, line {number}: is not {form}") from e
-        found.append((row["question"], right))
-    if not found:
+        pairs.append((row["question"], right))
+    if not pairs:
         raise ConfigError(f"--questions: {file} has no question")
-    return found
+    return pairs
 
 
-def judge(index: Index, asked: Sequence[tuple[str, set[str]]], reranker: Reranker | None = None) -> dict[str, Any]:
+def judge(index: Index, asked: Sequence[tuple[str, set[str]]], reranker: Reranker | None = None) -> dict[str, Json]:
     """Measures each way to search the index, and with a reranker each in its order too.
 
     `over_bm25`: mean differences to BM25, and halves of their 95 % intervals; `reranked`: of each mode to itself.
     Questions about documents that the index does not hold are left out, and counted as `unknown`, and those that are longer than
     its embedder takes, as `too_long`; ConfigError if all are.
     """
-    held = index.holding({document for _, right in asked for document in right})
-    known = [(question, right) for question, right in asked if right <= held]
+    present = index.holding({document for _, right in asked for document in right})
+    known = [(question, right) for question, right in asked if right <= present]
     if not known:
         raise ConfigError(f"--questions: {index.place} holds no document that a question names, such as {min(asked[0][1])!r}")
     unknown, long = len(asked) - len(known), index.too_long([question for question, _ in known])
@@ -63,44 +63,44 @@ def judge(index: Index, asked: Sequence[tuple[str, set[str]]], reranker: Reranke
         raise ConfigError(f"--questions: each is longer than the embedder of {index.place} takes, such as {min(long)[:80]!r}")
     too_long = len(asked) - unknown - len(known)
     texts = [question for question, _ in known]
-    found = {mode: index.search(texts, mode, DEPTH) for mode in index.modes if mode != "hybrid"}
+    results = {mode: index.search(texts, mode, DEPTH) for mode in index.modes if mode != "hybrid"}
     if "hybrid" in index.modes:
-        found["hybrid"] = [fuse(both) for both in zip(found["bm25"], found["dense"], strict=True)]
-    plain = list(found)
+        results["hybrid"] = [fuse(both) for both in zip(results["bm25"], results["dense"], strict=True)]
+    plain = list(results)
     if reranker is not None:
-        found |= _reranked(reranker, texts, found)
+        results |= _reranked(reranker, texts, results)
     values = {
         mode: [measures(ranks(passages, right), len(right)) for passages, (_, right) in zip(lists, known, strict=True)]
-        for mode, lists in found.items()
+        for mode, lists in results.items()
     }
     modes = {mode: {name: _mean([one[name] for one in each]) for name in MEASURES} for mode, each in values.items()}
     over = {mode: _differences(each, values["bm25"]) for mode, each in values.items() if mode != "bm25"}
-    told = {"questions": len(known), "unknown": unknown, "too_long": too_long, "modes": modes, "over_bm25": over}
+    report = {"questions": len(known), "unknown": unknown, "too_long": too_long, "modes": modes, "over_bm25": over}
     if reranker is None:
-        return told
+        return report
     gained = {mode: _differences(values[mode + RERANKED], values[mode]) for mode in plain}
-    return {**told, "reranker": reranker.facts(), "reranked": gained}
+    return {**report, "reranker": reranker.facts(), "reranked": gained}
 
 
 def _reranked(
-    reranker: Reranker, questions: Sequence[str], found: dict[str, list[list[Passage]]]
+    reranker: Reranker, questions: Sequence[str], results: dict[str, list[list[Passage]]]
 ) -> dict[str, list[list[Passage]]]:
-    """Puts what each mode has found into the reranker's order."""
-    made: dict[str, list[list[Passage]]] = {mode + RERANKED: [] for mode in found}
+    """Puts what each mode has results into the reranker's order."""
+    reranked: dict[str, list[list[Passage]]] = {mode + RERANKED: [] for mode in results}
     for number, question in enumerate(questions):
-        ordered = reordered(reranker, question, [lists[number] for lists in found.values()])
-        for lists, one in zip(made.values(), ordered, strict=True):
+        ordered = reordered(reranker, question, [lists[number] for lists in results.values()])
+        for lists, one in zip(reranked.values(), ordered, strict=True):
             lists.append(one)
-    return made
+    return reranked
 
 
 def _differences(these: Sequence[dict[str, float]], those: Sequence[dict[str, float]]) -> dict[str, list[float]]:
     return {name: _interval([a[name] - b[name] for a, b in zip(these, those, strict=True)]) for name in MEASURES}
 
 
-def ranks(found: Sequence[Passage], right: set[str]) -> list[int]:
+def ranks(passages: Sequence[Passage], right: set[str]) -> list[int]:
     """Returns the ranks, from 1, of the right documents among those of the passages."""
-    documents = dict.fromkeys(passage["document"] for passage in found)
+    documents = dict.fromkeys(passage["document"] for passage in passages)
     return [rank for rank, document in enumerate(documents, 1) if document in right]
 
 

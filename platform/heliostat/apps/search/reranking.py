@@ -11,13 +11,18 @@ import math
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from heliostat.apps.search.search import Index, Passage
 from heliostat.curation import scoring
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch.run import model_digest
 from heliostat.recipes.text import encoder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import SequenceClassifierOutput
 
 OPTION = "--reranker"
 HEAD = "ForSequenceClassification"
@@ -37,8 +42,8 @@ def require(folder: Path) -> None:
         raise ConfigError(f"{OPTION}: {folder} holds {named[0]}, without a head that scores; take a model ...{HEAD}")
     labels = scoring.labels(config)
     if len(labels) != 1:
-        told = ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")
-        raise ConfigError(f"{OPTION}: {folder} has {len(labels)} labels ({told}); take a cross-encoder, which has one")
+        first = ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")
+        raise ConfigError(f"{OPTION}: {folder} has {len(labels)} labels ({first}); take a cross-encoder, which has one")
 
 
 class Pairs(scoring.Classifier):
@@ -53,11 +58,12 @@ class Pairs(scoring.Classifier):
         self.max_tokens = room(self.model, folder)
         self.tokenizer.enable_truncation(self.max_tokens, strategy="only_second")
 
-    def values(self, output: Any, ids: Any, mask: Any) -> list[float]:
+    def values(self, output: SequenceClassifierOutput, ids: torch.Tensor, mask: torch.Tensor) -> list[float]:
+        assert output.logits is not None
         return output.logits.float()[:, 0].tolist()
 
 
-def room(model: Any, folder: Path) -> int:
+def room(model: PreTrainedModel, folder: Path) -> int:
     """Finds how many tokens of a pair the model takes: by its positions, and by what its tokenizer says."""
     file = folder / TOKENIZER_CONFIG
     try:
@@ -76,7 +82,7 @@ class Reranker:
         self.folder, self.pairs = folder, Pairs(folder)
         self._lock = threading.Lock()
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Describes the model: its folder and digest, and how many tokens of a pair it takes."""
         return {"folder": str(self.folder), "digest": model_digest(self.folder), "max_tokens": self.pairs.max_tokens}
 
@@ -90,8 +96,8 @@ class Reranker:
             scored = self.pairs([(question, passage["text"]) for passage in passages])
         if any(not math.isfinite(score) for score, _ in scored):
             raise HeliostatError(f"{self.folder}: the reranker gives a score that is no finite number")
-        found = [{**p, SCORE: score, CUT: cut} for p, (score, cut) in zip(passages, scored, strict=True)]
-        return sorted(found, key=lambda p: (-p[SCORE], p["document"], p["number"]))
+        ordered = [{**p, SCORE: score, CUT: cut} for p, (score, cut) in zip(passages, scored, strict=True)]
+        return sorted(ordered, key=lambda p: (-p[SCORE], p["document"], p["number"]))
 
     def _require_room(self, question: str) -> None:
         tokenizer, most = self.pairs.tokenizer, self.pairs.max_tokens
@@ -107,21 +113,21 @@ class Reranker:
 def best(index: Index, reranker: Reranker | None, question: str, mode: str, top: int) -> list[Passage]:
     """Finds at most `top` passages: `score` is that of the search, `scored_by` how it searched, and the order the reranker's
     where there is one."""
-    (found,) = index.search([question], mode, top if reranker is None else max(top, CANDIDATES))
-    told = [{**passage, "scored_by": mode} for passage in found]
-    return told if reranker is None else reranker.order(question, told)[:top]
+    (passages,) = index.search([question], mode, top if reranker is None else max(top, CANDIDATES))
+    labeled = [{**passage, "scored_by": mode} for passage in passages]
+    return labeled if reranker is None else reranker.order(question, labeled)[:top]
 
 
 def reordered(reranker: Reranker, question: str, lists: Iterable[Sequence[Passage]]) -> list[list[Passage]]:
     """Puts the first CANDIDATES of each list into the reranker's order; a passage in several lists is scored once."""
     lists = list(lists)
-    heads = [passage for found in lists for passage in found[:CANDIDATES]]
+    heads = [passage for passages in lists for passage in passages[:CANDIDATES]]
     ranked = {_place(p): p for p in reranker.order(question, list({_place(p): p for p in heads}.values()))}
     order = {place: rank for rank, place in enumerate(ranked)}
     return [
-        [ranked[place] for place in sorted((_place(p) for p in found[:CANDIDATES]), key=order.__getitem__)]
-        + list(found[CANDIDATES:])
-        for found in lists
+        [ranked[place] for place in sorted((_place(p) for p in passages[:CANDIDATES]), key=order.__getitem__)]
+        + list(passages[CANDIDATES:])
+        for passages in lists
     ]
 
 

@@ -9,12 +9,12 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from heliostat.apps.search import record, table, tasks
+from heliostat.apps.search import table, tasks
+from heliostat.config.fields import Json
 from heliostat.curation import reasons
 from heliostat.data.manifest import SCHEMA, Manifest
 from heliostat.errors import ConfigError, DataError
@@ -26,25 +26,25 @@ MODES = ("bm25", "dense", "hybrid")
 DEPTH = 100  # passages of each list that are fused
 RANK_CONSTANT = 60
 BATCH = 16  # questions that are embedded together
-Passage = dict[str, Any]  # of `table.PLACE`, with `score`
+Passage = dict[str, Json]  # of `table.PLACE`, with `score`
 
 
 def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
     """Fuses ranked lists by reciprocal rank; of passages with equal scores those of the first list come first."""
-    found, scores = dict[tuple[str, str, int], Passage](), dict[tuple[str, str, int], float]()
+    passages, scores = dict[tuple[str, str, int], Passage](), dict[tuple[str, str, int], float]()
     for ranked in lists:
         for rank, passage in enumerate(ranked, 1):
             name = (passage["shard"], passage["document"], passage["number"])
-            found.setdefault(name, passage)
+            passages.setdefault(name, passage)
             scores[name] = scores.get(name, 0.0) + 1 / (RANK_CONSTANT + rank)
-    return [{**found[name], "score": scores[name]} for name in sorted(found, key=lambda n: -scores[n])]
+    return [{**passages[name], "score": scores[name]} for name in sorted(passages, key=lambda n: -scores[n])]
 
 
 class Index:
     """Opens an index to search it; with the embedder, if that is given instead of the one that the index names."""
 
     def __init__(self, place: Location, embedder: Path | None = None) -> None:
-        self.place, self.record = place, record.read(place)
+        self.place, self.record = place, table.read_record(place)
         self.table = table.open_version(place, self.record["version"])
         self._embedder = embedder
         self._embedding = threading.Lock()
@@ -74,7 +74,7 @@ class Index:
         with self._embedding:
             return tasks.longer(str(self.embedder), {question: question for question in questions}, BATCH)
 
-    def columns(self, document: str) -> dict[str, Any]:
+    def columns(self, document: str) -> dict[str, Json]:
         """Returns the columns of a document, such as its url, that the dataset keeps; DataError if its record of them is gone."""
         if not self.record["ends"]:
             return {}
@@ -82,17 +82,17 @@ class Index:
         try:
             return next((row["columns"] for row in reasons.end_of(kept, document)), {})
         except FileNotFoundError as e:
-            told = f"{self.place}: the record of its documents is missing ({brief(e)})"
-            raise DataError(f"{told}; run `heliostat index-documents` again") from e
+            missing = f"{self.place}: the record of its documents is missing ({brief(e)})"
+            raise DataError(f"{missing}; run `heliostat index-documents` again") from e
 
     def holding(self, documents: set[str]) -> set[str]:
         """Returns those of the documents that the index has passages of; reads the ids of all."""
 
-        def found() -> set[str]:
+        def known() -> set[str]:
             batches = self.table.to_batches(columns=["document"], filter="number = 0")
             return {id for batch in batches for id in batch["document"].to_pylist() if id in documents}
 
-        return table.read(self.place, found)
+        return table.read(self.place, known)
 
     def _by_words(self, question: str, top: int) -> list[Passage]:
         from lance.query import MatchQuery
@@ -103,23 +103,23 @@ class Index:
         nearest = {"column": "embedding", "q": vector, "k": top, "metric": "cosine"}
         return self._ranked("_distance", lambda d: 1 - d, nearest=nearest)
 
-    def _ranked(self, column: str, score: Callable[[float], float], **search: Any) -> list[Passage]:
+    def _ranked(self, column: str, score: Callable[[float], float], **search: Json) -> list[Passage]:
         """Runs a search, and orders what it finds by score, then by place."""
         find: Callable[[], pa.Table] = partial(self.table.to_table, columns=[*table.PLACE, column], **search)
         rows = table.read(self.place, find).to_pylist()
-        found = [{**{name: row[name] for name in table.PLACE}, "score": score(row[column])} for row in rows]
-        return sorted(found, key=lambda p: (-p["score"], p["document"], p["number"]))
+        passages = [{**{name: row[name] for name in table.PLACE}, "score": score(row[column])} for row in rows]
+        return sorted(passages, key=lambda p: (-p["score"], p["document"], p["number"]))
 
     def _vectors(self, questions: Sequence[str]) -> list[np.ndarray]:
         with self._embedding:  # of requests that come together: a tokenizer's truncation is a state of it
-            made = tasks.embed(str(self.embedder), questions, BATCH)
-        for question, one in zip(questions, made, strict=True):
+            embedded = tasks.embed(str(self.embedder), questions, BATCH)
+        for question, one in zip(questions, embedded, strict=True):
             if not one:
                 raise ConfigError(f"question: {question[:80]!r} has no token that the embedder knows; ask with --mode bm25")
             if one["truncated"]:
-                told = f"has more tokens than the {one['tokens']:,} that the embedder takes"
-                raise ConfigError(f"question: {question[:80]!r} {told}; ask a shorter one, or with --mode bm25")
-        return [one["embedding"] for one in made]
+                length = f"has more tokens than the {one['tokens']:,} that the embedder takes"
+                raise ConfigError(f"question: {question[:80]!r} {length}; ask a shorter one, or with --mode bm25")
+        return [one["embedding"] for one in embedded]
 
     @cached_property
     def embedder(self) -> Path:

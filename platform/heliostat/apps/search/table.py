@@ -12,19 +12,28 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, NotRequired, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from heliostat.errors import DataError, StorageError
+from heliostat.config.fields import Json
+from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.storage import s3_options
-from heliostat.storage.locations import Location, retry_budget
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Inside, Number, Whole, open_
+from heliostat.storage.retries import retry_budget
 from heliostat.text import brief
+
+if TYPE_CHECKING:
+    import lance
 
 T = TypeVar("T")
 os.environ.setdefault("LANCE_LOG", "error")  # it says that it makes a table, at each fragment
 
+RECORD = "index.json"
 NAME = "passages.lance"
 FORMAT = "2.1"  # of its files: those of one version have one
 FIELDS = [
@@ -49,50 +58,74 @@ def schema(dims: int | None) -> pa.Schema:
     return pa.schema(FIELDS + ([("embedding", pa.list_(pa.float32(), dims))] if dims else []))
 
 
-def address(index: Location) -> dict[str, Any]:
+@open_
+class Record(TypedDict):
+    """Describes `index.json`. `ends`: the record of its documents, as datasets list it; `replaced`: earlier ones, since when."""
+
+    dataset: Json
+    embedder: Json
+    settings: Json
+    documents: Json
+    passages: Json
+    version: Whole
+    ends: list[Annotated[list[Inside], Field(min_length=2, max_length=2)]]
+    replaced: NotRequired[dict[Inside, Number]]
+
+
+RECORD_FORMAT = Format(Record, "record of an index", fix="run `heliostat index-documents` again")
+
+
+def read_record(index: Location) -> Record:
+    """Reads the record; ConfigError if there is no finished index, DataError if the record is damaged."""
+    place = index.join(RECORD)
+    try:
+        return RECORD_FORMAT.read(place)
+    except FileNotFoundError as e:
+        raise ConfigError(f"{index}: no index here ({RECORD} is missing); make one with `heliostat index-documents`") from e
+
+
+def address(index: Location) -> tuple[str, dict[str, str] | None]:
     """Returns what Lance's functions call `uri` and `storage_options` of an index's table."""
     place = index.join(NAME)
     if not place.is_s3:
-        return {"uri": place.path, "storage_options": None}
-    options = s3_options.resolve(place.query)
-    told = {"aws_region": options.region, "client_retry_timeout": str(max(1, int(retry_budget())))}
-    if options.url:
-        told |= {"aws_endpoint": options.url, "allow_http": str(options.scheme == "http").lower()}
-    if options.anonymous:
-        told["aws_skip_signature"] = "true"
-    return {"uri": f"s3://{place.path}", "storage_options": told}
+        return place.path, None
+    s3 = s3_options.resolve(place.query)
+    options = {"aws_region": s3.region, "client_retry_timeout": str(max(1, int(retry_budget())))}
+    if s3.url:
+        options |= {"aws_endpoint": s3.url, "allow_http": str(s3.scheme == "http").lower()}
+    if s3.anonymous:
+        options["aws_skip_signature"] = "true"
+    return f"s3://{place.path}", options
 
 
-def write(index: Location, passages: pa.Table) -> list[dict[str, Any]]:
+def write(index: Location, passages: pa.Table) -> list[dict[str, Json]]:
     """Writes passages as fragments that belong to no version yet; returns their descriptions, JSON values."""
     from lance.fragment import write_fragments
 
-    where = address(index)
+    uri, options = address(index)
     place = index.join(NAME)
-    made = place.attempt(
-        lambda: write_fragments(
-            passages, where["uri"], mode="overwrite", data_storage_version=FORMAT, storage_options=where["storage_options"]
-        )
+    fragments = place.attempt(
+        lambda: write_fragments(passages, uri, mode="overwrite", data_storage_version=FORMAT, storage_options=options)
     )
-    return [fragment.to_json() for fragment in made]
+    return [fragment.to_json() for fragment in fragments]
 
 
-def files(fragment: dict[str, Any]) -> list[str]:
+def files(fragment: dict[str, Json]) -> list[str]:
     """Lists the files of a fragment, as paths in the table's folder."""
     return [f"data/{file['path']}" for file in fragment["files"]]
 
 
-def commit(index: Location, columns: pa.Schema, fragments: list[dict[str, Any]]) -> Any:
+def commit(index: Location, columns: pa.Schema, fragments: list[dict[str, Json]]) -> lance.LanceDataset:
     """Makes a version of these fragments and returns it, open."""
     import lance
 
-    where, listed = address(index), [lance.FragmentMetadata.from_json(json.dumps(one)) for one in fragments]
+    (uri, options), listed = address(index), [lance.FragmentMetadata.from_json(json.dumps(one)) for one in fragments]
     operation = lance.LanceOperation.Overwrite(columns, listed)
     place = index.join(NAME)
-    return place.attempt(lambda: lance.LanceDataset.commit(where["uri"], operation, storage_options=where["storage_options"]))
+    return place.attempt(lambda: lance.LanceDataset.commit(uri, operation, storage_options=options))
 
 
-def build_indices(table: Any, place: Location) -> Any:
+def build_indices(table: lance.LanceDataset, place: Location) -> lance.LanceDataset:
     """Builds the full-text index of a version, and with embeddings one of the digests; returns the version that has them.
 
     Words are found by Unicode's rules in any script, and split at a `_` or `.`; English ones are taken without endings.
@@ -108,12 +141,12 @@ def build_indices(table: Any, place: Location) -> Any:
     return table
 
 
-def open_version(index: Location, version: int) -> Any:
+def open_version(index: Location, version: int) -> lance.LanceDataset:
     """Opens a version; DataError if it is not there any more."""
     import lance
 
-    where = address(index)
-    return read(index, lambda: lance.dataset(where["uri"], version=version, storage_options=where["storage_options"]))
+    uri, options = address(index)
+    return read(index, lambda: lance.dataset(uri, version=version, storage_options=options))
 
 
 def read(index: Location, operation: Callable[[], T]) -> T:
@@ -127,28 +160,28 @@ def read(index: Location, operation: Callable[[], T]) -> T:
         raise DataError(f"{place}: a part of it is missing ({brief(e)}); run `heliostat index-documents` again") from e
 
 
-def clean(table: Any) -> None:
+def clean(table: lance.LanceDataset) -> None:
     """Deletes versions that were replaced more than a day ago, with the files that no other has."""
     table.cleanup_old_versions(older_than=KEEP)
 
 
 def embeddings(index: Location, version: int, digests: list[str]) -> dict[str, np.ndarray]:
     """Looks up the embeddings of texts that a version has already, by digest."""
-    table, found = open_version(index, version), dict[str, np.ndarray]()
+    table, known = open_version(index, version), dict[str, np.ndarray]()
     for start in range(0, len(digests), LOOKED_UP):
-        told = ", ".join(f"'{digest}'" for digest in digests[start : start + LOOKED_UP])
-        wanted = {"columns": ["digest", "embedding"], "filter": f"digest IN ({told}) AND embedding IS NOT NULL"}
-        rows = read(index, partial(table.to_table, **wanted))
+        some = ", ".join(f"'{digest}'" for digest in digests[start : start + LOOKED_UP])
+        wanted = f"digest IN ({some}) AND embedding IS NOT NULL"
+        rows = read(index, partial(table.to_table, columns=["digest", "embedding"], filter=wanted))
         values = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
-        found |= zip(rows["digest"].to_pylist(), values, strict=True)
-    return found
+        known |= zip(rows["digest"].to_pylist(), values, strict=True)
+    return known
 
 
-def document_keys(index: Location, table: Any) -> np.ndarray:
+def document_keys(index: Location, table: lance.LanceDataset) -> np.ndarray:
     """Returns the keys of a version's documents, sorted."""
 
     def parts() -> list[np.ndarray]:
-        found = table.to_batches(columns=["document_key"], filter="number = 0")
-        return [batch["document_key"].to_numpy(zero_copy_only=False) for batch in found]
+        batches = table.to_batches(columns=["document_key"], filter="number = 0")
+        return [batch["document_key"].to_numpy(zero_copy_only=False) for batch in batches]
 
     return np.unique(np.concatenate([np.zeros(0, np.int64), *read(index, parts)]))

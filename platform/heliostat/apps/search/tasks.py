@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
 import xxhash
+from tokenizers import Tokenizer
 
 from heliostat.apps.search import table
-from heliostat.apps.search.cutting import cut
 from heliostat.apps.search.settings import Settings
 from heliostat.apps.search.units import Unit, documents
+from heliostat.config.fields import Json
 from heliostat.curation.text import tokens
 from heliostat.data import infilling
 from heliostat.data.infilling import Markers
@@ -25,6 +27,8 @@ from heliostat.tasks.shipping import Shipment
 
 if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Embed
+
+Row = dict[str, Json]  # of `table.FIELDS`
 
 
 @dataclass(frozen=True)
@@ -46,28 +50,30 @@ class Plan:
     markers: Markers | None = None
 
 
-def index_unit(spill: Location, unit: Unit, plan: Plan) -> dict[str, Any]:
+def index_unit(spill: Location, unit: Unit, plan: Plan) -> dict[str, object]:
     """Writes the passages of a unit's documents; returns the task's record."""
-    tokenizer, rows, empty, seen = tokens.load(plan.definition), list[dict[str, Any]](), 0, 0
+    tokenizer, rows, empty, seen = tokens.load(plan.definition), list[Row](), 0, 0
     joined = None if plan.markers else plan.end  # each span of a rearranged document has its end
-    for found in documents(Location(plan.dataset), unit, joined):
-        made = passages(found.id, _text(tokenizer, found.tokens, plan), unit.path, found.row_group, tokenizer, plan.settings)
-        empty += not made
+    for document in documents(Location(plan.dataset), unit, joined):
+        own = passages(
+            document.id, _text(tokenizer, document.tokens, plan), unit.path, document.row_group, tokenizer, plan.settings
+        )
+        empty += not own
         seen += 1
-        rows += made
+        rows += own
     index = Location(plan.index)
     counts = _embed(rows, index, plan, shipping.here(spill, plan.embedder)) if plan.embedder else {}
     fragments = table.write(index, pa.Table.from_pylist(rows, table.schema(plan.dims))) if rows else []
     return {"documents": seen, "empty": empty, "passages": len(rows), "fragments": fragments, "files": [], **counts}
 
 
-def _text(tokenizer: Any, ids: np.ndarray, plan: Plan) -> str:
+def _text(tokenizer: Tokenizer, ids: np.ndarray, plan: Plan) -> str:
     if plan.markers:
         return infilling.text(tokenizer, ids, plan.end, plan.markers)
     return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
-def passages(id: str, text: str, path: str, row_group: int, tokenizer: Any, settings: Settings) -> list[dict[str, Any]]:
+def passages(id: str, text: str, path: str, row_group: int, tokenizer: Tokenizer, settings: Settings) -> list[Row]:
     """Cuts a document into passages, rows of the table; those of white space alone are none."""
     begins = [begin for begin, _ in tokenizer.encode(text, add_special_tokens=False).offsets]
     places = [(a, b) for a, b in cut(text, begins, settings.chunk_tokens, settings.overlap) if text[a:b].strip()]
@@ -79,31 +85,58 @@ def passages(id: str, text: str, path: str, row_group: int, tokenizer: Any, sett
     ]
 
 
+def cut(text: str, begins: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
+    """Returns the places (begin, end) in the text of passages of at most `size` tokens, which together are all of it.
+
+    `begins` are the places of its tokens. A passage ends behind the last end of a line in its last quarter, if there is one, and
+    the next begins `overlap` tokens before that.
+    """
+    places, first = list[tuple[int, int]](), 0
+    while first < len(begins):
+        stop = _stop(text, begins, first, size)
+        begin, end = begins[first] if first else 0, begins[stop] if stop < len(begins) else len(text)
+        if end > begin:
+            places.append((begin, end))
+        if stop == len(begins):
+            break
+        first = max(first + 1, stop - overlap)
+    return places
+
+
+def _stop(text: str, begins: Sequence[int], first: int, size: int) -> int:
+    """Returns the token before which the passage that begins with the token `first` ends."""
+    stop = first + size
+    if stop >= len(begins):
+        return len(begins)
+    line_end = text.rfind("\n", begins[first + size * 3 // 4], begins[stop])
+    return stop if line_end < 0 else bisect_right(begins, line_end, first + 1, stop)
+
+
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _embed(rows: list[dict[str, Any]], index: Location, plan: Plan, model: str) -> dict[str, int]:
+def _embed(rows: list[Row], index: Location, plan: Plan, model: str) -> dict[str, int]:
     """Adds the embeddings of the rows' texts, each text's computed once and none that is known; returns what was done, and how
     many of the passages are longer than the embedder takes, or have no embedding."""
     texts = {row["digest"]: row["text"] for row in rows}
     known = table.embeddings(index, plan.before, list(texts)) if plan.before is not None else {}
-    cut = longer(model, {digest: texts[digest] for digest in known}, plan.batch, plan.follows)
+    shortened = longer(model, {digest: texts[digest] for digest in known}, plan.batch, plan.follows)
     new = {digest: text for digest, text in texts.items() if digest not in known}
-    for digest, made in zip(new, embed(model, list(new.values()), plan.batch, plan.follows), strict=True):
-        if made:
-            known[digest] = made["embedding"]
-            cut |= {digest} if made["truncated"] else set()
+    for digest, values in zip(new, embed(model, list(new.values()), plan.batch, plan.follows), strict=True):
+        if values:
+            known[digest] = values["embedding"]
+            shortened |= {digest} if values["truncated"] else set()
     for row in rows:
         row["embedding"] = known.get(row["digest"])
     return {
         "embedded": len(new),
-        "truncated": sum(row["digest"] in cut for row in rows),
+        "truncated": sum(row["digest"] in shortened for row in rows),
         "unembedded": sum(row["embedding"] is None for row in rows),
     }
 
 
-def embed(model: str, texts: Sequence[str], batch: int, follows: str = "") -> list[dict[str, Any]]:
+def embed(model: str, texts: Sequence[str], batch: int, follows: str = "") -> list[dict[str, Json]]:
     """Embeds texts: of each the `embedding`, the `tokens` that the model has seen, and whether the text is `truncated`; nothing
     of those that the model cannot embed."""
     from heliostat.inference.batch.engines import Input

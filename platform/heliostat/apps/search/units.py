@@ -50,30 +50,30 @@ class Found:
 
 def open_text(place: Location) -> Manifest:
     """Opens a prepared dataset; ConfigError if it holds no text."""
-    made = manifest.read(place)
-    if made.kind != "tokens":
+    prepared = manifest.read(place)
+    if prepared.kind != "tokens":
         raise ConfigError(
-            f"{place}: holds {made.kind!r}, not text; `heliostat index-documents` takes a dataset of a text pipeline"
+            f"{place}: holds {prepared.kind!r}, not text; `heliostat index-documents` takes a dataset of a text pipeline"
         )
-    return made
+    return prepared
 
 
-def units(made: Manifest, target: int) -> Iterator[Unit]:
+def units(prepared: Manifest, target: int) -> Iterator[Unit]:
     """Yields the dataset's units of about `target` tokens, in its order.
 
     Row groups that share a document have one place; those whose places are not known stay together with all of their shard.
     """
-    rows = made.chunks.select(["path", "row_group", "footer", "content", "place", "tokens", "bytes"]).to_pylist()
-    held, tokens = list[dict](), 0
+    rows = prepared.chunks.select(["path", "row_group", "footer", "content", "place", "tokens", "bytes"]).to_pylist()
+    waiting, tokens = list[dict](), 0
     for row in rows:
-        other = held and row["path"] != held[-1]["path"]
-        if held and (other or (tokens >= target and row["place"] != held[-1]["place"] and row["place"] >= 0)):
-            yield _unit(held)
-            held, tokens = [], 0
-        held.append(row)
+        other = waiting and row["path"] != waiting[-1]["path"]
+        if waiting and (other or (tokens >= target and row["place"] != waiting[-1]["place"] and row["place"] >= 0)):
+            yield _unit(waiting)
+            waiting, tokens = [], 0
+        waiting.append(row)
         tokens += row["tokens"]
-    if held:
-        yield _unit(held)
+    if waiting:
+        yield _unit(waiting)
 
 
 def _unit(rows: list[dict]) -> Unit:
@@ -84,19 +84,19 @@ def _unit(rows: list[dict]) -> Unit:
 def documents(dataset: Location, unit: Unit, end: int | None) -> Iterator[Found]:
     """Yields the unit's documents: rows are joined up to the token `end`, which is left out, or, if it is None, while they have
     one name."""
-    held, id, at = list[np.ndarray](), "", -1
+    waiting, id, at = list[np.ndarray](), "", -1
     for group in unit.groups:
         for name, row in _rows(dataset.join(unit.path), group, unit.footer):
-            if held and name != id:
-                yield _document(id, at, held, end)
-                held = []
-            id, at = name, at if held else group.number
-            held.append(row)
+            if waiting and name != id:
+                yield _document(id, at, waiting, end)
+                waiting = []
+            id, at = name, at if waiting else group.number
+            waiting.append(row)
             if end is not None and len(row) and row[-1] == end:
-                yield _document(id, at, held, end)
-                held = []
-    if held:
-        yield _document(id, at, held, end)
+                yield _document(id, at, waiting, end)
+                waiting = []
+    if waiting:
+        yield _document(id, at, waiting, end)
 
 
 def _document(id: str, at: int, rows: list[np.ndarray], end: int | None) -> Found:
@@ -105,7 +105,7 @@ def _document(id: str, at: int, rows: list[np.ndarray], end: int | None) -> Foun
 
 
 def _rows(place: Location, group: Group, footer: str) -> list[tuple[str, np.ndarray]]:
-    """Reads a row group's (name of the document, tokens), held against the manifest's digests; DataError if it is damaged."""
+    """Reads a row group's (name of the document, tokens), waiting against the manifest's digests; DataError if it is damaged."""
 
     def get() -> tuple[pa.Table, pa.Table]:
         with place.fs.open_input_file(place.path) as file:
@@ -117,8 +117,8 @@ def _rows(place: Location, group: Group, footer: str) -> list[tuple[str, np.ndar
     except FileNotFoundError as e:
         raise DataError(f"{place}: the shard is missing; put it back, or prepare the dataset again") from e
     except (pa.ArrowException, OSError, KeyError, ValueError) as e:
-        told = f"{place}: row group {group.number} cannot be read with its documents' ids ({brief(e)})"
-        raise DataError(f"{told}; prepare the dataset again") from e
+        fault = f"{place}: row group {group.number} cannot be read with its documents' ids ({brief(e)})"
+        raise DataError(f"{fault}; prepare the dataset again") from e
     lists = tokens["tokens"].combine_chunks()
     flat, offsets = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
     rows = [flat[a:b] for a, b in pairwise(offsets.tolist())]

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.storage.records import Format
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SETTINGS = Format(dict[str, Any], "configuration of an adapter", ConfigError)
+SETTINGS = Format(dict[str, Json], "configuration of an adapter", ConfigError)
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys by which an adapter is more than two matrices a layer, and their usual values
+NEUTRAL: dict[str, tuple[object, ...]] = {  # keys by which an adapter is more than two matrices a layer, and their usual values
     "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "fan_in_fan_out": (False,), "modules_to_save": (None, []),
     "layer_replication": (None,), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
     "trainable_token_indices": (None, [], {}),
@@ -32,6 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys by which an adapter is more than
     "use_bdlora": (None, False), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"), "kasa_config": (None,),
     "monteclora_config": (None,), "velora_config": (None,),
 }  # fmt: skip
+Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -42,30 +47,30 @@ class Layer:
     up: torch.Tensor
 
 
-def require(name: str, folder: Path) -> dict[str, Any]:
+def require(name: str, folder: Path) -> dict[str, Json]:
     """Reads an adapter's configuration; ConfigError if it is none that is served, before a weight is read."""
     where = f"--adapter: {name}: {folder}"
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{where}: holds no adapter ({CONFIG} is missing); name a folder that peft has written")
-    told = SETTINGS.read(folder / CONFIG)
-    if told.get("peft_type") != "LORA":
-        raise ConfigError(f"{where}: is an adapter of kind {told.get('peft_type')!r}; LORA is served")
+    config = SETTINGS.read(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"{where}: is an adapter of kind {config.get('peft_type')!r}; LORA is served")
     for key, usual in NEUTRAL.items():
-        if key in told and told[key] not in usual:
+        if key in config and config[key] not in usual:
             raise ConfigError(
-                f"{where}: {CONFIG}: {key}: {told[key]!r} is not served; merge it into its model (merge_and_unload)"
+                f"{where}: {CONFIG}: {key}: {config[key]!r} is not served; merge it into its model (merge_and_unload)"
             )
-    if not isinstance(told.get("r"), int) or told["r"] < 1 or not isinstance(told.get("lora_alpha"), int | float):
+    if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
         raise ConfigError(f"{where}: {CONFIG}: r and lora_alpha are required: the rank, from 1 on, and a number")
     if not (folder / WEIGHTS).is_file():
         raise ConfigError(f"{where}: has no {WEIGHTS}; save it with safetensors")
-    return told
+    return config
 
 
 class Adapters:
     """Adds adapters to a loaded model, for the rows of a batch that are theirs."""
 
-    def __init__(self, model: Any, folders: dict[str, str]) -> None:
+    def __init__(self, model: PreTrainedModel, folders: dict[str, str]) -> None:
         self.names: Sequence[str | None] = ()
         self.layers: dict[str, dict[str, Layer]] = {}  # of each layer, by adapter
         for name, folder in folders.items():
@@ -76,7 +81,7 @@ class Adapters:
         for name in folders:
             self._try(name, model)
 
-    def _try(self, name: str, model: Any) -> None:
+    def _try(self, name: str, model: PreTrainedModel) -> None:
         """Answers two rows, one of them with the adapter; ConfigError if a layer of it does not see rows, as an expert's."""
         with torch.inference_mode(), self.using([name, None]):
             try:
@@ -93,8 +98,8 @@ class Adapters:
         finally:
             self.names = ()
 
-    def _hook(self, known: dict[str, Layer]) -> Any:
-        def add(module: Any, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
+    def _hook(self, known: dict[str, Layer]) -> Hook:
+        def add(module: object, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
             chosen = {name for name in self.names if name in known}
             if not chosen:
                 return None
@@ -109,23 +114,23 @@ class Adapters:
         return add
 
 
-def read(name: str, folder: Path, model: Any) -> dict[str, Layer]:
+def read(name: str, folder: Path, model: PreTrainedModel) -> dict[str, Layer]:
     """Reads an adapter's matrices by the layers of the model that they belong to; ConfigError if they do not fit it."""
-    told, where = require(name, folder), f"--adapter: {name}: {folder / WEIGHTS}"
+    config, where = require(name, folder), f"--adapter: {name}: {folder / WEIGHTS}"
     try:
         tensors = load_file(folder / WEIGHTS)
     except Exception as e:
         raise ConfigError(f"{where}: cannot be read ({e}); save it again") from e
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if not (match := KEY.fullmatch(key)):
             raise ConfigError(f"{where}: {key!r} is no matrix of a layer; such an adapter is not served")
-        found.setdefault(match[1], {})[match[2]] = tensor
-    if not found:
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    if not pairs:
         raise ConfigError(f"{where}: is empty; save the adapter again")
-    scale = told["lora_alpha"] / (math.sqrt(told["r"]) if told.get("use_rslora") else told["r"])
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     linear = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {path: _layer(pair, linear.get(path), told["r"], scale, f"{where}: {path}") for path, pair in found.items()}
+    return {path: _layer(pair, linear.get(path), config["r"], scale, f"{where}: {path}") for path, pair in pairs.items()}
 
 
 def _layer(pair: dict[str, torch.Tensor], module: torch.nn.Linear | None, rank: int, scale: float, where: str) -> Layer:
@@ -137,5 +142,4 @@ def _layer(pair: dict[str, torch.Tensor], module: torch.nn.Linear | None, rank: 
     if tuple(down.shape) != (rank, module.in_features) or tuple(up.shape) != (module.out_features, rank):
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}, of rank {rank}, and the layer is {tuple(module.weight.shape)}"
         raise ConfigError(f"{where}: its matrices are {shapes}; is it an adapter of another model?")
-    like: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
-    return Layer(down.to(**like), (up.float() * scale).to(**like))
+    return Layer(down.to(module.weight), (up.float() * scale).to(module.weight))

@@ -7,12 +7,13 @@ import secrets
 import struct
 import time
 from collections.abc import Sequence
-from typing import Any
 
+from heliostat.apps.serve.asks import Logprobs, Piece
 from heliostat.apps.serve.stopping import UNFINISHED
+from heliostat.config.fields import Json
 
-Piece = dict[str, Any]  # of an answer: text, logprobs, finish, and at its end the numbers of tokens
-Source = dict[str, Any]  # a passage, its place in the corpus, and what of it the model was shown (`used`: whole, part or no)
+Body = dict[str, Json]
+Source = dict[str, Json]  # a passage, its place in the corpus, and what of it the model was shown (`used`: whole, part or no)
 
 
 class Shape:
@@ -27,17 +28,17 @@ class Shape:
             "system_fingerprint": version,
         }
 
-    def whole(self, pieces: Sequence[Piece], sources: Sequence[Source] | None = None) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece], sources: Sequence[Source] | None = None) -> Body:
         """Writes an answer that is not streamed; a piece is the whole answer to one of the prompts."""
         kind = "chat.completion" if self.chat else "text_completion"
         choices = [self._choice(index, piece, "message") for index, piece in enumerate(pieces)]
-        return {**self.head, "object": kind, "choices": choices, "usage": usage(pieces), **_told(sources)}
+        return {**self.head, "object": kind, "choices": choices, "usage": usage(pieces), **_sources(sources)}
 
-    def chunk(self, index: int, piece: Piece, sources: Sequence[Source] | None = None) -> dict[str, Any]:
+    def chunk(self, index: int, piece: Piece, sources: Sequence[Source] | None = None) -> Body:
         """Writes a piece of a stream, the first with the sources of the answer, if it has some."""
-        return {**self.head, "object": self._streamed, "choices": [self._choice(index, piece, "delta")], **_told(sources)}
+        return {**self.head, "object": self._streamed, "choices": [self._choice(index, piece, "delta")], **_sources(sources)}
 
-    def counts(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def counts(self, pieces: Sequence[Piece]) -> Body:
         """Writes the numbers of tokens, the last chunk of a stream that asks for them."""
         return {**self.head, "object": self._streamed, "choices": [], "usage": usage(pieces)}
 
@@ -45,14 +46,14 @@ class Shape:
     def _streamed(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _choice(self, index: int, piece: Piece, name: str) -> dict[str, Any]:
-        told = {"index": index, "finish_reason": piece.get("finish")}
+    def _choice(self, index: int, piece: Piece, name: str) -> Body:
+        choice = {"index": index, "finish_reason": piece.get("finish")}
         if not self.chat:
-            return {**told, "text": piece["text"], "logprobs": piece.get("logprobs")}
-        return {**told, name: {"role": "assistant", "content": piece["text"]}, "logprobs": of_chat(piece.get("logprobs"))}
+            return {**choice, "text": piece["text"], "logprobs": piece.get("logprobs")}
+        return {**choice, name: {"role": "assistant", "content": piece["text"]}, "logprobs": of_chat(piece.get("logprobs"))}
 
 
-def of_chat(columns: dict[str, Any] | None) -> dict[str, Any] | None:
+def of_chat(columns: Logprobs | None) -> Body | None:
     """Writes logprobs as chats have them: by token, each with its likeliest, the best first."""
     if columns is None:
         return None
@@ -64,21 +65,22 @@ def of_chat(columns: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-def _of_token(token: str, value: float) -> dict[str, Any]:
+def _of_token(token: str, value: float) -> Body:
     """Describes a token; its bytes are not known where it is a piece of a character."""
     return {"token": token, "logprob": value, "bytes": None if UNFINISHED in token else list(token.encode())}
 
 
 def usage(pieces: Sequence[Piece]) -> dict[str, int]:
     """Adds up the tokens of prompts and answers."""
-    prompt, made = (sum(piece.get(name, 0) for piece in pieces) for name in ("prompt_tokens", "completion_tokens"))
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    prompt = sum(piece.get("prompt_tokens", 0) for piece in pieces)
+    written = sum(piece.get("completion_tokens", 0) for piece in pieces)
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-def embeddings(model: str, made: Sequence[Piece], encoding: str) -> dict[str, Any]:
+def embeddings(model: str, rows: Sequence[dict[str, Json]], encoding: str) -> Body:
     """Writes embeddings, as numbers or as base64 of little-endian float32."""
-    data = [{"object": "embedding", "index": i, "embedding": _encoded(one["embedding"], encoding)} for i, one in enumerate(made)]
-    tokens = sum(one["tokens"] for one in made)
+    data = [{"object": "embedding", "index": i, "embedding": _encoded(one["embedding"], encoding)} for i, one in enumerate(rows)]
+    tokens = sum(one["tokens"] for one in rows)
     return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
@@ -88,26 +90,26 @@ def _encoded(vector: Sequence[float], encoding: str) -> list[float] | str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-def images(model: str, version: str, made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def images(model: str, version: str, drawn: Sequence[Body]) -> Body:
     """Writes pictures, each with its seed."""
     head = {"created": int(time.time()), "model": model, "system_fingerprint": version, "output_format": "png"}
-    return {**head, "data": list(made)}
+    return {**head, "data": list(drawn)}
 
 
-def passages(index: str, version: str, found: Sequence[Source]) -> dict[str, Any]:
+def passages(index: str, version: str, sources: Sequence[Source]) -> Body:
     """Writes the passages that were found, the best first."""
-    return {"object": "list", "model": index, "system_fingerprint": version, "data": list(found)}
+    return {"object": "list", "model": index, "system_fingerprint": version, "data": list(sources)}
 
 
-def models(names: Sequence[str], since: int) -> dict[str, Any]:
+def models(names: Sequence[str], since: int) -> Body:
     """Lists what is served."""
     return {"object": "list", "data": [model(name, since) for name in names]}
 
 
-def model(name: str, since: int) -> dict[str, Any]:
+def model(name: str, since: int) -> Body:
     """Describes a model, or an index, that is served."""
     return {"id": name, "object": "model", "created": since, "owned_by": "heliostat"}
 
 
-def _told(sources: Sequence[Source] | None) -> dict[str, Any]:
+def _sources(sources: Sequence[Source] | None) -> Body:
     return {} if sources is None else {"sources": list(sources)}

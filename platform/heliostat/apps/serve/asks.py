@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NotRequired, TypedDict
+
+from heliostat.config.fields import Json
 
 Messages = list[dict[str, str]]
+Item = dict[str, Json]  # of a replica's answer: `answers`, `piece` with its `index`, `images`, `passages`, or `refused`
 
 
 @dataclass(frozen=True)
@@ -60,4 +63,23 @@ class Picture:
     prompt: str
     count: int
     seed: int
-    options: dict[str, Any]
+    options: dict[str, Json]
+
+
+class Logprobs(TypedDict):
+    """Holds the log probabilities of tokens, in OpenAI's columns."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class Piece(TypedDict):
+    """Holds a piece of an answer; the last one has how it ended, and the numbers of tokens."""
+
+    text: str
+    logprobs: Logprobs | None
+    finish: NotRequired[str]
+    prompt_tokens: NotRequired[int]
+    completion_tokens: NotRequired[int]

@@ -7,8 +7,8 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any
 
+from heliostat.apps.serve.asks import Item
 from heliostat.web.refusals import Refusal
 
 log = logging.getLogger(__name__)
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 TRIES = 5
 PAUSE_S = 0.2
 
-Call = Callable[[str], Awaitable[dict[str, Any]]]  # one answer of a version's replica
-Stream = Callable[[str], AsyncGenerator[dict[str, Any]]]
+Call = Callable[[str], Awaitable[Item]]  # one answer of a version's replica
+Stream = Callable[[str], AsyncGenerator[Item]]
 
 
 class Backend:
@@ -37,7 +37,7 @@ class Backend:
         self.open = Counter({name: count for name, count in self.open.items() if count})
         return dict(self.open)
 
-    async def ask(self, call: Call) -> tuple[str, dict[str, Any]]:
+    async def ask(self, call: Call) -> tuple[str, Item]:
         """Returns the version that answered, and its answer; Refusal if there is none within the deadline."""
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):
@@ -50,7 +50,7 @@ class Backend:
             await asyncio.sleep(PAUSE_S)
         raise AssertionError("unreachable: the last try has raised")
 
-    async def stream(self, start: Stream) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
+    async def stream(self, start: Stream) -> AsyncGenerator[tuple[str, Item]]:
         """Yields the version and each item of a stream; Refusal also in its midst, where a replica dies when some were sent."""
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):
@@ -69,7 +69,7 @@ class Backend:
                     self._again(e, left)
             await asyncio.sleep(PAUSE_S)
 
-    async def _next(self, items: AsyncGenerator[dict[str, Any]], end: float) -> dict[str, Any] | None:
+    async def _next(self, items: AsyncGenerator[Item], end: float) -> Item | None:
         async with self._until(end):  # of one task: a stream may go on in another than it began in
             item = await anext(items, None)
         return None if item is None else _sound(item)
@@ -103,7 +103,7 @@ class Backend:
             raise Refusal(503, f"{TRIES} replicas died over this request", code="replica_died", retry_after=5) from error
 
 
-def _sound(item: dict[str, Any]) -> dict[str, Any]:
+def _sound(item: Item) -> Item:
     """Raises the refusal that an item is."""
     if "refused" in item:
         raise Refusal(*item["refused"])

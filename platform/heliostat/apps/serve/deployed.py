@@ -2,11 +2,83 @@
 
 from __future__ import annotations
 
-from heliostat.apps.serve.asks import Holds
-from heliostat.apps.serve.confined import confine
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any, cast
+
+from ray import serve
+from ray.exceptions import ActorUnavailableError, NodeDiedError, OwnerDiedError, RayActorError, WorkerCrashedError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+
+from heliostat.apps.serve.asks import Ask, Holds, Item
 from heliostat.apps.serve.front import Front, Settings
-from heliostat.apps.serve.handles import LOST, Handles
 from heliostat.apps.serve.replica import Replica
+
+if TYPE_CHECKING:
+    import grpc
+    from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+
+EVERYWHERE = "[::]:"
+# what a call ends with if its replica died, or was ended before it took the call
+LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError, NodeDiedError, OwnerDiedError, ReplicaUnavailableError,
+        DeploymentUnavailableError)  # fmt: skip
+
+
+class Handles:
+    """Keeps a handle for each version: it knows the version's replicas, and how busy they are."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, DeploymentHandle] = {}
+
+    def _of(self, version: str) -> DeploymentHandle:
+        if version not in self.known:
+            self.known = {name: handle for name, handle in self.known.items() if name == version}
+            self.known[version] = serve.get_app_handle(version)
+        return self.known[version]
+
+    async def call(self, version: str, what: str, asked: object) -> Item:
+        """Asks for something as a whole: a method of `Replica`, by its name."""
+        return await _answered(getattr(self._of(version), what).remote(asked))
+
+    async def stream(self, version: str, ask: Ask) -> AsyncGenerator[Item]:
+        """Answers prompts piece by piece; ends the replica's work if nobody takes the pieces any more."""
+        stream = self._of(version).options(stream=True).stream
+        pieces = cast("DeploymentResponseGenerator[Item]", stream.remote(ask))
+        over = False
+        try:
+            async for piece in pieces:
+                yield piece
+            over = True
+        finally:
+            if not over:
+                pieces.cancel()
+
+
+async def _answered(response: DeploymentResponse) -> Item:
+    """Waits for an answer; ends the replica's work on it if nobody waits any more."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+def confine() -> None:
+    """Makes Serve bind the port that it opens in each replica to the node's address; called before it is opened.
+
+    Ray 2.60 opens it on all addresses, whether or not calls go by gRPC; they do not.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    module: Any = replica
+    open_port = module.add_port_to_grpc_server
+    address = ray.util.get_node_ip_address()
+
+    def confined(server: grpc.aio.Server, given: str) -> object:
+        return open_port(server, given.replace(EVERYWHERE, f"{address}:"))
+
+    module.add_port_to_grpc_server = confined
 
 
 class DeployedFront(Front):

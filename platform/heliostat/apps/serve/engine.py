@@ -91,18 +91,18 @@ class Engine:
         A row that needs more memory than is left waits, and those behind it, until it has room or nothing else is under way.
         """
         under_way = [row for _, rows in self.groups for row in rows]
-        room, held = self.batch - len(under_way), sum(map(_places, under_way))
+        room, places = self.batch - len(under_way), sum(map(_places, under_way))
         taken, left = list[Row](), deque[Row]()
         while self.waiting and room > len(taken):
             row = self.waiting.popleft()
             if row.over:
                 continue
-            held += _places(row)
-            if (under_way or taken) and not self._has_memory(held):
+            places += _places(row)
+            if (under_way or taken) and not self._has_memory(places):
                 left.append(row)
                 break
             if taken and not (_near if self.mixes else int.__eq__)(_length(row), _length(taken[0])):
-                held -= _places(row)
+                places -= _places(row)
                 left.append(row)
                 continue
             taken.append(row)
@@ -142,8 +142,8 @@ class Engine:
             tokens = sampling.choose(group.logits, [row.draw for row in rows])
             for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
                 if not row.over:
-                    told = None if row.logprobs is None else sampling.logprobs(group.logits[place], token, row.logprobs)
-                    self.telling.take(row, token, told)
+                    chosen = None if row.logprobs is None else sampling.logprobs(group.logits[place], token, row.logprobs)
+                    self.telling.take(row, token, chosen)
             open_ = [place for place, row in enumerate(rows) if not row.over]
             if not open_:
                 self.groups.remove(one)
@@ -166,9 +166,9 @@ class Engine:
     def _embed(self, asked: list[tuple[Sequence[str], Deliver]]) -> None:
         """Embeds the texts of several requests together."""
         try:
-            made = iter(self.embed([Input(text, 0) for texts, _ in asked for text in texts]))
+            vectors = iter(self.embed([Input(text, 0) for texts, _ in asked for text in texts]))
             for texts, deliver in asked:
-                deliver({"answers": [next(made) for _ in texts]})
+                deliver({"answers": [next(vectors) for _ in texts]})
         except Exception as e:  # noqa: BLE001 (the same)
             if len(asked) == 1:
                 asked[0][1]({"failed": f"{type(e).__name__}: {brief(e)}"})

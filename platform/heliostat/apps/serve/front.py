@@ -7,22 +7,24 @@ after a death it starts without one, and requests wait until it is told.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from heliostat.apps.serve import answers, kinds, measures, requests, sse
+from heliostat.apps.serve import answers, kinds, measures, requests
 from heliostat.apps.serve.answers import Shape
-from heliostat.apps.serve.asks import Ask, Picture, Search
+from heliostat.apps.serve.asks import Ask, Item, Picture, Piece, Search
 from heliostat.apps.serve.backend import Backend
-from heliostat.apps.serve.limits import Limits
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
 
@@ -30,6 +32,9 @@ log = logging.getLogger(__name__)
 
 PATHS = {"/health": "GET", "/metrics": "GET", "/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST",
          "/v1/embeddings": "POST", "/v1/images/generations": "POST", "/v1/search": "POST"}  # fmt: skip
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+MINUTE = 60.0
 FAILED = Refusal(500, "the endpoint failed; its log says why")
 DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it
 ANSWER_TOKENS = 128  # of an answer from the index
@@ -38,9 +43,9 @@ ANSWER_TOKENS = 128  # of an answer from the index
 class Replicas(Protocol):
     """Reaches the replicas of a version: `call` asks for a method of theirs by its name."""
 
-    async def call(self, version: str, what: str, asked: Any) -> dict[str, Any]: ...
+    async def call(self, version: str, what: str, asked: object) -> Item: ...
 
-    def stream(self, version: str, ask: Ask) -> AsyncGenerator[dict[str, Any]]: ...
+    def stream(self, version: str, ask: Ask) -> AsyncGenerator[Item]: ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,36 @@ class Settings:
     a_minute: int
     deadline_s: float
     adapters: tuple[str, ...] = ()
+
+
+class Limits:
+    """Counts the requests of each key, those of the last minute and those that are open; 0 is no limit."""
+
+    def __init__(self, at_once: int, a_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.at_once, self.a_minute, self.clock = at_once, a_minute, clock
+        self.open: defaultdict[str, int] = defaultdict(int)
+        self.began: defaultdict[str, deque[float]] = defaultdict(deque)
+
+    def enter(self, name: str) -> None:
+        """Begins a request; Refusal with 429 beyond a limit."""
+        now, began = self.clock(), self.began[name]
+        while began and began[0] <= now - MINUTE:
+            began.popleft()
+        if self.at_once and self.open[name] >= self.at_once:
+            raise self._refusal(f"{self.at_once} requests of this key are open", 1)
+        if self.a_minute and len(began) >= self.a_minute:
+            raise self._refusal(f"{self.a_minute} requests of this key came within a minute", began[0] + MINUTE - now)
+        self.open[name] += 1
+        if self.a_minute:
+            began.append(now)
+
+    def leave(self, name: str) -> None:
+        """Ends a request."""
+        self.open[name] -= 1
+
+    def _refusal(self, why: str, seconds: float) -> Refusal:
+        after = max(1, math.ceil(seconds))
+        return Refusal(429, f"{why}, which is the limit; try again in {after} s", None, "rate_limit_exceeded", after)
 
 
 class Front:
@@ -145,20 +180,20 @@ class Front:
 
     async def _body(self, request: Request) -> bytes:
         """Reads the body, and no more of it than is allowed."""
-        most, held = self.settings.body_bytes, bytearray()
-        told = request.headers.get("content-length", "")
-        if told.isdigit() and int(told) > most:
-            raise Refusal(413, f"the body has {told} bytes, and at most {most} are taken", code="body_too_large")
+        most, body = self.settings.body_bytes, bytearray()
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length) > most:
+            raise Refusal(413, f"the body has {length} bytes, and at most {most} are taken", code="body_too_large")
         async for piece in request.stream():
-            held += piece
-            if len(held) > most:
+            body += piece
+            if len(body) > most:
                 raise Refusal(413, f"the body has more than {most} bytes, which is the limit", code="body_too_large")
-        return bytes(held)
+        return bytes(body)
 
     def _require_served(self, asked: str) -> None:
         if asked not in self.names:
-            there = f"{' and '.join(map(repr, self.names))} {'are' if self.names[1:] else 'is'}"
-            raise Refusal(404, f"model: {asked[:100]!r} is not served; {there}", "model", "model_not_found")
+            served = f"{' and '.join(map(repr, self.names))} {'are' if self.names[1:] else 'is'}"
+            raise Refusal(404, f"model: {asked[:100]!r} is not served; {served}", "model", "model_not_found")
 
     def _require_model(self, asked: str, *fit: str) -> None:
         """Raises Refusal unless a model of a kind that fits is asked, and is served."""
@@ -180,17 +215,17 @@ class Front:
 
     async def _embeddings(self, asked: requests.Embeddings, name: str) -> Response:
         self._require_model(asked.model, kinds.TEXT, kinds.EMBEDDINGS)
-        _, made = await self._call("embed", asked.input)
-        body = answers.embeddings(asked.model, made["answers"], asked.encoding_format)
+        _, item = await self._call("embed", asked.input)
+        body = answers.embeddings(asked.model, item["answers"], asked.encoding_format)
         self.measures.counted(name, body["usage"])
         return JSONResponse(body)
 
     async def _images(self, asked: requests.Images, name: str) -> Response:
         self._require_model(asked.model, kinds.IMAGES)
         picture = Picture(asked.prompt, asked.n, _seed(asked.seed), asked.options)
-        version, made = await self._call("draw", picture)
+        version, item = await self._call("draw", picture)
         self.measures.images.labels(name).inc(asked.n)
-        return JSONResponse(answers.images(asked.model, version, made["images"]))
+        return JSONResponse(answers.images(asked.model, version, item["images"]))
 
     async def _search(self, asked: requests.Search) -> Response:
         index = self.settings.index
@@ -199,10 +234,10 @@ class Front:
         if asked.model not in (None, index):
             said = f"model: {str(asked.model)[:100]!r} is not the index; {index!r} is"
             raise Refusal(400, said, "model", "unsupported_by_model")
-        version, made = await self._call("search", Search(asked.query, asked.top, asked.mode))
-        return JSONResponse(answers.passages(index, version, made["passages"]))
+        version, item = await self._call("search", Search(asked.query, asked.top, asked.mode))
+        return JSONResponse(answers.passages(index, version, item["passages"]))
 
-    async def _call(self, what: str, asked: Any) -> tuple[str, dict[str, Any]]:
+    async def _call(self, what: str, asked: object) -> tuple[str, Item]:
         return await self.backend.ask(lambda version: self.handles.call(version, what, asked))
 
     async def _text(self, asked: requests.Sampled, name: str, path: str) -> Response:
@@ -210,8 +245,8 @@ class Front:
         ask, chat = self._ask(asked), isinstance(asked, requests.Chat)
         if asked.stream:
             return await self._stream(asked, ask, name, path)
-        version, made = await self._call("answer", ask)
-        body = Shape(asked.model, version, chat).whole(made["answers"], made.get("sources"))
+        version, item = await self._call("answer", ask)
+        body = Shape(asked.model, version, chat).whole(item["answers"], item.get("sources"))
         self.measures.counted(name, body["usage"])
         return JSONResponse(body)
 
@@ -254,26 +289,26 @@ class Front:
         except BaseException:
             await items.aclose()
             raise
-        shape, last = Shape(asked.model, version, isinstance(asked, requests.Chat)), list[dict[str, Any]]()
+        shape, last = Shape(asked.model, version, isinstance(asked, requests.Chat)), list[Piece]()
 
         async def events() -> AsyncIterator[bytes]:
             try:
-                item: dict[str, Any] | None = first
+                item: Item | None = first
                 while item is not None:
-                    yield sse.event(shape.chunk(item["index"], item["piece"], item.get("sources")))
+                    yield event(shape.chunk(item["index"], item["piece"], item.get("sources")))
                     last.extend([item["piece"]] if "finish" in item["piece"] else [])
                     following = await anext(items, None)
                     item = following[1] if following else None
                 if asked.counts:
-                    yield sse.event(shape.counts(last))
-                yield sse.DONE
+                    yield event(shape.counts(last))
+                yield DONE
             except Refusal as e:
                 self.measures.broken.inc()
-                yield sse.event(e.body())
+                yield event(e.body())
             except Exception:  # never an end that looks like one
                 log.exception("a stream broke")
                 self.measures.broken.inc()
-                yield sse.event(FAILED.body())
+                yield event(FAILED.body())
 
         async def ended() -> None:
             self.limits.leave(name)
@@ -288,11 +323,16 @@ def _seed(given: int | None) -> int:
     return secrets.randbits(63) if given is None else given
 
 
+def event(data: Mapping[str, object]) -> bytes:
+    """Frames an object as one server-sent event: JSON of one line, since a line break would end it."""
+    return b"data: " + json.dumps(data, ensure_ascii=True, separators=(",", ":")).encode() + b"\n\n"
+
+
 class Stream(StreamingResponse):
     """Sends events, and calls `ended` once behind them, also if the client is gone before the first."""
 
     def __init__(self, events: AsyncIterator[bytes], ended: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=sse.HEADERS)
+        super().__init__(events, media_type="text/event-stream", headers=HEADERS)
         self.ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

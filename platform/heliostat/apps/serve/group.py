@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from heliostat.apps.serve.adapters import Adapters
@@ -23,7 +24,12 @@ class Group:
     `names`: of each row's adapter."""
 
     def __init__(
-        self, model: Any, rows: Sequence[list[int]], pad: int, names: Sequence[str | None] = (), adapters: Adapters | None = None
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[list[int]],
+        pad: int,
+        names: Sequence[str | None] = (),
+        adapters: Adapters | None = None,
     ) -> None:
         self.names, self.adapters = list(names), adapters
         self.model, self.takes = model, inspect.signature(model.forward).parameters
@@ -33,7 +39,7 @@ class Group:
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
         self.mask, self.ids = mask, ids
-        self.cache: Any = None
+        self.cache: Any = None  # a DynamicCache, whose layers have keys and values
         self.logits = self._forward(ids, (mask.cumsum(-1) - 1).clamp(min=0))
         if self.cache is not None:
             self.ids = ids[:, :0]
@@ -99,9 +105,9 @@ class Group:
         given = {name: value for name, value in given.items() if name in self.takes}
         with self.adapters.using(self.names) if self.adapters else nullcontext():
             out = self.model(input_ids=ids, attention_mask=self.mask, **given)
-        found = getattr(out, self.named, None) if self.reuses else None
-        self.reuses = isinstance(found, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in found.layers)
-        self.cache = found if self.reuses else None
+        cache = getattr(out, self.named, None) if self.reuses else None
+        self.reuses = isinstance(cache, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+        self.cache = cache if self.reuses else None
         return out.logits[:, -1].float()
 
 

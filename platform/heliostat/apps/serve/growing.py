@@ -1,63 +1,46 @@
-"""Decodes an answer while it grows, at a cost per token that does not grow with it.
-
-Only the last tokens are decoded again: those of a window, behind a prefix whose text is settled. The prefix is there because a
-token's text depends on what comes before it, such as the space that a first word has not.
-"""
+"""Decodes an answer while it grows, at a cost per token that does not grow with it: by the stream of the tokenizers library."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from heliostat.apps.serve.stopping import UNFINISHED
 
-WINDOW = 16  # tokens that are settled together
-OPEN = 4  # last tokens, which may be pieces of one character
-LONG = 128  # tokens of a window, from which on what stays unfinished is settled too: bytes that are no text
+LONG = 128  # tokens without text, from which on what stays unfinished is no character
 
-Decode = Callable[[list[int]], str]
+
+def _stream() -> DecodeStream:
+    return DecodeStream(skip_special_tokens=True)
 
 
 @dataclass
 class Growing:
-    """Holds what of an answer's text is not sent yet: `settled`, and `fresh`, which more tokens may change."""
+    """Holds what of an answer's text is not sent yet (`unsent`), without a character that more tokens may finish."""
 
-    settled: str = ""
-    fresh: str = ""
-    skip: int = 0  # characters of the two that were sent
-    tokens: list[int] = field(default_factory=list)  # the window: those of the prefix, and then those that are not settled
-    middle: int = 0  # how many are the prefix's
-    prefix: str = ""
+    unsent: str = ""
+    waiting: list[int] = field(default_factory=list)  # the last tokens, which have no text yet
+    stream: DecodeStream = field(default_factory=_stream)
 
-    @property
-    def unsent(self) -> str:
-        return (self.settled + self.fresh)[self.skip :]
-
-    def add(self, token: int, decode: Decode) -> None:
+    def add(self, token: int, tokenizer: Tokenizer) -> None:
         """Takes the answer's next token, one that has text."""
-        self.tokens.append(token)
-        text = decode(self.tokens)
-        self.fresh = text[len(self.prefix) :]
-        if len(self.tokens) - self.middle >= WINDOW + OPEN:
-            self._settle(text, decode)
+        self.waiting.append(token)
+        try:
+            text = self.stream.step(tokenizer, token)
+            broken = text is None and not len(self.waiting) % LONG and self._rest(tokenizer).endswith(UNFINISHED)
+        except Exception:  # noqa: BLE001 - the library has no narrower one for a byte that changes the text before it
+            broken = True
+        if broken:
+            text, self.stream = self._rest(tokenizer), _stream()
+        if text is not None:
+            self.unsent += text
+            self.waiting.clear()
 
     def drop(self, sent: int) -> None:
         """Forgets characters that were sent."""
-        self.skip += sent
-        gone = min(self.skip, len(self.settled))
-        self.settled, self.skip = self.settled[gone:], self.skip - gone
+        self.unsent = self.unsent[sent:]
 
-    def _settle(self, text: str, decode: Decode) -> None:
-        """Moves the window on, if its tokens can be parted between two characters."""
-        size = len(self.tokens)
-        for middle in range(size - OPEN, size - 2 * OPEN, -1):
-            known = decode(self.tokens[:middle])
-            if known.endswith(UNFINISHED) and size < LONG:
-                continue
-            prefix = decode(self.tokens[self.middle : middle])
-            if prefix and text.startswith(known) and known.startswith(self.prefix):
-                self.settled += known[len(self.prefix) :]
-                self.fresh = text[len(known) :]
-                self.tokens, self.middle, self.prefix = self.tokens[self.middle :], middle - self.middle, prefix
-                self.drop(0)
-                return
+    def _rest(self, tokenizer: Tokenizer) -> str:
+        return tokenizer.decode(self.waiting, skip_special_tokens=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from heliostat.config.fields import Json
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -15,14 +15,14 @@ class Measures:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        made: dict[str, Any] = {"registry": self.registry, "namespace": "heliostat"}
-        self.requests = Counter("requests", "Requests that were answered", ["path", "status"], **made)
-        self.seconds = Histogram("request_seconds", "From a request to the end of its answer", ["path"], buckets=SECONDS, **made)
-        self.tokens = Counter("tokens", "Tokens of prompts and of answers", ["key", "kind"], **made)
-        self.images = Counter("images", "Pictures that were drawn", ["key"], **made)
-        self.open = Gauge("open_requests", "Requests under way, by the version that answers them", ["version"], **made)
-        self.retries = Gauge("retried_requests", "Requests that were sent again because a replica died", **made)
-        self.broken = Counter("broken_streams", "Streams that ended in an error event", **made)
+        ours: dict[str, Json] = {"registry": self.registry, "namespace": "heliostat"}
+        self.requests = Counter("requests", "Requests that were answered", ["path", "status"], **ours)
+        self.seconds = Histogram("request_seconds", "From a request to the end of its answer", ["path"], buckets=SECONDS, **ours)
+        self.tokens = Counter("tokens", "Tokens of prompts and of answers", ["key", "kind"], **ours)
+        self.images = Counter("images", "Pictures that were drawn", ["key"], **ours)
+        self.open = Gauge("open_requests", "Requests under way, by the version that answers them", ["version"], **ours)
+        self.retries = Gauge("retried_requests", "Requests that were sent again because a replica died", **ours)
+        self.broken = Counter("broken_streams", "Streams that ended in an error event", **ours)
 
     def counted(self, key: str, usage: dict[str, int]) -> None:
         """Adds the tokens of an answer."""

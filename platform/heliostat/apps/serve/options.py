@@ -36,8 +36,8 @@ class Options(Strict):
 
 def replicas(text: str) -> tuple[int, int]:
     """Reads a number of replicas, as 2 or 1..4; ConfigError if it is none."""
-    found = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
-    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
         raise ConfigError(f"--replicas: {text!r} is no number of replicas; give one, as 2, or a range, as 1..4")
     return least, most

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.responses import Response
@@ -20,7 +19,7 @@ def set_ahead() -> None:
     os.environ.update(SETTING)
 
 
-def controller() -> dict[str, Any]:
+def controller() -> dict[str, object]:
     """Returns options of Serve's controller, whose proxy inherits its environment, on a cluster that is there already."""
     return {"runtime_env": {"env_vars": SETTING}} if os.environ.get("RAY_ADDRESS") else {}
 

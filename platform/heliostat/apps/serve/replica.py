@@ -6,18 +6,16 @@ import dataclasses
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from heliostat.apps.serve import kinds
-from heliostat.apps.serve.asks import Ask, Holds, Picture, Search
+from heliostat.apps.serve.asks import Ask, Holds, Item, Picture, Piece, Search
 from heliostat.web.refusals import Refusal
 
 if TYPE_CHECKING:  # a replica loads what it holds, and no more libraries than that
     from heliostat.apps.serve.painter import Painter
     from heliostat.apps.serve.shelf import Shelf
     from heliostat.apps.serve.writer import Writer
-
-Answer = dict[str, Any]
 
 
 class Replica:
@@ -49,44 +47,44 @@ class Replica:
         if self.writer:
             self.writer.require_alive()
 
-    async def answer(self, ask: Ask) -> Answer:
+    async def answer(self, ask: Ask) -> Item:
         """Answers all prompts as a whole: `answers`, and `sources` if it is from the index."""
-        made: list[Answer] = [{"text": "", "logprobs": None} for _ in ask.seeds]
-        told: Answer = {}
+        whole: list[Piece] = [{"text": "", "logprobs": None} for _ in ask.seeds]
+        sources: Item = {}
         async with aclosing(self.stream(ask)) as items:
             async for item in items:
                 if "piece" not in item:
                     return item
-                _add(made[item["index"]], item["piece"])
-                told |= {"sources": item["sources"]} if "sources" in item else {}
-        return {"answers": made, **told}
+                _add(whole[item["index"]], item["piece"])
+                sources |= {"sources": item["sources"]} if "sources" in item else {}
+        return {"answers": whole, **sources}
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[Answer]:
+    async def stream(self, ask: Ask) -> AsyncGenerator[Item]:
         """Yields pieces (`index`, `piece`, the first also `sources`) of the answers as they come; or one item, `refused`."""
         assert self.writer
-        told: Answer = {}
+        first: Item = {}
         if ask.search is not None:
             try:
                 prompt, sources = await self._from_index(ask, ask.search)
             except Refusal as e:
                 yield {"refused": e.args}
                 return
-            ask, told = dataclasses.replace(ask, prompts=[prompt], search=None), {"sources": sources}
+            ask, first = dataclasses.replace(ask, prompts=[prompt], search=None), {"sources": sources}
         async with aclosing(self.writer.stream(ask)) as items:
             async for item in items:
-                yield {**item, **told} if "piece" in item else item
-                told = {}
+                yield {**item, **first} if "piece" in item else item
+                first = {}
 
-    async def _from_index(self, ask: Ask, search: Search) -> tuple[str, list[Answer]]:
+    async def _from_index(self, ask: Ask, search: Search) -> tuple[str, list[Item]]:
         assert self.shelf and self.writer
         return await self.shelf.prompt(search, self.writer.room(ask), self.writer.count)
 
-    async def embed(self, texts: list[str]) -> Answer:
+    async def embed(self, texts: list[str]) -> Item:
         """Embeds texts: `answers`."""
         assert self.writer
         return await self.writer.embed(texts)
 
-    async def draw(self, asked: Picture) -> Answer:
+    async def draw(self, asked: Picture) -> Item:
         """Draws pictures: `images`."""
         assert self.painter
         try:
@@ -94,7 +92,7 @@ class Replica:
         except Refusal as e:
             return {"refused": e.args}
 
-    async def search(self, asked: Search) -> Answer:
+    async def search(self, asked: Search) -> Item:
         """Finds passages of the index: `passages`."""
         assert self.shelf
         try:
@@ -103,9 +101,11 @@ class Replica:
             return {"refused": e.args}
 
 
-def _add(made: Answer, piece: Answer) -> None:
+def _add(whole: Piece, piece: Piece) -> None:
     """Adds a piece to what came before it."""
-    text, told, new = made["text"] + piece["text"], made["logprobs"], piece["logprobs"]
-    if told and new:
-        new = {name: told[name] + new[name] if told[name] is not None else None for name in told}
-    made.update(piece, text=text, logprobs=new or told)
+    text, before, new = whole["text"] + piece["text"], whole["logprobs"], piece["logprobs"]
+    if before and new:
+        tops = None if before["top_logprobs"] is None else before["top_logprobs"] + (new["top_logprobs"] or [])
+        new = {"tokens": before["tokens"] + new["tokens"], "token_logprobs": before["token_logprobs"] + new["token_logprobs"],
+               "top_logprobs": tops, "text_offset": before["text_offset"] + new["text_offset"]}  # fmt: skip
+    whole.update({**piece, "text": text, "logprobs": new or before})

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from heliostat.config.fields import Json
 from heliostat.inference.vllm_terms import MOST_LOGPROBS
 from heliostat.recipes.text.chat import Message
 from heliostat.schema import Float, Strict
@@ -20,14 +21,14 @@ from heliostat.web.refusals import Refusal
 MOST_INPUTS = 64  # prompts or texts of one request
 MOST_STOPS = 4
 COMMON = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
-OF_COMPLETIONS = {**COMMON, "best_of": 1, "echo": False}
-OF_CHAT = {
+OF_COMPLETIONS: dict[str, object] = {**COMMON, "best_of": 1, "echo": False}
+OF_CHAT: dict[str, object] = {
     **COMMON, "tools": [], "tool_choice": "none", "functions": [], "function_call": "none",
     "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"], "audio": {}, "prediction": {},
     "reasoning_effort": "none", "store": False, "metadata": {}, "service_tier": "auto", "web_search_options": {},
 }  # fmt: skip
-OF_EMBEDDINGS: dict[str, Any] = {"dimensions": None}
-OF_IMAGES = {
+OF_EMBEDDINGS: dict[str, object] = {"dimensions": None}
+OF_IMAGES: dict[str, object] = {
     "quality": "auto", "style": "natural", "background": "auto", "moderation": "auto", "output_format": "png", "stream": False,
     "output_compression": 100, "partial_images": 0,
 }  # fmt: skip
@@ -75,7 +76,7 @@ class Sampled(Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def _prompts(given: Any) -> Any:
+def _prompts(given: object) -> list[object]:
     """Lists prompts: a text or a list of tokens stands for a list of it."""
     if isinstance(given, str) or (isinstance(given, list) and given and _is_token(given[0])):
         given = [given]
@@ -89,14 +90,14 @@ def _prompts(given: Any) -> Any:
     return given
 
 
-def _is_token(given: Any) -> bool:
+def _is_token(given: object) -> bool:
     return isinstance(given, int) and not isinstance(given, bool) and given >= 0
 
 
 class Completion(Sampled):
     """Describes a request to continue prompts, or to fill in what stands between each of them and a suffix."""
 
-    prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
+    prompt: Annotated[list[Json], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
     """Texts, or lists of tokens."""
     suffix: Whole = ""
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -171,7 +172,7 @@ class Images(Strict):
     user: str = ""
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Json]:
         """Returns those options of the drawing that are given."""
         given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
         if self.size != "auto":
@@ -205,7 +206,7 @@ def embeddings(raw: bytes) -> Embeddings:
     return _read(Embeddings, raw, OF_EMBEDDINGS)
 
 
-def _object(raw: bytes) -> dict[str, Any]:
+def _object(raw: bytes) -> dict[str, Json]:
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as e:
@@ -215,7 +216,7 @@ def _object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _read(kind: type[R], raw: bytes, neutral: dict[str, Any]) -> R:
+def _read(kind: type[R], raw: bytes, neutral: dict[str, object]) -> R:
     given = {name: value for name, value in _object(raw).items() if value is not None}
     for name in [n for n in given if n not in kind.model_fields]:
         _require_neutral(name, given.pop(name), neutral, kind)
@@ -227,7 +228,7 @@ def _read(kind: type[R], raw: bytes, neutral: dict[str, Any]) -> R:
         raise _first(e) from e
 
 
-def _require_neutral(name: str, value: Any, neutral: dict[str, Any], kind: type[BaseModel]) -> None:
+def _require_neutral(name: str, value: object, neutral: dict[str, object], kind: type[BaseModel]) -> None:
     shown = brief(name, 60)
     if name in neutral:
         if value != neutral[name]:

@@ -5,17 +5,31 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
+from heliostat.apps.serve.asks import Item, Logprobs
 from heliostat.apps.serve.growing import Growing
 from heliostat.apps.serve.sampling import Draw
-from heliostat.apps.serve.stopping import UNFINISHED, Stopping
+from heliostat.apps.serve.stopping import Stopping
+from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Loaded
+from heliostat.inference.vllm_terms import Chosen
 from heliostat.recipes.text.generator import ends
 from heliostat.recipes.text.infilling import Infilling
 
-Deliver = Callable[[dict[str, Any]], None]
-Found = dict[str, Any]  # of a token: the logarithm of its probability (`chosen`), and those of the likeliest with ids (`best`)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Deliver = Callable[[Item], None]
+
+
+class Drawn(TypedDict):
+    """Describes a token whose text is not sent yet: where that begins, and log probabilities."""
+
+    offset: int
+    token: str
+    logprob: float
+    best: dict[str, float]
 
 
 @dataclass(eq=False)
@@ -31,7 +45,7 @@ class Row:
     adapter: str | None = None
     made: list[int] = field(default_factory=list)
     text: Growing = field(default_factory=Growing)
-    told: list[dict[str, Any]] = field(default_factory=list)  # logprobs of tokens whose text is not sent yet
+    told: list[Drawn] = field(default_factory=list)  # logprobs of tokens whose text is not sent yet
     over: bool = False
     task: asyncio.Task[None] | None = None  # that follows it, of an engine in the event loop
 
@@ -48,57 +62,51 @@ class Row:
 
 
 def ending(loaded: Loaded, infilling: Infilling | None) -> set[int]:
-    """Returns the tokens that end an answer, a middle among them."""
+    """Returns the tokens that end an answer, a middle among them; ConfigError if its text cannot be decoded as it grows."""
+    if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
+        kind = type(loaded.tokenizer).__name__
+        raise ConfigError(f"the model's tokenizer: not one of the tokenizers library ({kind}). Convert it to a tokenizer.json.")
     return {*ends(loaded.tokenizer, loaded.generation()), *(infilling.ends if infilling else [])}
-
-
-def _parting(one: str, other: str) -> int:
-    """Returns the first place where two texts differ, or one has ended."""
-    least = min(len(one), len(other))
-    return next((at for at in range(least) if one[at] != other[at]), least)
 
 
 class Telling:
     """Adds tokens to rows, and delivers what of their texts is certain. `ends`: the tokens that end an answer."""
 
-    def __init__(self, tokenizer: Any, ends: Collection[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
         self.tokenizer, self.ends = tokenizer, ends
         self.without_text = frozenset(tokenizer.all_special_ids)
 
-    def take(self, row: Row, token: int, found: Found | None) -> None:
-        """Adds a token; `found` of a row that wants logprobs."""
-        ended, before = token in self.ends, row.text.unsent if found is not None else ""
+    def take(self, row: Row, token: int, chosen: Chosen | None) -> None:
+        """Adds a token; `chosen` of a row that wants logprobs."""
+        ended, begins = token in self.ends, row.stopping.sent + len(row.text.unsent)  # of a character's piece: where it begins
         if not ended:
             row.made.append(token)
             if token not in self.without_text:
-                row.text.add(token, self._decode)
+                row.text.add(token, self.tokenizer.backend_tokenizer)
         full = len(row.made) >= row.most
         rest = self._decode(row.made)[row.stopping.sent :] if ended or full else row.text.unsent
-        if found is not None and not ended:
-            begins = row.stopping.sent + _parting(before, rest.rstrip(UNFINISHED))
-            for one in row.told:  # pieces of one character begin where it does, which its last one tells
-                one["offset"] = min(one["offset"], begins)
-            row.told.append({"offset": begins, **self._told(found, token)})
+        if chosen is not None and not ended:
+            row.told.append(self._drawn(chosen, token, begins))
         text = row.stopping.feed(rest, last=ended or full)
         row.text.drop(len(text))
         row.over = ended or full or row.stopping.stopped
         if not text and not row.over:
             return
-        piece: dict[str, Any] = {"text": text, "logprobs": self._logprobs(row)}
+        piece: Item = {"text": text, "logprobs": self._logprobs(row)}
         if row.over:
             finish = "stop" if ended or row.stopping.stopped else "length"
             piece |= {"finish": finish, "prompt_tokens": len(row.prompt), "completion_tokens": len(row.made)}
         row.deliver(piece)
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _told(self, found: Found, token: int) -> dict[str, Any]:
-        show = self.tokenizer.decode
-        best = {show([other]): value for other, value in reversed(found["best"])}  # of tokens with one text, the likeliest
-        return {"token": show([token]), "logprob": found["chosen"], "best": best}
+    def _drawn(self, chosen: Chosen, token: int, begins: int) -> Drawn:
+        decode = self.tokenizer.decode
+        best = {str(decode([other])): value for other, value in reversed(chosen["best"])}  # of one text, the likeliest
+        return {"offset": begins, "token": str(decode([token])), "logprob": chosen["chosen"], "best": best}
 
-    def _logprobs(self, row: Row) -> dict[str, Any] | None:
+    def _logprobs(self, row: Row) -> Logprobs | None:
         """Returns those of the tokens that begin within the text that is sent, in OpenAI's columns; at an end without a stop
         string all that are left, as one without text."""
         if row.logprobs is None:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heliostat.apps.serve import kinds, proxied
 from heliostat.apps.serve.options import Options
@@ -24,6 +24,10 @@ from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.inference import vllm_terms
 from heliostat.text import brief
 from heliostat.training.driver.signals import Signals
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +113,7 @@ class Driver:
 
 def _follow(endpoint: Endpoint, source: Source | NoModel, options: Options, ready: Callable[[], None]) -> None:
     versions = Versions(endpoint.load, endpoint.use, endpoint.end, options.deadline_s + DRAIN_MORE_S)
-    told, silent_since = False, 0.0
+    announced, silent_since = False, 0.0
     while not endpoint.signals.name:
         try:
             versions.tick(source.wanted())
@@ -119,9 +123,9 @@ def _follow(endpoint: Endpoint, source: Source | NoModel, options: Options, read
             log.warning("the front does not answer (%s); Ray Serve starts it again", brief(e))
             if time.monotonic() > silent_since + FRONT_S:
                 raise
-        if not told and not silent_since:
+        if not announced and not silent_since:
             ready()
-            told = True
+            announced = True
         endpoint.wait(options.poll_s)
 
 
@@ -136,8 +140,8 @@ class Endpoint:
         import torch
 
         self.served, self.kind, self.options, self.signals = served, kind, options, Signals()
-        self.front: Any = None
-        self.driver: Any = None
+        self.front: DeploymentHandle | None = None
+        self.driver: object = None
         self.gpus = torch.cuda.device_count()
 
     def engine(self, folder: Path | None) -> str:
@@ -189,6 +193,7 @@ class Endpoint:
 
     def use(self, version: str) -> dict[str, int]:
         """Tells the front which version is served; FrontError if it does not answer."""
+        assert self.front
         try:
             return self.front.use.remote(version).result(timeout_s=30)
         except Exception as e:
@@ -218,7 +223,7 @@ class Endpoint:
         while not self.signals.name and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
 
-    def _deploy(self, name: str, application: Any, route: str | None) -> None:
+    def _deploy(self, name: str, application: Application, route: str | None) -> None:
         """Starts an application and waits until it runs; HeliostatError if it fails, or takes longer than START_S."""
         from ray import serve
 
@@ -229,22 +234,22 @@ class Endpoint:
             if self.signals.name:
                 raise StoppedError(f"stopped before {name} was loaded")
             if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                told = [one.message for one in state.deployments.values() if one.message]
-                raise HeliostatError(f"{name} does not start: {brief(_last(told[0] if told else state.message))}")
+                messages = [one.message for one in state.deployments.values() if one.message]
+                raise HeliostatError(f"{name} does not start: {brief(_last(messages[0] if messages else state.message))}")
             if time.monotonic() > end:
                 raise HeliostatError(f"{name} did not start within {START_S:g} s; has Ray a CPU or a GPU for each replica?")
             time.sleep(0.1)
 
-    def _front(self, keys: dict[str, str] | None) -> Any:
+    def _front(self, keys: dict[str, str] | None) -> Application:
         from ray import serve
 
         from heliostat.apps.serve.deployed import DeployedFront
 
-        made: Any = serve.deployment(DeployedFront, name="Front", max_ongoing_requests=100_000, max_constructor_retry_count=2,
+        front: Any = serve.deployment(DeployedFront, name="Front", max_ongoing_requests=100_000, max_constructor_retry_count=2,
                                 health_check_period_s=2, ray_actor_options={"num_cpus": 0})  # fmt: skip
-        return made.bind(self.served.settings(self.kind, keys, self.options))
+        return front.bind(self.served.settings(self.kind, keys, self.options))
 
-    def _model(self, folder: Path | None) -> Any:
+    def _model(self, folder: Path | None) -> Application:
         from ray import serve
 
         from heliostat.apps.serve.deployed import DeployedReplica
@@ -256,12 +261,12 @@ class Endpoint:
         if least < most:
             scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": self.options.batch}
             count = {"autoscaling_config": scaling}
-        made: Any = serve.deployment(
+        model: Any = serve.deployment(
             DeployedReplica, name="Model", max_ongoing_requests=2 * self.options.batch, max_constructor_retry_count=2,
             health_check_period_s=2, ray_actor_options={"num_cpus": 1, "num_gpus": gpus, "runtime_env": remote_environment(gpus)},
             **count,
         )  # fmt: skip
-        return made.bind(self.served.holds(folder, self.options.batch, engine))
+        return model.bind(self.served.holds(folder, self.options.batch, engine))
 
 
 def require_free(port: int) -> None:

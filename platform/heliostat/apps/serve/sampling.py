@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+
+from heliostat.inference.vllm_terms import Chosen
 
 
 @dataclass
@@ -53,8 +54,8 @@ def within(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     return scores.masked_fill(out.scatter(1, places, out), -torch.inf)
 
 
-def logprobs(logits: torch.Tensor, token: int, most: int) -> dict[str, Any]:
+def logprobs(logits: torch.Tensor, token: int, most: int) -> Chosen:
     """Returns the logarithm of the chosen token's probability under the model itself, and those of the likeliest."""
-    found = torch.log_softmax(logits.double(), -1)
-    best = found.topk(min(most, len(found)))
-    return {"chosen": float(found[token]), "best": list(zip(best.indices.tolist(), best.values.tolist(), strict=True))}
+    logs = torch.log_softmax(logits.double(), -1)
+    best = logs.topk(min(most, len(logs)))
+    return {"chosen": float(logs[token]), "best": list(zip(best.indices.tolist(), best.values.tolist(), strict=True))}

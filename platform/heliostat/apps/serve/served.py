@@ -62,17 +62,17 @@ class Served:
 
     def with_adapters(self, given: Sequence[str]) -> Served:
         """Adds adapters, each NAME=FOLDER; ConfigError if one is no such thing, or its name is taken."""
-        found = dict[str, str]()
+        folders = dict[str, str]()
         if given and self.name is None:
             raise ConfigError("--adapter: goes with a model that writes")
         for one in given:
             name, _, folder = one.partition("=")
             if not name or not folder:
                 raise ConfigError(f"--adapter: {one!r} is not NAME=FOLDER")
-            if name in (self.name, self.index_name, *found):
+            if name in (self.name, self.index_name, *folders):
                 raise ConfigError(f"--adapter: {name!r} is the name of something else that is served; give it another")
-            found[name] = str(Path(folder).absolute())
-        return replace(self, adapters=found)
+            folders[name] = str(Path(folder).absolute())
+        return replace(self, adapters=folders)
 
 
 def served(

@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from heliostat.apps.search import answering
 from heliostat.apps.search.reranking import Reranker, best
 from heliostat.apps.search.search import Index
+from heliostat.apps.serve.answers import Source
 from heliostat.apps.serve.asks import Search
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
@@ -28,11 +28,11 @@ class Shelf:
             self.index.embedder  # noqa: B018 (its folder is found, and held against the record)
         self.reranker = Reranker(Path(reranker)) if reranker else None
 
-    async def search(self, asked: Search) -> list[dict[str, Any]]:
+    async def search(self, asked: Search) -> list[Source]:
         """Finds passages, with the columns of their documents; Refusal if the index cannot be searched so."""
         return await asyncio.to_thread(self._search, asked)
 
-    def _search(self, asked: Search) -> list[dict[str, Any]]:
+    def _search(self, asked: Search) -> list[Source]:
         if not asked.question.strip():
             raise Refusal(400, "the question is empty", None, "invalid_value")
         mode = asked.mode or self.index.modes[0]
@@ -40,8 +40,8 @@ class Shelf:
             said = f"mode: {mode!r}: the index has no embeddings, and is searched by {', '.join(self.index.modes)} alone"
             raise Refusal(400, said, "mode", "invalid_value")
         try:
-            found = best(self.index, self.reranker, asked.question, mode, asked.top)
-            return [{**passage, "columns": self.index.columns(passage["document"])} for passage in found]
+            passages = best(self.index, self.reranker, asked.question, mode, asked.top)
+            return [{**passage, "columns": self.index.columns(passage["document"])} for passage in passages]
         except ConfigError as e:
             raise Refusal(400, str(e), None, "invalid_value") from e
         except DataError as e:
@@ -49,7 +49,7 @@ class Shelf:
             said = "the index that is served lacks a part, or was replaced over a day ago; start the endpoint anew"
             raise Refusal(503, said, None, "index_gone") from e
 
-    async def prompt(self, asked: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[dict[str, Any]]]:
+    async def prompt(self, asked: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Source]]:
         """Returns the prompt of what is found, and its sources; `used` tells what of each is in the prompt.
 
         Refusal if nothing is found, or there is no room for the question.
@@ -61,10 +61,10 @@ class Shelf:
         if not passages:
             raise Refusal(404, "no passage of the index has a word of the question", "messages", "no_passage")
         try:
-            made = await asyncio.to_thread(answering.prompt, asked.question, passages, room, count)
+            written = await asyncio.to_thread(answering.prompt, asked.question, passages, room, count)
         except ConfigError as e:
             raise Refusal(400, str(e), "messages", "context_length_exceeded") from e
-        used = ["whole"] * made.used + ["no"] * (len(passages) - made.used)
-        if made.cut:
-            used[made.used - 1] = "part"
-        return made.text, [{**passage, "used": how} for passage, how in zip(passages, used, strict=True)]
+        used = ["whole"] * written.used + ["no"] * (len(passages) - written.used)
+        if written.cut:
+            used[written.used - 1] = "part"
+        return written.text, [{**passage, "used": how} for passage, how in zip(passages, used, strict=True)]

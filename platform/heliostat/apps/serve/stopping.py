@@ -18,9 +18,9 @@ class Stopping:
 
         No stop string begins before it: what might be the beginning of one is not sent.
         """
-        found = [place for stop in self.stops if (place := rest.find(stop)) >= 0]
-        if found:
-            self.stopped, rest = True, rest[: min(found)]
+        ends = [place for stop in self.stops if (place := rest.find(stop)) >= 0]
+        if ends:
+            self.stopped, rest = True, rest[: min(ends)]
         elif not last:
             rest = rest[: self._certain(rest)]
         self.sent += len(rest)

@@ -10,10 +10,13 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from heliostat.errors import HeliostatError, StoppedError
 from heliostat.text import brief
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +93,7 @@ class Source:
         self.label = Path(model).resolve().name if Path(model).is_dir() else model.removeprefix("models:/").replace("/", "-")
         self.name = re.split("[/@]", model.removeprefix("models:/"))[0] if model.startswith("models:/") else self.label
         self.known = ""
-        self.client: Any = None
+        self.client: MlflowClient | None = None
 
     def wanted(self) -> str:
         """Returns the version to serve; the last known if the registry does not answer, which is logged."""
@@ -102,8 +105,8 @@ class Source:
             if self.client is None:
                 self.client = mlflow_client.connect(self.store)
             with mlflow_client.asking(self.store):
-                found = registry.find(self.client, self.model)
-            self.known = f"{found.name}-{found.version}"
+                version = registry.find(self.client, self.model)
+            self.known = f"{version.name}-{version.version}"
         except HeliostatError as e:
             if not self.known:
                 raise

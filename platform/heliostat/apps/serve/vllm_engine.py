@@ -6,10 +6,10 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -21,6 +21,10 @@ from heliostat.inference import vllm_terms
 from heliostat.inference.batch.vllm_engine import Described
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.text import brief
+
+if TYPE_CHECKING:
+    from vllm import TokensPrompt
+    from vllm.logprobs import Logprob
 
 log = logging.getLogger(__name__)
 
@@ -77,26 +81,26 @@ class VllmEngine:
         draw, sent, said = row.draw, 0, None
         asked = vllm_terms.sampling(row.most, draw.temperature, draw.top_p, draw.seed, self.telling.ends, row.logprobs)
         adapter = self.adapters[row.adapter] if row.adapter else None
-        prompt: Any = {"prompt_token_ids": row.prompt}
+        prompt: TokensPrompt = {"prompt_token_ids": row.prompt}
         outputs = self.llm.generate(prompt, self.params(**asked), uuid.uuid4().hex, lora_request=adapter)
         async with aclosing(outputs):
             async for out in outputs:
-                made = out.outputs[0]  # all tokens so far
-                for place in range(sent, len(made.token_ids)):
+                written = out.outputs[0]  # all tokens so far
+                for place in range(sent, len(written.token_ids)):
                     if row.over:
                         return
-                    self._take(row, made.token_ids[place], made.logprobs[place] if row.logprobs is not None else None)
-                sent, said = len(made.token_ids), made.finish_reason
+                    self._take(row, written.token_ids[place], written.logprobs[place] if row.logprobs is not None else None)
+                sent, said = len(written.token_ids), written.finish_reason
                 if row.over:
                     return
         raise HeliostatError(f"vLLM ended the answer before its end ({said})")
 
-    def _take(self, row: Row, token: int, at: Any) -> None:
-        found = None if row.logprobs is None else vllm_terms.probabilities(at, token, row.logprobs)
-        self.telling.take(row, token, found)
+    def _take(self, row: Row, token: int, at: Mapping[int, Logprob] | None) -> None:
+        chosen = None if row.logprobs is None or at is None else vllm_terms.probabilities(at, token, row.logprobs)
+        self.telling.take(row, token, chosen)
 
 
-def _require_fit(config: Any, adapters: dict[str, str]) -> None:
+def _require_fit(config: transformers.PretrainedConfig, adapters: dict[str, str]) -> None:
     """Holds adapters against the model's shapes, for vLLM leaves out silently what does not fit; ConfigError of such a one."""
     if adapters:
         with torch.device("meta"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from heliostat.apps.serve.adapters import Adapters
-from heliostat.apps.serve.asks import Ask, Messages
+from heliostat.apps.serve.asks import Ask, Item, Messages
 from heliostat.apps.serve.engine import Engine
-from heliostat.apps.serve.row import Row
+from heliostat.apps.serve.row import Deliver, Row
 from heliostat.apps.serve.sampling import Draw
 from heliostat.apps.serve.stopping import Stopping
 from heliostat.errors import ConfigError
@@ -48,7 +48,7 @@ class Writer:
         longest = self.engine.loaded.longest
         return None if longest is None else longest - (ask.most or 1)
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[dict[str, Any]]:
+    async def stream(self, ask: Ask) -> AsyncGenerator[Item]:
         """Yields pieces (`index`, `piece`) of the answers to all prompts as they come; or one item, `refused`."""
         try:
             rows, pieces = await asyncio.to_thread(self._rows, ask, asyncio.get_running_loop())
@@ -69,40 +69,40 @@ class Writer:
             for row in rows:  # those that nobody waits for any more
                 row.leave()
 
-    async def embed(self, texts: list[str]) -> dict[str, Any]:
+    async def embed(self, texts: list[str]) -> Item:
         """Embeds texts: `answers`, or `refused`."""
         if not self.engine.embeds:
             said = "model: vLLM writes with it, and does not embed beside that; start with --engine transformers"
             return {"refused": (400, said, "model", "unsupported_by_model")}
         loop = asyncio.get_running_loop()
-        found: asyncio.Future[dict[str, Any]] = loop.create_future()
+        future: asyncio.Future[Item] = loop.create_future()
 
-        def settle(made: dict[str, Any]) -> None:
-            if not found.done():
-                found.set_result(made)
+        def settle(item: Item) -> None:
+            if not future.done():
+                future.set_result(item)
 
-        def deliver(made: dict[str, Any]) -> None:
-            loop.call_soon_threadsafe(settle, made)
+        def deliver(item: Item) -> None:
+            loop.call_soon_threadsafe(settle, item)
 
         self.engine.embedded(texts, deliver)
-        made = await found
-        if "failed" in made:
-            return {"refused": (500, f"the model failed: {made['failed']}")}
-        for number, answer in enumerate(made["answers"]):
+        item = await future
+        if "failed" in item:
+            return {"refused": (500, f"the model failed: {item['failed']}")}
+        for number, answer in enumerate(item["answers"]):
             if answer.bad:
                 status = 500 if answer.bad == "failed" else 400
                 return {"refused": (status, f"input.{number}: {answer.detail}", "input")}
             if answer.values["truncated"]:
                 said = f"input.{number}: is longer than the {self.engine.loaded.longest} tokens that the model takes"
                 return {"refused": (400, said, "input", "context_length_exceeded")}
-        values = [answer.values for answer in made["answers"]]
+        values = [answer.values for answer in item["answers"]]
         return {"answers": [{"embedding": v["embedding"].tolist(), "tokens": v["tokens"]} for v in values]}
 
-    def _rows(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> tuple[list[Any], asyncio.Queue]:
+    def _rows(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> tuple[list[Row], asyncio.Queue[tuple[int, Item]]]:
         """Makes rows of the prompts' tokens; Refusal if there is none, or no room for them."""
-        pieces: asyncio.Queue = asyncio.Queue()
+        pieces: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
 
-        def deliver(index: int) -> Callable[[dict[str, Any]], None]:
+        def deliver(index: int) -> Deliver:
             return lambda piece: _put(loop, pieces, (index, piece))
 
         encoded = (
@@ -156,7 +156,7 @@ class Writer:
         return wanted
 
 
-def _put(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue, item: tuple[int, dict[str, Any]]) -> None:
+def _put(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[tuple[int, Item]], item: tuple[int, Item]) -> None:
     """Puts a piece into a queue, from the engine's thread."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(pieces.put_nowait, item)

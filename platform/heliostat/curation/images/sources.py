@@ -11,8 +11,6 @@ number; of the 60 pairs of digit and template ten are never used, so that prompt
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import posixpath
 import tarfile
@@ -26,15 +24,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from heliostat.curation import pieces
-from heliostat.curation.images import pictures
 from heliostat.curation.images.pictures import Dropped, Raw, encode
 from heliostat.curation.pieces import Part
 from heliostat.curation.prepare import InputFile
+from heliostat.curation.readers import parquet
 from heliostat.curation.readers.repository import name_of
 from heliostat.curation.text import sources
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
-from heliostat.text import brief, printable
+from heliostat.text import printable
 
 DIGITS = "sklearn:digits"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -134,11 +132,7 @@ def _ranged(path: str) -> bool:
 
 def _entries(base: Location, path: str, columns: Columns, limit: int) -> list[dict[str, Any]]:
     """Reads what a metadata file lists; ConfigError if it cannot."""
-    try:
-        data = sources.fetch(base, path, limit)
-    except sources.LeftOutError as e:
-        raise ConfigError(f"input: {printable(path)}: is not read: {pictures.REASONS[e.reason]} ({e.detail})") from e
-    return [_entry(row, path.rpartition("/")[0], path, columns) for row in read_table(path, data)]
+    return [_entry(row, path.rpartition("/")[0], path, columns) for row in sources.rows(base, path, limit)]
 
 
 def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dict[str, Any]:
@@ -161,20 +155,6 @@ def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dic
 def _label(row: dict[str, Any], columns: Columns) -> str:
     value = row.get(columns.label) if columns.label else None
     return "" if value is None else str(value)
-
-
-def read_table(path: str, data: bytes) -> list[dict[str, Any]]:
-    """Reads a metadata file's rows; ConfigError if it cannot be read, because then none of its images can."""
-    try:
-        if path.endswith(".parquet"):
-            return pq.read_table(io.BytesIO(data)).to_pylist()
-        text = data.decode("utf-8-sig")
-        if path.endswith(".csv"):
-            csv.field_size_limit(sources.FIELD)
-            return list(csv.DictReader(io.StringIO(text)))
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
-        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
 
 
 # reading -------------------------------------------------------------------------------------------------------------
@@ -239,14 +219,14 @@ def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limit
     """Yields the rows of a Parquet file, or of a part of it. A broken footer is told once, a broken row group by its part."""
     wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
-        rows = sources.parquet_rows(file, columns.image, wanted, limits.file, part)
+        opened = parquet.opened(file, columns.image)
     except (pa.ArrowException, OSError, ValueError):
         if part.start == 0:
             yield Dropped(path, "corrupt")
         return
     total = 0
     try:
-        for number, row in rows:
+        for number, row in _rows(opened, tuple(wanted), limits.file, part):
             image = row.get(columns.image)
             image = image.get("bytes") if isinstance(image, dict) else image
             caption = row.get(columns.caption)
@@ -267,6 +247,12 @@ def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limit
         yield Dropped(path, "corrupt")
     except sources.LeftOutError as e:
         yield Dropped(path, e.reason, e.detail)
+
+
+def _rows(file: pq.ParquetFile, wanted: tuple[str, ...], limit: int, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
+    for first, batch in parquet.batches(file, wanted, limit, part, 64):
+        for row in range(len(batch)):
+            yield first + row, {name: batch.column(i)[row].as_py() for i, name in enumerate(batch.schema.names)}
 
 
 def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:

@@ -73,7 +73,7 @@ class PairPipeline(StagedPipeline):
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
 
     def inputs(self) -> list[InputFile]:
-        return sources.without(sources.listing(self.input, True), self.exclude)
+        return sources.without(sources.listing(self.input, ("extract", "pdf")), self.exclude)
 
     def identity(self) -> dict[str, Any]:
         config = super().identity() | {"extracting": extracting.VERSION}
@@ -83,7 +83,7 @@ class PairPipeline(StagedPipeline):
         return config
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        rules = documents.Rules(self.text_column, self.normalise, columns=(self.query_column,))
+        rules = documents.Rules(text_column=self.text_column, normalise=self.normalise, columns=(self.query_column,))
         source = PairSource(self.input, rules, self.query_column, Least(self.min_query_words, self.min_text_words))
         tokenizer = self.tokenizer.model_dump() if self.tokenizer else {}
         making = Making(self.flow(), source, output, tokenizer, self.given, self.stages, self.memory_limit, self.shard_bytes,

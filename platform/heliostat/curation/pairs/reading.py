@@ -16,7 +16,6 @@ from heliostat.curation.text.tasks import TextSource
 
 QUERY, KIND = "query", "kind"  # columns of a pair beside its text
 DOCSTRING, SECTION, RECORD = "docstring", "section", "record"  # kinds
-WHOLE = (".py", ".md", ".txt", ".rst")  # files that are one document, beside pages
 REASONS = {
     "unparsed": "code that this Python cannot parse, or a page that cannot be read",
     "no_pairs": "neither functions with docstrings nor titles",
@@ -44,11 +43,11 @@ class PairSource(TextSource):
 
     def read(self, part: Part) -> Iterator[Document | Dropped]:
         path = part.path or sources.root(self.input).name
-        suffix = sources.kind(path)[0] or readers.suffix_of(path) or ""
+        suffix, number = readers.suffix_of(path) or "", readers.numbered(path)
         for item in super().read(part):
             if isinstance(item, Dropped):
                 yield item
-            elif isinstance(item.text, str) and suffix not in WHOLE:
+            elif isinstance(item.text, str) and number != "":
                 yield self._record(item)
             else:
                 yield from self._made(item, suffix)

@@ -2,59 +2,87 @@
 
     for item in read("crawl/CC-MAIN-1.warc.gz", stream, Limits()): ...   # Document, or Dropped with a reason and its place
 
-Nothing is held whole but one document, whatever the file's size, and nothing raises for bad data: what is broken is a `Dropped`,
-and reading goes on behind it where that can be found. Errors of the stream itself (a store that fails) pass through.
+KINDS is the one list of kinds of files, and `streams.CODECS` that of compressions; every pipeline reads by them. Nothing is held
+whole but one document, whatever the file's size, and nothing raises for bad data: what is broken is a `Dropped`, and reading
+continues after it where that can be found. Errors of the stream itself (a store that fails) pass through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
 
-from heliostat.curation.readers import pages, tables, warc
+from heliostat.curation.pieces import Part
+from heliostat.curation.readers import pages, parquet, tables, warc
 from heliostat.curation.readers.streams import REASONS as REASONS
-from heliostat.curation.readers.streams import LeftOutError, codec_of, unpacked
+from heliostat.curation.readers.streams import LeftOutError, codec_of
 from heliostat.curation.readers.streams import Limits as Limits
 from heliostat.curation.stage import Document, Dropped
 
-READERS = {
-    ".warc": warc.responses,
-    ".wet": warc.texts,
-    ".wat": warc.metadata,
-    ".html": pages.page,
-    ".htm": pages.page,
-    ".xhtml": pages.page,
-    ".pdf": pages.page,
-    ".csv": tables.csv,
-    ".tsv": tables.tsv,
-    ".arrow": tables.arrow,
-    ".feather": tables.arrow,
-    ".jsonl": tables.jsonl,
-    ".ndjson": tables.jsonl,
-    ".json": tables.jsonl,  # as C4 and Dolma have it: a record a line
-    ".txt": pages.text,
-    ".md": pages.text,
+
+@dataclass(frozen=True)
+class Kind:
+    """Describes a kind of files.
+
+    `number`: what the number after `#` in an id counts; "" if a file is one document. `stage`: the stage that makes text of its
+    documents, which are bytes until then. `ranged`: `read` also takes a `Part`, and yields the documents that begin in it.
+    """
+
+    read: Callable[..., Iterator[Document | Dropped]]
+    number: Literal["", "line", "row", "byte"] = ""
+    stage: Literal["", "extract", "pdf"] = ""
+    ranged: bool = False
+
+
+KINDS = {
+    **dict.fromkeys((".txt", ".md", ".py", ".rst"), Kind(pages.text)),
+    ".jsonl": Kind(tables.jsonl, "line", ranged=True),
+    ".parquet": Kind(parquet.documents, "row", ranged=True),
+    ".csv": Kind(tables.csv, "row"),
+    ".tsv": Kind(tables.tsv, "row"),
+    **dict.fromkeys((".arrow", ".feather"), Kind(tables.arrow, "row")),
+    **dict.fromkeys((".ndjson", ".json"), Kind(tables.jsonl, "line", ranged=True)),  # .json as C4 and Dolma have it
+    ".wet": Kind(warc.texts, "byte"),
+    ".wat": Kind(warc.metadata, "byte"),
+    ".warc": Kind(warc.responses, "byte", "extract"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), Kind(pages.page, stage="extract")),
+    ".pdf": Kind(pages.page, stage="pdf"),
 }
 
 
 def suffix_of(path: str) -> str | None:
-    """Returns the one of READERS that reads a path, whatever compression is named behind it; None if there is none."""
+    """Returns the one of KINDS that a path ends in, with or without a compression's ending after it; None if there is none."""
     lower = path.lower()
     if codec_of(lower):
         lower = lower.rpartition(".")[0]
-    return next((suffix for suffix in READERS if lower.endswith(suffix)), None)
+    return next((suffix for suffix in KINDS if lower.endswith(suffix)), None)
 
 
-def read(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
-    """Yields the documents of a file, by its suffix, and what is left out of it."""
-    suffix = suffix_of(path)
-    if suffix is None:
-        yield Dropped(path, "unknown_kind", f"its name ends in none of {', '.join(READERS)}")
+def kind_of(path: str) -> Kind | None:
+    """Returns the kind of a file by its path, None if it is none of KINDS."""
+    return KINDS.get(suffix_of(path) or "")
+
+
+def numbered(path: str) -> Literal["", "line", "row", "byte"] | None:
+    """Returns what the number after `#` in an id of a file counts (`Kind.number`); None if the kind is unknown."""
+    kind = kind_of(path)
+    return kind.number if kind else None
+
+
+def ranged(path: str) -> bool:
+    """Tells whether such a file can be read from the middle: lines and row groups, not compressed as a whole."""
+    kind = kind_of(path)
+    return kind is not None and kind.ranged and codec_of(path) is None
+
+
+def read(path: str, stream: BinaryIO, limits: Limits, part: Part | None = None) -> Iterator[Document | Dropped]:
+    """Yields the documents of a file, by its suffix, and what is left out of it; only those of `part`, if the file is ranged."""
+    kind = kind_of(path)
+    if kind is None:
+        yield Dropped(path, "unknown_kind", f"its name ends in none of {', '.join(KINDS)}")
         return
     try:
-        if READERS[suffix] in (warc.responses, warc.texts, warc.metadata) and codec_of(path) == "gz":
-            yield from READERS[suffix](path, stream, limits)  # packed record by record
-        else:
-            yield from READERS[suffix](path, unpacked(path, stream, limits), limits)
+        yield from kind.read(path, stream, limits, *([part or Part(path, 0, 0)] if kind.ranged else []))
     except LeftOutError as e:
         yield Dropped(path, e.reason, e.detail)

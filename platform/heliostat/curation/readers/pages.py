@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from heliostat.curation.readers.streams import Limits, whole
+from heliostat.curation.readers.streams import Limits, unpacked, whole
 from heliostat.curation.stage import Document, Dropped
 
 
 def page(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
     """Yields the file as a page, or a PDF."""
-    data = whole(stream, limits.max_document_bytes)
+    data = _whole(path, stream, limits)
     yield Document(path, data) if data.strip() else Dropped(path, "empty")
 
 
 def text(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
     """Yields the file as text."""
-    data = whole(stream, limits.max_document_bytes)
+    data = _whole(path, stream, limits)
+    yield decoded(path, data) if data.strip() else Dropped(path, "empty")
+
+
+def decoded(id: str, data: bytes, columns: dict[str, Any] | None = None) -> Document | Dropped:
+    """Makes a document of UTF-8, without its byte-order mark."""
     try:
-        yield Document(path, data.decode("utf-8-sig")) if data.strip() else Dropped(path, "empty")
-    except UnicodeDecodeError as e:
-        yield Dropped(path, "not_utf8", f"byte {e.start:,}")
+        return Document(id, data.decode("utf-8-sig"), columns or {})
+    except UnicodeDecodeError:
+        return Dropped(id, "not_utf8")
+
+
+def _whole(path: str, stream: BinaryIO, limits: Limits) -> bytes:
+    return whole(unpacked(path, stream, limits), min(limits.max_document_bytes, limits.max_file_bytes))

@@ -22,15 +22,15 @@ REASONS = {
     "not_utf8": "bytes that are not UTF-8",
     "not_html": "a response that is no page",
     "http_status": "a response with another status than 200",
-    "empty": "no byte in it",
+    "empty": "nothing but white space",
     "binary": "a NUL character",
     "link": "a link of an archive, or a link or submodule of a git clone, which is not followed",
     "special": "a device or the like in an archive",
-    "outside": "a name, or a clone, that leads out of where it lies",
+    "outside": "a link, a clone, or a name in an archive, that leads out of the input or the archive",
     "repeated": "a second file of the same name in an archive; the first is kept",
     "packing": "a file of a .zip that is encrypted, or packed as none is read",
     "bomb": "an archive that unpacks to 200 times its size, and 64 MiB, or more; what came before is kept",
-    "unreadable": "a file whose content is not in its git clone",
+    "unreadable": "a file that vanished, cannot be opened, or is not in its git clone",
 }
 CODECS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 BLOCK = 1 << 20  # bytes that are unpacked at a time
@@ -41,11 +41,24 @@ XZ_MEMORY = 256 << 20  # that unpacking .xz may take; `xz -9` makes files that n
 
 @dataclass(frozen=True)
 class Limits:
-    """Defines how large a document and an unpacked file may be, and which columns hold text and travel with it."""
+    """Defines how large a document and an unpacked file may be, and which column of records is the text.
 
-    max_document_bytes: int = 64 << 20
+    `columns` of records go with it; None: all, and the record's own `id` as `source_id`.
+    """
+
+    max_document_bytes: int = 1 << 26
     max_file_bytes: int = 1 << 50
     text_column: str = "text"
+    columns: tuple[str, ...] | None = None
+
+    def text_of(self, value: Any) -> str | None:
+        """Returns the text that a record's value is; None if it is none."""
+        return value if isinstance(value, str) else None
+
+    def texts_of(self, values: pa.Array) -> pa.Array | None:
+        """Returns a column's texts, as a column of strings or a dictionary of them; None if it has none."""
+        held = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        return values if pa.types.is_string(held) or pa.types.is_large_string(held) else None
 
 
 class LeftOutError(Exception):

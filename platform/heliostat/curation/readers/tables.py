@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from heliostat.curation.readers.streams import LeftOutError, Limits, lines
+from heliostat.curation.pieces import Part
+from heliostat.curation.readers.streams import LeftOutError, Limits, lines, unpacked
 from heliostat.curation.stage import Document, Dropped
 
 ROWS = 1024  # of an Arrow batch that are made Python's at a time
@@ -20,21 +21,24 @@ PACKED_BEFORE = b"ARROW:experimental_compression"  # how Arrow 0.17 named what b
 
 
 def record(id: str, values: dict[str, Any], limits: Limits) -> Document | Dropped:
-    """Makes a document of a record; its own `id`, if it has one, becomes the column `source_id`."""
-    text = values.get(limits.text_column)
-    if not isinstance(text, str):
-        return Dropped(id, "no_text", "" if limits.text_column in values else f"no {limits.text_column!r}")
+    """Makes a document of a record, with the columns that are asked for."""
+    text = limits.text_of(values.get(limits.text_column))
+    if text is None:
+        return Dropped(id, "no_text")
     if len(text) > limits.max_document_bytes:
         return Dropped(id, "too_large", f"more than {limits.max_document_bytes:,} bytes")
+    if limits.columns is not None:
+        return Document(id, text, {name: values[name] for name in limits.columns if name in values})
     columns = {k: v for k, v in values.items() if k not in (limits.text_column, "id") and v is not None}
-    if values.get("id") is not None:
-        columns["source_id"] = values["id"]
-    return Document(id, text, columns)
+    return Document(id, text, columns | ({"source_id": values["id"]} if values.get("id") is not None else {}))
 
 
-def jsonl(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
-    """Yields a document for each line that is a JSON object."""
-    for number, line in enumerate(lines(stream, limits.max_document_bytes), 1):
+def jsonl(path: str, stream: BinaryIO, limits: Limits, part: Part) -> Iterator[Document | Dropped]:
+    """Yields a document for each line that is a JSON object, and begins in the part."""
+    if part.start:  # what the line that begins before the range leaves in it belongs to the range before
+        stream.seek(part.start - 1)
+    plain = unpacked(path, stream, limits)
+    for number, line in enumerate(lines(plain, limits.max_document_bytes, part.start, part.stop), part.first):
         id = f"{path}#{number}"
         if line is None:
             yield Dropped(id, "too_large", f"a line of more than {limits.max_document_bytes:,} bytes")
@@ -61,7 +65,7 @@ def tsv(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Drop
 
 def _separated(path: str, stream: BinaryIO, limits: Limits, mark: str) -> Iterator[Document | Dropped]:
     csv_module.field_size_limit(limits.max_document_bytes)
-    source = _Text(stream, limits.max_document_bytes)
+    source = _Text(unpacked(path, stream, limits), limits.max_document_bytes)
     rows, header, number = csv_module.reader(source, delimiter=mark), None, 0
     while True:
         id = f"{path}#{number}"
@@ -108,7 +112,7 @@ class _Text:
 
 def arrow(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
     """Yields a document for each row of an Arrow IPC stream or file, batch by batch; ids count rows from 1."""
-    row, bounded = 0, _Bounded(stream, 16 * limits.max_document_bytes)
+    row, bounded = 0, _Bounded(unpacked(path, stream, limits), 16 * limits.max_document_bytes)
     try:
         bounded.skip_magic()
         reader = pa.ipc.open_stream(pa.PythonFile(bounded, "r"))

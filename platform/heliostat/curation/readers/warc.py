@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from heliostat.curation.encodings import decode
 from heliostat.curation.readers.http import BadResponseError, Response, parse
 from heliostat.curation.readers.records import Archive, Broken
-from heliostat.curation.readers.streams import Limits
+from heliostat.curation.readers.streams import Limits, codec_of, unpacked
 from heliostat.curation.stage import Document, Dropped
 
 MOST_BREAKS = 10_000  # places where reading begins again, in one file
@@ -66,7 +66,8 @@ def _text(id: str, columns: dict[str, Any], block: bytes, limits: Limits) -> Doc
 
 def _records(path: str, stream: BinaryIO, limits: Limits, kind: str, make: Make) -> Iterator[Document | Dropped]:
     """Yields what `make` makes of the records of a kind, and a Dropped for each broken place."""
-    archive, total = Archive(stream, path.lower().endswith(".gz")), 0
+    packed = codec_of(path) == "gz"  # record by record
+    archive, total = Archive(stream if packed else unpacked(path, stream, limits), packed), 0
     for _ in range(MOST_BREAKS):
         try:
             for record in archive.records(limits.max_document_bytes):

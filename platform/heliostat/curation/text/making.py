@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from heliostat.curation import pieces, reasons, segment, tally
+from heliostat.curation import pieces, readers, reasons, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, Engine, groups
 from heliostat.curation.explaining import explain
 from heliostat.curation.pieces import Part
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.readers import REASONS
 from heliostat.curation.segment import Run
 from heliostat.curation.stage import Stage
 from heliostat.curation.text import documents, gathering, infilling, sources, tasks, tokens
@@ -231,8 +230,8 @@ class Making(Reading):
 def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[Part]]:
     """Cuts an input into pieces of about `target` bytes; of files that are read in ranges of lines, the lines before each range
     are counted first."""
-    cut = list(pieces.cut((f.part for f in files), target, lambda path: sources.ranged(path or input)))
-    unknown = [p[0] for p in cut if p[0].stop is not None and sources.kind(p[0].path or input)[0] == ".jsonl"]
+    cut = list(pieces.cut((f.part for f in files), target, lambda path: readers.ranged(path or input)))
+    unknown = [p[0] for p in cut if p[0].stop is not None and readers.numbered(p[0].path or input) == "line"]
     count = (Task(key("lines", input, part.identity), {"input": input, "part": part}) for part in unknown)
     lines = dict(zip(unknown, (r["lines"] for r in flow.all("lines", tasks.count_lines, count)), strict=True))
     return numbered(cut, lines)
@@ -287,10 +286,8 @@ class Totals:
             log.log(logging.WARNING if alone else logging.INFO, said, many, self.together["groups"], together.column, alone)
         if self.cut:
             log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", self.cut)
-        told = (
-            REASONS
-            | documents.REASONS
-            | {f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()}
-        )
+        told = documents.REASONS | {
+            f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()
+        }
         for reason, count in sorted(self.dropped.items()):
             log.warning("dropped %d: %s, such as %s", count, told.get(reason, reason), sources.examples(self.examples[reason]))

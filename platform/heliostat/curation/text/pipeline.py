@@ -26,12 +26,11 @@ from heliostat.curation import readers, reasons, synthetic
 from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers import warc
 from heliostat.curation.staged import StagedPipeline
-from heliostat.curation.stages.pdf import Pdf
 from heliostat.curation.text import documents, infilling, repositories, sampling, sources, tokens
 from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.infilling import FillInTheMiddle
 from heliostat.curation.text.making import SHARD_SHARE, Making
-from heliostat.curation.text.tasks import ARCHIVES, TextSource
+from heliostat.curation.text.tasks import TextSource
 from heliostat.curation.text.trial import Trial
 from heliostat.data.infilling import OWN, encode
 from heliostat.data.manifest import Manifest
@@ -96,9 +95,9 @@ class TextPipeline(StagedPipeline):
     tokenizer: TokenizerConfig
     """Trained from the text, or taken as it is."""
     text_column: str = "text"
-    """The column of `.jsonl` and `.parquet` that holds the text."""
+    """The column that holds the text, of files of records (`.jsonl`, `.parquet`, `.csv`)."""
     columns: list[str] = []
-    """Other columns of `.jsonl` and `.parquet` (`url`, `date`, `source`) that go with each document through the stages."""
+    """Other columns of files of records (`url`, `date`, `source`) that go with each document through the stages."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
     """Unicode's normal form that every text is brought to before anything else. It decides which documents are equal."""
     min_chars: int = Field(1, ge=1)
@@ -122,8 +121,8 @@ class TextPipeline(StagedPipeline):
 
     @property
     def rules(self) -> documents.Rules:
-        return documents.Rules(self.text_column, self.normalise, self.min_chars, self.max_chars, self.max_document_bytes,
-                               self.max_file_bytes, tuple(self.columns))  # fmt: skip
+        return documents.Rules(self.max_document_bytes, self.max_file_bytes, self.text_column, tuple(self.columns),
+                               self.normalise, self.min_chars, self.max_chars)  # fmt: skip
 
     @cached_property
     def given(self) -> str | None:
@@ -157,8 +156,7 @@ class TextPipeline(StagedPipeline):
     @property
     def _known(self) -> set[str]:
         """Returns the columns that documents come with, or may: those of crawls are known where a file is read."""
-        kind = sources.kind(self.input)[0] or readers.suffix_of(self.input)
-        crawled = () if kind and kind not in ARCHIVES else warc.COLUMNS
+        crawled = warc.COLUMNS if readers.numbered(self.input) in ("byte", None) else ()
         return {*self.columns, *(repositories.COLUMNS if self.repositories else crawled)}
 
     def _check_together(self, together: Together) -> None:
@@ -185,10 +183,8 @@ class TextPipeline(StagedPipeline):
     def inputs(self) -> list[InputFile]:
         if self.repositories:
             return sources.without(repositories.listing(self.input), self.exclude)
-        found = sources.listing(self.input, bool(self.stages))
-        if any(isinstance(stage, Pdf) for stage in self.stages):
-            return sources.without(found, self.exclude)
-        return sources.without(sources.without_pdfs(self.input, found), self.exclude)
+        stages = {"extract", *(stage.named() for stage in self.stages)} if self.stages else ()  # any stage may read pages
+        return sources.without(sources.listing(self.input, stages), self.exclude)
 
     def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
         return None if self.input == sources.STDLIB else synthetic.answers(sources.root(self.input), inputs)

@@ -15,11 +15,10 @@ from heliostat.curation.readers import clones
 from heliostat.curation.repeating import RepeatingStage
 from heliostat.curation.stage import Document, Dropped, GlobalStage
 from heliostat.curation.text import documents, sources
-from heliostat.curation.text.tasks import ARCHIVES, TextSource
+from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import ConfigError
 
 MEMBER = re.compile(r"(.*?\.(?:tar(?:\.\w+)?|tgz|zip|git))#(.+)", re.DOTALL | re.IGNORECASE)  # the file of a repository
-RECORDS = {**dict.fromkeys(ARCHIVES, "byte"), ".jsonl": "line", ".ndjson": "line", ".json": "line"}  # what follows `#` in an id
 
 
 def source_of(made_by: dict[str, Any]) -> TextSource:
@@ -35,8 +34,7 @@ def origin(id: str) -> dict[str, Any]:
     path, _, number = id.rpartition("#")
     if not path or not number.isdecimal():
         return {"file": id}
-    suffix = sources.kind(path)[0] or readers.suffix_of(path) or ""
-    return {"file": path, RECORDS.get(suffix, "row"): int(number)}
+    return {"file": path, readers.numbered(path) or "row": int(number)}
 
 
 def read_again(source: TextSource, id: str) -> Document | Dropped | None:

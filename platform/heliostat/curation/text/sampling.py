@@ -17,21 +17,19 @@ from heliostat.curation.pieces import Part
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.sampled import OF_RECORDS, PLACES, Sample, chosen, evenly, place
 from heliostat.curation.stage import Document, Dropped
-from heliostat.curation.text import sources
 from heliostat.curation.text.tasks import TextSource
 
 BLOCK = 64 << 10  # bytes of lines that are chosen together, in inputs of up to BLOCKS of them
 BLOCKS = 1 << 20
-ONE = (".txt", ".md", ".py", ".rst", ".html", ".htm", ".xhtml", ".pdf")  # kinds of files that are one document
 Kind = Literal["one", "lines", "records"]
 
 
 def kind(path: str) -> Kind:
     """Tells how a file is sampled: as a whole, by ranges of its lines, or by its records as they are read."""
-    suffix, codec = sources.kind(path)
-    if (suffix or readers.suffix_of(path)) in ONE:
+    number = readers.numbered(path)
+    if number == "":
         return "one"
-    return "lines" if suffix == ".jsonl" and codec is None else "records"
+    return "lines" if number == "line" and readers.ranged(path) else "records"
 
 
 def choose(files: Iterable[InputFile], fraction: float, name: str) -> Sample:

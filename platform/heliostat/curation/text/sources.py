@@ -6,16 +6,19 @@ and only if it lies inside the input: neither a link nor a name in a metadata fi
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import logging
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -24,35 +27,21 @@ from heliostat.config import workspace
 from heliostat.curation import readers
 from heliostat.curation.pieces import Part
 from heliostat.curation.prepare import InputFile, place
+from heliostat.curation.readers.streams import CODECS
 from heliostat.curation.readers.streams import LeftOutError as LeftOutError
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.storage.locations import Location
 from heliostat.storage.s3_client import Listed, RewrittenError
-from heliostat.text import printable
+from heliostat.text import brief, printable
 
 log = logging.getLogger(__name__)
 
 STDLIB = "python:stdlib"
-SUFFIXES = (".txt", ".md", ".py", ".rst", ".jsonl", ".parquet")
 FIELD = 1 << 17  # characters of a value in a .csv that lists images or URLs; the limit is the process's, set before each is read
+BYTES = {"extract": "pages or web archives", "pdf": "PDFs"}  # what each stage makes text of
 AHEAD = 4 << 20  # bytes of a file that are read at a time
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # not the library itself: installed packages, tests (with data that is broken on purpose) and compiled files
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-
-
-def kind(path: str) -> tuple[str | None, str | None]:
-    """Returns (suffix, codec) of a path: the suffix is None if it is none of SUFFIXES, the codec None if it is not compressed."""
-    lower = path.lower()
-    codec = next((c for end, c in COMPRESSED.items() if lower.endswith(end)), None)
-    if codec:
-        lower = lower.rpartition(".")[0]
-    return next((s for s in SUFFIXES if lower.endswith(s)), None), codec
-
-
-def known(path: str, more: bool) -> bool:
-    """Tells whether such a file is read, `more` kinds among them (READERS)."""
-    return kind(path)[0] is not None or (more and readers.suffix_of(path) is not None)
 
 
 def split_glob(uri: str) -> tuple[str, str | None]:
@@ -121,27 +110,31 @@ def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
     return base, found
 
 
-def listing(uri: str, more: bool = False) -> list[InputFile]:
-    """Lists the files to read, sorted by path, `more` kinds too (READERS); ConfigError if there are none."""
+def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
+    """Lists the files to read, sorted by path; ConfigError if there are none.
+
+    Of the kinds that a stage makes text of, those whose stage is one of `stages`; how many others there are is logged.
+    """
     base, found = find(uri)
     if uri == STDLIB:
         found = [(p, i) for p, i in found if p.endswith(".py") and not STDLIB_SKIPS & set(p.split("/")[:-1])]
-    files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in found if known(p or base.path, more)]
+    files, unread = list[InputFile](), Counter[str]()
+    for path, info in found:
+        if kind := readers.kind_of(path or base.name):
+            if kind.stage and kind.stage not in stages:
+                unread[kind.stage] += 1
+            else:
+                files.append(InputFile(path, info.size, info.mtime_ns, info.etag))
+    for stage, count in sorted(unread.items()):
+        what, fix = f"{count:,} {BYTES[stage]}", f"{{stage: {stage}}} first among a text pipeline's `stages`"
+        if not files:
+            raise ConfigError(f"input: {uri!r}: {what} and nothing else; put {fix}")
+        log.warning("%s: %s are not read; %s would", uri, what, fix)
     if not files:
         seen = f"{len(found)} files, none" if found else "no file there"
-        ends = ", ".join([*SUFFIXES, *(e for e in readers.READERS if more and e not in SUFFIXES)])
-        raise ConfigError(f"input: {uri!r}: {seen} that ends in {ends} (or these with .gz, .zst{', .bz2, .xz' * more})")
+        ends, packed = ", ".join(readers.KINDS), ", ".join(CODECS)
+        raise ConfigError(f"input: {uri!r}: {seen} that ends in {ends} (or these with {packed})")
     return sorted(files, key=lambda f: f.path)
-
-
-def without_pdfs(uri: str, files: list[InputFile]) -> list[InputFile]:
-    """Leaves out PDFs, and says how many; ConfigError if nothing else is there."""
-    kept = [f for f in files if readers.suffix_of(f.path or root(uri).name) != ".pdf"]
-    if not kept:
-        raise ConfigError(f"input: {uri!r}: {len(files):,} PDFs and nothing else; put {{stage: pdf}} first among `stages`")
-    if len(kept) < len(files):
-        log.warning("%s: %d PDFs are not read; {stage: pdf} first among `stages` would", uri, len(files) - len(kept))
-    return kept
 
 
 def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
@@ -159,89 +152,17 @@ def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
     return kept
 
 
-def parquet_values(file: pq.ParquetFile, column: str, others: tuple[str, ...], limit: int,
-                   part: Part) -> Iterator[tuple[int, pa.Array, dict[str, pa.Array]]]:  # fmt: skip
-    """Yields (the first row's number from 1, a column's values, other columns) of some rows at a time of an open Parquet file.
-
-    A dictionary stays one. Of a part of the file, the row groups that begin in it. LeftOutError before a row group is unpacked
-    whose size in the footer is more than `limit` bytes.
-    """
-    names = list(dict.fromkeys([column, *(name for name in others if name in file.schema_arrow.names)]))
-    firsts = np.cumsum([1, *(file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups))])
-    for group in _groups(file, names, limit, part):
-        row = int(firsts[group])
-        for batch in file.iter_batches(1024, row_groups=[group], columns=names):
-            yield row, batch.column(column), {name: batch.column(name) for name in names if name in others}
-            row += len(batch)
-
-
-def parquet_rows(source: pa.NativeFile, large: str, columns: list[str], limit: int,
-                 part: Part) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
-    """Reads a Parquet file's footer, and yields (number from 1, values) of its rows; a column that is missing is left out.
-
-    `large` is the column of large values, whose dictionary stays one. Of a part of the file, the row groups that begin in it.
-    LeftOutError before a row group is unpacked whose size in the footer is more than `limit` bytes.
-    """
-    footer = pq.read_metadata(source)
-    schema = footer.schema
-    leaves = [path for i in range(len(schema)) if (path := schema.column(i).path) in (large, f"{large}.bytes")]
-    file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, read_dictionary=leaves, pre_buffer=False)
-    return _rows(file, [c for c in columns if c in file.schema_arrow.names], limit, part)
-
-
-def _rows(file: pq.ParquetFile, columns: list[str], limit: int, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields what `parquet_rows` does, unpacking some rows at a time."""
-    firsts = np.cumsum([1, *(file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups))])
-    for group in _groups(file, columns, limit, part):
-        number = int(firsts[group])
-        for batch in file.iter_batches(64, row_groups=[group], columns=columns):
-            for row in range(len(batch)):
-                yield number + row, {name: batch.column(i)[row].as_py() for i, name in enumerate(batch.schema.names)}
-            number += len(batch)
-
-
-def _groups(file: pq.ParquetFile, columns: list[str], limit: int, part: Part | None = None) -> Iterator[int]:
-    names = [file.metadata.schema.column(i).path.split(".")[0] for i in range(file.metadata.num_columns)]
-    for group in range(file.metadata.num_row_groups):
-        info = file.metadata.row_group(group)
-        if part is not None and part.stop is not None and not part.start <= _begins(info) < part.stop:
-            continue
-        if sum(info.column(i).total_uncompressed_size for i, name in enumerate(names) if name in columns) > limit:
-            raise LeftOutError("too_large", f"a row group of more than {limit:,} bytes, unpacked")
-        yield group
-
-
-def _begins(info: pq.RowGroupMetaData) -> int:
-    """Returns the offset of the first byte of a row group."""
-    columns = [info.column(i) for i in range(info.num_columns)]
-    return min((min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns), default=0)
-
-
 def fetch(base: Location, path: str, limit: int, part: Part | None = None) -> bytes:
     """Reads a file of the input, or the root itself if there is no path; `part`: as it was listed, where that is known.
 
     LeftOutError if it lies outside, is larger than `limit`, or (a local one) cannot be opened; a store that refuses or fails is
     an error.
     """
-    if not inside(base, path):
-        raise LeftOutError("outside", f"leads out of {base}")
-    place = base.join(path) if path else base
-    try:
+    with _readable(base, path) as place:
         data = place.read(limit + 1) if part is None or not part.etag else _of_object(place, part, 0, min(part.bytes, limit + 1))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
-        raise LeftOutError("unreadable") from e
-    except StorageError as e:
-        if base.is_s3:
-            raise
-        raise LeftOutError("unreadable", str(e)) from e
     if len(data) > limit:
         raise LeftOutError("too_large", f"more than {limit:,} bytes")
     return data
-
-
-def stream(base: Location, path: str, limit: int, part: Part | None = None) -> pa.NativeFile:
-    """Opens a file of the input as `blocks` does, for Arrow."""
-    return pa.PythonFile(blocks(base, path, limit, part), mode="r")
 
 
 def blocks(base: Location, path: str, limit: int, part: Part | None = None) -> io.RawIOBase:
@@ -250,24 +171,52 @@ def blocks(base: Location, path: str, limit: int, part: Part | None = None) -> i
     `part`: the file as it was listed, where that is known: of an object with an ETag, the store refuses every read of another.
     LeftOutError as of `fetch`, DataError if an object has been written again.
     """
-    if not inside(base, path):
-        raise LeftOutError("outside", f"leads out of {base}")
-    place = base.join(path) if path else base
-    try:
+    with _readable(base, path) as place:
         if part is not None and part.etag:
             file, size = None, _as_listed(place, part)
         else:
             file = place.open()
             size = place.attempt(file.size)
+    if size > limit:
+        raise LeftOutError("too_large", f"more than {limit:,} bytes")
+    return _Blocks(place, file, size, part)
+
+
+def rows(base: Location, path: str, limit: int, part: Part | None = None) -> Iterator[Any]:
+    """Yields the rows of a list of images or URLs: a .parquet, a .csv, or lines of JSON.
+
+    ConfigError if it cannot be read, because then nothing tells what is missing.
+    """
+    try:
+        with blocks(base, path, limit, part) as file:
+            lower = (path or base.name).lower()
+            if lower.endswith(".parquet"):
+                opened = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True, pre_buffer=False)
+                for batch in opened.iter_batches(1024):
+                    yield from batch.to_pylist()
+                return
+            csv.field_size_limit(FIELD)
+            text = io.TextIOWrapper(io.BufferedReader(file), "utf-8-sig", newline="")
+            yield from csv.DictReader(text) if lower.endswith(".csv") else (json.loads(line) for line in text if line.strip())
+    except LeftOutError as e:
+        raise ConfigError(f"input: {printable(path)}: is not read: {readers.REASONS[e.reason]} ({e.detail})") from e
+    except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
+        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
+
+
+@contextmanager
+def _readable(base: Location, path: str) -> Iterator[Location]:
+    """Gives the place of a file; LeftOutError if it lies outside, or (a local one) cannot be opened within."""
+    if not inside(base, path):
+        raise LeftOutError("outside", f"leads out of {base}")
+    try:
+        yield base.join(path) if path else base
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         raise LeftOutError("unreadable") from e
     except StorageError as e:
         if base.is_s3:
             raise
         raise LeftOutError("unreadable", str(e)) from e
-    if size > limit:
-        raise LeftOutError("too_large", f"more than {limit:,} bytes")
-    return _Blocks(place, file, size, part)
 
 
 class _Blocks(io.RawIOBase):
@@ -378,9 +327,3 @@ def inside(base: Location, path: str) -> bool:
 def examples(ids: list[str]) -> str:
     """Formats some ids for a warning; they are names of files, so they may hold any character."""
     return ", ".join(printable(id) for id in ids)
-
-
-def ranged(path: str) -> bool:
-    """Tells whether such a file can be read from the middle: lines and row groups, not compressed as a whole."""
-    suffix, codec = kind(path)
-    return codec is None and suffix in (".jsonl", ".parquet")

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +22,9 @@ from heliostat.curation import readers, segment
 from heliostat.curation.pdf import is_pdf
 from heliostat.curation.pieces import Part
 from heliostat.curation.readers import archives, clones
-from heliostat.curation.readers.streams import Limits
+from heliostat.curation.readers.streams import BLOCK
 from heliostat.curation.segment import Run, survivors
-from heliostat.curation.stage import Document as Raw
+from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import documents, gathering, infilling, repositories, sources, tokens
 from heliostat.data import manifest, versions
 from heliostat.data import shard as shard_file
@@ -36,102 +36,76 @@ from heliostat.tasks import care, spill
 
 PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
 SELECTED_BYTES = 8 << 20  # of the texts that train the tokenizer, that are held at a time
-ARCHIVES = (".warc", ".wet", ".wat")
 LISTED = pa.schema([(name, pa.large_string()) for name in ("id", "reason", "detail")])
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Reads a text input's parts in a task: kinds that need no stages as they are read without, others by READERS."""
+    """Reads a text input's parts in a task."""
 
     input: str
     rules: documents.Rules
 
-    def read(self, part: Part) -> Iterator[Raw | documents.Dropped]:
+    def read(self, part: Part) -> Iterator[Document | Dropped]:
         base = sources.root(self.input)
-        found = read_file if sources.kind(part.path or base.name)[0] else read_other
         fixed = self.input != sources.STDLIB  # each node has its own
         if fixed:
             sources.require_unchanged(base, part)
-        for item in found(base, part.path, self.rules, part):
-            yield item if isinstance(item, documents.Dropped) else Raw(item.id, item.text, item.columns)
+        yield from read_file(base, part.path, self.rules, part)
         if fixed and (not base.is_s3 or part.length > sources.AHEAD):  # of a store, what takes several requests
             sources.require_unchanged(base, part)
 
-    def finish(self, document: Raw) -> Raw | documents.Dropped:
+    def finish(self, document: Document) -> Document | Dropped:
         if isinstance(document.text, bytes):
             what, stage = ("PDF", "pdf") if is_pdf(document.text) else ("page", "extract")
             raise ConfigError(f"stages: {document.id} is a {what}, not text; put {{stage: {stage}}} among the first")
-        made = documents.clean(document.id, document.text, self.rules, document.columns)
-        return made if isinstance(made, documents.Dropped) else Raw(made.id, made.text, made.columns)
+        return documents.clean(document.id, document.text, self.rules, document.columns)
 
 
-def read_file(base: Location, path: str, rules: documents.Rules,
-              part: Part | None = None) -> Iterator[documents.Document | documents.Dropped]:  # fmt: skip
-    """Reads a file's documents, or the reason why it is left out; a store that refuses or fails is an error."""
+def read_file(base: Location, path: str, rules: documents.Rules, part: Part | None = None) -> Iterator[Document | Dropped]:
+    """Reads the documents of a file or a repository, normalised, and what is left out; pages stay bytes.
+
+    A store that refuses or fails is an error.
+    """
+    part = part or Part(path, 0, 0)
     try:
-        file = sources.stream(base, path, rules.max_file_bytes, part)
-    except sources.LeftOutError as e:
-        if part is None or part.start == 0:
-            yield documents.Dropped(path or base.name, e.reason, e.detail)
-        return
-    with file:
-        yield from documents.read(path or base.name, file, rules, part)
-
-
-def read_other(
-    base: Location, path: str, rules: documents.Rules, part: Part
-) -> Iterator[Raw | documents.Document | documents.Dropped]:
-    """Reads a file of a kind that only pipelines with stages read, or a repository; pages stay bytes, and keep all columns."""
-    name = path or base.name
-    limits = Limits(rules.max_document_bytes, rules.max_file_bytes, rules.text_column)
-    if clones.is_clone(name) and not base.is_s3 and Path(base.path, path).is_dir():
-        yield from _of_repository(_clone(base, path, limits, part), rules)
-        return
-    try:
-        file = io.BufferedReader(sources.blocks(base, path, rules.max_file_bytes, part))
-    except sources.LeftOutError as e:
-        yield documents.Dropped(name, e.reason, e.detail)
-        return
-    archive = readers.suffix_of(name) in ARCHIVES
-    with file:
-        if archives.is_archive(name):
-            yield from _of_repository(archives.read(name, file, limits), rules)
-            return
-        for item in readers.read(name, file, limits):
-            if isinstance(item, documents.Dropped):
+        for item in _read(base, path, rules, part):
+            if isinstance(item, Dropped) or isinstance(item.text, bytes):
                 yield item
-                continue
-            columns = {k: v for k, v in item.columns.items() if archive or k in rules.columns}
-            yield Raw(item.id, item.text, columns) if isinstance(item.text, bytes) else documents.clean(
-                item.id, item.text, rules, columns)  # fmt: skip
+            else:
+                yield documents.clean(item.id, item.text, rules, item.columns)
+    except sources.LeftOutError as e:
+        if part.start == 0:
+            yield Dropped(path or base.name, e.reason, e.detail)
 
 
-def _clone(base: Location, path: str, limits: Limits, part: Part) -> Iterator[Raw | documents.Dropped]:
+def _read(base: Location, path: str, rules: documents.Rules, part: Part) -> Iterator[Document | Dropped]:
+    """Yields a file's documents as their reader makes them; LeftOutError if it cannot be opened."""
     name = path or base.name
-    if not sources.inside(base, path):
-        yield documents.Dropped(name, "outside", f"leads out of {base}")
+    if clones.is_clone(name) and not base.is_s3 and Path(base.path, path).is_dir():
+        if not sources.inside(base, path):
+            raise sources.LeftOutError("outside", f"leads out of {base}")
+        yield from clones.read(name, Path(base.path, path), rules, repositories.commit_of(part.modified))
         return
-    yield from clones.read(name, Path(base.path, path), limits, repositories.commit_of(part.modified))
-
-
-def _of_repository(
-    found: Iterator[Raw | documents.Dropped], rules: documents.Rules
-) -> Iterator[documents.Document | documents.Dropped]:
-    """Normalises the files of a repository, which keep all that is known of them."""
-    for item in found:
-        yield item if isinstance(item, documents.Dropped) else documents.clean(item.id, item.text, rules, item.columns)
+    with sources.blocks(base, path, rules.max_file_bytes, part) as file:
+        stream = cast(BinaryIO, file)
+        yield from archives.read(name, stream, rules) if archives.is_archive(name) else readers.read(name, stream, rules, part)
 
 
 def count_lines(folder: Location, input: str, part: Part) -> dict[str, Any]:
     """Counts the lines that begin in a part of a file; 0 where it cannot be read, which reading it will tell."""
     base = sources.root(input)
     sources.require_unchanged(base, part)
+    stop = part.bytes if part.stop is None else part.stop
+    found, at = int(part.start == 0), max(0, part.start - 1)
     try:
-        with sources.stream(base, part.path, part.bytes, part) as file:
-            return {"lines": documents.count_lines(file, part)}
+        with sources.blocks(base, part.path, part.bytes, part) as file:
+            file.seek(at)
+            while block := file.read(min(8 * BLOCK, stop - 1 - at)) if at < stop - 1 else b"":
+                found, at = found + block.count(b"\n"), at + len(block)
     except sources.LeftOutError:
-        return {"lines": 0}
+        found = 0
+    return {"lines": found}
 
 
 # the tokenizer's sample ------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from heliostat.curation import reasons, segment
-from heliostat.curation.readers import REASONS
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import documents, replay
 from heliostat.data import documents as places
@@ -45,7 +44,7 @@ def _hashes(made: Manifest, raw: bytes) -> tuple[list[str], str]:
     document = documents.clean("--text", raw, replay.source_of(by).rules if by else documents.Rules())
     if isinstance(document, documents.Dropped):
         raise ConfigError(f"--text: no text: {document.reason} ({documents.REASONS[document.reason]})")
-    hashes, last = [document.hash], Document("--text", document.text)
+    hashes, last = [_hash(document)], document
     for told, after in replay.stages(by, last) if by else ():
         if told["did"] == "cut":
             fate = f"; behind stage {told['stage']} texts follow from all documents, and are not found: use --id or --url"
@@ -54,9 +53,13 @@ def _hashes(made: Manifest, raw: bytes) -> tuple[list[str], str]:
         last = after or last
     finished = replay.source_of(by).finish(last) if by and not fate else None
     if isinstance(finished, Document):
-        assert isinstance(finished.text, str)
-        hashes.append(hashlib.sha256(finished.text.encode()).hexdigest())
+        hashes.append(_hash(finished))
     return list(dict.fromkeys(hashes)), fate
+
+
+def _hash(document: Document) -> str:
+    assert isinstance(document.text, str)
+    return hashlib.sha256(document.text.encode()).hexdigest()
 
 
 def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +160,6 @@ def _instead(made: Manifest, end: dict[str, Any]) -> tuple[list[dict[str, Any]],
 
 
 def _meaning(funnel: dict[str, Any], end: dict[str, Any]) -> str:
-    told = REASONS | documents.REASONS if end["stage"] in (segment.READ, segment.FINISH) else {}
+    told = documents.REASONS if end["stage"] in (segment.READ, segment.FINISH) else {}
     told = told | funnel.get(end["stage"], {}).get("what", {}) | ENDS
     return told.get(end["reason"], "")

@@ -6,22 +6,24 @@ name server can lead to another. Proxies of the environment are not used. Bodies
 
 from __future__ import annotations
 
-import contextlib
-import http.client
+import asyncio
 import ipaddress
 import re
 import socket
 import ssl
 import string
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
 REDIRECTS = 5
-BLOCK = 1 << 16
+HEADER = 1 << 16  # bytes that a header may have
 PORTS = {"http": 80, "https": 443}
 CONTROL = re.compile(r"[\x00-\x20\x7f]")
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
@@ -93,40 +95,49 @@ def _joined(url: str, place: str) -> str:
 def _once(url: str, bounds: Bounds, end: float) -> bytes | str:
     """Asks once; returns the body, or where it has gone."""
     scheme, host, port, target = split(url)
-    connection = _Connection(host, port, scheme == "https", addresses(host, port, bounds.private), end)
+    found = addresses(host, port, bounds.private)
     try:
-        headers = {"User-Agent": bounds.agent, "Accept-Encoding": "identity", "Accept": "*/*", "Connection": "close"}
-        connection.request("GET", target, headers=headers)
-        answer = connection.getresponse()
+        whole = URL(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{target}", encoded=True)
+        return asyncio.run(_asked(whole, found, bounds, end - time.monotonic()))
+    except (aiohttp.ClientError, OSError, ValueError) as e:
+        raise FetchError("unreachable", f"{type(e).__name__}: {e}"[:200], again=True) from e
+
+
+async def _asked(url: URL, found: list[Any], bounds: Bounds, seconds: float) -> bytes | str:
+    """Asks one of the addresses that were checked; the session ends with whatever happens within its seconds."""
+    if seconds <= 0:
+        raise TimeoutError("no more time")
+    secure = ssl.create_default_context() if url.scheme == "https" else False
+    headers = {"User-Agent": bounds.agent, "Accept-Encoding": "identity", "Accept": "*/*"}
+    async with (
+        asyncio.timeout(seconds),
+        aiohttp.TCPConnector(resolver=_Checked(found), use_dns_cache=False, force_close=True, ssl=secure) as connector,
+        aiohttp.ClientSession(
+            connector=connector, headers=headers, auto_decompress=False, max_line_size=HEADER, max_field_size=HEADER
+        ) as session,
+        session.get(url, allow_redirects=False, timeout=aiohttp.ClientTimeout(total=None)) as answer,
+    ):
         if answer.status in (301, 302, 303, 307, 308) and (place := answer.headers.get("Location")):
             return place
         if answer.status != 200:
             raise _refused(answer)
-        return _body(answer, bounds.bytes, end)
-    except (TimeoutError, ssl.SSLError, OSError, http.client.HTTPException, ValueError) as e:
-        raise FetchError("unreachable", f"{type(e).__name__}: {e}"[:200], again=True) from e
-    finally:
-        connection.end_all()
+        return await _body(answer, bounds.bytes)
 
 
-def _refused(answer: http.client.HTTPResponse) -> FetchError:
+def _refused(answer: aiohttp.ClientResponse) -> FetchError:
     wait = answer.headers.get("Retry-After", "")
     seconds = float(wait) if wait.isdecimal() else 0.0
     return FetchError("refused", f"HTTP {answer.status}", again=answer.status in TEMPORARY, wait=seconds)
 
 
-def _body(answer: http.client.HTTPResponse, limit: int, end: float) -> bytes:
-    if answer.length is not None and answer.length > limit:
-        raise FetchError("too_large", f"{answer.length:,} bytes")
+async def _body(answer: aiohttp.ClientResponse, limit: int) -> bytes:
+    if answer.content_length is not None and answer.content_length > limit:
+        raise FetchError("too_large", f"{answer.content_length:,} bytes")
     found = bytearray()
-    while block := answer.read1(BLOCK):
+    async for block in answer.content.iter_any():
         found += block
         if len(found) > limit:
             raise FetchError("too_large", f"more than {limit:,} bytes")
-        if time.monotonic() >= end:
-            break
-    if answer.length or time.monotonic() >= end:
-        raise FetchError("unreachable", "the body ended early", again=True)
     return bytes(found)
 
 
@@ -154,49 +165,17 @@ def public(address: str) -> bool:
     return found.is_global and not found.is_multicast
 
 
-class _Connection(http.client.HTTPConnection):
-    """Connects to one of the addresses that were checked, and is cut at the end, however slowly an answer drips."""
+class _Checked(AbstractResolver):
+    """Answers with the addresses that were checked, whatever is asked."""
 
-    def __init__(self, host: str, port: int, secure: bool, found: list[Any], end: float) -> None:
-        super().__init__(host, port)
-        self.default_port = PORTS["https" if secure else "http"]  # what Host names no port for
-        self.secure, self.found, self.end = secure, found, end
-        self.timer: threading.Timer | None = None
+    def __init__(self, found: list[Any]) -> None:
+        self.found = found
 
-    def connect(self) -> None:
-        fault: OSError = OSError("no address")
-        for family, kind, protocol, _, place in self.found:
-            sock, left = socket.socket(family, kind, protocol), self.end - time.monotonic()
-            try:
-                if left <= 0:
-                    raise TimeoutError("no more time")
-                sock.settimeout(left)
-                sock.connect(place)
-            except OSError as e:
-                sock.close()
-                fault = e
-                continue
-            self.sock = _wrapped(sock, self.host) if self.secure else sock
-            self.timer = threading.Timer(max(0.0, self.end - time.monotonic()), _cut, [self.sock])
-            self.timer.start()
-            if isinstance(self.sock, ssl.SSLSocket):
-                self.sock.do_handshake()
-            return
-        raise fault
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
+        return [
+            ResolveResult(hostname=host, host=place[0], port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
+            for kind, _, _, _, place in self.found
+        ]
 
-    def end_all(self) -> None:
-        """Closes the connection; `close` is called by http.client too, before the body is read."""
-        if self.timer:
-            self.timer.cancel()
-        self.close()
-
-
-def _wrapped(sock: socket.socket, host: str) -> ssl.SSLSocket:
-    """Makes the socket one of TLS, which takes the connection from it; hands are not shaken yet."""
-    return ssl.create_default_context().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-
-
-def _cut(sock: socket.socket) -> None:
-    """Ends the connection under a socket, not its TLS: what another thread reads from it stays encrypted."""
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    async def close(self) -> None:
+        """Holds nothing."""

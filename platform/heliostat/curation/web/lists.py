@@ -6,16 +6,13 @@ the counts of the groups. Neighbouring groups with few URLs make a task together
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from heliostat.curation.pieces import Part
@@ -28,7 +25,7 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import key
-from heliostat.text import brief, printable
+from heliostat.text import printable
 
 LISTS = (".jsonl", ".csv", ".parquet")
 ROWS = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("id", "url", "row"))])
@@ -89,7 +86,7 @@ def listed(folder: Location, part: Part, uri: str, column: str, wanted: list[str
     """Spills the rows of a list by host; in the record, `groups` counts them."""
     base, name, files, groups = sources.root(uri), part.path, list[str](), Counter[int]()
     sources.require_unchanged(base, part)
-    numbered = enumerate(_rows(base, part, limit), 1)
+    numbered = enumerate(sources.rows(base, part.path, limit, part), 1)
     while some := list(itertools.islice(numbered, SPILLED)):
         table = pa.Table.from_pylist([_row(f"{name or base.name}#{n}", row, column, wanted, name) for n, row in some], ROWS)
         groups.update((k >> GROUP) for k in table["key"].to_pylist())
@@ -114,30 +111,6 @@ def _whole(url: str) -> str:
     except UnicodeError:
         return f"half a surrogate pair: {printable(url)}"
     return url
-
-
-def _rows(base: Location, part: Part, limit: int) -> Iterator[Any]:
-    """Yields the rows of a list; ConfigError if it cannot be read, because then nothing tells what is missing."""
-    path = part.path
-    try:
-        with sources.blocks(base, path, limit, part) as file:
-            lower = (path or base.name).lower()
-            if lower.endswith(".parquet"):
-                opened = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True, pre_buffer=False)
-                for batch in opened.iter_batches(1024):
-                    yield from batch.to_pylist()
-                return
-            csv.field_size_limit(sources.FIELD)
-            text = io.TextIOWrapper(io.BufferedReader(file), "utf-8-sig", newline="")
-            yield from csv.DictReader(text) if lower.endswith(".csv") else _lines(text)
-    except sources.LeftOutError as e:
-        raise ConfigError(f"input: {printable(path)}: is not read: {e.reason} ({e.detail})") from e
-    except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
-        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
-
-
-def _lines(text: Iterable[str]) -> Iterator[Any]:
-    return (json.loads(line) for line in text if line.strip())
 
 
 def rows(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[dict[str, Any]]:

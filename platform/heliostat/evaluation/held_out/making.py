@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from heliostat.config.fields import Json
 from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.evaluation import documents
 from heliostat.evaluation.held_out import questions
-from heliostat.evaluation.held_out.questions import Ask, Text
+from heliostat.evaluation.held_out.questions import Ask, Question, Text
+from heliostat.evaluation.suite import Result
 from heliostat.storage.locations import Location
 
 DOCUMENTS = 8  # that are read for each question that is asked for
@@ -31,7 +32,8 @@ CHARS = 100_000  # of a document that is looked at
 GREEDY = {"do_sample": False, "until": ["\n\n"], "max_gen_toks": 24}
 FIRST_TWO = {"function": "regex", "regex_pattern": r"^\s*(\S+\s+\S+)"}
 TWO_WORDS = {"name": "two_words", "filter": [FIRST_TWO, {"function": "take_first"}]}
-TASKS: dict[str, tuple[Ask, dict[str, Any]]] = {  # `metric_list`: by what their values are put together
+Shape = dict[str, Json]  # keys of a task file
+TASKS: dict[str, tuple[Ask, Shape]] = {  # `metric_list`: by what their values are put together
     "held_out_choice": (
         questions.choice,
         {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": {"acc": "mean", "acc_norm": "mean"}},
@@ -48,16 +50,16 @@ TASKS: dict[str, tuple[Ask, dict[str, Any]]] = {  # `metric_list`: by what their
 }  # fmt: skip
 
 
-def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> dict[str, Any]:
+def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Result:
     """Writes the suite; ConfigError if too little is held out to ask anything about."""
-    made = documents.open_text(Location(dataset))
-    texts = _texts(made, fraction, DOCUMENTS * count, seed)
+    prepared = documents.open_text(Location(dataset))
+    texts = _texts(prepared, fraction, DOCUMENTS * count, seed)
     if len(texts) < questions.CHOICES:
         raise ConfigError(
             f"--fraction: {fraction:g} of {dataset} holds out {len(texts)} documents of text, too few; give a larger one"
         )
     counts = {}
-    for name, (ask, shape) in {**TASKS, **_of_middles(made)}.items():
+    for name, (ask, shape) in {**TASKS, **_of_middles(prepared)}.items():
         asked = list(questions.questions(ask, texts, count, seed))
         if asked:
             _write(to, name, shape, asked)
@@ -66,45 +68,39 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> dict
         raise ConfigError(
             f"{dataset}: its held-out documents are too short to ask about; give a larger --fraction, or another dataset"
         )
-    told = {
-        "dataset": dataset,
-        "digest": made.digest,
-        "fraction": fraction,
-        "seed": seed,
-        "documents": len(texts),
-        "tasks": counts,
-    }
-    (to / "made.json").write_text(json.dumps(told, indent=1) + "\n")
+    facts = {"dataset": dataset, "digest": prepared.digest, "fraction": fraction, "seed": seed, "documents": len(texts),
+             "tasks": counts}  # fmt: skip
+    (to / "made.json").write_text(json.dumps(facts, indent=1) + "\n")
     suite = {"name": "held-out", "folder": ".", "tasks": [name for name, asked in counts.items() if asked]}
     (to / "suite.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
-    return {**told, "suite": str(to / "suite.yaml")}
+    return {**facts, "suite": str(to / "suite.yaml")}
 
 
-def _of_middles(made: Manifest) -> dict[str, tuple[Ask, dict[str, Any]]]:
+def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, Shape]]:
     """Makes the task of a dataset that is rearranged for filling in the middle: the model writes it, to the document's end."""
-    if FACT not in made.meta:
+    if FACT not in prepared.meta:
         return {}
-    end = documents.Documents(made).token(made.fact("end_of_document"))
-    ask = questions.asking_for_middles(made.meta[FACT]["names"], made.meta[FACT]["spm_rate"] == 1)
+    end = documents.Documents(prepared).token(prepared.fact("end_of_document"))
+    ask = questions.asking_for_middles(prepared.meta[FACT]["names"], prepared.meta[FACT]["spm_rate"] == 1)
     greedy = {"do_sample": False, "until": [end], "max_gen_toks": MIDDLE_TOKENS}
     shape = {"output_type": "generate_until", "generation_kwargs": greedy, "metric_list": {"exact_match": "mean"}}
     return {"held_out_middle": (ask, shape)}
 
 
-def _texts(made: Manifest, fraction: float, most: int, seed: int) -> list[Text]:
+def _texts(prepared: Manifest, fraction: float, most: int, seed: int) -> list[Text]:
     """Reads held-out documents, chunks in an order of the seed's, until there are enough; DataError if a chunk is damaged."""
-    chunks, reader, found = documents.held_out(made, fraction).tolist(), documents.Documents(made), list[Text]()
+    chunks, reader, kept = documents.held_out(prepared, fraction).tolist(), documents.Documents(prepared), list[Text]()
     random.Random(seed).shuffle(chunks)
     for texts in reader.texts(chunks):
-        found += [Text.of(text[:CHARS]) for text in texts]
-        if len(found) >= most:
+        kept += [Text.of(text[:CHARS]) for text in texts]
+        if len(kept) >= most:
             break
     if reader.damaged:
         raise DataError(reader.damaged[0])
-    return [text for text in found if len(text.words) >= questions.LEAST][:most]
+    return [text for text in kept if len(text.words) >= questions.LEAST][:most]
 
 
-def _write(to: Path, name: str, shape: dict[str, Any], asked: list[dict[str, Any]]) -> None:
+def _write(to: Path, name: str, shape: Shape, asked: list[Question]) -> None:
     """Writes a task: its questions, and its file."""
     for folder in ("tasks", "data"):
         (to / folder).mkdir(parents=True, exist_ok=True)

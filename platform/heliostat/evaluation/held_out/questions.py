@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 WORD = re.compile(r"\S+")
 BEFORE, LEAST = 64, 24  # words before what is asked: at most, and at least
@@ -29,7 +28,7 @@ class Text:
 
     @staticmethod
     def of(text: str) -> Text:
-        return Text(text, [found.span() for found in WORD.finditer(text)])
+        return Text(text, [match.span() for match in WORD.finditer(text)])
 
     def between(self, first: int, last: int) -> str:
         """Cuts out words from one to before another, with what stands between them."""
@@ -44,7 +43,7 @@ class Text:
         return self.between(max(0, word - BEFORE), word)
 
 
-Question = dict[str, Any]
+Question = dict[str, str | int | list[str]]
 Ask = Callable[[Text, random.Random, Sequence[Text]], Question | None]
 
 
@@ -69,16 +68,16 @@ def choice(text: Text, rng: random.Random, others: Sequence[Text]) -> Question |
 def cloze(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
     """Asks for the word that follows a passage, in which it has stood before (as LAMBADA does, Paperno et al. 2016)."""
     begins = [letters[0] if (letters := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
-    found = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]
-    if not found:
+    places = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]
+    if not places:
         return None
-    at, answer = rng.choice(found)
+    at, answer = rng.choice(places)
     return {"context": text.before(at), "answer": text.gap(at) + answer}
 
 
 def recall(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
     """Asks for two words that follow another, as they did before in the passage: the model writes them."""
-    words, last, found = [text.text[a:b] for a, b in text.words], dict[tuple[str, ...], int](), list[int]()
+    words, last, places = [text.text[a:b] for a, b in text.words], dict[tuple[str, ...], int](), list[int]()
     for at in range(1, len(words) - 1):
         said = (words[at - 1], words[at], words[at + 1])
         before = last.get(said, -BEFORE) - 1  # where it began
@@ -88,11 +87,11 @@ def recall(text: Text, rng: random.Random, others: Sequence[Text]) -> Question |
             and text.gap(at + 1) == " "
             and LETTERS.search(words[at] + words[at + 1])
         ):
-            found.append(at)
+            places.append(at)
         last[said] = at
-    if not found:
+    if not places:
         return None
-    at = rng.choice(found)
+    at = rng.choice(places)
     return {"context": text.before(at), "answer": text.between(at, at + 2)}
 
 
@@ -118,14 +117,14 @@ def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
 
 def questions(ask: Ask, texts: Sequence[Text], count: int, seed: int) -> Iterator[Question]:
     """Yields up to so many questions, at most TRIES of a document, documents by turns."""
-    rng, made, known = random.Random(f"{ask.__name__} {seed}"), 0, set[str]()
+    rng, asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
     for _ in range(TRIES):
         for number in rng.sample(range(len(texts)), len(texts)):
-            if made == count:
+            if asked == count:
                 return
             others = [texts[i] for i in rng.sample(range(len(texts)), min(len(texts), 4 * CHOICES))]
             question = ask(texts[number], rng, others)
             if question is not None and question["context"] not in known:
                 known.add(question["context"])
-                made += 1
+                asked += 1
                 yield question

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.tasks import sandbox
@@ -59,13 +59,13 @@ def require() -> None:
         known = ", ".join(sandbox.CALLS)
         raise ConfigError(f"the sandbox needs Linux on {known}, and this is {sys.platform} on {platform.machine()}")
     try:
-        found = run("x = 1", "assert x == 1")
+        outcome = run("x = 1", "assert x == 1")
     except HeliostatError as e:
         raise ConfigError(
             f"{brief(e)}; it needs Linux 5.12, and user namespaces that are allowed (containers often forbid them)"
         ) from e
-    if found.verdict != PASSED:
-        raise ConfigError(f"Python does not run in the sandbox ({found.verdict}: {brief(found.output)})")
+    if outcome.verdict != PASSED:
+        raise ConfigError(f"Python does not run in the sandbox ({outcome.verdict}: {brief(outcome.output)})")
 
 
 def run(program: str, tests: str, limits: Limits = Limits()) -> Outcome:
@@ -75,23 +75,23 @@ def run(program: str, tests: str, limits: Limits = Limits()) -> Outcome:
     """
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="heliostat-program-") as root:
-        told = {"root": root, "program": program, "tests": tests, "token": token, "parent": os.getpid(), **_python(),
+        task = {"root": root, "program": program, "tests": tests, "token": token, "parent": os.getpid(), **_python(),
                 "cpu_s": limits.cpu_s, "memory": limits.memory, "files": limits.files}  # fmt: skip
-        said, result, code, ended = _ran(json.dumps(told).encode(), limits)
+        said, result, code, ended = _ran(json.dumps(task).encode(), limits)
     if code == sandbox.REFUSED:
         raise HeliostatError(f"a program cannot be shut in on this machine ({brief(result)})")
     verdict = ended or (PASSED if result == token else TIMED_OUT if code == sandbox.OVER_TIME else FAILED)
     return Outcome(verdict, said[: limits.output].decode(errors="replace"))
 
 
-def _python() -> dict[str, Any]:
+def _python() -> dict[str, object]:
     """Lists the files that Python runs from: not those of a virtual environment, nor what is installed there."""
     own = (str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix))
     libraries = [place for place in dict.fromkeys((*LIBRARIES, *own)) if Path(place).is_dir()]
     return {"libraries": libraries, "executable": os.path.realpath(sys.executable)}
 
 
-def _ran(told: bytes, limits: Limits) -> tuple[bytes, str, int, str]:
+def _ran(task: bytes, limits: Limits) -> tuple[bytes, str, int, str]:
     """Returns what was written, what came back, the exit code, and why it was ended, if it was."""
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as result:
@@ -106,7 +106,7 @@ def _ran(told: bytes, limits: Limits) -> tuple[bytes, str, int, str]:
             end = time.monotonic() + limits.seconds
             assert process.stdin is not None and process.stdout is not None
             with contextlib.suppress(BrokenPipeError), process.stdin as given:
-                given.write(told)
+                given.write(task)
             said, ended = _read(process.stdout, end, limits.output)
             if not ended and not _waited(process, end):
                 ended = TIMED_OUT
@@ -117,18 +117,18 @@ def _ran(told: bytes, limits: Limits) -> tuple[bytes, str, int, str]:
 
 def _read(output: IO[bytes], end: float, most: int) -> tuple[bytes, str]:
     """Reads up to `most` bytes, until nobody writes any more; returns also why it ended before that."""
-    held = bytearray()
+    written = bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
         while True:
             if not selector.select(max(0.0, end - time.monotonic())):
-                return bytes(held), TIMED_OUT
+                return bytes(written), TIMED_OUT
             block = os.read(output.fileno(), BLOCK)
             if not block:
-                return bytes(held), ""
-            held += block
-            if len(held) > most:
-                return bytes(held), TOO_MUCH
+                return bytes(written), ""
+            written += block
+            if len(written) > most:
+                return bytes(written), TOO_MUCH
 
 
 def _waited(process: subprocess.Popen[bytes], end: float) -> bool:

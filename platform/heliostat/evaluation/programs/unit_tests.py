@@ -15,11 +15,12 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.evaluation import measures
 from heliostat.evaluation.programs import box
+from heliostat.evaluation.suite import Row
 
 KEY, KIND, METRIC = "unit_tests", "unit_tests", "pass@1"
 LAST = "take_first"  # the filter that makes one answer of a list
@@ -27,7 +28,7 @@ ITS_OWN = ("output_type", "metric_list", "doc_to_target", "doc_to_choice", "num_
 SIDE_BY_SIDE = 4  # programs, at most: each may take as much memory as its limit
 
 
-def arranged(config: dict[str, Any], allowed: bool, where: object) -> dict[str, Any]:
+def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[str, object]:
     """Returns the task that lm-eval is to ask for a task file with unit tests.
 
     ConfigError if the suite does not allow them, this machine cannot shut programs in, or the file says more than can be meant.
@@ -51,7 +52,7 @@ def arranged(config: dict[str, Any], allowed: bool, where: object) -> dict[str, 
                     "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
 
 
-def require_one_answer(config: dict[str, Any], where: object) -> None:
+def require_one_answer(config: dict[str, Json], where: object) -> None:
     """Raises ConfigError if a chain of filters leaves a list of answers to each question: one of them is run."""
     for chain in config.get("filter_list") or []:
         if [step["function"] for step in chain["filter"] or []][-1:] != [LAST]:
@@ -63,18 +64,18 @@ def require_one_answer(config: dict[str, Any], where: object) -> None:
 def verdicts(programs: Sequence[tuple[str, str]]) -> list[str]:
     """Runs programs, each with its tests, a few at a time; returns how each ended."""
     with ThreadPoolExecutor(min(SIDE_BY_SIDE, os.cpu_count() or 1)) as pool:
-        return [found.verdict for found in pool.map(lambda one: box.run(*one), programs)]
+        return [outcome.verdict for outcome in pool.map(lambda one: box.run(*one), programs)]
 
 
-def row(told: dict[str, Any], ended: Sequence[str]) -> dict[str, Any]:
-    """Puts the score of the tests into what is told of a task. `programs`: how many ended how."""
+def row(facts: Row, ended: Sequence[str]) -> Row:
+    """Puts the score of the tests into the row of a task. `programs`: how many ended how."""
     values, counts = passed(ended), Counter(ended)
     score = sum(values) / len(values)
     low, high = measures.wilson(score, len(values))
-    return told | {
+    return facts | {
         "kind": KIND, "metric": METRIC, "higher_is_better": True, "score": score,
         "stderr": math.sqrt(score * (1 - score) / max(1, len(values) - 1)), "low": low, "high": high, "chance": 0.0,
-        "centred": score, "metrics": {f"{METRIC},{told['filter']}": score}, "edit_similarity": None,
+        "centred": score, "metrics": {f"{METRIC},{facts['filter']}": score}, "edit_similarity": None,
         "programs": {verdict: counts[verdict] for verdict in box.VERDICTS},
     }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
@@ -11,7 +10,7 @@ from heliostat.storage.locations import Location
 SETTINGS = "settings.json"
 
 
-def claim(place: Location, settings: dict[str, Any], holding: str, made_by: str) -> None:
+def claim(place: Location, settings: dict[str, object], holding: str, made_by: str) -> None:
     """Writes down what the folder is for; ConfigError, in the words `holding` and `made_by`, if something else is there."""
     known = _known(place)
     if known is None:
@@ -23,11 +22,11 @@ def claim(place: Location, settings: dict[str, Any], holding: str, made_by: str)
             raise ConfigError(f"--out: {place} is not empty, and holds no {made_by}; name another folder")
     if changed := [name for name in {**settings, **known} if known.get(name) != settings.get(name)]:
         name = changed[0]
-        was, now = (str(held.get(name))[:80] for held in (known, settings))
+        was, now = (str(one.get(name))[:80] for one in (known, settings))
         raise ConfigError(f"--out: {place} holds {holding} of another {name} ({was!r}, not {now!r}); name another folder")
 
 
-def _known(place: Location) -> dict[str, Any] | None:
+def _known(place: Location) -> dict[str, object] | None:
     """Reads what a folder is claimed for; None if it is not."""
     try:
         known = json.loads(place.join(SETTINGS).read())

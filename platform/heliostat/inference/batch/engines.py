@@ -1,4 +1,4 @@
-"""Answers batches of texts with an exported language model: continues them, scores them, or embeds them.
+"""Answers batches of texts with a model's folder: continues them, scores them, embeds them, or classifies them.
 
 An answer follows from the text, its seed and the options. What is in a batch beside it changes the order of floating-point sums
 and nothing else: noise is drawn by each input's own seed, and prompts of several lengths share a batch only if the model is found
@@ -73,7 +73,7 @@ class Loaded:
     """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit; `writes`: whether it is a
     language model; `head`: an Auto class, of a model with another head."""
 
-    def __init__(self, folder: Path, head: Any = None) -> None:
+    def __init__(self, folder: Path, head: type | None = None) -> None:
         self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
         how = sentence_folder.read(folder)
         self.pooling = how.pooling if how else "mean"
@@ -87,7 +87,7 @@ class Loaded:
         given = (own, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in given if token is not None)
 
-    def load(self, folder: Path, head: Any) -> Any:
+    def load(self, folder: Path, head: type | None) -> Any:
         """Loads the weights."""
         if head:
             model = pretrained.whole("model", head, folder)
@@ -95,7 +95,7 @@ class Loaded:
             model = whole("model", folder) if self.writes else encoder.load("model", folder)
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def generation(self) -> Any:
+    def generation(self) -> transformers.GenerationConfig:
         """Returns how the folder's model is to generate."""
         return self.model.generation_config
 
@@ -138,8 +138,8 @@ class Engine:
                 answers.append(self.refusal(encoded[-1]) or Answer())
         open_ = [i for i, answer in enumerate(answers) if not answer.bad]
         for chosen in self.batches({i: len(encoded[i]) for i in open_}):
-            made = self._answered([encoded[i] for i in chosen], [inputs[i] for i in chosen])
-            for i, answer in zip(chosen, made, strict=True):
+            batch = self._answered([encoded[i] for i in chosen], [inputs[i] for i in chosen])
+            for i, answer in zip(chosen, batch, strict=True):
                 answers[i] = answer
         if len(open_) > 1 and all(answers[i].bad == "failed" for i in open_):
             raise HeliostatError(f"the model answers nothing: {answers[open_[0]].detail}")
@@ -159,14 +159,14 @@ class Engine:
 
     def batches(self, lengths: dict[int, int]) -> Iterator[list[int]]:
         """Yields the inputs in batches, the short first, so that little of a batch is padding."""
-        held: list[int] = []
+        waiting: list[int] = []
         for i in sorted(lengths, key=lambda i: (lengths[i], i)):
-            if held and (len(held) >= self.rows(lengths[i]) or self.apart(lengths[held[-1]], lengths[i])):
-                yield held
-                held = []
-            held.append(i)
-        if held:
-            yield held
+            if waiting and (len(waiting) >= self.rows(lengths[i]) or self.apart(lengths[waiting[-1]], lengths[i])):
+                yield waiting
+                waiting = []
+            waiting.append(i)
+        if waiting:
+            yield waiting
 
     def apart(self, one: int, other: int) -> bool:
         """Tells whether inputs of these lengths may not share a batch."""
@@ -198,7 +198,7 @@ class Engine:
         return ids.to(self.model.device), mask.to(self.model.device)
 
 
-def sampling(options: dict[str, Any], longest: int | None) -> Sampling:
+def sampling(options: dict[str, object], longest: int | None) -> Sampling:
     """Reads how text is written by a model that takes so many tokens; ConfigError if that cannot be, or leaves no room."""
     asked = validate(Sampling, options, "options")
     if longest is not None and asked.max_tokens >= longest:
@@ -213,7 +213,7 @@ class Continue(Engine):
     """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document. Every end that the model's folder names
     ends an answer."""
 
-    def __init__(self, model: Path | Loaded, batch: int, options: dict[str, Any]) -> None:
+    def __init__(self, model: Path | Loaded, batch: int, options: dict[str, object]) -> None:
         super().__init__(model, batch)
         self.sampling = sampling(options, self.longest)
         self.pads = self.model is not None and pads_hold(self)
@@ -246,9 +246,9 @@ class Continue(Engine):
 
     def read(self, tokens: list[int]) -> Answer:
         """Makes an answer of its tokens."""
-        made = list(itertools.takewhile(lambda token: token not in self.ends, tokens))
-        text = self.tokenizer.decode(made, skip_special_tokens=True)
-        return Answer({"answer": text, "tokens": len(made), "finish": "stop" if len(made) < len(tokens) else "length"})
+        written = list(itertools.takewhile(lambda token: token not in self.ends, tokens))
+        text = self.tokenizer.decode(written, skip_special_tokens=True)
+        return Answer({"answer": text, "tokens": len(written), "finish": "stop" if len(written) < len(tokens) else "length"})
 
 
 class Chat(Continue):
@@ -274,7 +274,7 @@ class Noise(LogitsProcessor):
         if sampling.top_p < 1:
             self.within.append(TopPLogitsWarper(sampling.top_p))
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> Any:
         size = scores.shape[-1]
         drawn = torch.stack([torch.rand(size, generator=g, dtype=torch.float64) for g in self.generators])
         return self.within(input_ids, scores.double()) - torch.log(-torch.log(drawn)).to(scores.device)
@@ -340,7 +340,38 @@ class Embed(Engine):
             for vector, short, row in zip(self.vectors(cut), cut, tokens, strict=True)
         ]
 
-    def vectors(self, cut: list[list[int]]) -> Sequence[Any]:
+    def vectors(self, cut: list[list[int]]) -> Sequence[object]:
         """Embeds a batch of texts' tokens."""
         ids, mask = self.padded(cut, left=False)
         return list(self.loaded.embedded(ids, mask).cpu().numpy())
+
+
+class Classify(Engine):
+    """Gives each text its likeliest label, and the probabilities of all; one that is longer than the model takes is cut, with
+    `truncated` true. Where labels do not exclude each other, each has a probability of its own."""
+
+    def __init__(self, folder: Path, batch: int) -> None:
+        super().__init__(Loaded(folder, transformers.AutoModelForSequenceClassification), batch)
+        config = self.model.config
+        self.labels = [config.id2label[i] for i in range(config.num_labels)]
+        self.independent = config.problem_type == "multi_label_classification"
+        last = getattr(config, "summary_type", "") == "last"  # XLNet reads the last place, whatever stands there
+        self.mixes = config.get_text_config().pad_token_id is not None and not last
+
+    def apart(self, one: int, other: int) -> bool:
+        return not self.mixes and one != other
+
+    def refusal(self, tokens: list[int]) -> Answer | None:
+        return None if tokens else Answer(bad="empty", detail="no token")
+
+    def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
+        cut = [self.loaded.seen(row, one.text) for row, one in zip(tokens, inputs, strict=True)]
+        ids, mask = self.padded(cut, left=False)
+        logits = self.model(input_ids=ids, attention_mask=mask).logits.double()
+        all_shares = (logits.sigmoid() if self.independent else torch.softmax(logits, -1)).tolist()
+        return [self._read(*row) for row in zip(all_shares, cut, tokens, strict=True)]
+
+    def _read(self, shares: list[float], cut: list[int], tokens: list[int]) -> Answer:
+        best = max(range(len(shares)), key=shares.__getitem__)
+        return Answer({"label": self.labels[best], "probability": shares[best], "probabilities": shares,
+                       "tokens": len(cut), "truncated": len(cut) < len(tokens)})  # fmt: skip

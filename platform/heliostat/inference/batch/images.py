@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -12,6 +12,9 @@ from heliostat.curation import picturing
 from heliostat.inference.batch.engines import Answer, Engine, Input, Loaded
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.pretrained import from_folder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MODES = {1: "L", 3: "RGB"}
 MOST_RATIO = 100  # of an image's sides: the longer grows with the shorter, up to what the model takes
@@ -29,18 +32,16 @@ class EmbedImages(Engine):
         return []  # all images have one length
 
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
-        found = [self._pixels(one.image) for one in inputs]
-        whole = [pixels for pixels in found if not isinstance(pixels, Answer)]
-        if not whole:
-            return found
-        made = iter(clip_folder.of_images(self.model, torch.cat(whole).to(self.model.device)).cpu().numpy())
-        return [one if isinstance(one, Answer) else Answer({"embedding": next(made)}) for one in found]
+        opened = [self._pixels(one.image) for one in inputs]
+        whole = [pixels for pixels in opened if not isinstance(pixels, Answer)]
+        vectors = iter(clip_folder.of_images(self.model, torch.cat(whole).to(self.model.device)).cpu().numpy() if whole else [])
+        return [one if isinstance(one, Answer) else Answer({"embedding": next(vectors)}) for one in opened]
 
-    def _pixels(self, data: bytes) -> Any:
+    def _pixels(self, data: bytes) -> torch.Tensor | Answer:
         image = self._opened(data)
         return image if isinstance(image, Answer) else self.processor(images=[image], return_tensors="pt")["pixel_values"]
 
-    def _opened(self, data: bytes) -> Any:
+    def _opened(self, data: bytes) -> Image | Answer:
         try:
             size = picturing.opened(data).size
             if max(size) > MOST_RATIO * min(size):

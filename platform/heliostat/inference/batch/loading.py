@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from heliostat.curation import scoring
 from heliostat.errors import ConfigError
@@ -21,7 +21,7 @@ HEAD = "ForSequenceClassification"
 LEAST_LABELS = 2  # of one there is no choice: it is a score
 
 
-def require(folder: Path, task: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
+def require(folder: Path, task: str, options: dict[str, object] | None = None) -> dict[str, object]:
     """Returns what else is known of how a model does a task, as its labels; ConfigError if it does not do it, or not with these
     options."""
     if task == "classify":
@@ -64,9 +64,11 @@ def _labels(folder: Path) -> list[str]:
         raise ConfigError(f"--task classify: {folder} holds {named}, without a head that classifies; take a model ...{HEAD}")
     if config.get("problem_type") == "regression":
         raise ConfigError(f"--task classify: {folder} has problem_type regression, scores of no classes; take a classifier")
-    if len(found := scoring.labels(config)) < LEAST_LABELS:
-        raise ConfigError(f"--task classify: {folder} has one label ({found[0]}), a score of no classes; take a model of several")
-    return found
+    if len(labels := scoring.labels(config)) < LEAST_LABELS:
+        raise ConfigError(
+            f"--task classify: {folder} has one label ({labels[0]}), a score of no classes; take a model of several"
+        )
+    return labels
 
 
 def _require_template(folder: Path) -> None:
@@ -79,7 +81,7 @@ def _require_template(folder: Path) -> None:
 
 
 def engine(
-    folder: Path, task: str, batch: int, options: dict[str, Any], by: str = "transformers"
+    folder: Path, task: str, batch: int, options: dict[str, object], by: str = "transformers"
 ) -> Callable[[Sequence[Input]], list[Answer]]:
     """Loads a model for a task, with transformers or by vLLM."""
     if by == "vllm":
@@ -88,14 +90,10 @@ def engine(
         return vllm_engine.engine(folder, task, batch, options)
     from heliostat.inference.batch import engines
 
-    if task == "classify":
-        from heliostat.inference.batch.classify import Classify
-
-        return Classify(folder, batch)
     if task == "embed-images":
         from heliostat.inference.batch.images import EmbedImages
 
         return EmbedImages(folder, batch)
     if task in WRITES:
         return {"continue": engines.Continue, "chat": engines.Chat}[task](folder, batch, options)
-    return {"score": engines.Score, "embed": engines.Embed}[task](folder, batch)
+    return {"score": engines.Score, "embed": engines.Embed, "classify": engines.Classify}[task](folder, batch)

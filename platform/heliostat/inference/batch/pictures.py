@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from heliostat.curation import pieces, segment
 from heliostat.curation.images import sources
@@ -30,7 +29,7 @@ class Pictures:
         return Columns(image=self.column, others=self.keep)
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> dict[str, object]:
         return vars(self.columns)
 
     def listing(self) -> list[InputFile]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -27,7 +27,7 @@ LEAST, MOST = 16 << 10, 1 << 20  # bytes of a piece
 class ChatRules(Rules):
     """Takes lists as well, of messages: as JSON."""
 
-    def text_of(self, value: Any) -> str | None:
+    def text_of(self, value: object) -> str | None:
         return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else super().text_of(value)
 
     def texts_of(self, values: pa.Array) -> pa.Array | None:
@@ -41,7 +41,7 @@ class Reading(Protocol):
     """Lists an input's files, and cuts them into pieces that a source reads in tasks. `identity`: what reading follows from."""
 
     @property
-    def identity(self) -> Any: ...
+    def identity(self) -> dict[str, object]: ...
 
     def listing(self) -> list[InputFile]: ...
 
@@ -58,7 +58,7 @@ class Texts:
     rules: Rules
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> dict[str, object]:
         return vars(self.rules)
 
     def listing(self) -> list[InputFile]:
@@ -80,4 +80,4 @@ def of(input: str, asked: Settings) -> Reading:
 
         return Pictures(input, asked.column, tuple(asked.keep))
     rules = ChatRules if asked.task == "chat" else Rules
-    return Texts(input, rules(asked.column, "none", 0, columns=tuple(asked.keep)))
+    return Texts(input, rules(text_column=asked.column, normalise="none", min_chars=0, columns=tuple(asked.keep)))

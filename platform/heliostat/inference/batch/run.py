@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +33,7 @@ from heliostat.inference import vllm_terms
 from heliostat.inference.batch import loading, reading, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.settings import Settings
+from heliostat.inference.batch.tasks import Record
 from heliostat.recipes import exported
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
@@ -64,17 +65,17 @@ def infer(
     gpus = torch.cuda.device_count()
     by, why = vllm_terms.choose(engine, model, settings.task, gpus)
     settings = settings.model_copy(update={"engine": by})
-    told = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
-    facts = {"model": told, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
-    claim(place, {"model": facts["model"]["digest"], "input": absolute(input), **facts["settings"]}, "answers", "batch inference")
-    with lease.take(place, "written", "wait for it, or stop it", field="--out") as held:
+    about = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
+    facts = {"model": about, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
+    claim(place, {"model": about["digest"], "input": absolute(input), **settings.identity}, "answers", "batch inference")
+    with lease.take(place, "written", "wait for it, or stop it", field="--out") as lease_:
         log.info("%s answers (%s)", by, why)
         from heliostat.cluster.connect import connect
 
         connect(cpus=workers, gpus=gpus)
         with Watch(console, f"answering {input}", quiet) as watch:
             flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
-            return answer(flow, files, facts | {"input": input}, place, held.fence.check)
+            return answer(flow, files, facts | {"input": input}, place, lease_.fence.check)
 
 
 def answer(
@@ -92,26 +93,26 @@ def answer(
         log.warning("--keep: %s: no input has such a column; its answers are empty there", ", ".join(map(repr, missing)))
     listed = [{"file": f"{tasks.ANSWERS}/{r['name']}.parquet", "rows": r["answers"]} for r in records if r["answers"]]
     gone = _others(place, {str(one["file"]) for one in listed})
-    made = facts | {"inputs": _inputs(records), **_counts(records), "missing": missing, "deleted": sum(map(_rows, gone)),
+    result = facts | {"inputs": _inputs(records), **_counts(records), "missing": missing, "deleted": sum(map(_rows, gone)),
                     "seconds": round(time.time() - began, 1), "cpu_seconds": round(sum(r["seconds"] for r in records), 1),
                     "devices": _devices(records), "new": flow.done.get("infer", 0)}  # fmt: skip
     _list_bad(place, records)
-    place.join(RECORD).write(json.dumps({**made, "answers_in": listed}, indent=1).encode())
+    place.join(RECORD).write(json.dumps({**result, "answers_in": listed}, indent=1).encode())
     shipping.withdraw(flow.work.spill)
     for one in gone:
         one.delete()
-    return made
+    return result
 
 
 def model_digest(folder: Path) -> str:
     """Computes the digest of a model's files: what its answers follow from."""
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        told.update(f"{file.relative_to(folder)}\0".encode() + bytes.fromhex(model_files.digest("model", str(file))))
-    return told.hexdigest()
+        digest.update(f"{file.relative_to(folder)}\0".encode() + bytes.fromhex(model_files.digest("model", str(file))))
+    return digest.hexdigest()
 
 
-def origin(folder: Path) -> dict[str, Any]:
+def origin(folder: Path) -> dict[str, object]:
     """Returns the run and the step that the model comes from, if its folder tells."""
     if not (folder / exported.RECORD).is_file():
         return {}
@@ -136,48 +137,44 @@ def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Loc
     return [task(piece) for piece in read.pieces(flow, files)]
 
 
-def _answered(flow: Flow, wanted: list[Task], place: Location) -> list[dict[str, Any]]:
+def _answered(flow: Flow, wanted: list[Task], place: Location) -> list[Record]:
     """Runs the tasks, and returns their records in the input's order."""
-    there = dict(place.files())
+    present = dict(place.files())
 
     def whole(record: dict[str, Any]) -> bool:
         wrote = ((tasks.ANSWERS, record["bytes"]), (tasks.BAD, record["bad_bytes"]))
-        return all(there.get(f"{folder}/{record['name']}.parquet") == size for folder, size in wrote if size)
+        return all(present.get(f"{folder}/{record['name']}.parquet") == size for folder, size in wrote if size)
 
-    return flow.all("infer", tasks.answer_piece, iter(wanted), valid=whole, pooled=True)
-
-
-def _counts(records: list[dict[str, Any]]) -> dict[str, int]:
-    return {
-        "answers": sum(r["answers"] for r in records),
-        "bad": sum(r["bad"] for r in records),
-        "tokens": sum(r["tokens"] for r in records),
-        "truncated": sum(r["truncated"] for r in records),
-    }
+    return cast(list[Record], flow.all("infer", tasks.answer_piece, iter(wanted), valid=whole, pooled=True))
 
 
-def _devices(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _counts(records: list[Record]) -> dict[str, int]:
+    return {"answers": sum(r["answers"] for r in records), "bad": sum(r["bad"] for r in records),
+            "tokens": sum(r["tokens"] for r in records), "truncated": sum(r["truncated"] for r in records)}  # fmt: skip
+
+
+def _devices(records: list[Record]) -> list[dict[str, object]]:
     """Sums up for how many seconds devices were at work on the answers: CPUs by the core, GPUs by the clock."""
     used: dict[tuple[str, int | None], float] = {}
     for record in records:
         gpu = record.get("gpu")
-        device = tuple(gpu) if gpu else ("cpu", None)
+        device = (gpu[0], gpu[1]) if gpu else ("cpu", None)
         used[device] = used.get(device, 0.0) + (record.get("wall", record["seconds"]) if gpu else record["seconds"])
     return [{"name": name, "memory": memory, "seconds": round(s, 1)} for (name, memory), s in used.items()]
 
 
-def _missing(keep: list[str], records: list[dict[str, Any]]) -> list[str]:
+def _missing(keep: list[str], records: list[Record]) -> list[str]:
     """Lists the columns to keep that no input has, where any was read."""
     read = any(r.get("read") for r in records)
     return [column for column in keep if read and not any(r.get("kept", {}).get(column) for r in records)]
 
 
-def _inputs(records: list[dict[str, Any]]) -> str:
+def _inputs(records: list[Record]) -> str:
     """Computes the digest of all inputs, in their order."""
     return hashlib.sha256("".join(r["inputs"] for r in records).encode()).hexdigest()
 
 
-def _list_bad(place: Location, records: list[dict[str, Any]]) -> None:
+def _list_bad(place: Location, records: list[Record]) -> None:
     """Writes what has no answer as one table, a piece's in memory at a time."""
     if not any(r["bad"] for r in records):
         place.join(BAD).delete()
@@ -195,8 +192,8 @@ def _list_bad(place: Location, records: list[dict[str, Any]]) -> None:
 
 def _others(place: Location, listed: set[str]) -> list[Location]:
     """Lists the files of answers of what the input does not hold any more."""
-    found = (f"{tasks.ANSWERS}/{name}" for name, _ in place.join(tasks.ANSWERS).files())
-    return [place.join(name) for name in found if name not in listed]
+    names = (f"{tasks.ANSWERS}/{name}" for name, _ in place.join(tasks.ANSWERS).files())
+    return [place.join(name) for name in names if name not in listed]
 
 
 def _rows(file: Location) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -32,7 +32,7 @@ class Settings(Strict):
     batch: int = Field(16, ge=1, le=4096)
     """Inputs that the model takes together."""
     seed: int = Field(0, ge=0, lt=2**63)
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     """How text is written: `max_tokens`, `temperature`, `top_p`."""
     engine: Literal["transformers", "vllm"] = "transformers"
 
@@ -47,7 +47,7 @@ class Settings(Strict):
         return (*([] if self.task == "embed-images" else [self.column]), *self.keep)
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Returns all of it, without the engine that there has always been."""
         return self.model_dump(exclude={"engine"} if self.engine == "transformers" else None)
 

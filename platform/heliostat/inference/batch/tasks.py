@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,29 +40,42 @@ COLUMNS = {
 }  # fmt: skip
 
 
+class Record(TypedDict):
+    """Describes the answers of a piece, in the records of its task. The flow adds seconds; old records lack some keys."""
+
+    name: str
+    answers: int
+    bytes: int
+    bad: int
+    bad_bytes: int
+    tokens: int
+    truncated: int
+    inputs: str
+    read: NotRequired[int]
+    gpu: NotRequired[tuple[str, int] | None]
+    kept: NotRequired[dict[str, int]]
+    files: list[str]
+    seconds: NotRequired[float]
+    wall: NotRequired[float]
+
+
 def schema(asked: Settings) -> pa.Schema:
     """Returns the columns of a task's answers: the input's id and text, what was asked for of it, and the answer's."""
     return pa.schema([("id", pa.string()), *((name, pa.large_string()) for name in asked.written), *COLUMNS[asked.task]])
 
 
 def answer_piece(
-    spill: Location,
-    piece: list[Part],
-    source: Source,
-    output: str,
-    name: str,
-    model: Shipment,
-    settings: dict[str, Any],
+    spill: Location, piece: list[Part], source: Source, output: str, name: str, model: Shipment, settings: dict[str, object],
     follows: str,
-) -> dict[str, Any]:
+) -> dict[str, object]:  # fmt: skip
     """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record.
 
     `model`: its files; `follows`: their digest.
     """
-    found = list(chain.from_iterable(source.read(part) for part in piece))
-    read = [item for item in found if isinstance(item, Document)]
-    bad = [[item.id, item.reason, item.detail] for item in found if isinstance(item, Dropped)]
-    asked = Settings(**settings)
+    items = list(chain.from_iterable(source.read(part) for part in piece))
+    read = [item for item in items if isinstance(item, Document)]
+    bad = [[item.id, item.reason, item.detail] for item in items if isinstance(item, Dropped)]
+    asked = Settings.model_validate(settings)
     kept = [{column: _text(one.columns.get(column)) for column in asked.keep} for one in read]
     wrong = [_unwritable(one) for one in kept]
     bad += [[one.id, "not_utf8", f"the kept column {column!r}"] for one, column in zip(read, wrong, strict=True) if column]
@@ -78,19 +91,14 @@ def answer_piece(
     answered = _write(place.join(ANSWERS, f"{name}.parquet"), pa.Table.from_pylist(rows, schema(asked))) if rows else 0
     listed = pa.Table.from_arrays([pa.array(values) for values in zip(*bad, strict=True)], schema=BAD_SCHEMA) if bad else None
     return {
-        "name": name,
-        "answers": len(rows),
-        "bytes": answered,
-        "bad": len(bad),
+        "name": name, "answers": len(rows), "bytes": answered, "bad": len(bad),
         "bad_bytes": _write(place.join(BAD, f"{name}.parquet"), listed) if listed is not None else 0,
         "tokens": sum(row.get("tokens", 0) for row in rows),
         "truncated": sum(bool(row.get("truncated")) for row in rows),
-        "inputs": _digest(read),
-        "read": len(read),
-        "gpu": _gpu(),
+        "inputs": _digest(read), "read": len(read), "gpu": _gpu(),
         "kept": {column: sum(column in one.columns for one in read) for column in asked.keep},
         "files": [],
-    }
+    }  # fmt: skip
 
 
 def _answers(model: str, asked: Settings, documents: list[Document], follows: str) -> list[Answer]:
@@ -113,24 +121,24 @@ def _input(document: Document, seed: int) -> Input:
     return Input(str(document.text), own, document.picture.data if document.picture else b"")
 
 
-def _gpu() -> list[Any] | None:
+def _gpu() -> tuple[str, int] | None:
     """Returns the name and the bytes of the GPU that answers; None if a CPU does."""
     import torch
 
     if not torch.cuda.is_available():
         return None
-    return [torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory]
+    return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
 
 
 def _digest(documents: list[Document]) -> str:
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for document in documents:
-        told.update(json.dumps([document.id, document.text]).encode())
-        told.update(hashlib.sha256(document.picture.data).digest() if document.picture else b"")
-    return told.hexdigest()
+        digest.update(json.dumps([document.id, document.text]).encode())
+        digest.update(hashlib.sha256(document.picture.data).digest() if document.picture else b"")
+    return digest.hexdigest()
 
 
-def _text(value: Any) -> str | None:
+def _text(value: object) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
 
 

@@ -28,8 +28,9 @@ from torch import nn
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.recipes import partitioning
 from heliostat.recipes.images import rows
-from heliostat.recipes.images.config import folder_config, load_or_build, partitioned
+from heliostat.recipes.images.config import folder_config, load_or_build
 from heliostat.recipes.images.diffusers_folder import REQUIREMENTS
 from heliostat.recipes.images.gallery import grid, png
 from heliostat.recipes.images.judge import real_images
@@ -115,7 +116,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
             vae = load_or_build(AutoencoderKL, self.pretrained)
         else:
             try:
-                with partitioned():
+                with partitioning.constructing():
                     vae = AutoencoderKL(**self.config)
             except (ValueError, TypeError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
                 raise ConfigError(f"model: {brief(e)}") from e

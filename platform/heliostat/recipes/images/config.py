@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +16,9 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from pydantic import Field, model_validator
 from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5EncoderModel
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import deepspeed_config
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import weightless
+from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
 from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images.initial import initialise
@@ -153,19 +150,12 @@ def folder_config(key: str, folder: str) -> dict[str, Any]:
         raise ConfigError(f"{key}: {e}") from e
 
 
-def partitioned() -> AbstractContextManager[Any]:
-    """Opens the context to build a diffusers model in: at ZeRO-3 no worker ever holds all of its weights."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.Init(config_dict_or_path=deepspeed_config())
-
-
 def load_or_build(cls: Any, folder: str | Path) -> Any:
     """Loads a folder's model of diffusers in fp32, or builds it without weights where none are wanted."""
     if weightless.wanted():
-        return cls.from_config(cls.load_config(folder))
+        model = cls.from_config(cls.load_config(folder))
+        weightless.comes_from(model, folder)
+        return model
     return cls.from_pretrained(folder, torch_dtype=torch.float32)
 
 
@@ -176,7 +166,7 @@ def build_backbone(keys: dict[str, Any], defaults: dict[str, Any]) -> Any:
         return load_or_build(cls, keys["pretrained"])
     config = {**defaults, **{k: v for k, v in keys.items() if k != "arch"}}
     try:
-        with partitioned():
+        with partitioning.constructing():
             backbone = cls(**config)
     except (ValueError, TypeError, NotImplementedError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
         raise ConfigError(f"model.backbone: {brief(e)}") from e

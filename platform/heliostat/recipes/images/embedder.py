@@ -153,6 +153,8 @@ class ImageEmbedder(EmbedsPairs, Exports):
                 model = from_config(Clip, self.config)
             except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
                 raise ConfigError(f"model: {brief(e)}") from e
+            if self.pretrained:
+                weightless.comes_from(model, self.pretrained)
         scale = torch.tensor(-math.log(self.temperature), dtype=torch.float32, device=model.logit_scale.device)
         building.put_buffer(model, "logit_scale", scale)  # built divided, it would be of the run's precision
         if self.job.train.activation_checkpointing:

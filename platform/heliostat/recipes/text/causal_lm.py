@@ -199,6 +199,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
             model = generator.whole("model.pretrained", self.pretrained, config=config, dtype=torch.float32)
         else:
             model = from_config(AutoModelForCausalLM, config)
+            if self.pretrained:
+                weightless.comes_from(model, self.pretrained)
             initial.apply(self.init, model, self.config.model_type)
         if self.checkpointing:
             checkpointing.use(model, self.checkpointing, self.offload)

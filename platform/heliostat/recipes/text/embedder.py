@@ -91,6 +91,8 @@ class Embedder(EmbedsPairs, Exports):
             model = encoder.load("model.pretrained", self.pretrained, config=self.config, dtype=torch.float32)
         else:
             model = encoder.build(self.config)
+            if self.pretrained:
+                weightless.comes_from(model, self.pretrained)
         if self.job.train.activation_checkpointing:
             checkpointing.use(model, True, False)
         return model.train()

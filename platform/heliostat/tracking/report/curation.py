@@ -219,7 +219,7 @@ def _columns(told: Told) -> list[str]:
     return ["<h2>What is in it</h2>", f"<p class='muted'>{note}</p>", side_by_side(drawn)]
 
 
-def _numbers(values: list[Any]) -> list[float]:
+def _numbers(values: list[object]) -> list[float]:
     return [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
 
 

@@ -14,17 +14,21 @@ import tempfile
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
 from heliostat.storage.locations import Location
 from heliostat.tracking import lineage, run_table
-from heliostat.tracking.artifacts import read_json
 from heliostat.tracking.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
+from heliostat.tracking.mlflow_client import read_json
 from heliostat.tracking.report import svg
 from heliostat.tracking.report.frame import boxes, document, side_by_side
 from heliostat.tracking.tags import FOLDER
+
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 FILE = "report.html"
 SPIKES = 20  # the newest, that are listed
@@ -33,55 +37,67 @@ OUTCOMES = {"finished": "#31a354", "failed": "#de2d26", "interrupted": "#fd8d3c"
 Curves = dict[str, svg.Points]
 
 
-def gather(client: Any, run: Any) -> dict[str, Any]:
+class Facts(TypedDict):
+    """Describes what the page shows."""
+
+    row: run_table.Row
+    node: lineage.Traced
+    spikes: list[tuple[int, float, float]]  # step, loss, limit
+    curves: Curves
+    goodput: goodput.Report | None
+    samples: list[tuple[str, str]]  # prompt, text
+    pictures: list[tuple[str, bytes]]  # name, PNG
+
+
+def gather(client: MlflowClient, run: Run) -> Facts:
     """Collects from MLflow and the run's folder what the report page shows, as plain data."""
     run_id = run.info.run_id
-    report = read_json(client, run_id, "goodput.json")
+    report = read_json(client, run_id, "goodput.json", goodput.Report)
     if report is None:
         try:
             report = goodput.read_report(Location(run.data.tags[FOLDER]))
         except (HeliostatError, OSError):
             report = None
-    samples = read_json(client, run_id, "samples.json") or {"data": []}
+    samples = (read_json(client, run_id, "samples.json", dict[str, list[list[str]]]) or {}).get("data", [])
     return {
         "row": run_table.row(run, client.get_experiment(run.info.experiment_id).name),
         "node": lineage.run_node(client, run),
         "spikes": _spikes(client, run_id),
         "curves": _curves(client, run),
         "goodput": report,
-        "samples": [(row[0], row[1]) for row in samples["data"]],
+        "samples": [(row[0], row[1]) for row in samples],
         "pictures": _pictures(client, run_id),
     }
 
 
-def _curves(client: Any, run: Any) -> Curves:
+def _curves(client: MlflowClient, run: Run) -> Curves:
     """Reads the (step, value) points of every metric that is in a chart, by its present name."""
-    found: Curves = {}
+    curves: Curves = {}
     for recorded in run.data.metrics:
         metric = metric_of(name := renamed(recorded))
         if metric and metric.chart:
             history = client.get_metric_history(run.info.run_id, recorded)
-            found.setdefault(name, []).extend((m.step, m.value) for m in history)
-    return {name: sorted(points) for name, points in found.items()}
+            curves.setdefault(name, []).extend((m.step, m.value) for m in history)
+    return {name: sorted(points) for name, points in curves.items()}
 
 
-def _spikes(client: Any, run_id: str) -> list[tuple[int, float, float]]:
+def _spikes(client: MlflowClient, run_id: str) -> list[tuple[int, float, float]]:
     """Reads the (step, loss, limit) of each loss spike, in order."""
     loss, limit = ({m.step: m.value for m in client.get_metric_history(run_id, key)} for key in (SPIKE, SPIKE_LIMIT))
     return [(step, loss[step], limit.get(step, math.nan)) for step in sorted(loss)]
 
 
-def _pictures(client: Any, run_id: str) -> list[tuple[str, bytes]]:
+def _pictures(client: MlflowClient, run_id: str) -> list[tuple[str, bytes]]:
     """Downloads the newest image of each kind: (name, PNG); those above PICTURE_BYTES are passed over."""
-    found = []
+    newest = []
     for kind in client.list_artifacts(run_id, "images"):
         small = [f.path for f in client.list_artifacts(run_id, kind.path) if (f.file_size or 0) <= PICTURE_BYTES]
-        found += sorted(small)[-1:]
+        newest += sorted(small)[-1:]
     with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
-        return [(path, Path(client.download_artifacts(run_id, path, folder)).read_bytes()) for path in found[:PICTURES]]
+        return [(path, Path(client.download_artifacts(run_id, path, folder)).read_bytes()) for path in newest[:PICTURES]]
 
 
-def page(facts: dict[str, Any]) -> str:
+def page(facts: Facts) -> str:
     """Renders the report page as HTML."""
     row, report = facts["row"], facts["goodput"]
     parts = [
@@ -104,11 +120,11 @@ def page(facts: dict[str, Any]) -> str:
     return document(row["name"], parts)
 
 
-def _summary(row: dict[str, Any]) -> str:
+def _summary(row: run_table.Row) -> str:
     def when(at: float) -> str:
         return datetime.fromtimestamp(at).astimezone().isoformat(sep=" ", timespec="seconds")
 
-    told = {
+    shown = {
         "status": row["status"],
         "step": f"{row['step']:,}" + (f" of {row['steps']:,}" if row["steps"] else ""),
         "training loss": row["train_loss"],
@@ -119,7 +135,7 @@ def _summary(row: dict[str, Any]) -> str:
         "began": when(row["started"]),
         "ended": when(row["ended"]) if row["ended"] else None,
     }
-    cells = {k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in told.items() if v not in (None, "")}
+    cells = {k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in shown.items() if v not in (None, "")}
     reason = f"<div class='wide'><dt>reason</dt><dd>{escape(row['reason'])}</dd></div>" if row["reason"] else ""
     first = {"status": cells.pop("status")}
     return f"<dl>{boxes(first)}{reason}{boxes(cells)}</dl>"
@@ -133,7 +149,7 @@ def _sections(curves: Curves) -> list[str]:
         charts: dict[str, tuple[str, list[svg.Curve]]] = {}
         for metric, name in ((m, n) for m in METRICS if m.section == section for n in sorted(curves) if metric_of(n) is m):
             charts.setdefault(_title(metric, name), (metric.unit, []))[1].append(svg.Curve(name, curves[name], metric.mark))
-        drawn = [svg.lines(title, found, (0.0, last), unit) for title, (unit, found) in charts.items()]
+        drawn = [svg.lines(title, shown, (0.0, last), unit) for title, (unit, shown) in charts.items()]
         if any(drawn):
             out += [f"<h3>{section}</h3>", side_by_side(drawn)]
     return out
@@ -155,7 +171,7 @@ def _spike_lines(spikes: list[tuple[int, float, float]]) -> list[str]:
     return [f"<h2>Loss spikes: {len(spikes):,}</h2><table>{head}{rows}</table>{older}"]
 
 
-def _span(number: int, a: dict[str, Any]) -> tuple[float, float, str, str]:
+def _span(number: int, a: goodput.Start) -> tuple[float, float, str, str]:
     why = f": {a['reason']}" if a.get("reason") else ""
     span = f"steps {a['start_step'] + 1:,} to {a['reached']:,} on {a['workers']} workers"
     text = f"{number}: {span}, {a['outcome'] or 'no end'}{why}"

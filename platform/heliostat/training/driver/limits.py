@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from heliostat.cluster.labels import selects
+from heliostat.cluster.nodes import LivingNode
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError
 from heliostat.runs.time_ledger import Recorder
@@ -37,7 +38,7 @@ class Spending:
         """Tells whether the nodes are to be asked for, as money is limited and the price of a worker is not known yet."""
         return bool(self.limits.cost) and self._rate is None
 
-    def look(self, nodes: Iterable[dict[str, Any]]) -> None:
+    def look(self, nodes: Iterable[LivingNode]) -> None:
         """Finds the price of a worker on these nodes (`cluster.nodes.inventory`); ConfigError if the table lacks it."""
         if self.lacks_price:
             self._rate = hourly(self.workers, nodes)
@@ -68,7 +69,7 @@ class Spending:
             raise ConfigError(f"{reached}; raise it to continue")
 
 
-def hourly(workers: Workers, nodes: Iterable[dict[str, Any]]) -> float | None:
+def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:
     """Computes the price of a worker's hour on the dearest of the nodes that may hold it; None while there is no such node.
 
     ConfigError if one of them has a GPU that is not in the price table.

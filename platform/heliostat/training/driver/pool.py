@@ -1,4 +1,4 @@
-"""Holds the processes of a run's workers, which outlive attempts: Ray actors, each in its own slot (`train.driver.slots`).
+"""Holds the processes of a run's workers, which outlive attempts: Ray actors, each in its own slot (`training.driver.slots`).
 
     with Pool(job.workers) as pool:
         members = pool.take(3)      # three new processes

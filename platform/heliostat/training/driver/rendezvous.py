@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import ray
 
+from heliostat.cluster import ray_internals
 from heliostat.engine.process_group import Place
 from heliostat.training.driver.pool import Member
 
@@ -49,5 +48,4 @@ def meeting(first: Member) -> str:
     """Finds a new rendezvous for the Ray that this process is connected to: an earlier group's would be taken for this one's."""
     if os.environ.get("RAY_ADDRESS"):
         return f"tcp://{first.address}:{ray.get(first.actor.free_port.remote(), timeout=ANSWER_S)}"
-    session: Any = ray._private.worker._global_node
-    return f"file://{Path(session.get_session_dir_path()) / f'group-{uuid.uuid4().hex}'}"
+    return f"file://{ray_internals.session_folder() / f'group-{uuid.uuid4().hex}'}"

@@ -3,9 +3,9 @@
 The copy into this process's memory runs beside the next forward and backward pass, as a save's does: only the next optimizer step
 waits for it. On a GPU it is queued on a stream of its own, into pinned memory, and the optimizer's kernels wait, not the host.
 
-It leaves for the keepers (`train.memory_keeper`) in a thread of its own, in pieces, several of which travel at the same time. Who
-dies, or is late, leaves a generation incomplete, and an incomplete one is not used. If a worker's copy fails, or training waits
-for one too long, all workers agree to keep no more: generations without that worker's part would be of no use.
+It leaves for the keepers (`training.memory_keeper`) in a thread of its own, in pieces, several of which travel at the same time.
+Who dies, or is late, leaves a generation incomplete, and an incomplete one is not used. If a worker's copy fails, or training
+waits for one too long, all workers agree to keep no more: generations without that worker's part would be of no use.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 
+from heliostat.cluster import ray_internals
 from heliostat.data import device_threads
 from heliostat.runs.events import NodeSample, Notice
 
@@ -121,7 +122,7 @@ def _nvml() -> Any:
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
-        nvml = importlib.import_module("ray._private.thirdparty.pynvml")
+        nvml = ray_internals.nvml()
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:

@@ -1,4 +1,4 @@
-"""Runs a run's attempts in a process that outlives them: a Ray actor of the driver's pool (`train.driver.pool`).
+"""Runs a run's attempts in a process that outlives them: a Ray actor of the driver's pool (`training.driver.pool`).
 
 Between two attempts a process leaves its process group, and DeepSpeed's state of it: one that has survived and one that is new
 must agree on all that DeepSpeed counts.

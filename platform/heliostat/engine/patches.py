@@ -1,0 +1,385 @@
+"""Holds all that reaches into private parts of DeepSpeed: each is a function with the version that it was written for.
+
+`pip` may bring a version whose private parts are others. So each function requires a version of the series that heliostat pins,
+and raises one ConfigError otherwise, and where a part that it needs is missing. Import DeepSpeed in functions only:
+`prepare_environment` must run first.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from heliostat.errors import ConfigError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+VERSION = (0, 19, 8)  # the first of the series: as `deepspeed~=0.19.8` in pyproject.toml
+PATCHES: list[Callable[..., Any]] = []
+
+
+@functools.cache
+def installed() -> str | None:
+    """Reads DeepSpeed's version without importing it; None if it is not installed as a package."""
+    try:
+        return importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def require_version() -> None:
+    """Raises ConfigError unless the private parts of the installed DeepSpeed are known."""
+    version = installed()
+    if version is not None and not _known(version):  # where it is None, the import says that it is missing
+        raise ConfigError(f"deepspeed: heliostat doesn't support this version ({version}). {_fix()}")
+
+
+@functools.cache
+def _known(version: str) -> bool:
+    major, minor, patch = (*map(int, re.findall(r"\d+", version)), 0, 0, 0)[:3]
+    return (major, minor) == VERSION[:2] and patch >= VERSION[2]
+
+
+def _fix() -> str:
+    return f"Run: pip install 'deepspeed~={'.'.join(map(str, VERSION))}'"
+
+
+def _patch(function: Callable[P, T]) -> Callable[P, T]:
+    """Guards a function that reaches into DeepSpeed by its version, and lists it in `PATCHES`."""
+
+    @functools.wraps(function)
+    def guarded(*given: P.args, **named: P.kwargs) -> T:
+        require_version()
+        try:
+            return function(*given, **named)
+        except (AttributeError, ImportError, LookupError, TypeError) as e:
+            if isinstance(e, ImportError) and not (e.name or "").startswith("deepspeed."):
+                raise
+            raise ConfigError(f"deepspeed: {installed()} doesn't fit heliostat's {function.__name__} ({e}). {_fix()}") from e
+
+    PATCHES.append(guarded)
+    return guarded
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Replaces what DeepSpeed has by this name; AttributeError if it has nothing, since a new name would change nothing."""
+    getattr(owner, name)
+    setattr(owner, name, value)
+
+
+# importing -----------------------------------------------------------------------------------------------------------
+
+
+@_patch
+def import_without_mlflow() -> None:
+    """Imports DeepSpeed and hides MLflow from it, which its autotuner imports where it is installed.
+
+    DeepSpeed 0.19.8. Without it a worker's imports take 11 s instead of 8 s.
+    """
+    with _without("mlflow"):
+        importlib.import_module("deepspeed")
+
+
+@_patch
+def import_muon_without_compiler() -> None:
+    """Imports DeepSpeed's Muon, which every `initialize` asks for, with a `torch.compile` that does nothing.
+
+    DeepSpeed 0.19.8. Without it the module decorates a function with the compiler, whose import takes 1 s.
+    """
+    with _without_compiler():
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+@_patch
+def cache_numa_cores() -> None:
+    """Makes DeepSpeed ask the system once for the cores of NUMA nodes.
+
+    DeepSpeed 0.19.8. Without it ZeRO-3 on a CPU runs the program `numactl` in each reduction.
+    """
+    numa: Any = importlib.import_module("deepspeed.utils.numa")
+    if not hasattr(numa.get_numa_cores, "cache_info"):
+        _replace(numa, "get_numa_cores", functools.cache(numa.get_numa_cores))
+
+
+@_patch
+def silence_memory_reports() -> None:
+    """Replaces the reports of memory in use by nothing while a bf16 optimizer is built, and DeepSpeed's messages by its errors.
+
+    DeepSpeed 0.19.8. Without it each bf16 engine collects all garbage six times before it prints: 3 s.
+    """
+    bf16: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
+    _replace(bf16, "see_memory_usage", _nothing)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+@_patch
+def skip_shared_memory_kernel() -> None:
+    """Marks the shared-memory all-reduce for CPUs as not compatible: training never calls it.
+
+    DeepSpeed 0.19.8. Without it every `initialize` on a CPU compiles it: 27 s, and a crash without g++.
+    """
+    ops: Any = importlib.import_module("deepspeed.ops")
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Does nothing."""
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Makes importing the module fail inside, unless it was imported before."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Makes `torch.compile` return what it is given inside."""
+
+    def same(function: Any = None, **_: Any) -> Any:
+        return function or same
+
+    compiler, torch.compile = torch.compile, same  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
+# process groups ------------------------------------------------------------------------------------------------------
+
+
+@_patch
+def share_second_copies() -> None:
+    """Makes all parts of a model keep their second copies (`train.zero.copy_within`) in one process group.
+
+    DeepSpeed 0.19.8; https://github.com/deepspeedai/DeepSpeed/issues/4901. Without it the second part of a model that is built
+    partitioned fails: DeepSpeed refuses to make the group twice.
+    """
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
+    make = groups._create_zero_param_parallel_group
+
+    def once(workers: int) -> None:
+        if groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None:
+            make(workers)
+
+    if make.__name__ != once.__name__:
+        _replace(groups, "_create_zero_param_parallel_group", once)
+
+
+@_patch
+def set_model_parallel_unit(unit: Any) -> None:
+    """Sets the object that DeepSpeed asks for its process groups; None for none.
+
+    DeepSpeed 0.19.8. Without it an engine takes the groups of the engine before, in the same process.
+    """
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
+    _replace(groups, "mpu", unit)
+
+
+@_patch
+def expert_groups(name: str, workers: int) -> tuple[Any, Any]:
+    """Forms the groups of so many workers that divide experts; returns this worker's, and that of the workers with the same
+    experts. `name`: DeepSpeed's name for both; collective.
+
+    DeepSpeed 0.19.8. Without it DeepSpeed knows groups of experts only from its own mixture layer, which no model here has.
+    """
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
+    groups._create_expert_and_data_parallel(workers)
+    return groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+
+
+@_patch
+def place_expert(parameter: Any, name: str, alike: Any) -> None:
+    """Marks a parameter as one that ZeRO-3 partitions within the workers of a group that have the same experts.
+
+    DeepSpeed 0.19.8. Without it ZeRO-3 partitions it over all workers, and so mixes different experts.
+    """
+    parameter.ds_zero_placement_family = "autoep_expert"  # DeepSpeed's word for what each group of workers has all of
+    parameter.ds_zero_partition_group_name, parameter.ds_zero_partition_process_group = name, alike
+
+
+@_patch
+@contextmanager
+def partition_within(group: Any) -> Iterator[None]:
+    """Makes `deepspeed.zero.Init` inside partition over the workers of a group, also where transformers opens it.
+
+    DeepSpeed 0.19.8. Without it a model is partitioned over all workers while it is built: transformers names no group.
+    """
+    init: Any = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
+    whole = init.__init__
+    init.__init__ = functools.partialmethod(whole, data_parallel_group=group)
+    try:
+        yield
+    finally:
+        init.__init__ = whole
+
+
+@_patch
+def matrix_group(workers: int) -> Any:
+    """Forms the groups of so many workers that divide matrices, and returns this worker's. Collective.
+
+    DeepSpeed 0.19.8. Without it the groups exist only once there is an engine, and its model is complete by then.
+    """
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
+    groups._init_tp_mesh_device(tensor_model_parallel_size=workers)
+    return groups.get_tensor_model_parallel_group()
+
+
+@_patch
+def divide_matrices(autotp: Any, model: torch.nn.Module) -> None:
+    """Replaces a model's linear layers and embeddings by AutoTP's, which hold this worker's part of each matrix.
+
+    DeepSpeed 0.19.8. Without it AutoTP divides a model when the engine is made, after every worker has built it completely.
+    """
+    autotp._replace_module(model)
+
+
+@_patch
+def stop_input_check(engine: Any) -> None:
+    """Removes the hook by which an engine with AutoTP sends its first batch to the other workers of its group.
+
+    DeepSpeed 0.19.8. Without it that batch is sent again, after `SampleGroup` has dealt it.
+    """
+    if engine.first_dataloader_check is not None:
+        engine.first_dataloader_check.remove()
+        engine.first_dataloader_check = None
+
+
+# leaving -------------------------------------------------------------------------------------------------------------
+
+
+@_patch
+def release_modules() -> None:
+    """Empties the stack of modules and the cache of ZeRO-3's coordinator, which are out of the collector's sight.
+
+    DeepSpeed 0.19.8. Without it a destroyed engine stays in memory.
+    """
+    offload: Any = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
+    coordinator: Any = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    offload.FWD_MODULE_STACK.clear()
+    kept = vars(coordinator.PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cell in kept.__closure__:
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+@_patch
+def forget_groups() -> None:
+    """Forgets DeepSpeed's backend and all its process groups.
+
+    DeepSpeed 0.19.8. Without it an engine on a new process group uses the groups of the attempt before.
+    """
+    communication: Any = importlib.import_module("deepspeed.comm.comm")
+    _replace(communication, "cdb", None)
+    importlib.reload(importlib.import_module("deepspeed.utils.groups"))
+    if layer := sys.modules.get("deepspeed.sequence.layer"):
+        vars(layer)["_all_to_all_groups"].clear()
+
+
+@_patch
+def restart_numbering() -> None:
+    """Makes DeepSpeed number parameters, and modules (in a default argument), from 0 again.
+
+    DeepSpeed 0.19.8. Without it a worker that survived an attempt and one that is new have different numbers for the same
+    parameter, and gather different ones together.
+    """
+    init: Any = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
+    offload: Any = importlib.import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
+    _replace(init, "param_id", 0)
+    (counter,) = offload._register_deepspeed_module.__defaults__
+    counter[0] = 0
+
+
+# the optimizer's state -----------------------------------------------------------------------------------------------
+
+InPlace = Callable[[torch.Tensor], object]
+
+
+@_patch
+def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) -> None:
+    """Makes an optimizer of ZeRO-3 average its gradients over the groups of workers before it makes a step.
+
+    All three change a tensor in place, over the groups: `average` the gradients, `equalize` a norm to the first group's, `agree`
+    a flag to the largest. DeepSpeed 0.19.8. Without it there is no place for it: DeepSpeed reduces after every micro-batch, clips
+    and looks for an overflow in one call, and knows the workers of one group alone.
+    """
+    step, norms, within = zero.step, zero._get_norm_groups, zero.has_overflow
+
+    def alike() -> list[torch.Tensor]:  # a group that adds up in another order would clip by another norm
+        found = [norm.reshape(1) for norm in norms()]
+        for norm in found:
+            equalize(norm)
+        return [norm[0] for norm in found]
+
+    def averaged(*given: Any, **named: Any) -> Any:
+        average(zero.grad_partitions_flat_buffer)
+        if (reducing := zero.reduce_and_partition_stream) is not None:  # on which DeepSpeed looks for an overflow
+            reducing.wait_stream(torch.cuda.current_stream())
+        return step(*given, **named)
+
+    def overflow(*given: Any, **named: Any) -> bool:
+        found = torch.tensor(float(within(*given, **named)), device=zero.grad_partitions_flat_buffer.device)
+        agree(found)
+        return bool(found)
+
+    zero.step, zero._get_norm_groups, zero.has_overflow = averaged, alike, overflow
+
+
+@_patch
+def fragment(p: Any) -> Any:
+    """Returns where ZeRO-1 or 2 keeps this worker's slice of a parameter; None if it has none.
+
+    DeepSpeed 0.19.8. Without it checkpoints cannot write the slices: the public accessors return copies where the optimizer's
+    memory is on the host.
+    """
+    return p._hp_mapping
+
+
+@_patch
+def partition_state(zero: Any, p: Any, key: str | None) -> torch.Tensor:
+    """Returns the tensor in which ZeRO-3 keeps the optimizer's state `key` of a parameter, or the master weight.
+
+    DeepSpeed 0.19.8. Without it heliostat cannot test that what it writes is what DeepSpeed reads (`_require_views`).
+    """
+    tensor: torch.Tensor = zero._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=key)[0]
+    return tensor
+
+
+@_patch
+def partition_parameters(zero: Any) -> None:
+    """Makes ZeRO-3 give up the parameters that are still gathered from the last forward pass.
+
+    DeepSpeed 0.19.8. Without it the next forward pass uses their values from before a restore.
+    """
+    zero._partition_all_parameters()
+
+
+@_patch
+def reassign_parameters(zero: Any, parameters: Iterable[Any]) -> None:
+    """Makes ZeRO-3 take the weights of the forward pass from its partitions again, which were written.
+
+    DeepSpeed 0.19.8. Without it parameters that are swapped out, and the second copies (`train.zero.copy_within`), keep their
+    values from before a restore.
+    """
+    for group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+    for p in parameters:
+        p.ds_secondary_tensor = None

@@ -1,0 +1,91 @@
+"""Finds what a recipe's `build` makes otherwise where it has no weights, beyond the weights themselves.
+
+A recipe of one's own may read the weights that it has just made, keep a copy, or draw further random numbers. What is then in an
+attribute of the model or of the recipe, in a list, or in a closure, would differ between workers.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+ALIKE = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, torch.Size)
+HOOKS = re.compile(r"_hooks(_with_kwargs|_always_called)?$")
+
+
+def find(right: tuple[Any, torch.nn.Module], other: tuple[Any, torch.nn.Module]) -> str:
+    """Names the first difference between two recipes and the models that they have built; "" if there is none. The values of
+    parameters, and of registered buffers, don't count."""
+    if _parameters(right[1]) != _parameters(other[1]):
+        return "its parameters"
+    if _buffers(right[1]) != _buffers(other[1]):
+        return "its buffers"
+    compare = _Comparison(right[1], other[1])
+    return compare.of(right[1], other[1], "model") or compare.of(vars(right[0]), vars(other[0]), "recipe")
+
+
+def _parameters(model: torch.nn.Module) -> list[Any]:
+    """Describes the parameters, tied ones under each of their names."""
+    first = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    named = model.named_parameters(remove_duplicate=False)
+    return [(name, first[id(p)], tuple(p.shape), p.dtype, p.requires_grad) for name, p in named]
+
+
+def _buffers(model: torch.nn.Module) -> list[Any]:
+    return [(name, tuple(b.shape), b.dtype) for name, b in model.named_buffers(remove_duplicate=False)]
+
+
+class _Comparison:
+    def __init__(self, right: torch.nn.Module, other: torch.nn.Module) -> None:
+        self.names = [{id(t): name for name, t in [*m.named_parameters(), *m.named_buffers()]} for m in (right, other)]
+        self.seen = set[tuple[int, int]]()
+        self.kept = list[Any]()  # what was compared: Python gives the id of an object that is gone to another
+
+    def of(self, right: Any, other: Any, where: str = "") -> str:
+        """Compares two things; names the place of the first difference."""
+        if right is other or (id(right), id(other)) in self.seen:
+            return ""
+        if type(right) is not type(other):
+            return where
+        if isinstance(right, ALIKE):
+            return "" if right == other or right != right else where
+        self.seen.add((id(right), id(other)))
+        self.kept.append((right, other))
+        if isinstance(right, torch.Tensor) and id(right) in self.names[0]:
+            return "" if self.names[0][id(right)] == self.names[1].get(id(other)) else where
+        if isinstance(right, torch.Tensor):
+            return "" if right.device == other.device and torch.equal(right, other) else where
+        if isinstance(right, np.ndarray) and right.dtype != object:
+            return "" if np.array_equal(right, other, equal_nan=right.dtype.kind in "fc") else where
+        parts, its = _parts(right), _parts(other)
+        if parts.keys() != its.keys():
+            return where
+        return next((found for step in parts if (found := self.of(parts[step], its[step], where + step))), "")
+
+
+def _parts(thing: Any) -> dict[str, Any]:
+    """Lists what is in a thing, by the way to it."""
+    if isinstance(thing, dict):
+        return {f"[{key!r}]": value for key, value in thing.items()}
+    if isinstance(thing, set | frozenset):
+        thing = sorted(thing, key=str)
+    if isinstance(thing, list | tuple | np.ndarray):
+        return {f"[{i}]": one for i, one in enumerate(thing)}
+    if isinstance(thing, FunctionType):
+        return {f" ({i})": cell.cell_contents for i, cell in enumerate(thing.__closure__ or ())}
+    if isinstance(thing, MethodType):
+        return {".__self__": thing.__self__}
+    if isinstance(thing, partial):
+        return {".func": thing.func, ".args": thing.args, ".keywords": thing.keywords}
+    if isinstance(thing, ModuleType):
+        return {}
+    found = {f".{name}": value for name, value in getattr(thing, "__dict__", {}).items()}
+    if isinstance(thing, torch.nn.Module):  # keys of hooks are numbers that count all hooks of a process
+        hooks = {way: list(value.values()) for way, value in found.items() if HOOKS.search(way) and isinstance(value, dict)}
+        return found | hooks
+    return found

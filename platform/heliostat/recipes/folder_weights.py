@@ -1,0 +1,133 @@
+"""Reads a pretrained model's weights from safetensors files, one tensor at a time, where they are what the model has.
+
+transformers renames and converts the tensors of some architectures, and diffusers those of old folders. `find` then tells why the
+tensors can't be read one by one, and the library itself must load the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heliostat.checkpoint.safetensors_file import DTYPES
+from heliostat.recipes.weightless import Pretrained
+
+NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # of transformers, and of diffusers
+LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+
+
+class UnreadableError(Exception):
+    """Says why a folder's tensors can't be read one by one."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Locates a tensor in a file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> torch.Tensor:
+        """Reads the tensor into host memory of its own: a mapped file would count as the process's memory."""
+        values = torch.empty(self.shape, dtype=self.dtype)
+        left = memoryview(values.reshape(-1).view(torch.uint8).numpy().data) if values.numel() else memoryview(b"")
+        with self.file.open("rb", buffering=0) as f:
+            f.seek(self.offset)
+            while left:
+                if not (count := f.readinto(left)):
+                    raise OSError(f"{self.file}: ends before its tensors do")
+                left = left[count:]
+        return values.float() if values.dtype == torch.float64 else values  # the libraries load all weights in fp32
+
+
+def find(model: torch.nn.Module, noted: list[Pretrained]) -> dict[int, Stored]:
+    """Locates the values of all parameters of the model, and of those buffers that folders have, by the tensors' ids;
+    UnreadableError if a parameter has none."""
+    if not noted:
+        raise UnreadableError("its weights are drawn at random")
+    found: dict[int, Stored] = {}
+    for pretrained in noted:
+        try:
+            found |= _of_folder(pretrained)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UnreadableError(f"{pretrained.folder}: {type(e).__name__}: {e}") from e
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in found:
+            raise UnreadableError(f"{name!r} is not from a folder")
+    return found
+
+
+def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
+    folder, module = pretrained.folder, pretrained.module
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("quantization_config", "transformers_weights"):
+        if config.get(key):
+            raise UnreadableError(f"{folder}: has {key}")
+    if (folder / "adapter_config.json").exists():
+        raise UnreadableError(f"{folder}: has an adapter")
+    stored = _listed(folder)
+    named: dict[int, list[str]] = {}
+    for name, tensor in pretrained.tensors.items():
+        named.setdefault(id(tensor), []).append(name)
+    found, converts, prefix = {}, _conversions(module), getattr(module, "base_model_prefix", "")
+    for names in named.values():
+        tensor = pretrained.tensors[names[0]]
+        keys = {key for name in names for key in _spellings(name, prefix) if key in stored}
+        if len(keys) != 1:
+            raise UnreadableError(f"{folder}: has {len(keys) or 'no'} tensors for {names[0]!r}")
+        (key,) = keys
+        if any(transform.rename_source_key(key) != (key, None) for transform in converts):
+            raise UnreadableError(f"{folder}: transformers converts {key!r}")
+        one = stored[key]
+        if one.shape != tuple(tensor.shape) or one.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            raise UnreadableError(f"{folder}: {key!r} is {one.dtype} {list(one.shape)}, and the model has another")
+        found[id(tensor)] = one
+    return found
+
+
+def _spellings(name: str, prefix: str) -> list[str]:
+    """Lists the names that a tensor may have in the folder of a model with a head, or without one."""
+    return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
+
+
+def _conversions(module: torch.nn.Module) -> list[Any]:
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(module) if isinstance(module, PreTrainedModel) else []
+
+
+def _listed(folder: Path) -> dict[str, Stored]:
+    """Lists the tensors of a folder; UnreadableError unless it has exactly one set of safetensors under a library's name."""
+    files = [file for name in NAMES for file in (folder / name, folder / f"{name}.index.json") if file.is_file()]
+    if len(files) != 1:
+        raise UnreadableError(f"{folder}: has {len(files) or 'no'} sets of safetensors")
+    if files[0].suffix == ".safetensors":
+        return _header(files[0])
+    index: dict[str, str] = json.loads(files[0].read_text())["weight_map"]
+    return {key: one for name in sorted(set(index.values())) for key, one in _header(folder / Path(name).name).items()}
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if length > min(size, LONGEST_HEADER):
+            raise ValueError(f"{file.name} isn't a safetensors file")
+        listed = json.loads(f.read(length))
+    found = {}
+    for key, told in listed.items():
+        if key == "__metadata__":
+            continue
+        dtype, shape, (begin, end) = DTYPES[told["dtype"]], tuple(told["shape"]), told["data_offsets"]
+        if not 0 <= begin <= end <= size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{file.name} is incomplete")
+        found[key] = Stored(file, dtype, shape, 8 + length + begin)
+    return found

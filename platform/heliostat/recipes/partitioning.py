@@ -1,0 +1,54 @@
+"""Lets recipes build models that the engine partitions among workers while they are built (ZeRO stage 3).
+
+The engine is above this room. It passes in a `Partitioner` for the time in which it builds a model, and recipes ask here for it.
+Without one, as below stage 3 or on the driver, models are built as always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+
+
+class Partitioner(Protocol):
+    """Partitions a model's parameters while the model is built."""
+
+    def constructing(self) -> AbstractContextManager[Any]:
+        """Opens the context in which constructors keep only this worker's part of each parameter."""
+
+    def whole(self, parameter: torch.Tensor) -> AbstractContextManager[Any]:
+        """Opens the context in which a parameter is whole. Afterwards all workers have the first one's values; collective."""
+
+
+_partitioner: ContextVar[Partitioner | None] = ContextVar("partitioner", default=None)
+
+
+@contextmanager
+def by(partitioner: Partitioner) -> Iterator[None]:
+    """Makes models that are built inside partitioned."""
+    token = _partitioner.set(partitioner)
+    try:
+        yield
+    finally:
+        _partitioner.reset(token)
+
+
+def wanted() -> bool:
+    """Tells whether a model is built partitioned now."""
+    return _partitioner.get() is not None
+
+
+def constructing() -> AbstractContextManager[Any]:
+    """Opens the context to call a model's constructor in, where the constructor's own library knows nothing of ZeRO."""
+    partitioner = _partitioner.get()
+    return partitioner.constructing() if partitioner else nullcontext()
+
+
+def whole(parameter: torch.Tensor) -> AbstractContextManager[Any]:
+    """Opens the context to set a parameter's values in."""
+    partitioner = _partitioner.get()
+    return partitioner.whole(parameter) if partitioner else nullcontext()
