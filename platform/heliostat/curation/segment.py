@@ -19,13 +19,13 @@ import pyarrow as pa
 import xxhash
 
 from heliostat.curation import careful, tally
+from heliostat.curation.careful import Careful
 from heliostat.curation.chain import Chain, Entry, batches, bytes_of
 from heliostat.curation.pieces import Part
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, cpu_time, spill
 from heliostat.tasks.care import Care, Crash
-from heliostat.tasks.careful import Careful
 from heliostat.tasks.spill import Run, survivors
 
 RUN = pa.schema(
