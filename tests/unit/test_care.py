@@ -5,7 +5,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -200,6 +200,32 @@ def test_a_file_that_cannot_be_read_costs_what_comes_after_in_it_and_says_so(tmp
     assert gone["d004"][2].startswith(told := f"d004 after row 69 could not be read: {why}") and found.reasons == {"unread": 1}
     (line,) = (m for m in caplog.messages if "could not be read" in m)
     assert line.startswith(f"read: {told}") and line.endswith("; the rest of it is missing from the dataset")
+
+
+def test_work_that_was_recorded_without_etags_is_not_done_again(tmp_path, forked):
+    """Versions before ETags named the tasks that read a store by sizes and times."""
+    given = Given(texts(20))
+    parts = [[Part(id, len(text), 7) for id, text in given.texts.items()]]
+    stages = [registry.parse(entry) for entry in STAGES]
+    for etag, new in (("", 1), ("abc", 0)):
+        made = Flow(Work(Location(str(tmp_path))))
+        Engine(made, given, ["given"], 1 << 24).curate([[replace(p, etag=etag) for p in piece] for piece in parts], stages)
+        assert made.done.get("read", 0) == new
+    made = Flow(Work(Location(str(tmp_path))))
+    later = [[replace(p, etag="abd", modified=8) for p in piece] for piece in parts]
+    Engine(made, given, ["given"], 1 << 24).curate(later, stages)
+    assert made.done.get("read", 0) == 1
+
+
+def test_too_many_files_that_cannot_be_read_are_one_error_that_names_one(tmp_path, forked):
+    class Unreadable(Given):
+        def read(self, part: Part) -> Iterator[Document]:
+            fault()
+            yield from ()
+
+    given = texts(60)
+    with pytest.raises(HeliostatError, match=r"than one in 1,000: such as 'd\d+'"):
+        curate(tmp_path, given, STAGES, pieces=6, source=Unreadable(given))
 
 
 def work(folder: Location, number: int, ran: str, bad: dict[int, str]) -> dict[str, Any]:

@@ -146,7 +146,10 @@ def test_a_word_of_any_length_takes_bounded_memory_and_is_whole_up_to_a_length(m
     comparable._block_powers.cache_clear()
 
 
-@pytest.mark.parametrize(("text", "most"), [("x" * 2_000_000, 2), ("a b c d e f g h " * 130_000, 25)], ids=["a word", "letters"])
+@pytest.mark.parametrize(
+    ("text", "most"), [("x" * 2_000_000, 2), ("a b c d e f g h " * 130_000, 25), ("e\u0301 " * 400_000, 32)],
+    ids=["a word", "letters", "letters not in NFC"],
+)  # fmt: skip
 def test_words_of_a_large_text_take_few_bytes_for_each_of_its_own(monkeypatch, text, most):
     monkeypatch.setattr(comparable, "BLOCK", 1 << 13)
     monkeypatch.setattr(comparable, "LONGEST", 1 << 14)  # a share of what they are

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"heliostat", "jobs", "pipelines", "docs", "tests"}
 MODULES = {  # where a distribution's module has another name, or it brings more than one
-    "boto3": ("boto3", "botocore"),  # one goes with the other, version by version
+    "boto3": ("boto3", "botocore", "urllib3"),  # one goes with the other, version by version; urllib3's errors pass through
     "flask-wtf": ("flask_wtf",),
     "google-api-python-client": ("googleapiclient",),
     "grpcio": ("grpc",),

@@ -113,6 +113,52 @@ def test_files_are_copied_block_by_block(spill, model, monkeypatch):
     assert max(sizes) == 16 and sum(sizes) == described.bytes
 
 
+def test_files_of_one_content_and_two_names_are_there_together(spill, tmp_path):
+    """A stage may name both, such as two lists that are empty as yet."""
+    described = []
+    for name in ("en.txt", "de.txt"):
+        (tmp_path / name).write_text("the same")
+        described.append(describe("lists", str(tmp_path / name)))
+        offer(spill, described[-1])
+        (tmp_path / name).unlink()
+    places = [Path(here(spill, one)) for one in described]
+    assert [(place.name, place.exists()) for place in places] == [("en.txt", True), ("de.txt", True)]
+
+
+@pytest.mark.parametrize(("path", "below"), [(".", "."), ("..", "1_Pooling")])
+def test_a_path_without_a_name_is_copied_into_a_folder_of_its_own(spill, model, monkeypatch, path, below):
+    """Such as the folder of a text encoder that lies in the folder of the command, with its tokenizer beside it."""
+    monkeypatch.chdir(model / below)
+    described = describe("model", path)
+    offer(spill, described)
+    (model / "model.safetensors").unlink()
+    place = Path(here(spill, described))
+    assert place.parent == node_cache.folder(shipping.SHIPPED) and (place / "model.safetensors").exists()
+    assert [p.name for p in node_cache.folder(shipping.SHIPPED).iterdir() if p.suffix != ".lock"] == [described.digest]
+
+
+def test_a_link_to_a_folder_is_an_error_where_it_would_be_copied(spill, model):
+    """Without what it leads to, a node would make something else of the model, such as vectors by another pooling."""
+    (model / "1_Pooling").rename(model.parent / "pooling")
+    (model / "1_Pooling").symlink_to(model.parent / "pooling")
+    described = describe("model", str(model))
+    assert here(spill, described) == str(model)
+    with pytest.raises(ConfigError, match=r"model/1_Pooling: is a link to a folder, and isn't copied"):
+        offer(spill, described)
+    assert not Path(spill.path).exists()
+
+
+def test_what_a_process_left_that_was_killed_while_it_copied_is_removed_by_the_next(spill, model):
+    described = describe("model", str(model))
+    offer(spill, described)
+    shutil.rmtree(model)
+    left = node_cache.folder(shipping.SHIPPED) / f"{described.digest}.0123abcd.part"
+    left.mkdir(parents=True)
+    left.parent.chmod(0o700)
+    here(spill, described)
+    assert not left.exists() and len(cached()) == 1
+
+
 @pytest.mark.parametrize("where", ["work", "node"])
 def test_a_damaged_copy_is_not_used(spill, model, where):
     described = describe("model", str(model))

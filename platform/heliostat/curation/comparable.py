@@ -118,7 +118,7 @@ def _as_many(text: str, found: np.ndarray, plain: str, wanted: np.ndarray) -> np
 
     Marks of several scripts in a row are put in another order by NFC, which may begin a word elsewhere.
     """
-    cuts, plain_cuts = ([0, *(gap.end() for gap in regex.finditer(r"\s", t)), len(t) + 1] for t in (text, plain))
+    cuts, plain_cuts = _gaps(text), _gaps(plain)
     at, plain_at = np.searchsorted(found[:, 0], cuts), np.searchsorted(wanted[:, 0], plain_cuts)
     if (at == plain_at).all():
         return found
@@ -130,6 +130,12 @@ def _as_many(text: str, found: np.ndarray, plain: str, wanted: np.ndarray) -> np
             own = cuts[i] + (other - begin) * (cuts[i + 1] - cuts[i]) // length
         parts.append(own)
     return _joined(parts)
+
+
+def _gaps(text: str) -> np.ndarray:
+    """Returns where a text begins, where each white space in it ends, and a place behind it."""
+    found = np.fromiter((gap.end() for gap in regex.finditer(r"\s", text)), np.int64)
+    return np.concatenate([[0], found, [len(text) + 1]])
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -100,10 +100,13 @@ class Engine:
         entries = list[Entry]()
         for piece in pieces:
             entries = entries or self._entries(stages)
-            told = [part.identity for part in piece]
-            follows_from = key("read", self.identity, read, follows, self.run_bytes, explained, told)
+            follows_from, before = (
+                key("read", self.identity, read, follows, self.run_bytes, explained, told)
+                for told in ([part.identity for part in piece], [part.identity_by_time for part in piece])
+            )
             yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
-                                      "explained": explained}, {}, sum(part.length for part in piece), careful=True)  # fmt: skip
+                                      "explained": explained}, {}, sum(part.length for part in piece), careful=True,
+                       before=before)  # fmt: skip
 
     def _over_runs(self, runs: list[Run], stages: list[Stage], number: int) -> Iterator[Task]:
         follows = [s.follows() for s in stages]

@@ -45,6 +45,11 @@ class Part:
         return [*told, etag] if etag else told
 
     @property
+    def identity_by_time(self) -> list[object]:
+        """Returns the identity without the ETag, which versions before it gave to the same part."""
+        return replace(self, etag="").identity
+
+    @property
     def fields(self) -> dict[str, Any]:
         """Returns the part as JSON values by its fields' names; those of a part without an ETag are as they always were."""
         return {name: value for name, value in asdict(self).items() if name != "etag" or value}

@@ -48,6 +48,8 @@ class Task:
     """That it reads, about: for the progress."""
     careful: bool = False
     """Whether its function takes `care`, where it is run again."""
+    before: str = ""
+    """The key that earlier versions gave to the same task, whose record counts too."""
 
 
 class Flowing(Protocol):
@@ -141,7 +143,8 @@ class Crew:
                 self.pool.ended(reference)
             if started.trouble.attempt:
                 self.work.note(self.kind, started.task.key).delete()
-            if crashed := record.get("examples", {}).get(care.CRASHED):
+            told = record.get("examples", {})
+            if crashed := told.get(care.CRASHED) or told.get(care.UNREAD):
                 self.last = crashed[0]
             yield started, record
 

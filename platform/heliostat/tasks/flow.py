@@ -148,6 +148,8 @@ class Flow:
             batch = list(islice(tasks, BATCH))
             whole = len(batch) < BATCH
             known = {k: r for k, r in self.work.found(kind, (task.key for task in batch)).items() if valid(r)}
+            older = {task.before: task.key for task in batch if task.before not in ("", task.key) and task.key not in known}
+            known |= {older[k]: r for k, r in self.work.found(kind, older).items() if valid(r)}
             todo = [task.bytes for task in batch if task.key not in known]
             self.progress.found(kind, list(known.values()), todo, whole)
             for task in batch:

@@ -63,9 +63,17 @@ class Shipment:
     items: tuple[Item, ...]
     within: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """Returns the name of a copy in its folder of the cache: the path's, and "" (that folder itself) of `.` and `..`."""
+        name = Path(self.path).name
+        return "" if name == ".." else name
+
     @cached_property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps([astuple(item) for item in self.items]).encode()).hexdigest()[:32]
+        """Returns the digest of the name and the files: files of another name have a folder of their own in the cache."""
+        told = [self.name, *(astuple(item) for item in self.items)]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
     @property
     def bytes(self) -> int:
@@ -101,7 +109,7 @@ def here(folder: Location, shipment: Shipment) -> str:
     if _holds(shipment.path, shipment):
         return shipment.path
     cached = node_cache.folder(SHIPPED) / shipment.digest
-    target = cached / Path(shipment.path).name
+    target = cached / shipment.name
     if _cached(cached, target, shipment):
         return str(target)
     if code := next((item.name for item in shipment.items if item.name and Path(item.name).suffix in RUNS_CODE), None):
@@ -114,7 +122,7 @@ def here(folder: Location, shipment: Shipment) -> str:
         with node_cache.alone(cached, deadline_s):
             if not _cached(cached, target, shipment):
                 node_cache.remove_unused(cached)
-                _fetch(folder, shipment, cached, target.name, time.monotonic() + deadline_s)
+                _fetch(folder, shipment, cached, time.monotonic() + deadline_s)
     except BlockingIOError as e:
         raise HeliostatError(f"{cached}: another process copied {shipment.path} for {deadline_s:,.0f} s; start again") from e
     except OSError as e:
@@ -127,7 +135,9 @@ def here(folder: Location, shipment: Shipment) -> str:
 
 def offer(folder: Location, shipment: Shipment) -> None:
     """Copies files of the driver's node to the folder of the spills, as far as they are not there; ConfigError if they have
-    changed since they were described."""
+    changed since they were described, or a folder in theirs is a link: what it leads to isn't described."""
+    if linked := _linked(Path(shipment.path), shipment.within):
+        raise ConfigError(f"{linked}: is a link to a folder, and isn't copied. Put the folder there, or the model on every node")
     for item in shipment.items:
         place, source = folder.join(item.copy), _place(shipment.path, item.name)
         if _size(place) == item.bytes:
@@ -158,6 +168,12 @@ def _listed(root: Path, within: tuple[str, ...]) -> list[tuple[str, int]]:
     return sorted((plain if any(n.endswith(PLAIN) for n in plain) else there).items())
 
 
+def _linked(root: Path, within: tuple[str, ...]) -> Path | None:
+    """Returns a link to a folder, below those that are shipped, if there is one."""
+    found = (p for part in within or ("",) for p in (root / part).rglob("*"))
+    return next((p for p in found if p.is_symlink() and p.is_dir() and not _hidden(p.relative_to(root))), None)
+
+
 def _hidden(name: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
 
@@ -183,7 +199,7 @@ def _cached(cached: Path, target: Path, shipment: Shipment) -> bool:
     return True
 
 
-def _fetch(folder: Location, shipment: Shipment, cached: Path, name: str, until: float) -> None:
+def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> None:
     """Copies a shipment from the folder of the spills to the cache, whole or not at all."""
     if missing := [item for item in shipment.items if _size(folder.join(item.copy)) != item.bytes]:
         raise NotHereError(
@@ -191,6 +207,8 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, name: str, until:
             f"and {folder} has no copy",
             shipment,
         )
+    for left in cached.parent.glob(f"{cached.name}.*.part"):  # by a process that was killed, as this one holds the lock
+        shutil.rmtree(left, ignore_errors=True)
     if (free := shutil.disk_usage(cached.parent).free) < shipment.bytes:
         raise OSError(f"{shipment.bytes:,} bytes are needed, and {free:,} are free")
     part = cached.with_name(f"{cached.name}.{uuid.uuid4().hex[:8]}.part")
@@ -198,7 +216,7 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, name: str, until:
         for item in shipment.items:
             if item.name and not is_inside(item.name):
                 raise DataError(f"{shipment.path}: {item.name!r} is not a place inside it")
-            _write(folder.join(item.copy), _place(str(part / name), item.name), item, shipment, until)
+            _write(folder.join(item.copy), _place(str(part / shipment.name), item.name), item, shipment, until)
         if cached.exists():  # and is not what its name says
             shutil.rmtree(cached)
         part.rename(cached)

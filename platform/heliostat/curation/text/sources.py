@@ -267,10 +267,13 @@ class _Blocks(io.RawIOBase):
 
 
 def _as_listed(place: Location, part: Part) -> int:
-    """Returns the bytes of an object; FileNotFoundError if it is gone, DataError if its ETag is not as it was listed."""
+    """Returns the bytes of an object; FileNotFoundError if it is gone, DataError if its ETag is not as it was listed.
+
+    Where the store gives one in listings alone, its size is compared, and each read asks for the ETag.
+    """
     if (found := place.info()) is None:
         raise FileNotFoundError(str(place))
-    if found.etag != part.etag:
+    if (found.etag or part.etag, found.size) != (part.etag, part.bytes):
         raise changed(place, part, found.size)
     return found.size
 

@@ -128,9 +128,11 @@ def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Loc
               "follows": model["digest"], "settings": asked}  # fmt: skip
 
     def task(piece: list[Part]) -> Task:
-        parts = [part.identity for part in piece]
-        name = key("infer", model["digest"], asked, input, read.identity, parts)
-        return Task(name, {"piece": piece, "name": name, **shared}, bytes=sum(part.length for part in piece))
+        name, before = (
+            key("infer", model["digest"], asked, input, read.identity, told)
+            for told in ([part.identity for part in piece], [part.identity_by_time for part in piece])
+        )
+        return Task(name, {"piece": piece, "name": name, **shared}, bytes=sum(part.length for part in piece), before=before)
 
     return [task(piece) for piece in read.pieces(flow, files)]
 
