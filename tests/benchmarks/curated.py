@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 from heliostat.curation import reasons  # noqa: E402
 from heliostat.data.manifest import Manifest  # noqa: E402
-from heliostat.data.order import Order, Samples  # noqa: E402
+from heliostat.data.order import Order, SamplePlaces  # noqa: E402
 from heliostat.engine import deepspeed_engine  # noqa: E402
 
 from tests.benchmarks import one_process, planted_web  # noqa: E402
@@ -66,7 +66,7 @@ def job(folder: Path, name: str, steps: int, seed: int) -> Any:
                                      f"data.seed={seed}", "evaluate=null"])  # fmt: skip
 
 
-def an_epoch(order: Order) -> Samples:
+def an_epoch(order: Order) -> SamplePlaces:
     """Returns every training sample of a source, once."""
     return order.locate(np.arange(int(order.epoch_samples[0])))
 

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 from heliostat.curation.registry import parse
 from heliostat.curation.text import sources
-from heliostat.curation.text.documents import Rules
-from heliostat.curation.text.making import Making
+from heliostat.curation.text.documents import TextRules
+from heliostat.curation.text.making import TextMaking
 from heliostat.curation.text.tasks import TextSource
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
@@ -101,8 +101,8 @@ def made(folder: Path, memory_limit: int, shards: bool) -> tuple[Timed, int]:
     """Makes a dataset of the folder's input; returns what ran it, and how many documents stay."""
     flow = Timed(Work(Location(f"{folder}/work")))
     flow.before = memory("VmRSS")
-    source, stages = TextSource(f"{folder}/in", Rules()), [parse(entry) for entry in STAGES]
-    making = Making(flow, source, Location(f"{folder}/out"), BPE, None, stages, memory_limit, memory_limit // 8, 1_000_000)
+    source, stages = TextSource(f"{folder}/in", TextRules()), [parse(entry) for entry in STAGES]
+    making = TextMaking(flow, source, Location(f"{folder}/out"), BPE, None, stages, memory_limit, memory_limit // 8, 1_000_000)
     found = (making.run if shards else making.curated)(sources.listing(f"{folder}/in"))
     return flow, found[1]["documents"] if shards else sum(run.rows for run in found.runs)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from statistics import median
 
 from heliostat.runs.events import ModelPhase, Steps
-from heliostat.runs.time_ledger import Ledger, Recorder
+from heliostat.runs.time_ledger import Ledger, LedgerRecorder
 from heliostat.storage.locations import Location
 
 SHORT_STEP_US = 10_000
@@ -44,7 +44,7 @@ def main() -> None:
         ledger.move("computing", "checkpoint", 0.0)
 
     with tempfile.TemporaryDirectory() as folder:
-        recorder = Recorder(Location(folder), time.time(), 0, 2)
+        recorder = LedgerRecorder(Location(folder), time.time(), 0, 2)
         facts = {"queued_s": 0.0, "start_step": 0, "workers": 2, "ledger": ledger.totals()}
         recorder.event(ModelPhase(**facts))
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from heliostat.data.dataset import open_dataset
-from heliostat.data.order import Samples
+from heliostat.data.order import SamplePlaces
 from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.training.worker.lr_schedule import factor
 from heliostat.validation import check
@@ -44,7 +44,7 @@ def train(made: Any, share: Callable[[int, float], float]) -> tuple[Any, int, fl
 
 
 @torch.no_grad()
-def scores(made: Any, engine: Any, samples: Samples) -> dict[str, float]:
+def scores(made: Any, engine: Any, samples: SamplePlaces) -> dict[str, float]:
     """Scores samples of a job by an engine of the same recipe."""
     rows = open_dataset(made.plan).read(samples)
     engine.eval()

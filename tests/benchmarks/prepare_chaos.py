@@ -37,8 +37,8 @@ from pathlib import Path
 import pyarrow.fs as pafs
 from heliostat.chaos import faults
 from heliostat.chaos.nodes import LocalNodes
-from heliostat.chaos.proxy import Fault, FaultProxy
-from heliostat.chaos.servers import Server, s3_server
+from heliostat.chaos.proxy import FaultProxy, ProxyFault
+from heliostat.chaos.servers import ServerProcess, s3_server
 from heliostat.storage.locations import Location
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +125,7 @@ def digest(round: Round) -> str | None:
 class Bench:
     """Holds what rounds have in common: the input, an S3 server, an unbroken run."""
 
-    def __init__(self, folder: Path, store: Server, documents: int) -> None:
+    def __init__(self, folder: Path, store: ServerProcess, documents: int) -> None:
         self.folder, self.store = folder, store
         make_input(folder / "in", documents)
         fs = pafs.S3FileSystem(endpoint_override=store.endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
@@ -166,7 +166,9 @@ class Bench:
         return round, round.struck
 
     def _over_s3(self, rng: random.Random, folder: Path) -> tuple[Round, int]:
-        with FaultProxy(self.store.endpoint, [Fault("status", rate=rng.uniform(0.02, 0.3))], rng.randrange(1 << 30)) as proxy:
+        with FaultProxy(
+            self.store.endpoint, [ProxyFault("status", rate=rng.uniform(0.02, 0.3))], rng.randrange(1 << 30)
+        ) as proxy:
             at, query = f"s3://chaos/{folder.name}", f"endpoint_override={proxy.endpoint}&scheme=http"
             given = self.pipeline | {"output": f"{at}/out?{query}", "work": f"{at}/work?{query}"}
             there = f"{at}/work?endpoint_override={self.store.endpoint}&scheme=http"

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import yaml
 from heliostat.apps.search import build, judging
-from heliostat.apps.search.search import Index
-from heliostat.apps.search.settings import Settings
+from heliostat.apps.search.search import SearchIndex
+from heliostat.apps.search.settings import IndexSettings
 from heliostat.curation.prepare import prepare
 from heliostat.inference.batch.run import model_digest
 from heliostat.storage.locations import Location
@@ -109,13 +109,13 @@ def main() -> None:
     if not (given.folder / "data").exists():
         make(given.folder, given.kind, given.questions)
     out = given.folder / (f"index-{model_digest(given.embedder)[:8]}" if given.embedder else "index")
-    made = build.index_documents(str(given.folder / "data"), str(out), Settings(), given.embedder)
+    made = build.index_documents(str(given.folder / "data"), str(out), IndexSettings(), given.embedder)
     size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and "work" not in p.parts)
     print(
         f"{made['documents']:,} documents, {made['passages']:,} passages, {size / 1e6:.1f} MB; {made['cpu_seconds']} s of tasks"
     )
     began, asked = time.process_time(), judging.questions(given.folder / "questions.jsonl")
-    told = judging.judge(Index(Location(str(out))), asked)
+    told = judging.judge(SearchIndex(Location(str(out))), asked)
     each = (time.process_time() - began) / len(asked) * 1e3
     print(f"{told['questions']:,} questions, {told['unknown']} unknown, {each:.0f} ms of processor time each")
     print(f"\n| search | {' | '.join(judging.MEASURES)} |\n|---|{'---:|' * len(judging.MEASURES)}")

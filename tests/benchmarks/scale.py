@@ -34,7 +34,7 @@ import torch
 from heliostat.checkpoint import checksums, layout, placement, shard_index, tree, writing
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.index import root as index_root
-from heliostat.checkpoint.layout import Checkpoint
+from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.data import receipt
 from heliostat.plan import zero_layout
 from heliostat.storage.locations import Location
@@ -115,20 +115,20 @@ class Ranks:
                 offset += 4 * numel
         return shard_index.encode(places)
 
-    def part(self, rank: int) -> placement.Part:
+    def part(self, rank: int) -> placement.WrittenPart:
         """What `writing.part` makes of a rank, without a tensor for each slice."""
         tensors = {
             f"{kind}.{name}": {"dtype": "F32", "shape": [self.sizes[name]], "runs": [[0, 1, start, numel]]}
             for name, start, numel in self.owned(rank)
             for kind in KINDS
         }
-        return placement.Part([self.shard(rank)], tensors)
+        return placement.WrittenPart([self.shard(rank)], tensors)
 
-    def branch(self, rank: int) -> placement.Part:
+    def branch(self, rank: int) -> placement.WrittenPart:
         """The part of a rank and all that are below it in the tree."""
         return self.merge(self.part(rank), [pickle.dumps(self.branch(c)) for c in tree.children(rank, self.world)])
 
-    def branch_at_once(self, rank: int) -> placement.Part:
+    def branch_at_once(self, rank: int) -> placement.WrittenPart:
         """The same, without merging rank after rank where every tensor is cut by itself."""
         if self._owned:
             return self.branch(rank)
@@ -142,9 +142,9 @@ class Ranks:
             if runs:
                 entry = {"dtype": "F32", "shape": [numel]}
                 tensors |= {f"{kind}.{name}": {**entry, "runs": [list(run) for run in runs]} for kind in KINDS}
-        return placement.Part([self.shard(r) for r in range(rank, stop)], tensors)
+        return placement.WrittenPart([self.shard(r) for r in range(rank, stop)], tensors)
 
-    def merge(self, part: placement.Part, messages: list[bytes]) -> placement.Part:
+    def merge(self, part: placement.WrittenPart, messages: list[bytes]) -> placement.WrittenPart:
         for message in messages:
             part = placement.merge(part, received(message))
         return part
@@ -154,7 +154,7 @@ def save(ranks: Ranks, rounds: int) -> tuple[dict[str, Any], bytes]:
     """Plans a save; returns the row, and the bytes of `checkpoint.json`."""
     state = ranks.state(0)
 
-    def plan() -> placement.Part:
+    def plan() -> placement.WrittenPart:
         return writing.part(ranks.shard(0), writing.mine(state, 0, ranks.world))
 
     planning, own = timed(plan, rounds)
@@ -200,7 +200,7 @@ def restore(ranks: Ranks, run: Location, rounds: int) -> dict[str, Any]:
 
     def read(other: Ranks) -> tuple[int, int]:
         """All but the bytes; returns the size of the indexes, and the requests."""
-        told: Checkpoint = received(message)
+        told: SavedCheckpoint = received(message)
         state = other.state(0)
         needed = {s for n, t in state.items() for s in told.needed(n, t.start, t.local.numel())}  # type: ignore[attr-defined]
         told.fetch_places(sorted(needed))
@@ -223,7 +223,7 @@ def restore(ranks: Ranks, run: Location, rounds: int) -> dict[str, Any]:
 
 def driver(world: int, rounds: int) -> dict[str, Any]:
     """Heartbeats through the mailbox to the driver's watch, as often as they come."""
-    state, hosts = mailbox.State(), [f"{r // NODE:056x}" for r in range(world)]
+    state, hosts = mailbox.MailboxState(), [f"{r // NODE:056x}" for r in range(world)]
 
     def beat() -> None:
         for rank in range(world):

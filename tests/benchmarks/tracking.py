@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from heliostat.chaos.servers import Server, mlflow_server
+from heliostat.chaos.servers import ServerProcess, mlflow_server
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.runs.events import Steps
@@ -76,7 +76,7 @@ def cost(folder: Path, uri: str, seconds: float) -> None:
           f"{sum(kept) / steps * RATE:.3%} | {cpu / seconds:.1%} |")  # fmt: skip
 
 
-def outage(folder: Path, server: Server, tracking: str, steps: int, away: float) -> bool:
+def outage(folder: Path, server: ServerProcess, tracking: str, steps: int, away: float) -> bool:
     owner = Unlogged(job(folder, "outage", f"http://{server.endpoint}"))
     began = time.perf_counter()
     for first in range(0, steps, 10):

@@ -31,7 +31,7 @@ from heliostat.evaluation.suite import load
 from heliostat.inference.batch.engines import Continue, Input
 from heliostat.recipes import exported
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.tracking import tags
@@ -282,7 +282,7 @@ def driver(run: Location) -> subprocess.Popen:
     """A process that is the run's driver, as far as the run's folder tells."""
     process = subprocess.Popen(["sleep", "300"])
     now = time.time()
-    attempt = Attempt("a", now, now, now, 0, 1, host=socket.gethostname(), pid=process.pid)
+    attempt = RecordedAttempt("a", now, now, now, 0, 1, host=socket.gethostname(), pid=process.pid)
     run.join(run_folder.LEDGER, attempt.name).write(json.dumps(dataclasses.asdict(attempt)).encode())
     return process
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from heliostat.chaos.proxy import Fault, FaultProxy
+from heliostat.chaos.proxy import FaultProxy, ProxyFault
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.config import spec
@@ -268,7 +268,7 @@ def test_a_slow_upload_that_gets_on_is_no_stall(s3_server: str, tmp_path: Path) 
     """Every part that reaches the store is a pulse while the save is waited for, so that the longest silence is a part's; and
     loading gives a pulse for each request."""
     boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1").create_bucket(Bucket="slow")
-    with FaultProxy(s3_server, [Fault("delay", seconds=1.0, key="/slow/*shard*")]) as proxy:
+    with FaultProxy(s3_server, [ProxyFault("delay", seconds=1.0, key="/slow/*shard*")]) as proxy:
         uri = f"s3://slow/run?endpoint_override={proxy.endpoint}&scheme=http"
         (row,) = ranks.run(f"{__name__}:slow", (1,), uri)
     assert row["waited"] > 4  # four parts of 10 MiB

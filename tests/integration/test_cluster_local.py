@@ -61,7 +61,7 @@ class Workspace:
         return json.loads(self.heliostat(*arguments, "--json", code=code).splitlines()[-1])
 
     @property
-    def state(self) -> local.State:
+    def state(self) -> local.ClusterState:
         with contextlib.chdir(self.folder):
             state = local.read("test")
         assert state
@@ -153,7 +153,7 @@ def test_up_starts_the_worker_that_died_and_leaves_what_runs(work) -> None:
     token = (work.folder / ".heliostat" / "clusters" / "test" / "token").read_text()
     client = jobs.Jobs(Endpoint(work.state.url, token, True)).client
     client.submit_job(entrypoint="sleep 600", submission_id="sleeper")
-    for process in family(local.State("", "", "", [second])):
+    for process in family(local.ClusterState("", "", "", [second])):
         process.kill()
     found = work.json("cluster", "up", "cluster.yaml")
     assert found["nodes"] == 3 and work.state.nodes[:2] == [head, first] and work.state.nodes[2] not in before
@@ -231,13 +231,13 @@ HTTP = (
 )
 
 
-def family(state: local.State) -> list[psutil.Process]:
+def family(state: local.ClusterState) -> list[psutil.Process]:
     """The nodes' processes by their parents, whatever they call themselves and have in their environment."""
     shells = [psutil.Process(n.pid) for n in state.nodes]
     return [*shells, *(p for s in shells for p in s.children(recursive=True))]
 
 
-def forks(state: local.State) -> list[psutil.Process]:
+def forks(state: local.ClusterState) -> list[psutil.Process]:
     """The training workers that are forks of the cluster's zygote."""
     found = []
     for process in family(state):
@@ -247,7 +247,7 @@ def forks(state: local.State) -> list[psutil.Process]:
     return found
 
 
-def _listening(state: local.State) -> set[tuple[str, int]]:
+def _listening(state: local.ClusterState) -> set[tuple[str, int]]:
     found = set()
     for process in family(state):
         with contextlib.suppress(psutil.NoSuchProcess):  # one that has done its work

@@ -20,7 +20,7 @@ from heliostat.errors import DataError, HeliostatError, StorageError
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, exchange, flow, merging, pool
 from heliostat.tasks.flow import Task
-from heliostat.tasks.pool import Pool
+from heliostat.tasks.pool import ActorPool
 from heliostat.tasks.work import Work
 from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -147,7 +147,7 @@ def test_ray_reserves_what_a_task_may_take(tmp_path):
 def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
     """Two actors, as for two GPUs; one of them dies, and its task runs again in its successor."""
     monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
-    monkeypatch.setattr(crew, "Pool", lambda *given, num_gpus, **options: Pool(*given, **options))
+    monkeypatch.setattr(crew, "ActorPool", lambda *given, num_gpus, **options: ActorPool(*given, **options))
     found = flow.Flow(Work(Location(str(tmp_path / "work"))))
     tasks = [Task(f"{i:032}", {"number": i, "mark": str(tmp_path / "mark")}) for i in range(20)]
     records = found.all("gpu", once, iter(tasks), pooled=True)
@@ -168,7 +168,9 @@ def test_actors_that_find_no_place_are_not_waited_for(tmp_path, monkeypatch, cap
     """With room for one of two the tasks run in that one; with none it is one error, in time."""
     total = int(ray.cluster_resources()["CPU"])
     monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
-    monkeypatch.setattr(crew, "Pool", lambda *given, num_cpus, num_gpus, **options: Pool(*given, num_cpus=total, **options))
+    monkeypatch.setattr(
+        crew, "ActorPool", lambda *given, num_cpus, num_gpus, **options: ActorPool(*given, num_cpus=total, **options)
+    )
     monkeypatch.setattr(pool, "PLACE_S", 40.0)  # a process starts slowly on a busy machine
     found = flow.Flow(Work(Location(str(tmp_path / "work"))))
     tasks = [Task(f"{i:032}", {"number": i, "mark": str(tmp_path / "mark")}) for i in range(4)]

@@ -20,7 +20,7 @@ from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.engine import deepspeed_engine, zero_state
-from heliostat.engine.ema import Ema
+from heliostat.engine.ema import AveragedWeights
 from heliostat.errors import ConfigError
 from heliostat.evaluation.losses import evaluate
 from heliostat.inference.generate import generate
@@ -81,15 +81,15 @@ STAGES, WORKERS, STEPS, AFTER = (0, 1, 2, 3), (1, 2, 4), 3, 2
 ONE_LEVEL = UNET | {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 
 
-def _engine(job: Job) -> tuple[Any, TextToImage, Ema]:
+def _engine(job: Job) -> tuple[Any, TextToImage, AveragedWeights]:
     recipe = TextToImage(job)
     recipe.bind([manifest.read(location) for location in job.sources])
     engine = deepspeed_engine.build_engine(job, recipe)
     zero_state.init_optimizer_state(engine)
-    return engine, recipe, Ema(engine, 0.9)
+    return engine, recipe, AveragedWeights(engine, 0.9)
 
 
-def _play(engine: Any, recipe: TextToImage, ema: Ema, job: Job, first: int, steps: int) -> list[float]:
+def _play(engine: Any, recipe: TextToImage, ema: AveragedWeights, job: Job, first: int, steps: int) -> list[float]:
     """Trains as the loop does, without Ray; each step's loss over the global batch."""
     made = plan(job, [manifest.read(location) for location in job.sources])
     dataset, draws, losses = open_dataset(made), BatchPlan(job, made), []

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from heliostat.curation.prepare import prepare
 from heliostat.inference.batch import run
-from heliostat.inference.batch.settings import Settings
+from heliostat.inference.batch.settings import BatchSettings
 
 from tests.integration import commands
 from tests.unit.build_job import BASE
@@ -43,7 +43,7 @@ def test_a_killed_driver_and_a_killed_worker_change_no_answer(ray_session, tmp_p
     model, asked = write_model(tmp_path, BASE["model"], 64), tmp_path / "in.jsonl"
     rows = [json.dumps({"text": f"{'word ' * (i % 7)}{i}", "n": i, "of_no_use": "." * 60}) for i in range(COUNT)]  # for pieces
     asked.write_text("\n".join([*rows, "{"]))
-    settings = Settings(keep=["n"], options=OPTIONS)
+    settings = BatchSettings(keep=["n"], options=OPTIONS)
     whole = run.infer(model, str(asked), str(tmp_path / "whole"), settings)
 
     out = tmp_path / "out"
@@ -94,9 +94,15 @@ def test_chats_classes_and_images_are_answered_once_by_workers_of_which_one_is_k
     listed = [json.dumps({"file_name": f"{i:02d}.png", "text": ""}) for i in range(21)]
     (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(listed))
     asked = {
-        "chat": (write_writer(tmp_path / "writer"), "chats.jsonl", Settings(task="chat", keep=["n"], options=OPTIONS), COUNT, 1),
-        "classify": (write_classifier(tmp_path / "classifier"), "texts.jsonl", Settings(task="classify"), 60, 0),
-        "embed-images": (clip, "images", Settings(task="embed-images"), 20, 1),
+        "chat": (
+            write_writer(tmp_path / "writer"),
+            "chats.jsonl",
+            BatchSettings(task="chat", keep=["n"], options=OPTIONS),
+            COUNT,
+            1,
+        ),
+        "classify": (write_classifier(tmp_path / "classifier"), "texts.jsonl", BatchSettings(task="classify"), 60, 0),
+        "embed-images": (clip, "images", BatchSettings(task="embed-images"), 20, 1),
     }
     killed = subprocess.Popen([sys.executable, "-c", KILLER, str(os.getpid())])
     for task, (model, name, settings, count, bad) in asked.items():

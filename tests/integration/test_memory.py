@@ -18,7 +18,7 @@ from heliostat.runs import goodput
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.training.driver.memory import Memory
-from heliostat.training.driver.pool import Pool
+from heliostat.training.driver.pool import WorkerPool
 from heliostat.training.memory_keeper import summed
 from heliostat.training.run import train
 
@@ -92,7 +92,7 @@ def test_a_limit_that_is_too_small_is_said_and_nothing_is_kept(job_file, caplog)
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
-    with Pool(Workers(count=2)) as pool, Memory(job(**{"checkpoint.memory_every": 1})) as made:
+    with WorkerPool(Workers(count=2)) as pool, Memory(job(**{"checkpoint.memory_every": 1})) as made:
         yield made, made.plan(pool.take(2), None)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heliostat.chaos.servers import Server
+from heliostat.chaos.servers import ServerProcess
 from heliostat.errors import TrackingError
 from heliostat.runs.events import Steps
 from heliostat.runs.goodput import PARTS
@@ -26,7 +26,7 @@ from tests.integration.conftest import curve, empty_store
 REPORT: dict[str, Any] = {"total_s": 1.0, "goodput": 1.0, "worker_hours": 0.1}
 
 
-class ForkedServer(Server):
+class ForkedServer(ServerProcess):
     """MLflow's server, each time in a fork that has its libraries."""
 
     def __init__(self, store: str, folder: Path) -> None:
@@ -64,7 +64,7 @@ def server(tracking: str, tmp_path: Path):
 
 
 @pytest.fixture
-def owner_of(server: Server, job_file, monkeypatch):
+def owner_of(server: ServerProcess, job_file, monkeypatch):
     """A new command's owner of the run."""
     monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
     monkeypatch.setattr(tracking_run, "PAUSES", Backoff(0.5, 1.0))

@@ -18,7 +18,7 @@ import boto3
 import mlflow
 import psutil
 import pytest
-from heliostat.chaos.servers import Server
+from heliostat.chaos.servers import ServerProcess
 from heliostat.cli.main import app
 from heliostat.errors import TrackingError
 from heliostat.training.run import train
@@ -83,7 +83,9 @@ def database(password: str) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def server(database: dict[str, str], s3_server: str, password: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    database: dict[str, str], s3_server: str, password: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
     """`mlflow server` as the docs start it."""
     folder = tmp_path_factory.mktemp("server")
     boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1").create_bucket(Bucket="mlflow")
@@ -108,12 +110,12 @@ def server(database: dict[str, str], s3_server: str, password: str, tmp_path_fac
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    with Server(command, "/health", folder / "server.log", environment) as running:
+    with ServerProcess(command, "/health", folder / "server.log", environment) as running:
         yield running
 
 
 @pytest.fixture
-def login(server: Server, password: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def login(server: ServerProcess, password: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The server's address; this process is the user `trainer`, with a password of its own."""
     from mlflow.server.auth.client import AuthServiceClient
 

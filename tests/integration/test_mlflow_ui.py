@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from heliostat.chaos.servers import Server
+from heliostat.chaos.servers import ServerProcess
 from heliostat.recipes.protocol import Draws
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.tracking import ui
@@ -68,19 +68,19 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def server(tracking: str, browser: Any, tmp_path: Path) -> Iterator[Server]:
+def server(tracking: str, browser: Any, tmp_path: Path) -> Iterator[ServerProcess]:
     keys = tmp_path / "keys"
     keys.write_text(f"{KEY}\n")
     keys.chmod(0o600)
     told = ui.environment(tracking, "127.0.0.1", keys)
-    with Server(ui.command("127.0.0.1", "PORT"), "/health", tmp_path / "ui.log", told) as running:
+    with ServerProcess(ui.command("127.0.0.1", "PORT"), "/health", tmp_path / "ui.log", told) as running:
         browser.get(f"http://{running.endpoint}/#key={KEY}")
         until(lambda: "Enter a key" not in said(browser, None), "the UI behind the key", lambda: said(browser, None))
         yield running
 
 
 @pytest.fixture
-def look(server: Server, browser: Any, tmp_path: Path) -> Callable[..., None]:
+def look(server: ServerProcess, browser: Any, tmp_path: Path) -> Callable[..., None]:
     """Opens a page, presses a button or searches for charts there, waits for the texts that it must show, sees that it shows
     none of others, and keeps a picture of it under the name."""
     shots = Path(os.environ.get("HELIOSTAT_SCREENSHOTS", tmp_path))

@@ -81,7 +81,7 @@ def copies(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         buffer = flat_copy.as_buffer(flat_copy.size(ranges), False)
         flat_copy.pack(state, ranges, buffer)
 
-        average = ema.Ema(engine, 0.5)
+        average = ema.AveragedWeights(engine, 0.5)
         before = average.state(whole=True)
         for shard in before.values():
             shard.local.mul_(0.5)
@@ -115,17 +115,17 @@ def test_offloaded_state_is_restored_and_stepped_in_place_where_the_accelerator_
 
 def copied_slices(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     """In both ranks, at each stage: what is said where slices are copies, as a change of DeepSpeed's could make them."""
-    of = zero_state.Place.of
+    of = zero_state.SlicePlace.of
     for stage in range(4):
         engine = _engine("adamw", Layout("fp32", stage, WORKERS), "cpu" if stage else None)
         before = play.state(engine)
-        zero_state.Place.of = lambda place, tensor: of(place, tensor).clone()
+        zero_state.SlicePlace.of = lambda place, tensor: of(place, tensor).clone()
         try:
             zero_state.init_optimizer_state(engine)
             error = ""
         except TrainingError as e:
             error = str(e)
-        zero_state.Place.of = of
+        zero_state.SlicePlace.of = of
         yield {"stage": stage, "error": error, "same": _same(play.state(engine), before)}
 
 

@@ -13,19 +13,19 @@ import ray
 from heliostat.config.spec import Workers
 from heliostat.errors import PlacementError
 from heliostat.training.driver import slots
-from heliostat.training.driver.pool import Pool
+from heliostat.training.driver.pool import WorkerPool
 from ray.util.placement_group import placement_group, remove_placement_group
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.fixture
-def pool() -> Iterator[Pool]:
-    with Pool(Workers(count=3)) as made:
+def pool() -> Iterator[WorkerPool]:
+    with WorkerPool(Workers(count=3)) as made:
         yield made
 
 
-def pids(pool: Pool, count: int) -> set[int]:
+def pids(pool: WorkerPool, count: int) -> set[int]:
     return {member.pid for member in pool.take(count)}
 
 
@@ -81,7 +81,7 @@ def test_two_runs_that_do_not_both_fit_get_on_one_after_the_other(monkeypatch):
     done: list[int] = []
 
     def use() -> None:
-        with Pool(Workers(count=each)) as made:
+        with WorkerPool(Workers(count=each)) as made:
             done.append(len(made.take(each)))
 
     threads = [threading.Thread(target=use) for _ in range(2)]

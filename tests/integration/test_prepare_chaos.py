@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from heliostat.chaos.nodes import LocalNodes
-from heliostat.chaos.proxy import Fault, FaultProxy
+from heliostat.chaos.proxy import FaultProxy, ProxyFault
 from heliostat.chaos.servers import s3_server
 from heliostat.data import manifest
 from heliostat.storage.locations import Location
@@ -87,7 +87,7 @@ def bursts(proxy: FaultProxy) -> Iterator[None]:
 
     def act() -> None:
         while not ended.wait(6.0):
-            proxy.faults = (Fault("status", rate=0.5),)
+            proxy.faults = (ProxyFault("status", rate=0.5),)
             ended.wait(2.0)
             proxy.faults = ()
 

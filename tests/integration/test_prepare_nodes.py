@@ -86,7 +86,7 @@ def test_a_stage_runs_on_a_node_that_lacks_its_model(tmp_path, monkeypatch):
     make_input(tmp_path / "in", 1200)
     model, cache = tmp_path / "model", tmp_path / "cache"
     cache.mkdir()
-    linear.Linear(np.zeros(16, np.float32), 5.0, linear.Features(1, 4, 100)).save(model, {})
+    linear.LinearScorer(np.zeros(16, np.float32), 5.0, linear.NgramCounter(1, 4, 100)).save(model, {})
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
     stages = [{"stage": "classifier", "model": str(model)}, {"stage": "length", "min_words": 65}]
     found = list[str]()

@@ -16,7 +16,7 @@ from heliostat.data import manifest
 from heliostat.data.dataset import plan
 from heliostat.errors import CorruptionError
 from heliostat.training.run import train
-from heliostat.training.worker.recheck import Recheck
+from heliostat.training.worker.recheck import CorruptionCheck
 
 from tests.golden import curves, data
 from tests.integration import ranks
@@ -37,9 +37,9 @@ def _steps(folder: str, stage: int, precision: str, **model: Any) -> curves.Step
     return curves.Steps(made, plan(made, [manifest.read(location) for location in made.sources]))
 
 
-def _recheck(steps: curves.Steps, group: Any) -> Recheck:
+def _recheck(steps: curves.Steps, group: Any) -> CorruptionCheck:
     where = f"node-{steps.rank}", f"10.0.0.{steps.rank}"
-    return Recheck(steps.job, steps.engine, steps.recipe, steps.dataset, steps.batch_plan, group, where)
+    return CorruptionCheck(steps.job, steps.engine, steps.recipe, steps.dataset, steps.batch_plan, group, where)
 
 
 def _flip(p: torch.Tensor) -> None:
@@ -73,7 +73,7 @@ NOISE = torch.Generator().manual_seed(0)
 FAULTS = {"flips": _flips, "errs": _errs, "errs once": _errs_once, "wavers": _wavers}
 
 
-def _play(steps: curves.Steps, recheck: Recheck | None, fault: str = "") -> dict[str, Any]:
+def _play(steps: curves.Steps, recheck: CorruptionCheck | None, fault: str = "") -> dict[str, Any]:
     """Trains some steps as the loop does; before the second something happens to worker 1, or to all if kernels waver."""
     samples, looked, said = steps.dealt(), list[int](), list[str | None]()
     for step in range(STEPS):

@@ -162,7 +162,7 @@ def test_what_an_export_leaves_out_is_said_and_what_cannot_be_made_is_refused(
     recipe, run = LowRank(), Location(str(tmp_path))
     names = {n: list(p.shape) for n, p in building.build(recipe).named_parameters()}
     entries = {f"master.{n}": {"dtype": "F32", "shape": shape, "chunks": []} for n, shape in names.items()}
-    found = checkpoint.Checkpoint(run, {"step": 1, "tensors": entries})
+    found = checkpoint.SavedCheckpoint(run, {"step": 1, "tensors": entries})
     shapes = {n: tuple(shape) for n, shape in names.items()}
     with caplog.at_level(logging.WARNING):
         export._files(recipe, shapes, found)

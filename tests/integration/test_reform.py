@@ -40,7 +40,7 @@ def llama() -> torch.nn.Module:
 
 def _begin(folder: str, number: int, rank: int, world: int, stage: int, precision: str, load: Path | None) -> Any:
     """Joins a new group and builds an engine in it, as an attempt does; loads a checkpoint."""
-    process_group.join(process_group.Place(rank, world, rank, world, f"file://{folder}/meeting-{number}", "gloo"))
+    process_group.join(process_group.WorkerPlace(rank, world, rank, world, f"file://{folder}/meeting-{number}", "gloo"))
     changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch": 2 * world}
     changes |= {"train.micro_batch": 2, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
     engine = deepspeed_engine.build_engine(job(**changes), Around(llama))
@@ -130,7 +130,7 @@ def abandoned(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]
     """Of three processes that wait in a collective one ends; the others, told to abort meanwhile, form a group of two."""
     me = _claim(folder)
     process_group.leave()
-    process_group.join(process_group.Place(me, 3, me, 3, f"file://{folder}/meeting-of-three", "gloo"))
+    process_group.join(process_group.WorkerPlace(me, 3, me, 3, f"file://{folder}/meeting-of-three", "gloo"))
     dist.barrier()
     if me == 2:
         time.sleep(1)
@@ -144,7 +144,7 @@ def abandoned(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]
         failed = True
     waited = time.monotonic() - began
     process_group.leave()
-    process_group.join(process_group.Place(me, 2, me, 2, f"file://{folder}/meeting-of-two", "gloo"))
+    process_group.join(process_group.WorkerPlace(me, 2, me, 2, f"file://{folder}/meeting-of-two", "gloo"))
     total = torch.ones(1)
     dist.all_reduce(total)
     yield {"failed": failed, "waited": waited, "total": float(total)}
@@ -179,7 +179,7 @@ def _copy_out(engine: Any, folder: Path) -> None:
 def _copy_in(engine: Any, folder: Path, steps: int) -> None:
     """Loads the slices of this rank, of whatever number of ranks, from such files."""
     ranks = sorted(int(f.stem) for f in folder.glob("*.json"))
-    layouts = {r: [flat_copy.Range(*one) for one in json.loads((folder / f"{r}.json").read_text())] for r in ranks}
+    layouts = {r: [flat_copy.FlatRange(*one) for one in json.loads((folder / f"{r}.json").read_text())] for r in ranks}
     state = zero_state.state(engine, whole=True)
     wanted = flat_copy.layout(state)
     buffer = flat_copy.as_buffer(flat_copy.size(wanted), False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import LEDGER, RESULT
@@ -36,7 +36,7 @@ def scene(tracking: str, tmp_path: Path) -> Scene:
         tags = {NAME: name, RUN_FOLDER: str(tmp_path / "run"), TOKEN: "mine"}
         run_id = client.create_run(experiment, tags=tags).info.run_id
         folder, now = Location(str(tmp_path / "run")), time.time()
-        attempt = Attempt("a", now - 50, now - 40, now - 30, 0, 2, host=socket.gethostname(), pid=GONE)
+        attempt = RecordedAttempt("a", now - 50, now - 40, now - 30, 0, 2, host=socket.gethostname(), pid=GONE)
         for key, value in facts.items():
             setattr(attempt, key, value)
         folder.join(LEDGER, "attempt-1.json").write(attempt.dump())

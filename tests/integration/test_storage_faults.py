@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-from heliostat.chaos.proxy import Fault, FaultProxy
+from heliostat.chaos.proxy import FaultProxy, ProxyFault
 from heliostat.data import manifest
 from heliostat.data.index import index
 from heliostat.errors import StorageError
@@ -21,11 +21,11 @@ from heliostat.tasks import spill
 SMALL, LARGE = (np.random.default_rng(0).bytes(n) for n in (100_000, 12 << 20))  # LARGE is uploaded in parts
 TOKENS = pa.array([[(i * j) % 300 for j in range(100)] for i in range(800)], pa.list_(pa.int32()))
 BROKEN = {
-    "throttled": Fault("status", status=503, code="SlowDown"),
-    "failing": Fault("status", status=500, code="InternalError"),
-    "silent": Fault("delay", seconds=600),
-    "reset": Fault("reset"),
-    "cut": Fault("cut"),
+    "throttled": ProxyFault("status", status=503, code="SlowDown"),
+    "failing": ProxyFault("status", status=500, code="InternalError"),
+    "silent": ProxyFault("delay", seconds=600),
+    "reset": ProxyFault("reset"),
+    "cut": ProxyFault("cut"),
 }
 
 
@@ -67,7 +67,7 @@ def test_with_three_of_ten_requests_failing_everything_is_read_and_written_right
     """Writes of one and of several parts, whole reads, row groups, listings and deletes: as without faults, only slower."""
     monkeypatch.setenv(retries.BUDGET, "60")
     failing = BROKEN[fault]
-    proxy.faults = (Fault(failing.kind, rate=0.3, status=failing.status, code=failing.code, seconds=0.3),)
+    proxy.faults = (ProxyFault(failing.kind, rate=0.3, status=failing.status, code=failing.code, seconds=0.3),)
 
     def keep(name: str, data: bytes) -> None:
         root.join(fault, name).write(data)
@@ -93,7 +93,7 @@ def test_spilled_tables_are_read_while_requests_fail(root, proxy, monkeypatch):
     """Footers, too: opening a Parquet file asks the store for them."""
     monkeypatch.setenv(retries.BUDGET, "12")
     name = spill.write(root.join("spill"), pa.table({"key": pa.array(range(50), pa.uint64())}))
-    proxy.faults = (Fault("status", rate=0.4),)
+    proxy.faults = (ProxyFault("status", rate=0.4),)
     for _ in range(15):
         assert sum(len(t) for t in spill.read(root.join("spill"), name)) == 50
     assert sum(proxy.injected.values()) > 10
@@ -114,10 +114,10 @@ def test_a_spilled_table_is_asked_for_in_few_requests(root, proxy):
 
 def test_a_probe_outlives_one_refused_request(root, proxy, monkeypatch):
     monkeypatch.setenv(retries.BUDGET, "60")
-    proxy.faults = (Fault("status", limit=1),)
+    proxy.faults = (ProxyFault("status", limit=1),)
     root.probe()
     assert sum(proxy.injected.values()) == 1
-    proxy.faults = (Fault("status"),)
+    proxy.faults = (ProxyFault("status"),)
     start = time.monotonic()
     with pytest.raises(StorageError, match="storage failed for"):
         root.probe()
@@ -152,7 +152,7 @@ def test_a_store_that_never_recovers_is_an_error_within_the_budget(root, proxy, 
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"])
 def test_refused_credentials_fail_at_once(root, proxy, code):
     """Of every operation the first answer is the last: the message says that access was refused and what to check."""
-    proxy.faults = (Fault("status", status=403, code=code),)
+    proxy.faults = (ProxyFault("status", status=403, code=code),)
     for name, operation in OPERATIONS.items():
         start, before = time.monotonic(), proxy.requests
         with pytest.raises(StorageError, match="access refused; check the credentials and the bucket policy"):
@@ -169,7 +169,7 @@ def test_a_row_group_whose_reading_breaks_off_is_read_again(root, proxy, monkeyp
         with place.open() as f:
             parquet = pq.ParquetFile(f)
             if not started:
-                proxy.faults = (Fault("status", limit=3), Fault("reset", limit=3))
+                proxy.faults = (ProxyFault("status", limit=3), ProxyFault("reset", limit=3))
             started.append(time.monotonic())
             return parquet.read_row_group(5)
 
@@ -180,7 +180,7 @@ def test_a_row_group_whose_reading_breaks_off_is_read_again(root, proxy, monkeyp
 def test_a_hanging_answer_is_given_up_and_asked_for_again(root, proxy, monkeypatch):
     """Silence is a fault too: after a part of the budget, not after minutes."""
     monkeypatch.setenv(retries.BUDGET, "16")
-    proxy.faults = (Fault("delay", seconds=600, limit=2),)
+    proxy.faults = (ProxyFault("delay", seconds=600, limit=2),)
     start = time.monotonic()
     assert root.join("small").read() == SMALL
     assert 2 < time.monotonic() - start < 16
@@ -196,7 +196,7 @@ def test_a_write_that_fails_at_any_request_leaves_the_old_object(bucket, monkeyp
 
     place(bucket).write(b"old")
     for request in range(1, 20):
-        with NthFails(bucket, Fault(kind), request) as failing:
+        with NthFails(bucket, ProxyFault(kind), request) as failing:
             through = place(failing.endpoint)
             try:
                 through.attempt(lambda there=through: there._put(lambda out: out.write(LARGE)), budget_s=0)
@@ -211,11 +211,11 @@ def test_a_write_that_fails_at_any_request_leaves_the_old_object(bucket, monkeyp
 class NthFails(FaultProxy):
     """Only the n-th request fails."""
 
-    def __init__(self, upstream: str, fault: Fault, n: int) -> None:
+    def __init__(self, upstream: str, fault: ProxyFault, n: int) -> None:
         super().__init__(upstream)
         self.fault, self.n = fault, n
 
-    def draw(self, path: str) -> Fault | None:
+    def draw(self, path: str) -> ProxyFault | None:
         self.requests += 1
         return self.fault if self.requests == self.n else None
 
@@ -226,7 +226,7 @@ def test_damage_behind_a_failing_store_is_still_damage(root, proxy, monkeypatch)
     raw = bytearray(root.join("a.parquet").read())
     raw[1000] ^= 4
     root.join("bad.parquet").write(bytes(raw))
-    proxy.faults = (Fault("status", rate=0.3), Fault("reset", rate=0.1))
+    proxy.faults = (ProxyFault("status", rate=0.3), ProxyFault("reset", rate=0.1))
     for _ in range(3):
         with pytest.raises(OSError, match="CRC checksum verification failed"):
             row_group(root.join("bad.parquet"), 0)
@@ -237,7 +237,10 @@ def test_a_dataset_is_indexed_through_a_failing_store_as_through_a_good_one(root
     monkeypatch.setenv(retries.BUDGET, "60")
     shard = root.join("a.parquet").read()
     digests = []
-    for place, faults in ((root.join("good"), ()), (root.join("bad"), (Fault("status", rate=0.2), Fault("cut", rate=0.2)))):
+    for place, faults in (
+        (root.join("good"), ()),
+        (root.join("bad"), (ProxyFault("status", rate=0.2), ProxyFault("cut", rate=0.2))),
+    ):
         place.join("shards", "0.parquet").write(shard)
         first = manifest.write(place, manifest.read_footer(place, "shards/0.parquet", "tokens"), {"kind": "tokens"})
         for i in range(1, 6):

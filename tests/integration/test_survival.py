@@ -21,7 +21,7 @@ from heliostat.engine import process_group
 from heliostat.errors import ConfigError, LimitError, WorkerError
 from heliostat.recipes.protocol import Loss
 from heliostat.runs import goodput, liveness
-from heliostat.runs.time_ledger import Recorder
+from heliostat.runs.time_ledger import LedgerRecorder
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.training.driver import attempt, limits
@@ -245,7 +245,7 @@ def test_a_checkpoint_damaged_in_its_bytes_is_passed_over_and_the_run_goes_on_fr
 def test_a_limit_stops_a_run_behind_a_checkpoint_and_a_higher_one_continues_it(job_file, monkeypatch):
     """The ledger and the error say that the limit did it; a command that resumes with the old limit does not begin."""
     monkeypatch.setattr(limits, "EVERY_S", 0.0)
-    monkeypatch.setattr(Recorder, "spent", lambda self: (1.0 if self.attempts[-1].reached >= 3 else 0.0, 0.0))
+    monkeypatch.setattr(LedgerRecorder, "spent", lambda self: (1.0 if self.attempts[-1].reached >= 3 else 0.0, 0.0))
     path = job_file("limited")
     with pytest.raises(LimitError, match=r"limits\.hours: 0\.5 h are used up .*; stopped at step \d+, behind a checkpoint"):
         train(path, [*settings(**PACED_PLAIN), "limits.hours=0.5"])

@@ -99,7 +99,9 @@ def _not_in_memory(player: play.Player) -> list[str]:
     everyone = together(player.control, lambda: ([astuple(r) for r in ranges], kept))
     wanted = flat_copy.layout(whole)
     found = flat_copy.as_buffer(flat_copy.size(wanted), False)
-    for piece in flat_copy.pieces({rank: [flat_copy.Range(*r) for r in its] for rank, (its, _) in enumerate(everyone)}, wanted):
+    for piece in flat_copy.pieces(
+        {rank: [flat_copy.FlatRange(*r) for r in its] for rank, (its, _) in enumerate(everyone)}, wanted
+    ):
         found[piece.target : piece.target + piece.size] = everyone[piece.rank][1][piece.source : piece.source + piece.size]
     right = flat_copy.as_buffer(len(found), False)
     flat_copy.pack(whole, wanted, right)

@@ -5,7 +5,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import requests
-from heliostat.chaos.servers import Server
+from heliostat.chaos.servers import ServerProcess
 from heliostat.tracking import ui
 
 from tests.unit.test_ui import KEY, keys_in
@@ -20,7 +20,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ui")
     store = f"sqlite:///{folder}/mlflow.db"
     own = {**ui.environment(store, "127.0.0.1", keys_in(folder)), "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "artifacts")}
-    with Server(ui.command("127.0.0.1", "PORT"), "/health", folder / "log", own) as it:
+    with ServerProcess(ui.command("127.0.0.1", "PORT"), "/health", folder / "log", own) as it:
         yield f"http://{it.endpoint}"
 
 

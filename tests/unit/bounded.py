@@ -9,7 +9,7 @@ from pathlib import Path
 
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.text import tasks
-from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.documents import TextRules
 from heliostat.storage.locations import Location
 
 from tests.fork_server import Done, ForkServer
@@ -35,11 +35,11 @@ def forked(arguments: list[str]) -> int:
     if name.endswith(".tar") or name.startswith("image"):
         task, limits = (
             {"kind": "archives", "parts": [{"path": name, "bytes": 0, "modified": 0}]},
-            image_sources.Limits(int(limit)),
+            image_sources.ImageLimits(int(limit)),
         )
-        found = image_sources.read(folder, task, image_sources.Columns(), limits)
+        found = image_sources.read(folder, task, image_sources.ImageColumns(), limits)
     else:
-        found = tasks.read_file(Location(folder), name, Rules(max_file_bytes=int(limit)))
+        found = tasks.read_file(Location(folder), name, TextRules(max_file_bytes=int(limit)))
     for last in found:
         reason = getattr(last, "reason", "kept")
     os.write(1, reason.encode())

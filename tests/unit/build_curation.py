@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heliostat.curation.engine import Curated, Engine
-from heliostat.curation.pieces import Part
+from heliostat.curation.engine import Curated, StageEngine
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.registry import parse
 from heliostat.curation.segment import survivors
 from heliostat.curation.stage import Document, Picture
@@ -73,7 +73,7 @@ class Given:
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     pictures: dict[str, Picture] = field(default_factory=dict)
 
-    def read(self, part: Part):
+    def read(self, part: FilePart):
         columns = dict(self.columns.get(part.path, {}))
         yield Document(part.path, self.texts[part.path], columns, self.pictures.get(part.path))
 
@@ -86,8 +86,8 @@ def curate(folder: Path, texts: dict[str, str], stages: list[dict[str, Any]], pi
            pictures: dict[str, Picture] | None = None, **flow_keys: Any) -> tuple[Curated, HereFlow]:  # fmt: skip
     """Takes texts by id through stages, dealt out to some pieces, or to pieces that are given."""
     here = HereFlow(Work(Location(str(folder))), **flow_keys)
-    engine = Engine(here, Given(texts, columns or {}, pictures or {}), ["given"], memory_limit)
-    parts = {id: Part(id, len(text), 0) for id, text in texts.items()}
+    engine = StageEngine(here, Given(texts, columns or {}, pictures or {}), ["given"], memory_limit)
+    parts = {id: FilePart(id, len(text), 0) for id, text in texts.items()}
     dealt = [list(parts)[i::pieces] for i in range(pieces)] if isinstance(pieces, int) else pieces
     return engine.curate([[parts[id] for id in piece] for piece in dealt if piece], [parse(entry) for entry in stages]), here
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 from heliostat.apps.search import build
-from heliostat.apps.search.search import Index
-from heliostat.apps.search.settings import Settings
+from heliostat.apps.search.search import SearchIndex
+from heliostat.apps.search.settings import IndexSettings
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
 from heliostat.storage.locations import Location
@@ -14,7 +14,7 @@ from heliostat.tasks.work import Work
 from tests.unit.build_curation import HereFlow
 from tests.unit.test_samples import END, TEXTS
 
-SETTINGS = Settings(chunk_tokens=16, overlap=4)
+SETTINGS = IndexSettings(chunk_tokens=16, overlap=4)
 
 
 def write_dataset(folder: Path, texts: dict[str, str], shards: int = 2, definition: str | None = None) -> manifest.Manifest:
@@ -46,7 +46,7 @@ def index(made: manifest.Manifest, out: Path, embedder: Path | None = None, sett
     return build.build(HereFlow(Work(place.join(build.WORK)), **flow), made, place, settings, about, build.what_was(place), 4)
 
 
-def rows(out: Path | Index) -> list[dict]:
+def rows(out: Path | SearchIndex) -> list[dict]:
     """All passages of the version that an index's record names, in an order of their own."""
-    found = (out if isinstance(out, Index) else Index(Location(str(out)))).table.to_table().to_pylist()
+    found = (out if isinstance(out, SearchIndex) else SearchIndex(Location(str(out)))).table.to_table().to_pylist()
     return sorted(found, key=lambda row: (row["document"], row["number"]))

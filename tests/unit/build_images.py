@@ -56,7 +56,7 @@ CLIP: dict[str, Any] = {
 
 def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
     """A prepared dataset of the first digits, with labels and a tokenizer, as the image pipeline writes them."""
-    made = [pictures.prepare(raw, pictures.Rules(((8, 8),), 1)) for raw in itertools.islice(sources.digits(), count)]
+    made = [pictures.prepare(raw, pictures.ImageRules(((8, 8),), 1)) for raw in itertools.islice(sources.digits(), count)]
     found = pa.Table.from_pylist([{**asdict(one), "width": one.size[0], "height": one.size[1]} for one in made], ROWS)
     (folder / "shards").mkdir(parents=True)
     (folder / "shards/00000.parquet").write_bytes(tasks.shard(found, chunk))

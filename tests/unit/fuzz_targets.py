@@ -30,7 +30,7 @@ from heliostat.evaluation.losses import evaluate
 from heliostat.inference import generate
 from heliostat.inference.export import recipe_of
 from heliostat.runs import consumed, goodput, mlflow_id, verify
-from heliostat.runs.events import Saved, Spike
+from heliostat.runs.events import LossSpike, Saved
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.submit import submission
@@ -245,7 +245,8 @@ def ledgers(folder: Path) -> Target:
         parts = {"starting": 3.0, "computing": 20.0, "data": 1.5}
         began = 1e9 + 100 * number
         marks = [(10, 9.0), (20, 20.0)]
-        made = goodput.Attempt(f"a{number}", began, began + 24.5, began + 25, 0, 2, bool(number), "host", 42, outcome, "", "lost",
+        made = goodput.RecordedAttempt(f"a{number}", began, began + 24.5, began + 25, 0, 2, bool(number),
+            "host", 42, outcome, "", "lost",
                                parts, marks)  # fmt: skip
         Location(str(folder)).join("run", run_folder.LEDGER, made.name).write(made.dump())
 
@@ -260,7 +261,7 @@ def ledgers(folder: Path) -> Target:
 def curve_files(folder: Path) -> Target:
     place = Location(str(folder / "run"))
     local_curves.write(place, 10, [event(1, 6, sources={"a": {"samples": 2.0}}), event(6, 11), score(10)])
-    spike = Spike(step=13, loss=9.0, usual=1.0, limit=4.0, at=1e9)
+    spike = LossSpike(step=13, loss=9.0, usual=1.0, limit=4.0, at=1e9)
     more = event(11, 21, added={"router_loss": [0.5] * 10})
     local_curves.write(place, 20, [more, spike, Saved(step=20, blocked_s=0.1, at=1e9), score(20)])
 
@@ -331,16 +332,18 @@ def records(folder: Path) -> Target:
     )
     sweep_folder.join("driver.json").write(json.dumps({"host": "h", "pid": 1, "started": 1e9, "at": 1e9}).encode())
     for number in range(2):
-        made = trials.Record(number, {"train.optimizer.lr": 0.1}, status="finished", step=9, steps=9, reports=[(9, 0.5, 1e9)])
+        made = trials.TrialRecord(
+            number, {"train.optimizer.lr": 0.1}, status="finished", step=9, steps=9, reports=[(9, 0.5, 1e9)]
+        )
         trials.write(sweep_folder, made)
     jobs_folder, cluster_folder = folder / ".heliostat" / "jobs", folder / ".heliostat" / "clusters" / "c"
     jobs_folder.mkdir(parents=True)
     cluster_folder.mkdir(parents=True)
-    submitted = submission.Record("j", "c", "runs/j", 10, build_job.BASE, None)
+    submitted = submission.SubmissionRecord("j", "c", "runs/j", 10, build_job.BASE, None)
     (jobs_folder / "j.json").write_text(json.dumps(dataclasses.asdict(submitted)))
     with patch.object(local, "home", lambda: folder.parent / "fuzzed" / ".heliostat" / "clusters"):  # of the copy that is read
         node = local.Node("head", "127.0.0.1", str(local._node_folder("c", 0)), 1, 1e9)
-    state = local.State("c", "c.yaml", "http://127.0.0.1:1", [node])
+    state = local.ClusterState("c", "c.yaml", "http://127.0.0.1:1", [node])
     (cluster_folder / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
     (folder / source_code.CODE_FILE).parent.mkdir(parents=True, exist_ok=True)
     (folder / source_code.CODE_FILE).write_text(json.dumps({"commit": "c", "diff": "d", "untracked": ["a"]}))
@@ -371,7 +374,7 @@ def records(folder: Path) -> Target:
         listing.show(Location(str(copied / "sweep")))
         listing.progress(Location(str(copied / "sweep")))
         listing.best_job(Location(str(copied / "sweep")))
-        submission.Record.read("j")
+        submission.SubmissionRecord.read("j")
         local.known()
         source_code.source()
         parents(build_job.job(model={"pretrained": str(copied / "model")}))

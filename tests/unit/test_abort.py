@@ -12,9 +12,9 @@ from heliostat.runs.time_ledger import Ledger
 from heliostat.training.worker.heartbeat import Heartbeat
 from heliostat.training.worker.loop import Worker
 from heliostat.training.worker.process import TrainWorker
-from heliostat.training.worker.recheck import Recheck
+from heliostat.training.worker.recheck import CorruptionCheck
 from heliostat.training.worker.step_reports import StepReports
-from heliostat.training.worker.stepper import Report
+from heliostat.training.worker.stepper import StepResults
 from heliostat.training.worker.training_state import TrainingState
 
 from tests.unit.build_job import job
@@ -96,9 +96,9 @@ def test_a_step_before_the_abort_counts():
 
 
 def test_numbers_of_an_aborted_report_are_neither_judged_nor_logged():
-    def report(*given: Any) -> Report:
+    def report(*given: Any) -> StepResults:
         ordered()
-        return Report([math.nan], [1.0], {}, {}, 10**9)
+        return StepResults([math.nan], [1.0], {}, {}, 10**9)
 
     reports: Any = object.__new__(StepReports)
     reports.stepper, reports.job, reports.last_loss = SimpleNamespace(report=report), job(), None
@@ -122,7 +122,7 @@ def test_after_an_abort_no_checkpoint_no_receipt_and_no_copy_is_made():
 
 def test_bits_of_an_aborted_collective_are_no_corruption(monkeypatch):
     """At ZeRO-3 the weights are gathered for the comparison: a sound node would be excluded for good."""
-    recheck: Any = object.__new__(Recheck)
+    recheck: Any = object.__new__(CorruptionCheck)
     recheck.where, recheck.kind, recheck.group = ("node", "address"), "cpu", None
     recheck._digests = lambda *given: ordered() or [1]
     monkeypatch.setattr("heliostat.training.worker.recheck.together", Never().__getattr__)

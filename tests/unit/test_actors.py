@@ -7,7 +7,7 @@ import pytest
 import ray
 from heliostat.errors import HeliostatError
 from heliostat.tasks import pool
-from heliostat.tasks.pool import Pool
+from heliostat.tasks.pool import ActorPool
 from ray.exceptions import ActorUnavailableError
 
 
@@ -24,7 +24,7 @@ class Fake:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pool, list[Fake], list[float]]]:
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ActorPool, list[Fake], list[float]]]:
     fakes, now = [Fake(0), Fake(1)], [0.0]
 
     def wait(calls, timeout, num_returns=1):
@@ -33,7 +33,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pool, list[Fake], li
     def kill(actor):
         actor.killed = True
 
-    found = Pool.__new__(Pool)
+    found = ActorPool.__new__(ActorPool)
     found.actors, found.under_way, found.away = dict(enumerate(fakes)), {}, {}
     monkeypatch.setattr(ray, "wait", wait)
     monkeypatch.setattr(ray, "get", lambda call: None)

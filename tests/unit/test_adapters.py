@@ -9,10 +9,10 @@ import openai
 import pytest
 import torch
 from heliostat.apps.serve.adapters import Adapters, require
-from heliostat.apps.serve.group import Group
+from heliostat.apps.serve.group import RowBatch
 from heliostat.apps.serve.served import served
 from heliostat.errors import ConfigError
-from heliostat.inference.batch.engines import Continue, Input, Loaded
+from heliostat.inference.batch.engines import Continue, Input, LoadedModel
 from safetensors.torch import save_file
 
 from tests.unit.build_job import BASE
@@ -34,7 +34,7 @@ def write_adapter(folder: Path, base: Path, seed: int, targets: tuple[str, ...],
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(told))
     generator, tensors = torch.Generator().manual_seed(seed), dict[str, torch.Tensor]()
-    for path, module in Loaded(base).model.named_modules():
+    for path, module in LoadedModel(base).model.named_modules():
         if isinstance(module, torch.nn.Linear) and path.endswith(targets):
             sizes = {"A": (4, module.in_features), "B": (module.out_features, 4)}
             for letter, size in sizes.items():
@@ -58,7 +58,7 @@ def merged(base, folders, tmp_path_factory):
     for name, folder in folders.items():
         from safetensors.torch import load_file
 
-        tensors, model = load_file(Path(folder) / "adapter_model.safetensors"), Loaded(base).model
+        tensors, model = load_file(Path(folder) / "adapter_model.safetensors"), LoadedModel(base).model
         scale = 8 / 2 if name == "rude" else 8 / 4
         for key in [key for key in tensors if ".lora_A." in key]:
             path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -71,28 +71,28 @@ def merged(base, folders, tmp_path_factory):
 
 def test_each_row_of_a_batch_is_answered_with_its_own_adapter(base, folders, merged):
     """Over steps, after others have joined and some have left: the logits are those of the merged models, row by row."""
-    loaded = Loaded(base)
+    loaded = LoadedModel(base)
     adapters = Adapters(loaded.model, folders)
-    plain = {name: Loaded(folder).model for name, folder in merged.items()}
+    plain = {name: LoadedModel(folder).model for name, folder in merged.items()}
     texts, names = [list(one) for one in PROMPTS[:3]], NAMES[:3]
 
-    def compare(group: Group) -> list[int]:
+    def compare(group: RowBatch) -> list[int]:
         for place, (text, name) in enumerate(zip(texts, names, strict=True)):
             wanted = plain[name](torch.tensor([text])).logits[0, -1]
             torch.testing.assert_close(group.logits[place], wanted, atol=2e-4, rtol=2e-4)
         return group.logits.argmax(-1).tolist()
 
-    def go_on(group: Group) -> None:
+    def go_on(group: RowBatch) -> None:
         tokens = compare(group)
         for text, token in zip(texts, tokens, strict=True):
             text.append(token)
         group.step(tokens)
 
     with torch.inference_mode():
-        group = Group(loaded.model, texts, loaded.pad, names, adapters)
+        group = RowBatch(loaded.model, texts, loaded.pad, names, adapters)
         go_on(group)
         go_on(group)
-        group.join(Group(loaded.model, PROMPTS[3:], loaded.pad, NAMES[3:], adapters))
+        group.join(RowBatch(loaded.model, PROMPTS[3:], loaded.pad, NAMES[3:], adapters))
         texts, names = [*texts, *(list(one) for one in PROMPTS[3:])], NAMES
         go_on(group)
         group.keep([1, 2, 4])
@@ -149,7 +149,7 @@ def test_an_adapter_of_another_kind_is_refused_before_a_weight_is_read(base, tmp
 
 
 def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
-    model = Loaded(base).model
+    model = LoadedModel(base).model
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError, match=r"holds no adapter \(adapter_config.json is missing\)"):
         Adapters(model, {"x": str(tmp_path / "none")})
@@ -159,7 +159,7 @@ def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
         Adapters(model, {"x": str(tmp_path / "pickled")})
     other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 24}, 64)
     with pytest.raises(ConfigError, match=r"down_proj: its matrices are .* is it an adapter of another model\?"):
-        Adapters(Loaded(other).model, {"x": folders["rude"]})
+        Adapters(LoadedModel(other).model, {"x": folders["rude"]})
     for tensors, said in (
         ({"base_model.model.lm_head.weight": torch.ones(2)}, "is no matrix of a layer"),
         ({"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)}, "nowhere: is no linear layer of the model"),

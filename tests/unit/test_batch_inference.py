@@ -22,7 +22,7 @@ from heliostat.inference import generate, many
 from heliostat.inference.batch import engines, loading, reading, run, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue
-from heliostat.inference.batch.settings import Settings
+from heliostat.inference.batch.settings import BatchSettings
 from heliostat.inference.many import generate_many
 from heliostat.plan import hardware
 from heliostat.recipes import exported
@@ -41,7 +41,7 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("llama"), BASE["model"])
 
 
-class Echo(engines.Engine):
+class Echo(engines.BatchEngine):
     """Answers with the text itself."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ def model_in(folder: Path) -> Path:
 def infer(folder: Path, out: Path, before_commit: Callable[[], None] = lambda: None, **flow) -> dict:
     place, model = Location(str(out)), model_in(out.parent)
     made_by = {"model": {"folder": str(model), "digest": "d"}, "engine": {"name": "transformers", "version": "0"}}
-    facts = {**made_by, "settings": Settings(keep=["n"]).model_dump(), "input": str(folder)}
+    facts = {**made_by, "settings": BatchSettings(keep=["n"]).model_dump(), "input": str(folder)}
     flow = HereFlow(Work(place.join(run.WORK)), **flow)
     return run.answer(flow, sources.listing(str(folder)), facts, place, before_commit)
 
@@ -215,7 +215,7 @@ def no_ray(monkeypatch):
 
 def test_another_input_and_a_second_command_are_refused_before_ray_starts(model, tmp_path, no_ray):
     """Else the answers of the one would be deleted, as what the other does not hold."""
-    asked = Settings(options={"max_tokens": 3})
+    asked = BatchSettings(options={"max_tokens": 3})
     for name in ("one", "two"):
         lines(tmp_path / name, "a.jsonl", range(3))
     out = tmp_path / "out"
@@ -247,7 +247,7 @@ def test_options_that_cannot_be_claim_no_folder(model, tmp_path, no_ray, options
     """Those that are mended are then taken."""
     lines(tmp_path / "in", "a.jsonl", range(3))
     with pytest.raises(ConfigError) as found:
-        run.infer(model, str(tmp_path / "in"), str(tmp_path / "out"), Settings(options=options))
+        run.infer(model, str(tmp_path / "in"), str(tmp_path / "out"), BatchSettings(options=options))
     assert said in str(found.value) and "\n" not in str(found.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="leave no room for a prompt"):  # of `ask` too
@@ -329,17 +329,17 @@ def test_a_model_that_continues_no_text_and_an_input_of_no_file_are_refused_befo
     config = transformers.LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     config.save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"its tokenizer or config.json cannot be read .*; is the folder whole") as found:
-        run.infer(tmp_path / "model", str(tmp_path / "empty"), str(tmp_path / "out"), Settings())
+        run.infer(tmp_path / "model", str(tmp_path / "empty"), str(tmp_path / "out"), BatchSettings())
     assert "\n" not in str(found.value)
     with pytest.raises(ConfigError, match="no file there"):
-        run.infer(model, str(tmp_path / "empty"), str(tmp_path / "out"), Settings(options={"max_tokens": 3}))
+        run.infer(model, str(tmp_path / "empty"), str(tmp_path / "out"), BatchSettings(options={"max_tokens": 3}))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_worker_whose_engine_has_died_loads_another_for_the_next_run(model, tmp_path, monkeypatch):
     """Given again, the command may come to the same worker."""
     lines(tmp_path / "in", "a.jsonl", range(4))
-    asked, place = Settings(options={"max_tokens": 2}), Location(str(tmp_path / "out"))
+    asked, place = BatchSettings(options={"max_tokens": 2}), Location(str(tmp_path / "out"))
     facts = {"model": {"folder": str(model), "digest": "d"}, "settings": asked.model_dump(), "input": str(tmp_path / "in")}
     engine = tasks.loaded(str(model), "continue", asked.batch, json.dumps(asked.options, sort_keys=True), "transformers", "d")
 
@@ -379,7 +379,7 @@ def test_a_worker_answers_by_the_model_that_is_in_the_folder_now(tmp_path, monke
     for number, text in enumerate(["one", "two", "two"]):
         says.write_text(text)
         place = Location(str(tmp_path / f"infer{number}"))
-        facts = {"model": {"folder": str(model_in(tmp_path)), "digest": text}, "settings": Settings().model_dump(),
+        facts = {"model": {"folder": str(model_in(tmp_path)), "digest": text}, "settings": BatchSettings().model_dump(),
                  "input": str(tmp_path / "in")}  # fmt: skip
         run.answer(HereFlow(Work(place.join(run.WORK))), sources.listing(str(tmp_path / "in")), facts, place)
         (file,) = Path(place.join(tasks.ANSWERS).path).iterdir()

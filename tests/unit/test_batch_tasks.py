@@ -13,16 +13,16 @@ import pytest
 import torch
 import transformers
 from heliostat.apps.serve import kinds
-from heliostat.apps.serve.engine import Engine
+from heliostat.apps.serve.engine import ServingEngine
 from heliostat.curation import pieces
 from heliostat.curation.images import sources
 from heliostat.curation.stage import Document
-from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.documents import TextRules
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.inference.batch import loading, reading, run
-from heliostat.inference.batch.engines import Chat, Embed, Input, Loaded
-from heliostat.inference.batch.settings import Settings
+from heliostat.inference.batch.engines import Chat, Embed, Input, LoadedModel
+from heliostat.inference.batch.settings import BatchSettings
 from heliostat.recipes.images.embedder import ImageEmbedder
 from heliostat.recipes.text import chat
 from heliostat.storage.locations import Location
@@ -201,7 +201,7 @@ def test_a_model_that_does_not_do_the_task_is_refused_in_a_line(writer, classifi
 
 def test_a_clip_is_served_as_an_embedder_of_texts(clip):
     assert kinds.of(clip) == kinds.EMBEDDINGS
-    engine, found = Engine(Loaded(clip), 2), queue.Queue[dict]()
+    engine, found = ServingEngine(LoadedModel(clip), 2), queue.Queue[dict]()
     engine.embedded(["the digit seven", "a"], found.put)
     made, right = found.get(timeout=60)["answers"], Embed(clip, 1)([Input("the digit seven", 0), Input("a", 0)])
     for one, other in zip(made, right, strict=True):
@@ -245,7 +245,7 @@ def test_an_image_that_would_be_huge_when_it_is_shrunk_is_bad(clip):
 # runs --------------------------------------------------------------------------------------------------------------------
 
 
-def infer(model: Path, asked: Settings, folder: Path, out: Path, **flow) -> dict:
+def infer(model: Path, asked: BatchSettings, folder: Path, out: Path, **flow) -> dict:
     place = Location(str(out))
     facts = {"model": {"folder": str(model), "digest": "d"}, "settings": asked.model_dump(), "input": str(folder)}
     return run.answer(HereFlow(Work(place.join(run.WORK)), **flow), reading.of(str(folder), asked).listing(), facts, place)
@@ -259,7 +259,7 @@ def answers(out: Path) -> list[dict]:
 def documents(out: Path, column: str, *columns: str) -> list[Document]:
     """What a text pipeline reads of answers."""
     flow = HereFlow(Work(Location(f"{out}-read")))
-    read = reading.Texts(str(out / "answers"), Rules(text_column=column, normalise="none", columns=columns))
+    read = reading.Texts(str(out / "answers"), TextRules(text_column=column, normalise="none", columns=columns))
     found = (one for piece in read.pieces(flow, read.listing()) for part in piece for one in read.source(flow).read(part))
     return [one for one in found if isinstance(one, Document)]
 
@@ -288,7 +288,7 @@ def test_a_run_of_chats_reads_lists_and_texts_of_lines_and_tables(writer, tmp_pa
     lines = [json.dumps(one) for one in rows] + ['{"messages": 3}', json.dumps({"messages": json.dumps(CHATS[1]), "n": 20})]
     (folder / "a.jsonl").write_text("\n".join(lines))
     pq.write_table(pa.Table.from_pylist([*rows, {"messages": None, "n": 5}]), folder / "b.parquet", row_group_size=3)
-    asked = Settings(task="chat", keep=["n"], options={"max_tokens": 4, "temperature": 0.8})
+    asked = BatchSettings(task="chat", keep=["n"], options={"max_tokens": 4, "temperature": 0.8})
     assert asked.column == "messages"
     whole = infer(writer, asked, folder, tmp_path / "whole")
     found = killed_again_and_again(writer, asked, folder, tmp_path / "out", most=7)
@@ -307,7 +307,7 @@ def test_a_run_of_chats_reads_lists_and_texts_of_lines_and_tables(writer, tmp_pa
 def test_a_run_of_classes_goes_on_and_its_answers_are_columns(classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "LEAST", 256)
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in build_model.texts(40)))
-    asked = Settings(task="classify", batch=8)
+    asked = BatchSettings(task="classify", batch=8)
     found = killed_again_and_again(classifier, asked, tmp_path / "in.jsonl", tmp_path / "out", most=6)
     infer(classifier, asked, tmp_path / "in.jsonl", tmp_path / "whole")
     made = answers(tmp_path / "out")
@@ -336,7 +336,7 @@ def test_a_run_of_images_reads_what_the_image_pipeline_reads(clip, tmp_path, mon
         for i, one in enumerate(images):
             (folder / f"{i}.png").write_bytes(one)
         (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png", "n": i}) for i in range(7)))
-    asked = Settings(task="embed-images", keep=["n"], batch=4)
+    asked = BatchSettings(task="embed-images", keep=["n"], batch=4)
     infer(clip, asked, folder, tmp_path / "whole")
     found = killed_again_and_again(clip, asked, folder, tmp_path / "out", most=1)
     made = answers(tmp_path / "out")
@@ -350,7 +350,7 @@ def test_a_run_of_images_reads_what_the_image_pipeline_reads(clip, tmp_path, mon
 def test_new_images_are_only_their_own_work(clip, tmp_path, monkeypatch):
     """Though the input is twice as large, and pieces of it would be."""
     monkeypatch.setattr(pieces, "LEAST", 64)
-    folder, asked = tmp_path / "in", Settings(task="embed-images")
+    folder, asked = tmp_path / "in", BatchSettings(task="embed-images")
     folder.mkdir()
 
     def write(part: int) -> None:

@@ -10,7 +10,7 @@ import yaml
 from heliostat.errors import ConfigError, MissingDataError
 from heliostat.evaluation import contamination, documents
 from heliostat.evaluation.held_out import making, questions
-from heliostat.evaluation.held_out.questions import Text
+from heliostat.evaluation.held_out.questions import WordedDocument
 
 from tests.unit import build_pages
 
@@ -83,7 +83,7 @@ def test_the_task_files_are_plain_and_the_suite_names_those_that_have_questions(
 
 def test_white_space_is_kept():
     code = "def f(x):\n" + "".join(f"    y{i} = f(x)\n" for i in range(30))
-    asked = questions.choice(Text.of(code), random.Random(0), [Text.of(code.replace("y", c)) for c in "abc"])
+    asked = questions.choice(WordedDocument.of(code), random.Random(0), [WordedDocument.of(code.replace("y", c)) for c in "abc"])
     assert asked and asked["context"] + asked["choices"][asked["answer"]] in code
 
 

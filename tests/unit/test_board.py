@@ -33,7 +33,7 @@ class Clock:
 def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_frozen(workers):
     """Each hears of the order with its next pulse, which comes the more rarely the more workers there are."""
     clock, draw = Clock(), random.Random(workers)
-    state = mailbox.State(clock)
+    state = mailbox.MailboxState(clock)
     frozen = set(draw.sample(range(workers), max(1, workers // 100)))
     due = {r: clock.now + draw.uniform(0, mailbox.interval(workers)) for r in range(workers) if r not in frozen}
     answers = list[tuple[float, int]]()
@@ -81,7 +81,7 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
 @pytest.mark.parametrize("jump", [-86400.0, 86400.0])
 def test_a_wall_clock_that_is_set_stalls_nobody_and_hides_no_stall(monkeypatch, jump):
     """An hour of summer time, or a first answer of a time server, is no hour in which nobody got on."""
-    made, state, now = watched(), mailbox.State(), time.time()
+    made, state, now = watched(), mailbox.MailboxState(), time.time()
     state.heartbeat(0, 1, {})
     monkeypatch.setattr(time, "time", lambda: now + jump)
     made._look()
@@ -95,7 +95,7 @@ def test_a_wall_clock_that_is_set_stalls_nobody_and_hides_no_stall(monkeypatch, 
 def test_what_many_nodes_are_busy_with_crowds_no_loss_out_and_what_is_lost_is_counted(monkeypatch):
     monkeypatch.setattr(mailbox, "LIMIT", 10)
     monkeypatch.setattr(mailbox, "SYSTEM_LIMIT", 5)
-    state = mailbox.State()
+    state = mailbox.MailboxState()
     for step in range(12):
         state.post(Notice(text=str(step)))
         for node in range(64):

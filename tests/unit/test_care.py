@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 from heliostat.curation import careful, engine, registry, segment, tally
-from heliostat.curation.engine import Curated, Engine
-from heliostat.curation.pieces import Part
+from heliostat.curation.engine import Curated, StageEngine
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.stage import Document, Outcome, Stage
 from heliostat.curation.text import trace
 from heliostat.errors import ConfigError, HeliostatError
@@ -102,9 +102,9 @@ def texts(count: int = 300, **marked: str) -> dict[str, str]:
 def curate(folder: Path, given: dict[str, str], stages: list[dict[str, Any]], pieces: int = 2, source: Any = None,
            memory_limit: int = 1 << 24) -> tuple[Curated, Flow]:  # fmt: skip
     made = Flow(Work(Location(str(folder))))
-    parts = [Part(id, len(text), 0) for id, text in given.items()]
+    parts = [FilePart(id, len(text), 0) for id, text in given.items()]
     dealt = [parts[i::pieces] for i in range(pieces)]
-    curating = Engine(made, source or Given(given), ["given"], memory_limit)
+    curating = StageEngine(made, source or Given(given), ["given"], memory_limit)
     return curating.curate(dealt, [registry.parse(entry) for entry in stages]), made
 
 
@@ -175,7 +175,7 @@ class Breaking(Given):
 
     how: Callable[[], None] = lambda: None
 
-    def read(self, part: Part) -> Iterator[Document]:
+    def read(self, part: FilePart) -> Iterator[Document]:
         for i in range(100 if part.path == "d004" else 1):
             if part.path == "d004" and i == 70:
                 self.how()
@@ -205,21 +205,21 @@ def test_a_file_that_cannot_be_read_costs_what_comes_after_in_it_and_says_so(tmp
 def test_work_that_was_recorded_without_etags_is_not_done_again(tmp_path, forked):
     """Versions before ETags named the tasks that read a store by sizes and times."""
     given = Given(texts(20))
-    parts = [[Part(id, len(text), 7) for id, text in given.texts.items()]]
+    parts = [[FilePart(id, len(text), 7) for id, text in given.texts.items()]]
     stages = [registry.parse(entry) for entry in STAGES]
     for etag, new in (("", 1), ("abc", 0)):
         made = Flow(Work(Location(str(tmp_path))))
-        Engine(made, given, ["given"], 1 << 24).curate([[replace(p, etag=etag) for p in piece] for piece in parts], stages)
+        StageEngine(made, given, ["given"], 1 << 24).curate([[replace(p, etag=etag) for p in piece] for piece in parts], stages)
         assert made.done.get("read", 0) == new
     made = Flow(Work(Location(str(tmp_path))))
     later = [[replace(p, etag="abd", modified=8) for p in piece] for piece in parts]
-    Engine(made, given, ["given"], 1 << 24).curate(later, stages)
+    StageEngine(made, given, ["given"], 1 << 24).curate(later, stages)
     assert made.done.get("read", 0) == 1
 
 
 def test_too_many_files_that_cannot_be_read_are_one_error_that_names_one(tmp_path, forked):
     class Unreadable(Given):
-        def read(self, part: Part) -> Iterator[Document]:
+        def read(self, part: FilePart) -> Iterator[Document]:
             fault()
             yield from ()
 
@@ -299,7 +299,7 @@ def test_a_task_that_dies_with_another_one_in_its_actor_is_not_given_up_when_tha
         for again in range(3):
             note = made.work.note("read", deadly.task.key)
             taking = careful.Careful(deadly.trouble.care(note))
-            taking.note(care.Place(document, -1, again > 0, f"d{document}" if again else "", "stage" if again else ""))
+            taking.note(care.TaskPlace(document, -1, again > 0, f"d{document}" if again else "", "stage" if again else ""))
             made.later.clear()
             for started in (other, deadly):
                 made._judge(started, WorkerCrashedError())

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 from heliostat.chaos import experiment, faults, measure
-from heliostat.chaos.measure import Measured
+from heliostat.chaos.measure import FaultEffect
 from heliostat.chaos.process import ChaosError, Command
 from heliostat.checkpoint import layout
 from heliostat.cli.chaos import ISSUE, cells, table
 from heliostat.errors import ConfigError
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 from typer.testing import CliRunner
 
@@ -24,21 +24,21 @@ from tests.unit.build_job import job
 REPORT = {"ok": True, "steps": 60, "lost": 0, "repeated": 0, "replaced": 0, "first_difference": None}
 
 
-def attempt(started: float, seen: float, first: int, reached: int, outcome: str | None) -> Attempt:
-    return Attempt(f"{started}", started, seen, seen, first, 2, outcome=outcome, marks=[(reached, 1.0)])
+def attempt(started: float, seen: float, first: int, reached: int, outcome: str | None) -> RecordedAttempt:
+    return RecordedAttempt(f"{started}", started, seen, seen, first, 2, outcome=outcome, marks=[(reached, 1.0)])
 
 
 def said(at: float, step: int) -> tuple[float, str]:
     return at, f"04:01:02 step {step}/60  loss 2.3456  lr 1.00e-03  100 tokens/s  data wait 0.0%  ETA 3 s"
 
 
-def killed_at_100() -> Measured:
+def killed_at_100() -> FaultEffect:
     """Killed at 100 s behind step 23; the failure is seen at 102 s, and from step 20 it goes on at 110 s."""
     lines = [said(90 + i / 10, i) for i in range(1, 24)]
     lines += [(102.0, "04:01:02 a worker died; going on from step 20 in 1 s")]
     lines += [said(110 + i, 20 + i) for i in range(1, 5)]
     attempts = [attempt(50, 102, 0, 23, "failed"), attempt(102, 130, 20, 60, "finished")]
-    return Measured(100.0, None, None, lines, attempts)
+    return FaultEffect(100.0, None, None, lines, attempts)
 
 
 def test_recovery_ends_with_the_first_step_that_is_new():
@@ -49,9 +49,9 @@ def test_recovery_ends_with_the_first_step_that_is_new():
 
 
 def test_a_fault_that_ends_no_attempt_is_told_by_what_was_said():
-    found = Measured(100.0, 100.5, 107.0, [said(100.1, 30), said(100.2, 31)], [attempt(50, 130, 0, 60, "finished")])
+    found = FaultEffect(100.0, 100.5, 107.0, [said(100.1, 30), said(100.2, 31)], [attempt(50, 130, 0, 60, "finished")])
     assert (measure.detected_s(found), measure.recovered_s(found), measure.recomputed_steps(found.attempts)) == (0.5, 7.0, 0)
-    on = Measured(100.0, 100.5, None, [said(100.1, 30), said(100.2, 31)], found.attempts)
+    on = FaultEffect(100.0, 100.5, None, [said(100.1, 30), said(100.2, 31)], found.attempts)
     assert measure.recovered_s(on) == pytest.approx(0.1)  # training went on with the next step
 
 

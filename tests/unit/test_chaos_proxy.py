@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from heliostat.chaos.proxy import Fault, FaultProxy
+from heliostat.chaos.proxy import FaultProxy, ProxyFault
 
 
 class Store(socketserver.ThreadingTCPServer):
@@ -146,21 +146,21 @@ def ask(proxy: FaultProxy, request: bytes = b"GET /k HTTP/1.1\r\nConnection: clo
 def test_each_fault_is_what_it_says(store):
     """A status without asking the store, half a body, a reset after the store did it, half an upload; then all is well again."""
     with FaultProxy("{}:{}".format(*store.server_address)) as proxy:
-        proxy.faults = (Fault("status", status=503, code="SlowDown"),)
+        proxy.faults = (ProxyFault("status", status=503, code="SlowDown"),)
         answer = ask(proxy, b"PUT /k HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcHEAD /k HTTP/1.1\r\nConnection: close\r\n\r\n")
         first, second = answer.split(b"</Error>")
         assert first.startswith(b"HTTP/1.1 503 ") and b"<Code>SlowDown</Code>" in first and store.got == []
         assert second.startswith(b"HTTP/1.1 503 ") and second.endswith(b"\r\n\r\n")
-        proxy.faults = (Fault("cut"),)
+        proxy.faults = (ProxyFault("cut"),)
         assert ask(proxy) == store.answer[:-3] and len(store.got) == 1
-        proxy.faults = (Fault("reset"),)
+        proxy.faults = (ProxyFault("reset"),)
         with pytest.raises(ConnectionResetError):
             ask(proxy)
         assert len(store.got) == 2
-        proxy.faults = (Fault("cut"),)
+        proxy.faults = (ProxyFault("cut"),)
         with pytest.raises(ConnectionResetError):
             ask(proxy, b"PUT /k HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + bytes(100_000))
-        proxy.faults = (Fault("delay", seconds=0.2),)
+        proxy.faults = (ProxyFault("delay", seconds=0.2),)
         assert ask(proxy) == store.answer
         proxy.faults = ()
         assert ask(proxy) == store.answer
@@ -174,7 +174,7 @@ def test_nothing_outlives_the_proxy(store):
         idle, delayed = connect(proxy), connect(proxy)
         idle.sendall(b"GET /k HTTP/1.1\r\n\r\n")
         assert read(idle, len(store.answer)) == store.answer
-        proxy.faults = (Fault("delay", seconds=3600),)
+        proxy.faults = (ProxyFault("delay", seconds=3600),)
         delayed.sendall(b"GET /k HTTP/1.1\r\n\r\n")
         while not proxy.injected and time.monotonic() < start + 5:
             time.sleep(0.01)
@@ -183,7 +183,7 @@ def test_nothing_outlives_the_proxy(store):
     assert time.monotonic() - start < 5
 
 
-def drawn(seed: int, faults: list[Fault], n: int = 4000, path: str = "/b/k") -> list[str | None]:
+def drawn(seed: int, faults: list[ProxyFault], n: int = 4000, path: str = "/b/k") -> list[str | None]:
     proxy = FaultProxy("h:1", faults, seed)
     found = [proxy.draw(path) for _ in range(n)]
     assert sum(proxy.injected.values()) == sum(f is not None for f in found) and proxy.requests == n
@@ -192,24 +192,24 @@ def drawn(seed: int, faults: list[Fault], n: int = 4000, path: str = "/b/k") -> 
 
 def test_faults_come_at_their_rate_from_the_seed():
     """The same seed draws the same faults, another seed others; rates are kept, and the first of two that hit is taken."""
-    plan = [Fault("status", rate=0.3), Fault("reset", rate=0.5)]
+    plan = [ProxyFault("status", rate=0.3), ProxyFault("reset", rate=0.5)]
     first = drawn(1, plan)
     assert first == drawn(1, plan) != drawn(2, plan)
     assert first.count("status") == pytest.approx(0.3 * 4000, rel=0.1)
     assert first.count("reset") == pytest.approx(0.7 * 0.5 * 4000, rel=0.1)
-    assert set(drawn(1, [Fault("cut", rate=1.0)])) == {"cut"} and set(drawn(1, [Fault("cut", rate=0.0)])) == {None}
+    assert set(drawn(1, [ProxyFault("cut", rate=1.0)])) == {"cut"} and set(drawn(1, [ProxyFault("cut", rate=0.0)])) == {None}
 
 
 def test_a_limit_ends_a_fault_and_moves_no_other():
     """After its limit a fault no longer comes; the other faults come where they would have come without it."""
-    plain = drawn(3, [Fault("status", rate=0.3), Fault("reset", rate=0.2)])
-    limited = drawn(3, [Fault("status", rate=0.3, limit=5), Fault("reset", rate=0.2)])
+    plain = drawn(3, [ProxyFault("status", rate=0.3), ProxyFault("reset", rate=0.2)])
+    limited = drawn(3, [ProxyFault("status", rate=0.3, limit=5), ProxyFault("reset", rate=0.2)])
     assert limited.count("status") == 5 and limited.count("reset") > plain.count("reset")
     assert all(b == "reset" for a, b in zip(plain, limited, strict=True) if a == "reset")
 
 
 def test_a_key_pattern_spares_the_other_keys():
     """Only paths that match meet the fault."""
-    fault = Fault("status", key="/bucket/*/shards/*.parquet")
+    fault = ProxyFault("status", key="/bucket/*/shards/*.parquet")
     assert set(drawn(0, [fault], 10, "/bucket/a/shards/00001.parquet")) == {"status"}
     assert set(drawn(0, [fault], 10, "/bucket/a/manifest.parquet")) == {None}

@@ -164,7 +164,7 @@ def test_a_server_that_is_down_is_told_by_its_cause():
 
 def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
     """It is said which there are; an address has a port."""
-    monkeypatch.setattr(local, "known", lambda: [local.State("local", "f", "http://127.0.0.1:1")])
+    monkeypatch.setattr(local, "known", lambda: [local.ClusterState("local", "f", "http://127.0.0.1:1")])
     for name in ("locel", "my-cluster", "host.example.com", "a/b:80"):
         with pytest.raises(ConfigError, match=r"^--cluster: .* is no local cluster that runs"), reach.endpoint(name):
             pass

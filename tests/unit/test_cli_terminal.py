@@ -47,7 +47,7 @@ def test_a_log_line_is_whole_on_a_narrow_terminal(monkeypatch):
     at = io.StringIO()
     monkeypatch.setattr(logs, "console", Console(file=at, force_terminal=True, width=40, no_color=True))
     handler = logs.Terminal()
-    handler.setFormatter(logs.Lines("%(message)s"))
+    handler.setFormatter(logs.LogLines("%(message)s"))
     message = "step 10  held-out: [bold] loss 7.327  perplexity 1520  bits_per_byte 3.067"
     handler.emit(logging.LogRecord("x", logging.INFO, "", 0, message, (), None))
     lines = re.sub(r"\x1b\[[0-9;]*m", "", at.getvalue()).splitlines()
@@ -78,4 +78,6 @@ def test_log_lines_have_a_date_from_the_second_day_on_and_always_in_a_file(capsy
     at = datetime(2026, 11, 27, 0, 0, 5)
     assert logs.stamp(at, date(2026, 11, 27)) == "00:00:05" and logs.stamp(at, date(2026, 11, 26)) == "2026-11-27 00:00:05"
     record = logging.LogRecord("x", logging.WARNING, "", 0, "told", (), None)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d told", logs.Lines("%(asctime)s %(message)s", logs.STAMP).format(record))
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d told", logs.LogLines("%(asctime)s %(message)s", logs.STAMP).format(record)
+    )

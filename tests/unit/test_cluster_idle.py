@@ -71,7 +71,7 @@ def test_up_starts_what_watches_replaces_it_and_down_ends_it(tmp_path: Path, mon
     (tmp_path / "with.yaml").write_text((ROOT / "clusters" / "local.yaml").read_text())
     cluster = cluster_file.read(tmp_path / "with.yaml")
     assert cluster.raw["idle_timeout_minutes"] == 240
-    state = local.State(cluster.name, str(cluster.path), "http://127.0.0.1:1")
+    state = local.ClusterState(cluster.name, str(cluster.path), "http://127.0.0.1:1")
     (state.folder / "logs").mkdir(parents=True)
     state.token_file.write_text("secret")
     state.write()
@@ -96,4 +96,4 @@ def test_up_starts_what_watches_replaces_it_and_down_ends_it(tmp_path: Path, mon
         time.sleep(0.05)
     assert not local._watcher(read) and not state.folder.exists()
     del cluster.raw["idle_timeout_minutes"]
-    assert local._watched(cluster, local.State("other", "", "")).watcher is None
+    assert local._watched(cluster, local.ClusterState("other", "", "")).watcher is None

@@ -16,7 +16,7 @@ from heliostat.cluster import dashboard
 from heliostat.cluster.endpoint import Endpoint
 from heliostat.config.spec import Retries
 from heliostat.errors import ConfigError, StorageError
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 from heliostat.submit import jobs, logs, progress, submission
 from heliostat.submit.entrypoint import Driver, before
@@ -39,8 +39,8 @@ def test_progress_and_time_to_go_are_read_from_the_runs_ledger(tmp_path):
     """The newest attempt counts; its start-up is not taken for steps."""
     run = Location(str(tmp_path))
     assert progress.of_run(run, 100) == {"step": 0, "steps": 100, "fraction": 0.0, "eta_s": None}
-    old = Attempt("a", 1000.0, 1100.0, 1100.0, 0, 1, parts={"computing": 50.0}, marks=[(30, 50.0)])
-    new = Attempt("b", 2000.0, 2100.0, 2100.0, 20, 1, marks=[(60, 70.0)],
+    old = RecordedAttempt("a", 1000.0, 1100.0, 1100.0, 0, 1, parts={"computing": 50.0}, marks=[(30, 50.0)])
+    new = RecordedAttempt("b", 2000.0, 2100.0, 2100.0, 20, 1, marks=[(60, 70.0)],
                   parts={"starting": 500.0, "computing": 70.0, "data": 6.0, "checkpoint": 4.0})  # fmt: skip
     for attempt in (old, new):
         run.join("ledger", attempt.name).write(attempt.dump())
@@ -359,7 +359,7 @@ def _away(monkeypatch, times):
 def test_a_store_that_is_away_when_the_driver_dies_is_waited_for_and_nothing_is_overwritten(tmp_path, monkeypatch, caplog):
     """Only the run's ledger shows that the dead driver had begun: without it --overwrite would delete what it has trained."""
     run, waits = Location(str(tmp_path)), _away(monkeypatch, 3)
-    begun = Attempt("a", time.time(), time.time(), time.time(), 0, 1, host=socket.gethostname(), pid=7)
+    begun = RecordedAttempt("a", time.time(), time.time(), time.time(), 0, 1, host=socket.gethostname(), pid=7)
     run.join("ledger", begun.name).write(begun.dump())
     again = Again(run, Retries(), pause=waits.append)
     assert again.died(7, -9) == "killed by SIGKILL"

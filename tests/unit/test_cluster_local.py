@@ -15,7 +15,7 @@ from heliostat.cluster import cluster_file as files
 from heliostat.cluster import launch, local, private
 from heliostat.cluster.endpoint import endpoint
 from heliostat.errors import ClusterError, ConfigError
-from heliostat.submit.submission import Record
+from heliostat.submit.submission import SubmissionRecord
 
 from tests.unit.build_job import ROOT
 
@@ -51,7 +51,7 @@ def test_down_and_the_commands_for_jobs_take_no_path_for_a_name(tmp_path, monkey
         with pytest.raises(ConfigError, match="is no name"):
             launch.down(name)
         with pytest.raises(ConfigError, match="is no name"):
-            Record.read(name)
+            SubmissionRecord.read(name)
     assert (other / "state.json").exists()
 
 
@@ -112,7 +112,7 @@ def test_the_token_is_not_sent_to_a_server_of_another_user(tmp_path, monkeypatch
         cluster = files.read(cluster_file(tmp_path, port=port))
         with pytest.raises(ConfigError, match="is no process of this user, so it was sent no token"):
             launch.up(cluster)
-        state = local.State("local", str(cluster.path), local.url_of(cluster))  # joined when it was another
+        state = local.ClusterState("local", str(cluster.path), local.url_of(cluster))  # joined when it was another
         state.folder.mkdir(parents=True, exist_ok=True)
         private.write_token(state.token_file, "secret")
         state.write()

@@ -67,7 +67,7 @@ def test_kernels_are_used_on_cpus_where_they_fit_and_the_job_does_not_switch_the
     model = made.build()
     cpu_kernels.use(model, made.job, made.causal)
     assert (model.config._attn_implementation == attention.NAME) == attends
-    assert isinstance(model.lm_head, linear.Linear) == (multiplies and linear.SUPPORTED)
+    assert isinstance(model.lm_head, linear.CpuLinear) == (multiplies and linear.SUPPORTED)
 
 
 def test_a_model_that_does_not_say_that_it_is_causal_keeps_its_attention():

@@ -157,12 +157,12 @@ def test_ends_of_many_small_documents_are_python_objects_a_few_at_a_time(tmp_pat
 def test_copies_of_a_text_are_spilled_while_they_are_gathered(tmp_path, monkeypatch):
     """A text of which there are millions: their ids are not held, and each is told who stayed."""
     monkeypatch.setattr(gathering, "HELD_BYTES", 1 << 18)
-    folder, runs, each, many = Location(str(tmp_path)), list[segment.Run](), 8000, 12
+    folder, runs, each, many = Location(str(tmp_path)), list[segment.SpilledRun](), 8000, 12
     for i in range(many):
         table = rows(each, 10, i)
         same = pa.array([bytes(32)] * each, table.schema.field("hash").type)
         table = table.set_column(0, "key", pa.array(np.zeros(each, np.uint64))).set_column(2, "hash", same)
-        runs.append(segment.Run(spill.write(folder, table, ("row",)), each, 10 * each))
+        runs.append(segment.SpilledRun(spill.write(folder, table, ("row",)), each, 10 * each))
     made = list[Any]()
 
     def work() -> None:
@@ -279,14 +279,14 @@ def test_signatures_of_many_short_texts_are_made_some_at_a_time(tmp_path, monkey
     folder, table = Location(str(tmp_path)), rows(8000, 1, 0)
     texts = pa.array([f"word{i} and some more words of a short text" for i in range(8000)], pa.large_string())
     table = table.set_column(table.schema.get_field_index("text"), "text", texts)
-    run = segment.Run(spill.write(folder, table, ("row",)), 8000, 1)
+    run = segment.SpilledRun(spill.write(folder, table, ("row",)), 8000, 1)
     assert python_peak(lambda: signatures.sign(folder, run, signatures.Parameters(20, 13, 5, 1))) < 40 * MB
 
 
 def test_a_task_reads_about_as_many_documents_as_it_may_hold(tmp_path):
     """Of runs of many documents fewer, and of no run less; each run is in one task, in their order."""
     here = HereFlow(Work(Location(str(tmp_path))))
-    runs = [segment.Run(str(i), count, 1) for i, count in enumerate([100] * 40 + [9000, 20_000, 5000, 3000, 1])]
+    runs = [segment.SpilledRun(str(i), count, 1) for i, count in enumerate([100] * 40 + [9000, 20_000, 5000, 3000, 1])]
     found = [task.arguments for task in comparing.by_runs(here, "test", runs, ["a"], 64 << 20)]
     assert [run for one in found for run in one["runs"]] == runs
     assert [one["first"] for one in found] == [0, 16, 32, 41, 42]

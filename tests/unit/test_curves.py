@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from heliostat.errors import DataError
 from heliostat.runs import segments
-from heliostat.runs.events import Evaluation, Spike, Steps
+from heliostat.runs.events import Evaluation, LossSpike, Steps
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.tracking import local_curves
@@ -62,7 +62,7 @@ def test_a_killed_drivers_curves_are_whole_whatever_it_had_logged_and_kept(run, 
 
 def test_spikes_and_added_losses_are_curves_too(run):
     """What is told of a step beside its loss comes back from the run's folder, or is refused in a line."""
-    spike = Spike(step=22, loss=9.0, usual=1.0, limit=4.0, action="warn", at=1e9)
+    spike = LossSpike(step=22, loss=9.0, usual=1.0, limit=4.0, action="warn", at=1e9)
     local_curves.write(run, 30, [event(21, 31, added={"router_loss": [0.5] * 10}), spike])
     found = local_curves.missing(run, {"train/loss": 20})
     assert [(p.value, p.step) for p in found if p.key == "train/spike"] == [(9.0, 22)]

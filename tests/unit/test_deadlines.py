@@ -10,7 +10,7 @@ import time
 import pytest
 import uvicorn
 from heliostat.apps.play.run import Server
-from heliostat.apps.serve.front import Front, Settings
+from heliostat.apps.serve.front import Front, FrontSettings
 from heliostat.web import deadlines
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -150,7 +150,7 @@ def test_a_request_that_came_while_the_server_was_busy_is_answered(port):
 
 
 def test_a_body_that_does_not_end_is_refused_and_holds_no_place_of_its_key():
-    settings = Settings("m", "text", None, 0, None, 1 << 20, 16, 1, 0, 0.2)
+    settings = FrontSettings("m", "text", None, 0, None, 1 << 20, 16, 1, 0, 0.2)
     front = Front(settings, None, ())
 
     async def receive():

@@ -79,7 +79,7 @@ def test_the_documented_defaults_are_deepspeeds():
         return {k: v for k, v in model().model_dump().items() if not isinstance(v, dict)}
 
     zeros = DeepSpeedZeroConfig(stage=1).model_dump(by_alias=True)
-    for name, value in values(deepspeed_keys.Zero).items():
+    for name, value in values(deepspeed_keys.ZeroKeys).items():
         assert name in zeros and (zeros[name] == value or value == 1 << 62), name
     for mine, theirs in [
         (deepspeed_keys.Fp16, DeepSpeedFP16Config().model_dump()),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from heliostat import extras
 from heliostat.apps.search.build import index_documents
-from heliostat.apps.search.settings import Settings
+from heliostat.apps.search.settings import IndexSettings
 from heliostat.cluster import cluster_file, launch
 from heliostat.config import spec, workspace
 from heliostat.curation import ImagePipeline
@@ -190,7 +190,7 @@ def test_a_missing_extra_is_one_line_that_names_it_before_anything_starts(bare, 
     with pytest.raises(MissingExtraError, match=LINE.format("heliostat benchmark", "benchmark")):
         Benchmark(Suite(name="x", tasks=["a"]), Location(str(tmp_path)))
     with pytest.raises(MissingExtraError, match=LINE.format("an index of documents", "retrieval")):
-        index_documents(str(tmp_path), str(tmp_path / "index"), Settings())
+        index_documents(str(tmp_path), str(tmp_path / "index"), IndexSettings())
     assert issubclass(MissingExtraError, ConfigError) and MissingExtraError.exit_code == 2
 
 

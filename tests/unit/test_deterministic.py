@@ -8,7 +8,7 @@ import pytest
 import torch
 from heliostat.recipes.protocol import Loss
 from heliostat.training.worker import deterministic, recheck
-from heliostat.training.worker.recheck import Recheck
+from heliostat.training.worker.recheck import CorruptionCheck
 from torch import nn
 
 WORKERS = 3
@@ -46,9 +46,9 @@ class Model(nn.Module):
         return self.last(attend(self.first(x)))
 
 
-def checking(monkeypatch: pytest.MonkeyPatch, model: nn.Module, compiled: bool = False) -> Recheck:
+def checking(monkeypatch: pytest.MonkeyPatch, model: nn.Module, compiled: bool = False) -> CorruptionCheck:
     """A check of three workers, who compute in turn."""
-    made: Any = object.__new__(Recheck)
+    made: Any = object.__new__(CorruptionCheck)
     made.engine = SimpleNamespace(module=model, device=torch.device("cpu"))
     made.recipe = SimpleNamespace(loss=lambda module, batch: Loss(module(batch["x"]).square().sum()))
     made.every, made.agreed, made.whole, made.group, made.compiled = 2, 0, True, None, compiled

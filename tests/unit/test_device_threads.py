@@ -61,7 +61,7 @@ def test_an_attempt_chooses_its_gpu_for_all_threads(chosen: list[tuple[str, int]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: None)
     monkeypatch.setattr(process_group.near_cores, "bind", lambda properties: None)
     monkeypatch.setattr(process_group.os, "environ", {})
-    process_group.join(process_group.Place(5, 8, 1, 4, "file:///nowhere", "nccl", ("a", "b", "c", "d")))
+    process_group.join(process_group.WorkerPlace(5, 8, 1, 4, "file:///nowhere", "nccl", ("a", "b", "c", "d")))
     device_threads.thread(lambda: None, "later").join()
     assert chosen[-2:] == [(threading.current_thread().name, 1), ("later", 1)]
 

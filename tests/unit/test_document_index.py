@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from heliostat.apps.search import build, table, units
-from heliostat.apps.search.search import Index
-from heliostat.apps.search.settings import Settings
+from heliostat.apps.search.search import SearchIndex
+from heliostat.apps.search.settings import IndexSettings
 from heliostat.apps.search.tasks import cut
 from heliostat.apps.serve.asks import Search
 from heliostat.apps.serve.shelf import Shelf
@@ -57,7 +57,7 @@ def test_no_text_has_no_passage():
 @pytest.mark.parametrize(("asked", "told"), [({"overlap": 200}, "more than half"), ({"chunk_tokens": 3}, "chunk_tokens")])
 def test_settings_that_go_nowhere_are_refused(asked, told):
     with pytest.raises(ConfigError, match=told):
-        validate(Settings, asked, "index-documents")
+        validate(IndexSettings, asked, "index-documents")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def embedder(tmp_path_factory):
 def made(corpus, embedder, tmp_path_factory):
     out = tmp_path_factory.mktemp("index")
     index(corpus, out, embedder)
-    return Index(Location(str(out)))
+    return SearchIndex(Location(str(out)))
 
 
 def test_each_passage_is_the_text_of_its_place(made, corpus):
@@ -129,7 +129,7 @@ def test_a_run_that_is_killed_goes_on_and_lists_each_passage_once(corpus, tmp_pa
         except KilledError:
             broken += 1
             with pytest.raises(ConfigError, match="no index here"):
-                Index(Location(str(tmp_path / "out")))
+                SearchIndex(Location(str(tmp_path / "out")))
     assert broken > 2 and told["new"] <= 2
     assert rows(tmp_path / "out") == rows(tmp_path / "whole")
 
@@ -149,16 +149,16 @@ def test_a_new_version_of_the_dataset_is_only_its_own_work(corpus, made, embedde
     again, fresh = rows(tmp_path / "index"), rows(tmp_path / "fresh")
     assert [{**row, "embedding": None} for row in again] == [{**row, "embedding": None} for row in fresh]
     np.testing.assert_allclose([r["embedding"] for r in again], [r["embedding"] for r in fresh], atol=1e-5)
-    found = Index(Location(str(tmp_path / "index"))).search([TEXTS[3]], "bm25", 50)[0]
+    found = SearchIndex(Location(str(tmp_path / "index"))).search([TEXTS[3]], "bm25", 50)[0]
     assert found and all(passage["document"] != "code.jsonl#3" for passage in found)
-    assert found == Index(Location(str(tmp_path / "fresh"))).search([TEXTS[3]], "bm25", 50)[0]
+    assert found == SearchIndex(Location(str(tmp_path / "fresh"))).search([TEXTS[3]], "bm25", 50)[0]
 
 
 def test_passages_that_are_cut_are_counted_also_where_their_embeddings_are_known(embedder, tmp_path):
     """Each passage, as the command says, though texts that are the same are embedded once."""
     long = "x(0) " * 90
     texts = named([long, "def f(): pass", long, "def g(): pass"])
-    whole = Settings(chunk_tokens=512, overlap=4)
+    whole = IndexSettings(chunk_tokens=512, overlap=4)
     first = index(write_dataset(tmp_path / "data", texts, 1), tmp_path / "index", embedder, whole)
     later = write_dataset(tmp_path / "later", {**texts, "code.jsonl#4": "def h(): pass"}, 1)
     second = index(later, tmp_path / "index", embedder, whole)
@@ -187,13 +187,13 @@ def test_versions_that_were_replaced_long_ago_go_and_nothing_that_is_needed(corp
 def test_who_reads_a_replaced_version_finds_the_columns_of_its_documents_for_a_day(tmp_path, monkeypatch):
     """Also if its record was written long before; then it goes, and the endpoint says so."""
 
-    def brought_up_to_date(text: str) -> Index:
+    def brought_up_to_date(text: str) -> SearchIndex:
         lines = [{"text": text, "url": f"http://h/{text}"}, {"text": "another document", "url": "http://h/x"}]
         (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         keys = {"name": "t", "input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "data"), "columns": ["url"]}
         made = make_dataset(Here(**keys, stages=[{"stage": "length", "min_chars": 2}], tokenizer={"vocab_size": 300}))
         index(made, tmp_path / "index")
-        return Index(Location(str(tmp_path / "index")))
+        return SearchIndex(Location(str(tmp_path / "index")))
 
     first = brought_up_to_date("older text")
     for file in (tmp_path / "index" / "files").iterdir():
@@ -214,10 +214,10 @@ def test_who_reads_a_replaced_version_finds_the_columns_of_its_documents_for_a_d
 def test_fragments_that_were_lost_are_made_again(corpus, tmp_path):
     index(corpus, tmp_path)
     was = rows(tmp_path)
-    lost = Index(Location(str(tmp_path))).table.get_fragments()[0].data_files()[0].path
+    lost = SearchIndex(Location(str(tmp_path))).table.get_fragments()[0].data_files()[0].path
     (tmp_path / table.NAME / "data" / lost).unlink()
     with pytest.raises(DataError, match="a part of it is missing"):
-        Index(Location(str(tmp_path))).search(["line"], "bm25", 50)
+        SearchIndex(Location(str(tmp_path))).search(["line"], "bm25", 50)
     assert index(corpus, tmp_path)["new"] == 1 and rows(tmp_path) == was
 
 
@@ -226,7 +226,9 @@ def test_a_folder_of_another_index_is_refused_before_ray_starts(corpus, tmp_path
     (tmp_path / "x" / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match="is not empty, and holds no index of documents"):
         build.index_documents(str(corpus.location), str(tmp_path / "x"), SETTINGS)
-    build.claim(Location(str(tmp_path / "y")), {"embedder": None, **Settings().model_dump()}, "an index", "index of documents")
+    build.claim(
+        Location(str(tmp_path / "y")), {"embedder": None, **IndexSettings().model_dump()}, "an index", "index of documents"
+    )
     with pytest.raises(ConfigError, match="holds an index of another chunk_tokens"):
         build.index_documents(str(corpus.location), str(tmp_path / "y"), SETTINGS)
 

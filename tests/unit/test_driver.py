@@ -8,12 +8,12 @@ import time
 
 import pytest
 from heliostat.runs import liveness
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 
 
-def attempt(**facts: object) -> Attempt:
+def attempt(**facts: object) -> RecordedAttempt:
     now = time.time()
-    made = Attempt("a", now - 5, now - 1, now, 0, 2, host=socket.gethostname(), pid=os.getpid())
+    made = RecordedAttempt("a", now - 5, now - 1, now, 0, 2, host=socket.gethostname(), pid=os.getpid())
     for key, value in facts.items():
         setattr(made, key, value)
     return made

@@ -13,15 +13,15 @@ import pytest
 from heliostat.cli.common import app
 from heliostat.curation import estimates, leftovers, prediction
 from heliostat.curation import similar as alike
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import Prediction, rows_of
 from heliostat.curation.prepare import Pipeline, dry_run
 from heliostat.curation.registry import parse
-from heliostat.curation.sampled import Sample
+from heliostat.curation.sampled import SampledParts
 from heliostat.curation.text import rates, sampling, sources, tokens
-from heliostat.curation.text.documents import Rules
-from heliostat.curation.text.sampling import SampledSource
-from heliostat.curation.text.trial import Trial
+from heliostat.curation.text.documents import TextRules
+from heliostat.curation.text.sampling import SampledTexts
+from heliostat.curation.text.trial import TextTrial
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging
@@ -54,13 +54,13 @@ def make_input(folder: Path, documents: int = 6000) -> None:
         (folder / f"{i}.txt").write_text(texts[i])
 
 
-def trial(tmp_path: Path, share: float, seed: int = 0, stages=STAGES, name: str = "trial") -> tuple[Trial, list]:
+def trial(tmp_path: Path, share: float, seed: int = 0, stages=STAGES, name: str = "trial") -> tuple[TextTrial, list]:
     inputs = sources.listing(str(tmp_path / "in"), ["extract"] * bool(stages))
     sample = sampling.choose(inputs[::-1] if seed else inputs, share, "in")
     here = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), seed=seed)
-    source = SampledSource(str(tmp_path / "in"), Rules(), "in", sample.records)
+    source = SampledTexts(str(tmp_path / "in"), TextRules(), "in", sample.records)
     output, parsed = Location(f"{tmp_path}/{name}"), [parse(entry) for entry in stages]
-    return Trial(here, source, output, BPE, None, parsed, 1 << 30, 40_000, 500, sample=sample), inputs
+    return TextTrial(here, source, output, BPE, None, parsed, 1 << 30, 40_000, 500, sample=sample), inputs
 
 
 def test_a_sample_follows_from_input_and_share_alone(tmp_path):
@@ -84,7 +84,7 @@ def test_every_record_has_the_same_chance_and_a_larger_share_holds_the_smaller(t
     inputs, found = sources.listing(str(tmp_path / "in"), ["extract"]), {}
     for share in (0.05, 0.2):
         sample = sampling.choose(inputs, share, "in")
-        source = SampledSource(str(tmp_path / "in"), Rules(), "in", sample.records)
+        source = SampledTexts(str(tmp_path / "in"), TextRules(), "in", sample.records)
         found[share] = [d.id for part in sample.parts for d in source.read(part)]
         assert len(found[share]) == len(set(found[share]))
         for kind, of in (("a.jsonl", 1000), ("b.jsonl", 1000), (".txt", 1000)):
@@ -180,7 +180,7 @@ def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
     assert "merging" not in made.flow.seconds, "what was merged to see how long it takes"
 
 
-def funnel_of(made: Trial) -> dict:
+def funnel_of(made: TextTrial) -> dict:
     (path,) = Path(made.output.path).glob("files/funnel*")
     return json.loads(path.read_text())
 
@@ -319,8 +319,8 @@ def test_few_duplicates_are_expected_where_a_large_sample_shows_none(documents):
 def test_bounds_of_documents_are_none_below_zero():
     """Where so little was read that the error of the number read is more than the number."""
     part = {"documents": 2, "kept": 2, "bytes": 200, "kept_bytes": 200, "dropped": {}, "counts": {}}
-    sample = Sample(0.001)
-    many, few = [Part(f"{i}", 100, 0) for i in range(1000)], [Part("0", 100, 0)]
+    sample = SampledParts(0.001)
+    many, few = [FilePart(f"{i}", 100, 0) for i in range(1000)], [FilePart("0", 100, 0)]
     sample.add("files", many, few, False, 0.5)
     rows = rows_of({"read": part, "shard": part}, sample, [{"read": 1.0, "shard": 1.0, "": 1.0}] * 3, None)
     assert sample.unknown * estimates.Z * (0.999 / 2) ** 0.5 > 1, "what this test is of"
@@ -334,7 +334,7 @@ def test_intervals_of_shares():
     assert estimates.wilson(0, 100)[0] == 0 and 0.03 < estimates.wilson(0, 100)[1] < 0.04
     assert estimates.duplicates(100, {}, 1000).high > 0.5, "no duplicates among few say nothing"
     assert estimates.duplicates(100, {4: 10}, 1).expected == 0.3
-    assert estimates.duplicates(0, {}, 10) == estimates.Share(0, 0, 0, 0)
+    assert estimates.duplicates(0, {}, 10) == estimates.DuplicateShare(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(("given", "share"), [("0.1%", 0.001), ("0.01", 0.01), (" 5 %", 0.05), (".5", 0.5)])
@@ -406,8 +406,8 @@ def test_tokens_a_byte_of_a_whole_are_estimated_from_halves_of_a_sample(tmp_path
     inputs = sources.listing(str(tmp_path / "in"))
     sample = sampling.choose(inputs, 0.1, "in")
     here = HereFlow(Work(Location(f"{tmp_path}/work")))
-    source = SampledSource(str(tmp_path / "in"), Rules(), "in", sample.records)
-    made = Trial(here, source, Location(f"{tmp_path}/trial"), bpe, None, [], 1 << 30, 1 << 20, 5000, sample=sample)
+    source = SampledTexts(str(tmp_path / "in"), TextRules(), "in", sample.records)
+    made = TextTrial(here, source, Location(f"{tmp_path}/trial"), bpe, None, [], 1 << 30, 1 << 20, 5000, sample=sample)
     found = made.predicted(inputs)
     tokenizer = tokens.load(tokens.train(sorted(texts), 2000, "<|endoftext|>"))
     truly = sum(map(len, tokens.encode(tokenizer, texts, 0)))

@@ -5,7 +5,7 @@ import random
 import pytest
 from heliostat.curation import prediction, reasons, sampled
 from heliostat.curation.images.pipeline import ImagePipeline
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
 
@@ -84,7 +84,7 @@ def test_a_share_has_large_files_and_small_ones_as_all_have_them():
     rng = random.Random(1)
     counts, pairs = dict[str, int](), 0
     for trial in range(120):
-        parts = [Part(f"{trial}/{i}", int(rng.paretovariate(1.0) * 1000), 0) for i in range(400)]
+        parts = [FilePart(f"{trial}/{i}", int(rng.paretovariate(1.0) * 1000), 0) for i in range(400)]
         few, many = sampled.evenly(parts, 0.1), sampled.evenly(parts, 0.3)
         assert {p.path for p in few} <= {p.path for p in many} and few == sampled.evenly(parts[::-1], 0.1)
         large = sorted(parts, key=lambda p: p.length)[-100:]
@@ -95,5 +95,5 @@ def test_a_share_has_large_files_and_small_ones_as_all_have_them():
         pairs += sum(str(i) in chosen and str(i + 1) in chosen for i in range(0, 400, 2))
     assert sum(counts.values()) == pytest.approx(120 * 40, rel=0.05) and max(counts.values()) < 35
     assert pairs == pytest.approx(120 * 200 * 0.09, rel=0.1)
-    small = [sampled.evenly([Part(f"t{t}/{i}", 1000, 0) for i in range(20)], 0.01) for t in range(2000)]
+    small = [sampled.evenly([FilePart(f"t{t}/{i}", 1000, 0) for i in range(20)], 0.01) for t in range(2000)]
     assert sum(map(len, small)) == pytest.approx(400, rel=0.2), "of classes of which less than one is a share"

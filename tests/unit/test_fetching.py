@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import reasons
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.web import client, lists
 from heliostat.curation.web.client import Bounds, FetchError
 from heliostat.curation.web.polite import Fetcher
@@ -345,7 +345,7 @@ def test_a_task_of_a_huge_host_holds_its_own_rows_alone(tmp_path, monkeypatch, o
     for file, count in enumerate((5, 1, 17, 2)):
         rows = [json.dumps({"url": f"http://a/{file}/{n}"}) for n in range(count)]
         (tmp_path / "in" / f"{file}.jsonl").write_text("\n".join(rows))
-        names += lists.listed(place, Part(f"{file}.jsonl", 0, 0), str(tmp_path / "in"), "url", [], 1 << 20)["files"]
+        names += lists.listed(place, FilePart(f"{file}.jsonl", 0, 0), str(tmp_path / "in"), "url", [], 1 << 20)["files"]
     held.clear()
     parts = [[row["id"] for row in lists.rows(place, {**whole, "part": part, "of": of}, names)] for part in range(of)]
     assert len(set(itertools.chain(*parts))) == sum(map(len, parts)) == 25 and all(part == sorted(part) for part in parts)

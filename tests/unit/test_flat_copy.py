@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from heliostat.checkpoint import flat_copy
-from heliostat.checkpoint.flat_copy import Range
+from heliostat.checkpoint.flat_copy import FlatRange
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.errors import TrainingError
 
@@ -60,6 +60,6 @@ def test_the_same_ranks_find_their_copy_in_one_piece():
 
 
 def test_a_byte_that_nobody_has_is_an_error():
-    wanted = [Range("master.a", 0, 10, 4, 0)]
+    wanted = [FlatRange("master.a", 0, 10, 4, 0)]
     with pytest.raises(TrainingError, match=r"lack elements 4 to 10 of 'master\.a'"):
-        flat_copy.pieces({0: [Range("master.a", 0, 4, 4, 0)], 1: [Range("master.a", 5, 5, 4, 0)]}, wanted)
+        flat_copy.pieces({0: [FlatRange("master.a", 0, 4, 4, 0)], 1: [FlatRange("master.a", 5, 5, 4, 0)]}, wanted)

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow.fs as pafs
 import pytest
 from heliostat.curation import chain, linear, pieces, readers, registry
-from heliostat.curation.engine import Engine
+from heliostat.curation.engine import StageEngine
 from heliostat.curation.images import sources as image_sources
-from heliostat.curation.images.sources import Columns
-from heliostat.curation.pieces import Part
+from heliostat.curation.images.sources import ImageColumns
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.stage import Document, Stage
 from heliostat.curation.text import sources, tasks
-from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
@@ -48,7 +48,7 @@ def rewrite(file: Path) -> None:
 def test_a_file_that_changes_after_it_was_listed_is_an_error_that_names_it(tmp_path, name):
     (tmp_path / name).write_text('{"text": "some words"}\n' * 20)
     (piece,) = pieces.cut([f.part for f in sources.listing(str(tmp_path), ["extract"])], 1 << 20, readers.ranged)
-    source = TextSource(str(tmp_path), Rules())
+    source = TextSource(str(tmp_path), TextRules())
     assert list(source.read(piece[0]))
     rewrite(tmp_path / name)
     with pytest.raises(DataError, match=rf"^input: \S+/{name}: changed during the run: it had 460 bytes .* Start again"):
@@ -64,7 +64,7 @@ def test_a_file_that_changes_after_it_was_listed_is_an_error_that_names_it(tmp_p
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n' * 1000)
     (file,) = sources.listing(str(tmp_path))
-    reading = TextSource(str(tmp_path), Rules()).read(Part(file.path, file.bytes, file.modified))
+    reading = TextSource(str(tmp_path), TextRules()).read(FilePart(file.path, file.bytes, file.modified))
     next(reading)
     rewrite(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="changed during the run"):
@@ -74,15 +74,15 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
 def test_an_image_that_changes_after_it_was_listed_is_an_error(tmp_path):
     (tmp_path / "a.png").write_bytes(image(8, 8))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "a"}\n')
-    (task,) = image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns())
-    assert list(image_sources.read(str(tmp_path), task, Columns()))
+    (task,) = image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), ImageColumns())
+    assert list(image_sources.read(str(tmp_path), task, ImageColumns()))
     rewrite(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png: changed during the run"):
-        list(image_sources.read(str(tmp_path), task, Columns()))
+        list(image_sources.read(str(tmp_path), task, ImageColumns()))
 
 
 def test_a_store_may_list_fractions_of_a_second_that_it_does_not_tell_of_one_file(monkeypatch):
-    listed = Part("a.jsonl", 100, 5_123_000_000)
+    listed = FilePart("a.jsonl", 100, 5_123_000_000)
     for seconds, same in ((5, True), (6, False)):
         told = pafs.FileInfo("b/in/a.jsonl", pafs.FileType.File, size=100, mtime_ns=seconds * 1_000_000_000)
         monkeypatch.setattr(Location, "attempt", lambda self, operation, told=told: told)
@@ -94,7 +94,7 @@ def test_a_store_may_list_fractions_of_a_second_that_it_does_not_tell_of_one_fil
 
 
 def entry(tmp_path: Path, stage: Stage) -> chain.Entry:
-    (made,) = Engine(HereFlow(Work(Location(str(tmp_path / "work")))), Given({}), [], 1 << 20)._entries([stage])
+    (made,) = StageEngine(HereFlow(Work(Location(str(tmp_path / "work")))), Given({}), [], 1 << 20)._entries([stage])
     return made
 
 
@@ -104,7 +104,7 @@ def test_a_worker_takes_the_files_of_the_start_whatever_its_node_has_in_their_pl
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     words, model, folder = tmp_path / "words.txt", tmp_path / "model", Location(str(tmp_path / "work" / "spill"))
     words.write_text("apples")
-    score = linear.Linear(np.zeros(16, np.float32), 5.0, linear.Features(1, 4, 100))
+    score = linear.LinearScorer(np.zeros(16, np.float32), 5.0, linear.NgramCounter(1, 4, 100))
     score.save(model, {})
     stages = [{"stage": "bad_words", "lists": [str(words)]}, {"stage": "classifier", "model": str(model)}]
     given = [entry(tmp_path, registry.parse(stage)) for stage in stages]

@@ -19,10 +19,10 @@ from heliostat.apps.search.table import read_record
 from heliostat.curation import readers, segment
 from heliostat.curation.images import pictures
 from heliostat.curation.images import sources as image_sources
-from heliostat.curation.images.sources import Columns, Limits
+from heliostat.curation.images.sources import ImageColumns, ImageLimits
 from heliostat.curation.text import making, sources
 from heliostat.curation.text import tasks as text_tasks
-from heliostat.curation.text.documents import Document, Dropped, Rules
+from heliostat.curation.text.documents import Document, Dropped, TextRules
 from heliostat.data import manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
@@ -82,7 +82,7 @@ def test_a_file_is_read_as_far_as_the_limit(tmp_path):
     with (tmp_path / "huge.txt").open("wb") as f:
         f.truncate(1 << 40)
     (tmp_path / "fits.txt").write_bytes(b"a" * 1000)
-    rules = Rules(max_file_bytes=1000)
+    rules = TextRules(max_file_bytes=1000)
     found = [d for name in ("huge.txt", "fits.txt") for d in text_tasks.read_file(Location(str(tmp_path)), name, rules)]
     assert [getattr(d, "reason", "kept") for d in found] == ["too_large", "kept"]
 
@@ -95,7 +95,7 @@ def test_a_line_that_is_too_long_is_left_out_and_the_lines_about_it_are_kept(cod
     assert [len(line) for line in lines[1:3]] == [limit, limit + 1]
     data = b"\n".join(lines)
     data = gzip.compress(data) if codec == ".gz" else pa.compress(data, codec="zstd", asbytes=True) if codec else data
-    found = list(readers.read(f"a.jsonl{codec}", io.BytesIO(data), Rules(max_document_bytes=limit + 1)))
+    found = list(readers.read(f"a.jsonl{codec}", io.BytesIO(data), TextRules(max_document_bytes=limit + 1)))
     assert [(d.id, d.reason if isinstance(d, Dropped) else len(d.text)) for d in found] == [
         (f"a.jsonl{codec}#1", 10), (f"a.jsonl{codec}#2", limit - 12), (f"a.jsonl{codec}#3", limit - 11),
         (f"a.jsonl{codec}#4", "too_large"), (f"a.jsonl{codec}#5", 5)]  # fmt: skip
@@ -103,7 +103,7 @@ def test_a_line_that_is_too_long_is_left_out_and_the_lines_about_it_are_kept(cod
 
 def test_what_comes_before_the_limit_of_a_file_is_kept():
     data = gzip.compress(b"".join(json.dumps({"text": f"{i}"}).encode() + b"\n" for i in range(1000)))
-    found = list(readers.read("a.jsonl.gz", io.BytesIO(data), Rules(max_file_bytes=5000)))
+    found = list(readers.read("a.jsonl.gz", io.BytesIO(data), TextRules(max_file_bytes=5000)))
     assert all(isinstance(d, Document) for d in found[:-1]) and len(found) > 300
     assert found[-1] == Dropped("a.jsonl.gz", "too_large", "more than 5,000 bytes, unpacked")
 
@@ -128,7 +128,9 @@ def test_a_link_that_leads_out_of_a_text_input_is_left_out(beside):
     (beside / "folder").symlink_to("../secret")
     (beside / "sub/inner.txt").symlink_to("../good.txt")
     listed = [f.path for f in sources.listing(str(beside))]
-    found = {d.id: getattr(d, "reason", "kept") for p in listed for d in text_tasks.read_file(Location(str(beside)), p, Rules())}
+    found = {
+        d.id: getattr(d, "reason", "kept") for p in listed for d in text_tasks.read_file(Location(str(beside)), p, TextRules())
+    }
     assert found == {"good.txt": "kept", "sub/inner.txt": "kept", "file.txt": "outside", "folder/key.txt": "outside"}
     through = beside.parent / "alias"
     through.symlink_to(beside)
@@ -145,7 +147,11 @@ def test_a_file_name_that_leads_out_of_an_image_input_is_left_out(beside, name):
     rows = [{"file_name": name.replace("PARENT", str(beside.parent)), "caption": "x"}, {"file_name": "good.png", "caption": "y"}]
     (beside / "sub/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = image_sources.listing(str(beside))
-    found = [r for t in image_sources.tasks(str(beside), files, Columns()) for r in image_sources.read(str(beside), t, Columns())]
+    found = [
+        r
+        for t in image_sources.tasks(str(beside), files, ImageColumns())
+        for r in image_sources.read(str(beside), t, ImageColumns())
+    ]
     assert [getattr(r, "reason", "kept") for r in found] == ["outside", "kept"]
 
 
@@ -153,7 +159,7 @@ def test_a_metadata_file_that_is_a_link_out_of_the_input_is_one_error(beside):
     (beside.parent / "secret/rows").write_text('{"file_name": "a.png"}')
     (beside / "metadata.jsonl").symlink_to("../secret/rows")
     with pytest.raises(ConfigError, match=r"input: metadata.jsonl: is not read: a link, .* that leads out"):
-        list(image_sources.tasks(str(beside), image_sources.listing(str(beside)), Columns()))
+        list(image_sources.tasks(str(beside), image_sources.listing(str(beside)), ImageColumns()))
 
 
 @pytest.mark.parametrize("path", ["../x.parquet", "/etc/x.parquet", "a/../../x", "a//b", "./a", "a\\..\\..\\b", "", "a\nb", ".."])
@@ -229,7 +235,7 @@ def test_names_of_files_reach_the_terminal_escaped(tmp_path, caplog):
 def test_a_metadata_line_that_is_no_object_is_one_error(tmp_path, line):
     (tmp_path / "metadata.jsonl").write_text(line)
     with pytest.raises(ConfigError, match=r"input: metadata\.jsonl: "):
-        list(image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns()))
+        list(image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), ImageColumns()))
 
 
 def test_a_csv_field_without_end_is_one_error(tmp_path):
@@ -237,15 +243,15 @@ def test_a_csv_field_without_end_is_one_error(tmp_path):
     csv.field_size_limit(1 << 30)
     (tmp_path / "metadata.csv").write_text('file_name,caption\n"' + "x" * 200_000)
     with pytest.raises(ConfigError, match=r"input: metadata\.csv: cannot be read"):
-        list(image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns()))
+        list(image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), ImageColumns()))
 
 
 def test_a_caption_that_is_no_text_is_no_caption(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": 7}')
     (tmp_path / "a.png").write_bytes(image(9, 9))
-    (task,) = image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), Columns())
-    (raw,) = image_sources.read(str(tmp_path), task, Columns())
-    assert pictures.prepare(raw, pictures.Rules(((8, 8),))).reason == "no_caption"
+    (task,) = image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), ImageColumns())
+    (raw,) = image_sources.read(str(tmp_path), task, ImageColumns())
+    assert pictures.prepare(raw, pictures.ImageRules(((8, 8),))).reason == "no_caption"
 
 
 def test_an_image_of_more_bytes_than_allowed_is_left_out_wherever_it_lies(tmp_path):
@@ -258,7 +264,7 @@ def test_an_image_of_more_bytes_than_allowed_is_left_out_wherever_it_lies(tmp_pa
     for name in ("a.parquet", "b.tar"):
         task = {"kind": "archives", "parts": [{"path": name, "bytes": 0, "modified": 0}]}
         for limit, expected in ((len(big), "kept"), (len(big) - 1, "too_large")):
-            (found,) = image_sources.read(str(tmp_path), task, Columns(), Limits(1 << 20, limit))
+            (found,) = image_sources.read(str(tmp_path), task, ImageColumns(), ImageLimits(1 << 20, limit))
             assert getattr(found, "reason", "kept") == expected
 
 

@@ -12,7 +12,7 @@ from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.inference.generate import read_prompts
 from heliostat.recipes import exported
-from heliostat.recipes.images.gallery import Gallery, grid, png
+from heliostat.recipes.images.gallery import PromptGallery, grid, png
 from heliostat.recipes.images.generator import ImageGenerator
 from heliostat.recipes.images.judge import Judge, real_images
 from heliostat.recipes.images.quality import fid, kid
@@ -62,7 +62,7 @@ def test_conditional_accuracy_is_the_share_of_labelled_prompts_that_are_shown(da
     """Real twos and nines in the places of drawn ones score what they should, and swapped ones nothing."""
     made = TextToImage(job(**build_images.job(dataset, samples={"prompts": PROMPTS, "per_prompt": 2, "judge": True})))
     made.bind([manifest.read(Location(str(dataset)))])
-    gallery = Gallery(made)
+    gallery = PromptGallery(made)
     assert gallery.count == 6 and gallery.item(3) == ("anything", 3) and gallery.item(4) == ("nine, handwritten", 4)
     images, labels = real_images(made.sources)
     judge = gallery.judge_of()
@@ -117,7 +117,7 @@ def test_fid_and_kid_compare_with_all_real_images_or_a_stated_number_and_look_at
     def scores(sources: list[manifest.Manifest], **features: int) -> dict[str, float]:
         made = TextToImage(job(**build_images.job(dataset, samples={**given, "features": {"pretrained": folder, **features}})))
         made.sources = sources
-        gallery = Gallery(made)
+        gallery = PromptGallery(made)
         images = real_images([source])[0]
         first = gallery.judge(images[:6])[0]
         assert gallery.judge(images[:6])[0] == first

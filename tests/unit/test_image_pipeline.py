@@ -17,14 +17,14 @@ import pytest
 from heliostat.curation import forget, reasons, segment
 from heliostat.curation.images import pictures, sources, tasks
 from heliostat.curation.images.pipeline import ImagePipeline
-from heliostat.curation.images.sources import Columns
+from heliostat.curation.images.sources import ImageColumns
 from heliostat.curation.prepare import sha256_json
 from heliostat.curation.stage import Dropped
 from heliostat.curation.text import trace
 from heliostat.data import documents, manifest
 from heliostat.errors import ConfigError
 from heliostat.tasks import merging
-from heliostat.tracking.lineage_of_documents import Trained
+from heliostat.tracking.lineage_of_documents import TrainedOnDocument
 from heliostat.tracking.report import curation
 from PIL import Image
 
@@ -95,22 +95,22 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_dataset(tmp_path, sta
 
 def by_definition(folder: Path, distance: int | None, shard_images: int) -> tuple[dict[str, bytes], dict[str, int]]:
     """The shards, by path, and what was dropped: all images in memory, gone through by the hashes of their pixels."""
-    columns, sizes = Columns(label="kind"), pictures.buckets(32, 2.0, 8)
+    columns, sizes = ImageColumns(label="kind"), pictures.buckets(32, 2.0, 8)
     listed = sources.listing(str(folder))
     raw = [r for task in sources.tasks(str(folder), listed, columns) for r in sources.read(str(folder), task, columns)]
-    made = [r if isinstance(r, Dropped) else pictures.prepare(r, pictures.Rules(sizes, min_side=8)) for r in raw]
+    made = [r if isinstance(r, Dropped) else pictures.prepare(r, pictures.ImageRules(sizes, min_side=8)) for r in raw]
     dropped = Counter(m.reason for m in made if isinstance(m, Dropped))
-    kept = list[pictures.Picture]()
-    for one in sorted((m for m in made if isinstance(m, pictures.Picture)), key=lambda m: (m.hash, m.id)):
+    kept = list[pictures.StoredPicture]()
+    for one in sorted((m for m in made if isinstance(m, pictures.StoredPicture)), key=lambda m: (m.hash, m.id)):
         apart = [((one.looks ^ other.looks) % (1 << 64)).bit_count() for other in kept]
         if distance is not None and any(other.hash == one.hash for other in kept):
             dropped["duplicate"] += 1
         elif distance is not None and apart and min(apart) <= distance:
-            dropped["duplicate" if one.hash in {m.hash for m in made if isinstance(m, pictures.Picture) and m.id < one.id}
+            dropped["duplicate" if one.hash in {m.hash for m in made if isinstance(m, pictures.StoredPicture) and m.id < one.id}
                     else "near_duplicate"] += 1  # fmt: skip
         else:
             kept.append(one)
-    shards, counts = dict[str, list[pictures.Picture]](), Counter(f"{w}x{h}" for w, h in (one.size for one in kept))
+    shards, counts = dict[str, list[pictures.StoredPicture]](), Counter(f"{w}x{h}" for w, h in (one.size for one in kept))
     for one in kept:
         bucket = f"{one.size[0]}x{one.size[1]}"
         number = int(one.hash[:15], 16) % max(1, round(counts[bucket] / shard_images))
@@ -189,8 +189,8 @@ def test_a_changed_image_is_read_again_whatever_its_name(tmp_path, name):
 def test_an_image_that_a_metadata_file_names_by_dots_is_still_outside(tmp_path):
     folder_of(tmp_path / "in", [("0.png", image(16, 16), {"caption": "x"})])
     (tmp_path / "in" / "metadata.jsonl").write_text('{"file_name": "img/../0.png", "caption": "x"}')
-    (task,) = sources.tasks(str(tmp_path / "in"), sources.listing(str(tmp_path / "in")), Columns())
-    (left,) = sources.read(str(tmp_path / "in"), task, Columns())
+    (task,) = sources.tasks(str(tmp_path / "in"), sources.listing(str(tmp_path / "in")), ImageColumns())
+    (left,) = sources.read(str(tmp_path / "in"), task, ImageColumns())
     assert isinstance(left, Dropped) and left.reason == "outside"
 
 
@@ -211,7 +211,7 @@ def test_what_became_of_every_image_is_told(tmp_path):
             (piece,) = told["shard"]["pieces"]
             file = pq.ParquetFile(Path(made.location.path) / row["detail"])
             assert file.read_row_group(piece["row_group"])["id"][piece["first"]].as_py() == id
-            trained = Trained(None, made, id)  # where a run that trains on the collection finds it: in one of its parts
+            trained = TrainedOnDocument(None, made, id)  # where a run that trains on the collection finds it: in one of its parts
             parts = {name: manifest.read(made.location.join(name)) for name in made.meta["parts"]}
             held_by = {name: found for name, part in parts.items() if (found := trained._pieces(part))}
             ((part, ((path, there),)),) = held_by.items()

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from heliostat.curation import forget
 from heliostat.curation.text import infilling, sources, tokens
-from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.infilling import Arranged, FillInTheMiddle, arrange
-from heliostat.curation.text.making import Making
+from heliostat.curation.text.making import TextMaking
 from heliostat.curation.text.tasks import TextSource
 from heliostat.data import infilling as layout
 from heliostat.data import manifest
@@ -131,9 +131,9 @@ def test_without_a_rearranged_text_the_tokens_are_what_they_are_without_the_key(
 
 def make(folder, name: str, given: str | None = None, keys: FillInTheMiddle | None = KEYS, **options):
     here = HereFlow(Work(Location(f"{folder}/{name}.work")), seed=options.pop("seed", 0))
-    source, output = TextSource(str(folder / "in"), Rules()), Location(f"{folder}/{name}")
+    source, output = TextSource(str(folder / "in"), TextRules()), Location(f"{folder}/{name}")
     limits = {"memory_limit": 1 << 30, "shard_bytes": 60_000, "chunk_tokens": 5000, **options}
-    making = Making(here, source, output, BPE, given, [], **limits, infill=keys)
+    making = TextMaking(here, source, output, BPE, given, [], **limits, infill=keys)
     rows, meta = making.run(sources.listing(str(folder / "in")))
     return sorted(rows, key=lambda row: (row["path"], row["row_group"])), meta
 

@@ -138,7 +138,7 @@ def test_products_in_float8_are_those_of_the_rounded_numbers():
     draw = torch.Generator().manual_seed(0)
     x, weight, bias, back = (torch.randn(*size, generator=draw) for size in ((3, 7, 32), (48, 32), (48,), (3, 7, 48)))
     layer = torch.nn.Linear(32, 48)
-    layer.__class__ = float8.Linear
+    layer.__class__ = float8.Float8Linear
     layer.weight.data, layer.bias.data = weight, bias
     x.requires_grad_()
     made = layer(x)
@@ -167,7 +167,7 @@ def test_a_tensor_keeps_its_largest_number_and_zeros_stay_zeros():
 def test_float8_is_of_linear_layers_inside_layers_whose_sides_fit():
     its = CausalLM(job(model={**MODEL, "intermediate_size": 120}))
     its.fp8 = True
-    named = {name for name, m in its.build().named_modules() if isinstance(m, float8.Linear)}
+    named = {name for name, m in its.build().named_modules() if isinstance(m, float8.Float8Linear)}
     assert named == {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo"}, "120 is no multiple of 16"
 
 

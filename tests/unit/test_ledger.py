@@ -12,8 +12,8 @@ from heliostat.cli.main import app
 from heliostat.errors import ConfigError
 from heliostat.runs import goodput
 from heliostat.runs.events import Event, Goodput, ModelPhase, Phase, Saved, Steps
-from heliostat.runs.goodput import PARTS, Attempt, account, report, settle
-from heliostat.runs.time_ledger import Ledger, Recorder
+from heliostat.runs.goodput import PARTS, RecordedAttempt, account, report, settle
+from heliostat.runs.time_ledger import Ledger, LedgerRecorder
 from heliostat.storage.locations import Location
 from heliostat.tracking.metrics import points
 from typer.testing import CliRunner
@@ -29,7 +29,7 @@ class History:
 
     def __init__(self, seed: int, deaths: bool = True) -> None:
         rng = random.Random(seed)
-        self.attempts: list[Attempt] = []
+        self.attempts: list[RecordedAttempt] = []
         self.every = rng.randint(1, 7)
         steps: dict[int, float] = {}  # the run's steps as they stand, and their seconds
         self.wasted = self.unreported = 0.0
@@ -48,7 +48,7 @@ class History:
             known = clock + sum(spent.values())
             tail = rng.random() * 3 if deaths else 0.0
             self.unreported += tail
-            self.attempts.append(Attempt(
+            self.attempts.append(RecordedAttempt(
                 f"a{number}", clock, known, known + tail, start, 2, restart=bool(number) and rng.random() < 0.5,
                 outcome="failed" if rng.random() < 0.5 else None, pending="lost", parts=spent, marks=marks,
             ))  # fmt: skip
@@ -92,11 +92,12 @@ def test_the_order_in_which_the_files_are_read_does_not_matter_and_writing_them_
 
 
 def test_time_between_commands_is_idle_and_between_failure_and_first_step_restarting():
-    first = Attempt("a", 0.0, 100.0, 100.0, 0, 2, outcome="failed", pending="lost", parts={"starting": 20.0, "computing": 80.0},
+    first = RecordedAttempt("a", 0.0, 100.0, 100.0, 0, 2, outcome="failed", pending="lost",
+        parts={"starting": 20.0, "computing": 80.0},
                     marks=[(10, 40.0), (20, 80.0)])  # fmt: skip
-    within = Attempt("b", 103.0, 150.0, 150.0, 10, 1, restart=True, outcome="interrupted", pending="lost",
+    within = RecordedAttempt("b", 103.0, 150.0, 150.0, 10, 1, restart=True, outcome="interrupted", pending="lost",
                      parts={"queued": 2.0, "starting": 5.0, "computing": 40.0}, marks=[(20, 40.0)])  # fmt: skip
-    later = Attempt("c", 1150.0, 1200.0, 1206.0, 20, 1, outcome="finished", pending="idle",
+    later = RecordedAttempt("c", 1150.0, 1200.0, 1206.0, 20, 1, outcome="finished", pending="idle",
                     parts={"starting": 10.0, "computing": 40.0}, marks=[(30, 40.0)])  # fmt: skip
     parts = {p: s for p, s in account([first, within, later]).items() if s}
     assert parts == {"starting": 30.0, "computing": 120.0, "lost": 40.0, "restarting": 10.0, "idle": 1006.0}
@@ -105,17 +106,19 @@ def test_time_between_commands_is_idle_and_between_failure_and_first_step_restar
 
 def test_a_checkpoint_that_could_not_be_read_makes_the_work_up_to_it_lost_but_keeps_what_came_before():
     """b fell back to 10, where a's 20 is damaged; c reads 20 after all: it is a's, and b has left nothing."""
-    a = Attempt("a", 0.0, 20.0, 20.0, 0, 1, pending="lost", parts={"computing": 20.0}, marks=[(10, 10.0), (20, 20.0)])
-    b = Attempt("b", 20.0, 25.0, 25.0, 10, 1, pending="lost", parts={"computing": 5.0}, marks=[(15, 5.0)])
-    c = Attempt("c", 25.0, 35.0, 35.0, 20, 1, outcome="finished", pending="idle", parts={"computing": 10.0}, marks=[(30, 10.0)])
+    a = RecordedAttempt("a", 0.0, 20.0, 20.0, 0, 1, pending="lost", parts={"computing": 20.0}, marks=[(10, 10.0), (20, 20.0)])
+    b = RecordedAttempt("b", 20.0, 25.0, 25.0, 10, 1, pending="lost", parts={"computing": 5.0}, marks=[(15, 5.0)])
+    c = RecordedAttempt(
+        "c", 25.0, 35.0, 35.0, 20, 1, outcome="finished", pending="idle", parts={"computing": 10.0}, marks=[(30, 10.0)]
+    )
     parts = account([a, b, c])
     assert (parts["computing"], parts["lost"]) == (30.0, 5.0)
 
 
 def test_a_killed_drivers_last_mark_may_be_older_than_its_last_checkpoint():
     """Its file says 10, yet the next attempt goes on from 20: what it computed up to 10 is not lost."""
-    killed = Attempt("a", 0.0, 10.0, 14.0, 0, 1, pending="lost", parts={"computing": 10.0}, marks=[(10, 10.0)])
-    after = Attempt(
+    killed = RecordedAttempt("a", 0.0, 10.0, 14.0, 0, 1, pending="lost", parts={"computing": 10.0}, marks=[(10, 10.0)])
+    after = RecordedAttempt(
         "b", 20.0, 30.0, 30.0, 20, 1, outcome="finished", pending="idle", parts={"computing": 10.0}, marks=[(30, 10.0)]
     )
     parts = account([killed, after])
@@ -123,7 +126,7 @@ def test_a_killed_drivers_last_mark_may_be_older_than_its_last_checkpoint():
 
 
 def test_a_running_attempts_unreported_seconds_are_attributed_to_nothing_yet():
-    running = Attempt(
+    running = RecordedAttempt(
         "a", 0.0, 95.0, 100.0, 0, 1, pending="lost", parts={"starting": 15.0, "computing": 80.0}, marks=[(10, 80.0)]
     )
     found = report([running])
@@ -132,7 +135,7 @@ def test_a_running_attempts_unreported_seconds_are_attributed_to_nothing_yet():
 
 
 def test_commands_that_overlap_in_time_still_add_up():
-    one = Attempt("a", 0.0, 10.0, 10.0, 0, 1, outcome="finished", pending="idle", parts={"starting": 10.0})
+    one = RecordedAttempt("a", 0.0, 10.0, 10.0, 0, 1, outcome="finished", pending="idle", parts={"starting": 10.0})
     other = dataclasses.replace(one, id="b", started=4.0, known=8.0, seen=8.0, parts={"starting": 4.0})
     last = dataclasses.replace(one, id="c", started=12.0, known=13.0, seen=13.0, parts={"starting": 1.0})
     assert report([one, other, last])["parts"]["starting"] == 15.0
@@ -189,7 +192,7 @@ def test_compiling_is_the_first_step_less_the_second():
 
 def test_a_late_report_of_workers_that_have_failed_is_not_the_next_attempts(tmp_path):
     now = time.time()
-    recorder = Recorder(Location(str(tmp_path)), now - 100, 0, 2)
+    recorder = LedgerRecorder(Location(str(tmp_path)), now - 100, 0, 2)
     events = _events(now - 90, 0, (2,), 4)
     for event in events[:-1]:
         recorder.event(event)
@@ -201,7 +204,7 @@ def test_a_late_report_of_workers_that_have_failed_is_not_the_next_attempts(tmp_
 
 def test_workers_that_overtake_the_drivers_word_of_their_placing_are_one_attempt(tmp_path):
     now = time.time()
-    recorder = Recorder(Location(str(tmp_path)), now - 100, 0, 2)
+    recorder = LedgerRecorder(Location(str(tmp_path)), now - 100, 0, 2)
     model, *others = _events(now - 90, 0, (2,), 4)
     for event in [model, Phase(phase="placing", at=now - 95), *others]:
         recorder.event(event)
@@ -231,7 +234,7 @@ def _events(clock: float, start: int, saves: tuple[int, ...], until: int, ended:
 
 def test_a_recorder_splits_a_command_with_a_restart_in_it_and_its_files_tell_the_same(tmp_path):
     run, now = Location(str(tmp_path)), time.time()
-    recorder = Recorder(run, now - 100, 0, 2)
+    recorder = LedgerRecorder(run, now - 100, 0, 2)
     placing = partial(Phase, phase="placing")
     for event in [placing(at=now - 95), placing(at=now - 90), *_events(now - 85, 0, (2, 4), 5)]:
         recorder.event(event)
@@ -258,7 +261,7 @@ def test_a_recorder_splits_a_command_with_a_restart_in_it_and_its_files_tell_the
 
 def test_a_new_worker_group_that_nobody_announced_is_a_restart(tmp_path):
     now = time.time()
-    recorder = Recorder(Location(str(tmp_path)), now - 100, 0, 2)
+    recorder = LedgerRecorder(Location(str(tmp_path)), now - 100, 0, 2)
     for event in [*_events(now - 90, 0, (2,), 3), *_events(now - 60, 2, (), 4)]:
         recorder.event(event)
     first, second = recorder.attempts
@@ -269,7 +272,7 @@ def test_a_new_worker_group_that_nobody_announced_is_a_restart(tmp_path):
 def test_a_killed_drivers_file_is_at_most_seconds_old(tmp_path):
     """Nothing closes the recorder: what the file says is what the events had told by then."""
     now = time.time()
-    recorder = Recorder(Location(str(tmp_path)), now - 50, 0, 2)
+    recorder = LedgerRecorder(Location(str(tmp_path)), now - 50, 0, 2)
     for event in _events(now - 40, 0, (2,), 2):
         recorder.event(event)
     deadline = time.monotonic() + 20
@@ -284,11 +287,11 @@ def test_a_killed_drivers_file_is_at_most_seconds_old(tmp_path):
 def test_a_resumed_command_counts_what_earlier_ones_did_and_damage_to_their_files_stops_nothing(tmp_path, caplog):
     run, now = Location(str(tmp_path)), time.time()
     run.join("ledger", "attempt-20260101T000000.000Z-abc.json").write(
-        Attempt("abc", now - 500, now - 450, now - 450, 0, 1, outcome="failed", parts={"starting": 50.0}).dump()
+        RecordedAttempt("abc", now - 500, now - 450, now - 450, 0, 1, outcome="failed", parts={"starting": 50.0}).dump()
     )
-    assert Recorder(run, now - 10, 0, 1).report()["parts"]["idle"] == pytest.approx(440, abs=5)
+    assert LedgerRecorder(run, now - 10, 0, 1).report()["parts"]["idle"] == pytest.approx(440, abs=5)
     run.join("ledger", "attempt-20260101T000000.000Z-abc.json").write(b"{")
-    assert Recorder(run, now - 10, 0, 1).report()["total_s"] == pytest.approx(10, abs=5)
+    assert LedgerRecorder(run, now - 10, 0, 1).report()["total_s"] == pytest.approx(10, abs=5)
     assert "is no ledger of an attempt, or damaged" in caplog.text
     with pytest.raises(ConfigError, match="is no ledger of an attempt"):
         goodput.read(run)
@@ -296,7 +299,7 @@ def test_a_resumed_command_counts_what_earlier_ones_did_and_damage_to_their_file
 
 def test_a_store_that_refuses_the_ledger_costs_a_warning_only(tmp_path, caplog):
     (tmp_path / "ledger").write_text("a file lies where a folder is needed")
-    recorder = Recorder(Location(str(tmp_path)), time.time() - 5, 0, 1)
+    recorder = LedgerRecorder(Location(str(tmp_path)), time.time() - 5, 0, 1)
     recorder.close("finished")
     assert "the run's ledger is behind" in caplog.text
 

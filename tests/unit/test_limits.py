@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from heliostat.errors import ConfigError, LimitError, PlacementError, StoppedError, StorageError
 from heliostat.runs import goodput, time_ledger
-from heliostat.runs.goodput import Attempt
-from heliostat.runs.time_ledger import Recorder
+from heliostat.runs.goodput import RecordedAttempt
+from heliostat.runs.time_ledger import LedgerRecorder
 from heliostat.storage.locations import Location
 from heliostat.training.driver import limits
 from heliostat.training.driver import run as run_module
 from heliostat.training.driver.limits import Spending, hourly
-from heliostat.training.driver.run import Run
+from heliostat.training.driver.run import DrivenRun
 from heliostat.training.driver.signals import Signals
 from heliostat.training.stop_codes import INTERRUPTED
 from heliostat.tune import sweep
@@ -32,15 +32,17 @@ def node(*accelerators: str, gpus: float = 8.0, **node_labels: str) -> dict[str,
     return {"gpus": gpus, "cpus": 192.0, "accelerators": list(accelerators), "labels": node_labels}
 
 
-def ledger(folder: Path, *earlier: tuple[float, int, float], started: float = 0.0) -> Recorder:
+def ledger(folder: Path, *earlier: tuple[float, int, float], started: float = 0.0) -> LedgerRecorder:
     """A run's ledger: of earlier commands (hours, workers, of them hours queued), and of this one, since `started` seconds."""
     run = Location(str(folder))
     for i, (hours, workers, queued) in enumerate(earlier):
         begun = 1e9 + i * 100 * HOUR  # with days between the commands
         parts = {"queued": queued * HOUR, "computing": (hours - queued) * HOUR}
-        one = Attempt(f"a{i}", begun, begun + hours * HOUR, begun + hours * HOUR, 0, workers, parts=parts, outcome="failed")
+        one = RecordedAttempt(
+            f"a{i}", begun, begun + hours * HOUR, begun + hours * HOUR, 0, workers, parts=parts, outcome="failed"
+        )
         run.join("ledger", one.name).write(one.dump())
-    return Recorder(run, time.time() - started, 0, 2)
+    return LedgerRecorder(run, time.time() - started, 0, 2)
 
 
 def spending(folder: Path, wanted: dict[str, Any], *earlier: tuple[float, int, float], **workers: Any) -> Spending:
@@ -92,14 +94,14 @@ def test_a_limit_stops_a_run_as_a_signal_does_and_the_error_says_which(tmp_path,
     run: Any = SimpleNamespace(
         ledger=watched._ledger, lease=SimpleNamespace(lost=None), spending=watched, signals=Signals(), start_step=0, saved_step=0
     )
-    Run._beat(run)
+    DrivenRun._beat(run)
     assert run.signals.name.startswith("limits.hours: 1 h are used up")
     with pytest.raises(
         LimitError, match=r"^limits\.hours: .*; stopped at step 7, behind a checkpoint; raise it and use --resume"
     ):
-        Run._handle_stop(run, INTERRUPTED, 7)
+        DrivenRun._handle_stop(run, INTERRUPTED, 7)
     with pytest.raises(LimitError, match="before the first step"):
-        Run._recover(run, StoppedError("stopped before the first step"), None, run.signals, None, None)
+        DrivenRun._recover(run, StoppedError("stopped before the first step"), None, run.signals, None, None)
     assert issubclass(LimitError, StoppedError) and LimitError("x").exit_code == 130
 
 
@@ -130,7 +132,7 @@ class Away:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
         self.error, read = error, goodput.read
 
-        def asked(run: Location) -> list[Attempt]:
+        def asked(run: Location) -> list[RecordedAttempt]:
             if self.error:
                 raise self.error
             return read(run)
@@ -177,18 +179,18 @@ def test_a_wall_clock_that_is_set_uses_up_no_hours(tmp_path, monkeypatch):
 @pytest.mark.parametrize("signal_too", [False, True])
 def test_a_limit_reached_between_two_attempts_is_what_the_error_says(tmp_path, monkeypatch, signal_too):
     """It was a StoppedError, as of a signal."""
-    run: Any = object.__new__(Run)
+    run: Any = object.__new__(DrivenRun)
     run.spending, run.signals = spending(tmp_path, {"hours": 1.0}, (2.0, 1, 0.0)), Signals()
     run.ledger, run.lease, run.start_step, run.saved_step = run.spending._ledger, SimpleNamespace(lost=None), 5, 5
     run.restarts, run.job = 0, job()
     run.ledger.restart = lambda **given: None
     error = PlacementError("no room")
-    run._pause = lambda seconds, signals: (Run._beat(run), signal_too and setattr(run.signals, "name", "SIGTERM"))
+    run._pause = lambda seconds, signals: (DrivenRun._beat(run), signal_too and setattr(run.signals, "name", "SIGTERM"))
     text = r"^limits\.hours: 1 h are used up .*; stopped between two attempts; raise it and use --resume to go on from step 5$"
     with pytest.raises(LimitError, match=text):
-        Run._recover(run, error, None, run.signals, None, None)
+        DrivenRun._recover(run, error, None, run.signals, None, None)
     with pytest.raises(LimitError, match=r"limits\.hours: 1 h are used up"):
-        Run._recover(run, StoppedError("stopped by SIGTERM; no checkpoint"), None, run.signals, None, None)
+        DrivenRun._recover(run, StoppedError("stopped by SIGTERM; no checkpoint"), None, run.signals, None, None)
     with pytest.raises(StoppedError, match=r"^stopped by SIGINT between two attempts; use --resume to go on from step 3$"):
         run_module._heed(SimpleNamespace(name="SIGINT"), "", 3)
     after = run_module._stopped("x", run.spending.reached, "after the last step", "use --resume to export and register the model")

@@ -17,13 +17,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import pieces
-from heliostat.curation.engine import Engine
-from heliostat.curation.pieces import Part
+from heliostat.curation.engine import StageEngine
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.registry import parse
 from heliostat.curation.text import making, repositories, sources
-from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.gathering import Together
-from heliostat.curation.text.making import Making
+from heliostat.curation.text.making import TextMaking
 from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import ConfigError
@@ -61,10 +61,10 @@ def make(
     **flow_keys: Any,
 ) -> Any:  # fmt: skip
     here = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), **flow_keys)
-    source = TextSource(str(tmp_path / "in"), Rules(columns=("url", "repository", "path")))
+    source = TextSource(str(tmp_path / "in"), TextRules(columns=("url", "repository", "path")))
     parsed = [parse(entry) for entry in stages]
     output = Location(f"{tmp_path}/{name}")
-    made = Making(here, source, output, BPE, None, parsed, memory_limit, 4000, 500, None, together).run(
+    made = TextMaking(here, source, output, BPE, None, parsed, memory_limit, 4000, 500, None, together).run(
         sources.listing(str(tmp_path / "in"), ["extract"] * bool(stages))
     )
     rows, meta = made
@@ -178,8 +178,8 @@ def test_files_of_archives_follow_each_other_by_their_paths(tmp_path):
             for i in random.Random(name).sample(range(10, 22), 12):
                 archive.writestr(f"{name}/src/{i}.py", f"# {name} {i}\n" + f"value_{i} = {i}\n" * i)
     here = HereFlow(Work(Location(str(tmp_path / "work"))))
-    source = TextSource(str(tmp_path / "in"), Rules())
-    making = Making(here, source, Location(str(tmp_path / "out")), BPE, None, [], 1 << 30, 1 << 20, 500, None,
+    source = TextSource(str(tmp_path / "in"), TextRules())
+    making = TextMaking(here, source, Location(str(tmp_path / "out")), BPE, None, [], 1 << 30, 1 << 20, 500, None,
                     Together(column="repository"))  # fmt: skip
     rows, meta = making.run(repositories.listing(str(tmp_path / "in")))
     found = [name for _, _, name in laid(tmp_path / "out", rows)]
@@ -381,8 +381,8 @@ TASKS = 1500
 def test_the_driver_holds_little_of_each_task(tmp_path):
     """Less than 2 KB, of the ten files of each: a million files in 1e5 tasks are 130 MB (docs/benchmarks/curation.md)."""
     tracemalloc.start()
-    parts = ([Part(f"f/{i:06d}-{j}.txt", 6 << 20, i) for j in range(10)] for i in range(TASKS))
-    engine = Engine(Told(Work(Location(str(tmp_path)))), TextSource("in", Rules()), ["x"], 2 << 30)
+    parts = ([FilePart(f"f/{i:06d}-{j}.txt", 6 << 20, i) for j in range(10)] for i in range(TASKS))
+    engine = StageEngine(Told(Work(Location(str(tmp_path)))), TextSource("in", TextRules()), ["x"], 2 << 30)
     found = engine.curate(parts, [])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from heliostat.training import memory_keeper
-from heliostat.training.memory_keeper import MemoryKeeper, Plan
+from heliostat.training.memory_keeper import MemoryKeeper, MemoryPlan
 from heliostat.training.worker import memory_copies
 from heliostat.training.worker.memory_copies import MemoryCopies
 
@@ -59,7 +59,7 @@ class Workers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *keepers: Remote) -> None:
         self.keepers, self.notices = keepers, list[str]()
-        plan = Plan("a", [[keeper] for keeper in keepers])
+        plan = MemoryPlan("a", [[keeper] for keeper in keepers])
         self.all = [MemoryCopies(plan, 1 << 30, rank, len(keepers), self.notices.append) for rank in range(len(keepers))]
         monkeypatch.setattr(memory_copies, "together", self._together)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from heliostat.curation import reasons, segment
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import exchange, merging, spill
-from heliostat.tasks.merging import Range, merged
+from heliostat.tasks.merging import ShardRange, merged
 from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow
@@ -20,7 +20,7 @@ def bounds(shards: int):
     return lambda first, stop: (spill.share(first, shards)[0], spill.share(stop - 1, shards)[1])
 
 
-def run_of(folder: Location, seed: int, rows: int, size: int, decided: bool) -> Run:
+def run_of(folder: Location, seed: int, rows: int, size: int, decided: bool) -> SpilledRun:
     """A spilled run of random keys; with some rows that were decided against, if asked."""
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, 1 << 64, rows, np.uint64)
@@ -32,10 +32,10 @@ def run_of(folder: Location, seed: int, rows: int, size: int, decided: bool) -> 
     if decided:
         gone = table.select(["key", "row"]).slice(0, rows // 5)
         told = (spill.write(folder, gone, ("row",)),)
-    return Run(spill.write(folder, table, ("id",)), rows, rows * size, told)
+    return SpilledRun(spill.write(folder, table, ("id",)), rows, rows * size, told)
 
 
-def ids(folder: Location, runs: list[Run], low: int = 0, high: int = spill.ALL) -> list[str]:
+def ids(folder: Location, runs: list[SpilledRun], low: int = 0, high: int = spill.ALL) -> list[str]:
     return sorted(id for run in runs for table in survivors(folder, run, low, high) for id in table["id"].to_pylist())
 
 
@@ -52,7 +52,7 @@ def test_every_document_is_in_the_runs_of_its_range_once(tmp_path, monkeypatch, 
     most = rng.choice([3000, 20_000])
     found = merged(flow, runs, shards, bounds(shards), most)
     assert [one.first for one in found] == [0, *(one.stop for one in found[:-1])] and found[-1].stop == shards
-    assert ("merge" in flow.done) is merging.thin(Range(0, shards, runs)) and not any(map(merging.thin, found))
+    assert ("merge" in flow.done) is merging.thin(ShardRange(0, shards, runs)) and not any(map(merging.thin, found))
     bytes = sum(run.bytes for run in runs)
     assert (merging.passes(len(runs), bytes, shards, most) > 0) is ("merge" in flow.done), "as the dry run foresees it"
     for one in found:
@@ -65,9 +65,11 @@ def test_every_document_is_in_the_runs_of_its_range_once(tmp_path, monkeypatch, 
 
 
 def test_few_runs_and_large_parts_are_read_as_they_are(tmp_path):
-    runs = [Run(str(i), 10, 1 << 20) for i in range(100)]
-    for some, shards in ((runs[:40], 100), ([Run(r.name, 10, 1 << 30) for r in runs], 1000)):
-        assert merged(HereFlow(Work(Location(str(tmp_path)))), some, shards, bounds(shards), 1 << 25) == [Range(0, shards, some)]
+    runs = [SpilledRun(str(i), 10, 1 << 20) for i in range(100)]
+    for some, shards in ((runs[:40], 100), ([SpilledRun(r.name, 10, 1 << 30) for r in runs], 1000)):
+        assert merged(HereFlow(Work(Location(str(tmp_path)))), some, shards, bounds(shards), 1 << 25) == [
+            ShardRange(0, shards, some)
+        ]
 
 
 @pytest.mark.parametrize("exponent", range(28, 52, 3))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from heliostat.errors import ConfigError
-from heliostat.recipes.images.noising import Objective, Process
+from heliostat.recipes.images.noising import NoiseObjective, Process
 from heliostat.schema import validate
 
 DIFFUSION = [
@@ -21,7 +21,7 @@ DIFFUSION = [
 
 
 def process(**keys) -> Process:
-    return Process(validate(Objective, keys, "objective"))
+    return Process(validate(NoiseObjective, keys, "objective"))
 
 
 @pytest.mark.parametrize("keys", DIFFUSION, ids=str)

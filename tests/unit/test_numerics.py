@@ -8,7 +8,7 @@ import pytest
 import torch
 from heliostat.errors import CorruptionError, LossSpikeError
 from heliostat.numerics import compare, small
-from heliostat.numerics.rows import Row
+from heliostat.numerics.rows import DifferenceRow
 from heliostat.training.driver.recovery import Budget, classify
 from heliostat.training.worker.recheck import digest, outvoted
 
@@ -47,7 +47,7 @@ def test_a_gradient_that_is_only_rounding_is_measured_by_what_its_size_has_in_th
 
 
 def test_a_number_that_is_none_is_beyond_every_limit() -> None:
-    row = Row("loss", 1e-5)
+    row = DifferenceRow("loss", 1e-5)
     row.add(1, "", 0.0)
     row.add(2, "w", compare.relative(torch.tensor([math.nan]), torch.ones(1)), lambda: "why")
     assert (row.where, row.worst) == ("w, step 2", math.inf)

@@ -10,7 +10,7 @@ import pytest
 from heliostat.data import mixing, order
 from heliostat.data.mixing import Shape, choose_shape
 from heliostat.data.mixture import Mixture
-from heliostat.data.order import Order, Samples, permutation
+from heliostat.data.order import Order, SamplePlaces, permutation
 from heliostat.data.split import Split, growing_runs, hash64, runs, whole
 from heliostat.errors import ConfigError, DataError
 
@@ -59,7 +59,7 @@ def located(seed: int) -> tuple[Order, np.ndarray]:
     return o, rows(o.locate(np.arange(max(4000, periods * mixture.period))))
 
 
-def rows(samples: Samples) -> np.ndarray:
+def rows(samples: SamplePlaces) -> np.ndarray:
     """(source, epoch, chunk, row) of every sample."""
     return np.stack([samples.source, samples.epoch, samples.chunk, samples.row], axis=1).astype(np.int64)
 

@@ -10,11 +10,11 @@ import pytest
 from heliostat.curation import pieces
 from heliostat.curation.pairs import extracting
 from heliostat.curation.pairs.extracting import Pair
-from heliostat.curation.pairs.making import Making
+from heliostat.curation.pairs.making import PairMaking
 from heliostat.curation.pairs.pipeline import PairPipeline
 from heliostat.curation.pairs.reading import Least, PairSource
 from heliostat.curation.text import sources
-from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.documents import TextRules
 from heliostat.data import manifest, split
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
@@ -118,7 +118,7 @@ def test_headings_of_pages_belong_to_the_text_below_them() -> None:
 
 
 def source(folder: Path) -> PairSource:
-    return PairSource(str(folder), Rules(columns=("query",)), "query", Least(2, 3))
+    return PairSource(str(folder), TextRules(columns=("query",)), "query", Least(2, 3))
 
 
 def write(folder: Path) -> None:
@@ -137,7 +137,7 @@ def write(folder: Path) -> None:
 def make(tmp_path: Path, name: str, **keys: Any) -> tuple[list[dict[str, Any]], dict[str, Any], Location]:
     here: flow.Flow = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), **keys)
     output = Location(f"{tmp_path}/{name}")
-    making = Making(here, source(tmp_path / "in"), output, BPE, None, [], 1 << 30, 1500, 8)
+    making = PairMaking(here, source(tmp_path / "in"), output, BPE, None, [], 1 << 30, 1500, 8)
     return *making.run(sources.listing(str(tmp_path / "in"), ("extract", "pdf"))), output
 
 

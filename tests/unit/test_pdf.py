@@ -6,10 +6,10 @@ import logging
 import zlib
 
 import pytest
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.registry import parse
 from heliostat.curation.stage import Document
-from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.curation.text.sources import listing
 from heliostat.curation.text.tasks import TextSource
@@ -87,9 +87,9 @@ def test_files_are_read_where_the_pipeline_has_the_stage(tmp_path, caplog):
         assert files({"stage": "length", "min_chars": 1}) == ["c.txt"]
     assert "3 PDFs are not read; {stage: pdf}" in caplog.text
     assert files({"stage": "pdf"}) == ["a.pdf", "b.PDF.gz", "c.txt", "locked.pdf"]
-    source = TextSource(str(folder), Rules())
+    source = TextSource(str(folder), TextRules())
 
-    read = {f.path: next(iter(source.read(Part(f.path, f.bytes, 0)))) for f in listing(str(folder), ["pdf"])}
+    read = {f.path: next(iter(source.read(FilePart(f.path, f.bytes, 0)))) for f in listing(str(folder), ["pdf"])}
     with pytest.raises(ConfigError, match=r"a\.pdf is a PDF, not text; put {stage: pdf} among the first"):
         source.finish(read["a.pdf"])
     outcomes = parse({"stage": "pdf"}).open()(list(read.values()))

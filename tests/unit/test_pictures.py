@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.curation.images import pictures, sources
 from heliostat.curation.images import tasks as image_tasks
-from heliostat.curation.images.pictures import Dropped, Picture, Raw, Rules
-from heliostat.curation.images.sources import Columns
-from heliostat.curation.pieces import Part
+from heliostat.curation.images.pictures import Dropped, ImageRules, Raw, StoredPicture
+from heliostat.curation.images.sources import ImageColumns
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.text import sources as text_sources
 from heliostat.errors import ConfigError
@@ -24,10 +24,10 @@ from PIL import Image
 
 from tests.unit.build_images import image
 
-SQUARE = Rules(((16, 16),))
+SQUARE = ImageRules(((16, 16),))
 
 
-def reason(raw: Raw, rules: Rules = SQUARE) -> str:
+def reason(raw: Raw, rules: ImageRules = SQUARE) -> str:
     made = pictures.prepare(raw, rules)
     return made.reason if isinstance(made, Dropped) else "kept"
 
@@ -44,8 +44,8 @@ def test_every_kind_of_image_becomes_what_the_rules_say(encoding, mode):
         Image.open(io.BytesIO(data)).quantize(16).save(out, encoding)
         data = out.getvalue()
     for channels, expected in ((1, "L"), (3, "RGB")):
-        made = pictures.prepare(Raw("a", data, "some  text\n"), Rules(((16, 16),), channels))
-        assert isinstance(made, Picture) and made.caption == "some text"
+        made = pictures.prepare(Raw("a", data, "some  text\n"), ImageRules(((16, 16),), channels))
+        assert isinstance(made, StoredPicture) and made.caption == "some text"
         stored = Image.open(io.BytesIO(made.image))
         assert (stored.size, stored.mode, stored.format) == ((16, 16), expected, "PNG")
 
@@ -76,7 +76,7 @@ def test_grey_of_16_bits_keeps_its_upper_byte(channels):
     for values in many:
         out = io.BytesIO()
         Image.fromarray(values).save(out, "PNG")
-        hashes.add(pictures.prepare(Raw("a", out.getvalue(), "x"), Rules(((16, 16),), channels)).hash)
+        hashes.add(pictures.prepare(Raw("a", out.getvalue(), "x"), ImageRules(((16, 16),), channels)).hash)
     assert len(hashes) == 2
 
 
@@ -110,7 +110,7 @@ def test_a_photo_is_turned_as_its_exif_says():
     ],
 )
 def test_bad_and_unwanted_images_are_dropped_with_a_reason(raw, rules, expected):
-    assert reason(raw, Rules(((16, 16),), **rules)) == expected
+    assert reason(raw, ImageRules(((16, 16),), **rules)) == expected
     assert expected == "kept" or expected in pictures.REASONS
 
 
@@ -158,9 +158,9 @@ def test_the_perceptual_hash_survives_scaling_and_compression_and_tells_images_a
 # sources -------------------------------------------------------------------------------------------------------------
 
 
-def read(uri: str, columns: Columns | None = None) -> dict[str, str]:
+def read(uri: str, columns: ImageColumns | None = None) -> dict[str, str]:
     """id -> caption, or the reason in capitals."""
-    columns = columns or Columns()
+    columns = columns or ImageColumns()
     files = sources.listing(uri)
     found = [r for t in sources.tasks(uri, files, columns) for r in sources.read(uri, json.loads(json.dumps(t)), columns)]
     return {r.id: r.reason.upper() if isinstance(r, Dropped) else f"{r.caption}|{r.label}" for r in found}
@@ -188,7 +188,7 @@ def test_a_folder_with_a_metadata_file(tmp_path, kind):
         name.write_text("\n".join(json.dumps(r) for r in rows))
     else:
         name.write_text("file_name,caption,kind\n" + "\n".join(",".join(r.values()) for r in rows))
-    assert read(str(tmp_path), Columns(label="kind")) == {
+    assert read(str(tmp_path), ImageColumns(label="kind")) == {
         "sub/0.png": "image 0|x",
         "sub/1.png": "image 1|x",
         "sub/2.png": "UNREADABLE",
@@ -247,7 +247,7 @@ def test_webdataset_tars(tmp_path):
     ])  # fmt: skip
     (tmp_path / "a.tar").write_bytes(whole)
     (tmp_path / "b.tar").write_bytes(whole[: 512 * 3 + len(picture)])
-    found = read(str(tmp_path / "a.tar"), Columns(label="tag"))
+    found = read(str(tmp_path / "a.tar"), ImageColumns(label="tag"))
     assert found == {
         "a.tar/x/1": "one|7",
         "a.tar/x/2": "two|5",
@@ -269,7 +269,7 @@ def test_a_tar_that_stops_before_its_end_says_so(folder):
     broken[heads[4] + 150] ^= 0xFF  # its checksum
 
     def found(data: bytes) -> list[str]:
-        made = sources.read_tar("a.tar", io.BytesIO(data), Columns())
+        made = sources.read_tar("a.tar", io.BytesIO(data), ImageColumns())
         return [r.reason if isinstance(r, Dropped) else r.id.rpartition("/")[2] for r in made]
 
     assert found(whole) == found(whole[: end + 512]) == ["0", "1", "2"]
@@ -281,7 +281,7 @@ def test_a_sample_of_a_tar_is_bounded_with_all_its_parts():
     """And what is no part of it is not read; images of just the limit, with their words, are kept."""
     sample = [("1.png", b"p" * 600), ("1.jpg", b"p" * 300), ("1.txt", b"c" * 100)]
     data = tar([*sample, ("1.npy", bytes(5000)), ("2.npy", bytes(5000)), ("3.png", b"p"), ("3.txt", b"c")])
-    found = {limit: list(sources.read_tar("a.tar", io.BytesIO(data), Columns(), limit)) for limit in (1000, 999)}
+    found = {limit: list(sources.read_tar("a.tar", io.BytesIO(data), ImageColumns(), limit)) for limit in (1000, 999)}
     kept, alone, last = found[1000]
     assert kept == Raw("a.tar/1", b"p" * 600, "c" * 100) and last == Raw("a.tar/3", b"p", "c")
     assert alone == Raw("a.tar/2", None, None), "it is told as no_image"
@@ -312,7 +312,7 @@ def test_an_input_without_images_is_one_error(tmp_path):
 
 def test_a_metadata_file_is_cut_into_tasks(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{i}.png"}) for i in range(1200)))
-    tasks = sources.tasks(str(tmp_path), [InputFile("metadata.jsonl", 1, 0)], Columns())
+    tasks = sources.tasks(str(tmp_path), [InputFile("metadata.jsonl", 1, 0)], ImageColumns())
     assert [len(t["entries"]) for t in tasks] == [512, 512, 176]
 
 
@@ -321,7 +321,7 @@ def test_a_large_parquet_file_is_read_in_parts(tmp_path):
     rows = [{"image": image(9, 9, i), "caption": f"c{i}", "url": f"u{i}"} for i in range(40)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=7)
     size = (tmp_path / "a.parquet").stat().st_size
-    columns = Columns(others=("url",))
+    columns = ImageColumns(others=("url",))
     edges = [0, size // 3, size // 2, size]
     found = []
     for start, stop in itertools.pairwise(edges):
@@ -350,9 +350,9 @@ def test_each_part_of_a_parquet_file_tells_its_own_broken_row_group(tmp_path):
         return [*(min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in begin), path.stat().st_size]
 
     def parts(edges: list[int], limit: int) -> list[list[str]]:
-        asked = [Part("a.parquet", edges[-1], 0, a, b, 0) for a, b in itertools.pairwise([0, *edges[1:]])]
+        asked = [FilePart("a.parquet", edges[-1], 0, a, b, 0) for a, b in itertools.pairwise([0, *edges[1:]])]
         tasks = [{"kind": "archives", "parts": [asdict(part)]} for part in asked]
-        read = [sources.read(str(tmp_path), task, Columns(), sources.Limits(limit)) for task in tasks]
+        read = [sources.read(str(tmp_path), task, ImageColumns(), sources.ImageLimits(limit)) for task in tasks]
         return [[getattr(r, "reason", r.id) for r in some] for some in read]
 
     edges = write([rng.bytes(3000) for _ in range(10)], write_page_checksum=True, compression="none", use_dictionary=False,

@@ -8,7 +8,7 @@ import torch
 from heliostat.checkpoint import index, placement, tree, writing
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.index import root as index_root
-from heliostat.checkpoint.placement import Chunk, Part
+from heliostat.checkpoint.placement import Chunk, WrittenPart
 from heliostat.errors import CheckpointError
 from heliostat.plan import zero_layout
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -39,11 +39,11 @@ def _states(rng: random.Random, world: int) -> list[dict[str, torch.Tensor]]:
     return states
 
 
-def _part(rank: int, tensors: dict[str, torch.Tensor]) -> Part:
-    return writing.part({"file": f"{rank}"}, tensors) if tensors else Part([], {})
+def _part(rank: int, tensors: dict[str, torch.Tensor]) -> WrittenPart:
+    return writing.part({"file": f"{rank}"}, tensors) if tensors else WrittenPart([], {})
 
 
-def _up(parts: list[Part]) -> Part:
+def _up(parts: list[WrittenPart]) -> WrittenPart:
     """Merges as the tree does: each rank takes in its branches in order."""
     for rank in reversed(range(len(parts))):
         for child in tree.children(rank, len(parts)):
@@ -111,7 +111,7 @@ def test_any_elements_are_found_in_the_chunks_that_hold_them_and_in_no_other(see
 def test_a_slice_that_is_missing_or_there_twice_makes_no_checkpoint() -> None:
     """Before `checkpoint.json` is written, and when one is read."""
 
-    def part(*slices: tuple[int, int]) -> Part:
+    def part(*slices: tuple[int, int]) -> WrittenPart:
         return _up([_part(r, {"w": FlatShard(torch.zeros(n), s, 10)}) for r, (s, n) in enumerate(slices)])
 
     assert index_root(1, {}, part((0, 5), (5, 5)))["tensors"]["w"]["runs"] == [[0, 2, 0, 5]]

@@ -12,7 +12,7 @@ from heliostat.cli.plan import lines
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.plan import estimate, hardware, memory, planner, step_time, traffic, zero_layout
-from heliostat.plan.counts import ALWAYS, AT_STAGE_3, Work
+from heliostat.plan.counts import ALWAYS, AT_STAGE_3, OperationWork
 from heliostat.plan.model_stats import Meter, activations, build, stats_of, work
 from heliostat.storage.locations import Location
 
@@ -214,10 +214,10 @@ def test_communication_hides_behind_the_computing_that_it_can_run_beside():
 
 def test_an_operation_takes_its_arithmetic_and_its_bytes():
     """At the rates of its kind; small products are bound by memory; a launch is the least, but not where all is compiled."""
-    product = Work("matmul", 1, 1e12, 1e9, 1e9, 0, True)
+    product = OperationWork("matmul", 1, 1e12, 1e9, 1e9, 0, True)
     assert step_time.operation(product, 2, DEVICE) == pytest.approx(2e12 / 0.5e15 + 3e9 / 1e12)
     assert step_time.operation(replace(product, kind="convolution"), 1, DEVICE) == pytest.approx(1e12 / 0.25e15 + 2e9 / 1e12)
-    norm = Work("memory", 1, 0.0, 1e9, 0.0, 0, False)
+    norm = OperationWork("memory", 1, 0.0, 1e9, 0.0, 0, False)
     assert step_time.operation(norm, 1, DEVICE) == pytest.approx(1e-3)
     assert step_time.operation(norm, 1, DEVICE, compiled=True) == pytest.approx(0.4e-3)
     tiny = replace(norm, moved=8.0)
@@ -225,7 +225,7 @@ def test_an_operation_takes_its_arithmetic_and_its_bytes():
 
 
 def test_checkpointing_plays_again_what_is_in_layers():
-    inside, outside, last = (Work("matmul", 3, 1e12, 0.0, 0.0, replayed, True) for replayed in (ALWAYS, 0, AT_STAGE_3))
+    inside, outside, last = (OperationWork("matmul", 3, 1e12, 0.0, 0.0, replayed, True) for replayed in (ALWAYS, 0, AT_STAGE_3))
     plain = step_time.Setting(1, 1, 1, 1)
     took = [step_time.computing([inside, outside], replace(plain, replayed=r), DEVICE) for r in (0.0, 0.5, 1.0)]
     assert took == pytest.approx([12e-3, 15e-3, 18e-3])

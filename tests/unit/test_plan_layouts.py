@@ -11,7 +11,7 @@ from heliostat.errors import ConfigError
 from heliostat.plan import hardware, layouts, plan_file, planner, ranking
 from heliostat.plan.layouts import Layout
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 
 from tests.unit.build_job import ROOT, job, write
@@ -128,8 +128,8 @@ def test_the_command_prints_the_table_and_exits_2_if_nothing_fits(tmp_path):
 # calibration ---------------------------------------------------------------------------------------------------------
 
 
-def attempt(*marks: tuple[int, float]) -> Attempt:
-    return Attempt("a", 0.0, 1.0, 1.0, 0, 1, marks=list(marks))
+def attempt(*marks: tuple[int, float]) -> RecordedAttempt:
+    return RecordedAttempt("a", 0.0, 1.0, 1.0, 0, 1, marks=list(marks))
 
 
 def test_pace_is_taken_between_marks_and_needs_steps():

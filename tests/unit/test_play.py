@@ -14,7 +14,7 @@ import torch
 from heliostat.apps.play import app
 from heliostat.apps.play.run import play
 from heliostat.apps.search import answering
-from heliostat.apps.serve.asks import Holds, Picture
+from heliostat.apps.serve.asks import Holds, PictureRequest
 from heliostat.apps.serve.options import Options as Serving
 from heliostat.apps.serve.painter import Painter
 from heliostat.apps.serve.replica import Replica
@@ -24,7 +24,7 @@ from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Embed, Input
 from heliostat.recipes import exported
 from heliostat.recipes.images.generator import ImageCanvas
-from heliostat.recipes.images.generator import Picture as Options
+from heliostat.recipes.images.generator import PictureOptions as Options
 from heliostat.recipes.text import sentence_folder
 from PIL import Image
 from safetensors.torch import save_file
@@ -257,7 +257,7 @@ def test_a_drawing_that_nobody_waits_for_any_more_ends_before_the_next_begins(pa
 
     async def run() -> None:
         drawing.canvas.draw = counted
-        asked = Picture("a", 1, 0, {"steps": 1})
+        asked = PictureRequest("a", 1, 0, {"steps": 1})
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(drawing.draw(asked), 0.1)
         assert len(await drawing.draw(asked)) == 1

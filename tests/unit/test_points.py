@@ -5,7 +5,7 @@ from pathlib import Path
 
 import heliostat
 import pytest
-from heliostat.runs.events import Evaluation, Goodput, NodeSample, Saved, Spike, Steps
+from heliostat.runs.events import Evaluation, Goodput, LossSpike, NodeSample, Saved, Steps
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.tracking import outbox, tags
@@ -43,7 +43,7 @@ def test_a_name_has_one_declaration_and_what_mlflow_shows_first_is_what_people_l
                   sources={"corpus": {"tokens": 1.0, "samples": 1.0, "epochs": 1.0}})  # fmt: skip
     report = {"goodput": 0.5, "worker_hours": 1.0, "parts": {"idle": 1.0}}
     others = [Evaluation(step=1, scores={"loss": 1.0, "perplexity": 2.0}), Goodput(report=report, step=1),
-              Saved(step=1, blocked_s=1.0), Spike(step=1, loss=9.0, limit=2.0),
+              Saved(step=1, blocked_s=1.0), LossSpike(step=1, loss=9.0, limit=2.0),
               NodeSample(node="10.0.0.1", values={"cpu_utilization_percentage": 5.0})]  # fmt: skip
     logged = [p.key for e in (event, *others) for p in points(e)]
     assert len(logged) == len(set(logged)) and all(metric_of(key) for key in logged)

@@ -3,7 +3,7 @@
 import io
 import logging
 
-from heliostat.curation.watching import Watch
+from heliostat.curation.watching import PipelineWatch
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import BATCH, Task
 from heliostat.tasks.progress import Progress
@@ -76,7 +76,7 @@ def test_the_total_of_very_many_tasks_is_open_until_they_are_all_looked_up(tmp_p
 
 def shown(console: Console, quiet: bool, caplog) -> list[str]:
     clock = Clock()
-    with caplog.at_level(logging.INFO, "heliostat"), Watch(console, "preparing \x1b[2Jx", quiet, clock) as watch:
+    with caplog.at_level(logging.INFO, "heliostat"), PipelineWatch(console, "preparing \x1b[2Jx", quiet, clock) as watch:
         for clock.now in (1.0, 16.0, 17.0, 40.0):
             watch.show("read", f"at {clock.now:.0f}")
     return [record.getMessage() for record in caplog.records]

@@ -14,11 +14,11 @@ import yaml
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.evaluation import suite, tasks
 from heliostat.evaluation.programs import box, unit_tests
-from heliostat.evaluation.programs.box import FAILED, PASSED, TIMED_OUT, TOO_MUCH, Limits
+from heliostat.evaluation.programs.box import FAILED, PASSED, TIMED_OUT, TOO_MUCH, ProgramLimits
 from heliostat.storage.locations import Location
 from heliostat.tasks.sandbox import over_time
 
-SHORT = Limits(seconds=1.5, cpu_s=1, memory=128 << 20)
+SHORT = ProgramLimits(seconds=1.5, cpu_s=1, memory=128 << 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,7 +159,7 @@ def test_nothing_is_left_of_it(tmp_path, monkeypatch):
     """No folder, no mount, no process: also of one that is ended while it sleeps."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mounts, before = Path("/proc/self/mounts").read_text(), set(psutil.Process().children(recursive=True))
-    runner = threading.Thread(target=box.run, args=("import time\ntime.sleep(99)", "", Limits(seconds=2.5)))
+    runner = threading.Thread(target=box.run, args=("import time\ntime.sleep(99)", "", ProgramLimits(seconds=2.5)))
     runner.start()
     seen = set[psutil.Process]()
     while len(seen) < 2 and runner.is_alive():
@@ -231,7 +231,7 @@ def test_filters_that_leave_a_list_of_answers_are_refused_before_the_model_write
     (tmp_path / "rows.jsonl").write_text('{"prompt": "x = 1", "tests": "assert x"}\n')
     asked, bare, last = suite.Suite(name="x", tasks=["functions"], run_code=True), "remove_whitespace", "take_first"
 
-    def build(*steps: str) -> tasks.Task:
+    def build(*steps: str) -> tasks.EvalTask:
         told = {"test_split": "test", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
                 "filter_list": [{"name": "bare", "filter": [{"function": step} for step in steps]}]}  # fmt: skip
         (tmp_path / "functions.yaml").write_text(yaml.safe_dump(TASK | told))

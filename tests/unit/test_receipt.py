@@ -6,21 +6,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from heliostat.data import receipt
-from heliostat.data.order import Samples
+from heliostat.data.order import SamplePlaces
 
 FIELDS = ("source", "epoch", "chunk", "row")
 KNOWN = (9819352960676977638, 5785857764399624621, "5ab3303ef98905215510730ba9ba556d", "4cde1d71491ff9197d576d937eb93df0")
 OLD_ROWS = [14135654418251853381, 6618300805003389570, 14595473063413581146]
 
 
-def some(rng: np.random.Generator, n: int, length: int = 8) -> tuple[Samples, np.ndarray]:
+def some(rng: np.random.Generator, n: int, length: int = 8) -> tuple[SamplePlaces, np.ndarray]:
     places = {name: rng.integers(0, 100, n) for name in FIELDS}
-    samples = Samples(np.arange(n), places["source"].astype(np.int16), places["epoch"].astype(np.int32),
+    samples = SamplePlaces(np.arange(n), places["source"].astype(np.int16), places["epoch"].astype(np.int32),
                       places["chunk"].astype(np.int32), places["row"])  # fmt: skip
     return samples, rng.integers(0, 50_000, (n, length)).astype(np.int32)
 
 
-def digests(samples: Samples, contents: np.ndarray) -> list[int]:
+def digests(samples: SamplePlaces, contents: np.ndarray) -> list[int]:
     return receipt.sample_digests(samples, contents).tolist()
 
 
@@ -40,7 +40,9 @@ def test_any_changed_token_or_place_changes_its_samples_digest_and_no_other(seed
         i = int(rng.integers(20))
         fields = {f: getattr(samples, f).copy() for f in ("position", *FIELDS)}
         fields[name][i] += 1
-        assert [n for n, (a, b) in enumerate(zip(before, digests(Samples(**fields), contents), strict=True)) if a != b] == [i]
+        assert [n for n, (a, b) in enumerate(zip(before, digests(SamplePlaces(**fields), contents), strict=True)) if a != b] == [
+            i
+        ]
 
 
 def test_a_samples_digest_does_not_depend_on_its_batch():
@@ -50,7 +52,7 @@ def test_a_samples_digest_does_not_depend_on_its_batch():
     whole = receipt.sample_digests(samples, contents)
     for size in (0, 1, 7, 50):
         pick = rng.permutation(50)[:size]
-        part = Samples(**{f: getattr(samples, f)[pick] for f in ("position", *FIELDS)})
+        part = SamplePlaces(**{f: getattr(samples, f)[pick] for f in ("position", *FIELDS)})
         assert np.array_equal(receipt.sample_digests(part, contents[pick]), whole[pick])
         assert np.array_equal(receipt.sample_digests(part, np.asfortranarray(contents[pick])), whole[pick])
 
@@ -116,7 +118,7 @@ def test_the_sealed_receipt_holds_all_that_is_needed_to_check_it():
 def test_digests_are_the_ones_that_they_always_were():
     """Known numbers: if this fails, receipts written before can no longer be verified."""
     one = np.array([1], np.int64)
-    samples = Samples(one, one.astype(np.int16), one.astype(np.int32), one.astype(np.int32), one)
+    samples = SamplePlaces(one, one.astype(np.int16), one.astype(np.int32), one.astype(np.int32), one)
     made = receipt.sample_digests(samples, np.array([[1, 2, 3]], np.int32))
     lane = receipt.lane_digest(made)
     (step,) = receipt.step_digests(np.array([[lane]], np.int64))
@@ -135,7 +137,7 @@ ONE = {
 
 def row_digests(columns: dict[str, pa.Array], version: int = receipt.VERSION) -> list[int]:
     zero = np.zeros(3, np.int64)
-    samples = Samples(zero, zero.astype(np.int16), zero.astype(np.int32), zero.astype(np.int32), zero)
+    samples = SamplePlaces(zero, zero.astype(np.int16), zero.astype(np.int32), zero.astype(np.int32), zero)
     return receipt.sample_digests(samples, pa.table(columns), version).tolist()
 
 
@@ -183,7 +185,7 @@ def test_receipts_of_version_1_have_the_digests_that_they_always_had():
     columns = {"a": pa.array([b"x", None, b""], pa.binary()), "b": pa.array(["y", "", None]), "n": pa.array([1, 2, None])}
     assert row_digests(columns, 1) == OLD_ROWS
     one = np.array([1], np.int64)
-    samples = Samples(one, one.astype(np.int16), one.astype(np.int32), one.astype(np.int32), one)
+    samples = SamplePlaces(one, one.astype(np.int16), one.astype(np.int32), one.astype(np.int32), one)
     tokens = np.array([[1, 2, 3]], np.int32)
     assert receipt.sample_digests(samples, tokens, 1) == receipt.sample_digests(samples, tokens, 2)
 

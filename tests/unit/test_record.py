@@ -83,7 +83,7 @@ def test_on_a_cluster_the_code_is_what_git_said_where_it_was_sent_from(repositor
 def test_outside_of_git_the_code_is_not_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert source_code.source() == source_code.Source() and source_code.source().facts() == {"commit": "", "diff": ""}
+    assert source_code.source() == source_code.SourceCode() and source_code.source().facts() == {"commit": "", "diff": ""}
 
 
 def test_the_environment_has_python_and_every_package():
@@ -125,7 +125,7 @@ def test_a_password_in_the_trackers_address_is_refused_and_so_is_an_alias_withou
         job(**{"mlflow.alias": "candidate"})
 
 
-def recorded(**changes: object) -> reproduce.Recorded:
+def recorded(**changes: object) -> reproduce.RecordedRun:
     start = {"code": {"commit": "c1", "diff": ""}, "environment": "e", "changes": {}, "workers": 4}
     made = {
         "run_id": "a" * 32, "plan": None, "end": 50,
@@ -133,7 +133,7 @@ def recorded(**changes: object) -> reproduce.Recorded:
         "curve": {}, "starts": [start], "environment": {"torch": "2.9", "numpy": "2"},
         "attempts": [{"workers": 4}, {"workers": 2}],
     }  # fmt: skip
-    return reproduce.Recorded(**{**made, **changes})
+    return reproduce.RecordedRun(**{**made, **changes})
 
 
 def test_a_run_is_made_again_on_the_workers_that_it_began_with_to_a_step_and_registers_nothing():
@@ -147,11 +147,11 @@ def test_a_run_is_made_again_on_the_workers_that_it_began_with_to_a_step_and_reg
 
 def test_what_differs_is_told_and_only_that():
     here = {"torch": "2.10", "numpy": "2", "new": "1"}
-    notes = reproduce.differences(recorded(), source_code.Source("c2", "+x"), here)
+    notes = reproduce.differences(recorded(), source_code.SourceCode("c2", "+x"), here)
     assert [n.split(":")[0] for n in notes] == ["code", "code", "environment", "environment", "workers"]
     assert "torch 2.9 then, 2.10 now" in notes[3] and "new absent then, 1 now" in notes[2] and "2, 4 workers" in notes[4]
     alone = recorded(attempts=[{"workers": 4}])
-    assert reproduce.differences(alone, source_code.Source("c1"), alone.environment) == []
+    assert reproduce.differences(alone, source_code.SourceCode("c1"), alone.environment) == []
 
 
 def test_curves_are_compared_step_by_step_to_the_last_bit():

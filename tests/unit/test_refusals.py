@@ -11,7 +11,7 @@ from heliostat.errors import AccessError, StoppedError, unwrapped
 from heliostat.storage import wire
 from heliostat.training.driver import refusals
 from heliostat.training.driver.recovery import Budget
-from heliostat.training.driver.run import Run
+from heliostat.training.driver.run import DrivenRun
 
 from tests.unit.build_job import job
 
@@ -36,7 +36,7 @@ def run_of(storage: Path) -> Any:
 
 def recover(run: Any, error: Exception) -> None:
     memory = SimpleNamespace(forget=lambda: pytest.fail("the copies are good"))
-    Run._recover(run, error, None, SimpleNamespace(name=None), None, memory)
+    DrivenRun._recover(run, error, None, SimpleNamespace(name=None), None, memory)
 
 
 def test_a_refusal_that_the_driver_does_not_meet_is_a_nodes_failure_and_tried_again(tmp_path):

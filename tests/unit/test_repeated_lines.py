@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from heliostat.curation import repeated, segment
 from heliostat.curation.registry import parse
-from heliostat.curation.repeated import Parts
+from heliostat.curation.repeated import ComparedParts
 from heliostat.curation.stage import Document, Dropped
 from heliostat.tasks import spill
 
@@ -27,7 +27,7 @@ def make_texts(documents: int = 60) -> dict[str, str]:
     return texts
 
 
-def plainly(texts: dict[str, str], parts: Parts) -> dict[str, str]:
+def plainly(texts: dict[str, str], parts: ComparedParts) -> dict[str, str]:
     """Does the same in memory, document by document in the order of their ids' hashes."""
     seen, found = set[str](), {}
     between = repeated.BETWEEN[parts.unit]
@@ -53,7 +53,7 @@ def test_one_occurrence_of_each_line_stays(tmp_path, monkeypatch, memory_limit):
     for seed, pieces in ((0, 1), (1, 7), (2, 30)):
         found, here = curate(tmp_path / f"{seed}", texts, [STAGE], pieces, memory_limit, seed=seed)
         kept, gone = left(found, here), left_out(found, here)
-        assert kept == plainly(texts, Parts("line", 3, True))
+        assert kept == plainly(texts, ComparedParts("line", 3, True))
         assert sum(MENU in text for text in kept.values()) == sum("rights" in text for text in kept.values()) == 1
         assert set(kept) | set(gone) == set(texts) and not set(kept) & set(gone)
         assert wanted in (None, (kept, gone, found.reasons))
@@ -87,7 +87,7 @@ def test_paragraphs(tmp_path):
     shared = "A paragraph that\nmany documents have."
     texts = {f"d{i}": f"own paragraph number x{i}y here\n\n{shared}\n\n\n{shared}" for i in range(9)}
     found, here = curate(tmp_path / "work", texts, [STAGE | {"unit": "paragraph", "normalise": False}])
-    assert left(found, here) == plainly(texts, Parts("paragraph", 3, False))
+    assert left(found, here) == plainly(texts, ComparedParts("paragraph", 3, False))
     assert sum(shared in text for text in left(found, here).values()) == 1
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from heliostat.curation import segment
 from heliostat.curation.registry import parse
-from heliostat.curation.windows import Windows, least, spans
+from heliostat.curation.windows import WordWindows, least, spans
 
 from tests.unit.build_curation import curate, left, left_out
 
@@ -40,7 +40,7 @@ def test_a_shared_span_of_the_stated_length_is_always_found(length):
     for _ in range(200):
         shared = words(rng, length)
         a, b = (" ".join(words(rng, rng.randrange(60)) + shared + words(rng, rng.randrange(60))) for _ in range(2))
-        assert {h for _, h in Windows(SIZE).hashes(a)} & {h for _, h in Windows(SIZE).hashes(b)}
+        assert {h for _, h in WordWindows(SIZE).hashes(a)} & {h for _, h in WordWindows(SIZE).hashes(b)}
 
 
 def make_texts(documents: int = 40) -> tuple[dict[str, str], str]:
@@ -107,7 +107,7 @@ def test_texts_that_are_shorter_than_the_span_are_let_be(tmp_path):
     short = " ".join(words(rng, 18))
     found, here = curate(tmp_path / "work", {"a": short, "b": short, "c": "", "d": "!?"}, [STAGE])
     assert left(found, here) == {"a": short, "b": short, "c": "", "d": "!?"}
-    assert parse(STAGE).signing() == Windows(10)
+    assert parse(STAGE).signing() == WordWindows(10)
     with pytest.raises(ValueError, match="words"):
         parse(STAGE | {"words": 5})
 

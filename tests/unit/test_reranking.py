@@ -9,7 +9,7 @@ import pytest
 import torch
 from heliostat.apps.search import judging, reranking
 from heliostat.apps.search.reranking import Reranker
-from heliostat.apps.search.search import Index
+from heliostat.apps.search.search import SearchIndex
 from heliostat.apps.serve.asks import Search
 from heliostat.apps.serve.served import served
 from heliostat.apps.serve.shelf import Shelf
@@ -121,7 +121,7 @@ def test_a_question_finds_its_passages_in_the_rerankers_order(model, place, monk
     ask = ["ask", str(place), "line long document", "--top", "3"]
     code, text, _ = run(monkeypatch, capsys, *ask, "--reranker", str(model), "--json")
     told = json.loads(text)
-    opened = Index(Location(str(place)))
+    opened = SearchIndex(Location(str(place)))
     (found,) = opened.search(["line long document"], "bm25", reranking.CANDIDATES)
     wanted = Reranker(model).order("line long document", found)[:3]
     assert code == 0 and len(found) > 20
@@ -140,7 +140,7 @@ def test_a_question_finds_its_passages_in_the_rerankers_order(model, place, monk
 def test_an_index_is_judged_with_and_without_the_reranker(model, place, monkeypatch, capsys, tmp_path):
     """Measured are the same passages in the other order; against BM25, and against the mode itself."""
     asked = [(text, {id}) for id, text in list(CORPUS.items())[:8]]
-    opened, reranker = Index(Location(str(place))), Reranker(model)
+    opened, reranker = SearchIndex(Location(str(place))), Reranker(model)
     told = judging.judge(opened, asked, reranker)
     assert (
         told["modes"].keys() == {"bm25", "bm25+reranker"}
@@ -162,7 +162,7 @@ def test_an_index_is_judged_with_and_without_the_reranker(model, place, monkeypa
 
 def test_the_endpoint_finds_passages_in_the_same_order_and_says_at_once_what_is_wrong(model, place, tmp_path):
     found = asyncio.run(Shelf(str(place), None, str(model)).search(Search("line long document", 4)))
-    wanted = reranking.best(Index(Location(str(place))), Reranker(model), "line long document", "bm25", 4)
+    wanted = reranking.best(SearchIndex(Location(str(place))), Reranker(model), "line long document", "bm25", 4)
     assert [{**p, "columns": {}} for p in wanted] == found and "rerank_score" in found[0]
     make_model(tmp_path / "many", ("no", "yes"))
     with pytest.raises(ConfigError, match=r"--reranker: .* has 2 labels"):

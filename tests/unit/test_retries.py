@@ -5,7 +5,7 @@ from typing import NoReturn
 
 import pytest
 from heliostat.storage import retries
-from heliostat.storage.retries import Backoff, Failure, retry
+from heliostat.storage.retries import Backoff, FailedAttempts, retry
 
 
 class Clock:
@@ -37,7 +37,7 @@ class GivenUpError(Exception):
     pass
 
 
-def give_up(failure: Failure) -> NoReturn:
+def give_up(failure: FailedAttempts) -> NoReturn:
     raise GivenUpError(failure.count, failure.seconds) from failure.error
 
 

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from heliostat.apps.search import answering, judging, tasks
-from heliostat.apps.search.search import Index, fuse
-from heliostat.apps.search.settings import Settings
+from heliostat.apps.search.search import SearchIndex, fuse
+from heliostat.apps.search.settings import IndexSettings
 from heliostat.apps.search.table import RECORD
 from heliostat.apps.serve.asks import Search
 from heliostat.apps.serve.shelf import Shelf
@@ -39,7 +39,7 @@ def embedder(tmp_path_factory):
 def made(corpus, embedder, tmp_path_factory):
     out = tmp_path_factory.mktemp("index")
     index(corpus, out, embedder)
-    return Index(Location(str(out)))
+    return SearchIndex(Location(str(out)))
 
 
 def bm25(texts: list[list[str]], question: list[str]) -> list[float]:
@@ -61,8 +61,8 @@ def test_words_are_scored_by_bm25_over_all_fragments(tmp_path):
     draw = np.random.default_rng(0)
     words = ["kva", "zor", "mip", "tul", "ned", "pog"]
     texts = [" ".join(draw.choice(words, draw.integers(3, 9))) for _ in range(30)]
-    index(write_dataset(tmp_path / "data", named(texts)), tmp_path / "index", settings=Settings(chunk_tokens=64))
-    (found,) = Index(Location(str(tmp_path / "index"))).search(["zor ned"], "bm25", 100)
+    index(write_dataset(tmp_path / "data", named(texts)), tmp_path / "index", settings=IndexSettings(chunk_tokens=64))
+    (found,) = SearchIndex(Location(str(tmp_path / "index"))).search(["zor ned"], "bm25", 100)
     exact = bm25([text.split() for text in texts], ["zor", "ned"])
     assert len(found) == sum(score > 0 for score in exact)
     for passage in found:
@@ -116,7 +116,7 @@ def test_fusion_adds_reciprocal_ranks():
 
 def test_an_index_without_embeddings_says_so(corpus, tmp_path):
     index(corpus, tmp_path)
-    found = Index(Location(str(tmp_path)))
+    found = SearchIndex(Location(str(tmp_path)))
     assert found.modes == ("bm25",)
     with pytest.raises(ConfigError, match=r"--mode hybrid: .* has no embeddings"):
         found.search(["x"], "hybrid", 3)
@@ -125,9 +125,9 @@ def test_an_index_without_embeddings_says_so(corpus, tmp_path):
 def test_another_embedder_is_refused(made, embedder, tmp_path):
     other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 32}, 64)
     with pytest.raises(ConfigError, match="is not the model"):
-        Index(made.place, other).search(["x"], "dense", 3)
+        SearchIndex(made.place, other).search(["x"], "dense", 3)
     with pytest.raises(ConfigError, match="is not there; name its folder"):
-        Index(made.place, tmp_path / "none").search(["x"], "dense", 3)
+        SearchIndex(made.place, tmp_path / "none").search(["x"], "dense", 3)
 
 
 def test_a_prompt_has_as_many_passages_as_there_is_room_for():
@@ -242,4 +242,4 @@ def test_bad_input_is_one_clear_line(made, monkeypatch, capsys, words, told):
 def test_a_damaged_record_is_told(tmp_path):
     (tmp_path / RECORD).write_text("{")
     with pytest.raises(DataError, match="damaged"):
-        Index(Location(str(tmp_path)))
+        SearchIndex(Location(str(tmp_path)))

@@ -3,10 +3,10 @@
 import pyarrow.fs as pafs
 import pytest
 from heliostat.curation.images import sources as image_sources
-from heliostat.curation.images.sources import Columns
+from heliostat.curation.images.sources import ImageColumns
 from heliostat.curation.readers.streams import LeftOutError
 from heliostat.curation.text import sources, tasks
-from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
@@ -25,7 +25,7 @@ def test_an_object_of_the_same_size_and_second_is_an_error_that_names_it(place, 
     assert file.etag and file.part.identity[-1] == file.etag
     place.join(name).write(NEW)
     with pytest.raises(DataError, match=rf"^input: \S+/{name}\S*: " + CHANGED.format(r"\d+")):
-        list(TextSource(str(place), Rules()).read(file.part))
+        list(TextSource(str(place), TextRules()).read(file.part))
     with pytest.raises(DataError, match="of another content"):
         tasks.count_lines(place, str(place), file.part)
 
@@ -34,7 +34,7 @@ def test_an_object_that_is_written_again_between_its_opening_and_its_reading_is_
     """The store itself refuses the read: nothing of the new object is taken for the old one."""
     place.join("a.jsonl").write(OLD)
     (file,) = sources.listing(str(place))
-    assert [d.text for d in TextSource(str(place), Rules()).read(file.part)] == ["old words"]
+    assert [d.text for d in TextSource(str(place), TextRules()).read(file.part)] == ["old words"]
     real = sources._as_listed
 
     def then_written(*given):
@@ -44,7 +44,7 @@ def test_an_object_that_is_written_again_between_its_opening_and_its_reading_is_
 
     monkeypatch.setattr(sources, "_as_listed", then_written)
     with pytest.raises(DataError, match=CHANGED.format(r"\d+")):
-        list(TextSource(str(place), Rules()).read(file.part))
+        list(TextSource(str(place), TextRules()).read(file.part))
 
 
 def test_an_object_that_is_written_again_while_it_is_read_is_an_error(place, monkeypatch):
@@ -62,11 +62,11 @@ def test_an_image_that_is_written_again_is_an_error(place):
     place.join("metadata.jsonl").write(b'{"file_name": "a.png", "caption": "a"}\n')
     data = image(8, 8)
     place.join("a.png").write(data)
-    (task,) = image_sources.tasks(str(place), image_sources.listing(str(place)), Columns())
-    assert list(image_sources.read(str(place), task, Columns()))
+    (task,) = image_sources.tasks(str(place), image_sources.listing(str(place)), ImageColumns())
+    assert list(image_sources.read(str(place), task, ImageColumns()))
     place.join("a.png").write(data[:-1] + b"x")
     with pytest.raises(DataError, match=r"a\.png\S*: " + CHANGED.format(len(data))):
-        list(image_sources.read(str(place), task, Columns()))
+        list(image_sources.read(str(place), task, ImageColumns()))
 
 
 def test_a_single_object_has_an_etag_and_one_that_is_gone_is_left_out(place):

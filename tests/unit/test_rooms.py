@@ -91,6 +91,15 @@ def test_no_modules_import_each_other_in_a_circle():
     assert circles == []
 
 
+def test_no_two_classes_have_one_name():
+    homes = defaultdict(list)
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(name)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
 @pytest.mark.parametrize(("page", "name"), rooms.PAGES.items())
 def test_the_documentation_shows_the_rooms_and_layers_of_the_code(page, name):
     """If this fails: `python -m docs.site.rooms`."""

@@ -7,7 +7,7 @@ import pytest
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 from botocore.utils import parse_timestamp
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.text import sources
 from heliostat.errors import DataError
 from heliostat.storage import s3_client
@@ -56,9 +56,9 @@ def test_a_weak_etag_is_not_compared_as_no_conditional_read_would_match_it(answe
 
 def test_a_store_that_gives_an_etag_in_listings_alone_is_read_by_it(answers):
     answers(None)
-    assert sources._as_listed(Location("s3://b/a.jsonl"), Part("a.jsonl", 10, 0, etag="abc")) == 10
+    assert sources._as_listed(Location("s3://b/a.jsonl"), FilePart("a.jsonl", 10, 0, etag="abc")) == 10
     with pytest.raises(DataError, match="had 9 bytes when it was listed, and has 10 now"):
-        sources._as_listed(Location("s3://b/a.jsonl"), Part("a.jsonl", 9, 0, etag="abc"))
+        sources._as_listed(Location("s3://b/a.jsonl"), FilePart("a.jsonl", 9, 0, etag="abc"))
 
 
 def test_a_range_behind_the_end_of_an_object_that_became_shorter_tells_that_it_was_written_again(answers):

@@ -101,8 +101,10 @@ def test_vectors_are_the_models_pooled_as_the_folder_says_and_do_not_depend_on_t
             json.dumps({"pooling_mode_mean_tokens": False, f"pooling_mode_{how}": True})
         )
     given = texts(12)
-    made = embedding.Embedder(str(folder), 128, 8)(given)
-    assert [v.tolist() for v, _ in embedding.Embedder(str(folder), 128, 8)(given[::-1])] == [v.tolist() for v, _ in made[::-1]]
+    made = embedding.TextEmbedder(str(folder), 128, 8)(given)
+    assert [v.tolist() for v, _ in embedding.TextEmbedder(str(folder), 128, 8)(given[::-1])] == [
+        v.tolist() for v, _ in made[::-1]
+    ]
     whole, tokenizer = AutoModel.from_pretrained(folder).eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text, (vector, cut) in zip(given, made, strict=True):
         ids = tokenizer.encode(text).ids
@@ -119,7 +121,7 @@ def test_a_text_without_tokens_has_zeros_for_a_vector(tmp_path, model):
     shutil.copytree(model, tmp_path / "copy")
     file = tmp_path / "copy" / "tokenizer.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
-    (none, _), (some, _) = embedding.Embedder(str(tmp_path / "copy"), 128, 8)(["", "abc"])
+    (none, _), (some, _) = embedding.TextEmbedder(str(tmp_path / "copy"), 128, 8)(["", "abc"])
     assert not none.any() and some.any()
 
 
@@ -129,14 +131,14 @@ def test_weights_that_are_missing_are_refused_and_not_drawn(tmp_path, model):
     weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "layer.1.output.dense" not in k}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"model: .* cannot be loaded as a text encoder .*lacks 2 of the model's weights"):
-        embedding.Embedder(str(folder), 128, 8)
+        embedding.TextEmbedder(str(folder), 128, 8)
 
 
 # the stage -----------------------------------------------------------------------------------------------------------
 
 
 def made_of(model: Path, given: dict[str, str]) -> dict[str, np.ndarray]:
-    found = embedding.Embedder(str(model), 128, 8)(list(given.values()))
+    found = embedding.TextEmbedder(str(model), 128, 8)(list(given.values()))
     return dict(zip(given, (vector for vector, _ in found), strict=True))
 
 

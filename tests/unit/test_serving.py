@@ -8,7 +8,7 @@ import struct
 import pytest
 from heliostat.apps.serve import answers, front, options, requests
 from heliostat.apps.serve.backend import TRIES, Backend
-from heliostat.apps.serve.front import Limits
+from heliostat.apps.serve.front import RequestLimits
 from heliostat.apps.serve.stopping import Stopping
 from heliostat.apps.serve.versions import Versions
 from heliostat.errors import ConfigError, HeliostatError
@@ -137,7 +137,7 @@ def test_the_first_of_several_stop_strings_ends_the_text_and_half_a_character_wa
 
 def test_limits_count_each_key_by_itself_and_say_when_to_come_again():
     now = [0.0]
-    limits = Limits(at_once=2, a_minute=3, clock=lambda: now[0])
+    limits = RequestLimits(at_once=2, a_minute=3, clock=lambda: now[0])
     limits.enter("a")
     limits.enter("a")
     with pytest.raises(Refusal, match="2 requests of this key are open") as found:
@@ -223,14 +223,16 @@ def test_embeddings_are_written_as_numbers_and_as_base64():
 def test_logprobs_of_a_chat_are_by_token_and_only_whole_characters_have_bytes():
     columns = {"tokens": ["é", "\ufffd"], "token_logprobs": [-0.5, -1.0], "text_offset": [0, 1],
                "top_logprobs": [{"b": -2.0, "é": -0.5}, {"\ufffd": -1.0}]}  # fmt: skip
-    made = answers.Shape("m", "v", True).whole([{"text": "é", "logprobs": columns, "finish": "stop"}])["choices"][0]["logprobs"]
+    made = answers.AnswerShape("m", "v", True).whole([{"text": "é", "logprobs": columns, "finish": "stop"}])["choices"][0][
+        "logprobs"
+    ]
     first, second = made["content"]
     assert (first["token"], first["logprob"], first["bytes"]) == ("é", -0.5, [195, 169])
     assert [(one["token"], one["bytes"]) for one in first["top_logprobs"]] == [("é", [195, 169]), ("b", [98])]
     assert second["bytes"] is None and made["refusal"] is None
     assert answers.of_chat({**columns, "top_logprobs": None})["content"][0]["top_logprobs"] == []
     assert answers.of_chat(None) is None
-    assert answers.Shape("m", "v", False).whole([{"text": "é", "logprobs": columns}])["choices"][0]["logprobs"] == columns
+    assert answers.AnswerShape("m", "v", False).whole([{"text": "é", "logprobs": columns}])["choices"][0]["logprobs"] == columns
 
 
 def test_replicas_are_a_number_or_a_range():

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from heliostat.apps.serve import group
-from heliostat.apps.serve.engine import Engine
+from heliostat.apps.serve.engine import ServingEngine
 from heliostat.apps.serve.row import Row, Telling
 from heliostat.apps.serve.sampling import Draw
 from heliostat.apps.serve.stopping import Stopping
-from heliostat.inference.batch.engines import Continue, Embed, Input, Loaded
+from heliostat.inference.batch.engines import Continue, Embed, Input, LoadedModel
 from heliostat.recipes.protocol import Request
 from heliostat.recipes.text.generator import TextGenerator
 from heliostat.recipes.text.server import TextServer
@@ -34,10 +34,10 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    return Engine(Loaded(folder), 4)
+    return ServingEngine(LoadedModel(folder), 4)
 
 
-def row(engine: Engine, text: str, seed: int, pieces: queue.Queue, **options) -> Row:
+def row(engine: ServingEngine, text: str, seed: int, pieces: queue.Queue, **options) -> Row:
     tokenizer = engine.loaded.tokenizer
     draw = Draw(options.get("temperature", 0.9), options.get("top_p", 0.95), seed)
     made = Row(tokenizer(text or tokenizer.bos_token)["input_ids"], options.get("most", MOST), draw,
@@ -72,7 +72,7 @@ def test_infer_serve_generate_and_mlflow_write_the_same_whatever_the_folder_says
 
     (inferred,) = Continue(folder, 1, options)([Input("a b", 0)])
     pieces: queue.Queue = queue.Queue()
-    served = Engine(Loaded(folder), 1)
+    served = ServingEngine(LoadedModel(folder), 1)
     row(served, "a b", 0, pieces, temperature=0.0, top_p=1.0)
     (generated,) = TextGenerator(folder, options)([Request("a b", 0, None)])
     mlflows = TextServer()
@@ -208,18 +208,18 @@ def test_a_row_that_nobody_waits_for_leaves_and_embeddings_come_between_steps(fo
 def writer(tmp_path):
     """A model whose rows may share a batch, behind an engine of its own."""
     folder = write_model(tmp_path, BASE["model"], 1024)
-    made = Engine(Loaded(folder), 8)
+    made = ServingEngine(LoadedModel(folder), 8)
     made.folder = folder
     return made
 
 
-def alone(engine: Engine, texts: list[str], most: int) -> list[str]:
+def alone(engine: ServingEngine, texts: list[str], most: int) -> list[str]:
     options = {"max_tokens": most, "temperature": 0.0, "top_p": 1.0}
     found = Continue(engine.folder, 1, options)([Input(text, 0) for text in texts])
     return [one.values["answer"] for one in found]
 
 
-def asked(engine: Engine, texts: list[str], most: int) -> list[queue.Queue]:
+def asked(engine: ServingEngine, texts: list[str], most: int) -> list[queue.Queue]:
     """Answers under way, taken by the engine all at once."""
     waiting = [queue.Queue() for _ in texts]
     with engine.work:
@@ -233,13 +233,13 @@ LONG, BRIEF = "a b c d e " * 60, ["a b", "c", "d e"]
 
 def test_a_long_prompt_pads_no_other_rows_cache(writer, monkeypatch):
     """Each group's rows are of about one length; the texts are those of each prompt alone."""
-    shapes, step = [], group.Group.step
+    shapes, step = [], group.RowBatch.step
 
     def seen(self, tokens):
         shapes.append((int(self.mask.sum(1).min()), self.mask.shape[1]))
         step(self, tokens)
 
-    monkeypatch.setattr(group.Group, "step", seen)
+    monkeypatch.setattr(group.RowBatch, "step", seen)
     waiting = asked(writer, [BRIEF[0], LONG, *BRIEF[1:]], 12)
     assert [collected(pieces)["text"] for pieces in waiting] == alone(writer, [BRIEF[0], LONG, *BRIEF[1:]], 12)
     assert max(width for _, width in shapes) > 200 and all(width <= 2 * max(least, 64) for least, width in shapes)
@@ -249,13 +249,13 @@ def test_rows_are_admitted_by_the_memory_of_their_tokens(writer, monkeypatch):
     """Room for two rows of the eight that a batch may have; the long one comes to its turn, alone."""
     collected(asked(writer, ["a"], 2)[0])
     writer.memory, held = 2.2 * 16 * writer.place_bytes, []
-    step = group.Group.step
+    step = group.RowBatch.step
 
     def seen(self, tokens):
         held.append(sum(len(rows) for _, rows in writer.groups))
         step(self, tokens)
 
-    monkeypatch.setattr(group.Group, "step", seen)
+    monkeypatch.setattr(group.RowBatch, "step", seen)
     texts = ["a b", "c", "d e", LONG, "b"]
     waiting = asked(writer, texts, 12)
     assert [collected(pieces)["text"] for pieces in waiting] == alone(writer, texts, 12)
@@ -263,7 +263,7 @@ def test_rows_are_admitted_by_the_memory_of_their_tokens(writer, monkeypatch):
 
 
 def test_where_memory_runs_out_the_longest_request_fails_and_no_other(writer, monkeypatch):
-    step, failed = group.Group.step, []
+    step, failed = group.RowBatch.step, []
 
     def full(self, tokens):
         if not failed and len(self) == 3 and self.mask.shape[1] > 8:
@@ -272,7 +272,7 @@ def test_where_memory_runs_out_the_longest_request_fails_and_no_other(writer, mo
             raise torch.OutOfMemoryError("CUDA out of memory")
         step(self, tokens)
 
-    monkeypatch.setattr(group.Group, "step", full)
+    monkeypatch.setattr(group.RowBatch, "step", full)
     texts = ["a b", "c d e a b", "d"]
     waiting = asked(writer, texts, 12)
     while "failed" not in (piece := waiting[1].get(timeout=60)):

@@ -5,7 +5,7 @@ import json
 import pytest
 from heliostat.checkpoint import layout
 from heliostat.runs import summary
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 
@@ -14,16 +14,17 @@ from tests.unit.build_job import job
 METRICS = {"train_loss": 2.0 / 3.0, "loss": 0.1 + 0.2, "accuracy": 0.7}
 
 
-def attempts() -> list[Attempt]:
+def attempts() -> list[RecordedAttempt]:
     """A command of 30 steps; one that went on from 20, with a restart at 60, to 100; and two that died as they concluded."""
     made = [
-        Attempt("a", 0.0, 50.0, 50.0, 0, 2, parts={"starting": 9.0, "computing": 30.0}, marks=[(30, 30.0)]),
-        Attempt("b", 60.0, 100.0, 100.0, 20, 2, outcome="failed", parts={"starting": 4.0, "queued": 2.0, "computing": 40.0},
+        RecordedAttempt("a", 0.0, 50.0, 50.0, 0, 2, parts={"starting": 9.0, "computing": 30.0}, marks=[(30, 30.0)]),
+        RecordedAttempt("b", 60.0, 100.0, 100.0, 20, 2, outcome="failed",
+                        parts={"starting": 4.0, "queued": 2.0, "computing": 40.0},
                 marks=[(60, 40.0)]),
-        Attempt("c", 100.0, 160.0, 160.0, 60, 2, restart=True, marks=[(80, 10.0), (100, 20.0)],
+        RecordedAttempt("c", 100.0, 160.0, 160.0, 60, 2, restart=True, marks=[(80, 10.0), (100, 20.0)],
                 parts={"starting": 5.0, "computing": 20.0, "data": 4.0, "communicating": 1.0, "checkpoint": 0.5}),
-        Attempt("d", 170.0, 175.0, 175.0, 100, 2),
-        Attempt("e", 180.0, 185.0, 185.0, 100, 2),
+        RecordedAttempt("d", 170.0, 175.0, 175.0, 100, 2),
+        RecordedAttempt("e", 180.0, 185.0, 185.0, 100, 2),
     ]  # fmt: skip
     return [made[i] for i in (3, 1, 4, 0, 2)]
 
@@ -44,7 +45,7 @@ def test_a_run_without_a_ledger_has_a_summary_too():
 
 def test_a_summary_or_result_counts_for_the_step_that_it_is_of(tmp_path, caplog):
     """Not for a longer training; and one that is damaged is made again, as is one that a damaged ledger cannot help to make."""
-    run, last = Location(str(tmp_path)), layout.Checkpoint(Location(str(tmp_path)), {"step": 100, "metrics": METRICS})
+    run, last = Location(str(tmp_path)), layout.SavedCheckpoint(Location(str(tmp_path)), {"step": 100, "metrics": METRICS})
     summary.write(run, {"steps": 90, "train_loss": 9.0})
     assert summary.read(run, last, job())["train_loss"] == 2.0 / 3.0
     summary.write(run, {"steps": 100, "train_loss": 1.0})

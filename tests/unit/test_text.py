@@ -50,7 +50,7 @@ def test_a_sample_with_control_characters_is_shown_escaped(monkeypatch, full):
 def test_a_log_line_with_control_characters_is_written_escaped():
     """Names of files stand in warnings."""
     record = logging.LogRecord("x", logging.WARNING, "", 0, "%s: cannot be read", (EVIL,), None)
-    assert logs.Lines("%(message)s").format(record) == f"{printable(EVIL)}: cannot be read"
+    assert logs.LogLines("%(message)s").format(record) == f"{printable(EVIL)}: cannot be read"
 
 
 def test_an_error_with_control_characters_is_written_escaped(monkeypatch, capsys):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import readers
 from heliostat.curation.text import documents, gathering, sources, tasks, tokens
-from heliostat.curation.text.documents import Document, Dropped, Rules
+from heliostat.curation.text.documents import Document, Dropped, TextRules
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
@@ -38,7 +38,7 @@ def read(path: str, data: bytes, **rules) -> list[tuple[str, str]]:
         place = Path(folder, path)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data)
-        found = list(tasks.read_file(Location(folder), path, Rules(**rules)))
+        found = list(tasks.read_file(Location(folder), path, TextRules(**rules)))
     return [(d.id, d.text if isinstance(d, Document) else d.reason.upper()) for d in found]
 
 
@@ -61,7 +61,7 @@ def read(path: str, data: bytes, **rules) -> list[tuple[str, str]]:
     ],
 )
 def test_clean(raw, rules, expected):
-    found = documents.clean("d", raw, Rules(**rules))
+    found = documents.clean("d", raw, TextRules(**rules))
     assert (found.text if isinstance(found, Document) else found.reason.upper()) == expected
 
 
@@ -127,7 +127,7 @@ def test_lines_of_a_damaged_gzip_member_are_kept_and_the_damage_counted(tmp_path
         (padded, []),
     ):
         (tmp_path / f"a{suffix}").write_bytes(data)
-        found = list(tasks.read_file(Location(str(tmp_path)), f"a{suffix}", Rules()))
+        found = list(tasks.read_file(Location(str(tmp_path)), f"a{suffix}", TextRules()))
         assert [d.text for d in found[:3000]] == [json.loads(row)["text"] for row in ROWS]
         assert [d.reason for d in found[3000:]] == expected
 
@@ -323,7 +323,7 @@ def test_entropy():
 
 
 def test_a_vanished_file_is_counted(tmp_path):
-    found = list(tasks.read_file(Location(str(tmp_path)), "gone.txt", Rules()))
+    found = list(tasks.read_file(Location(str(tmp_path)), "gone.txt", TextRules()))
     assert found == [Dropped("gone.txt", "unreadable")]
 
 

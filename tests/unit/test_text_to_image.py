@@ -265,7 +265,7 @@ def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_
     sizes = {n: sum(4 * p.numel() for p in getattr(parts, n).parameters()) for n in ("text_encoder", "vae")}
     both = sum(sizes.values())
     assert stats_of(made, build(made)).frozen_models == (both, both)  # images and captions are encoded in every step
-    state = memory.State(10, 10, 10, 10, 0, 0)
+    state = memory.StateBytes(10, 10, 10, 10, 0, 0)
     assert memory.need(state, 0, 100, False, (both, both)).frozen == both
     assert (
         memory.need(state, 0, 100, False, (0, both)).frozen == both - 100 and memory.need(state, 0, 2 * both, False).frozen == 0
@@ -312,7 +312,7 @@ def clip(folder: Path, dataset: Path, width: int = 16) -> Path:
 def test_latents_are_sampled_as_stable_diffusions_own_pipeline_does(prediction, sampler, dataset, tmp_path):
     """The same parts, seeds, guidance and steps: pixels to 2e-3 of their range, one by one and in a batch."""
     from diffusers import UNet2DConditionModel
-    from heliostat.recipes.images.noising import Objective, Process
+    from heliostat.recipes.images.noising import NoiseObjective, Process
 
     torch.manual_seed(0)
     keys = {k: v for k, v in UNET.items() if k != "arch"}
@@ -320,7 +320,7 @@ def test_latents_are_sampled_as_stable_diffusions_own_pipeline_does(prediction, 
     vae = AutoencoderKL.from_pretrained(autoencoder(tmp_path / "vae"))
     encoder = CLIPTextModel.from_pretrained(clip(tmp_path / "clip", dataset)).eval()
     tokenizer = diffusers_folder.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8)
-    scheduler = Process(Objective(prediction=prediction)).scheduler(sampler)
+    scheduler = Process(NoiseObjective(prediction=prediction)).scheduler(sampler)
     parts: dict[str, Any] = {"scheduler": scheduler, "text_encoder": encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae}
     ours = TextToImagePipeline(**parts)
     theirs: Any = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)

@@ -7,15 +7,15 @@ import pytest
 from heliostat.tune import pb2, sweep
 from heliostat.tune.pb2 import Interval
 from heliostat.tune.space import Domain
-from heliostat.tune.trial_record import Record
+from heliostat.tune.trial_record import TrialRecord
 
 LR, DECAY = "train.optimizer.lr", "train.optimizer.weight_decay"
 SPACE = {LR: Domain(loguniform=[1e-5, 1e-1]), DECAY: Domain(uniform=[0.0, 0.2])}
 
 
 def test_an_interval_has_the_values_that_it_was_trained_with_and_a_clone_begins_with_its_donors_score():
-    donor = Record(0, {LR: 1e-2}, reports=[(10, 5.0, 1.0), (20, 4.0, 3.0), (30, 3.5, 5.0)])
-    clone = Record(1, {LR: 2e-2}, reports=[(10, 9.0, 1.0), (20, 8.0, 3.0), (30, 3.0, 5.0), (40, 2.5, 7.0)])
+    donor = TrialRecord(0, {LR: 1e-2}, reports=[(10, 5.0, 1.0), (20, 4.0, 3.0), (30, 3.5, 5.0)])
+    clone = TrialRecord(1, {LR: 2e-2}, reports=[(10, 9.0, 1.0), (20, 8.0, 3.0), (30, 3.0, 5.0), (40, 2.5, 7.0)])
     clone.clones = [{"from": 0, "step": 20, "at": 4.0, "old": {LR: 1e-5}, "params": {LR: 2e-2}}]
     assert pb2.intervals([donor, clone]) == [
         Interval(0, 20, 5.0, pytest.approx(-0.1), {LR: 1e-2}),
@@ -26,14 +26,14 @@ def test_an_interval_has_the_values_that_it_was_trained_with_and_a_clone_begins_
     ]
 
 
-def population(mode: str, size: int = 24) -> list[Record]:
+def population(mode: str, size: int = 24) -> list[TrialRecord]:
     """Trials whose score grows better the nearer their rate is to 1e-3, whatever their weight decay is."""
     rng, found = np.random.default_rng(0), []
     for number in range(size):
         params = {LR: 10 ** rng.uniform(-5, -1), DECAY: rng.uniform(0, 0.2)}
         gain = 2 - abs(math.log10(params[LR]) + 3)
         sign = 1 if mode == "max" else -1
-        found.append(Record(number, params, reports=[(10, 5.0, 1.0), (20, 5.0 + sign * gain, 2.0)]))
+        found.append(TrialRecord(number, params, reports=[(10, 5.0, 1.0), (20, 5.0 + sign * gain, 2.0)]))
     return found
 
 
@@ -58,7 +58,7 @@ def test_trials_that_clone_at_the_same_step_are_given_different_values():
 
 
 def test_with_one_report_there_is_nothing_to_learn_from():
-    records = [Record(n, {LR: 1e-3, DECAY: 0.1}, reports=[(10, 5.0, 1.0)]) for n in range(4)]
+    records = [TrialRecord(n, {LR: 1e-3, DECAY: 0.1}, reports=[(10, 5.0, 1.0)]) for n in range(4)]
     assert pb2.suggest(records, 0, 10, SPACE, "min", np.random.default_rng(0)) is None
 
 

@@ -11,9 +11,9 @@ import yaml
 from heliostat.errors import ConfigError
 from heliostat.tune import schedulers, searchers
 from heliostat.tune import trial_record as records
-from heliostat.tune.state import State
-from heliostat.tune.sweep import Plan, bracket, load
-from heliostat.tune.trial_record import Claim, Record
+from heliostat.tune.state import SweepState
+from heliostat.tune.sweep import SweepPlan, bracket, load
+from heliostat.tune.trial_record import Claim, TrialRecord
 
 from tests.unit import build_job
 from tests.unit.build_job import ROOT
@@ -27,7 +27,7 @@ def plan(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT))
     build_job.write(tmp_path)
 
-    def make(**changes: Any) -> Plan:
+    def make(**changes: Any) -> SweepPlan:
         sweep = {"name": "s", "job": "job.yaml", "space": {LR: {"loguniform": [1e-4, 1e-2]}}, "budget": {"trials": 4}, **changes}
         (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
         return load(tmp_path / "sweep.yaml")
@@ -35,8 +35,8 @@ def plan(monkeypatch, tmp_path):
     return make
 
 
-def over(number: int, lr: float, value: float, step: int = 100, status: str = "finished", at: float = 0.0) -> Record:
-    return Record(number, {LR: lr}, {LR: lr}, status, step, 100, [(step, value, at)])
+def over(number: int, lr: float, value: float, step: int = 100, status: str = "finished", at: float = 0.0) -> TrialRecord:
+    return TrialRecord(number, {LR: lr}, {LR: lr}, status, step, 100, [(step, value, at)])
 
 
 def test_optuna_goes_on_as_if_it_had_not_been_interrupted(plan) -> None:
@@ -50,7 +50,7 @@ def test_optuna_goes_on_as_if_it_had_not_been_interrupted(plan) -> None:
     assert sum(lr < 1e-3 for lr in drawn) >= 10  # uninformed, half of them would be
     for number in (30, 31):
         resumed.told(over(number, drawn[number - 30], 1.0))
-    resumed.told(Record(32, {LR: drawn[2]}, {LR: drawn[2]}, "failed"))
+    resumed.told(TrialRecord(32, {LR: drawn[2]}, {LR: drawn[2]}, "failed"))
     assert resumed.draw(42) is not None
 
 
@@ -62,7 +62,7 @@ def test_halving_remembers_its_rungs(plan, name) -> None:
     good, bad, *numbers = [n for n in range(20) if bracket(made.sweep, 100, n) == 0][:4]
     before = [over(good, 1e-3, 2.0, 10, at=1.0), over(bad, 1e-3, 3.0, 10, "pruned", at=2.0)]
     before += [over(n, 1e-3, 0.1, 10, at=3.0) for n in range(bad) if n != good]
-    state = State(made, before, 1, "", 0.0)
+    state = SweepState(made, before, 1, "", 0.0)
     scheduler = schedulers.make(state)
     scheduler.set_search_properties("value", "min")
     scheduler.replay(before)
@@ -78,7 +78,7 @@ def test_halving_remembers_its_rungs(plan, name) -> None:
 def test_tokens_that_running_trials_may_still_need_are_promised(plan) -> None:
     one = 100 * 8 * 64
     made = plan(budget={"tokens": 2.5 * one})
-    state = State(made, [], 1, "", 0.0)
+    state = SweepState(made, [], 1, "", 0.0)
     assert made.tokens_per_trial == one
     first, _ = state.add(0, {LR: 1e-3}), state.add(1, {LR: 1e-3})
     assert not state.affords_another()  # two may still come to their ends
@@ -91,16 +91,16 @@ def test_tokens_that_running_trials_may_still_need_are_promised(plan) -> None:
 def test_a_used_up_budget_stops_the_trials_behind_a_checkpoint(plan) -> None:
     """It counts the hours of earlier commands, too, and is no interruption."""
     made = plan(budget={"trials": 4, "hours": 2})
-    state = State(made, [], 1, "", 1.9 * 3600)
+    state = SweepState(made, [], 1, "", 1.9 * 3600)
     state.tick()
     assert not state.stopping and not state.folder.join("stop").exists()
-    state = State(made, [], 1, "", 2.1 * 3600)
+    state = SweepState(made, [], 1, "", 2.1 * 3600)
     state.tick()
     assert state.used_up and b"budget.hours" in state.folder.join("stop").read()
 
 
 def test_a_record_comes_back_as_it_was_written(plan) -> None:
-    state = State(plan(), [], 1, "", 0.0)
+    state = SweepState(plan(), [], 1, "", 0.0)
     donor, target = state.add(0, {LR: 1e-3}), state.add(1, {LR: 2e-3})
     state.told("s-0001", {"step": 20, "value": 1.5, "scores": {"loss": 1.5}})
     state.cloned(target, donor, 10, {LR: 1.2e-3})
@@ -112,7 +112,7 @@ def test_a_record_comes_back_as_it_was_written(plan) -> None:
 
 
 def test_a_value_that_makes_no_valid_job_is_a_failed_trial(plan) -> None:
-    state = State(plan(), [], 1, "", 0.0)
+    state = SweepState(plan(), [], 1, "", 0.0)
     record = state.add(0, {LR: -1.0})
     assert record.status == "failed" and "train.optimizer.lr" in record.reason
 

@@ -7,8 +7,8 @@ import yaml
 from heliostat.config.spec import Workers
 from heliostat.errors import ConfigError
 from heliostat.tune import driver, report
-from heliostat.tune.sweep import Plan, Sweep, holds, load
-from heliostat.tune.trial_record import Record, best, ranked
+from heliostat.tune.sweep import Sweep, SweepPlan, holds, load
+from heliostat.tune.trial_record import TrialRecord, best, ranked
 
 from tests.unit import build_job
 from tests.unit.build_job import ROOT
@@ -22,7 +22,7 @@ def workspace(monkeypatch, tmp_path) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def plan(tmp_path: Path, base: dict | None = None, **changes) -> Plan:
+def plan(tmp_path: Path, base: dict | None = None, **changes) -> SweepPlan:
     build_job.write(tmp_path, **(base or {}))
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GOOD, **changes}))
     return load(tmp_path / "sweep.yaml")
@@ -168,11 +168,11 @@ def test_a_sweep_dumps_to_what_it_was_loaded_from(tmp_path):
 
 def test_the_best_is_a_finished_trial_and_not_one_that_was_luckier_early():
     trials = [
-        Record(0, {}, status="finished", step=20, reports=[(10, 3.0, 0.0), (20, 2.0, 0.0)]),
-        Record(1, {}, status="pruned", step=10, reports=[(10, 1.0, 0.0)]),
-        Record(2, {}, status="finished", step=20, reports=[(20, 2.5, 0.0)]),
-        Record(3, {}, status="failed"),
-        Record(4, {}, status="finished", step=20, reports=[(20, float("nan"), 0.0)]),
+        TrialRecord(0, {}, status="finished", step=20, reports=[(10, 3.0, 0.0), (20, 2.0, 0.0)]),
+        TrialRecord(1, {}, status="pruned", step=10, reports=[(10, 1.0, 0.0)]),
+        TrialRecord(2, {}, status="finished", step=20, reports=[(20, 2.5, 0.0)]),
+        TrialRecord(3, {}, status="failed"),
+        TrialRecord(4, {}, status="finished", step=20, reports=[(20, float("nan"), 0.0)]),
     ]
     assert [r.number for r in ranked(trials, "min")] == [0, 2, 4, 1, 3]
     assert best(trials, "min").number == 0 and best(trials, "max").number == 2
@@ -181,7 +181,7 @@ def test_the_best_is_a_finished_trial_and_not_one_that_was_luckier_early():
 
 def test_the_table_names_keys_by_their_last_part_unless_two_share_it(tmp_path):
     made = plan(tmp_path)
-    record = Record(0, {"train.optimizer.lr": 1e-3}, status="finished", step=20, steps=20, reports=[(20, 2.0, 0.0)])
+    record = TrialRecord(0, {"train.optimizer.lr": 1e-3}, status="finished", step=20, steps=20, reports=[(20, 2.0, 0.0)])
     head, row = report.cells(report.rows(made, [record]))
     assert head == ["trial", "status", "step", "loss", "lr", "seconds"]
     assert "20/20" in row and "0.001" in row

@@ -8,7 +8,7 @@ import yaml
 from heliostat.errors import ConfigError
 from heliostat.tune import transfer
 from heliostat.tune.sweep import load
-from heliostat.tune.trial_record import Record
+from heliostat.tune.trial_record import TrialRecord
 
 from tests.unit import build_job
 from tests.unit.build_job import ROOT
@@ -51,7 +51,7 @@ def test_the_big_job_gets_the_rate_and_nothing_else(monkeypatch, tmp_path):
         return (math.log(lr) - math.log(0.128 / model["hidden_size"])) ** 2  # best at 4e-3 and 2e-3
 
     trials = [
-        Record(n, {"model": m, "train.optimizer.lr": lr}, status="finished", reports=[(100, loss(m, lr), 0.0)])
+        TrialRecord(n, {"model": m, "train.optimizer.lr": lr}, status="finished", reports=[(100, loss(m, lr), 0.0)])
         for n, (m, lr) in enumerate((m, lr) for m in models for lr in (1e-3, 2e-3, 4e-3, 8e-3))
     ]
     found, path = transfer.carry(plan, trials, transfer.check(plan, big), big)

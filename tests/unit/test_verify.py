@@ -21,7 +21,7 @@ from heliostat.data import manifest, receipt
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.data.manifest import Manifest
 from heliostat.data.mixing import Shape
-from heliostat.data.order import Order, Samples, Split
+from heliostat.data.order import Order, SamplePlaces, Split
 from heliostat.errors import ConfigError, VerifyError
 from heliostat.runs import segments, verify
 from heliostat.runs.history import History
@@ -348,7 +348,7 @@ def test_repeated_samples_are_counted(seed):
     rng = np.random.default_rng(seed)
     counts = [rng.integers(0, 30, 6), rng.integers(1, 9, 3)]
     splits = [Split(n, np.zeros_like(n), np.zeros_like(n)) for n in counts]
-    seen = verify.Seen(SimpleNamespace(order=SimpleNamespace(splits=splits)))  # type: ignore[arg-type]
+    seen = verify.SeenSamples(SimpleNamespace(order=SimpleNamespace(splits=splits)))  # type: ignore[arg-type]
     everywhere = [(s, c, r) for s, n in enumerate(counts) for c, size in enumerate(n.tolist()) for r in range(size)]
     places, found = Counter(), 0
     for epoch in range(4):
@@ -357,7 +357,7 @@ def test_repeated_samples_are_counted(seed):
             places.update(some)
             source, epochs, chunk, row = np.array(some).T
             found += seen.add(
-                Samples(np.arange(12), source.astype(np.int16), epochs.astype(np.int32), chunk.astype(np.int32), row)
+                SamplePlaces(np.arange(12), source.astype(np.int16), epochs.astype(np.int32), chunk.astype(np.int32), row)
             )
     assert found == sum(n - 1 for n in places.values()) > 0
 
@@ -366,7 +366,7 @@ def test_an_order_that_repeats_a_sample_is_found(sources, tmp_path, monkeypatch)
     """Even if the run trained on just what that order says: the receipts are right, the run is not."""
     locate = Order.locate
 
-    def faulty(self: Order, positions: np.ndarray) -> Samples:
+    def faulty(self: Order, positions: np.ndarray) -> SamplePlaces:
         found = locate(self, positions)
         row = np.where((found.row == 1) & (found.source == 0) & (found.epoch == 0), 0, found.row)
         return dataclasses.replace(found, row=row)

@@ -27,7 +27,7 @@ from heliostat.inference import vllm_terms
 from heliostat.inference.batch import engines, loading
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Input
-from heliostat.inference.batch.settings import Settings
+from heliostat.inference.batch.settings import BatchSettings
 from heliostat.storage.locations import Location
 from safetensors.torch import save_file
 
@@ -76,7 +76,7 @@ def test_a_model_that_vllm_has_not_is_answered_by_transformers_or_refused(model,
 
 def test_answers_of_one_engine_are_not_gone_on_with_by_the_other(tmp_path):
     """And those of versions that had one engine are gone on with by that."""
-    old, new = Settings(), Settings(engine="vllm")
+    old, new = BatchSettings(), BatchSettings(engine="vllm")
     assert "engine" not in old.identity and new.identity["engine"] == "vllm"
     for first, then in ((old, new), (new, old)):
         place = Location(str(tmp_path / first.engine))
@@ -195,7 +195,7 @@ def test_what_is_made_of_its_tokens_is_what_the_other_engine_answers(model, vllm
 
 
 def test_a_stream_of_its_tokens_is_told_as_the_other_engine_tells_it(model, vllm):
-    from heliostat.apps.serve.engine import Engine
+    from heliostat.apps.serve.engine import ServingEngine
     from heliostat.apps.serve.vllm_engine import VllmEngine
 
     def rows(tokenizer: Any, found: queue.Queue) -> list[Row]:
@@ -217,7 +217,7 @@ def test_a_stream_of_its_tokens_is_told_as_the_other_engine_tells_it(model, vllm
             made[n] |= {key: piece[key] for key in ("finish", "completion_tokens", "prompt_tokens") if key in piece}
         return made
 
-    ours, found = Engine(engines.Loaded(model), 4), queue.Queue[Any]()
+    ours, found = ServingEngine(engines.LoadedModel(model), 4), queue.Queue[Any]()
     ours.begin(rows(ours.loaded.tokenizer, found))
     wanted = told(found)
     theirs = VllmEngine(model, 4, {})
@@ -249,7 +249,7 @@ def test_ends_that_config_json_alone_names_end_answers_with_either_engine(model,
     (folder / "generation_config.json").unlink(missing_ok=True)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 40]}))
-    found = [loaded(folder).generation().eos_token_id for loaded in (Described, engines.Loaded)]
+    found = [loaded(folder).generation().eos_token_id for loaded in (Described, engines.LoadedModel)]
     assert found == [[3, 40], [3, 40]]
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from heliostat import errors
 from heliostat.checkpoint import placement
-from heliostat.checkpoint.agreement import Outcome
-from heliostat.checkpoint.layout import Checkpoint
+from heliostat.checkpoint.agreement import RankOutcome
+from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.data.dataset import Bad
 from heliostat.data.stream import StepSamples
 from heliostat.storage import wire
@@ -31,8 +31,8 @@ PACKAGE = Path(errors.__file__).parent
         None, True, 7, -(2**63), 2**64 - 1, 2**70, -(2**70), 1.5, float("inf"), "ä", b"\0x", [1, [2, None]], (1, ("a", [()])),
         range(3, 9, 2), "a\udcff",
         {"a": 1, 2: (3,), ("shard", 0): {"x": []}}, Location("s3://b/k?region=r"), Bad(1, 2, 3, 4, "torn", (5, 6, 7)),
-        placement.Part([{"file": "x"}], {"w": {"runs": [[0, 1, 0, 5]]}}), Outcome(value=[1]),
-        Checkpoint(Location("/x"), {"step": 5}, Checkpoint(Location("/f"), {}), {0: {("w", 0): [1]}}),
+        placement.WrittenPart([{"file": "x"}], {"w": {"runs": [[0, 1, 0, 5]]}}), RankOutcome(value=[1]),
+        SavedCheckpoint(Location("/x"), {"step": 5}, SavedCheckpoint(Location("/f"), {}), {0: {("w", 0): [1]}}),
     ],
 )  # fmt: skip
 def test_a_value_comes_back_as_it_was(value):
@@ -80,7 +80,7 @@ def test_the_rank_whose_error_it_is_arrives_at_the_other_ranks():
     """Else each names its own rank, and one broken device is taken for many."""
     error = errors.WorkerError("worker 3: CUDA error: an illegal memory access was encountered")
     error.rank = 3
-    again = wire.unpack(wire.pack(Outcome(error=error, rank=3))).error
+    again = wire.unpack(wire.pack(RankOutcome(error=error, rank=3))).error
     assert (type(again), str(again), again.rank) == (errors.WorkerError, str(error), 3)
 
 

@@ -150,7 +150,7 @@ class Feed(Iterator[Batch]):
         return stream.dataset(task, max(2, self.world), data.memory_limit, size, data.labels, own_cpu=not crowd)
 
 
-class Parts:
+class PartDesk:
     """Hands out the parts of a stream."""
 
     def __init__(self, parts: list[Any]) -> None:
@@ -161,4 +161,4 @@ class Parts:
         return self._parts
 
 
-Desk = ray.remote(num_cpus=0)(Parts)
+Desk = ray.remote(num_cpus=0)(PartDesk)

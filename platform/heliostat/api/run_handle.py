@@ -18,14 +18,14 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 
 if TYPE_CHECKING:  # with torch, which takes a second
-    from heliostat.checkpoint.layout import Checkpoint
-    from heliostat.checkpoint.retention import Row
+    from heliostat.checkpoint.layout import SavedCheckpoint
+    from heliostat.checkpoint.retention import RetentionRow
     from heliostat.recipes.protocol import Generated
-    from heliostat.runs.goodput import Report as Goodput
-    from heliostat.runs.history import Receipt
+    from heliostat.runs.goodput import GoodputReport as Goodput
+    from heliostat.runs.history import ReceiptFile
     from heliostat.runs.samples import Sample
     from heliostat.runs.summary import Ending
-    from heliostat.runs.verify import Report as Verification
+    from heliostat.runs.verify import VerifyReport as Verification
 
 
 class Run:
@@ -87,7 +87,7 @@ class Run:
         """Reads the training loss of every step, 1 the first, up to the newest checkpoint."""
         return self.metrics().get("train/loss", {})
 
-    def checkpoints(self) -> list[Row]:
+    def checkpoints(self) -> list[RetentionRow]:
         """Lists the checkpoints, ascending by step: {step, bytes, whole, fault, kept, written, world_size, zero_stage, metrics}.
 
         `written`: seconds since 1970; one that is not whole has a fault, and nothing from `written` on.
@@ -96,7 +96,7 @@ class Run:
 
         return survey(self._place)
 
-    def receipts(self) -> list[Receipt]:
+    def receipts(self) -> list[ReceiptFile]:
         """Reads the receipts, in order: each of the steps `first` + 1 to `end`, a digest a step, and the chain behind them."""
         from heliostat.runs.history import receipts
 
@@ -150,7 +150,7 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
             return answer(self.export(Path(folder) / "model", step), prompts, options, seed, out)
 
-    def _checkpoint(self, step: int | None) -> Checkpoint:
+    def _checkpoint(self, step: int | None) -> SavedCheckpoint:
         from heliostat.checkpoint import layout
 
         if step is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from heliostat import schema
 from heliostat.chaos import measure
 from heliostat.chaos.faults import FAULTS, Fault, Scene, rng, when
-from heliostat.chaos.measure import Measured
+from heliostat.chaos.measure import FaultEffect
 from heliostat.chaos.process import ChaosError, Command
 from heliostat.checkpoint import layout
 from heliostat.config import workspace
@@ -171,7 +171,7 @@ def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unb
     attempts = goodput.read(scene.run)
     seen = scene.seen or (command.heard(fault.notice, scene.struck) if fault.notice else None)
     cured = scene.cured or (command.heard(fault.cured, scene.struck) if fault.cured else None)
-    measured = Measured(scene.struck, seen, cured, command.lines, attempts)
+    measured = FaultEffect(scene.struck, seen, cured, command.lines, attempts)
     row = measure.row(fault.name, measured, report, result["train_loss"], whole.loss, goodput.report(attempts)["goodput"])
     faulty = measure.problems(row, report, _logged(it.tracking, result["run_id"]), it.checked.job.train.steps)
     return row, faulty + measure.unregistered(_registered(it.tracking, result["run_id"]), fault.late)

@@ -28,7 +28,7 @@ from heliostat import extras
 from heliostat.chaos import proxy
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import ChaosError, Command, workers
-from heliostat.chaos.servers import Server, mlflow_server, s3_server
+from heliostat.chaos.servers import ServerProcess, mlflow_server, s3_server
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.storage.locations import Location
@@ -216,7 +216,7 @@ def prepare_s3(scene: Scene) -> proxy.FaultProxy:
 
 def s3_503(scene: Scene, command: Command) -> None:
     """Makes the store refuse a share of the requests, from now to the end of the run."""
-    scene.tool.faults = (proxy.Fault("status", rate=scene.rate),)
+    scene.tool.faults = (proxy.ProxyFault("status", rate=scene.rate),)
     command.until(lambda: bool(scene.tool.injected), SEEING_S, "request was refused")
     scene.seen = time.time()
 
@@ -275,7 +275,7 @@ def whole_checkpoints(run: Location) -> list[int]:
 # MLflow --------------------------------------------------------------------------------------------------------------
 
 
-def prepare_mlflow(scene: Scene) -> Server:
+def prepare_mlflow(scene: Scene) -> ServerProcess:
     server = scene.stack.enter_context(mlflow_server(scene.tracking, scene.folder))
     scene.settings["mlflow.uri"] = f"http://{server.endpoint}"
     return server

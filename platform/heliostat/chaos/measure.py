@@ -9,14 +9,14 @@ from itertools import pairwise
 
 from heliostat.chaos.process import STEP
 from heliostat.config.fields import Json
-from heliostat.runs.goodput import Attempt
-from heliostat.runs.verify import Report
+from heliostat.runs.goodput import RecordedAttempt
+from heliostat.runs.verify import VerifyReport
 
 Lines = Sequence[tuple[float, str]]  # wall clock, and what was said
 
 
 @dataclass(frozen=True)
-class Measured:
+class FaultEffect:
     """Holds what was observed of a run with a fault.
 
     `seen` and `cured`: when the fault was noticed and when it was over, where the attempts do not show it.
@@ -26,21 +26,21 @@ class Measured:
     seen: float | None
     cured: float | None
     lines: Lines
-    attempts: list[Attempt]
+    attempts: list[RecordedAttempt]
 
 
-def first_end(attempts: Iterable[Attempt], since: float) -> float | None:
+def first_end(attempts: Iterable[RecordedAttempt], since: float) -> float | None:
     """Returns the end of the first attempt that a fault may have ended; None if there is none."""
     return min((a.seen for a in attempts if a.outcome != "finished" and a.seen >= since), default=None)
 
 
-def detected_s(found: Measured) -> float | None:
+def detected_s(found: FaultEffect) -> float | None:
     """Computes the seconds from the fault to the first sign that it was noticed; None if it was not."""
     at = found.seen if found.seen is not None else first_end(found.attempts, found.struck)
     return None if at is None else max(0.0, at - found.struck)
 
 
-def recovered_s(found: Measured) -> float | None:
+def recovered_s(found: FaultEffect) -> float | None:
     """Computes the seconds from the fault to the first step that the run had not made before, after all restarts it cost."""
     if found.cured is not None:
         return found.cured - found.struck
@@ -60,13 +60,13 @@ def pace_s(lines: Lines) -> float:
     return (steps[-1][0] - steps[0][0]) / (steps[-1][1] - steps[0][1])
 
 
-def recomputed_steps(attempts: Iterable[Attempt]) -> int:
+def recomputed_steps(attempts: Iterable[RecordedAttempt]) -> int:
     """Counts the steps that were reported, and made again by a later attempt."""
     ordered = sorted(attempts, key=lambda a: a.started)
     return sum(max(0, before.reached - after.start_step) for before, after in pairwise(ordered))
 
 
-def row(fault: str, found: Measured, report: Report, loss: float, expected: float, goodput: float) -> dict[str, Json]:
+def row(fault: str, found: FaultEffect, report: VerifyReport, loss: float, expected: float, goodput: float) -> dict[str, Json]:
     """Builds the fault's row of the table.
 
     `report`: the result of `verify`; `loss` and `expected`: the last step's loss, of this run and of the unbroken one.
@@ -93,7 +93,7 @@ def broken(fault: str) -> dict[str, Json]:
     return {"fault": fault, **dict.fromkeys(keys)}
 
 
-def problems(row: dict[str, Json], report: Report, curve: list[int], steps: int) -> list[str]:
+def problems(row: dict[str, Json], report: VerifyReport, curve: list[int], steps: int) -> list[str]:
     """Lists what is wrong with a finished run; empty if it is as good as the unbroken one.
 
     `curve`: the steps whose loss MLflow holds; `steps`: how many the job has.

@@ -27,7 +27,7 @@ START_S = 90.0
 SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short: Ray's sockets lie below, and a path has 107 characters
 
 
-class Node:
+class ChaosNode:
     def __init__(self, address: str, process: subprocess.Popen) -> None:
         self.address, self.process = address, process
 
@@ -57,7 +57,7 @@ class LocalNodes:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        self.nodes: list[Node] = []
+        self.nodes: list[ChaosNode] = []
 
     def __enter__(self) -> LocalNodes:
         self.start()
@@ -75,7 +75,7 @@ class LocalNodes:
             self.stop()
             raise
 
-    def add(self) -> Node:
+    def add(self) -> ChaosNode:
         """Starts another node, at an address that none has had, and waits until it has joined."""
         self._start(f"127.0.0.{next(self._numbers)}", f"--address={self.address}", f"--num-cpus={self._cpus:g}")
         return self.nodes[-1]
@@ -102,7 +102,7 @@ class LocalNodes:
                    *arguments, "--block", f"--temp-dir={files}", "--object-store-memory=200000000"]  # fmt: skip
         with log.open("w") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=workspace.root())
-        self.nodes.append(Node(host, process))
+        self.nodes.append(ChaosNode(host, process))
         deadline = time.monotonic() + START_S
         while "Ray runtime started" not in log.read_text():
             if process.poll() is not None or time.monotonic() > deadline:

@@ -28,7 +28,7 @@ ANSWER_S = 300.0  # the longest wait for a byte of the store's, or of the client
 
 
 @dataclass(frozen=True)
-class Fault:
+class ProxyFault:
     """Describes a fault. `key` is a pattern (`*` and `?`) for `/bucket/key`; `limit` is the most times that it is injected.
 
     status: the request never reaches the store and is answered with `status` and an S3 error of that `code`
@@ -47,7 +47,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Message:
+class HttpHead:
     """Holds the head of a request or an answer: its bytes as received, and the headers that define its body's framing."""
 
     raw: bytes
@@ -73,11 +73,11 @@ class FaultProxy:
     `with FaultProxy("127.0.0.1:9000", [Fault("status", rate=0.3)]) as proxy:` clients then use `proxy.endpoint`.
     """
 
-    def __init__(self, upstream: str, faults: Sequence[Fault] = (), seed: int = 0) -> None:
+    def __init__(self, upstream: str, faults: Sequence[ProxyFault] = (), seed: int = 0) -> None:
         host, _, port = upstream.rpartition(":")
         self.upstream = (host, int(port))
         self.faults = tuple(faults)
-        self.injected: Counter[Fault] = Counter()
+        self.injected: Counter[ProxyFault] = Counter()
         self.requests = 0
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -103,7 +103,7 @@ class FaultProxy:
             with contextlib.suppress(OSError):  # it ended meanwhile
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def draw(self, path: str) -> Fault | None:
+    def draw(self, path: str) -> ProxyFault | None:
         """Draws the fault for a request, or None.
 
         Every fault whose key matches takes a draw, so the limit of one does not shift the draws of another.
@@ -166,7 +166,7 @@ class _Connection(socketserver.BaseRequestHandler):
                     return
 
     def _exchange(
-        self, request: Message, fault: Fault | None, from_client: BinaryIO, from_store: BinaryIO, upstream: socket.socket
+        self, request: HttpHead, fault: ProxyFault | None, from_client: BinaryIO, from_store: BinaryIO, upstream: socket.socket
     ) -> bool:
         """Forwards one request and its answer, with the fault; returns False if the connection ends with it."""
         kind, client = fault.kind if fault else None, self.request
@@ -206,7 +206,7 @@ def buffered(connection: socket.socket) -> BinaryIO:
     return connection.makefile("rb")
 
 
-def read_message(source: BinaryIO) -> Message | None:
+def read_message(source: BinaryIO) -> HttpHead | None:
     """Reads the next message's head; None at the connection's end."""
     lines = []
     while (line := source.readline(BLOCK)) not in (b"\r\n", b""):
@@ -215,14 +215,14 @@ def read_message(source: BinaryIO) -> Message | None:
         return None
     fields = (text.partition(":") for text in (h.decode("latin-1") for h in lines[1:]))
     headers = {name.strip().lower(): value.strip() for name, _, value in fields}
-    return Message(b"".join([*lines, line]), lines[0].decode("latin-1").split(" ", 2), headers)
+    return HttpHead(b"".join([*lines, line]), lines[0].decode("latin-1").split(" ", 2), headers)
 
 
-def request_body(request: Message, source: BinaryIO) -> Iterator[bytes]:
+def request_body(request: HttpHead, source: BinaryIO) -> Iterator[bytes]:
     return chunks(source) if request.chunked else exactly(source, request.length or 0)
 
 
-def answer_body(answer: Message, method: str, source: BinaryIO) -> Iterator[bytes]:
+def answer_body(answer: HttpHead, method: str, source: BinaryIO) -> Iterator[bytes]:
     if method == "HEAD" or answer.start[1] in ("204", "304"):
         return iter(())
     if answer.chunked:
@@ -275,7 +275,7 @@ def reset(connection: socket.socket) -> None:
         connection.close()
 
 
-def error_answer(fault: Fault, method: str) -> bytes:
+def error_answer(fault: ProxyFault, method: str) -> bytes:
     """Builds an S3 error response: XML, but without a body where the method is HEAD."""
     body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{fault.code}</Code><Message>injected</Message></Error>'.encode()
     head = f"HTTP/1.1 {fault.status} Injected\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"

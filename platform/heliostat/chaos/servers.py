@@ -15,7 +15,7 @@ from heliostat.chaos.process import ChaosError, end_tree, free_port
 START_S = 180.0  # MLflow makes its tables first
 
 
-class Server:
+class ServerProcess:
     """Runs a server process: `start`, and `stop` as a crash does; also a context manager. The port stays the same."""
 
     def __init__(self, command: list[str], health: str, log: Path, environment: dict[str, str] | None = None) -> None:
@@ -25,7 +25,7 @@ class Server:
         self._health, self._log, self._environment = health, log, {**os.environ, **(environment or {})}
         self._process: subprocess.Popen | None = None
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> ServerProcess:
         self.start()
         return self
 
@@ -60,14 +60,14 @@ class Server:
             self._process = None
 
 
-def mlflow_server(store: str, folder: Path) -> Server:
+def mlflow_server(store: str, folder: Path) -> ServerProcess:
     """Makes an MLflow server on a store such as sqlite:///FILE."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", "PORT",
                "--workers", "1", "--artifacts-destination", str(folder / "artifacts")]  # fmt: skip
-    return Server(command, "/health", folder / "mlflow-server.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    return ServerProcess(command, "/health", folder / "mlflow-server.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
 
-def s3_server(folder: Path) -> Server:
+def s3_server(folder: Path) -> ServerProcess:
     """Makes an S3 server that keeps everything in memory, and accepts any key."""
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "PORT"]
-    return Server(command, "/moto-api/", folder / "s3-server.log")
+    return ServerProcess(command, "/moto-api/", folder / "s3-server.log")

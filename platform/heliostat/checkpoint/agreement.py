@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @wire.travels
-class Outcome(NamedTuple):
+class RankOutcome(NamedTuple):
     """Holds what a rank's work returned, or what it raised and on which rank."""
 
     value: Any = None
@@ -52,27 +52,27 @@ def merged(group: Group, work: Callable[[], T], merge: Callable[[T, T], T]) -> T
 def first(group: Group, work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 alone and returns its result on every rank; if it fails, every rank raises its error."""
     where = tree.channel(group)
-    mine = _attempt(group, work) if dist.get_rank(where.group) == 0 else Outcome()
+    mine = _attempt(group, work) if dist.get_rank(where.group) == 0 else RankOutcome()
     return _result(mine, tree.down(where, mine))
 
 
-def _attempt(group: Group, work: Callable[[], T]) -> Outcome:
+def _attempt(group: Group, work: Callable[[], T]) -> RankOutcome:
     rank = dist.get_rank(tree.channel(group).group)
     try:
-        return Outcome(work())
+        return RankOutcome(work())
     except HeliostatError as e:
-        return Outcome(error=e, rank=rank)
+        return RankOutcome(error=e, rank=rank)
     except Exception as e:  # noqa: BLE001 (raised on every rank, below)
         fault = WorkerError(f"worker {dist.get_rank()}: {type(e).__name__}: {e}")
         fault.rank = dist.get_rank()
         fault.__cause__ = e
-        return Outcome(error=fault, rank=rank)
+        return RankOutcome(error=fault, rank=rank)
 
 
-def _share(group: Group, mine: Outcome, merge: Callable[[T, T], object], whole: bool) -> Any:
+def _share(group: Group, mine: RankOutcome, merge: Callable[[T, T], object], whole: bool) -> Any:
     """Merges all ranks' outcomes onto rank 0, and hands the error, and the `whole` if it is asked for, to all ranks."""
 
-    def join(one: Outcome, other: Outcome) -> Outcome:
+    def join(one: RankOutcome, other: RankOutcome) -> RankOutcome:
         if one.error or other.error:
             return one if one.error else other
         return _attempt(group, lambda: merge(one.value, other.value))
@@ -83,7 +83,7 @@ def _share(group: Group, mine: Outcome, merge: Callable[[T, T], object], whole: 
     return value if whole or dist.get_rank(where.group) else total.value
 
 
-def _result(mine: Outcome, shared: Outcome) -> Any:
+def _result(mine: RankOutcome, shared: RankOutcome) -> Any:
     if shared.error is not None:
         raise (mine.error or shared.error) if shared.rank == mine.rank else shared.error  # this rank's own has its cause
     return shared.value

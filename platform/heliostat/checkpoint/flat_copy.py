@@ -19,7 +19,7 @@ ALIGNED = 64  # bytes, so that each slice of a buffer can be viewed in its type
 
 
 @dataclass(frozen=True)
-class Range:
+class FlatRange:
     """Describes a slice [start, start + numel) of a flat tensor, of elements of `itemsize` bytes, at `offset` in a buffer."""
 
     name: str
@@ -34,7 +34,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Piece:
+class CopiedBytes:
     """Describes `size` bytes at `source` in the copy of an old rank that belong at `target` in a new rank's buffer."""
 
     rank: int
@@ -43,23 +43,23 @@ class Piece:
     size: int
 
 
-def layout(state: Mapping[str, torch.Tensor]) -> list[Range]:
+def layout(state: Mapping[str, torch.Tensor]) -> list[FlatRange]:
     """Lays the slices out in a buffer, by name."""
-    found, offset = list[Range](), 0
+    found, offset = list[FlatRange](), 0
     for name in sorted(state):
         local, start = _local(state[name])
         if local.numel():
-            found.append(Range(name, start, local.numel(), local.element_size(), offset))
+            found.append(FlatRange(name, start, local.numel(), local.element_size(), offset))
             offset += -(-found[-1].size // ALIGNED) * ALIGNED
     return found
 
 
-def size(ranges: Iterable[Range]) -> int:
+def size(ranges: Iterable[FlatRange]) -> int:
     """Computes the bytes of the buffer of a layout."""
     return max((-(-(r.offset + r.size) // ALIGNED) * ALIGNED for r in ranges), default=0)
 
 
-def pack(state: Mapping[str, torch.Tensor], ranges: Iterable[Range], buffer: torch.Tensor) -> None:
+def pack(state: Mapping[str, torch.Tensor], ranges: Iterable[FlatRange], buffer: torch.Tensor) -> None:
     """Copies the slices into their places in a flat uint8 buffer on the CPU.
 
     It only queues those of a GPU, on the current stream and first: the queue fills while the others are copied.
@@ -69,40 +69,40 @@ def pack(state: Mapping[str, torch.Tensor], ranges: Iterable[Range], buffer: tor
         buffer[r.offset : r.offset + r.size].view(local.dtype).copy_(local.reshape(-1), non_blocking=True)
 
 
-def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[Range], buffer: torch.Tensor) -> None:
+def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[FlatRange], buffer: torch.Tensor) -> None:
     """Copies the slices from their places in a buffer into the state."""
     for r in ranges:
         local, _ = _local(state[r.name])
         local.copy_(buffer[r.offset : r.offset + r.size].view(local.dtype).view(local.shape))
 
 
-def pieces(copies: Mapping[int, list[Range]], wanted: list[Range]) -> list[Piece]:
+def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> list[CopiedBytes]:
     """Finds every wanted byte in the ranks' copies, each once, neighbours together; TrainingError if one is in none of them."""
-    by_name: dict[str, list[tuple[int, int, int, Range]]] = {}
+    by_name: dict[str, list[tuple[int, int, int, FlatRange]]] = {}
     for rank, ranges in copies.items():
         for r in ranges:
             by_name.setdefault(r.name, []).append((r.start, r.numel, rank, r))
-    found = list[Piece]()
+    found = list[CopiedBytes]()
     for want in wanted:
         at, end = want.start, want.start + want.numel
         for start, numel, rank, r in sorted(by_name.get(want.name, []), key=lambda c: c[:3]):
             if start <= at < min(start + numel, end) and r.itemsize == want.itemsize:
                 stop = min(start + numel, end)
                 source, target = r.offset + (at - start) * r.itemsize, want.offset + (at - want.start) * r.itemsize
-                _append(found, Piece(rank, source, target, (stop - at) * r.itemsize))
+                _append(found, CopiedBytes(rank, source, target, (stop - at) * r.itemsize))
                 at = stop
         if at < end:
             raise TrainingError(f"the copies in memory lack elements {at} to {end} of {want.name!r}")
     return found
 
 
-def _append(found: list[Piece], piece: Piece) -> None:
+def _append(found: list[CopiedBytes], piece: CopiedBytes) -> None:
     """Appends a piece, as a part of the one before where the bytes between them are padding in both buffers."""
     if found and found[-1].rank == piece.rank:
         last = found[-1]
         gap = piece.source - last.source - last.size
         if gap == piece.target - last.target - last.size and 0 <= gap < ALIGNED:
-            found[-1] = Piece(last.rank, last.source, last.target, last.size + gap + piece.size)
+            found[-1] = CopiedBytes(last.rank, last.source, last.target, last.size + gap + piece.size)
             return
     found.append(piece)
 

@@ -16,7 +16,7 @@ from heliostat.checkpoint import checksums
 from heliostat.checkpoint.agreement import first, merged
 from heliostat.checkpoint.columns import ROWS
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint
+from heliostat.checkpoint.layout import FROZEN, INDEX, SavedCheckpoint
 from heliostat.checkpoint.tree import Group
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
@@ -32,7 +32,7 @@ class Keeper:
         self.run, self.group, self._write = run, group, write
         self._loaded = self._folder = ""
 
-    def loaded(self, checkpoint: Checkpoint, slices: dict[str, FlatShard]) -> None:
+    def loaded(self, checkpoint: SavedCheckpoint, slices: dict[str, FlatShard]) -> None:
         """Notes that the slices were loaded from the checkpoint (perhaps cast): while they stay so, its folder is theirs."""
         if checkpoint.frozen:
             self._folder = checkpoint.frozen.location.name

@@ -14,7 +14,7 @@ from typing import Any, NotRequired, cast
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint import placement, shard_index
-from heliostat.checkpoint.placement import BYTES, Listed, Name, Shard, Tensor, Tensors
+from heliostat.checkpoint.placement import BYTES, ListedChunk, Name, Shard, Tensor, Tensors
 from heliostat.data import plans
 from heliostat.errors import CheckpointError, DataError
 from heliostat.storage.records import Format, Hex, Number, Whole, open_
@@ -36,7 +36,7 @@ class Files(TypedDict):
 
 
 @open_
-class Index(Files):
+class CheckpointIndex(Files):
     step: Whole
     receipt: Receipt
     data_digest: str
@@ -53,7 +53,7 @@ class Index(Files):
     bad_samples: Whole
 
 
-FILES, INDEX = Format(Files, "index"), Format(Index, "index")
+FILES, INDEX = Format(Files, "index"), Format(CheckpointIndex, "index")
 LISTED = (2, 3)  # the formats whose index lists every chunk
 
 
@@ -100,7 +100,7 @@ def _columns_fault(tensor: Tensor) -> str:
     return "" if fits else f"it has no {parts} blocks of columns in rows of {width} elements"
 
 
-def upgrade(index: Index) -> tuple[Index, dict[int, shard_index.Places]]:
+def upgrade(index: CheckpointIndex) -> tuple[CheckpointIndex, dict[int, shard_index.Places]]:
     """Returns an index of any format in the newest's form, and the places in each shard where the index itself lists them."""
     places: dict[int, shard_index.Places] = {}
     if index["format"] not in LISTED:
@@ -113,14 +113,14 @@ def upgrade(index: Index) -> tuple[Index, dict[int, shard_index.Places]]:
     return {**index, "tensors": tensors}, places
 
 
-def _runs(chunks: list[Listed]) -> list[placement.Run]:
+def _runs(chunks: list[ListedChunk]) -> list[placement.Run]:
     ordered = sorted(chunks, key=lambda c: c["start"])
     return placement.runs(placement.Chunk(c["shard"], c["start"], c["numel"]) for c in ordered)
 
 
-def root(step: int | None, facts: Mapping[str, object], whole: placement.Part) -> Index:
+def root(step: int | None, facts: Mapping[str, object], whole: placement.WrittenPart) -> CheckpointIndex:
     """Builds the contents of `checkpoint.json`; CheckpointError if the ranks' slices leave elements out, or overlap."""
     for name, entry in whole.tensors.items():
         if said := placement.fault(entry, len(whole.shards)):
             raise CheckpointError(f"{name!r} cannot be saved: {said}")
-    return cast("Index", {**facts, "step": step, "shards": whole.shards, "tensors": whole.tensors})
+    return cast("CheckpointIndex", {**facts, "step": step, "shards": whole.shards, "tensors": whole.tensors})

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from heliostat.checkpoint import checksums, columns, placement, shard_index
 from heliostat.checkpoint import index as checkpoint_index
 from heliostat.checkpoint.columns import ROWS, Columns
-from heliostat.checkpoint.index import Index
+from heliostat.checkpoint.index import CheckpointIndex
 from heliostat.checkpoint.placement import Tensor
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.config.spec import Job
@@ -70,15 +70,15 @@ wire.travels(Location)
 
 @wire.travels
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedCheckpoint:
     """Holds a complete checkpoint: its folder and its index (`checkpoint.json`); `frozen`: the one of its frozen parameters.
 
     `places`: by shard, of the shards whose index is known; the others' are read when they are needed.
     """
 
     location: Location
-    index: Index
-    frozen: Checkpoint | None = None
+    index: CheckpointIndex
+    frozen: SavedCheckpoint | None = None
     places: dict[int, shard_index.Places] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -117,7 +117,7 @@ class Checkpoint:
         recorded = self.holder(name).index["tensors"][name].get("columns")
         return Columns(*recorded) if recorded else ROWS
 
-    def holder(self, name: str) -> Checkpoint:
+    def holder(self, name: str) -> SavedCheckpoint:
         """Returns the checkpoint whose shards hold a tensor: this one, or that of its frozen parameters."""
         return self.frozen if self.frozen and name in self.frozen.index["tensors"] else self
 
@@ -145,7 +145,7 @@ class Checkpoint:
             out.append((chunk.shard, cut))
         return out
 
-    def _place(self, name: str, chunk: placement.Chunk) -> shard_index.Place:
+    def _place(self, name: str, chunk: placement.Chunk) -> shard_index.ChunkPlace:
         if chunk.shard not in self.places:
             self.fetch_places([chunk.shard])
         place = self.places[chunk.shard].get((name, chunk.start))
@@ -279,7 +279,7 @@ def encode(index: Mapping[str, object]) -> bytes:
     return body + b', "crc32": "%08x"}' % zlib.crc32(body)
 
 
-def decode(data: bytes) -> Index:
+def decode(data: bytes) -> CheckpointIndex:
     """Decodes the bytes of `checkpoint.json`; ValueError unless they are what `encode` made."""
     body, mark, rest = data.rpartition(b', "crc32": "')
     if not mark or rest != b'%08x"}' % zlib.crc32(body):
@@ -293,16 +293,16 @@ def _fault(what: str, step: int | None) -> CheckpointError:
     return CheckpointError(f"{what}; every checkpoint of the run needs it: put it back from a copy")
 
 
-def open_checkpoint(run: Location, step: int) -> Checkpoint:
+def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:
     """Opens the checkpoint of a step; CorruptCheckpointError, with the reason, unless it is complete."""
     checkpoint = _open(folder(run, step), step)
     if name := checkpoint.index.get(FROZEN):
         frozen = _open(run.join(run_folder.CHECKPOINTS, name), None)
-        return Checkpoint(checkpoint.location, checkpoint.index, frozen, checkpoint.places)
+        return SavedCheckpoint(checkpoint.location, checkpoint.index, frozen, checkpoint.places)
     return checkpoint
 
 
-def _open(location: Location, step: int | None) -> Checkpoint:
+def _open(location: Location, step: int | None) -> SavedCheckpoint:
     """Opens one folder of tensors and checks that it is complete; `step` is None for a folder of frozen parameters."""
     try:
         index = decode(location.join(INDEX).read())
@@ -320,10 +320,10 @@ def _open(location: Location, step: int | None) -> Checkpoint:
         if present.get(file) != size:
             raise _fault(f"{location.join(file)}: {size} bytes expected, {present.get(file, 'nothing')} found", step)
     index, places = checkpoint_index.upgrade(index)
-    return Checkpoint(location, index, places=places)
+    return SavedCheckpoint(location, index, places=places)
 
 
-def files(index: Index) -> Iterator[tuple[str, int]]:
+def files(index: CheckpointIndex) -> Iterator[tuple[str, int]]:
     """Yields the files that an index lists, with their sizes: each shard, and its index if it has one of its own."""
     for shard in index["shards"]:
         yield shard["file"], shard["bytes"]
@@ -331,7 +331,7 @@ def files(index: Index) -> Iterator[tuple[str, int]]:
             yield shard_index.name(shard["file"]), shard["index"]["bytes"]
 
 
-def latest(run: Location, before: int | None = None) -> Checkpoint | None:
+def latest(run: Location, before: int | None = None) -> SavedCheckpoint | None:
     """Finds the newest complete checkpoint, of a step before `before` if that is given; warns of torn ones and skips them."""
     for step in reversed(steps(run)):
         if before is None or step < before:

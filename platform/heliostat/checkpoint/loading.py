@@ -15,19 +15,19 @@ from heliostat.checkpoint import safetensors_file
 from heliostat.checkpoint.agreement import agreed, first
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.checkpoint.layout import Checkpoint, open_checkpoint
+from heliostat.checkpoint.layout import SavedCheckpoint, open_checkpoint
 from heliostat.checkpoint.tree import Group
 from heliostat.errors import CheckpointError, WorkerError
 from heliostat.storage.locations import Location
 
 
-def open_together(run: Location, step: int, group: Group) -> Checkpoint:
+def open_together(run: Location, step: int, group: Group) -> SavedCheckpoint:
     """Opens the checkpoint of a step on all ranks: rank 0 reads `checkpoint.json`, looks for the shards, and tells the others."""
     return first(group, lambda: open_checkpoint(run, step))
 
 
 def load(
-    checkpoint: Checkpoint, state: dict[str, torch.Tensor], group: Group, progressed: Callable[[], None] = lambda: None
+    checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor], group: Group, progressed: Callable[[], None] = lambda: None
 ) -> int:
     """Loads a checkpoint into this rank's slices; returns the bytes read. Calls `progressed` after each request.
 
@@ -56,7 +56,7 @@ def load(
     return total
 
 
-def _check(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> None:
+def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
     """Raises CheckpointError unless the checkpoint holds the tensors of the state in their shapes, and types that can be cast."""
     tensors = checkpoint.tensors
     missing = sorted(set(state) - set(tensors))
@@ -75,7 +75,7 @@ def _check(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> None:
             raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
 
 
-def _turns(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> bool:
+def _turns(checkpoint: SavedCheckpoint, name: str, tensor: torch.Tensor) -> bool:
     """Tells whether the orders in which the checkpoint and the state hold a tensor are of the same rows."""
     return len({order.width for order in (checkpoint.order(name), _order(tensor)) if order != ROWS}) <= 1
 
@@ -96,7 +96,7 @@ def _target(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _read(
-    source: Checkpoint, targets: dict[str, torch.Tensor], state: dict[str, torch.Tensor], progressed: Callable[[], None]
+    source: SavedCheckpoint, targets: dict[str, torch.Tensor], state: dict[str, torch.Tensor], progressed: Callable[[], None]
 ) -> int:
     starts = {n: getattr(state[n], "start", 0) for n in targets}
     turned = {n for n in targets if source.order(n) != _order(state[n])}
@@ -106,7 +106,7 @@ def _read(
     return total + sum(source.read_into(n, _order(state[n]), starts[n], targets[n], progressed) for n in turned)
 
 
-def _shards(source: Checkpoint, targets: dict[str, torch.Tensor], starts: dict[str, int], turned: set[str]) -> Iterable[int]:
+def _shards(source: SavedCheckpoint, targets: dict[str, torch.Tensor], starts: dict[str, int], turned: set[str]) -> Iterable[int]:
     """Lists the shards whose indexes are needed: for tensors that are held in another order, all that hold any of it."""
     wanted = {
         n: (0, math.prod(source.tensors[n]["shape"])) if n in turned else (starts[n], t.numel()) for n, t in targets.items()
@@ -114,7 +114,7 @@ def _shards(source: Checkpoint, targets: dict[str, torch.Tensor], starts: dict[s
     return sorted({shard for n, (first, numel) in wanted.items() for shard in source.needed(n, first, numel)})
 
 
-def casts(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> str | None:
+def casts(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> str | None:
     """Describes for the user what `load` rounds because the engine holds it in fewer bits than the checkpoint; None if nothing.
 
     The same model has other types at another ZeRO stage or precision: buffers that it makes under zero.Init are of low precision.

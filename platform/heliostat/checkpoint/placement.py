@@ -23,7 +23,7 @@ Run = list[int]  # first shard, shards, start, elements in each
 
 
 @open_
-class Sealed(TypedDict):
+class SealedIndex(TypedDict):
     """Describes the file of a shard's index."""
 
     bytes: Whole
@@ -34,11 +34,11 @@ class Sealed(TypedDict):
 class Shard(TypedDict):
     file: Name
     bytes: Whole
-    index: NotRequired[Sealed]  # since format 4
+    index: NotRequired[SealedIndex]  # since format 4
 
 
 @open_
-class Listed(TypedDict):
+class ListedChunk(TypedDict):
     """Describes a chunk as formats 2 and 3 have it."""
 
     shard: Whole
@@ -54,7 +54,7 @@ class Tensor(TypedDict):
     shape: list[Whole]
     runs: NotRequired[list[Annotated[list[Whole], Field(min_length=4, max_length=4)]]]
     columns: NotRequired[Annotated[list[Whole], Field(min_length=2, max_length=2)]]  # since format 5
-    chunks: NotRequired[list[Listed]]
+    chunks: NotRequired[list[ListedChunk]]
 
 
 Tensors = dict[str, Tensor]  # by name
@@ -69,7 +69,7 @@ class Chunk(NamedTuple):
 
 
 @wire.travels
-class Part(NamedTuple):
+class WrittenPart(NamedTuple):
     """Holds what some consecutive ranks have written: their shards, and their tensors, whose runs count these shards."""
 
     shards: list[Shard]
@@ -81,7 +81,7 @@ def owners(names: Iterable[str], world: int) -> dict[str, int]:
     return {name: number % world for number, name in enumerate(sorted(names))}
 
 
-def merge(one: Part, other: Part) -> Part:
+def merge(one: WrittenPart, other: WrittenPart) -> WrittenPart:
     """Joins the parts of consecutive ranks; it changes the first."""
     base = len(one.shards)
     one.shards.extend(other.shards)

@@ -13,7 +13,7 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from heliostat.checkpoint.layout import FROZEN, INDEX, Checkpoint, folder, open_checkpoint, steps
+from heliostat.checkpoint.layout import FROZEN, INDEX, SavedCheckpoint, folder, open_checkpoint, steps
 from heliostat.config.checkpoint_section import BENCHMARK
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.errors import CheckpointError, DataError
@@ -24,7 +24,7 @@ from heliostat.storage.records import Format, open_
 
 
 @open_
-class Task(TypedDict):
+class TaskScore(TypedDict):
     """Describes a task's score."""
 
     task: str
@@ -36,13 +36,13 @@ class Result(TypedDict):
     """Describes what is read of a benchmark's result, `benchmarks/SUITE/step-*.json`. `written`: when its checkpoint was."""
 
     written: float
-    tasks: list[Task]
+    tasks: list[TaskScore]
 
 
 RESULT = Format(Result, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")
 
 
-class Row(TypedDict):
+class RetentionRow(TypedDict):
     """Describes a checkpoint's folder, whether it is complete, and why it is kept; one that is not complete has only a fault."""
 
     step: int
@@ -126,7 +126,7 @@ class Pruner:
         return self._scores
 
 
-def score(run: Location, checkpoint: Checkpoint, policy: Policy) -> float:
+def score(run: Location, checkpoint: SavedCheckpoint, policy: Policy) -> float:
     """Returns the best metric's value in a checkpoint, or of a benchmark of it; nan if there is none, or none yet."""
     if policy.best and policy.best.is_late:
         return _benchmark(run, checkpoint.step, checkpoint.index["written"], policy.best.metric)
@@ -147,7 +147,7 @@ def _benchmark(run: Location, step: int, written: float, metric: str) -> float:
     return math.nan
 
 
-def survey(run: Location) -> list[Row]:
+def survey(run: Location) -> list[RetentionRow]:
     """Describes each checkpoint's folder, in ascending order of steps, by the rules of the newest complete checkpoint's job."""
     sizes: dict[str, int] = {}
     for path, size in run.join(run_folder.CHECKPOINTS).files():
@@ -155,7 +155,7 @@ def survey(run: Location) -> list[Row]:
     rows, whole = [], []
     for step in steps(run):
         size = sizes.get(folder(run, step).name, 0)
-        row: Row = {"step": step, "bytes": size, "whole": True, "fault": None, "kept": []}
+        row: RetentionRow = {"step": step, "bytes": size, "whole": True, "fault": None, "kept": []}
         try:
             whole.append(open_checkpoint(run, step))
             index = whole[-1].index

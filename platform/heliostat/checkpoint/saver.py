@@ -24,7 +24,7 @@ from heliostat.checkpoint.agreement import agreed
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.frozen import Keeper
 from heliostat.checkpoint.host_copy import HostCopy
-from heliostat.checkpoint.layout import FROZEN, Checkpoint, folder, latest, open_checkpoint, steps
+from heliostat.checkpoint.layout import FROZEN, SavedCheckpoint, folder, latest, open_checkpoint, steps
 from heliostat.checkpoint.loading import casts, load, open_together
 from heliostat.checkpoint.retention import Pruner
 from heliostat.checkpoint.tree import Channel
@@ -34,7 +34,7 @@ from heliostat.errors import ConfigError, StorageError
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
 
-__all__ = ["Checkpoint", "Saver", "casts", "folder", "latest", "load", "open_checkpoint", "open_together", "steps"]
+__all__ = ["SavedCheckpoint", "Saver", "casts", "folder", "latest", "load", "open_checkpoint", "open_together", "steps"]
 
 
 TOLERATED = 3  # failed saves in a row that don't end training

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint.checksums import BLOCK
-from heliostat.checkpoint.placement import BYTES, Listed, Sealed, Shard, Tensor
+from heliostat.checkpoint.placement import BYTES, ListedChunk, SealedIndex, Shard, Tensor
 from heliostat.errors import DataError
 from heliostat.storage.records import Format, Whole, open_
 
 
 @open_
-class Place(TypedDict):
+class ChunkPlace(TypedDict):
     """Describes where the elements of a chunk lie in its shard's file, and the CRC-32 of each block of their bytes."""
 
     start: Whole
@@ -30,10 +30,10 @@ class Place(TypedDict):
 
 @open_
 class Listing(TypedDict):
-    tensors: dict[str, Place]
+    tensors: dict[str, ChunkPlace]
 
 
-Places = dict[tuple[str, int], Place]  # by tensor and first element
+Places = dict[tuple[str, int], ChunkPlace]  # by tensor and first element
 LISTING = Format(Listing, "index of a shard")
 
 
@@ -42,11 +42,11 @@ def name(shard: str) -> str:
     return f"{shard.removesuffix('.safetensors')}.json"
 
 
-def encode(places: Mapping[str, Place]) -> bytes:
+def encode(places: Mapping[str, ChunkPlace]) -> bytes:
     return json.dumps({"tensors": places}).encode()
 
 
-def seal(data: bytes) -> Sealed:
+def seal(data: bytes) -> SealedIndex:
     """Computes what `checkpoint.json` says of a shard's index."""
     return {"bytes": len(data), "crc32": zlib.crc32(data)}
 
@@ -68,7 +68,7 @@ def decode(data: bytes, shard: Shard, tensors: Mapping[str, Tensor]) -> Places:
     return {(tensor, place["start"]): place for tensor, place in places.items()}
 
 
-def place_fault(place: Place | Listed, itemsize: int, shard_bytes: int) -> str:
+def place_fault(place: ChunkPlace | ListedChunk, itemsize: int, shard_bytes: int) -> str:
     """Finds what is wrong with a chunk's place in its shard; empty if nothing is."""
     size = place["numel"] * itemsize
     if place["offset"] + size > shard_bytes:

@@ -68,20 +68,22 @@ def clear(target: Location, fence: Fence | None) -> None:
 
 
 def finish(
-    target: Location, step: int | None, facts: Mapping[str, object], part: placement.Part | None, fence: Fence | None
+    target: Location, step: int | None, facts: Mapping[str, object], part: placement.WrittenPart | None, fence: Fence | None
 ) -> None:
     """Makes the folder valid: checks that every element is in it once, then writes `checkpoint.json`."""
-    written = part or placement.Part([], {})
+    written = part or placement.WrittenPart([], {})
     index = index_root(step, {"format": layout.format_of(written.tensors), **facts}, written)
     if fence:
         fence.check()
     target.join(INDEX).write(encode(index))
 
 
-def write_shard(target: Location, tensors: dict[str, torch.Tensor], rank: int, wrote: Callable[[], None]) -> placement.Part:
+def write_shard(
+    target: Location, tensors: dict[str, torch.Tensor], rank: int, wrote: Callable[[], None]
+) -> placement.WrittenPart:
     """Writes a rank's shard, then its index; returns the rank's part of `checkpoint.json`."""
     if not tensors:
-        return placement.Part([], {})
+        return placement.WrittenPart([], {})
     file = f"shard-{rank:05d}.safetensors"
     sums: dict[str, list[int]] = {name: [] for name in tensors}
     entries = [_entry(n, t, sums[n], wrote) for n, t in tensors.items()]
@@ -95,7 +97,7 @@ def write_shard(target: Location, tensors: dict[str, torch.Tensor], rank: int, w
     return part({"file": file, "bytes": size, "index": shard_index.seal(index)}, tensors)
 
 
-def part(shard: placement.Shard, tensors: Mapping[str, torch.Tensor]) -> placement.Part:
+def part(shard: placement.Shard, tensors: Mapping[str, torch.Tensor]) -> placement.WrittenPart:
     """Describes one shard and the tensors in it."""
     entries = placement.Tensors()
     for name, tensor in tensors.items():
@@ -107,14 +109,14 @@ def part(shard: placement.Shard, tensors: Mapping[str, torch.Tensor]) -> placeme
         }
         if isinstance(tensor, FlatShard) and tensor.columns != ROWS:
             entries[name]["columns"] = list(tensor.columns)
-    return placement.Part([shard], entries)
+    return placement.WrittenPart([shard], entries)
 
 
 def _cut(tensor: torch.Tensor) -> tuple[int, int]:
     return (tensor.start, tensor.local.numel()) if isinstance(tensor, FlatShard) else (0, tensor.numel())
 
 
-def _place(tensor: torch.Tensor, offset: int, crc32: list[int]) -> shard_index.Place:
+def _place(tensor: torch.Tensor, offset: int, crc32: list[int]) -> shard_index.ChunkPlace:
     start, numel = _cut(tensor)
     return {"start": start, "numel": numel, "offset": offset, "crc32": crc32}
 

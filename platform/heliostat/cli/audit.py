@@ -12,7 +12,7 @@ from heliostat.cli.common import RUNS, Json, Run, TrackingUri, app, finish, flag
 from heliostat.errors import VerifyError
 
 if TYPE_CHECKING:
-    from heliostat.checkpoint.retention import Row
+    from heliostat.checkpoint.retention import RetentionRow
     from heliostat.runs.samples import Sample
 
 
@@ -32,7 +32,7 @@ def checkpoints(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> No
     finish({"run_folder": str(place), "checkpoints": rows}, json_)
 
 
-def _checkpoint_cells(rows: list[Row]) -> list[list[str]]:
+def _checkpoint_cells(rows: list[RetentionRow]) -> list[list[str]]:
     table = [["step", "written", "MB", "workers", "ZeRO", "kept as", "scores"]]
     for row in rows:
         facts = [f"{row['step']:,}", "torn", f"{row['bytes'] / 1e6:,.1f}", "", "", "", row["fault"] or ""]

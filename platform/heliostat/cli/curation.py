@@ -166,13 +166,13 @@ def _print_forgotten(told: Told) -> None:
 def _runs(made: Manifest, id: str, run: str | None, mlflow: str | None) -> list[Reached]:
     """Finds the runs that have trained on a document."""
     from heliostat.tracking import mlflow_client
-    from heliostat.tracking.lineage_of_documents import Trained
+    from heliostat.tracking.lineage_of_documents import TrainedOnDocument
 
     uri = store_uri(mlflow)
     with mlflow_client.asking(uri):
         client = mlflow_client.connect(uri)
         only = mlflow_client.find(client, run, uri).info.run_id if run else None
-        return Trained(client, made, id).runs(only)
+        return TrainedOnDocument(client, made, id).runs(only)
 
 
 def _print(told: Told) -> None:

@@ -99,7 +99,7 @@ def infer(
 
     join(cluster)
     from heliostat.inference.batch.run import infer as run
-    from heliostat.inference.batch.settings import WRITES, Settings
+    from heliostat.inference.batch.settings import WRITES, BatchSettings
     from heliostat.plan import hardware
     from heliostat.schema import validate
     from heliostat.tracking.models import resolve
@@ -108,7 +108,7 @@ def infer(
     if options and task not in WRITES:
         raise ConfigError(f"--{next(iter(options)).replace('_', '-')}: goes with --task {' or '.join(WRITES)}, not with {task}")
     asked = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
-    made = run(resolve(model, store_uri(mlflow)), input_, to, validate(Settings, asked, "infer"), workers, json_, engine)
+    made = run(resolve(model, store_uri(mlflow)), input_, to, validate(BatchSettings, asked, "infer"), workers, json_, engine)
     prices = hardware.table()
     made |= {"cost": hardware.cost(made["devices"], prices), "currency": prices["currency"]}
     if not json_:

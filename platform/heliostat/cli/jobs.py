@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from heliostat.cluster.endpoint import Endpoint
     from heliostat.config.spec import Job
     from heliostat.submit.jobs import Jobs, Submitted
-    from heliostat.submit.progress import Progress
-    from heliostat.submit.submission import Record
+    from heliostat.submit.progress import RunProgress
+    from heliostat.submit.submission import SubmissionRecord
 
 Target = Annotated[str | None, typer.Option("--cluster", "-c", help="A cluster file, an address, or a local cluster's name")]
 Id = Annotated[str, typer.Argument(help="The job's id: its run's name", metavar="ID", show_default=False)]
@@ -46,13 +46,13 @@ def submit(
     from heliostat.cluster.endpoint import endpoint
     from heliostat.storage.run_folder import require_one_way
     from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import Record
+    from heliostat.submit.submission import SubmissionRecord
 
     require_one_way(resume, overwrite)
     flags = (["--resume"] if resume else []) + (["--overwrite"] if overwrite else [])
     with endpoint(cluster) as there:
         wanted = checked(job, setting or [], there, resume)
-        send(Jobs(there), Record.of(wanted, cluster, queue), tuple(flags), follow, json_)
+        send(Jobs(there), SubmissionRecord.of(wanted, cluster, queue), tuple(flags), follow, json_)
 
 
 def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = False) -> Job:
@@ -75,7 +75,7 @@ def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = Fal
     return wanted
 
 
-def send(jobs: Jobs, wanted: Record, flags: tuple[str, ...], follow: bool, json_: bool) -> None:
+def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: bool, json_: bool) -> None:
     """Submits a job, and with `follow` shows its log until it is over; the exit code is then the job's outcome."""
     from heliostat.submit.jobs import exit_code
 
@@ -131,7 +131,7 @@ def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
     finish(found, json_)
 
 
-def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> Progress:
+def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> RunProgress:
     from heliostat.storage.locations import Location
     from heliostat.submit import progress
 
@@ -142,9 +142,9 @@ def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
     """Looks up a job's state on its cluster; if the cluster is gone, in the job's local record."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import Record
+    from heliostat.submit.submission import SubmissionRecord
 
-    record = Record.read(job_id)
+    record = SubmissionRecord.read(job_id)
     try:
         with endpoint(cluster or (record.cluster if record else None)) as there:
             found = Jobs(there).get(job_id)
@@ -163,9 +163,9 @@ def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
     from heliostat.storage.locations import Location
     from heliostat.submit.jobs import Jobs, exit_code
     from heliostat.submit.logs import stored
-    from heliostat.submit.submission import Record
+    from heliostat.submit.submission import SubmissionRecord
 
-    record = Record.read(id_)
+    record = SubmissionRecord.read(id_)
     code = 0
     try:
         with endpoint(cluster or (record.cluster if record else None)) as there:
@@ -199,9 +199,9 @@ def stop(
     from heliostat.cluster.endpoint import endpoint
     from heliostat.storage.retries import BUDGET
     from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import Record
+    from heliostat.submit.submission import SubmissionRecord
 
-    record = Record.read(id_)
+    record = SubmissionRecord.read(id_)
     with endpoint(cluster or (record.cluster if record else None)) as there:
         stopped = Jobs(there).stop(id_, now)
     if now:  # the store may be why
@@ -218,9 +218,9 @@ def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Set
     """Send a job again, to go on from its last checkpoint; --set may change what a resumed run may change, as workers.count."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import Record, changed
+    from heliostat.submit.submission import SubmissionRecord, changed
 
-    record = Record.read(id_)
+    record = SubmissionRecord.read(id_)
     if record is None:
         raise ConfigError(f"{id_}: was not submitted from this workspace; use `heliostat submit JOB.yaml --resume`")
     where = cluster or record.cluster

@@ -18,7 +18,7 @@ from heliostat.text import printable
 STAMP = "%Y-%m-%d %H:%M:%S"
 
 
-class Lines(Formatter):
+class LogLines(Formatter):
     """Formats log lines without secrets, and with whatever would move a terminal's cursor escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -48,10 +48,10 @@ def start(verbose: bool) -> None:
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = Terminal()
-        handler.setFormatter(Lines("%(message)s"))
+        handler.setFormatter(LogLines("%(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(Lines("%(asctime)s %(message)s", STAMP))
+        handler.setFormatter(LogLines("%(asctime)s %(message)s", STAMP))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("heliostat").setLevel(logging.DEBUG if verbose else logging.INFO)
 

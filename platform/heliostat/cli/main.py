@@ -98,13 +98,13 @@ def _run(json_: bool, verbose: bool) -> int:
     return told["exit_code"]
 
 
-class Described(TypedDict):
+class DescribedCommand(TypedDict):
     type: str
     message: str
     exit_code: int
 
 
-def described(error: BaseException) -> Described:
+def described(error: BaseException) -> DescribedCommand:
     """Describes an error as the `error` of a JSON answer."""
     kind, message, code = type(error).__name__, str(error), getattr(error, "exit_code", 1)
     if isinstance(error, KeyboardInterrupt | typer.Abort):

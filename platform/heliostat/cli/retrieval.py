@@ -11,7 +11,7 @@ from heliostat.cli.common import DATA, MODELS, Json, TrackingUri, app, finish, o
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
-    from heliostat.apps.search.search import Index
+    from heliostat.apps.search.search import SearchIndex
 
 SHOWN = 600  # characters of a passage that are printed; --json has all
 Told = dict[str, Any]  # what the command prints, as `--json` prints it
@@ -35,11 +35,11 @@ def index_documents(
 ) -> None:
     """Make a dataset's documents searchable, or bring their index up to date: by words, and with --embedder by meaning too."""
     from heliostat.apps.search import build
-    from heliostat.apps.search.settings import Settings
+    from heliostat.apps.search.settings import IndexSettings
     from heliostat.schema import validate
 
     build.require()
-    settings = validate(Settings, {"chunk_tokens": chunk_tokens, "overlap": overlap}, "index-documents")
+    settings = validate(IndexSettings, {"chunk_tokens": chunk_tokens, "overlap": overlap}, "index-documents")
     model = _resolved(embedder, mlflow)
     made = build.index_documents(dataset, to, settings, model, batch, workers, json_)
     if not json_:
@@ -95,7 +95,7 @@ def ask(
 ) -> None:
     """Ask an index of documents: prints the passages with their sources, or a model's answer from them."""
     from heliostat.apps.search import build, reranking
-    from heliostat.apps.search.search import MODES, Index
+    from heliostat.apps.search.search import MODES, SearchIndex
     from heliostat.storage.locations import Location
 
     build.require()
@@ -103,7 +103,7 @@ def ask(
         raise ConfigError("question: give either one question, or a file of them with --questions")
     if mode is not None and mode not in MODES:
         raise ConfigError(f"--mode: {mode!r} is none of {', '.join(MODES)}")
-    opened, ordering = Index(Location(index), _resolved(embedder, mlflow)), _resolved(reranker, mlflow)
+    opened, ordering = SearchIndex(Location(index), _resolved(embedder, mlflow)), _resolved(reranker, mlflow)
     if ordering is not None:
         reranking.require(ordering)
     if questions is not None:
@@ -160,7 +160,7 @@ def _scores(passage: Told) -> str:
     return f"rerank score{cut} {passage['rerank_score']:.4g}, {found}"
 
 
-def _judge(index: Index, file: Path, reranker: Path | None, json_: bool) -> None:
+def _judge(index: SearchIndex, file: Path, reranker: Path | None, json_: bool) -> None:
     from heliostat.apps.search import judging
     from heliostat.apps.search.reranking import Reranker
 

@@ -11,7 +11,7 @@ from heliostat.cli.common import MODELS, Keys, OnCluster, TrackingUri, app, flag
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
-    from heliostat.apps.serve.served import Served
+    from heliostat.apps.serve.served import ServedModels
 
 AnyModel = Annotated[
     str | None, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="[MODEL]", show_default=False)
@@ -119,7 +119,7 @@ def play(
 
 def _served(
     model: str | None, name: str | None, index: str | None, embedder: str | None, reranker: str | None, mlflow: str | None
-) -> Served:
+) -> ServedModels:
     from heliostat.apps.serve.served import served
     from heliostat.tracking.models import resolve
 

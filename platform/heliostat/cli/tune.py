@@ -110,14 +110,14 @@ def _submit(
     """Sends the sweep to the cluster, as `heliostat submit` does a job; its id is the sweep's name."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import Record
+    from heliostat.submit.submission import SubmissionRecord
     from heliostat.tune import sweep as sweeps
 
     plan = sweeps.load(path, setting)
     with endpoint(cluster) as there:
         job = checked(sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_), there)
         whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # which is in the job
-        record = Record(plan.sweep.name, cluster, str(plan.folder), plan.trials or 0, job.dump(), queue, whole)
+        record = SubmissionRecord(plan.sweep.name, cluster, str(plan.folder), plan.trials or 0, job.dump(), queue, whole)
         send(Jobs(there), record, flags, follow, json_)
 
 

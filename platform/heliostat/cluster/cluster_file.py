@@ -25,7 +25,7 @@ Section = dict[str, Any]  # a mapping of a cluster file, or of an answer of its 
 
 
 @dataclass(frozen=True)
-class Pool:
+class NodePool:
     """Describes a pool of identical nodes.
 
     `least` and `most` bound the number of nodes; `cpus` and `gpus` are of one node, `cpus` None where the file leaves it to Ray
@@ -58,7 +58,7 @@ class ClusterFile:
     others: tuple[Section, ...] = ()
 
     @cached_property
-    def pools(self) -> tuple[Pool, ...]:
+    def pools(self) -> tuple[NodePool, ...]:
         """Returns the pools of nodes.
 
         ConfigError if the file is too malformed to read them; validating it against its schema (`schemas`) shows where.
@@ -139,12 +139,12 @@ def _documents(path: Path) -> list[Section]:
     return found
 
 
-def _launcher_pools(raw: Section) -> Iterator[Pool]:
+def _launcher_pools(raw: Section) -> Iterator[NodePool]:
     docker = raw.get("docker") or {}
     for name, node in (raw.get("available_node_types") or {}).items():
         head, resources, config = name == raw.get("head_node_type"), node.get("resources") or {}, node.get("node_config") or {}
         own = (node.get("docker") or {}).get("worker_image")
-        yield Pool(
+        yield NodePool(
             name=name,
             head=head,
             least=1 if head else int(node.get("min_workers", 0)),
@@ -158,8 +158,8 @@ def _launcher_pools(raw: Section) -> Iterator[Pool]:
         )
     if raw["provider"]["type"] == "local":  # what a node has is in its start command, or Ray finds out
         workers = len(raw["provider"].get("worker_ips") or [])
-        yield Pool("head", True, 1, 1, None, 0, {}, docker.get("image"))
-        yield Pool(
+        yield NodePool("head", True, 1, 1, None, 0, {}, docker.get("image"))
+        yield NodePool(
             "workers", False, min(workers, int(raw.get("min_workers", workers))), workers, None, 0, {}, docker.get("image")
         )
 
@@ -169,7 +169,7 @@ def groups(spec: Section) -> list[tuple[str, Section]]:
     return [("head", spec["headGroupSpec"]), *((g["groupName"], g) for g in spec.get("workerGroupSpecs") or [])]
 
 
-def _kuberay_pools(spec: Section) -> Iterator[Pool]:
+def _kuberay_pools(spec: Section) -> Iterator[NodePool]:
     for name, group in groups(spec):
         head = group is spec["headGroupSpec"]
         container = group["template"]["spec"]["containers"][0]
@@ -178,7 +178,7 @@ def _kuberay_pools(spec: Section) -> Iterator[Pool]:
         params = group.get("rayStartParams") or {}
         cpus = params.get("num-cpus", amounts.get("cpu"))
         replicas = int(group["replicas"] if "replicas" in group else group.get("minReplicas", 0))
-        yield Pool(
+        yield NodePool(
             name=name,
             head=head,
             least=1 if head else int(group.get("minReplicas", replicas)),

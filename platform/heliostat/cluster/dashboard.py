@@ -46,7 +46,7 @@ def probe(url: str, token: str | None = None) -> int:
     return get(f"{url}/api/version", token, 3.0)[0]
 
 
-class Member(TypedDict):
+class ClusterMember(TypedDict):
     """Describes a node that belongs to the cluster, or did."""
 
     id: str
@@ -58,7 +58,7 @@ class Member(TypedDict):
     labels: dict[str, str]
 
 
-def node_table(url: str, token: str | None) -> list[Member]:
+def node_table(url: str, token: str | None) -> list[ClusterMember]:
     """Lists every node that ever belonged to the cluster."""
     status, raw = get(f"{url}/api/v0/nodes?limit=10000&detail=1", token)
     if status != 200 or not raw.get("result"):

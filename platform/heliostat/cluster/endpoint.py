@@ -89,7 +89,7 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
             yield _answering(Endpoint(url.rstrip("/"), dashboard.own_token(), here))
 
 
-def _local(state: local.State, cluster: ClusterFile | None) -> Endpoint:
+def _local(state: local.ClusterState, cluster: ClusterFile | None) -> Endpoint:
     if dashboard.probe(state.url) and not private.ours(state.url):
         raise ClusterError(
             f"{state.url}: what answers there is no process of this user, so it was sent no token; is {state.name} down?"

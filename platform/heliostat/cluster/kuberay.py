@@ -32,7 +32,7 @@ JOB_UP = ("Running", "Complete")
 
 
 @dataclass(frozen=True)
-class Event:
+class KubernetesEvent:
     """Holds an event of Kubernetes; `count` grows when the same event occurs again."""
 
     uid: str
@@ -59,7 +59,7 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
     earlier = ask.events()
     seen, rejected = {(e.uid, e.count) for e in earlier}, [e for e in earlier if e.rejects and _is_of(e, cluster)]
     _create(cluster)
-    begun, warned = time.monotonic(), Event("", 0, False, "", "", "", "")
+    begun, warned = time.monotonic(), KubernetesEvent("", 0, False, "", "", "", "")
     while True:
         for event in ask.events():
             if (event.uid, event.count) in seen:
@@ -83,7 +83,7 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
         time.sleep(POLL_S)
 
 
-def _rejection(cluster: ClusterFile, event: Event) -> ClusterError:
+def _rejection(cluster: ClusterFile, event: KubernetesEvent) -> ClusterError:
     return ClusterError(f"{cluster.path}: KubeRay rejects it ({event.reason}): {event.message}")
 
 
@@ -93,7 +93,7 @@ class Asker:
     def __init__(self, cluster: ClusterFile) -> None:
         self.cluster, self.failed, self.first, self.blind = cluster, 0, True, False
 
-    def events(self) -> list[Event]:
+    def events(self) -> list[KubernetesEvent]:
         """Returns the events; none if they cannot be read, nor later if it is so at first: old ones would be taken for new."""
         first, self.first = self.first, False
         try:
@@ -117,7 +117,7 @@ class Asker:
         return current
 
 
-def _is_of(event: Event, cluster: ClusterFile) -> bool:
+def _is_of(event: KubernetesEvent, cluster: ClusterFile) -> bool:
     """Checks whether an event is about the resource, or the cluster of its job, and not about others whose names begin so too."""
     rest = event.name.removeprefix(cluster.name)
     return not rest or (cluster.kind == "RayJob" and re.fullmatch(OF_JOB, rest) is not None)
@@ -160,14 +160,14 @@ def _status(cluster: ClusterFile) -> Section:
     return json.loads(tool(command, f"reading the status of {cluster.name}", 60)).get("status") or {}
 
 
-def _events(cluster: ClusterFile) -> Iterator[Event]:
+def _events(cluster: ClusterFile) -> Iterator[KubernetesEvent]:
     """Yields the events about the resource, and about the cluster and pods that KubeRay makes for it and names after it."""
     command = ["kubectl", "-n", cluster.namespace, "get", "events", "-o", "json"]
     for item in json.loads(tool(command, f"reading the events of {cluster.name}", 60)).get("items") or []:
         about = item.get("involvedObject") or item.get("regarding") or {}
         name = str(about.get("name", ""))
         if name == cluster.name or name.startswith(f"{cluster.name}-"):
-            yield Event(
+            yield KubernetesEvent(
                 uid=str(item["metadata"]["uid"]),
                 count=int(item.get("count") or (item.get("series") or {}).get("count") or 1),
                 warning=item.get("type") == "Warning",

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 UP_S = 3600.0  # clouds may take long to find machines
 
 
-class Outcome(TypedDict):
+class LaunchResult(TypedDict):
     """Describes what was done to a cluster: `nodes` that were started, or `processes` that were ended, of a local one."""
 
     name: str
@@ -30,7 +30,7 @@ class Outcome(TypedDict):
     processes: NotRequired[int]
 
 
-def up(cluster: ClusterFile, restart: bool = False) -> Outcome:
+def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
     """Starts a cluster, or joins a running one; only with `restart` is Ray started anew where it runs, which ends jobs."""
     if cluster.local:
         state = local.up(cluster, restart)
@@ -62,7 +62,7 @@ def launcher(cluster: ClusterFile, restart: bool) -> list[str]:
     return ["ray", "up", "--yes", *([] if restart else ["--no-restart"]), str(cluster.path)]
 
 
-def down(target: str) -> Outcome:
+def down(target: str) -> LaunchResult:
     """Stops a cluster: `target` is a cluster file, or the name of a local cluster."""
     if not target.endswith((".yaml", ".yml")):
         return _down_local(target)
@@ -93,7 +93,7 @@ def _stop_hosts(cluster: ClusterFile) -> None:
             log.warning("%s; if the host is there, Ray may still run on it", e)
 
 
-def _down_local(name: str) -> Outcome:
+def _down_local(name: str) -> LaunchResult:
     state = local.read(name)
     if state is None:
         have = ", ".join(s.name for s in local.known()) or "none"

@@ -39,7 +39,7 @@ START_S = 90.0
 
 
 @dataclass
-class State:
+class ClusterState:
     """Describes a local cluster; `nodes` is empty if it was joined."""
 
     name: str
@@ -67,14 +67,14 @@ class State:
         (self.folder / "state.json").write_text(json.dumps(asdict(self), indent=2))
 
 
-STATE = Format(State, "record of a local cluster", ConfigError, fix="end its processes, and delete its folder")
+STATE = Format(ClusterState, "record of a local cluster", ConfigError, fix="end its processes, and delete its folder")
 
 
 def home() -> Path:
     return workspace.root() / ".heliostat" / "clusters"
 
 
-def read(name: str) -> State | None:
+def read(name: str) -> ClusterState | None:
     place = home() / workspace.check_name("the cluster's name", name) / "state.json"
     try:
         state = STATE.read(place)
@@ -85,7 +85,7 @@ def read(name: str) -> State | None:
     return replace(state, name=name)
 
 
-def known() -> list[State]:
+def known() -> list[ClusterState]:
     return [s for p in sorted(home().glob("*/state.json")) if (s := read(p.parent.name))]
 
 
@@ -96,7 +96,7 @@ def url_of(cluster: ClusterFile) -> str:
     return f"http://{host[1] if host else '127.0.0.1'}:{port[1] if port else 8265}"
 
 
-def up(cluster: ClusterFile, restart: bool = False) -> State:
+def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     """Starts the nodes that do not run; with `restart`, ends the running ones first.
 
     ClusterError with the end of the log if a node does not start.
@@ -118,7 +118,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> State:
             )
         log.info("nothing of cluster %s runs any more; starting it anew", state.name)
         down(cluster.name)
-    state = State(cluster.name, str(cluster.path), url_of(cluster))
+    state = ClusterState(cluster.name, str(cluster.path), url_of(cluster))
     state.folder.mkdir(parents=True, exist_ok=True)
     if answer := dashboard.probe(state.url):
         return _join(state, answer)
@@ -133,7 +133,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> State:
     return _watched(cluster, state)
 
 
-def _watched(cluster: ClusterFile, state: State) -> State:
+def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
     """Makes sure that one process ends the cluster after the file's `idle_timeout_minutes` without a job.
 
     One that was started for other minutes ends.
@@ -160,7 +160,7 @@ def _watched(cluster: ClusterFile, state: State) -> State:
     return state
 
 
-def _watcher(state: State) -> psutil.Process | None:
+def _watcher(state: ClusterState) -> psutil.Process | None:
     """Finds the process that watches the cluster, if it lives and is not this one."""
     if state.watcher is None or state.watcher[0] == os.getpid():
         return None
@@ -180,7 +180,7 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def _complete(cluster: ClusterFile, state: State, alive: list[Node]) -> State:
+def _complete(cluster: ClusterFile, state: ClusterState, alive: list[Node]) -> ClusterState:
     """Starts the file's workers that do not run; running nodes, and what runs on them, stay as they are."""
     dead = [n for n in state.nodes if n not in alive]
     processes.end(dead)
@@ -194,7 +194,7 @@ def _complete(cluster: ClusterFile, state: State, alive: list[Node]) -> State:
     return state
 
 
-def _join(state: State, answer: int) -> State:
+def _join(state: ClusterState, answer: int) -> ClusterState:
     """Joins a cluster that already answers.
 
     ConfigError unless its processes are this user's, and the user's own token opens it.
@@ -232,7 +232,7 @@ def _zygote(name: str) -> Path:
     return _node_folder(name, 0).parent / "zygote"
 
 
-def _start(cluster: ClusterFile, state: State, role: str, addresses: list[str]) -> None:
+def _start(cluster: ClusterFile, state: ClusterState, role: str, addresses: list[str]) -> None:
     before = {n["id"] for n in dashboard.node_table(state.url, state.token)} if state.nodes and addresses else set()
     taken = {n.folder for n in state.nodes}
     free = (f for i in range(1000) if str(f := _node_folder(state.name, i)) not in taken)
@@ -253,7 +253,7 @@ def _start(cluster: ClusterFile, state: State, role: str, addresses: list[str]) 
     _until_ready(state, addresses, before)
 
 
-def _environment(state: State, address: str, folder: Path) -> dict[str, str]:
+def _environment(state: ClusterState, address: str, folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
     forking, bin_folder = _ray(folder.parent / "ray").parent, Path(sys.executable).parent
     return {
@@ -276,7 +276,7 @@ def _ray(place: Path) -> Path:
     return place
 
 
-def _until_ready(state: State, addresses: list[str], before: set[str]) -> None:
+def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) -> None:
     """Waits until the dashboard lists every address as that of a living node which was not there before.
 
     ClusterError if a node's process ends, or not all are ready in time.
@@ -295,7 +295,7 @@ def _until_ready(state: State, addresses: list[str], before: set[str]) -> None:
         time.sleep(0.3)
 
 
-def _tail(state: State, node: Node) -> str:
+def _tail(state: ClusterState, node: Node) -> str:
     text = (state.folder / "logs" / f"{node.role}-{node.address}.log").read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
     wrong = [line for line in lines if "rror" in line]

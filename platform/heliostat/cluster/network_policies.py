@@ -24,7 +24,7 @@ Rule = Section  # of Kubernetes: from or to, and ports
 
 
 @dataclass(frozen=True)
-class Rules:
+class PodRules:
     """Lists the rules that apply to one kind of pod; None where no policy closes the direction."""
 
     ingress: list[Rule] | None
@@ -85,14 +85,14 @@ def _policies(cluster: ClusterFile) -> Iterator[Section]:
             yield document.get("spec") or {}
 
 
-def _rules(cluster: ClusterFile, kind: PodKind) -> Rules:
+def _rules(cluster: ClusterFile, kind: PodKind) -> PodRules:
     given: dict[str, list[Rule] | None] = {"Ingress": None, "Egress": None}
     for policy in _policies(cluster):
         if not _selects(policy.get("podSelector"), kind.labels):
             continue
         for direction in policy.get("policyTypes") or (["Ingress", "Egress"] if "egress" in policy else ["Ingress"]):
             given[direction] = [*(given[direction] or []), *(policy.get(direction.lower()) or [])]
-    return Rules(given["Ingress"], given["Egress"])
+    return PodRules(given["Ingress"], given["Egress"])
 
 
 def _selects(selector: Section | None, labels: dict[str, str]) -> bool:
@@ -109,7 +109,7 @@ def _selects(selector: Section | None, labels: dict[str, str]) -> bool:
     return True
 
 
-def _unreachable(cluster: ClusterFile, kind: PodKind, own: Rules, kinds: list[PodKind]) -> Iterator[str]:
+def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator[str]:
     """Yields what the pods need and no rule lets through."""
     of_ray = [other for other in kinds if other.name != SUBMITTER]
     for direction, rules in (("ingress", own.ingress), ("egress", own.egress)):
@@ -135,7 +135,7 @@ def _unreachable(cluster: ClusterFile, kind: PodKind, own: Rules, kinds: list[Po
             yield f"NetworkPolicy: {kind.name}: ingress: Prometheus cannot read Ray's metrics; allow port {METRICS}"
 
 
-def _unsubmitted(kind: PodKind, own: Rules, kinds: list[PodKind]) -> Iterator[str]:
+def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator[str]:
     """Yields what keeps a RayJob's submitter from the head's dashboard."""
     named = {other.name: other for other in kinds}
     if SUBMITTER not in named:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from heliostat.cluster.capacity import FETCHING, room
-from heliostat.cluster.cluster_file import ClusterFile, Pool
+from heliostat.cluster.cluster_file import ClusterFile, NodePool
 from heliostat.cluster.labels import selects
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
@@ -30,7 +30,7 @@ def check(job: Job, cluster: ClusterFile) -> None:
         )
 
 
-def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[Pool]:
+def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[NodePool]:
     """Selects the pools whose nodes the labels select; ConfigError if pools have labels, but none has these."""
     found = [p for p in cluster.pools if selects(labels, p.labels)]
     if labels and not found and any(p.labels for p in cluster.pools):

@@ -18,30 +18,30 @@ from heliostat.schema import nearest
 
 
 @dataclass(frozen=True)
-class Report:
+class FileReview:
     cluster: ClusterFile
     errors: list[str]
     warnings: list[str]
 
 
-def check(path: Path) -> Report:
+def check(path: Path) -> FileReview:
     """Reports the errors and warnings of a cluster file; ConfigError if it cannot be read at all."""
     cluster = cluster_file.read(path)
     with cluster_file.shaped(path):
         return _report(cluster)
 
 
-def _report(cluster: ClusterFile) -> Report:
+def _report(cluster: ClusterFile) -> FileReview:
     refused = schemas.faults(cluster)
     if refused:  # the rest needs a file of the right form
-        return Report(cluster, [*refused, *written_secrets.faults(cluster)], [])
+        return FileReview(cluster, [*refused, *written_secrets.faults(cluster)], [])
     warnings = [*exposure.warnings(cluster), *clouds.warnings(cluster), *pods.warnings(cluster), *_sense(cluster)]
     if refused is None:
         warnings.append(
             f"the file was not held against KubeRay's schema: {schemas.crd_folder()} does not have its CRDs; "
             f"set {schemas.CRDS} to a folder that has"
         )
-    return Report(cluster, [*_impossible(cluster), *written_secrets.faults(cluster)], warnings)
+    return FileReview(cluster, [*_impossible(cluster), *written_secrets.faults(cluster)], warnings)
 
 
 def require(path: Path) -> ClusterFile:

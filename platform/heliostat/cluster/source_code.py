@@ -25,7 +25,7 @@ UNTRACKED = 1000  # files that git does not know and that are named
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCode:
     """Describes the source code of a run.
 
     `diff`: from the commit to the files that ran, as `git apply` takes it; `untracked`: files that git does not track;
@@ -61,10 +61,10 @@ class Source:
         return json.dumps(asdict(self))
 
 
-SOURCE = Format(Source, "record of the code that was submitted", fix="submit the job again")
+SOURCE = Format(SourceCode, "record of the code that was submitted", fix="submit the job again")
 
 
-def source() -> Source:
+def source() -> SourceCode:
     """Captures the source code of the workspace as it is now; on a cluster, reads the record sent with the job."""
     sent = workspace.root() / CODE_FILE
     if sent.is_file():
@@ -72,12 +72,12 @@ def source() -> Source:
     root = workspace.root()
     commit = (git(root, "rev-parse", "HEAD") or "").strip()
     if not commit:
-        return Source()
+        return SourceCode()
     diff, left_out = difference(root)
     if len(diff.encode()) > DIFF_BYTES:
         diff = diff.encode()[:DIFF_BYTES].decode(errors="ignore") + f"\n# cut at {DIFF_BYTES} bytes\n"
     untracked = (git(root, "ls-files", "--others", "--exclude-standard", "-z") or "").split("\0")[:-1]
-    return Source(commit, diff, tuple(untracked[:UNTRACKED]), tuple(left_out))
+    return SourceCode(commit, diff, tuple(untracked[:UNTRACKED]), tuple(left_out))
 
 
 def user() -> str:

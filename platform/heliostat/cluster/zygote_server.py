@@ -45,7 +45,7 @@ IDLE_S = 15.0  # without a request, before the next job's nursery is made: a job
 
 
 @dataclass
-class Request:
+class ForkRequest:
     """Holds a command that a launcher was asked to run."""
 
     arguments: list[str]
@@ -62,7 +62,7 @@ class Request:
 class Asked:
     """Holds a request with the standard streams and the connection of whoever asks."""
 
-    request: Request
+    request: ForkRequest
     streams: list[int]
     connection: socket.socket
 
@@ -144,7 +144,7 @@ def _next_id() -> bytes:
 # requests ----------------------------------------------------------------------------------------------------------------
 
 
-def worker(request: Request) -> Request | None:
+def worker(request: ForkRequest) -> ForkRequest | None:
     """Reads Ray's command for a worker, with its runtime environment applied; None if no fork of this process can be that worker.
 
     That is one whose runtime environment asks for more than variables and a folder, or brings other code of heliostat's.
@@ -163,10 +163,10 @@ def worker(request: Request) -> Request | None:
                 return None
         elif not word.startswith("--language="):
             words.append(word)
-    return _of_our_code(Request(words, request.environment | variables, folder))
+    return _of_our_code(ForkRequest(words, request.environment | variables, folder))
 
 
-def _of_our_code(request: Request) -> Request | None:
+def _of_our_code(request: ForkRequest) -> ForkRequest | None:
     return request if _is_our_code(request.environment.get("PYTHONPATH", "")) else None
 
 
@@ -179,7 +179,7 @@ def _is_our_code(path: str) -> bool:
     return there is None or there == here or package_digest(there) == package_digest(here)
 
 
-def receive(connection: socket.socket, descriptors: int = 3) -> tuple[Request, list[int]]:
+def receive(connection: socket.socket, descriptors: int = 3) -> tuple[ForkRequest, list[int]]:
     """Receives a request and descriptors: the three standard streams of whoever sent it."""
     data, received, _, _ = socket.recv_fds(connection, LIMIT, descriptors)
     while not data.endswith(b"\n"):
@@ -189,7 +189,7 @@ def receive(connection: socket.socket, descriptors: int = 3) -> tuple[Request, l
                 os.close(one)
             raise ValueError("half a request")
         data += more
-    return Request(**json.loads(data)), received
+    return ForkRequest(**json.loads(data)), received
 
 
 def _accepted(listener: socket.socket, idle_s: float | None = None) -> Iterator[Asked | None]:
@@ -209,7 +209,7 @@ def _accepted(listener: socket.socket, idle_s: float | None = None) -> Iterator[
             wanted = _of_our_code(request) if request.drives else worker(request)
         except (OSError, ValueError, TypeError, StopIteration):  # whoever asked has gone, and Ray asks anew; no command of Ray's
             wanted = None
-        asked = Asked(wanted or Request([], {}, ""), streams, connection)
+        asked = Asked(wanted or ForkRequest([], {}, ""), streams, connection)
         if wanted is None or (JOB in os.environ and _nursery(wanted)[1] not in (NO_JOB, os.environ[JOB])):
             asked.close()
         else:
@@ -226,7 +226,7 @@ def _handed(channel: socket.socket) -> Iterator[Asked]:
         yield Asked(request, streams, socket.socket(fileno=connection))
 
 
-def _serve(requests: Iterable[Asked | None]) -> Request | None:
+def _serve(requests: Iterable[Asked | None]) -> ForkRequest | None:
     """Forks for each request; returns the request in the new process, and None here when there are no more."""
     for asked in requests:
         if asked is None:
@@ -284,7 +284,7 @@ class _Nurseries:
         self._channels: dict[tuple[str, str], socket.socket] = {}  # by raylet and job, the one that was asked for last at the end
         self._newest = 0
 
-    def serve(self, listener: socket.socket) -> Request | None:
+    def serve(self, listener: socket.socket) -> ForkRequest | None:
         """Hands each request to its nursery; returns the request in a worker's process, and None in all others."""
         for asked in _accepted(listener, IDLE_S):
             key = _nursery(asked.request) if asked else self._ahead()
@@ -318,7 +318,7 @@ class _Nurseries:
             self._channels.pop(key).close()
         return None
 
-    def _raise(self, channel: socket.socket, raylet: str, job: str) -> Request | None:
+    def _raise(self, channel: socket.socket, raylet: str, job: str) -> ForkRequest | None:
         """Serves the workers of one job, in its nursery."""
         for other in self._channels.values():
             other.close()
@@ -343,13 +343,13 @@ class _Nurseries:
         asked.close()
 
 
-def _nursery(request: Request) -> tuple[str, str]:
+def _nursery(request: ForkRequest) -> tuple[str, str]:
     if request.drives:
         return "", DRIVER
     return request.environment.get(RAYLET, ""), request.environment.get(JOB, NO_JOB)
 
 
-def _become(request: Request) -> None:
+def _become(request: ForkRequest) -> None:
     """Runs the request's program in this process, as if it had been started for it."""
     os.setsid()  # Ray ends a worker's process group with it
     if not request.drives:

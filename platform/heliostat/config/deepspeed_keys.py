@@ -37,7 +37,7 @@ class OffloadParam(Strict):
     """Elements that stay in host memory with NVMe."""
 
 
-class Zero(Strict):
+class ZeroKeys(Strict):
     reduce_bucket_size: Positive = 500_000_000
     """Elements that are reduced together."""
     allgather_bucket_size: Positive = 500_000_000
@@ -109,7 +109,7 @@ class Aio(Strict):
 class Allowed(Strict):
     """Lists the keys that are taken. Defaults are DeepSpeed's, for the reader; only what the job names is passed on."""
 
-    zero_optimization: Zero = Zero()
+    zero_optimization: ZeroKeys = ZeroKeys()
     """Buckets, buffers and prefetching."""
     fp16: Fp16 = Fp16()
     """The loss scale, with `train.precision: fp16`."""

@@ -19,15 +19,15 @@ def use(model: torch.nn.Module) -> None:
     """Makes every `torch.nn.Linear` in the model (not what derives from it) compute with oneDNN from now on. Changes no state."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:
-            module.__class__ = Linear
+            module.__class__ = CpuLinear
 
 
-class Linear(torch.nn.Linear):
+class CpuLinear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return Product.apply(input, self.weight, self.bias)
+        return CpuProduct.apply(input, self.weight, self.bias)
 
 
-class Product(torch.autograd.Function):
+class CpuProduct(torch.autograd.Function):
     """Multiplies: input [..., n], weight [m, n], bias [m] or None -> [..., m]."""
 
     @staticmethod

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 from heliostat.curation import tally
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.stage import Document, Dropped
 from heliostat.errors import HeliostatError
-from heliostat.tasks.care import CRASHED, UNREAD, Care, Crash, Place, last_line, most, too_many
+from heliostat.tasks.care import CRASHED, UNREAD, Care, Crash, TaskPlace, last_line, most, too_many
 from heliostat.text import printable
 
 READ, INPUT = "read", "the input"  # the stage, and the name of a file that is all of the input
@@ -35,12 +35,16 @@ class Careful:
     unread: list[str] = field(default_factory=list)
     """Where reading failed, and why: what comes after it in its part is missing."""
 
-    def reading(self, piece: list[Part], read: Callable[[Part], Iterable[Document | Dropped]]) -> Iterator[Document | Dropped]:
+    def reading(
+        self, piece: list[FilePart], read: Callable[[FilePart], Iterable[Document | Dropped]]
+    ) -> Iterator[Document | Dropped]:
         """Yields what parts hold; of one at which reading fails, what comes before."""
         for self.part, part in enumerate(piece):
             yield from read(part) if self.care is None else self._part(self.care, part, read)
 
-    def _part(self, care: Care, part: Part, read: Callable[[Part], Iterable[Document | Dropped]]) -> Iterator[Document | Dropped]:
+    def _part(
+        self, care: Care, part: FilePart, read: Callable[[FilePart], Iterable[Document | Dropped]]
+    ) -> Iterator[Document | Dropped]:
         lost = {crash.number: crash.detail for crash in care.crashed if crash.part == self.part}
         items, last, row = iter(read(part)), "", 0
         item: Document | Dropped
@@ -65,14 +69,14 @@ class Careful:
             self.read, last, row = self.read + 1, item.id, row + 1
             yield item
 
-    def _note_reading(self, care: Care, part: Part) -> None:
+    def _note_reading(self, care: Care, part: FilePart) -> None:
         suspect, at = care.suspect, self.read
         if suspect is not None and suspect.part >= 0 and suspect.number <= at < suspect.number + READ_TOGETHER:
-            self.note(Place(at, self.part, True, part.path or INPUT, READ))
+            self.note(TaskPlace(at, self.part, True, part.path or INPUT, READ))
         elif at % READ_TOGETHER == 0:
-            self.note(Place(at, 0))
+            self.note(TaskPlace(at, 0))
 
-    def note(self, place: Place) -> None:
+    def note(self, place: TaskPlace) -> None:
         """Notes what comes next."""
         if self.care is not None:
             told = {"attempt": self.care.attempt, "place": asdict(place)}
@@ -86,13 +90,13 @@ class Careful:
             return
         if not self._together(self.care, first, batch, through):
             self._one_by_one(self.care, first, batch, through)
-        self.note(Place(self.read - self.read % READ_TOGETHER, 0))
+        self.note(TaskPlace(self.read - self.read % READ_TOGETHER, 0))
 
     def _together(self, care: Care, first: int, batch: list[Document], through: Through) -> bool:
         lost = any(crash.part < 0 and first <= crash.number < self.taken for crash in care.crashed)
-        if lost or care.suspect == Place(first):
+        if lost or care.suspect == TaskPlace(first):
             return False
-        self.note(Place(first))
+        self.note(TaskPlace(first))
         try:
             through.batch(batch)
         except HeliostatError:
@@ -110,7 +114,7 @@ class Careful:
             def about(name: str, number: int = number, document: Document = document) -> None:
                 nonlocal stage
                 stage = name
-                self.note(Place(number, -1, True, document.id, name))
+                self.note(TaskPlace(number, -1, True, document.id, name))
 
             if crash is None:
                 try:
@@ -129,7 +133,7 @@ class Careful:
             raise too_many(self.crashes, f"such as {printable(crash.id)!r} at {printable(crash.stage)} ({crash.detail})")
 
 
-def _range(part: Part) -> str:
+def _range(part: FilePart) -> str:
     """Formats a part of the input: a file, or a range of it."""
     path = printable(part.path or INPUT)
     return path if part.stop is None else f"bytes {part.start:,} to {part.stop:,} of {path}"

@@ -46,7 +46,7 @@ FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
 
 
 @dataclass(frozen=True)
-class Words:
+class ComparableWords:
     """Holds the words of texts, one text after another.
 
     `hashes` are equal for words that are compared as equal, `exact` differ for numbers that do, and `counts` are the words of
@@ -82,7 +82,7 @@ class Words:
         return self.spans(starts, starts + np.minimum(left[starts], n)), counts
 
 
-def words(texts: Sequence[str]) -> Words:
+def words(texts: Sequence[str]) -> ComparableWords:
     """Finds the words of texts."""
     plain = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
     begins = np.fromiter(accumulate((len(text) + 1 for text in plain), initial=0), np.int64)
@@ -99,7 +99,7 @@ def words(texts: Sequence[str]) -> Words:
     if not any(part.any() for part in numbers):
         exact.clear()  # as `hashes`
     made = _joined(hashes)
-    return Words(np.diff(first), made, _joined(exact) if exact else made, _joined(numbers))
+    return ComparableWords(np.diff(first), made, _joined(exact) if exact else made, _joined(numbers))
 
 
 def edges(text: str) -> np.ndarray:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from heliostat.curation import segment, tally
 from heliostat.curation.engine import Curated, filled
-from heliostat.curation.segment import Run, by_run, survivors
+from heliostat.curation.segment import SpilledRun, by_run, survivors
 from heliostat.curation.stage import GlobalStage
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
@@ -34,7 +34,7 @@ def parts(bytes: int, memory_limit: int) -> int:
     return max(1, -(-bytes // memory_limit))
 
 
-def by_runs(flow: Flow, kind: str, runs: list[Run], names: list[str], memory_limit: int, **more: Any) -> Iterator[Task]:
+def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], memory_limit: int, **more: Any) -> Iterator[Task]:
     """Describes tasks that read what spills have about some runs: about as many documents as have room if it is about all."""
     groups = list(filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES, RUNS))
     return about(flow, kind, groups, names, **more)
@@ -45,7 +45,9 @@ def adding(task: Task, **more: Any) -> Task:
     return replace(task, key=key(task.key, more), arguments={**task.arguments, **more})
 
 
-def about(flow: Flow, kind: str, groups: list[list[Run]], names: list[str], also: Any = None, **more: Any) -> Iterator[Task]:
+def about(
+    flow: Flow, kind: str, groups: list[list[SpilledRun]], names: list[str], also: Any = None, **more: Any
+) -> Iterator[Task]:
     """Describes tasks that read what spills have about each group of all runs, by their places; `also`: what they follow from."""
     firsts = list(accumulate((len(group) for group in groups), initial=0))
     ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
@@ -55,7 +57,7 @@ def about(flow: Flow, kind: str, groups: list[list[Run]], names: list[str], also
 
 
 def conclude(flow: Flow, found: Curated, stage: GlobalStage, number: int, kind: str, judged: list[dict[str, Any]],
-             memory_limit: int, **more: Any) -> list[Run]:  # fmt: skip
+             memory_limit: int, **more: Any) -> list[SpilledRun]:  # fmt: skip
     """Leaves out who goes, and adds the stage's tally to `found`; returns the runs that are left.
 
     Records in `judged` name spills of JUDGED, and tell `clusters`, `largest` and `sizes`; `more` goes into the tally.
@@ -72,7 +74,7 @@ def conclude(flow: Flow, found: Curated, stage: GlobalStage, number: int, kind: 
 
 
 def settled(flow: Flow, found: Curated, kind: str, decide: Callable[..., dict[str, Any]],
-            tasks: Iterator[Task]) -> tuple[list[dict[str, Any]], list[Run]]:  # fmt: skip
+            tasks: Iterator[Task]) -> tuple[list[dict[str, Any]], list[SpilledRun]]:  # fmt: skip
     """Runs the tasks that tell each run which of its documents go; returns their records, and the runs that are left."""
     decided = flow.all(f"{kind}-decide", decide, tasks)
     for record in decided:
@@ -86,7 +88,9 @@ def counted(sizes: Iterable[int]) -> dict[str, int]:
     return {str(size): number for size, number in sorted(Counter(sizes).items())}
 
 
-def told(flow: Flow, kind: str, before: list[Run], after: list[Run], clusters: list[dict[str, Any]]) -> dict[str, Any]:
+def told(
+    flow: Flow, kind: str, before: list[SpilledRun], after: list[SpilledRun], clusters: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Returns a comparing stage's part of the tally, without reasons: what came, what stayed, and the largest clusters."""
     part = tally.entry({}, "")
     part |= {"documents": sum(r.rows for r in before), "bytes": sum(r.bytes for r in before),
@@ -101,12 +105,12 @@ def told(flow: Flow, kind: str, before: list[Run], after: list[Run], clusters: l
     return part
 
 
-def without(run: Run, decided: str | None, rows: int, bytes: int) -> Run:
+def without(run: SpilledRun, decided: str | None, rows: int, bytes: int) -> SpilledRun:
     """Returns a run without the rows that a spill says were decided against, if there is one."""
-    return Run(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run
+    return SpilledRun(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run
 
 
-def decide(folder: Location, first: int, runs: list[Run], stage: str, names: list[str]) -> dict[str, Any]:
+def decide(folder: Location, first: int, runs: list[SpilledRun], stage: str, names: list[str]) -> dict[str, Any]:
     """Spills which documents of some runs go, and tells why."""
     out, files, decided = segment.Spiller(folder, 1), list[str](), [list[Any]([None, 0, 0]) for _ in runs]
     for number, judged in by_run(folder, first, len(runs), names):

@@ -20,7 +20,7 @@ def grams(texts: Sequence[str], n: int) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Index:
+class NgramIndex:
     """Holds the n-grams of evaluation sets: sorted hashes, and the place of each, `set#example`."""
 
     hashes: np.ndarray
@@ -70,7 +70,7 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(part)
 
 
-def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tuple[Index, dict[str, int]]:
+def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tuple[NgramIndex, dict[str, int]]:
     """Builds the index of named sets (their path and bytes); also counts the examples that are too short to have an n-gram."""
     parts, places, names, short = list[np.ndarray](), list[np.ndarray](), list[str](), dict[str, int]()
     for name, (path, data) in sorted(sets.items()):
@@ -85,4 +85,4 @@ def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tupl
     if not parts:
         raise ConfigError(f"sets: no example has {n} words; lower `n`")
     hashes, first = np.unique(np.concatenate(parts), return_index=True)
-    return Index(hashes, np.concatenate(places)[first], names), short
+    return NgramIndex(hashes, np.concatenate(places)[first], names), short

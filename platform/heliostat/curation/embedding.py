@@ -33,7 +33,7 @@ def identity(folder: str) -> dict[str, str]:
     return digests(folder) | {str(p.relative_to(place)): files.digest("model", str(p)) for p in told if p.is_file()}
 
 
-class Embedder(Reader):
+class TextEmbedder(Reader):
     """Makes a vector of each text, of 8-bit numbers; one without tokens is all zeros."""
 
     def __init__(self, folder: str, max_tokens: int, batch: int) -> None:

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from heliostat.curation import segment, tally
 from heliostat.curation.chain import Entry
-from heliostat.curation.pieces import Part
-from heliostat.curation.segment import EXAMPLES, Run, Source
+from heliostat.curation.pieces import FilePart
+from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
 from heliostat.curation.stage import GlobalStage, Stage
 from heliostat.tasks import libraries, shipping
 from heliostat.tasks.flow import Flow, Task
@@ -32,12 +32,12 @@ Item = TypeVar("Item")
 class Curated:
     """Holds what the stages left: runs of documents, spills of what was left out, and tallies."""
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[SpilledRun] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     tallies: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
-    source: Source | None = None
+    source: DocumentSource | None = None
     """Finishes documents whose text a stage between segments has cut; `identity` is what that follows from."""
     identity: list[Any] = field(default_factory=list)
 
@@ -45,26 +45,26 @@ class Curated:
     def bytes(self) -> int:
         return sum(run.bytes for run in self.runs)
 
-    def take(self, record: dict[str, Any]) -> list[Run]:
+    def take(self, record: dict[str, Any]) -> list[SpilledRun]:
         """Takes what a task left out, and returns its runs."""
         self.left_out += record["left_out"]
         self.tallies += [record["tally"]] if record.get("tally") else []
         self.reasons.update(record["reasons"])
         for reason, ids in record["examples"].items():
             self.examples[reason] = heapq.nsmallest(EXAMPLES, [*self.examples.get(reason, []), *ids])
-        return [Run(name, rows, bytes) for name, rows, bytes in record["runs"]]
+        return [SpilledRun(name, rows, bytes) for name, rows, bytes in record["runs"]]
 
 
 @dataclass
-class Engine:
+class StageEngine:
     """Runs stages as tasks of a flow; `memory_limit` is what a task may take, in bytes."""
 
     flow: Flow
-    source: Source
+    source: DocumentSource
     identity: list[Any]
     memory_limit: int
 
-    def curate(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool = True) -> Curated:
+    def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
         """Takes the pieces through all stages; if `explained`, what was read is counted too."""
         first, *rest = segments(stages)
         found = Curated(source=self.source, identity=self.identity)
@@ -82,12 +82,12 @@ class Engine:
                 )
         return found
 
-    def _taken(self, found: Curated, kind: str, function: Any, tasks: Iterator[Task], pooled: bool = False) -> list[Run]:
+    def _taken(self, found: Curated, kind: str, function: Any, tasks: Iterator[Task], pooled: bool = False) -> list[SpilledRun]:
         """Runs the tasks of a segment; what they made is put in their order, whichever ended first."""
         records = self.flow.all(kind, function, tasks, pooled=pooled)
         return [run for record in records for run in found.take(record)]
 
-    def _begun(self, pieces: Iterable[list[Part]], stages: list[Stage]) -> Iterator[list[Part]]:
+    def _begun(self, pieces: Iterable[list[FilePart]], stages: list[Stage]) -> Iterator[list[FilePart]]:
         """Yields the pieces; records the libraries when the first is there, before which the work folder is claimed."""
         used = {name for stage in stages for name in libraries.OF.get(stage.named(), ())}
         for number, piece in enumerate(pieces):
@@ -95,7 +95,7 @@ class Engine:
                 self.flow.work.made_with(libraries.versions([*libraries.READING, *used]))
             yield piece
 
-    def _over_pieces(self, pieces: Iterable[list[Part]], stages: list[Stage], explained: bool) -> Iterator[Task]:
+    def _over_pieces(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool) -> Iterator[Task]:
         follows, read = [s.follows() for s in stages], libraries.versions(libraries.READING)
         entries = list[Entry]()
         for piece in pieces:
@@ -108,7 +108,7 @@ class Engine:
                                       "explained": explained}, {}, sum(part.length for part in piece), careful=True,
                        before=before)  # fmt: skip
 
-    def _over_runs(self, runs: list[Run], stages: list[Stage], number: int) -> Iterator[Task]:
+    def _over_runs(self, runs: list[SpilledRun], stages: list[Stage], number: int) -> Iterator[Task]:
         follows = [s.follows() for s in stages]
         entries = self._entries(stages)
         for run in runs:

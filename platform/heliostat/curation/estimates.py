@@ -30,7 +30,7 @@ def enough(fraction: float, spread: float, within: float) -> float:
 
 
 @dataclass(frozen=True)
-class Share:
+class DuplicateShare:
     """Holds the share of documents that are dropped as duplicates: in the sample, and expected of the whole, with bounds."""
 
     seen: float
@@ -39,7 +39,7 @@ class Share:
     high: float
 
 
-def duplicates(documents: int, sizes: dict[int, int], times: float) -> Share:
+def duplicates(documents: int, sizes: dict[int, int], times: float) -> DuplicateShare:
     """Estimates the share of duplicates in a whole of `times` the sample's documents; `sizes` counts the sample's clusters of two
     and more by their documents.
 
@@ -53,15 +53,17 @@ def duplicates(documents: int, sizes: dict[int, int], times: float) -> Share:
     dropped, single = alike - clusters, documents - alike
     seen = dropped / documents if documents else 0.0
     if times <= 1 or not documents:
-        return Share(seen, seen, seen, seen)
+        return DuplicateShare(seen, seen, seen, seen)
     pairs = sum(size * (size - 1) / 2 * number for size, number in sizes.items())
     many = (pairs + 1) * (1 - 1 / (9 * (pairs + 1)) + Z / (3 * math.sqrt(pairs + 1))) ** 3  # Byar's approximation
     high = max(seen, _most(documents, dropped, single, many, max(many, clusters), times))
     distinct, whole = whole_sizes({1: single, **sizes}, 1 / times)
-    return Share(seen, min(max(seen, 1 - distinct / whole), high), seen, high)
+    return DuplicateShare(seen, min(max(seen, 1 - distinct / whole), high), seen, high)
 
 
-def duplicates_by_place(documents: int, groups: dict[int, int], places: dict[int, int], rate: float, times: float) -> Share:
+def duplicates_by_place(
+    documents: int, groups: dict[int, int], places: dict[int, int], rate: float, times: float
+) -> DuplicateShare:
     """Estimates the share of duplicates in a whole of `times` a sample's documents, which was drawn by places, such as ranges of
     a file, and then by documents, of which each place in it shows the share `rate`.
 
@@ -76,7 +78,9 @@ def duplicates_by_place(documents: int, groups: dict[int, int], places: dict[int
     if dropped:
         within = replace(within, low=min(within.low, least), high=max(within.high, most))
     across = duplicates(left, places, times)
-    return Share(*(1 - (1 - getattr(within, name)) * (1 - getattr(across, name)) for name in ("seen", "expected", "low", "high")))
+    return DuplicateShare(
+        *(1 - (1 - getattr(within, name)) * (1 - getattr(across, name)) for name in ("seen", "expected", "low", "high"))
+    )
 
 
 def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:

@@ -22,7 +22,7 @@ MOST_WORDS, LONG_WORD = 1 << 20, 64  # whose hashes are remembered, and the char
 ABOUT, WEIGHTS = "classifier.json", "weights.safetensors"
 
 
-class Features:
+class NgramCounter:
     """Counts a text's n-grams of words, up to `ngrams` words long, in 2 to the `bits` buckets."""
 
     def __init__(self, ngrams: int, bits: int, chars: int) -> None:
@@ -53,10 +53,10 @@ class Features:
         return np.concatenate(out).astype(np.int64)
 
 
-class Linear:
+class LinearScorer:
     """Scores texts between 0 and 1."""
 
-    def __init__(self, weights: np.ndarray, bias: float, features: Features) -> None:
+    def __init__(self, weights: np.ndarray, bias: float, features: NgramCounter) -> None:
         self.weights, self.bias, self.features = weights, bias, features
 
     def score(self, text: str) -> float:
@@ -75,7 +75,7 @@ class Linear:
         (folder / ABOUT).write_text(json.dumps({"format": 1, **keys, **report}, indent=1) + "\n")
 
 
-def load(folder: Path) -> Linear:
+def load(folder: Path) -> LinearScorer:
     """Loads a classifier; ConfigError if the folder holds none."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -83,8 +83,8 @@ def load(folder: Path) -> Linear:
     try:
         about = json.loads((folder / ABOUT).read_text())
         weights = load_file(str(folder / WEIGHTS))["weights"]
-        features = Features(int(about["ngrams"]), int(about["bits"]), int(about["chars"]))
-        made = Linear(weights, float(about["bias"]), features)
+        features = NgramCounter(int(about["ngrams"]), int(about["bits"]), int(about["chars"]))
+        made = LinearScorer(weights, float(about["bias"]), features)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ConfigError(
             f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}); train one by "
@@ -117,13 +117,13 @@ def train(good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 
                 f"{len(places)} different examples of {'good' if label else 'bad'} documents are too few; give at least 10"
             )
         test[places[: max(1, round(held_out * len(places)))]] = True
-    features = Features(ngrams, bits, chars)
+    features = NgramCounter(ngrams, bits, chars)
     rows = [features(text) for text in ordered]
     ends = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
     values = np.concatenate([np.full(len(r), 1 / max(len(r), 1)) for r in rows])
     matrix = csr_matrix((values, np.concatenate(rows), ends), shape=(len(rows), 1 << bits))
     made = LogisticRegression(C=1e4, max_iter=300, class_weight="balanced").fit(matrix[~test], labels[~test])
-    linear = Linear(made.coef_[0].astype(np.float32), float(made.intercept_[0]), features)
+    linear = LinearScorer(made.coef_[0].astype(np.float32), float(made.intercept_[0]), features)
     scores = np.array([linear.score(text) for text, held in zip(ordered, test, strict=True) if held])
     return linear, _report(scores, labels[test], labels[~test])
 

@@ -18,7 +18,7 @@ LEAST, MOST = 1 << 20, 128 << 20  # bytes of a piece
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """Describes what is read of one file, of `bytes` bytes and modified when it was: all, or the records that begin in a range.
 
     `first` is the number of the range's first record, from 1; 0 where the reader finds that out. `etag`: of an object, where its
@@ -65,12 +65,12 @@ def number(bytes: int, files: int) -> int:
     return max(1, -(-(bytes + files * FILE_BYTES) // size(bytes)), -(-files // MOST_FILES))
 
 
-def cut(files: Iterable[Part], target: int, ranged: Callable[[str], bool]) -> Iterator[list[Part]]:
+def cut(files: Iterable[FilePart], target: int, ranged: Callable[[str], bool]) -> Iterator[list[FilePart]]:
     """Yields pieces of about `target` bytes of whole files in their order.
 
     `ranged` says of a path whether such a file can be read from the middle. Ranges of a file are pieces of their own.
     """
-    piece, held = list[Part](), 0
+    piece, held = list[FilePart](), 0
     for file in files:
         if file.bytes > 2 * target and ranged(file.path):
             yield from ([replace(file, start=a, stop=b, first=0 if a else 1)] for a, b in ranges(file.bytes, target))

@@ -11,9 +11,9 @@ import numpy as np
 
 from heliostat.curation import estimates, segment, tally
 from heliostat.curation.engine import segments
-from heliostat.curation.estimates import Share
-from heliostat.curation.sampled import Sample
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.estimates import DuplicateShare
+from heliostat.curation.sampled import SampledParts
+from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.similar import EXACT, Alike
 from heliostat.curation.stage import GlobalStage, Stage
 from heliostat.storage.locations import Location
@@ -42,7 +42,7 @@ class Rate:
 class Prediction:
     """Predicts the whole from a sample's funnel, the CPU seconds of its tasks (`flow`) and of its stages (`counted`)."""
 
-    sample: Sample
+    sample: SampledParts
     stages: list[Stage]
     funnel: Funnel
     flow: Flow
@@ -105,9 +105,9 @@ class Prediction:
         made[0]["cpu_hours"] = max(0.0, reading - sum(row["cpu_hours"] for row in made if row["stage"] in first))
         return made
 
-    def _repeated(self) -> dict[str, Share]:
+    def _repeated(self) -> dict[str, DuplicateShare]:
         """Estimates the duplicates of each stage that drops documents for others, and of shards that leave out exact ones."""
-        found = dict[str, Share]()
+        found = dict[str, DuplicateShare]()
         for name, part in self.funnel.items():
             if "clusters" in part["counts"] or (name == SHARD and self.shards_drop_duplicates and not found):
                 # of shards only if no stage compares: an exact duplicate is a near one
@@ -156,7 +156,7 @@ class Prediction:
         return notes
 
 
-def kept_factors(funnel: Funnel, repeated: dict[str, Share], which: str = "expected") -> dict[str, float]:
+def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str = "expected") -> dict[str, float]:
     """Computes by what share of the sample's documents at each stage the whole has fewer, as it has more duplicates."""
     found, factor = {}, 1.0
     for name in funnel:
@@ -166,7 +166,9 @@ def kept_factors(funnel: Funnel, repeated: dict[str, Share], which: str = "expec
     return found | {"": factor}  # behind the last
 
 
-def rows_of(funnel: Funnel, sample: Sample, factors: list[dict[str, float]], per_byte: float | None) -> list[dict[str, Any]]:
+def rows_of(
+    funnel: Funnel, sample: SampledParts, factors: list[dict[str, float]], per_byte: float | None
+) -> list[dict[str, Any]]:
     """Scales the funnel to the whole, with a binomial interval of what each stage leaves of what was read.
 
     `factors` are `kept_factors` for the expected share of duplicates, and the lowest and highest; `per_byte` are tokens.
@@ -195,7 +197,7 @@ def rows_of(funnel: Funnel, sample: Sample, factors: list[dict[str, float]], per
     return found
 
 
-def spread_of(flow: Flow, runs: list[Run], fraction: float) -> float:
+def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
     """Estimates the standard error of the bytes in runs of a sample, as a share of them: as if documents were drawn one by one.
 
     Where few large documents hold most of the bytes it is large, however many documents there are.
@@ -208,7 +210,7 @@ def spread_of(flow: Flow, runs: list[Run], fraction: float) -> float:
     return math.sqrt((1 - fraction) * squared) / bytes if bytes else 0.0
 
 
-def squares(folder: Location, runs: list[Run]) -> dict[str, Any]:
+def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, Any]:
     """Sums the bytes of documents in runs, and their squares."""
     total, squared = 0, 0.0
     for run in runs:

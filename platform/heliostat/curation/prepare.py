@@ -33,8 +33,8 @@ from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
 from heliostat.config import workspace
 from heliostat.curation.leftovers import remove_old_samples, sample_folder
-from heliostat.curation.pieces import Part
-from heliostat.curation.watching import Watch
+from heliostat.curation.pieces import FilePart
+from heliostat.curation.watching import PipelineWatch
 from heliostat.data import collection, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import Manifest
@@ -63,9 +63,9 @@ class InputFile:
     etag: str = ""
 
     @property
-    def part(self) -> Part:
+    def part(self) -> FilePart:
         """Returns all of the file, to be read."""
-        return Part(self.path, self.bytes, self.modified, etag=self.etag)
+        return FilePart(self.path, self.bytes, self.modified, etag=self.etag)
 
 
 class Pipeline(Strict):
@@ -113,7 +113,7 @@ class Pipeline(Strict):
         """Prepares a share of the input in a folder, on Ray, and returns what the whole would give and take, as JSON values."""
         raise ConfigError(f"--sample: {type(self).__name__} has no dry run; those of text and of images have one")
 
-    def watched(self, watch: Watch) -> None:
+    def watched(self, watch: PipelineWatch) -> None:
         """Takes what shows a person how far `write` and `predict` are."""
 
     def begin_anew(self) -> None:
@@ -185,7 +185,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
     before = set(versions.listing(output))
     try:
         _start_ray(pipeline)
-        with Watch(console, f"preparing {pipeline.name}", quiet) as watch, unwrapped():
+        with PipelineWatch(console, f"preparing {pipeline.name}", quiet) as watch, unwrapped():
             pipeline.watched(watch)
             rows, meta = pipeline.write(output, inputs)
         if not rows:
@@ -235,7 +235,7 @@ def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = Fals
     folder = sample_folder(output)
     _start_ray(pipeline)
     try:
-        with Watch(console, f"preparing a sample of {pipeline.name}", quiet) as watch, unwrapped():
+        with PipelineWatch(console, f"preparing a sample of {pipeline.name}", quiet) as watch, unwrapped():
             pipeline.watched(watch)
             return pipeline.predict(folder, inputs, fraction)
     finally:

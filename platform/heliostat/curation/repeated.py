@@ -17,7 +17,7 @@ import xxhash
 
 from heliostat.curation import segment
 from heliostat.curation.comparable import words
-from heliostat.curation.segment import Run, by_run, survivors
+from heliostat.curation.segment import SpilledRun, by_run, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
@@ -36,7 +36,7 @@ class Signing(Protocol):
 
 
 @dataclass(frozen=True)
-class Parts:
+class ComparedParts:
     """Defines lines or paragraphs that are compared, and how."""
 
     unit: Unit
@@ -58,7 +58,7 @@ def _hash(text: str) -> int:
     return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def sign(folder: Location, run: Run, parts: Signing) -> dict[str, Any]:
+def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, Any]:
     """Spills (hash of the part, hash of the id, row, place) of the parts of a run's documents."""
     found: list[tuple[int, int, int, int]] = []
     for table in survivors(folder, run, columns=["id", "text"]):
@@ -114,7 +114,9 @@ def _first(held: list[Rows]) -> Rows:
     return keys[first], documents[first], places[first]
 
 
-def lost_of(folder: Location, first: int, runs: list[Run], names: list[str]) -> Iterator[tuple[Run, dict[int, set[int]]]]:
+def lost_of(
+    folder: Location, first: int, runs: list[SpilledRun], names: list[str]
+) -> Iterator[tuple[SpilledRun, dict[int, set[int]]]]:
     """Yields some runs, of which the first has the number `first`, with the places that each of their documents loses, by row."""
     lost = dict(by_run(folder, first, len(runs), names))
     for number, run in enumerate(runs, first):

@@ -13,7 +13,7 @@ from heliostat.curation.comparing import about
 from heliostat.curation.engine import Curated, filled
 from heliostat.curation.minhash import components
 from heliostat.curation.repeated import Signing
-from heliostat.curation.segment import FINISH, Run, Source, Spiller, documents_of, store
+from heliostat.curation.segment import FINISH, DocumentSource, SpilledRun, Spiller, documents_of, store
 from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
 from heliostat.schema import Float
 from heliostat.storage.locations import Location
@@ -57,7 +57,7 @@ class RepeatingStage(GlobalStage):
         """Removes parts of a text by their places."""
         raise NotImplementedError
 
-    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
+    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs, parts = f"repeated-{number}", found.runs, self.signing()
         told = [self.named(), self.version, vars(parts), libraries.of(self.named())]
         signing = (Task(key(run.name, run.decided, told), {"run": run, "parts": parts}, bytes=run.bytes) for run in runs)
@@ -94,8 +94,8 @@ class RepeatingStage(GlobalStage):
         return Outcome(left, measures=measures, counts=made.counts)
 
 
-def remove(folder: Location, first: int, runs: list[Run], entry: dict[str, Any], number: int, memory_limit: int,
-           names: list[str], source: Source | None) -> dict[str, Any]:  # fmt: skip
+def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
+           names: list[str], source: DocumentSource | None) -> dict[str, Any]:  # fmt: skip
     """Spills the documents of some runs again, without what is repeated in them; `source` finishes those that were cut."""
     stage = registry.parse(entry)
     assert isinstance(stage, RepeatingStage)

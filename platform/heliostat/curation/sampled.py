@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import xxhash
 
 from heliostat.curation import pieces
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 
 PLACES = 64  # that are chosen at least, where there are so many, lest a sample is of one neighbourhood
 OF_PLACES, OF_RECORDS, OF_LOTS = 1, 2, 3  # seeds
@@ -20,14 +20,14 @@ def chosen(what: str, rate: float, seed: int) -> bool:
     return _drawn(what, seed) < rate
 
 
-def evenly(parts: Iterable[Part], rate: float) -> list[Part]:
+def evenly(parts: Iterable[FilePart], rate: float) -> list[FilePart]:
     """Chooses a share of parts that has large ones and small ones as all have them; a larger share holds the smaller.
 
     Parts are classed by the powers of two in their sizes, and in the order of their hashes as many of each class are chosen as
     its share is, by a lot of the class where that is no whole number. So each has the same chance, and within a class those of
     a pair are drawn almost as if by themselves.
     """
-    classes, found = dict[int, list[Part]](), list[Part]()
+    classes, found = dict[int, list[FilePart]](), list[FilePart]()
     for part in parts:
         classes.setdefault(part.length.bit_length(), []).append(part)
     for size, of_size in sorted(classes.items()):
@@ -41,20 +41,20 @@ def _drawn(what: str, seed: int) -> float:
     return xxhash.xxh64_intdigest(what.encode("utf-8", "surrogatepass"), seed) / (1 << 64)
 
 
-def place(part: Part, name: str) -> str:
+def place(part: FilePart, name: str) -> str:
     """Returns the name of what was drawn, with which the ids in it begin; `name` is the path of an input that is one file."""
     path = part.path or name
     return path if part.stop is None else f"{path}@{part.start}"
 
 
 @dataclass
-class Sample:
+class SampledParts:
     """Holds the parts that are read, the share of the records in them that is taken, by kind of file, and the sizes of both."""
 
     fraction: float
     name: str = ""
     """The path of an input that is one file."""
-    parts: list[Part] = field(default_factory=list)
+    parts: list[FilePart] = field(default_factory=list)
     records: dict[str, float] = field(default_factory=dict)
     input_bytes: int = 0
     read_bytes: int = 0
@@ -66,7 +66,7 @@ class Sample:
     many_bytes: int = 0
     """Of the input's bytes, those of files of many documents, whose number is not known."""
 
-    def add(self, kind: str, parts: list[Part], taken: list[Part], one: bool, rate: float) -> None:
+    def add(self, kind: str, parts: list[FilePart], taken: list[FilePart], one: bool, rate: float) -> None:
         """Counts parts, of which some are read, and a share (`rate`) of their records taken; each may hold `one` document."""
         total, read = sum(part.length for part in parts), sum(part.length for part in taken)
         self.records[kind] = rate
@@ -94,9 +94,9 @@ class Sample:
         """Returns how many times the sample's documents the input has: by files where they are known to be one each."""
         return self.files / self.taken_files if self.unknown < FEW_UNKNOWN else self.of_bytes
 
-    def pieces(self) -> Iterator[list[Part]]:
+    def pieces(self) -> Iterator[list[FilePart]]:
         """Yields the parts in pieces of work."""
-        target, held, piece = pieces.size(self.read_bytes), 0, list[Part]()
+        target, held, piece = pieces.size(self.read_bytes), 0, list[FilePart]()
         for part in self.parts:
             piece.append(part)
             held += part.length + pieces.FILE_BYTES

@@ -134,7 +134,7 @@ class Reader:
         raise NotImplementedError
 
 
-class Classifier(Reader):
+class SequenceClassifier(Reader):
     """Runs texts through a sequence classifier."""
 
     def load(self, folder: str, **options: Any) -> Any:
@@ -145,7 +145,7 @@ class Classifier(Reader):
         return whole("model", transformers.AutoModelForSequenceClassification, folder, **options)
 
 
-class Scorer(Classifier):
+class Scorer(SequenceClassifier):
     """Scores texts by a label of a classifier."""
 
     def __init__(self, folder: str, label: str, max_tokens: int, batch: int) -> None:

@@ -21,12 +21,12 @@ import xxhash
 from heliostat.curation import careful, tally
 from heliostat.curation.careful import Careful
 from heliostat.curation.chain import Chain, Entry, batches, bytes_of
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, cpu_time, spill
 from heliostat.tasks.care import Care, Crash
-from heliostat.tasks.spill import Run, survivors
+from heliostat.tasks.spill import SpilledRun, survivors
 
 RUN = pa.schema(
     [("key", pa.uint64()), ("row", pa.uint32()), ("hash", pa.binary(32)), ("id", pa.large_string()), ("bytes", pa.int64()),
@@ -49,10 +49,10 @@ DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
 Row = tuple[Any, ...]
 
 
-class Source(Protocol):
+class DocumentSource(Protocol):
     """Reads an input's documents in a task; an object that travels to it."""
 
-    def read(self, part: Part) -> Iterator[Document | Dropped]:
+    def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         """Yields the documents of a part of the input, and what is left out."""
         ...
 
@@ -85,7 +85,7 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
             yield number, table.slice(start, stop - start)
 
 
-def over_pieces(folder: Location, piece: list[Part], source: Source, stages: list[Entry], run_bytes: int,
+def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource, stages: list[Entry], run_bytes: int,
                 explained: bool, care: Care | None = None) -> dict[str, Any]:  # fmt: skip
     """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""
     start = cpu_time.now()
@@ -97,7 +97,7 @@ def over_pieces(folder: Location, piece: list[Part], source: Source, stages: lis
     return made | {"opening": opening}
 
 
-def over_run(folder: Location, run: Run, source: Source, stages: list[Entry], first: int, run_bytes: int,
+def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: list[Entry], first: int, run_bytes: int,
              care: Care | None = None) -> dict[str, Any]:  # fmt: skip
     """Runs a segment over a run of the segment before, from stage `first` on."""
     start = cpu_time.now()
@@ -126,7 +126,7 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
     found["bytes"] = found["kept_bytes"]  # of what was left out nobody knows them
 
 
-def documents_of(folder: Location, run: Run) -> Iterator[tuple[int, Document]]:
+def documents_of(folder: Location, run: SpilledRun) -> Iterator[tuple[int, Document]]:
     """Yields the run's documents, with their rows, without those that were decided against."""
     for table in survivors(folder, run):
         for row in table.to_pylist():
@@ -143,7 +143,7 @@ def _unfinished(document: Document) -> bool:
     return isinstance(document.text, bytes) or (document.picture is not None and not document.picture.hash)
 
 
-def _run(folder: Location, documents: Iterable[Document | Dropped], source: Source, chain: Chain,
+def _run(folder: Location, documents: Iterable[Document | Dropped], source: DocumentSource, chain: Chain,
          run_bytes: int, taking: Careful) -> dict[str, Any]:  # fmt: skip
     out = Spiller(folder, run_bytes)
     stages = (_Stages if taking.care is None else _Undoing)(chain, source, out)
@@ -159,7 +159,7 @@ class _Stages(careful.Through):
     """Takes documents through a chain of stages to what is spilled."""
 
     chain: Chain
-    source: Source
+    source: DocumentSource
     out: Spiller
 
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
@@ -220,7 +220,7 @@ class Spiller:
 
     folder: Location
     run_bytes: int
-    runs: list[Run] = field(default_factory=list)
+    runs: list[SpilledRun] = field(default_factory=list)
     spilled: list[str] = field(default_factory=list)  # of what was left out
     held: list[Row] = field(default_factory=list)  # (hash, id, bytes, columns, UTF-8 text), the image's columns
     out: list[Row] = field(default_factory=list)  # as LEFT_OUT has it
@@ -259,7 +259,7 @@ class Spiller:
         self.held.sort(key=lambda row: (row[0], row[1]))
         table, bytes = _table(self.held), sum(row[2] for row in self.held)
         self.held, self.size = [], 0  # before the file is made, which takes as much again
-        self.runs.append(Run(spill.write_sorted(self.folder, table), len(table), bytes))
+        self.runs.append(SpilledRun(spill.write_sorted(self.folder, table), len(table), bytes))
 
     def spill_left_out(self) -> None:
         table = pa.Table.from_arrays(

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from heliostat.curation.comparing import counted
-from heliostat.curation.sampled import Sample
+from heliostat.curation.sampled import SampledParts
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
@@ -24,7 +24,7 @@ Alike = tuple[dict[int, int], dict[int, int]]
 
 
 def alike_of(
-    flow: Flow, output: Location, ends: list[list[str]], funnel: dict[str, dict[str, Any]], sample: Sample
+    flow: Flow, output: Location, ends: list[list[str]], funnel: dict[str, dict[str, Any]], sample: SampledParts
 ) -> dict[str, Alike]:
     """Counts what the stages that compare documents found alike in a sample, by the places that it was drawn by."""
     compared = [name for name, part in funnel.items() if "clusters" in part["counts"]]

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsA
 from heliostat.curation import reasons, registry
 from heliostat.curation.prepare import Pipeline, place
 from heliostat.curation.stage import Stage
-from heliostat.curation.watching import Watch
+from heliostat.curation.watching import PipelineWatch
 from heliostat.data.manifest import Manifest, kept_path
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
@@ -25,7 +25,7 @@ class StagedPipeline(Pipeline):
     """Defines a pipeline whose tasks are recorded as they finish, so that a run that was ended goes on."""
 
     _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
-    _watch: Watch | None = PrivateAttr(default=None)
+    _watch: PipelineWatch | None = PrivateAttr(default=None)
 
     ray_data = False
 
@@ -81,7 +81,7 @@ class StagedPipeline(Pipeline):
                     raise ConfigError(f"stages.{number}: {stage.named()}: {field}: {told}{fix}")
             there |= stage.made()
 
-    def watched(self, watch: Watch) -> None:
+    def watched(self, watch: PipelineWatch) -> None:
         self._watch = watch
 
     def begin_anew(self) -> None:

@@ -19,7 +19,7 @@ FOLDER, RECORD = "answers", "inference.json"  # as `heliostat infer` writes them
 
 
 @open_
-class Model(TypedDict):
+class ModelFacts(TypedDict):
     folder: str
     digest: str
 
@@ -30,10 +30,10 @@ class File(TypedDict):
 
 
 @open_
-class Told(TypedDict):
+class InferenceFacts(TypedDict):
     """Describes what is read of `inference.json`."""
 
-    model: Model
+    model: ModelFacts
     engine: dict[str, Any]
     settings: dict[str, Any]
     input: str
@@ -42,7 +42,7 @@ class Told(TypedDict):
     answers_in: list[File]
 
 
-TOLD = Format(Told, "record of a batch inference", DataError, fix="give the `heliostat infer` again")
+TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="give the `heliostat infer` again")
 
 
 def answers(root: Location, files: list[InputFile]) -> dict[str, Any] | None:
@@ -65,7 +65,7 @@ def answers(root: Location, files: list[InputFile]) -> dict[str, Any] | None:
     if others := {PurePosixPath(file.path or root.name).name for file in files} - listed:
         log.warning("the dataset does not say which model wrote it: %s does not list %s", record, min(others))
         return None
-    return {name: value for name, value in told.items() if name in Told.__annotations__ and name != "answers_in"}
+    return {name: value for name, value in told.items() if name in InferenceFacts.__annotations__ and name != "answers_in"}
 
 
 def _above(place: Location) -> Location:

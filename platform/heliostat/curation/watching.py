@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 LOG_S = 15.0  # between log lines
 
 
-class Watch:
+class PipelineWatch:
     """Shows what a pipeline is doing; nothing if `quiet`."""
 
     def __init__(self, console: Console, doing: str, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
@@ -26,7 +26,7 @@ class Watch:
         live = console.is_terminal and not quiet
         self._status: Status | None = console.status(Text(self.doing)) if live else None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> PipelineWatch:
         if self._status:
             self._status.start()
         return self

@@ -16,7 +16,7 @@ BLOCK = 1 << 16  # windows that are compared together
 
 
 @dataclass(frozen=True)
-class Windows:
+class WordWindows:
     """Defines the windows: `size` words each."""
 
     size: int

@@ -16,7 +16,7 @@ import pyarrow as pa
 from heliostat.data import device_threads, shard
 from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
-from heliostat.data.order import Samples
+from heliostat.data.order import SamplePlaces
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.text import brief
@@ -48,7 +48,7 @@ class Chunks:
         self._sizes = [s.chunks["tokens" if length else "rows"].to_numpy() for s in sources]
         self._vocabulary = [int(s.meta.get("vocab_size", np.iinfo(np.int32).max)) for s in sources]
 
-    def gather(self, samples: Samples) -> Gathered:
+    def gather(self, samples: SamplePlaces) -> Gathered:
         """Reads the samples' contents, in their order; DataError for a missing shard, StorageError for a store that fails."""
         faults: dict[int, str] = {}
         members = _by_chunk(samples)
@@ -111,7 +111,7 @@ def _tokens(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
 
 
-def _by_chunk(samples: Samples) -> list[np.ndarray]:
+def _by_chunk(samples: SamplePlaces) -> list[np.ndarray]:
     """Groups the samples by chunk: an array of their indices for each chunk."""
     order = np.lexsort((samples.chunk, samples.source))
     source, chunk = samples.source[order], samples.chunk[order]

@@ -21,7 +21,7 @@ from heliostat.data.chunks import Chunks, Gathered
 from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
 from heliostat.data.mixing import Shape, choose_shape
-from heliostat.data.order import Order, Samples
+from heliostat.data.order import Order, SamplePlaces
 from heliostat.data.split import NEWEST, split
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage import wire
@@ -174,7 +174,7 @@ class Bad:
 
 @dataclass(frozen=True)
 class Loaded:
-    samples: Samples  # as trained on: where a sample was replaced, its replacement
+    samples: SamplePlaces  # as trained on: where a sample was replaced, its replacement
     content: Content
     bad: list[Bad]
 
@@ -188,11 +188,11 @@ class Dataset:
         self.order = make_order(plan, self.sources)
         self._chunks = Chunks(self.sources, plan.sequence_length)
 
-    def gather(self, samples: Samples) -> Gathered:
+    def gather(self, samples: SamplePlaces) -> Gathered:
         """Reads the samples' contents, and reports which of them are bad."""
         return self._chunks.gather(samples)
 
-    def read(self, samples: Samples) -> Content:
+    def read(self, samples: SamplePlaces) -> Content:
         """Reads the samples' contents in order; DataError if any is bad."""
         gathered = self.gather(samples)
         if gathered.faults:
@@ -213,7 +213,7 @@ class Dataset:
         bad: list[Bad] = []
         parts = [gathered.content] if len(gathered.content) else []  # then the replacements, one by one
         index, first = np.arange(len(samples)), len(gathered.content)
-        windows: dict[int, tuple[Samples, Gathered]] = {}
+        windows: dict[int, tuple[SamplePlaces, Gathered]] = {}
         for i, reason in sorted(gathered.faults.items()):
             window, begin, end = self.order.window_at(int(positions[i]))
             if window not in windows:
@@ -230,7 +230,7 @@ class Dataset:
         return Loaded(samples, take(join(parts), index) if bad else gathered.content, bad)
 
 
-def _replacement(at: int, window: Samples, read: Gathered, reason: str) -> int:
+def _replacement(at: int, window: SamplePlaces, read: Gathered, reason: str) -> int:
     """Finds the index in the window of the sample that replaces the one at index `at`; DataError if no sample in it is good."""
     turn = np.roll(np.arange(len(window)), -at)
     same = turn[window.source[turn] == window.source[at]]

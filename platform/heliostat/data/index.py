@@ -33,7 +33,7 @@ NOT_IN_FOOTERS = (
 
 
 @dataclass(frozen=True)
-class Report:
+class IndexReport:
     """Reports what indexing did: `previous` is the newest digest before; chunks, tokens and rows are the whole dataset's."""
 
     dataset: str
@@ -46,7 +46,7 @@ class Report:
     seconds: float
 
 
-def index(location: Location) -> Report:
+def index(location: Location) -> IndexReport:
     """Indexes the new shards; DataError if a listed one is missing or has another size, or a new one does not fit the dataset."""
     start = time.monotonic()
     before = manifest.read(location)
@@ -58,7 +58,7 @@ def index(location: Location) -> Report:
     if len(new) < len(unlisted):
         log.info("%s: %d shards of replaced versions are not taken", location, len(unlisted) - len(new))
     after = _extend(before, new) if new else before
-    return Report(
+    return IndexReport(
         dataset=str(location),
         digest=after.digest,
         previous=before.digest,

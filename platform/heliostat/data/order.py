@@ -41,7 +41,7 @@ def permutation(size: int, *key: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SamplePlaces:
     """Locates samples in the sources, as arrays of one length; `position` is the position in the global sequence."""
 
     position: np.ndarray  # int64
@@ -213,7 +213,7 @@ class Order:
                 self._epochs.pop(next(iter(self._epochs)), None)
         return known
 
-    def locate(self, positions: np.ndarray) -> Samples:
+    def locate(self, positions: np.ndarray) -> SamplePlaces:
         """Locates the samples at positions of the global sequence, int64 [n] in any order."""
         positions = np.asarray(positions, dtype=np.int64)
         source, epoch = np.empty(len(positions), np.int16), np.empty(len(positions), np.int32)
@@ -231,7 +231,7 @@ class Order:
                 stream = indices[sources == s]
                 places = self._locate_in_source(s, indices[local[mine]], int(stream[0]), int(stream[-1]) + 1, window)
                 epoch[at[mine]], chunk[at[mine]], row[at[mine]] = places
-        return Samples(positions, source, epoch, chunk, row)
+        return SamplePlaces(positions, source, epoch, chunk, row)
 
     def _locate_in_source(
         self, source: int, index: np.ndarray, first: int, last: int, window: int
@@ -252,7 +252,7 @@ class Order:
         """Computes how many held-out samples each source is asked for, by its weight; rounded, so the sum may not be `count`."""
         return [max(1, round(count * share)) for share in self.sections[0].mixture.shares]
 
-    def held_out(self, count: int) -> Samples:
+    def held_out(self, count: int) -> SamplePlaces:
         """Chooses at most `count` held-out samples, spread evenly over each source's, sources in proportion to their weights."""
         parts, asked = [], self.held_shares(count)
         for s, split in enumerate(self.splits):
@@ -265,7 +265,7 @@ class Order:
             parts.append((np.full(take, s, np.int16), chunk.astype(np.int32), row))
         source, chunk, row = (np.concatenate(x) for x in zip(*parts, strict=True))
         n = min(count, len(source))
-        return Samples(np.arange(n), source[:n], np.zeros(n, np.int32), chunk[:n], row[:n])
+        return SamplePlaces(np.arange(n), source[:n], np.zeros(n, np.int32), chunk[:n], row[:n])
 
 
 def shuffled(chunks: int, key: tuple[int, ...]) -> np.ndarray:

@@ -20,7 +20,7 @@ Size = Annotated[int, Field(gt=0, le=LARGEST)]
 
 
 @closed
-class Shape(TypedDict):
+class RecordedShape(TypedDict):
     batch: Size
     lanes: Size
     superstep: Size
@@ -37,7 +37,7 @@ class Plan(TypedDict):
     sequence_length: Annotated[int, Field(gt=1, le=LARGEST)] | None
     seed: Whole
     held_fraction: Annotated[float, Field(ge=0, lt=1)]
-    shape: Shape
+    shape: RecordedShape
     skips: list[tuple[Whole, Whole, Whole]]
     version: NotRequired[Annotated[int, Field(ge=1)]]
 

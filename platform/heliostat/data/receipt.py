@@ -16,14 +16,14 @@ import json
 import numpy as np
 
 from heliostat.data.content import Content, sample_bytes, sample_bytes_1
-from heliostat.data.order import Samples
+from heliostat.data.order import SamplePlaces
 
 GENESIS = ""
 VERSION = 2
 CONTENTS = {1: sample_bytes_1, 2: sample_bytes}
 
 
-def sample_digests(samples: Samples, contents: Content, version: int = VERSION) -> np.ndarray:
+def sample_digests(samples: SamplePlaces, contents: Content, version: int = VERSION) -> np.ndarray:
     """Computes each sample's digest from its place and its content, uint64 [n]."""
     places = np.stack([samples.source, samples.epoch, samples.chunk, samples.row], axis=1).astype("<i8")
     out = bytearray()

@@ -19,7 +19,7 @@ from heliostat.config.spec import Job
 from heliostat.engine import zero_state
 
 
-class Ema:
+class AveragedWeights:
     def __init__(self, engine: Any, decay: float) -> None:
         self.engine, self.decay = engine, decay
         self._masters = _named(engine, "master")
@@ -53,7 +53,7 @@ class Ema:
         zero_state.refresh(self.engine)
 
 
-class Kept(Ema):
+class OptimizerAverage(AveragedWeights):
     """Shows the average of the weights that the optimizer keeps itself, as its state `ema`, to whatever reads averages."""
 
     def __init__(self, engine: Any) -> None:
@@ -68,11 +68,11 @@ class Kept(Ema):
         return {}
 
 
-def of(job: Job, engine: Any) -> Ema | None:
+def of(job: Job, engine: Any) -> AveragedWeights | None:
     """Makes the average that a job asks for, of its own or as its optimizer keeps it; the optimizer's state must be made."""
     if job.train.optimizer.averages:
-        return Kept(engine)
-    return Ema(engine, job.train.ema.decay) if job.train.ema else None
+        return OptimizerAverage(engine)
+    return AveragedWeights(engine, job.train.ema.decay) if job.train.ema else None
 
 
 def _named(engine: Any, kind: str) -> dict[str, FlatShard]:

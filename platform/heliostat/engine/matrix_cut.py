@@ -36,7 +36,7 @@ def tell(engine: Any, hidden: set[torch.nn.Parameter]) -> None:
     optimizer.cut_as(told, engine.device)
 
 
-def _slice(place: zero_state.Place | None) -> Slice:
+def _slice(place: zero_state.SlicePlace | None) -> Slice:
     """Describes this worker's slice of a parameter; an empty one if it has none."""
     return ((place.start, place.numel), place.offset) if place and place.numel else ((0, 0), 0)
 

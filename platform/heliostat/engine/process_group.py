@@ -24,7 +24,7 @@ _order = threading.Event()  # the driver has ordered this attempt's workers to a
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerPlace:
     """Holds a worker's place in an attempt: its ranks, the rendezvous, and the GPUs that the workers on its node share."""
 
     rank: int
@@ -36,7 +36,7 @@ class Place:
     gpus: tuple[str, ...] = ()
 
 
-def join(place: Place) -> None:
+def join(place: WorkerPlace) -> None:
     """Joins the process group of an attempt."""
     global _order
     import torch

@@ -83,7 +83,7 @@ def _persistent_buffers(module: torch.nn.Module) -> set[str]:
     }
 
 
-class Place(NamedTuple):
+class SlicePlace(NamedTuple):
     """Describes where the optimizer keeps this rank's slice of a parameter: `numel` elements from `offset` on of `flat`, a tensor
     that it steps. `start`: where the slice begins in this worker's part of the parameter."""
 
@@ -97,22 +97,22 @@ class Place(NamedTuple):
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
-def place(engine: Any, p: Any) -> Place | None:
+def place(engine: Any, p: Any) -> SlicePlace | None:
     """Finds this rank's slice of a trained parameter; None if it has none.
 
     DeepSpeed's accessors are of no use here: where the optimizer's memory is on the host, they return copies on the GPU.
     """
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
-        return Place(p, 0, p.numel(), 0)
+        return SlicePlace(p, 0, p.numel(), 0)
     if stage == 3:
         group, offset, _ = zero.grad_position[zero.get_param_id(p)]
         start, size = _at_stage_3(p)
-        return Place(_flats(engine)[group], offset, size, start)
+        return SlicePlace(_flats(engine)[group], offset, size, start)
     if (mapping := patches.fragment(p)) is None:
         return None
     kept, within = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return Place(_flats(engine)[mapping.param_group_index], kept.start, kept.numel, within.start)
+    return SlicePlace(_flats(engine)[mapping.param_group_index], kept.start, kept.numel, within.start)
 
 
 def _slices(engine: Any, p: Any) -> Iterator[tuple[str, torch.Tensor, int]]:

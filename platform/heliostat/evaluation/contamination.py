@@ -17,7 +17,7 @@ import numpy as np
 from heliostat.config import workspace
 from heliostat.config.fields import Json
 from heliostat.curation import decontamination
-from heliostat.curation.decontamination import Index
+from heliostat.curation.decontamination import NgramIndex
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.evaluation import documents
@@ -76,7 +76,7 @@ class Examples:
         """Looks for the n-grams in the training data; returns what could not be read."""
         every = [grams for task in self.grams.values() for grams in task if len(grams)]
         hashes = np.unique(np.concatenate(every)) if every else np.zeros(0, np.uint64)
-        index, damaged = Index(hashes, np.zeros(0, np.int32), []), list[str]()
+        index, damaged = NgramIndex(hashes, np.zeros(0, np.int32), []), list[str]()
         total, done, seen = sum(len(chunks) for _, chunks in training.sources), 0, np.zeros(len(hashes), bool)
         for dataset, chunks in training.sources:
             read = documents.Documents(dataset)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint import layout
-from heliostat.checkpoint.layout import Checkpoint
+from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.config.fields import Json
 from heliostat.errors import CheckpointError, ConfigError, DataError, HeliostatError, TrackingError
 from heliostat.evaluation import recording
@@ -40,7 +40,7 @@ REMOVED = "retention has removed its checkpoint before it was scored"
 
 
 @open_
-class Kept(TypedDict):
+class KeptResult(TypedDict):
     """Describes what is read of a result that was kept. `written`: when its checkpoint was."""
 
     suite: dict[str, Json]
@@ -50,7 +50,7 @@ class Kept(TypedDict):
     recorded: dict[str, Json]
 
 
-KEPT = Format(Kept, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")
+KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Followed:
                 )
             self.results[step] = kept
 
-    def _open(self, step: int) -> Checkpoint | None:
+    def _open(self, step: int) -> SavedCheckpoint | None:
         """Opens a checkpoint that is complete and not yet scored as it is."""
         if step in self.failed:
             return None

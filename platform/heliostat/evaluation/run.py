@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from heliostat import extras
 from heliostat.config.fields import Json
-from heliostat.curation.watching import Watch
+from heliostat.curation.watching import PipelineWatch
 from heliostat.evaluation import contamination, measures, sandbox, scoring
 from heliostat.evaluation.contamination import Examples
 from heliostat.evaluation.suite import Result, Row, Suite
-from heliostat.evaluation.tasks import Task, build
+from heliostat.evaluation.tasks import EvalTask, build
 from heliostat.inference.batch.run import model_digest
 from heliostat.recipes import exported
 from heliostat.storage.locations import Location
@@ -41,7 +41,7 @@ class Benchmark:
         self._seen: dict[str, Json] = {}
         self._examples: Examples | None = None
         with sandbox.held():
-            self.tasks: list[Task] = build(suite, folder, Path(self._cache.name))
+            self.tasks: list[EvalTask] = build(suite, folder, Path(self._cache.name))
 
     def close(self) -> None:
         """Removes what was copied."""
@@ -51,7 +51,7 @@ class Benchmark:
         """Scores the model in a folder on all tasks; returns what the result's file holds."""
         scoring.require_language_model(folder)
         began, rows = time.time(), list[Row]()
-        with Watch(console, f"scoring {folder.name}", self.quiet) as watch:
+        with PipelineWatch(console, f"scoring {folder.name}", self.quiet) as watch:
             seen = self._contamination(folder, watch)
             watch.show("model", "loading it")
             with sandbox.held():
@@ -65,13 +65,13 @@ class Benchmark:
             "versions": {name: version(name) for name in PACKAGES}, "seconds": round(time.time() - began, 1),
         }  # fmt: skip
 
-    def _row(self, model: HFLM, task: Task) -> Row:
+    def _row(self, model: HFLM, task: EvalTask) -> Row:
         row, values = scoring.score(model, task, self.suite)
         if self._examples is None or self._seen.get("unknown"):
             return row | {"contamination": None}
         return row | {"contamination": contamination.summary(self._examples.shares(task.name), values, row["score"])}
 
-    def _contamination(self, folder: Path, watch: Watch) -> dict[str, Json] | None:
+    def _contamination(self, folder: Path, watch: PipelineWatch) -> dict[str, Json] | None:
         """Looks the examples up in the training data, of the first model; None if the suite says not to."""
         asked = self.suite.contamination
         if not asked.measure or self._seen:

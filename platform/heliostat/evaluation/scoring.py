@@ -17,7 +17,7 @@ from heliostat.errors import ConfigError, HeliostatError
 from heliostat.evaluation import measures
 from heliostat.evaluation.programs import unit_tests
 from heliostat.evaluation.suite import Row, Suite
-from heliostat.evaluation.tasks import Task
+from heliostat.evaluation.tasks import EvalTask
 from heliostat.recipes import exported
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text.generator import whole
@@ -49,7 +49,7 @@ def load(folder: Path, suite: Suite) -> HFLM:
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=suite.batch)
 
 
-def score(model: HFLM, task: Task, suite: Suite) -> tuple[Row, list[Json]]:
+def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, list[Json]]:
     """Scores a model on a task; returns what is known of the score, and each example's own value."""
     from lm_eval.evaluator import evaluate
 
@@ -74,7 +74,7 @@ def score(model: HFLM, task: Task, suite: Suite) -> tuple[Row, list[Json]]:
     return unit_tests.row(row, ended), unit_tests.passed(ended)
 
 
-def _row(task: Task, evaluated: dict[str, Json], samples: list[Sample], cut: int) -> Row:
+def _row(task: EvalTask, evaluated: dict[str, Json], samples: list[Sample], cut: int) -> Row:
     scores, name = evaluated["results"][task.name], task.name
     value, stderr = float(scores[f"{task.metric},{task.filter}"]), scores.get(f"{task.metric}_stderr,{task.filter}")
     stderr = float(stderr) if isinstance(stderr, int | float) else None
@@ -103,7 +103,7 @@ def similarity(samples: list[Sample]) -> float | None:
     return sum(measures.edit_similarity(*pair) for pair in pairs) / len(pairs)
 
 
-def choices(task: Task, samples: list[Sample]) -> Iterator[tuple[int, int]]:
+def choices(task: EvalTask, samples: list[Sample]) -> Iterator[tuple[int, int]]:
     """Yields (right choices, all choices) of each example of a multiple choice."""
     if task.task.OUTPUT_TYPE != "multiple_choice":
         return
@@ -112,7 +112,7 @@ def choices(task: Task, samples: list[Sample]) -> Iterator[tuple[int, int]]:
         yield len(set(right)), len(task.task.doc_to_choice(one["doc"]))
 
 
-def truncated(model: HFLM, task: Task) -> int:
+def truncated(model: HFLM, task: EvalTask) -> int:
     """Counts the examples of which the model saw only the end, because they are longer than it takes."""
     return len({one.doc_id for one in task.task.instances if _cut(model, one.request_type, one.args)})
 
@@ -129,7 +129,7 @@ def _cut(model: HFLM, kind: str, args: tuple[Json, ...]) -> bool:
     return False  # of whole texts, every token is scored, in windows
 
 
-def texts(task: Task, suite: Suite) -> Iterator[str]:
+def texts(task: EvalTask, suite: Suite) -> Iterator[str]:
     """Yields the text of each example: its question and its right answer, without solved examples before it."""
     for doc in itertools.islice(task.task.eval_docs, suite.examples):
         asked, target = task.task.doc_to_text(doc), task.task.doc_to_target(doc)

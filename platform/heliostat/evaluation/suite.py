@@ -16,7 +16,7 @@ Result = dict[str, Json]  # of a model on a suite, as its file holds it
 Row = dict[str, Json]  # of a result: a task
 
 
-class Entry(Strict):
+class SuiteEntry(Strict):
     """Describes a task of the suite, and what of it the suite sets; its name alone leaves everything to the task."""
 
     task: Name
@@ -55,7 +55,7 @@ class Suite(Strict):
     """The suite's name, under which its results are kept."""
     folder: str = Field(".", min_length=1)
     """Where the task files are, and their data sets: a folder, from the suite's file on, or an `s3://` prefix."""
-    tasks: list[Entry] = Field(min_length=1)
+    tasks: list[SuiteEntry] = Field(min_length=1)
     """The tasks: names, or mappings with the keys below."""
     examples: Positive | None = None
     """At most so many examples of each task, its first; the default is all."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.evaluation import task_files
 from heliostat.evaluation.programs import unit_tests
-from heliostat.evaluation.suite import Entry, Suite
+from heliostat.evaluation.suite import Suite, SuiteEntry
 from heliostat.schema import nearest
 from heliostat.storage.locations import Location
 from heliostat.text import brief
@@ -35,11 +35,11 @@ STRUCTURE = ("tag", "group", "task_list", "task")
 
 
 @dataclass(frozen=True)
-class Task:
+class EvalTask:
     """Holds a task of lm-eval's, with what the suite says of it. `metric`, `filter`: of what is its score; `runs_code`: it is by
     unit tests of what the model writes."""
 
-    entry: Entry
+    entry: SuiteEntry
     task: ConfigurableTask
     metric: str
     filter: str
@@ -51,13 +51,13 @@ class Task:
         return self.entry.task
 
 
-def build(suite: Suite, folder: Location, cache: Path) -> list[Task]:
+def build(suite: Suite, folder: Location, cache: Path) -> list[EvalTask]:
     """Builds all tasks of a suite, data sets read; ConfigError for the first that is wrong. `cache`: where copies go."""
     root = task_files.download(folder, cache / "tasks")
     return [_build(suite, entry, folder, root, cache) for entry in suite.tasks]
 
 
-def _build(suite: Suite, entry: Entry, folder: Location, root: Path, cache: Path) -> Task:
+def _build(suite: Suite, entry: SuiteEntry, folder: Location, root: Path, cache: Path) -> EvalTask:
     file = task_files.find(root, entry.task)
     source, runs_code = "lm-eval" if file is None else str(file.relative_to(root)), False
     if file is None:
@@ -77,7 +77,7 @@ def _build(suite: Suite, entry: Entry, folder: Location, root: Path, cache: Path
         )
     _settle(task, suite, entry)
     metric, filter_ = _score(task, entry)
-    return Task(entry, task, metric, filter_, source, runs_code)
+    return EvalTask(entry, task, metric, filter_, source, runs_code)
 
 
 def _made(config: dict[str, object], where: Location, folder: Location, cache: Path) -> ConfigurableTask:
@@ -126,7 +126,7 @@ def _said(error: Exception, config: dict[str, object]) -> str:
     return f"{kind}: {brief(error)}"
 
 
-def _settle(task: ConfigurableTask, suite: Suite, entry: Entry) -> None:
+def _settle(task: ConfigurableTask, suite: Suite, entry: SuiteEntry) -> None:
     """Sets the number of solved examples, and the seed of their choice, by lm-eval's rules."""
     own = task.get_config("num_fewshot")
     if entry.fewshot is not None:
@@ -137,7 +137,7 @@ def _settle(task: ConfigurableTask, suite: Suite, entry: Entry) -> None:
     task.set_fewshot_seed(seed=suite.seed)
 
 
-def _score(task: ConfigurableTask, entry: Entry) -> tuple[str, str]:
+def _score(task: ConfigurableTask, entry: SuiteEntry) -> tuple[str, str]:
     """Finds the metric and the filter of a task's score; ConfigError if the suite names one that the task has not."""
     metrics = list(task.aggregation())
     filters = [ensemble.name for ensemble in task._filters]

@@ -17,7 +17,7 @@ import torch
 
 from heliostat.checkpoint import safetensors_file
 from heliostat.checkpoint.checksums import as_bytes, cut
-from heliostat.checkpoint.layout import EMA, FROZEN, Checkpoint
+from heliostat.checkpoint.layout import EMA, FROZEN, SavedCheckpoint
 from heliostat.config.spec import Job
 from heliostat.data.dataset import open_dataset
 from heliostat.errors import CheckpointError, ConfigError, naming
@@ -32,7 +32,7 @@ SHARD_BYTES = 4 << 30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
+def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
     """Loads the job and the bound recipe that made a checkpoint, from the checkpoint's own record."""
 
     job, place = checkpoint.job, checkpoint.location
@@ -40,7 +40,7 @@ def recipe_of(checkpoint: Checkpoint) -> tuple[Job, Recipe]:
         return job, load(job, open_dataset(checkpoint.plan).sources, None if place.is_s3 else Path(place.path).parents[1])
 
 
-def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> Recipe:
+def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None) -> Recipe:
     """Writes the model at `folder`, which `from_pretrained` then loads; returns the recipe. `run_id`: of its MLflow run."""
     job, recipe = recipe_of(checkpoint)
     if not isinstance(recipe, Exports):
@@ -63,7 +63,7 @@ def export(checkpoint: Checkpoint, folder: Path, run_id: str | None = None) -> R
     return recipe
 
 
-def _initial(checkpoint: Checkpoint, job: Job, recipe: Recipe, frozen: list[str]) -> dict[str, torch.Tensor]:
+def _initial(checkpoint: SavedCheckpoint, job: Job, recipe: Recipe, frozen: list[str]) -> dict[str, torch.Tensor]:
     """Rebuilds initial parameters that are not trained and that the checkpoint, an older one, does not hold.
 
     Their values are those that the model was built with, from the job's seed.
@@ -77,7 +77,7 @@ def _initial(checkpoint: Checkpoint, job: Job, recipe: Recipe, frozen: list[str]
     return {n: built[n].detach() for n in wanted}
 
 
-def _files(recipe: Exports, shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> dict[str, dict[str, Weight]]:
+def _files(recipe: Exports, shapes: dict[str, tuple[int, ...]], checkpoint: SavedCheckpoint) -> dict[str, dict[str, Weight]]:
     """Maps each file to its tensors, as the recipe defines them; warns of parameters that are in no file."""
     files = {file: tensors for file, tensors in recipe.tensors({**shapes, **_buffers(checkpoint)}).items() if tensors}
     used = {source for tensors in files.values() for weight in tensors.values() for source in weight.sources}
@@ -86,12 +86,12 @@ def _files(recipe: Exports, shapes: dict[str, tuple[int, ...]], checkpoint: Chec
     return files
 
 
-def _buffers(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _buffers(checkpoint: SavedCheckpoint) -> dict[str, tuple[int, ...]]:
     return {n: tuple(checkpoint.index["tensors"][f"buffer.{n}"]["shape"]) for n in checkpoint.names("buffer")}
 
 
 def write_weights(
-    checkpoint: Checkpoint,
+    checkpoint: SavedCheckpoint,
     shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
     stem: Path,
@@ -123,7 +123,7 @@ class _Sources:
     """Provides a model's tensors by name, from the checkpoint or from initial values."""
 
     def __init__(
-        self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], initial: Mapping[str, torch.Tensor]
+        self, checkpoint: SavedCheckpoint, shapes: Mapping[str, tuple[int, ...]], initial: Mapping[str, torch.Tensor]
     ) -> None:
         weights = EMA if checkpoint.names(EMA) else "master"
         kept = ("buffer", FROZEN, weights)  # the last of them that has a name counts

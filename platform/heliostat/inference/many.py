@@ -19,7 +19,7 @@ from pathlib import Path
 
 from heliostat.config.fields import Json
 from heliostat.curation import segment
-from heliostat.curation.watching import Watch
+from heliostat.curation.watching import PipelineWatch
 from heliostat.errors import HeliostatError
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.run import model_digest
@@ -61,7 +61,7 @@ def generate_many(
         from heliostat.cluster.connect import connect
 
         connect(cpus=workers, gpus=torch.cuda.device_count())
-        with Watch(console, "answering prompts", quiet) as watch:
+        with PipelineWatch(console, "answering prompts", quiet) as watch:
             flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
             try:
                 results = answered(flow, folder, prompts, options, seed, out, key(asked))

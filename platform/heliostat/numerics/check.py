@@ -17,8 +17,8 @@ from pathlib import Path
 from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.numerics import processes
-from heliostat.numerics.rows import Row
-from heliostat.numerics.thresholds import LIMITS, Limits
+from heliostat.numerics.rows import DifferenceRow
+from heliostat.numerics.thresholds import LIMITS, Thresholds
 from heliostat.runs import verify
 from heliostat.storage.locations import Location
 from heliostat.validation import check as checks
@@ -46,21 +46,21 @@ def conclude(folder: Path) -> dict[str, Json]:
     }
 
 
-def _rows(files: dict[str, Json], limits: Limits) -> list[Row]:
+def _rows(files: dict[str, Json], limits: Thresholds) -> list[DifferenceRow]:
     played, plain, resumed = files["played"], files["plain"], files["resumed"]
-    begun, gradients, updates = (Row.parse(row) for row in plain["rows"])
-    loss, behind = Row("loss", limits.loss), Row("resumed loss", limits.resumed)
+    begun, gradients, updates = (DifferenceRow.parse(row) for row in plain["rows"])
+    loss, behind = DifferenceRow("loss", limits.loss), DifferenceRow("resumed loss", limits.resumed)
     for step, (own, right) in enumerate(zip(played["losses"], plain["losses"], strict=True), 1):
         loss.add(step, "", _apart(own, right))
     after = files["trial"]["resumed"]["step"]
     for step, (own, right) in enumerate(zip(resumed["losses"], played["losses"][after:], strict=True), after + 1):
         behind.add(step, "", _apart(own, right))
-    return [begun, _together(played["rows"]), loss, gradients, updates, Row.parse(resumed["row"]), behind]
+    return [begun, _together(played["rows"]), loss, gradients, updates, DifferenceRow.parse(resumed["row"]), behind]
 
 
-def _together(parts: list[dict[str, Json]]) -> Row:
+def _together(parts: list[dict[str, Json]]) -> DifferenceRow:
     """Joins the rows of all workers: the first with the worst difference, and everybody's faults."""
-    rows = [Row.parse(part) for part in parts]
+    rows = [DifferenceRow.parse(part) for part in parts]
     worst = max(rows, key=lambda row: row.worst)
     worst.count, worst.faults = sum(r.count for r in rows), [fault for r in rows for fault in r.faults]
     return worst
@@ -70,9 +70,9 @@ def _apart(own: float, right: float) -> float:
     return abs(own - right) / max(abs(right), 1e-30) if own == own else float("inf")
 
 
-def _receipts(run: Location) -> Row:
+def _receipts(run: Location) -> DifferenceRow:
     """Verifies the trial's receipts, of both layouts: each sample once, and the right ones."""
-    row, report = Row("receipts", 0.0), verify.verify(run)
+    row, report = DifferenceRow("receipts", 0.0), verify.verify(run)
     wrong = report["lost"] + report["repeated"] + (0 if report["ok"] else 1)
     row.add(report["steps"], "", float(wrong), lambda: verify.explain(report))
     row.count = report["samples"]

@@ -16,7 +16,7 @@ from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.dataset import DataPlan
 from heliostat.numerics import compare, play
-from heliostat.numerics.rows import Row
+from heliostat.numerics.rows import DifferenceRow
 from heliostat.numerics.small import STEPS
 from heliostat.numerics.thresholds import LIMITS
 from heliostat.recipes import building
@@ -27,7 +27,7 @@ from heliostat.training.worker.coupled import objective
 WAIT_S = 300.0  # for the workers' next step
 
 
-class Plain:
+class PlainLoop:
     def __init__(self, job: Job, plan: DataPlan, recipe: Recipe) -> None:
         self.job, self.recipe, self.type = job, recipe, play.TYPES[job.train.precision]
         self.samples, self.batch_plan = play.dealt(plan, 0, 1, 0), BatchPlan(job, plan)
@@ -120,8 +120,12 @@ class Plain:
 
 def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
     """Plays all steps beside the workers, and writes the rows of the comparison."""
-    limits, plain = LIMITS[job.train.precision], Plain(job, plan, recipe)
-    begun, grads, updates = Row("initial weights", 0.0), Row("gradients", limits.gradient), Row("updates", limits.update)
+    limits, plain = LIMITS[job.train.precision], PlainLoop(job, plan, recipe)
+    begun, grads, updates = (
+        DifferenceRow("initial weights", 0.0),
+        DifferenceRow("gradients", limits.gradient),
+        DifferenceRow("updates", limits.update),
+    )
     weights, before = play.read(folder / "weights-0", WAIT_S), None
     for name, right in plain.initial().items():
         begun.add(1, name, compare.relative(weights[name], right.to(plain.type).float()))
@@ -140,7 +144,7 @@ def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
 
 
 def _gradients(
-    row: Row,
+    row: DifferenceRow,
     step: int,
     found: compare.Tensors,
     right: compare.Tensors,
@@ -155,7 +159,7 @@ def _gradients(
         row.add(step, name, compare.relative(found[name], one, least[name]), explained)
 
 
-def _updates(row: Row, step: int, weights: compare.Tensors, following: compare.Tensors, right: compare.Tensors) -> None:
+def _updates(row: DifferenceRow, step: int, weights: compare.Tensors, following: compare.Tensors, right: compare.Tensors) -> None:
     for name, one in right.items():
         found, least = following[name] - weights[name], float(weights[name].norm()) * 2**-23 / row.limit
         explained = partial(compare.explain_update, found, one, row.limit)

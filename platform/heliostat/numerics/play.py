@@ -25,7 +25,7 @@ from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.engine import deepspeed_engine, full_tensors
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.numerics.compare import relative
-from heliostat.numerics.rows import Row
+from heliostat.numerics.rows import DifferenceRow
 from heliostat.numerics.small import SAVED, STEPS
 from heliostat.parallel import division
 from heliostat.recipes import building
@@ -122,7 +122,7 @@ def play(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
     if dist.get_rank() == 0:
         segments.begin(job.run_folder, plan, 0)
     player = Player(job, plan, recipe)
-    losses, in_use = [], Row("weights in use", 0.0)
+    losses, in_use = [], DifferenceRow("weights in use", 0.0)
     _watch(player, folder)
     for step in range(STEPS):
         weigh(player.engine, job, step + 1, in_use)
@@ -141,7 +141,7 @@ def play(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
 def resume(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
     """Loads the checkpoint at another layout, and goes on from it to the last step."""
     player = Player(job, plan, recipe, SAVED)
-    row, saved = Row("resumed state", 0.0), read(folder / "saved", 0.0)
+    row, saved = DifferenceRow("resumed state", 0.0), read(folder / "saved", 0.0)
     for name, loaded in state(player.engine).items():
         row.add(SAVED, name, relative(loaded, saved[name]))
     losses = player.losses(SAVED, STEPS)
@@ -197,7 +197,7 @@ def _full(engine: DeepSpeedEngine, p: torch.nn.Parameter, key: str | None) -> to
     return whole.float().cpu().clone()
 
 
-def weigh(engine: DeepSpeedEngine, job: Job, step: int, row: Row) -> None:
+def weigh(engine: DeepSpeedEngine, job: Job, step: int, row: DifferenceRow) -> None:
     """Compares the weights that this worker's forward pass uses with the masters, rounded; collective."""
     for name, p in _trained(engine):
         right = _full(engine, p, None).to(TYPES[job.train.precision])

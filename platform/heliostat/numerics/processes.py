@@ -28,7 +28,7 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError, HeliostatError, TrainingError, innermost
 
 if TYPE_CHECKING:
-    from heliostat.numerics.small import Trial
+    from heliostat.numerics.small import SmallTrial
 
 DEADLINE_S = 600.0
 END_S = 10.0
@@ -137,7 +137,7 @@ def host(folder: Path) -> int:
     return 0 if _ended([last, beside]) else 1
 
 
-def _describe(trial: Trial) -> dict[str, object]:
+def _describe(trial: SmallTrial) -> dict[str, object]:
     from heliostat.numerics import small
 
     train, other = trial.job.train, small.elsewhere(trial.job)
@@ -182,7 +182,7 @@ def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *gi
     folder = cast(Path, given[-1])
     names = tuple(map(str, range(world))) if gpus else ()
     meeting = f"file://{folder / f'group-{world}'}"
-    process_group.join(process_group.Place(rank, world, rank, world, meeting, "nccl" if gpus else "gloo", names))
+    process_group.join(process_group.WorkerPlace(rank, world, rank, world, meeting, "nccl" if gpus else "gloo", names))
     try:
         play_it(job, *given)
     finally:

@@ -9,7 +9,7 @@ from heliostat.config.fields import Json
 
 
 @dataclass(frozen=True)
-class Fault:
+class NumericFault:
     """Describes a difference beyond its limit: of `what`, at `step` (from 1), in the parameter `name`; the cause, if known."""
 
     what: str
@@ -24,7 +24,7 @@ class Fault:
 
 
 @dataclass
-class Row:
+class DifferenceRow:
     """Collects the differences of one kind: the worst of them, and those beyond the limit."""
 
     what: str
@@ -32,18 +32,18 @@ class Row:
     worst: float = 0.0
     where: str = ""
     count: int = 0
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[NumericFault] = field(default_factory=list)
 
     def add(self, step: int, name: str, difference: float, cause: Callable[[], str] = lambda: "") -> None:
         self.count += 1
         if not difference <= self.worst or not self.where:
             self.worst, self.where = difference, f"{name}, step {step}" if name else f"step {step}"
         if not difference <= self.limit:
-            self.faults.append(Fault(self.what, step, name, difference, cause()))
+            self.faults.append(NumericFault(self.what, step, name, difference, cause()))
 
     def dump(self) -> dict[str, Json]:
         return asdict(self)
 
     @staticmethod
-    def parse(raw: dict[str, Json]) -> Row:
-        return Row(**{**raw, "faults": [Fault(**fault) for fault in raw["faults"]]})
+    def parse(raw: dict[str, Json]) -> DifferenceRow:
+        return DifferenceRow(**{**raw, "faults": [NumericFault(**fault) for fault in raw["faults"]]})

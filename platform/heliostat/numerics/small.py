@@ -35,7 +35,7 @@ ELSEWHERE: dict[int, Literal[1, 3]] = {0: 1, 1: 3, 2: 3, 3: 1}  # by stage, the 
 
 
 @dataclass(frozen=True)
-class Trial:
+class SmallTrial:
     """Holds the job that is played, its recipe, and what became of the model, for people."""
 
     job: Job
@@ -43,12 +43,12 @@ class Trial:
     told: str
 
 
-def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> Trial:
+def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallTrial:
     """Makes what is played of a job on two workers of this machine; ConfigError if its model is too large, and cannot be cut."""
     size = tiny.parameters(loading.load(job, sources))
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
-        return Trial(small, _loaded(small, sources), f"the whole model, {size:,} parameters{left_out(job)}")
+        return SmallTrial(small, _loaded(small, sources), f"the whole model, {size:,} parameters{left_out(job)}")
     small = small_job(job, folder, gpus, tiny.LENGTH)
     recipe = _loaded(small, sources)
     if not isinstance(recipe, CausalLM):
@@ -56,7 +56,7 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> Trial:
             f"recipe: --numerics plays models of up to {LARGEST:,} parameters, and this one has {size:,}; only those of CausalLM "
             "are cut by themselves: make it smaller with --set model.KEY=VALUE"
         )
-    return Trial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
+    return SmallTrial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
 
 
 def left_out(job: Job) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Limits:
+class Thresholds:
     loss: float
     """Of a step's loss."""
     gradient: float
@@ -29,9 +29,9 @@ class Limits:
 UPDATE = 1e-3  # clipping divides by a norm that was summed in another order, and small updates round in the weight's last bits
 LIMITS = {
     # sums in another order: some 1e-7 a sum, and some hundred of them deep
-    "fp32": Limits(loss=1e-5, gradient=1e-3, floor=1e-2, update=UPDATE, resumed=1e-5),
+    "fp32": Thresholds(loss=1e-5, gradient=1e-3, floor=1e-2, update=UPDATE, resumed=1e-5),
     # 8 bits of mantissa: each product is off by up to 4e-3; a router's choice may tip over
-    "bf16": Limits(loss=2e-2, gradient=2.5e-1, floor=1e-1, update=UPDATE, resumed=2e-2),
+    "bf16": Thresholds(loss=2e-2, gradient=2.5e-1, floor=1e-1, update=UPDATE, resumed=2e-2),
     # 11 bits: 5e-4, and gradients that are lost below 6e-8 of the loss's scale
-    "fp16": Limits(loss=5e-3, gradient=1e-1, floor=1e-1, update=UPDATE, resumed=5e-3),
+    "fp16": Thresholds(loss=5e-3, gradient=1e-1, floor=1e-1, update=UPDATE, resumed=5e-3),
 }

@@ -9,7 +9,7 @@ import torch
 from heliostat.optim.pieces import pieces
 
 
-class Lion(torch.optim.Optimizer):
+class LionStep(torch.optim.Optimizer):
     """Keeps `exp_avg` of every parameter; elementwise."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:

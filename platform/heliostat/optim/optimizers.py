@@ -147,7 +147,7 @@ class Lion(Optimizer):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         from heliostat.optim import lion
 
-        return lion.Lion(groups, self.lr, (self.betas[0], self.betas[1]))
+        return lion.LionStep(groups, self.lr, (self.betas[0], self.betas[1]))
 
 
 class ScheduleFree(Optimizer):
@@ -172,7 +172,7 @@ class ScheduleFree(Optimizer):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         from heliostat.optim import schedule_free
 
-        return schedule_free.ScheduleFree(groups, self.lr, (self.betas[0], self.betas[1]), self.eps)
+        return schedule_free.ScheduleFreeStep(groups, self.lr, (self.betas[0], self.betas[1]), self.eps)
 
 
 class Muon(Optimizer):

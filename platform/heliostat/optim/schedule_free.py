@@ -23,7 +23,7 @@ def weight(step: int, warmup: int) -> float:
     return 1 / ((warmup + 1) * (2 * warmup + 1) / (6 * warmup) + step - warmup if warmup else step)
 
 
-class ScheduleFree(torch.optim.Optimizer):
+class ScheduleFreeStep(torch.optim.Optimizer):
     """Keeps `exp_avg_sq`, the iterate and the average of every parameter; the latter two begin as the parameter. Elementwise."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:

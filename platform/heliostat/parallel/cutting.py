@@ -25,7 +25,7 @@ TOLERANCE = 1e-3  # of the logits' own spread: rounding is some 1e-6 of it
 _known: dict[str, str] = {}  # what is wrong with the models that were tried in this process
 
 
-class Unfit(Exception):
+class UnfitForCutting(Exception):
     """Says why a model's samples cannot be cut."""
 
 
@@ -64,7 +64,7 @@ def _require_heads(recipe: Any, parts: int) -> None:
 def _fault(small: Any) -> str:
     try:
         off = difference(small)
-    except Unfit as e:
+    except UnfitForCutting as e:
         return str(e)
     if off <= TOLERANCE:
         return ""
@@ -94,14 +94,14 @@ def _put_together(model: Any, documents: bool) -> None:
     """Makes a model take the rows of a batch for the stretches of one sample."""
     name = model.config._attn_implementation
     if name == "eager":
-        raise Unfit("its attention has no other implementation than 'eager', which is causal by a mask alone")
+        raise UnfitForCutting("its attention has no other implementation than 'eager', which is causal by a mask alone")
     core, (heads, shared, width) = sequence_attention.core(model), sequence_attention.sizes(model.config)
 
     def exchanged(module: Any, *stretches: torch.Tensor, **given: Any) -> tuple[torch.Tensor, Any]:
         *rows, documents_of = stretches
         found = [(x.shape[1], x.shape[3]) for x in rows]
         if found != [(heads, width), (shared, width), (shared, width)]:
-            raise Unfit(f"its layers have {found} heads and widths of queries, keys and values, and not all the same")
+            raise UnfitForCutting(f"its layers have {found} heads and widths of queries, keys and values, and not all the same")
         whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in rows]
         made, _ = core(module, *whole, documents_of, **given)
         return made.unflatten(1, (PARTS, -1)).squeeze(0), None

@@ -17,7 +17,7 @@ import torch
 
 BIASES = ("e_score_correction_bias", "expert_bias")  # what routers add to scores to choose experts by, and to nothing else
 
-_watches: weakref.WeakKeyDictionary[torch.nn.Module, Watch] = weakref.WeakKeyDictionary()
+_watches: weakref.WeakKeyDictionary[torch.nn.Module, RoutingWatch] = weakref.WeakKeyDictionary()
 
 
 def layers(model: torch.nn.Module) -> list[Any]:
@@ -44,13 +44,13 @@ def biases(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[Watch]:
+def watched(model: Any) -> Iterator[RoutingWatch]:
     """Watches the experts of a model, or of an engine's, in forward passes inside the context; not what checkpointing computes
     again, which is outside."""
     module = getattr(model, "module", model)
     watch = _watches.get(module)
     if watch is None:
-        watch = _watches[module] = Watch(module)
+        watch = _watches[module] = RoutingWatch(module)
     watch.begin()
     try:
         yield watch
@@ -58,7 +58,7 @@ def watched(model: Any) -> Iterator[Watch]:
         watch.end()
 
 
-class Watch:
+class RoutingWatch:
     """Holds what was seen: `routed`, the tokens that each expert of each layer was given, the last column those that none took
     (None without experts); and the logits of each router."""
 

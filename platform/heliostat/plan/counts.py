@@ -121,7 +121,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Work:
+class OperationWork:
     """Describes equal operations of a step: how many, and of each the FLOPs and bytes that a sample adds, the bytes that it moves
     whatever the number of samples, whether it is played again where its layer is checkpointed (0 for no, ALWAYS, or AT_STAGE_3),
     and whether selective checkpointing keeps its outputs."""
@@ -141,4 +141,4 @@ class Counts:
 
     model: ModelStats
     kept: Activations
-    work: tuple[Work, ...]
+    work: tuple[OperationWork, ...]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.checkpoint import checksums, layout, placement, shard_index
-from heliostat.checkpoint.index import Index
+from heliostat.checkpoint.index import CheckpointIndex
 from heliostat.checkpoint.index import root as index_root
 from heliostat.checkpoint.placement import BYTES, Shard, Tensor
-from heliostat.checkpoint.shard_index import Place
+from heliostat.checkpoint.shard_index import ChunkPlace
 from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import DataError, StorageError
@@ -97,12 +97,12 @@ def _data(job: Job, recipe: Recipe) -> tuple[dict[str, int], str]:
     }, note
 
 
-def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> tuple[Index, int]:
+def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> tuple[CheckpointIndex, int]:
     """Builds the `checkpoint.json` that the ranks would write; returns it with the bytes of it and of the shards' indexes.
 
     Raises CheckpointError unless every element is in a shard exactly once.
     """
-    whole, size = placement.Part([], {}), 0
+    whole, size = placement.WrittenPart([], {}), 0
     for rank, mine in enumerate(owned):
         tensors = _tensors(job, model, mine) | _buffers(model, rank, len(owned))
         if tensors:
@@ -135,9 +135,9 @@ def _buffers(model: ModelStats, rank: int, world: int) -> placement.Tensors:
     }
 
 
-def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.Part, bytes]:
+def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.WrittenPart, bytes]:
     """Plans a rank's shard, with checksums of ten digits; returns its part of `checkpoint.json`, and its index."""
-    places, offset = dict[str, Place](), 0
+    places, offset = dict[str, ChunkPlace](), 0
     for name, entry in tensors.items():
         ((_, _, start, numel),) = entry["runs"]
         size = numel * BYTES[entry["dtype"]]
@@ -146,4 +146,4 @@ def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.Part, bytes
         offset += size
     index = shard_index.encode(places)
     shard: Shard = {"file": f"shard-{rank:05d}.safetensors", "bytes": offset, "index": shard_index.seal(index)}
-    return placement.Part([shard], tensors), index
+    return placement.WrittenPart([shard], tensors), index

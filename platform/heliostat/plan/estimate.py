@@ -143,7 +143,7 @@ class Planner:
     def _sums_fp32(self) -> bool:
         return spec.settle(self.job, None).train.accumulate == "fp32"
 
-    def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.State, memory.Need, int]:
+    def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.StateBytes, memory.Need, int]:
         """Estimates the training state, all that a worker needs, and the bytes of activations that are on the host."""
         train, model = self.job.train, self.model
         held = memory.state(
@@ -189,7 +189,7 @@ class Planner:
             kept += self.kept.tile.held(layout.micro_batch * length // layout.sequence)
         return kept, left
 
-    def _time(self, layout: Layout, accumulation: int, moved: Traffic, on_host: int) -> tuple[step_time.Step, float, int]:
+    def _time(self, layout: Layout, accumulation: int, moved: Traffic, on_host: int) -> tuple[step_time.StepSeconds, float, int]:
         """Estimates a step, the seconds of it that play the forward pass again, and the bytes that workers hand each other of
         samples, tokens and whole matrices. `on_host`: bytes that cross to the host and back in a step."""
         micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)

@@ -23,7 +23,7 @@ BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_0
 
 
 @dataclass(frozen=True)
-class State:
+class StateBytes:
     """Holds the bytes of training state on one worker: on its device, and moved by offload to its host or to NVMe.
 
     `masters` includes the average of the weights (EMA), if one is kept.
@@ -59,7 +59,7 @@ def state(
     sums_fp32: bool = True,
     moments: int | Mapping[str, int] = 2,
     copied: int | None = None,
-) -> State:
+) -> StateBytes:
     """Computes the bytes of training state that a worker holds between two steps.
 
     Gradients count at their largest, before the optimizer's step; several micro-batches are summed in fp32 (`sums_fp32`) or in
@@ -75,7 +75,7 @@ def state(
     share = _share((n for of in apart.values() for n in of.values()), workers, stage)
     kept = STATE_BYTES * sum(k * n for k, n in shares.items())
     if stage == 0:
-        return State(
+        return StateBytes(
             weights=4 * sum(sizes.values()), gradients=4 * trained, masters=4 * trained * ema, moments=kept, host=0, disk=0
         )
     if stage == 3:
@@ -97,7 +97,7 @@ def state(
         moved = low * sum(partition(n, workers) for n in sizes.values())
         weights -= moved
         host, disk = (host + moved, 0) if offload_param == "cpu" else (host, moved)
-    return State(weights, gradients, masters, kept, host, disk)
+    return StateBytes(weights, gradients, masters, kept, host, disk)
 
 
 def _share(sizes: Iterable[int], workers: int, stage: int) -> int:
@@ -152,7 +152,7 @@ class Need:
 
 
 def need(
-    held: State,
+    held: StateBytes,
     working_bytes: int,
     activation_bytes: int,
     gpu: bool,

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from heliostat import cpu_kernels
 from heliostat.config.spec import Job
 from heliostat.data.content import Content
-from heliostat.plan.counts import Activations, Counts, ModelStats, Tile, Work
-from heliostat.plan.operations import Recorder, extended, grouped
+from heliostat.plan.counts import Activations, Counts, ModelStats, OperationWork, Tile
+from heliostat.plan.operations import OperationRecorder, extended, grouped
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Batch, DividesExperts, DividesMatrices, Recipe
 from heliostat.recipes.text import checkpointing, next_token, selective, tiled_loss, tiled_mlp
@@ -129,7 +129,7 @@ def _tile(model: Any) -> Tile | None:
     return Tile(rows, 2 * kept // rows, 4 * sum(p.numel() for p in mlp.parameters()))
 
 
-def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[Work, ...]:
+def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[OperationWork, ...]:
     """Counts the operations of a micro-batch's forward and backward pass by running both on fake tensors.
 
     `contents` are what `recipe.batch` takes for two samples and for three. The model is that of `activations`, afterwards. Of
@@ -168,10 +168,10 @@ def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.n
             stack._modules = whole
 
 
-def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[Work, ...]:
+def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[OperationWork, ...]:
     operations = []
     for content in contents:
-        with _on_fakes(job, recipe, model, content) as batch, Recorder(layers(model)) as recorder:
+        with _on_fakes(job, recipe, model, content) as batch, OperationRecorder(layers(model)) as recorder:
             loss = recipe.loss(model, batch)
             sum((p.weight * p.value for p in loss.parts.values() if p.weight), loss.sum).backward()
         operations.append(recorder.found)

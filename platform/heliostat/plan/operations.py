@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from heliostat.plan.counts import ALWAYS, AT_STAGE_3, ATTENTION, CONVOLUTION, MATMUL, MEMORY, Work
+from heliostat.plan.counts import ALWAYS, AT_STAGE_3, ATTENTION, CONVOLUTION, MATMUL, MEMORY, OperationWork
 from heliostat.recipes.text import selective
 
 Arguments = Sequence[Any]  # of an operation: tensors, numbers, and lists of them
@@ -29,7 +29,7 @@ FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empt
 @dataclass(frozen=True)
 class Operation:
     """Describes one operation as it ran: its kind, FLOPs, bytes read and written, whether it is played again where its layer is
-    checkpointed (as `Work` says it), and whether selective checkpointing keeps its outputs."""
+    checkpointed (as `OperationWork` says it), and whether selective checkpointing keeps its outputs."""
 
     kind: str
     flops: float
@@ -38,7 +38,7 @@ class Operation:
     dear: bool
 
 
-class Recorder(TorchDispatchMode):
+class OperationRecorder(TorchDispatchMode):
     """Notes, as a context manager, every operation that torch dispatches in it.
 
     A layer is played again as far as the last tensor that autograd keeps of it. torch's own products keep their factors before
@@ -51,7 +51,7 @@ class Recorder(TorchDispatchMode):
         self._layers, self._begun, self._last = list(layers), list[int](), 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda t: t)
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> OperationRecorder:
         self._handles = [
             h for m in self._layers for h in (m.register_forward_pre_hook(self._begin), m.register_forward_hook(self._end))
         ]
@@ -125,7 +125,7 @@ def _attention(name: str, args: Arguments, kwargs: Mapping[str, object]) -> floa
     return pairs * products * (0.5 if causal else 1.0)
 
 
-def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Work, ...]:
+def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[OperationWork, ...]:
     """Groups the operations of a step on two samples, and on three, into those of equal work, with what each sample adds.
 
     (A batch of one is special: what is contiguous in it need not be copied.) Where the two are not the same operations, all that
@@ -134,21 +134,21 @@ def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Work,
     if [o.kind for o in two] != [o.kind for o in three]:
         three = [replace(o, flops=1.5 * o.flops, moved=1.5 * o.moved) for o in two]
     each = (
-        Work(a.kind, 1, b.flops - a.flops, b.moved - a.moved, max(0.0, 3 * a.moved - 2 * b.moved), a.replayed, a.dear)
+        OperationWork(a.kind, 1, b.flops - a.flops, b.moved - a.moved, max(0.0, 3 * a.moved - 2 * b.moved), a.replayed, a.dear)
         for a, b in zip(two, three, strict=True)
     )
     return tuple(replace(one, count=n) for one, n in Counter(each).items())
 
 
-def counted(work: Iterable[Work]) -> Counter[Work]:
+def counted(work: Iterable[OperationWork]) -> Counter[OperationWork]:
     """Counts operations by what each does."""
-    counts = Counter[Work]()
+    counts = Counter[OperationWork]()
     for w in work:
         counts[replace(w, count=1)] += w.count
     return counts
 
 
-def extended(base: Sequence[Work], longer: Sequence[tuple[Sequence[Work], int]]) -> tuple[Work, ...]:
+def extended(base: Sequence[OperationWork], longer: Sequence[tuple[Sequence[OperationWork], int]]) -> tuple[OperationWork, ...]:
     """Adds to a model's work that of more layers: of each kind, the work with one layer more, and how many more there are."""
     counts, once = counted(base), counted(base)
     for work, more in longer:

@@ -22,7 +22,7 @@ from heliostat.plan.layouts import Candidate
 from heliostat.plan.planner import bound, plan, planners, prepare
 from heliostat.plan.ranking import ranking
 from heliostat.runs import goodput
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 from heliostat.validation import check
 
@@ -100,7 +100,7 @@ def measured(run: Location) -> Measured:
     return Measured(checkpoint.job.on(longest.workers), seconds, steps)
 
 
-def pace(attempt: Attempt) -> tuple[float, int] | None:
+def pace(attempt: RecordedAttempt) -> tuple[float, int] | None:
     """Computes an attempt's seconds of computing a step and over how many steps; None if there are too few.
 
     From its first mark to its last, where it has two: what comes before the first includes warming up.

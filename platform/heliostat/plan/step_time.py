@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from heliostat.plan.counts import ALWAYS, AT_STAGE_3, MEMORY, ModelStats, Work
+from heliostat.plan.counts import ALWAYS, AT_STAGE_3, MEMORY, ModelStats, OperationWork
 from heliostat.plan.hardware import Device, Network
 from heliostat.plan.traffic import Traffic, rate
 
@@ -33,7 +33,7 @@ class Setting:
     compiled: bool = False
     selective: bool = False
 
-    def again(self, work: Work) -> float:
+    def again(self, work: OperationWork) -> float:
         """Computes how often an operation is played again."""
         plays = work.replayed == ALWAYS or (work.replayed == AT_STAGE_3 and self.stage == 3)
         return self.replayed if plays and not (self.selective and work.dear) else 0.0
@@ -65,7 +65,7 @@ def adding(
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSeconds:
     """Holds the seconds of one optimizer step."""
 
     computing: float
@@ -79,7 +79,7 @@ class Step:
         return self.computing + self.exposed + self.updating + self.copying
 
 
-def operation(work: Work, micro: float, device: Device, compiled: bool = False) -> float:
+def operation(work: OperationWork, micro: float, device: Device, compiled: bool = False) -> float:
     """Estimates the seconds of one operation on a micro-batch: its arithmetic and its bytes, and never less than a launch."""
     efficiency, moved = device.efficiency, work.moved * micro + work.fixed
     if work.kind == MEMORY:
@@ -89,7 +89,7 @@ def operation(work: Work, micro: float, device: Device, compiled: bool = False) 
     return max(arithmetic + moved / (device.bandwidth * efficiency.memory), 0.0 if compiled else efficiency.launch)
 
 
-def computing(work: Iterable[Work], setting: Setting, device: Device) -> float:
+def computing(work: Iterable[OperationWork], setting: Setting, device: Device) -> float:
     """Estimates the seconds that a micro-batch computes."""
     return sum(w.count * (1 + setting.again(w)) * operation(w, setting.micro_batch, device, setting.compiled) for w in work)
 
@@ -126,14 +126,14 @@ def step(
     network: Network,
     copying: float = 0.0,
     exchanging: float = 0.0,
-) -> Step:
+) -> StepSeconds:
     """Estimates the seconds of one optimizer step.
 
     `micro`: seconds that a micro-batch computes; `moved`: what each worker sends; `exchanging`: seconds in which those that
     share samples hand each other parts of them.
     """
     communicating, waits = exposed(moved, micro, setting, device, network)
-    return Step(setting.accumulation * micro, communicating + exchanging, waits + exchanging, updating, copying)
+    return StepSeconds(setting.accumulation * micro, communicating + exchanging, waits + exchanging, updating, copying)
 
 
 def hidden_sides(model: ModelStats) -> Iterator[tuple[int, int]]:

@@ -27,7 +27,7 @@ LANGUAGE_MODEL = "heliostat.recipes:CausalLM"
 
 
 @open_
-class Trained(TypedDict):
+class TrainedFacts(TypedDict):
     """Describes the part of a job that is read from an exported model's record."""
 
     name: str
@@ -48,7 +48,7 @@ class Origin(TypedDict):
 @open_
 class Exported(TypedDict):
     recipe: str
-    job: Trained
+    job: TrainedFacts
     origin: NotRequired[Origin]
 
 

@@ -20,7 +20,7 @@ from heliostat.storage.records import Format, Whole, open_
 
 
 @open_
-class Place(TypedDict):
+class ConsumedPlace(TypedDict):
     dataset: str
     shard: str
     row_group: Whole
@@ -28,13 +28,13 @@ class Place(TypedDict):
 
 
 @open_
-class Replaced(Place):
+class Replaced(ConsumedPlace):
     """Describes a bad sample that another one replaced: a line of the lists in the run's folder `quarantine`."""
 
     step: Whole
     counted_from: NotRequired[Whole]
     reason: str
-    replaced_by: Place
+    replaced_by: ConsumedPlace
 
 
 class Forgotten(TypedDict):
@@ -44,7 +44,7 @@ class Forgotten(TypedDict):
     ids: list[str]
 
 
-class Source(TypedDict):
+class ConsumedSource(TypedDict):
     """Describes what a segment took of one source.
 
     `samples`: those trained on; `range`: of the source's stream, whose epochs follow one another, to within a sample a lane.
@@ -75,7 +75,7 @@ class Taken(TypedDict):
     end: int
     digest: str
     plan: dict[str, object]
-    sources: list[Source]
+    sources: list[ConsumedSource]
 
 
 class Consumed(TypedDict):
@@ -128,12 +128,12 @@ def _segment(segment: Segment) -> Taken:
     }
 
 
-def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin: int, end: int) -> Source:
+def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin: int, end: int) -> ConsumedSource:
     manifest, split = data.sources[number], data.order.splits[number]
     seen = coverage.shards(manifest, counts)
     ranges = list(coverage.ranges(manifest, seen))
     samples = int(counts.sum())
-    source: Source = {
+    source: ConsumedSource = {
         "uri": data.plan.uris[number],
         "digest": manifest.digest,
         "name": manifest.meta.get("name", manifest.location.name),
@@ -192,7 +192,9 @@ def same(wanted: str, uri: str, path: str) -> bool:
     return any(f"/{place}".endswith(f"/{wanted}") for place in named)
 
 
-def _taken(raw: Consumed, before: int | None, wanted: Callable[[Source], bool]) -> Iterator[tuple[str, Manifest, np.ndarray]]:
+def _taken(
+    raw: Consumed, before: int | None, wanted: Callable[[ConsumedSource], bool]
+) -> Iterator[tuple[str, Manifest, np.ndarray]]:
     """Yields (uri, manifest, samples by chunk) of every wanted source of every segment, up to the step `before`, if given."""
     for segment, recorded in zip(parse(raw), raw["segments"], strict=True):
         end = segment.end if before is None else min(segment.end, before)

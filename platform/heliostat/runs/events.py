@@ -72,7 +72,7 @@ class Steps(Event):
 
 
 @dataclass(kw_only=True)
-class Spike(Event):
+class LossSpike(Event):
     """Reports that step number `step`, counted from 1, has a loss far above what is usual."""
 
     kind: ClassVar[str] = "spike"
@@ -182,7 +182,7 @@ class Goodput(Event):
     step: int
 
 
-RECORDED: dict[str, type[Event]] = {e.kind: e for e in (Steps, Spike, Evaluation, Saved)}
+RECORDED: dict[str, type[Event]] = {e.kind: e for e in (Steps, LossSpike, Evaluation, Saved)}
 LEFT_OUT = ("ledger", "images")  # of what is recorded
 
 

@@ -48,7 +48,7 @@ COLUMNS, BARS = 8, 20  # attempts that the table and the chart show
 
 @closed
 @dataclass
-class Attempt:
+class RecordedAttempt:
     """Describes one attempt (one start of the workers) as its driver's ledger file holds it.
 
     `parts` add up to `known - started`; what lies between `known` and `seen` belongs to `pending` once the attempt is over.
@@ -89,7 +89,7 @@ class Attempt:
         return json.dumps(asdict(self)).encode()
 
 
-def _fault(attempt: Attempt) -> str | None:
+def _fault(attempt: RecordedAttempt) -> str | None:
     if unknown := {*attempt.parts, attempt.pending} - set(PARTS):
         return f"{min(unknown)!r} is none of the parts"
     times = [attempt.started, attempt.known, attempt.seen]
@@ -101,7 +101,7 @@ def _fault(attempt: Attempt) -> str | None:
     return None
 
 
-LEDGER = Format(Attempt, "ledger of an attempt", ConfigError, _fault, "delete it to go without it")
+LEDGER = Format(RecordedAttempt, "ledger of an attempt", ConfigError, _fault, "delete it to go without it")
 
 
 @dataclass
@@ -111,13 +111,13 @@ class Settled:
     `gap`: the part and the seconds before the attempt; `unknown`: seconds that a running attempt has not reported yet.
     """
 
-    attempt: Attempt
+    attempt: RecordedAttempt
     gap: tuple[str, float]
     parts: dict[str, float]
     unknown: float
 
 
-def settle(attempts: Iterable[Attempt]) -> list[Settled]:
+def settle(attempts: Iterable[RecordedAttempt]) -> list[Settled]:
     """Settles every attempt's parts: moves what later attempts computed again from computing to lost."""
     ordered = sorted(attempts, key=lambda a: (a.started, a.seen))
     kept = kept_steps(ordered)
@@ -140,7 +140,7 @@ def settle(attempts: Iterable[Attempt]) -> list[Settled]:
     return settled
 
 
-def kept_steps(attempts: list[Attempt]) -> list[int]:
+def kept_steps(attempts: list[RecordedAttempt]) -> list[int]:
     """Finds, for each attempt in order of start, the last of its steps that the run still stands on.
 
     It goes backwards: the checkpoint that an attempt began from was written by the latest attempt before it that got there. (One
@@ -161,7 +161,7 @@ def kept_steps(attempts: list[Attempt]) -> list[int]:
     return kept
 
 
-def account(attempts: Iterable[Attempt]) -> dict[str, float]:
+def account(attempts: Iterable[RecordedAttempt]) -> dict[str, float]:
     """Adds up the seconds by part, over all attempts and the gaps between them."""
     total = dict.fromkeys(PARTS, 0.0)
     for one in settle(attempts):
@@ -184,14 +184,14 @@ class Outline(TypedDict):
     restart: bool
 
 
-class Start(Outline):
+class AttemptStart(Outline):
     """Describes an attempt in the report. `before`: the part and the seconds of the gap before it."""
 
     before: dict[str, float]
     parts: dict[str, float]
 
 
-class Report(TypedDict):
+class GoodputReport(TypedDict):
     """Describes what `heliostat goodput --json` prints. `attributed`: the parts' share of the total."""
 
     total_s: float
@@ -199,10 +199,10 @@ class Report(TypedDict):
     attributed: float
     goodput: float
     worker_hours: float
-    attempts: list[Start]
+    attempts: list[AttemptStart]
 
 
-def report(attempts: Iterable[Attempt]) -> Report:
+def report(attempts: Iterable[RecordedAttempt]) -> GoodputReport:
     """Builds the goodput report."""
     settled = settle(attempts)
     parts = account(s.attempt for s in settled)
@@ -232,7 +232,7 @@ def report(attempts: Iterable[Attempt]) -> Report:
     }
 
 
-def read(run: Location) -> list[Attempt]:
+def read(run: Location) -> list[RecordedAttempt]:
     """Reads a run's attempts from the ledger in its folder."""
     folder = run.join(run_folder.LEDGER)
     attempts = []
@@ -242,14 +242,14 @@ def read(run: Location) -> list[Attempt]:
     return attempts
 
 
-def read_report(run: Location) -> Report:
+def read_report(run: Location) -> GoodputReport:
     attempts = read(run)
     if not attempts:
         raise ConfigError(f"{run}: has no {run_folder.LEDGER}/; it was trained by a version that kept none")
     return report(attempts)
 
 
-def table(report: Report) -> list[list[str]]:
+def table(report: GoodputReport) -> list[list[str]]:
     """Lays a goodput report out as rows of text: a head, the parts that took any time, the total.
 
     There is a column for each of the newest attempts, if there are several.
@@ -271,18 +271,18 @@ def table(report: Report) -> list[list[str]]:
     return [*rows, ["steps", "", "", *steps]] if attempts else rows
 
 
-def summary(report: Report) -> dict[str, object]:
+def summary(report: GoodputReport) -> dict[str, object]:
     return {"total_s": report["total_s"], "parts": report["parts"], "goodput": report["goodput"]}
 
 
-def line(report: Report) -> str:
+def line(report: GoodputReport) -> str:
     """Summarises a goodput report in one line: goodput and the largest other parts."""
     others = sorted(((s, p) for p, s in report["parts"].items() if p != "computing"), reverse=True)[:4]
     rest = ", ".join(f"{part} {seconds:.1f}" for seconds, part in others if seconds >= 0.05)
     return f"goodput {report['goodput']:.1%}: computing {report['parts']['computing']:.1f} of {report['total_s']:.1f} s ({rest})"
 
 
-def chart(report: Report) -> Figure:
+def chart(report: GoodputReport) -> Figure:
     """Draws a goodput report as a matplotlib figure: one stacked bar for each attempt, and one for the run."""
     from matplotlib.figure import Figure
 

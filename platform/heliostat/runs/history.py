@@ -26,7 +26,7 @@ READERS = 8
 
 
 @open_
-class Sealed(TypedDict):
+class SealedReceipt(TypedDict):
     """Describes the content of a receipt file, as `data.receipt` writes it."""
 
     first: Whole
@@ -36,11 +36,11 @@ class Sealed(TypedDict):
     version: NotRequired[Whole]
 
 
-SEALED = Format(Sealed, "receipt", VerifyError)
+SEALED = Format(SealedReceipt, "receipt", VerifyError)
 
 
 @dataclass(frozen=True)
-class Receipt:
+class ReceiptFile:
     """Holds one receipt file: the digests of steps [first, end), their version of `receipt`, and the chain after them."""
 
     where: str
@@ -107,13 +107,13 @@ class History:
                 yield Link(f"checkpoint {step}", said["steps"], said["chain"])
 
 
-def receipts(run: Location) -> list[Receipt]:
+def receipts(run: Location) -> list[ReceiptFile]:
     """Reads every receipt of a run, ordered by the step at which each begins."""
     folder = run.join(run_folder.RECEIPTS)
 
-    def read(name: str) -> Receipt:
+    def read(name: str) -> ReceiptFile:
         raw = SEALED.read(folder.join(name))
-        sealed = Receipt(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"], raw.get("version", 1))
+        sealed = ReceiptFile(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"], raw.get("version", 1))
         if sealed.version not in receipt.CONTENTS:
             raise VerifyError(
                 f"{folder.join(name)}: is of version {sealed.version}, which a newer heliostat wrote; check with that"

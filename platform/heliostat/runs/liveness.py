@@ -11,13 +11,13 @@ import time
 import psutil
 
 from heliostat.runs import goodput
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 
 GONE_S = 120.0  # after which a driver on another host is taken for dead, by its clock, which may be behind
 
 
-def lives(attempt: Attempt) -> bool:
+def lives(attempt: RecordedAttempt) -> bool:
     """Tells whether the driver of an attempt without an outcome is alive, as far as can be known without waiting.
 
     On this host its process is looked up; on another host its last heartbeat must be younger than GONE_S.
@@ -27,13 +27,13 @@ def lives(attempt: Attempt) -> bool:
     return time.time() - attempt.seen < GONE_S
 
 
-def last(run: Location) -> Attempt | None:
+def last(run: Location) -> RecordedAttempt | None:
     """Reads the run's newest attempt from its ledger; None if it has none."""
     attempts = goodput.read(run)
     return max(attempts, key=lambda a: a.started, default=None)
 
 
-def _alive(attempt: Attempt) -> bool:
+def _alive(attempt: RecordedAttempt) -> bool:
     """Checks whether the attempt's process exists, and is not another one that got the same process id later."""
     try:
         process = psutil.Process(attempt.pid)

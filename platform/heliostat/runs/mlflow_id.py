@@ -23,7 +23,7 @@ class Made(TypedDict):
     run_id: NotRequired[str]
 
 
-class Record(TypedDict, total=False):
+class MlflowIdRecord(TypedDict, total=False):
     """Describes the same, or nothing of a new run."""
 
     token: str
@@ -35,9 +35,9 @@ class Record(TypedDict, total=False):
 MADE = Format(Made, "record of a run", fix="delete it, and the run goes on as another one in MLflow")
 
 
-def record(run: Location) -> Record:
+def record(run: Location) -> MlflowIdRecord:
     """Reads the run's record of its MLflow run (`run.json`); empty for a new run."""
     try:
-        return cast(Record, MADE.read(run.join(run_folder.MLFLOW_RUN)))
+        return cast(MlflowIdRecord, MADE.read(run.join(run_folder.MLFLOW_RUN)))
     except FileNotFoundError:
         return {}

@@ -23,7 +23,7 @@ class Place(TypedDict):
     row: int
 
 
-class Bad(Place):
+class BadSample(Place):
     reason: str
 
 
@@ -35,7 +35,7 @@ class Sample(Place):
     source: str
     epoch: int
     text: str
-    replaces: Bad | None
+    replaces: BadSample | None
 
 
 def samples(run: Location, step: int) -> list[Sample]:
@@ -48,7 +48,7 @@ def samples(run: Location, step: int) -> list[Sample]:
     recipe = _recipe(run, data)
     places = data.order.step(index)
     loaded = data.load(places.ravel())
-    bad: dict[int, Bad] = {b.position: {**_place(data, b.source, b.chunk, b.row), "reason": b.reason} for b in loaded.bad}
+    bad: dict[int, BadSample] = {b.position: {**_place(data, b.source, b.chunk, b.row), "reason": b.reason} for b in loaded.bad}
     out = list[Sample]()
     for i, position in enumerate(places.ravel().tolist()):
         lane, place = divmod(i, places.shape[1])

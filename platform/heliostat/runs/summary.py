@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from heliostat.config.spec import Job
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 
 if TYPE_CHECKING:  # with torch, which takes a second
-    from heliostat.checkpoint.layout import Checkpoint
+    from heliostat.checkpoint.layout import SavedCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def write(run: Location, summary: Mapping[str, object]) -> None:
     run.join(run_folder.SUMMARY).write(json.dumps(summary).encode())
 
 
-def read(run: Location, last: Checkpoint, job: Job) -> Ending:
+def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
     """Reads the summary of the training that ended with this checkpoint; without one, computes it from checkpoint and ledger."""
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
@@ -45,7 +45,7 @@ def result(run: Location, step: int) -> Ending | None:
     return _of_step(run.join(run_folder.RESULT), step)
 
 
-def from_checkpoint(step: int, metrics: Mapping[str, float | None], job: Job, attempts: list[Attempt]) -> Ending:
+def from_checkpoint(step: int, metrics: Mapping[str, float | None], job: Job, attempts: list[RecordedAttempt]) -> Ending:
     """Computes the summary of a training from its last checkpoint and its ledger.
 
     `metrics`: of the checkpoint's index; `attempts`: the ledger's.
@@ -80,7 +80,7 @@ def _of_step(place: Location, step: int) -> Ending | None:
     return ending if isinstance(ending, dict) and ending.get("steps") == step else None
 
 
-def _attempts(run: Location) -> list[Attempt]:
+def _attempts(run: Location) -> list[RecordedAttempt]:
     try:
         return goodput.read(run)
     except (HeliostatError, OSError) as e:

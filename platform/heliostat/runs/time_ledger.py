@@ -1,4 +1,4 @@
-"""Measures where a run's time goes: `Ledger` on a worker, `Recorder` on the driver; `runs.goodput` defines the parts.
+"""Measures where a run's time goes: `Ledger` on a worker, `LedgerRecorder` on the driver; `runs.goodput` defines the parts.
 
 A worker's ledger is always in exactly one part, and one clock reading ends a part and begins the next, so the parts add up to the
 worker's time exactly. Rank 0's totals travel with its events, so a lost event loses nothing. The loop's time in the engine is
@@ -21,7 +21,7 @@ from functools import partial
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
 from heliostat.runs.events import Event, ModelPhase, Phase, Saved, Steps
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 
@@ -77,7 +77,7 @@ class Ledger:
         return dict(self._seconds)
 
 
-class Recorder:
+class LedgerRecorder:
     """Keeps the run's time ledger on the driver from the mailbox's events, in one file for each attempt.
 
     Writing runs in a thread of its own, and a store that refuses it costs a warning: the ledger never stops a run.
@@ -88,7 +88,7 @@ class Recorder:
         self.run = run
         self.attempts = [self._attempt(started, start_step, workers)]
         self._begun = [time.monotonic() - max(0.0, time.time() - started)]  # each attempt, by a clock that nobody sets
-        self._earlier: list[Attempt] | None = None  # attempts of earlier commands, once they are read
+        self._earlier: list[RecordedAttempt] | None = None  # attempts of earlier commands, once they are read
         self._reading: Future | None = None
         self._again = 0.0  # when they are to be read again; 0.0 before the first time
         self._joined: float | None = None  # when this attempt's rank 0 began to count
@@ -125,9 +125,9 @@ class Recorder:
             self._saved_at.add(event.step)
         self.beat(force=isinstance(event, Saved))
 
-    def _attempt(self, started: float, start_step: int, workers: int, restart: bool = False) -> Attempt:
+    def _attempt(self, started: float, start_step: int, workers: int, restart: bool = False) -> RecordedAttempt:
         mine, driver = uuid.uuid4().hex[:8], (socket.gethostname(), os.getpid())
-        return Attempt(mine, started, started, started, start_step, workers, restart, *driver)
+        return RecordedAttempt(mine, started, started, started, start_step, workers, restart, *driver)
 
     def _note(self, pending: str, at: float) -> None:
         """Books the time up to `at`, while there is no worker yet, under the pending part, and makes `pending` the next one."""
@@ -189,11 +189,11 @@ class Recorder:
     def _seen(self) -> None:
         self.attempts[-1].seen = max(self.attempts[-1].known, time.time())
 
-    def _write(self, attempt: Attempt) -> None:
+    def _write(self, attempt: RecordedAttempt) -> None:
         place, data = self.run.join(run_folder.LEDGER, attempt.name), attempt.dump()
         self._writing = self._thread.submit(_store, place, data)
 
-    def report(self) -> goodput.Report:
+    def report(self) -> goodput.GoodputReport:
         """Computes the run's goodput up to now, over all attempts, those of earlier commands too."""
         return goodput.report(self._all())
 
@@ -214,11 +214,11 @@ class Recorder:
         """Tells whether the attempts of earlier commands are read."""
         return self._earlier is not None
 
-    def _all(self) -> list[Attempt]:
+    def _all(self) -> list[RecordedAttempt]:
         self._seen()
         return [*self._before(), *self.attempts]
 
-    def _before(self) -> list[Attempt]:
+    def _before(self) -> list[RecordedAttempt]:
         """Returns the attempts of earlier commands. If they can't be read at first, the thread tries again every RETRY_S."""
         if self._earlier is None:
             if not self._again:
@@ -230,7 +230,7 @@ class Recorder:
                 self._take(reading.result)
         return self._earlier or []
 
-    def _take(self, read: Callable[[], list[Attempt]]) -> None:
+    def _take(self, read: Callable[[], list[RecordedAttempt]]) -> None:
         mine, first = {a.id for a in self.attempts}, not self._again
         try:
             self._earlier = [a for a in read() if a.id not in mine]

@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from heliostat.data import receipt
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
-from heliostat.data.order import Samples
-from heliostat.runs.history import History, Receipt
+from heliostat.data.order import SamplePlaces
+from heliostat.runs.history import History, ReceiptFile
 from heliostat.storage.locations import Location
 from heliostat.terminal import console
 
@@ -41,7 +41,7 @@ class Difference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Unit:
+class StepUnit:
     """Describes the steps [first, end) of one segment, which are loaded together."""
 
     segment: int
@@ -56,11 +56,11 @@ class Recomputed:
     """Holds what was recomputed of a unit: step digests by version of `receipt`, planned samples, and how many were replaced."""
 
     digests: dict[int, list[str]]
-    planned: Samples
+    planned: SamplePlaces
     replaced: int
 
 
-def units(history: History) -> Iterator[Unit]:
+def units(history: History) -> Iterator[StepUnit]:
     """Cuts all steps into units of whole rounds, a window or more each, so that a window's chunks are read about once."""
     ends = [*(p.begins for p in history.plans[1:]), history.steps]
     for number, (plan, last) in enumerate(zip(history.plans, ends, strict=True)):
@@ -73,10 +73,10 @@ def units(history: History) -> Iterator[Unit]:
                 size += inside.end - inside.begin
             end = min(step, stop)
             claimed = {r.version for r in history.receipts if r.first < end and r.end > first}
-            yield Unit(number, data, first, end, frozenset(claimed | {history.version(s) for s in range(first, end)}))
+            yield StepUnit(number, data, first, end, frozenset(claimed | {history.version(s) for s in range(first, end)}))
 
 
-def recompute(unit: Unit) -> Recomputed:
+def recompute(unit: StepUnit) -> Recomputed:
     """Recomputes a unit's step digests from its samples' contents, and looks up the places that the order plans for them."""
     order = unit.data.order
     places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, lanes, samples of a lane]
@@ -89,10 +89,10 @@ def recompute(unit: Unit) -> Recomputed:
     return Recomputed(by_version, planned, len(loaded.bad))
 
 
-def recomputed(history: History) -> Iterator[tuple[Unit, Recomputed]]:
+def recomputed(history: History) -> Iterator[tuple[StepUnit, Recomputed]]:
     """Yields every unit in order with what was recomputed of it, while the next ones are being loaded."""
     with ThreadPoolExecutor(AHEAD) as pool:
-        pending: deque[tuple[Unit, Future[Recomputed]]] = deque()
+        pending: deque[tuple[StepUnit, Future[Recomputed]]] = deque()
         try:
             for unit in units(history):
                 pending.append((unit, pool.submit(recompute, unit)))
@@ -106,7 +106,7 @@ def recomputed(history: History) -> Iterator[tuple[Unit, Recomputed]]:
             pool.shutdown(cancel_futures=True)
 
 
-class Seen:
+class SeenSamples:
     """Tracks which samples the epochs of a segment have held, one bit a sample; a source's last two epochs are kept."""
 
     def __init__(self, data: Dataset) -> None:
@@ -115,7 +115,7 @@ class Seen:
         self._bytes = [int(n.sum()) // 8 + 1 for n in counts]
         self._bits: dict[tuple[int, int], np.ndarray] = {}
 
-    def add(self, samples: Samples) -> int:
+    def add(self, samples: SamplePlaces) -> int:
         """Adds samples, and counts how many of them their epoch has held before."""
         repeated = 0
         for source, epoch in np.unique(np.stack([samples.source, samples.epoch], axis=1), axis=0).tolist():
@@ -131,7 +131,7 @@ class Seen:
         return repeated
 
 
-class Report(TypedDict):
+class VerifyReport(TypedDict):
     """Describes what `heliostat verify --json` prints.
 
     `steps`: covered steps with all receipts right; `samples`: those that receipts cover; `lost`: planned samples before the last
@@ -156,11 +156,11 @@ class Audit:
         self.history, self.chain = history, receipt.GENESIS
         self.agreeing = self.samples = self.lost = self.repeated = self.replaced = 0
         self.first: Difference | None = None
-        self._seen: tuple[int, Seen] | None = None
+        self._seen: tuple[int, SeenSamples] | None = None
 
-    def take(self, unit: Unit, result: Recomputed) -> None:
+    def take(self, unit: StepUnit, result: Recomputed) -> None:
         if self._seen is None or self._seen[0] != unit.segment:
-            self._seen = (unit.segment, Seen(unit.data))
+            self._seen = (unit.segment, SeenSamples(unit.data))
         self.repeated += self._seen[1].add(result.planned)
         self.replaced += result.replaced
         near = [r for r in self.history.receipts if r.first < unit.end and r.end > unit.first]
@@ -168,7 +168,7 @@ class Audit:
             digests = {version: steps[number] for version, steps in result.digests.items()}
             self._step(step, digests, self.history.plans[unit.segment], [r for r in near if r.first <= step < r.end])
 
-    def _step(self, step: int, digests: dict[int, str], plan: DataPlan, claims: list[Receipt]) -> None:
+    def _step(self, step: int, digests: dict[int, str], plan: DataPlan, claims: list[ReceiptFile]) -> None:
         own = digests[self.history.version(step)]
         self.chain = receipt.extend(self.chain, [own])
         differences = []
@@ -189,7 +189,7 @@ class Audit:
         if differences and self.first is None:
             self.first = differences[0]
 
-    def report(self) -> Report:
+    def report(self) -> VerifyReport:
         return {
             "ok": self.first is None and not self.repeated,
             "steps": self.agreeing,
@@ -201,7 +201,7 @@ class Audit:
         }
 
 
-def verify(run: Location) -> Report:
+def verify(run: Location) -> VerifyReport:
     """Verifies that the run trained on what it had to."""
     history = History(run)
     audit = Audit(history)
@@ -214,7 +214,7 @@ def verify(run: Location) -> Report:
     return audit.report()
 
 
-def explain(report: Report) -> str:
+def explain(report: VerifyReport) -> str:
     """Explains in a line why a run failed verification: the first step that differs, or samples repeated within an epoch."""
     first = report["first_difference"]
     if not first:

@@ -33,7 +33,7 @@ from heliostat.errors import AccessError, ConfigError, DataError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.storage import exclusive, parallel_listing, requester_pays, retries, s3_client, s3_options
 from heliostat.storage.diagnosis import FINAL, NO_BUCKET, diagnose, reason
-from heliostat.storage.retries import Backoff, Failure, patience, retry_budget
+from heliostat.storage.retries import Backoff, FailedAttempts, patience, retry_budget
 from heliostat.storage.s3_client import Listed, Store
 from heliostat.text import printable
 
@@ -312,10 +312,10 @@ class Location:
             if isinstance(error, AccessError) or not isinstance(error, StorageError):
                 raise error
 
-        def give_up(failure: Failure) -> NoReturn:
+        def give_up(failure: FailedAttempts) -> NoReturn:
             raise StorageError(f"{failure.error}; waited {failure.seconds:.0f} s for the store") from failure.error
 
-        def tell(failure: Failure, wait: float) -> None:
+        def tell(failure: FailedAttempts, wait: float) -> None:
             left = f"waiting for the store, up to {max(0.0, AWAY_S - failure.seconds):.0f} s more"
             log.warning("%s; %s, next try in %.0f s", failure.error, left, wait)
 
@@ -375,11 +375,11 @@ class Location:
             _forget_clients()
             raise AccessError(f"{self.uri}: {FINAL[meaning]} ({reason(error)})", self.uri) from error
 
-    def _give_up(self, failure: Failure) -> NoReturn:
+    def _give_up(self, failure: FailedAttempts) -> NoReturn:
         lasted = f"storage failed for {failure.seconds:.0f} s" if failure.count > 1 else "storage failed at the first request"
         raise StorageError(f"{self.uri}: {lasted}: {reason(failure.error)}") from failure.error
 
-    def _tell(self, failure: Failure, wait: float) -> None:
+    def _tell(self, failure: FailedAttempts, wait: float) -> None:
         log.warning("%s: %s; retrying in %.1f s", self.uri, reason(failure.error), wait)
 
 

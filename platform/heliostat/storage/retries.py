@@ -35,7 +35,7 @@ class Backoff:
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedAttempts:
     """Describes what has failed so far, when another attempt is decided on."""
 
     error: Exception
@@ -48,8 +48,8 @@ def retry(
     budget_s: float,
     backoff: Backoff,
     judge: Callable[[Exception], None],
-    give_up: Callable[[Failure], NoReturn],
-    tell: Callable[[Failure, float], None] = lambda failure, wait: None,
+    give_up: Callable[[FailedAttempts], NoReturn],
+    tell: Callable[[FailedAttempts, float], None] = lambda failure, wait: None,
     sleep: Callable[[float], object] | None = None,
 ) -> T:
     """Runs an action until it succeeds; it must be one that may be repeated from its start.
@@ -67,7 +67,7 @@ def retry(
             now = time.monotonic()
             judge(e)
             count += 1
-            failure, left = Failure(e, count, now - start), start + budget_s - now - (now - begun)
+            failure, left = FailedAttempts(e, count, now - start), start + budget_s - now - (now - begun)
             if left < backoff.shortest:
                 give_up(failure)
             wait = min(backoff.wait(count), left)

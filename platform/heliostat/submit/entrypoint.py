@@ -215,7 +215,7 @@ def jobs_url() -> str:
     return ray_internals.jobs_url(os.environ.get("RAY_ADDRESS", "auto"))
 
 
-class Waiting(TypedDict):
+class WaitingJob(TypedDict):
     """Describes what is read of a job in the answer of the Jobs API."""
 
     submission_id: str
@@ -224,7 +224,7 @@ class Waiting(TypedDict):
     metadata: dict[str, str] | None
 
 
-def before(name: str, queue: str, jobs: list[Waiting]) -> list[str] | None:
+def before(name: str, queue: str, jobs: list[WaitingJob]) -> list[str] | None:
     """Lists the queue's unfinished jobs that started before the job `name`; None if that is not among them (yet)."""
     waiting = [j for j in jobs if (j.get("metadata") or {}).get("queue") == queue and j["status"] in ("PENDING", "RUNNING")]
     mine = next((j for j in waiting if j["submission_id"] == name), None)

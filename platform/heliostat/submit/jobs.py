@@ -2,7 +2,7 @@
 
 The submission's id is the run's name, so there is one job for one run: submitting the same job again finds the first. What the
 API forgets with its cluster is kept elsewhere: the run's folder has the log, the ledger and the result, and the workspace has the
-`Record` of the submission.
+`SubmissionRecord` of the submission.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from heliostat.cluster.private_ray import UNTOLD
 from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
-from heliostat.storage.retries import Backoff, Failure, retry
+from heliostat.storage.retries import Backoff, FailedAttempts, retry
 from heliostat.submit.entrypoint import ENDS
-from heliostat.submit.submission import Record
+from heliostat.submit.submission import SubmissionRecord
 
 if TYPE_CHECKING:  # takes a second
     from ray.job_submission import JobDetails
@@ -90,7 +90,7 @@ class Jobs:
 
     # submitting ------------------------------------------------------------------------------------------------------
 
-    def submit(self, record: Record, flags: tuple[str, ...] = ()) -> str:
+    def submit(self, record: SubmissionRecord, flags: tuple[str, ...] = ()) -> str:
         """Submits a job and returns the submission's id.
 
         Submitting the same job again returns the same submission. ConfigError if another job has this name, or this job ended
@@ -176,10 +176,10 @@ class Jobs:
             if isinstance(error, RuntimeError) and not any(f"code {c}" in text for c in (500, 502, 503, 504, 429)):
                 raise ClusterError(f"{what}: {text[:500]}") from error
 
-        def give_up(failure: Failure) -> NoReturn:
+        def give_up(failure: FailedAttempts) -> NoReturn:
             raise ClusterError(f"{what}: {_line(failure.error)[:500]}") from failure.error
 
-        def tell(failure: Failure, wait: float) -> None:
+        def tell(failure: FailedAttempts, wait: float) -> None:
             log.warning("%s: %s; retrying in %.1f s", what, _line(failure.error)[:200], wait)
 
         return retry(action, RETRY_S, BACKOFF, judge, give_up, tell)

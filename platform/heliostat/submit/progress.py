@@ -8,11 +8,11 @@ from typing_extensions import TypedDict
 
 from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 
 
-class Progress(TypedDict):
+class RunProgress(TypedDict):
     """Describes how far a run or a sweep is; `note`: why that is not known."""
 
     step: int | None
@@ -23,7 +23,7 @@ class Progress(TypedDict):
     note: NotRequired[str]
 
 
-def of_run(run: Location, steps: int) -> Progress:
+def of_run(run: Location, steps: int) -> RunProgress:
     """Computes a run's progress from its ledger in storage: steps done, their share, and seconds left at the present pace."""
     try:
         attempts = goodput.read(run)
@@ -35,7 +35,7 @@ def of_run(run: Location, steps: int) -> Progress:
     return {"step": last.reached, "steps": steps, "fraction": last.reached / steps, "eta_s": eta(last, steps)}
 
 
-def of_sweep(folder: Location) -> Progress:
+def of_sweep(folder: Location) -> RunProgress:
     """Computes a sweep's progress from its record in storage: finished trials, out of all planned ones."""
     from heliostat.tune import listing
 
@@ -46,7 +46,7 @@ def of_sweep(folder: Location) -> Progress:
     return {"step": over, "steps": trials, "fraction": over / max(1, trials), "eta_s": None, "unit": "trial"}
 
 
-def eta(attempt: Attempt, steps: int) -> float | None:
+def eta(attempt: RecordedAttempt, steps: int) -> float | None:
     """Estimates the seconds left: the steps left, each as long as this attempt's took with everything that belongs to them.
 
     None before the attempt has made a step.

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from heliostat.config.spec import Retries
 from heliostat.errors import HeliostatError, TrainingError
 from heliostat.runs import goodput
-from heliostat.runs.goodput import Attempt
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.training.driver.recovery import Budget
@@ -65,7 +65,7 @@ class Again:
             return given
         return [*(f for f in given if f not in ("--overwrite", "--resume")), "--resume"]
 
-    def _attempt(self, pid: int) -> Attempt | None:
+    def _attempt(self, pid: int) -> RecordedAttempt | None:
         """Finds this process's newest attempt in the run's ledger; None if there is none."""
         self.folder.wait_for_store(self._pause)
         mine = [a for a in goodput.read(self.folder) if (a.host, a.pid) == (socket.gethostname(), pid)]

@@ -17,7 +17,7 @@ from heliostat.storage.records import Format, closed
 
 @closed
 @dataclass(frozen=True)
-class Record:
+class SubmissionRecord:
     """Describes a submission, as this workspace records it.
 
     `cluster`: the cluster as the user named it; `job`: the whole job, resolved; `sweep`: the whole sweep, if it is one, with
@@ -33,7 +33,7 @@ class Record:
     sweep: dict[str, object] | None = None
 
     @classmethod
-    def of(cls, job: Job, cluster: str | None, queue: str | None) -> Record:
+    def of(cls, job: Job, cluster: str | None, queue: str | None) -> SubmissionRecord:
         return cls(job.name, cluster, str(job.run_folder), job.last_step, job.dump(), queue)
 
     @property
@@ -46,19 +46,19 @@ class Record:
         return workspace.root() / ".heliostat" / "jobs" / f"{workspace.check_name('id', job_id)}.json"
 
     @staticmethod
-    def read(job_id: str) -> Record | None:
+    def read(job_id: str) -> SubmissionRecord | None:
         try:
-            return SUBMITTED.read(Record.place(job_id))
+            return SUBMITTED.read(SubmissionRecord.place(job_id))
         except FileNotFoundError:
             return None
 
     def write(self) -> None:
-        place = Record.place(self.id)
+        place = SubmissionRecord.place(self.id)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(asdict(self), indent=2))
 
 
-SUBMITTED = Format(Record, "record of a submission", ConfigError, fix="delete it, and give --cluster")
+SUBMITTED = Format(SubmissionRecord, "record of a submission", ConfigError, fix="delete it, and give --cluster")
 
 
 def load(path: Path, settings: list[str], there: Endpoint) -> Job:
@@ -82,10 +82,12 @@ def load(path: Path, settings: list[str], there: Endpoint) -> Job:
     return spec.resolve(written)
 
 
-def changed(record: Record, settings: list[str], cluster: str | None) -> Record:
+def changed(record: SubmissionRecord, settings: list[str], cluster: str | None) -> SubmissionRecord:
     """Derives the record of an earlier submission with settings changed, for this cluster; ConfigError for a sweep's settings."""
     if record.sweep:
         if settings:
             raise ConfigError(f"{record.id}: is a sweep; change its file, and use `heliostat tune SWEEP.yaml --cluster --resume`")
         return replace(record, cluster=cluster)
-    return Record.of(spec.resolve(schema.validate(Job, schema.apply(record.job, settings), record.id)), cluster, record.queue)
+    return SubmissionRecord.of(
+        spec.resolve(schema.validate(Job, schema.apply(record.job, settings), record.id)), cluster, record.queue
+    )

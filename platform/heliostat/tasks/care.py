@@ -44,7 +44,7 @@ def last_line(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class TaskPlace:
     """Describes what a task was about to do: read the next of a `part`, or take documents through stages (`part` -1)."""
 
     number: int
@@ -73,7 +73,7 @@ class Care:
 
     note: Location
     attempt: int
-    suspect: Place | None = None
+    suspect: TaskPlace | None = None
     crashed: tuple[Crash, ...] = ()
 
 
@@ -83,8 +83,8 @@ class Trouble:
 
     count: int = 0
     attempt: int = 0
-    suspect: Place | None = None
-    blamed: Counter[Place] = field(default_factory=Counter)
+    suspect: TaskPlace | None = None
+    blamed: Counter[TaskPlace] = field(default_factory=Counter)
     crashed: list[Crash] = field(default_factory=list)
 
     def care(self, note: Location) -> Care:
@@ -108,9 +108,9 @@ class Trouble:
         return found
 
 
-def _noted(note: Location, attempt: int) -> Place | None:
+def _noted(note: Location, attempt: int) -> TaskPlace | None:
     try:
         told = json.loads(note.read())
-        return Place(**told["place"]) if told["attempt"] == attempt else None
+        return TaskPlace(**told["place"]) if told["attempt"] == attempt else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

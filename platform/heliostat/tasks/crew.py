@@ -21,7 +21,7 @@ from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
 from heliostat.tasks.care import Trouble
-from heliostat.tasks.pool import Pool
+from heliostat.tasks.pool import ActorPool
 from heliostat.tasks.shipping import NotHereError, Shipment
 from heliostat.tasks.work import Work
 from heliostat.text import printable
@@ -86,7 +86,7 @@ class Crew:
         self.flow, self.kind, self.execute, self.function, self.cpus = flow, kind, execute, function, cpus
         self.work = Work(flow.work.location)  # without what was looked up
         selector = flow.labels or None
-        self.pool = Pool(execute, size, num_cpus=cpus, num_gpus=gpus, label_selector=selector) if size else None
+        self.pool = ActorPool(execute, size, num_cpus=cpus, num_gpus=gpus, label_selector=selector) if size else None
         self.remote: Any = self.pool or ray.remote(execute)
         self.under_way: dict[Any, Started] = {}
         self.later: list[Started] = []

@@ -20,7 +20,7 @@ import pyarrow as pa
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
-from heliostat.tasks.spill import Run, survivors
+from heliostat.tasks.spill import SpilledRun, survivors
 from heliostat.tasks.work import key
 
 LEAST = spill.GROUP_BYTES // 4
@@ -31,12 +31,12 @@ Bounds = Callable[[int, int], tuple[int, int]]  # the range of keys of shards [f
 
 
 @dataclass(frozen=True)
-class Range:
+class ShardRange:
     """Holds the runs that have the documents of shards [first, stop)."""
 
     first: int
     stop: int
-    runs: list[Run]
+    runs: list[SpilledRun]
 
     @property
     def part(self) -> float:
@@ -44,22 +44,22 @@ class Range:
         return sum(run.bytes for run in self.runs) / max(1, len(self.runs)) / (self.stop - self.first)
 
 
-def merged(flow: Flow, runs: list[Run], shards: int, bounds: Bounds, run_bytes: int) -> list[Range]:
+def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_bytes: int) -> list[ShardRange]:
     """Divides shards into ranges, each with runs of at most about `run_bytes` from which its shards can be read in one go."""
-    ranges = [Range(0, shards, runs)]
+    ranges = [ShardRange(0, shards, runs)]
     while any(map(thin, ranges)):
         cut = [part for one in ranges if thin(one) for part in divided(one, run_bytes)]
         work = [merge_of(one, group, bounds, run_bytes) for one, size in cut for group in groups(one.runs, size)]
         records = iter(flow.all("merge", merge, iter(work)))
         whole = [one for one in ranges if not thin(one)]
         for one, size in cut:
-            found = [Run(*run) for _ in groups(one.runs, size) for run in next(records)["runs"]]
-            whole.append(Range(one.first, one.stop, found))
+            found = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(records)["runs"]]
+            whole.append(ShardRange(one.first, one.stop, found))
         ranges = sorted(whole, key=lambda one: one.first)
     return ranges
 
 
-def thin(one: Range) -> bool:
+def thin(one: ShardRange) -> bool:
     """Tells whether a shard has so little of each run that merging them is worth it."""
     return _thin(len(one.runs), one.stop - one.first, one.part)
 
@@ -68,13 +68,13 @@ def _thin(runs: int, shards: int, part: float) -> bool:
     return shards > 1 and runs * shards > MANY and part < LEAST
 
 
-def divided(one: Range, run_bytes: int) -> Iterator[tuple[Range, int]]:
+def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]:
     """Yields smaller ranges of the same runs, of each of which a run has a row group or more, with how many runs to merge."""
     shards = one.stop - one.first
     parts, size = _divided(shards, one.part * shards, run_bytes)
     for part in range(parts):
         first, stop = (one.first + shards * at // parts for at in (part, part + 1))
-        yield Range(first, stop, one.runs), size
+        yield ShardRange(first, stop, one.runs), size
 
 
 def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
@@ -92,12 +92,12 @@ def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
     return found
 
 
-def groups(runs: list[Run], size: int) -> Iterator[list[Run]]:
+def groups(runs: list[SpilledRun], size: int) -> Iterator[list[SpilledRun]]:
     for at in range(0, len(runs), size):
         yield runs[at : at + size]
 
 
-def merge_of(one: Range, runs: list[Run], bounds: Bounds, run_bytes: int) -> Task:
+def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes: int) -> Task:
     """Makes the task that merges the range of some runs."""
     low, high = bounds(one.first, one.stop)
     told = {"runs": runs, "low": low, "high": high, "run_bytes": run_bytes}
@@ -105,7 +105,7 @@ def merge_of(one: Range, runs: list[Run], bounds: Bounds, run_bytes: int) -> Tas
     return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), told, bytes=bytes)
 
 
-def merge(folder: Location, runs: list[Run], low: int, high: int, run_bytes: int) -> dict[str, Any]:
+def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, Any]:
     """Writes the documents of a range of keys that some runs hold as one run, or as more where a key has very many."""
     made, held, size = list[list[Any]](), list[pa.Table](), 0
     for run in runs:

@@ -28,7 +28,7 @@ class _Away:
     call: Any
 
 
-class Pool:
+class ActorPool:
     """Gives each task to the actor that has the fewest; an actor that dies is started again, its tasks are not.
 
     One that has no place again within PLACE_S, such as after its node was lost, is given up.

@@ -14,7 +14,7 @@ Show = Callable[[str, str], None]  # takes the kind of tasks, and the line
 
 
 @dataclass
-class Kind:
+class KindProgress:
     """Counts the tasks of one kind; `kept` are those that an earlier run has finished."""
 
     began: float
@@ -47,11 +47,11 @@ class Progress:
 
     show: Show = silent
     clock: Clock = time.monotonic
-    kinds: dict[str, Kind] = field(default_factory=dict)
+    kinds: dict[str, KindProgress] = field(default_factory=dict)
 
     def found(self, kind: str, kept: list[dict[str, Any]], todo: list[int], whole: bool) -> None:
         """Takes more tasks of a kind: the records of those that were done before, and the bytes that the others will read."""
-        at = self.kinds.setdefault(kind, Kind(self.clock()))
+        at = self.kinds.setdefault(kind, KindProgress(self.clock()))
         at.total += len(kept) + len(todo)
         at.kept += len(kept)
         at.documents += sum(map(documents, kept))
@@ -68,7 +68,7 @@ class Progress:
         at.left_bytes -= bytes
         self._show(kind, at)
 
-    def _show(self, kind: str, at: Kind) -> None:
+    def _show(self, kind: str, at: KindProgress) -> None:
         if at.total and self.show is not silent:
             self.show(kind, line(kind, at, self.clock()))
 
@@ -79,7 +79,7 @@ def documents(record: dict[str, Any]) -> int:
     return sum(rows for _, rows, _ in record.get("runs", [])) + shards + record.get("answers", 0)
 
 
-def line(kind: str, at: Kind, now: float) -> str:
+def line(kind: str, at: KindProgress, now: float) -> str:
     """Formats how far a kind of tasks is, as `read 12/40 tasks  10,000 documents  31.5 MB/s  ETA 2 min 10 s`."""
     seconds, left = now - at.began, at.left(now)
     parts = [

@@ -151,7 +151,7 @@ def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class Run:
+class SpilledRun:
     """Describes a spilled run of documents, and the spills of those of its rows that were decided against since."""
 
     name: str
@@ -160,7 +160,9 @@ class Run:
     decided: tuple[str, ...] = ()
 
 
-def survivors(folder: Location, run: Run, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:
+def survivors(
+    folder: Location, run: SpilledRun, low: int = 0, high: int = ALL, columns: list[str] | None = None
+) -> Iterator[pa.Table]:
     """Yields the run's documents of a range of keys, without those that were decided against."""
     decided = [t["row"].to_numpy() for name in run.decided for t in read(folder, name, low, high)]
     gone = np.unique(np.concatenate(decided)) if decided else np.zeros(0, np.uint32)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
-from heliostat.tracking.parents import Parent, parents
+from heliostat.tracking.parents import ParentModel, parents
 
 FILE = "README.md"
 
@@ -24,7 +24,7 @@ def note(job: Job, manifests: list[Manifest]) -> str:
     return "\n\n".join(line for line in lines if line)
 
 
-def license_of(job: Job, origins: list[Parent]) -> str:
+def license_of(job: Job, origins: list[ParentModel]) -> str:
     """Determines the license of a job's model.
 
     It is the job's own; else that of the models it was initialised from, if they agree; else `unknown`.
@@ -38,7 +38,9 @@ def write(folder: Path, job: Job, run_id: str, step: int, scores: dict[str, floa
     (folder / FILE).write_text(text(job, run_id, step, scores, manifests, parents(job)))
 
 
-def text(job: Job, run_id: str, step: int, scores: dict[str, float], manifests: list[Manifest], origins: list[Parent]) -> str:
+def text(
+    job: Job, run_id: str, step: int, scores: dict[str, float], manifests: list[Manifest], origins: list[ParentModel]
+) -> str:
     names = [_name(m) for m in manifests]
     header = {"license": license_of(job, origins).lower(), "datasets": names, "tags": ["heliostat"]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", f"# {job.name}", ""]

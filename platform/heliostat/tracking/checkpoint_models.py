@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
 
-    from heliostat.checkpoint.index import Index
+    from heliostat.checkpoint.index import CheckpointIndex
 
 KIND = "heliostat.checkpoint"  # the logged models' type
 GONE = "checkpoints.json"  # the artifact: facts of those that are gone, by the id of the logged model that they had
@@ -31,7 +31,7 @@ GONE = "checkpoints.json"  # the artifact: facts of those that are gone, by the 
 log = logging.getLogger(__name__)
 
 
-class Facts(TypedDict):
+class CheckpointFacts(TypedDict):
     """Describes a checkpoint, as the artifact `checkpoints.json` keeps it."""
 
     step: int
@@ -81,7 +81,7 @@ class Checkpoints:
         gone += [model for step, model in self._known.items() if step not in stored]
         self._delete(client, gone)
 
-    def _log(self, client: MlflowClient, step: int, index: Index, model: LoggedModel | None) -> LoggedModel:
+    def _log(self, client: MlflowClient, step: int, index: CheckpointIndex, model: LoggedModel | None) -> LoggedModel:
         import mlflow
         from mlflow.entities import LoggedModelOutput, Metric
 
@@ -111,7 +111,7 @@ class Checkpoints:
         """Saves the facts of these checkpoints in the run's artifact `checkpoints.json`, then deletes their logged models."""
         if not gone:
             return
-        deleted: dict[str, Facts] = {m.model_id: {**facts(m), "deleted": True} for m in gone}
+        deleted: dict[str, CheckpointFacts] = {m.model_id: {**facts(m), "deleted": True} for m in gone}
         write_json(client, self.run_id, _gone(client, self.run_id) | deleted, GONE)
         for model in gone:
             self._hide(client, model)
@@ -135,7 +135,7 @@ class Checkpoints:
         return model
 
 
-def facts(model: LoggedModel) -> Facts:
+def facts(model: LoggedModel) -> CheckpointFacts:
     """Reads the facts of a checkpoint (step, location, workers, scores, ...) from its logged model."""
     known = model.tags
     metrics = {renamed(m.key): m.value for m in model.metrics or []}
@@ -151,7 +151,7 @@ def facts(model: LoggedModel) -> Facts:
     }
 
 
-def history(client: MlflowClient, run: Run) -> list[Facts]:
+def history(client: MlflowClient, run: Run) -> list[CheckpointFacts]:
     """Lists every checkpoint that a run has ever had, deleted ones too, in the order of their steps."""
     gone = _gone(client, run.info.run_id)
     present = [facts(m) for m in logged(client, run) if m.model_id not in gone]
@@ -163,5 +163,5 @@ def logged(client: MlflowClient, run: Run) -> list[LoggedModel]:
     return [m for m in logged_models(client, run) if m.model_type == KIND]
 
 
-def _gone(client: MlflowClient, run_id: str) -> dict[str, Facts]:
-    return read_json(client, run_id, GONE, dict[str, Facts]) or {}
+def _gone(client: MlflowClient, run_id: str) -> dict[str, CheckpointFacts]:
+    return read_json(client, run_id, GONE, dict[str, CheckpointFacts]) or {}

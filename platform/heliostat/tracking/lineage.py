@@ -21,12 +21,12 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.tracking import checkpoint_models, mlflow_client, registry, tags
-from heliostat.tracking.checkpoint_models import Facts
+from heliostat.tracking.checkpoint_models import CheckpointFacts
 from heliostat.tracking.mlflow_client import read_json
-from heliostat.tracking.parents import Parent, Parents
+from heliostat.tracking.parents import ParentModel, Parents
 from heliostat.tracking.reconcile import settle
-from heliostat.tracking.registry import Entry
-from heliostat.tracking.run_facts import Start
+from heliostat.tracking.registry import HistoryEntry
+from heliostat.tracking.run_facts import RecordedStart
 from heliostat.tracking.run_table import About, about
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
@@ -40,7 +40,7 @@ Taken = Callable[["Run", int | None], int]  # of a run, the samples in question 
 DEPTH = 20  # generations of parents
 
 
-class Model(TypedDict):
+class TracedModel(TypedDict):
     """Describes a registered version; `step`: that its checkpoint is of."""
 
     name: str
@@ -50,10 +50,10 @@ class Model(TypedDict):
     license: str | None
     step: int | None
     scores: dict[str, float]
-    history: list[Entry]
+    history: list[HistoryEntry]
 
 
-class Ancestor(Parent):
+class Ancestor(ParentModel):
     run: Traced | None
 
 
@@ -73,13 +73,13 @@ class Traced(About):
     changes: list[dict[str, Any]]  # start_step, and [was, is] by key of the job
     data: Consumed
     tokenizers: list[str]
-    checkpoints: list[Facts]
-    models: list[Model]
+    checkpoints: list[CheckpointFacts]
+    models: list[TracedModel]
     parents: list[Ancestor]
 
 
 class Lineage(TypedDict):
-    model: Model | None  # if it was asked by a registered version
+    model: TracedModel | None  # if it was asked by a registered version
     run: Traced
 
 
@@ -103,7 +103,7 @@ def _is_folder(what: str) -> bool:
     return "/" in what and Location(what).join(run_folder.MLFLOW_RUN).exists()
 
 
-def model_node(client: MlflowClient, version: ModelVersion) -> Model:
+def model_node(client: MlflowClient, version: ModelVersion) -> TracedModel:
     aliases = client.get_registered_model(version.name).aliases
     return {
         "name": version.name,
@@ -119,7 +119,7 @@ def model_node(client: MlflowClient, version: ModelVersion) -> Model:
 
 def run_node(client: MlflowClient, run: Run, depth: int = DEPTH) -> Traced:
     run_id, known, params = run.info.run_id, run.data.tags, run.data.params
-    starts = read_json(client, run_id, ATTEMPTS, list[Start]) or []
+    starts = read_json(client, run_id, ATTEMPTS, list[RecordedStart]) or []
     data = data_of(client, run)
     return {
         **about(run, client.get_experiment(run.info.experiment_id).name),
@@ -142,11 +142,11 @@ def run_node(client: MlflowClient, run: Run, depth: int = DEPTH) -> Traced:
     }
 
 
-def _parents(client: MlflowClient, run_id: str) -> list[Parent]:
+def _parents(client: MlflowClient, run_id: str) -> list[ParentModel]:
     return (read_json(client, run_id, "parents.json", Parents) or {"parents": []})["parents"]
 
 
-def _parent_node(client: MlflowClient, parent: Parent, depth: int) -> Traced | None:
+def _parent_node(client: MlflowClient, parent: ParentModel, depth: int) -> Traced | None:
     """Builds the node of a parent's run; None if no run is known for the parent, or this store does not have it."""
     from mlflow.exceptions import MlflowException
 
@@ -164,7 +164,7 @@ def attempts(client: MlflowClient, run: Run) -> list[Outline]:
 
     Reads the goodput report in MLflow if the run has ended, else the ledger in the run's folder; empty if neither can be read.
     """
-    report = read_json(client, run.info.run_id, "goodput.json", goodput.Report) if run.info.status != "RUNNING" else None
+    report = read_json(client, run.info.run_id, "goodput.json", goodput.GoodputReport) if run.info.status != "RUNNING" else None
     if report is None:
         try:
             report = goodput.read_report(Location(run.data.tags[tags.FOLDER]))
@@ -197,7 +197,7 @@ class Descendant(TypedDict):
     models: list[str]
 
 
-class Row(Descendant):
+class LineageRow(Descendant):
     samples: int
 
 
@@ -211,7 +211,7 @@ class Seen:
         self.client = client
         self.runs = {r.info.run_id: r for r in mlflow_client.runs(client, list(mlflow_client.experiments(client)))}
 
-    def answer(self, shard: str | None = None, digest: str | None = None) -> list[Row]:
+    def answer(self, shard: str | None = None, digest: str | None = None) -> list[LineageRow]:
         """Finds each run that has trained on the shard, or on datasets whose digest begins with `digest`; newest first."""
 
         def taken(run: Run, before: int | None) -> int:
@@ -220,9 +220,9 @@ class Seen:
 
         return self.rows(taken)
 
-    def rows(self, taken: Taken, only: str | None = None) -> list[Row]:
+    def rows(self, taken: Taken, only: str | None = None) -> list[LineageRow]:
         """Finds each run, or `only` one, that has taken samples, itself or by inheritance."""
-        rows = list[Row]()
+        rows = list[LineageRow]()
         for run_id, run in self.runs.items():
             if only not in (None, run_id):
                 continue
@@ -254,7 +254,7 @@ def lines(traced: Lineage) -> list[tuple[int, str]]:
     return out + _run_lines(traced["run"], 1 if traced["model"] else 0)
 
 
-def _model_lines(model: Model, depth: int) -> list[tuple[int, str]]:
+def _model_lines(model: TracedModel, depth: int) -> list[tuple[int, str]]:
     aliases = f" ({', '.join('@' + a for a in model['aliases'])})" if model["aliases"] else ""
     scores = "  ".join(f"{k} {v:.5g}" for k, v in model["scores"].items())
     out = [
@@ -306,12 +306,12 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
     return out
 
 
-def _source_line(s: consumed.Source) -> str:
+def _source_line(s: consumed.ConsumedSource) -> str:
     shown = ", ".join(a if a == b else f"{a} to {b}" for a, b in s["ranges"][:3]) + (" ..." if len(s["ranges"]) > 3 else "")
     weights = ", ".join(f"{w:g}" + (f" from step {step + 1:,}" if step else "") for step, w in s["weights"])
     return (f"{s['name']} {s['digest'][:12]}, weight {weights}: {s['samples']:,} samples, {s['epochs']:.2f} epochs, "
             f"{s['shards']['seen']} of {s['shards']['total']} shards ({shown}) of {s['uri']}{_forgotten(s)}")  # fmt: skip
 
 
-def _forgotten(source: consumed.Source) -> str:
+def _forgotten(source: consumed.ConsumedSource) -> str:
     return "".join(f", made of {old['digest'][:12]} without {', '.join(old['ids'])}" for old in source.get("forgotten", []))

@@ -14,7 +14,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.data.visits import Visit, visits
 from heliostat.errors import DataError
 from heliostat.runs import consumed
-from heliostat.runs.consumed import Consumed, Place, Replaced
+from heliostat.runs.consumed import Consumed, ConsumedPlace, Replaced
 from heliostat.storage.locations import Location
 from heliostat.tracking import tags
 from heliostat.tracking.lineage import Descendant, Seen, data_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 Chunk = tuple[str, str, int]  # dataset, shard, row group
 
 
-class Sample(Place):
+class DocumentSample(ConsumedPlace):
     """Describes a sample that holds some of the document; who took a bad one's place has no lane in the record."""
 
     step: int  # from 1
@@ -42,21 +42,21 @@ class Reached(Descendant):
     one is a version of.
     """
 
-    samples: list[Sample]
+    samples: list[DocumentSample]
     steps: list[int]
     unsure: int
     fault: str | None
 
 
 @dataclass
-class Trained:
+class TrainedOnDocument:
     """Finds the runs that have trained on a document, which a dataset holds under `id`."""
 
     client: MlflowClient
     made: Manifest
     id: str
     places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)  # by a version's digest
-    found: dict[str, list[Sample]] = field(default_factory=dict)  # samples, by run
+    found: dict[str, list[DocumentSample]] = field(default_factory=dict)  # samples, by run
     faults: dict[str, str] = field(default_factory=dict)  # by run
 
     @property
@@ -83,7 +83,7 @@ class Trained:
         steps = sorted({sample["step"] for sample in samples})
         return {**row, "samples": samples, "steps": steps, "unsure": unsure, "fault": self.faults.get(row["run_id"])}
 
-    def _before(self, run: Run, before: int | None) -> list[Sample]:
+    def _before(self, run: Run, before: int | None) -> list[DocumentSample]:
         """Finds the samples of a run in its steps up to `before`, as it was counted there, or in all."""
         run_id = run.info.run_id
         if run_id not in self.found:
@@ -93,8 +93,8 @@ class Trained:
                 self.found[run_id], self.faults[run_id] = [], str(e)
         return [s for s in self.found[run_id] if before is None or s["step"] <= before]
 
-    def _samples(self, data: Consumed) -> list[Sample]:
-        samples, rows_of = list[Sample](), dict[Chunk, range]()
+    def _samples(self, data: Consumed) -> list[DocumentSample]:
+        samples, rows_of = list[DocumentSample](), dict[Chunk, range]()
         for segment, taken in zip(consumed.parse(data), data["segments"], strict=True):
             for number, source in enumerate(taken["sources"]):
                 if source["digest"] not in self.digests and not same_folder(source["uri"], str(self.made.location)):
@@ -124,19 +124,19 @@ def same_folder(a: str, b: str) -> bool:
     return Location(a).absolute(workspace.root()).path == Location(b).absolute(workspace.root()).path
 
 
-def _sample(chunk: Chunk, visit: Visit) -> Sample:
+def _sample(chunk: Chunk, visit: Visit) -> DocumentSample:
     dataset, shard, row_group = chunk
     return {"dataset": dataset, "shard": shard, "row_group": row_group, "step": visit.step, "lane": visit.lane,
             "place": visit.place, "epoch": visit.epoch, "row": visit.row}  # fmt: skip
 
 
-def with_replaced(samples: list[Sample], replaced: list[Replaced], rows_of: dict[Chunk, range]) -> list[Sample]:
+def with_replaced(samples: list[DocumentSample], replaced: list[Replaced], rows_of: dict[Chunk, range]) -> list[DocumentSample]:
     """Leaves out the samples that were bad, and others took their place; adds those that took others' places.
 
     `rows_of`: the rows of each chunk that hold the document.
     """
 
-    def at(place: Place) -> Chunk:
+    def at(place: ConsumedPlace) -> Chunk:
         return place["dataset"], place["shard"], place["row_group"]
 
     gone = {(bad["step"], at(bad), bad["row"]) for bad in replaced}

@@ -25,7 +25,7 @@ MARK = "train/loss"  # of every step: how far MLflow's curves go
 
 
 @open_
-class Recorded(TypedDict):
+class RecordedCurve(TypedDict):
     kind: str
     at: Number
     step: NotRequired[Whole]
@@ -57,7 +57,7 @@ NEEDED = {
 }
 
 
-def _fault(read: list[Recorded]) -> str | None:
+def _fault(read: list[RecordedCurve]) -> str | None:
     for number, event in enumerate(read):
         if missing := [key for key in NEEDED.get(event["kind"], ()) if key not in event]:
             return f"{number}: an event of kind {event['kind']!r} has no {missing[0]!r}"
@@ -71,7 +71,7 @@ def _fault(read: list[Recorded]) -> str | None:
     return None
 
 
-EVENTS = Format(list[Recorded], "list of a run's curves", check=_fault, fix="delete it to go without these steps' curves")
+EVENTS = Format(list[RecordedCurve], "list of a run's curves", check=_fault, fix="delete it to go without these steps' curves")
 
 
 def write(run: Location, done: int, reported: list[events.Event]) -> None:

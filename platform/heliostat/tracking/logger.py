@@ -28,14 +28,14 @@ from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
 from heliostat.runs import goodput
-from heliostat.runs.events import AttemptStarted, BadNodes, Corruption, Evaluation, Event, Goodput, Saved, Spike, Steps
+from heliostat.runs.events import AttemptStarted, BadNodes, Corruption, Evaluation, Event, Goodput, LossSpike, Saved, Steps
 from heliostat.runs.mlflow_id import record
 from heliostat.storage import run_folder
 from heliostat.storage.retries import Backoff
 from heliostat.tracking import card, local_curves, mlflow_client, outbox, tags
 from heliostat.tracking.metrics import SPIKE, Point, points
 from heliostat.tracking.mlflow_client import read_json, write_json
-from heliostat.tracking.run_facts import Record
+from heliostat.tracking.run_facts import RunRecord
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
@@ -64,7 +64,7 @@ class End(Event):
 
     status: str
     reason: str
-    report: goodput.Report
+    report: goodput.GoodputReport
     tags: dict[str, str]
 
 
@@ -149,7 +149,7 @@ class RunOwner:
         if mine not in tables:
             client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, mine]))
 
-    def finish(self, status: str, reason: str, report: goodput.Report, closing: dict[str, str] | None = None) -> None:
+    def finish(self, status: str, reason: str, report: goodput.GoodputReport, closing: dict[str, str] | None = None) -> None:
         """Writes all that waits, the run's goodput, tags, and its status: FINISHED, FAILED or KILLED.
 
         If MLflow stays away for AWAY_S, the run's next command does it: TrackingError for a run that is FINISHED.
@@ -201,7 +201,7 @@ class RunOwner:
                 self._images.extend((name, event.step, png) for name, png in event.images.items())
             case AttemptStarted():
                 self._starts.append(event)
-            case Spike():
+            case LossSpike():
                 self._spiked = True
             case Corruption():
                 self._corrupted = event.text
@@ -327,12 +327,12 @@ class RunOwner:
         if "run_id" in known:
             self._client.update_run(known["run_id"], status="RUNNING")
             self._client.set_tag(known["run_id"], tags.STEPS, str(job.train.steps))
-            self._record = Record(self._client, known["run_id"], job)
+            self._record = RunRecord(self._client, known["run_id"], job)
             self.run_id = known["run_id"]
             return
         job.run_folder.join(run_folder.MLFLOW_RUN).write(json.dumps(known).encode())
         self._made = self._made or self._make(known["token"])
-        self._record = Record(self._client, self._made, job)
+        self._record = RunRecord(self._client, self._made, job)
         self._record.begin(self.manifests, self._data_version)
         job.run_folder.join(run_folder.MLFLOW_RUN).write(json.dumps({**known, "run_id": self._made}).encode())
         self.run_id = self._made

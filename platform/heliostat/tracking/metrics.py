@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from heliostat.runs.events import Evaluation, Event, Goodput, NodeSample, Saved, Spike, Steps
+from heliostat.runs.events import Evaluation, Event, Goodput, LossSpike, NodeSample, Saved, Steps
 
 SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it is above; at spikes alone
 CHECKPOINT = "train/checkpoint/"  # begins the names of the scores of checkpoints' logged models
@@ -86,8 +86,8 @@ def _of_goodput(key: str) -> Callable[[Goodput], Values]:
 METRICS = (
     Metric("train/loss", Steps, _of("loss"), "Loss"),
     Metric("eval/loss", Evaluation, lambda e: e.scores.get("loss"), "Loss"),
-    Metric(SPIKE, Spike, _of("loss"), "Loss", mark=True),
-    Metric(SPIKE_LIMIT, Spike, _of("limit")),
+    Metric(SPIKE, LossSpike, _of("loss"), "Loss", mark=True),
+    Metric(SPIKE_LIMIT, LossSpike, _of("limit")),
     Metric("eval/*", Evaluation, _of("scores"), "{}"),
     Metric("train/lr", Steps, _of("lr"), "Learning rate", section="Optimizer"),
     Metric("train/grad_norm", Steps, _of("grad_norm"), "Gradient norm", section="Optimizer"),

@@ -20,9 +20,9 @@ from pydantic import JsonValue
 
 from heliostat import extras
 from heliostat.errors import ConfigError, TrackingError
-from heliostat.runs.mlflow_id import Record, record
+from heliostat.runs.mlflow_id import MlflowIdRecord, record
 from heliostat.storage.records import Format
-from heliostat.storage.retries import Backoff, Failure, retry
+from heliostat.storage.retries import Backoff, FailedAttempts, retry
 from heliostat.text import brief
 from heliostat.tracking.metrics import Point
 from heliostat.tracking.tags import FOLDER, KIND, NAME, TRAINING
@@ -172,7 +172,7 @@ def _until_answers(uri: str) -> None:
         if not isinstance(error, OSError | HTTPException):
             raise error
 
-    def give_up(failure: Failure) -> NoReturn:
+    def give_up(failure: FailedAttempts) -> NoReturn:
         reason = brief(getattr(failure.error, "reason", failure.error) or type(failure.error).__name__)
         fix = "Start it with `mlflow server`, or pass another store: --mlflow URI"
         raise TrackingError(f"MLflow at {uri}: no answer within {BUDGET_S:g} s ({reason}). {fix}") from failure.error
@@ -232,7 +232,7 @@ def find(client: MlflowClient, run: str, uri: str) -> Run:
 
     from heliostat.storage.locations import Location
 
-    known: Record = {"run_id": run} if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run))
+    known: MlflowIdRecord = {"run_id": run} if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run))
     run_id = known.get("run_id")
     if run_id is None:
         raise ConfigError(f"{run!r}: is neither a run id (32 hex digits), nor a run's folder with a run.json")

@@ -33,12 +33,12 @@ if TYPE_CHECKING:  # MLflow and torch take seconds
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
 
-    from heliostat.checkpoint.layout import Checkpoint
+    from heliostat.checkpoint.layout import SavedCheckpoint
 
 log = logging.getLogger(__name__)
 
 
-def log_model(job: Job, run_id: str, last: Checkpoint, folder: Path, recipe: Serves, scores: dict[str, float]) -> str:
+def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe: Serves, scores: dict[str, float]) -> str:
     """Logs the folder to the run with signature and input example, registers it if the job asks for it; returns its URI.
 
     A checkpoint's model is logged once and registered once, however often this is called: what an earlier call has made is

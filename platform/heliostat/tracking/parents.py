@@ -17,7 +17,7 @@ from heliostat.recipes import exported
 from heliostat.storage.records import Json
 
 
-class Parent(TypedDict):
+class ParentModel(TypedDict):
     """Describes a folder that a model is initialised from: an entry of `parents.json`."""
 
     key: str
@@ -34,10 +34,10 @@ class Parent(TypedDict):
 class Parents(TypedDict):
     """Describes the content of `parents.json`."""
 
-    parents: list[Parent]
+    parents: list[ParentModel]
 
 
-def parents(job: Job) -> list[Parent]:
+def parents(job: Job) -> list[ParentModel]:
     """Describes each folder that the job's model is initialised from."""
     return [_parent(key, Path(folder), changed) for key, folder, changed in _folders(job.model, "model")]
 
@@ -50,7 +50,7 @@ def _folders(tree: Mapping[str, Json], prefix: str) -> Iterator[tuple[str, str, 
             yield from _folders(value, f"{prefix}.{key}")
 
 
-def _parent(key: str, folder: Path, changed: dict[str, Json]) -> Parent:
+def _parent(key: str, folder: Path, changed: dict[str, Json]) -> ParentModel:
     configs = sorted(folder.glob("*.json")) if folder.is_dir() else []
     config = hashlib.sha256(b"".join(p.read_bytes() for p in configs if p.name in ("config.json", "model_index.json")))
     origin: dict[str, Any] = {}  # what an exported model records of its run

@@ -21,7 +21,7 @@ from heliostat.storage.locations import Location
 from heliostat.storage.records import Json
 from heliostat.tracking import local_curves, mlflow_client, tags
 from heliostat.tracking.outbox import Outbox
-from heliostat.tracking.run_facts import Record
+from heliostat.tracking.run_facts import RunRecord
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
@@ -96,7 +96,7 @@ def _complete(client: MlflowClient, run_id: str, folder: Location) -> None:
     mlflow_client.write_json(client, run_id, report, "goodput.json")
     job = mlflow_client.read_json(client, run_id, "job.json", dict[str, Json])
     if job is not None:
-        Record(client, run_id, validate(Job, job, f"run {run_id}: job.json")).sync(report["attempts"][-1]["reached"])
+        RunRecord(client, run_id, validate(Job, job, f"run {run_id}: job.json")).sync(report["attempts"][-1]["reached"])
 
 
 def _end(client: MlflowClient, run_id: str, status: str, reason: str, at: float) -> None:

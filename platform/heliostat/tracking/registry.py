@@ -32,7 +32,7 @@ KEPT = 20  # entries of a history
 
 
 @open_
-class Entry(TypedDict):
+class HistoryEntry(TypedDict):
     """Describes an event of a version's history: it was registered, promoted, or replaced."""
 
     event: str
@@ -45,7 +45,7 @@ class Entry(TypedDict):
     replaced_by: NotRequired[str]
 
 
-class Promotion(Entry):
+class Promotion(HistoryEntry):
     """Describes what `promote` has done."""
 
     name: str
@@ -54,7 +54,7 @@ class Promotion(Entry):
     replaced_scores: dict[str, float]
 
 
-EVENTS = Format(list[Entry], "history of a model", TrackingError, fix="delete the tag to begin another")
+EVENTS = Format(list[HistoryEntry], "history of a model", TrackingError, fix="delete the tag to begin another")
 
 
 class GateError(HeliostatError):
@@ -132,12 +132,12 @@ def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float
     return measured, data
 
 
-def history(version: ModelVersion) -> list[Entry]:
+def history(version: ModelVersion) -> list[HistoryEntry]:
     where = f"models:/{version.name}/{version.version}: tag {HISTORY}"
     return EVENTS.parse(version.tags.get(HISTORY, "[]").encode(), where)
 
 
-def record(client: MlflowClient, name: str, version: str, entry: Entry) -> None:
+def record(client: MlflowClient, name: str, version: str, entry: HistoryEntry) -> None:
     """Adds an entry to a version's history, which keeps the newest entries."""
     known = history(client.get_model_version(name, version))
     client.set_model_version_tag(name, version, HISTORY, json.dumps([*known, entry][-KEPT:]))
@@ -167,7 +167,7 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
     if faults and not force:
         raise GateError(f"{new.name} version {new.version} does not become {alias}: {'; '.join(faults)}")
     replaced = str(present.version) if present is not None and present.version != new.version else None
-    entry: Entry = {
+    entry: HistoryEntry = {
         "alias": alias,
         "at": round(time.time(), 3),
         "by": user(),
@@ -179,7 +179,7 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
     client.set_registered_model_alias(new.name, alias, new.version)
     record(client, new.name, new.version, entry)
     if replaced:
-        before_it: Entry = {**entry, "event": "replaced", "replaced": None, "replaced_by": str(new.version)}
+        before_it: HistoryEntry = {**entry, "event": "replaced", "replaced": None, "replaced_by": str(new.version)}
         record(client, new.name, replaced, before_it)
     return {"name": new.name, "version": str(new.version), **entry, "scores": measured, "replaced_scores": before}
 

@@ -32,14 +32,14 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
 
 
-class Code(TypedDict):
+class CommandCode(TypedDict):
     """Describes the code of a command, by its commit and the digest of what differs from it, and its packages by a digest."""
 
     code: dict[str, str]
     environment: str
 
 
-class Start(Code):
+class RecordedStart(CommandCode):
     """Describes a start of the workers: an entry of `attempts.json`. `changes`: [was, is] by key of the job."""
 
     at: float
@@ -55,11 +55,11 @@ NODES_SHOWN = 10  # lines about bad nodes in the tag: the newest
 SPIKES_SHOWN = 100  # in the tag: the newest, of more
 
 
-class Record:
+class RunRecord:
     def __init__(self, client: MlflowClient, run_id: str, job: Job) -> None:
         self.client, self.run_id, self.job = client, run_id, job
         self._checkpoints = Checkpoints(run_id, client.get_run(run_id).info.experiment_id, job.run_folder)
-        self._source: source_code.Source | None = None
+        self._source: source_code.SourceCode | None = None
         self._environment = ""
 
     def begin(self, manifests: list[Manifest], data_version: int) -> None:
@@ -81,9 +81,10 @@ class Record:
         self._checkpoints.back(event.start_step)
         place = self.job.run_folder.join(ATTEMPTS)
         cluster, code = os.environ.get("HELIOSTAT_CLUSTER", ""), self._code()
-        entry: Start = {"at": event.at, "start_step": event.start_step, "workers": event.workers, "nodes": event.nodes, **code,
+        entry: RecordedStart = {"at": event.at, "start_step": event.start_step, "workers": event.workers, "nodes": event.nodes,
+                                **code,
                         "cluster": cluster, "changes": self._changes()}  # fmt: skip
-        known = cast(list[Start], STARTS.read(place)) if place.exists() else []
+        known = cast(list[RecordedStart], STARTS.read(place)) if place.exists() else []
         if entry["at"] not in [a["at"] for a in known]:
             known.append(entry)
             place.write(json.dumps(known).encode())
@@ -107,7 +108,7 @@ class Record:
         """Writes what was found of bad nodes, and done about them, as a tag of the run."""
         self.client.set_tag(self.run_id, BAD_NODES, "\n".join(lines[-NODES_SHOWN:]))
 
-    def _code(self) -> Code:
+    def _code(self) -> CommandCode:
         """Describes the code and the package environment of this command; their files are written once."""
         if self._source is None:
             source, packages = source_code.source(), source_code.environment()

@@ -30,7 +30,7 @@ class About(TypedDict):
     ended: float | None
 
 
-class Row(About):
+class RunRow(About):
     """Describes a run as a row of the table; `worker_hours`: workers times hours, over all its attempts; `sweep`: its run id."""
 
     step: int
@@ -44,7 +44,7 @@ class Row(About):
     sweep: str | None
 
 
-def rows(client: MlflowClient, experiment: str | None) -> list[Row]:
+def rows(client: MlflowClient, experiment: str | None) -> list[RunRow]:
     """Builds a row for each run that heliostat made; those whose driver has died are settled first."""
     names = mlflow_client.experiments(client, experiment)
     return [row(settle(client, run), names[run.info.experiment_id]) for run in mlflow_client.runs(client, list(names))]
@@ -62,7 +62,7 @@ def about(run: Run, experiment: str) -> About:
     }
 
 
-def row(run: Run, experiment: str) -> Row:
+def row(run: Run, experiment: str) -> RunRow:
     """Describes a run as a row of the table."""
     metrics, known, params = latest(run.data.metrics), run.data.tags, run.data.params
     at = {m.key: m.step for m in run.data.to_proto().metrics}
@@ -80,12 +80,12 @@ def row(run: Run, experiment: str) -> Row:
     }
 
 
-def cells(rows: list[Row]) -> list[list[str]]:
+def cells(rows: list[RunRow]) -> list[list[str]]:
     """Formats the rows as text, with the columns' names first."""
     return [list(COLUMNS), *(_cells(r) for r in rows)]
 
 
-def _cells(r: Row) -> list[str]:
+def _cells(r: RunRow) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 

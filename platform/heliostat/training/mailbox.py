@@ -26,7 +26,7 @@ def interval(workers: int) -> float:
     return max(1.0, workers / 100)
 
 
-class State:
+class MailboxState:
     """Holds the mailbox's events, heartbeats, orders and decisions.
 
     All times are ages, in seconds by this process's clock, so that clocks of different machines are never compared.
@@ -96,7 +96,7 @@ class Bounded:
         return kept, lost
 
 
-Mailbox = ray.remote(num_cpus=0)(State)
+Mailbox = ray.remote(num_cpus=0)(MailboxState)
 
 
 def make() -> Any:

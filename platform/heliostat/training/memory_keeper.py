@@ -25,7 +25,7 @@ Told = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Source:
+class CopySource:
     """Identifies the generation that an attempt starts from, and who has its copies: by rank, the nodes and their keepers."""
 
     id: str
@@ -36,12 +36,12 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Holds what an attempt does with memory: its own id, each rank's keepers, and the generation that it starts from, if any."""
 
     attempt: str
     keepers: list[list[Any]]  # by rank: that of its node, and that of another node, if there is one
-    source: Source | None = None
+    source: CopySource | None = None
 
 
 @dataclass(frozen=True, order=True)

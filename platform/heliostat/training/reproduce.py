@@ -24,13 +24,13 @@ from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.tracking import mlflow_client, tags
 from heliostat.tracking.lineage import attempts, data_of
 from heliostat.tracking.mlflow_client import read_json
-from heliostat.tracking.run_facts import Start
+from heliostat.tracking.run_facts import RecordedStart
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedRun:
     """Holds a run's record; `plan`: of its first segment, which ends at step `end`; `curve`: the losses of steps 1, 2, ..."""
 
     run_id: str
@@ -38,7 +38,7 @@ class Recorded:
     plan: Any
     end: int
     curve: dict[int, float]
-    starts: list[Start]
+    starts: list[RecordedStart]
     environment: dict[str, str]
     attempts: list[Outline]
 
@@ -70,26 +70,26 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
     return {"run_id": recorded.run_id, "again": result["run_id"], "notes": notes, **compare(recorded.curve, curve, count)}
 
 
-def read(client: Any, run: Any) -> Recorded:
+def read(client: Any, run: Any) -> RecordedRun:
     """Reads a run's record from MLflow; ConfigError if the record is too incomplete to reproduce the run."""
     run_id = run.info.run_id
     job, data, starts = (
         read_json(client, run_id, "job.json", dict[str, Any]),
         data_of(client, run),
-        read_json(client, run_id, ATTEMPTS, list[Start]),
+        read_json(client, run_id, ATTEMPTS, list[RecordedStart]),
     )
     if job is None or not data["segments"] or not starts:
         raise ConfigError(f"run {run_id}: its record has no job, data or machines; it ended before its first checkpoint")
     first = consumed.parse(data)[0]
     environment = read_json(client, run_id, f"code/environment-{starts[0]['environment']}.json", dict[str, str]) or {}
-    return Recorded(run_id, job, first.plan, first.end, read_curve(client, run_id), starts, environment, attempts(client, run))
+    return RecordedRun(run_id, job, first.plan, first.end, read_curve(client, run_id), starts, environment, attempts(client, run))
 
 
 def read_curve(client: Any, run_id: str) -> dict[int, float]:
     return {m.step: m.value for m in client.get_metric_history(run_id, "train/loss")}
 
 
-def again(recorded: Recorded, steps: int) -> dict[str, Any]:
+def again(recorded: RecordedRun, steps: int) -> dict[str, Any]:
     """Builds the job of the new run: the recorded job, on the worker count that it began with, up to step `steps`."""
     job = json.loads(json.dumps(recorded.job))
     job["name"] = f"{job['name'][:94]}-again"
@@ -100,7 +100,7 @@ def again(recorded: Recorded, steps: int) -> dict[str, Any]:
     return Job.model_validate(job).dump()
 
 
-def differences(recorded: Recorded, source: source_code.Source, environment: dict[str, str]) -> list[str]:
+def differences(recorded: RecordedRun, source: source_code.SourceCode, environment: dict[str, str]) -> list[str]:
     """Lists what differs now from when the run was recorded, and what of the run is not reproduced: one line each."""
     was, notes = recorded.starts[0]["code"], []
     now = source.facts()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.checkpoint import layout
-from heliostat.checkpoint.layout import Checkpoint
+from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.cluster import preloads, private_ray
 from heliostat.config import spec
 from heliostat.config.spec import Job
@@ -27,7 +27,7 @@ from heliostat.runs import summary as endings
 from heliostat.storage import lease
 from heliostat.storage.run_folder import require_one_way
 from heliostat.tracking.tags import SOURCE_NAME
-from heliostat.training.driver.run import Run, RunHooks
+from heliostat.training.driver.run import DrivenRun, RunHooks
 from heliostat.validation import check
 from heliostat.validation.check import Checked
 
@@ -77,7 +77,7 @@ def train_job(
         if overwrite:
             held.fence.check()
             lease.clear(job.run_folder)
-        return _carry_out(Run(checked, held, found.step if found else 0, started, verbose, tags), found)
+        return _carry_out(DrivenRun(checked, held, found.step if found else 0, started, verbose, tags), found)
 
 
 def _require_settled(job: Job) -> None:
@@ -88,7 +88,7 @@ def _require_settled(job: Job) -> None:
         )
 
 
-def _last_checkpoint(job: Job, resume: bool) -> Checkpoint | None:
+def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
     """Finds the run's newest checkpoint; ConfigError if the run has begun, and the command does not ask to resume it."""
     found = layout.latest(job.run_folder)
     if found and not resume:
@@ -99,7 +99,7 @@ def _last_checkpoint(job: Job, resume: bool) -> Checkpoint | None:
     return found
 
 
-def _plan(job: Job, recipe: Any, found: Checkpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
+def _plan(job: Job, recipe: Any, found: SavedCheckpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
     """Plans the job's data like the checkpoint, or the recorded plan; ConfigError if the samples would differ."""
     recorded = DataPlan.parse(found.index["data"]) if found else recorded
     checked = check.check_data(job, recipe, recorded)
@@ -117,7 +117,7 @@ def _plan(job: Job, recipe: Any, found: Checkpoint | None, recorded: DataPlan | 
     return check.check_data(job, recipe, recorded, change_at=found.step)
 
 
-def _carry_out(run: Run, found: Checkpoint | None) -> dict[str, Any]:
+def _carry_out(run: DrivenRun, found: SavedCheckpoint | None) -> dict[str, Any]:
     """Trains from the checkpoint on and exports; if all steps are done, completes what is missing after the training."""
     job = run.job
     if found is None or found.step < job.last_step:
@@ -148,7 +148,7 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
         job = spec.settle(job, found.index["job"] if found else None)
         recorded = DataPlan.parse(found.index["data"]) if found else None
         checked = check.check_stores(job, recipe, recorded, resume=found is not None)
-        run = Run(checked, held, found.step if found else 0, hooks.started, tags=hooks.tags, hooks=hooks)
+        run = DrivenRun(checked, held, found.step if found else 0, hooks.started, tags=hooks.tags, hooks=hooks)
         if found is None or found.step < job.last_step:
             return run.train_only()
         run.catch_up()
@@ -163,4 +163,4 @@ def finalize(job: Job) -> dict[str, Any]:
     with lease.take(job.run_folder) as held:
         last = layout.open_checkpoint(job.run_folder, job.last_step)
         checked = check.check_stores(spec.settle(job, last.index["job"]), recipe, DataPlan.parse(last.index["data"]), resume=True)
-        return Run(checked, held, job.last_step, time.time()).finalize(last)
+        return DrivenRun(checked, held, job.last_step, time.time()).finalize(last)

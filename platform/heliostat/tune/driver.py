@@ -29,9 +29,9 @@ from heliostat.storage.run_folder import require_one_way
 from heliostat.training.driver.signals import Signals
 from heliostat.tune import report
 from heliostat.tune import trial_record as records
-from heliostat.tune.state import State
-from heliostat.tune.sweep import Plan, load
-from heliostat.tune.trial_record import Claim, Kept, Record
+from heliostat.tune.state import SweepState
+from heliostat.tune.sweep import SweepPlan, load
+from heliostat.tune.trial_record import Claim, KeptTrial, TrialRecord
 from heliostat.validation import check
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def tune(
         claim.end()
 
 
-def _same(plan: Plan, before: Kept) -> None:
+def _same(plan: SweepPlan, before: KeptTrial) -> None:
     """Checks that a resumed sweep is the one that was begun; ConfigError if not. Its budget and concurrency may change."""
     free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
@@ -105,9 +105,9 @@ def _same(plan: Plan, before: Kept) -> None:
 
 
 class _Tuning:
-    def __init__(self, plan: Plan, before: Kept | None, retry_failed: bool, verbose: bool, claim: Claim) -> None:
+    def __init__(self, plan: SweepPlan, before: KeptTrial | None, retry_failed: bool, verbose: bool, claim: Claim) -> None:
         self.plan, self.verbose, self.claim = plan, verbose, claim
-        self.before = before or Kept(sweep={}, job={}, run_id="", seconds=0.0)
+        self.before = before or KeptTrial(sweep={}, job={}, run_id="", seconds=0.0)
         self.base = Job.model_validate(plan.base)
         self.records = records.read(plan.folder)
         for record in self.records:
@@ -122,10 +122,10 @@ class _Tuning:
         folder.join("stop").delete()
         concurrency = self._connect()
         parent = Parent(self.plan, self.before["run_id"])
-        kept: Kept = {"sweep": self.plan.sweep.dump(), "job": self.plan.base, "run_id": parent.run_id,
+        kept: KeptTrial = {"sweep": self.plan.sweep.dump(), "job": self.plan.base, "run_id": parent.run_id,
                       "created": self.before.get("created", time.time()), "seconds": self.before["seconds"]}  # fmt: skip
         folder.join("sweep.json").write(json.dumps(kept).encode())
-        self.state = State(self.plan, self.records, concurrency, parent.run_id, kept["seconds"])
+        self.state = SweepState(self.plan, self.records, concurrency, parent.run_id, kept["seconds"])
         result: dict[str, Json] = {}
         status, reason = "FAILED", ""
         try:
@@ -212,7 +212,7 @@ class _Tuning:
             )
             tuner.fit()
 
-    def _result(self, run_id: str, all_records: list[Record]) -> dict[str, Json]:
+    def _result(self, run_id: str, all_records: list[TrialRecord]) -> dict[str, Json]:
         best = records.best(all_records, self.plan.sweep.mode)
         rows = report.rows(self.plan, all_records)
         totals = {"steps": sum(r.step for r in all_records), "tokens": sum(r.tokens for r in all_records)}
@@ -228,7 +228,7 @@ class _Tuning:
             "trials": rows,
         }  # fmt: skip
 
-    def _finalize(self, parent: Parent, result: dict[str, Json], all_records: list[Record]) -> None:
+    def _finalize(self, parent: Parent, result: dict[str, Json], all_records: list[TrialRecord]) -> None:
         """Exports the best trial's model, logs it to its run, and registers it if the job asks for that."""
         best = records.best(all_records, self.plan.sweep.mode)
         if best is None or not self.plan.sweep.register_best:

@@ -12,8 +12,8 @@ from heliostat.schema import validate
 from heliostat.storage.locations import Location, is_inside
 from heliostat.tune import report
 from heliostat.tune import trial_record as records
-from heliostat.tune.sweep import Plan, Sweep, count, place
-from heliostat.tune.trial_record import Kept
+from heliostat.tune.sweep import Sweep, SweepPlan, count, place
+from heliostat.tune.trial_record import KeptTrial
 
 STOP_S = 600.0
 
@@ -48,14 +48,14 @@ def find(sweep: str, storage: str) -> Location:
     raise ConfigError(f"{sweep}: is no sweep, nor is there one of this name in {storage}; see `heliostat sweeps`")
 
 
-def read(folder: Location) -> tuple[Plan, Kept]:
+def read(folder: Location) -> tuple[SweepPlan, KeptTrial]:
     kept = records.read_json(folder.join("sweep.json"), records.KEPT)
     if kept is None:
         raise ConfigError(f"{folder}: holds no sweep (no sweep.json)")
-    return Plan(_sweep(folder, kept), kept["job"], None), kept
+    return SweepPlan(_sweep(folder, kept), kept["job"], None), kept
 
 
-def _sweep(folder: Location, kept: Kept) -> Sweep:
+def _sweep(folder: Location, kept: KeptTrial) -> Sweep:
     return validate(Sweep, kept["sweep"], f"{folder.join('sweep.json')}: sweep")
 
 

@@ -17,13 +17,13 @@ from heliostat.cluster import source_code
 from heliostat.errors import TrackingError
 from heliostat.runs.mlflow_id import record
 from heliostat.storage.locations import Location
-from heliostat.storage.retries import Backoff, Failure, retry
+from heliostat.storage.retries import Backoff, FailedAttempts, retry
 from heliostat.text import brief
 from heliostat.tracking import mlflow_client, tags
 from heliostat.tracking.run_facts import params_of
 from heliostat.tune import report
-from heliostat.tune.sweep import Plan
-from heliostat.tune.trial_record import Record, best
+from heliostat.tune.sweep import SweepPlan
+from heliostat.tune.trial_record import TrialRecord, best
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # of a trial's run; the o
 class Parent:
     """Holds the sweep's MLflow run: `Parent(plan, run_id)` creates one if there is none yet."""
 
-    def __init__(self, plan: Plan, run_id: str) -> None:
+    def __init__(self, plan: SweepPlan, run_id: str) -> None:
         mlflow_client.set_client()
         import mlflow
 
@@ -48,7 +48,7 @@ class Parent:
     def _do(self, action: Callable[[], T]) -> T:
         """Retries an action while MLflow fails, since other processes write to the same store; TrackingError after AWAY_S."""
 
-        def give_up(failure: Failure) -> NoReturn:
+        def give_up(failure: FailedAttempts) -> NoReturn:
             raise TrackingError(f"mlflow.uri: {self.uri} failed ({brief(failure.error)})") from failure.error
 
         return retry(action, AWAY_S, BACKOFF, lambda error: None, give_up)  # MLflow raises whatever its store does
@@ -74,7 +74,7 @@ class Parent:
         self._do(lambda: self.client.log_dict(run_id, {"sweep": sweep.dump(), "job": self.plan.base}, "sweep.json"))
         return run_id
 
-    def settle(self, records: list[Record]) -> None:
+    def settle(self, records: list[TrialRecord]) -> None:
         """Gives every trial's run the status that its record has: a trial whose process died could not. Notes the run ids."""
         for trial in records:
             known = record(self.trial(trial))
@@ -92,10 +92,10 @@ class Parent:
                 if run.data.tags.get(key) != value:
                     self._do(lambda run=run, k=key, v=value: self.client.set_tag(run.info.run_id, k, v))  # type: ignore[misc]
 
-    def trial(self, record: Record) -> Location:
+    def trial(self, record: TrialRecord) -> Location:
         return self.plan.folder.join("trials", self.plan.name(record.number))
 
-    def close(self, status: str, reason: str, records: list[Record], model_uri: str | None) -> None:
+    def close(self, status: str, reason: str, records: list[TrialRecord], model_uri: str | None) -> None:
         """Logs the table of trials, PBT's lineage, the plots and the outcome, and ends the sweep's run."""
         sweep = self.plan.sweep
         rows = report.rows(self.plan, records)

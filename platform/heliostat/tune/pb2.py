@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from heliostat.tune.space import Domain, Params, Space, fit
-from heliostat.tune.trial_record import Record
+from heliostat.tune.trial_record import TrialRecord
 
 
 class Interval(NamedTuple):
@@ -29,14 +29,14 @@ class Interval(NamedTuple):
     params: Params
 
 
-def intervals(records: list[Record]) -> list[Interval]:
+def intervals(records: list[TrialRecord]) -> list[Interval]:
     """Lists the intervals of all trials, ordered by their ends. What a clone did before it became one is its own; from there on
     it has begun with what its donor had reported."""
     by_number = {r.number: r for r in records}
     return sorted((i for r in records for i in _of(r, by_number)), key=lambda i: i.step)
 
 
-def _of(record: Record, by_number: dict[int, Record]) -> Iterator[Interval]:
+def _of(record: TrialRecord, by_number: dict[int, TrialRecord]) -> Iterator[Interval]:
     clones = list(record.clones)
     params = clones[0]["old"] if clones else record.params
     since: tuple[int, float] | None = None
@@ -51,7 +51,9 @@ def _of(record: Record, by_number: dict[int, Record]) -> Iterator[Interval]:
         since = (step, value)
 
 
-def suggest(records: list[Record], donor: int, step: int, space: Space, mode: str, rng: np.random.Generator) -> Params | None:
+def suggest(
+    records: list[TrialRecord], donor: int, step: int, space: Space, mode: str, rng: np.random.Generator
+) -> Params | None:
     """Suggests the values for a trial that clones `donor` at `step`; None while there are no two reports to learn from.
 
     Trials that have cloned at this step already are taken into account, so that they are not all given the same.

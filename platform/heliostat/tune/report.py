@@ -7,8 +7,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from heliostat.config.fields import Json
-from heliostat.tune.sweep import Plan
-from heliostat.tune.trial_record import Record, ranked
+from heliostat.tune.sweep import SweepPlan
+from heliostat.tune.trial_record import TrialRecord, ranked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ Row = dict[str, object]  # of the table of trials
 COLOURS = {"finished": "#31a354", "pruned": "#9ecae1", "failed": "#de2d26"}
 
 
-def rows(plan: Plan, records: list[Record]) -> list[Row]:
+def rows(plan: SweepPlan, records: list[TrialRecord]) -> list[Row]:
     """Lists the trials as rows of plain data, the best first."""
     table = []
     for record in ranked(records, plan.sweep.mode):
@@ -32,7 +32,7 @@ def rows(plan: Plan, records: list[Record]) -> list[Row]:
     return table
 
 
-def note(plan: Plan) -> str:
+def note(plan: SweepPlan) -> str:
     """Describes a sweep in Markdown, as MLflow's UI shows it."""
     sweep = plan.sweep
     what = f"Sweep of `{sweep.job}`: {sweep.searcher.name} search for the {sweep.mode}imum of `{sweep.metric}` over"
@@ -62,7 +62,7 @@ def _cell(row: Row, name: str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def figures(plan: Plan, records: list[Record]) -> dict[str, Figure]:
+def figures(plan: SweepPlan, records: list[TrialRecord]) -> dict[str, Figure]:
     """Plots every trial's curve, and the parameters beside the metric: the figures by file name, none without a report."""
     reported = [r for r in records if r.reports]
     if not reported:
@@ -76,7 +76,7 @@ def _figure(width: float) -> Figure:
     return Figure(figsize=(width, 4.5), layout="constrained")
 
 
-def _history(plan: Plan, records: list[Record]) -> Figure:
+def _history(plan: SweepPlan, records: list[TrialRecord]) -> Figure:
     figure = _figure(8)
     axes = figure.subplots()
     for record in records:
@@ -90,7 +90,7 @@ def _history(plan: Plan, records: list[Record]) -> Figure:
     return figure
 
 
-def _parallel(plan: Plan, records: list[Record]) -> Figure:
+def _parallel(plan: SweepPlan, records: list[TrialRecord]) -> Figure:
     keys = list(plan.sweep.space)
     figure = _figure(max(5.0, 2.2 * (len(keys) + 1)))
     axes = figure.subplots()
@@ -118,7 +118,7 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)[:12]
 
 
-def position(plan: Plan, key: str, value: Json) -> float:
+def position(plan: SweepPlan, key: str, value: Json) -> float:
     """Computes a value's position on its axis, 0 to 1; -0.1, below the axis, if the key did not count."""
     domain = plan.sweep.space[key]
     if value is None:

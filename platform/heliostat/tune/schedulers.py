@@ -31,12 +31,12 @@ from heliostat.tune import pb2
 from heliostat.tune import space as spaces
 from heliostat.tune.space import Params
 from heliostat.tune.sweep import bracket, brackets
-from heliostat.tune.trial_record import Claim, Record
+from heliostat.tune.trial_record import Claim, TrialRecord
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
 
-    from heliostat.tune.state import Result, State
+    from heliostat.tune.state import Result, SweepState
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ GONE_S = 300.0  # for the last trials' workers to go
 TRIES = 20  # at values near the donor's that make a valid job
 
 
-def make(state: State) -> Within:
+def make(state: SweepState) -> Within:
     """Creates the sweep's scheduler; its `controller` becomes Tune's own when Tune starts its first trial."""
     given, steps = state.plan.sweep.scheduler, state.plan.base["train"]["steps"]
     scheduler: Within
@@ -70,10 +70,10 @@ def make(state: State) -> Within:
 class Within(TrialScheduler):
     """Keeps paused trials waiting while there is no room for their workers."""
 
-    watched: State
+    watched: SweepState
     controller: Any  # with private parts that `Watch` uses
 
-    def replay(self, records: list[Record]) -> None:
+    def replay(self, records: list[TrialRecord]) -> None:
         """Replays to the scheduler what trials of earlier commands reported."""
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -99,7 +99,7 @@ class Halving(Within, AsyncHyperBandScheduler):
         number = self.watched.of(trial.trial_id).number
         self._trial_info[trial.trial_id] = self._brackets[bracket(plan.sweep, plan.base["train"]["steps"], number)]  # not by lot
 
-    def replay(self, records: list[Record]) -> None:
+    def replay(self, records: list[TrialRecord]) -> None:
         """Restores the rungs from what trials of earlier commands reported."""
         trials = {r.number: cast(Trial, _StandIn(self.watched.plan.name(r.number))) for r in records}
         nobody = cast("TuneController", None)
@@ -110,7 +110,7 @@ class Halving(Within, AsyncHyperBandScheduler):
 
 
 class Median(Within, MedianStoppingRule):
-    def replay(self, records: list[Record]) -> None:
+    def replay(self, records: list[TrialRecord]) -> None:
         """Replays the curves of trials that are over."""
         trials = {r.number: cast(Trial, _StandIn(self.watched.plan.name(r.number))) for r in records if r.over}
         for step, value, record in _in_order(records):
@@ -125,7 +125,7 @@ class _StandIn:
         self.trial_id = trial_id
 
 
-def _in_order(records: list[Record]) -> list[tuple[int, float, Record]]:
+def _in_order(records: list[TrialRecord]) -> list[tuple[int, float, TrialRecord]]:
     reports = [(at, step, value, record) for record in records for step, value, at in record.reports]
     return [(step, value, record) for _, step, value, record in sorted(reports, key=lambda r: r[:2])]
 
@@ -133,7 +133,7 @@ def _in_order(records: list[Record]) -> list[tuple[int, float, Record]]:
 class Pbt(Within, PopulationBasedTraining):
     """Schedules by Tune's PBT in its synchronous form: the whole population reports the same step before any exchange."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: SweepState) -> None:
         given = state.plan.sweep.scheduler
         assert given.interval
         super().__init__(
@@ -195,7 +195,7 @@ class Pbt(Within, PopulationBasedTraining):
         self.watched.cloned(record, donor, step, params)
         return dict(self.watched.config(record)), {}
 
-    def _near(self, donor: Record, step: int, rng: np.random.Generator) -> Iterator[Params]:
+    def _near(self, donor: TrialRecord, step: int, rng: np.random.Generator) -> Iterator[Params]:
         """Yields values for a trial that clones the donor at the step; the later ones are tried where the first make no valid
         job."""
         sweep = self.watched.plan.sweep
@@ -206,7 +206,7 @@ class Pbt(Within, PopulationBasedTraining):
 class Pb2(Pbt):
     """Schedules by PB2: PBT whose next values come from a model of what the population has gained so far."""
 
-    def _near(self, donor: Record, step: int, rng: np.random.Generator) -> Iterator[Params]:
+    def _near(self, donor: TrialRecord, step: int, rng: np.random.Generator) -> Iterator[Params]:
         sweep = self.watched.plan.sweep
         records = list(self.watched.records.values())
         if suggested := pb2.suggest(records, donor.number, step, sweep.space, sweep.mode, rng):
@@ -217,7 +217,7 @@ class Pb2(Pbt):
 class Watch(Callback):
     """Connects Tune's callbacks to the sweep: keeps its state, stops it on request, and waits until the last workers are gone."""
 
-    def __init__(self, state: State, scheduler: Within, signals: Signals, claim: Claim, base: Job) -> None:
+    def __init__(self, state: SweepState, scheduler: Within, signals: Signals, claim: Claim, base: Job) -> None:
         self.state, self.scheduler, self.signals, self.claim = state, scheduler, signals, claim
         self._look_at = 0.0
         self._base, self._idle = base, Shortage(base)

@@ -16,13 +16,13 @@ from heliostat import extras
 from heliostat.tune import space as spaces
 from heliostat.tune.space import Domain, Params, Space
 from heliostat.tune.sweep import Sweep, tell
-from heliostat.tune.trial_record import Record
+from heliostat.tune.trial_record import TrialRecord
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from ray.tune.experiment import Trial
 
-    from heliostat.tune.state import State
+    from heliostat.tune.state import SweepState
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Searcher(Protocol):
     def draw(self, number: int) -> Params | None:
         """Draws a value for every key of the space, for the trial of this number; None if there are no more trials."""
 
-    def told(self, record: Record) -> None:
+    def told(self, record: TrialRecord) -> None:
         """Takes note of a trial that has ended, in this command or in an earlier one."""
 
 
@@ -48,7 +48,7 @@ class Random:
     def draw(self, number: int) -> Params | None:
         return spaces.draw(self.sweep.space, self.sweep.searcher.seed, number)
 
-    def told(self, record: Record) -> None:
+    def told(self, record: TrialRecord) -> None:
         pass
 
 
@@ -59,7 +59,7 @@ class Grid:
     def draw(self, number: int) -> Params | None:
         return self.points[number] if number < len(self.points) else None
 
-    def told(self, record: Record) -> None:
+    def told(self, record: TrialRecord) -> None:
         pass
 
 
@@ -80,7 +80,7 @@ class Optuna:
         self._asked.add(number)
         return self.search.suggest(str(number))
 
-    def told(self, record: Record) -> None:
+    def told(self, record: TrialRecord) -> None:
         failed = record.status == "failed" or record.value is None
         if record.number in self._asked:
             self.search.on_trial_complete(str(record.number), None if failed else {"value": record.value}, error=failed)
@@ -108,7 +108,7 @@ def _distribution(domain: Domain) -> BaseDistribution:
 class Trials(SearchAlgorithm):
     """Supplies trials to Tune: unfinished ones of earlier commands first, then the searcher's, within the room and the budget."""
 
-    def __init__(self, state: State, searcher: Searcher) -> None:
+    def __init__(self, state: SweepState, searcher: Searcher) -> None:
         self.state, self.searcher = state, searcher
         self._parser = _make_parser()
         self._waiting = [r.number for r in state.records.values() if not r.over]
@@ -135,7 +135,7 @@ class Trials(SearchAlgorithm):
         name = self.state.plan.name(record.number)
         return _create_trial_from_spec(spec, self._parser, evaluated_params={}, experiment_tag=name, trial_id=name)
 
-    def _record(self) -> Record | None:
+    def _record(self) -> TrialRecord | None:
         """Returns the next trial's record; None if there is no next trial, or none yet."""
         if self._waiting:
             return self.state.records[self._waiting.pop(0)]

@@ -18,8 +18,8 @@ from heliostat.tracking.tags import PARENT_RUN, SOURCE_NAME, SWEEP, TRIAL
 from heliostat.tune import space as spaces
 from heliostat.tune import trial_record as records
 from heliostat.tune.space import Params
-from heliostat.tune.sweep import Plan, holds, tell
-from heliostat.tune.trial_record import Config, Record
+from heliostat.tune.sweep import SweepPlan, holds, tell
+from heliostat.tune.trial_record import Config, TrialRecord
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -28,8 +28,8 @@ Result = dict[str, Json]  # of a trial, with what Tune adds
 log = logging.getLogger(__name__)
 
 
-class State:
-    def __init__(self, plan: Plan, before: list[Record], concurrency: int, parent: str, spent_s: float) -> None:
+class SweepState:
+    def __init__(self, plan: SweepPlan, before: list[TrialRecord], concurrency: int, parent: str, spent_s: float) -> None:
         """Takes the records of earlier commands, which took `spent_s` seconds, and in `parent` the sweep's MLflow run."""
         self.plan, self.concurrency, self.parent = plan, concurrency, parent
         self.records = {r.number: r for r in before}
@@ -48,7 +48,7 @@ class State:
         """Returns the seconds that the sweep has taken, over all its commands."""
         return self._spent_s + time.monotonic() - self._began
 
-    def of(self, trial_id: str) -> Record:
+    def of(self, trial_id: str) -> TrialRecord:
         return self.records[int(trial_id.rpartition("-")[2])]
 
     def busy(self) -> int:
@@ -58,7 +58,7 @@ class State:
     def live(self) -> bool:
         return any(not t.is_finished() for t in self.trials)
 
-    def config(self, record: Record) -> Config:
+    def config(self, record: TrialRecord) -> Config:
         """Builds the configuration that Ray Tune gives to the trial."""
         job = self.plan.job(record.number, record.params)
         last = record.clones[-1] if record.clones else None
@@ -79,13 +79,13 @@ class State:
 
     # changes ---------------------------------------------------------------------------------------------------------
 
-    def add(self, number: int, drawn: Params) -> Record:
+    def add(self, number: int, drawn: Params) -> TrialRecord:
         """Adds a new trial, as failed if its parameters make no valid job."""
         space, params = self.plan.sweep.space, Params()
         for key, domain in space.items():
             if key in drawn and spaces.holds(domain, params):
                 params[key] = drawn[key]
-        record = Record(number, params, drawn)
+        record = TrialRecord(number, params, drawn)
         try:
             record.steps = self.plan.job(number, params).train.steps
         except ConfigError as e:
@@ -116,7 +116,7 @@ class State:
         if "value" in result:
             self._keep(record)
 
-    def ended(self, trial_id: str, error: bool) -> Record:
+    def ended(self, trial_id: str, error: bool) -> TrialRecord:
         record = self.of(trial_id)
         end = self._ends.get(record.number, {})
         record.status = end.get("ended") or ("failed" if error else "pruned")
@@ -126,7 +126,7 @@ class State:
         )
         return self._keep(record)
 
-    def cloned(self, record: Record, donor: Record, step: int, params: Params) -> None:
+    def cloned(self, record: TrialRecord, donor: TrialRecord, step: int, params: Params) -> None:
         """Notes in a trial's record that it goes on from the donor's checkpoint of the step, with these parameters."""
         folder = str(self.folder.join("trials", self.plan.name(donor.number)))
         record.clones.append({"from": donor.number, "step": step, "at_step": record.step, "folder": folder,
@@ -159,7 +159,7 @@ class State:
             log.warning("%s: trials stop behind a checkpoint; --resume goes on", why)
             self.folder.join("stop").write(why.encode())
 
-    def _keep(self, record: Record) -> Record:
+    def _keep(self, record: TrialRecord) -> TrialRecord:
         record.tokens = record.step * self._per_step(record)
         self.records[record.number] = record
         records.write(self.folder, record)
@@ -167,7 +167,7 @@ class State:
 
     # the budget ------------------------------------------------------------------------------------------------------
 
-    def _per_step(self, record: Record) -> float:
+    def _per_step(self, record: TrialRecord) -> float:
         batch = record.params.get("train.global_batch", self.plan.base["train"]["global_batch"])
         length = record.params.get("data.sequence_length", self.plan.base["data"].get("sequence_length"))
         return float(batch * (length or 1))

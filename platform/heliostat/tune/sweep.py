@@ -35,7 +35,7 @@ MOST = 100_000  # trials of a sweep
 DATA = ("data", "train.global_batch", "train.micro_batch", "model", "train.ema", "train.steps")  # a checkpoint fits no other
 
 
-class Budget(Strict):
+class SweepBudget(Strict):
     trials: Annotated[int, Field(gt=0, le=MOST)] | None = None
     """Trials in all. The population, with `pbt` and `pb2`."""
     hours: Above0 | None = None
@@ -46,7 +46,7 @@ class Budget(Strict):
     """Tokens that all trials train on; samples, where the job has no tokens. At least what one trial needs."""
 
 
-class Searcher(Strict):
+class SearcherSection(Strict):
     name: Literal["random", "grid", "optuna"] = "random"
     """Where a trial's values come from, see docs/tuning.md#searchers"""
     seed: Seed = 0
@@ -92,9 +92,9 @@ class Sweep(Strict):
     """A score of the job's evaluation, by which trials are compared."""
     mode: Literal["min", "max"] = "min"
     """Whether a low or a high score is good."""
-    budget: Budget = Budget()
+    budget: SweepBudget = SweepBudget()
     """Where the sweep ends. The grid ends by itself; others need one of these."""
-    searcher: Searcher = Searcher()
+    searcher: SearcherSection = SearcherSection()
     """Where values come from."""
     scheduler: Scheduler = Scheduler()
     """Which trials go on."""
@@ -154,7 +154,7 @@ def _below(key: str, parents: tuple[str, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """Holds a sweep that passed all checks: its file, the base job as plain data, and the number of trials, if that is known."""
 
     sweep: Sweep
@@ -251,7 +251,7 @@ def bracket_of(number: int, brackets: int, reduction: int) -> int:
     return chosen
 
 
-def load(path: Path, changes: list[str] | None = None) -> Plan:
+def load(path: Path, changes: list[str] | None = None) -> SweepPlan:
     """Loads the sweep in a YAML file, with `key.path=value` changes (of the sweep) applied, and checks it, without Ray or any
     store."""
     sweep = schema.load(Sweep, "sweep", path, changes)
@@ -268,10 +268,10 @@ def base_file(sweep: Sweep) -> Path:
     return Path(sweep.job) if Path(sweep.job).is_absolute() else workspace.root() / sweep.job
 
 
-def make(sweep: Sweep, raw: dict[str, Json], where: str) -> Plan:
+def make(sweep: Sweep, raw: dict[str, Json], where: str) -> SweepPlan:
     """Plans a sweep from its file and its base job, both already read, and checks it."""
     base = spec.resolve(schema.validate(Job, raw, f"{where}: job {sweep.job} with set"))
-    plan = Plan(sweep, base.dump(), count(sweep))
+    plan = SweepPlan(sweep, base.dump(), count(sweep))
     faults = [*_base_faults(sweep, base), *_budget_faults(plan, base), *_hold_faults(sweep, base)]
     if faults:
         raise ConfigError("\n  ".join([f"{where}:", *faults]) if len(faults) > 1 else f"{where}: {faults[0]}")
@@ -316,7 +316,7 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
     return faults
 
 
-def _budget_faults(plan: Plan, base: Job) -> list[str]:
+def _budget_faults(plan: SweepPlan, base: Job) -> list[str]:
     budget, one = plan.sweep.budget, plan.tokens_per_trial
     faults = []
     if budget.tokens is not None and budget.tokens < one:
@@ -350,7 +350,7 @@ def _hold_faults(sweep: Sweep, base: Job) -> list[str]:
     return faults
 
 
-def _check_corners(plan: Plan, where: str) -> None:
+def _check_corners(plan: SweepPlan, where: str) -> None:
     """Checks that every corner of the space is a valid job that its recipe takes, and, where trials clone each other, that their
     checkpoints fit."""
     seen: set[str] = set()
@@ -366,7 +366,7 @@ def _check_corners(plan: Plan, where: str) -> None:
         )
 
 
-def _check_drawn(plan: Plan, where: str) -> None:
+def _check_drawn(plan: SweepPlan, where: str) -> None:
     """Checks that each of the first thousands of trials that are known already is a valid job: there may be faults between the
     corners."""
     if plan.sweep.searcher.name == "random" and plan.trials:
@@ -376,7 +376,7 @@ def _check_drawn(plan: Plan, where: str) -> None:
             _check_point(plan, params, f"{where}: trial {number} would be no valid job: {tell(params)}", seen)
 
 
-def _check_point(plan: Plan, params: Params, what: str, seen: set[str]) -> Job:
+def _check_point(plan: SweepPlan, params: Params, what: str, seen: set[str]) -> Job:
     try:
         job = plan.job(0, params)
         if (model := json.dumps([job.recipe, job.model])) not in seen:

@@ -21,8 +21,8 @@ from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.tune.space import Params
-from heliostat.tune.sweep import Plan
-from heliostat.tune.trial_record import Record
+from heliostat.tune.sweep import SweepPlan
+from heliostat.tune.trial_record import TrialRecord
 
 LR, WIDTH = "train.optimizer.lr", "hidden_size"
 MUP = -1.0  # Adam, hidden matrices
@@ -62,7 +62,7 @@ def transfer(rates: dict[int, float], width: int) -> Transfer:
     return Transfer(rates, float(power), True, width, float(math.exp(power * math.log(width) + shift)))
 
 
-def check(plan: Plan, big: Path) -> Job:
+def check(plan: SweepPlan, big: Path) -> Job:
     """Loads the big job; ConfigError if a learning rate cannot be carried to it from this sweep."""
     job = spec.load(big)
     if LR not in plan.sweep.space:
@@ -73,12 +73,12 @@ def check(plan: Plan, big: Path) -> Job:
     return job
 
 
-def _models(plan: Plan) -> list[Params]:
+def _models(plan: SweepPlan) -> list[Params]:
     domain = plan.sweep.space.get("model")
     return list(domain.values) if domain and domain.listed else [plan.base["model"]]
 
 
-def carry(plan: Plan, records: list[Record], big: Job, file: Path) -> tuple[Transfer, Path]:
+def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> tuple[Transfer, Path]:
     """Writes the big job with the rate that the sweep's finished trials give it."""
     scores: dict[int, dict[float, float]] = {}
     for record in records:

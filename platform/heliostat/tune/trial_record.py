@@ -42,7 +42,7 @@ Clone = TypedDict(  # what a trial took over from another; `id`, in its configur
 
 @closed
 @dataclass
-class Record:
+class TrialRecord:
     """Describes one trial. `status`: waiting, running, paused, stopped (a resume goes on with it), finished, pruned or failed."""
 
     number: int
@@ -69,7 +69,7 @@ class Record:
 
 
 @open_
-class Kept(TypedDict):
+class KeptTrial(TypedDict):
     sweep: Params
     job: Params
     run_id: str
@@ -78,13 +78,13 @@ class Kept(TypedDict):
 
 
 @open_
-class Driver(TypedDict):
+class DriverRecord(TypedDict):
     host: str
     pid: Whole
     at: Number
 
 
-def _fault(record: Record) -> str | None:
+def _fault(record: TrialRecord) -> str | None:
     if record.number < 0 or record.status not in STATES:
         return f"trial {record.number} is {record.status!r}"
     return None
@@ -105,9 +105,9 @@ class Config(TypedDict):
     params: Params
 
 
-TRIAL = Format(Record, "record of a trial", ConfigError, _fault)
-KEPT = Format(Kept, "record of a sweep", ConfigError)
-DRIVER = Format(Driver, "sign of life of a sweep", ConfigError, fix="delete it if nothing drives the sweep")
+TRIAL = Format(TrialRecord, "record of a trial", ConfigError, _fault)
+KEPT = Format(KeptTrial, "record of a sweep", ConfigError)
+DRIVER = Format(DriverRecord, "sign of life of a sweep", ConfigError, fix="delete it if nothing drives the sweep")
 ANY = Format(dict[str, Json], "record of a sweep", ConfigError)
 
 
@@ -115,11 +115,11 @@ def place(folder: Location, number: int) -> Location:
     return folder.join("records", f"trial-{number:04d}.json")
 
 
-def write(folder: Location, record: Record) -> None:
+def write(folder: Location, record: TrialRecord) -> None:
     place(folder, record.number).write(json.dumps(asdict(record)).encode())
 
 
-def read(folder: Location) -> list[Record]:
+def read(folder: Location) -> list[TrialRecord]:
     """Reads the records of all trials, by number."""
     names = [n for n, _ in folder.join("records").files() if n.endswith(".json")]
     return sorted((TRIAL.read(folder.join("records", n)) for n in names), key=lambda r: r.number)
@@ -133,18 +133,18 @@ def read_json(place: Location, format_: Format[T]) -> T | None:
         return None
 
 
-def ranked(records: list[Record], mode: str) -> list[Record]:
+def ranked(records: list[TrialRecord], mode: str) -> list[TrialRecord]:
     """Sorts trials, the best first: finished ones by their value, then the others by their step, then by value."""
     sign = 1 if mode == "min" else -1
 
-    def key(record: Record) -> tuple[bool, int, float]:
+    def key(record: TrialRecord) -> tuple[bool, int, float]:
         value = record.value
         return record.status != "finished", -record.step, float("inf") if value is None or value != value else sign * value
 
     return sorted(records, key=key)
 
 
-def best(records: list[Record], mode: str) -> Record | None:
+def best(records: list[TrialRecord], mode: str) -> TrialRecord | None:
     """Returns the best of the finished trials."""
     first = next(iter(ranked([r for r in records if r.value is not None], mode)), None)
     return first if first and first.status == "finished" else None

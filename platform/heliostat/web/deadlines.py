@@ -35,7 +35,7 @@ def apply() -> None:
             kind.data_received = _counting(kind.data_received)
 
 
-class Watch:
+class ConnectionWatch:
     """Follows one connection: its protocol, the bytes that arrived, and what was under way at the last check."""
 
     def __init__(self, protocol: Any) -> None:
@@ -112,7 +112,7 @@ def _watching(made: Callable[..., None]) -> Callable[..., None]:
     @wraps(made)
     def connection_made(self: Any, transport: Any) -> None:
         made(self, transport)
-        self.heliostat_watch = Watch(self)
+        self.heliostat_watch = ConnectionWatch(self)
 
     return connection_made
 

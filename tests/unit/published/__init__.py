@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import yaml
 from heliostat.plan import hardware, model_stats, step_time, traffic
-from heliostat.plan.counts import Work
+from heliostat.plan.counts import OperationWork
 from heliostat.recipes.protocol import Loss
 
 from tests.unit.build_job import job
@@ -79,9 +79,9 @@ def key(run: dict[str, Any]) -> str:
 
 
 @cache
-def counted() -> dict[str, tuple[int, tuple[Work, ...]]]:
+def counted() -> dict[str, tuple[int, tuple[OperationWork, ...]]]:
     found = json.loads(COUNTED.read_text())
-    return {name: (c["parameters"], tuple(Work(*w) for w in c["work"])) for name, c in found.items()}
+    return {name: (c["parameters"], tuple(OperationWork(*w) for w in c["work"])) for name, c in found.items()}
 
 
 def machine(run: dict[str, Any], prices: dict[str, Any]) -> hardware.Device:

@@ -8,7 +8,7 @@ from heliostat.apps.serve import requests
 from heliostat.apps.serve.options import Options
 from heliostat.apps.serve.painter import MOST_AREA
 from heliostat.apps.serve.replica import Replica
-from heliostat.apps.serve.served import Served
+from heliostat.apps.serve.served import ServedModels
 from heliostat.recipes.text import infilling
 
 NO_MODEL = "no model was given"
@@ -18,7 +18,7 @@ NO_TEMPLATE = "the model's tokenizer has no chat template"
 NO_INDEX = "no index was given; start with --index INDEX"
 
 
-def of(served: Served, replica: Replica, version: str, options: Options) -> dict[str, Any]:
+def of(served: ServedModels, replica: Replica, version: str, options: Options) -> dict[str, Any]:
     """Describes what is here. `tabs`: each with why it is not there, or null; in the order in which they are shown."""
     return {
         "model": served.name,

@@ -20,7 +20,7 @@ from heliostat.apps.serve.front import Front
 from heliostat.apps.serve.options import Options
 from heliostat.apps.serve.replica import Replica
 from heliostat.apps.serve.run import require_free
-from heliostat.apps.serve.served import Served
+from heliostat.apps.serve.served import ServedModels
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError
 from heliostat.training.driver.signals import Signals
@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
             self.ready()
 
 
-def play(served: Served, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
+def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
     """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that, and before `keys` is
     asked for the keys, if it cannot."""
     if served.kind() == kinds.EMBEDDINGS:
@@ -60,7 +60,7 @@ def play(served: Served, keys: Callable[[], dict[str, str] | None], options: Opt
         Server(config, lambda: ready(f"http://{LOOPBACK}:{options.port}/")).run()
 
 
-def application(served: Served, keys: Callable[[], dict[str, str] | None], options: Options) -> Any:
+def application(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options) -> Any:
     """Loads what is served, asks for the keys, and makes the application that answers with it."""
     version = served.source.wanted()
     replica = Replica(served.holds(served.source.folder(version), options.batch))

@@ -14,7 +14,7 @@ Count = Callable[[str], int]  # the tokens of a text
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PassagePrompt:
     """Holds a prompt with its first `used` passages, the last of them in part if `cut`."""
 
     text: str
@@ -23,7 +23,7 @@ class Prompt:
     cut: bool
 
 
-def prompt(question: str, passages: Sequence[Passage], room: int | None, count: Count) -> Prompt:
+def prompt(question: str, passages: Sequence[Passage], room: int | None, count: Count) -> PassagePrompt:
     """Writes the prompt of as many whole passages as fit into `room` tokens; if not even one does, of its beginning.
 
     ConfigError if there is no room for the question.
@@ -42,7 +42,7 @@ def prompt(question: str, passages: Sequence[Passage], room: int | None, count: 
         chosen = [_beginning(texts[0], lambda text: fits([text]))]
         cut = used = bool(chosen[0])
     written = _write(question, passages, chosen[: int(used)])
-    return Prompt(written, count(written), int(used), bool(cut))
+    return PassagePrompt(written, count(written), int(used), bool(cut))
 
 
 def _beginning(text: str, fits: Callable[[str], bool]) -> str:

@@ -24,11 +24,11 @@ import numpy as np
 
 from heliostat import extras
 from heliostat.apps.search import table
-from heliostat.apps.search.settings import Settings
-from heliostat.apps.search.tasks import Plan, index_unit
-from heliostat.apps.search.units import Unit, open_text, units
+from heliostat.apps.search.settings import IndexSettings
+from heliostat.apps.search.tasks import IndexPlan, index_unit
+from heliostat.apps.search.units import IndexUnit, open_text, units
 from heliostat.config.fields import Json
-from heliostat.curation.watching import Watch
+from heliostat.curation.watching import PipelineWatch
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
@@ -56,7 +56,7 @@ COUNTS = ("documents", "passages", "empty", "embedded", "truncated", "unembedded
 
 
 def index_documents(
-    dataset: str, output: str, settings: Settings, embedder: Path | None = None, batch: int = 16, workers: int = 2,
+    dataset: str, output: str, settings: IndexSettings, embedder: Path | None = None, batch: int = 16, workers: int = 2,
     quiet: bool = False,
 ) -> dict[str, Json]:  # fmt: skip
     """Builds the index, or brings it up to date; returns what `index.json` says, and `new`, the units that were done.
@@ -78,7 +78,7 @@ def index_documents(
         from heliostat.cluster.connect import connect
 
         connect(cpus=workers, gpus=torch.cuda.device_count() if embedder else 0)
-        with Watch(console, f"indexing {dataset}", quiet) as watch:
+        with PipelineWatch(console, f"indexing {dataset}", quiet) as watch:
             flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
             return build(flow, prepared, place, settings, about, before, batch, lease_.fence.check)
 
@@ -87,7 +87,7 @@ def index_documents(
 class Before:
     """Holds what the index was: its record, and the keys of its documents."""
 
-    record: table.Record
+    record: table.IndexRecord
     keys: np.ndarray
 
 
@@ -120,7 +120,7 @@ def describe(embedder: Path) -> dict[str, Json]:
 
 
 def build(
-    flow: Flow, prepared: Manifest, place: Location, settings: Settings, embedder: dict[str, Json] | None,
+    flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Json] | None,
     before: Before | None, batch: int, before_commit: Callable[[], None] = lambda: None,
 ) -> dict[str, Json]:  # fmt: skip
     """Makes the passages by tasks of a flow, commits them as a version, and writes what it is to `index.json`.
@@ -158,13 +158,13 @@ def build(
 
 
 def _passages(
-    flow: Flow, prepared: Manifest, place: Location, settings: Settings, embedder: dict[str, Json] | None,
+    flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Json] | None,
     before: Before | None, batch: int,
 ) -> list[dict[str, Json]]:  # fmt: skip
     """Runs a task for each unit, and returns their records in the dataset's order."""
     target = flow.work.begin(max(LEAST, min(MOST, prepared.tokens // UNITS)))
     definition, known = prepared.file("tokenizer.json").read().decode(), embedder or {}
-    plan = Plan(
+    plan = IndexPlan(
         prepared.location.uri, place.uri, definition, prepared.meta.get("end_of_document"), settings,
         shipping.describe("--embedder", known["folder"]) if embedder else None, known.get("digest", ""), known.get("dims"), batch,
         before.record["version"] if before and embedder else None, Markers.of(prepared.meta),
@@ -173,7 +173,7 @@ def _passages(
     rearranged = [astuple(plan.markers)] if plan.markers else []
     follows = key(definition, plan.end, settings.model_dump(), known.get("digest"), *rearranged)
 
-    def task(unit: Unit) -> Task:
+    def task(unit: IndexUnit) -> Task:
         return Task(key("passages", follows, unit.identity), {"unit": unit}, shared, unit.bytes)
 
     present = {name for name, _ in place.join(table.NAME).files()}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heliostat.apps.search.search import Index, Passage
+from heliostat.apps.search.search import Passage, SearchIndex
 from heliostat.curation import scoring
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch.run import model_digest
@@ -46,7 +46,7 @@ def require(folder: Path) -> None:
         raise ConfigError(f"{OPTION}: {folder} has {len(labels)} labels ({first}); take a cross-encoder, which has one")
 
 
-class Pairs(scoring.Classifier):
+class Pairs(scoring.SequenceClassifier):
     """Runs pairs of texts through a cross-encoder, and returns its logits."""
 
     pairs = True
@@ -110,7 +110,7 @@ class Reranker:
             )
 
 
-def best(index: Index, reranker: Reranker | None, question: str, mode: str, top: int) -> list[Passage]:
+def best(index: SearchIndex, reranker: Reranker | None, question: str, mode: str, top: int) -> list[Passage]:
     """Finds at most `top` passages: `score` is that of the search, `scored_by` how it searched, and the order the reranker's
     where there is one."""
     (passages,) = index.search([question], mode, top if reranker is None else max(top, CANDIDATES))

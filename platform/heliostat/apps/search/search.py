@@ -40,7 +40,7 @@ def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
     return [{**passages[name], "score": scores[name]} for name in sorted(passages, key=lambda n: -scores[n])]
 
 
-class Index:
+class SearchIndex:
     """Opens an index to search it; with the embedder, if that is given instead of the one that the index names."""
 
     def __init__(self, place: Location, embedder: Path | None = None) -> None:

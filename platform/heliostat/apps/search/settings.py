@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from heliostat.schema import Strict
 
 
-class Settings(Strict):
+class IndexSettings(Strict):
     """Describes the passages of an index."""
 
     chunk_tokens: int = Field(256, ge=16, le=1 << 20)
@@ -16,7 +16,7 @@ class Settings(Strict):
     """Tokens of a passage that the next one begins with."""
 
     @model_validator(mode="after")
-    def _forward(self) -> Settings:
+    def _forward(self) -> IndexSettings:
         """Refuses passages that would be mostly the one before."""
         if self.overlap * 2 > self.chunk_tokens:
             raise ValueError(f"overlap {self.overlap} is more than half of chunk_tokens {self.chunk_tokens}; give a smaller one")

@@ -59,7 +59,7 @@ def schema(dims: int | None) -> pa.Schema:
 
 
 @open_
-class Record(TypedDict):
+class IndexRecord(TypedDict):
     """Describes `index.json`. `ends`: the record of its documents, as datasets list it; `replaced`: earlier ones, since when."""
 
     dataset: Json
@@ -72,10 +72,10 @@ class Record(TypedDict):
     replaced: NotRequired[dict[Inside, Number]]
 
 
-RECORD_FORMAT = Format(Record, "record of an index", fix="run `heliostat index-documents` again")
+RECORD_FORMAT = Format(IndexRecord, "record of an index", fix="run `heliostat index-documents` again")
 
 
-def read_record(index: Location) -> Record:
+def read_record(index: Location) -> IndexRecord:
     """Reads the record; ConfigError if there is no finished index, DataError if the record is damaged."""
     place = index.join(RECORD)
     try:

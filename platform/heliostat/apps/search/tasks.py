@@ -14,8 +14,8 @@ import xxhash
 from tokenizers import Tokenizer
 
 from heliostat.apps.search import table
-from heliostat.apps.search.settings import Settings
-from heliostat.apps.search.units import Unit, documents
+from heliostat.apps.search.settings import IndexSettings
+from heliostat.apps.search.units import IndexUnit, documents
 from heliostat.config.fields import Json
 from heliostat.curation.text import tokens
 from heliostat.data import infilling
@@ -32,7 +32,7 @@ Row = dict[str, Json]  # of `table.FIELDS`
 
 
 @dataclass(frozen=True)
-class Plan:
+class IndexPlan:
     """Describes what all units of an index have in common. `before`: the version whose embeddings are taken over, if any;
     `markers`: of a dataset that is rearranged for filling in the middle; `embedder`: its files; `follows`: their
     digest."""
@@ -41,7 +41,7 @@ class Plan:
     index: str
     definition: str
     end: int | None
-    settings: Settings
+    settings: IndexSettings
     embedder: Shipment | None = None
     follows: str = ""
     dims: int | None = None
@@ -50,7 +50,7 @@ class Plan:
     markers: Markers | None = None
 
 
-def index_unit(spill: Location, unit: Unit, plan: Plan) -> dict[str, object]:
+def index_unit(spill: Location, unit: IndexUnit, plan: IndexPlan) -> dict[str, object]:
     """Writes the passages of a unit's documents; returns the task's record."""
     tokenizer, rows, empty, seen = tokens.load(plan.definition), list[Row](), 0, 0
     joined = None if plan.markers else plan.end  # each span of a rearranged document has its end
@@ -67,13 +67,13 @@ def index_unit(spill: Location, unit: Unit, plan: Plan) -> dict[str, object]:
     return {"documents": seen, "empty": empty, "passages": len(rows), "fragments": fragments, "files": [], **counts}
 
 
-def _text(tokenizer: Tokenizer, ids: np.ndarray, plan: Plan) -> str:
+def _text(tokenizer: Tokenizer, ids: np.ndarray, plan: IndexPlan) -> str:
     if plan.markers:
         return infilling.text(tokenizer, ids, plan.end, plan.markers)
     return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
-def passages(id: str, text: str, path: str, row_group: int, tokenizer: Tokenizer, settings: Settings) -> list[Row]:
+def passages(id: str, text: str, path: str, row_group: int, tokenizer: Tokenizer, settings: IndexSettings) -> list[Row]:
     """Cuts a document into passages, rows of the table; those of white space alone are none."""
     begins = [begin for begin, _ in tokenizer.encode(text, add_special_tokens=False).offsets]
     places = [(a, b) for a, b in cut(text, begins, settings.chunk_tokens, settings.overlap) if text[a:b].strip()]
@@ -116,7 +116,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _embed(rows: list[Row], index: Location, plan: Plan, model: str) -> dict[str, int]:
+def _embed(rows: list[Row], index: Location, plan: IndexPlan, model: str) -> dict[str, int]:
     """Adds the embeddings of the rows' texts, each text's computed once and none that is known; returns what was done, and how
     many of the passages are longer than the embedder takes, or have no embedding."""
     texts = {row["digest"]: row["text"] for row in rows}

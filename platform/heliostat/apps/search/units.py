@@ -17,7 +17,7 @@ from heliostat.text import brief
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Describes a row group of a shard, as the manifest lists it."""
 
     number: int
@@ -25,12 +25,12 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Unit:
+class IndexUnit:
     """Describes row groups of one shard that no document leaves."""
 
     path: str
     footer: str
-    groups: tuple[Group, ...]
+    groups: tuple[RowGroup, ...]
     bytes: int
 
     @property
@@ -40,7 +40,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Found:
+class DocumentTokens:
     """Holds a document's tokens and the row group that it begins in."""
 
     id: str
@@ -58,7 +58,7 @@ def open_text(place: Location) -> Manifest:
     return prepared
 
 
-def units(prepared: Manifest, target: int) -> Iterator[Unit]:
+def units(prepared: Manifest, target: int) -> Iterator[IndexUnit]:
     """Yields the dataset's units of about `target` tokens, in its order.
 
     Row groups that share a document have one place; those whose places are not known stay together with all of their shard.
@@ -76,12 +76,12 @@ def units(prepared: Manifest, target: int) -> Iterator[Unit]:
         yield _unit(waiting)
 
 
-def _unit(rows: list[dict]) -> Unit:
-    groups = tuple(Group(row["row_group"], row["content"]) for row in rows)
-    return Unit(rows[0]["path"], rows[0]["footer"], groups, sum(row["bytes"] for row in rows))
+def _unit(rows: list[dict]) -> IndexUnit:
+    groups = tuple(RowGroup(row["row_group"], row["content"]) for row in rows)
+    return IndexUnit(rows[0]["path"], rows[0]["footer"], groups, sum(row["bytes"] for row in rows))
 
 
-def documents(dataset: Location, unit: Unit, end: int | None) -> Iterator[Found]:
+def documents(dataset: Location, unit: IndexUnit, end: int | None) -> Iterator[DocumentTokens]:
     """Yields the unit's documents: rows are joined up to the token `end`, which is left out, or, if it is None, while they have
     one name."""
     waiting, id, at = list[np.ndarray](), "", -1
@@ -99,12 +99,12 @@ def documents(dataset: Location, unit: Unit, end: int | None) -> Iterator[Found]
         yield _document(id, at, waiting, end)
 
 
-def _document(id: str, at: int, rows: list[np.ndarray], end: int | None) -> Found:
+def _document(id: str, at: int, rows: list[np.ndarray], end: int | None) -> DocumentTokens:
     tokens = np.concatenate(rows)
-    return Found(id, at, tokens[:-1] if end is not None and len(tokens) and tokens[-1] == end else tokens)
+    return DocumentTokens(id, at, tokens[:-1] if end is not None and len(tokens) and tokens[-1] == end else tokens)
 
 
-def _rows(place: Location, group: Group, footer: str) -> list[tuple[str, np.ndarray]]:
+def _rows(place: Location, group: RowGroup, footer: str) -> list[tuple[str, np.ndarray]]:
     """Reads a row group's (name of the document, tokens), waiting against the manifest's digests; DataError if it is damaged."""
 
     def get() -> tuple[pa.Table, pa.Table]:

@@ -8,7 +8,7 @@ import struct
 import time
 from collections.abc import Sequence
 
-from heliostat.apps.serve.asks import Logprobs, Piece
+from heliostat.apps.serve.asks import AnswerPiece, Logprobs
 from heliostat.apps.serve.stopping import UNFINISHED
 from heliostat.config.fields import Json
 
@@ -16,7 +16,7 @@ Body = dict[str, Json]
 Source = dict[str, Json]  # a passage, its place in the corpus, and what of it the model was shown (`used`: whole, part or no)
 
 
-class Shape:
+class AnswerShape:
     """Writes the answer to one request; all its chunks have one id. `version`: of the model that answered."""
 
     def __init__(self, model: str, version: str, chat: bool) -> None:
@@ -28,17 +28,17 @@ class Shape:
             "system_fingerprint": version,
         }
 
-    def whole(self, pieces: Sequence[Piece], sources: Sequence[Source] | None = None) -> Body:
+    def whole(self, pieces: Sequence[AnswerPiece], sources: Sequence[Source] | None = None) -> Body:
         """Writes an answer that is not streamed; a piece is the whole answer to one of the prompts."""
         kind = "chat.completion" if self.chat else "text_completion"
         choices = [self._choice(index, piece, "message") for index, piece in enumerate(pieces)]
         return {**self.head, "object": kind, "choices": choices, "usage": usage(pieces), **_sources(sources)}
 
-    def chunk(self, index: int, piece: Piece, sources: Sequence[Source] | None = None) -> Body:
+    def chunk(self, index: int, piece: AnswerPiece, sources: Sequence[Source] | None = None) -> Body:
         """Writes a piece of a stream, the first with the sources of the answer, if it has some."""
         return {**self.head, "object": self._streamed, "choices": [self._choice(index, piece, "delta")], **_sources(sources)}
 
-    def counts(self, pieces: Sequence[Piece]) -> Body:
+    def counts(self, pieces: Sequence[AnswerPiece]) -> Body:
         """Writes the numbers of tokens, the last chunk of a stream that asks for them."""
         return {**self.head, "object": self._streamed, "choices": [], "usage": usage(pieces)}
 
@@ -46,7 +46,7 @@ class Shape:
     def _streamed(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _choice(self, index: int, piece: Piece, name: str) -> Body:
+    def _choice(self, index: int, piece: AnswerPiece, name: str) -> Body:
         choice = {"index": index, "finish_reason": piece.get("finish")}
         if not self.chat:
             return {**choice, "text": piece["text"], "logprobs": piece.get("logprobs")}
@@ -70,7 +70,7 @@ def _of_token(token: str, value: float) -> Body:
     return {"token": token, "logprob": value, "bytes": None if UNFINISHED in token else list(token.encode())}
 
 
-def usage(pieces: Sequence[Piece]) -> dict[str, int]:
+def usage(pieces: Sequence[AnswerPiece]) -> dict[str, int]:
     """Adds up the tokens of prompts and answers."""
     prompt = sum(piece.get("prompt_tokens", 0) for piece in pieces)
     written = sum(piece.get("completion_tokens", 0) for piece in pieces)

@@ -57,7 +57,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PictureRequest:
     """Holds what a model is asked to draw: `count` pictures, the i-th with seed + i; `options` stand for the model's own."""
 
     prompt: str
@@ -75,7 +75,7 @@ class Logprobs(TypedDict):
     text_offset: list[int]
 
 
-class Piece(TypedDict):
+class AnswerPiece(TypedDict):
     """Holds a piece of an answer; the last one has how it ended, and the numbers of tokens."""
 
     text: str

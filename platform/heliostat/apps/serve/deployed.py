@@ -11,7 +11,7 @@ from ray.exceptions import ActorUnavailableError, NodeDiedError, OwnerDiedError,
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from heliostat.apps.serve.asks import Ask, Holds, Item
-from heliostat.apps.serve.front import Front, Settings
+from heliostat.apps.serve.front import Front, FrontSettings
 from heliostat.apps.serve.replica import Replica
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def confine() -> None:
 class DeployedFront(Front):
     """Answers HTTP behind Serve's proxy."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: FrontSettings) -> None:
         confine()
         super().__init__(settings, Handles(), LOST)
 

@@ -19,9 +19,9 @@ import torch
 
 from heliostat.apps.serve import sampling
 from heliostat.apps.serve.adapters import Adapters
-from heliostat.apps.serve.group import Group
+from heliostat.apps.serve.group import RowBatch
 from heliostat.apps.serve.row import Deliver, Row, Telling, ending
-from heliostat.inference.batch.engines import Embed, Input, Loaded, pads_hold
+from heliostat.inference.batch.engines import Embed, Input, LoadedModel, pads_hold
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.text import brief
 
@@ -32,12 +32,12 @@ SHORT = 64  # tokens, below which lengths are about the same
 NO_MEMORY = ("can't allocate memory", "out of memory")  # in what torch raises on a CPU, or within a library
 
 
-class Engine:
+class ServingEngine:
     """Answers rows in its thread, a token of each at a time, and embeds texts between two steps."""
 
     embeds = True
 
-    def __init__(self, loaded: Loaded, batch: int, adapters: Adapters | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, batch: int, adapters: Adapters | None = None) -> None:
         self.loaded, self.batch, self.adapters = loaded, batch, adapters
         self.embed = Embed(loaded, batch)
         writes = loaded.writes
@@ -46,7 +46,7 @@ class Engine:
         self.telling = Telling(loaded.tokenizer, ending(loaded, self.infilling) if writes else ())
         self.waiting: deque[Row] = deque()
         self.texts: deque[tuple[Sequence[str], Deliver]] = deque()
-        self.groups: list[tuple[Group, list[Row]]] = []
+        self.groups: list[tuple[RowBatch, list[Row]]] = []
         self.memory = SHARE * _free(loaded.model.device)
         self.place_bytes: float | None = None  # of a token in the cache; not known before the first row
         self.work = threading.Condition()
@@ -115,7 +115,7 @@ class Engine:
     def _begin(self, rows: list[Row]) -> None:
         try:
             prompts, names = [row.prompt + row.made for row in rows], [row.adapter for row in rows]
-            group = Group(self.loaded.model, prompts, self.loaded.pad, names, self.adapters)
+            group = RowBatch(self.loaded.model, prompts, self.loaded.pad, names, self.adapters)
         except Exception as e:  # noqa: BLE001 (whatever a model raises: the others go on)
             if len(rows) == 1:
                 self._fail(rows, e)
@@ -135,7 +135,7 @@ class Engine:
                 return
         self.groups.append((group, rows))
 
-    def _step(self, one: tuple[Group, list[Row]]) -> None:
+    def _step(self, one: tuple[RowBatch, list[Row]]) -> None:
         """Draws a token for each row of a group, and goes on with those that are not at their end."""
         group, rows = one
         try:

@@ -22,8 +22,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from heliostat.apps.serve import answers, kinds, measures, requests
-from heliostat.apps.serve.answers import Shape
-from heliostat.apps.serve.asks import Ask, Item, Picture, Piece, Search
+from heliostat.apps.serve.answers import AnswerShape
+from heliostat.apps.serve.asks import AnswerPiece, Ask, Item, PictureRequest, Search
 from heliostat.apps.serve.backend import Backend
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
@@ -49,7 +49,7 @@ class Replicas(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class FrontSettings:
     """Holds what the front goes by. `keys`: digests by name; None lets everybody in.
 
     `model`: what clients call it, None if there is an index only; `kind`: what it does; `index`: what clients call that;
@@ -69,7 +69,7 @@ class Settings:
     adapters: tuple[str, ...] = ()
 
 
-class Limits:
+class RequestLimits:
     """Counts the requests of each key, those of the last minute and those that are open; 0 is no limit."""
 
     def __init__(self, at_once: int, a_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -102,10 +102,10 @@ class Limits:
 class Front:
     """Answers requests; `use` says which version's replicas do the work."""
 
-    def __init__(self, settings: Settings, handles: Replicas, lost: tuple[type[BaseException], ...]) -> None:
+    def __init__(self, settings: FrontSettings, handles: Replicas, lost: tuple[type[BaseException], ...]) -> None:
         self.settings, self.handles = settings, handles
         self.names = [name for name in (settings.model, *settings.adapters, settings.index) if name is not None]
-        self.limits = Limits(settings.at_once, settings.a_minute)
+        self.limits = RequestLimits(settings.at_once, settings.a_minute)
         self.backend = Backend(lost, settings.deadline_s)
         self.measures = measures.Measures()
 
@@ -222,12 +222,12 @@ class Front:
 
     async def _images(self, asked: requests.Images, name: str) -> Response:
         self._require_model(asked.model, kinds.IMAGES)
-        picture = Picture(asked.prompt, asked.n, _seed(asked.seed), asked.options)
+        picture = PictureRequest(asked.prompt, asked.n, _seed(asked.seed), asked.options)
         version, item = await self._call("draw", picture)
         self.measures.images.labels(name).inc(asked.n)
         return JSONResponse(answers.images(asked.model, version, item["images"]))
 
-    async def _search(self, asked: requests.Search) -> Response:
+    async def _search(self, asked: requests.SearchRequest) -> Response:
         index = self.settings.index
         if index is None:
             raise Refusal(400, "no index is served here; start with --index INDEX", code="no_index")
@@ -242,11 +242,11 @@ class Front:
 
     async def _text(self, asked: requests.Sampled, name: str, path: str) -> Response:
         self._require_writer(asked)
-        ask, chat = self._ask(asked), isinstance(asked, requests.Chat)
+        ask, chat = self._ask(asked), isinstance(asked, requests.ChatRequest)
         if asked.stream:
             return await self._stream(asked, ask, name, path)
         version, item = await self._call("answer", ask)
-        body = Shape(asked.model, version, chat).whole(item["answers"], item.get("sources"))
+        body = AnswerShape(asked.model, version, chat).whole(item["answers"], item.get("sources"))
         self.measures.counted(name, body["usage"])
         return JSONResponse(body)
 
@@ -260,7 +260,7 @@ class Front:
 
     def _ask(self, asked: requests.Sampled) -> Ask:
         """Translates a request; without a seed it gets one, so that a second try gives the same answer."""
-        chat = asked if isinstance(asked, requests.Chat) else None
+        chat = asked if isinstance(asked, requests.ChatRequest) else None
         question = asked if isinstance(asked, requests.Question) else None
         most, where = asked.max_tokens, "max_tokens"
         if chat and chat.max_completion_tokens is not None:
@@ -289,7 +289,7 @@ class Front:
         except BaseException:
             await items.aclose()
             raise
-        shape, last = Shape(asked.model, version, isinstance(asked, requests.Chat)), list[Piece]()
+        shape, last = AnswerShape(asked.model, version, isinstance(asked, requests.ChatRequest)), list[AnswerPiece]()
 
         async def events() -> AsyncIterator[bytes]:
             try:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from heliostat.apps.serve.adapters import Adapters
 
 
-class Group:
+class RowBatch:
     """Holds rows under way: which columns are theirs, each row's next place, and the cache. `logits`: of the next token;
     `names`: of each row's adapter."""
 
@@ -84,7 +84,7 @@ class Group:
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[chosen, :, first:], layer.values[chosen, :, first:]
 
-    def join(self, other: Group) -> None:
+    def join(self, other: RowBatch) -> None:
         """Takes the rows of another group behind its own; both are as they were if that fails."""
         rows, before, width = len(self), self.width, max(self.width, other.width)
         mask = torch.cat([_left(self.mask, width, 1), _left(other.mask, width, 1)])

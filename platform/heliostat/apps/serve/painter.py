@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from heliostat.apps.serve.asks import Picture
+from heliostat.apps.serve.asks import PictureRequest
 from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
@@ -33,7 +33,7 @@ class Painter:
             self.size = self.canvas.size
         self.thread = ThreadPoolExecutor(1, "painter")  # a drawing goes on when nobody waits for it any more, and the next waits
 
-    async def draw(self, asked: Picture) -> list[dict[str, object]]:
+    async def draw(self, asked: PictureRequest) -> list[dict[str, object]]:
         """Draws pictures, each a PNG in base64 with its seed; Refusal for what the model does not draw."""
         self._require_size(asked.options)
         seeds = [(asked.seed + i) % 2**63 for i in range(asked.count)]

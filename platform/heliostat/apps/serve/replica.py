@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heliostat.apps.serve import kinds
-from heliostat.apps.serve.asks import Ask, Holds, Item, Picture, Piece, Search
+from heliostat.apps.serve.asks import AnswerPiece, Ask, Holds, Item, PictureRequest, Search
 from heliostat.web.refusals import Refusal
 
 if TYPE_CHECKING:  # a replica loads what it holds, and no more libraries than that
@@ -49,7 +49,7 @@ class Replica:
 
     async def answer(self, ask: Ask) -> Item:
         """Answers all prompts as a whole: `answers`, and `sources` if it is from the index."""
-        whole: list[Piece] = [{"text": "", "logprobs": None} for _ in ask.seeds]
+        whole: list[AnswerPiece] = [{"text": "", "logprobs": None} for _ in ask.seeds]
         sources: Item = {}
         async with aclosing(self.stream(ask)) as items:
             async for item in items:
@@ -84,7 +84,7 @@ class Replica:
         assert self.writer
         return await self.writer.embed(texts)
 
-    async def draw(self, asked: Picture) -> Item:
+    async def draw(self, asked: PictureRequest) -> Item:
         """Draws pictures: `images`."""
         assert self.painter
         try:
@@ -101,7 +101,7 @@ class Replica:
             return {"refused": e.args}
 
 
-def _add(whole: Piece, piece: Piece) -> None:
+def _add(whole: AnswerPiece, piece: AnswerPiece) -> None:
     """Adds a piece to what came before it."""
     text, before, new = whole["text"] + piece["text"], whole["logprobs"], piece["logprobs"]
     if before and new:

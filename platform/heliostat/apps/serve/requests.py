@@ -103,7 +103,7 @@ class Completion(Sampled):
     logprobs: int | None = Field(None, ge=0, le=5)
 
 
-class Chat(Sampled):
+class ChatRequest(Sampled):
     """Describes a request to answer a chat."""
 
     messages: list[Message] = Field(min_length=1)
@@ -112,7 +112,7 @@ class Chat(Sampled):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
     @model_validator(mode="after")
-    def _together(self) -> Chat:
+    def _together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: goes with logprobs: true")
         return self
@@ -138,7 +138,7 @@ def _asked(messages: list[Message]) -> list[Message]:
     return messages
 
 
-class Question(Chat):
+class Question(ChatRequest):
     """Describes a question that is answered from an index, with the likeliest words unless a temperature is given."""
 
     messages: Annotated[list[Message], AfterValidator(_asked)] = Field(min_length=1, max_length=1)
@@ -147,7 +147,7 @@ class Question(Chat):
     mode: Literal["bm25", "dense", "hybrid"] | None = None
 
 
-class Search(Strict):
+class SearchRequest(Strict):
     """Describes a search for passages."""
 
     model: str | None = None
@@ -185,10 +185,10 @@ def completion(raw: bytes) -> Completion:
     return _read(Completion, raw, OF_COMPLETIONS)
 
 
-def chat(raw: bytes, index: str | None = None) -> Chat:
+def chat(raw: bytes, index: str | None = None) -> ChatRequest:
     """Reads a request of /v1/chat/completions, a Question if its model is the index; Refusal that names what is at fault."""
     asked = _object(raw).get("model")
-    return _read(Question if index is not None and asked == index else Chat, raw, OF_CHAT)
+    return _read(Question if index is not None and asked == index else ChatRequest, raw, OF_CHAT)
 
 
 def images(raw: bytes) -> Images:
@@ -196,9 +196,9 @@ def images(raw: bytes) -> Images:
     return _read(Images, raw, OF_IMAGES)
 
 
-def search(raw: bytes) -> Search:
+def search(raw: bytes) -> SearchRequest:
     """Reads a request of /v1/search; Refusal that names the parameter at fault."""
-    return _read(Search, raw, {})
+    return _read(SearchRequest, raw, {})
 
 
 def embeddings(raw: bytes) -> Embeddings:

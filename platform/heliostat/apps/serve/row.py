@@ -12,7 +12,7 @@ from heliostat.apps.serve.growing import Growing
 from heliostat.apps.serve.sampling import Draw
 from heliostat.apps.serve.stopping import Stopping
 from heliostat.errors import ConfigError
-from heliostat.inference.batch.engines import Loaded
+from heliostat.inference.batch.engines import LoadedModel
 from heliostat.inference.vllm_terms import Chosen
 from heliostat.recipes.text.generator import ends
 from heliostat.recipes.text.infilling import Infilling
@@ -61,7 +61,7 @@ class Row:
         self.deliver({"failed": said})
 
 
-def ending(loaded: Loaded, infilling: Infilling | None) -> set[int]:
+def ending(loaded: LoadedModel, infilling: Infilling | None) -> set[int]:
     """Returns the tokens that end an answer, a middle among them; ConfigError if its text cannot be decoded as it grows."""
     if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
         kind = type(loaded.tokenizer).__name__

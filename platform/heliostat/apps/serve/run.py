@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from heliostat.apps.serve import kinds, proxied
 from heliostat.apps.serve.options import Options
-from heliostat.apps.serve.served import Served
-from heliostat.apps.serve.versions import NoModel, Source, Versions
+from heliostat.apps.serve.served import ServedModels
+from heliostat.apps.serve.versions import NoModel, Versions, VersionSource
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.inference import vllm_terms
@@ -40,7 +40,9 @@ OURS = ({"Front"}, {"Model"})  # deployments of each application
 MODULES = ("ray.serve", "heliostat.apps.serve.deployed", "heliostat.apps.serve.engine")
 
 
-def serve(served: Served, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
+def serve(
+    served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]
+) -> None:
     """Serves a model, an index, or both, until a signal says stop, and calls `ready` with the URL once they answer.
 
     ConfigError before anything starts, and before `keys` is asked for the keys, if they cannot be served.
@@ -49,7 +51,7 @@ def serve(served: Served, keys: Callable[[], dict[str, str] | None], options: Op
     shared = bool(os.environ.get("RAY_ADDRESS"))
     if not shared:
         require_free(options.port)
-    endpoint = Endpoint(served, kind, options)
+    endpoint = ServeEndpoint(served, kind, options)
     endpoint.engine(source.folder(source.wanted()))
     endpoint.connect()
     if shared:  # where a killed command may have left an endpoint, which is ended by now
@@ -107,11 +109,11 @@ def _ours(name: str, deployments: set[str], fronted: bool) -> bool:
     return deployments in OURS if deployments else name == FRONT or fronted
 
 
-class Driver:
+class CommandActor:
     """Shows, as an actor of the command's, that the command is still running."""
 
 
-def _follow(endpoint: Endpoint, source: Source | NoModel, options: Options, ready: Callable[[], None]) -> None:
+def _follow(endpoint: ServeEndpoint, source: VersionSource | NoModel, options: Options, ready: Callable[[], None]) -> None:
     versions = Versions(endpoint.load, endpoint.use, endpoint.end, options.deadline_s + DRAIN_MORE_S)
     announced, silent_since = False, 0.0
     while not endpoint.signals.name:
@@ -133,10 +135,10 @@ class FrontError(HeliostatError):
     """Reports that the front does not answer the driver."""
 
 
-class Endpoint:
+class ServeEndpoint:
     """Starts and ends applications of Ray Serve: the front, and one for each version of the model."""
 
-    def __init__(self, served: Served, kind: str | None, options: Options) -> None:
+    def __init__(self, served: ServedModels, kind: str | None, options: Options) -> None:
         import torch
 
         self.served, self.kind, self.options, self.signals = served, kind, options, Signals()
@@ -172,7 +174,7 @@ class Endpoint:
         from ray.serve.schema import LoggingConfig
 
         if os.environ.get("RAY_ADDRESS"):  # where the endpoint may outlive the command
-            self.driver = ray.remote(num_cpus=0)(Driver).options(name=DRIVER, namespace=NAMESPACE).remote()
+            self.driver = ray.remote(num_cpus=0)(CommandActor).options(name=DRIVER, namespace=NAMESPACE).remote()
         http = {"host": LOOPBACK, "port": self.options.port}
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LoggingConfig(enable_access_log=False),
                     controller_options=proxied.controller())  # fmt: skip

@@ -9,19 +9,19 @@ from pathlib import Path
 
 from heliostat.apps.serve import kinds
 from heliostat.apps.serve.asks import Holds
-from heliostat.apps.serve.front import Settings
+from heliostat.apps.serve.front import FrontSettings
 from heliostat.apps.serve.options import Options
-from heliostat.apps.serve.versions import NoModel, Source
+from heliostat.apps.serve.versions import NoModel, VersionSource
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModels:
     """Says what is served: a model as `name`, an index, or both; `index_name`: what clients call that; `adapters`: the folders of
     the model's adapters, by what clients call them."""
 
-    source: Source | NoModel
+    source: VersionSource | NoModel
     name: str | None
     index: str | None = None
     index_name: str | None = None
@@ -32,9 +32,9 @@ class Served:
     def kind(self) -> str | None:
         """Returns the kind of the model; None without one. ConfigError if that, or the index, cannot be served."""
         if self.index is not None:
-            from heliostat.apps.search.search import Index
+            from heliostat.apps.search.search import SearchIndex
 
-            Index(Location(self.index))
+            SearchIndex(Location(self.index))
         if self.reranker is not None:
             from heliostat.apps.search import reranking
 
@@ -55,12 +55,12 @@ class Served:
         return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder, self.reranker,
                      self.adapters, engine)  # fmt: skip
 
-    def settings(self, kind: str | None, keys: dict[str, str] | None, o: Options) -> Settings:
+    def settings(self, kind: str | None, keys: dict[str, str] | None, o: Options) -> FrontSettings:
         """Returns what the front goes by."""
-        return Settings(self.name, kind, self.index_name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once,
+        return FrontSettings(self.name, kind, self.index_name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once,
                         o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
 
-    def with_adapters(self, given: Sequence[str]) -> Served:
+    def with_adapters(self, given: Sequence[str]) -> ServedModels:
         """Adds adapters, each NAME=FOLDER; ConfigError if one is no such thing, or its name is taken."""
         folders = dict[str, str]()
         if given and self.name is None:
@@ -77,7 +77,7 @@ class Served:
 
 def served(
     model: str | None, store: str, name: str | None, index: str | None, embedder: Path | None, reranker: Path | None = None
-) -> Served:  # fmt: skip
+) -> ServedModels:  # fmt: skip
     """Says what is served; ConfigError if there is nothing, or one name would stand for two things."""
     if model is None and index is None:
         raise ConfigError("MODEL: give a model, an index with --index, or both")
@@ -88,14 +88,14 @@ def served(
             raise ConfigError(f"{option}: goes with --index")
     if index is None:
         assert model is not None
-        source = Source(model, store)
-        return Served(source, name or source.name)
+        source = VersionSource(model, store)
+        return ServedModels(source, name or source.name)
     place = Location(index)
     uri, called = place.uri if place.is_s3 else place.path, Path(place.path).name
     embeds, orders = (None if one is None else str(one.absolute()) for one in (embedder, reranker))
     if model is None:
-        return Served(NoModel(called), None, uri, called, embeds, orders)
-    source = Source(model, store)
+        return ServedModels(NoModel(called), None, uri, called, embeds, orders)
+    source = VersionSource(model, store)
     if called == (name or source.name):
         raise ConfigError(f"--name: the index is called {called!r} as well; give the model another name")
-    return Served(source, name or source.name, uri, called, embeds, orders)
+    return ServedModels(source, name or source.name, uri, called, embeds, orders)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from heliostat.apps.search import answering
 from heliostat.apps.search.reranking import Reranker, best
-from heliostat.apps.search.search import Index
+from heliostat.apps.search.search import SearchIndex
 from heliostat.apps.serve.answers import Source
 from heliostat.apps.serve.asks import Search
 from heliostat.errors import ConfigError, DataError
@@ -23,7 +23,7 @@ class Shelf:
     """Opens the index, and searches it; ConfigError at once if it has embeddings, and their embedder is not there."""
 
     def __init__(self, index: str, embedder: str | None, reranker: str | None = None) -> None:
-        self.index = Index(Location(index), Path(embedder) if embedder else None)
+        self.index = SearchIndex(Location(index), Path(embedder) if embedder else None)
         if "dense" in self.index.modes:
             self.index.embedder  # noqa: B018 (its folder is found, and held against the record)
         self.reranker = Reranker(Path(reranker)) if reranker else None

@@ -84,7 +84,7 @@ class NoModel:
         return None
 
 
-class Source:
+class VersionSource:
     """Finds the version that a model's name means, and its folder. `name`: what clients call it."""
 
     def __init__(self, model: str, store: str) -> None:

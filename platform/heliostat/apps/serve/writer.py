@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from heliostat.apps.serve.adapters import Adapters
 from heliostat.apps.serve.asks import Ask, Item, Messages
-from heliostat.apps.serve.engine import Engine
+from heliostat.apps.serve.engine import ServingEngine
 from heliostat.apps.serve.row import Deliver, Row
 from heliostat.apps.serve.sampling import Draw
 from heliostat.apps.serve.stopping import Stopping
 from heliostat.errors import ConfigError
-from heliostat.inference.batch.engines import Loaded
+from heliostat.inference.batch.engines import LoadedModel
 from heliostat.recipes.text import chat, infilling
 from heliostat.web.refusals import Refusal
 
@@ -26,14 +26,14 @@ class Writer:
     """Loads the model, and answers."""
 
     def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None, engine: str = "transformers") -> None:
-        self.engine: Engine | VllmEngine
+        self.engine: ServingEngine | VllmEngine
         if engine == "vllm":
             from heliostat.apps.serve.vllm_engine import VllmEngine
 
             self.engine = VllmEngine(folder, batch, adapters or {})
         else:
-            loaded = Loaded(folder)
-            self.engine = Engine(loaded, batch, Adapters(loaded.model, adapters) if adapters else None)
+            loaded = LoadedModel(folder)
+            self.engine = ServingEngine(loaded, batch, Adapters(loaded.model, adapters) if adapters else None)
 
     def require_alive(self) -> None:
         """Raises if the engine answers no more."""

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from heliostat.curation.engine import groups
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
@@ -47,7 +47,7 @@ def masks(distance: int, count: int) -> list[int]:
     return [whole - sum(left_out) for left_out in combinations(of_block, distance)]
 
 
-def faces(folder: Location, number: int, run: Run, exact: bool) -> dict[str, Any]:
+def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, Any]:
     """Spills the perceptual hash of each image of a run, which has this number; if `exact`, the pixels' hash in its place."""
     found = []
     for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from heliostat.curation.images.pictures import Raw
-from heliostat.curation.images.sources import Columns
+from heliostat.curation.images.sources import ImageColumns
 from heliostat.curation.stage import Dropped
 from heliostat.curation.web import lists
 from heliostat.curation.web.client import Bounds, FetchError
@@ -30,7 +30,7 @@ REASONS = {
 VERSION = 2  # raised when the same keys fetch other images
 
 
-class Fetch(Strict):
+class FetchSettings(Strict):
     """Configures how images of lists of URLs are fetched."""
 
     column: str = Field("url", min_length=1)
@@ -60,10 +60,10 @@ class Fetch(Strict):
 class Fetching:
     """Fetches the URLs of a task of `lists`; what is fetched is bounded by `bytes`."""
 
-    config: Fetch
+    config: FetchSettings
     bytes: int
 
-    def read(self, folder: Location, task: dict[str, Any], names: list[str], columns: Columns) -> Iterator[Raw | Dropped]:
+    def read(self, folder: Location, task: dict[str, Any], names: list[str], columns: ImageColumns) -> Iterator[Raw | Dropped]:
         """Yields the images of a task's URLs, or why there is none."""
         told = self.config
         bounds = Bounds(self.bytes, told.seconds, told.private, told.agent)
@@ -78,7 +78,7 @@ class Fetching:
                 yield _read(*waiting.popleft(), columns)
 
 
-def _read(row: dict[str, Any], answer: Future[bytes], columns: Columns) -> Raw | Dropped:
+def _read(row: dict[str, Any], answer: Future[bytes], columns: ImageColumns) -> Raw | Dropped:
     held = json.loads(row["row"])
     try:
         data = answer.result()

@@ -12,16 +12,16 @@ from itertools import accumulate
 from typing import Any
 
 from heliostat.curation import pieces, segment, tally
-from heliostat.curation.engine import RUN_SHARE, Curated, Engine
+from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine
 from heliostat.curation.explaining import explain
 from heliostat.curation.images import pictures, tasks
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.fetching import REASONS
 from heliostat.curation.images.latents import EMPTY, Latents
 from heliostat.curation.images.tasks import END, ImageSource, Shards
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.segment import EXAMPLES, Run
+from heliostat.curation.segment import EXAMPLES, SpilledRun
 from heliostat.curation.stage import Stage
 from heliostat.curation.text import sources, tokens
 from heliostat.curation.text.making import listed
@@ -39,7 +39,7 @@ SHARD_SHARE = 4  # a shard's task holds its images, sorted, and its file
 
 
 @dataclass
-class Making:
+class ImageMaking:
     """Makes the dataset of one pipeline; the fields are its keys."""
 
     flow: Flow
@@ -75,7 +75,7 @@ class Making:
         read = self.source
         identity = [read.input, asdict(read.columns), asdict(read.rules), asdict(read.limits)]
         identity += [read.fetching.config.identity()] if read.fetching else []
-        engine = Engine(self.flow, read, identity, self.memory_limit)
+        engine = StageEngine(self.flow, read, identity, self.memory_limit)
         curated = engine.curate(self._pieces(inputs), self.all_stages, self.explained)
         counts, labels = self._counted(curated.runs)
         dropped = self._dropped(curated)
@@ -100,13 +100,13 @@ class Making:
             told |= self._explained(curated, written)
         return [chunk for shard in written for chunk in shard["chunks"]], {**meta, **told}
 
-    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
+    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
         """Spills the read tasks one by one, so that the driver holds none of what metadata files list."""
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         sizes = {f.path: f.bytes for f in inputs}
         for task in self._tasks(inputs):
             paths = [part["path"] for part in task.get("parts", [])] or [e["path"] for e in task.get("entries", [])]
-            yield [Part(segment.store(self.flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
+            yield [FilePart(segment.store(self.flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
 
     def _tasks(self, inputs: list[InputFile]) -> Iterator[dict[str, Any]]:
         read = self.source
@@ -115,7 +115,7 @@ class Making:
         wanted = [c for c in (read.columns.caption, read.columns.label, *read.columns.others) if c]
         return lists.plan(self.flow, read.input, inputs, read.fetching.config.column, wanted, read.limits.file)
 
-    def _counted(self, runs: list[Run]) -> tuple[dict[str, int], list[str]]:
+    def _counted(self, runs: list[SpilledRun]) -> tuple[dict[str, int], list[str]]:
         """Counts the images of each bucket, and lists the labels, as far as a manifest would."""
         work = (Task(key("count", run.name, run.decided), {"run": run}) for run in runs)
         counts, labels = Counter[str](), set[str]()
@@ -179,7 +179,7 @@ class Making:
         dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **given}, bytes=run.bytes)
                    for run in curated.runs)  # fmt: skip
         actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
-        dealt = [Run(*record["dealt"]) for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
+        dealt = [SpilledRun(*record["dealt"]) for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
         ranges = merging.merged(self.flow, dealt, total, lambda first, stop: (first, stop), self.memory_limit // RUN_SHARE)
         told = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
         stored = dict.fromkeys(name for stage in self.stages for name in stage.stored())
@@ -197,7 +197,7 @@ class Making:
         there = dict(self.output.files())
         yield from self.flow.all("shards", tasks.write_shard, work(), valid=lambda r: there.get(r["path"], 0) == r["file_bytes"])
 
-    def _tokenizer(self, runs: list[Run], vocab_size: int) -> dict[str, Any]:
+    def _tokenizer(self, runs: list[SpilledRun], vocab_size: int) -> dict[str, Any]:
         follows = [[run.name, run.decided] for run in runs]
         train = Task(
             key("captions", follows, vocab_size, libraries.versions(["tokenizers"])),

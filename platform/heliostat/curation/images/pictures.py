@@ -42,7 +42,7 @@ Size = tuple[int, int]  # width, height
 
 
 @dataclass(frozen=True)
-class Rules:
+class ImageRules:
     """Defines the requirements that an image must meet, and the form in which it is stored."""
 
     sizes: tuple[Size, ...]  # the buckets
@@ -67,7 +67,7 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Picture:
+class StoredPicture:
     """Holds an image as it is stored; `hash` is of the decoded pixels, `looks` is the perceptual hash."""
 
     id: str
@@ -98,7 +98,7 @@ def nearest(size: Size, sizes: tuple[Size, ...]) -> Size:
     return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), s))
 
 
-def prepare(raw: Raw, rules: Rules) -> Picture | Dropped:
+def prepare(raw: Raw, rules: ImageRules) -> StoredPicture | Dropped:
     """Prepares an image for storage, or returns the reason to drop it."""
     caption = clean(raw, rules)
     if isinstance(caption, Dropped):
@@ -115,10 +115,10 @@ def prepare(raw: Raw, rules: Rules) -> Picture | Dropped:
         return Dropped(raw.id, "aspect", f"{width}x{height}")
     size = nearest((width, height), rules.sizes)
     stored = encode(fit(pixels, size), rules.encoding, rules.quality)
-    return Picture(raw.id, pixel_hash(pixels), looks(pixels), size, stored, caption, raw.label)
+    return StoredPicture(raw.id, pixel_hash(pixels), looks(pixels), size, stored, caption, raw.label)
 
 
-def clean(raw: Raw, rules: Rules) -> str | Dropped:
+def clean(raw: Raw, rules: ImageRules) -> str | Dropped:
     """Returns the caption with single spaces, or the reason to drop the image, which is not decoded."""
     caption = " ".join((raw.caption or "").split())
     if raw.image is None:

@@ -19,14 +19,14 @@ from pydantic import Field
 from heliostat import extras
 from heliostat.curation.images import pictures
 from heliostat.curation.images import sources as image_sources
-from heliostat.curation.images.fetching import Fetch, Fetching
+from heliostat.curation.images.fetching import Fetching, FetchSettings
 from heliostat.curation.images.latents import Latents
-from heliostat.curation.images.making import Making
-from heliostat.curation.images.sources import Columns, Limits
+from heliostat.curation.images.making import ImageMaking
+from heliostat.curation.images.sources import ImageColumns, ImageLimits
 from heliostat.curation.images.tasks import LABEL, STORED, ImageSource
-from heliostat.curation.images.trial import SampledSource, Trial
+from heliostat.curation.images.trial import ImageTrial, SampledImages
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.sampled import Sample
+from heliostat.curation.sampled import SampledParts
 from heliostat.curation.stage import GlobalStage, Stage
 from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.stages.image_size import ImageSize
@@ -77,7 +77,7 @@ class ImagePipeline(StagedPipeline):
     input: str = Field(min_length=1)
     """What is read: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset). See
     docs/diffusion.md#images"""
-    fetch: Fetch | None = None
+    fetch: FetchSettings | None = None
     """The input is lists of URLs (`.jsonl`, `.csv`, `.parquet`), whose images are fetched. Unset: the input holds images."""
     columns: ColumnNames = ColumnNames()
     """Which columns hold what, in tables and in the JSON of WebDataset."""
@@ -95,9 +95,9 @@ class ImagePipeline(StagedPipeline):
     """Images with a side of fewer pixels are left out (`too_small`)."""
     max_aspect: Float | None = Field(None, ge=1)
     """Images whose longer side is more than so many shorter ones are left out (`aspect`). Unset: no limit."""
-    max_file_bytes: int = Field(Limits.file, ge=1)
+    max_file_bytes: int = Field(ImageLimits.file, ge=1)
     """Input files of more bytes are left out (`too_large`)."""
-    max_image_bytes: int = Field(Limits.image, ge=1)
+    max_image_bytes: int = Field(ImageLimits.image, ge=1)
     """Images of more bytes, as they are stored, are left out (`too_large`); in a tar, with the other parts of their sample."""
     min_caption: int = Field(1, ge=1)
     """Images with captions of fewer characters are left out (`caption_short`)."""
@@ -117,8 +117,8 @@ class ImagePipeline(StagedPipeline):
     """Images of a shard, about."""
 
     @property
-    def rules(self) -> pictures.Rules:
-        return pictures.Rules(self.sizes, self.channels, self.encoding, self.quality, self.min_side, self.max_aspect,
+    def rules(self) -> pictures.ImageRules:
+        return pictures.ImageRules(self.sizes, self.channels, self.encoding, self.quality, self.min_side, self.max_aspect,
                               self.min_caption, self.max_caption)  # fmt: skip
 
     @property
@@ -180,7 +180,7 @@ class ImagePipeline(StagedPipeline):
         return config
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        making = Making(**self._making(self.flow(), output, ImageSource))
+        making = ImageMaking(**self._making(self.flow(), output, ImageSource))
         rows, meta = making.run(inputs)
         self._seconds = making.seconds
         return rows, meta
@@ -191,16 +191,16 @@ class ImagePipeline(StagedPipeline):
                 "--sample: a dry run would fetch images only to throw them away; fetch a part of the list as a dataset"
             )
         start, flow = time.monotonic(), self.flow(Work(folder.join("work")))
-        sample = Sample(fraction)
-        trial = Trial(**self._making(flow, folder.join("out"), SampledSource), sample=sample)
+        sample = SampledParts(fraction)
+        trial = ImageTrial(**self._making(flow, folder.join("out"), SampledImages), sample=sample)
         found = trial.predicted(inputs)
         return found | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def _making(self, flow: Flow, output: Location, source: type[ImageSource]) -> dict[str, Any]:
         """Returns the fields of what makes the dataset."""
         fetching = Fetching(self.fetch, self.max_image_bytes) if self.fetch else None
-        columns = Columns(self.columns.image, self.columns.caption, self.columns.label, tuple(self.columns.others))
-        limits = Limits(self.max_file_bytes, self.max_image_bytes)
+        columns = ImageColumns(self.columns.image, self.columns.caption, self.columns.label, tuple(self.columns.others))
+        limits = ImageLimits(self.max_file_bytes, self.max_image_bytes)
         reads = source(self.input, columns, self.rules, limits, flow.work.spill, fetching)
         return {
             "flow": flow, "source": reads, "output": output, "stages": self.stages, "last": self.last,

@@ -25,7 +25,7 @@ from PIL import Image
 
 from heliostat.curation import pieces
 from heliostat.curation.images.pictures import Dropped, Raw, encode
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.readers import parquet
 from heliostat.curation.readers.repository import name_of
@@ -47,7 +47,7 @@ TEMPLATES = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class ImageLimits:
     """Holds the limits, in bytes, of a file of the input, and of an image in it, as it is stored."""
 
     file: int = 1 << 33
@@ -55,7 +55,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Columns:
+class ImageColumns:
     image: str = "image"
     caption: str = "caption"
     label: str | None = None
@@ -80,7 +80,7 @@ def digit_caption(number: int, digit: int) -> str:
 # finding -------------------------------------------------------------------------------------------------------------
 
 
-def listing(uri: str, limit: int = Limits.file) -> list[InputFile]:
+def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
     """Lists every file that belongs to the input, sorted by path; ConfigError if there are none.
 
     Beside images by their suffixes, those of any name that metadata files (of at most `limit` bytes) name.
@@ -91,7 +91,9 @@ def listing(uri: str, limit: int = Limits.file) -> list[InputFile]:
     tables = {p for p, _ in found if p.rsplit("/", 1)[-1] in METADATA}
     wanted = (*METADATA, *IMAGES) if tables else ARCHIVES
     others = {p for p, _ in found if tables and not p.lower().endswith(wanted)}
-    named = {entry["path"] for path in tables for entry in _entries(base, path, Columns(), limit)} & others if others else others
+    named = (
+        {entry["path"] for path in tables for entry in _entries(base, path, ImageColumns(), limit)} & others if others else others
+    )
     files = [
         InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in found if (p or base.path).lower().endswith(wanted) or p in named
     ]
@@ -102,7 +104,7 @@ def listing(uri: str, limit: int = Limits.file) -> list[InputFile]:
 
 
 def tasks(
-    uri: str, files: list[InputFile], columns: Columns, limit: int = Limits.file, target: int | None = None
+    uri: str, files: list[InputFile], columns: ImageColumns, limit: int = ImageLimits.file, target: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """Plans the read tasks: each reads an archive, a part of a table, or some hundred files that a metadata file names.
 
@@ -130,12 +132,12 @@ def _ranged(path: str) -> bool:
     return path.lower().endswith(".parquet")
 
 
-def _entries(base: Location, path: str, columns: Columns, limit: int) -> list[dict[str, Any]]:
+def _entries(base: Location, path: str, columns: ImageColumns, limit: int) -> list[dict[str, Any]]:
     """Reads what a metadata file lists; ConfigError if it cannot."""
     return [_entry(row, path.rpartition("/")[0], path, columns) for row in sources.rows(base, path, limit)]
 
 
-def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dict[str, Any]:
+def _entry(row: dict[str, Any], folder: str, path: str, columns: ImageColumns) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ConfigError(f"input: {printable(path)}: {str(row)[:40]!r} is no object with a 'file_name'; a line is one")
     if "file_name" not in row:
@@ -152,7 +154,7 @@ def _entry(row: dict[str, Any], folder: str, path: str, columns: Columns) -> dic
     }
 
 
-def _label(row: dict[str, Any], columns: Columns) -> str:
+def _label(row: dict[str, Any], columns: ImageColumns) -> str:
     value = row.get(columns.label) if columns.label else None
     return "" if value is None else str(value)
 
@@ -160,7 +162,7 @@ def _label(row: dict[str, Any], columns: Columns) -> str:
 # reading -------------------------------------------------------------------------------------------------------------
 
 
-def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limits()) -> Iterator[Raw | Dropped]:
+def read(uri: str, task: dict[str, Any], columns: ImageColumns, limits: ImageLimits = ImageLimits()) -> Iterator[Raw | Dropped]:
     """Reads the images of a task."""
     if task["kind"] == "digits":
         yield from digits()
@@ -168,15 +170,15 @@ def read(uri: str, task: dict[str, Any], columns: Columns, limits: Limits = Limi
         yield from _files(sources.root(uri), task["entries"], task.get("state") or [], limits)
     else:
         for told in task["parts"]:
-            yield from _archive(sources.root(uri), Part(**told), columns, limits)
+            yield from _archive(sources.root(uri), FilePart(**told), columns, limits)
 
 
 def _files(
-    base: Location, entries: list[dict[str, Any]], states: list[list[Any] | None], limits: Limits
+    base: Location, entries: list[dict[str, Any]], states: list[list[Any] | None], limits: ImageLimits
 ) -> Iterator[Raw | Dropped]:
     for entry, state in zip(entries, states or [None] * len(entries), strict=True):
         path, id = entry["path"], name_of(entry["path"].encode("utf-8", "surrogatepass"))
-        known = Part(path, state[0], state[1], etag="".join(state[2:])) if state else None
+        known = FilePart(path, state[0], state[1], etag="".join(state[2:])) if state else None
         try:
             data = sources.fetch(base, path, limits.image, known) if path and path == id else b""
         except sources.LeftOutError as e:
@@ -189,7 +191,7 @@ def _files(
         yield Raw(id, data, entry["caption"], entry["label"], entry["columns"]) if data else Dropped(id, "unreadable")
 
 
-def _archive(base: Location, part: Part, columns: Columns, limits: Limits) -> Iterator[Raw | Dropped]:
+def _archive(base: Location, part: FilePart, columns: ImageColumns, limits: ImageLimits) -> Iterator[Raw | Dropped]:
     path = part.path or base.name
     sources.require_unchanged(base, part)
     try:
@@ -215,7 +217,9 @@ def digits() -> Iterator[Raw]:
         yield Raw(f"digits#{number}", encode(image, "png", 0), digit_caption(number, digit), WORDS[digit])
 
 
-def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limits, part: Part) -> Iterator[Raw | Dropped]:
+def read_parquet(
+    path: str, file: pa.NativeFile, columns: ImageColumns, limits: ImageLimits, part: FilePart
+) -> Iterator[Raw | Dropped]:
     """Yields the rows of a Parquet file, or of a part of it. A broken footer is told once, a broken row group by its part."""
     wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
@@ -249,13 +253,13 @@ def read_parquet(path: str, file: pa.NativeFile, columns: Columns, limits: Limit
         yield Dropped(path, e.reason, e.detail)
 
 
-def _rows(file: pq.ParquetFile, wanted: tuple[str, ...], limit: int, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(file: pq.ParquetFile, wanted: tuple[str, ...], limit: int, part: FilePart) -> Iterator[tuple[int, dict[str, Any]]]:
     for first, batch in parquet.batches(file, wanted, limit, part, 64):
         for row in range(len(batch)):
             yield first + row, {name: batch.column(i)[row].as_py() for i, name in enumerate(batch.schema.names)}
 
 
-def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) -> Iterator[Raw | Dropped]:
+def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimits.image) -> Iterator[Raw | Dropped]:
     """Yields the samples of a tar: consecutive members with one name up to the first point of their last part are a sample.
 
     Of it only PARTS are read. One of more than `limit` bytes together, which a sparse member only claims to have, is left out.
@@ -297,7 +301,7 @@ def read_tar(path: str, file: Any, columns: Columns, limit: int = Limits.image) 
         yield Dropped(path, "corrupt", "what follows a file is no file")
 
 
-def _sample(path: str, key: str, found: dict[str, bytes | None], columns: Columns) -> Iterable[Raw | Dropped]:
+def _sample(path: str, key: str, found: dict[str, bytes | None], columns: ImageColumns) -> Iterable[Raw | Dropped]:
     if not found:
         return ()
     id = f"{path}/{key}"

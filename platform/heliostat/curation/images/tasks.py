@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from heliostat.curation import segment
 from heliostat.curation.images import pictures, sources
 from heliostat.curation.images.fetching import Fetching
-from heliostat.curation.images.pictures import Raw, Rules
-from heliostat.curation.images.sources import Columns, Limits
-from heliostat.curation.pieces import Part
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.images.pictures import ImageRules, Raw
+from heliostat.curation.images.sources import ImageColumns, ImageLimits
+from heliostat.curation.pieces import FilePart
+from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.curation.text import tokens
 from heliostat.data import manifest, versions
@@ -50,9 +50,9 @@ class ImageSource:
     """Reads an image input's tasks, which lie in the spill folder: a part's path names one."""
 
     input: str
-    columns: Columns
-    rules: Rules
-    limits: Limits
+    columns: ImageColumns
+    rules: ImageRules
+    limits: ImageLimits
     spill: Location
     fetching: Fetching | None = None
 
@@ -61,7 +61,7 @@ class ImageSource:
             return self.fetching.read(self.spill, task, segment.load(self.spill, task["names"]), self.columns)
         return sources.read(self.input, task, self.columns, self.limits)
 
-    def read(self, part: Part) -> Iterator[Document | Dropped]:
+    def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         for raw in self._raw(segment.load(self.spill, part.path)):
             caption = raw if isinstance(raw, Dropped) else pictures.clean(raw, self.rules)
             if isinstance(caption, Dropped):
@@ -84,7 +84,7 @@ class ImageSource:
         return Document(made.id, made.caption, document.columns, picture)
 
 
-def count(folder: Location, run: Run) -> dict[str, Any]:
+def count(folder: Location, run: SpilledRun) -> dict[str, Any]:
     """Counts a run's images by bucket, and lists their labels, as far as a manifest would."""
     buckets, labels = Counter[str](), set[str]()
     for table in survivors(folder, run, columns=["width", "height", "columns"]):
@@ -99,7 +99,7 @@ def _label(columns: str | None) -> str:
     return json.loads(columns).get(LABEL, "") if columns else ""
 
 
-def train(folder: Location, vocab_size: int, runs: list[Run]) -> dict[str, Any]:
+def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str, Any]:
     """Trains a tokenizer on all captions, whose order does not matter."""
     tables = (table for run in runs for table in survivors(folder, run, columns=["text"]))
     texts = (text for table in tables for text in table["text"].to_pylist())
@@ -110,7 +110,9 @@ def train(folder: Location, vocab_size: int, runs: list[Run]) -> dict[str, Any]:
 # shards ----------------------------------------------------------------------------------------------------------------
 
 
-def deal(folder: Location, run: Run, shards: Shards, latents: dict[str, Any] | None, shipments: list[Shipment]) -> dict[str, Any]:
+def deal(
+    folder: Location, run: SpilledRun, shards: Shards, latents: dict[str, Any] | None, shipments: list[Shipment]
+) -> dict[str, Any]:
     """Spills a run's images by the shards that the hashes of their pixels name, each inside its bucket.
 
     `shipments`: the files of the models of the latents.

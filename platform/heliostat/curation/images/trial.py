@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from heliostat.curation.images.making import Making
+from heliostat.curation.images.making import ImageMaking
 from heliostat.curation.images.pictures import Raw
 from heliostat.curation.images.tasks import ImageSource
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import Prediction, spread_of
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.sampled import OF_RECORDS, PLACES, Sample, chosen, evenly
-from heliostat.curation.segment import Run
+from heliostat.curation.sampled import OF_RECORDS, PLACES, SampledParts, chosen, evenly
+from heliostat.curation.segment import SpilledRun
 from heliostat.curation.similar import alike_of
 from heliostat.curation.stage import Dropped
 from heliostat.errors import DataError
@@ -24,26 +24,26 @@ RATE = "rate"  # of a task: the share of its images that is taken
 
 
 @dataclass(frozen=True)
-class SampledSource(ImageSource):
+class SampledImages(ImageSource):
     """Reads a sample of an image input: of each task, the images whose ids are chosen."""
 
     def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
         return (raw for raw in super()._raw(task) if task[RATE] >= 1 or chosen(raw.id, task[RATE], OF_RECORDS))
 
 
-def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: Sample) -> Iterator[dict[str, Any]]:
+def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: SampledParts) -> Iterator[dict[str, Any]]:
     """Yields the read tasks of a sample, and counts in it what is read.
 
     Of images that are files of their own some are chosen; of archives some, at least PLACES if there are, and of the images in
     them a share.
     """
     sizes = {f.path: f for f in inputs}
-    archives = list[Part]()
+    archives = list[FilePart]()
     for task in tasks:
         if task["kind"] == "files":
             yield from _files(task, sizes, sample)
         elif task["kind"] == "archives":
-            archives += [Part(**told) for told in task["parts"]]
+            archives += [FilePart(**told) for told in task["parts"]]
         else:  # images that come with a library
             whole = [f.part for f in inputs]
             sample.add(task["kind"], whole, whole, False, sample.fraction)
@@ -56,10 +56,12 @@ def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: Sa
             yield {"kind": "archives", "parts": [vars(part)], RATE: sample.fraction / rate}
 
 
-def _files(task: dict[str, Any], sizes: dict[str, InputFile], sample: Sample) -> Iterator[dict[str, Any]]:
+def _files(task: dict[str, Any], sizes: dict[str, InputFile], sample: SampledParts) -> Iterator[dict[str, Any]]:
     entries = {f"{place} {entry['path']}": (entry, state)
                for place, (entry, state) in enumerate(zip(task["entries"], task["state"], strict=True))}  # fmt: skip
-    parts = [Part(name, sizes[entry["path"]].bytes if entry["path"] in sizes else 0, 0) for name, (entry, _) in entries.items()]
+    parts = [
+        FilePart(name, sizes[entry["path"]].bytes if entry["path"] in sizes else 0, 0) for name, (entry, _) in entries.items()
+    ]
     taken = evenly(parts, sample.fraction)
     sample.add(task["kind"], parts, taken, True, 1.0)
     if taken:
@@ -68,11 +70,11 @@ def _files(task: dict[str, Any], sizes: dict[str, InputFile], sample: Sample) ->
 
 
 @dataclass
-class Trial(Making):
+class ImageTrial(ImageMaking):
     """Makes a dataset of a sample, and predicts that of the whole."""
 
-    sample: Sample = field(kw_only=True)
-    _left: list[Run] = field(default_factory=list, init=False)
+    sample: SampledParts = field(kw_only=True)
+    _left: list[SpilledRun] = field(default_factory=list, init=False)
 
     @property
     def explained(self) -> bool:
@@ -81,7 +83,7 @@ class Trial(Making):
     def _tasks(self, inputs: list[InputFile]) -> Iterator[dict[str, Any]]:
         return sampled(super()._tasks(inputs), inputs, self.sample)
 
-    def _counted(self, runs: list[Run]) -> tuple[dict[str, int], list[str]]:
+    def _counted(self, runs: list[SpilledRun]) -> tuple[dict[str, int], list[str]]:
         self._left = runs
         return super()._counted(runs)
 

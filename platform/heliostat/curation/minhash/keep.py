@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from heliostat.curation import segment
 from heliostat.curation.comparing import LARGEST, counted
-from heliostat.curation.segment import Run, by_run, survivors
+from heliostat.curation.segment import SpilledRun, by_run, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
@@ -49,7 +49,7 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
     return {"members": name, "rows": len(table), "files": [name]}
 
 
-def candidates(folder: Location, first: int, runs: list[Run], copies: list[str | None], rule: Rule, column: str,
+def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], rule: Rule, column: str,
                names: list[str]) -> dict[str, Any]:  # fmt: skip
     """Spills of each cluster the one document of some runs that may stay, with the number of its documents there.
 
@@ -68,8 +68,8 @@ def candidates(folder: Location, first: int, runs: list[Run], copies: list[str |
     return {"candidates": files[0], "belonging": files[1], "files": files}
 
 
-def _clusters(folder: Location, first: int, runs: list[Run], copies: list[str | None],
-              names: list[str]) -> Iterator[tuple[int, Run, np.ndarray, np.ndarray]]:  # fmt: skip
+def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None],
+              names: list[str]) -> Iterator[tuple[int, SpilledRun, np.ndarray, np.ndarray]]:  # fmt: skip
     """Yields (a run's number, the run, rows that are in clusters, their roots): those of stars, and their copies."""
     stars = dict(by_run(folder, first, len(runs), names))
     for number, (run, name) in enumerate(zip(runs, copies, strict=True), first):
@@ -90,7 +90,7 @@ def _clusters(folder: Location, first: int, runs: list[Run], copies: list[str | 
         yield number, run, rows, roots
 
 
-def _members(folder: Location, run: Run, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
+def _members(folder: Location, run: SpilledRun, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
     """Yields some columns of those documents of a run that have one of the ascending `rows`, and which of these."""
     for part in survivors(folder, run, columns=columns) if len(rows) else ():
         part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
@@ -150,7 +150,7 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
             "sizes": counted(sizes), "files": [name]}  # fmt: skip
 
 
-def decide(folder: Location, first: int, runs: list[Run], belonging: str, stage: str, names: list[str]) -> dict[str, Any]:
+def decide(folder: Location, first: int, runs: list[SpilledRun], belonging: str, stage: str, names: list[str]) -> dict[str, Any]:
     """Spills for each of some runs which of its documents go, and tells why."""
     out, files = segment.Spiller(folder, 1), list[str]()
     low, high = first << 32, (first + len(runs)) << 32

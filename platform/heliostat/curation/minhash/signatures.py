@@ -16,7 +16,7 @@ import pyarrow as pa
 import xxhash
 
 from heliostat.curation.comparable import FACTOR, words
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
@@ -61,7 +61,7 @@ def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
     return made
 
 
-def sign(folder: Location, run: Run, parameters: Parameters) -> dict[str, Any]:
+def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str, Any]:
     """Spills (key, row) of a run's documents, and (key: row, first) of copies: those with all keys of an earlier document.
 
     Copies meet whomever the first meets, so they are compared no further. However many copies a run has of a document, each of

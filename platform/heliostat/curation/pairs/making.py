@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from heliostat.curation import tally
-from heliostat.curation.engine import RUN_SHARE, Curated, Engine
+from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine
 from heliostat.curation.pairs import extracting, reading
 from heliostat.curation.pairs.reading import PairSource
-from heliostat.curation.pairs.shards import Sharding, write_shards
+from heliostat.curation.pairs.shards import PairSharding, write_shards
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.text import documents, sources, tokens
 from heliostat.curation.text.making import Reading
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Making(Reading):
+class PairMaking(Reading):
     """Makes the dataset of one pipeline; the fields are its keys."""
 
     shard_bytes: int
@@ -39,7 +39,7 @@ class Making(Reading):
         source = self.source
         assert isinstance(source, PairSource)
         identity = [source.input, vars(source.rules), source.query_column, vars(source.least), extracting.VERSION]
-        curated = Engine(self.flow, source, identity, self.memory_limit).curate(self._pieces(inputs), self.stages, False)
+        curated = StageEngine(self.flow, source, identity, self.memory_limit).curate(self._pieces(inputs), self.stages, False)
         self._log(curated)
         meta: dict[str, Any] = {"kind": "rows", "dropped": dict(sorted(curated.reasons.items())), "listed": self._listed(curated)}
         if not curated.runs:
@@ -62,7 +62,7 @@ class Making(Reading):
         }
 
     def _shards(self, curated: Curated) -> Iterator[dict[str, Any]]:
-        plan = Sharding(self.output.uri, max(1, round(curated.bytes / self.shard_bytes)), self.chunk_pairs)
+        plan = PairSharding(self.output.uri, max(1, round(curated.bytes / self.shard_bytes)), self.chunk_pairs)
         each, shared = curated.bytes // plan.shards, self.flow.share(plan)
         ranges = merging.merged(self.flow, curated.runs, plan.shards,
                                 lambda first, stop: bounds(first, plan.shards, stop), self.memory_limit // RUN_SHARE)  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from heliostat.curation.pairs import extracting
-from heliostat.curation.pairs.making import Making
+from heliostat.curation.pairs.making import PairMaking
 from heliostat.curation.pairs.reading import KIND, QUERY, Least, PairSource
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.staged import StagedPipeline
@@ -83,10 +83,10 @@ class PairPipeline(StagedPipeline):
         return config
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        rules = documents.Rules(text_column=self.text_column, normalise=self.normalise, columns=(self.query_column,))
+        rules = documents.TextRules(text_column=self.text_column, normalise=self.normalise, columns=(self.query_column,))
         source = PairSource(self.input, rules, self.query_column, Least(self.min_query_words, self.min_text_words))
         tokenizer = self.tokenizer.model_dump() if self.tokenizer else {}
-        making = Making(self.flow(), source, output, tokenizer, self.given, self.stages, self.memory_limit, self.shard_bytes,
+        making = PairMaking(self.flow(), source, output, tokenizer, self.given, self.stages, self.memory_limit, self.shard_bytes,
                         self.chunk_pairs)  # fmt: skip
         return making.run(inputs)
 

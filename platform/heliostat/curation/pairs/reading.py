@@ -9,7 +9,7 @@ from typing import Any
 from heliostat.curation import readers
 from heliostat.curation.encodings import decode
 from heliostat.curation.pairs import extracting
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import documents, sources
 from heliostat.curation.text.tasks import TextSource
@@ -41,7 +41,7 @@ class PairSource(TextSource):
     query_column: str
     least: Least
 
-    def read(self, part: Part) -> Iterator[Document | Dropped]:
+    def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         path = part.path or sources.root(self.input).name
         suffix, number = readers.suffix_of(path) or "", readers.numbered(path)
         for item in super().read(part):
@@ -73,7 +73,7 @@ class PairSource(TextSource):
             yield self._pair(f"{item.id}#{pair.line}", kind, pair.query, pair.text)
 
     def _pair(self, id: str, kind: str, query: str, text: Any) -> Document | Dropped:
-        asked = documents.clean(id, query, documents.Rules(normalise=self.rules.normalise))
+        asked = documents.clean(id, query, documents.TextRules(normalise=self.rules.normalise))
         made = documents.clean(id, text, self.rules)
         if isinstance(asked, Dropped):
             return Dropped(id, "short_query" if asked.reason == "empty" else asked.reason, "of the query")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from heliostat.curation.pairs.reading import KIND, QUERY
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.text import tokens
 from heliostat.curation.text.tasks import bounds
 from heliostat.data import manifest, versions
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Sharding:
+class PairSharding:
     """Defines how pairs become shards."""
 
     output: str
@@ -36,13 +36,13 @@ class Sharding:
     chunk_pairs: int
 
 
-def write_shards(folder: Location, first: int, stop: int, runs: list[Run], plan: Sharding) -> dict[str, Any]:
+def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: PairSharding) -> dict[str, Any]:
     """Writes some shards, one after another; returns their counts and their part of the manifest."""
     made = [one for number in range(first, stop) if (one := _write_shard(folder, runs, number, plan)) is not None]
     return {"shards": made, "files": []}
 
 
-def _write_shard(folder: Location, runs: list[Run], number: int, plan: Sharding) -> dict[str, Any] | None:
+def _write_shard(folder: Location, runs: list[SpilledRun], number: int, plan: PairSharding) -> dict[str, Any] | None:
     low, high = bounds(number, plan.shards)
     found = [row for run in runs for t in survivors(folder, run, low, high, ["hash", "id", "columns", "text"])
              for row in t.to_pylist()]  # fmt: skip

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers import pages, parquet, tables, warc
 from heliostat.curation.readers.streams import REASONS as REASONS
 from heliostat.curation.readers.streams import LeftOutError, codec_of
-from heliostat.curation.readers.streams import Limits as Limits
+from heliostat.curation.readers.streams import ReadLimits as Limits
 from heliostat.curation.stage import Document, Dropped
 
 
@@ -26,7 +26,7 @@ class Kind:
     """Describes a kind of files.
 
     `number`: what the number after `#` in an id counts; "" if a file is one document. `stage`: the stage that makes text of its
-    documents, which are bytes until then. `ranged`: `read` also takes a `Part`, and yields the documents that begin in it.
+    documents, which are bytes until then. `ranged`: `read` also takes a `FilePart`, and yields the documents that begin in it.
     """
 
     read: Callable[..., Iterator[Document | Dropped]]
@@ -76,13 +76,13 @@ def ranged(path: str) -> bool:
     return kind is not None and kind.ranged and codec_of(path) is None
 
 
-def read(path: str, stream: BinaryIO, limits: Limits, part: Part | None = None) -> Iterator[Document | Dropped]:
+def read(path: str, stream: BinaryIO, limits: Limits, part: FilePart | None = None) -> Iterator[Document | Dropped]:
     """Yields the documents of a file, by its suffix, and what is left out of it; only those of `part`, if the file is ranged."""
     kind = kind_of(path)
     if kind is None:
         yield Dropped(path, "unknown_kind", f"its name ends in none of {', '.join(KINDS)}")
         return
     try:
-        yield from kind.read(path, stream, limits, *([part or Part(path, 0, 0)] if kind.ranged else []))
+        yield from kind.read(path, stream, limits, *([part or FilePart(path, 0, 0)] if kind.ranged else []))
     except LeftOutError as e:
         yield Dropped(path, e.reason, e.detail)

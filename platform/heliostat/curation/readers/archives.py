@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any, BinaryIO, cast
 
 from heliostat.curation.readers import repository
-from heliostat.curation.readers.repository import Member, MemberError, name_of
-from heliostat.curation.readers.streams import CODECS, LeftOutError, Limits, unpacked
+from heliostat.curation.readers.repository import MemberError, RepositoryFile, name_of
+from heliostat.curation.readers.streams import CODECS, LeftOutError, ReadLimits, unpacked
 from heliostat.curation.stage import Document, Dropped
 
 RATIO, MUCH = 200, 64 << 20
@@ -50,7 +50,7 @@ def is_archive(path: str) -> bool:
     return _SUFFIX.search(path) is not None
 
 
-def read(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+def read(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
     """Yields the files of an archive; ids are the archive's path, `#` and the file's."""
     end = _SUFFIX.search(path)
     assert end, path
@@ -59,7 +59,7 @@ def read(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dro
     yield from repository.documents(path, partial(members, path, stream, limits), limits, about)
 
 
-def _tar(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Member]:
+def _tar(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[RepositoryFile]:
     most = _most(stream, limits)
     stream.seek(0)
     name = f"{path[:-4]}.tar.gz" if path.lower().endswith(".tgz") else path
@@ -67,7 +67,7 @@ def _tar(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Member]:
     yield from _members(_Forward(packed, _bomb(most) if most < limits.max_file_bytes else None))
 
 
-def _members(plain: _Forward) -> Iterator[Member]:
+def _members(plain: _Forward) -> Iterator[RepositoryFile]:
     plain.allow(HEAD)
     try:
         archive: Any = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
@@ -76,7 +76,7 @@ def _members(plain: _Forward) -> Iterator[Member]:
             name = name_of(found.name.encode("utf-8", "surrogateescape"))
             kind = "link" if found.issym() or found.islnk() else "file" if found.isfile() else "special"
             if not found.isdir():
-                yield Member(name, found.size, kind, partial(_of_tar, archive, plain, found))  # type: ignore[arg-type]
+                yield RepositoryFile(name, found.size, kind, partial(_of_tar, archive, plain, found))  # type: ignore[arg-type]
             plain.allow(HEAD)
     except (*_BROKEN, OSError) as e:
         raise _told(e) from e
@@ -142,7 +142,7 @@ class _Forward(io.RawIOBase):
         return data
 
 
-def _zip(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Member]:
+def _zip(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[RepositoryFile]:
     most, total, reads = _most(stream, limits), 0, _Reads(stream)
     try:
         with zipfile.ZipFile(reads) as archive:
@@ -155,7 +155,7 @@ def _zip(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Member]:
                 if total > most:
                     raise _bomb(most)
                 name = name_of(found.filename.encode("utf-8", "surrogateescape"))
-                yield Member(name, found.file_size, kind, partial(_of_zip, archive, found))  # type: ignore[arg-type]
+                yield RepositoryFile(name, found.file_size, kind, partial(_of_zip, archive, found))  # type: ignore[arg-type]
     except (*_BROKEN, OSError) as e:
         raise _told(reads.error or e) from e
 
@@ -222,7 +222,7 @@ class _Reads:
         """Leaves the stream open: it is read again."""
 
 
-def _most(stream: BinaryIO, limits: Limits) -> int:
+def _most(stream: BinaryIO, limits: ReadLimits) -> int:
     """Computes how many bytes an archive may unpack to."""
     return min(limits.max_file_bytes, RATIO * stream.seek(0, io.SEEK_END) + MUCH)
 

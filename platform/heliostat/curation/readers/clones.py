@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from heliostat.curation.readers import repository
-from heliostat.curation.readers.repository import Member, MemberError, name_of
-from heliostat.curation.readers.streams import LeftOutError, Limits
+from heliostat.curation.readers.repository import MemberError, RepositoryFile, name_of
+from heliostat.curation.readers.streams import LeftOutError, ReadLimits
 from heliostat.curation.stage import Document, Dropped
 
 SUFFIX = ".git"
@@ -56,7 +56,7 @@ def facts(folder: Path) -> tuple[str, int]:
     return commit, sum(size or 0 for _, _, size, _ in _tree(folder, commit))
 
 
-def read(path: str, folder: Path, limits: Limits, commit: str = "HEAD") -> Iterator[Document | Dropped]:
+def read(path: str, folder: Path, limits: ReadLimits, commit: str = "HEAD") -> Iterator[Document | Dropped]:
     """Yields the files of a commit of a clone; ids are the clone's path, `#` and the file's."""
     try:
         _check(folder)
@@ -77,10 +77,10 @@ def _check(folder: Path) -> None:
             raise LeftOutError("outside", f"takes objects from elsewhere ({name})")
 
 
-def _members(folder: Path, commit: str, objects: _Output) -> Iterator[Member]:
+def _members(folder: Path, commit: str, objects: _Output) -> Iterator[RepositoryFile]:
     for mode, id, size, name in _tree(folder, commit):
         kind = "file" if mode in (b"100644", b"100755", b"100664") else "link"  # a link, or a submodule
-        yield Member(name_of(name), size or 0, kind, partial(_object, objects, id, size))  # type: ignore[arg-type]
+        yield RepositoryFile(name_of(name), size or 0, kind, partial(_object, objects, id, size))  # type: ignore[arg-type]
 
 
 def _tree(folder: Path, commit: str) -> Iterator[tuple[bytes, bytes, int | None, bytes]]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from heliostat.curation.readers.streams import Limits, unpacked, whole
+from heliostat.curation.readers.streams import ReadLimits, unpacked, whole
 from heliostat.curation.stage import Document, Dropped
 
 
-def page(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+def page(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
     """Yields the file as a page, or a PDF."""
     data = _whole(path, stream, limits)
     yield Document(path, data) if data.strip() else Dropped(path, "empty")
 
 
-def text(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+def text(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
     """Yields the file as text."""
     data = _whole(path, stream, limits)
     yield decoded(path, data) if data.strip() else Dropped(path, "empty")
@@ -29,5 +29,5 @@ def decoded(id: str, data: bytes, columns: dict[str, Any] | None = None) -> Docu
         return Dropped(id, "not_utf8")
 
 
-def _whole(path: str, stream: BinaryIO, limits: Limits) -> bytes:
+def _whole(path: str, stream: BinaryIO, limits: ReadLimits) -> bytes:
     return whole(unpacked(path, stream, limits), min(limits.max_document_bytes, limits.max_file_bytes))

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers.pages import decoded
-from heliostat.curation.readers.streams import LeftOutError, Limits, codec_of, unpacked, whole
+from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, unpacked, whole
 from heliostat.curation.stage import Document, Dropped
 
 BUFFER = 4 << 20  # bytes of a column that are read at a time: a row group may be larger than memory
@@ -26,7 +26,7 @@ def opened(source: pa.NativeFile, large: str) -> pq.ParquetFile:
 
 
 def batches(
-    file: pq.ParquetFile, columns: tuple[str, ...], limit: int, part: Part, rows: int
+    file: pq.ParquetFile, columns: tuple[str, ...], limit: int, part: FilePart, rows: int
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Yields (the first row's number from 1, the values of those columns that are there) of some rows at a time.
 
@@ -54,7 +54,7 @@ def _begins(info: pq.RowGroupMetaData) -> int:
     return min((min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns), default=0)
 
 
-def documents(path: str, stream: BinaryIO, limits: Limits, part: Part) -> Iterator[Document | Dropped]:
+def documents(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
     """Yields a document for each row; ids count rows from 1."""
     packed = codec_of(path) is not None
     file = (pa.BufferReader(whole(unpacked(path, stream, limits), limits.max_file_bytes)) if packed
@@ -65,7 +65,7 @@ def documents(path: str, stream: BinaryIO, limits: Limits, part: Part) -> Iterat
         yield Dropped(path, "corrupt", str(e).partition("\n")[0])
 
 
-def _documents(path: str, file: pq.ParquetFile, limits: Limits, part: Part) -> Iterator[Document | Dropped]:
+def _documents(path: str, file: pq.ParquetFile, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
     names, total = file.schema_arrow.names, 0
     if limits.text_column not in names:
         if part.start == 0:
@@ -91,7 +91,7 @@ def _documents(path: str, file: pq.ParquetFile, limits: Limits, part: Part) -> I
             yield _document(f"{path}#{first + number}", value, size, limits, columns)
 
 
-def _document(id: str, value: pa.Scalar | None, size: int, limits: Limits, columns: dict[str, Any]) -> Document | Dropped:
+def _document(id: str, value: pa.Scalar | None, size: int, limits: ReadLimits, columns: dict[str, Any]) -> Document | Dropped:
     if value is None or not value.is_valid:
         return Dropped(id, "no_text")
     if size > limits.max_document_bytes:

@@ -22,7 +22,7 @@ class Broken(Exception):
 
 
 @dataclass(frozen=True)
-class Record:
+class WarcRecord:
     """Holds a record: its place, its headers by names in small letters, its block (None if it is too large), and its size."""
 
     place: str
@@ -42,7 +42,7 @@ class Archive:
         self._start = 0  # behind which the next record is looked for
         self._current = ""  # the place of the record that is being read
 
-    def records(self, most: int) -> Iterator[Record]:
+    def records(self, most: int) -> Iterator[WarcRecord]:
         """Yields records; Broken at one that is broken, after which `resume` must be called."""
         while True:
             self._skip_blank()
@@ -59,7 +59,7 @@ class Archive:
             self._current = ""
             if not self._ends():
                 raise Broken(place, "corrupt", "the record does not end where it says")
-            yield Record(place, headers, block, size)
+            yield WarcRecord(place, headers, block, size)
 
     def _place(self) -> str:
         if not self._packed:

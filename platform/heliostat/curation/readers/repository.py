@@ -14,7 +14,7 @@ import xxhash
 
 from heliostat.curation.code_languages import language_of
 from heliostat.curation.licenses import MOST, Licenses, is_license_file
-from heliostat.curation.readers.streams import LeftOutError, Limits
+from heliostat.curation.readers.streams import LeftOutError, ReadLimits
 from heliostat.curation.stage import Document, Dropped
 
 MEMBERS = 1_000_000  # of a repository
@@ -31,7 +31,7 @@ class MemberError(Exception):
 
 
 @dataclass(frozen=True)
-class Member:
+class RepositoryFile:
     """Describes a file of a repository; `read` is to be called before the next member is asked for."""
 
     name: str
@@ -40,7 +40,7 @@ class Member:
     read: Callable[[], bytes]
 
 
-Members = Callable[[], Iterator[Member]]
+Members = Callable[[], Iterator[RepositoryFile]]
 """Yields a repository's files from the first on; LeftOutError where no more can be read."""
 
 
@@ -49,7 +49,7 @@ def name_of(raw: bytes) -> str:
     return raw.decode("utf-8", "backslashreplace")
 
 
-def documents(path: str, members: Members, limits: Limits, about: dict[str, str]) -> Iterator[Document | Dropped]:
+def documents(path: str, members: Members, limits: ReadLimits, about: dict[str, str]) -> Iterator[Document | Dropped]:
     """Yields the documents of the repository at `path`, and what is left out; `about` goes with each as columns."""
     licenses, seen = _licenses(members), set[int]()
     try:
@@ -81,7 +81,7 @@ def _licenses(members: Members) -> Licenses:
     return found
 
 
-def _text(member: Member) -> str:
+def _text(member: RepositoryFile) -> str:
     """Returns the text of a licence file, "" for what is none."""
     try:
         return member.read().decode("utf-8", "replace") if member.size <= MOST else ""
@@ -89,7 +89,9 @@ def _text(member: Member) -> str:
         return ""
 
 
-def _document(id: str, member: Member, limits: Limits, licenses: Licenses, about: dict[str, str]) -> Document | Dropped:
+def _document(
+    id: str, member: RepositoryFile, limits: ReadLimits, licenses: Licenses, about: dict[str, str]
+) -> Document | Dropped:
     if member.kind != "file":
         return Dropped(id, member.kind)
     if _outside(member.name):

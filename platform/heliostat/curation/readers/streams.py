@@ -40,7 +40,7 @@ XZ_MEMORY = 256 << 20  # that unpacking .xz may take; `xz -9` makes files that n
 
 
 @dataclass(frozen=True)
-class Limits:
+class ReadLimits:
     """Defines how large a document and an unpacked file may be, and which column of records is the text.
 
     `columns` of records go with it; None: all, and the record's own `id` as `source_id`.
@@ -77,7 +77,7 @@ def codec_of(path: str) -> str | None:
     return next((codec for suffix, codec in CODECS.items() if path.lower().endswith(suffix)), None)
 
 
-def unpacked(path: str, stream: BinaryIO, limits: Limits) -> io.BufferedReader:
+def unpacked(path: str, stream: BinaryIO, limits: ReadLimits) -> io.BufferedReader:
     """Opens the plain bytes of a stream; LeftOutError where broken packing, or more than `max_file_bytes`, is reached."""
     codec = codec_of(path)
     blocks = _plain(stream) if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from heliostat.curation.pieces import Part
-from heliostat.curation.readers.streams import LeftOutError, Limits, lines, unpacked
+from heliostat.curation.pieces import FilePart
+from heliostat.curation.readers.streams import LeftOutError, ReadLimits, lines, unpacked
 from heliostat.curation.stage import Document, Dropped
 
 ROWS = 1024  # of an Arrow batch that are made Python's at a time
@@ -20,7 +20,7 @@ CONTINUES, DICTIONARY, BATCH = b"\xff\xff\xff\xff", 2, 3  # of Arrow's messages:
 PACKED_BEFORE = b"ARROW:experimental_compression"  # how Arrow 0.17 named what buffers are packed by
 
 
-def record(id: str, values: dict[str, Any], limits: Limits) -> Document | Dropped:
+def record(id: str, values: dict[str, Any], limits: ReadLimits) -> Document | Dropped:
     """Makes a document of a record, with the columns that are asked for."""
     text = limits.text_of(values.get(limits.text_column))
     if text is None:
@@ -33,7 +33,7 @@ def record(id: str, values: dict[str, Any], limits: Limits) -> Document | Droppe
     return Document(id, text, columns | ({"source_id": values["id"]} if values.get("id") is not None else {}))
 
 
-def jsonl(path: str, stream: BinaryIO, limits: Limits, part: Part) -> Iterator[Document | Dropped]:
+def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
     """Yields a document for each line that is a JSON object, and begins in the part."""
     if part.start:  # what the line that begins before the range leaves in it belongs to the range before
         stream.seek(part.start - 1)
@@ -53,17 +53,17 @@ def jsonl(path: str, stream: BinaryIO, limits: Limits, part: Part) -> Iterator[D
             yield record(id, values, limits) if isinstance(values, dict) else Dropped(id, "invalid_json")
 
 
-def csv(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+def csv(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
     """Yields a document for each row under the header; ids count rows."""
     yield from _separated(path, stream, limits, ",")
 
 
-def tsv(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+def tsv(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
     """Yields the same of a file that tabs separate."""
     yield from _separated(path, stream, limits, "\t")
 
 
-def _separated(path: str, stream: BinaryIO, limits: Limits, mark: str) -> Iterator[Document | Dropped]:
+def _separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Iterator[Document | Dropped]:
     csv_module.field_size_limit(limits.max_document_bytes)
     source = _Text(unpacked(path, stream, limits), limits.max_document_bytes)
     rows, header, number = csv_module.reader(source, delimiter=mark), None, 0
@@ -110,7 +110,7 @@ class _Text:
         return line.decode("utf-8-sig" if self.line == 1 else "utf-8")
 
 
-def arrow(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
     """Yields a document for each row of an Arrow IPC stream or file, batch by batch; ids count rows from 1."""
     row, bounded = 0, _Bounded(unpacked(path, stream, limits), 16 * limits.max_document_bytes)
     try:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from heliostat.curation.encodings import decode
 from heliostat.curation.readers.http import BadResponseError, Response, parse
 from heliostat.curation.readers.records import Archive, Broken
-from heliostat.curation.readers.streams import Limits, codec_of, unpacked
+from heliostat.curation.readers.streams import ReadLimits, codec_of, unpacked
 from heliostat.curation.stage import Document, Dropped
 
 MOST_BREAKS = 10_000  # places where reading begins again, in one file
@@ -21,25 +21,25 @@ HEADERS = {"url": "warc-target-uri", "date": "warc-date", "record_id": "warc-rec
            "crawl_languages": "warc-identified-content-language"}  # fmt: skip
 COLUMNS = (*HEADERS, "content_type")  # of a document, where they are known
 PAGES = ("text/html", "application/xhtml+xml")
-Make = Callable[[str, dict[str, Any], bytes, Limits], Document | Dropped]
+Make = Callable[[str, dict[str, Any], bytes, ReadLimits], Document | Dropped]
 
 
-def responses(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+def responses(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
     """Yields the pages that an archive's responses hold, as bytes; plain text as text."""
     yield from _records(path, stream, limits, "response", _response)
 
 
-def texts(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+def texts(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
     """Yields the texts that were extracted of pages (WET)."""
     yield from _records(path, stream, limits, "conversion", _text)
 
 
-def metadata(path: str, stream: BinaryIO, limits: Limits) -> Iterator[Document | Dropped]:
+def metadata(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
     """Yields the metadata of records (WAT), JSON as it is there."""
     yield from _records(path, stream, limits, "metadata", _text)
 
 
-def _response(id: str, columns: dict[str, Any], block: bytes, limits: Limits) -> Document | Dropped:
+def _response(id: str, columns: dict[str, Any], block: bytes, limits: ReadLimits) -> Document | Dropped:
     try:
         found: Response = parse(block, limits.max_document_bytes)
     except BadResponseError as e:
@@ -57,14 +57,14 @@ def _response(id: str, columns: dict[str, Any], block: bytes, limits: Limits) ->
     return Dropped(id, "not_html", kind[:100])
 
 
-def _text(id: str, columns: dict[str, Any], block: bytes, limits: Limits) -> Document | Dropped:
+def _text(id: str, columns: dict[str, Any], block: bytes, limits: ReadLimits) -> Document | Dropped:
     try:
         return Document(id, block.decode(), columns) if block.strip() else Dropped(id, "empty")
     except UnicodeDecodeError as e:
         return Dropped(id, "not_utf8", f"byte {e.start:,}")
 
 
-def _records(path: str, stream: BinaryIO, limits: Limits, kind: str, make: Make) -> Iterator[Document | Dropped]:
+def _records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str, make: Make) -> Iterator[Document | Dropped]:
     """Yields what `make` makes of the records of a kind, and a Dropped for each broken place."""
     packed = codec_of(path) == "gz"  # record by record
     archive, total = Archive(stream if packed else unpacked(path, stream, limits), packed), 0

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.curation.comparing import JUDGED, LARGEST, counted
-from heliostat.curation.embedding import Embedder
+from heliostat.curation.embedding import TextEmbedder
 from heliostat.curation.minhash.keep import Rule, ranked
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.semantic import vectors
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping, spill
@@ -36,7 +36,7 @@ ABOUT = pa.schema(
 
 
 @dataclass(frozen=True)
-class Model:
+class EmbeddingModel:
     """Defines what embeds: a folder's files, the tokens of a text that it is given, and how many texts at once."""
 
     files: Shipment
@@ -45,12 +45,12 @@ class Model:
 
 
 @lru_cache(maxsize=1)
-def _opened(model: Model, place: str) -> Embedder:
+def _opened(model: EmbeddingModel, place: str) -> TextEmbedder:
     """Loads a model once in each process, for the tasks to come."""
-    return Embedder(place, model.max_tokens, model.batch)
+    return TextEmbedder(place, model.max_tokens, model.batch)
 
 
-def embed(folder: Location, run: Run, model: Model, most: int) -> dict[str, Any]:
+def embed(folder: Location, run: SpilledRun, model: EmbeddingModel, most: int) -> dict[str, Any]:
     """Spills the vectors of a run's documents under their hashes, `most` bytes of them together."""
     embedder = _opened(model, shipping.here(folder, model.files))
     held, names, record = list[pa.Table](), list[str](), {"rows": 0, "size": 0, "cut": 0}
@@ -110,7 +110,9 @@ def _once(table: pa.Table) -> pa.Table:
     return table.take(pa.array(np.unique(table["key"].to_numpy(), return_index=True)[1]))
 
 
-def deal(folder: Location, number: int, run: Run, made: str, rule: Rule, column: str, centres: str | None) -> dict[str, Any]:
+def deal(
+    folder: Location, number: int, run: SpilledRun, made: str, rule: Rule, column: str, centres: str | None
+) -> dict[str, Any]:
     """Spills documents of a run, which has this number, of which `made` are vectors, by cells, with what the rule compares."""
     whole = pa.concat_tables(spill.read(folder, made)).sort_by("row")
     rows, found = whole["row"].to_numpy(), unpacked(whole["vector"])

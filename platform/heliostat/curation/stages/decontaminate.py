@@ -50,7 +50,7 @@ class Decontaminate(Stage):
         for name, count in self._index()[1].items():
             log.warning("decontaminate: %d examples of %s have fewer than %d words and cannot be found", count, name, self.n)
 
-    def _index(self) -> tuple[decontamination.Index, dict[str, int]]:
+    def _index(self) -> tuple[decontamination.NgramIndex, dict[str, int]]:
         return decontamination.index(
             {name: (path, files.read("sets", path)) for name, path in self.sets.items()}, self.fields, self.n
         )
@@ -71,7 +71,7 @@ class Decontaminate(Stage):
         return work
 
 
-def _listed(index: decontamination.Index, grams: np.ndarray, hits: np.ndarray) -> str:
+def _listed(index: decontamination.NgramIndex, grams: np.ndarray, hits: np.ndarray) -> str:
     """Lists the first hit of each example, as `set#example at word N`."""
     seen = dict[str, int]()
     for at in hits.tolist():

@@ -23,7 +23,7 @@ from heliostat.curation.engine import Curated
 from heliostat.curation.minhash import components
 from heliostat.curation.minhash.keep import Rule, candidates, choose, decide, members
 from heliostat.curation.minhash.signatures import Parameters, sign
-from heliostat.curation.segment import Run, store
+from heliostat.curation.segment import SpilledRun, store
 from heliostat.curation.stage import GlobalStage
 from heliostat.tasks import libraries
 from heliostat.tasks.exchange import by_parts
@@ -66,7 +66,7 @@ class MinHash(GlobalStage):
     def check(self) -> None:
         extras.require("curation", "rensa", what="stages: minhash")
 
-    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
+    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         name, runs = tally.label(number, self), found.runs
         kind = f"minhash-{number}"
         parameters = Parameters(self.bands, self.rows, self.ngram, self.seed, self.within)

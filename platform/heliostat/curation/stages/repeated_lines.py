@@ -15,7 +15,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from heliostat.curation.comparable import words
-from heliostat.curation.repeated import BETWEEN, Parts, Unit
+from heliostat.curation.repeated import BETWEEN, ComparedParts, Unit
 from heliostat.curation.repeating import Cut, RepeatingStage
 
 
@@ -29,8 +29,8 @@ class RepeatedLines(RepeatingStage):
     normalise: bool = True
     """Compares words as `minhash` does: without case, accents, punctuation and the values of numbers."""
 
-    def signing(self) -> Parts:
-        return Parts(self.unit, self.min_words, self.normalise)
+    def signing(self) -> ComparedParts:
+        return ComparedParts(self.unit, self.min_words, self.normalise)
 
     def cut(self, text: str, lost: set[int]) -> Cut:
         """Removes lines or paragraphs by their numbers."""

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from heliostat.curation.comparable import edges
 from heliostat.curation.repeating import Cut, RepeatingStage
-from heliostat.curation.windows import Windows, spans
+from heliostat.curation.windows import WordWindows, spans
 
 
 class RepeatedSpans(RepeatingStage):
@@ -24,8 +24,8 @@ class RepeatedSpans(RepeatingStage):
     words: int = Field(100, ge=10)
     """The words of a span that is always found."""
 
-    def signing(self) -> Windows:
-        return Windows((self.words + 1) // 2)
+    def signing(self) -> WordWindows:
+        return WordWindows((self.words + 1) // 2)
 
     def cut(self, text: str, lost: set[int]) -> Cut:
         """Removes windows by the numbers of their first words."""

@@ -19,7 +19,7 @@ from heliostat.curation import embedding, scoring, tally
 from heliostat.curation.comparing import conclude, parts
 from heliostat.curation.engine import Curated
 from heliostat.curation.minhash.keep import Rule
-from heliostat.curation.segment import Run
+from heliostat.curation.segment import SpilledRun
 from heliostat.curation.semantic import cells
 from heliostat.curation.stage import GlobalStage
 from heliostat.schema import Float
@@ -74,16 +74,18 @@ class Semantic(GlobalStage):
         scoring.check_length(config, self.max_tokens)
         embedding.pooling(self.model)
 
-    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
+    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         files, most = embedding.identity(self.model), memory_limit // VECTORS
-        model = cells.Model(shipping.describe("model", self.model), self.max_tokens, self.batch)
+        model = cells.EmbeddingModel(shipping.describe("model", self.model), self.max_tokens, self.batch)
         follows = [files, self.max_tokens, self.batch, libraries.of(self.named())]
         embeddings = (Task(key("embed", run.name, run.decided, follows, most), {"run": run, "model": model, "most": most},
                            bytes=run.bytes) for run in found.runs)  # fmt: skip
         embedded = flow.all(f"semantic-{number}-embed", cells.embed, embeddings, pooled=True)
         return self.decided(flow, found, number, memory_limit, embedded)
 
-    def decided(self, flow: Flow, found: Curated, number: int, memory_limit: int, embedded: list[dict[str, Any]]) -> list[Run]:
+    def decided(
+        self, flow: Flow, found: Curated, number: int, memory_limit: int, embedded: list[dict[str, Any]]
+    ) -> list[SpilledRun]:
         """Compares the runs' documents by their vectors, which are embedded; returns the runs that are left."""
         kind, runs = f"semantic-{number}", found.runs
         made = [(i, name) for i, r in enumerate(embedded) for name in r["vectors"]]

@@ -17,7 +17,7 @@ from heliostat.curation.alike import keep, pairs
 from heliostat.curation.comparing import conclude
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
-from heliostat.curation.segment import Run
+from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import GlobalStage
 from heliostat.errors import HeliostatError
 from heliostat.tasks.exchange import by_parts
@@ -38,7 +38,7 @@ class SimilarImages(GlobalStage):
     """Bits of 64 in which the perceptual hashes of two images that look alike may differ; null: only equal pixels go. Above 8,
     a large set takes long."""
 
-    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[Run]:
+    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs = f"alike-{number}", found.runs
         exact, distance = self.distance is None, self.distance or 0
         facing = (Task(key("faces", i, run.name, run.decided, exact), {"number": i, "run": run, "exact": exact}, bytes=run.bytes)

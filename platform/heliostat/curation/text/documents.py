@@ -11,7 +11,7 @@ from heliostat.curation.readers import Limits
 from heliostat.curation.stage import Document, Dropped
 from heliostat.tasks.care import CRASHED, MEANING, UNREAD, UNREAD_MEANING
 
-__all__ = ["REASONS", "Document", "Dropped", "Rules", "clean"]
+__all__ = ["REASONS", "Document", "Dropped", "TextRules", "clean"]
 REASONS = {
     **readers.REASONS,
     "too_short": "fewer than min_chars characters",
@@ -23,7 +23,7 @@ Form = Literal["none", "NFC", "NFKC"]
 
 
 @dataclass(frozen=True)
-class Rules(Limits):
+class TextRules(Limits):
     """Defines the requirements that a document must meet, in addition to the limits of reading."""
 
     max_file_bytes: int = 1 << 40
@@ -33,7 +33,7 @@ class Rules(Limits):
     max_chars: int | None = None
 
 
-def clean(id: str, raw: bytes | str, rules: Rules, columns: dict[str, Any] | None = None) -> Document | Dropped:
+def clean(id: str, raw: bytes | str, rules: TextRules, columns: dict[str, Any] | None = None) -> Document | Dropped:
     """Normalises a document, or returns the reason to drop it; removes a byte-order mark and keeps line ends as they are."""
     try:
         text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from heliostat.curation import segment
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
@@ -49,7 +49,7 @@ RUN = pa.schema([*segment.RUN, ("group", pa.binary(32)), ("order", pa.large_stri
 TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 
 
-def regroup(folder: Location, runs: list[Run], low: int, high: int, by: dict[str, Any], explained: bool) -> dict[str, Any]:
+def regroup(folder: Location, runs: list[SpilledRun], low: int, high: int, by: dict[str, Any], explained: bool) -> dict[str, Any]:
     """Spills the documents of a range of keys once more, sorted by what they have in common; exact duplicates are left out."""
     table, duplicates = gather(folder, runs, low, high, True)
     if table is None:
@@ -87,7 +87,7 @@ def group(value: Any, digest: bytes) -> bytes:
     return hashlib.sha256(f"together\0{value}".encode("utf-8", "surrogatepass")).digest()
 
 
-def grouped(folder: Location, runs: list[Run], low: int, high: int) -> pa.Table | None:
+def grouped(folder: Location, runs: list[SpilledRun], low: int, high: int) -> pa.Table | None:
     """Reads the documents of a range of keys of what `regroup` has spilled, those that belong together one after another."""
     held = [table for run in runs for table in survivors(folder, run, low, high, TOLD)]
     if not held:
@@ -95,7 +95,7 @@ def grouped(folder: Location, runs: list[Run], low: int, high: int) -> pa.Table 
     return pa.concat_tables(held).sort_by([(name, "ascending") for name in ("group", "order", "id")])
 
 
-def largest(folder: Location, runs: list[Run], low: int, high: int, column: str) -> dict[str, Any]:
+def largest(folder: Location, runs: list[SpilledRun], low: int, high: int, column: str) -> dict[str, Any]:
     """Finds the value of the column whose documents have the most bytes, of a range of keys of what `regroup` has spilled."""
     sizes = Counter[bytes]()
     for run in runs:
@@ -108,7 +108,7 @@ def largest(folder: Location, runs: list[Run], low: int, high: int, column: str)
     return {"bytes": most, "value": _value(folder, runs, digest, column)}
 
 
-def _value(folder: Location, runs: list[Run], digest: bytes, column: str) -> str:
+def _value(folder: Location, runs: list[SpilledRun], digest: bytes, column: str) -> str:
     first = int.from_bytes(digest[:8], "big")
     tables = (table for run in runs for table in survivors(folder, run, first, first + 1, ["group", "columns"]))
     told = (text for t in tables for text in t.filter(pc.equal(t["group"], pa.scalar(digest, t["group"].type)))["columns"])
@@ -167,7 +167,7 @@ class Duplicates:
             yield from spill.read(self.folder, name)
 
 
-def gather(folder: Location, runs: list[Run], low: int, high: int, columns: bool) -> tuple[pa.Table | None, Duplicates]:
+def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, columns: bool) -> tuple[pa.Table | None, Duplicates]:
     """Reads the documents of a range of keys, of equal texts the one with the smallest id, and returns the others without texts.
 
     What it holds is no more than twice the texts that stay, with their columns if `columns`. The others are then kept, too.

@@ -15,16 +15,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from heliostat.curation import pieces, readers, reasons, segment, tally
-from heliostat.curation.engine import RUN_SHARE, Curated, Engine, groups
+from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine, groups
 from heliostat.curation.explaining import explain
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.segment import Run
+from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import Stage
 from heliostat.curation.text import documents, gathering, infilling, sources, tasks, tokens
 from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.infilling import FillInTheMiddle
-from heliostat.curation.text.tasks import Sharding, TextSource
+from heliostat.curation.text.tasks import TextSharding, TextSource
 from heliostat.data import versions
 from heliostat.data.infilling import COUNTS, FACT, OWN, find
 from heliostat.data.manifest import FILES, SHARDS
@@ -54,7 +54,7 @@ class Reading:
     stages: list[Stage]
     memory_limit: int
 
-    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
+    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
         target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         return pieces_of(self.flow, self.source.input, inputs, target)
 
@@ -83,7 +83,7 @@ class Reading:
 
 
 @dataclass
-class Making(Reading):
+class TextMaking(Reading):
     """Makes the dataset of one pipeline; the fields are its keys."""
 
     shard_bytes: int
@@ -139,7 +139,7 @@ class Making(Reading):
 
     def curated(self, inputs: list[InputFile]) -> Curated:
         """Reads the input and takes it through the stages."""
-        engine = Engine(self.flow, self.source, [self.source.input, vars(self.source.rules)], self.memory_limit)
+        engine = StageEngine(self.flow, self.source, [self.source.input, vars(self.source.rules)], self.memory_limit)
         return engine.curate(self._pieces(inputs), self.stages, self.explained)
 
     def _infill(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
@@ -157,17 +157,17 @@ class Making(Reading):
         parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
         told = {"by": together.model_dump(), "explained": self.explained}
         records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **told))
-        curated.runs = [Run(*run) for record in records for run in record["runs"]]
+        curated.runs = [SpilledRun(*run) for record in records for run in record["runs"]]
         self._check_largest(curated.runs, together, parts)
         totals.duplicates += sum(record["duplicates"] for record in records)
         return [name for record in records for name in record["ends"]]
 
-    def _in_ranges(self, runs: list[Run], parts: int) -> list[merging.Range]:
+    def _in_ranges(self, runs: list[SpilledRun], parts: int) -> list[merging.ShardRange]:
         """Merges runs where each of so many equal ranges of hashes would have little of them."""
         most = self.memory_limit // RUN_SHARE
         return merging.merged(self.flow, runs, parts, lambda first, stop: tasks.bounds(first, parts, stop), most)
 
-    def _ranged(self, runs: list[Run], parts: int, **more: Any) -> Iterator[Task]:
+    def _ranged(self, runs: list[SpilledRun], parts: int, **more: Any) -> Iterator[Task]:
         """Describes a task for each of so many equal ranges of hashes, over runs."""
         for one in self._in_ranges(runs, parts):
             follows, shared = key([[run.name, run.decided] for run in one.runs], more), {"runs": self.flow.share(one.runs)}
@@ -175,7 +175,7 @@ class Making(Reading):
                 low, high = tasks.bounds(part, parts)
                 yield Task(key(follows, low, high), {"low": low, "high": high, **more}, shared, int(one.part * len(one.runs)))
 
-    def _check_largest(self, runs: list[Run], together: Together, parts: int) -> None:
+    def _check_largest(self, runs: list[SpilledRun], together: Together, parts: int) -> None:
         """Raises ConfigError if the documents of one value, which one shard holds, are more than its task has memory for."""
         work = self._ranged(runs, parts, column=together.column)
         found = max(self.flow.all("largest", gathering.largest, work), key=lambda record: record["bytes"])
@@ -202,7 +202,7 @@ class Making(Reading):
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Writes the shards; where there are many, a task writes as many as have room in its memory, one after another."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
-        plan = Sharding(
+        plan = TextSharding(
             self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill, bool(self.together) or None
         )
         told = {name: value for name, value in vars(plan).items() if value is not None}
@@ -227,7 +227,7 @@ class Making(Reading):
             yield record
 
 
-def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[Part]]:
+def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[FilePart]]:
     """Cuts an input into pieces of about `target` bytes; of files that are read in ranges of lines, the lines before each range
     are counted first."""
     cut = list(pieces.cut((f.part for f in files), target, lambda path: readers.ranged(path or input)))
@@ -237,7 +237,7 @@ def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> It
     return numbered(cut, lines)
 
 
-def numbered(cut: list[list[Part]], lines: dict[Part, int]) -> Iterator[list[Part]]:
+def numbered(cut: list[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[list[FilePart]]:
     """Yields the pieces with the number of the first record of each range, from the lines of those before it in its file."""
     path, first = None, 1
     for piece in cut:

@@ -29,9 +29,9 @@ from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.text import documents, infilling, repositories, sampling, sources, tokens
 from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.infilling import FillInTheMiddle
-from heliostat.curation.text.making import SHARD_SHARE, Making
+from heliostat.curation.text.making import SHARD_SHARE, TextMaking
 from heliostat.curation.text.tasks import TextSource
-from heliostat.curation.text.trial import Trial
+from heliostat.curation.text.trial import TextTrial
 from heliostat.data.infilling import OWN, encode
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
@@ -120,8 +120,8 @@ class TextPipeline(StagedPipeline):
     column, as `repository`. They are held out together. See docs/prepare.md#documents-that-belong-together"""
 
     @property
-    def rules(self) -> documents.Rules:
-        return documents.Rules(self.max_document_bytes, self.max_file_bytes, self.text_column, tuple(self.columns),
+    def rules(self) -> documents.TextRules:
+        return documents.TextRules(self.max_document_bytes, self.max_file_bytes, self.text_column, tuple(self.columns),
                                self.normalise, self.min_chars, self.max_chars)  # fmt: skip
 
     @cached_property
@@ -199,7 +199,8 @@ class TextPipeline(StagedPipeline):
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         source = TextSource(self.input, self.rules)
-        making = Making(self.flow(), source, output, self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
+        making = TextMaking(self.flow(), source, output, self.tokenizer.model_dump(), self.given, self.stages,
+                          self.memory_limit,
                         self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle, self.together)  # fmt: skip
         rows, meta = making.run(inputs)
         self._seconds = making.seconds
@@ -210,9 +211,10 @@ class TextPipeline(StagedPipeline):
         sample = sampling.choose(inputs, fraction, name)
         if not sample.parts:
             raise ConfigError(f"--sample: a share of {fraction:g} of {len(inputs):,} files holds nothing; give a larger one")
-        source = sampling.SampledSource(self.input, self.rules, name, sample.records)
+        source = sampling.SampledTexts(self.input, self.rules, name, sample.records)
         flow = self.flow(Work(folder.join("work")))
-        trial = Trial(flow, source, folder.join("out"), self.tokenizer.model_dump(), self.given, self.stages, self.memory_limit,
+        trial = TextTrial(flow, source, folder.join("out"), self.tokenizer.model_dump(), self.given, self.stages,
+                          self.memory_limit,
                       self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle, self.together, sample=sample)  # fmt: skip
         return trial.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from heliostat.curation.predicting import Rate
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.text import tokens
 from heliostat.storage.locations import Location
 from heliostat.tasks import cpu_time, spill
@@ -21,7 +21,7 @@ ENOUGH = 1.5  # times as much text, that tells how time grows
 SLOWEST = 0.5  # power, lest chance in small times says what it likes
 
 
-def halves(folder: Location, runs: list[Run], config: dict[str, Any]) -> dict[str, Any]:
+def halves(folder: Location, runs: list[SpilledRun], config: dict[str, Any]) -> dict[str, Any]:
     """Trains a tokenizer on half of the documents, by their hashes, up to `train_bytes`; returns the tokens a byte of that text
     (`own`), of the other half (`other`; None if one is empty), the bytes that trained it, and the CPU seconds of that."""
     limit, start = min(config["train_bytes"], ENCODED), cpu_time.now()
@@ -47,7 +47,7 @@ def training_grows(seconds: float, bytes: float, measured: dict[str, Any]) -> fl
     return min(1.0, max(SLOWEST, math.log(seconds / measured["took"]) / math.log(bytes / measured["trained"])))
 
 
-def _texts(folder: Location, runs: list[Run], half: int, most: int) -> Iterator[str]:
+def _texts(folder: Location, runs: list[SpilledRun], half: int, most: int) -> Iterator[str]:
     """Yields the texts of a half of all keys, of the lowest as far as there are more than so many bytes."""
     taken, total = 0, sum(run.bytes for run in runs)
     high = spill.ALL if total <= 2 * most else spill.ALL * 2 * most // total

@@ -10,7 +10,7 @@ from pyarrow.fs import FileType
 
 from heliostat.curation import readers, registry, tally
 from heliostat.curation.chain import bytes_of
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers import clones
 from heliostat.curation.repeating import RepeatingStage
 from heliostat.curation.stage import Document, Dropped, GlobalStage
@@ -24,7 +24,7 @@ MEMBER = re.compile(r"(.*?\.(?:tar(?:\.\w+)?|tgz|zip|git))#(.+)", re.DOTALL | re
 def source_of(made_by: dict[str, Any]) -> TextSource:
     """Makes the source that the dataset was read by (`reasons.made_by`)."""
     rules = made_by["rules"]
-    return TextSource(made_by["input"], documents.Rules(**{**rules, "columns": tuple(rules["columns"])}))
+    return TextSource(made_by["input"], documents.TextRules(**{**rules, "columns": tuple(rules["columns"])}))
 
 
 def origin(id: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def read_again(source: TextSource, id: str) -> Document | Dropped | None:
     """Reads a document again; None if it is not where it was."""
     base, file = sources.root(source.input), origin(id)["file"]
     alone = base.fs.get_file_info(base.path).type == FileType.File or (file == base.name and clones.is_clone(file))
-    part = Part("" if alone else file, base.fs.get_file_info((base if alone else base.join(file)).path).size or 0, 0)
+    part = FilePart("" if alone else file, base.fs.get_file_info((base if alone else base.join(file)).path).size or 0, 0)
     return next((item for item in source.read(part) if item.id == id), None)
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from heliostat.curation import pieces, readers
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.sampled import OF_RECORDS, PLACES, Sample, chosen, evenly, place
+from heliostat.curation.sampled import OF_RECORDS, PLACES, SampledParts, chosen, evenly, place
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text.tasks import TextSource
 
@@ -32,9 +32,9 @@ def kind(path: str) -> Kind:
     return "lines" if number == "line" and readers.ranged(path) else "records"
 
 
-def choose(files: Iterable[InputFile], fraction: float, name: str) -> Sample:
+def choose(files: Iterable[InputFile], fraction: float, name: str) -> SampledParts:
     """Chooses a sample; `name` is the path of an input that is one file."""
-    found, by_kind = Sample(fraction, name), dict[str, list[InputFile]]()
+    found, by_kind = SampledParts(fraction, name), dict[str, list[InputFile]]()
     for file in files:
         by_kind.setdefault(kind(file.path or name), []).append(file)
     for which, of_kind in sorted(by_kind.items()):
@@ -47,7 +47,7 @@ def choose(files: Iterable[InputFile], fraction: float, name: str) -> Sample:
     return found
 
 
-def _places(file: InputFile, which: str, block: int) -> list[Part]:
+def _places(file: InputFile, which: str, block: int) -> list[FilePart]:
     """Cuts a file into the places that are chosen or not."""
     ranged = which == "lines" and file.bytes > block
     whole = file.part
@@ -55,13 +55,13 @@ def _places(file: InputFile, which: str, block: int) -> list[Part]:
 
 
 @dataclass(frozen=True)
-class SampledSource(TextSource):
+class SampledTexts(TextSource):
     """Reads a sample of a text input: of each part, the records whose places are chosen."""
 
     name: str
     records: dict[str, float]
 
-    def read(self, part: Part) -> Iterator[Document | Dropped]:
+    def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         """Yields a part's chosen records; those of a range of lines are named after it, because their numbers are not known."""
         rate = self.records[kind(part.path or self.name)]
         for item in TextSource.read(self, part):

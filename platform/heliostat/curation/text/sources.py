@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from heliostat.config import workspace
 from heliostat.curation import readers
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers.streams import CODECS
 from heliostat.curation.readers.streams import LeftOutError as LeftOutError
@@ -152,7 +152,7 @@ def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
     return kept
 
 
-def fetch(base: Location, path: str, limit: int, part: Part | None = None) -> bytes:
+def fetch(base: Location, path: str, limit: int, part: FilePart | None = None) -> bytes:
     """Reads a file of the input, or the root itself if there is no path; `part`: as it was listed, where that is known.
 
     LeftOutError if it lies outside, is larger than `limit`, or (a local one) cannot be opened; a store that refuses or fails is
@@ -165,7 +165,7 @@ def fetch(base: Location, path: str, limit: int, part: Part | None = None) -> by
     return data
 
 
-def blocks(base: Location, path: str, limit: int, part: Part | None = None) -> io.RawIOBase:
+def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) -> io.RawIOBase:
     """Opens a file of the input, or the root itself, to be read in blocks; each read is repeated while the store fails.
 
     `part`: the file as it was listed, where that is known: of an object with an ETag, the store refuses every read of another.
@@ -179,10 +179,10 @@ def blocks(base: Location, path: str, limit: int, part: Part | None = None) -> i
             size = place.attempt(file.size)
     if size > limit:
         raise LeftOutError("too_large", f"more than {limit:,} bytes")
-    return _Blocks(place, file, size, part)
+    return _ReadAhead(place, file, size, part)
 
 
-def rows(base: Location, path: str, limit: int, part: Part | None = None) -> Iterator[Any]:
+def rows(base: Location, path: str, limit: int, part: FilePart | None = None) -> Iterator[Any]:
     """Yields the rows of a list of images or URLs: a .parquet, a .csv, or lines of JSON.
 
     ConfigError if it cannot be read, because then nothing tells what is missing.
@@ -219,10 +219,10 @@ def _readable(base: Location, path: str) -> Iterator[Location]:
         raise LeftOutError("unreadable", str(e)) from e
 
 
-class _Blocks(io.RawIOBase):
+class _ReadAhead(io.RawIOBase):
     """Presents a file of a store as a Python file that reads some megabytes ahead."""
 
-    def __init__(self, place: Location, file: pa.NativeFile | None, size: int, part: Part | None) -> None:
+    def __init__(self, place: Location, file: pa.NativeFile | None, size: int, part: FilePart | None) -> None:
         self.place, self.file, self.part, self.length, self.at = place, file, part, size, 0
         self.block, self.begin = b"", 0
 
@@ -266,7 +266,7 @@ class _Blocks(io.RawIOBase):
         return self.place.attempt(lambda: file.read_at(size, begin))
 
 
-def _as_listed(place: Location, part: Part) -> int:
+def _as_listed(place: Location, part: FilePart) -> int:
     """Returns the bytes of an object; FileNotFoundError if it is gone, DataError if its ETag is not as it was listed.
 
     Where the store gives one in listings alone, its size is compared, and each read asks for the ETag.
@@ -278,7 +278,7 @@ def _as_listed(place: Location, part: Part) -> int:
     return found.size
 
 
-def _of_object(place: Location, part: Part, begin: int, end: int) -> bytes:
+def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
     """Reads a range of an object as it was listed; DataError if it has been written again."""
     try:
         return place.read_object(begin, end, part.etag) if begin < end else b""
@@ -286,7 +286,7 @@ def _of_object(place: Location, part: Part, begin: int, end: int) -> bytes:
         raise changed(place, part, found.size if (found := place.info()) else part.bytes) from e
 
 
-def require_unchanged(base: Location, part: Part) -> None:
+def require_unchanged(base: Location, part: FilePart) -> None:
     """Raises DataError if a file is not as it was when the input was listed; nothing if that is not known, or it is a folder.
 
     Nothing also of an object with an ETag: each of its reads is conditional (`blocks`, `fetch`).
@@ -300,7 +300,7 @@ def require_unchanged(base: Location, part: Part) -> None:
         raise changed(place, part, info.size)
 
 
-def changed(place: Location, part: Part, size: int) -> DataError:
+def changed(place: Location, part: FilePart, size: int) -> DataError:
     """Makes the error of a file that is not as it was when the input was listed."""
     other = "content" if part.etag else "time"
     now = f"{size:,} now" if size != part.bytes else f"as many now, of another {other}"

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 
 from heliostat.curation import readers, segment
 from heliostat.curation.pdf import is_pdf
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers import archives, clones
 from heliostat.curation.readers.streams import BLOCK
-from heliostat.curation.segment import Run, survivors
+from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import documents, gathering, infilling, repositories, sources, tokens
 from heliostat.data import manifest, versions
@@ -44,9 +44,9 @@ class TextSource:
     """Reads a text input's parts in a task."""
 
     input: str
-    rules: documents.Rules
+    rules: documents.TextRules
 
-    def read(self, part: Part) -> Iterator[Document | Dropped]:
+    def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         base = sources.root(self.input)
         fixed = self.input != sources.STDLIB  # each node has its own
         if fixed:
@@ -62,12 +62,14 @@ class TextSource:
         return documents.clean(document.id, document.text, self.rules, document.columns)
 
 
-def read_file(base: Location, path: str, rules: documents.Rules, part: Part | None = None) -> Iterator[Document | Dropped]:
+def read_file(
+    base: Location, path: str, rules: documents.TextRules, part: FilePart | None = None
+) -> Iterator[Document | Dropped]:
     """Reads the documents of a file or a repository, normalised, and what is left out; pages stay bytes.
 
     A store that refuses or fails is an error.
     """
-    part = part or Part(path, 0, 0)
+    part = part or FilePart(path, 0, 0)
     try:
         for item in _read(base, path, rules, part):
             if isinstance(item, Dropped) or isinstance(item.text, bytes):
@@ -79,7 +81,7 @@ def read_file(base: Location, path: str, rules: documents.Rules, part: Part | No
             yield Dropped(path or base.name, e.reason, e.detail)
 
 
-def _read(base: Location, path: str, rules: documents.Rules, part: Part) -> Iterator[Document | Dropped]:
+def _read(base: Location, path: str, rules: documents.TextRules, part: FilePart) -> Iterator[Document | Dropped]:
     """Yields a file's documents as their reader makes them; LeftOutError if it cannot be opened."""
     name = path or base.name
     if clones.is_clone(name) and not base.is_s3 and Path(base.path, path).is_dir():
@@ -92,7 +94,7 @@ def _read(base: Location, path: str, rules: documents.Rules, part: Part) -> Iter
         yield from archives.read(name, stream, rules) if archives.is_archive(name) else readers.read(name, stream, rules, part)
 
 
-def count_lines(folder: Location, input: str, part: Part) -> dict[str, Any]:
+def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, Any]:
     """Counts the lines that begin in a part of a file; 0 where it cannot be read, which reading it will tell."""
     base = sources.root(input)
     sources.require_unchanged(base, part)
@@ -111,7 +113,7 @@ def count_lines(folder: Location, input: str, part: Part) -> dict[str, Any]:
 # the tokenizer's sample ------------------------------------------------------------------------------------------------
 
 
-def prefix_sizes(folder: Location, runs: list[Run]) -> dict[str, Any]:
+def prefix_sizes(folder: Location, runs: list[SpilledRun]) -> dict[str, Any]:
     """Measures the UTF-8 bytes of text per hash prefix."""
     sizes = np.zeros(PREFIXES, np.int64)
     for run in runs:
@@ -123,7 +125,7 @@ def prefix_sizes(folder: Location, runs: list[Run]) -> dict[str, Any]:
     return {"sizes": name, "files": [name]}
 
 
-def lowest(folder: Location, runs: list[Run], limit: int) -> dict[str, Any]:
+def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, Any]:
     """Selects the documents whose hash prefix is at most `limit`."""
     found = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
     table = gathering.unique(found)[0] if found else None
@@ -157,7 +159,7 @@ def selected(folder: Location, samples: list[str], limit: int, bytes: int, train
 
 
 @dataclass(frozen=True)
-class Sharding:
+class TextSharding:
     """Defines how documents become shards: their number, and what is written."""
 
     output: str
@@ -177,14 +179,14 @@ def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
     return low, high
 
 
-def write_shards(folder: Location, first: int, stop: int, runs: list[Run], plan: Sharding) -> dict[str, Any]:
+def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: TextSharding) -> dict[str, Any]:
     """Writes some shards, one after another; returns their counts and their part of the manifest."""
     made = [one for shard in range(first, stop) if (one := _write_shard(folder, runs, shard, plan)) is not None]
     files = [name for one in made for name in one.pop("ends")]
     return {"shards": made, "ends": files, "files": files}
 
 
-def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) -> dict[str, Any] | None:
+def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: TextSharding) -> dict[str, Any] | None:
     table, duplicates = _gathered(folder, runs, *bounds(shard, plan.shards), plan)
     if table is None:
         return None
@@ -219,14 +221,14 @@ def _write_shard(folder: Location, runs: list[Run], shard: int, plan: Sharding) 
 
 
 def _gathered(
-    folder: Location, runs: list[Run], low: int, high: int, plan: Sharding
+    folder: Location, runs: list[SpilledRun], low: int, high: int, plan: TextSharding
 ) -> tuple[pa.Table | None, gathering.Duplicates]:
     if plan.together:
         return gathering.grouped(folder, runs, low, high), gathering.Duplicates(folder, False)
     return gathering.gather(folder, runs, low, high, plan.explained)
 
 
-def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: Sharding) -> tuple[list[np.ndarray], dict[str, int]]:
+def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: TextSharding) -> tuple[list[np.ndarray], dict[str, int]]:
     """Encodes the texts of a table, rearranged if the plan says so; also counts the rearranged ones."""
     encoded: list[np.ndarray] = []
     told = plan.infill or {}

@@ -41,7 +41,7 @@ def find(made: Manifest, id: str | None = None, url: str | None = None, text: by
 def _hashes(made: Manifest, raw: bytes) -> tuple[list[str], str]:
     """Computes the hashes that a text may be kept under, and tells which stage would drop it, if one does."""
     by, fate = reasons.made_by(made), ""
-    document = documents.clean("--text", raw, replay.source_of(by).rules if by else documents.Rules())
+    document = documents.clean("--text", raw, replay.source_of(by).rules if by else documents.TextRules())
     if isinstance(document, documents.Dropped):
         raise ConfigError(f"--text: no text: {document.reason} ({documents.REASONS[document.reason]})")
     hashes, last = [_hash(document)], document

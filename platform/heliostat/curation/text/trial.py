@@ -9,13 +9,13 @@ from typing import Any
 
 from heliostat.curation import pieces
 from heliostat.curation.engine import RUN_SHARE, Curated, filled
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import SHARD, TOKENIZER, Prediction, Rate, spread_of
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.sampled import Sample
+from heliostat.curation.sampled import SampledParts
 from heliostat.curation.similar import alike_of
 from heliostat.curation.text import rates
-from heliostat.curation.text.making import Making, Totals
+from heliostat.curation.text.making import TextMaking, Totals
 from heliostat.errors import DataError
 from heliostat.tasks import merging, spill
 from heliostat.tasks.flow import Task
@@ -23,17 +23,17 @@ from heliostat.tasks.work import key
 
 
 @dataclass
-class Trial(Making):
+class TextTrial(TextMaking):
     """Makes a dataset of a sample, and predicts that of the whole."""
 
-    sample: Sample = field(kw_only=True)
+    sample: SampledParts = field(kw_only=True)
     _left: Curated = field(default_factory=Curated, init=False)
 
     @property
     def explained(self) -> bool:
         return True
 
-    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[Part]]:
+    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
         return self.sample.pieces()
 
     def _log(self, totals: Totals) -> None:

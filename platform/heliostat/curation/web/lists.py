@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import store
 from heliostat.curation.text import sources
@@ -82,7 +82,7 @@ def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
         yield first, last + 1, 1
 
 
-def listed(folder: Location, part: Part, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, Any]:
+def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, Any]:
     """Spills the rows of a list by host; in the record, `groups` counts them."""
     base, name, files, groups = sources.root(uri), part.path, list[str](), Counter[int]()
     sources.require_unchanged(base, part)

@@ -30,10 +30,10 @@ class Host:
 
 
 @dataclass
-class Origin:
+class OriginRules:
     """Keeps the rules of a scheme, host and port."""
 
-    rules: robots.Rules | None = None
+    rules: robots.RobotsRules | None = None
     closed: FetchError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -49,7 +49,7 @@ class Fetcher:
         self.bounds, self.pause, self.retries, self.robots, self.of = bounds, pause * of, retries, robots, of
         self.sleep, self.clock = sleep, clock
         self.hosts: dict[str, Host] = {}
-        self.origins: dict[str, Origin] = {}
+        self.origins: dict[str, OriginRules] = {}
         self.lock = threading.Lock()
 
     def __call__(self, url: str) -> bytes:
@@ -71,7 +71,7 @@ class Fetcher:
         if self.robots:
             base = f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
             with self.lock:
-                origin = self.origins.setdefault(base, Origin())
+                origin = self.origins.setdefault(base, OriginRules())
             self._learn(origin, base)
             if origin.closed:
                 raise origin.closed
@@ -94,12 +94,12 @@ class Fetcher:
         with self.lock:
             return self.hosts.setdefault(name, Host(self.pause))
 
-    def _learn(self, origin: Origin, base: str) -> None:
+    def _learn(self, origin: OriginRules, base: str) -> None:
         """Reads the origin's robots.txt, once; what it redirects to waits for its turn, and is bound by no other robots.txt."""
         with origin.lock:
             if origin.rules or origin.closed:
                 return
-            name, rules = split(base)[1], robots.Rules()
+            name, rules = split(base)[1], robots.RobotsRules()
             bounds = Bounds(ROBOTS_BYTES, self.bounds.seconds, self.bounds.private, self.bounds.agent)
             try:
                 rules = robots.parse(get(f"{base}/robots.txt", bounds, self._wait), self.bounds.agent)

@@ -44,7 +44,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class RobotsRules:
     """Holds what a robots.txt says to one agent: its rules, those that win first, and the seconds between two requests."""
 
     rules: tuple[Rule, ...] = ()
@@ -56,7 +56,7 @@ class Rules:
         return next((rule.allow for rule in self.rules if rule.matches(compared)), True)
 
 
-def parse(data: bytes, agent: str) -> Rules:
+def parse(data: bytes, agent: str) -> RobotsRules:
     """Reads what a robots.txt says to an agent: in the groups that name it, or else in those of `*`."""
     own, groups = token(agent), dict[str, list[tuple[str, str]]]()
     named, naming = set[str](), False
@@ -71,7 +71,7 @@ def parse(data: bytes, agent: str) -> Rules:
     mine = groups.get(own, groups.get("*", []))
     rules = (_rule(value, field == "allow") for field, value in mine if value and field != "crawl-delay")
     delay = max((_seconds(value) for field, value in mine if field == "crawl-delay"), default=0.0)
-    return Rules(tuple(sorted(rules, key=lambda rule: (-rule.length, not rule.allow))), delay)
+    return RobotsRules(tuple(sorted(rules, key=lambda rule: (-rule.length, not rule.allow))), delay)
 
 
 def token(agent: str) -> str:

@@ -22,7 +22,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.evaluation import documents
 from heliostat.evaluation.held_out import questions
-from heliostat.evaluation.held_out.questions import Ask, Question, Text
+from heliostat.evaluation.held_out.questions import Ask, Question, WordedDocument
 from heliostat.evaluation.suite import Result
 from heliostat.storage.locations import Location
 
@@ -87,12 +87,12 @@ def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, Shape]]:
     return {"held_out_middle": (ask, shape)}
 
 
-def _texts(prepared: Manifest, fraction: float, most: int, seed: int) -> list[Text]:
+def _texts(prepared: Manifest, fraction: float, most: int, seed: int) -> list[WordedDocument]:
     """Reads held-out documents, chunks in an order of the seed's, until there are enough; DataError if a chunk is damaged."""
-    chunks, reader, kept = documents.held_out(prepared, fraction).tolist(), documents.Documents(prepared), list[Text]()
+    chunks, reader, kept = documents.held_out(prepared, fraction).tolist(), documents.Documents(prepared), list[WordedDocument]()
     random.Random(seed).shuffle(chunks)
     for texts in reader.texts(chunks):
-        kept += [Text.of(text[:CHARS]) for text in texts]
+        kept += [WordedDocument.of(text[:CHARS]) for text in texts]
         if len(kept) >= most:
             break
     if reader.damaged:

@@ -20,15 +20,15 @@ TRIES = 3  # questions that are tried of a document
 
 
 @dataclass(frozen=True)
-class Text:
+class WordedDocument:
     """Holds a document and where its words are."""
 
     text: str
     words: list[tuple[int, int]]
 
     @staticmethod
-    def of(text: str) -> Text:
-        return Text(text, [match.span() for match in WORD.finditer(text)])
+    def of(text: str) -> WordedDocument:
+        return WordedDocument(text, [match.span() for match in WORD.finditer(text)])
 
     def between(self, first: int, last: int) -> str:
         """Cuts out words from one to before another, with what stands between them."""
@@ -44,10 +44,10 @@ class Text:
 
 
 Question = dict[str, str | int | list[str]]
-Ask = Callable[[Text, random.Random, Sequence[Text]], Question | None]
+Ask = Callable[[WordedDocument, random.Random, Sequence[WordedDocument]], Question | None]
 
 
-def choice(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
+def choice(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
     """Asks which of four continuations a passage has: the others go on in other documents, behind the same white space."""
     long = [one for one in others if one is not text and len(one.words) >= LEAST + GOES_ON]
     if len(text.words) < LEAST + GOES_ON or len(long) < CHOICES - 1:
@@ -65,7 +65,7 @@ def choice(text: Text, rng: random.Random, others: Sequence[Text]) -> Question |
     return {"context": text.before(at), "choices": [text.gap(at) + one for one in all_], "answer": place}
 
 
-def cloze(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
+def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
     """Asks for the word that follows a passage, in which it has stood before (as LAMBADA does, Paperno et al. 2016)."""
     begins = [letters[0] if (letters := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
     places = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]
@@ -75,7 +75,7 @@ def cloze(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | 
     return {"context": text.before(at), "answer": text.gap(at) + answer}
 
 
-def recall(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
+def recall(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
     """Asks for two words that follow another, as they did before in the passage: the model writes them."""
     words, last, places = [text.text[a:b] for a, b in text.words], dict[tuple[str, ...], int](), list[int]()
     for at in range(1, len(words) - 1):
@@ -100,7 +100,7 @@ def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
 
     before, behind, middle = markers
 
-    def middles(text: Text, rng: random.Random, others: Sequence[Text]) -> Question | None:
+    def middles(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
         if len(text.words) < LEAST + MIDDLE + LEAST or any(marker in text.text for marker in markers):
             return None
         at = rng.randrange(LEAST, len(text.words) - MIDDLE - LEAST + 1)
@@ -115,7 +115,7 @@ def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
     return middles
 
 
-def questions(ask: Ask, texts: Sequence[Text], count: int, seed: int) -> Iterator[Question]:
+def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) -> Iterator[Question]:
     """Yields up to so many questions, at most TRIES of a document, documents by turns."""
     rng, asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
     for _ in range(TRIES):

@@ -34,7 +34,7 @@ KILLING_S = 5.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProgramLimits:
     """Holds what a program may take: seconds on the clock and of the processor, and bytes of memory, of files, of its output."""
 
     seconds: float = 10.0
@@ -45,7 +45,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramResult:
     """Says how a program ended, and the beginning of what it has written."""
 
     verdict: str
@@ -68,7 +68,7 @@ def require() -> None:
         raise ConfigError(f"Python does not run in the sandbox ({outcome.verdict}: {brief(outcome.output)})")
 
 
-def run(program: str, tests: str, limits: Limits = Limits()) -> Outcome:
+def run(program: str, tests: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:
     """Runs a program, and behind it its tests, in one process of their own; HeliostatError if it cannot be shut in.
 
     It has passed if it comes to the end of its tests.
@@ -81,7 +81,7 @@ def run(program: str, tests: str, limits: Limits = Limits()) -> Outcome:
     if code == sandbox.REFUSED:
         raise HeliostatError(f"a program cannot be shut in on this machine ({brief(result)})")
     verdict = ended or (PASSED if result == token else TIMED_OUT if code == sandbox.OVER_TIME else FAILED)
-    return Outcome(verdict, said[: limits.output].decode(errors="replace"))
+    return ProgramResult(verdict, said[: limits.output].decode(errors="replace"))
 
 
 def _python() -> dict[str, object]:
@@ -91,7 +91,7 @@ def _python() -> dict[str, object]:
     return {"libraries": libraries, "executable": os.path.realpath(sys.executable)}
 
 
-def _ran(task: bytes, limits: Limits) -> tuple[bytes, str, int, str]:
+def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
     """Returns what was written, what came back, the exit code, and why it was ended, if it was."""
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as result:

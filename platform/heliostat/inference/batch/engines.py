@@ -69,7 +69,7 @@ class DeadEngineError(HeliostatError):
     """Reports that an engine answers no more, whatever it is asked."""
 
 
-class Loaded:
+class LoadedModel:
     """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit; `writes`: whether it is a
     language model; `head`: an Auto class, of a model with another head."""
 
@@ -114,15 +114,15 @@ class Loaded:
         return encoder.embed(self.model.base_model, ids, mask, self.pooling)
 
 
-class Engine:
+class BatchEngine:
     """Answers inputs in batches of similar length, with a model that is loaded once; one that cannot be answered stops no other.
 
     HeliostatError if none of several can: then it is not the inputs.
     """
 
-    def __init__(self, model: Path | Loaded, batch: int) -> None:
+    def __init__(self, model: Path | LoadedModel, batch: int) -> None:
         self.batch = batch
-        loaded = model if isinstance(model, Loaded) else Loaded(model)
+        loaded = model if isinstance(model, LoadedModel) else LoadedModel(model)
         self.tokenizer, self.model, self.longest, self.pad = loaded.tokenizer, loaded.model, loaded.longest, loaded.pad
         self.loaded = loaded
 
@@ -209,11 +209,11 @@ def sampling(options: dict[str, object], longest: int | None) -> Sampling:
     return asked
 
 
-class Continue(Engine):
+class Continue(BatchEngine):
     """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document. Every end that the model's folder names
     ends an answer."""
 
-    def __init__(self, model: Path | Loaded, batch: int, options: dict[str, object]) -> None:
+    def __init__(self, model: Path | LoadedModel, batch: int, options: dict[str, object]) -> None:
         super().__init__(model, batch)
         self.sampling = sampling(options, self.longest)
         self.pads = self.model is not None and pads_hold(self)
@@ -280,7 +280,7 @@ class Noise(LogitsProcessor):
         return self.within(input_ids, scores.double()) - torch.log(-torch.log(drawn)).to(scores.device)
 
 
-def pads_hold(engine: Engine) -> bool:
+def pads_hold(engine: BatchEngine) -> bool:
     """Tells whether a prompt has the same logits behind padding as without it: not where a state goes through the padding."""
     vocabulary = engine.model.config.get_text_config().vocab_size
     rows = [[token % vocabulary for token in probe] for probe in PROBES]
@@ -295,7 +295,7 @@ def pads_hold(engine: Engine) -> bool:
     return bool((both - alone).abs().max() <= CLOSE * alone.abs().max())
 
 
-class Score(Engine):
+class Score(BatchEngine):
     """Scores texts; of one that is longer than the model takes, what fits, with `truncated` true."""
 
     def encode(self, text: str) -> list[int]:
@@ -327,7 +327,7 @@ class Score(Engine):
         return Answer({"nats": nats, "tokens": len(cut) - 1, "bits_per_byte": bits, "truncated": truncated})
 
 
-class Embed(Engine):
+class Embed(BatchEngine):
     """Embeds texts; of one that is longer than the model takes, what fits, with `truncated` true."""
 
     def refusal(self, tokens: list[int]) -> Answer | None:
@@ -346,12 +346,12 @@ class Embed(Engine):
         return list(self.loaded.embedded(ids, mask).cpu().numpy())
 
 
-class Classify(Engine):
+class Classify(BatchEngine):
     """Gives each text its likeliest label, and the probabilities of all; one that is longer than the model takes is cut, with
     `truncated` true. Where labels do not exclude each other, each has a probability of its own."""
 
     def __init__(self, folder: Path, batch: int) -> None:
-        super().__init__(Loaded(folder, transformers.AutoModelForSequenceClassification), batch)
+        super().__init__(LoadedModel(folder, transformers.AutoModelForSequenceClassification), batch)
         config = self.model.config
         self.labels = [config.id2label[i] for i in range(config.num_labels)]
         self.independent = config.problem_type == "multi_label_classification"

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from heliostat.curation import picturing
-from heliostat.inference.batch.engines import Answer, Engine, Input, Loaded
+from heliostat.inference.batch.engines import Answer, BatchEngine, Input, LoadedModel
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.pretrained import from_folder
 
@@ -20,11 +20,11 @@ MODES = {1: "L", 3: "RGB"}
 MOST_RATIO = 100  # of an image's sides: the longer grows with the shorter, up to what the model takes
 
 
-class EmbedImages(Engine):
+class EmbedImages(BatchEngine):
     """Embeds images, each decoded and shrunk before the next; what is no whole PNG, JPEG or WebP is bad."""
 
     def __init__(self, folder: Path, batch: int) -> None:
-        super().__init__(Loaded(folder), batch)
+        super().__init__(LoadedModel(folder), batch)
         self.processor = from_folder("model", transformers.AutoImageProcessor, folder, backend="pil")
         self.mode = MODES[self.model.config.vision_config.num_channels]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from heliostat.curation import pieces, segment
 from heliostat.curation.images import sources
-from heliostat.curation.images.sources import Columns
-from heliostat.curation.pieces import Part
+from heliostat.curation.images.sources import ImageColumns
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.segment import Source
+from heliostat.curation.segment import DocumentSource
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
@@ -25,8 +25,8 @@ class Pictures:
     keep: tuple[str, ...]
 
     @property
-    def columns(self) -> Columns:
-        return Columns(image=self.column, others=self.keep)
+    def columns(self) -> ImageColumns:
+        return ImageColumns(image=self.column, others=self.keep)
 
     @property
     def identity(self) -> dict[str, object]:
@@ -35,14 +35,14 @@ class Pictures:
     def listing(self) -> list[InputFile]:
         return sources.listing(self.input)
 
-    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[Part]]:
+    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[FilePart]]:
         target = flow.work.begin(pieces.size(sum(f.bytes for f in files)))
         sizes = {f.path: f.bytes for f in files}
         for task in sources.tasks(self.input, files, self.columns, target=target):
             paths = [one["path"] for one in task.get("parts") or task.get("entries", [])]
-            yield [Part(segment.store(flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
+            yield [FilePart(segment.store(flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
 
-    def source(self, flow: Flow) -> Source:
+    def source(self, flow: Flow) -> DocumentSource:
         return PictureSource(self.input, self.columns, flow.work.spill)
 
 
@@ -51,10 +51,10 @@ class PictureSource:
     """Reads the images of a spilled task."""
 
     input: str
-    columns: Columns
+    columns: ImageColumns
     spill: Location
 
-    def read(self, part: Part) -> Iterator[Document | Dropped]:
+    def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         for raw in sources.read(self.input, segment.load(self.spill, part.path), self.columns):
             if isinstance(raw, Dropped):
                 yield raw

@@ -10,13 +10,13 @@ from typing import Protocol
 import pyarrow as pa
 
 from heliostat import extras
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.segment import Source
+from heliostat.curation.segment import DocumentSource
 from heliostat.curation.text import making, sources
-from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.tasks import TextSource
-from heliostat.inference.batch.settings import Settings
+from heliostat.inference.batch.settings import BatchSettings
 from heliostat.tasks.flow import Flow
 
 PIECES = 256  # of an input, about
@@ -24,7 +24,7 @@ LEAST, MOST = 16 << 10, 1 << 20  # bytes of a piece
 
 
 @dataclass(frozen=True)
-class ChatRules(Rules):
+class ChatRules(TextRules):
     """Takes lists as well, of messages: as JSON."""
 
     def text_of(self, value: object) -> str | None:
@@ -37,7 +37,7 @@ class ChatRules(Rules):
                         pa.large_string())  # fmt: skip
 
 
-class Reading(Protocol):
+class InputReading(Protocol):
     """Lists an input's files, and cuts them into pieces that a source reads in tasks. `identity`: what reading follows from."""
 
     @property
@@ -45,9 +45,9 @@ class Reading(Protocol):
 
     def listing(self) -> list[InputFile]: ...
 
-    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[Part]]: ...
+    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[FilePart]]: ...
 
-    def source(self, flow: Flow) -> Source: ...
+    def source(self, flow: Flow) -> DocumentSource: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Texts:
     """Reads texts or chats."""
 
     input: str
-    rules: Rules
+    rules: TextRules
 
     @property
     def identity(self) -> dict[str, object]:
@@ -64,20 +64,20 @@ class Texts:
     def listing(self) -> list[InputFile]:
         return sources.listing(self.input)
 
-    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[Part]]:
+    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[FilePart]]:
         target = flow.work.begin(max(LEAST, min(MOST, sum(f.bytes for f in files) // PIECES)))
         return making.pieces_of(flow, self.input, files, target)
 
-    def source(self, flow: Flow) -> Source:
+    def source(self, flow: Flow) -> DocumentSource:
         return TextSource(self.input, self.rules)
 
 
-def of(input: str, asked: Settings) -> Reading:
+def of(input: str, asked: BatchSettings) -> InputReading:
     """Returns how the inputs of a task are read; MissingExtraError if that needs a library that is not there."""
     if asked.task == "embed-images":
         extras.require("images", "PIL", what="embed-images")
         from heliostat.inference.batch.pictures import Pictures
 
         return Pictures(input, asked.column, tuple(asked.keep))
-    rules = ChatRules if asked.task == "chat" else Rules
+    rules = ChatRules if asked.task == "chat" else TextRules
     return Texts(input, rules(text_column=asked.column, normalise="none", min_chars=0, columns=tuple(asked.keep)))

@@ -25,15 +25,15 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heliostat.curation.pieces import Part
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.text.sources import absolute
-from heliostat.curation.watching import Watch
+from heliostat.curation.watching import PipelineWatch
 from heliostat.inference import vllm_terms
 from heliostat.inference.batch import loading, reading, tasks
 from heliostat.inference.batch.claim import claim
-from heliostat.inference.batch.settings import Settings
-from heliostat.inference.batch.tasks import Record
+from heliostat.inference.batch.settings import BatchSettings
+from heliostat.inference.batch.tasks import PieceRecord
 from heliostat.recipes import exported
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
@@ -50,7 +50,13 @@ RECORD, BAD, WORK = "inference.json", "bad.parquet", "work"
 
 
 def infer(
-    model: Path, input: str, output: str, settings: Settings, workers: int = 2, quiet: bool = False, engine: str = "transformers"
+    model: Path,
+    input: str,
+    output: str,
+    settings: BatchSettings,
+    workers: int = 2,
+    quiet: bool = False,
+    engine: str = "transformers",
 ) -> dict[str, Any]:
     """Answers all documents of an input; returns what `inference.json` says, without the list of files. `quiet`: shows nothing;
     `engine`: what answers, auto for vLLM where it can.
@@ -73,7 +79,7 @@ def infer(
         from heliostat.cluster.connect import connect
 
         connect(cpus=workers, gpus=gpus)
-        with Watch(console, f"answering {input}", quiet) as watch:
+        with PipelineWatch(console, f"answering {input}", quiet) as watch:
             flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
             return answer(flow, files, facts | {"input": input}, place, lease_.fence.check)
 
@@ -122,12 +128,12 @@ def origin(folder: Path) -> dict[str, object]:
 def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location) -> list[Task]:
     """Lists the tasks of all pieces, in the input's order."""
     asked, input = facts["settings"], facts["input"]
-    read = reading.of(input, Settings(**asked))
+    read = reading.of(input, BatchSettings(**asked))
     model = facts["model"]
     shared = {"source": read.source(flow), "output": place.uri, "model": shipping.describe("model", model["folder"]),
               "follows": model["digest"], "settings": asked}  # fmt: skip
 
-    def task(piece: list[Part]) -> Task:
+    def task(piece: list[FilePart]) -> Task:
         name, before = (
             key("infer", model["digest"], asked, input, read.identity, told)
             for told in ([part.identity for part in piece], [part.identity_by_time for part in piece])
@@ -137,7 +143,7 @@ def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Loc
     return [task(piece) for piece in read.pieces(flow, files)]
 
 
-def _answered(flow: Flow, wanted: list[Task], place: Location) -> list[Record]:
+def _answered(flow: Flow, wanted: list[Task], place: Location) -> list[PieceRecord]:
     """Runs the tasks, and returns their records in the input's order."""
     present = dict(place.files())
 
@@ -145,15 +151,15 @@ def _answered(flow: Flow, wanted: list[Task], place: Location) -> list[Record]:
         wrote = ((tasks.ANSWERS, record["bytes"]), (tasks.BAD, record["bad_bytes"]))
         return all(present.get(f"{folder}/{record['name']}.parquet") == size for folder, size in wrote if size)
 
-    return cast(list[Record], flow.all("infer", tasks.answer_piece, iter(wanted), valid=whole, pooled=True))
+    return cast(list[PieceRecord], flow.all("infer", tasks.answer_piece, iter(wanted), valid=whole, pooled=True))
 
 
-def _counts(records: list[Record]) -> dict[str, int]:
+def _counts(records: list[PieceRecord]) -> dict[str, int]:
     return {"answers": sum(r["answers"] for r in records), "bad": sum(r["bad"] for r in records),
             "tokens": sum(r["tokens"] for r in records), "truncated": sum(r["truncated"] for r in records)}  # fmt: skip
 
 
-def _devices(records: list[Record]) -> list[dict[str, object]]:
+def _devices(records: list[PieceRecord]) -> list[dict[str, object]]:
     """Sums up for how many seconds devices were at work on the answers: CPUs by the core, GPUs by the clock."""
     used: dict[tuple[str, int | None], float] = {}
     for record in records:
@@ -163,18 +169,18 @@ def _devices(records: list[Record]) -> list[dict[str, object]]:
     return [{"name": name, "memory": memory, "seconds": round(s, 1)} for (name, memory), s in used.items()]
 
 
-def _missing(keep: list[str], records: list[Record]) -> list[str]:
+def _missing(keep: list[str], records: list[PieceRecord]) -> list[str]:
     """Lists the columns to keep that no input has, where any was read."""
     read = any(r.get("read") for r in records)
     return [column for column in keep if read and not any(r.get("kept", {}).get(column) for r in records)]
 
 
-def _inputs(records: list[Record]) -> str:
+def _inputs(records: list[PieceRecord]) -> str:
     """Computes the digest of all inputs, in their order."""
     return hashlib.sha256("".join(r["inputs"] for r in records).encode()).hexdigest()
 
 
-def _list_bad(place: Location, records: list[Record]) -> None:
+def _list_bad(place: Location, records: list[PieceRecord]) -> None:
     """Writes what has no answer as one table, a piece's in memory at a time."""
     if not any(r["bad"] for r in records):
         place.join(BAD).delete()

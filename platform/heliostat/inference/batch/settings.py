@@ -21,7 +21,7 @@ OF_ANSWERS = {
 COLUMN = {"chat": "messages", "embed-images": "image"}  # of the input, where none is named; of the others `text`
 
 
-class Settings(Strict):
+class BatchSettings(Strict):
     """Describes a batch inference; all that an answer follows from, beside the model and the input itself."""
 
     task: Task = "continue"
@@ -52,7 +52,7 @@ class Settings(Strict):
         return self.model_dump(exclude={"engine"} if self.engine == "transformers" else None)
 
     @model_validator(mode="after")
-    def _apart(self) -> Settings:
+    def _apart(self) -> BatchSettings:
         """Refuses columns that would have the name of another in the answers."""
         written = ["id", *self.written, *OF_ANSWERS[self.task]]
         if twice := sorted({name for name in written if written.count(name) > 1}):

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from heliostat.curation.pieces import Part
-from heliostat.curation.segment import Source
+from heliostat.curation.pieces import FilePart
+from heliostat.curation.segment import DocumentSource
 from heliostat.curation.stage import Document, Dropped
-from heliostat.inference.batch.settings import Settings
+from heliostat.inference.batch.settings import BatchSettings
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
 from heliostat.tasks.shipping import Shipment
@@ -40,7 +40,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
-class Record(TypedDict):
+class PieceRecord(TypedDict):
     """Describes the answers of a piece, in the records of its task. The flow adds seconds; old records lack some keys."""
 
     name: str
@@ -59,13 +59,14 @@ class Record(TypedDict):
     wall: NotRequired[float]
 
 
-def schema(asked: Settings) -> pa.Schema:
+def schema(asked: BatchSettings) -> pa.Schema:
     """Returns the columns of a task's answers: the input's id and text, what was asked for of it, and the answer's."""
     return pa.schema([("id", pa.string()), *((name, pa.large_string()) for name in asked.written), *COLUMNS[asked.task]])
 
 
 def answer_piece(
-    spill: Location, piece: list[Part], source: Source, output: str, name: str, model: Shipment, settings: dict[str, object],
+    spill: Location, piece: list[FilePart], source: DocumentSource, output: str, name: str, model: Shipment,
+    settings: dict[str, object],
     follows: str,
 ) -> dict[str, object]:  # fmt: skip
     """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record.
@@ -75,7 +76,7 @@ def answer_piece(
     items = list(chain.from_iterable(source.read(part) for part in piece))
     read = [item for item in items if isinstance(item, Document)]
     bad = [[item.id, item.reason, item.detail] for item in items if isinstance(item, Dropped)]
-    asked = Settings.model_validate(settings)
+    asked = BatchSettings.model_validate(settings)
     kept = [{column: _text(one.columns.get(column)) for column in asked.keep} for one in read]
     wrong = [_unwritable(one) for one in kept]
     bad += [[one.id, "not_utf8", f"the kept column {column!r}"] for one, column in zip(read, wrong, strict=True) if column]
@@ -101,7 +102,7 @@ def answer_piece(
     }  # fmt: skip
 
 
-def _answers(model: str, asked: Settings, documents: list[Document], follows: str) -> list[Answer]:
+def _answers(model: str, asked: BatchSettings, documents: list[Document], follows: str) -> list[Answer]:
     """Answers documents; an engine that has died is kept for no task to come."""
     from heliostat.inference.batch.engines import DeadEngineError
 

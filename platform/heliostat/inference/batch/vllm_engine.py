@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import transformers
 
 from heliostat.inference import vllm_terms
-from heliostat.inference.batch.engines import Answer, Chat, Continue, Embed, Engine, Input, Loaded, Score
+from heliostat.inference.batch.engines import Answer, BatchEngine, Chat, Continue, Embed, Input, LoadedModel, Score
 from heliostat.inference.batch.settings import WRITES
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text.generator import Sampling
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm import RequestOutput
 
 
-class Described(Loaded):
+class Described(LoadedModel):
     """Reads all that is known of a model, and its tokenizer, without its weights."""
 
     def load(self, folder: Path, head: type | None) -> None:
@@ -35,7 +35,7 @@ class Described(Loaded):
 class OnVllm:
     """Puts an engine's answers on vLLM, which makes batches of its own of all inputs of a piece."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     longest: int | None
     batch: int
 
@@ -106,7 +106,12 @@ class VllmEmbed(OnVllm, Embed):
         return [out.outputs.embedding for out in self.llm.embed([{"prompt_token_ids": row} for row in cut], use_tqdm=False)]
 
 
-KINDS: dict[str, Callable[..., Engine]] = {"continue": VllmContinue, "chat": VllmChat, "score": VllmScore, "embed": VllmEmbed}
+KINDS: dict[str, Callable[..., BatchEngine]] = {
+    "continue": VllmContinue,
+    "chat": VllmChat,
+    "score": VllmScore,
+    "embed": VllmEmbed,
+}
 
 
 def engine(folder: Path, task: str, batch: int, options: dict[str, object]) -> Callable[[Sequence[Input]], list[Answer]]:

@@ -22,7 +22,7 @@ from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
 from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images.initial import initialise
-from heliostat.recipes.images.noising import Objective
+from heliostat.recipes.images.noising import NoiseObjective
 from heliostat.recipes.pretrained import from_folder
 from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.records import Format
@@ -113,7 +113,7 @@ class Model(Strict):
     """The text encoder."""
     autoencoder: Folder | None = None
     """The frozen autoencoder in whose latents the model works. Unset: in pixels."""
-    objective: Objective = Objective()
+    objective: NoiseObjective = NoiseObjective()
     """The forward process, and what the network says of it."""
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
     """The share of captions that are left out, so that the model knows what no text is, for guidance."""

@@ -31,11 +31,11 @@ from heliostat.recipes.images import clip_processor, rows
 from heliostat.recipes.pairs import SCORES, EmbedsPairs, named, present
 from heliostat.recipes.protocol import Batch, Exports
 from heliostat.recipes.text import checkpointing, encoder, model_config
-from heliostat.recipes.text.model_config import Kind
+from heliostat.recipes.text.model_config import ModelKind
 from heliostat.schema import Float, Strict, nearest
 from heliostat.text import brief
 
-CLIP = Kind("model of images and texts", ("clip",), "clip")
+CLIP = ModelKind("model of images and texts", ("clip",), "clip")
 PARTS: dict[str, Any] = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
 OLD_END = 2  # the end of a text by which CLIP's class takes a folder for one of the first, whose end it did not know
 BACK = "caption_"  # before the names of scores of captions that are found by their images

@@ -42,7 +42,7 @@ class DrawingRecipe(Protocol):
     def pixels_of(self, sampled: torch.Tensor) -> np.ndarray: ...
 
 
-class Gallery:
+class PromptGallery:
     def __init__(self, recipe: DrawingRecipe) -> None:
         self.recipe, self.samples = recipe, recipe.model.samples
         self.prompts = [p.text for p in self.samples.prompts]

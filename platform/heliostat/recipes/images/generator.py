@@ -24,7 +24,7 @@ from heliostat.storage.locations import Location
 AT_ONCE = 16
 
 
-class Picture(Strict):
+class PictureOptions(Strict):
     """Describes how a picture is drawn; what is left out is taken from the job's `samples`."""
 
     steps: int | None = Field(None, ge=1)
@@ -34,7 +34,7 @@ class Picture(Strict):
     height: int | None = Field(None, ge=1)
 
 
-class Drawing(Picture):
+class Drawing(PictureOptions):
     """Describes an image: one picture, or several side by side."""
 
     grid: int = Field(1, ge=1)
@@ -66,7 +66,7 @@ class ImageCanvas:
         side = self.pipeline.backbone.config.sample_size * self.factor
         return side, side
 
-    def scheduler(self, options: Picture) -> Any:
+    def scheduler(self, options: PictureOptions) -> Any:
         """Makes the scheduler that is asked for; None for the export's own. ConfigError if the model does not go with it."""
         for side in ("width", "height"):
             if (value := getattr(options, side)) and value % self.factor:
@@ -76,10 +76,10 @@ class ImageCanvas:
         return Process(self.model.objective).scheduler(options.sampler, clip=not self.latent)
 
     def draw(self, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[bytes]:
-        drawn = self.pictures(prompts, seeds, validate(Picture, options, "generate"))
+        drawn = self.pictures(prompts, seeds, validate(PictureOptions, options, "generate"))
         return [png(grid([picture], 1)) for picture in drawn]
 
-    def pictures(self, prompts: list[str], seeds: list[int], options: Picture) -> list[np.ndarray]:
+    def pictures(self, prompts: list[str], seeds: list[int], options: PictureOptions) -> list[np.ndarray]:
         """Draws a picture for each prompt, each from its own seed."""
         own = self.own
         self.pipeline.scheduler = self.scheduler(options) or own

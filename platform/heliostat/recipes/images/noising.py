@@ -24,7 +24,7 @@ SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMult
 FLOW_STEPS = 1000  # what the network is told of s: s x 1000
 
 
-class Objective(Strict):
+class NoiseObjective(Strict):
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
     """What the network says: the noise, the velocity, or the flow from image to noise (rectified flow)."""
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
@@ -48,7 +48,7 @@ class Objective(Strict):
     """Of flow's times towards noise; above 1 for large images."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Objective:
+    def _consistent(self) -> NoiseObjective:
         flow = self.prediction == "flow"
         if flow and (self.zero_terminal_snr or self.min_snr or self.noise_offset):
             raise ValueError("prediction 'flow' has no zero_terminal_snr, min_snr or noise_offset; remove them")
@@ -62,7 +62,7 @@ class Objective(Strict):
 class Process:
     """Computes an objective's forward process. Times `t` are steps (int64) for diffusion, s in [0, 1] for flow matching."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: NoiseObjective) -> None:
         self.objective = objective
         self.flow = objective.prediction == "flow"
         self._alphas: torch.Tensor | None = None if self.flow else self.scheduler("ddpm").alphas_cumprod.double()

@@ -42,7 +42,7 @@ class Parts:
         self.model, self.checkpointing = model, checkpointing
         self.arch, _ = config.backbone_class(model.backbone)
         self.name = "unet" if self.arch == "unet" else "transformer"  # a pipeline's name for the backbone
-        self.facts: rows.Facts | None = None
+        self.facts: rows.DatasetFacts | None = None
 
     def bind(self, sources: list[Manifest], one_source: bool) -> None:
         """Takes what the datasets determine; ConfigError if they do not fit the models, or the models do not fit each other."""

@@ -23,7 +23,7 @@ DECODERS = device_threads.pool(4, "decode")  # Pillow lets go of the interpreter
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetFacts:
     """Holds what the datasets of a job have in common; `size` is the first dataset's."""
 
     content: str  # "images" or "latents"
@@ -36,7 +36,7 @@ class Facts:
     models: dict[str, str]  # digests of the frozen models that computed latents and embeddings
 
 
-def facts(sources: list[Manifest], one_source: bool) -> Facts:
+def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
     """Finds what the datasets have in common; ConfigError if they cannot be trained on together."""
     found = [_facts(m) for m in sources]
     names = {"content": "hold different things", "channels": "have other channels", "tokenizer": "have different tokenizers",
@@ -49,11 +49,11 @@ def facts(sources: list[Manifest], one_source: bool) -> Facts:
     return found[0]
 
 
-def _facts(m: Manifest) -> Facts:
+def _facts(m: Manifest) -> DatasetFacts:
     if m.meta.get("content") not in ("images", "latents"):
         raise ConfigError(f"data.sources: {m.location} holds no images; make it with heliostat.pipelines:ImagePipeline")
     text = m.meta.get("text")
-    return Facts(
+    return DatasetFacts(
         m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),
         m.meta.get("vocab_size", 0), m.meta.get("end_of_document", 0), (text[0], text[1]) if text else None,
         m.meta.get("models", {}),
@@ -84,14 +84,14 @@ def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tens
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleDraws:
     time: torch.Tensor  # [n], uniform in [0, 1)
     dropped: torch.Tensor  # [n], bool: without its caption
     noise: torch.Tensor  # [n, *shape]
     posterior: torch.Tensor | None  # [n, *shape], for sampling latents from their distribution
 
 
-def draw(seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool) -> Draws:
+def draw(seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool) -> SampleDraws:
     """Draws the samples' random numbers. `offset`: the share of noise that is the same all over a channel (noise offset)."""
     rows = []
     for key in keys.tolist():
@@ -102,7 +102,7 @@ def draw(seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, of
             noise += np.float32(offset) * rng.standard_normal((shape[0], 1, 1), np.float32)
         rows.append((time, dropped, noise, rng.standard_normal(shape, np.float32) if posterior else None))
     times, drops, noises, others = zip(*rows, strict=True)
-    return Draws(
+    return SampleDraws(
         torch.tensor(times, dtype=torch.float32).clamp_(max=1 - 2**-24),
         torch.tensor(drops),
         torch.from_numpy(np.stack(noises)),

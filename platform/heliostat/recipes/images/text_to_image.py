@@ -34,7 +34,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.images import diffusers_folder, rows
 from heliostat.recipes.images.config import Model
-from heliostat.recipes.images.gallery import Gallery
+from heliostat.recipes.images.gallery import PromptGallery
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
 from heliostat.recipes.images.pipeline import TextToImagePipeline, decode, tokenize
@@ -163,9 +163,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         row = content.select([c for c in ("id", "caption", "label") if c in content.column_names]).to_pylist()[0]
         return f"{row['caption']} ({row['id']}{', label ' + row['label'] if row.get('label') else ''})"
 
-    def gallery(self) -> Gallery | None:
+    def gallery(self) -> PromptGallery | None:
         """Returns the gallery that is drawn after every evaluation; None without prompts."""
-        return Gallery(self) if self.model.samples.prompts else None
+        return PromptGallery(self) if self.model.samples.prompts else None
 
     def sampler_of(self, model: nn.Module, device: Any) -> Any:
         """Makes a function from prompts to the `say(noisy, t)` of `pipeline.denoise`: the prediction of the model in training."""

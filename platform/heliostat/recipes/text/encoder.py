@@ -13,9 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.pretrained import from_folder, whole
-from heliostat.recipes.text.model_config import Kind
+from heliostat.recipes.text.model_config import ModelKind
 
-ENCODER = Kind(
+ENCODER = ModelKind(
     "encoder or decoder of text",
     tuple({**MODEL_FOR_MASKED_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}),
     "bert, modernbert, qwen3",

@@ -26,18 +26,18 @@ SMALLEST = 1e-12  # of a tensor's largest number: one of zeros has a scale, too
 Scaled = tuple[torch.Tensor, torch.Tensor]  # rounded numbers, and by what they are to be multiplied
 
 
-class Linear(torch.nn.Linear):
+class Float8Linear(torch.nn.Linear):
     """Multiplies in float8, as a linear layer."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1, self.in_features)
         spare = -len(rows) % MULTIPLE
-        made: Any = Product.apply(F.pad(rows, (0, 0, 0, spare)) if spare else rows, self.weight)
+        made: Any = Float8Product.apply(F.pad(rows, (0, 0, 0, spare)) if spare else rows, self.weight)
         made = made[: len(rows)].reshape(*input.shape[:-1], self.out_features)
         return made if self.bias is None else made + self.bias
 
 
-class Product(torch.autograd.Function):
+class Float8Product(torch.autograd.Function):
     """Multiplies rows [rows, in] by a weight [out, in]."""
 
     @staticmethod
@@ -76,7 +76,7 @@ def use(model: torch.nn.Module) -> None:
     """Makes the linear layers inside a model's layers multiply in float8 from now on; the parameters stay the same."""
     require_device()
     for m in linears(model):
-        m.__class__ = Linear
+        m.__class__ = Float8Linear
 
 
 def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:

@@ -18,7 +18,7 @@ from heliostat.schema import nearest
 from heliostat.text import brief
 
 
-class Kind(NamedTuple):
+class ModelKind(NamedTuple):
     """Describes a kind of model: its name for people, the architectures of transformers that are one, and some of them."""
 
     name: str
@@ -26,10 +26,10 @@ class Kind(NamedTuple):
     examples: str
 
 
-CAUSAL_LM = Kind("causal language model", tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "llama, gpt2, qwen3")
+CAUSAL_LM = ModelKind("causal language model", tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "llama, gpt2, qwen3")
 
 
-def from_keys(model: dict[str, Any], wanted: Kind = CAUSAL_LM) -> Any:
+def from_keys(model: dict[str, Any], wanted: ModelKind = CAUSAL_LM) -> Any:
     keys = {k: v for k, v in model.items() if k not in ("arch", initial.KEY, *expert_keys.KEYS)}
     arch = str(model.get("arch"))
     if arch not in wanted.archs:
@@ -105,7 +105,7 @@ def from_folder(model: dict[str, Any]) -> Any:
     return _routing(overrides.applied(read(model), changed(model)), model)
 
 
-def read(model: dict[str, Any], wanted: Kind = CAUSAL_LM) -> Any:
+def read(model: dict[str, Any], wanted: ModelKind = CAUSAL_LM) -> Any:
     """Reads the configuration in the folder of a pretrained model, as it is there."""
     folder = Path(model["pretrained"])
     if not (folder / "config.json").is_file():

@@ -76,7 +76,7 @@ def _summed(model: torch.nn.Module, batch: Batch, tiled: bool) -> tuple[torch.Te
     return SummedCrossEntropy.apply(*_flat(outputs, batch)), outputs
 
 
-def _parts(outputs: Any, routing: Routing, seen: experts.Watch | None) -> dict[str, Part]:
+def _parts(outputs: Any, routing: Routing, seen: experts.RoutingWatch | None) -> dict[str, Part]:
     parts = {} if routing.weight is None else {router_loss.NAME: Part(outputs.aux_loss, routing.weight)}
     if routing.z_weight and seen:
         parts[router_loss.Z_NAME] = Part(seen.z_loss(), routing.z_weight)

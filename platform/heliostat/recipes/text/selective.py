@@ -69,7 +69,7 @@ def contexts() -> tuple[Keeping, Giving]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptOutputs:
     """Holds what was kept of an operation: outputs, None for one that is computed again, and how often each was written into."""
 
     operation: Any
@@ -77,7 +77,7 @@ class Kept:
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, operation: Any, out: Any) -> Kept:
+    def of(cls, operation: Any, out: Any) -> KeptOutputs:
         return cls(operation, out, tuple(t._version for t in _tensors(out)))
 
     @property
@@ -86,7 +86,7 @@ class Kept:
         return self.versions != tuple(t._version for t in _tensors(self.out))
 
 
-NOTHING = Kept(None, None, ())
+NOTHING = KeptOutputs(None, None, ())
 
 
 class Keeping(TorchDispatchMode):
@@ -94,7 +94,7 @@ class Keeping(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[Kept] = []
+        self.kept: list[KeptOutputs] = []
         self._where: dict[int, int] = {}  # by storage
 
     @property
@@ -105,19 +105,19 @@ class Keeping(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for storage in written(func, args, kwargs or {}):
             if (place := self._where.pop(storage, None)) is not None:
-                self.kept[place] = Kept.of(self.kept[place].operation, tree_map(_copied, self.kept[place].out))
+                self.kept[place] = KeptOutputs.of(self.kept[place].operation, tree_map(_copied, self.kept[place].out))
         out = func(*args, **(kwargs or {}))
         if is_dear(func, args, kwargs):
             kept = tree_map(_detached, out) if is_kept(func, args, kwargs) else None
             self._where |= {_storage(t): len(self.kept) for t in _tensors(kept)}
-            self.kept.append(Kept.of(func, kept))
+            self.kept.append(KeptOutputs.of(func, kept))
         return out
 
 
 class Giving(TorchDispatchMode):
     """Gives dear operations the outputs that were kept of them, once."""
 
-    def __init__(self, kept: list[Kept]) -> None:
+    def __init__(self, kept: list[KeptOutputs]) -> None:
         super().__init__()
         self.kept, self.place = kept, 0
 

@@ -27,7 +27,7 @@ TRIED = 7  # tokens of a tile in trials, whose samples have more
 Compute = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Unfit(Exception):
+class UnfitForTiles(Exception):
     """Says why a model's MLPs cannot be computed in tiles."""
 
 
@@ -62,10 +62,10 @@ def modules(model: Any) -> list[Any]:
     for layer in checkpointing.layers(model):
         own = [child for name, child in layer.named_children() if name in NAMES and not _sparse(child)]
         if len(own) != 1:
-            raise Unfit("there are layers without an MLP that is a module of its own")
+            raise UnfitForTiles("there are layers without an MLP that is a module of its own")
         found += own
     if not found:
-        raise Unfit("transformers has no list of its layers")
+        raise UnfitForTiles("transformers has no list of its layers")
     return found
 
 
@@ -76,13 +76,13 @@ def _sparse(module: torch.nn.Module) -> bool:
 
 def _forward(mlp: torch.nn.Module, compute: Compute, rows: int | None, hidden: torch.Tensor, *more: Any) -> Any:
     if more:
-        raise Unfit("they take more than the layer's hidden state")
+        raise UnfitForTiles("they take more than the layer's hidden state")
     rows = rows or tile_rows(hidden.shape[-1])
     if not torch.is_grad_enabled():
         return _in_tiles(compute, hidden, rows)
     if not hidden.requires_grad:
         hidden = hidden.detach().requires_grad_()
-    return TiledMlp.apply(compute, rows, Kept.apply(hidden), *(p for p in mlp.parameters() if p.requires_grad))
+    return TiledMlp.apply(compute, rows, KeepForBackward.apply(hidden), *(p for p in mlp.parameters() if p.requires_grad))
 
 
 def _in_tiles(compute: Compute, hidden: torch.Tensor, rows: int) -> torch.Tensor:
@@ -93,7 +93,7 @@ def _tiles(whole: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
     return whole.reshape(1, -1, whole.shape[-1]).split(rows, 1)
 
 
-class Kept(torch.autograd.Function):
+class KeepForBackward(torch.autograd.Function):
     """Keeps a tensor for the backward pass of what is computed of it next. Before that is computed: a layer that is checkpointed
     is played again as far as there is something to keep, and so not through its MLP, which plays its tiles itself."""
 
@@ -108,7 +108,8 @@ class Kept(torch.autograd.Function):
 
 
 class TiledMlp(torch.autograd.Function):
-    """Computes an MLP of what `Kept` has kept, and the gradients of that and of its weights, in tiles of `rows` tokens."""
+    """Computes an MLP of what `KeepForBackward` has kept, and the gradients of that and of its weights, in tiles
+    of `rows` tokens."""
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, rows: int, hidden: torch.Tensor, *weights: torch.nn.Parameter) -> torch.Tensor:
@@ -153,7 +154,7 @@ def _fault(small: Any) -> str:
         whole = tiny.loss_and_gradient(small, model)
         use(model, TRIED)
         same = tiny.same(whole, tiny.loss_and_gradient(small, model), TOLERANCE)
-    except Unfit as e:
+    except UnfitForTiles as e:
         return str(e)
     return "" if same else "they do not compute each token by itself"
 

@@ -37,22 +37,22 @@ OUTCOMES = {"finished": "#31a354", "failed": "#de2d26", "interrupted": "#fd8d3c"
 Curves = dict[str, svg.Points]
 
 
-class Facts(TypedDict):
+class PageFacts(TypedDict):
     """Describes what the page shows."""
 
-    row: run_table.Row
+    row: run_table.RunRow
     node: lineage.Traced
     spikes: list[tuple[int, float, float]]  # step, loss, limit
     curves: Curves
-    goodput: goodput.Report | None
+    goodput: goodput.GoodputReport | None
     samples: list[tuple[str, str]]  # prompt, text
     pictures: list[tuple[str, bytes]]  # name, PNG
 
 
-def gather(client: MlflowClient, run: Run) -> Facts:
+def gather(client: MlflowClient, run: Run) -> PageFacts:
     """Collects from MLflow and the run's folder what the report page shows, as plain data."""
     run_id = run.info.run_id
-    report = read_json(client, run_id, "goodput.json", goodput.Report)
+    report = read_json(client, run_id, "goodput.json", goodput.GoodputReport)
     if report is None:
         try:
             report = goodput.read_report(Location(run.data.tags[FOLDER]))
@@ -97,7 +97,7 @@ def _pictures(client: MlflowClient, run_id: str) -> list[tuple[str, bytes]]:
         return [(path, Path(client.download_artifacts(run_id, path, folder)).read_bytes()) for path in newest[:PICTURES]]
 
 
-def page(facts: Facts) -> str:
+def page(facts: PageFacts) -> str:
     """Renders the report page as HTML."""
     row, report = facts["row"], facts["goodput"]
     parts = [
@@ -120,7 +120,7 @@ def page(facts: Facts) -> str:
     return document(row["name"], parts)
 
 
-def _summary(row: run_table.Row) -> str:
+def _summary(row: run_table.RunRow) -> str:
     def when(at: float) -> str:
         return datetime.fromtimestamp(at).astimezone().isoformat(sep=" ", timespec="seconds")
 
@@ -171,7 +171,7 @@ def _spike_lines(spikes: list[tuple[int, float, float]]) -> list[str]:
     return [f"<h2>Loss spikes: {len(spikes):,}</h2><table>{head}{rows}</table>{older}"]
 
 
-def _span(number: int, a: goodput.Start) -> tuple[float, float, str, str]:
+def _span(number: int, a: goodput.AttemptStart) -> tuple[float, float, str, str]:
     why = f": {a['reason']}" if a.get("reason") else ""
     span = f"steps {a['start_step'] + 1:,} to {a['reached']:,} on {a['workers']} workers"
     text = f"{number}: {span}, {a['outcome'] or 'no end'}{why}"

@@ -24,7 +24,7 @@ from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, sample_bytes
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
-from heliostat.engine.process_group import Place
+from heliostat.engine.process_group import WorkerPlace
 from heliostat.errors import ConfigError, HeliostatError, LeaseError, StalledError, StoppedError, TrainingError
 from heliostat.runs.events import Event, Paused, Phase, Waiting, WorkerFailed
 from heliostat.storage import run_folder
@@ -34,10 +34,10 @@ from heliostat.training import mailbox
 from heliostat.training.driver import rendezvous, stack_dumps
 from heliostat.training.driver.failures import Failure, explain, survived
 from heliostat.training.driver.memory import Memory
-from heliostat.training.driver.pool import Member, Pool
+from heliostat.training.driver.pool import Member, WorkerPool
 from heliostat.training.driver.recovery import choose, frozen, held_up, stalled
 from heliostat.training.driver.signals import Signals
-from heliostat.training.memory_keeper import Source
+from heliostat.training.memory_keeper import CopySource
 from heliostat.training.pauses import PausePoints
 from heliostat.training.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
 
@@ -63,7 +63,7 @@ class Start:
     step: int
     fence: Fence
     memory: Memory
-    source: Source | None = None  # the copies in memory that it starts from; the checkpoint of `step` if there are none
+    source: CopySource | None = None  # the copies in memory that it starts from; the checkpoint of `step` if there are none
     pauses: PausePoints = field(default_factory=PausePoints)
 
 
@@ -86,7 +86,7 @@ class Ended:
 
 class Attempt:
     def __init__(
-        self, start: Start, pool: Pool, signals: Signals, take: Callable[[Event], None], beat: Callable[[], None]
+        self, start: Start, pool: WorkerPool, signals: Signals, take: Callable[[Event], None], beat: Callable[[], None]
     ) -> None:
         """Prepares the attempt.
 
@@ -309,7 +309,7 @@ class Attempt:
             self.pool.avoid(silent - {here})
         return ended
 
-    def _places(self) -> tuple[list[Member], list[Place]]:
+    def _places(self) -> tuple[list[Member], list[WorkerPlace]]:
         """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made anew."""
         while True:
             members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)

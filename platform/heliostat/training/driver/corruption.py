@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 
 from heliostat.checkpoint import layout
-from heliostat.checkpoint.layout import Checkpoint
+from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.errors import CorruptCheckpointError, CorruptionError, HeliostatError
 from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 
 
-def trusted(run: Location, error: HeliostatError) -> Checkpoint | None:
+def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
     """Finds the newest checkpoint that the error leaves in no doubt; if it leaves none, the newest of all."""
     if isinstance(error, CorruptCheckpointError):
         return layout.latest(run, error.step)

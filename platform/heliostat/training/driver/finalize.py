@@ -6,11 +6,11 @@ import json
 import logging
 from typing import Any
 
-from heliostat.checkpoint.layout import Checkpoint
+from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.config.spec import Job
 from heliostat.recipes.protocol import Exports, Serves
 from heliostat.runs import goodput
-from heliostat.runs.time_ledger import Recorder
+from heliostat.runs.time_ledger import LedgerRecorder
 from heliostat.storage import run_folder as paths
 from heliostat.storage import temporary
 from heliostat.storage.lease import Lease
@@ -27,7 +27,7 @@ LEFT = {  # what a run leaves whose model is not logged, by whether its recipe e
 
 
 def finalize(
-    checked: Checked, held: Lease, ledger: Recorder, owner: RunOwner, last: Checkpoint, summary: dict[str, Any]
+    checked: Checked, held: Lease, ledger: LedgerRecorder, owner: RunOwner, last: SavedCheckpoint, summary: dict[str, Any]
 ) -> dict[str, Any]:
     """Exports the last checkpoint, logs and registers the model, and shows sample outputs; returns the run's result.
 

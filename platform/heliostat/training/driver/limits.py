@@ -18,7 +18,7 @@ from heliostat.cluster.labels import selects
 from heliostat.cluster.nodes import LivingNode
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError
-from heliostat.runs.time_ledger import Recorder
+from heliostat.runs.time_ledger import LedgerRecorder
 
 EVERY_S = 5.0  # between two looks
 RAYS, ACCELERATOR = "ray.io/", "ray.io/accelerator-type"  # labels that Ray gives nodes
@@ -27,7 +27,7 @@ RAYS, ACCELERATOR = "ray.io/", "ray.io/accelerator-type"  # labels that Ray give
 class Spending:
     """Watches a run's limits."""
 
-    def __init__(self, job: Job, ledger: Recorder) -> None:
+    def __init__(self, job: Job, ledger: LedgerRecorder) -> None:
         self.limits, self.workers, self._ledger = job.limits, job.workers, ledger
         self.reached = ""  # which limit, once one is
         self._rate: float | None = None  # of a worker's hour, once it is known

@@ -17,7 +17,7 @@ from heliostat.cluster.connect import remote_environment
 from heliostat.config.spec import Job
 from heliostat.training import memory_keeper
 from heliostat.training.driver.pool import Member
-from heliostat.training.memory_keeper import Plan, Source
+from heliostat.training.memory_keeper import CopySource, MemoryPlan
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Memory:
             ray.kill(keeper)
         self._keepers = {}
 
-    def newest(self, at_least: int, data: str, avoided: Collection[str] = ()) -> Source | None:
+    def newest(self, at_least: int, data: str, avoided: Collection[str] = ()) -> CopySource | None:
         """Finds the newest whole generation, of a step not before `at_least`; those with a damaged copy are passed over.
 
         `data`: digest of the data plan that it must have followed.
@@ -60,11 +60,11 @@ class Memory:
             holders = {rank: [(n, keepers[n]) for n, ranks in found.items() if rank in ranks] for rank in range(world)}
             damaged = [rank for rank in range(world) if not holders[rank]]
             if not damaged:
-                return Source(id, step, world, holders, at_least)
+                return CopySource(id, step, world, holders, at_least)
             log.warning("step %d: the copy of worker %d in memory is damaged (checksum), and is not used", step, damaged[0])
         return None
 
-    def plan(self, members: Sequence[Member], source: Source | None) -> Plan | None:
+    def plan(self, members: Sequence[Member], source: CopySource | None) -> MemoryPlan | None:
         """Plans an attempt's copies; starts keepers on nodes that have none. None if the job wants no copies."""
         if not self.on:
             return None
@@ -77,7 +77,7 @@ class Memory:
             if node not in living:
                 self._keepers[node] = memory_keeper.make(node, environment)
         pairs = {node: list(dict.fromkeys([node, there[(i + 1) % len(there)]])) for i, node in enumerate(there)}
-        return Plan(uuid.uuid4().hex[:12], [[self._keepers[n] for n in pairs[m.node]] for m in members], source)
+        return MemoryPlan(uuid.uuid4().hex[:12], [[self._keepers[n] for n in pairs[m.node]] for m in members], source)
 
     def _answers(self, asked: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Collects what keepers answer in time, by node; those that do not are forgotten."""
@@ -92,7 +92,7 @@ class Memory:
         return found
 
 
-def _nodes(source: Source) -> set[str]:
+def _nodes(source: CopySource) -> set[str]:
     return {node for holders in source.holders.values() for node, _ in holders}
 
 

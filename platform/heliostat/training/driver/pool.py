@@ -50,7 +50,7 @@ class Member:
     gpus: tuple[str, ...]
 
 
-class Pool:
+class WorkerPool:
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
         self.waited_s = 0.0  # for resources, by the last `take`
@@ -59,7 +59,7 @@ class Pool:
         self._members: dict[int, Member] = {}
         self._seen: dict[Member, tuple[str, ...]] = {}  # the GPUs that a process has been given to see
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:

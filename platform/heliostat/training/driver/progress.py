@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from heliostat.runs.events import Evaluation, Event, Notice, Phase, Spike, Steps
+from heliostat.runs.events import Evaluation, Event, LossSpike, Notice, Phase, Steps
 from heliostat.terminal import duration, fit
-from heliostat.training.worker.loss_spikes import Found
+from heliostat.training.worker.loss_spikes import FoundSpike
 
 log = logging.getLogger("heliostat")
 
@@ -79,12 +79,12 @@ class ProgressReporter:
             case Evaluation():
                 scores = "  ".join(f"{k} {v:.4g}" for k, v in event.scores.items())
                 log.info("step %d  held-out: %s", event.step, scores)
-            case Spike(action="warn"):  # of one that is undone, the driver tells
+            case LossSpike(action="warn"):  # of one that is undone, the driver tells
                 self._on_spike(event)
 
-    def _on_spike(self, event: Spike) -> None:
+    def _on_spike(self, event: LossSpike) -> None:
         self.spikes += 1
-        found = Found(event.loss, event.usual, event.limit)
+        found = FoundSpike(event.loss, event.usual, event.limit)
         log.warning(
             "step %d: loss spike (%d so far): %s; training goes on (spike.action: warn). `heliostat samples` with --step %d "
             "shows what it trained on", event.step, self.spikes, found, event.step,

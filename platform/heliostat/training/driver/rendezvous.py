@@ -14,24 +14,24 @@ from collections.abc import Sequence
 import ray
 
 from heliostat.cluster import ray_internals
-from heliostat.engine.process_group import Place
+from heliostat.engine.process_group import WorkerPlace
 from heliostat.training.driver.pool import Member
 
 ANSWER_S = 30.0
 
 
-def places(members: Sequence[Member]) -> list[Place]:
+def places(members: Sequence[Member]) -> list[WorkerPlace]:
     """Gives each member its place, in their order: ranks count through node after node."""
     return places_at(members, meeting(members[0]))
 
 
-def places_at(members: Sequence[Member], rendezvous: str) -> list[Place]:
+def places_at(members: Sequence[Member], rendezvous: str) -> list[WorkerPlace]:
     by_node: dict[str, list[Member]] = {}
     for member in members:
         by_node.setdefault(member.node, []).append(member)
     gpus = {node: tuple(gpu for one in there for gpu in one.gpus) for node, there in by_node.items()}
     return [
-        Place(
+        WorkerPlace(
             rank=rank,
             world=len(members),
             local_rank=by_node[member.node].index(member),

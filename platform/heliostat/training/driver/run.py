@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from heliostat.checkpoint import layout
-from heliostat.checkpoint.layout import Checkpoint
+from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.data.dataset import make_order
 from heliostat.errors import (
     AccessError,
@@ -29,7 +29,7 @@ from heliostat.errors import (
 from heliostat.runs import liveness, segments
 from heliostat.runs import summary as endings
 from heliostat.runs.events import AttemptStarted, BadNodes, Corruption, Event, Goodput, NodeSample, Saved, Steps
-from heliostat.runs.time_ledger import Recorder
+from heliostat.runs.time_ledger import LedgerRecorder
 from heliostat.storage import run_folder as paths
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
@@ -47,7 +47,7 @@ from heliostat.training.stop_codes import INTERRUPTED, RUN, STOPS
 from heliostat.validation.check import Checked
 
 if TYPE_CHECKING:  # Ray takes a second
-    from heliostat.training.memory_keeper import Source
+    from heliostat.training.memory_keeper import CopySource
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class RunHooks:
     closing: dict[str, str] = field(default_factory=dict)  # tags at its end
 
 
-class Run:
+class DrivenRun:
     """Carries a claimed and planned run out: attempts one after another, then what follows the last step."""
 
     def __init__(
@@ -89,7 +89,7 @@ class Run:
         self.trust_memory = True  # copies of the training state there: they are as good as the newest checkpoint, and newer
         self.warm_up = WarmUp(checked.recipe)
         self.beside = Beside(self.job)
-        self.ledger = Recorder(self.job.run_folder, started, start_step, max(self.counts))
+        self.ledger = LedgerRecorder(self.job.run_folder, started, start_step, max(self.counts))
         self.spending = Spending(self.job, self.ledger)
 
     def run(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Run:
         """Trains without exporting or registering the model."""
         return self._with_mlflow_run(self._train)
 
-    def finalize(self, last: Checkpoint) -> dict[str, Any]:
+    def finalize(self, last: SavedCheckpoint) -> dict[str, Any]:
         """Finalizes from the last checkpoint, without training, where an earlier command did not complete this."""
         summary = endings.read(self.job.run_folder, last, self.job)
         return self._with_mlflow_run(lambda owner: self._finalize(owner, last, summary))
@@ -154,7 +154,7 @@ class Run:
         from heliostat.cluster import nodes
         from heliostat.cluster.connect import connect
         from heliostat.training.driver.memory import Memory
-        from heliostat.training.driver.pool import Pool
+        from heliostat.training.driver.pool import WorkerPool
         from heliostat.training.driver.progress import ProgressReporter
 
         workers = self.job.workers
@@ -169,7 +169,7 @@ class Run:
             show.phase("ray", time.time())
             self.spending.look(nodes.inventory())
             held = Memory(self.job)
-            with self.hooks.signals if self.hooks else Signals() as signals, Pool(workers) as pool, held as memory:
+            with self.hooks.signals if self.hooks else Signals() as signals, WorkerPool(workers) as pool, held as memory:
                 self.signals = signals
                 while True:
                     show.note("starting the workers")
@@ -241,7 +241,7 @@ class Run:
 
         return Attempt(start, pool, signals, take, self._beat).run()
 
-    def _from_memory(self, memory: Any, avoided: set[str]) -> Source | None:
+    def _from_memory(self, memory: Any, avoided: set[str]) -> CopySource | None:
         """Finds newer copies of the training state in memory than the checkpoint, and makes the next attempt start from them."""
         source = memory.newest(self.saved_step, self.plan.digest, avoided) if self.trust_memory else None
         self.start_step = source.step if source else self.saved_step
@@ -355,7 +355,7 @@ class Run:
             for i, name in enumerate(names)
         }
 
-    def _finalize(self, owner: RunOwner, last: Checkpoint, summary: dict[str, Any]) -> dict[str, Any]:
+    def _finalize(self, owner: RunOwner, last: SavedCheckpoint, summary: dict[str, Any]) -> dict[str, Any]:
         self.warm_up.wait()
         return finalize(self.checked, self.lease, self.ledger, owner, last, summary)
 

@@ -30,7 +30,7 @@ Checked = Callable[[Any, str], Loss]  # returns what a recipe's method gave, if 
 SHARED_FROM = 1024  # samples of a step; also of a block. Fewer are coupled by each worker, which is one matrix of 4 MiB
 
 
-class Step(NamedTuple):
+class CoupledStep(NamedTuple):
     """Holds the loss of a step, and the gradients of its objective with respect to what was represented in floating point, in
     the order of the sorted `keys`."""
 
@@ -58,7 +58,7 @@ def represented(recipe: CouplesSamples, engine: Any, micro: Micro, batch: Batch)
 
 def first_pass(
     recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], checked: Checked, terms: Any, progressed: Callable[[], None]
-) -> Step:
+) -> CoupledStep:
     """Represents this worker's micro-batches without gradients, and computes the loss of all workers' with its gradients;
     collective. `terms`: the step's; `progressed` is called after each micro-batch."""
     with torch.no_grad():
@@ -68,9 +68,9 @@ def first_pass(
     leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in found.items()}
     if len(keys) > SHARED_FROM and recipe.shares_coupling():
         loss, gradients = _shared(recipe, leaves, checked, terms)
-        return Step(loss, keys, gradients)
+        return CoupledStep(loss, keys, gradients)
     loss = checked(recipe.couple(leaves), "couple")
-    return Step(loss, keys, _gradients(recipe, leaves, loss, terms))
+    return CoupledStep(loss, keys, _gradients(recipe, leaves, loss, terms))
 
 
 def _gradients(recipe: CouplesSamples, leaves: Found, loss: Loss, terms: Any) -> Found:

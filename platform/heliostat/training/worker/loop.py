@@ -38,7 +38,7 @@ from heliostat.training.worker.loss_watch import LossWatch
 from heliostat.training.worker.memory_copies import MemoryCopies
 from heliostat.training.worker.node_metrics import NodeMonitor
 from heliostat.training.worker.posts import Posts
-from heliostat.training.worker.recheck import Recheck
+from heliostat.training.worker.recheck import CorruptionCheck
 from heliostat.training.worker.step_reports import StepReports
 from heliostat.training.worker.stepper import Stepper
 from heliostat.training.worker.training_state import TrainingState
@@ -229,9 +229,9 @@ class Worker:
         assert self.samples
         return self.samples.next_step()
 
-    def _rechecked(self) -> Recheck:
+    def _rechecked(self) -> CorruptionCheck:
         where = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
-        return Recheck(self.job, self.engine, self.recipe, self.dataset, self.batch_plan, self.control, where)
+        return CorruptionCheck(self.job, self.engine, self.recipe, self.dataset, self.batch_plan, self.control, where)
 
     def _evaluate(self, done: int) -> None:
         assert self.held_out

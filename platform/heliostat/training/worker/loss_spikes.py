@@ -18,7 +18,7 @@ NORMAL = 1.4826  # standard deviations of a normal distribution in one median ab
 FLOOR = 0.01  # of the median: a window of all but equal losses must not make noise a spike
 
 
-class Found(NamedTuple):
+class FoundSpike(NamedTuple):
     """Describes a loss spike: the step's loss, the window's median, and the limit that the loss exceeds."""
 
     loss: float
@@ -41,18 +41,18 @@ class Detector:
         self.policy = policy
         self._window: deque[float] = deque(maxlen=policy.window)
 
-    def spikes(self, loss: float) -> Found | None:
+    def spikes(self, loss: float) -> FoundSpike | None:
         """Checks a step's loss; returns the spike if it is one, else None.
 
         A finite loss can only be a spike once half a window is filled.
         """
         if not math.isfinite(loss):
-            return Found(loss, math.nan, math.inf)
+            return FoundSpike(loss, math.nan, math.inf)
         if len(self._window) >= self.policy.window // 2:
             middle = statistics.median(self._window)
             spread = NORMAL * statistics.median(abs(x - middle) for x in self._window)
             limit = middle + self.policy.threshold * max(spread, FLOOR * abs(middle))
             if loss > limit:
-                return Found(loss, middle, limit)
+                return FoundSpike(loss, middle, limit)
         self._window.append(loss)
         return None

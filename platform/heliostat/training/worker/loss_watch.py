@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from heliostat.data.dataset import Dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
-from heliostat.runs.events import Spike
+from heliostat.runs.events import LossSpike
 from heliostat.training.worker.context import Context
 from heliostat.training.worker.loss_spikes import Detector
 
@@ -33,7 +33,7 @@ class LossWatch:
                 self._fail(step, f"loss {loss}")
             elif spike and self.job.spike:
                 action = self.job.spike.action
-                self.posts.tell(Spike(step=step + 1, action=action, **spike._asdict()))
+                self.posts.tell(LossSpike(step=step + 1, action=action, **spike._asdict()))
                 if action == "rollback":
                     self._roll_back(step, str(spike))
 

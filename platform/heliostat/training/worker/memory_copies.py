@@ -26,13 +26,13 @@ import torch
 
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.agreement import agreed, together
-from heliostat.checkpoint.flat_copy import Piece, Range
+from heliostat.checkpoint.flat_copy import CopiedBytes, FlatRange
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.host_copy import CopyStream
 from heliostat.data import device_threads
 from heliostat.errors import TrainingError
 from heliostat.text import brief
-from heliostat.training.memory_keeper import Plan, Source, Sum, summed
+from heliostat.training.memory_keeper import CopySource, MemoryPlan, Sum, summed
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ OFF = "checkpoint.memory_every: no copies are kept in memory"
 
 
 class MemoryCopies:
-    def __init__(self, plan: Plan, limit: int, rank: int, world: int, notice: Callable[[str], None]) -> None:
+    def __init__(self, plan: MemoryPlan, limit: int, rank: int, world: int, notice: Callable[[str], None]) -> None:
         """Prepares the copies of a worker; `notice` says at the terminal that there are none."""
         self.blocked_s = 0.0
         self._plan, self._limit, self._rank, self._world, self._notice = plan, limit, rank, world, notice
@@ -141,7 +141,7 @@ class MemoryCopies:
             pass
         self.blocked_s += time.perf_counter() - started
 
-    def _copy(self, id: str, state: dict[str, torch.Tensor], ranges: list[Range], told: dict[str, Any]) -> None:
+    def _copy(self, id: str, state: dict[str, torch.Tensor], ranges: list[FlatRange], told: dict[str, Any]) -> None:
         assert self._buffer is not None
         try:
             with self._stream.queue():
@@ -182,7 +182,7 @@ def _need(asked: list[Any]) -> int | None:
 
 
 def restore(
-    source: Source, state: Mapping[str, torch.Tensor], node: str, rank: int, same: bool, progressed: Callable[[], None]
+    source: CopySource, state: Mapping[str, torch.Tensor], node: str, rank: int, same: bool, progressed: Callable[[], None]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Reads this worker's slices of a generation into the state; returns what is common to all copies.
 
@@ -192,7 +192,7 @@ def restore(
     own = _ask({old: near[old].told.remote(source.id, [old], ["own"]) for old in sorted(near) if rank == 0})
     needed = [rank] if same else sorted(near)
     told = _ask({old: near[old].told.remote(source.id, [old], ["common", "layout"]) for old in needed})
-    layouts = {old: [Range(*r) for r in told[old][0]["layout"]] for old in needed}
+    layouts = {old: [FlatRange(*r) for r in told[old][0]["layout"]] for old in needed}
     wanted = flat_copy.layout(state)
     buffer = flat_copy.as_buffer(flat_copy.size(wanted), False)
     into = buffer.numpy()
@@ -205,13 +205,13 @@ def restore(
     return told[needed[0]][0]["common"], [found[0]["own"] for found in own.values()]
 
 
-def _batches(found: list[Piece]) -> Iterator[tuple[int, list[Piece]]]:
+def _batches(found: list[CopiedBytes]) -> Iterator[tuple[int, list[CopiedBytes]]]:
     """Groups pieces of one rank into batches of some size."""
     for old in sorted({p.rank for p in found}):
-        batch, total = list[Piece](), 0
+        batch, total = list[CopiedBytes](), 0
         for whole in (p for p in found if p.rank == old):
             for first in range(0, whole.size, PIECE):
-                part = Piece(old, whole.source + first, whole.target + first, min(PIECE, whole.size - first))
+                part = CopiedBytes(old, whole.source + first, whole.target + first, min(PIECE, whole.size - first))
                 if batch and total + part.size > PIECE:
                     yield old, batch
                     batch, total = [], 0
@@ -221,7 +221,7 @@ def _batches(found: list[Piece]) -> Iterator[tuple[int, list[Piece]]]:
             yield old, batch
 
 
-def _spread(data: np.ndarray, batch: list[Piece], into: np.ndarray) -> None:
+def _spread(data: np.ndarray, batch: list[CopiedBytes], into: np.ndarray) -> None:
     at = 0
     for piece in batch:
         into[piece.target : piece.target + piece.size] = data[at : at + piece.size]

@@ -24,7 +24,7 @@ TAKEN = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "mfu", "ba
          "spike", "spike_limit")  # what else is logged as `train/NAME`  # fmt: skip
 
 
-class Share(NamedTuple):
+class LossShare(NamedTuple):
     """Holds a micro-batch's share: the backward pass's tensor; the sum of its terms; its share of each part, one value a name;
     its tokens by expert."""
 
@@ -43,7 +43,7 @@ class Objective:
         self.recipe, self._averaged, self._progressed = recipe, averaged, progressed
         self.names: list[str] | None = None
 
-    def shares(self, engine: Any, micros: Sequence[Micro], terms: Any) -> Iterator[Share]:
+    def shares(self, engine: Any, micros: Sequence[Micro], terms: Any) -> Iterator[LossShare]:
         """Yields the shares of this worker's micro-batches of a step; `terms`: the loss terms of all workers'. The backward pass
         of each is to come before the next is asked for."""
         number = len(micros) * (self._averaged or dist.get_world_size())
@@ -53,22 +53,24 @@ class Objective:
         for _, batch in seeded(micros, engine.device, self._progressed):
             yield self.part(engine, batch, number, terms)
 
-    def part(self, model: Any, batch: Batch, micros: int, terms: Any) -> Share:
+    def part(self, model: Any, batch: Batch, micros: int, terms: Any) -> LossShare:
         """Computes a micro-batch's share; `micros`: micro-batches of all workers in a step; `terms`: their loss terms."""
         made = self._checked(self.recipe.loss(model, batch), "loss")
         objective = made.sum * (micros / terms)
         for part in made.parts.values():
             if part.weight:
                 objective = objective + part.value.float() * part.weight
-        return Share(objective, made.sum.detach(), _added(made, micros), made.routed)
+        return LossShare(objective, made.sum.detach(), _added(made, micros), made.routed)
 
-    def _coupled(self, recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], terms: Any, number: int) -> Iterator[Share]:
+    def _coupled(
+        self, recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], terms: Any, number: int
+    ) -> Iterator[LossShare]:
         """Yields the shares of micro-batches in a loss of all samples: of the loss itself each has as much as any other."""
         step = coupled.first_pass(recipe, engine, micros, self._checked, terms, self._progressed)
         loss, added = step.loss.sum.detach() / number, _added(step.loss, number)
         for micro, batch in seeded(micros, engine.device, self._progressed):
             product = step.product(coupled.represented(recipe, engine, micro, batch), micro)
-            yield Share(product * number, loss, added, None)
+            yield LossShare(product * number, loss, added, None)
 
     def _checked(self, made: Any, name: str) -> Loss:
         """Returns what the recipe's method gave; ConfigError if it is no loss, or names other parts than before."""

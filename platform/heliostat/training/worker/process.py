@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from heliostat.engine import process_group
-from heliostat.engine.process_group import Place
+from heliostat.engine.process_group import WorkerPlace
 from heliostat.errors import AccessError, HeliostatError, PeerLostError, WorkerError, innermost
 from heliostat.runs.events import WorkerFailed
 from heliostat.training import faults
@@ -48,7 +48,7 @@ class TrainWorker:
             found.bind((ray.util.get_node_ip_address(), 0))
             return found.getsockname()[1]
 
-    def run(self, place: Place, config: dict[str, Any]) -> dict[str, Any]:
+    def run(self, place: WorkerPlace, config: dict[str, Any]) -> dict[str, Any]:
         """Runs one attempt's worker and returns its summary; whatever the attempt has left is gone when this ends."""
         from heliostat.training.worker import collector
         from heliostat.training.worker.loop import Worker

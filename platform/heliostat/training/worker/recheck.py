@@ -39,7 +39,7 @@ SPREAD = -7046029254386353131  # 2^64 over the golden ratio, odd, as a signed nu
 
 @wire.travels
 @dataclass(frozen=True)
-class Told:
+class WorkerDigests:
     """Holds what one worker has computed: where it runs, on which kind of device, and the digests in order."""
 
     node: str
@@ -48,7 +48,7 @@ class Told:
     digests: tuple[int, ...]
 
 
-class Recheck:
+class CorruptionCheck:
     def __init__(
         self, job: Job, engine: Any, recipe: Recipe, dataset: Dataset, plan: BatchPlan, group: Any, where: tuple[str, str]
     ) -> None:
@@ -87,7 +87,7 @@ class Recheck:
         odd = unsteady or odd
         raise CorruptionError(self._explain(step, told, odd, names), sorted({told[r].node for r in odd}), self.agreed)
 
-    def _explain(self, step: int, told: Sequence[Told], odd: Sequence[int], names: Sequence[str]) -> str:
+    def _explain(self, step: int, told: Sequence[WorkerDigests], odd: Sequence[int], names: Sequence[str]) -> str:
         right = Counter(one.digests for one in told).most_common(1)[0][0]
         mine = [one for one in (told[r].digests for r in odd) if one != right] or [told[odd[-1]].digests]
         what = [name for i, name in enumerate(names) if any(one[i] != right[i] for one in mine)]
@@ -124,9 +124,9 @@ class Recheck:
         sizes = np.cumsum([getattr(p, "ds_numel", p.numel()) for _, p in (trained[i] for i in order)])
         return [trained[i] for i in sorted(order[: max(1, int((sizes <= ELEMENTS).sum()))])]
 
-    def _all(self, batch: Batch, seed: int, drawn: list[tuple[str, Any]]) -> list[Told]:
+    def _all(self, batch: Batch, seed: int, drawn: list[tuple[str, Any]]) -> list[WorkerDigests]:
         """Computes the digests on every worker; collective."""
-        mine = Told(*self.where, self.kind, tuple(self._digests(batch, seed, [p for _, p in drawn])))
+        mine = WorkerDigests(*self.where, self.kind, tuple(self._digests(batch, seed, [p for _, p in drawn])))
         process_group.check()  # before they are compared: they may be of an aborted collective
         return together(self.group, lambda: mine)
 

@@ -16,7 +16,7 @@ from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.stream import StepSamples
 from heliostat.engine import deepspeed_engine
-from heliostat.engine.ema import Ema
+from heliostat.engine.ema import AveragedWeights
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.time_ledger import Ledger
@@ -27,7 +27,7 @@ from heliostat.training.worker.micro_batches import Micro
 from heliostat.training.worker.objective import Objective
 
 
-class Report(NamedTuple):
+class StepResults(NamedTuple):
     """Holds what steps gave over all workers, a value a step: losses, gradient norms before clipping, the parts of the objective
     and the experts' load by name; and `replaced`, the samples that were replaced so far in the run."""
 
@@ -47,7 +47,7 @@ class Stepper:
 
     def __init__(
         self, job: Job, engine: Any, recipe: Recipe, batch_plan: BatchPlan, sharing: SampleGroup, ledger: Ledger,
-        average: Ema | None = None, progressed: Callable[[], None] = lambda: None,
+        average: AveragedWeights | None = None, progressed: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Prepares it. `progressed`: is called for every micro-batch that the host has handed to the device."""
         self.job, self.engine, self.recipe, self.average = job, engine, recipe, average
@@ -86,7 +86,7 @@ class Stepper:
             self.added.append(self._counted(added))
         return self.norms[-1]
 
-    def report(self, group: Any, replaced: int) -> Report:
+    def report(self, group: Any, replaced: int) -> StepResults:
         """Sums over the workers, in one collective, what the steps since the last report gave. `group`: of all workers, on the
         CPU; `replaced`: this worker's part of the number."""
         if not self._agreed:
@@ -101,7 +101,7 @@ class Stepper:
         with self.ledger("communicating"):
             experts = self.experts.report()
         added = {name: values[steps + i :: len(names)] for i, name in enumerate(names)}
-        found = Report(values[:steps], self.norms, added, experts, int(bad))
+        found = StepResults(values[:steps], self.norms, added, experts, int(bad))
         self.losses, self.norms, self.added = [], [], []
         return found
 

@@ -27,11 +27,11 @@ from heliostat.errors import AccessError, StorageError
 from heliostat.runs.events import Saved
 from heliostat.runs.time_ledger import Ledger
 from heliostat.tracking import local_curves
-from heliostat.training.memory_keeper import Source
+from heliostat.training.memory_keeper import CopySource
 from heliostat.training.worker import memory_copies
 from heliostat.training.worker.context import Context
 from heliostat.training.worker.memory_copies import MemoryCopies
-from heliostat.training.worker.unsealed import Part, Unsealed
+from heliostat.training.worker.unsealed import Unsealed, UnsealedPart
 
 
 class TrainingState:
@@ -47,7 +47,7 @@ class TrainingState:
             context.posts.notice_of_any,
         )  # fmt: skip
         self.failed = self._in_a_row = 0  # saves of this attempt that have failed
-        self._sealing: tuple[Part, int] | None = None  # what the save in flight seals, and how many events are with it
+        self._sealing: tuple[UnsealedPart, int] | None = None  # what the save in flight seals, and how many events are with it
         for copies in self._copies():
             copies.attach(zero_state.inner_optimizer(engine))
         self.average = ema.of(context.job, engine)
@@ -156,14 +156,14 @@ class TrainingState:
 
     # restoring -------------------------------------------------------------------------------------------------------
 
-    def restore(self, source: Source | None = None) -> None:
+    def restore(self, source: CopySource | None = None) -> None:
         """Loads the state behind the attempt's first step from copies in memory, if there are any, or from storage."""
         if source:
             self._from_memory(source)
         else:
             self._from_storage()
 
-    def _from_memory(self, source: Source) -> None:
+    def _from_memory(self, source: CopySource) -> None:
         """Loads copies in memory; parameters that are not trained come from storage, or are as they were built."""
         context, node = self.context, ray.get_runtime_context().get_node_id()
         state = self.tensors(whole=True)

@@ -28,7 +28,7 @@ from heliostat.storage.locations import Location
 from heliostat.training.worker import bad_samples
 
 
-class Sealed(NamedTuple):
+class SealedSteps(NamedTuple):
     """Describes a receipt that is written: the chain after it, and how many samples were replaced in the run up to there."""
 
     chain: str
@@ -36,7 +36,7 @@ class Sealed(NamedTuple):
 
 
 @dataclass
-class Part:
+class UnsealedPart:
     """Holds this worker's share of what one receipt covers: the steps since the last one, up to step `done`. `sealed`: once the
     receipt is written, the same on all workers."""
 
@@ -47,7 +47,7 @@ class Part:
     lanes: list[np.ndarray]  # their digests
     bad: list[dict[str, Any]]
     replaced: int
-    sealed: Sealed | None = None
+    sealed: SealedSteps | None = None
 
 
 class Unsealed:
@@ -71,11 +71,11 @@ class Unsealed:
             self._bad += [{"step": step, **dataclasses.asdict(bad)} for bad in mine.bad]
             self.replaced += len(mine.bad)
 
-    def part(self, done: int) -> Part:
+    def part(self, done: int) -> UnsealedPart:
         """Returns what a receipt up to step `done` covers; steps that are added later don't change it."""
-        return Part(done, self.chain, list(self._digests), len(self._lanes), self._own(), list(self._bad), self.replaced)
+        return UnsealedPart(done, self.chain, list(self._digests), len(self._lanes), self._own(), list(self._bad), self.replaced)
 
-    def write(self, part: Part, group: Any, first: Callable[[], None] = lambda: None) -> Sealed:
+    def write(self, part: UnsealedPart, group: Any, first: Callable[[], None] = lambda: None) -> SealedSteps:
         """Writes the receipt of a part, and the list of replaced samples. Collective, and in any thread.
 
         `first`: what rank 0 does before; if it raises, nothing is written, and all workers raise.
@@ -92,10 +92,10 @@ class Unsealed:
             bad_samples.write(self.folder, part.done, bad, self.dataset)
             return chain, replaced
 
-        part.sealed = Sealed(*agreement.first(group, written))
+        part.sealed = SealedSteps(*agreement.first(group, written))
         return part.sealed
 
-    def drop(self, part: Part) -> None:
+    def drop(self, part: UnsealedPart) -> None:
         """Forgets what a receipt covers, if it was written."""
         if part.sealed:
             self.chain = part.sealed.chain
