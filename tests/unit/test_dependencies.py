@@ -65,14 +65,14 @@ NOT_IMPORTED = {
     "pymdown-extensions": "Zensical imports it",
 }
 IMAGES = re.compile(r"(recipes|curation)/images/")
-LATE = {  # modules of the core that import what an extra brings, once `extras.require` was asked
+LATE = {  # modules of the core that import what an extra brings, once `extras.require` was asked, or for types alone
     "tune/searchers.py": "tune",
     **{f"curation/{name}.py": "curation" for name in ("encodings", "html", "licenses", "linear", "pdf", "personal")},
     "curation/minhash/signatures.py": "curation",
     **{f"curation/stages/{name}.py": "curation" for name in ("detect_secrets", "fix_text", "language")},
-    "curation/picturing.py": "images",
-    **{f"evaluation/{name}.py": "benchmark" for name in ("checking", "sandbox", "scoring", "tasks")},
-    **{f"apps/search/{name}.py": "retrieval" for name in ("search", "table")},
+    **{f"{name}.py": "images" for name in ("curation/picturing", "inference/batch/images")},
+    **{f"evaluation/{name}.py": "benchmark" for name in ("run", "sandbox", "scoring", "tasks")},
+    **{f"apps/search/{name}.py": "retrieval" for name in ("build", "search", "table")},
     **{f"{name}.py": "vllm" for name in ("inference/vllm_terms", "inference/batch/vllm_engine", "apps/serve/vllm_engine")},
 }  # fmt: skip
 
@@ -94,18 +94,16 @@ def modules(*names: str) -> set[str]:
 
 @cache
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """The top packages from elsewhere that a file imports, and whether at module level."""
+    """The top packages from elsewhere that a file imports, and whether at module level; imports for types are not."""
     text = path.read_text()
     tree, found = ast.parse(text), []
     nodes = list(ast.walk(tree))
-    typed = {n for node in nodes if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-             for n in ast.walk(node)} if "TYPE_CHECKING" in text else set()  # fmt: skip
     for node in nodes:
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [str(node.module)]
         for top in {name.partition(".")[0] for name in names} - OURS - set(sys.stdlib_module_names):
-            found.append((top, node in tree.body or node in typed))
+            found.append((top, node in tree.body))
     return found
 
 
@@ -116,7 +114,7 @@ def shipped() -> dict[str, Path]:
 
 
 def test_what_the_core_imports_is_a_core_dependency_and_the_rest_is_in_the_extra_of_its_module():
-    """At module level or inside a function: a bare `pip install heliostat` lacks nothing that the core may come to."""
+    """At module level, inside a function, or for types: a bare `pip install heliostat` lacks nothing that the core may come to."""
     core, faults = modules(""), []
     for name, path in shipped().items():
         for module, at_module_level in imports(path):

@@ -19,7 +19,7 @@ HOOKS = re.compile(r"_hooks(_with_kwargs|_always_called)?$")
 
 
 def find(right: tuple[Any, torch.nn.Module], other: tuple[Any, torch.nn.Module]) -> str:
-    """Names the first difference between two recipes and the models that they have built; "" if there is none. The values of
+    """Finds the first difference between two recipes and the models that they have built; "" if there is none. The values of
     parameters, and of registered buffers, don't count."""
     if _parameters(right[1]) != _parameters(other[1]):
         return "its parameters"

@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Names the folder that has the values of a module's tensors, here by their names in the module."""
+    """Locates the folder that has the values of a module's tensors, here by their names in the module."""
 
     module: torch.nn.Module
     folder: Path

@@ -15,7 +15,6 @@ from heliostat.apps.serve.front import Front, FrontSettings
 from heliostat.apps.serve.replica import Replica
 
 if TYPE_CHECKING:
-    import grpc
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 EVERYWHERE = "[::]:"
@@ -75,7 +74,7 @@ def confine() -> None:
     open_port = module.add_port_to_grpc_server
     address = ray.util.get_node_ip_address()
 
-    def confined(server: grpc.aio.Server, given: str) -> object:
+    def confined(server: object, given: str) -> object:
         return open_port(server, given.replace(EVERYWHERE, f"{address}:"))
 
     module.add_port_to_grpc_server = confined
