@@ -114,7 +114,7 @@ def shipped() -> dict[str, Path]:
 
 
 def test_what_the_core_imports_is_a_core_dependency_and_the_rest_is_in_the_extra_of_its_module():
-    """At module level, inside a function, or for types: a bare `pip install heliostat` lacks nothing that the core may come to."""
+    """At module level, in functions, and for types: a bare `pip install heliostat` lacks nothing that the core may come to."""
     core, faults = modules(""), []
     for name, path in shipped().items():
         for module, at_module_level in imports(path):
