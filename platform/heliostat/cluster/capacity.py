@@ -6,12 +6,25 @@ Pure arithmetic: the plan applies it to cluster files, the driver and sweeps to 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypedDict
 
 from heliostat.config.spec import Workers
 from heliostat.errors import ConfigError
 
 Resources = Mapping[str, float]  # of a node: CPU, GPU
 FETCHING = 1.0  # CPUs that a data task needs, on one node
+
+
+class LivingNode(TypedDict):
+    """Describes a living node of the cluster."""
+
+    host: str
+    address: str
+    cpus: float
+    gpus: float
+    accelerators: list[str]
+    memory_gib: float
+    labels: dict[str, str]
 
 
 def fits(workers: Workers, node: Resources, taken: float = 0.0) -> int:

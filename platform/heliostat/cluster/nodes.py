@@ -8,13 +8,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.cluster import ray_internals
-from heliostat.cluster.capacity import FETCHING, missing, room, starved
+from heliostat.cluster.capacity import FETCHING, LivingNode, missing, room, starved
 from heliostat.cluster.labels import selects
 from heliostat.config.spec import Job, Workers
 
@@ -23,18 +23,6 @@ log = logging.getLogger(__name__)
 ENDING_S = 20.0
 SAY_S, AGAIN_S = 4.0, 60.0
 NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
-
-
-class LivingNode(TypedDict):
-    """Describes a living node of the cluster."""
-
-    host: str
-    address: str
-    cpus: float
-    gpus: float
-    accelerators: list[str]
-    memory_gib: float
-    labels: dict[str, str]
 
 
 def room_now(job: Job, held: Mapping[str, int], avoided: Collection[str] = ()) -> int:

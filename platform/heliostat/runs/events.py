@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from heliostat.cluster.nodes import LivingNode
+from heliostat.cluster.capacity import LivingNode
 from heliostat.errors import HeliostatError
 
 Scores = dict[str, float]

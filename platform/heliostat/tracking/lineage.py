@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from typing_extensions import TypedDict
 
-from heliostat.cluster.nodes import LivingNode
+from heliostat.cluster.capacity import LivingNode
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.runs import consumed, goodput
 from heliostat.runs.consumed import Consumed

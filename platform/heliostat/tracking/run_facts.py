@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from typing_extensions import TypedDict
 
 from heliostat.cluster import source_code
-from heliostat.cluster.nodes import LivingNode
+from heliostat.cluster.capacity import LivingNode
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.runs import consumed
