@@ -21,7 +21,7 @@ import sys
 from heliostat.cli.main import main
 if sys.argv[1] == "train":  # ends where Ray would start
     from heliostat.training import run
-    run.Run.run = lambda self: sys.exit()
+    run.DrivenRun.run = lambda self: sys.exit()
 sys.argv = ["heliostat", *sys.argv[1:]]
 try:
     main()
@@ -79,7 +79,7 @@ def test_no_module_of_the_command_line_imports_the_one_that_starts_it():
         names = {f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
         assert path.name == "main.py" or not any(name.startswith("heliostat.cli.main") for name in names), path
         if path.name in ("common.py", "logs.py", "__init__.py"):
-            assert not any(name.startswith("heliostat.cli") for name in names), path
+            assert not any(name.startswith("heliostat.cli") for name in names - {"heliostat.cli.tables"}), path
 
 
 def test_training_checks_each_thing_once_on_its_way_to_the_first_attempt(tmp_path, monkeypatch):
