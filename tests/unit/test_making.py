@@ -326,10 +326,10 @@ MEASURED = """
 import resource, sys, threading, time
 from heliostat.curation import segment, pieces
 from heliostat.curation.text import gathering, tasks
-from heliostat.curation.text.documents import Rules
+from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.gathering import Together
 from heliostat.storage.locations import Location
-source, limit = tasks.TextSource(sys.argv[1], Rules()), int(sys.argv[2])
+source, limit = tasks.TextSource(sys.argv[1], TextRules()), int(sys.argv[2])
 list(source.read(pieces.Part("a.jsonl", 0, 0, 0, 1)))
 folder = Location(sys.argv[1] + ".work")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
