@@ -330,12 +330,12 @@ from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.gathering import Together
 from heliostat.storage.locations import Location
 source, limit = tasks.TextSource(sys.argv[1], TextRules()), int(sys.argv[2])
-list(source.read(pieces.Part("a.jsonl", 0, 0, 0, 1)))
+list(source.read(pieces.FilePart("a.jsonl", 0, 0, 0, 1)))
 folder = Location(sys.argv[1] + ".work")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-part = pieces.Part(sys.argv[3], 0, 0)
+part = pieces.FilePart(sys.argv[3], 0, 0)
 record = segment.over_pieces(folder, [part], source, [], limit // 8, False)
-runs = [segment.Run(*r) for r in record["runs"]]
+runs = [segment.SpilledRun(*r) for r in record["runs"]]
 after_read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = gathering.gather(folder, runs, 0, 1 << 59, False)
 print(len(runs), (after_read - before) >> 10, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
