@@ -33,7 +33,7 @@ import sys
 from heliostat.training import run
 def stop(self):
     raise SystemExit(0)
-run.Run.run = stop
+run.DrivenRun.run = stop
 from heliostat.cli.main import main
 sys.argv = ["heliostat", *sys.argv[1:]]
 main()
