@@ -35,7 +35,7 @@ class StagedPipeline(Pipeline):
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
     """Bytes of memory that a task may take beside what its process has from the start, and that Ray reserves for it:
     so many tasks run on a node at once as have room there, and a line in the log says so where that is fewer than CPUs. A Parquet
-    file with large row groups takes more (docs/benchmarks/curation.md), and so may a document of more than a thirtieth of it."""
+    file with large row groups takes more (docs/benchmarks/curation.md), and so may a document of more than a fortieth of it."""
     work: str | None = None
     """The folder or `s3://` prefix of unfinished work, from which a run that was ended goes on. Unset: beside the output, with
     `.work` behind its name. See docs/prepare.md#work"""
