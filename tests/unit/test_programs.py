@@ -174,7 +174,7 @@ def test_nothing_is_left_of_it(tmp_path, monkeypatch):
 def test_it_ends_with_who_has_started_it():
     """By SIGKILL, in the middle of a program that has asked not to be ended with it, named itself to say so, and sleeps."""
     program = LIBC + "libc.prctl(1, 0, 0, 0, 0)\nlibc.prctl(15, b'unbound', 0, 0, 0)\nimport time\ntime.sleep(99)"
-    code = f"from heliostat.evaluation.programs import box; box.run({program!r}, '', box.Limits(seconds=90))"
+    code = f"from heliostat.evaluation.programs import box; box.run({program!r}, '', box.ProgramLimits(seconds=90))"
     starter = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     seen, end = list[psutil.Process](), time.monotonic() + 30
     while "unbound" not in [one.name() for one in seen] and time.monotonic() < end:
