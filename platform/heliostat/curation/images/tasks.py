@@ -120,7 +120,7 @@ def deal(
     found = [_dealt(table, shards) for table in survivors(folder, run)]
     table = pa.concat_tables([DEALT.empty_table(), *found])
     if latents is not None:
-        table = _encoder(_located(folder, latents, shipments))(table)
+        table = _encoder(_located(folder, latents, shipments), tuple(shipments))(table)
     name = spill.write(folder, table, ("hash", "id"))
     return {"dealt": [name, len(table), table.nbytes], "files": [name]}
 
@@ -143,8 +143,9 @@ def _located(folder: Location, latents: dict[str, Any], shipments: list[Shipment
 
 
 @lru_cache(maxsize=2)
-def _encoder(config: str) -> Any:
-    """Loads the frozen encoders once in each process, for the tasks to come that have the same ones."""
+def _encoder(config: str, shipments: tuple[Shipment, ...]) -> Any:
+    """Loads the frozen encoders once in each process, for the tasks to come that have the same ones; `shipments`: their files,
+    which may be others at the same place."""
     from heliostat.curation.images.latents import Encoder
 
     return Encoder(json.loads(config))
@@ -152,7 +153,7 @@ def _encoder(config: str) -> Any:
 
 def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> dict[str, Any]:
     """Spills what the text encoder makes of no caption."""
-    found = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments)).embeddings([""])[0]
+    found = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments), tuple(shipments)).embeddings([""])[0]
     data = found.tobytes()
     name = spill.put(folder, data, ".bin")
     return {"name": name, "shape": list(found.shape), "files": [name]}
