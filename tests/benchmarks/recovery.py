@@ -43,6 +43,7 @@ from heliostat.chaos.process import workers
 from heliostat.runs.events import Event, Phase, Steps
 from heliostat.training import run
 from heliostat.training.driver import attempt, progress
+from heliostat.training.driver import run as driver_run
 from heliostat.training.stop_codes import RESIZE
 
 PARTS = ("ended", "pause", "processes", "model", "checkpoint", "data", "first step", "recomputed")
@@ -129,7 +130,7 @@ def alternate() -> None:
     """Makes every attempt stop behind its next checkpoint, and the next one have another number of workers."""
     counts, look = iter([3, 2] * 1000), attempt.Attempt._look
     attempt.LOOK_S = 0.2
-    run.choose = lambda allowed, room: next(counts)  # type: ignore[assignment]
+    driver_run.choose = lambda allowed, room: next(counts)
 
     def order(self: attempt.Attempt) -> None:
         look(self)

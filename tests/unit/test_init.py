@@ -43,6 +43,7 @@ def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_
         "__pycache__/",
         "/from-python-model/",
         "/my-model/",
+        "/report.html",
     ]
     assert made == {path: content for path, content in written(TEMPLATE).items() if path != "gitignore"}
     monkeypatch.chdir(tmp_path / "a")
@@ -63,7 +64,9 @@ def test_what_is_there_is_never_overwritten_and_then_nothing_is_written(tmp_path
 def test_a_gitignore_that_is_there_gets_the_lines_that_it_lacks(tmp_path):
     (tmp_path / ".gitignore").write_text("*.log\n.venv/")
     create(tmp_path)
-    assert (tmp_path / ".gitignore").read_text() == "*.log\n.venv/\n.heliostat/\n__pycache__/\n/from-python-model/\n/my-model/\n"
+    assert (
+        tmp_path / ".gitignore"
+    ).read_text() == "*.log\n.venv/\n.heliostat/\n__pycache__/\n/from-python-model/\n/my-model/\n/report.html\n"
 
 
 @pytest.mark.parametrize("block", ["folder", "below"])

@@ -154,6 +154,9 @@ class Run:
         from heliostat.checkpoint import layout
 
         if step is not None:
+            if step not in (steps := layout.steps(self._place)):
+                have = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+                raise CheckpointError(f"step: {self._place} has no checkpoint of step {step}; {have}")
             return layout.open_checkpoint(self._place, step)
         found = layout.latest(self._place)
         if found is None:

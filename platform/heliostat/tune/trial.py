@@ -54,7 +54,7 @@ class Over(Event):
 
 
 class Trial(tune.Trainable):
-    """Trains one trial of a sweep as Tune's trainable; `config` is what `State.config` builds."""
+    """Trains one trial of a sweep as Tune's trainable; `config` is what `SweepState.config` builds."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.given = cast(Config, config)

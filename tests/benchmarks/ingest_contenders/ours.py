@@ -1,4 +1,4 @@
-"""heliostat: the run's own plan, fetch tasks, split and worker-side stream, as `train/run.py` puts them together."""
+"""heliostat: the run's own plan, fetch tasks, split and worker-side stream, as `training/worker/loop.py` puts them together."""
 
 from __future__ import annotations
 
