@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from tests.unit import build_index
+
 ROUNDS = 40
 
 
@@ -149,3 +151,10 @@ def test_every_rank_is_reached_by_the_tree_and_none_has_many_neighbours() -> Non
         above = {child: rank for rank in range(world) for child in tree.children(rank, world)}
         assert sorted(above) == list(range(1, world)) and all(tree.parent(c) == r < c for c, r in above.items())
         assert max(len(tree.children(rank, world)) for rank in range(world)) <= world.bit_length()
+
+
+def test_an_index_with_the_loss_scale_of_fp16_is_read():
+    """What it holds is what the engine keeps of its dynamic scale; without fp16 it has none."""
+    scale = {"cur_scale": 2048.0, "cur_iter": 12, "last_overflow_iter": 10, "cur_hysteresis": 1}
+    for held in ({"loss_scale": scale}, {"loss_scale": None}, {}):
+        assert index.fault(build_index.index(3, **held), 3) == ""

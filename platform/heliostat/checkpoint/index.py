@@ -49,7 +49,7 @@ class CheckpointIndex(Files):
     world_size: Whole
     zero_stage: Whole
     optimizer_steps: Whole
-    loss_scale: NotRequired[float | None]
+    loss_scale: NotRequired[dict[str, float] | None]
     bad_samples: Whole
 
 

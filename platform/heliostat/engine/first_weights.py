@@ -80,7 +80,7 @@ class _Making:
 
     def __init__(self, job: Job, recipe: Recipe) -> None:
         self.seed, self.recipe, self.values = job.train.seed, recipe, dict[int, Callable[[], torch.Tensor]]()
-        self.device, self.dtype = _device(job), DTYPES[job.train.precision]
+        self.device, self.dtype = _device(), DTYPES[job.train.precision]
 
     @property
     def gigabytes(self) -> float:
@@ -171,5 +171,8 @@ def _copied(recipe: Recipe) -> Recipe:
     return found
 
 
-def _device(job: Job) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if job.workers.gpus else torch.device("cpu")
+def _device() -> torch.device:
+    """Returns the device on which DeepSpeed puts the model of this worker."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
