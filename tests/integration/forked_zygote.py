@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from heliostat.cluster import node, zygote, zygote_server
 
 
@@ -74,9 +73,5 @@ def _become(channel: socket.socket) -> None:
     os.chdir(request.folder)
     sys.argv = request.arguments
     sys.stdin = os.fdopen(0, closefd=False)
-    me = os.getpid()
     zygote_server.main()
-    if os.getpid() == me:  # Ray's workers look for the end of the process that has imported Ray, which here lives on
-        for worker in psutil.Process().children():
-            worker.kill()
     sys.exit(0)

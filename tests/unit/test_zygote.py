@@ -107,6 +107,31 @@ def test_a_zygote_ends_with_whoever_has_started_it(made):
     assert not made.folder.exists()
 
 
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+helper = subprocess.Popen(["sleep", "600"])
+print(os.getpid(), helper.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_worker_ends_with_its_zygote_whatever_it_does_and_leaves_no_process(made, tmp_path, killed):
+    (tmp_path / zygote.ENTRY).write_text(STUBBORN)
+    command = [str(made.launcher), str(tmp_path / zygote.ENTRY)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout and made.process.stdin
+        worker, helper = (psutil.Process(int(pid)) for pid in asking.stdout.readline().split())
+        if killed:
+            made.process.send_signal(signal.SIGKILL)
+            worker.wait(10)
+            helper.kill()  # an orderly end leaves none
+        else:
+            made.process.stdin.close()
+            assert not psutil.wait_procs([worker, helper], timeout=10)[1]
+
+
 def test_code_of_heliostat_that_is_not_the_zygote_s_own_is_imported_by_a_process_of_its_own(made, tmp_path):
     """A job brings its own, by PYTHONPATH; a copy with the same files is the same."""
     package = Path(zygote.__file__).parents[1]

@@ -116,8 +116,9 @@ def disconnect() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):  # it has died: its workers end without it
             workers += psutil.Process(parent).children(recursive=True)
     ray.shutdown()
-    private_ray.end()
-    for process in psutil.wait_procs(workers, timeout=END_S)[1]:
+    _, alive = psutil.wait_procs(workers, timeout=END_S)
+    private_ray.end()  # which kills its forks
+    for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 

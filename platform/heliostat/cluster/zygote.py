@@ -73,7 +73,7 @@ class Zygote:
         )
 
     def end(self) -> None:
-        """Ends the zygote; the processes that it has forked live on."""
+        """Ends the zygote, and the workers of the job that its environment names; those of other jobs live on."""
         self.process.kill()
         self.process.wait(END_S)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,6 +11,7 @@ only when it connects, is a fork of another nursery.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -30,6 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from heliostat.cluster.package_digest import package_digest
 from heliostat.cluster.zygote import END_S, ENTRY
 
@@ -41,6 +44,7 @@ NO_JOB = "ffffffff"  # a worker that Ray starts before it is known for what
 DRIVER = "driver"  # in the place of a job's id: of the nursery for drivers
 NURSERIES = 4  # jobs that a zygote keeps forks for
 LATEST_S = 120.0  # without a request, before a zygote of any job begins with its imports
+PARENT_DEATH_SIGNAL = 1  # of prctl
 IDLE_S = 15.0  # without a request, before the next job's nursery is made: a job that starts needs the processor itself
 
 
@@ -83,7 +87,7 @@ def main() -> None:
         listener.listen(BACKLOG)
         if JOB in os.environ:
             prepare([*early, *modules], ray=True)
-            request = _serve(_accepted(listener))
+            request = _serve(_accepted(listener), dependent=True)
         else:
             # a node that starts needs the processor itself; a head may never have work, another is to spare for a lost one
             select.select([listener, sys.stdin], [], [], None if drivers else LATEST_S)
@@ -92,6 +96,8 @@ def main() -> None:
     if request:
         _become(request)
     elif os.getpid() == int(zygote):
+        if JOB in os.environ:
+            _end_workers()
         shutil.rmtree(Path(place).parent, ignore_errors=True)
 
 
@@ -226,8 +232,12 @@ def _handed(channel: socket.socket) -> Iterator[Asked]:
         yield Asked(request, streams, socket.socket(fileno=connection))
 
 
-def _serve(requests: Iterable[Asked | None]) -> ForkRequest | None:
-    """Forks for each request; returns the request in the new process, and None here when there are no more."""
+def _serve(requests: Iterable[Asked | None], dependent: bool = False) -> ForkRequest | None:
+    """Forks for each request; returns the request in the new process, and None here when there are no more.
+
+    The kernel kills `dependent` forks when this process ends.
+    """
+    server = os.getpid()
     for asked in requests:
         if asked is None:
             continue
@@ -237,6 +247,8 @@ def _serve(requests: Iterable[Asked | None]) -> ForkRequest | None:
             asked.close()
             continue
         if not pid:
+            if dependent:
+                _end_with(server)
             for number, stream in enumerate(asked.streams):
                 os.dup2(stream, number)
                 os.close(stream)
@@ -249,6 +261,25 @@ def _serve(requests: Iterable[Asked | None]) -> ForkRequest | None:
                 asked.connection.sendall(b"%d\n" % pid)
         asked.close()
     return None
+
+
+def _end_with(parent: int) -> None:
+    """Makes the kernel kill this process when its parent ends.
+
+    Ray's own check of the process that RAY_RAYLET_PID named at its import is not enough: a zombie, or a process that lives longer
+    than the zygote, passes it.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it had ended before the call
+        os._exit(1)
+
+
+def _end_workers() -> None:
+    """Kills the process groups of this process's forks: the workers, and the processes that those have started."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a worker that ends meanwhile keeps its id
+    for child in psutil.Process().children():
+        with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet; the kernel kills it
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _attend(connection: socket.socket) -> None:
