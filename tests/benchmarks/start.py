@@ -1,10 +1,11 @@
 """Seconds from a command to the first finished step of the quickstart: cold, beside a Ray that is kept, on a running cluster.
 
-    python tests/benchmarks/start.py [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold kept trial cluster]
+    python tests/benchmarks/start.py [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold plain kept trial cluster]
 
 Wants the dataset of `heliostat prepare pipelines/quickstart.yaml`. Cold: `heliostat train` as a process, by the clock of whoever
-started it. Kept: a second `heliostat.train` in a process whose first has left its private Ray there. Trial: each but the first of
-a sweep that runs one at a time, from the trial's own beginning. Cluster: `heliostat submit`, by the clock of whoever sends it.
+started it. Plain: the same, where Ray starts the workers itself (HELIOSTAT_FORK_SERVER=0). Kept: a second `heliostat.train` in a
+process whose first has left its private Ray there. Trial: each but the first of a sweep that runs one at a time, from the trial's
+own beginning. Cluster: `heliostat submit`, by the clock of whoever sends it.
 docs/benchmarks/start.md has the table, and what the parts are.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 10  # two behind the quickstart's warm-up
 KINDS = {
     "cold": "cold",
+    "plain": "cold, without the fork server",
     "kept": "a second run beside a kept Ray",
     "trial": "a sweep's next trial",
     "cluster": "on a running cluster",
@@ -59,14 +62,14 @@ def told(parts: dict[str, float]) -> dict[str, float]:
     return parts
 
 
-def cold(job: str, folder: str, number: int) -> dict[str, float]:
+def cold(job: str, folder: str, name: str, forks: bool = True) -> dict[str, float]:
     """Trains in a new process; returns the seconds until its first step, by part."""
-    given = [
-        f"{key}={json.dumps(value) if value is None else value}" for key, value in settings(folder, f"cold-{number}").items()
-    ]
+    given = [f"{key}={json.dumps(value) if value is None else value}" for key, value in settings(folder, name).items()]
     command = [sys.executable, "-m", "heliostat", "train", job, "--json", *(word for one in given for word in ("--set", one))]
     began = time.time()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "HELIOSTAT_FORK_SERVER": str(int(forks))}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
     assert process.stderr
     first = next(time.time() - began for line in process.stderr if " step 1/" in line)
     said, _ = process.communicate(timeout=300)
@@ -141,7 +144,9 @@ def main() -> None:
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             if "cold" in found:
-                found["cold"].append(cold(options.job, folder, number))
+                found["cold"].append(cold(options.job, folder, f"cold-{number}"))
+            if "plain" in found:
+                found["plain"].append(cold(options.job, folder, f"plain-{number}", forks=False))
             if "kept" in found:
                 found["kept"].append(kept(options.job, folder))
     if "trial" in found:

@@ -1,4 +1,4 @@
-"""The process of which commands, their zygotes, and groups of ranks are forks: it has imported what all of them need, once."""
+"""The process of which commands, their fork servers, and groups of ranks are forks: it imports what all of them need, once."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ OF_RANKS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "
 
 
 class Forks(ForkServer):
-    """Starts with a zygote's environment: Ray's library and malloc read it then."""
+    """Starts with a fork server's environment: Ray's library and malloc read it then."""
 
     def at_start(self) -> dict[str, str]:
-        return {**private_ray.environment(0), **private_ray.OF_ZYGOTE, **self.environment}
+        return {**private_ray.environment(0), **private_ray.OF_FORKS, **self.environment}
 
 
 SERVER = Forks((*RANKS, *DRIVERS), OF_RANKS)

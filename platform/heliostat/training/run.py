@@ -18,7 +18,8 @@ from typing import Any
 
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
-from heliostat.cluster import preloads, private_ray
+from heliostat.cluster import private_ray
+from heliostat.cluster.fork_server import preloads
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan

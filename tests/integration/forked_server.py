@@ -1,4 +1,4 @@
-"""Gives a command a zygote that is a fork of its process, made before that does anything: all imports of workers are there."""
+"""Gives a command a fork server that is a fork of its process, made before that does anything, with all imports of workers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from heliostat.cluster import node, zygote, zygote_server
+from heliostat.cluster.fork_server import server, start
 
 
 class Forked:
-    """A zygote's process, with what is used of subprocess.Popen; its standard input ends with this process."""
+    """A fork server's process, with what is used of subprocess.Popen; its standard input ends with this process."""
 
     def __init__(self, pid: int, stdin: int) -> None:
         self.pid, self.stdin = pid, os.fdopen(stdin, "wb")
@@ -29,7 +29,7 @@ class Forked:
     def wait(self, timeout: float) -> int:
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
-            assert time.monotonic() < deadline, "the zygote does not end"
+            assert time.monotonic() < deadline, "the fork server does not end"
             time.sleep(0.01)
         return code
 
@@ -39,8 +39,8 @@ class Forked:
 
 
 def wait() -> None:
-    """Forks a process that waits until this one starts a zygote, which it then is; it ends with this one if none is started."""
-    if node.CUDA.exists():  # then workers import on their own, as DeepSpeed asks for the devices
+    """Forks a process that waits until this one starts a fork server, and then is that; it ends with this one otherwise."""
+    if Path("/dev/nvidiactl").exists():  # then workers import on their own, as DeepSpeed asks for the devices
         return
     ours, theirs = socket.socketpair()
     if not (pid := os.fork()):
@@ -55,13 +55,13 @@ def wait() -> None:
         os.close(readable)
         return Forked(pid, writable)
 
-    zygote.Zygote._launch = launch  # type: ignore[assignment, method-assign]
+    start.ForkServer._launch = launch  # type: ignore[assignment, method-assign]
 
 
 def _become(channel: socket.socket) -> None:
-    """Waits for the request, and is the zygote; the process ends here, as do those that it forks."""
+    """Waits for the request, and is the server; the process ends here, as do those that it forks."""
     try:
-        request, (stdin,) = zygote_server.receive(channel, 1)
+        request, (stdin,) = server.receive(channel, 1)
     except ValueError:  # whoever could ask has ended
         os._exit(0)
     os.setsid()
@@ -73,5 +73,5 @@ def _become(channel: socket.socket) -> None:
     os.chdir(request.folder)
     sys.argv = request.arguments
     sys.stdin = os.fdopen(0, closefd=False)
-    zygote_server.main()
+    server.main()
     sys.exit(0)

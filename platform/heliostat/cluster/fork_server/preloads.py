@@ -1,4 +1,4 @@
-"""Lists the modules that training workers import, so that a zygote can import them ahead.
+"""Lists the modules that training workers import, so that a fork server can import them ahead.
 
 A name may be of nothing that there is: what cannot be imported ahead is left to whoever needs it. Imports nothing itself.
 """
@@ -18,7 +18,6 @@ TRIALS = (  # what a sweep's trials import beside that: each is a run's driver
     "heliostat.tracking.logger",
     "mlflow",
 )
-DRIVERS = (*TRIALS, "ray.data", "heliostat.cli.main", "heliostat.tracking.lineage")
 TEXT = (
     "heliostat.recipes.text.causal_lm",
     "heliostat.cpu_kernels",
@@ -42,8 +41,3 @@ def modules(recipe: str, model: Mapping[str, object]) -> list[str]:
     if workspace.BUILT_IN.get(module, module) != "heliostat.recipes":
         return [*TRAINING]
     return [*TRAINING, *(one.format(arch=model.get("arch", "auto")) for one in OF.get(name, ()))]
-
-
-def early() -> list[str]:
-    """Returns the modules for jobs that are not known yet, as far as they do not import Ray."""
-    return ["heliostat.engine.libraries", "mlflow", *(one.format(arch="llama") for one in TEXT), *OF["TextToImage"]]
