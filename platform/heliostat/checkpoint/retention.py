@@ -14,7 +14,7 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint.layout import FROZEN, INDEX, SavedCheckpoint, folder, open_checkpoint, steps
-from heliostat.config.checkpoint_section import BENCHMARK
+from heliostat.config.sections import BENCHMARK
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.errors import CheckpointError, DataError
 from heliostat.storage import run_folder

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from heliostat.config.fields import Positive
 from heliostat.config.spec import Job
 from heliostat.config.train_section import DEEPCOMPILE, QUANTIZED_GRADIENTS
 from heliostat.schema import Float, Strict, explain
 
 Elements = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
 
 
 class OffloadOptimizer(Strict):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed
+from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed, divisors
 from heliostat.config.schedules import Schedule
 from heliostat.optim.optimizers import AnyOptimizer
 from heliostat.schema import Float, Strict
@@ -206,3 +207,14 @@ class Train(Strict):
                 why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
                 raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
         return value
+
+    def worker_counts(self, lanes: int, least: int, most: int) -> list[int]:
+        """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches.
+
+        The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts or state are whole groups.
+        """
+        batch, micro, each = self.global_batch, self.micro_batch, self.parallel.sharing
+        replicas = divisors(math.gcd(lanes, batch))
+        counts = [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
+        groups = self.parallel.expert, self.zero.divide_within or 1, self.zero.copy_within or 1
+        return [n for n in counts if not any(n % each for each in groups)]

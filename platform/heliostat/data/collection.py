@@ -9,7 +9,8 @@ a step is then of one part (`Shape.unit`), in an order that is as exact and elas
 from __future__ import annotations
 
 from heliostat.config.fields import Json
-from heliostat.config.spec import Job, Source
+from heliostat.config.sections import Source
+from heliostat.config.spec import Job
 from heliostat.data import manifest, versions
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
