@@ -102,7 +102,7 @@ def life(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         if dist.get_rank() == 0:
             place = Path(folder, "checkpoints")
             files = {f"{p.parent.name}/{p.name}": p.stat().st_mtime_ns for p in sorted(place.glob("frozen-*/*"))}
-            used = {s: checkpoint.open_checkpoint(run, s).index["frozen"] for s in layout.steps(run)}
+            used = {s: checkpoint.open_checkpoint(run, s).index.frozen for s in layout.steps(run)}
             yield {"case": case, "files": files, "used": used}
         dist.barrier()
 

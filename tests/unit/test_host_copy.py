@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
+from heliostat.checkpoint.flat_copy import ALIGNED, HostCopy
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.checkpoint.host_copy import ALIGNMENT, HostCopy
 
 
 def _shards() -> dict[str, FlatShard]:
@@ -27,7 +27,8 @@ def test_the_copies_are_the_slices_and_stay_as_they_were() -> None:
     expected = {n: s.local.clone() for n, s in shards.items()}
     for shard in shards.values():
         shard.local.fill_(7)
-    assert len(told) == len(shards) and {*copies} == {*host.views} == {*shards}
+    assert len(told) == len(shards) - 1, "one of them holds nothing"
+    assert {*copies} == {*host.views} == {*shards}
     for name, copy in copies.items():
         assert torch.equal(copy.local, expected[name]) and torch.equal(host.views[name], expected[name])
         assert (copy.start, copy.shape, copy.dtype) == (shards[name].start, shards[name].shape, shards[name].dtype)
@@ -38,7 +39,7 @@ def test_all_copies_lie_in_one_buffer_that_is_kept_until_the_slices_change() -> 
     host.copy(shards, lambda: None)
     places = {n: v.data_ptr() for n, v in host.views.items()}
     stores = {v.untyped_storage().data_ptr() for v in host.views.values()}
-    assert len(stores) == 1 and all((at - next(iter(stores))) % ALIGNMENT == 0 for at in places.values())
+    assert len(stores) == 1 and all((at - next(iter(stores))) % ALIGNED == 0 for at in places.values())
     host.copy(shards, lambda: None)
     assert {n: v.data_ptr() for n, v in host.views.items()} == places
     other = {"master.w": FlatShard(torch.ones(9), 0, 9)}

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from heliostat.data.mixture import OWED, Mixture, proportions
+from heliostat.data.mixing import OWED, Mixture, proportions
 from heliostat.errors import ConfigError
 
 from tests.unit.test_order import WEIGHTS

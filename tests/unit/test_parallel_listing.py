@@ -4,8 +4,8 @@ import random
 
 import pyarrow.fs as pafs
 import pytest
-from heliostat.storage import parallel_listing
-from heliostat.storage.parallel_listing import PAGE, THREADS, files_below
+from heliostat.storage import s3_client
+from heliostat.storage.s3_client import PAGE, THREADS, files_below
 
 
 class Store:
@@ -36,7 +36,7 @@ def listed(keys: set[str]) -> tuple[list[str], Store]:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_same_as_one_stream(seed, monkeypatch):
     """Whatever the shape, and whichever way is taken; with small pages, so that all are."""
-    monkeypatch.setattr(parallel_listing, "PAGE", 5)
+    monkeypatch.setattr(s3_client, "PAGE", 5)
     rng = random.Random(seed)
     names = [str(n) for n in range(rng.choice([1, 3, 30, 200]))]
     keys = {"/".join(["b", *(rng.choice(names) for _ in range(rng.randrange(1, 7))), f"f{i}"]) for i in range(400)}

@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from heliostat.checkpoint import writing
 from heliostat.checkpoint.agreement import agreed
+from heliostat.checkpoint.flat_copy import HostCopy
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.frozen import Keeper
-from heliostat.checkpoint.host_copy import HostCopy
 from heliostat.checkpoint.layout import FROZEN, SavedCheckpoint, folder, latest, open_checkpoint, steps
 from heliostat.checkpoint.loading import casts, load, open_together
 from heliostat.checkpoint.retention import Pruner
