@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from heliostat.checkpoint import checksums, index, layout, placement, tree, writing
+from heliostat.checkpoint import agreement, checksums, index, layout, placement, writing
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.checkpoint.placement import ChunkPlace, SealedIndex, Shard, Tensor
@@ -127,7 +127,7 @@ class Ranks:
 
     def branch(self, rank: int) -> placement.WrittenPart:
         """The part of a rank and all that are below it in the tree."""
-        return self.merge(self.part(rank), [pickle.dumps(self.branch(c)) for c in tree.children(rank, self.world)])
+        return self.merge(self.part(rank), [pickle.dumps(self.branch(c)) for c in agreement.children(rank, self.world)])
 
     def branch_at_once(self, rank: int) -> placement.WrittenPart:
         """The same, without merging rank after rank where every tensor is cut by itself."""
@@ -160,8 +160,8 @@ def save(ranks: Ranks, rounds: int) -> tuple[dict[str, Any], bytes]:
     planning, own = timed(plan, rounds)
     assert own == ranks.part(0)
     few = Ranks(24, ranks.stage)
-    assert all(few.branch(c) == few.branch_at_once(c) for c in tree.children(0, few.world))
-    messages = [pickle.dumps(ranks.branch_at_once(child)) for child in tree.children(0, ranks.world)]
+    assert all(few.branch(c) == few.branch_at_once(c) for c in agreement.children(0, few.world))
+    messages = [pickle.dumps(ranks.branch_at_once(child)) for child in agreement.children(0, ranks.world)]
 
     def finish() -> bytes:
         whole = ranks.merge(ranks.part(0), messages)
@@ -262,7 +262,7 @@ def start(world: int, rounds: int) -> dict[str, Any]:
 def step(world: int, rounds: int) -> dict[str, Any]:
     """A step's share: the vote's hops, whom a rank talks to, and the receipts of some steps on their way to rank 0."""
     one = np.zeros((STEPS, LANES), np.int64)
-    branches = [min(1 << n, world - child) for n, child in enumerate(tree.children(0, world))]
+    branches = [min(1 << n, world - child) for n, child in enumerate(agreement.children(0, world))]
     messages = [pickle.dumps([one.copy() for _ in range(branch)]) for branch in branches]
 
     def seal() -> str:
@@ -273,7 +273,7 @@ def step(world: int, rounds: int) -> dict[str, Any]:
 
     return {
         "hops of a vote": 2 * (world - 1).bit_length(),
-        "neighbours of rank 0": len(tree.children(0, world)),
+        "neighbours of rank 0": len(agreement.children(0, world)),
         f"receipt of {STEPS} steps, rank 0, s": timed(seal, rounds)[0],
         "receipts to rank 0, MB": sum(map(len, messages)) / 1e6,
     }
@@ -308,11 +308,11 @@ def vote(group: Any, everyone: Any, rounds: str) -> Iterator[dict[str, Any]]:
     """Medians of a vote by the tree and by a ring all-reduce, alternating, in milliseconds; descriptors of the group."""
     import torch.distributed as dist
 
-    where, code = tree.Channel(group), torch.zeros((), dtype=torch.int32)
+    where, code = agreement.Channel(group), torch.zeros((), dtype=torch.int32)
     taken: dict[str, list[float]] = {"tree": [], "ring": []}
     for _ in range(int(rounds)):
         for name, act in (
-            ("tree", lambda: tree.down(where, tree.up(where, 1, max))),
+            ("tree", lambda: agreement.down(where, agreement.up(where, 1, max))),
             ("ring", lambda: dist.all_reduce(code, dist.ReduceOp.MAX, group=group)),
         ):
             dist.barrier(group)

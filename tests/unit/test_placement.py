@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from heliostat.checkpoint import index, placement, tree, writing
+from heliostat.checkpoint import agreement, index, placement, writing
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.placement import Chunk, Shard, Tensor, WrittenPart
 from heliostat.errors import CheckpointError, DataError
@@ -48,7 +48,7 @@ def _part(rank: int, tensors: dict[str, torch.Tensor]) -> WrittenPart:
 def _up(parts: list[WrittenPart]) -> WrittenPart:
     """Merges as the tree does: each rank takes in its branches in order."""
     for rank in reversed(range(len(parts))):
-        for child in tree.children(rank, len(parts)):
+        for child in agreement.children(rank, len(parts)):
             parts[rank] = placement.merge(parts[rank], parts[child])
     return parts[0]
 
@@ -149,9 +149,9 @@ def test_the_table_of_1024_ranks_is_small() -> None:
 
 def test_every_rank_is_reached_by_the_tree_and_none_has_many_neighbours() -> None:
     for world in [*range(1, 70), 1024, 16384]:
-        above = {child: rank for rank in range(world) for child in tree.children(rank, world)}
-        assert sorted(above) == list(range(1, world)) and all(tree.parent(c) == r < c for c, r in above.items())
-        assert max(len(tree.children(rank, world)) for rank in range(world)) <= world.bit_length()
+        above = {child: rank for rank in range(world) for child in agreement.children(rank, world)}
+        assert sorted(above) == list(range(1, world)) and all(agreement.parent(c) == r < c for c, r in above.items())
+        assert max(len(agreement.children(rank, world)) for rank in range(world)) <= world.bit_length()
 
 
 def test_an_index_with_the_loss_scale_of_fp16_is_read():

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable
 import torch
 
 from heliostat.checkpoint import safetensors_file
-from heliostat.checkpoint.agreement import agreed, first
+from heliostat.checkpoint.agreement import Group, agreed, first
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import SavedCheckpoint, open_checkpoint
-from heliostat.checkpoint.tree import Group
 from heliostat.errors import CheckpointError, WorkerError
 from heliostat.storage.locations import Location
 

@@ -18,12 +18,11 @@ import torch
 import torch.distributed as dist
 
 from heliostat.checkpoint import checksums, index, layout, placement, safetensors_file
-from heliostat.checkpoint.agreement import first, merged
+from heliostat.checkpoint.agreement import Channel, first, merged
 from heliostat.checkpoint.columns import ROWS
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import INDEX, encode
 from heliostat.checkpoint.placement import ChunkPlace, Shard, Tensor
-from heliostat.checkpoint.tree import Channel
 from heliostat.errors import CheckpointError, WorkerError
 from heliostat.storage import local_files
 from heliostat.storage.lease import Fence

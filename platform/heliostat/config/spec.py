@@ -123,7 +123,7 @@ def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     return job.model_copy(update={"train": job.train.model_copy(update={"accumulate": value})})
 
 
-def changed_keys(recorded: Any, now: Any, key: str = "") -> list[str]:
+def changed_keys(recorded: object, now: object, key: str = "") -> list[str]:
     """Lists the keys of a recorded job whose values are others now, or of its model there are only now; keys that came with a
     newer version are none of them."""
     if not isinstance(recorded, dict) or not isinstance(now, dict):
@@ -159,7 +159,7 @@ def resolve(job: Job) -> Job:
     return schema.validate(Job, raw, job.name)  # again, because two ways to write a path are now one
 
 
-def _pretrained(model: Any, root: Path) -> Any:
+def _pretrained(model: object, root: Path) -> object:
     """Makes every `pretrained: FOLDER` in the recipe's keys absolute, however deep."""
     if not isinstance(model, dict):
         return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -44,7 +44,7 @@ class Zero(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _offered(cls, value: Any) -> Any:
+    def _offered(cls, value: object) -> object:
         """Refuses ways to send less that are known elsewhere, with the reason."""
         if isinstance(value, dict) and "quantize_gradients" in value:
             raise ValueError(
@@ -92,7 +92,7 @@ class Parallel(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _offered(cls, value: Any) -> Any:
+    def _offered(cls, value: object) -> object:
         """Takes `auto`; refuses degrees that are known elsewhere, with the reason and what to use."""
         if value == "auto":
             return {"auto": True}
@@ -166,7 +166,7 @@ class Train(Strict):
     accumulate: Literal["fp32", "same"] | None = None
     """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
     keeps what it had. See docs/job.md#sums-of-micro-batches"""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, object] = {}
     """DeepSpeed's own settings of speed and memory, merged over what the keys above make. Which:
     docs/job.md#deepspeeds-own-keys"""
     activation_checkpointing: Annotated[bool | Literal["selective"] | Count, BeforeValidator(_layers)] = False
@@ -200,7 +200,7 @@ class Train(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_grows(cls, value: Any) -> Any:
+    def _nothing_grows(cls, value: object) -> object:
         """Refuses warm-ups that are known elsewhere, with the reason and what to use."""
         for key in GROWING if isinstance(value, dict) else ():
             if key in value:

@@ -11,12 +11,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from heliostat.storage import s3_options
+
+if TYPE_CHECKING:
+    from botocore.client import BaseClient
 
 SHORTER = "HTTP status 416"  # of a range behind an object's end
 MISSING = ("NoSuchKey", "404", "NotFound")
@@ -52,7 +55,7 @@ class Store:
     silence_s: float
 
     @property
-    def client(self) -> Any:
+    def client(self) -> BaseClient:
         return client(self.query, self.attempts, self.silence_s)
 
     @property
@@ -128,7 +131,7 @@ def _listed(path: str, size: int, told: dict[str, Any]) -> Listed:
 
 
 @lru_cache(maxsize=16)
-def client(query: str, attempts: int, silence_s: float) -> Any:
+def client(query: str, attempts: int, silence_s: float) -> BaseClient:
     """Makes the client of a store, which tries a request so many times, and waits so long for a byte."""
     import boto3
     import botocore.session
@@ -151,14 +154,14 @@ def client(query: str, attempts: int, silence_s: float) -> Any:
     )
 
 
-def _time(told: Any) -> datetime:
+def _time(written: str) -> datetime:
     """Parses a time: that of a listing fast, which would be most of what a listing costs."""
     from botocore.utils import parse_timestamp
 
     with suppress(TypeError, ValueError):
-        if (found := datetime.fromisoformat(told)).tzinfo:
+        if (found := datetime.fromisoformat(written)).tzinfo:
             return found
-    return parse_timestamp(told)
+    return parse_timestamp(written)
 
 
 @contextmanager
@@ -228,12 +231,12 @@ def file_system(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
 
     Every request carries `x-amz-request-payer`. Such a bucket is somebody else's, so it is only read.
     """
-    return pafs.PyFileSystem(_Handler(query, attempts, silence_s))
+    return pafs.PyFileSystem(_Handler(Store(query, attempts, silence_s)))
 
 
 class _Handler(pafs.FileSystemHandler):
-    def __init__(self, *store: Any) -> None:
-        self.store = Store(*store)
+    def __init__(self, store: Store) -> None:
+        self.store = store
 
     def get_type_name(self) -> str:
         return "s3"
@@ -271,7 +274,7 @@ class _Handler(pafs.FileSystemHandler):
 
     open_input_stream = open_input_file
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise PermissionError(ONLY_READ)
 
     copy_file = create_dir = delete_dir = delete_dir_contents = delete_file = delete_root_dir_contents = move = _refuse

@@ -21,7 +21,7 @@ import torch
 
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
-from heliostat.checkpoint.tree import Channel
+from heliostat.checkpoint.agreement import Channel
 from heliostat.engine import ema, loss_scale, zero_state
 from heliostat.errors import AccessError, StorageError
 from heliostat.runs.events import Saved
