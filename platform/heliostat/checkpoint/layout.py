@@ -130,14 +130,11 @@ class SavedCheckpoint:
 
         Reads the indexes of the shards that hold them. CheckpointError if the target's type is not the stored one.
         """
-        from heliostat.checkpoint.safetensors_file import DTYPES
-
-        entry = self.index.tensors[name]
-        dtype, stop = DTYPES[entry.dtype], first + target.numel()
+        dtype, stop = self._size(name)[1], first + target.numel()
         if target.dtype != dtype:  # bytes of another type would be taken for numbers
             raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, and cannot be read as {target.dtype}")
         flat, size, out = target.reshape(-1), dtype.itemsize, []
-        for chunk in placement.chunks(entry.runs, first, stop):
+        for chunk in placement.chunks(self.index.tensors[name].runs, first, stop):
             low, high = max(first, chunk.start), min(stop, chunk.start + chunk.numel)
             part, place = checksums.as_bytes(flat[low - first : high - first]), self._place(name, chunk)
             cut = checksums.Slice(place.offset, chunk.numel * size, place.crc32, (low - chunk.start) * size, part)
@@ -205,6 +202,13 @@ class SavedCheckpoint:
             raise self.fault(f"{location}: {where} are not what was written (CRC-32)")
         return total
 
+    def _size(self, name: str) -> tuple[int, torch.dtype]:
+        """Returns the number of elements of a tensor that this folder holds, and their type."""
+        from heliostat.checkpoint.safetensors_file import DTYPES
+
+        entry = self.index.tensors[name]
+        return math.prod(entry.shape), DTYPES[entry.dtype]
+
     def stream(self, name: str) -> Iterator[torch.Tensor]:
         """Yields a flat tensor in its own order, put together from every rank's slice, in pieces of at most 64 MiB."""
         if (holder := self.holder(name)) is not self:
@@ -212,24 +216,7 @@ class SavedCheckpoint:
             return
         import torch
 
-        from heliostat.checkpoint.safetensors_file import DTYPES
-
-        entry = self.index.tensors[name]
-        dtype = DTYPES[entry.dtype]
-        self.fetch_places(self.needed(name, 0, math.prod(entry.shape)))
-        if self.order(name) != ROWS:
-            yield from self._stream_in_rows(name, dtype)
-            return
-        for chunk in sorted(placement.chunks(entry.runs), key=lambda c: c.start):
-            for first in range(0, chunk.numel, PIECE // dtype.itemsize):
-                piece = torch.empty(min(PIECE // dtype.itemsize, chunk.numel - first), dtype=dtype)
-                self.fill(self.slices(name, chunk.start + first, piece))
-                yield piece
-
-    def _stream_in_rows(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        import torch
-
-        numel = math.prod(self.index.tensors[name].shape)
+        numel, dtype = self._size(name)
         for first in range(0, numel, PIECE // dtype.itemsize):
             piece = torch.empty(min(PIECE // dtype.itemsize, numel - first), dtype=dtype)
             self.read_into(name, ROWS, first, piece)
@@ -240,16 +227,18 @@ class SavedCheckpoint:
     ) -> int:
         """Reads the elements of a tensor that a contiguous target is to hold, from `first` on in this order; returns the bytes
         read."""
-        total = 0
+        total, numel = 0, self._size(name)[0]
 
         def read(start: int, part: torch.Tensor) -> None:
             nonlocal total
             total += self.fill(self.slices(name, start, part), progressed)
 
         if (stored := self.order(name)) == order:
+            self.fetch_places(self.needed(name, first, target.numel()))
             read(first, target)
         else:
-            columns.collect(read, stored, order, math.prod(self.index.tensors[name].shape), first, target, PIECE // 8)
+            self.fetch_places(self.needed(name, 0, numel))
+            columns.collect(read, stored, order, numel, first, target, PIECE // 8)
         return total
 
     def read(self, name: str) -> torch.Tensor:
@@ -258,11 +247,8 @@ class SavedCheckpoint:
             return holder.read(name)
         import torch
 
-        from heliostat.checkpoint.safetensors_file import DTYPES
-
-        entry = self.index.tensors[name]
-        out = torch.empty(math.prod(entry.shape), dtype=DTYPES[entry.dtype])
-        self.fetch_places(self.needed(name, 0, out.numel()))
+        numel, dtype = self._size(name)
+        out = torch.empty(numel, dtype=dtype)
         self.read_into(name, ROWS, 0, out)
         return out
 

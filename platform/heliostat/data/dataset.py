@@ -12,12 +12,11 @@ import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.chunks import Chunks, Gathered
@@ -63,11 +62,11 @@ class DataPlan:
         """Returns the sources' weights at the start of the sequence."""
         return self.mix[0][1]
 
-    def dump(self) -> dict[str, Json]:
+    def dump(self) -> dict[str, Any]:
         return json.loads(PLAN.encode(self))
 
     @staticmethod
-    def parse(raw: Json, where: object = "the data plan") -> DataPlan:
+    def parse(raw: object, where: object = "the data plan") -> DataPlan:
         """Builds the plan that was dumped as `raw`; DataError that names `where` if it is no valid plan."""
         return PLAN.build({"version": 1, **raw} if isinstance(raw, dict) else raw, where)  # the first runs name no version
 
@@ -120,7 +119,7 @@ def _fault(plan: DataPlan) -> str | None:
     return None
 
 
-RAW, PLAN = Format(dict[str, Json], "data plan"), Format(DataPlan, "data plan", check=_fault)
+RAW, PLAN = Format(dict[str, object], "data plan"), Format(DataPlan, "data plan", check=_fault)
 
 
 def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, first_step: int | None = None) -> DataPlan:

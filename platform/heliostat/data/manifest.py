@@ -17,9 +17,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from heliostat.config.fields import Json
 from heliostat.data import mapped, shard
 from heliostat.errors import DataError, MissingDataError
 from heliostat.storage.locations import LEAVES, Location
@@ -55,7 +54,7 @@ SCHEMA = pa.schema(
     ]
 )
 # columns that came later, each with the value that says that it is not known: a column of nothing else is left out of the digest
-LATER: dict[str, Json] = {"place": -1, "content": ""}
+LATER: dict[str, int | str] = {"place": -1, "content": ""}
 PLACES = 1 << 52  # a document's place is its text's hash, counted from the end: the split holds out those below a fraction
 PLACES_KEY = b"heliostat.places"  # in a shard's footer: of each row group
 SLICE = 1 << 16  # rows that are looked at together, where all would take much memory
@@ -99,9 +98,9 @@ class Manifest:
 
     location: Location
     chunks: pa.Table
-    meta: dict[str, Json] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
 
-    def fact(self, name: str) -> Json:
+    def fact(self, name: str) -> Any:
         """Returns a fact from the metadata; DataError if it is missing, and so the dataset cannot be used as intended."""
         if self.meta.get(name) is None:
             raise DataError(f"{self.location}: its manifest does not say its {name!r}; prepare the dataset again")
@@ -148,7 +147,7 @@ class Manifest:
         return int(self.chunks["rows"].to_numpy().sum())
 
 
-def digest(chunks: pa.Table, meta: dict[str, Json]) -> str:
+def digest(chunks: pa.Table, meta: Mapping[str, object]) -> str:
     """Computes the digest of the chunk rows and `meta` (without its own digest): 64 hex digits, whatever the Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
     for column in SCHEMA:
@@ -172,7 +171,7 @@ def place(hash: str) -> int:
     return PLACES - 1 - int(hash[:13], 16)
 
 
-def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Json]]:
+def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
     """Reads the manifest rows of one shard from its footer alone: no data page is read.
 
     DataError if the shard is missing, not Parquet, or (as far as the footer shows) not lists of token ids below `vocab_size`.
@@ -244,12 +243,12 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
             )
 
 
-def write(location: Location, rows: list[dict[str, Json]], meta: dict[str, Json]) -> Manifest:
+def write(location: Location, rows: Sequence[Mapping[str, object]], meta: Mapping[str, object]) -> Manifest:
     """Sorts the rows by path and row group, computes the digest and writes the manifest: the dataset now exists."""
     return write_table(location, pa.Table.from_pylist(rows, schema=SCHEMA), meta)
 
 
-def write_table(location: Location, chunks: pa.Table, meta: dict[str, Json]) -> Manifest:
+def write_table(location: Location, chunks: pa.Table, meta: Mapping[str, object]) -> Manifest:
     """Sorts the chunk table by path and row group, computes the digest and writes the manifest: the dataset now exists."""
     chunks = _compact(_complete(chunks).cast(SCHEMA).sort_by([("path", "ascending"), ("row_group", "ascending")]))
     version = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
@@ -372,7 +371,7 @@ def _read(location: Location, *parts: str) -> Manifest:
     return Manifest(location, chunks, meta)
 
 
-def _outside(chunks: pa.Table, meta: dict[str, Json]) -> str | None:
+def _outside(chunks: pa.Table, meta: Mapping[str, Any]) -> str | None:
     """Finds the first path that leaves the dataset's folder (`../x`, `/x`) or is invalid (`a//b`), if there is one."""
     files, digests, curation = meta.get("files", {}), meta.get("digests", {}), meta.get("curation", {})
     named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values(), *meta.get("also", [])]
@@ -382,7 +381,7 @@ def _outside(chunks: pa.Table, meta: dict[str, Json]) -> str | None:
     return bad[0].as_py() if len(bad) else None
 
 
-def _unsound(chunks: pa.Table, meta: dict[str, Json]) -> str:
+def _unsound(chunks: pa.Table, meta: object) -> str:
     """Finds what cannot be true in a manifest's chunks and metadata, and describes it; empty if all can."""
     try:
         META.build(meta, "its metadata")

@@ -74,7 +74,7 @@ class Format(Generic[T]):
 
     def encode(self, record: T) -> bytes:
         """Encodes a record as JSON from which `parse` makes it again."""
-        return self._adapter.dump_json(record, by_alias=True)
+        return json.dumps(self._adapter.dump_python(record, by_alias=True)).encode()
 
     def parse(self, data: bytes, where: object) -> T:
         try:
