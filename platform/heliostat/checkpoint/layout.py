@@ -60,11 +60,6 @@ def steps(run: Location) -> list[int]:
     return [int(n.removeprefix("step-")) for n in names if n.startswith("step-") and n[5:].isdigit()]
 
 
-def frozen_folders(run: Location) -> list[str]:
-    """Lists the folders of frozen parameters by name, complete or not: one, unless they were changed or resharded by hand."""
-    return [n for n in run.join(run_folder.CHECKPOINTS).folders() if n.startswith(f"{FROZEN}-")]
-
-
 wire.travels(Location)
 
 

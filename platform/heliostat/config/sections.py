@@ -113,9 +113,9 @@ class Checkpoint(Strict):
 
 def _count(value: object) -> object:
     """Validates a number of workers, or [least, most]."""
-    both: list[object] = value if isinstance(value, list) else [value, value]
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in both)
-    if len(both) != 2 or not whole or not 0 < both[0] <= both[1] <= LARGEST:
+    both = value if isinstance(value, list) else [value, value]
+    counts = [n for n in both if isinstance(n, int) and not isinstance(n, bool)]
+    if not len(both) == len(counts) == 2 or not 0 < counts[0] <= counts[1] <= LARGEST:
         raise ValueError(f"{value!r} is neither a number of workers nor [least, most], as [1, 4]")
     return value
 

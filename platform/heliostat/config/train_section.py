@@ -98,9 +98,8 @@ class Parallel(Strict):
             return {"auto": True}
         if isinstance(value, str):
             raise ValueError(f"{brief(repr(value))} is no layout; write auto, or degrees such as {{tensor: 2}}")
-        for key, why in NOT_OFFERED.items() if isinstance(value, dict) else ():
-            if key in value:
-                raise ValueError(f"{key} is not supported: {why}; remove it (docs/job.md#layouts-that-are-not-offered)")
+        for key in (key for key in NOT_OFFERED if isinstance(value, dict) and key in value):
+            raise ValueError(f"{key} is not supported: {NOT_OFFERED[key]}; remove it (docs/job.md#layouts-that-are-not-offered)")
         return value
 
 
@@ -202,10 +201,9 @@ class Train(Strict):
     @classmethod
     def _nothing_grows(cls, value: object) -> object:
         """Refuses warm-ups that are known elsewhere, with the reason and what to use."""
-        for key in GROWING if isinstance(value, dict) else ():
-            if key in value:
-                why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
-                raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
+        for key in (key for key in GROWING if isinstance(value, dict) and key in value):
+            why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
+            raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
         return value
 
     def worker_counts(self, lanes: int, least: int, most: int) -> list[int]:

@@ -333,9 +333,8 @@ def read_shared(location: Location, digest: str) -> Manifest:
 
 def share(get: Callable[[], Manifest]) -> Manifest:
     """Gets a manifest and, if its table is large, moves that to where all processes of this machine share it."""
-    version = get()
-    if len(version.chunks) >= mapped.LARGE:
-        version = _shared(version.location, version.digest, lambda read=version: read)
+    own = get()
+    version = own if len(own.chunks) < mapped.LARGE else _shared(own.location, own.digest, lambda: own)
     pa.default_memory_pool().release_unused()  # else Arrow keeps what the table took
     return version
 

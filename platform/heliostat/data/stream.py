@@ -178,8 +178,10 @@ def dataset(
     with ray.data.DataContext.current(context):
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
         # a byte of memory: tasks that ask for the same as those before them would be fused with them (`numbered`)
-        needs: dict[str, float] = {} if own_cpu else {"num_cpus": 0, "memory": 1}
-        return numbered(task.count, context).map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True, **needs)
+        cpus, memory = (None, None) if own_cpu else (0, 1)
+        return numbered(task.count, context).map_batches(
+            task, batch_size=1, compute=pool, zero_copy_batch=True, num_cpus=cpus, memory=memory
+        )
 
 
 def split(data: ray.data.Dataset, workers: int) -> list[DataIterator]:

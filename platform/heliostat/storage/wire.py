@@ -98,7 +98,7 @@ def _unpack_array(data: bytes) -> np.ndarray:
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
-def _pack_tensor(value: torch.Tensor) -> bytes:
+def _pack_tensor(value: object) -> bytes:
     import torch
 
     if not isinstance(value, torch.Tensor):
