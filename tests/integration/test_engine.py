@@ -183,7 +183,7 @@ def loss_scale(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
             checkpoint.load(found, zero_state.state(made[1], whole=True), group)
             zero_state.after_load(made[1], steps)
             anew = lossscale.write(made[1], None)
-            lossscale.write(made[1], found.index["loss_scale"])
+            lossscale.write(made[1], found.index.loss_scale)
             for engine in made:
                 _train(engine, 3, 6)
             ends = [{"scale": lossscale.read(e), "steps": zero_state.optimizer_steps(e)} for e in made]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from heliostat.checkpoint import agreement
 from heliostat.cluster import nodes
-from heliostat.config import spec
+from heliostat.config.fields import divisors
 from heliostat.config.spec import Job
 from heliostat.data import receipt, stream
 from heliostat.data.content import Content
@@ -58,7 +58,7 @@ class Feed(Iterator[Batch]):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.job, self.plan, self.folder = job, plan, Location(folder)
         self.done, self.last_step = step, job.last_step
-        workers = spec.divisors(plan.shape.lanes)
+        workers = divisors(plan.shape.lanes)
         if self.world not in workers:
             raise ConfigError(
                 f"ExactStream.start: {self.world} workers do not divide the stream's {self.plan.shape.lanes} lanes; use "

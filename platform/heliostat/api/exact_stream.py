@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from heliostat import schema
 from heliostat.config import spec, workspace
+from heliostat.config.fields import divisors
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
@@ -59,7 +60,7 @@ class ExactStream:
     @property
     def workers(self) -> list[int]:
         """Lists the numbers of workers that can share the stream: each divides the lanes."""
-        return spec.divisors(self.plan.shape.lanes)
+        return divisors(self.plan.shape.lanes)
 
     def start(self, step: int = 0) -> Feed:
         """Opens this worker's share of the steps behind `step`, up to the last. Collective: all call it, with the same step.

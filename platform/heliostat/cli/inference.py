@@ -170,5 +170,5 @@ def export(
         raise ConfigError(f"{place}: holds no complete checkpoint")
     exporting.export(found, to, record(place).get("run_id"))
     if not json_:
-        out.print(f"step {found.step} of {found.index['name']} is in {to}")
+        out.print(f"step {found.step} of {found.index.name} is in {to}")
     finish({"folder": str(to), "step": found.step}, json_)

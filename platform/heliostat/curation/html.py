@@ -25,7 +25,7 @@ def extractor(keys: dict[str, Any]) -> Callable[[dict[str, Any], bytes], Answer]
     return work
 
 
-def _resiliparse(keys: dict[str, Any]):
+def _resiliparse(keys: dict[str, Any]) -> Callable[[str], tuple[str, int, str]]:
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
@@ -38,7 +38,7 @@ def _resiliparse(keys: dict[str, Any]):
     return extract
 
 
-def _trafilatura(keys: dict[str, Any]):
+def _trafilatura(keys: dict[str, Any]) -> Callable[[str], tuple[str, int, str]]:
     from resiliparse.extract.html2text import extract_plain_text
     from trafilatura import extract as trafilatura_extract
     from trafilatura import html2txt

@@ -95,7 +95,9 @@ def load(folder: Path) -> LinearScorer:
     return made
 
 
-def train(good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2):
+def train(
+    good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2
+) -> tuple[LinearScorer, dict[str, Any]]:
     """Trains on examples of both kinds: the classifier, and a report with precision and recall on held-out documents.
 
     Which are held out follows from the texts' hashes; equal texts count once. ConfigError if there are too few.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from heliostat import cpu_kernels
-from heliostat.config.worker_counts import divisors
+from heliostat.config.fields import divisors
 from heliostat.errors import ConfigError
 from heliostat.parallel import sequence_attention, tiny
 

@@ -72,7 +72,7 @@ class Checkpoints:
             except CheckpointError:
                 continue  # not complete yet, or never
             known = self._known.get(step)
-            if known and tags.value(known.tags, tags.WRITTEN) != str(index["written"]):  # made again, after the run went back
+            if known and tags.value(known.tags, tags.WRITTEN) != str(index.written):  # made again, after the run went back
                 gone.append(known)
                 known = None
             if known is None or tags.value(known.tags, tags.LOGGED) != "true":
@@ -87,9 +87,9 @@ class Checkpoints:
 
         from heliostat.checkpoint import layout
 
-        written = {tags.STEP: str(step), tags.PLACE: str(layout.folder(self.run, step)), tags.WRITTEN: str(index["written"])}
-        written |= {tags.DATA_DIGEST: index["data_digest"], tags.RECEIPT: index["receipt"]["chain"]}
-        written |= {tags.WORKERS: str(index["world_size"]), tags.ZERO_STAGE: str(index["zero_stage"])}
+        written = {tags.STEP: str(step), tags.PLACE: str(layout.folder(self.run, step)), tags.WRITTEN: str(index.written)}
+        written |= {tags.DATA_DIGEST: index.data_digest, tags.RECEIPT: index.receipt.chain}
+        written |= {tags.WORKERS: str(index.world_size), tags.ZERO_STAGE: str(index.zero_stage)}
         run = client.get_run(self.run_id)
         if model is None:
             model = mlflow.create_external_model(
@@ -101,7 +101,7 @@ class Checkpoints:
             )
         now = int(time.time() * 1000)
         metrics = [Metric(f"{CHECKPOINT}{k}", v, now, step, model_id=model.model_id)
-                   for k, v in index["metrics"].items() if v is not None]  # fmt: skip
+                   for k, v in index.metrics.items() if v is not None]  # fmt: skip
         client.log_batch(self.run_id, metrics=metrics)
         if model.model_id not in {o.model_id for o in (run.outputs.model_outputs if run.outputs else ())}:
             client.log_outputs(self.run_id, models=[LoggedModelOutput(model.model_id, step)])

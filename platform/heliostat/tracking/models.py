@@ -51,7 +51,7 @@ def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe
     mlflow.set_tracking_uri(job.mlflow.uri)
     license = card.license_of(job, parents(job))
     client = mlflow.MlflowClient()
-    made_of = f"{last.step} {last.index['written']!r}"
+    made_of = f"{last.step} {last.index.written!r}"
     try:
         model_id = _logged(client, run_id, made_of) or _log(client, run_id, made_of, folder, recipe, scores, license)
         client.update_run(run_id, status="RUNNING")  # the fluent run has ended it, and there is more to come

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -56,7 +57,7 @@ class BadWords(Stage):
         return lambda documents: [outcome(d) for d in documents]
 
 
-def _whole_words(entries: list[str]):
+def _whole_words(entries: list[str]) -> Callable[[str], list[str]]:
     """Returns a function that finds entries as whole words: their words are looked up, and the text around compared."""
     single = {e for e in entries if _WORD.fullmatch(e)}
     phrases = defaultdict[str, list[str]](list)
@@ -90,5 +91,5 @@ def _joins(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-def _anywhere(entries: list[str]):
+def _anywhere(entries: list[str]) -> Callable[[str], list[str]]:
     return lambda text: [e for e in entries if e in text for _ in range(text.count(e))]

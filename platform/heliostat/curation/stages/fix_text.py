@@ -9,10 +9,15 @@ looked at, which changes nothing and is most of the time. Counted are the lines 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from heliostat import extras
 from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
+
+if TYPE_CHECKING:
+    from ftfy import TextFixerConfig
 
 _ODD = re.compile(r"[^\t\n\r -%'-~]")  # what ftfy may change something at
 
@@ -51,7 +56,7 @@ class FixText(Stage):
         return lambda documents: [outcome(d) for d in documents]
 
 
-def _fixed(text: str, config, fix) -> tuple[str, int]:
+def _fixed(text: str, config: TextFixerConfig, fix: Callable[[str, TextFixerConfig], str]) -> tuple[str, int]:
     """Fixes the lines that have an odd character in them; entities only before the first `<`, as in the whole text."""
     out, at, count, angle = list[str](), 0, 0, text.find("<")
     while odd := _ODD.search(text, at):

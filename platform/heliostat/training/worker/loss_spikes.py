@@ -12,7 +12,7 @@ import statistics
 from collections import deque
 from typing import NamedTuple
 
-from heliostat.config.spec import Spike
+from heliostat.config.sections import Spike
 
 NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
 FLOOR = 0.01  # of the median: a window of all but equal losses must not make noise a spike
