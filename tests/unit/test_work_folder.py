@@ -9,8 +9,7 @@ import heliostat.tasks
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import prepare, reasons, segment
-from heliostat.curation.text import making
+from heliostat.curation import making, prepare, reasons, segment
 from heliostat.errors import DataError
 from heliostat.storage import locations as storage
 from heliostat.storage.locations import Location
