@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from heliostat.cli.common import app
-from heliostat.curation import estimates, leftovers, prediction
-from heliostat.curation import similar as alike
+from heliostat.curation import estimates, leftovers, predicting, prediction
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import Prediction, rows_of
 from heliostat.curation.prepare import Pipeline, dry_run
@@ -279,14 +278,14 @@ def test_a_documents_place_is_what_was_drawn():
     drawn = {"in/a.tar", "b.jsonl@65536", "c.git"}
     for id, place in (("in/a.tar/x/1", "in/a.tar"), ("b.jsonl@65536#7", "b.jsonl@65536"), ("c.git#src/x.py", "c.git"),
                       ("C#/a.cs", "C#/a.cs"), ("b.jsonl#7", "b.jsonl#7")):  # fmt: skip
-        assert alike.place_of(id, drawn) == place
+        assert predicting.place_of(id, drawn) == place
 
 
 def test_clusters_are_counted_the_same_in_parts(tmp_path, monkeypatch):
     make_input(tmp_path / "in", 900)
     made, inputs = trial(tmp_path, 0.6)
     whole = made.predicted(inputs)["duplicates"]
-    monkeypatch.setattr(alike, "ROWS", 50)
+    monkeypatch.setattr(predicting, "ROWS", 50)
     again, _ = trial(tmp_path, 0.6, name="again")
     assert again.predicted(inputs)["duplicates"] == whole and again.flow.done["alike"] > 3 and whole["1 minhash"]["seen"] > 0
 

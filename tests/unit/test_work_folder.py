@@ -19,7 +19,7 @@ from tests.unit.build_curation import HereFlow, curate, left
 from tests.unit.test_curation_engine import texts
 
 STAGES = [{"stage": "length", "min_words": 90}]
-PUBLISHED = ("heliostat.curation.text.tokens", "heliostat.curation.pairs.shards")  # row groups of datasets, a chunk each
+PUBLISHED = ("heliostat.curation.text.tokens", "heliostat.curation.pairs.making")  # row groups of datasets, a chunk each
 
 
 def spilled(folder: Path) -> list[Path]:

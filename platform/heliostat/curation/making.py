@@ -19,11 +19,10 @@ from typing import Any, ClassVar
 from heliostat.curation import reasons, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine, segments, summed
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.predicting import Prediction, spread_of
+from heliostat.curation.predicting import Prediction, alike_of, spread_of
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.sampled import SampledParts
 from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
-from heliostat.curation.similar import alike_of
 from heliostat.curation.stage import Stage
 from heliostat.curation.text import sources, tasks, tokens
 from heliostat.data import versions

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from heliostat.curation.engine import Curated
 from heliostat.curation.making import Written
 from heliostat.curation.pairs import extracting, reading
-from heliostat.curation.pairs.reading import PairSource
-from heliostat.curation.pairs.shards import PairSharding, write_shards
-from heliostat.curation.text import documents
+from heliostat.curation.pairs.reading import KIND, QUERY, PairSource
+from heliostat.curation.segment import SpilledRun, survivors
+from heliostat.curation.text import documents, tokens
 from heliostat.curation.text.making import Reading, identities
+from heliostat.curation.text.tasks import bounds
+from heliostat.data import manifest, versions
+from heliostat.data import shard as shard_file
+from heliostat.data.manifest import PLACES_KEY, SHARDS
+from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Task
 from heliostat.tasks.work import key
+
+SCHEMA = pa.schema([("id", pa.string()), ("kind", pa.string()), ("query", pa.large_string()), ("text", pa.large_string())])
+FORM: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True, "write_statistics": False}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PairSharding:
+    """Defines how pairs become shards."""
+
+    output: str
+    shards: int
+    chunk_pairs: int
 
 
 @dataclass
@@ -54,3 +79,48 @@ class PairMaking(Reading):
                     yield Task(key(follows, n), {"first": n, "stop": n + 1}, given, each)
 
         return self.shards(write_shards, work())
+
+
+def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: PairSharding) -> dict[str, Any]:
+    """Writes some shards, one after another; returns their counts and their part of the manifest."""
+    made = [one for number in range(first, stop) if (one := _write_shard(folder, runs, number, plan)) is not None]
+    return {"shards": made, "files": []}
+
+
+def _write_shard(folder: Location, runs: list[SpilledRun], number: int, plan: PairSharding) -> dict[str, Any] | None:
+    low, high = bounds(number, plan.shards)
+    found = [row for run in runs for t in survivors(folder, run, low, high, ["hash", "id", "columns", "text"])
+             for row in t.to_pylist()]  # fmt: skip
+    if not found:
+        return None
+    rows = unique([{**row, **json.loads(row["columns"])} for row in found])
+    data, output = encoded(rows, plan.chunk_pairs), Location(plan.output)
+    path = versions.store(output, f"{SHARDS}/{number:05d}/", data, ".parquet")
+    contents = shard_file.content_digests(data, None)
+    chunks = [{**row, "content": c} for row, c in zip(manifest.read_footer(output, path, None), contents, strict=True)]
+    kinds, size = Counter(row[KIND] for row in rows), sum(len(row["text"].encode()) for row in rows)
+    return {"path": path, "file_bytes": len(data), "documents": len(rows), "duplicates": len(found) - len(rows),
+            "kinds": dict(kinds), "bytes": size, "chunks": chunks}  # fmt: skip
+
+
+def unique(rows: list[Row]) -> list[Row]:
+    """Sorts pairs by the hashes of their texts, and keeps equal ones once, with the smallest id."""
+    ordered = sorted(rows, key=lambda row: (row["hash"], row[QUERY], row["id"]))
+    return [next(same) for _, same in itertools.groupby(ordered, key=lambda row: (row["hash"], row[QUERY]))]
+
+
+def encoded(rows: list[Row], chunk_pairs: int) -> bytes:
+    """Writes sorted pairs as the bytes of a Parquet file. The pairs of a text lie in one chunk, or in chunks of one place."""
+    texts = [(hash, sum(1 for _ in same)) for hash, same in itertools.groupby(row["hash"] for row in rows)]
+    places = np.array([manifest.place(hash.hex()) for hash, _ in texts], np.int64)
+    groups = tokens.chunks(np.array([count for _, count in texts]), chunk_pairs, places)
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    sink, begin = pa.BufferOutputStream(), 0
+    with pq.ParquetWriter(sink, SCHEMA, **FORM) as writer:
+        for counts, _ in groups:
+            writer.write_table(table.slice(begin, sum(counts)), row_group_size=sum(counts))
+            begin += sum(counts)
+        # in the footer, which the manifest hashes: the dataset's digest then changes with any pair
+        content = hashlib.sha256(json.dumps([[row[name] for name in SCHEMA.names] for row in rows]).encode()).hexdigest()
+        writer.add_key_value_metadata({"content": content, PLACES_KEY.decode(): json.dumps([place for _, place in groups])})
+    return sink.getvalue().to_pybytes()
