@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Written:
+class WrittenShards:
     """Holds the manifest's rows and facts of written shards, their part of the funnel, and spills of what became of documents."""
 
     rows: list[dict[str, Any]]
@@ -99,7 +99,7 @@ class Making:
         """Cuts the input into pieces of work."""
         raise NotImplementedError
 
-    def write(self, curated: Curated) -> Written:
+    def write(self, curated: Curated) -> WrittenShards:
         """Writes the shards of what the stages have left."""
         raise NotImplementedError
 
@@ -139,7 +139,7 @@ class Making:
         also = {} if self.as_read is None else {"also": self.as_read}
         return listed(self.flow, rows, curated.left_out, self.output, **also) if rows else None
 
-    def _explain(self, curated: Curated, written: Written) -> dict[str, Any]:
+    def _explain(self, curated: Curated, written: WrittenShards) -> dict[str, Any]:
         """Writes the funnel and what became of each document; returns what the manifest says of them."""
         total = summed(self.flow, sorted(curated.tallies))
         told = reasons.explained(self.all_stages, total, written.shard)

@@ -16,7 +16,7 @@ from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.fetching import REASONS
 from heliostat.curation.images.latents import EMPTY, Latents
 from heliostat.curation.images.tasks import END, ImageSource, Shards
-from heliostat.curation.making import Making, Written
+from heliostat.curation.making import Making, WrittenShards
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import SpilledRun
@@ -71,10 +71,10 @@ class ImageMaking(Making):
     def as_read(self) -> list[str]:
         return [tally.label(len(self.stages), self.last)] if self.last else []
 
-    def write(self, curated: Curated) -> Written:
+    def write(self, curated: Curated) -> WrittenShards:
         counts, labels = self._counted(curated.runs)
         if not counts:
-            return Written([], {})
+            return WrittenShards([], {})
         folders = [self.output, *(self.output.join(bucket) for bucket in counts if self.buckets)]
         facts: dict[str, Any] = {"documents": sum(counts.values()), "channels": self.channels,
                                  "content": "latents" if self.latents else "images"}  # fmt: skip
@@ -91,7 +91,7 @@ class ImageMaking(Making):
         images = sum(shard["images"] for shard in written)
         part = {"documents": images, "kept": images, "bytes": curated.bytes, "kept_bytes": curated.bytes}
         chunks, ends = ([one for shard in written for one in shard[name]] for name in ("chunks", "ends"))
-        return Written(chunks, facts, part, ends)
+        return WrittenShards(chunks, facts, part, ends)
 
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
         """Spills the read tasks one by one, so that the driver holds none of what metadata files list."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from heliostat.curation.engine import Curated
-from heliostat.curation.making import Written
+from heliostat.curation.making import WrittenShards
 from heliostat.curation.pairs import extracting, reading
 from heliostat.curation.pairs.reading import KIND, QUERY, PairSource
 from heliostat.curation.segment import SpilledRun, survivors
@@ -58,14 +58,14 @@ class PairMaking(Reading):
         source = self.source
         return [source.input, vars(source.rules), source.query_column, vars(source.least), extracting.VERSION]
 
-    def write(self, curated: Curated) -> Written:
+    def write(self, curated: Curated) -> WrittenShards:
         facts: dict[str, Any] = {}
         if self.tokenizer:
             facts = self.tokenizer_facts(self.definition(curated), self.tokenizer["end_of_document"])
         shards = [shard for record in self._shards(curated) for shard in record["shards"]]
         kinds = sum((Counter(shard["kinds"]) for shard in shards), Counter[str]())
         facts |= {name: sum(shard[name] for shard in shards) for name in ("documents", "duplicates", "bytes")}
-        return Written([chunk for shard in shards for chunk in shard["chunks"]], {"kinds": dict(sorted(kinds.items())), **facts})
+        return WrittenShards([chunk for shard in shards for chunk in shard["chunks"]], {"kinds": dict(sorted(kinds.items())), **facts})
 
     def _shards(self, curated: Curated) -> Iterator[dict[str, Any]]:
         plan = PairSharding(self.output.uri, max(1, round(curated.bytes / self.shard_bytes)), self.chunk_pairs)

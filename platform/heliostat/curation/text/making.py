@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from heliostat.curation import pieces, readers, segment
 from heliostat.curation.engine import RUN_SHARE, Curated, filled, groups
-from heliostat.curation.making import Making, Written
+from heliostat.curation.making import Making, WrittenShards
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import SHARD, TOKENIZER, Prediction, Rate
 from heliostat.curation.prepare import InputFile
@@ -94,7 +94,7 @@ class TextMaking(Reading):
     def identity(self) -> list[Any]:
         return [self.source.input, vars(self.source.rules)]
 
-    def write(self, curated: Curated) -> Written:
+    def write(self, curated: Curated) -> WrittenShards:
         definition, came = self.definition(curated, OWN if self.infill else ()), curated.bytes
         infill = self._infill(tokens.load(definition))
         definition = infilling.marking(definition, infill["names"]) if infill else definition
@@ -120,7 +120,7 @@ class TextMaking(Reading):
         shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
                  "bytes": came, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
                  "counts": {"tokens": int(totals.counts.sum())}}  # fmt: skip
-        return Written(totals.chunks, facts, shard, ends)
+        return WrittenShards(totals.chunks, facts, shard, ends)
 
     def _infill(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """Returns what the manifest says of how texts are rearranged: the keys, and the markers' names and ids."""
