@@ -102,7 +102,8 @@ def made(folder: Path, memory_limit: int, shards: bool) -> tuple[Timed, int]:
     flow = Timed(Work(Location(f"{folder}/work")))
     flow.before = memory("VmRSS")
     source, stages = TextSource(f"{folder}/in", TextRules()), [parse(entry) for entry in STAGES]
-    making = TextMaking(flow, source, Location(f"{folder}/out"), BPE, None, stages, memory_limit, memory_limit // 8, 1_000_000)
+    making = TextMaking(flow, source, Location(f"{folder}/out"), stages, memory_limit, tokenizer=BPE, given=None,
+                        shard_bytes=memory_limit // 8, chunk_tokens=1_000_000)  # fmt: skip
     found = (making.run if shards else making.curated)(sources.listing(f"{folder}/in"))
     return flow, found[1]["documents"] if shards else sum(run.rows for run in found.runs)
 

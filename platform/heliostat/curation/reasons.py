@@ -123,8 +123,7 @@ def parts(rows: int) -> int:
 def write_ends(folder: Location, part: int, parts: int, names: list[str], output: str, columns: list[str]) -> dict[str, Any]:
     """Writes one file of ends, in a task: those of one part of all keys, with the documents' columns that are named."""
     low, high = spill.share(part, parts)
-    tables = [t for name in names for t in spill.read(folder, name, low, high)]
-    table = pa.concat_tables([END.empty_table(), *tables])
+    table = spill.joined(folder, names, low, high, END)
     place = table.schema.get_field_index("columns")
     kept = table.remove_column(place)
     if columns:

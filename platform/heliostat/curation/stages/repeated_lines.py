@@ -15,8 +15,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from heliostat.curation.comparable import words
-from heliostat.curation.repeated import BETWEEN, ComparedParts, Unit
-from heliostat.curation.repeating import Cut, RepeatingStage
+from heliostat.curation.repeated import BETWEEN, ComparedParts, Cut, RepeatingStage, Unit
 
 
 class RepeatedLines(RepeatingStage):

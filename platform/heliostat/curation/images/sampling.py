@@ -1,24 +1,17 @@
-"""Prepares a sample of an image input, and predicts from it what the whole would give and take: the funnel, bytes, hours."""
+"""Chooses a sample of an image input: whole files by their hashes, and of archives some, with a share of the images in them."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from heliostat.curation.images.making import ImageMaking
 from heliostat.curation.images.pictures import Raw
 from heliostat.curation.images.tasks import ImageSource
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.predicting import Prediction, spread_of
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.sampled import OF_RECORDS, PLACES, SampledParts, chosen, evenly
-from heliostat.curation.segment import SpilledRun
-from heliostat.curation.similar import alike_of
 from heliostat.curation.stage import Dropped
-from heliostat.errors import DataError
 
 RATE = "rate"  # of a task: the share of its images that is taken
 
@@ -67,36 +60,3 @@ def _files(task: dict[str, Any], sizes: dict[str, InputFile], sample: SampledPar
     if taken:
         found = [entries[part.path] for part in taken]
         yield {**task, "entries": [entry for entry, _ in found], "state": [state for _, state in found], RATE: 1.0}
-
-
-@dataclass
-class ImageTrial(ImageMaking):
-    """Makes a dataset of a sample, and predicts that of the whole."""
-
-    sample: SampledParts = field(kw_only=True)
-    _left: list[SpilledRun] = field(default_factory=list, init=False)
-
-    @property
-    def explained(self) -> bool:
-        return True
-
-    def _tasks(self, inputs: list[InputFile]) -> Iterator[dict[str, Any]]:
-        return sampled(super()._tasks(inputs), inputs, self.sample)
-
-    def _counted(self, runs: list[SpilledRun]) -> tuple[dict[str, int], list[str]]:
-        self._left = runs
-        return super()._counted(runs)
-
-    def _log(self, found: Counter[str], examples: dict[str, list[str]]) -> None:
-        """Logs nothing: what the sample drops is in the prediction."""
-
-    def predicted(self, inputs: list[InputFile]) -> dict[str, Any]:
-        """Returns the prediction as JSON values."""
-        rows, meta = self.run(inputs)
-        if not rows:
-            raise DataError(f"nothing is left of the sample ({meta.get('dropped')}); give a larger one")
-        funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
-        spread = spread_of(self.flow, self._left, self.sample.fraction)
-        alike = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)
-        made = Prediction(self.sample, self.all_stages, funnel, self.flow, self.counted, spread, alike)
-        return made.told(len(inputs))
