@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.readers import pages, parquet, tables, warc
+from heliostat.curation.readers import parquet, streams, tables, warc
 from heliostat.curation.readers.streams import REASONS as REASONS
 from heliostat.curation.readers.streams import LeftOutError, codec_of
 from heliostat.curation.readers.streams import ReadLimits as Limits
@@ -36,7 +36,7 @@ class Kind:
 
 
 KINDS = {
-    **dict.fromkeys((".txt", ".md", ".py", ".rst"), Kind(pages.text)),
+    **dict.fromkeys((".txt", ".md", ".py", ".rst"), Kind(streams.text)),
     ".jsonl": Kind(tables.jsonl, "line", ranged=True),
     ".parquet": Kind(parquet.documents, "row", ranged=True),
     ".csv": Kind(tables.csv, "row"),
@@ -46,8 +46,8 @@ KINDS = {
     ".wet": Kind(warc.texts, "byte"),
     ".wat": Kind(warc.metadata, "byte"),
     ".warc": Kind(warc.responses, "byte", "extract"),
-    **dict.fromkeys((".html", ".htm", ".xhtml"), Kind(pages.page, stage="extract")),
-    ".pdf": Kind(pages.page, stage="pdf"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), Kind(streams.page, stage="extract")),
+    ".pdf": Kind(streams.page, stage="pdf"),
 }
 
 

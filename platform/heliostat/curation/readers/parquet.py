@@ -10,8 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.readers.pages import decoded
-from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, unpacked, whole
+from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, decoded, unpacked, whole
 from heliostat.curation.stage import Document, Dropped
 
 BUFFER = 4 << 20  # bytes of a column that are read at a time: a row group may be larger than memory

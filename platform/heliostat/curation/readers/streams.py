@@ -1,4 +1,4 @@
-"""Opens packed streams and cuts lines, within limits, whatever the data holds."""
+"""Opens packed streams, cuts lines, and reads files that are one document, within limits, whatever the data holds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+
+from heliostat.curation.stage import Document, Dropped
 
 REASONS = {
     "unknown_kind": "a suffix that nothing reads",
@@ -216,3 +218,27 @@ def whole(stream: BinaryIO, most: int) -> bytes:
         if len(out) > most:
             raise LeftOutError("too_large", f"more than {most:,} bytes, unpacked")
     return bytes(out)
+
+
+def page(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
+    """Yields the file as a page, or a PDF."""
+    data = _file(path, stream, limits)
+    yield Document(path, data) if data.strip() else Dropped(path, "empty")
+
+
+def text(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
+    """Yields the file as text."""
+    data = _file(path, stream, limits)
+    yield decoded(path, data) if data.strip() else Dropped(path, "empty")
+
+
+def decoded(id: str, data: bytes, columns: dict[str, Any] | None = None) -> Document | Dropped:
+    """Makes a document of UTF-8, without its byte-order mark."""
+    try:
+        return Document(id, data.decode("utf-8-sig"), columns or {})
+    except UnicodeDecodeError:
+        return Dropped(id, "not_utf8")
+
+
+def _file(path: str, stream: BinaryIO, limits: ReadLimits) -> bytes:
+    return whole(unpacked(path, stream, limits), min(limits.max_document_bytes, limits.max_file_bytes))

@@ -7,13 +7,15 @@ next that can be found behind its start. Libraries for this skip what they canno
 
 from __future__ import annotations
 
+import io
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from heliostat.curation.encodings import decode
-from heliostat.curation.readers.http import BadResponseError, Response, parse
 from heliostat.curation.readers.records import Archive, Broken
-from heliostat.curation.readers.streams import ReadLimits, codec_of, unpacked
+from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, unpacked
 from heliostat.curation.stage import Document, Dropped
 
 MOST_BREAKS = 10_000  # places where reading begins again, in one file
@@ -21,6 +23,8 @@ HEADERS = {"url": "warc-target-uri", "date": "warc-date", "record_id": "warc-rec
            "crawl_languages": "warc-identified-content-language"}  # fmt: skip
 COLUMNS = (*HEADERS, "content_type")  # of a document, where they are known
 PAGES = ("text/html", "application/xhtml+xml")
+HTTP_HEAD = 1 << 18  # bytes that the head of a response may have
+MEMBER, PIECE = b"\x1f\x8b", 1 << 14  # the mark of a member of gzip, and bytes that are unpacked at a time
 Make = Callable[[str, dict[str, Any], bytes, ReadLimits], Document | Dropped]
 
 
@@ -41,8 +45,8 @@ def metadata(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Docume
 
 def _response(id: str, columns: dict[str, Any], block: bytes, limits: ReadLimits) -> Document | Dropped:
     try:
-        found: Response = parse(block, limits.max_document_bytes)
-    except BadResponseError as e:
+        found = parse(block, limits.max_document_bytes)
+    except LeftOutError as e:
         return Dropped(id, e.reason, e.detail)
     if found.status != 200:
         return Dropped(id, "http_status", str(found.status))
@@ -92,3 +96,68 @@ def _records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str, make: M
 
 def _columns(headers: dict[str, str]) -> dict[str, Any]:
     return {name: value.strip("<>") for name, header in HEADERS.items() if (value := headers.get(header))}
+
+
+@dataclass(frozen=True)
+class Response:
+    """Holds what a response says of itself, and its body, unpacked."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+def parse(block: bytes, most: int) -> Response:
+    """Parses a response; LeftOutError if it is none, or more than `most` bytes when unpacked."""
+    ends = [(at, len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if (at := block.find(mark, 0, HTTP_HEAD)) >= 0]
+    if not block.startswith(b"HTTP/") or not ends:
+        raise LeftOutError("corrupt", "no HTTP response")
+    at, size = min(ends)
+    first, *lines = block[:at].decode("latin-1").splitlines()
+    headers = {name.strip().lower(): value.strip() for name, mark, value in (line.partition(":") for line in lines) if mark}
+    status = first.split(None, 2)[1:2]
+    if not status or not status[0].isdigit() or len(status[0]) != 3:
+        raise LeftOutError("corrupt", "no status in the response")
+    body = block[at + size :]
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        body = _joined(body)
+    if (packed := headers.get("content-encoding", "").lower()) in ("gzip", "x-gzip", "deflate"):
+        body = _decoded(body, packed, most)
+    return Response(int(status[0]), headers.get("content-type", ""), body)
+
+
+def _joined(body: bytes) -> bytes:
+    """Joins chunks; a body that is not in chunks, as some archives keep it, stays as it is."""
+    out, at = list[bytes](), 0
+    while True:
+        end = body.find(b"\r\n", at, at + 64)
+        digits = body[at:end].partition(b";")[0].strip() if end >= 0 else b""
+        if not digits or len(digits) > 15 or digits.strip(b"0123456789abcdefABCDEF"):
+            return body if not out else b"".join(out)
+        size = int(digits, 16)
+        if not size:
+            return b"".join(out)
+        out.append(body[end + 2 : end + 2 + size])
+        at = end + 2 + size + 2
+
+
+def _decoded(body: bytes, packed: str, most: int) -> bytes:
+    """Unpacks a body; one that is not packed, as some archives keep it, stays as it is."""
+    raw = packed == "deflate" and body[:1] != b"\x78"
+    if packed != "deflate" and not body.startswith(MEMBER):
+        return body
+    out, at = io.BytesIO(), 0
+    try:
+        while not at or body.startswith(MEMBER, at):  # gzip may have several members; what else stands behind one is nothing
+            decoder = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
+            while at < len(body) and not decoder.eof:
+                piece = body[at : at + PIECE]
+                out.write(decoder.decompress(piece, most + 1 - out.tell()))
+                if out.tell() > most:
+                    raise LeftOutError("too_large", f"more than {most:,} bytes, unpacked")
+                at += len(piece) - len(decoder.unused_data)
+            if packed == "deflate" or not at:
+                break
+    except zlib.error as e:
+        raise LeftOutError("corrupt", f"content encoding {packed}: {e}") from e
+    return out.getvalue()
