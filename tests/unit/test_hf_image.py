@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from heliostat.curation import image_scoring, reasons
+from heliostat.curation import image_models, reasons
 from heliostat.curation.registry import parse
 from heliostat.curation.stage import Document, Picture
 from heliostat.curation.text.pipeline import TextPipeline
@@ -77,7 +77,7 @@ def opened(document: Document) -> Image.Image:
 
 def test_a_labels_score_is_the_models_own_and_does_not_depend_on_the_batch(classifier):
     documents = given(21)
-    score = image_scoring.load(str(classifier), "watermark", 8)
+    score = image_models.ImageLabels(str(classifier), "watermark", 8)
     made = score([d.picture.data for d in documents], [""] * 21)
     model = ViTForImageClassification.from_pretrained(classifier).eval()
     processor = AutoImageProcessor.from_pretrained(classifier, backend="pil")
@@ -90,7 +90,7 @@ def test_a_labels_score_is_the_models_own_and_does_not_depend_on_the_batch(class
 
 def test_a_captions_score_is_the_cosine_of_what_the_clip_makes_of_both(clip):
     documents = given(21)
-    score = image_scoring.load(str(clip), None, 8)
+    score = image_models.CaptionFit(str(clip), 8)
     images, captions = [d.picture.data for d in documents], [d.text for d in documents]
     made = score(images, captions)
     model = CLIPModel.from_pretrained(clip).eval()
@@ -127,7 +127,7 @@ def test_images_go_by_their_score(tmp_path, classifier):
 
 
 def test_a_model_with_one_output_gives_a_grade(tmp_path):
-    score = image_scoring.load(str(make_classifier(tmp_path / "grade", ("LABEL_0",))), "LABEL_0", 4)
+    score = image_models.ImageLabels(str(make_classifier(tmp_path / "grade", ("LABEL_0",))), "LABEL_0", 4)
     grades = score([d.picture.data for d in given(12)], [""] * 12)
     assert min(grades) < 0 or max(grades) > 1
 

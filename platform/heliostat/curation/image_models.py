@@ -1,153 +1,162 @@
-"""Scores images by a Hugging Face folder of an image classifier or a CLIP: safetensors and JSON alone, no code of the folder's.
+"""Runs images through a Hugging Face folder's model: safetensors and JSON alone, no code of the folder's.
 
-An image's score does not depend on the images beside it: batches are always full, so that each goes through the same kernels.
+What is made of an image, a score or a caption, does not depend on the images with it: batches are always full, so that each goes
+through the same kernels, and captions are decoded greedily.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from heliostat.curation.picturing import upright
-from heliostat.curation.scoring import CONFIG, TOKENIZER, labels, weights
+from heliostat.curation.scoring import CONFIG, TOKENIZER, Config, label_scores, labels, read_json, require_files, weights
 from heliostat.errors import ConfigError
 from heliostat.tasks import files
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+Value = TypeVar("Value")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # either, by the version that saved the folder
-Score = Callable[[list[bytes], list[str]], list[float]]
+CAPTIONERS = ("blip", "git", "vision-encoder-decoder")  # models that caption an image without being asked anything
+GENERATION = "generation_config.json"
 
 
-def describe(folder: str) -> dict[str, Any]:
+def describe(folder: str) -> Config:
     """Reads the folder's config.json; ConfigError if something that is needed is not there."""
-    told, processors = dict[str, Any](), _processors(folder)
+    processors = _processors(folder)
     if not processors:
         raise ConfigError(f"model: {folder!r} has no {PROCESSORS[0]}; save it by save_pretrained, with its image processor")
-    for name in (CONFIG, *processors):
-        try:
-            told[name] = json.loads(files.read("model", str(Path(folder) / name)))
-        except ValueError as e:
-            raise ConfigError(
-                f"model: {folder!r}: {name} is not JSON ({e}); name a folder that save_pretrained has written"
-            ) from e
-        if "auto_map" in told[name]:
-            raise ConfigError(
-                f"model: {folder!r} needs code that it brings ({name}: auto_map), which is not run; take another model"
-            )
-    config = told[CONFIG]
-    if not weights(folder):
-        raise ConfigError(f"model: {folder!r} has no safetensors; save it by save_pretrained")
-    if is_clip(config) and not (Path(folder) / TOKENIZER).is_file():
-        raise ConfigError(f"model: {folder!r} has no {TOKENIZER}; save it by save_pretrained, with its fast tokenizer")
+    config, *_ = [read_json(folder, name) for name in (CONFIG, *processors)]
+    require_files(folder, tokenizer=is_clip(config) or config.get("model_type") in CAPTIONERS)
     return config
+
+
+def require_captioner(folder: str) -> None:
+    """Raises ConfigError if the folder holds no captioner, or something that is needed is not there."""
+    if (kind := describe(folder).get("model_type")) not in CAPTIONERS:
+        raise ConfigError(f"model: {folder!r} is of the kind {kind!r}; captions are written by {', '.join(CAPTIONERS)}")
 
 
 def _processors(folder: str) -> list[str]:
     return [name for name in PROCESSORS if (Path(folder) / name).is_file()]
 
 
-def is_clip(config: dict[str, Any]) -> bool:
+def is_clip(config: Config) -> bool:
     return config.get("model_type") == "clip" and "text_config" in config
 
 
 def digests(folder: str) -> dict[str, str]:
-    """Returns the SHA-256 of all files that scores follow from."""
-    tokenizer = [TOKENIZER] if is_clip(describe(folder)) else []
-    paths = [*weights(folder), *(Path(folder) / name for name in (CONFIG, *_processors(folder), *tokenizer))]
+    """Returns the SHA-256 of all files that scores, or captions, follow from."""
+    config = describe(folder)
+    writes = config.get("model_type") in CAPTIONERS
+    others = [TOKENIZER] * (writes or is_clip(config)) + [GENERATION] * (writes and (Path(folder) / GENERATION).is_file())
+    paths = [*weights(folder), *(Path(folder) / name for name in (CONFIG, *_processors(folder), *others))]
     return {path.name: files.digest("model", str(path)) for path in paths}
 
 
-def load(folder: str, label: str | None, batch: int) -> Score:
-    """Loads a folder's model, on a GPU if there is one; ConfigError if it is no image classifier, and no CLIP."""
-    import transformers
+class ImageModel(Generic[Value]):
+    """Runs images, with their captions where it needs them, through a folder's model, on a GPU if there is one."""
 
-    config = describe(folder)
-    cls: Any = transformers.CLIPModel if is_clip(config) else transformers.AutoModelForImageClassification
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(
-            folder, backend="pil", local_files_only=True, trust_remote_code=False)  # fmt: skip
-        model = loaded(cls, folder)
-    except Exception as e:  # of many kinds: what is wrong with a folder of others
-        fault = str(e).partition("\n")[0]
-        raise ConfigError(f"model: {folder!r} cannot be loaded as an image classifier or CLIP ({fault})") from e
-    if is_clip(config):
-        return Captions(model, processor, folder, batch)
-    assert label is not None
-    return Labels(model, processor, labels(config).index(label), batch)
+    what = "an image classifier or CLIP"
 
-
-def loaded(cls: Any, folder: str) -> Any:
-    """Loads a model of a class from a folder's safetensors, on a GPU if there is one."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = cls.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
-    return model.eval().to(device)
-
-
-class Labels:
-    """Scores images by a label of a classifier."""
-
-    def __init__(self, model: Any, processor: Any, place: int, batch: int) -> None:
-        self.model, self.processor, self.place, self.batch = model, processor, place, batch
-
-    def __call__(self, images: list[bytes], captions: list[str]) -> list[float]:
-        return [score for part in parts(images, self.batch) for score in self._scores(part)[: len(part)]]
-
-    def _scores(self, images: list[bytes]) -> list[float]:
+    def __init__(self, folder: str, cls: Any, batch: int) -> None:
+        """Loads the folder with a class of transformers; ConfigError if it holds no such model."""
         import torch
+        import transformers
 
-        with torch.inference_mode():
-            logits = self.model(pixel_values=pixels(self.model, self.processor, full(images, self.batch))).logits.float()
-        if self.model.config.num_labels > 1:  # of one output: a grade
-            independent = self.model.config.problem_type == "multi_label_classification"
-            logits = logits.sigmoid() if independent else logits.softmax(-1)
-        return [round(value, 5) for value in logits[:, self.place].tolist()]
+        self.folder, self.batch = folder, batch
+        try:
+            self.processor = transformers.AutoImageProcessor.from_pretrained(
+                folder, backend="pil", local_files_only=True, trust_remote_code=False)  # fmt: skip
+            model = cls.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
+        except Exception as e:  # of many kinds: what is wrong with a folder of others
+            fault = str(e).partition("\n")[0]
+            raise ConfigError(f"model: {folder!r} cannot be loaded as {self.what} ({fault})") from e
+        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
-
-class Captions:
-    """Scores how well captions fit their images, by a CLIP."""
-
-    def __init__(self, model: Any, processor: Any, folder: str, batch: int) -> None:
+    def tokenizer(self) -> Tokenizer:
         from tokenizers import Tokenizer
 
-        self.model, self.processor, self.batch = model, processor, batch
-        self.tokenizer = Tokenizer.from_file(str(Path(folder) / TOKENIZER))
-        length = model.config.text_config.max_position_embeddings
-        self.tokenizer.enable_truncation(length)
-        self.tokenizer.enable_padding(length=length, pad_id=model.config.text_config.pad_token_id or 0)
+        return Tokenizer.from_file(str(Path(self.folder) / TOKENIZER))
 
-    def __call__(self, images: list[bytes], captions: list[str]) -> list[float]:
-        pairs = zip(parts(images, self.batch), parts(captions, self.batch), strict=True)
-        return [score for some, texts in pairs for score in self._scores(some, texts)[: len(some)]]
-
-    def _scores(self, images: list[bytes], captions: list[str]) -> list[float]:
+    def __call__(self, images: list[bytes], captions: list[str] | None = None) -> list[Value]:
+        """Returns what the model makes of each image."""
         import torch
 
-        encoded = self.tokenizer.encode_batch(full(captions, self.batch))
-        device = self.model.device
-        ids = torch.tensor([e.ids for e in encoded], device=device)
-        mask = torch.tensor([e.attention_mask for e in encoded], device=device)
-        with torch.inference_mode():
-            values = pixels(self.model, self.processor, full(images, self.batch))
-            found = self.model(input_ids=ids, attention_mask=mask, pixel_values=values)
-        fit = torch.nn.functional.cosine_similarity(found.image_embeds.float(), found.text_embeds.float())
+        values = list[Value]()
+        for first in range(0, len(images), self.batch):
+            part, texts = (some[first : first + self.batch] for some in (images, captions or [""] * len(images)))
+            missing = self.batch - len(part)
+            opened = [upright(image).convert("RGB") for image in part + part[:1] * missing]
+            with torch.inference_mode():
+                pixels = self.processor(images=opened, return_tensors="pt")["pixel_values"].to(self.model.device)
+                values += self.values(pixels, texts + texts[:1] * missing)[: len(part)]
+        return values
+
+    def values(self, pixels: Tensor, captions: list[str]) -> list[Value]:
+        """Computes a value for each image of a batch, decoded to what the model takes, and its caption."""
+        raise NotImplementedError
+
+
+class ImageLabels(ImageModel[float]):
+    """Scores images by a label of a classifier."""
+
+    def __init__(self, folder: str, label: str, batch: int) -> None:
+        from transformers import AutoModelForImageClassification
+
+        super().__init__(folder, AutoModelForImageClassification, batch)
+        self.place = labels(describe(folder)).index(label)
+
+    def values(self, pixels: Tensor, captions: list[str]) -> list[float]:
+        return label_scores(self.model(pixel_values=pixels).logits, self.place, self.model.config)
+
+
+class CaptionFit(ImageModel[float]):
+    """Scores how well captions fit their images, by a CLIP."""
+
+    def __init__(self, folder: str, batch: int) -> None:
+        from transformers import CLIPModel
+
+        super().__init__(folder, CLIPModel, batch)
+        self.encoder, text = self.tokenizer(), self.model.config.text_config
+        self.encoder.enable_truncation(text.max_position_embeddings)
+        self.encoder.enable_padding(length=text.max_position_embeddings, pad_id=text.pad_token_id or 0)
+
+    def values(self, pixels: Tensor, captions: list[str]) -> list[float]:
+        import torch
+
+        encoded = self.encoder.encode_batch(captions)
+        ids = torch.tensor([e.ids for e in encoded], device=pixels.device)
+        mask = torch.tensor([e.attention_mask for e in encoded], device=pixels.device)
+        both = self.model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
+        fit = torch.nn.functional.cosine_similarity(both.image_embeds.float(), both.text_embeds.float())
         return [round(value, 5) for value in fit.tolist()]
 
 
-def parts(items: list[Any], size: int) -> list[list[Any]]:
-    """Cuts a list into batches."""
-    return [items[first : first + size] for first in range(0, len(items), size)]
+class Captioner(ImageModel[tuple[str, bool]]):
+    """Returns (its caption, whether that was cut at `max_tokens`) of each image."""
 
+    what = "a captioner"
 
-def full(items: list[Any], size: int) -> list[Any]:
-    """Fills a batch up with its first item."""
-    return items + [items[0]] * (size - len(items))
+    def __init__(self, folder: str, max_tokens: int, batch: int) -> None:
+        from transformers import AutoModelForImageTextToText
 
+        require_captioner(folder)
+        super().__init__(folder, AutoModelForImageTextToText, batch)
+        self.decoder, self.max_tokens = self.tokenizer(), max_tokens
+        blip = self.model.config.model_type == "blip"  # generates up to its own end, whatever its generation config says
+        end = self.model.config.text_config.sep_token_id if blip else self.model.generation_config.eos_token_id
+        self.ends = set(end if isinstance(end, list) else [end])
 
-def pixels(model: Any, processor: Any, images: list[bytes]) -> Any:
-    """Decodes images to what the model takes."""
-    made = processor(images=[upright(image).convert("RGB") for image in images], return_tensors="pt")
-    return made["pixel_values"].to(model.device)
+    def values(self, pixels: Tensor, captions: list[str]) -> list[tuple[str, bool]]:
+        ids = self.model.generate(pixel_values=pixels, max_new_tokens=self.max_tokens, do_sample=False, num_beams=1)
+        return [self._text(row[1:]) for row in ids.tolist()]  # the first token begins a text, and is often the one that ends it
+
+    def _text(self, ids: list[int]) -> tuple[str, bool]:
+        end = next((place for place, id in enumerate(ids) if id in self.ends), None)
+        text = self.decoder.decode(ids[:end], skip_special_tokens=True)
+        return " ".join(text.split()), end is None and len(ids) >= self.max_tokens

@@ -11,14 +11,12 @@ pieces. A private key is one secret from its BEGIN to its END, over lines; witho
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from heliostat import extras
-from heliostat.curation.filtering import text_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import nearest
 
 FORMS = [
@@ -82,6 +80,7 @@ class DetectSecrets(Stage):
     reasons: ClassVar[dict[str, str]] = {"secrets": "more secrets than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
     version: ClassVar[int] = 4
+    needs: ClassVar = ("curation", "detect_secrets")
 
     detectors: list[str] = Field(FORMS + OWN, min_length=1)
     """The detectors that are used, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub
@@ -100,10 +99,7 @@ class DetectSecrets(Stage):
                 raise ValueError(f"{name!r} is no detector{nearest(name, FORMS + OWN + WIDE)}")
         return self
 
-    def check(self) -> None:
-        extras.require("curation", "detect_secrets", what="stage detect_secrets")
-
-    def open(self) -> Work:
+    def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
@@ -121,7 +117,7 @@ class DetectSecrets(Stage):
             counts = {"masked_secrets": found} if found and self.action == "mask" else {}
             return Outcome(document, measures={"found": found}, counts=counts)
 
-        return lambda documents: [outcome(d) for d in documents]
+        return outcome
 
 
 def _masked(text: str, detectors: list[Any], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:

@@ -10,9 +10,8 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from heliostat.curation.filtering import by_text
 from heliostat.curation.slices import slices
-from heliostat.curation.stage import Stage, Work
+from heliostat.curation.stage import Stage, Work, by_text
 
 UNITS = ("chars", "bytes", "words", "lines")
 

@@ -11,7 +11,7 @@ import re
 from typing import Any, ClassVar
 
 from heliostat.curation.licenses import NONE, UNKNOWN
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage
 
 _TOKEN = re.compile(r"\s*([()]|[A-Za-z0-9.+:-]+)")
 MOST, DEEP = 1000, 50  # characters and parentheses of an expression
@@ -37,10 +37,7 @@ class License(Stage):
     keep_none: bool = False
     """Keeps documents that no licence was found for (`NONE`)."""
 
-    def open(self) -> Work:
-        return lambda documents: [self.outcome(d) for d in documents]
-
-    def outcome(self, document: Document) -> Outcome:
+    def decide(self, document: Document) -> Outcome:
         """Keeps a document, or drops it with its licence as the detail."""
         said = expression(document.columns.get("license"))
         if said == NONE:

@@ -66,8 +66,8 @@ class Semantic(GlobalStage):
             raise ValueError(f"keep: {self.keep!r} {'needs a column' if not self.column else 'compares no column'}")
         return self
 
-    def identity(self) -> dict[str, Any]:
-        return super().identity() | {"model": embedding.identity(self.model)}
+    def digests(self) -> dict[str, object]:
+        return {"model": embedding.identity(self.model)}
 
     def check(self) -> None:
         config = scoring.describe(self.model)
