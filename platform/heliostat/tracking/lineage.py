@@ -21,9 +21,9 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.tracking import checkpoint_models, mlflow_client, registry, tags
+from heliostat.tracking.card import ParentModel, Parents
 from heliostat.tracking.checkpoint_models import CheckpointFacts
 from heliostat.tracking.mlflow_client import read_json
-from heliostat.tracking.parents import ParentModel, Parents
 from heliostat.tracking.reconcile import settle
 from heliostat.tracking.registry import HistoryEntry
 from heliostat.tracking.run_facts import RecordedStart
