@@ -26,7 +26,6 @@ def pooling(folder: str) -> str:
 
 
 def identity(folder: str) -> dict[str, str]:
-    """Returns the SHA-256 of all files that vectors follow from."""
     place = Path(folder)
     with naming("model"):
         told = [place / sentence_folder.MODULES, sentence_folder.pooling_file(place)]

@@ -49,7 +49,6 @@ def is_clip(config: Config) -> bool:
 
 
 def digests(folder: str) -> dict[str, str]:
-    """Returns the SHA-256 of all files that scores, or captions, follow from."""
     config = describe(folder)
     writes = config.get("model_type") in CAPTIONERS
     others = [TOKENIZER] * (writes or is_clip(config)) + [GENERATION] * (writes and (Path(folder) / GENERATION).is_file())
@@ -103,8 +102,6 @@ class ImageModel(Generic[Value]):
 
 
 class ImageLabels(ImageModel[float]):
-    """Scores images by a label of a classifier."""
-
     def __init__(self, folder: str, label: str, batch: int) -> None:
         from transformers import AutoModelForImageClassification
 

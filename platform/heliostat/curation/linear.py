@@ -54,8 +54,6 @@ class NgramCounter:
 
 
 class LinearScorer:
-    """Scores texts between 0 and 1."""
-
     def __init__(self, weights: np.ndarray, bias: float, features: NgramCounter) -> None:
         self.weights, self.bias, self.features = weights, bias, features
 

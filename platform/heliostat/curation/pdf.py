@@ -13,7 +13,6 @@ JOINED = str.maketrans({"\ufffe": None, "\0": None})  # U+FFFE: the hyphen of a 
 
 
 def is_pdf(data: bytes) -> bool:
-    """Tells whether bytes are a PDF's."""
     return b"%PDF-" in data[:HEAD]
 
 

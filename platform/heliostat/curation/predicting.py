@@ -64,7 +64,6 @@ class Prediction:
         self.factors = [kept_factors(self.funnel, self.repeated, which) for which in WHICH]
 
     def told(self, files: int) -> dict[str, Any]:
-        """Returns the prediction as JSON values."""
         rows, hours = self._rows(), self._hours(self.factors[0], self.flow.seconds)
         total, cpus = sum(hours.values()), self.flow.cpus()
         last, spread = rows[-1], estimates.Z * self.spread
@@ -211,7 +210,6 @@ def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
 
 
 def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, Any]:
-    """Sums the bytes of documents in runs, and their squares."""
     total, squared = 0, 0.0
     for run in runs:
         for table in survivors(folder, run, columns=["bytes"]):

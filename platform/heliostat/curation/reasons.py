@@ -89,7 +89,6 @@ def with_column(made: Manifest, name: str, value: str) -> list[dict[str, Any]]:
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:
-    """Unpacks rows of END."""
     return [{**r, "measures": json.loads(r["measures"] or "{}"), "columns": json.loads(r.get("columns") or "{}")}
             for r in table.to_pylist()]  # fmt: skip
 
@@ -116,7 +115,6 @@ def _named(made: Manifest) -> dict[str, Any]:
 
 
 def parts(rows: int) -> int:
-    """Chooses in how many files so many ends are written."""
     return max(1, -(-rows // END_ROWS))
 
 
@@ -134,7 +132,6 @@ def write_ends(folder: Location, part: int, parts: int, names: list[str], output
 
 
 def store_ends(output: Location, table: pa.Table) -> str:
-    """Stores a file of ends beside the shards, and returns its path."""
     return versions.store(output, f"{FILES}/ends-", spill.encode(table, ("id", "stage", "reason", "detail")), ".parquet")
 
 

@@ -16,7 +16,6 @@ STAGES = "heliostat.curation.stages"  # imported one by one, when named
 
 
 def names() -> list[str]:
-    """Lists the stages there are, sorted."""
     return sorted(
         m.name
         for m in pkgutil.iter_modules([str(Path(__file__).parent / "stages")])

@@ -71,7 +71,6 @@ def labels(config: Config) -> list[str]:
 
 
 def require_label(label: str, config: Config) -> None:
-    """Raises ConfigError if the model has no such label."""
     known = labels(config)
     if label not in known:
         raise ConfigError(f"label: {label!r} is none of the model's, {', '.join(known)}{nearest(label, known)}")
@@ -86,7 +85,6 @@ def label_scores(logits: Tensor, place: int, config: PretrainedConfig) -> list[f
 
 
 def digests(folder: str) -> dict[str, str]:
-    """Returns the SHA-256 of all files that scores follow from."""
     paths = [*weights(folder), Path(folder) / CONFIG, Path(folder) / TOKENIZER]
     return {path.name: files.digest("model", str(path)) for path in paths}
 
@@ -193,8 +191,6 @@ class Reader:
 
 
 class SequenceClassifier(Reader):
-    """Runs texts through a sequence classifier."""
-
     def load(self, folder: str, **options: Any) -> Any:
         import transformers
 
@@ -204,8 +200,6 @@ class SequenceClassifier(Reader):
 
 
 class Scorer(SequenceClassifier):
-    """Scores texts by a label of a classifier."""
-
     def __init__(self, folder: str, label: str, max_tokens: int, batch: int) -> None:
         self.place = labels(describe(folder)).index(label)
         super().__init__(folder, "a sequence classifier", max_tokens, batch)

@@ -31,8 +31,6 @@ class File(TypedDict):
 
 @open_
 class InferenceFacts(TypedDict):
-    """Describes what is read of `inference.json`."""
-
     model: ModelFacts
     engine: dict[str, Any]
     settings: dict[str, Any]
@@ -69,6 +67,5 @@ def answers(root: Location, files: list[InputFile]) -> dict[str, Any] | None:
 
 
 def _above(place: Location) -> Location:
-    """Returns the folder that a place lies in."""
     base, mark, query = place.uri.partition("?") if place.is_s3 else (place.uri, "", "")
     return Location((base.rstrip("/").rpartition("/")[0] or "/") + mark + query)

@@ -37,8 +37,6 @@ class ParentModel(TypedDict):
 
 
 class Parents(TypedDict):
-    """Describes the content of `parents.json`."""
-
     parents: list[ParentModel]
 
 

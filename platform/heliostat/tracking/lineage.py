@@ -247,7 +247,6 @@ class Seen:
 
 
 def lines(traced: Lineage) -> list[tuple[int, str]]:
-    """Lays the lineage tree out as lines of text: (depth, text)."""
     out: list[tuple[int, str]] = []
     if model := traced["model"]:
         out += _model_lines(model, 0)

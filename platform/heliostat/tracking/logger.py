@@ -54,8 +54,6 @@ NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # 
 
 
 class Table(TypedDict):
-    """Describes what is read of the run's table of samples."""
-
     data: list[list[str]]
 
 

@@ -46,8 +46,6 @@ class HistoryEntry(TypedDict):
 
 
 class Promotion(HistoryEntry):
-    """Describes what `promote` has done."""
-
     name: str
     version: str
     scores: dict[str, float]
@@ -138,7 +136,6 @@ def history(version: ModelVersion) -> list[HistoryEntry]:
 
 
 def record(client: MlflowClient, name: str, version: str, entry: HistoryEntry) -> None:
-    """Adds an entry to a version's history, which keeps the newest entries."""
     known = history(client.get_model_version(name, version))
     client.set_model_version_tag(name, version, HISTORY, json.dumps([*known, entry][-KEPT:]))
 
@@ -185,6 +182,5 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
 
 
 def _present(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """Looks up the version that has the alias; None if none has."""
     version = client.get_registered_model(name).aliases.get(alias)
     return client.get_model_version(name, version) if version else None

@@ -76,7 +76,6 @@ class RunRecord:
             self.client.set_tag(self.run_id, PARENT_RUNS, ",".join(ids))
 
     def attempt(self, event: AttemptStarted) -> None:
-        """Adds a start of the workers to the run's record."""
         self._checkpoints.back(event.start_step)
         place = self.job.run_folder.join(ATTEMPTS)
         cluster, code = os.environ.get("HELIOSTAT_CLUSTER", ""), self._code()

@@ -60,7 +60,6 @@ class ConnectionWatch:
 
     @property
     def asking(self) -> bool:
-        """Tells whether the client is to send a request: none is under way."""
         return self.protocol.cycle is None or self.protocol.cycle.response_complete
 
     @property

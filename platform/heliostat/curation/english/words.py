@@ -42,7 +42,6 @@ class Spoken:
 
 
 def hash_of(word: str) -> int:
-    """Computes the hash by which a word is known."""
     return xxhash.xxh64_intdigest(word.encode("utf-8", "surrogatepass"))
 
 
@@ -61,7 +60,6 @@ class Words:
         self._tables = Spoken(*(np.zeros(1024, kind) for kind in (np.uint64, np.int32, bool, bool)))
 
     def of(self, text: str) -> Spoken:
-        """Returns the words of a text."""
         known = self._recent.get(text)
         if known is not None:
             return known

@@ -60,7 +60,6 @@ def suffix_of(path: str) -> str | None:
 
 
 def kind_of(path: str) -> Kind | None:
-    """Returns the kind of a file by its path, None if it is none of KINDS."""
     return KINDS.get(suffix_of(path) or "")
 
 

@@ -46,7 +46,6 @@ _BROKEN = (
 
 
 def is_archive(path: str) -> bool:
-    """Tells by its name whether a file is an archive that is read."""
     return _SUFFIX.search(path) is not None
 
 
@@ -105,7 +104,6 @@ class _Forward(io.RawIOBase):
         self._at, self._left, self.last = 0, 0, b""
 
     def allow(self, count: int) -> None:
-        """Allows so many bytes to be read from now on."""
         self._left = count
 
     def seekable(self) -> bool:
@@ -223,7 +221,6 @@ class _Reads:
 
 
 def _most(stream: BinaryIO, limits: ReadLimits) -> int:
-    """Computes how many bytes an archive may unpack to."""
     return min(limits.max_file_bytes, RATIO * stream.seek(0, io.SEEK_END) + MUCH)
 
 

@@ -44,7 +44,6 @@ def is_clone(path: str) -> bool:
 
 
 def there_is_git() -> bool:
-    """Tells whether the program is there."""
     return shutil.which("git") is not None
 
 
@@ -133,7 +132,6 @@ class _Output:
         self._held, self._said = bytearray(), b""
 
     def ask(self, question: bytes) -> None:
-        """Writes to git."""
         assert self._process.stdin
         try:
             self._process.stdin.write(question)
@@ -154,7 +152,6 @@ class _Output:
         return found
 
     def exactly(self, size: int) -> bytes:
-        """Reads so many bytes."""
         while len(self._held) < size:
             if not self._more():
                 raise LeftOutError("corrupt", "git broke off")

@@ -48,7 +48,6 @@ def batches(
 
 
 def _begins(info: pq.RowGroupMetaData) -> int:
-    """Returns the offset of the first byte of a row group."""
     columns = [info.column(i) for i in range(info.num_columns)]
     return min((min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns), default=0)
 

@@ -192,7 +192,6 @@ class _Source:
         return out
 
     def back(self, size: int) -> None:
-        """Goes back some bytes that were read just now."""
         self.at -= size
 
     def forget(self, before: int) -> None:

@@ -78,7 +78,6 @@ def _licenses(members: Members) -> Licenses:
 
 
 def _text(member: RepositoryFile) -> str:
-    """Returns the text of a licence file, "" for what is none."""
     try:
         return member.read().decode("utf-8", "replace") if member.size <= MOST else ""
     except MemberError:

@@ -221,13 +221,11 @@ def whole(stream: BinaryIO, most: int) -> bytes:
 
 
 def page(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the file as a page, or a PDF."""
     data = _file(path, stream, limits)
     yield Document(path, data) if data.strip() else Dropped(path, "empty")
 
 
 def text(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the file as text."""
     data = _file(path, stream, limits)
     yield decoded(path, data) if data.strip() else Dropped(path, "empty")
 

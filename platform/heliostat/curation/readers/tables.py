@@ -54,12 +54,10 @@ def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> It
 
 
 def csv(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields a document for each row under the header; ids count rows."""
     yield from _separated(path, stream, limits, ",")
 
 
 def tsv(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the same of a file that tabs separate."""
     yield from _separated(path, stream, limits, "\t")
 
 
@@ -238,7 +236,6 @@ def _unpacked_bytes(about: bytes, body: bytes) -> tuple[int, int | None, bool]:
 
 
 def _field(data: bytes, table: int, number: int) -> int:
-    """Returns the place of a flatbuffer table's field, 0 if it is not there."""
     names = table - _number("<i", data, table)
     if names < 0:
         raise IndexError("a table outside the message")
@@ -252,7 +249,6 @@ def _follow(data: bytes, at: int) -> int:
 
 
 def _value(form: str, data: bytes, place: int) -> int:
-    """Returns a field's number; what is not there is 0."""
     return _number(form, data, place) if place else 0
 
 

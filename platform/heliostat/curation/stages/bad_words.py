@@ -21,8 +21,6 @@ _WORD = re.compile(r"\w+")
 
 
 class BadWords(Stage):
-    """Drops documents that hold words of a list (Raffel et al. 2020)."""
-
     limits: ClassVar = {"bad_word": ("bad_words", "max_found", "more words of the lists than {}")}
     paths: ClassVar[tuple[str, ...]] = ("lists",)
 
@@ -72,7 +70,6 @@ def _whole_words(entries: list[str]):
 
 
 def _count(text: str, phrase: str) -> int:
-    """Counts the places where a phrase stands by itself."""
     found, at = 0, text.find(phrase)
     while at >= 0:
         end = at + len(phrase)

@@ -26,8 +26,6 @@ _POLICIES = re.compile(r"terms of use|privacy policy|cookie policy|uses cookies|
 
 
 class C4(Stage):
-    """Removes lines that are no sentences (Raffel et al. 2020)."""
-
     reasons: ClassVar[dict[str, str]] = {
         "lorem_ipsum": "a line with `lorem ipsum`",
         "curly_bracket": "a line with a curly bracket",
@@ -54,7 +52,6 @@ class C4(Stage):
     """Drops documents with `lorem ipsum` (`lorem_ipsum`)."""
 
     def decide(self, document: Document) -> Outcome:
-        """Removes a document's lines, or drops it."""
         kept, found, removed = list[str](), 0, Counter[str]()
         for line in (line for part in slices(text_of(document), LINE_END) for line in part.splitlines()):
             line = line.strip()

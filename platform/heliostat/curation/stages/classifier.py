@@ -21,8 +21,6 @@ from heliostat.tasks import files
 
 
 class Classifier(Stage):
-    """Drops documents that a classifier of one's own finds unlike its good examples."""
-
     limits: ClassVar = {"low_score": ("score", "min_score", "a score below {}")}
     paths: ClassVar[tuple[str, ...]] = ("model",)
 

@@ -34,8 +34,6 @@ _TAG = re.compile(r"<[^<>]*>")
 
 
 class Code(Stage):
-    """Drops source files that nobody wrote (Li et al. 2023)."""
-
     makes: ClassVar[tuple[str, ...]] = ("language",)
     reasons: ClassVar[dict[str, str]] = {
         "empty": "no character in it",
@@ -135,12 +133,10 @@ class Code(Stage):
 
 
 def _first(*rules: tuple[bool, str]) -> str:
-    """Returns the reason of the first rule that failed; "" if none did."""
     return next((reason for failed, reason in rules if failed), "")
 
 
 def _alphanumeric(text: str) -> int:
-    """Counts letters and digits of all scripts."""
     plain = text.encode("ascii", "ignore")
     return len(plain) - len(plain.translate(None, _ALPHANUMERIC)) + sum(map(str.isalnum, "".join(_FOREIGN.findall(text))))
 

@@ -75,8 +75,6 @@ class ServiceTokenDetector:
 
 
 class DetectSecrets(Stage):
-    """Masks secrets in code, or drops files that hold them (Li et al. 2023)."""
-
     reasons: ClassVar[dict[str, str]] = {"secrets": "more secrets than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
     version: ClassVar[int] = 4

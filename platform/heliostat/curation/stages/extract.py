@@ -23,8 +23,6 @@ from heliostat.schema import Float
 
 
 class Extract(Stage):
-    """Makes text of HTML pages."""
-
     makes: ClassVar[tuple[str, ...]] = ("encoding", "title")
     reasons: ClassVar[dict[str, str]] = {
         "no_text": "no text is left of the page",

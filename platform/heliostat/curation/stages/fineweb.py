@@ -21,8 +21,6 @@ from heliostat.schema import Float
 
 
 class FineWeb(Stage):
-    """Drops documents that look like lists (Penedo et al. 2024)."""
-
     reasons: ClassVar[dict[str, str]] = {"empty": "no line with anything in it"}
     limits: ClassVar = {
         "few_terminal_marks": ("terminal_lines", "min_terminal_lines", "a smaller share of lines with a terminal mark than {}"),
@@ -48,7 +46,6 @@ class FineWeb(Stage):
         return by_text(self.judge)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        """Measures a text, and names the first rule that it fails."""
         count = terminal = short = 0
 
         def lines() -> Iterator[str]:

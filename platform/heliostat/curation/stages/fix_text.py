@@ -18,8 +18,6 @@ _ODD = re.compile(r"[^\t\n\r -%'-~]")  # what ftfy may change something at
 
 
 class FixText(Stage):
-    """Repairs text that was decoded wrongly, with ftfy."""
-
     needs: ClassVar = ("curation", "ftfy")
 
     uncurl_quotes: bool = False

@@ -22,8 +22,6 @@ from heliostat.schema import Float
 
 
 class GopherQuality(Stage):
-    """Drops documents that do not look like prose (Rae et al. 2021)."""
-
     reasons: ClassVar[dict[str, str]] = {"empty": "no word in it"}
     limits: ClassVar = {
         "few_words": ("words", "min_words", "fewer words than {}"),
@@ -67,7 +65,6 @@ class GopherQuality(Stage):
         return by_text(self.judge)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        """Measures a text, and names the first rule that it fails."""
         words = shared.of(text)
         count = len(words)
         if not count:
@@ -89,7 +86,6 @@ class GopherQuality(Stage):
 
 
 def _share(text: str, matches: Callable[[str], bool]) -> float:
-    """Computes the share of lines that match."""
     total = found = 0
     for part in slices(text, LINE_END):
         lines = part.splitlines()

@@ -25,8 +25,6 @@ TOP, DUPLICATE = range(2, 5), range(5, 11)
 
 
 class GopherRepetition(Stage):
-    """Drops documents that repeat themselves (Rae et al. 2021)."""
-
     reasons: ClassVar[dict[str, str]] = {"empty": "no character in it"}
     limits: ClassVar = {
         "paragraphs": ("paragraphs", "max_duplicate_paragraphs", "more paragraphs that were there before than {}"),
@@ -70,7 +68,6 @@ class GopherRepetition(Stage):
         return by_text(self.judge)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        """Measures a text rule by rule, as far as the first that it fails."""
         if not text:
             return "empty", {}
         size, measures = len(text), dict[str, float]()

@@ -16,8 +16,6 @@ from heliostat.curation.stage import Document, Outcome, Work, text_of
 
 
 class HfClassifier(scoring.ScoringStage):
-    """Drops documents by the score of a Hugging Face sequence classifier."""
-
     label: str = Field(min_length=1)
     """The label whose score is taken, by its name in config.json (`LABEL_0` where it has none)."""
     max_tokens: int = Field(512, ge=8)

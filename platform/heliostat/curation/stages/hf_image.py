@@ -21,8 +21,6 @@ from heliostat.errors import ConfigError
 
 
 class HfImage(scoring.ScoringStage):
-    """Drops images by the score of a Hugging Face image classifier or CLIP."""
-
     of_images: ClassVar[bool] = True
     needs: ClassVar = ("images", "PIL")
 

@@ -18,8 +18,6 @@ from heliostat.schema import Float
 
 
 class ImageSize(Stage):
-    """Drops images by their size (Gadre et al. 2023)."""
-
     of_images: ClassVar[bool] = True
     reasons: ClassVar[dict[str, str]] = {"undecodable": "bytes that are no PNG, JPEG or WebP"}
     limits: ClassVar = {

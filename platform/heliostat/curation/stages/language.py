@@ -35,8 +35,6 @@ def sample(text: str, chars: int) -> str:
 
 
 class Language(Stage):
-    """Tells a document's language, and keeps those that are asked for (Joulin et al. 2016)."""
-
     makes: ClassVar[tuple[str, ...]] = ("language", "language_score")
     reasons: ClassVar[dict[str, str]] = {
         "other_language": "a language that is not in `languages`",

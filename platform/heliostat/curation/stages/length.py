@@ -17,8 +17,6 @@ UNITS = ("chars", "bytes", "words", "lines")
 
 
 class Length(Stage):
-    """Drops documents by their length."""
-
     reasons: ClassVar[dict[str, str]] = {"short": "less than a least length", "long": "more than a largest length"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {unit: (f"min_{unit}", f"max_{unit}") for unit in UNITS}
 
@@ -53,7 +51,6 @@ class Length(Stage):
         return by_text(self.judge)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        """Measures a text in the units that have a limit."""
         sizes = {
             "chars": lambda: len(text),
             "bytes": lambda: len(text.encode("utf-8", "surrogatepass")),

@@ -22,8 +22,6 @@ PERMISSIVE = [
 
 
 class License(Stage):
-    """Keeps documents by their licence (Kocetkov et al. 2022)."""
-
     reasons: ClassVar[dict[str, str]] = {
         "not_allowed": "a licence that is not in `allow`",
         "unknown": "a licence that is not known, or no column `license`",
@@ -38,7 +36,6 @@ class License(Stage):
     """Keeps documents that no licence was found for (`NONE`)."""
 
     def decide(self, document: Document) -> Outcome:
-        """Keeps a document, or drops it with its licence as the detail."""
         said = expression(document.columns.get("license"))
         if said == NONE:
             return Outcome(document, counts={"none": 1}) if self.keep_none else Outcome(None, "none")
@@ -49,7 +46,6 @@ class License(Stage):
 
 
 def expression(value: Any) -> str:
-    """Returns the expression that a column holds."""
     if isinstance(value, list):
         return " AND ".join(f"({part})" for part in value) or NONE
     return value.strip() if isinstance(value, str) else ""

@@ -26,8 +26,6 @@ _NUMBERS = re.compile(r"[\d\W_]+")
 
 
 class Lines(Stage):
-    """Removes lines that are no text (Penedo et al. 2023)."""
-
     reasons: ClassVar[dict[str, str]] = {"empty": "no line is left"}
     limits: ClassVar = {
         "removed_words": ("removed_words", "max_removed_words", "a larger share of words in removed lines than {}")
@@ -56,7 +54,6 @@ class Lines(Stage):
     """Documents with a larger share of their words in removed lines are dropped (`removed_words`); 1 drops none."""
 
     def decide(self, document: Document) -> Outcome:
-        """Removes a document's lines, or drops it."""
         kept, removed, words, lost = list[str](), Counter[str](), 0, 0
         phrases = [tuple(map(str.lower, some)) for some in (self.begins, self.ends, self.holds)]
         for line in split(text_of(document)):

@@ -33,8 +33,6 @@ ROW_BYTES = 160  # of memory for each key, edge or member that a task holds, sor
 
 
 class MinHash(GlobalStage):
-    """Drops near duplicates but one of each cluster."""
-
     version: ClassVar = 2  # words are those of `comparable`, as FineWeb compares them: accents and numbers don't count
     compares: ClassVar = ("column", "within")
     needs: ClassVar = ("curation", "rensa")

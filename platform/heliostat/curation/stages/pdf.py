@@ -23,8 +23,6 @@ from heliostat.schema import Float
 
 
 class Pdf(Stage):
-    """Makes text of PDFs."""
-
     makes: ClassVar[tuple[str, ...]] = ("pages", "title")
     reasons: ClassVar[dict[str, str]] = {
         "no_text": "no text on any page, as of scanned ones",

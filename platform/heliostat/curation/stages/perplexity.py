@@ -25,8 +25,6 @@ from heliostat.schema import Float
 
 
 class Perplexity(Stage):
-    """Drops documents by the perplexity of a language model, and tells the bucket of the others."""
-
     gpu: ClassVar[bool] = True
     reasons: ClassVar[dict[str, str]] = {"too_short": "fewer than two tokens, which have no perplexity"}
     limits: ClassVar = {

@@ -20,8 +20,6 @@ from heliostat.curation.stage import Document, Outcome, Stage, Work, text_of
 
 
 class Recaption(Stage):
-    """Writes captions anew by a Hugging Face captioner."""
-
     gpu: ClassVar[bool] = True
     of_images: ClassVar[bool] = True
     reasons: ClassVar[dict[str, str]] = {"no_caption": "an image of which the model wrote nothing"}

@@ -11,16 +11,18 @@ documents.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 from pydantic import Field
 
-from heliostat.curation.comparable import edges
+from heliostat.curation import comparable
 from heliostat.curation.repeating import Cut, RepeatingStage
-from heliostat.curation.windows import WordWindows, spans
+
+BLOCK = 1 << 16  # windows that are compared together
 
 
 class RepeatedSpans(RepeatingStage):
-    """Removes spans of words that are in another document, or earlier in the same one."""
-
     words: int = Field(100, ge=10)
     """The words of a span that is always found."""
 
@@ -28,8 +30,7 @@ class RepeatedSpans(RepeatingStage):
         return WordWindows((self.words + 1) // 2)
 
     def cut(self, text: str, lost: set[int]) -> Cut:
-        """Removes windows by the numbers of their first words."""
-        places = edges(text)
+        places = comparable.edges(text)
         kept, at, removed, gone = list[str](), 0, 0, spans(lost, self.signing().size)
         for first, stop in gone:
             kept.append(text[at : places[first, 0]].rstrip())
@@ -38,3 +39,37 @@ class RepeatedSpans(RepeatingStage):
         left = "\n".join(part for part in [*kept, text[at:]] if part)
         detail = f"{removed:,} of {len(places):,} words, in {len(gone):,} spans"
         return Cut(left, removed / len(places), detail, {"spans_removed": len(gone), "words_removed": removed})
+
+
+@dataclass(frozen=True)
+class WordWindows:
+    """Defines the windows: `size` words each."""
+
+    size: int
+
+    def hashes(self, text: str) -> list[tuple[int, int]]:
+        """Lists (number of its first word, hash) of the windows that are chosen; none of a text of fewer than two sizes."""
+        found, _ = comparable.words([text]).ngrams(self.size)
+        places = least(found, self.size)
+        return list(zip(places.tolist(), found[places].tolist(), strict=True))
+
+
+def least(found: np.ndarray, size: int) -> np.ndarray:
+    """Returns the places of the least hash of every `size` in a row, each once."""
+    places = [np.zeros(0, np.int64)]
+    for start in range(0, len(found) - size + 1, BLOCK):
+        part = found[start : start + BLOCK + size - 1]
+        rows = np.lib.stride_tricks.sliding_window_view(part, size)
+        places.append(np.unique(rows.argmin(axis=1) + np.arange(len(rows))) + start)
+    return np.unique(np.concatenate(places))
+
+
+def spans(lost: set[int], size: int) -> list[tuple[int, int]]:
+    """Joins windows that overlap or touch: (first word, word behind the last) of each span."""
+    found: list[tuple[int, int]] = []
+    for place in sorted(lost):
+        if found and place <= found[-1][1]:
+            found[-1] = (found[-1][0], place + size)
+        else:
+            found.append((place, place + size))
+    return found

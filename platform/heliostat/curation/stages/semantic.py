@@ -34,8 +34,6 @@ NUMBER_BYTES = 16  # of memory for each number of a vector that is compared, wit
 
 
 class Semantic(GlobalStage):
-    """Drops documents that mean much the same as another, which stays."""
-
     compares: ClassVar = ("column",)
     reasons: ClassVar = {"near_duplicate": "means much the same as another document, which stays"}
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
@@ -112,6 +110,5 @@ class Semantic(GlobalStage):
 
 
 def _summed(judged: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """Sums histograms."""
     total = tally.merge([{"": tally.entry({}, "") | {"histograms": {"similarity": r["bins"]}}} for r in judged])
     return total.get("", {}).get("histograms", {}).get("similarity", {})

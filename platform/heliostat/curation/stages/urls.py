@@ -22,8 +22,6 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class Urls(Stage):
-    """Drops documents by their URL (Penedo et al. 2023)."""
-
     reasons: ClassVar[dict[str, str]] = {
         "domain": "the host, or one above it, is in `domains`",
         "url": "the URL is in `urls`",

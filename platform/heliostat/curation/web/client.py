@@ -85,7 +85,6 @@ def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: No
 
 
 def _joined(url: str, place: str) -> str:
-    """Returns the URL that a redirect leads to."""
     try:
         return urljoin(url, place)
     except ValueError as e:

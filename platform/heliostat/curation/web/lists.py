@@ -114,7 +114,6 @@ def _whole(url: str) -> str:
 
 
 def rows(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a task, in order: `id`, `url` and `row`."""
     mine = pa.concat_tables([ROWS.empty_table(), *_dealt(folder, task, names)]).sort_by(
         [("key", "ascending"), ("id", "ascending")]
     )

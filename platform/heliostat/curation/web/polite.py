@@ -31,8 +31,6 @@ class Host:
 
 @dataclass
 class OriginRules:
-    """Keeps the rules of a scheme, host and port."""
-
     rules: robots.RobotsRules | None = None
     closed: FetchError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -122,7 +120,6 @@ class Fetcher:
 
 
 def host_of(url: str) -> str:
-    """Returns the host that a URL names, "" if it names none."""
     try:
         return (urlsplit(url.strip()).hostname or "").lower()
     except ValueError:

@@ -94,7 +94,6 @@ def facts(held: Told) -> list[tuple[str, str]]:
 
 
 def page(told: Told) -> str:
-    """Renders the page as HTML."""
     funnel = told["funnel"]
     parts = [
         f"<h1>{escape(printable(told['name']))}</h1>",

@@ -38,8 +38,6 @@ Curves = dict[str, svg.Points]
 
 
 class PageFacts(TypedDict):
-    """Describes what the page shows."""
-
     row: run_table.RunRow
     node: lineage.Traced
     spikes: list[tuple[int, float, float]]  # step, loss, limit
@@ -82,7 +80,6 @@ def _curves(client: MlflowClient, run: Run) -> Curves:
 
 
 def _spikes(client: MlflowClient, run_id: str) -> list[tuple[int, float, float]]:
-    """Reads the (step, loss, limit) of each loss spike, in order."""
     loss, limit = ({m.step: m.value for m in client.get_metric_history(run_id, key)} for key in (SPIKE, SPIKE_LIMIT))
     return [(step, loss[step], limit.get(step, math.nan)) for step in sorted(loss)]
 
@@ -98,7 +95,6 @@ def _pictures(client: MlflowClient, run_id: str) -> list[tuple[str, bytes]]:
 
 
 def page(facts: PageFacts) -> str:
-    """Renders the report page as HTML."""
     row, report = facts["row"], facts["goodput"]
     parts = [
         f"<h1>{escape(row['name'])}</h1>",
