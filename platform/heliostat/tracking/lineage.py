@@ -159,18 +159,19 @@ def _parent_node(client: MlflowClient, parent: ParentModel, depth: int) -> Trace
     return run_node(client, run, depth - 1) if tags.FOLDER in run.data.tags else None
 
 
-def attempts(client: MlflowClient, run: Run) -> list[Outline]:
-    """Lists every start of the workers.
-
-    Reads the goodput report in MLflow if the run has ended, else the ledger in the run's folder; empty if neither can be read.
-    """
+def goodput_of(client: MlflowClient, run: Run) -> goodput.GoodputReport | None:
+    """Reads the goodput report in MLflow if the run has ended, else the ledger in its folder; None if neither can be read."""
     report = read_json(client, run.info.run_id, "goodput.json", goodput.GoodputReport) if run.info.status != "RUNNING" else None
-    if report is None:
-        try:
-            report = goodput.read_report(Location(run.data.tags[tags.FOLDER]))
-        except (HeliostatError, OSError):
-            return []
-    return [cast(Outline, {k: a.get(k) for k in Outline.__annotations__}) for a in report["attempts"]]
+    try:
+        return report or goodput.read_report(Location(run.data.tags[tags.FOLDER]))
+    except (HeliostatError, OSError):
+        return None
+
+
+def attempts(client: MlflowClient, run: Run) -> list[Outline]:
+    """Lists every start of the workers; empty if nothing is known of them."""
+    report = goodput_of(client, run)
+    return [cast(Outline, {k: a.get(k) for k in Outline.__annotations__}) for a in report["attempts"]] if report else []
 
 
 def data_of(client: MlflowClient, run: Run) -> Consumed:

@@ -16,15 +16,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
-from heliostat.storage.locations import Location
 from heliostat.tracking import lineage, run_table
 from heliostat.tracking.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
 from heliostat.tracking.mlflow_client import read_json
 from heliostat.tracking.report import svg
 from heliostat.tracking.report.frame import boxes, document, side_by_side
-from heliostat.tracking.tags import FOLDER
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
@@ -50,19 +47,13 @@ class PageFacts(TypedDict):
 def gather(client: MlflowClient, run: Run) -> PageFacts:
     """Collects from MLflow and the run's folder what the report page shows, as plain data."""
     run_id = run.info.run_id
-    report = read_json(client, run_id, "goodput.json", goodput.GoodputReport)
-    if report is None:
-        try:
-            report = goodput.read_report(Location(run.data.tags[FOLDER]))
-        except (HeliostatError, OSError):
-            report = None
     samples = (read_json(client, run_id, "samples.json", dict[str, list[list[str]]]) or {}).get("data", [])
     return {
         "row": run_table.row(run, client.get_experiment(run.info.experiment_id).name),
         "node": lineage.run_node(client, run),
         "spikes": _spikes(client, run_id),
         "curves": _curves(client, run),
-        "goodput": report,
+        "goodput": lineage.goodput_of(client, run),
         "samples": [(row[0], row[1]) for row in samples],
         "pictures": _pictures(client, run_id),
     }
