@@ -141,19 +141,14 @@ def test_what_is_no_captioner_is_refused(tmp_path, captioner):
     folder = tmp_path / "model"
     shutil.copytree(captioner, folder)
     config = json.loads((folder / "config.json").read_text())
-    for change, match in (({"model_type": "llava"}, "of the kind 'llava'; captions are written by blip, git"),
-                          ({"auto_map": {}}, "needs code that it brings")):  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ConfigError, match=match):
-            parse({"stage": "recaption", "model": str(folder)}).check()
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
+    with pytest.raises(ConfigError, match="of the kind 'llava'; captions are written by blip, git"):
+        parse({"stage": "recaption", "model": str(folder)}).check()
     (folder / "config.json").write_text(json.dumps(config))
     before = image_models.digests(str(folder))
     assert {"model.safetensors", "tokenizer.json", "generation_config.json", "config.json"} <= before.keys()
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
-        parse({"stage": "recaption", "model": str(folder)}).check()
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="has no safetensors"):
         parse({"stage": "recaption", "model": str(folder)}).check()
 
 

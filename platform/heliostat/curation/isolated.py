@@ -62,7 +62,7 @@ class IsolatedError(Exception):
 class Isolated:
     """Calls `module:function`, made with `keys`, in a process that is started when it is needed and replaced when it fails."""
 
-    def __init__(self, function: str, keys: dict[str, Any], seconds: float, megabytes: int) -> None:
+    def __init__(self, function: str, keys: dict[str, object], seconds: float, megabytes: int) -> None:
         self._function, self._keys, self._seconds, self._megabytes = function, keys, seconds, megabytes
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -148,7 +148,7 @@ class Isolated:
             process.wait()
 
 
-def _send(sock: socket.socket, about: dict[str, Any], data: bytes, deadline: float | None) -> None:
+def _send(sock: socket.socket, about: dict[str, object], data: bytes, deadline: float | None) -> None:
     head = json.dumps(about).encode()
     view = memoryview(_HEAD.pack(len(head), len(data)) + head + data)
     while view:
@@ -209,7 +209,7 @@ def _shut_in(root: Path) -> list[str]:
     return lacks
 
 
-def _serve(function: str, keys: dict[str, Any], seconds: float, megabytes: int, root: Path) -> None:
+def _serve(function: str, keys: dict[str, object], seconds: float, megabytes: int, root: Path) -> None:
     """Answers requests on standard input, a socket, until the other side has ended."""
     sock = socket.socket(fileno=os.dup(0))
     module, _, name = function.partition(":")

@@ -63,7 +63,7 @@ class Prediction:
         self.repeated = self._repeated()
         self.factors = [kept_factors(self.funnel, self.repeated, which) for which in WHICH]
 
-    def told(self, files: int) -> dict[str, Any]:
+    def told(self, files: int) -> dict[str, object]:
         rows, hours = self._rows(), self._hours(self.factors[0], self.flow.seconds)
         total, cpus = sum(hours.values()), self.flow.cpus()
         last, spread = rows[-1], estimates.Z * self.spread
@@ -209,7 +209,7 @@ def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
     return math.sqrt((1 - fraction) * squared) / bytes if bytes else 0.0
 
 
-def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, Any]:
+def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
     total, squared = 0, 0.0
     for run in runs:
         for table in survivors(folder, run, columns=["bytes"]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -34,7 +33,7 @@ def find(name: str) -> type[Stage]:
     return found
 
 
-def parse(raw: Any) -> Stage:
+def parse(raw: object) -> Stage:
     """Makes a stage of its entry in a pipeline file, `{stage: NAME, KEY: VALUE}`; ValueError that says what is wrong."""
     if isinstance(raw, Stage):
         return raw

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -22,8 +22,10 @@ from heliostat.tasks import files
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from torch import Tensor
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.utils import ModelOutput
 
+Value = TypeVar("Value")
 Config = dict[str, Any]  # a folder's JSON, as whoever saved it has it
 LEAST_TOKENS = 32  # that a text is padded to
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -130,7 +132,7 @@ class ScoringStage(Stage):
         return self
 
 
-class Reader:
+class Reader(Generic[Value]):
     """Runs texts, or pairs of them, through a folder's model, on a GPU if there is one; a subclass says which, and what of its
     output. Of a pair that is longer than `max_tokens` the second text is cut."""
 
@@ -154,30 +156,30 @@ class Reader:
         self.pad = model.config.pad_token_id or 0
         self.typed = self.pairs and getattr(model.config, "type_vocab_size", 1) > 1
 
-    def load(self, folder: str, **options: Any) -> Any:
+    def load(self, folder: str, **options: object) -> PreTrainedModel:
         """Loads the folder's model, with these options of transformers."""
         raise NotImplementedError
 
-    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Any, bool]]:
+    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Value, bool]]:
         """Returns (what is computed, whether the text, or the pair, was longer than max_tokens) of each."""
         encoded = self.tokenizer.encode_batch(texts)
         by_length = dict[int, list[int]]()
         for i, one in enumerate(encoded):
             by_length.setdefault(padded(len(one.ids), self.max_tokens), []).append(i)
-        found: list[Any] = [None] * len(texts)
+        computed: dict[int, Value] = {}
         for length, which in sorted(by_length.items()):
             for start in range(0, len(which), self.batch):
                 part = which[start : start + self.batch]
                 for i, value in zip(part, self._computed([encoded[i] for i in part], length), strict=False):
-                    found[i] = value
-        return [(value, bool(one.overflowing)) for value, one in zip(found, encoded, strict=True)]
+                    computed[i] = value
+        return [(computed[i], bool(one.overflowing)) for i, one in enumerate(encoded)]
 
-    def _computed(self, rows: list[Encoding], length: int) -> list[Any]:
+    def _computed(self, rows: list[Encoding], length: int) -> list[Value]:
         import torch
 
         rows = rows + [rows[0]] * (self.batch - len(rows))
 
-        def tensor(lists: list[list[int]], fill: int) -> Any:
+        def tensor(lists: list[list[int]], fill: int) -> Tensor:
             return torch.tensor([one + [fill] * (length - len(one)) for one in lists], device=self.device)
 
         ids, mask = tensor([row.ids for row in rows], self.pad), tensor([[1] * len(row.ids) for row in rows], 0)
@@ -185,13 +187,13 @@ class Reader:
         with torch.inference_mode():
             return self.values(self.model(input_ids=ids, attention_mask=mask, **types), ids, mask)
 
-    def values(self, output: Any, ids: Any, mask: Any) -> list[Any]:
+    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[Value]:
         """Computes a value for each row of a batch from the model's output, the tokens and which of them count."""
         raise NotImplementedError
 
 
-class SequenceClassifier(Reader):
-    def load(self, folder: str, **options: Any) -> Any:
+class SequenceClassifier(Reader[float]):
+    def load(self, folder: str, **options: object) -> PreTrainedModel:
         import transformers
 
         from heliostat.recipes.pretrained import whole
@@ -204,11 +206,11 @@ class Scorer(SequenceClassifier):
         self.place = labels(describe(folder)).index(label)
         super().__init__(folder, "a sequence classifier", max_tokens, batch)
 
-    def values(self, output: Any, ids: Any, mask: Any) -> list[float]:
+    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[float]:
         return label_scores(output.logits, self.place, self.model.config)
 
 
-class Likelihood(Reader):
+class Likelihood(Reader[float | None]):
     """Measures the mean negative logarithm of the probabilities that a causal language model gives a text's tokens, behind the
     first; None for one token, or none. ConfigError if a model gives what is not finite."""
 
@@ -216,17 +218,17 @@ class Likelihood(Reader):
         self.folder = folder
         super().__init__(folder, "a causal language model", max_tokens, batch)
 
-    def load(self, folder: str, **options: Any) -> Any:
+    def load(self, folder: str, **options: object) -> PreTrainedModel:
         import transformers
 
         from heliostat.recipes.pretrained import whole
 
         return whole("model", transformers.AutoModelForCausalLM, folder, **options)
 
-    def values(self, output: Any, ids: Any, mask: Any) -> list[float | None]:
+    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[float | None]:
         from torch.nn.functional import cross_entropy
 
-        def mean(logits: Any, row: Any, count: int) -> float | None:
+        def mean(logits: Tensor, row: Tensor, count: int) -> float | None:
             if count < 2:
                 return None
             nats = float(cross_entropy(logits[: count - 1].float(), row[1:count]))

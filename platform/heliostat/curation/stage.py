@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from heliostat import extras
 from heliostat.errors import ConfigError
 from heliostat.schema import Strict
 from heliostat.tasks import files, libraries
+
+if TYPE_CHECKING:
+    from heliostat.tasks.flow import Flow
+    from heliostat.tasks.spill import SpilledRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +143,13 @@ class Stage(Strict):
         """Returns the name that a pipeline file gives it: its file's."""
         return cls.__module__.rpartition(".")[2]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Returns all that its result follows from: name, version, keys, and digests of the files that keys name."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         entry = {key: value for key, value in self.entry().items() if key not in usual}
         return {"version": self.version, **entry, **self.digests()}
 
-    def digests(self) -> dict[str, Any]:
+    def digests(self) -> dict[str, object]:
         """Returns what its identity has for the keys of `paths`: a digest for each file. Stages with a folder override it."""
         return {key: _mapped(getattr(self, key), lambda path, key=key: path if Path(path).is_dir() else files.digest(key, path))
                 for key in self.paths}  # fmt: skip
@@ -161,11 +165,11 @@ class Stage(Strict):
         """Returns the stage with the places of this node for the paths that it names."""
         return self.model_copy(update={key: _mapped(getattr(self, key), places.__getitem__) for key in self.paths})
 
-    def follows(self) -> dict[str, Any]:
+    def follows(self) -> dict[str, object]:
         """Returns what its tasks follow from: its identity, and the versions of the libraries that it uses."""
         return {**self.identity(), "libraries": libraries.of(self.named())}
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, object]:
         """Returns its entry in a pipeline file, with all keys."""
         return {"stage": self.named(), **self.model_dump(mode="json")}
 
@@ -220,7 +224,10 @@ class Stage(Strict):
         raise NotImplementedError
 
 
-def _mapped(paths: Any, change: Callable[[str], str]) -> Any:
+Paths = str | list[str] | dict[str, str] | None
+
+
+def _mapped(paths: Paths, change: Callable[[str], str]) -> Paths:
     """Changes each path that a key holds: one, a list of them, or a mapping of names to them."""
     if isinstance(paths, dict):
         return {name: change(path) for name, path in paths.items()}
@@ -230,7 +237,7 @@ def _mapped(paths: Any, change: Callable[[str], str]) -> Any:
 class GlobalStage(Stage):
     """Defines a stage that compares documents, in tasks of its own between the others': it has no function over a batch."""
 
-    def compare(self, flow: Any, found: Any, number: int, memory_limit: int) -> list[Any]:
+    def compare(self, flow: Flow, found: Any, number: int, memory_limit: int) -> list[SpilledRun]:
         """Compares the documents of the runs in `found`, and returns the runs without those that were decided against.
 
         It is stage `number`; what it leaves out, and its tally, it adds to `found`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import PurePosixPath
-from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -32,8 +31,8 @@ class File(TypedDict):
 @open_
 class InferenceFacts(TypedDict):
     model: ModelFacts
-    engine: dict[str, Any]
-    settings: dict[str, Any]
+    engine: dict[str, object]
+    settings: dict[str, object]
     input: str
     inputs: str
     answers: Whole
@@ -43,7 +42,7 @@ class InferenceFacts(TypedDict):
 TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="give the `heliostat infer` again")
 
 
-def answers(root: Location, files: list[InputFile]) -> dict[str, Any] | None:
+def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
     """Returns what `inference.json` says of the model, the settings and the inputs of files; None if they are no such answers.
 
     A warning tells of a record that cannot be read or does not list the files: then nothing is known of them.

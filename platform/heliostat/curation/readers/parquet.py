@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -89,7 +89,7 @@ def _documents(path: str, file: pq.ParquetFile, limits: ReadLimits, part: FilePa
             yield _document(f"{path}#{first + number}", value, size, limits, columns)
 
 
-def _document(id: str, value: pa.Scalar | None, size: int, limits: ReadLimits, columns: dict[str, Any]) -> Document | Dropped:
+def _document(id: str, value: pa.Scalar | None, size: int, limits: ReadLimits, columns: dict[str, object]) -> Document | Dropped:
     if value is None or not value.is_valid:
         return Dropped(id, "no_text")
     if size > limits.max_document_bytes:

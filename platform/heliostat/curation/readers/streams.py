@@ -8,11 +8,14 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 
 from heliostat.curation.stage import Document, Dropped
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 REASONS = {
     "unknown_kind": "a suffix that nothing reads",
@@ -53,7 +56,7 @@ class ReadLimits:
     text_column: str = "text"
     columns: tuple[str, ...] | None = None
 
-    def text_of(self, value: Any) -> str | None:
+    def text_of(self, value: object) -> str | None:
         """Returns the text that a record's value is; None if it is none."""
         return value if isinstance(value, str) else None
 
@@ -136,7 +139,7 @@ def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
         raise LeftOutError("corrupt", f"the {codec} stream ends within a member")
 
 
-def _before_break(decoder: Any, data: bytes) -> bytes:
+def _before_break(decoder: zlib._Decompress, data: bytes) -> bytes:
     """Unpacks byte by byte what comes before a break in a block of input."""
     out = bytearray()
     for at in range(len(data)):
@@ -156,7 +159,7 @@ class _Blocks(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         if not self._left:
             if self._total > self._most:
                 raise LeftOutError("too_large", f"more than {self._most:,} bytes, unpacked")
@@ -230,7 +233,7 @@ def text(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document |
     yield decoded(path, data) if data.strip() else Dropped(path, "empty")
 
 
-def decoded(id: str, data: bytes, columns: dict[str, Any] | None = None) -> Document | Dropped:
+def decoded(id: str, data: bytes, columns: dict[str, object] | None = None) -> Document | Dropped:
     """Makes a document of UTF-8, without its byte-order mark."""
     try:
         return Document(id, data.decode("utf-8-sig"), columns or {})

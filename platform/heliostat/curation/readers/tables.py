@@ -6,7 +6,7 @@ import csv as csv_module
 import json
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -20,7 +20,7 @@ CONTINUES, DICTIONARY, BATCH = b"\xff\xff\xff\xff", 2, 3  # of Arrow's messages:
 PACKED_BEFORE = b"ARROW:experimental_compression"  # how Arrow 0.17 named what buffers are packed by
 
 
-def record(id: str, values: dict[str, Any], limits: ReadLimits) -> Document | Dropped:
+def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document | Dropped:
     """Makes a document of a record, with the columns that are asked for."""
     text = limits.text_of(values.get(limits.text_column))
     if text is None:

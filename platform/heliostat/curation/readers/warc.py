@@ -11,7 +11,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from heliostat.curation.encodings import decode
 from heliostat.curation.readers.records import Archive, Broken
@@ -25,7 +25,7 @@ COLUMNS = (*HEADERS, "content_type")  # of a document, where they are known
 PAGES = ("text/html", "application/xhtml+xml")
 HTTP_HEAD = 1 << 18  # bytes that the head of a response may have
 MEMBER, PIECE = b"\x1f\x8b", 1 << 14  # the mark of a member of gzip, and bytes that are unpacked at a time
-Make = Callable[[str, dict[str, Any], bytes, ReadLimits], Document | Dropped]
+Make = Callable[[str, dict[str, object], bytes, ReadLimits], Document | Dropped]
 
 
 def responses(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
@@ -43,7 +43,7 @@ def metadata(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Docume
     yield from _records(path, stream, limits, "metadata", _text)
 
 
-def _response(id: str, columns: dict[str, Any], block: bytes, limits: ReadLimits) -> Document | Dropped:
+def _response(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits) -> Document | Dropped:
     try:
         found = parse(block, limits.max_document_bytes)
     except LeftOutError as e:
@@ -61,7 +61,7 @@ def _response(id: str, columns: dict[str, Any], block: bytes, limits: ReadLimits
     return Dropped(id, "not_html", kind[:100])
 
 
-def _text(id: str, columns: dict[str, Any], block: bytes, limits: ReadLimits) -> Document | Dropped:
+def _text(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits) -> Document | Dropped:
     try:
         return Document(id, block.decode(), columns) if block.strip() else Dropped(id, "empty")
     except UnicodeDecodeError as e:
@@ -94,7 +94,7 @@ def _records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str, make: M
     yield Dropped(path, "corrupt", f"more than {MOST_BREAKS:,} broken places; what is behind them is not read")
 
 
-def _columns(headers: dict[str, str]) -> dict[str, Any]:
+def _columns(headers: dict[str, str]) -> dict[str, object]:
     return {name: value.strip("<>") for name, header in HEADERS.items() if (value := headers.get(header))}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -55,7 +55,7 @@ class Extract(Stage):
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
-        keys: dict[str, Any] = {k: getattr(self, k) for k in ("library", "main_content", "max_undecodable")}
+        keys: dict[str, object] = {k: getattr(self, k) for k in ("library", "main_content", "max_undecodable")}
         run = Isolated("heliostat.curation.html:extractor", keys, self.max_seconds, self.max_memory)
         return lambda document: self._outcome(document, run)
 

@@ -8,7 +8,7 @@ OR needs one of its sides to be allowed, AND both; an exception (WITH) only adds
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from heliostat.curation.licenses import NONE, UNKNOWN
 from heliostat.curation.stage import Document, Outcome, Stage
@@ -45,7 +45,7 @@ class License(Stage):
         return Outcome(document) if allowed else Outcome(None, "not_allowed", said[:100])
 
 
-def expression(value: Any) -> str:
+def expression(value: object) -> str:
     if isinstance(value, list):
         return " AND ".join(f"({part})" for part in value) or NONE
     return value.strip() if isinstance(value, str) else ""
