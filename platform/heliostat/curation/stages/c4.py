@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.english import sentences
+from heliostat.curation.english.words import sentences
 from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Document, Outcome, Stage, text_of
 
@@ -61,7 +61,7 @@ class C4(Stage):
             if why:
                 removed[why] += 1
                 continue
-            found += sentences.count(line)
+            found += sentences(line)
             kept.append(line)
         if found >= self.min_sentences:
             document.text = "\n".join(kept).strip()
