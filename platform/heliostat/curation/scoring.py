@@ -106,7 +106,19 @@ def check_length(config: Config, max_tokens: int) -> None:
         raise ConfigError(f"max_tokens: {max_tokens:,} is more than the model can read; give at most {most:,}")
 
 
-class ScoringStage(Stage):
+class ModelStage(Stage):
+    """Runs documents through a folder's model: of texts, where a subclass says nothing else."""
+
+    paths: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = Field(min_length=1)
+    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
+
+    def digests(self) -> dict[str, object]:
+        return {"model": digests(self.model)}
+
+
+class ScoringStage(ModelStage):
     """Drops what a folder's model scores too low or too high; a subclass computes the scores."""
 
     gpu: ClassVar[bool] = True
@@ -114,10 +126,7 @@ class ScoringStage(Stage):
         "low_score": ("score", "min_score", "a score below {}"),
         "high_score": ("score", "max_score", "a score above {}"),
     }
-    paths: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: str = Field(min_length=1)
-    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     min_score: Float | None = None
     """The least score that is kept (`low_score`)."""
     max_score: Float | None = None

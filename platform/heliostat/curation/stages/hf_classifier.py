@@ -23,9 +23,6 @@ class HfClassifier(scoring.ScoringStage):
     batch: int = Field(8, ge=1, le=1024)
     """Documents of about one length that are computed together."""
 
-    def digests(self) -> dict[str, object]:
-        return {"model": scoring.digests(self.model)}
-
     def check(self) -> None:
         config = scoring.describe(self.model)
         scoring.require_label(self.label, config)

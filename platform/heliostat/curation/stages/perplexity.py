@@ -19,22 +19,19 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from heliostat.curation import scoring
-from heliostat.curation.stage import Document, Outcome, Stage, Work, text_of
+from heliostat.curation.stage import Document, Outcome, Work, text_of
 from heliostat.errors import ConfigError
 from heliostat.schema import Float
 
 
-class Perplexity(Stage):
+class Perplexity(scoring.ModelStage):
     gpu: ClassVar[bool] = True
     reasons: ClassVar[dict[str, str]] = {"too_short": "fewer than two tokens, which have no perplexity"}
     limits: ClassVar = {
         "low_perplexity": ("perplexity", "min_perplexity", "a perplexity below {}"),
         "high_perplexity": ("perplexity", "max_perplexity", "a perplexity above {}"),
     }
-    paths: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: str = Field(min_length=1)
-    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     min_perplexity: Float | None = Field(None, ge=1)
     """The least perplexity of a document that is kept (`low_perplexity`)."""
     max_perplexity: Float | None = Field(None, ge=1)
@@ -59,9 +56,6 @@ class Perplexity(Stage):
         if self.column == self.bucket_column:
             raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity; name another")
         return self
-
-    def digests(self) -> dict[str, object]:
-        return {"model": scoring.digests(self.model)}
 
     def check(self) -> None:
         config = scoring.describe(self.model)

@@ -16,18 +16,16 @@ from pydantic import Field
 
 from heliostat.curation import image_models
 from heliostat.curation.picturing import picture_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work, text_of
+from heliostat.curation.scoring import ModelStage
+from heliostat.curation.stage import Document, Outcome, Work, text_of
 
 
-class Recaption(Stage):
+class Recaption(ModelStage):
     gpu: ClassVar[bool] = True
     of_images: ClassVar[bool] = True
     reasons: ClassVar[dict[str, str]] = {"no_caption": "an image of which the model wrote nothing"}
-    paths: ClassVar[tuple[str, ...]] = ("model",)
     needs: ClassVar = ("images", "PIL")
 
-    model: str = Field(min_length=1)
-    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     max_tokens: int = Field(64, ge=1)
     """The most tokens of a caption; those that are cut there are counted."""
     batch: int = Field(16, ge=1, le=1024)

@@ -33,14 +33,11 @@ VECTORS = 16  # a file of vectors is one so many-th of `memory_limit`: it is sor
 NUMBER_BYTES = 16  # of memory for each number of a vector that is compared, with copies
 
 
-class Semantic(GlobalStage):
+class Semantic(scoring.ModelStage, GlobalStage):
     compares: ClassVar = ("column",)
     reasons: ClassVar = {"near_duplicate": "means much the same as another document, which stays"}
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
-    paths: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: str = Field(min_length=1)
-    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     min_similarity: Float = Field(0.95, gt=0, lt=1)
     """The least cosine of documents that mean much the same. What it is of yours depends on the model: look at the histogram of
     `curate report`."""
