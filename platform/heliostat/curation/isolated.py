@@ -9,8 +9,8 @@ A document may take a parser over. So its process has no variables of the enviro
 and fonts, no network, and may start nothing (`tasks.sandbox`). Where the machine allows no namespaces, the log says so once:
 files of this user can be read then.
 
-    with Isolated("heliostat.curation.html:extractor", {"with": "resiliparse"}, seconds=10, megabytes=2048) as extract:
-        about, text = extract({"content_type": None}, page)
+    extract = Isolated("heliostat.curation.html:extractor", {"library": "resiliparse"}, seconds=10, megabytes=2048)
+    about, text = extract({"content_type": None}, page)
 """
 
 from __future__ import annotations
@@ -134,12 +134,6 @@ class Isolated:
             process.kill()
             code = process.wait(10)
         return code
-
-    def __enter__(self) -> Isolated:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         process = getattr(self, "_process", None)

@@ -46,11 +46,9 @@ def upright(data: bytes) -> Image:
     from PIL import Image as pil
     from PIL import ImageOps
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pil.DecompressionBombWarning)
-        found = pil.open(io.BytesIO(data), formats=FORMATS)
-        found.load()
-    image = ImageOps.exif_transpose(found)
+    loaded = opened(data)
+    loaded.load()
+    image = ImageOps.exif_transpose(loaded)
     if image.mode.startswith("I"):
         return _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -99,10 +99,16 @@ def ends(made: Manifest) -> Iterator[pa.Table]:
 
 
 def _tables(made: Manifest, low: int, high: int) -> Iterator[pa.Table]:
+    for begin, end, path in _listed(made):
+        if begin < high and end > low:
+            yield from spill.read(made.location, path, low, high)
+
+
+def _listed(made: Manifest) -> Iterator[tuple[int, int, str]]:
+    """Yields (first hash, hash behind the last, path) of each file of ends."""
     listed = _named(made)["ends"]
     for (begin, path), (end, _) in zip(listed, [*listed[1:], [f"{spill.ALL:x}", ""]], strict=True):
-        if int(begin, 16) < high and int(end, 16) > low:
-            yield from spill.read(made.location, path, low, high)
+        yield int(begin, 16), int(end, 16), path
 
 
 def _named(made: Manifest) -> dict[str, Any]:
@@ -140,14 +146,14 @@ def rewritten(made: Manifest, ids: set[str], end: dict[str, str], output: Locati
 
     Returns the list of all files of ends; those of other documents are not written.
     """
-    listed, found, keys = _named(made)["ends"], list[list[str]](), sorted(key_of(id) for id in ids)
-    for (begin, path), (stop, _) in zip(listed, [*listed[1:], [f"{spill.ALL:x}", ""]], strict=True):
-        if any(int(begin, 16) <= key < int(stop, 16) for key in keys):
+    found, keys = list[list[str]](), sorted(key_of(id) for id in ids)
+    for begin, stop, path in _listed(made):
+        if any(begin <= key < stop for key in keys):
             table = pa.concat_tables(spill.read(made.location, path))
             empty = dict.fromkeys(table.column_names)
             rows = [{**empty, "key": r["key"], "id": r["id"], **end} if r["id"] in ids else r for r in table.to_pylist()]
             path = store_ends(output, pa.Table.from_pylist(rows, table.schema))
-        found.append([begin, path])
+        found.append([f"{begin:x}", path])
     return found
 
 

@@ -33,7 +33,7 @@ from heliostat.runs.mlflow_id import record
 from heliostat.storage import run_folder
 from heliostat.storage.retries import Backoff
 from heliostat.tracking import card, local_curves, mlflow_client, outbox, tags
-from heliostat.tracking.metrics import SPIKE, Point, points
+from heliostat.tracking.metrics import SPIKE, points
 from heliostat.tracking.mlflow_client import read_json, write_json
 from heliostat.tracking.run_facts import RunRecord
 
@@ -171,7 +171,7 @@ class RunOwner:
     def _write(self) -> None:
         """Writes events to MLflow until the end was posted and written, or its deadline has passed."""
         pause, failures, deadline = 0.0, 0, float("inf")
-        box = outbox.Outbox(self.job.run_folder, self._send, self._known)
+        box = outbox.Outbox(self.job.run_folder, lambda new: mlflow_client.send(self._client, self.run_id, new), self._known)
         while True:
             for event in self._gather(pause):
                 self._take(event, box)
@@ -331,9 +331,6 @@ class RunOwner:
                 return str(made[0].info.run_id)
         written = {**_tags(self.job, self.manifests), **self._tags, tags.TOKEN: token}
         return str(self._client.create_run(experiment_id, run_name=self.job.name, tags=written).info.run_id)
-
-    def _send(self, new: list[Point]) -> None:
-        mlflow_client.send(self._client, self.run_id, new)
 
     def _known(self) -> dict[str, int]:
         return mlflow_client.known(self._client, self.run_id)

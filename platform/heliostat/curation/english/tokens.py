@@ -140,7 +140,8 @@ def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
     """Strips marks from both ends, each a word of its own, until nothing more or an exception is left; splits the rest."""
     before, behind = list[str](), list[str]()
     while text and text not in known:
-        size, first, last = len(text), _prefix(text), 0
+        size, mark, last = len(text), _PREFIX.match(text), 0
+        first = mark.end() if mark else 0
         if first and text[first:] in known:
             before.append(text[:first])
             text = text[first:]
@@ -158,11 +159,6 @@ def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
         if len(text) == size:
             break
     return [*before, *(_middle(text, known) if text else ()), *reversed(behind)]
-
-
-def _prefix(text: str) -> int:
-    found = _PREFIX.match(text)
-    return found.end() if found else 0
 
 
 def _suffix(text: str) -> int:

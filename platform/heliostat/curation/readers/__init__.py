@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, Literal
 
 from heliostat.curation.pieces import FilePart
@@ -39,13 +40,13 @@ KINDS = {
     **dict.fromkeys((".txt", ".md", ".py", ".rst"), Kind(streams.text)),
     ".jsonl": Kind(tables.jsonl, "line", ranged=True),
     ".parquet": Kind(parquet.documents, "row", ranged=True),
-    ".csv": Kind(tables.csv, "row"),
-    ".tsv": Kind(tables.tsv, "row"),
+    ".csv": Kind(partial(tables.separated, mark=","), "row"),
+    ".tsv": Kind(partial(tables.separated, mark="\t"), "row"),
     **dict.fromkeys((".arrow", ".feather"), Kind(tables.arrow, "row")),
     **dict.fromkeys((".ndjson", ".json"), Kind(tables.jsonl, "line", ranged=True)),  # .json as C4 and Dolma have it
-    ".wet": Kind(warc.texts, "byte"),
-    ".wat": Kind(warc.metadata, "byte"),
-    ".warc": Kind(warc.responses, "byte", "extract"),
+    ".wet": Kind(partial(warc.records, kind="conversion"), "byte"),
+    ".wat": Kind(partial(warc.records, kind="metadata"), "byte"),
+    ".warc": Kind(partial(warc.records, kind="response"), "byte", "extract"),
     **dict.fromkeys((".html", ".htm", ".xhtml"), Kind(streams.page, stage="extract")),
     ".pdf": Kind(streams.page, stage="pdf"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv as csv_module
+import csv
 import json
 import struct
 from collections.abc import Iterator
@@ -53,31 +53,24 @@ def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> It
             yield record(id, values, limits) if isinstance(values, dict) else Dropped(id, "invalid_json")
 
 
-def csv(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    yield from _separated(path, stream, limits, ",")
-
-
-def tsv(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    yield from _separated(path, stream, limits, "\t")
-
-
-def _separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Iterator[Document | Dropped]:
-    csv_module.field_size_limit(limits.max_document_bytes)
+def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Iterator[Document | Dropped]:
+    """Yields a document for each row under the header, whose fields a mark separates; ids count rows."""
+    csv.field_size_limit(limits.max_document_bytes)
     source = _Text(unpacked(path, stream, limits), limits.max_document_bytes)
-    rows, header, number = csv_module.reader(source, delimiter=mark), None, 0
+    rows, header, number = csv.reader(source, delimiter=mark), None, 0
     while True:
         id = f"{path}#{number}"
         try:
             row = next(rows)
         except StopIteration:
             return
-        except (csv_module.Error, LeftOutError) as e:
+        except (csv.Error, LeftOutError) as e:
             yield Dropped(id, getattr(e, "reason", "corrupt"), f"line {source.line:,}: {e}")
-            rows, number = csv_module.reader(source, delimiter=mark), number + 1  # goes on behind what broke it
+            rows, number = csv.reader(source, delimiter=mark), number + 1  # goes on behind what broke it
             continue
         except UnicodeDecodeError:
             yield Dropped(id, "not_utf8", f"line {source.line:,}")
-            rows, number = csv_module.reader(source, delimiter=mark), number + 1
+            rows, number = csv.reader(source, delimiter=mark), number + 1
             continue
         if header is None:
             header = [name.strip() for name in row]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -25,22 +25,6 @@ COLUMNS = (*HEADERS, "content_type")  # of a document, where they are known
 PAGES = ("text/html", "application/xhtml+xml")
 HTTP_HEAD = 1 << 18  # bytes that the head of a response may have
 MEMBER, PIECE = b"\x1f\x8b", 1 << 14  # the mark of a member of gzip, and bytes that are unpacked at a time
-Make = Callable[[str, dict[str, object], bytes, ReadLimits], Document | Dropped]
-
-
-def responses(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the pages that an archive's responses hold, as bytes; plain text as text."""
-    yield from _records(path, stream, limits, "response", _response)
-
-
-def texts(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the texts that were extracted of pages (WET)."""
-    yield from _records(path, stream, limits, "conversion", _text)
-
-
-def metadata(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the metadata of records (WAT), JSON as it is there."""
-    yield from _records(path, stream, limits, "metadata", _text)
 
 
 def _response(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits) -> Document | Dropped:
@@ -68,8 +52,12 @@ def _text(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits)
         return Dropped(id, "not_utf8", f"byte {e.start:,}")
 
 
-def _records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str, make: Make) -> Iterator[Document | Dropped]:
-    """Yields what `make` makes of the records of a kind, and a Dropped for each broken place."""
+def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Iterator[Document | Dropped]:
+    """Yields what the records of a kind hold, and a Dropped for each broken place.
+
+    A `response` is a page, as bytes, or plain text; a `conversion` (WET) the text of one; `metadata` (WAT) JSON as it is there.
+    """
+    make = _response if kind == "response" else _text
     packed = codec_of(path) == "gz"  # record by record
     archive, total = Archive(stream if packed else unpacked(path, stream, limits), packed), 0
     for _ in range(MOST_BREAKS):

@@ -83,15 +83,11 @@ def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: No
         if isinstance(answer, bytes):
             return answer
         left -= time.monotonic() - start
-        url = _joined(url, answer)
+        try:
+            url = urljoin(url, answer)
+        except ValueError as e:
+            raise FetchError("bad_url", f"a redirect to {answer[:200]!r}: {e}") from e
     raise FetchError("refused", f"more than {REDIRECTS} redirects")
-
-
-def _joined(url: str, place: str) -> str:
-    try:
-        return urljoin(url, place)
-    except ValueError as e:
-        raise FetchError("bad_url", f"a redirect to {place[:200]!r}: {e}") from e
 
 
 def _once(url: str, bounds: Bounds, end: float) -> bytes | str:

@@ -21,7 +21,7 @@ from heliostat.tracking import lineage, run_table
 from heliostat.tracking.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
 from heliostat.tracking.mlflow_client import read_json
 from heliostat.tracking.report import svg
-from heliostat.tracking.report.frame import boxes, document, side_by_side
+from heliostat.tracking.report.frame import boxes, document, side_by_side, table
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
@@ -152,10 +152,9 @@ def _title(metric: Metric, name: str) -> str:
 def _spike_lines(spikes: list[tuple[int, float, float]]) -> list[str]:
     if not spikes:
         return []
-    rows = "".join(f"<tr><td>{step:,}</td><td>{loss:.6g}</td><td>{limit:.6g}</td></tr>" for step, loss, limit in spikes[-SPIKES:])
+    rows = [[f"{step:,}", f"{loss:.6g}", f"{limit:.6g}"] for step, loss, limit in spikes[-SPIKES:]]
     older = f"<p class='muted'>and {len(spikes) - SPIKES:,} before them</p>" if len(spikes) > SPIKES else ""
-    head = "<tr><th>step</th><th>loss</th><th>limit</th></tr>"
-    return [f"<h2>Loss spikes: {len(spikes):,}</h2><table>{head}{rows}</table>{older}"]
+    return [f"<h2>Loss spikes: {len(spikes):,}</h2>{table(['step', 'loss', 'limit'], rows)}{older}"]
 
 
 def _span(number: int, a: goodput.AttemptStart) -> tuple[float, float, str, str]:
