@@ -43,6 +43,7 @@ class _Earlier:
         "heliostat.config.optimizers": "heliostat.optim.optimizers",
         "heliostat.config.schema": "heliostat.schema",
         "heliostat.curation.files": "heliostat.tasks.files",
+        "heliostat.curation.filtering": "heliostat.curation.stage",
         "heliostat.exact_stream": "heliostat.api.exact_stream",
         "heliostat.pipelines": "heliostat.curation",
         "heliostat.retrieval": "heliostat.apps.search",

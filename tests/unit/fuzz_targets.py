@@ -36,7 +36,7 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.submit import submission
 from heliostat.tracking import local_curves, outbox
-from heliostat.tracking.parents import parents
+from heliostat.tracking.card import parents
 from heliostat.tune import listing, sweep
 from heliostat.tune import trial_record as trials
 from heliostat.validation import check

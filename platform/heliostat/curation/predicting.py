@@ -73,8 +73,7 @@ class Prediction:
         self.repeated = self._repeated()
         self.factors = [kept_factors(self.funnel, self.repeated, which) for which in WHICH]
 
-    def told(self, files: int) -> dict[str, Any]:
-        """Returns the prediction as JSON values."""
+    def told(self, files: int) -> dict[str, object]:
         rows, hours = self._rows(), self._hours(self.factors[0], self.flow.seconds)
         total, cpus = sum(hours.values()), self.flow.cpus()
         last, spread = rows[-1], estimates.Z * self.spread
@@ -220,8 +219,7 @@ def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
     return math.sqrt((1 - fraction) * squared) / bytes if bytes else 0.0
 
 
-def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, Any]:
-    """Sums the bytes of documents in runs, and their squares."""
+def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
     total, squared = 0, 0.0
     for run in runs:
         for table in survivors(folder, run, columns=["bytes"]):

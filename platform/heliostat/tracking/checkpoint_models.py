@@ -105,7 +105,9 @@ class Checkpoints:
         client.log_batch(self.run_id, metrics=metrics)
         if model.model_id not in {o.model_id for o in (run.outputs.model_outputs if run.outputs else ())}:
             client.log_outputs(self.run_id, models=[LoggedModelOutput(model.model_id, step)])
-        return self._tag(client, model, tags.LOGGED, "true")
+        client.set_logged_model_tags(model.model_id, {tags.LOGGED: "true"})
+        model.tags[tags.LOGGED] = "true"
+        return model
 
     def _delete(self, client: MlflowClient, gone: list[LoggedModel]) -> None:
         """Saves the facts of these checkpoints in the run's artifact `checkpoints.json`, then deletes their logged models."""
@@ -128,11 +130,6 @@ class Checkpoints:
                 raise
             client.set_logged_model_tags(model.model_id, {tags.DELETED: "true"})
             log.warning("MLflow lists %s still, with the tag %s: %s", model.name, tags.DELETED, brief(e))
-
-    def _tag(self, client: MlflowClient, model: LoggedModel, key: str, value: str) -> LoggedModel:
-        client.set_logged_model_tags(model.model_id, {key: value})
-        model.tags[key] = value
-        return model
 
 
 def facts(model: LoggedModel) -> CheckpointFacts:
@@ -159,7 +156,6 @@ def history(client: MlflowClient, run: Run) -> list[CheckpointFacts]:
 
 
 def logged(client: MlflowClient, run: Run) -> list[LoggedModel]:
-    """Lists the logged models of a run's checkpoints, oldest first."""
     return [m for m in logged_models(client, run) if m.model_type == KIND]
 
 
