@@ -20,7 +20,7 @@ from heliostat.training.driver import run as run_module
 from heliostat.training.driver.limits import Spending, hourly
 from heliostat.training.driver.run import DrivenRun
 from heliostat.training.driver.signals import Signals
-from heliostat.training.stop_codes import INTERRUPTED
+from heliostat.training.stops import INTERRUPTED
 from heliostat.tune import sweep
 
 from tests.unit.build_job import job

@@ -34,10 +34,9 @@ from heliostat.runs import segments
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
-from heliostat.training.worker.batch_plan import BatchPlan
-from heliostat.training.worker.context import Context
-from heliostat.training.worker.posts import Posts
-from heliostat.training.worker.stepper import Stepper
+from heliostat.training.worker.context import Context, Posts
+from heliostat.training.worker.micro_batches import BatchPlan
+from heliostat.training.worker.step import Stepper
 from heliostat.training.worker.training_state import TrainingState
 from heliostat.training.worker.unsealed import Unsealed
 
@@ -58,16 +57,16 @@ class Player:
         self.job, self.recipe = job, recipe
         self.step = start_step  # that is being played
         self.rank, self.control = dist.get_rank(), dist.new_group(backend="gloo")
+        ledger, self.dataset = Ledger("computing"), open_dataset(plan)
         context = Context(
             job, plan, job.run_folder, start_step, self.rank, dist.get_world_size(), self.control, cast(Fence, FREE),
-            Posts(None, self.rank), progressed=lambda: None,
+            Posts(None, self.rank), progressed=lambda: None, ledger=ledger,
         )  # fmt: skip
-        ledger, self.dataset = Ledger("computing"), open_dataset(plan)
         self.sharing = SampleGroup(job.train.parallel)
         self.engine = deepspeed_engine.build_engine(job, recipe, self.sharing)
         self.device = self.engine.device
         self.unsealed = Unsealed(job.run_folder, self.dataset, self.control, self.sharing.reads)
-        self.state = TrainingState(context, self.engine, self.unsealed, ledger)
+        self.state = TrainingState(context, self.engine, self.unsealed)
         self.stepper = Stepper(job, self.engine, recipe, BatchPlan(job, plan), self.sharing, ledger)
         self.samples = self._dealt(start_step)
         if start_step:
@@ -91,7 +90,7 @@ class Player:
         return sums.tolist()
 
     def save(self, done: int) -> None:
-        self.state.save(done, {})
+        self.state.save(done)
         self.state.wait()
 
     def _dealt(self, start_step: int) -> stream.LaneStream | None:

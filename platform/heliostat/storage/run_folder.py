@@ -4,7 +4,7 @@ checkpoints/step-00000100/   shards, and `checkpoint.json`, written last (`check
 checkpoints/frozen-DIGEST/   parameters that are not trained
 receipts/step-00000100.json  what the steps up to 100 trained on (`data.receipt`)
 segments/step-00000000.json  the data plan that the run follows from that step on (`runs.segments`)
-quarantine/step-*.jsonl      samples that were replaced (`training.worker.bad_samples`)
+quarantine/step-*.jsonl      samples that were replaced (`training.worker.unsealed`)
 curves/step-*.json           losses and scores, until MLflow has them for certain (`tracking.local_curves`)
 benchmarks/SUITE/step-*.json scores of checkpoints on a suite (`evaluation.follow`)
 ledger/ATTEMPT.json          where the time of each attempt went (`runs.goodput`)

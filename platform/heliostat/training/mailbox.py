@@ -1,7 +1,7 @@
 """Connects workers and driver through a mailbox: a small Ray actor on the driver's node, which nobody on the step path waits for.
 
 Rank 0 posts events (`runs.events`). Every worker's heartbeat reports that it is alive and how far it is, and returns what
-the driver has ordered: `stop` (a code of `stop_codes`), `dump` (post the stacks of all threads) and `abort` (come back from
+the driver has ordered: `stop` (a code of `stops`), `dump` (post the stacks of all threads) and `abort` (come back from
 NCCL's collectives: a worker has failed).
 """
 

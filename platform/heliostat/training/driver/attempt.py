@@ -38,8 +38,7 @@ from heliostat.training.driver.pool import Member, WorkerPool
 from heliostat.training.driver.recovery import choose, frozen, held_up, stalled
 from heliostat.training.driver.signals import Signals
 from heliostat.training.memory_keeper import CopySource
-from heliostat.training.pauses import PausePoints
-from heliostat.training.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
+from heliostat.training.stops import INTERRUPTED, PREEMPTED, RESIZE, PausePoints
 
 log = logging.getLogger(__name__)
 

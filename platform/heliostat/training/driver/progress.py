@@ -13,7 +13,6 @@ from rich.text import Text
 
 from heliostat.runs.events import Evaluation, Event, LossSpike, Notice, Phase, Steps
 from heliostat.terminal import duration, fit
-from heliostat.training.worker.loss_spikes import FoundSpike
 
 log = logging.getLogger("heliostat")
 
@@ -84,10 +83,9 @@ class ProgressReporter:
 
     def _on_spike(self, event: LossSpike) -> None:
         self.spikes += 1
-        found = FoundSpike(event.loss, event.usual, event.limit)
         log.warning(
             "step %d: loss spike (%d so far): %s; training goes on (spike.action: warn). `heliostat samples` with --step %d "
-            "shows what it trained on", event.step, self.spikes, found, event.step,
+            "shows what it trained on", event.step, self.spikes, event.text, event.step,
         )  # fmt: skip
 
     def _on_steps(self, event: Steps) -> None:

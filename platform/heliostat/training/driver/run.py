@@ -42,8 +42,7 @@ from heliostat.training.driver.limits import Spending
 from heliostat.training.driver.recovery import Budget, choose, classify
 from heliostat.training.driver.signals import Signals
 from heliostat.training.driver.warm_up import WarmUp
-from heliostat.training.pauses import PausePoints
-from heliostat.training.stop_codes import INTERRUPTED, RUN, STOPS
+from heliostat.training.stops import INTERRUPTED, RUN, STOPS, PausePoints
 from heliostat.validation.check import Checked
 
 if TYPE_CHECKING:  # Ray takes a second

@@ -23,7 +23,7 @@ from heliostat.data import device_threads
 from heliostat.engine import process_group
 from heliostat.runs.events import Stack
 from heliostat.training.mailbox import interval
-from heliostat.training.stop_codes import PREEMPTED, RUN
+from heliostat.training.stops import PREEMPTED, RUN
 from heliostat.training.worker import sigterm
 
 log = logging.getLogger(__name__)
