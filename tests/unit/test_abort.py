@@ -57,7 +57,7 @@ def test_the_order_is_noted_before_the_group_is_aborted_and_only_for_its_own_att
 
 def test_the_heartbeat_hands_the_order_on(monkeypatch):
     beat = object.__new__(Heartbeat)
-    beat._rank, beat.progress, beat._ordered, beat._facts, beat._every = 0, 0, 0, {}, 0.0
+    beat._rank, beat.progress, beat._ordered, beat._node, beat._every = 0, 0, 0, "n", 0.0
     beat._abort, beat.step, beat.micro = process_group.order(), 0, 0
     beat._ended = SimpleNamespace(wait=lambda seconds: True)  # type: ignore[assignment]
     beat._mailbox = SimpleNamespace(heartbeat=SimpleNamespace(remote=lambda *given: {"abort": True}))

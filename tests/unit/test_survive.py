@@ -8,7 +8,8 @@ from heliostat import errors
 from heliostat.cluster.capacity import missing, room, starved
 from heliostat.config import spec
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, TrainingError, WorkerError
-from heliostat.training.driver.recovery import Budget, choose, classify, stalled
+from heliostat.training.driver.recovery import Budget, choose, classify
+from heliostat.training.driver.watchdog import stalled
 from heliostat.training.worker.loss_watch import Detector
 
 from tests.unit.build_job import job

@@ -16,7 +16,7 @@ attempts.json                each start of the workers: code, machines (`trackin
 unlogged.jsonl               points that MLflow has not taken yet (`tracking.outbox`)
 clone.json                   the last checkpoint that population based training put here (`tune.clone`)
 summary.json, result.json    the end: of training, and of everything (`runs.summary`)
-probe                        empty; the driver writes it to see whether it may write (`training.driver.refusals`)
+probe                        empty; the driver writes it to see whether it may write (`training.driver.suspects`)
 """
 
 from __future__ import annotations

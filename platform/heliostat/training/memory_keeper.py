@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import ray
@@ -162,5 +163,4 @@ def make(node: str, runtime_env: Mapping[str, object]) -> ActorHandle[MemoryKeep
     actor = ray.remote(MemoryKeeper).options(
         num_cpus=0, scheduling_strategy=where, runtime_env=runtime_env or None, max_concurrency=THREADS
     )
-    handle: ActorHandle[MemoryKeeper] = actor.remote()
-    return handle
+    return cast("ActorHandle[MemoryKeeper]", actor.remote())

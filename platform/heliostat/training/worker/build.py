@@ -21,6 +21,7 @@ from heliostat.runs.events import ModelPhase
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
+from heliostat.training.mailbox import MailboxState
 from heliostat.training.memory_keeper import MemoryPlan
 from heliostat.training.stops import RUN
 from heliostat.training.worker import collector
@@ -53,7 +54,7 @@ class WorkerConfig(TypedDict):
     start_step: int
     pauses: list[int]
     fence: Fence
-    mailbox: ActorHandle
+    mailbox: ActorHandle[MailboxState]
     run_folder: str
     queued_s: float
     memory: MemoryPlan | None

@@ -20,6 +20,7 @@ from heliostat.runs.events import Event, Notice, Phase
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
+from heliostat.training.mailbox import MailboxState
 
 
 class Posts:
@@ -29,7 +30,7 @@ class Posts:
     driver dies before it has them.
     """
 
-    def __init__(self, mailbox: ActorHandle | None, rank: int) -> None:
+    def __init__(self, mailbox: ActorHandle[MailboxState] | None, rank: int) -> None:
         self.mailbox, self.rank = mailbox, rank
         self.told: list[Event] = []
 

@@ -28,13 +28,13 @@ class Hook:
     """Does something around the steps; every worker calls all hooks at the same points, in the same order."""
 
     def before_step(self, step: int) -> None:
-        """Is called before a step, counted from 0."""
+        """Acts before a step, counted from 0."""
 
     def after_step(self, done: int, norm: float, due: Due) -> None:
-        """Is called once `done` steps are made, before the last of them is reported; `norm`: of its gradient."""
+        """Acts once `done` steps are made, before the last of them is reported; `norm`: of its gradient."""
 
     def on_report(self, first: int, losses: list[float]) -> None:
-        """Is called with the losses of steps `first`, `first` + 1, ..., counted from 0, before they are posted."""
+        """Acts on the losses of steps `first`, `first` + 1, ..., counted from 0, before they are posted."""
 
     def on_save(self, done: int, due: Due) -> None:
-        """Is called once `done` steps are made and reported, for what reads or keeps the weights. The steps' clock stops."""
+        """Acts once `done` steps are made and reported, for what reads or keeps the weights. The steps' clock stops."""

@@ -29,6 +29,7 @@ from heliostat.runs.events import Paused
 from heliostat.runs.time_ledger import Ledger
 from heliostat.training.stops import FAILED, RESIZE, RUN
 from heliostat.training.worker.context import Context
+from heliostat.training.worker.coupled import Terms
 from heliostat.training.worker.expert_load import ExpertLoad
 from heliostat.training.worker.heartbeat import Heartbeat, StopConsensus
 from heliostat.training.worker.hooks import Due, Hook
@@ -113,7 +114,7 @@ class Stepper:
             for i, (rows, numbers) in enumerate(parts)
         ]
 
-    def _terms(self, micros: list[Micro]) -> int | torch.Tensor:
+    def _terms(self, micros: list[Micro]) -> Terms:
         """Counts the loss terms in the global batch."""
         if self.recipe.terms_per_sample:
             return self.recipe.terms_per_sample * self.job.train.global_batch
@@ -243,8 +244,9 @@ class Loop:
                 self.state.save(done)
         with self.ledger("idle"):
             self.context.posts.post(Paused(step=done, scores=latest.scores, ledger=self.ledger.totals()))
-            decision: int | None = None
-            while (decision := ray.get(mailbox.decision.remote(done))) is None:
+            while True:
+                answer: ray.ObjectRef[int | None] = mailbox.decision.remote(done)
+                if (decision := ray.get(answer)) is not None:
+                    return decision
                 self.context.progressed()  # the watchdog is not to take this for a stall
                 time.sleep(HELD_POLL_S)
-        return decision
