@@ -22,7 +22,7 @@ from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
-from heliostat.engine import deepspeed_engine, full_tensors
+from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.numerics.compare import relative
 from heliostat.numerics.rows import DifferenceRow
@@ -170,7 +170,7 @@ def gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if engine.zero_optimization_stage() else 1.0
     full = {}
     for name, p in _trained(engine):
-        grad = full_tensors.gradient(p)
+        grad = zero_state.full_gradient(p)
         if grad is None:
             full[name] = torch.zeros(building.shape(p))
         else:
@@ -192,7 +192,7 @@ def state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 
 def _full(engine: DeepSpeedEngine, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
-    whole = division.assembled(p, full_tensors.state(engine, p, key).view(getattr(p, "ds_shape", p.shape)))
+    whole = division.assembled(p, zero_state.full_state(engine, p, key).view(getattr(p, "ds_shape", p.shape)))
     return whole.float().cpu().clone()
 
 
@@ -200,7 +200,7 @@ def weigh(engine: DeepSpeedEngine, job: Job, step: int, row: DifferenceRow) -> N
     """Compares the weights that this worker's forward pass uses with the masters, rounded; collective."""
     for name, p in _trained(engine):
         right = _full(engine, p, None).to(TYPES[job.train.precision])
-        with full_tensors.gathered(engine, p):
+        with zero_state.gathered(engine, p):
             used = division.assembled(p, p.detach()).cpu().to(right.dtype)
         row.add(step, f"{name} on worker {dist.get_rank()}", relative(used.float(), right.float()), lambda: "a stale buffer")
 

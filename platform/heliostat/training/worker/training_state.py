@@ -23,7 +23,7 @@ import torch
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.tree import Channel
-from heliostat.engine import ema, loss_scale, zero_state
+from heliostat.engine import ema, zero_state
 from heliostat.errors import AccessError, StorageError
 from heliostat.runs.events import Saved
 from heliostat.tracking import local_curves
@@ -177,7 +177,7 @@ class TrainingState(Hook):
     def _counters(self) -> Counters:
         return {
             "optimizer_steps": zero_state.optimizer_steps(self.engine),
-            "loss_scale": loss_scale.read(self.engine),
+            "loss_scale": zero_state.read_loss_scale(self.engine),
         }
 
     def _metrics(self, done: int) -> dict[str, float | None]:
@@ -235,4 +235,4 @@ class TrainingState(Hook):
     def _complete(self, optimizer_steps: int, scale: dict[str, float] | None) -> None:
         """Completes the engine after its state was loaded."""
         zero_state.after_load(self.engine, optimizer_steps)
-        self.context.posts.notice(loss_scale.write(self.engine, scale))
+        self.context.posts.notice(zero_state.write_loss_scale(self.engine, scale))
