@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from heliostat.config import schedules
 from heliostat.data.dataset import open_dataset
-from heliostat.training.worker import lr_schedule
 from heliostat.validation import check
 
 JOB = Path(__file__).resolve().parents[2] / "jobs/quickstart-diffusion.yaml"
@@ -66,7 +66,7 @@ def losses(checked: Any, start: str, marks: int) -> Iterator[float]:
     optimizer = torch.optim.AdamW(model.parameters(), given.lr, given.betas, weight_decay=given.weight_decay)
     for step in range(train.steps):
         for group in optimizer.param_groups:
-            group["lr"] = given.lr * lr_schedule.factor(train.schedule, step, train.steps)
+            group["lr"] = given.lr * schedules.factor(train.schedule, step, train.steps)
         samples = dataset.order.step(step).ravel()
         batch = recipe.batch(dataset.read(dataset.order.locate(samples)), step * train.global_batch + np.arange(len(samples)))
         (recipe.loss(model, batch).sum / len(samples)).backward()

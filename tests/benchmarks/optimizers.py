@@ -26,8 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
+from heliostat.config.schedules import factor  # noqa: E402
 from heliostat.engine import deepspeed_engine, ema  # noqa: E402
-from heliostat.training.worker.lr_schedule import factor  # noqa: E402
 
 from tests.gpu import setting  # noqa: E402
 

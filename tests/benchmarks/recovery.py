@@ -44,7 +44,7 @@ from heliostat.runs.events import Event, Phase, Steps
 from heliostat.training import run
 from heliostat.training.driver import attempt, progress
 from heliostat.training.driver import run as driver_run
-from heliostat.training.stop_codes import RESIZE
+from heliostat.training.stops import RESIZE
 
 PARTS = ("ended", "pause", "processes", "model", "checkpoint", "data", "first step", "recomputed")
 PHASES = {

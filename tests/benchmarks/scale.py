@@ -39,7 +39,7 @@ from heliostat.data import receipt
 from heliostat.plan import zero_layout
 from heliostat.storage.locations import Location
 from heliostat.training import mailbox
-from heliostat.training.driver import attempt, recovery, rendezvous
+from heliostat.training.driver import attempt, pool, watchdog
 from heliostat.training.driver.pool import Member
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -241,7 +241,7 @@ def driver(world: int, rounds: int) -> dict[str, Any]:
     look = timed(
         lambda: (
             Counter(p["node"] for p in heartbeats.values()),
-            recovery.stalled(heartbeats, world, time.monotonic(), 1e9, 0.0),
+            watchdog.stalled(heartbeats, world, time.monotonic(), 1e9, 0.0),
         ),
         rounds,
     )[0]
@@ -254,7 +254,7 @@ def driver(world: int, rounds: int) -> dict[str, Any]:
 
 def start(world: int, rounds: int) -> dict[str, Any]:
     members = [Member(r, None, r, f"{r // NODE:056x}", "10.0.0.1", (str(r % NODE),)) for r in range(world)]
-    placing, places = timed(lambda: rendezvous.places_at(members, "tcp://10.0.0.1:1"), rounds)
+    placing, places = timed(lambda: pool.places_at(members, "tcp://10.0.0.1:1"), rounds)
     sent = timed(lambda: [pickle.dumps(p) for p in places], rounds)[0]
     return {"places of all ranks, s": placing + sent}
 

@@ -27,8 +27,8 @@ from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.recipes.loading import load
 from heliostat.runs.time_ledger import Ledger
-from heliostat.training.worker.batch_plan import BatchPlan
-from heliostat.training.worker.stepper import Stepper
+from heliostat.training.worker.micro_batches import BatchPlan
+from heliostat.training.worker.step import Stepper
 
 from tests.golden import data
 from tests.integration import ranks

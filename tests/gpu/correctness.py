@@ -134,12 +134,12 @@ def save() -> Iterator[Row]:
 
 def ahead() -> Iterator[Row]:
     """Micro-batches that are copied to the device while it computes, beside the same on the CPU."""
-    from heliostat.training.worker import on_device
+    from heliostat.training.worker.micro_batches import on_device
 
     micros = [{"tokens": torch.randint(0, 1 << 30, (8, 4096), generator=torch.Generator().manual_seed(i))} for i in range(16)]
     load = torch.randn(512, 512, device=setting.DEVICE)
     unequal = 0
-    for micro, batch in zip(micros, on_device.batches(micros, setting.DEVICE), strict=True):
+    for micro, batch in zip(micros, on_device(micros, setting.DEVICE), strict=True):
         load = F.normalize(load @ load)  # which the next copy runs beside
         unequal += not torch.equal(batch["tokens"].cpu(), micro["tokens"])
     yield _row("micro-batches unequal, copied ahead", unequal, 0)

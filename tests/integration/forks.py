@@ -17,7 +17,7 @@ DRIVERS = (
     "transformers.generation", "transformers.models.auto.modeling_auto",
 )  # fmt: skip
 RANKS = (
-    "pytest", "boto3", "safetensors.torch", "heliostat.training.worker.loop", "heliostat.training.worker.preload",
+    "pytest", "boto3", "safetensors.torch", "heliostat.training.worker.build", "heliostat.training.worker.preload",
     "heliostat.cpu_kernels", "heliostat.recipes.text.causal_lm", "heliostat.recipes.images.text_to_image",
     "transformers.models.llama.modeling_llama", "transformers.integrations.deepspeed", "diffusers.models.unets",
     "diffusers.models.transformers",

@@ -10,12 +10,12 @@ import pytest
 from heliostat.checkpoint import layout
 from heliostat.curation.text import tokens
 from heliostat.data import manifest, receipt
-from heliostat.data.dataset import DataPlan, open_dataset
+from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.errors import ConfigError
 from heliostat.runs import consumed, segments
 from heliostat.runs.samples import samples
 from heliostat.storage.locations import Location
-from heliostat.training.worker import bad_samples
+from heliostat.training.worker import unsealed
 
 from tests.unit.build_index import index
 from tests.unit.build_job import job
@@ -152,7 +152,7 @@ def test_lists_of_replaced_samples_count_steps_from_1_whatever_their_age(tmp_pat
     """What a run of an older version has listed counts from 0, and is told as what a new one writes."""
     source = make_text(tmp_path / "text")
     data = open_dataset(make_plan(source))
-    entry = bad_samples.describe({"step": 4, "source": 0, "chunk": 0, "row": 1, "reason": "r", "by": (0, 0, 2)}, data)
+    entry = unsealed.describe(4, Bad(0, 0, 0, 1, "r", (0, 0, 2)), data)
     old = {**entry, "step": 4}
     del old["counted_from"]
     assert entry["step"] == 5 and consumed._from_1(old) == consumed._from_1(entry) == entry

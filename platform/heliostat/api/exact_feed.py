@@ -27,8 +27,7 @@ from heliostat.runs import segments
 from heliostat.runs.history import receipts
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.training.worker import bad_samples
-from heliostat.training.worker.unsealed import Unsealed
+from heliostat.training.worker.unsealed import Unsealed, check_budget
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class Feed(Iterator[Batch]):
         if done > self._sealed:
             self._replaced = self._unsealed.seal(done)
             self._sealed = done
-        bad_samples.check_budget(self._replaced, done, self.job, self.dataset.order)
+        check_budget(self._replaced, done, self.job, self.dataset.order)
         return {"steps": done, "chain": self._unsealed.chain, "replaced": self._replaced}
 
     def close(self) -> None:

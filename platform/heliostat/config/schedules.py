@@ -64,3 +64,10 @@ class Schedule(Strict):
     """The rate at `train.steps`, as a share of the peak. Not of `constant`."""
     decay_fraction: Fraction = 0.2
     """The share of the steps in which `wsd` decays; the others ignore it."""
+
+
+def factor(schedule: Schedule, step: int, steps: int) -> float:
+    """Computes the factor of the peak learning rate at step 0, 1, ..., steps - 1. Warm-up is linear from 1/warmup to 1."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    return REGISTRY[schedule.name](schedule, step, steps)

@@ -7,6 +7,8 @@ field that is new has a default, so that older runs can be read.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -80,6 +82,12 @@ class LossSpike(Event):
     limit: float
     usual: float = float("nan")
     action: str = "warn"
+
+    @property
+    def text(self) -> str:
+        if not math.isfinite(self.loss):
+            return f"loss {self.loss}"
+        return f"loss {self.loss:.4g}, where {self.usual:.4g} is usual and {self.limit:.4g} the limit"
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from heliostat.training.worker.hooks import Due, Hook
+
 EVERY = 10  # steps; garbage in circles can hold a step's tensors, so they are not left for long
 
 
@@ -32,10 +34,10 @@ def held_off() -> Iterator[None]:
             gc.enable()
 
 
-def collect_new() -> None:
-    """Collects what has been made since the last time."""
-    gc.collect(1)
-
-
-def collect_all() -> None:
-    gc.collect()
+class Collector(Hook):
+    def on_save(self, done: int, due: Due) -> None:
+        """Collects what is new every EVERY steps, and everything where training has stopped anyway."""
+        if due.saves or due.evaluates:
+            gc.collect()
+        elif done % EVERY == 0:
+            gc.collect(1)
