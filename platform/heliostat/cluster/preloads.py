@@ -21,7 +21,6 @@ TRIALS = (  # what a sweep's trials import beside that: each is a run's driver
 DRIVERS = (*TRIALS, "ray.data", "heliostat.cli.main", "heliostat.tracking.lineage")
 TEXT = (
     "heliostat.recipes.text.causal_lm",
-    "heliostat.cpu_kernels",
     "transformers.modeling_utils",
     "transformers.models.{arch}.modeling_{arch}",
     "transformers.integrations.deepspeed",

@@ -7,6 +7,7 @@ checked here too (`rules`), so a Job that exists can be trained.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from heliostat.config.data_section import Data, MixChange, Source
 from heliostat.config.fields import LARGEST, Count, Experiment, Fraction, Name, NonNegative, Positive, Seed
 from heliostat.config.rules import sums_on_host
 from heliostat.config.tracking_sections import Card, Mlflow
-from heliostat.config.train_section import Ema, Offload, Parallel, Train, Zero
+from heliostat.config.train_section import RETIRED, Ema, Offload, Parallel, Train, Zero
 from heliostat.config.worker_counts import divisors, fitting
 from heliostat.config.worker_sections import Limits, Retries, Spike, Watchdog, Workers
 from heliostat.errors import ConfigError
@@ -60,6 +61,8 @@ __all__ = [
     "resolve",
     "settle",
 ]
+
+log = logging.getLogger(__name__)
 
 
 class Job(Strict):
@@ -146,7 +149,11 @@ class Job(Strict):
 
 def load(path: Path, settings: list[str] | None = None) -> Job:
     """Loads the job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
-    return resolve(schema.load(Job, "job", path, settings))
+    raw = schema.read("job", path, settings)
+    if isinstance(raw.get("train"), dict):
+        for key in RETIRED & raw["train"].keys():
+            log.warning("train.%s: has no effect any more. Remove it", key)
+    return resolve(schema.validate(Job, raw, str(path)))
 
 
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:

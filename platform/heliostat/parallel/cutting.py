@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from heliostat import cpu_kernels
 from heliostat.config.worker_counts import divisors
 from heliostat.errors import ConfigError
 from heliostat.parallel import sequence_attention, tiny
@@ -38,8 +37,7 @@ def require(recipe: Any, parts: int) -> None:
             f"{KEY}: the router's loss of {kind!r} is of whole micro-batches, and is not computed from stretches of them; set "
             "model.output_router_logits to false, or it to 1"
         )
-    job = recipe.job
-    known_by = [recipe.config.to_dict(), recipe.length, recipe.document_mask, job.workers.gpus, job.train.cpu_kernels]
+    known_by = [recipe.config.to_dict(), recipe.length, recipe.document_mask]
     key = json.dumps(known_by, default=str, sort_keys=True)
     if key not in _known:
         _known[key] = tiny.tried(recipe, _fault)
@@ -76,7 +74,6 @@ def difference(recipe: Any) -> float:
     """Computes how far the logits of a cut sample are from those of the whole one, over their spread, in a small model."""
     torch.manual_seed(0)
     model = recipe.build().eval()
-    cpu_kernels.use(model, recipe.job, recipe.causal)
     for p in model.parameters():
         p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
     tokens = np.random.default_rng(0).integers(6, 90, (1, tiny.LENGTH)).astype(np.int32)

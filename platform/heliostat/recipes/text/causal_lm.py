@@ -52,7 +52,6 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
 
 class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
     kind = "tokens"
-    causal = True
     tiles = selects = chooses = True
     scores = ("loss", "perplexity", "bits_per_byte")
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from heliostat import cpu_kernels
 from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
 from heliostat.parallel.tiny import LENGTH
@@ -27,8 +26,7 @@ _known: dict[str, float] = {}  # leaks that were measured in this process
 def require_apart(recipe: Any) -> None:
     """Raises ConfigError unless the model, with its attention, positions and checkpointing, keeps packed documents apart."""
     kind = recipe.config.model_type
-    job = recipe.job
-    how = [recipe.length, recipe.checkpointing, recipe.attention, job.workers.gpus, job.train.cpu_kernels]
+    how = [recipe.length, recipe.checkpointing, recipe.attention]
     key = json.dumps([recipe.config.to_dict(), *how], default=str, sort_keys=True)
     if key not in _known:
         _known[key] = leak(_tried(recipe))
@@ -84,7 +82,6 @@ def logits(recipe: Any) -> list[torch.Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = recipe.build()
-            cpu_kernels.use(model, recipe.job, recipe.causal)
             for p in model.parameters():
                 p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
             out = []
