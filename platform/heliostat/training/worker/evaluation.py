@@ -19,7 +19,7 @@ from heliostat.data.content import Content
 from heliostat.data.dataset import Dataset
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.errors import DataError
-from heliostat.recipes.gathering import in_order, taken
+from heliostat.recipes.batches import in_order, taken
 from heliostat.recipes.protocol import Evaluates, Recipe
 
 log = logging.getLogger(__name__)
