@@ -46,6 +46,7 @@ class _Earlier:
         "heliostat.curation.filtering": "heliostat.curation.stage",
         "heliostat.exact_stream": "heliostat.api.exact_stream",
         "heliostat.pipelines": "heliostat.curation",
+        "heliostat.recipes.huggingface": "heliostat.recipes.pretrained",
         "heliostat.retrieval": "heliostat.apps.search",
         "heliostat.run_handle": "heliostat.api.run_handle",
         "heliostat.track": "heliostat.tracking",

@@ -265,9 +265,14 @@ def validate(model: type[M], raw: object, where: str) -> M:
 
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
     """Reads a file of a kind (`KIND_KEYS`), with settings applied, and validates it; ConfigError if it is clearly of another."""
+    return validate(model, read(kind, path, settings), str(path))
+
+
+def read(kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
+    """Reads a file of a kind, with settings applied; ConfigError if it is clearly of another."""
     raw = read_yaml(path)
     require_kind(kind, path, raw)
-    return validate(model, apply(raw, settings or []), str(path))
+    return apply(raw, settings or [])
 
 
 # The kind of a YAML file follows from its keys, so that a file given to the wrong command gets an error that names the right

@@ -103,7 +103,7 @@ def make_suite(
     json_: Json = False,
 ) -> None:
     """Make a suite of a dataset's held-out text: multiple choice, cloze, and exact match; nothing is downloaded."""
-    from heliostat.evaluation.held_out.making import make
+    from heliostat.evaluation.held_out import make
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--out: {to} is not empty; name another folder")

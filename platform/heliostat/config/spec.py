@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from heliostat.config import rules, workspace
 from heliostat.config.fields import Name
 from heliostat.config.rules import sums_on_host
 from heliostat.config.sections import Card, Checkpoint, Data, Evaluate, Limits, Mlflow, Retries, Spike, Watchdog, Workers
-from heliostat.config.train_section import Train
+from heliostat.config.train_section import RETIRED, Train
 from heliostat.errors import ConfigError
 from heliostat.optim import optimizers
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
+
+log = logging.getLogger(__name__)
 
 
 class Job(Strict):
@@ -107,7 +110,11 @@ class Job(Strict):
 
 def load(path: Path, settings: list[str] | None = None) -> Job:
     """Loads the job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
-    return resolve(schema.load(Job, "job", path, settings))
+    raw = schema.read("job", path, settings)
+    if isinstance(raw.get("train"), dict):
+        for key in RETIRED & raw["train"].keys():
+            log.warning("train.%s: has no effect any more. Remove it", key)
+    return resolve(schema.validate(Job, raw, str(path)))
 
 
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:

@@ -117,6 +117,7 @@ GROWING = dict.fromkeys(("batch_warmup", "batch_size_warmup", "global_batch_warm
 GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
 
 
+RETIRED = frozenset({"cpu_kernels"})  # keys of earlier versions, which recorded jobs hold; they have no effect
 SELECTIVE = "selective"
 
 
@@ -186,9 +187,6 @@ class Train(Strict):
     """What computes attention; flash and flex need GPUs. Unset: sdpa where the architecture has it. See docs/job.md#kernels"""
     fp8: bool = False
     """Multiplies the linear layers of a language model in float8; needs GPUs, and `precision: bf16`. See docs/job.md#kernels"""
-    cpu_kernels: bool = True
-    """Computes on CPUs what is faster so than with torch's own kernels: attention of samples of up to 512 tokens in some
-    architectures, and linear layers in fp32. No effect with GPUs. See docs/benchmarks/train-overhead.md#cpu-kernels"""
     recheck: Recheck | None = None
     """Looks for silent data corruption: all workers compute one micro-batch of the step, and compare its bits. Unset: never. See
     docs/reliability.md#silent-data-corruption"""
@@ -199,12 +197,14 @@ class Train(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_grows(cls, value: object) -> object:
-        """Refuses warm-ups that are known elsewhere, with the reason and what to use."""
-        for key in (key for key in GROWING if isinstance(value, dict) and key in value):
+    def _offered(cls, value: object) -> object:
+        """Drops keys of earlier versions. Refuses warm-ups that are known elsewhere, with the reason and what to use."""
+        if not isinstance(value, dict):
+            return value
+        for key in (key for key in GROWING if key in value):
             why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
             raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
-        return value
+        return {key: given for key, given in value.items() if key not in RETIRED}
 
     def worker_counts(self, lanes: int, least: int, most: int) -> list[int]:
         """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches.

@@ -7,7 +7,6 @@ field that is new has a default, so that older runs can be read.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping

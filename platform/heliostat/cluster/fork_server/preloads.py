@@ -20,7 +20,6 @@ TRIALS = (  # what a sweep's trials import beside that: each is a run's driver
 )
 TEXT = (
     "heliostat.recipes.text.causal_lm",
-    "heliostat.cpu_kernels",
     "transformers.modeling_utils",
     "transformers.models.{arch}.modeling_{arch}",
     "transformers.integrations.deepspeed",

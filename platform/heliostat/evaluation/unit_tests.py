@@ -1,13 +1,21 @@
-"""Runs programs that nobody has read, such as those a model writes, where they can do little: Linux's namespaces, limits, and a
-filter of system calls (`heliostat.tasks.sandbox`).
+"""Scores the code that a model writes by unit tests that it has not seen: a task file with the key `unit_tests`.
 
-It is no virtual machine: who finds a fault in the kernel is out. It bounds what one program takes, not what all take together.
+    task: functions
+    unit_tests: "{{tests}}"                     # Python, run behind the question and the answer; a template as doc_to_text
+    doc_to_text: "{{prompt}}"
+    generation_kwargs: {until: ["\\ndef ", "\\nclass "], max_gen_toks: 256}
+
+lm-eval asks the model, and the answer is run in a sandbox (`run_program`). Its score is pass@1: the share of answers that pass.
+
+The sandbox is made of Linux's namespaces, limits, and a filter of system calls (`heliostat.tasks.sandbox`). It is no virtual
+machine: who finds a fault in the kernel is out. It bounds what one program takes, not what all take together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import secrets
@@ -17,14 +25,83 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO
 
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.evaluation import measures
+from heliostat.evaluation.suite import Row
 from heliostat.tasks import sandbox
 from heliostat.text import brief
+
+KEY, KIND, METRIC = "unit_tests", "unit_tests", "pass@1"
+LAST = "take_first"  # the filter that makes one answer of a list
+ITS_OWN = ("output_type", "metric_list", "doc_to_target", "doc_to_choice", "num_fewshot")
+SIDE_BY_SIDE = 4  # programs, at most: each may take as much memory as its limit
+
+
+def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[str, object]:
+    """Returns the task that lm-eval is to ask for a task file with unit tests.
+
+    ConfigError if the suite does not allow them, this machine cannot shut programs in, or the file says more than can be meant.
+    """
+    template = config[KEY]
+    if not isinstance(template, str) or not template.strip():
+        raise ConfigError(f"{where}: {KEY}: {template!r} is no template of tests, such as '{{{{tests}}}}'")
+    if unfit := [key for key in ITS_OWN if key in config]:
+        raise ConfigError(f"{where}: {unfit[0]}: does not go with {KEY}; the model writes, and {METRIC} is the score")
+    if not allowed:
+        raise ConfigError(
+            f"{where}: {KEY}: runs what the model writes, and the suite does not allow it; "
+            "read docs/benchmark.md#unit-tests, then set run_code: true"
+        )
+    try:
+        require_sandbox()
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {KEY}: {e}") from e
+    asked = {key: value for key, value in config.items() if key != KEY}
+    return asked | {"output_type": "generate_until", "doc_to_target": template, "num_fewshot": 0,
+                    "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
+
+
+def require_one_answer(config: dict[str, Json], where: object) -> None:
+    """Raises ConfigError if a chain of filters leaves a list of answers to each question: one of them is run."""
+    for chain in config.get("filter_list") or []:
+        if [step["function"] for step in chain["filter"] or []][-1:] != [LAST]:
+            raise ConfigError(
+                f"{where}: filter_list: {chain['name']}: leaves a list of answers, and one is run; end it with {LAST}"
+            )
+
+
+def verdicts(programs: Sequence[tuple[str, str]]) -> list[str]:
+    """Runs programs, each with its tests, a few at a time; returns how each ended."""
+    with ThreadPoolExecutor(min(SIDE_BY_SIDE, os.cpu_count() or 1)) as pool:
+        return [outcome.verdict for outcome in pool.map(lambda one: run_program(*one), programs)]
+
+
+def row(facts: Row, ended: Sequence[str]) -> Row:
+    """Puts the score of the tests into the row of a task. `programs`: how many ended how."""
+    values, counts = passed(ended), Counter(ended)
+    score = sum(values) / len(values)
+    low, high = measures.wilson(score, len(values))
+    return facts | {
+        "kind": KIND, "metric": METRIC, "higher_is_better": True, "score": score,
+        "stderr": math.sqrt(score * (1 - score) / max(1, len(values) - 1)), "low": low, "high": high, "chance": 0.0,
+        "centred": score, "metrics": {f"{METRIC},{facts['filter']}": score}, "edit_similarity": None,
+        "programs": {verdict: counts[verdict] for verdict in VERDICTS},
+    }  # fmt: skip
+
+
+def passed(ended: Sequence[str]) -> list[int]:
+    """Returns the value of each example: 1 if its program passed, else 0."""
+    return [int(one == PASSED) for one in ended]
+
 
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 PASSED, FAILED, TIMED_OUT, TOO_MUCH = "passed", "failed", "timed_out", "too_much_output"
@@ -53,13 +130,13 @@ class ProgramResult:
 
 
 @cache
-def require() -> None:
+def require_sandbox() -> None:
     """Raises ConfigError if programs cannot be shut in on this machine; tries one, once."""
     if not sys.platform.startswith("linux") or platform.machine() not in sandbox.CALLS:
         known = ", ".join(sandbox.CALLS)
         raise ConfigError(f"the sandbox needs Linux on {known}, and this is {sys.platform} on {platform.machine()}")
     try:
-        outcome = run("x = 1", "assert x == 1")
+        outcome = run_program("x = 1", "assert x == 1")
     except HeliostatError as e:
         raise ConfigError(
             f"{brief(e)}; it needs Linux 5.12, and user namespaces that are allowed (containers often forbid them)"
@@ -68,7 +145,7 @@ def require() -> None:
         raise ConfigError(f"Python does not run in the sandbox ({outcome.verdict}: {brief(outcome.output)})")
 
 
-def run(program: str, tests: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:
+def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:
     """Runs a program, and behind it its tests, in one process of their own; HeliostatError if it cannot be shut in.
 
     It has passed if it comes to the end of its tests.
