@@ -37,7 +37,7 @@ TABLES = {
 
 def test_json_has_no_nan(capsys):
     """Which no reader but Python's takes."""
-    common.finish({"loss": float("nan"), "all": [float("inf"), (1.5, None)]}, True)
+    common.write_json({"loss": float("nan"), "all": [float("inf"), (1.5, None)]})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "all": [None, [1.5, None]]}
 
 

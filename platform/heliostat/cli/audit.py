@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import RUNS, Json, Run, TrackingUri, app, finish, flag, out, print_table, store_uri
+from heliostat.cli.common import command, finish, out, print_table, run_folder
+from heliostat.cli.options import RUNS, Run, TrackingUri, flag
 from heliostat.errors import VerifyError
 
 if TYPE_CHECKING:
@@ -16,20 +17,18 @@ if TYPE_CHECKING:
     from heliostat.runs.samples import Sample
 
 
-@app.command(rich_help_panel=RUNS)
-def checkpoints(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
+@command(RUNS)
+def checkpoints(run: Run, mlflow: TrackingUri = None) -> None:
     """List a run's checkpoints: what each is, whether it is whole, and which rule keeps it."""
     from heliostat.checkpoint.retention import survey
-    from heliostat.tracking.models import find_run
 
-    place = find_run(run, store_uri(mlflow))
+    place = run_folder(run, mlflow)
     rows = survey(place)
-    if not json_:
-        if not rows:
-            out.print(f"no checkpoint in {place}")
-        else:
-            print_table(_checkpoint_cells(rows), left=(1, 5, 6))
-    finish({"run_folder": str(place), "checkpoints": rows}, json_)
+    if not rows:
+        out.print(f"no checkpoint in {place}")
+    else:
+        print_table(_checkpoint_cells(rows), left=(1, 5, 6))
+    finish({"run_folder": str(place), "checkpoints": rows})
 
 
 def _checkpoint_cells(rows: list[RetentionRow]) -> list[list[str]]:
@@ -45,52 +44,45 @@ def _checkpoint_cells(rows: list[RetentionRow]) -> list[list[str]]:
     return table
 
 
-@app.command(rich_help_panel=RUNS)
-def verify(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
+@command(RUNS)
+def verify(run: Run, mlflow: TrackingUri = None) -> None:
     """Check a run's receipts against its datasets: what every step trained on, and that nothing was lost or repeated."""
     from heliostat.runs import verify as verifying
-    from heliostat.tracking.models import find_run
 
-    place = find_run(run, store_uri(mlflow))
+    place = run_folder(run, mlflow)
     report = verifying.verify(place)
-    if not json_:
-        out.print(f"{report['steps']:,} steps are as their receipts say: {report['samples']:,} samples, {report['lost']:,} lost, "
-                  f"{report['repeated']:,} repeated, {report['replaced']:,} bad ones replaced")  # fmt: skip
-    finish(report, json_, None if report["ok"] else VerifyError(f"{place}: {verifying.explain(report)}"))
+    out.print(f"{report['steps']:,} steps are as their receipts say: {report['samples']:,} samples, {report['lost']:,} lost, "
+              f"{report['repeated']:,} repeated, {report['replaced']:,} bad ones replaced")  # fmt: skip
+    finish(report, None if report["ok"] else VerifyError(f"{place}: {verifying.explain(report)}"))
 
 
-@app.command(rich_help_panel=RUNS)
-def goodput(run: Run, mlflow: TrackingUri = None, json_: Json = False) -> None:
+@command(RUNS)
+def goodput(run: Run, mlflow: TrackingUri = None) -> None:
     """Tell where a run's time went, from the command's start to the end, over all its restarts: parts that add up to 100 %."""
     from heliostat.runs import goodput as accounting
-    from heliostat.tracking.models import find_run
     from heliostat.tracking.reconcile import settle_folder
 
-    place = find_run(run, store_uri(mlflow))
+    place = run_folder(run, mlflow)
     settle_folder(place)
     report = accounting.read_report(place)
-    if not json_:
-        print_table(accounting.table(report))
-    finish(report, json_)
+    print_table(accounting.table(report))
+    finish(report)
 
 
-@app.command(rich_help_panel=RUNS)
+@command(RUNS)
 def samples(
     run: Run,
     step: Annotated[int, typer.Option(min=1, help="The first is 1", show_default=False)],
     full: Annotated[bool, flag("--full", help="Show each sample's whole text")] = False,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Show the samples that a step trained on: their places in the datasets, and their text."""
     from heliostat.runs.samples import samples as read
-    from heliostat.tracking.models import find_run
 
-    found = read(find_run(run, store_uri(mlflow)), step)
-    if not json_:
-        for sample in found:
-            _print_sample(sample, full)
-    finish({"step": step, "samples": found}, json_)
+    found = read(run_folder(run, mlflow), step)
+    for sample in found:
+        _print_sample(sample, full)
+    finish({"step": step, "samples": found})
 
 
 def _print_sample(sample: Sample, full: bool) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from heliostat.cli.common import TRAINING, JobFile, Json, Settings, app, finish, print_table
+from heliostat.cli.common import command, finish, print_table
+from heliostat.cli.options import TRAINING, JobFile, Settings
 from heliostat.errors import VerifyError
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ ISSUE = "kill-worker,kill-node,hang,sigterm,s3-503,corrupt-shard,torn-checkpoint
 Row = dict[str, Any]  # of the comparison, as `--json` prints it
 
 
-@app.command(rich_help_panel=TRAINING)
+@command(TRAINING)
 def chaos(
     job: JobFile,
     faults: Annotated[
@@ -34,17 +35,15 @@ def chaos(
     seed: Annotated[int, typer.Option(help="Of when and whom the faults strike")] = 0,
     rate: Annotated[float, typer.Option(min=0.01, max=0.9, help="s3-503: the share of requests that are refused")] = 0.2,
     setting: Settings = None,
-    json_: Json = False,
 ) -> None:
     """Break a job's runs on purpose, one fault a run, and compare each with the unbroken run: nothing may be lost."""
     from heliostat.chaos.experiment import chaos as run
 
     names = [name.strip() for name in faults.split(",") if name.strip()]
     rows, wrong = run(job, names, setting, seed, rate, tell=log.info)
-    if not json_:
-        print_table(table(rows))
+    print_table(table(rows))
     fault = VerifyError("\n  ".join(["not every run ended as the unbroken one did:", *wrong])) if wrong else None
-    finish({"faults": rows}, json_, fault)
+    finish({"faults": rows}, fault)
 
 
 def table(rows: list[Row]) -> list[list[str]]:

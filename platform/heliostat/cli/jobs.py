@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from heliostat.cli.common import JOBS, JobFile, Json, Settings, app, finish, flag, out, print_table
+from heliostat.cli.common import app, command, finish, out, print_table
+from heliostat.cli.options import JOBS, Follow, JobFile, Overwrite, Queue, Resume, Settings, Target, flag
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.terminal import duration
 
@@ -25,22 +26,19 @@ if TYPE_CHECKING:
     from heliostat.submit.progress import RunProgress
     from heliostat.submit.submission import SubmissionRecord
 
-Target = Annotated[str | None, typer.Option("--cluster", "-c", help="A cluster file, an address, or a local cluster's name")]
+
 Id = Annotated[str, typer.Argument(help="The job's id: its run's name", metavar="ID", show_default=False)]
-Queue = Annotated[str | None, typer.Option(help="Jobs of one queue run one after another")]
-Follow = Annotated[bool, flag("--follow", "-f", help="Show the log until the job is over; its outcome is the exit code")]
 
 
-@app.command(rich_help_panel=JOBS)
+@command(JOBS)
 def submit(
     job: JobFile,
     cluster: Target = None,
     follow: Follow = False,
     setting: Settings = None,
     queue: Queue = None,
-    resume: Annotated[bool, flag("--resume", help="Go on from the run's last checkpoint, if there is one")] = False,
-    overwrite: Annotated[bool, flag("--overwrite", help="Delete the run of this name and start anew")] = False,
-    json_: Json = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
     from heliostat.cluster.endpoint import endpoint
@@ -52,7 +50,7 @@ def submit(
     flags = (["--resume"] if resume else []) + (["--overwrite"] if overwrite else [])
     with endpoint(cluster) as there:
         wanted = checked(job, setting or [], there, resume)
-        send(Jobs(there), SubmissionRecord.of(wanted, cluster, queue), tuple(flags), follow, json_)
+        send(Jobs(there), SubmissionRecord.of(wanted, cluster, queue), tuple(flags), follow)
 
 
 def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = False) -> Job:
@@ -75,37 +73,35 @@ def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = Fal
     return wanted
 
 
-def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: bool, json_: bool) -> None:
+def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: bool) -> None:
     """Submits a job, and with `follow` shows its log until it is over; the exit code is then the job's outcome."""
     from heliostat.submit.jobs import exit_code
 
     job_id = jobs.submit(wanted, flags)
     if not follow:
-        if not json_:
-            out.print(f"job {job_id} is on {jobs.there.url}; see `heliostat status {job_id}`, `heliostat logs {job_id} --follow`")
-        finish({"id": job_id, "url": jobs.there.url, "run_folder": wanted.run_folder}, json_)
+        out.print(f"job {job_id} is on {jobs.there.url}; see `heliostat status {job_id}`, `heliostat logs {job_id} --follow`")
+        finish({"id": job_id, "url": jobs.there.url, "run_folder": wanted.run_folder})
         return
     for text in jobs.follow(job_id):
-        _write(text, sys.stderr if json_ else sys.stdout)
+        _write(text, sys.stderr if out.quiet else sys.stdout)
     ended = jobs.get(job_id)
     result: dict[str, object] = {"id": job_id, "status": ended["status"], "run_folder": wanted.run_folder}
     if code := exit_code(ended):
         result["error"] = {"type": "JobError", "message": ended["message"], "exit_code": code}
-    finish(result, json_)
+    finish(result)
     sys.exit(code)
 
 
-@app.command(rich_help_panel=JOBS)
-def jobs(cluster: Target = None, json_: Json = False) -> None:
+@command(JOBS)
+def jobs(cluster: Target = None) -> None:
     """List a cluster's jobs."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
 
     with endpoint(cluster) as there:
         found = Jobs(there).list()
-    if not json_:
-        print_table(_cells(found), left=range(4))
-    finish({"jobs": found}, json_)
+    print_table(_cells(found), left=range(4))
+    finish({"jobs": found})
 
 
 def _cells(jobs: list[Submitted]) -> list[list[str]]:
@@ -116,19 +112,18 @@ def _cells(jobs: list[Submitted]) -> list[list[str]]:
     return rows
 
 
-@app.command(rich_help_panel=JOBS)
-def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
+@command(JOBS)
+def status(id_: Id, cluster: Target = None) -> None:
     """Show how far a job is, and when it will be done."""
     found = _look(id_, cluster)
     found["progress"] = _progress(found["run_folder"], found["steps"], found.get("metadata", {}))
-    if not json_:
-        p = found["progress"]
-        share = "" if p["step"] is None else f", {p.get('unit', 'step')} {p['step']:,} of {p['steps']:,} ({p['fraction']:.0%})"
-        ahead = f", about {duration(p['eta_s'])} to go" if p["eta_s"] and found["status"] == "RUNNING" else ""
-        out.print(f"{id_}: {found['status'].lower()}{share}{ahead}; run {found['run_folder']}")
-        for note in filter(None, (found["message"] if found["status"] != "RUNNING" else "", p.get("note"))):
-            out.print(f"  {note}")
-    finish(found, json_)
+    p = found["progress"]
+    share = "" if p["step"] is None else f", {p.get('unit', 'step')} {p['step']:,} of {p['steps']:,} ({p['fraction']:.0%})"
+    ahead = f", about {duration(p['eta_s'])} to go" if p["eta_s"] and found["status"] == "RUNNING" else ""
+    out.print(f"{id_}: {found['status'].lower()}{share}{ahead}; run {found['run_folder']}")
+    for note in filter(None, (found["message"] if found["status"] != "RUNNING" else "", p.get("note"))):
+        out.print(f"  {note}")
+    finish(found)
 
 
 def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> RunProgress:
@@ -188,12 +183,11 @@ def _write(text: str, to: TextIO | None = None) -> None:
     to.flush()
 
 
-@app.command(rich_help_panel=JOBS)
+@command(JOBS)
 def stop(
     id_: Id,
     now: Annotated[bool, flag("--now", help="Do not wait for a checkpoint")] = False,
     cluster: Target = None,
-    json_: Json = False,
 ) -> None:
     """Stop a job; it saves a checkpoint first, unless --now."""
     from heliostat.cluster.endpoint import endpoint
@@ -207,14 +201,13 @@ def stop(
     if now:  # the store may be why
         os.environ[BUDGET] = "3"
     p = _progress(stopped["metadata"]["run"], int(stopped["metadata"]["steps"]), stopped["metadata"])
-    if not json_:
-        at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"
-        out.print(f"{id_}: {stopped['status'].lower()}{at}; go on with `heliostat resume {id_}`")
-    finish({**stopped, "progress": p}, json_)
+    at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"
+    out.print(f"{id_}: {stopped['status'].lower()}{at}; go on with `heliostat resume {id_}`")
+    finish({**stopped, "progress": p})
 
 
-@app.command(rich_help_panel=JOBS)
-def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None, json_: Json = False) -> None:
+@command(JOBS)
+def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None) -> None:
     """Send a job again, to go on from its last checkpoint; --set may change what a resumed run may change, as workers.count."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
@@ -225,4 +218,4 @@ def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Set
         raise ConfigError(f"{id_}: was not submitted from this workspace; use `heliostat submit JOB.yaml --resume`")
     where = cluster or record.cluster
     with endpoint(where) as there:
-        send(Jobs(there), changed(record, setting or [], where), ("--resume",), follow, json_)
+        send(Jobs(there), changed(record, setting or [], where), ("--resume",), follow)

@@ -22,7 +22,8 @@ import typer
 
 import heliostat
 from heliostat.cli import logs
-from heliostat.cli.common import app, flag, out, write_json
+from heliostat.cli.common import app, out, write_json
+from heliostat.cli.options import flag
 from heliostat.errors import HeliostatError
 from heliostat.redact import excepthook, redact
 from heliostat.text import printable
@@ -58,6 +59,7 @@ def heliostat_(
     version: Annotated[bool, flag("--version", callback=_version, is_eager=True, help="Print the version")] = False,
 ) -> None:
     """Takes the options that stand before a command."""
+    out.quiet = False
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import MODELS, Keys, OnCluster, TrackingUri, app, flag, keys_of, out, print_page, store_uri
+from heliostat.cli.common import app, keys_of, model_folder, out, print_page, store_uri
+from heliostat.cli.options import MODELS, Embedder, Engine, Keys, OnCluster, Reranker, TrackingUri, flag
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,35 +17,31 @@ if TYPE_CHECKING:
 AnyModel = Annotated[
     str | None, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="[MODEL]", show_default=False)
 ]
-IndexOption = Annotated[
+Index = Annotated[
     str | None, typer.Option("--index", metavar="INDEX", help="An index of documents that is asked; a folder or s3:// URI")
 ]
-EmbedderOption = Annotated[
-    str | None, typer.Option("--embedder", metavar="MODEL", help="The embedder of the index, where it lies elsewhere now")
-]
-RerankerOption = Annotated[
-    str | None, typer.Option("--reranker", metavar="MODEL", help="A cross-encoder that orders what the index finds")
-]
+Open = Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens of an answer, at most")]
 
 
 @app.command(rich_help_panel=MODELS)
 def serve(
     model: AnyModel = None,
-    index: IndexOption = None,
-    embedder: EmbedderOption = None,
-    reranker: RerankerOption = None,
+    index: Index = None,
+    embedder: Embedder = None,
+    reranker: Reranker = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; the default is its own name")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter of the model, asked for by this name; again for more"),
     ] = None,
     keys: Keys = Path(".heliostat/serve/keys"),
-    open_: Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")] = False,
+    open_: Open = False,
     port: Annotated[int, typer.Option(help="On 127.0.0.1")] = 8000,
     replicas: Annotated[str, typer.Option(help="So many, as 2, or by load, as 1..4")] = "1",
-    engine: Annotated[str, typer.Option(help="auto, transformers or vllm; auto is vllm where it can be")] = "auto",
+    engine: Engine = "auto",
     batch: Annotated[int, typer.Option(help="Prompts that a replica steps together")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most")] = 1024,
+    max_tokens: MaxTokens = 1024,
     max_body: Annotated[int, typer.Option(help="Bytes of a request, at most")] = 1 << 20,
     concurrent: Annotated[int, typer.Option(help="Requests of a key at a time; 0 is no limit")] = 256,
     per_minute: Annotated[int, typer.Option(help="Requests of a key in a minute; 0 is no limit")] = 0,
@@ -85,13 +82,13 @@ def serve(
 @app.command(rich_help_panel=MODELS)
 def play(
     model: AnyModel = None,
-    index: IndexOption = None,
-    embedder: EmbedderOption = None,
-    reranker: RerankerOption = None,
+    index: Index = None,
+    embedder: Embedder = None,
+    reranker: Reranker = None,
     keys: Keys = Path(".heliostat/play/keys"),
-    open_: Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")] = False,
+    open_: Open = False,
     port: Annotated[int, typer.Option(help="On 127.0.0.1")] = 7860,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most")] = 1024,
+    max_tokens: MaxTokens = 1024,
     mlflow: TrackingUri = None,
 ) -> None:
     """Open a page in the browser to try a model or an index: write, complete code, chat, draw, ask."""
@@ -121,12 +118,10 @@ def _served(
     model: str | None, name: str | None, index: str | None, embedder: str | None, reranker: str | None, mlflow: str | None
 ) -> ServedModels:
     from heliostat.apps.serve.served import served
-    from heliostat.tracking.models import resolve
 
     store = store_uri(mlflow)
     if index is not None:
         from heliostat.apps.search import build
 
         build.require()
-    beside = [resolve(one, store) if one else None for one in (embedder, reranker)]
-    return served(model, store, name, index, *beside)
+    return served(model, store, name, index, *(model_folder(one, mlflow) if one else None for one in (embedder, reranker)))

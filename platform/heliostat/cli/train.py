@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heliostat.cli.common import (
-    TRAINING,
-    JobFile,
-    Json,
-    Settings,
-    Verbose,
-    app,
-    finish,
-    flag,
-    out,
-    print_table,
-    program,
-    store_uri,
-)
+from heliostat.cli.common import command, finish, out, print_table, program, store_uri
+from heliostat.cli.options import TRAINING, JobFile, Overwrite, Resume, Settings, Verbose, flag
 from heliostat.errors import ConfigError, NumericsError
 from heliostat.terminal import console
 
@@ -34,7 +22,7 @@ SHOWN = 8  # differences of `check --numerics`
 Found = dict[str, Any]  # as `numerics.check` makes it, and `--json` prints it
 
 
-@app.command(rich_help_panel=TRAINING)
+@command(TRAINING)
 def check(
     job: JobFile,
     setting: Settings = None,
@@ -45,7 +33,6 @@ def check(
     numerics: Annotated[
         bool, flag("--numerics", help="Play some steps on two workers here, against one plain process in fp32")
     ] = False,
-    json_: Json = False,
 ) -> None:
     """Find everything wrong with a job before anything starts."""
     from heliostat.validation import check as checks
@@ -67,29 +54,24 @@ def check(
                   "steps_per_block": shape.steps_per_block, "window": shape.window}  # fmt: skip
         right = (f"right. {samples:,} training samples, {epochs:.2f} epochs in {steps:,} steps; "
                 f"{shape.lanes} lanes, blocks of {shape.steps_per_block} steps, windows of {shape.window:,} samples")  # fmt: skip
-    if not json_:
-        out.print(f"{job}: {right}")
+    out.print(f"{job}: {right}")
     fault = None
     if numerics:
-        found["numerics"], fault = _show_numerics(job, checked, quiet=json_)
-    finish(found, json_, fault)
+        found["numerics"], fault = _show_numerics(job, checked)
+    finish(found, fault)
 
 
-def _show_numerics(job: Path, checked: Checked, quiet: bool) -> tuple[Found, NumericsError | None]:
-    """Checks the numerics and prints them unless `quiet`; returns what was found, and the error to end with if they differ."""
+def _show_numerics(job: Path, checked: Checked) -> tuple[Found, NumericsError | None]:
+    """Checks the numerics and prints them; returns what was found, and the error to end with if they differ."""
     from heliostat.numerics import check as numerics
 
     with console.status("playing some steps on two workers, and beside them"):
         found = numerics.check(checked)
-    if not quiet:
-        for line in _recomputed(found["trial"]):
-            out.print(line)
-        print_table(_table(found["rows"]), left=(0, 4))
+    for line in _recomputed(found["trial"]):
+        out.print(line)
+    print_table(_table(found["rows"]), left=(0, 4))
     if found["ok"]:
-        if not quiet:
-            out.print(
-                f"{job}: the same numbers as one plain process of torch in fp32, within {found['trial']['precision']}'s limits"
-            )
+        out.print(f"{job}: the same numbers as one plain process of torch in fp32, within {found['trial']['precision']}'s limits")
         return found, None
     return found, NumericsError(f"{job}: {explain(found['faults'])}")
 
@@ -124,14 +106,14 @@ def explain(faults: list[Found]) -> str:
     return "the numbers differ from those of one plain process\n  " + "\n  ".join(f["text"] for f in ordered[:SHOWN]) + more
 
 
-@app.command(rich_help_panel=TRAINING)
+@command(TRAINING)
 def train(
     job: Annotated[
         Path | None, typer.Argument(help="A job file; none with --from-sweep", metavar="JOB", show_default=False)
     ] = None,
     setting: Settings = None,
-    resume: Annotated[bool, flag("--resume", help="Go on from the run's last checkpoint, if there is one")] = False,
-    overwrite: Annotated[bool, flag("--overwrite", help="Delete the run of this name and start anew")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     allow_data_change: Annotated[
         bool, flag("--allow-data-change", help="Resume with other data: a new segment of the run")
     ] = False,
@@ -140,7 +122,6 @@ def train(
     workers: Annotated[int | None, typer.Option(min=1, help="For --dry-run: as many ranks, instead of workers.count")] = None,
     from_sweep: Annotated[str | None, typer.Option(help="A sweep's folder or name: train the job that it found")] = None,
     best: Annotated[bool, flag("--best", help="With --from-sweep: the job of its best trial")] = False,
-    json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a job: Ray Data streams its samples into DeepSpeed workers; the model ends in MLflow."""
@@ -155,7 +136,7 @@ def train(
     if dry_run:
         from heliostat.cli.plan import show_dry_run
 
-        show_dry_run(job, setting, workers, json_)
+        show_dry_run(job, setting, workers)
         return
     if workers is not None:
         raise ConfigError("--workers goes with --dry-run; to train with another number use --set workers.count=N")
@@ -168,12 +149,11 @@ def train(
     wanted, began = auto.settled(load_job(job, setting), resume=resume), psutil.Process().create_time()
     usual = store_uri(None)  # now: MLflow sets the variable to what the job names
     result = train_job(wanted, resume, overwrite, allow_data_change, verbose, tags=source(job), started=began)
-    if not json_:
-        _print_result(result)
-        out.print(
-            "\n" + "\n".join(f"{'Next:  ' if i == 0 else ' ' * 7}{c}" for i, c in enumerate(next_commands(result, wanted, usual)))
-        )
-    finish(result, json_)
+    _print_result(result)
+    out.print(
+        "\n" + "\n".join(f"{'Next:  ' if i == 0 else ' ' * 7}{c}" for i, c in enumerate(next_commands(result, wanted, usual)))
+    )
+    finish(result)
 
 
 def _print_result(result: Ending) -> None:
