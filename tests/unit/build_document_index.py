@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from heliostat.apps.search import build
 from heliostat.apps.search.search import SearchIndex
-from heliostat.apps.search.settings import IndexSettings
+from heliostat.apps.search.tasks import IndexSettings
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
 from heliostat.storage.locations import Location

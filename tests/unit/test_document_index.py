@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from heliostat.apps.search import build, table, units
 from heliostat.apps.search.search import SearchIndex
-from heliostat.apps.search.settings import IndexSettings
-from heliostat.apps.search.tasks import cut
+from heliostat.apps.search.tasks import IndexSettings, cut
 from heliostat.apps.serve.asks import Search
 from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError, DataError, LeaseError

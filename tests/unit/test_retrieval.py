@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from heliostat.apps.search import answering, judging, tasks
 from heliostat.apps.search.search import SearchIndex, fuse
-from heliostat.apps.search.settings import IndexSettings
 from heliostat.apps.search.table import RECORD
+from heliostat.apps.search.tasks import IndexSettings
 from heliostat.apps.serve.asks import Search
 from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError, DataError

@@ -6,11 +6,12 @@ import json
 import struct
 
 import pytest
-from heliostat.apps.serve import answers, front, options, requests
+from heliostat.apps.serve import answers, front, requests
 from heliostat.apps.serve.backend import TRIES, Backend
 from heliostat.apps.serve.front import RequestLimits
-from heliostat.apps.serve.stopping import Stopping
-from heliostat.apps.serve.versions import Versions
+from heliostat.apps.serve.row import Stopping
+from heliostat.apps.serve.run import Versions
+from heliostat.apps.serve.served import replica_range
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
@@ -236,10 +237,10 @@ def test_logprobs_of_a_chat_are_by_token_and_only_whole_characters_have_bytes():
 
 
 def test_replicas_are_a_number_or_a_range():
-    assert (options.replicas("2"), options.replicas("1..4")) == ((2, 2), (1, 4))
+    assert (replica_range("2"), replica_range("1..4")) == ((2, 2), (1, 4))
     for text in ("0", "4..1", "x", "1..", "-1"):
         with pytest.raises(ConfigError, match="--replicas"):
-            options.replicas(text)
+            replica_range(text)
 
 
 class LostError(Exception):

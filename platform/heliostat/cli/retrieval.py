@@ -33,7 +33,7 @@ def index_documents(
 ) -> None:
     """Make a dataset's documents searchable, or bring their index up to date: by words, and with --embedder by meaning too."""
     from heliostat.apps.search import build
-    from heliostat.apps.search.settings import IndexSettings
+    from heliostat.apps.search.tasks import IndexSettings
     from heliostat.schema import validate
 
     build.require()

@@ -56,17 +56,18 @@ def serve(
 
     join(cluster)
     from heliostat import extras
-    from heliostat.apps.serve import options, run
+    from heliostat.apps.serve import run
+    from heliostat.apps.serve.served import Options, replica_range
     from heliostat.schema import validate
 
     extras.require("serve", "watchfiles", what="heliostat serve")
     if stop:
         out.print("the endpoint is ended" if run.stop() else "there is no endpoint on this cluster")
         return
-    given = {"port": port, "replicas": options.replicas(replicas), "engine": engine, "batch": batch, "max_tokens": max_tokens,
+    given = {"port": port, "replicas": replica_range(replicas), "engine": engine, "batch": batch, "max_tokens": max_tokens,
              "poll_s": poll, "body_bytes": max_body, "at_once": concurrent, "a_minute": per_minute,
              "deadline_s": deadline}  # fmt: skip
-    asked = validate(options.Options, given, "serve")
+    asked = validate(Options, given, "serve")
     if open_ and keys != Path(".heliostat/serve/keys"):
         raise ConfigError("--no-keys: goes without --keys")
     served = _served(model, name, index, embedder, reranker, mlflow).with_adapters(adapter or [])
@@ -93,15 +94,15 @@ def play(
 ) -> None:
     """Open a page in the browser to try a model or an index: write, complete code, chat, draw, ask."""
     from heliostat import extras
-    from heliostat.apps.serve import options
     from heliostat.schema import validate
 
     extras.require("play", "starlette", "uvicorn", what="heliostat play")
     from heliostat.apps.play import run
+    from heliostat.apps.serve.served import Options
 
     if open_ and keys != Path(".heliostat/play/keys"):
         raise ConfigError("--no-keys: goes without --keys")
-    asked = validate(options.Options, {"port": port, "max_tokens": max_tokens, "at_once": 64, "batch": 8}, "play")
+    asked = validate(Options, {"port": port, "max_tokens": max_tokens, "at_once": 64, "batch": 8}, "play")
     served = _served(model, None, index, embedder, reranker, mlflow)
 
     def ready(url: str) -> None:

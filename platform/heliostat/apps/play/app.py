@@ -1,12 +1,12 @@
-"""Serves the page, and hands all else to the endpoint's front: the page asks it as any client does.
+"""Serves the page, tells it what it can offer, and hands all else to the endpoint's front: the page asks it as any client does.
 
 The page holds no secret and loads nothing but its own files: what it shows comes with the key, through the endpoint.
 """
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -15,7 +15,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from heliostat.apps.serve import requests
+from heliostat.apps.serve.asks import Ask
 from heliostat.apps.serve.front import Front
+from heliostat.apps.serve.replica import MOST_AREA, Replica
+from heliostat.apps.serve.served import Options, ServedModels
+from heliostat.recipes.text import infilling
 from heliostat.web.refusals import Refusal
 
 FILES = {one.name: one for one in (Path(__file__).parent / "page").iterdir()}
@@ -30,15 +35,15 @@ HEADERS = {
 }
 
 
-def app(front: Front, abilities: dict[str, Any]) -> Starlette:
-    """Makes the application of a front; `abilities`: what the page is told when it has the key."""
+def app(front: Front, offered: dict[str, object]) -> Starlette:
+    """Makes the application of a front; `offered`: what the page is told when it has the key."""
 
     async def told(request: Request) -> Response:
         try:
             front.owner(request)
         except Refusal as e:
             return JSONResponse(e.body(), e.status, e.headers())
-        return JSONResponse(abilities)
+        return JSONResponse(offered)
 
     async def asked(request: Request) -> Response:
         return await front(request)
@@ -58,3 +63,74 @@ async def page(request: Request) -> Response:
     if file is None:
         return Response("there is no such file", 404, media_type="text/plain")
     return Response(file.read_bytes(), media_type=TYPES[file.suffix], headers=HEADERS)
+
+
+class Local:
+    """Reaches the one replica, whatever the version."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+
+    async def call(self, version: str, what: str, asked: object) -> dict[str, object]:
+        """Asks for something as a whole: a method of `Replica`, by its name."""
+        return await getattr(self.replica, what)(asked)
+
+    def stream(self, version: str, ask: Ask) -> AsyncGenerator[dict[str, object]]:
+        """Answers prompts piece by piece."""
+        return self.replica.stream(ask)
+
+
+NO_MODEL = "no model was given"
+DRAWS = "the model draws, and writes nothing"
+WRITES = "the model writes, and draws nothing"
+NO_TEMPLATE = "the model's tokenizer has no chat template"
+NO_INDEX = "no index was given; start with --index INDEX"
+
+
+def abilities(served: ServedModels, replica: Replica, version: str, options: Options) -> dict[str, object]:
+    """Describes what is here. `tabs`: each with why it is not there, or null; in the order in which they are shown."""
+    return {
+        "model": served.name,
+        "index": served.index_name,
+        "version": version,
+        "tabs": tabs(replica),
+        "text": _text(replica, options),
+        "images": _images(replica),
+        "passages": _passages(replica),
+    }
+
+
+def tabs(replica: Replica) -> dict[str, str | None]:
+    """Says of each tab why it is not there; None if it is."""
+    none = DRAWS if replica.painter else NO_MODEL
+    writer = replica.writer
+    return {
+        "write": None if writer else none,
+        "complete": none if not writer else None if writer.engine.infilling else infilling.NONE,
+        "chat": none if not writer else None if writer.engine.loaded.tokenizer.chat_template else NO_TEMPLATE,
+        "draw": None if replica.painter else WRITES if writer else NO_MODEL,
+        "ask": None if replica.shelf else NO_INDEX,
+    }
+
+
+def _text(replica: Replica, options: Options) -> dict[str, object] | None:
+    if replica.writer is None:
+        return None
+    longest = replica.writer.engine.loaded.longest
+    return {"longest": longest, "max_tokens": min(options.max_tokens, longest or options.max_tokens)}
+
+
+def _images(replica: Replica) -> dict[str, object] | None:
+    if replica.painter is None:
+        return None
+    painter = replica.painter
+    bounds = {"most_images": requests.MOST_IMAGES, "most_steps": requests.MOST_STEPS, "most_area": MOST_AREA}
+    return {"size": list(painter.size), **painter.canvas.defaults, **bounds}
+
+
+def _passages(replica: Replica) -> dict[str, object] | None:
+    if replica.shelf is None:
+        return None
+    index = replica.shelf.index
+    return {"modes": list(index.modes), "documents": index.record["documents"], "passages": index.record["passages"],
+            "most": requests.MOST_PASSAGES, "answers": replica.writer is not None}  # fmt: skip

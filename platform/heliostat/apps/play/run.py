@@ -12,15 +12,12 @@ from typing import Any
 
 import uvicorn
 
-from heliostat.apps.play import abilities
-from heliostat.apps.play.app import app
-from heliostat.apps.play.local import Local
-from heliostat.apps.serve import kinds
+from heliostat.apps.play.app import Local, abilities, app
+from heliostat.apps.serve.asks import EMBEDDINGS
 from heliostat.apps.serve.front import Front
-from heliostat.apps.serve.options import Options
 from heliostat.apps.serve.replica import Replica
 from heliostat.apps.serve.run import require_free
-from heliostat.apps.serve.served import ServedModels
+from heliostat.apps.serve.served import Options, ServedModels
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError
 from heliostat.training.driver.signals import Signals
@@ -48,7 +45,7 @@ class Server(uvicorn.Server):
 def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
     """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that, and before `keys` is
     asked for the keys, if it cannot."""
-    if served.kind() == kinds.EMBEDDINGS:
+    if served.kind() == EMBEDDINGS:
         raise ConfigError(f"MODEL: {served.name!r} embeds texts, and has no page; use `heliostat serve`")
     require_free(options.port)
     made = application(served, keys, options)
@@ -66,4 +63,4 @@ def application(served: ServedModels, keys: Callable[[], dict[str, str] | None],
     replica = Replica(served.holds(served.source.folder(version), options.batch))
     front = Front(served.settings(served.kind(), keys(), options), Local(replica), ())
     front.backend.use(version)
-    return app(front, abilities.of(served, replica, version, options))
+    return app(front, abilities(served, replica, version, options))

@@ -24,8 +24,7 @@ import numpy as np
 
 from heliostat import extras
 from heliostat.apps.search import table
-from heliostat.apps.search.settings import IndexSettings
-from heliostat.apps.search.tasks import IndexPlan, index_unit
+from heliostat.apps.search.tasks import IndexPlan, IndexSettings, index_unit
 from heliostat.apps.search.units import IndexUnit, open_text, units
 from heliostat.config.fields import Json
 from heliostat.curation.watching import PipelineWatch

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import dataclasses
+import logging
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heliostat.apps.serve import kinds
-from heliostat.apps.serve.asks import AnswerPiece, Ask, Holds, Item, PictureRequest, Search
+from heliostat.apps.serve.asks import IMAGES, AnswerPiece, Ask, Holds, Item, PictureRequest, Search, kind_of
+from heliostat.config.fields import Json
+from heliostat.errors import ConfigError
+from heliostat.recipes import exported
+from heliostat.recipes.protocol import Paints
+from heliostat.text import brief
 from heliostat.web.refusals import Refusal
 
-if TYPE_CHECKING:  # a replica loads what it holds, and no more libraries than that
-    from heliostat.apps.serve.painter import Painter
+if TYPE_CHECKING:
+    from heliostat.apps.serve.replica import Painter
     from heliostat.apps.serve.shelf import Shelf
     from heliostat.apps.serve.writer import Writer
 
@@ -33,8 +42,8 @@ class Replica:
             self.shelf = Shelf(holds.index, holds.embedder, holds.reranker)
 
     def _load(self, folder: Path, holds: Holds) -> None:
-        if kinds.of(folder) == kinds.IMAGES:
-            from heliostat.apps.serve.painter import Painter
+        if kind_of(folder) == IMAGES:
+            from heliostat.apps.serve.replica import Painter
 
             self.painter = Painter(folder)
         else:
@@ -109,3 +118,41 @@ def _add(whole: AnswerPiece, piece: AnswerPiece) -> None:
         new = {"tokens": before["tokens"] + new["tokens"], "token_logprobs": before["token_logprobs"] + new["token_logprobs"],
                "top_logprobs": tops, "text_offset": before["text_offset"] + new["text_offset"]}  # fmt: skip
     whole.update({**piece, "text": text, "logprobs": new or before})
+
+
+log = logging.getLogger(__name__)
+
+MOST_AREA = 4  # times the pixels of the model's own pictures: memory grows with them, for some models with their square
+
+
+class Painter:
+    """Loads the model, and draws."""
+
+    def __init__(self, folder: Path) -> None:
+        recipe = exported.read(folder).recipe
+        assert issubclass(recipe, Paints)
+        with exported.using(folder):
+            self.canvas = recipe.canvas(folder)
+            self.size = self.canvas.size
+        self.thread = ThreadPoolExecutor(1, "painter")  # a drawing goes on when nobody waits for it any more, and the next waits
+
+    async def draw(self, asked: PictureRequest) -> list[dict[str, object]]:
+        """Draws pictures, each a PNG in base64 with its seed; Refusal for what the model does not draw."""
+        self._require_size(asked.options)
+        seeds = [(asked.seed + i) % 2**63 for i in range(asked.count)]
+        work = partial(self.canvas.draw, [asked.prompt] * asked.count, seeds, asked.options)
+        try:
+            pictures = await asyncio.get_running_loop().run_in_executor(self.thread, work)
+        except ConfigError as e:
+            raise Refusal(400, str(e), None, "invalid_value") from e
+        except Exception as e:
+            log.exception("a picture failed")
+            raise Refusal(500, f"the model failed: {type(e).__name__}: {brief(e)}") from e
+        return [{"b64_json": base64.b64encode(png).decode(), "seed": seed} for png, seed in zip(pictures, seeds, strict=True)]
+
+    def _require_size(self, options: dict[str, Json]) -> None:
+        width, height = self.size
+        w, h = options.get("width", width), options.get("height", height)
+        if w * h > MOST_AREA * width * height:
+            said = f"size: {w}x{h}: the model draws {width}x{height} pixels, and at most {MOST_AREA} times as many are drawn"
+            raise Refusal(400, said, "size", "invalid_value")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from heliostat.config.fields import Json
-from heliostat.inference.vllm_terms import MOST_LOGPROBS
+from heliostat.inference.sampling import MOST_LOGPROBS
 from heliostat.recipes.text.chat import Message
 from heliostat.schema import Float, Strict
 from heliostat.text import brief

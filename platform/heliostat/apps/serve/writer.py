@@ -5,21 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from heliostat.apps.serve.adapters import Adapters
 from heliostat.apps.serve.asks import Ask, Item, Messages
-from heliostat.apps.serve.engine import ServingEngine
-from heliostat.apps.serve.row import Deliver, Row
-from heliostat.apps.serve.sampling import Draw
-from heliostat.apps.serve.stopping import Stopping
+from heliostat.apps.serve.engine import ServingEngine, VllmEngine
+from heliostat.apps.serve.row import Deliver, Row, Stopping
 from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import LoadedModel
+from heliostat.inference.sampling import Draw
 from heliostat.recipes.text import chat, infilling
 from heliostat.web.refusals import Refusal
-
-if TYPE_CHECKING:
-    from heliostat.apps.serve.vllm_engine import VllmEngine
 
 
 class Writer:
@@ -28,8 +23,6 @@ class Writer:
     def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None, engine: str = "transformers") -> None:
         self.engine: ServingEngine | VllmEngine
         if engine == "vllm":
-            from heliostat.apps.serve.vllm_engine import VllmEngine
-
             self.engine = VllmEngine(folder, batch, adapters or {})
         else:
             loaded = LoadedModel(folder)

@@ -29,7 +29,6 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.text.sources import absolute
 from heliostat.curation.watching import PipelineWatch
-from heliostat.inference import vllm_terms
 from heliostat.inference.batch import loading, reading, tasks
 from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.settings import BatchSettings
@@ -69,7 +68,7 @@ def infer(
     import torch
 
     gpus = torch.cuda.device_count()
-    by, why = vllm_terms.choose(engine, model, settings.task, gpus)
+    by, why = loading.choose(engine, model, settings.task, gpus)
     settings = settings.model_copy(update={"engine": by})
     about = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
     facts = {"model": about, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
