@@ -108,3 +108,13 @@ def test_columns_are_aligned():
     assert tables.lines([["name", "n"], ["a", "100"]]) == ["name    n", "a     100"]
     assert tables.lines([["name", "n"], ["a", "100"]], width=5) == ["name", "      n", "a", "    100"]
     assert tables.lines([]) == []
+
+
+def test_what_a_dataset_leaves_out_is_named_by_its_stage_and_its_reason():
+    """Reports number the stages, so that two of one kind are apart: these were shown as `1 0 symbols: symbols`."""
+    from heliostat.curation.prepare import explain
+
+    dropped = {"0 symbols: symbols": 1, "1 gopher_quality: short": 2, "3 gopher_quality: short": 3, "empty": 4}
+    report = {"up_to_date": True, "documents": 5, "tokens": 6, "dropped": dropped, "duplicates": 0, "listed": None,
+              "dataset": "d", "chunks": 1, "digest": "0" * 12, "written_by": None, "rearranged": None}  # fmt: skip
+    assert explain(report)[1] == "left out: 4 empty, 5 gopher_quality: short, 1 symbols"
