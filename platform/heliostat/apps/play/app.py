@@ -73,7 +73,7 @@ class Local:
 
     async def call(self, version: str, what: str, asked: object) -> dict[str, object]:
         """Asks for something as a whole: a method of `Replica`, by its name."""
-        return await getattr(self.replica, what)(asked)
+        return await self.replica.ask(what, asked)
 
     def stream(self, version: str, ask: Ask) -> AsyncGenerator[dict[str, object]]:
         """Answers prompts piece by piece."""

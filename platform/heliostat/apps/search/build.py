@@ -31,8 +31,7 @@ from heliostat.curation.watching import PipelineWatch
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.inference.batch.claim import claim
-from heliostat.inference.batch.run import model_digest, origin
+from heliostat.inference.batch.run import claim, model_digest, origin
 from heliostat.recipes import exported
 from heliostat.recipes.text import sentence_folder
 from heliostat.storage import lease

@@ -167,13 +167,13 @@ class Front:
             except TimeoutError as e:
                 raise Refusal(408, f"the body did not come within {self.settings.deadline_s:g} s", code="timeout") from e
             if path == "/v1/embeddings":
-                response = await self._embeddings(requests.embeddings(raw), name)
+                response = await self._embeddings(requests.read(requests.Embeddings, raw), name)
             elif path == "/v1/images/generations":
-                response = await self._images(requests.images(raw), name)
+                response = await self._images(requests.read(requests.Images, raw), name)
             elif path == "/v1/search":
-                response = await self._search(requests.search(raw))
+                response = await self._search(requests.read(requests.SearchRequest, raw))
             else:
-                asked = requests.chat(raw, self.settings.index) if "chat" in path else requests.completion(raw)
+                asked = requests.chat(raw, self.settings.index) if "chat" in path else requests.read(requests.Completion, raw)
                 response = await self._text(asked, name, path)
             return response
         finally:

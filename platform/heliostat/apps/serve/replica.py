@@ -22,13 +22,16 @@ from heliostat.text import brief
 from heliostat.web.refusals import Refusal
 
 if TYPE_CHECKING:
-    from heliostat.apps.serve.replica import Painter
     from heliostat.apps.serve.shelf import Shelf
     from heliostat.apps.serve.writer import Writer
 
+log = logging.getLogger(__name__)
+
+MOST_AREA = 4  # times the pixels of the model's own pictures: memory grows with them, for some models with their square
+
 
 class Replica:
-    """Loads what it is to hold, and answers: `answers`, `images`, `passages`, or `refused`."""
+    """Loads what it is to hold, and answers what the front asks through `ask` and `stream`: with an item, or with `refused`."""
 
     def __init__(self, holds: Holds) -> None:
         self.writer: Writer | None = None
@@ -43,8 +46,6 @@ class Replica:
 
     def _load(self, folder: Path, holds: Holds) -> None:
         if kind_of(folder) == IMAGES:
-            from heliostat.apps.serve.replica import Painter
-
             self.painter = Painter(folder)
         else:
             from heliostat.apps.serve.writer import Writer
@@ -56,73 +57,58 @@ class Replica:
         if self.writer:
             self.writer.require_alive()
 
+    async def ask(self, what: str, asked: object) -> Item:
+        """Answers as a whole: with one of the methods below, by its name."""
+        try:
+            return await getattr(self, what)(asked)
+        except Refusal as e:
+            return {"refused": e.args}
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[Item]:
+        """Yields pieces (`index`, `piece`, the first also `sources`) of the answers as they come; `refused` ends them."""
+        try:
+            async with aclosing(self._pieces(ask)) as items:
+                async for item in items:
+                    yield item
+        except Refusal as e:
+            yield {"refused": e.args}
+
     async def answer(self, ask: Ask) -> Item:
-        """Answers all prompts as a whole: `answers`, and `sources` if it is from the index."""
+        """Answers all prompts: `answers`, and `sources` if it is from the index."""
         whole: list[AnswerPiece] = [{"text": "", "logprobs": None} for _ in ask.seeds]
         sources: Item = {}
-        async with aclosing(self.stream(ask)) as items:
+        async with aclosing(self._pieces(ask)) as items:
             async for item in items:
-                if "piece" not in item:
-                    return item
                 _add(whole[item["index"]], item["piece"])
                 sources |= {"sources": item["sources"]} if "sources" in item else {}
         return {"answers": whole, **sources}
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[Item]:
-        """Yields pieces (`index`, `piece`, the first also `sources`) of the answers as they come; or one item, `refused`."""
+    async def _pieces(self, ask: Ask) -> AsyncGenerator[Item]:
         assert self.writer
         first: Item = {}
         if ask.search is not None:
-            try:
-                prompt, sources = await self._from_index(ask, ask.search)
-            except Refusal as e:
-                yield {"refused": e.args}
-                return
+            assert self.shelf
+            prompt, sources = await self.shelf.prompt(ask.search, self.writer.room(ask), self.writer.count)
             ask, first = dataclasses.replace(ask, prompts=[prompt], search=None), {"sources": sources}
         async with aclosing(self.writer.stream(ask)) as items:
             async for item in items:
-                yield {**item, **first} if "piece" in item else item
+                yield {**item, **first}
                 first = {}
-
-    async def _from_index(self, ask: Ask, search: Search) -> tuple[str, list[Item]]:
-        assert self.shelf and self.writer
-        return await self.shelf.prompt(search, self.writer.room(ask), self.writer.count)
 
     async def embed(self, texts: list[str]) -> Item:
         """Embeds texts: `answers`."""
         assert self.writer
-        return await self.writer.embed(texts)
+        return {"answers": await self.writer.embed(texts)}
 
     async def draw(self, asked: PictureRequest) -> Item:
         """Draws pictures: `images`."""
         assert self.painter
-        try:
-            return {"images": await self.painter.draw(asked)}
-        except Refusal as e:
-            return {"refused": e.args}
+        return {"images": await self.painter.draw(asked)}
 
     async def search(self, asked: Search) -> Item:
         """Finds passages of the index: `passages`."""
         assert self.shelf
-        try:
-            return {"passages": await self.shelf.search(asked)}
-        except Refusal as e:
-            return {"refused": e.args}
-
-
-def _add(whole: AnswerPiece, piece: AnswerPiece) -> None:
-    """Adds a piece to what came before it."""
-    text, before, new = whole["text"] + piece["text"], whole["logprobs"], piece["logprobs"]
-    if before and new:
-        tops = None if before["top_logprobs"] is None else before["top_logprobs"] + (new["top_logprobs"] or [])
-        new = {"tokens": before["tokens"] + new["tokens"], "token_logprobs": before["token_logprobs"] + new["token_logprobs"],
-               "top_logprobs": tops, "text_offset": before["text_offset"] + new["text_offset"]}  # fmt: skip
-    whole.update({**piece, "text": text, "logprobs": new or before})
-
-
-log = logging.getLogger(__name__)
-
-MOST_AREA = 4  # times the pixels of the model's own pictures: memory grows with them, for some models with their square
+        return {"passages": await self.shelf.search(asked)}
 
 
 class Painter:
@@ -156,3 +142,13 @@ class Painter:
         if w * h > MOST_AREA * width * height:
             said = f"size: {w}x{h}: the model draws {width}x{height} pixels, and at most {MOST_AREA} times as many are drawn"
             raise Refusal(400, said, "size", "invalid_value")
+
+
+def _add(whole: AnswerPiece, piece: AnswerPiece) -> None:
+    """Adds a piece to what came before it."""
+    text, before, new = whole["text"] + piece["text"], whole["logprobs"], piece["logprobs"]
+    if before and new:
+        tops = None if before["top_logprobs"] is None else before["top_logprobs"] + (new["top_logprobs"] or [])
+        new = {"tokens": before["tokens"] + new["tokens"], "token_logprobs": before["token_logprobs"] + new["token_logprobs"],
+               "top_logprobs": tops, "text_offset": before["text_offset"] + new["text_offset"]}  # fmt: skip
+    whole.update({**piece, "text": text, "logprobs": new or before})
