@@ -15,7 +15,6 @@ from pathlib import Path
 import heliostat
 import pytest
 from heliostat.api import functions as api
-from heliostat.api import uncaught
 from heliostat.errors import ConfigError, MissingDataError
 
 from tests.unit.build_job import raw, write
@@ -72,7 +71,7 @@ def test_the_frames_of_a_folder_whose_name_begins_as_the_packages_are_the_person
         try:
             exec(compile("raise error", str(place), "exec"), {"error": ConfigError("no")})
         except ConfigError as e:
-            assert (f'"{place}", line 1' in uncaught.shown(e, e.__traceback__.tb_next)) is theirs
+            assert (f'"{place}", line 1' in api.shown(e, e.__traceback__.tb_next)) is theirs
 
 
 @pytest.mark.parametrize("name", NAMES)

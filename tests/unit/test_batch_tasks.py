@@ -22,7 +22,7 @@ from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.inference.batch import loading, reading, run
 from heliostat.inference.batch.engines import Chat, Embed, Input, LoadedModel
-from heliostat.inference.batch.settings import BatchSettings
+from heliostat.inference.batch.tasks import BatchSettings
 from heliostat.recipes.images.embedder import ImageEmbedder
 from heliostat.recipes.text import chat
 from heliostat.storage.locations import Location

@@ -23,9 +23,9 @@ from heliostat.apps.serve.row import Row, Stopping
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference import vllm_engine
 from heliostat.inference.batch import engines, loading
-from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Input
-from heliostat.inference.batch.settings import BatchSettings
+from heliostat.inference.batch.run import claim
+from heliostat.inference.batch.tasks import BatchSettings
 from heliostat.inference.sampling import Draw
 from heliostat.storage.locations import Location
 from safetensors.torch import save_file

@@ -95,7 +95,7 @@ def infer(
 
     join(cluster)
     from heliostat.inference.batch.run import infer as run
-    from heliostat.inference.batch.settings import WRITES, BatchSettings
+    from heliostat.inference.batch.tasks import WRITES, BatchSettings
     from heliostat.plan import hardware
     from heliostat.schema import validate
 

@@ -21,8 +21,7 @@ from heliostat.config.fields import Json
 from heliostat.curation import segment
 from heliostat.curation.watching import PipelineWatch
 from heliostat.errors import HeliostatError
-from heliostat.inference.batch.claim import claim
-from heliostat.inference.batch.run import model_digest
+from heliostat.inference.batch.run import claim, model_digest
 from heliostat.inference.generate import BATCH, RESULTS
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Generated, Request

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch.engines import Answer, BatchEngine, Chat, Continue, Embed, Input, LoadedModel, Score
-from heliostat.inference.batch.settings import WRITES
+from heliostat.inference.batch.tasks import WRITES
 from heliostat.inference.sampling import MOST_LOGPROBS, Chosen, Draw
 from heliostat.recipes.text.generator import Sampling
 
