@@ -9,7 +9,7 @@ from pathlib import Path
 
 import openai
 import uvicorn
-from heliostat.apps.play.run import Server, application
+from heliostat.apps.play.app import Server, application
 from heliostat.apps.serve.served import Options, served
 from heliostat.web import keys
 

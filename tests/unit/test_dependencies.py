@@ -73,7 +73,7 @@ LATE = {  # modules of the core that import what an extra brings, once `extras.r
     **{f"{name}.py": "images" for name in ("curation/picturing", "inference/batch/images")},
     **{f"evaluation/{name}.py": "benchmark" for name in ("run", "sandbox", "scoring", "tasks")},
     **{f"apps/search/{name}.py": "retrieval" for name in ("build", "search", "table")},
-    **{f"{name}.py": "vllm" for name in ("inference/vllm_engine",)},
+    "inference/vllm_engine.py": "vllm",
 }  # fmt: skip
 
 

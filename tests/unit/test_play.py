@@ -12,7 +12,7 @@ import pytest
 import requests
 import torch
 from heliostat.apps.play import app
-from heliostat.apps.play.run import play
+from heliostat.apps.play.app import play
 from heliostat.apps.search import answering
 from heliostat.apps.serve.asks import Holds, PictureRequest
 from heliostat.apps.serve.replica import Painter, Replica

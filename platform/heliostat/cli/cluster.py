@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from heliostat.cli.common import HELP, Reporting, app, finish, out
+from heliostat.cli.jobs import jobs_on
 from heliostat.cli.options import CLUSTERS, Settings, flag
 from heliostat.errors import ConfigError
 
@@ -85,11 +86,10 @@ def status_(
 ) -> None:
     """Show a cluster's nodes, what they have, and its jobs."""
     from heliostat.cluster import dashboard
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
 
-    with endpoint(target) as there:
-        nodes, jobs = dashboard.node_table(there.url, there.token), Jobs(there).list()
+    with jobs_on(target) as known:
+        there = known.there
+        nodes, jobs = dashboard.node_table(there.url, there.token), known.list()
     out.print(f"{there.url}: {sum(n['alive'] for n in nodes)} nodes")
     for n in nodes:
         labels = ", ".join(f"{k}={v}" for k, v in sorted(n["labels"].items()) if k != "ray.io/node-id")

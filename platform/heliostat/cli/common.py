@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from heliostat.cli import tables
 from heliostat.cli.options import PANELS, flag
 from heliostat.errors import ConfigError, HeliostatError, StorageError
 from heliostat.redact import carries_secret
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 
     from heliostat.storage.locations import Location
 
+GAP = "  "  # between the columns of a table
+INDENT = "    "  # of a row's further lines
 HELP = {"help_option_names": ["--help", "-h"]}
 
 
@@ -56,9 +57,15 @@ out = Printer(highlight=False, soft_wrap=True, markup=False)
 REPORTING = typer.Typer(add_completion=False)
 
 
+def _be_quiet(asked: bool) -> None:
+    out.quiet = asked
+
+
 @REPORTING.command()
 def _reporting(
-    json_: Annotated[bool, flag("--json", help="Print one JSON object, on errors too (docs/cli.md)")] = False,
+    json_: Annotated[
+        bool, flag("--json", help="Print one JSON object, on errors too (docs/cli.md)", callback=_be_quiet, expose_value=False)
+    ] = False,
 ) -> None:
     """Has the option of all commands that report."""
 
@@ -69,10 +76,6 @@ class Reporting(typer.core.TyperCommand):
     def __init__(self, name: str | None, **options: Any) -> None:
         super().__init__(name, **options)
         self.params += [p for p in typer.main.get_command(REPORTING).params if p.name == "json_"]
-
-    def invoke(self, ctx: typer.Context) -> object:
-        out.quiet = ctx.params.pop("json_")
-        return super().invoke(ctx)
 
 
 def command(panel: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -125,8 +128,37 @@ def program(elsewhere: bool = False) -> str:
 
 def print_table(rows: list[list[str]], left: Collection[int] = (0,)) -> None:
     """Prints rows of cells, the head first, none cut; what is piped on has one line a row."""
-    for line in tables.lines(rows, left, out.width if out.is_terminal else None):
+    for line in table_lines(rows, left, out.width if out.is_terminal else None):
         out.print(line)
+
+
+def table_lines(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), width: int | None = None) -> list[str]:
+    """Aligns rows of cells, the head first; columns in `left` begin at the left, all others end at the right.
+
+    `width`: of the terminal; without one every row is one line.
+    """
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [line for row in rows for line in _lines(row, widths, left, width)]
+
+
+def _lines(row: Sequence[str], widths: list[int], left: Collection[int], width: int | None) -> list[str]:
+    cells = [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+    parts = [GAP.join(cells[begin:end]).rstrip() for begin, end in bands(widths, width)]
+    return [parts[0], *(INDENT + part for part in parts[1:] if part)]
+
+
+def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
+    """Groups the columns into bands [begin, end) that stand side by side: as many as fit into `width`, at least one."""
+    found, begin, used = list[tuple[int, int]](), 0, 0
+    for i, one in enumerate(widths):
+        if width is not None and i > begin and used + len(GAP) + one > width:
+            found.append((begin, i))
+            begin, used = i, len(INDENT) + one
+        else:
+            used += one + (len(GAP) if i > begin else 0)
+    return [*found, (begin, len(widths))]
 
 
 def store_uri(given: str | None) -> str:

@@ -95,7 +95,8 @@ def infer(
 
     join(cluster)
     from heliostat.inference.batch.run import infer as run
-    from heliostat.inference.batch.tasks import WRITES, BatchSettings
+    from heliostat.inference.batch.tasks import BatchSettings
+    from heliostat.inference.sampling import WRITES
     from heliostat.plan import hardware
     from heliostat.schema import validate
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -26,8 +27,24 @@ if TYPE_CHECKING:
     from heliostat.submit.progress import RunProgress
     from heliostat.submit.submission import SubmissionRecord
 
-
 Id = Annotated[str, typer.Argument(help="The job's id: its run's name", metavar="ID", show_default=False)]
+
+
+def recorded(job_id: str) -> SubmissionRecord | None:
+    """Reads what this workspace recorded of a job that it sent; None if it sent none of this id."""
+    from heliostat.submit.submission import SubmissionRecord
+
+    return SubmissionRecord.read(job_id)
+
+
+@contextmanager
+def jobs_on(cluster: str | None, record: SubmissionRecord | None = None) -> Iterator[Jobs]:
+    """Connects to the jobs of a cluster: the one that is named, or else the one of the record."""
+    from heliostat.cluster.endpoint import endpoint
+    from heliostat.submit.jobs import Jobs
+
+    with endpoint(cluster or (record.cluster if record else None)) as there:
+        yield Jobs(there)
 
 
 @command(JOBS)
@@ -41,16 +58,14 @@ def submit(
     overwrite: Overwrite = False,
 ) -> None:
     """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
-    from heliostat.cluster.endpoint import endpoint
     from heliostat.storage.run_folder import require_one_way
-    from heliostat.submit.jobs import Jobs
     from heliostat.submit.submission import SubmissionRecord
 
     require_one_way(resume, overwrite)
     flags = (["--resume"] if resume else []) + (["--overwrite"] if overwrite else [])
-    with endpoint(cluster) as there:
-        wanted = checked(job, setting or [], there, resume)
-        send(Jobs(there), SubmissionRecord.of(wanted, cluster, queue), tuple(flags), follow)
+    with jobs_on(cluster) as jobs:
+        wanted = checked(job, setting or [], jobs.there, resume)
+        send(jobs, SubmissionRecord.of(wanted, cluster, queue), tuple(flags), follow)
 
 
 def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = False) -> Job:
@@ -95,11 +110,8 @@ def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: b
 @command(JOBS)
 def jobs(cluster: Target = None) -> None:
     """List a cluster's jobs."""
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
-
-    with endpoint(cluster) as there:
-        found = Jobs(there).list()
+    with jobs_on(cluster) as known:
+        found = known.list()
     print_table(_cells(found), left=range(4))
     finish({"jobs": found})
 
@@ -135,14 +147,10 @@ def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> RunProgre
 
 def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
     """Looks up a job's state on its cluster; if the cluster is gone, in the job's local record."""
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import SubmissionRecord
-
-    record = SubmissionRecord.read(job_id)
+    record = recorded(job_id)
     try:
-        with endpoint(cluster or (record.cluster if record else None)) as there:
-            found = Jobs(there).get(job_id)
+        with jobs_on(cluster, record) as known:
+            found = known.get(job_id)
         return {**found, "run_folder": found["metadata"]["run"], "steps": int(found["metadata"]["steps"])}
     except HeliostatError as e:
         if record is None:
@@ -154,17 +162,13 @@ def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
 @app.command(rich_help_panel=JOBS)
 def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
     """Show a job's log: from the cluster, or from storage when the cluster is gone."""
-    from heliostat.cluster.endpoint import endpoint
     from heliostat.storage.locations import Location
-    from heliostat.submit.jobs import Jobs, exit_code
+    from heliostat.submit.jobs import exit_code
     from heliostat.submit.logs import stored
-    from heliostat.submit.submission import SubmissionRecord
 
-    record = SubmissionRecord.read(id_)
-    code = 0
+    record, code = recorded(id_), 0
     try:
-        with endpoint(cluster or (record.cluster if record else None)) as there:
-            jobs = Jobs(there)
+        with jobs_on(cluster, record) as jobs:
             jobs.get(id_)
             for text in jobs.follow(id_) if follow else [jobs.logs(id_)]:
                 _write(text)
@@ -190,14 +194,10 @@ def stop(
     cluster: Target = None,
 ) -> None:
     """Stop a job; it saves a checkpoint first, unless --now."""
-    from heliostat.cluster.endpoint import endpoint
     from heliostat.storage.retries import BUDGET
-    from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import SubmissionRecord
 
-    record = SubmissionRecord.read(id_)
-    with endpoint(cluster or (record.cluster if record else None)) as there:
-        stopped = Jobs(there).stop(id_, now)
+    with jobs_on(cluster, recorded(id_)) as jobs:
+        stopped = jobs.stop(id_, now)
     if now:  # the store may be why
         os.environ[BUDGET] = "3"
     p = _progress(stopped["metadata"]["run"], int(stopped["metadata"]["steps"]), stopped["metadata"])
@@ -209,13 +209,10 @@ def stop(
 @command(JOBS)
 def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None) -> None:
     """Send a job again, to go on from its last checkpoint; --set may change what a resumed run may change, as workers.count."""
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import SubmissionRecord, changed
+    from heliostat.submit.submission import changed
 
-    record = SubmissionRecord.read(id_)
+    record = recorded(id_)
     if record is None:
         raise ConfigError(f"{id_}: was not submitted from this workspace; use `heliostat submit JOB.yaml --resume`")
-    where = cluster or record.cluster
-    with endpoint(where) as there:
-        send(Jobs(there), changed(record, setting or [], where), ("--resume",), follow)
+    with jobs_on(cluster, record) as jobs:
+        send(jobs, changed(record, setting or [], cluster or record.cluster), ("--resume",), follow)

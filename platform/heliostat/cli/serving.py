@@ -97,7 +97,7 @@ def play(
     from heliostat.schema import validate
 
     extras.require("play", "starlette", "uvicorn", what="heliostat play")
-    from heliostat.apps.play import run
+    from heliostat.apps.play import app as page
     from heliostat.apps.serve.served import Options
 
     if open_ and keys != Path(".heliostat/play/keys"):
@@ -111,7 +111,7 @@ def play(
         else:
             print_page(url, keys)
 
-    run.play(served, keys_of(None if open_ else keys), asked, ready)
+    page.play(served, keys_of(None if open_ else keys), asked, ready)
     raise typer.Exit(130)
 
 

@@ -1,7 +1,8 @@
-"""Checks and trains jobs: `heliostat check`, `heliostat train`."""
+"""Checks jobs, trains them, and breaks their runs on purpose: `heliostat check`, `train`, `chaos`."""
 
 from __future__ import annotations
 
+import logging
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from heliostat.cli.common import command, finish, out, print_table, program, store_uri
 from heliostat.cli.options import TRAINING, JobFile, Overwrite, Resume, Settings, Verbose, flag
-from heliostat.errors import ConfigError, NumericsError
+from heliostat.errors import ConfigError, NumericsError, VerifyError
 from heliostat.terminal import console
 
 if TYPE_CHECKING:
@@ -18,8 +19,15 @@ if TYPE_CHECKING:
     from heliostat.runs.summary import Ending
     from heliostat.validation.check import Checked
 
+log = logging.getLogger(__name__)
+
 SHOWN = 8  # differences of `check --numerics`
-Found = dict[str, Any]  # as `numerics.check` makes it, and `--json` prints it
+Found = dict[str, Any]  # as `numerics.check` and `chaos` make it, and `--json` prints it
+HEADS = {
+    "fault": "fault", "detected_s": "detected after", "recovered_s": "recovered after", "recomputed_steps": "steps recomputed",
+    "lost": "samples lost", "repeated": "samples repeated", "loss_difference": "final loss difference", "goodput": "goodput",
+}  # fmt: skip
+ISSUE = "kill-worker,kill-node,hang,sigterm,s3-503,corrupt-shard,torn-checkpoint,mlflow-down,disk-full"
 
 
 @command(TRAINING)
@@ -190,3 +198,46 @@ def next_commands(result: Ending, job: Job, usual: str) -> list[str]:
     commands.append([program(), "verify", str(job.run_folder)])
     commands.append([program(), "ui", *store])
     return [shlex.join(words) for words in commands]
+
+
+@command(TRAINING)
+def chaos(
+    job: JobFile,
+    faults: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Which; also kill-driver, kill-driver-late, restart-head",
+            show_default=ISSUE.replace(",", ", "),
+        ),
+    ] = ISSUE,
+    seed: Annotated[int, typer.Option(help="Of when and whom the faults strike")] = 0,
+    rate: Annotated[float, typer.Option(min=0.01, max=0.9, help="s3-503: the share of requests that are refused")] = 0.2,
+    setting: Settings = None,
+) -> None:
+    """Break a job's runs on purpose, one fault a run, and compare each with the unbroken run: nothing may be lost."""
+    from heliostat.chaos.experiment import chaos as run
+
+    names = [name.strip() for name in faults.split(",") if name.strip()]
+    rows, wrong = run(job, names, setting, seed, rate, tell=log.info)
+    print_table(chaos_table(rows))
+    fault = VerifyError("\n  ".join(["not every run ended as the unbroken one did:", *wrong])) if wrong else None
+    finish({"faults": rows}, fault)
+
+
+def chaos_table(rows: list[Found]) -> list[list[str]]:
+    """Formats the rows as text, the columns' names first."""
+    return [list(HEADS.values()), *(_chaos_cells(row) for row in rows)]
+
+
+def _chaos_cells(row: Found) -> list[str]:
+    def text(key: str, value: object) -> str:
+        if value is None:
+            return "-"
+        if key.endswith("_s"):
+            return f"{value:,.1f} s"
+        if key == "goodput":
+            return f"{value:.1%}"
+        return f"{value:.2g}" if key == "loss_difference" else str(value)
+
+    return [text(key, row[key]) for key in HEADS]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from heliostat.cli.common import command, finish, out, print_table, program
-from heliostat.cli.jobs import checked, send
+from heliostat.cli.jobs import checked, jobs_on, send
 from heliostat.cli.options import SWEEPS, Follow, Queue, Settings, Target, Verbose, flag
 from heliostat.errors import ConfigError
 
@@ -102,17 +102,15 @@ def sweep(
 
 def _submit(path: Path, setting: list[str], cluster: str, queue: str | None, flags: tuple[str, ...], follow: bool) -> None:
     """Sends the sweep to the cluster, as `heliostat submit` does a job; its id is the sweep's name."""
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
     from heliostat.submit.submission import SubmissionRecord
     from heliostat.tune import sweep as sweeps
 
     plan = sweeps.load(path, setting)
-    with endpoint(cluster) as there:
-        job = checked(sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_), there)
+    with jobs_on(cluster) as jobs:
+        job = checked(sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_), jobs.there)
         whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # which is in the job
         record = SubmissionRecord(plan.sweep.name, cluster, str(plan.folder), plan.trials or 0, job.dump(), queue, whole)
-        send(Jobs(there), record, flags, follow)
+        send(jobs, record, flags, follow)
 
 
 def _carry(folder: str, big: Path) -> Result:

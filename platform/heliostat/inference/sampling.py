@@ -13,6 +13,7 @@ from typing import TypedDict
 import torch
 
 MOST_LOGPROBS = 20  # of a token
+WRITES = ("continue", "chat")  # the tasks of batch inference whose answers are sampled
 
 
 class Chosen(TypedDict):

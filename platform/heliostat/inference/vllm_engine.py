@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,7 @@ from transformers import PretrainedConfig
 
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch.engines import Answer, BatchEngine, Chat, Continue, Embed, Input, LoadedModel, Score
-from heliostat.inference.batch.tasks import WRITES
-from heliostat.inference.sampling import MOST_LOGPROBS, Chosen, Draw
+from heliostat.inference.sampling import MOST_LOGPROBS, WRITES, Chosen, Draw
 from heliostat.recipes.text.generator import Sampling
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class VllmStream:
 
     async def tokens(
         self, prompt: list[int], most: int, draw: Draw, ends: Collection[int], logprobs: int | None, adapter: str | None
-    ) -> AsyncIterator[tuple[int, Chosen | None]]:
+    ) -> AsyncGenerator[tuple[int, Chosen | None]]:
         """Yields the tokens of an answer as they come, each with its log probabilities where these are asked for.
 
         HeliostatError if vLLM gives no more before one of `ends` or the last of `most` tokens was taken.

@@ -1,13 +1,17 @@
-"""Serves the page, tells it what it can offer, and hands all else to the endpoint's front: the page asks it as any client does.
+"""Opens a page on a model, an index, or both, until it is stopped: `heliostat play`.
 
-The page holds no secret and loads nothing but its own files: what it shows comes with the key, through the endpoint.
+One process: the endpoint's front, with a replica in it instead of replicas on Ray. The page asks the front as any client does. It
+holds no secret and loads nothing but its own files: what it shows comes with the key, through the endpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import socket
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -16,13 +20,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from heliostat.apps.serve import requests
-from heliostat.apps.serve.asks import Ask
+from heliostat.apps.serve.asks import EMBEDDINGS, Ask
 from heliostat.apps.serve.front import Front
 from heliostat.apps.serve.replica import MOST_AREA, Replica
+from heliostat.apps.serve.run import require_free
 from heliostat.apps.serve.served import Options, ServedModels
+from heliostat.cluster.private_ray import LOOPBACK
+from heliostat.errors import ConfigError
 from heliostat.recipes.text import infilling
+from heliostat.training.driver.signals import Signals
+from heliostat.web import deadlines
 from heliostat.web.refusals import Refusal
 
+END_S = 3  # for answers that are under way when it is stopped
 FILES = {one.name: one for one in (Path(__file__).parent / "page").iterdir()}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HOSTS = ["127.0.0.1", "localhost"]  # another name that leads here is another site's, which a browser would let ask
@@ -134,3 +144,41 @@ def _passages(replica: Replica) -> dict[str, object] | None:
     index = replica.shelf.index
     return {"modes": list(index.modes), "documents": index.record["documents"], "passages": index.record["passages"],
             "most": requests.MOST_PASSAGES, "answers": replica.writer is not None}  # fmt: skip
+
+
+class Server(uvicorn.Server):
+    """Calls `ready` once it answers."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.ready = ready
+        deadlines.apply()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.ready()
+
+
+def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
+    """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that, and before `keys` is
+    asked for the keys, if it cannot."""
+    if served.kind() == EMBEDDINGS:
+        raise ConfigError(f"MODEL: {served.name!r} embeds texts, and has no page; use `heliostat serve`")
+    require_free(options.port)
+    made = application(served, keys, options)
+    config = uvicorn.Config(
+        made, host=LOOPBACK, port=options.port, log_config=None, access_log=False, lifespan="off", server_header=False,
+        timeout_graceful_shutdown=END_S,
+    )  # fmt: skip
+    with Signals():  # uvicorn raises the signal that it has taken once more behind its end
+        Server(config, lambda: ready(f"http://{LOOPBACK}:{options.port}/")).run()
+
+
+def application(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options) -> Any:
+    """Loads what is served, asks for the keys, and makes the application that answers with it."""
+    version = served.source.wanted()
+    replica = Replica(served.holds(served.source.folder(version), options.batch))
+    front = Front(served.settings(served.kind(), keys(), options), Local(replica), ())
+    front.backend.use(version)
+    return app(front, abilities(served, replica, version, options))

@@ -80,7 +80,7 @@ class LoadedModel:
         self.pooling = how.pooling if how else "mean"
         self.pairs = clip_folder.is_one(folder)
         self.writes = not (how or head or self.pairs)
-        self.model = self._load(folder, head) if weights else None
+        self.model: Any = self._load(folder, head) if weights else None
         self.config = from_folder("model", transformers.AutoConfig, folder) if self.model is None else self.model.config
         limits = (how.max_tokens if how else None, encoder.places(self.config, self.model), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from heliostat import extras
 from heliostat.curation import scoring
 from heliostat.errors import ConfigError
-from heliostat.inference.batch.tasks import WRITES
+from heliostat.inference.sampling import WRITES
 from heliostat.recipes import exported
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.text import sentence_folder

@@ -17,7 +17,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -75,12 +76,18 @@ def infer(
     claim(place, {"model": about["digest"], "input": absolute(input), **settings.identity}, "answers", "batch inference")
     with lease.take(place, "written", "wait for it, or stop it", field="--out") as lease_:
         log.info("%s answers (%s)", by, why)
-        from heliostat.cluster.connect import connect
-
-        connect(cpus=workers, gpus=gpus)
-        with PipelineWatch(console, f"answering {input}", quiet) as watch:
-            flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
+        with flow_on_ray(place, f"answering {input}", workers, gpus, quiet) as flow:
             return answer(flow, files, facts | {"input": input}, place, lease_.fence.check)
+
+
+@contextmanager
+def flow_on_ray(place: Location, title: str, workers: int, gpus: int, quiet: bool) -> Iterator[Flow]:
+    """Starts Ray or connects to it, and yields a flow whose finished tasks are kept at the place; shows its progress."""
+    from heliostat.cluster.connect import connect
+
+    connect(cpus=workers, gpus=gpus)
+    with PipelineWatch(console, title, quiet) as watch:
+        yield Flow(Work(place.join(WORK)), progress=Progress(watch.show))
 
 
 def answer(

@@ -42,7 +42,6 @@ COLUMNS = {
 
 
 Task = Literal["continue", "chat", "score", "embed", "classify", "embed-images"]
-WRITES = ("continue", "chat")
 COLUMN = {"chat": "messages", "embed-images": "image"}  # of the input, where none is named; of the others `text`
 
 
