@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 from heliostat.apps.search import build, judging
 from heliostat.apps.search.search import SearchIndex
-from heliostat.apps.search.settings import IndexSettings
+from heliostat.apps.search.tasks import IndexSettings
 from heliostat.curation.prepare import prepare
 from heliostat.inference.batch.run import model_digest
 from heliostat.storage.locations import Location
