@@ -1,18 +1,17 @@
 """CPU seconds and MB of the control plane at 64, 1,024 and 16,384 ranks, simulated in one process.
 
-    python tests/benchmarks/scale.py [--ranks 64 --ranks 1024 --ranks 16384] [--stage 3] [--chunks 1000000]
+    python -m tests.benchmarks.scale [--ranks 64 1024 16384] [--stage 3] [--chunks 1000000]
 
 The functions are the real ones that ranks, mailbox and driver call, with as many ranks, heartbeats and files; what stands between
 them is pickled as on the wire. Nothing trains: the tensors (Llama 3 8B with AdamW, 873 of them) have shapes and no memory. The
 shards are files of the right size without content, so reading and writing their bytes is not in the figures. Each figure is the
 median of --rounds; `rank 0` is the rank with the most to do.
 
-    python tests/benchmarks/scale.py --votes 16     # a vote by the tree, and by gloo's ring, among that many real processes
+    python -m tests.benchmarks.scale --votes 16     # a vote by the tree, and by gloo's ring, among that many real processes
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
@@ -20,7 +19,6 @@ import operator
 import pickle
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -42,10 +40,8 @@ from heliostat.training import mailbox
 from heliostat.training.driver import attempt, pool, watchdog
 from heliostat.training.driver.pool import Member
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.unit.build_index import facts  # noqa: E402
+from tests.benchmarks import harness
+from tests.unit.build_index import facts
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 HIDDEN, INNER, VOCABULARY, KEYS, LAYERS = 4096, 14336, 128_256, 1024, 32
@@ -323,34 +319,28 @@ def vote(group: Any, everyone: Any, rounds: str) -> Iterator[dict[str, Any]]:
         yield {n: statistics.median(t) for n, t in taken.items()} | {"descriptors": len(list(Path("/proc/self/fd").iterdir()))}
 
 
-def table(columns: dict[int, dict[str, Any]]) -> Iterator[str]:
-    yield "| | " + " | ".join(f"{world:,} ranks" for world in columns) + " |"
-    yield "|---|" + "---|" * len(columns)
+def table(columns: dict[int, dict[str, Any]]) -> None:
+    harness.head("", *(f"{world:,} ranks" for world in columns))
     for name in next(iter(columns.values())):
-        yield f"| {name} | " + " | ".join(f"{column[name]:,.3g}" for column in columns.values()) + " |"
+        harness.row(name, *(f"{column[name]:,.3g}" for column in columns.values()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, action="append")
-    parser.add_argument("--stage", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--chunks", type=int, default=0)
-    parser.add_argument("--votes", type=int, default=0)
-    options = parser.parse_args()
+    ranks_ = {"type": int, "nargs": "+", "default": []}
+    options = harness.arguments(__doc__, ranks=ranks_, stage=3, rounds=5, chunks=0, votes=0)
     if options.votes:
         from tests.integration import ranks
 
-        (row,) = ranks.run(f"{__name__}:vote", (options.votes,), "200")
+        (row,) = ranks.run("tests.benchmarks.scale:vote", (options.votes,), "200")
         print(json.dumps(row))
         return
     with tempfile.TemporaryDirectory(prefix="heliostat-scale-") as folder:
         if options.chunks:
             print(json.dumps(manifest(options.chunks, Path(folder))), flush=True)
         columns = {}
-        for world in options.ranks or ():
+        for world in options.ranks:
             columns[world] = simulate(world, options.stage, options.rounds, Path(folder))
-            print("\n".join(table(columns)), flush=True)
+            table(columns)
 
 
 if __name__ == "__main__":
