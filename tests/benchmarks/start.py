@@ -1,10 +1,6 @@
 """Seconds from a command to the first finished step of the quickstart: cold, beside a Ray that is kept, on a running cluster.
 
-<<<<<<< HEAD
-    python tests/benchmarks/start.py [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold plain kept trial cluster]
-=======
-    python -m tests.benchmarks.start [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold kept trial cluster]
->>>>>>> h-tests
+    python -m tests.benchmarks.start [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold plain kept trial cluster]
 
 Wants the dataset of `heliostat prepare pipelines/quickstart.yaml`. Cold: `heliostat train` as a process, by the clock of whoever
 started it. Plain: the same, where Ray starts the workers itself (HELIOSTAT_FORK_SERVER=0). Kept: a second `heliostat.train` in a
@@ -62,17 +58,10 @@ def told(parts: dict[str, float]) -> dict[str, float]:
 
 def cold(job: str, folder: str, name: str, forks: bool = True) -> dict[str, float]:
     """Trains in a new process; returns the seconds until its first step, by part."""
-<<<<<<< HEAD
-    given = [f"{key}={json.dumps(value) if value is None else value}" for key, value in settings(folder, name).items()]
-    command = [sys.executable, "-m", "heliostat", "train", job, "--json", *(word for one in given for word in ("--set", one))]
-=======
-    given = harness.sets(settings(folder, f"cold-{number}"))
-    command = [sys.executable, "-m", "heliostat", "train", job, "--json", *given]
->>>>>>> h-tests
+    command = [sys.executable, "-m", "heliostat", "train", job, "--json", *harness.sets(settings(folder, name))]
     began = time.time()
     environment = {**os.environ, "HELIOSTAT_FORK_SERVER": str(int(forks))}
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     first = next(time.time() - began for line in process.stderr if " step 1/" in line)
     said, _ = process.communicate(timeout=300)
