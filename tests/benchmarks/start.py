@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from heliostat.cluster.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 10  # two behind the quickstart's warm-up
@@ -103,9 +104,7 @@ def cluster(folder: str) -> Iterator[str]:
     """A cluster of this machine while the context lasts, on ports of its own; its file."""
     text = (ROOT / "clusters/local.yaml").read_text().replace("cluster_name: local", "cluster_name: start")
     for port in ("6389", "6390", "8275"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            text = text.replace(port, str(free.getsockname()[1]))
+        text = text.replace(port, str(free_port()))
     file = Path(folder) / "cluster.yaml"
     file.write_text(text)
     command = [sys.executable, "-m", "heliostat", "cluster"]

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import psutil
 import ray
 
-from heliostat.cluster import private, private_ray, ray_internals, start
+from heliostat.cluster import private, private_ray, processes, ray_internals, start
 from heliostat.cluster.capacity import require_gpus
 from heliostat.cluster.private_ray import AUTHENTICATION, LOOPBACK, UNTOLD, token_file, worker_environment
 
@@ -113,16 +113,11 @@ def disconnect() -> None:
         return
     server = private_ray.fork_server()
     parents = [node.all_processes["raylet"][0].process.pid, *([server.process.pid] if server else [])]
-    workers: list[psutil.Process] = []
-    for parent in parents:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has died: its workers end without it
-            workers += psutil.Process(parent).children(recursive=True)
+    workers = [worker for parent in parents for worker in processes.descendants(parent)]
     ray.shutdown()
-    _, alive = psutil.wait_procs(workers, timeout=END_S)
+    _, left = psutil.wait_procs(workers, timeout=END_S)
     private_ray.end()  # which kills its forks
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    processes.stop(left)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import base64
 import contextlib
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heliostat import schema
-from heliostat.cluster import cluster_file, dashboard, local, private
+from heliostat.cluster import cluster_file, dashboard, local, private, processes
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
 
 TUNNEL_S = 60.0
+END_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
     """Runs a forwarding command until the body ends; a free local port is its last argument (`LOCAL:8265` for kubectl)."""
     if not shutil.which(command[0]):
         raise ClusterError(f"reaching the cluster needs `{command[0]}`, which is not on the PATH")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = processes.free_port()
     place = f"{port}:8265" if command[0] == "kubectl" else str(port)
     process = subprocess.Popen([*command, place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + TUNNEL_S
@@ -175,8 +173,5 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
             time.sleep(0.5)
         yield url, token
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        processes.end_tree(process.pid, END_S)
+        process.wait()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from typing import Any
 
 import psutil
 import ray
 
+from heliostat.cluster import processes
 from heliostat.errors import ClusterError
 from heliostat.text import brief
 
@@ -38,17 +40,11 @@ def init(**options: Any) -> None:
 
 
 def _children() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
+    return set(processes.descendants(os.getpid()))
 
 
 def _end(before: set[psutil.Process]) -> None:
     """Ends the processes that a failed start has left."""
     with contextlib.suppress(Exception):  # it may have got anywhere
         ray.shutdown()
-    left = _children() - before
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    for process in psutil.wait_procs(left, timeout=END_S)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    processes.stop(_children() - before, END_S)

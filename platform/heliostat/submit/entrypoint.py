@@ -25,12 +25,11 @@ import time
 from pathlib import Path
 from typing import TypedDict
 
-import psutil
 import yaml
 
 from heliostat import schema
 from heliostat.cluster import dashboard as http
-from heliostat.cluster import ray_internals
+from heliostat.cluster import processes, ray_internals
 from heliostat.config import workspace
 from heliostat.config.spec import Retries
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
@@ -129,7 +128,7 @@ class Driver:
         while (code := child.poll()) is None:
             if self.stopping.wait(POLL_S):
                 if self._now():
-                    self._kill(child.pid)
+                    processes.end_tree(child.pid, kill_s=0)
                     self._killed = True
                 time.sleep(POLL_S)
         reader.join(10)
@@ -173,14 +172,6 @@ class Driver:
             log.warning("whether to end now cannot be seen: %s", e)
             return False
         return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
-
-    def _kill(self, pid: int) -> None:
-        try:
-            child = psutil.Process(pid)
-            for process in [*child.children(recursive=True), child]:
-                process.kill()
-        except psutil.NoSuchProcess:
-            pass
 
     def _wait_for_turn(self, queue: str) -> None:
         """Waits until no job of the queue that was submitted before this one is left."""

@@ -11,12 +11,16 @@ import os
 import subprocess
 import sys
 
+import psutil
+
+from heliostat.cluster import processes
 from heliostat.config.spec import Job
 from heliostat.storage.run_folder import BENCHMARKS
 
 log = logging.getLogger(__name__)
 
 NICE = 10
+END_S = 10.0
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the GPUs are the workers'
 
 
@@ -56,9 +60,5 @@ class Beside:
     def end(self) -> None:
         """Ends the process; what it has scored stays."""
         if self._process and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait(10)
+            processes.stop([psutil.Process(self._process.pid)], END_S)
+            self._process.wait(END_S)
