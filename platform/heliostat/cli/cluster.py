@@ -9,6 +9,7 @@ import typer
 
 from heliostat.cli.common import CLUSTERS, HELP, Json, Settings, app, finish, flag, out
 from heliostat.errors import ConfigError
+from heliostat.text import plural
 
 cluster_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Clusters from YAML: check, up, down, status, list.")
 app.add_typer(cluster_app, name="cluster", rich_help_panel=CLUSTERS)
@@ -42,10 +43,11 @@ def check_(
         for error in report.errors:
             out.print(f"error: {error}")
         for pool in report.cluster.pools if not report.errors else ():
-            size = f"{pool.least}" if pool.least == pool.most else f"{pool.least} to {pool.most}"
+            size = "" if pool.least == pool.most else f"{pool.least} to "
             labels = ", ".join(f"{k}={v}" for k, v in pool.labels.items())
-            cpus = "CPUs as found" if pool.cpus is None else f"{pool.cpus:g} CPUs"
-            out.print(f"{pool.name}: {size} nodes of {cpus}, {pool.gpus:g} GPUs{'; ' + labels if labels else ''}")
+            cpus = "CPUs as found" if pool.cpus is None else plural(pool.cpus, "CPU")
+            nodes = f"{size}{plural(pool.most, 'node')} of {cpus}, {plural(pool.gpus, 'GPU')}"
+            out.print(f"{pool.name}: {nodes}{'; ' + labels if labels else ''}")
     found = {"file": str(file), "errors": report.errors, "warnings": warnings}
     count = len(report.errors)
     finish(found, json_, ConfigError(f"{file}: {count} error{'s' * (count > 1)}, see above") if count else None)
@@ -96,11 +98,11 @@ def status_(
     with endpoint(target) as there:
         nodes, jobs = dashboard.node_table(there.url, there.token), Jobs(there).list()
     if not json_:
-        out.print(f"{there.url}: {sum(n['alive'] for n in nodes)} nodes")
+        out.print(f"{there.url}: {plural(sum(n['alive'] for n in nodes), 'node')}")
         for n in nodes:
             labels = ", ".join(f"{k}={v}" for k, v in sorted(n["labels"].items()) if k != "ray.io/node-id")
             role, life = "head" if n["head"] else "worker", "alive" if n["alive"] else "dead"
-            out.print(f"  {n['address']:<15} {role:<6} {life:<5} {n['cpus']:g} CPUs, {n['gpus']:g} GPUs  "
+            out.print(f"  {n['address']:<15} {role:<6} {life:<5} {plural(n['cpus'], 'CPU')}, {plural(n['gpus'], 'GPU')}  "
                       f"{labels}")  # fmt: skip
         for j in jobs:
             out.print(f"  job {j['id']}: {j['status'].lower()}")
@@ -118,7 +120,7 @@ def list_(json_: Json = False) -> None:
     ]  # fmt: skip
     if not json_:
         for c in found:
-            what = f"{c['nodes']} nodes" if c["nodes"] else "joined"
+            what = plural(c["nodes"], "node") if c["nodes"] else "joined"
             out.print(f"{c['name']}: {c['url']}, {what}{'' if c['answers'] else ', does not answer'}")
         if not found:
             out.print("no local cluster; start one with `heliostat cluster up clusters/local.yaml`")
