@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heliostat.cluster import cluster_file, endpoint, kuberay, launch, pods, review, schemas, written_secrets
-from heliostat.cluster import pools as room
+from heliostat.cluster import cluster_file, endpoint, kuberay, launch, pods, review, schemas
+from heliostat.cluster.capacity import check_pools
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.plan import planner
 
@@ -86,7 +86,7 @@ def test_full_scale_jobs_fit_on_the_clusters_and_data_work_takes_no_training_nod
     """The plan finds room for all workers in the pool that carries the job's labels; data goes to one without GPUs."""
     pools = cluster_file.read(ROOT / "clusters" / f"{cluster}.yaml").pools
     wanted, _, _ = planner.prepare(ROOT / "jobs" / f"{name}.yaml", ["data.sources=[{path: nowhere}]"])
-    room.check(wanted, cluster_file.read(ROOT / "clusters" / f"{cluster}.yaml"))
+    check_pools(wanted, cluster_file.read(ROOT / "clusters" / f"{cluster}.yaml"))
     train = [p for p in pools if wanted.workers.labels.items() <= p.labels.items()]
     data = [p for p in pools if wanted.data.labels.items() <= p.labels.items()]
     assert train and all(p.gpus for p in train)
@@ -111,12 +111,12 @@ def test_a_job_too_big_for_the_cluster_is_refused_before_it_waits_for_ever():
         **{"workers.gpus": 1, "workers.count": 128, "train.global_batch": 256, "workers.labels": {"heliostat-pool": "train"}}
     )
     with pytest.raises(ConfigError, match=r"workers\.count: 128 workers .* has room for 64 at its largest"):
-        room.check(big, cluster)
+        check_pools(big, cluster)
     lost = job(**{"workers.labels": {"heliostat-pool": "trian"}})
     with pytest.raises(ConfigError, match=r"workers\.labels: no pool .*heliostat-pool=train"):
-        room.check(lost, cluster)
+        check_pools(lost, cluster)
     with pytest.raises(ConfigError, match=r"data\.labels: no pool .*heliostat-pool=data"):
-        room.check(job(**{"data.labels": {"heliostat-pool": "date"}}), cluster)
+        check_pools(job(**{"data.labels": {"heliostat-pool": "date"}}), cluster)
 
 
 def test_workers_that_leave_the_data_tasks_no_cpu_are_refused(tmp_path):
@@ -135,10 +135,10 @@ def test_workers_that_leave_the_data_tasks_no_cpu_are_refused(tmp_path):
         return cluster_file.read(tmp_path / "c.yaml")
 
     with pytest.raises(ConfigError, match=r"workers\.cpus: 2 workers of 1\.5 CPUs leave no node of .* the 1 CPU that reading"):
-        room.check(wanted, cluster(2))
-    room.check(wanted, cluster(3))
+        check_pools(wanted, cluster(2))
+    check_pools(wanted, cluster(3))
     data = "  data: {resources: {CPU: 4}, node_config: {}, min_workers: 0, max_workers: 1, labels: {heliostat-pool: data}}\n"
-    room.check(job(**{"workers.count": 2, "workers.cpus": 1.5, "workers.labels": {"heliostat-pool": "train"}}), cluster(2, data))
+    check_pools(job(**{"workers.count": 2, "workers.cpus": 1.5, "workers.labels": {"heliostat-pool": "train"}}), cluster(2, data))
 
 
 KUBE_FAULTS = {
@@ -370,7 +370,7 @@ def test_a_secret_written_into_a_command_is_an_error_that_does_not_repeat_it(cas
 
 @pytest.mark.parametrize("line", NOT_WRITTEN)
 def test_what_only_names_the_place_of_a_secret_is_none(line):
-    assert written_secrets.found_in(line) is None
+    assert review.found_in(line) is None
 
 
 CLOUD_FAULTS = {
