@@ -25,7 +25,7 @@ import psutil
 
 from heliostat.cluster import dashboard, private, processes
 from heliostat.cluster.cluster_file import ClusterFile
-from heliostat.cluster.private_ray import URGENT
+from heliostat.cluster.private_ray import PATIENT, URGENT
 from heliostat.cluster.processes import MARK, Node
 from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
@@ -238,6 +238,7 @@ def _start(cluster: ClusterFile, state: ClusterState, role: str, addresses: list
 def _environment(state: ClusterState, address: str, folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
     return {
+        **PATIENT,
         **URGENT,
         **kept,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),  # of `ray` and `python`
