@@ -1,7 +1,7 @@
 """Checks a cluster file for everything that can be found wrong before a machine is paid for (`heliostat cluster check FILE`).
 
 Errors stop `cluster up`: what the tool's schema refuses, what cannot work, secrets in plain text (`secrets`). Warnings
-are for a person to decide on: open ports and Ray without authentication (`exposure`), what fails or is unsafe at the first start
+are for a person to decide on: open ports and Ray without authentication, what fails or is unsafe at the first start
 on a cloud (`clouds`) or in Kubernetes (`pods`), pools that no job can ask for.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from heliostat.cluster import clouds, cluster_file, exposure, pods, schemas
+from heliostat.cluster import clouds, cluster_file, pods, schemas
 from heliostat.cluster.cluster_file import ClusterFile, groups
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
@@ -36,7 +36,7 @@ def _report(cluster: ClusterFile) -> FileReview:
     refused = schemas.faults(cluster)
     if refused:  # the rest needs a file of the right form
         return FileReview(cluster, [*refused, *secrets(cluster)], [])
-    warnings = [*exposure.warnings(cluster), *clouds.warnings(cluster), *pods.warnings(cluster), *_sense(cluster)]
+    warnings = [*clouds.open_ports(cluster), *clouds.warnings(cluster), *pods.warnings(cluster), *_sense(cluster)]
     if refused is None:
         warnings.append(
             f"the file was not held against KubeRay's schema: {schemas.crd_folder()} does not have its CRDs; "
