@@ -21,6 +21,11 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def plural(count: float, noun: str) -> str:
+    """Formats a count with its noun: `1 node`, `2 nodes`."""
+    return f"{count:g} {noun}{'' if count == 1 else 's'}"
+
+
 def brief(text: object, longest: int = LONGEST) -> str:
     """Cuts a text to its first line, printable and of at most `longest` characters: what of a library's words belongs into an
     error."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from heliostat.cluster.processes import free_port
 
 from tests.benchmarks import harness
 from tests.benchmarks.harness import ROOT
@@ -93,9 +94,7 @@ def cluster(folder: str) -> Iterator[str]:
     """A cluster of this machine while the context lasts, on ports of its own; its file."""
     text = (ROOT / "clusters/local.yaml").read_text().replace("cluster_name: local", "cluster_name: start")
     for port in ("6389", "6390", "8275"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            text = text.replace(port, str(free.getsockname()[1]))
+        text = text.replace(port, str(free_port()))
     file = Path(folder) / "cluster.yaml"
     file.write_text(text)
     harness.heliostat("cluster", "up", file)

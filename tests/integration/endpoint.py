@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import mlflow
 import psutil
 import torch
 import transformers
+from heliostat.cluster.processes import free_port
 
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
@@ -108,9 +108,3 @@ def serving(folder: Path, *options: str) -> Iterator[Endpoint]:
         yield endpoint
     finally:
         endpoint.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

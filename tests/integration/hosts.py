@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from heliostat.chaos.process import end_tree, workers
+from heliostat.chaos.process import workers
 from heliostat.cluster.private_ray import SILENT, worker_environment
+from heliostat.cluster.processes import end_tree
 
 NET = f"10.{77 + os.getpid() % 100}.0"  # runs beside each other must not meet
 MARK = f"{os.getpid() % 10**6}"

@@ -20,7 +20,7 @@ from heliostat.cluster import dashboard as http
 
 from tests.integration import ssh_hosts as hosts
 from tests.integration.conftest import tiny_job
-from tests.integration.test_cluster_local import _free_port
+from tests.integration.endpoint import free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -58,7 +58,7 @@ def until(what: str, condition: Callable[[], Any], seconds: float) -> Any:
 @pytest.fixture
 def server(tracking: str, tmp_path: Path) -> Iterator[str]:
     """MLflow over HTTP, on an address that the hosts reach."""
-    port = _free_port()
+    port = free_port()
     command = [str(BIN / "mlflow"), "server", "--backend-store-uri", tracking, "--workers", "1", "--allowed-hosts", "*"]
     command += ["--host", "0.0.0.0", "--port", str(port), "--artifacts-destination", str(tmp_path / "artifacts")]
     env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -161,7 +161,7 @@ available_node_types:
 def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, corpus, tracking) -> None:
     """From a cluster file, with Ray's own autoscaler; only its nodes are processes of this machine."""
     shutil.copytree(ROOT / "jobs", tmp_path / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard = free_port(), free_port()
     (tmp_path / "scaled.yaml").write_text(AUTOSCALE.replace("PORT", str(port)))
     (tmp_path / "token").write_text("fedcba9876543210" * 4)
     env = {
@@ -177,8 +177,8 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
     command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=0"]
     command += ["--node-ip-address=127.0.0.9", f"--temp-dir={temp}", "--object-store-memory=200000000"]
     # the session's own Ray has an agent on the default port
-    command += [f"--autoscaling-config={tmp_path / 'scaled.yaml'}", f"--dashboard-agent-listen-port={_free_port()}"]
-    command += [f"--ray-client-server-port={_free_port()}"]
+    command += [f"--autoscaling-config={tmp_path / 'scaled.yaml'}", f"--dashboard-agent-listen-port={free_port()}"]
+    command += [f"--ray-client-server-port={free_port()}"]
     temp.mkdir()
     scaling = {"PYTHONPATH": f"{env['PYTHONPATH']}:{ROOT}", "HELIOSTAT_NODES": str(temp)}
     scaling |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": "f" * 51 + "00000", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from typer.testing import CliRunner
 
 from tests.integration import paced
 from tests.integration.conftest import curve, tiny_job
+from tests.integration.endpoint import free_port
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
 
@@ -68,12 +68,6 @@ class Workspace:
         return state
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, corpus: str, tracking: str) -> Iterator[Workspace]:
     """A workspace with clusters/local.yaml (other ports, so that it disturbs nobody), started; the tiny job beside it."""
@@ -82,7 +76,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, corpus: str, tracking: str) -
     shutil.copy(str(paced.__file__), folder / "jobs" / "paced.py")
     text = (ROOT / "clusters" / "local.yaml").read_text().replace("cluster_name: local", "cluster_name: test")
     for port in ("6389", "6390", "8275"):
-        text = text.replace(port, str(_free_port()))
+        text = text.replace(port, str(free_port()))
     (folder / "cluster.yaml").write_text(text)
     job = {**tiny_job(corpus, tracking, folder), "name": "onto", "recipe": "jobs.paced:PacedPlain"}
     job["workers"] = {"count": 2, "labels": {"heliostat-pool": "train"}}
@@ -277,7 +271,7 @@ def _call(host: str, port: int, method: str, token: str | None) -> str:
 
 def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
     """By its file and by its name; both are drivers of that Ray, and leave it as it was."""
-    model, answers, port = write_model(tmp_path, BASE["model"], 64), tmp_path / "out", _free_port()
+    model, answers, port = write_model(tmp_path, BASE["model"], 64), tmp_path / "out", free_port()
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": f"word {i}"}) for i in range(8)))
     common = {"cwd": work.folder, "stderr": subprocess.STDOUT, "env": {**os.environ, "RAY_ADDRESS": ""}}
 
@@ -315,7 +309,7 @@ def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
 
 def test_an_endpoint_whose_command_was_killed_is_stopped_by_another(work, tmp_path) -> None:
     """Its proxy answers on, though nothing at its own paths, until `serve --stop`; which finds nothing the second time."""
-    model, port, log = write_model(tmp_path, BASE["model"], 64), _free_port(), tmp_path / "serve.log"
+    model, port, log = write_model(tmp_path, BASE["model"], 64), free_port(), tmp_path / "serve.log"
     common = {"cwd": work.folder, "stderr": subprocess.STDOUT, "env": {**os.environ, "RAY_ADDRESS": ""}}
     words = ["--cluster", "test", "--port", str(port), "--no-keys", "--name", "tiny"]
     with log.open("w") as out:

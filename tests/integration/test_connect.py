@@ -65,6 +65,22 @@ def test_workers_that_are_late_do_not_hold_the_driver(tmp_path):
     assert (done.wait(120), done.out) == (0, "connected\n"), done.err
 
 
+def plain(_: list[str]) -> int:
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def parent(self) -> str:
+            return psutil.Process(os.getppid()).name()
+
+    connect(cpus=2)
+    sys.stdout.write(f"{ray.get(Worker.remote().parent.remote())}\n")
+    return 0
+
+
+def test_without_the_fork_server_ray_starts_the_workers_itself(tmp_path):
+    done = commands.call(f"{__name__}:plain", log=tmp_path / "log", HELIOSTAT_FORK_SERVER="0")
+    assert (done.wait(120), done.out) == (0, "raylet\n"), done.err
+
+
 RPC = ("NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "CoreWorkerService/GetCoreWorkerStats")
 
 

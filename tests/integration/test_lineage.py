@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from heliostat.chaos.process import end_tree, workers
+from heliostat.chaos.process import workers
 from heliostat.checkpoint import layout
 from heliostat.cli.main import app
+from heliostat.cluster.processes import end_tree
 from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from heliostat.chaos.nodes import LocalNodes
-from heliostat.chaos.process import Command, end_tree
+from heliostat.chaos.process import Command
+from heliostat.cluster.processes import end_tree
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location

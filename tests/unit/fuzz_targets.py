@@ -331,7 +331,6 @@ def records(folder: Path) -> Target:
     sweep_folder.join("sweep.json").write(
         json.dumps({"sweep": swept, "job": build_job.BASE, "run_id": "x", "seconds": 3.0}).encode()
     )
-    sweep_folder.join("driver.json").write(json.dumps({"host": "h", "pid": 1, "started": 1e9, "at": 1e9}).encode())
     for number in range(2):
         made = trials.TrialRecord(
             number, {"train.optimizer.lr": 0.1}, status="finished", step=9, steps=9, reports=[(9, 0.5, 1e9)]

@@ -19,8 +19,7 @@ from heliostat.errors import ConfigError, StorageError
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 from heliostat.submit import jobs, logs, progress, submission
-from heliostat.submit.entrypoint import Driver, before
-from heliostat.submit.restarts import Again
+from heliostat.submit.entrypoint import Again, Driver, before
 
 from tests.unit.build_job import ROOT, write
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from heliostat.cluster import cluster_file, joining
+from heliostat.cluster import cluster_file, endpoint
 from heliostat.errors import ClusterError, ConfigError
 
 LOCAL = Path(__file__).parents[2] / "clusters" / "local.yaml"
@@ -17,12 +17,12 @@ def _alone(monkeypatch, tmp_path):
 
 
 def test_the_address_is_that_of_the_heads_start_command():
-    assert joining.address(cluster_file.read(LOCAL)) == "127.0.0.2:6389", "and not the port of the dashboard or of Ray's client"
+    assert endpoint.address(cluster_file.read(LOCAL)) == "127.0.0.2:6389", "and not the port of the dashboard or of Ray's client"
 
 
 def test_nothing_is_joined_unless_asked():
     before = dict(os.environ)
-    joining.join(None)
+    endpoint.join(None)
     assert dict(os.environ) == before
 
 
@@ -33,11 +33,11 @@ def test_nothing_is_joined_unless_asked():
 )  # fmt: skip
 def test_what_does_not_run_here_is_said_in_a_line(target, error, said):
     with pytest.raises(error, match=said):
-        joining.join(target)
+        endpoint.join(target)
     assert "RAY_ADDRESS" not in os.environ
 
 
 def test_two_clusters_are_not_asked_for_at_once(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS names a cluster, too \(10.0.0.1:6379\); unset it"):
-        joining.join("local")
+        endpoint.join("local")

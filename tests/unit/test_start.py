@@ -5,7 +5,7 @@ import sys
 
 import psutil
 import pytest
-from heliostat.cluster import connect, start
+from heliostat.cluster import connect
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.validation import check
 
@@ -25,7 +25,7 @@ def rays(monkeypatch):
         if fault := tries.pop(0):
             raise fault
 
-    monkeypatch.setattr(start.ray, "init", init)
+    monkeypatch.setattr(connect.ray, "init", init)
     yield tries, started
     for process in started:
         process.kill()
@@ -35,7 +35,7 @@ def rays(monkeypatch):
 def test_a_start_that_was_too_slow_is_tried_once_more(rays, caplog):
     tries, started = rays
     tries += [RuntimeError(SLOW), None]
-    start.init()
+    connect.init()
     assert not tries and "trying once more" in caplog.text
     assert not psutil.pid_exists(started[0].pid) or started[0].poll() is not None
     assert started[1].poll() is None
@@ -45,7 +45,7 @@ def test_a_second_failure_is_one_line(rays):
     tries, started = rays
     tries += [RuntimeError(SLOW), ConnectionError(SLOW)]
     with pytest.raises(ClusterError, match=r"^Ray did not start, 2 times: The current .*failed to startup\.; is the") as e:
-        start.init()
+        connect.init()
     assert "\n" not in str(e.value) and all(p.wait(5) is not None for p in started)
 
 
@@ -53,7 +53,7 @@ def test_ctrl_c_while_ray_starts_is_no_reason_to_try_again(rays):
     tries, started = rays
     tries += [KeyboardInterrupt(), None]
     with pytest.raises(KeyboardInterrupt):
-        start.init()
+        connect.init()
     assert len(started) == 1 and started[0].wait(5) is not None
 
 

@@ -1,19 +1,17 @@
 """Over a resume: Optuna knows what was tried, the schedulers what was reported, and the budget what was promised."""
 
 import os
-import signal
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import yaml
 from heliostat.errors import ConfigError
-from heliostat.tune import schedulers, searchers
+from heliostat.storage import lease
+from heliostat.tune import listing, schedulers, searchers
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import SweepState
 from heliostat.tune.sweep import SweepPlan, bracket, load
-from heliostat.tune.trial_record import Claim, TrialRecord
+from heliostat.tune.trial_record import TrialRecord
 
 from tests.unit import build_job
 from tests.unit.build_job import ROOT
@@ -117,25 +115,11 @@ def test_a_value_that_makes_no_valid_job_is_a_failed_trial(plan) -> None:
     assert record.status == "failed" and "train.optimizer.lr" in record.reason
 
 
-CLAIM = """
-import os, signal, sys
-from heliostat.storage.locations import Location
-from heliostat.tune.trial_record import Claim
-Claim(Location(sys.argv[1]))
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_one_driver_at_a_time(plan, tmp_path) -> None:
-    """A process that lives keeps its sweep, one that is gone does not."""
+def test_a_sweep_runs_while_its_lease_is_held(plan) -> None:
     folder = plan().folder
-    claim = Claim(folder)
-    with pytest.raises(ConfigError, match=f"is being driven by process {os.getpid()}"):
-        Claim(folder)
-    claim.end()
-    assert records.read_json(folder.join("driver.json"), records.DRIVER) is None
-    gone = subprocess.run([sys.executable, "-c", CLAIM, str(folder)], check=False)  # it dies with its claim
-    assert gone.returncode == -signal.SIGKILL and records.read_json(folder.join("driver.json"), records.DRIVER)
-    claim = Claim(folder)
-    claim.end()
-    assert records.read_json(folder.join("driver.json"), records.DRIVER) is None
+    assert not listing.running(folder)
+    with lease.take(folder, "driven"):
+        assert listing.running(folder)
+        with pytest.raises(ConfigError, match=f"is being driven by process {os.getpid()}"):
+            lease.take(folder, "driven")
+    assert not listing.running(folder)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import psutil
 
-from heliostat.chaos.process import ChaosError, end_tree, free_port, workers
-from heliostat.cluster import private
-from heliostat.cluster.private_ray import SILENT, URGENT
+from heliostat.chaos.process import ChaosError, workers
+from heliostat.cluster import private, processes
+from heliostat.cluster.private_ray import PATIENT, SILENT, URGENT
+from heliostat.cluster.processes import free_port
 from heliostat.config import workspace
 
 START_S = 90.0
@@ -34,7 +35,7 @@ class ChaosNode:
 
     def kill(self) -> None:
         """Kills everything that runs on the node, at once."""
-        end_tree(self.process.pid)
+        processes.end_tree(self.process.pid)
         self.process.wait()
 
 
@@ -92,7 +93,7 @@ class LocalNodes:
         """Starts a node, and waits until it has joined the cluster."""
         private.folder(SESSIONS)
         log = self._folder / f"node-{host}.log"
-        environment = {**SILENT, **URGENT, **os.environ, **self.environment}
+        environment = {**SILENT, **PATIENT, **URGENT, **os.environ, **self.environment}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(workspace.root()), environment.get("PYTHONPATH")]))
         files = SESSIONS / host.rpartition(".")[2]
         command = [*self.inside, sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={host}",

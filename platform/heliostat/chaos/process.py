@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from heliostat.cluster import processes
 from heliostat.config import workspace
 from heliostat.config.fields import Json
 
@@ -51,7 +52,7 @@ class Command:
 
     def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGCONT)
-        end_tree(self.process.pid)
+        processes.end_tree(self.process.pid)
         for reader in self._readers:
             reader.join(ENDING_S)
 
@@ -105,7 +106,7 @@ class Command:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             log.warning("the command was still there %.0f s after it had lost its cluster, and was killed", seconds)
-            end_tree(self.process.pid)
+            processes.end_tree(self.process.pid)
 
     def heard(self, words: str, since: float) -> float | None:
         """Finds when the words first appeared in the output at or after `since`, in any case of letters; None if they did not."""
@@ -128,39 +129,9 @@ class Command:
 
 def workers(root: int) -> list[psutil.Process]:
     """Finds the training workers among a process's descendants."""
-    processes = []
-    for process in descendants(root):
-        try:
+    named = []
+    for process in processes.descendants(root):
+        with contextlib.suppress(psutil.NoSuchProcess):
             if process.name().startswith(WORKER):
-                processes.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return sorted(processes, key=lambda p: p.pid)
-
-
-def descendants(root: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(root).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def end_tree(root: int) -> None:
-    """Kills a process and all its descendants at once, as a machine that loses its power does."""
-    try:
-        all_of_it = [psutil.Process(root), *descendants(root)]
-    except psutil.NoSuchProcess:
-        return
-    for process in all_of_it:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(all_of_it, timeout=ENDING_S)
-
-
-def free_port() -> int:
-    """Returns a port of the loopback address that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+                named.append(process)
+    return sorted(named, key=lambda p: p.pid)

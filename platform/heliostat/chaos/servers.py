@@ -10,7 +10,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from heliostat.chaos.process import ChaosError, end_tree, free_port
+from heliostat.chaos.process import ChaosError
+from heliostat.cluster import processes
 
 START_S = 180.0  # MLflow makes its tables first
 
@@ -19,7 +20,7 @@ class ServerProcess:
     """Runs a server process: `start`, and `stop` as a crash does; also a context manager. The port stays the same."""
 
     def __init__(self, command: list[str], health: str, log: Path, environment: dict[str, str] | None = None) -> None:
-        self.port = free_port()
+        self.port = processes.free_port()
         self.endpoint = f"127.0.0.1:{self.port}"
         self._command = [word.replace("PORT", str(self.port)) for word in command]
         self._health, self._log, self._environment = health, log, {**os.environ, **(environment or {})}
@@ -55,7 +56,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         if self._process:
-            end_tree(self._process.pid)
+            processes.end_tree(self._process.pid)
             self._process.wait()
             self._process = None
 

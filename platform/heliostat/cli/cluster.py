@@ -11,6 +11,7 @@ from heliostat.cli.common import HELP, Reporting, app, finish, out
 from heliostat.cli.jobs import jobs_on
 from heliostat.cli.options import CLUSTERS, Settings, flag
 from heliostat.errors import ConfigError
+from heliostat.text import plural
 
 cluster_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Clusters from YAML: check, up, down, status, list.")
 app.add_typer(cluster_app, name="cluster", rich_help_panel=CLUSTERS)
@@ -43,10 +44,11 @@ def check_(
     for error in report.errors:
         out.print(f"error: {error}")
     for pool in report.cluster.pools if not report.errors else ():
-        size = f"{pool.least}" if pool.least == pool.most else f"{pool.least} to {pool.most}"
+        size = "" if pool.least == pool.most else f"{pool.least} to "
         labels = ", ".join(f"{k}={v}" for k, v in pool.labels.items())
-        cpus = "CPUs as found" if pool.cpus is None else f"{pool.cpus:g} CPUs"
-        out.print(f"{pool.name}: {size} nodes of {cpus}, {pool.gpus:g} GPUs{'; ' + labels if labels else ''}")
+        cpus = "CPUs as found" if pool.cpus is None else plural(pool.cpus, "CPU")
+        nodes = f"{size}{plural(pool.most, 'node')} of {cpus}, {plural(pool.gpus, 'GPU')}"
+        out.print(f"{pool.name}: {nodes}{'; ' + labels if labels else ''}")
     found = {"file": str(file), "errors": report.errors, "warnings": warnings}
     count = len(report.errors)
     finish(found, ConfigError(f"{file}: {count} error{'s' * (count > 1)}, see above") if count else None)
@@ -90,11 +92,11 @@ def status_(
     with jobs_on(target) as known:
         there = known.there
         nodes, jobs = dashboard.node_table(there.url, there.token), known.list()
-    out.print(f"{there.url}: {sum(n['alive'] for n in nodes)} nodes")
+    out.print(f"{there.url}: {plural(sum(n['alive'] for n in nodes), 'node')}")
     for n in nodes:
         labels = ", ".join(f"{k}={v}" for k, v in sorted(n["labels"].items()) if k != "ray.io/node-id")
         role, life = "head" if n["head"] else "worker", "alive" if n["alive"] else "dead"
-        out.print(f"  {n['address']:<15} {role:<6} {life:<5} {n['cpus']:g} CPUs, {n['gpus']:g} GPUs  "
+        out.print(f"  {n['address']:<15} {role:<6} {life:<5} {plural(n['cpus'], 'CPU')}, {plural(n['gpus'], 'GPU')}  "
                   f"{labels}")  # fmt: skip
     for j in jobs:
         out.print(f"  job {j['id']}: {j['status'].lower()}")
@@ -111,7 +113,7 @@ def list_() -> None:
          "answers": private.ours(s.url) and dashboard.probe(s.url, s.token) == 200} for s in local.known()
     ]  # fmt: skip
     for c in found:
-        what = f"{c['nodes']} nodes" if c["nodes"] else "joined"
+        what = plural(c["nodes"], "node") if c["nodes"] else "joined"
         out.print(f"{c['name']}: {c['url']}, {what}{'' if c['answers'] else ', does not answer'}")
     if not found:
         out.print("no local cluster; start one with `heliostat cluster up clusters/local.yaml`")

@@ -91,7 +91,7 @@ def infer(
     mlflow: TrackingUri = None,
 ) -> None:
     """Run a model over all documents of an input: each is answered once, and a run that was killed goes on."""
-    from heliostat.cluster.joining import join
+    from heliostat.cluster.endpoint import join
 
     join(cluster)
     from heliostat.inference.batch.run import infer as run

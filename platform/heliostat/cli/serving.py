@@ -52,7 +52,7 @@ def serve(
     mlflow: TrackingUri = None,
 ) -> None:
     """Serve a model, an index, or both over HTTP, as OpenAI's API: an alias of the registry is followed."""
-    from heliostat.cluster.joining import join
+    from heliostat.cluster.endpoint import join
 
     join(cluster)
     from heliostat import extras

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypedDict
 
-from heliostat.config.spec import Workers
+from heliostat.cluster.cluster_file import ClusterFile, NodePool
+from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError
 
 Resources = Mapping[str, float]  # of a node: CPU, GPU
@@ -115,3 +116,48 @@ def missing(
 
 def _amount(cpus: float, gpus: float) -> str:
     return f"{cpus:g} CPUs{f' and {gpus:g} GPUs' if gpus else ''}"
+
+
+# pools of cluster files, and labels -----------------------------------------------------------------------------------
+
+
+def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Tells whether a node with these labels meets every condition of the selector."""
+    return all(_meets(condition, labels.get(name)) for name, condition in selector.items())
+
+
+def _meets(condition: str, value: str | None) -> bool:
+    wanted = condition.removeprefix("!")
+    listed = wanted.startswith("in(") and wanted.endswith(")")
+    values = [one.strip() for one in wanted[3:-1].split(",")] if listed else [wanted]
+    return (value in values) is not condition.startswith("!")
+
+
+def check_pools(job: Job, cluster: ClusterFile) -> None:
+    """Raises ConfigError if the cluster, at its largest, cannot hold all workers, or cannot read data beside them."""
+    need = job.workers
+    train, data = _pools(cluster, "workers.labels", need.labels), _pools(cluster, "data.labels", job.data.labels)
+    if not train or any(p.cpus is None for p in [*train, *data]):
+        return  # Ray finds out
+    nodes = {f"{p.name}/{i}": {"CPU": p.cpus or 0.0, "GPU": p.gpus} for p in train for i in range(p.most)}
+    if (fits := room(need, nodes, {}, apart=True)) < need.least:
+        raise ConfigError(
+            f"workers.count: {need.least} workers of {need.cpus:g} CPUs and {need.gpus:g} GPUs do not fit on {cluster.path}, "
+            f"which has room for {fits} at its largest; lower it, or raise the pool's maximum"
+        )
+    if any(p not in train and p.most and (p.cpus or 0.0) >= FETCHING for p in data):
+        return
+    if not any(p in train for p in data) or room(need, nodes, {}) < need.least:
+        raise ConfigError(
+            f"workers.cpus: {need.least} workers of {need.cpus:g} CPUs leave no node of {cluster.path} the {FETCHING:g} CPU that "
+            "reading the data needs; lower workers.cpus or workers.count, or add a node"
+        )
+
+
+def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[NodePool]:
+    """Selects the pools whose nodes the labels select; ConfigError if pools have labels, but none has these."""
+    found = [p for p in cluster.pools if selects(labels, p.labels)]
+    if labels and not found and any(p.labels for p in cluster.pools):
+        have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})
+        raise ConfigError(f"{field}: no pool of {cluster.path} carries {dict(labels)}; there are {', '.join(have)}")
+    return found

@@ -20,9 +20,11 @@ from unittest.mock import patch
 import psutil
 import ray
 
-from heliostat.cluster import private, private_ray, ray_internals, start
+from heliostat.cluster import private, private_ray, processes, ray_internals
 from heliostat.cluster.capacity import require_gpus
 from heliostat.cluster.private_ray import AUTHENTICATION, LOOPBACK, UNTOLD, token_file, worker_environment
+from heliostat.errors import ClusterError
+from heliostat.text import brief
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +45,13 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
         return
     options: dict[str, object] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
-        start.init(address="auto", **options)
+        init(address="auto", **options)
         if ray.available_resources().get("CPU", 0.0) < 1:
             log.warning("none of the cluster's %g CPUs is free; its tasks wait for one", ray.cluster_resources().get("CPU", 0.0))
         return
     gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray would hand out as many as it is told of
     with _confined(gpus), _without_monitors(verbose):
-        start.init(
+        init(
             address="local",  # never what another user says in /tmp/ray that runs here
             num_cpus=cpus,
             num_gpus=gpus or None,
@@ -113,16 +115,11 @@ def disconnect() -> None:
         return
     server = private_ray.fork_server()
     parents = [node.all_processes["raylet"][0].process.pid, *([server.process.pid] if server else [])]
-    workers: list[psutil.Process] = []
-    for parent in parents:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has died: its workers end without it
-            workers += psutil.Process(parent).children(recursive=True)
+    workers = [worker for parent in parents for worker in processes.descendants(parent)]
     ray.shutdown()
-    _, alive = psutil.wait_procs(workers, timeout=END_S)
+    _, left = psutil.wait_procs(workers, timeout=END_S)
     private_ray.end()  # which kills its forks
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    processes.stop(left)
 
 
 @contextlib.contextmanager
@@ -146,3 +143,38 @@ def _without_monitors(verbose: bool) -> Iterator[None]:
     finally:
         for name, method in before.items():
             setattr(Node, name, method)
+
+
+log = logging.getLogger(__name__)
+TRIES = 2
+
+
+def init(**options: Any) -> None:
+    """Calls `ray.init`, again if it fails once; ClusterError if it fails twice.
+
+    Ray gives its processes 30 s to start, and a busy machine may need more.
+    """
+    for left in reversed(range(TRIES)):
+        before = _children()
+        try:
+            ray.init(**options)
+        except BaseException as e:
+            _end_new(before)
+            if not isinstance(e, Exception):
+                raise
+            if not left:
+                raise ClusterError(f"Ray did not start, {TRIES} times: {brief(e)}; is the machine too busy, or full?") from e
+            log.warning("Ray did not start (%s); trying once more", brief(e))
+        else:
+            return
+
+
+def _children() -> set[psutil.Process]:
+    return set(processes.descendants(os.getpid()))
+
+
+def _end_new(before: set[psutil.Process]) -> None:
+    """Ends the processes that a failed start has left."""
+    with contextlib.suppress(Exception):  # it may have got anywhere
+        ray.shutdown()
+    processes.stop(_children() - before, END_S)

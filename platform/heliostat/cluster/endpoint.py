@@ -2,15 +2,18 @@
 
 Clouds keep the dashboard on the head's loopback address, so it is reached through `ray dashboard` (ssh) or `kubectl
 port-forward`, which run as long as they are needed.
+
+A driver of Ray must be on a node of its cluster: `join` makes this process the driver of a cluster of this machine, for
+`--cluster` of `serve` and `infer`.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heliostat import schema
-from heliostat.cluster import cluster_file, dashboard, local, private
+from heliostat.cluster import cluster_file, dashboard, local, private, processes
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
 
 TUNNEL_S = 60.0
+END_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
     """Runs a forwarding command until the body ends; a free local port is its last argument (`LOCAL:8265` for kubectl)."""
     if not shutil.which(command[0]):
         raise ClusterError(f"reaching the cluster needs `{command[0]}`, which is not on the PATH")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = processes.free_port()
     place = f"{port}:8265" if command[0] == "kubectl" else str(port)
     process = subprocess.Popen([*command, place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + TUNNEL_S
@@ -175,8 +177,35 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
             time.sleep(0.5)
         yield url, token
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        processes.end_tree(process.pid, END_S)
+        process.wait()
+
+
+STATE_PORT = 6379  # Ray's own
+
+
+def join(target: str | None) -> None:
+    """Sets this process's environment so that Ray, which is not imported yet, connects to the cluster; None: leaves it as it is.
+
+    ConfigError if `target` names no cluster of this machine, or RAY_ADDRESS another one; ClusterError if it does not answer.
+    """
+    if target is None:
+        return
+    if named := os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(f"--cluster: RAY_ADDRESS names a cluster, too ({named}); unset it, or leave --cluster out")
+    with endpoint(target) as there:
+        file = there.file
+        state = local.read(file.name) if file and file.local else None
+        if file is None or state is None:
+            raise ConfigError(
+                f"--cluster: {target!r} is no cluster that `heliostat cluster up` has started on this machine; give the command "
+                "on the head node of one that is elsewhere, with RAY_ADDRESS=auto"
+            )
+        os.environ |= {"RAY_ADDRESS": address(file), "RAY_AUTH_MODE": "token"}
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(state.token_file.resolve())
+
+
+def address(cluster: ClusterFile) -> str:
+    """Returns the address of Ray's state server, as the head's start command sets it."""
+    port = re.search(r"(?<!\S)--port[= ](\d+)", " ".join(cluster.raw["head_start_ray_commands"]))
+    return f"{cluster.addresses[0]}:{port[1] if port else STATE_PORT}"

@@ -14,6 +14,7 @@ from heliostat.cluster import cluster_file, kuberay, local
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.cluster.endpoint import tool
 from heliostat.errors import ClusterError, ConfigError
+from heliostat.text import plural
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,11 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
     """Starts a cluster, or joins a running one; only with `restart` is Ray started anew where it runs, which ends jobs."""
     if cluster.local:
         state = local.up(cluster, restart)
-        note = f"{len(state.nodes)} nodes at {state.url}, token in {state.token_file}" if state.nodes else f"joined {state.url}"
+        note = (
+            f"{plural(len(state.nodes), 'node')} at {state.url}, token in {state.token_file}"
+            if state.nodes
+            else f"joined {state.url}"
+        )
         return {"name": cluster.name, "url": state.url, "nodes": len(state.nodes), "note": note}
     if cluster.kind == "launcher":
         if cluster.provider == "local":

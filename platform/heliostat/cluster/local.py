@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ import psutil
 
 from heliostat.cluster import dashboard, private, processes
 from heliostat.cluster.cluster_file import ClusterFile
-from heliostat.cluster.private_ray import URGENT
+from heliostat.cluster.private_ray import PATIENT, URGENT
 from heliostat.cluster.processes import MARK, Node
 from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
@@ -141,18 +140,14 @@ def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
     if watcher := _watcher(state):
         if minutes and _command(watcher)[-len(wanted) :] == wanted:
             return state
-        watcher.kill()
+        processes.stop([watcher])
         state.watcher = None
         state.write()
         log.info("cluster %s: the watch with another idle_timeout_minutes is ended", state.name)
     if not minutes:
         return state
-    command = [sys.executable, *wanted]
-    with (state.folder / "logs" / "idle.log").open("ab") as out:
-        process = subprocess.Popen(
-            command, cwd=workspace.root(), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    state.watcher = process.pid, psutil.Process(process.pid).create_time()
+    pid = processes.detached([sys.executable, *wanted], state.folder / "logs" / "idle.log", workspace.root())
+    state.watcher = pid, psutil.Process(pid).create_time()
     state.write()
     log.info("cluster %s ends after %g minutes without a job (idle_timeout_minutes)", state.name, minutes)
     return state
@@ -162,12 +157,7 @@ def _watcher(state: ClusterState) -> psutil.Process | None:
     """Finds the process that watches the cluster, if it lives and is not this one."""
     if state.watcher is None or state.watcher[0] == os.getpid():
         return None
-    try:
-        process = psutil.Process(state.watcher[0])
-        same = abs(process.create_time() - state.watcher[1]) < 1
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
-        return None
+    return processes.alive(*state.watcher)
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -237,12 +227,10 @@ def _start(cluster: ClusterFile, state: ClusterState, role: str, addresses: list
         logs = state.folder / "logs"
         logs.mkdir(exist_ok=True)
         command = "\n".join(["set -e", *cluster.raw[f"{role}_start_ray_commands"]])
-        with (logs / f"{role}-{address}.log").open("wb") as out:
-            process = subprocess.Popen(
-                ["bash", "-c", command], env=_environment(state, address, folder), stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        state.nodes.append(Node(role, address, str(folder), process.pid, psutil.Process(process.pid).create_time()))
+        log_file = logs / f"{role}-{address}.log"
+        log_file.unlink(missing_ok=True)  # of a node that died
+        pid = processes.detached(["bash", "-c", command], log_file, environment=_environment(state, address, folder))
+        state.nodes.append(Node(role, address, str(folder), pid, psutil.Process(pid).create_time()))
         state.write()
     _until_ready(state, addresses, before)
 
@@ -250,6 +238,7 @@ def _start(cluster: ClusterFile, state: ClusterState, role: str, addresses: list
 def _environment(state: ClusterState, address: str, folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
     return {
+        **PATIENT,
         **URGENT,
         **kept,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),  # of `ray` and `python`
@@ -293,7 +282,7 @@ def down(name: str) -> int:
     if state is None:
         raise ConfigError(f"{name}: no such cluster here; `heliostat cluster list` shows those that there are")
     if watcher := _watcher(state):
-        watcher.kill()
+        processes.stop([watcher])
     ended, remaining = processes.end(state.nodes)
     if remaining:
         raise ClusterError(f"{name}: processes {remaining} do not end")

@@ -14,8 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.cluster import ray_internals
-from heliostat.cluster.capacity import FETCHING, LivingNode, missing, room, starved
-from heliostat.cluster.labels import selects
+from heliostat.cluster.capacity import FETCHING, LivingNode, missing, room, selects, starved
 from heliostat.config.spec import Job, Workers
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Finds and ends the processes of Ray nodes on this machine.
+"""Starts, finds and ends processes on this machine: families of a process, and the processes of Ray nodes.
 
 A node's processes have its folder in their environment (`MARK`). Those that Ray gives a title (its agents, dashboard modules and
 workers) overwrite their environment with it; they are recognized by the logs below the folder that they hold open.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,23 +21,84 @@ MARK = "HELIOSTAT_NODE_DIR"
 STOP_S, KILL_S = 4.0, 20.0  # raylets do not end by SIGTERM alone while others of the cluster end
 
 
+def alive(pid: int, created: float) -> psutil.Process | None:
+    """Returns the process that had this id at its time of birth; None if it has ended: an id is used again."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
+def descendants(root: int) -> list[psutil.Process]:
+    """Lists the processes below a process; none if it has ended."""
+    try:
+        return psutil.Process(root).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def family(root: int) -> list[psutil.Process]:
+    """Lists a process and those below it; none if it has ended."""
+    try:
+        return [psutil.Process(root), *descendants(root)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
+    """Ends processes: by SIGTERM, unless `patience_s` is 0, and those that are left then by SIGKILL, for which it waits `kill_s`.
+
+    A wait reaps a process of this one's: its `Popen` does not know the exit code then.
+    """
+    left = list(processes)
+    for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, kill_s)):
+        if number == signal.SIGTERM and not wait_s:
+            continue
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        if wait_s:
+            _, left = psutil.wait_procs(left, timeout=wait_s)
+
+
+def end_tree(root: int, patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
+    """Ends a process and all below it, as `stop` does: without patience as a machine that loses its power."""
+    stop(family(root), patience_s, kill_s)
+
+
+def detached(command: Sequence[str], log: Path, folder: Path | None = None, environment: Mapping[str, str] | None = None) -> int:
+    """Starts a command in a session of its own, without input, and with its output at the end of a log; returns its id."""
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    return process.pid
+
+
+def free_port() -> int:
+    """Returns a port of the loopback address on which no process listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# the processes of Ray nodes ----------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Node:
     role: str
     address: str
     folder: str
     pid: int
-    created: float  # a pid is used again, a pid with its time of birth is not
+    created: float
 
     @property
     def process(self) -> psutil.Process | None:
         """Returns the shell that was started for the node; None if it has ended."""
-        try:
-            process = psutil.Process(self.pid)
-            alive = abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
-            return process if alive else None
-        except psutil.NoSuchProcess:
-            return None
+        return alive(self.pid, self.created)
 
 
 def of(nodes: list[Node]) -> Iterator[psutil.Process]:
@@ -67,25 +130,23 @@ def living(nodes: list[Node]) -> list[Node]:
 
 
 def end(nodes: list[Node]) -> tuple[int, list[int]]:
-    """Ends all processes of the nodes; returns how many there were, and the pids of those that remain."""
-    there = {p.pid: p for p in of(nodes)}
-    for process in list(there.values()):  # what they started without the mark
-        with contextlib.suppress(psutil.NoSuchProcess):
-            there.update({p.pid: p for p in process.children(recursive=True)})
+    """Ends all processes of the nodes; returns how many there were, and the ids of those that remain."""
+    known = {p.pid: p for p in of(nodes)}
+    known.update({p.pid: p for process in [*known.values()] for p in descendants(process.pid)})  # started without the mark
     for number, patience in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, KILL_S)):
-        for process in _left(there, nodes):
+        for process in _left(known, nodes):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
         deadline = time.monotonic() + patience
-        while _left(there, nodes) and time.monotonic() < deadline:
+        while _left(known, nodes) and time.monotonic() < deadline:
             time.sleep(0.2)
-    return len(there), [p.pid for p in _left(there, nodes)]
+    return len(known), [p.pid for p in _left(known, nodes)]
 
 
-def _left(there: dict[int, psutil.Process], nodes: list[Node]) -> list[psutil.Process]:
-    """Lists the processes that still run, of those in `there` and of the nodes' new ones, which it adds to `there`."""
-    there.update({p.pid: p for p in of(nodes) if p.pid not in there})
-    return [p for p in there.values() if _runs(p)]
+def _left(known: dict[int, psutil.Process], nodes: list[Node]) -> list[psutil.Process]:
+    """Lists the known processes that still run, and the nodes' new ones, which it adds to `known`."""
+    known.update({p.pid: p for p in of(nodes) if p.pid not in known})
+    return [p for p in known.values() if _runs(p)]
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from heliostat.cluster import cluster_file
-from heliostat.cluster import pools as room
+from heliostat.cluster.capacity import check_pools
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
@@ -79,7 +79,7 @@ def planners(
     if where.name == "cpu" and (cluster is None or cluster.local):
         where = replace(where, memory=psutil.virtual_memory().total / most.workers.most)  # this machine's
     if cluster:
-        room.check(most, cluster)
+        check_pools(most, cluster)
     counted, parts = count_cache.get(most, recipe, lambda: _count(most, recipe, built)), job.train.parallel.sequence
     selects = recipe.selects and counted.kept.singly
     if exchanged is None:

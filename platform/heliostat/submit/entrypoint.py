@@ -3,8 +3,10 @@
     python -m heliostat.submit.entrypoint JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
 A child that is killed, or dies without recording an outcome, is started again, and continues from the newest checkpoint, as often
-as the job's `retries` allow (`restarts`); after that the run's MLflow status is FAILED, with the reason. A store that is away is
-waited for; MLflow is not needed to resume.
+as the job's `retries` allow (`Again`); after that the run's MLflow status is FAILED, with the reason. A store that is away is
+waited for; MLflow is not needed to resume. A command that ends by itself records its end in the run's ledger.
+
+Retries count the deaths in a row: progress resets the count. A successor that fails before it has begun counts as one more death.
 
 The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which outlives the
 cluster. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this process waits for the
@@ -15,36 +17,108 @@ driver, which saves a checkpoint. It does not wait if the Jobs API lists a marke
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
-import psutil
 import yaml
 
 from heliostat import schema
 from heliostat.cluster import dashboard as http
-from heliostat.cluster import ray_internals
+from heliostat.cluster import processes, ray_internals
 from heliostat.config import workspace
 from heliostat.config.spec import Retries
-from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.errors import ConfigError, HeliostatError, StoppedError, TrainingError
 from heliostat.redact import Formatter, excepthook
+from heliostat.runs import goodput
+from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.submit.logs import LogCopy
-from heliostat.submit.restarts import Again
+from heliostat.training.driver.recovery import Budget
 
 log = logging.getLogger("heliostat")
 
 UPLOAD_S, POLL_S, QUEUE_S = 20.0, 1.0, 2.0
 NOW_S = 5.0  # for the end of the log to reach storage, where the driver was told to end now
 ENDS = "ends"  # in the metadata of the note: the attempt
+
+
+class Again:
+    """Decides on restarts of the command of one run, or one sweep, in `folder`."""
+
+    def __init__(
+        self, folder: Location, retries: Retries, sweep: bool = False, pause: Callable[[float], object] | None = None
+    ) -> None:
+        """Prepares decisions; `pause` waits so many seconds, and raises a HeliostatError if the command is not to go on."""
+        self.folder, self.sweep, self._pause = folder, sweep, pause
+        self.budget = Budget(retries)
+        self._began = time.time()
+
+    def died(self, pid: int, code: int) -> str:
+        """Describes how the command died, from its exit code as `Popen` returns it; empty if it ended by itself."""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        if self.sweep or not code:
+            return ""
+        try:
+            mine = self._attempt(pid)
+        except (HeliostatError, OSError) as e:
+            log.warning("how the driver ended is not known: %s", e)
+            return ""
+        if mine is None:  # it had not begun
+            return f"with exit code {code} before it had begun" if self.budget.used and code == 1 else ""
+        return f"with exit code {code}" if mine.outcome is None else ""
+
+    def wait_s(self, how: str) -> float:
+        """Returns the seconds to wait before the restart; TrainingError if the retries are used up."""
+        return self.budget.spend(TrainingError(f"the driver died without a word, {how}"), self._progress())
+
+    def flags(self, given: list[str], pid: int) -> list[str]:
+        """Returns the successor's flags: it resumes what the dead command has begun, but never an earlier run.
+
+        Raises a HeliostatError if it cannot be read whether the command has begun.
+        """
+        if not self._has_begun(pid):
+            return given
+        return [*(f for f in given if f not in ("--overwrite", "--resume")), "--resume"]
+
+    def _attempt(self, pid: int) -> RecordedAttempt | None:
+        """Finds this process's newest attempt in the run's ledger; None if there is none."""
+        self.folder.wait_for_store(self._pause)
+        mine = [a for a in goodput.read(self.folder) if (a.host, a.pid) == (socket.gethostname(), pid)]
+        return max(mine, key=lambda a: a.started, default=None)
+
+    def _has_begun(self, pid: int) -> bool:
+        if not self.sweep:
+            return self._attempt(pid) is not None
+        self.folder.wait_for_store(self._pause)
+        try:
+            return json.loads(self.folder.join("sweep.json").read())["created"] >= self._began
+        except (FileNotFoundError, ValueError, KeyError):
+            return False
+
+    def _progress(self) -> int:
+        """Returns the newest checkpoint's step, or the number of finished trials of a sweep; -1 if that is not known."""
+        try:
+            if self.sweep:
+                from heliostat.tune import listing
+
+                return listing.progress(self.folder)[0]
+            names = [name for name, _ in self.folder.join(run_folder.CHECKPOINTS).files() if name.endswith("/checkpoint.json")]
+        except (HeliostatError, OSError) as e:
+            log.warning("how far the run is, is not known: %s", e)
+            return -1
+        return max((int(n.removeprefix("step-").partition("/")[0]) for n in names if n.startswith("step-")), default=0)
 
 
 class Driver:
@@ -129,7 +203,7 @@ class Driver:
         while (code := child.poll()) is None:
             if self.stopping.wait(POLL_S):
                 if self._now():
-                    self._kill(child.pid)
+                    processes.end_tree(child.pid, kill_s=0)
                     self._killed = True
                 time.sleep(POLL_S)
         reader.join(10)
@@ -173,14 +247,6 @@ class Driver:
             log.warning("whether to end now cannot be seen: %s", e)
             return False
         return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
-
-    def _kill(self, pid: int) -> None:
-        try:
-            child = psutil.Process(pid)
-            for process in [*child.children(recursive=True), child]:
-                process.kill()
-        except psutil.NoSuchProcess:
-            pass
 
     def _wait_for_turn(self, queue: str) -> None:
         """Waits until no job of the queue that was submitted before this one is left."""

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from heliostat.cluster import labels
+from heliostat.cluster.capacity import selects
 from heliostat.tasks import cpu_time
 from heliostat.tasks.care import CRASHED, UNREAD
 from heliostat.tasks.crew import Crew, Started, Task
@@ -68,7 +68,7 @@ class Flow:
 
     def nodes(self, resource: str = "CPU") -> list[int]:
         """Lists how many CPUs, or GPUs, or bytes of memory, each living node has that carries the labels."""
-        mine = [n for n in ray.nodes() if n["Alive"] and labels.selects(self.labels, n.get("Labels") or {})]
+        mine = [n for n in ray.nodes() if n["Alive"] and selects(self.labels, n.get("Labels") or {})]
         return [int(n["Resources"].get(resource, 0)) for n in mine]
 
     def cpus_each(self, tasks: int) -> int:

@@ -17,6 +17,7 @@ from types import FrameType
 
 import psutil
 
+from heliostat.cluster import processes
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.redact import redact
 
@@ -54,7 +55,7 @@ def serve(
         ready(f"http://{f'[{host}]' if ':' in host else host}:{bound}/")
         code = server.wait()
     finally:
-        _end_tree(server.pid)
+        processes.end_tree(server.pid, END_S)
     if code:
         raise HeliostatError(f"`mlflow server` ended with exit code {code}; what it said is above")
 
@@ -77,12 +78,11 @@ def _answering(server: subprocess.Popen[bytes], host: str, port: int) -> int:
 
 def _listening(root: int) -> int | None:
     """Finds the port on which a process, or one that it started, listens."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in (psutil.Process(root), *psutil.Process(root).children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for one in process.net_connections("inet"):
-                    if one.status == psutil.CONN_LISTEN:
-                        return one.laddr.port
+    for process in processes.family(root):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for one in process.net_connections("inet"):
+                if one.status == psutil.CONN_LISTEN:
+                    return one.laddr.port
     return None
 
 
@@ -116,15 +116,3 @@ def environment(store: str, host: str, keys: Path) -> dict[str, str]:
 
 def _end(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
-
-
-def _end_tree(root: int) -> None:
-    """Ends the server and its workers: SIGTERM first, and SIGKILL for those that are left after END_S."""
-    processes = list[psutil.Process]()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        processes = [*psutil.Process(root).children(recursive=True), psutil.Process(root)]
-    for number, patience in ((signal.SIGTERM, END_S), (signal.SIGKILL, 0.0)):
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-        processes = psutil.wait_procs(processes, timeout=patience)[1]

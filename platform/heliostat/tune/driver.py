@@ -25,13 +25,15 @@ from heliostat.config import spec
 from heliostat.config.fields import Json
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.storage import lease
+from heliostat.storage.lease import Lease
 from heliostat.storage.run_folder import require_one_way
 from heliostat.training.driver.signals import Signals
 from heliostat.tune import report
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import SweepState
 from heliostat.tune.sweep import SweepPlan, load
-from heliostat.tune.trial_record import Claim, KeptTrial, TrialRecord
+from heliostat.tune.trial_record import KeptTrial, TrialRecord
 from heliostat.validation import check
 
 if TYPE_CHECKING:
@@ -69,8 +71,7 @@ def tune(
         from heliostat.tune.searchers import require_optuna
 
         require_optuna()
-    claim = Claim(plan.folder)
-    try:
+    with lease.take(plan.folder, "driven", f"wait for it, or stop it with `heliostat sweep {plan.folder} --stop`") as held:
         before = records.read_json(plan.folder.join("sweep.json"), records.KEPT)
         if before and not overwrite and not resume:
             raise ConfigError(
@@ -84,9 +85,7 @@ def tune(
             before = None
         if before:
             _same(plan, before)
-        return _Tuning(plan, before, retry_failed, verbose, claim).go()
-    finally:
-        claim.end()
+        return _Tuning(plan, before, retry_failed, verbose, held).go()
 
 
 def _same(plan: SweepPlan, before: KeptTrial) -> None:
@@ -105,8 +104,8 @@ def _same(plan: SweepPlan, before: KeptTrial) -> None:
 
 
 class _Tuning:
-    def __init__(self, plan: SweepPlan, before: KeptTrial | None, retry_failed: bool, verbose: bool, claim: Claim) -> None:
-        self.plan, self.verbose, self.claim = plan, verbose, claim
+    def __init__(self, plan: SweepPlan, before: KeptTrial | None, retry_failed: bool, verbose: bool, held: Lease) -> None:
+        self.plan, self.verbose, self.lease = plan, verbose, held
         self.before = before or KeptTrial(sweep={}, job={}, run_id="", seconds=0.0)
         self.base = Job.model_validate(plan.base)
         self.records = records.read(plan.folder)
@@ -207,7 +206,7 @@ class _Tuning:
                     storage_path=ray_folder.path,
                     storage_filesystem=ray_folder.fs,
                     failure_config=ray_tune.FailureConfig(max_failures=DEATHS),
-                    callbacks=[schedulers.Watch(self.state, scheduler, self.signals, self.claim, self.base)],
+                    callbacks=[schedulers.Watch(self.state, scheduler, self.signals, self.lease, self.base)],
                     verbose=0,
                 ),
             )

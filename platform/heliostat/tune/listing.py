@@ -9,6 +9,7 @@ from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.schema import validate
+from heliostat.storage import lease
 from heliostat.storage.locations import Location, is_inside
 from heliostat.tune import report
 from heliostat.tune import trial_record as records
@@ -34,9 +35,9 @@ def sweeps(storage: Location) -> list[dict[str, Json]]:
 
 
 def running(folder: Location) -> bool:
-    """Tells whether a driver has written the sweep's heartbeat within the last SILENCE_S seconds."""
-    driver = records.read_json(folder.join("driver.json"), records.DRIVER)
-    return driver is not None and time.time() - driver["at"] < records.SILENCE_S
+    """Tells whether a driver holds the sweep's lease, and lives: waits for its sign of life if it is on another machine."""
+    number = lease.newest_number(folder)
+    return number > 0 and lease.holder(folder, number) is not None
 
 
 def find(sweep: str, storage: str) -> Location:

@@ -26,12 +26,13 @@ from ray.tune.schedulers import (
 from heliostat.cluster.nodes import Shortage
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.storage.lease import Lease
 from heliostat.training.driver.signals import Signals
 from heliostat.tune import pb2
 from heliostat.tune import space as spaces
 from heliostat.tune.space import Params
 from heliostat.tune.sweep import bracket, brackets
-from heliostat.tune.trial_record import Claim, TrialRecord
+from heliostat.tune.trial_record import TrialRecord
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -217,8 +218,8 @@ class Pb2(Pbt):
 class Watch(Callback):
     """Connects Tune's callbacks to the sweep: keeps its state, stops it on request, and waits until the last workers are gone."""
 
-    def __init__(self, state: SweepState, scheduler: Within, signals: Signals, claim: Claim, base: Job) -> None:
-        self.state, self.scheduler, self.signals, self.claim = state, scheduler, signals, claim
+    def __init__(self, state: SweepState, scheduler: Within, signals: Signals, held: Lease, base: Job) -> None:
+        self.state, self.scheduler, self.signals, self.lease = state, scheduler, signals, held
         self._look_at = 0.0
         self._base, self._idle = base, Shortage(base)
 
@@ -243,7 +244,7 @@ class Watch(Callback):
 
     def _look(self) -> None:
         self.state.tick()
-        self.claim.beat()
+        self._check_lease()
         if any(t.status == "RUNNING" for t in self.state.trials):  # it says itself what it waits for
             self._idle = Shortage(self._base)
         elif self.state.live() and (missing := self._idle.told()):
@@ -262,4 +263,8 @@ class Watch(Callback):
         manager, deadline = self.scheduler.controller._tune_controller._actor_manager, time.monotonic() + GONE_S
         while manager.num_total_actors and time.monotonic() < deadline:
             manager.next(timeout=0.5)
-            self.claim.beat()
+            self._check_lease()
+
+    def _check_lease(self) -> None:
+        if self.lease.lost:  # another driver has taken the sweep over
+            raise self.lease.lost

@@ -3,8 +3,7 @@
     sweep.json            the sweep, its base job and its MLflow run
     records/trial-0003.json   a trial: parameters, status, reports, clones
     trials/SWEEP-0003/    the trial's run, as any other run's folder
-    driver.json           the process that drives it, with its heartbeat
-    lease/                which driver may drive it
+    lease/                which driver may drive it, and whether it lives
     stop                  exists while the sweep is requested to stop
     result.json           the outcome
 
@@ -14,9 +13,6 @@ The driver alone writes records; Ray Tune's own state is never read.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import time
 from dataclasses import asdict, dataclass, field
 from typing import NotRequired, TypeVar
 
@@ -24,13 +20,10 @@ from typing_extensions import TypedDict
 
 from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
-from heliostat.storage import lease
 from heliostat.storage.locations import Location
-from heliostat.storage.records import Format, Number, Whole, closed, open_
+from heliostat.storage.records import Format, Number, closed, open_
 from heliostat.tune.space import Params
 
-ALIVE_S = 5.0  # between two signs of life
-SILENCE_S = 4 * ALIVE_S
 OVER = ("finished", "pruned", "failed")
 STATES = ("waiting", "running", "paused", "stopped", *OVER)
 T = TypeVar("T")
@@ -77,13 +70,6 @@ class KeptTrial(TypedDict):
     created: NotRequired[Number]
 
 
-@open_
-class DriverRecord(TypedDict):
-    host: str
-    pid: Whole
-    at: Number
-
-
 def _fault(record: TrialRecord) -> str | None:
     if record.number < 0 or record.status not in STATES:
         return f"trial {record.number} is {record.status!r}"
@@ -107,7 +93,6 @@ class Config(TypedDict):
 
 TRIAL = Format(TrialRecord, "record of a trial", ConfigError, _fault)
 KEPT = Format(KeptTrial, "record of a sweep", ConfigError)
-DRIVER = Format(DriverRecord, "sign of life of a sweep", ConfigError, fix="delete it if nothing drives the sweep")
 ANY = Format(dict[str, Json], "record of a sweep", ConfigError)
 
 
@@ -148,29 +133,3 @@ def best(records: list[TrialRecord], mode: str) -> TrialRecord | None:
     """Returns the best of the finished trials."""
     first = next(iter(ranked([r for r in records if r.value is not None], mode)), None)
     return first if first and first.status == "finished" else None
-
-
-class Claim:
-    """Claims a sweep for one driver at a time: a lease of its folder, and in `driver.json` a heartbeat for readers.
-
-    `Claim(folder)` raises if another one has the lease.
-    """
-
-    def __init__(self, folder: Location) -> None:
-        self.place = folder.join("driver.json")
-        self._lease = lease.take(folder, "driven", f"wait for it, or stop it with `heliostat sweep {folder} --stop`")
-        self._due = 0.0
-        self.beat()
-
-    def beat(self) -> None:
-        """Writes the heartbeat when it is due; to be called often. LeaseError if another driver has taken the sweep over."""
-        if self._lease.lost:
-            raise self._lease.lost
-        if time.monotonic() >= self._due:
-            self._due = time.monotonic() + ALIVE_S
-            self.place.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}).encode())
-
-    def end(self) -> None:
-        if not self._lease.lost:
-            self.place.delete()
-        self._lease.release()

@@ -149,9 +149,10 @@ def check_devices(job: Job, cluster: Path | None) -> None:
     """Checks that the workers fit on a file's cluster or, without a file, that their GPUs are on this machine; ConfigError if
     not."""
     if cluster is not None:
-        from heliostat.cluster import cluster_file, pools
+        from heliostat.cluster import cluster_file
+        from heliostat.cluster.capacity import check_pools
 
-        pools.check(job, cluster_file.read(cluster))
+        check_pools(job, cluster_file.read(cluster))
     elif job.workers.gpus and not os.environ.get("RAY_ADDRESS"):
         require_gpus(job.workers.least * job.workers.gpus)
         _check_kernels(job)

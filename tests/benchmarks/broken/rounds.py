@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pyarrow.fs as pafs
 from heliostat.chaos.nodes import LocalNodes
-from heliostat.chaos.process import descendants, end_tree
+from heliostat.cluster.processes import descendants, end_tree
 from heliostat.storage.locations import Location
 
 STARTS = 12  # of a round, at most

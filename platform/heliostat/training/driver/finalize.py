@@ -14,7 +14,10 @@ import subprocess
 import sys
 import threading
 
+import psutil
+
 from heliostat.checkpoint.layout import SavedCheckpoint
+from heliostat.cluster import processes
 from heliostat.config.spec import Job
 from heliostat.recipes.protocol import Exports, Recipe, Serves
 from heliostat.runs import goodput
@@ -29,6 +32,7 @@ from heliostat.validation.check import Checked
 
 log = logging.getLogger(__name__)
 
+END_S = 10.0  # for the process that scores checkpoints to end
 WAIT_S = 120.0  # the longest that the end of a run waits for imports that it would make itself
 NICE = 10
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the GPUs are the workers'
@@ -150,9 +154,5 @@ class Beside:
     def end(self) -> None:
         """Ends the process; what it has scored stays."""
         if self._process and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait(10)
+            processes.stop([psutil.Process(self._process.pid)], END_S)
+            self._process.wait(END_S)

@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from heliostat.cluster.capacity import LivingNode
-from heliostat.cluster.labels import selects
+from heliostat.cluster.capacity import LivingNode, selects
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError
 from heliostat.runs.time_ledger import LedgerRecorder
