@@ -304,6 +304,7 @@ def kind_of(raw: object) -> str | None:
 def require_kind(wanted: str, path: Path, raw: object) -> None:
     """Raises ConfigError if the file is clearly of another kind than `wanted`; it names the command that takes it."""
     found = kind_of(raw)
-    if found and found != wanted and not set(raw) & set(KIND_KEYS[wanted]):
+    keys = set(raw) if isinstance(raw, dict) else set()
+    if found and found != wanted and not keys & set(KIND_KEYS[wanted]):
         command = KIND_COMMANDS[found].format(path)
         raise ConfigError(f"{path}: is {KIND_NAMES[found]}, and {KIND_NAMES[wanted]} is wanted here; use `{command}`")

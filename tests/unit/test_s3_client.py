@@ -15,7 +15,7 @@ from botocore.utils import parse_timestamp
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.text import sources
 from heliostat.errors import ConfigError, DataError
-from heliostat.storage import s3_client, s3_options
+from heliostat.storage import s3_client
 from heliostat.storage.locations import Location, diagnose
 from heliostat.storage.s3_client import PAGE, THREADS, RewrittenError, Store, files_below
 from urllib3.exceptions import SSLError
@@ -81,13 +81,11 @@ def test_the_environment_completes_a_query(monkeypatch):
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://h:1")
-    assert s3_options.resolve("") == s3_options.S3Options("h:1", "http", "us-east-1", False)
-    assert s3_options.resolve("region=eu-west-1&endpoint_override=i:2") == s3_options.S3Options(
-        "i:2", "https", "eu-west-1", False
-    )
+    assert s3_client.resolve("") == s3_client.S3Options("h:1", "http", "us-east-1", False)
+    assert s3_client.resolve("region=eu-west-1&endpoint_override=i:2") == s3_client.S3Options("i:2", "https", "eu-west-1", False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hunter2@h:1")
     with pytest.raises(ConfigError, match="must not carry credentials") as e:
-        s3_options.resolve("")
+        s3_client.resolve("")
     assert "hunter2" not in str(e.value)
 
 

@@ -14,6 +14,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 from heliostat.checkpoint import placement
 from heliostat.checkpoint.checksums import BLOCK
@@ -56,7 +57,7 @@ class CheckpointIndex(TensorIndex):
     receipt: CheckpointReceipt
     data_digest: str
     name: str
-    job: dict[str, object]
+    job: dict[str, Any]
     data: dict[str, object]
     metrics: dict[str, float | None]
     written: Number

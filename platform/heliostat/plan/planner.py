@@ -19,7 +19,7 @@ from heliostat.cluster.capacity import check_pools
 from heliostat.cluster.cluster_file import ClusterFile
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
-from heliostat.data.content import Content
+from heliostat.data.content import Content, part
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.plan import count_cache, hardware
 from heliostat.plan.counts import Counts
@@ -151,7 +151,7 @@ def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
 
     from heliostat.data.chunks import Chunks
 
-    first = Chunks([manifest.read(job.sources[0])], None).read(0, 0).slice(0, 1)
+    first = part(Chunks([manifest.read(job.sources[0])], None).read(0, 0), slice(0, 1))
     return pa.concat_tables([first] * rows).combine_chunks()
 
 

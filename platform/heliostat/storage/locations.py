@@ -7,7 +7,7 @@ seconds (60, read at every call) would be exceeded: then StorageError. Refused c
 at once and say so, and the next request reads the credentials again; a missing object is FileNotFoundError; what is wrong with
 the bytes themselves is never taken for a fault of the store.
 
-Credentials come from the environment only (`AWS_*`, instance roles); what a URI's query may say of the store: `s3_options`. A
+Credentials come from the environment only (`AWS_*`, instance roles); what a URI's query may say of the store: `s3_client`. A
 Location pickles as its URI.
 """
 
@@ -30,7 +30,7 @@ import pyarrow.fs as pafs
 
 from heliostat.errors import AccessError, ConfigError, DataError, StorageError
 from heliostat.redact import carries_secret
-from heliostat.storage import local_files, retries, s3_client, s3_options
+from heliostat.storage import local_files, retries, s3_client
 from heliostat.storage.retries import FINAL, NO_BUCKET, Backoff, FailedAttempts, diagnose, patience, reason, retry_budget
 from heliostat.storage.s3_client import Listed, Store
 from heliostat.text import printable
@@ -57,7 +57,7 @@ def is_inside(path: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _s3(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
-    options = s3_options.resolve(query)
+    options = s3_client.resolve(query)
     if options.requester_pays:
         return s3_client.file_system(query, attempts, silence_s)
     return pafs.S3FileSystem(
@@ -97,7 +97,7 @@ class Location:
             raise ConfigError(f"{self.uri!r}: scheme {scheme!r} is not supported; use a path, file:// or s3://")
         if not self.uri or (scheme == "s3" and not urlsplit(self.uri).netloc):
             raise ConfigError(f"{self.uri!r}: names no place; use a path, file:///PATH or s3://BUCKET/KEY")
-        s3_options.given(self.query)
+        s3_client.given(self.query)
 
     def __str__(self) -> str:
         return self.uri

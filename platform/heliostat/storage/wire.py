@@ -55,27 +55,30 @@ def unpack(data: bytes) -> Any:
 def _encode(value: object) -> object:
     """Encodes what MessagePack has no type for."""
     if _records.get(_name(type(value))) is type(value):
-        return msgpack.ExtType(RECORD, pack([_name(type(value)), _fields(value)]))
-    for kind, code, encode in _ENCODERS:
-        if isinstance(value, kind):
-            return msgpack.ExtType(code, encode(value))
+        return _extension(RECORD, value)
+    for code, (kind, _, _) in _CODES.items():
+        if kind is not None and isinstance(value, kind):
+            return _extension(code, value)
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        return msgpack.ExtType(INTEGER, str(int(value)).encode())
+        return _extension(INTEGER, value)
     for plain in _PLAIN:
         if isinstance(value, plain):
             return plain(value)
     if type(value).__module__ == "torch":
-        return msgpack.ExtType(TENSOR, _pack_tensor(value))
+        return _extension(TENSOR, value)
     raise TypeError(
         f"{type(value).__qualname__} can't be sent between processes; use numbers, text, lists, dicts, or NumPy arrays"
     )
 
 
+def _extension(code: int, value: object) -> msgpack.ExtType:
+    return msgpack.ExtType(code, _CODES[code][1](value))
+
+
 def _decode(code: int, data: bytes) -> object:
-    decode = _DECODERS.get(code)
-    if decode is None:
+    if code not in _CODES:
         raise ValueError(f"unknown type {code} in a message")
-    return decode(data)
+    return _CODES[code][2](data)
 
 
 def _fields(record: Any) -> list[object]:
@@ -161,22 +164,15 @@ def _unpack_record(data: bytes) -> object:
 
 
 _PLAIN: tuple[Any, ...] = (dict, list, str, bytes, int, float)  # of which subclasses are sent as plain values
-_ENCODERS: tuple[tuple[type, int, Callable[[Any], bytes]], ...] = (
-    (tuple, TUPLE, lambda value: pack(list(value))),
-    (range, RANGE, lambda value: pack([value.start, value.stop, value.step])),
-    (np.ndarray, ARRAY, _pack_array),
-    (np.generic, SCALAR, lambda value: _pack_array(np.asarray(value))),
-    (pa.Table, TABLE, _pack_table),
-    (HeliostatError, ERROR, _pack_error),
-)
-_DECODERS: dict[int, Callable[[bytes], object]] = {
-    TUPLE: lambda data: tuple(unpack(data)),
-    RANGE: lambda data: range(*unpack(data)),
-    INTEGER: lambda data: int(data),
-    ARRAY: _unpack_array,
-    SCALAR: lambda data: _unpack_array(data)[()],
-    TENSOR: _unpack_tensor,
-    TABLE: _unpack_table,
-    ERROR: _unpack_error,
-    RECORD: _unpack_record,
+# MessagePack's extension types, by code: values of which class they hold (None: found by other means), and both ways
+_CODES: dict[int, tuple[type | None, Callable[[Any], bytes], Callable[[bytes], object]]] = {
+    TUPLE: (tuple, lambda value: pack(list(value)), lambda data: tuple(unpack(data))),
+    RANGE: (range, lambda value: pack([value.start, value.stop, value.step]), lambda data: range(*unpack(data))),
+    INTEGER: (None, lambda value: str(int(value)).encode(), int),
+    ARRAY: (np.ndarray, _pack_array, _unpack_array),
+    SCALAR: (np.generic, lambda value: _pack_array(np.asarray(value)), lambda data: _unpack_array(data)[()]),
+    TENSOR: (None, _pack_tensor, _unpack_tensor),
+    TABLE: (pa.Table, _pack_table, _unpack_table),
+    ERROR: (HeliostatError, _pack_error, _unpack_error),
+    RECORD: (None, lambda value: pack([_name(type(value)), _fields(value)]), _unpack_record),
 }

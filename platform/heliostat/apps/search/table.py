@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, DataError, StorageError
-from heliostat.storage import s3_options
+from heliostat.storage import s3_client
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, Inside, Number, Whole, open_
 from heliostat.storage.retries import retry_budget
@@ -89,7 +89,7 @@ def address(index: Location) -> tuple[str, dict[str, str] | None]:
     place = index.join(NAME)
     if not place.is_s3:
         return place.path, None
-    s3 = s3_options.resolve(place.query)
+    s3 = s3_client.resolve(place.query)
     options = {"aws_region": s3.region, "client_retry_timeout": str(max(1, int(retry_budget())))}
     if s3.url:
         options |= {"aws_endpoint": s3.url, "allow_http": str(s3.scheme == "http").lower()}

@@ -76,7 +76,7 @@ def real_images(
                 continue
             finally:
                 progressed()
-            if "image" not in table.column_names:
+            if isinstance(table, np.ndarray) or "image" not in table.column_names:
                 raise ConfigError("model.samples: the datasets hold no images; remove judge and features")
             images += [decode(data) for data in table["image"].to_pylist()]
             labels += table["label"].to_pylist()
