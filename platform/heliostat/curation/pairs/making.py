@@ -65,7 +65,8 @@ class PairMaking(Reading):
         shards = [shard for record in self._shards(curated) for shard in record["shards"]]
         kinds = sum((Counter(shard["kinds"]) for shard in shards), Counter[str]())
         facts |= {name: sum(shard[name] for shard in shards) for name in ("documents", "duplicates", "bytes")}
-        return WrittenShards([chunk for shard in shards for chunk in shard["chunks"]], {"kinds": dict(sorted(kinds.items())), **facts})
+        facts["kinds"] = dict(sorted(kinds.items()))
+        return WrittenShards([chunk for shard in shards for chunk in shard["chunks"]], facts)
 
     def _shards(self, curated: Curated) -> Iterator[dict[str, Any]]:
         plan = PairSharding(self.output.uri, max(1, round(curated.bytes / self.shard_bytes)), self.chunk_pairs)
