@@ -120,7 +120,7 @@ def parts(rows: int) -> int:
     return max(1, -(-rows // END_ROWS))
 
 
-def write_ends(folder: Location, part: int, parts: int, names: list[str], output: str, columns: list[str]) -> dict[str, Any]:
+def write_ends(folder: Location, part: int, parts: int, names: list[str], output: str, columns: list[str]) -> dict[str, object]:
     """Writes one file of ends, in a task: those of one part of all keys, with the documents' columns that are named."""
     low, high = spill.share(part, parts)
     table = spill.joined(folder, names, low, high, END)

@@ -122,7 +122,7 @@ class Stage(Strict):
 
         return self.model_copy(update={key: moved(getattr(self, key)) for key in self.paths})
 
-    def follows(self) -> dict[str, Any]:
+    def follows(self) -> dict[str, object]:
         """Returns what its tasks follow from: its identity, and the versions of the libraries that it uses."""
         return {**self.identity(), "libraries": libraries.of(self.named())}
 

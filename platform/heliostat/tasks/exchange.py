@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import isqrt
 from types import MappingProxyType
-from typing import Any
 
 import pyarrow as pa
 
@@ -24,7 +23,7 @@ from heliostat.tasks.work import key
 MANY = 1 << 16  # ranges of spills: so many cost about a minute of a CPU, or 3 cents of a store's requests
 
 
-def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, Any]]:
+def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:
     """Yields for each of the ascending ranges of keys what its task is to read: what that follows from, and the spills' names,
     shared."""
     for some, count in _merged(flow, kind, names, ranges):
@@ -33,7 +32,7 @@ def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, i
 
 
 def by_parts(flow: Flow, kind: str, parts: int, names: list[str], beside: Mapping[str, list[str]] = MappingProxyType({}),
-             **more: Any) -> Iterator[Task]:  # fmt: skip
+             **more: object) -> Iterator[Task]:  # fmt: skip
     """Describes one task for each part of all keys, over spills; `beside`: other spills that it reads, by the argument's name."""
     spills, ranges = {"names": names, **beside}, [spill.share(part, parts) for part in range(parts)]
     given = [exchanged(flow, kind, some, ranges) for some in spills.values()]
@@ -62,7 +61,7 @@ def _merged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int
     return [([name for name in part if name], stop - start) for part, (start, stop) in zip(parts, edges, strict=True)]
 
 
-def merge(folder: Location, names: list[str], low: int, high: int) -> dict[str, Any]:
+def merge(folder: Location, names: list[str], low: int, high: int) -> dict[str, object]:
     """Spills what some spills have of a range of keys as one, if they have anything."""
     held = [table for name in names for table in spill.read(folder, name, low, high)]
     if not held:

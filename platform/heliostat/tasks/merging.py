@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -105,9 +104,9 @@ def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes:
     return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), told, bytes=bytes)
 
 
-def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, Any]:
+def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
     """Writes the documents of a range of keys that some runs hold as one run, or as more where a key has very many."""
-    made, held, size = list[list[Any]](), list[pa.Table](), 0
+    made, held, size = list[tuple[str, int, int]](), list[pa.Table](), 0
     for run in runs:
         for table in survivors(folder, run, low, high):
             held.append(table)
@@ -120,7 +119,7 @@ def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_byt
     return {"runs": made, "files": [name for name, *_ in made]}
 
 
-def _written(folder: Location, held: list[pa.Table]) -> list[Any]:
+def _written(folder: Location, held: list[pa.Table]) -> tuple[str, int, int]:
     """Spills tables as one run, with rows of its own if they have any, and empties the list."""
     table = pa.concat_tables(held)
     held.clear()
@@ -128,4 +127,4 @@ def _written(folder: Location, held: list[pa.Table]) -> list[Any]:
     if "row" in table.column_names:
         rows = pa.array(np.arange(len(table)), table.schema.field("row").type)
         table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
-    return [spill.write(folder, table, ("hash", "id")), len(table), bytes]
+    return spill.write(folder, table, ("hash", "id")), len(table), bytes

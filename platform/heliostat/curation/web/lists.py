@@ -82,7 +82,7 @@ def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
         yield first, last + 1, 1
 
 
-def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, Any]:
+def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, object]:
     """Spills the rows of a list by host; in the record, `groups` counts them."""
     base, name, files, groups = sources.root(uri), part.path, list[str](), Counter[int]()
     sources.require_unchanged(base, part)
