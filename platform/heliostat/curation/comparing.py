@@ -18,8 +18,8 @@ from heliostat.curation.segment import SpilledRun, by_run, survivors
 from heliostat.curation.stage import GlobalStage
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
-from heliostat.tasks.exchange import exchanged
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import exchanged
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 

@@ -30,9 +30,8 @@ from heliostat.data.manifest import FILES
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging
-from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
-from heliostat.tasks.merging import ShardRange
+from heliostat.tasks.merging import ShardRange, by_parts
 from heliostat.tasks.pool import TaskFunction
 
 log = logging.getLogger(__name__)

@@ -31,8 +31,8 @@ from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
 from heliostat.schema import Float
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries, spill
-from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
 Unit = Literal["line", "paragraph"]

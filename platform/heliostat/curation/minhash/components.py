@@ -15,8 +15,8 @@ from heliostat.curation.engine import filled
 from heliostat.errors import HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
-from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
 ROUNDS = 100  # more than log^2 of the documents there are
