@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from heliostat.config.schedules import factor
 from heliostat.data.dataset import open_dataset
 from heliostat.data.order import SamplePlaces
 from heliostat.engine import deepspeed_engine, zero_state
-from heliostat.training.worker.lr_schedule import factor
 from heliostat.validation import check
 
 ALONE = ["workers.count=1", "mlflow.register=null"]

@@ -65,12 +65,12 @@ def micros(made: Any, its: Any, step: int) -> list[Any]:
 
 def losses(made: Any, its: Any, on: Any, first: int, steps: int) -> list[float]:
     """Trains an engine for steps [first, first + steps); each step's loss."""
-    from heliostat.training.worker import on_device
+    from heliostat.training.worker.micro_batches import on_device
 
     found = []
     for step in range(first, first + steps):
         total, parts = torch.zeros((), device=DEVICE), micros(made, its, step)
-        for micro, batch in zip(parts, on_device.batches(parts, DEVICE), strict=True):
+        for micro, batch in zip(parts, on_device(parts, DEVICE), strict=True):
             loss = its.loss(on, batch).sum / its.terms(micro)
             on.backward(loss)
             total += loss.detach().float() / len(parts)

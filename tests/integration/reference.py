@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from heliostat.config.schedules import factor
 from heliostat.data.dataset import open_dataset
 from heliostat.recipes import building
-from heliostat.training.worker.lr_schedule import factor
 from heliostat.validation import check
 
 

@@ -24,7 +24,7 @@ from heliostat.config import spec
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, HeliostatError, StorageError
 from heliostat.storage import locations as storage
 from heliostat.storage.locations import Location
-from heliostat.training.stop_codes import FAILED, RUN
+from heliostat.training.stops import FAILED, RUN
 from heliostat.training.worker.heartbeat import StopConsensus
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 

@@ -16,7 +16,7 @@ from heliostat.numerics.play import gradients
 from heliostat.recipes import building
 from heliostat.recipes.loading import load
 from heliostat.training.worker import coupled
-from heliostat.training.worker.batch_plan import BatchPlan
+from heliostat.training.worker.micro_batches import BatchPlan
 
 from tests.golden.curves import Steps
 from tests.integration import ranks

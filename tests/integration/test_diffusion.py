@@ -31,7 +31,7 @@ from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.tracking.models import resolve
 from heliostat.training.run import train
-from heliostat.training.worker.batch_plan import BatchPlan
+from heliostat.training.worker.micro_batches import BatchPlan
 from PIL import Image
 
 from tests.integration import ranks

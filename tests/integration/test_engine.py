@@ -14,7 +14,6 @@ import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
 from heliostat.engine import deepspeed_engine, zero_state
-from heliostat.engine import loss_scale as lossscale
 from heliostat.storage.locations import Location
 from torch import nn
 
@@ -175,18 +174,18 @@ def loss_scale(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
             made = [_engine(Steep, 3, **fp16, **{"train.zero.stage": stage, "train.accumulate": accumulate}) for _ in range(2)]
             run = Location(f"{folder}/{stage}-{accumulate}")
             _train(made[0], 3, 12)
-            steps, held = zero_state.optimizer_steps(made[0]), lossscale.read(made[0])
+            steps, held = zero_state.optimizer_steps(made[0]), zero_state.read_loss_scale(made[0])
             saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
             saver.save(12, zero_state.state(made[0]), build_index.facts(optimizer_steps=steps, loss_scale=held))
             saver.wait()
             found = checkpoint.open_checkpoint(run, 12)
             checkpoint.load(found, zero_state.state(made[1], whole=True), group)
             zero_state.after_load(made[1], steps)
-            anew = lossscale.write(made[1], None)
-            lossscale.write(made[1], found.index["loss_scale"])
+            anew = zero_state.write_loss_scale(made[1], None)
+            zero_state.write_loss_scale(made[1], found.index.loss_scale)
             for engine in made:
                 _train(engine, 3, 6)
-            ends = [{"scale": lossscale.read(e), "steps": zero_state.optimizer_steps(e)} for e in made]
+            ends = [{"scale": zero_state.read_loss_scale(e), "steps": zero_state.optimizer_steps(e)} for e in made]
             gap = float((_masters(made[0]) - _masters(made[1])).abs().max())
             if dist.get_rank() == 0:
                 yield {

@@ -19,7 +19,7 @@ from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.training.driver.memory import Memory
 from heliostat.training.driver.pool import WorkerPool
-from heliostat.training.memory_keeper import summed
+from heliostat.training.memory_keeper import CopyFacts, summed
 from heliostat.training.run import train
 
 from tests.integration.conftest import UNBROKEN_STEPS, curve
@@ -98,12 +98,12 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def keep(plan: Any, step: int, rank: int, seal: bool = True) -> None:
     data, id = np.full(1000, rank, np.uint8), f"{plan.attempt}:{step}"
-    told = {"step": step, "world": 2, "common": {"data": "plan"}}
+    facts = CopyFacts(step, 2, "plan", step)
     for keeper in plan.keepers[rank]:
         ray.get(keeper.open.remote(id, rank, 1000))  # first: a keeper answers several calls at the same time
         ray.get(keeper.write.remote(id, rank, 0, data))
         if seal:
-            ray.get(keeper.seal.remote(id, rank, [summed(data, 0)], told))
+            ray.get(keeper.seal.remote(id, rank, [summed(data, 0)], facts, [], b""))
 
 
 def test_a_torn_or_a_damaged_generation_is_not_used(memory, caplog):

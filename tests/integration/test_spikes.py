@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from heliostat.config.spec import Spike
+from heliostat.config.sections import Spike
 from heliostat.errors import LossSpikeError
 from heliostat.runs.events import Event
 from heliostat.storage.locations import Location
@@ -14,8 +14,8 @@ from heliostat.tracking import local_curves
 from heliostat.tracking.logger import RunOwner
 from heliostat.tracking.report import page
 from heliostat.training.driver.progress import ProgressReporter
+from heliostat.training.worker.context import Posts
 from heliostat.training.worker.loss_watch import LossWatch
-from heliostat.training.worker.posts import Posts
 from mlflow import MlflowClient
 from rich.console import Console
 
@@ -35,7 +35,7 @@ def judged(policy: Spike, losses: list[float]) -> tuple[list[Event], str]:
     unread: Any = None  # no loss is without a number
     reason = ""
     try:
-        LossWatch(context, unread, saved=lambda: None).check(0, losses)
+        LossWatch(context, unread, saved=lambda: None).on_report(0, losses)
     except LossSpikeError as e:
         reason = str(e)
     assert posts.told == posted  # so they are kept beside the checkpoint, too

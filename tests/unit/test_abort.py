@@ -10,11 +10,10 @@ from heliostat.engine import process_group
 from heliostat.errors import HeliostatError, NonFiniteError, PeerLostError, WorkerError
 from heliostat.runs.time_ledger import Ledger
 from heliostat.training.worker.heartbeat import Heartbeat
-from heliostat.training.worker.loop import Worker
 from heliostat.training.worker.process import TrainWorker
 from heliostat.training.worker.recheck import CorruptionCheck
-from heliostat.training.worker.step_reports import StepReports
-from heliostat.training.worker.stepper import StepResults
+from heliostat.training.worker.step import Loop
+from heliostat.training.worker.step_reports import StepReports, StepResults
 from heliostat.training.worker.training_state import TrainingState
 
 from tests.unit.build_job import job
@@ -58,7 +57,7 @@ def test_the_order_is_noted_before_the_group_is_aborted_and_only_for_its_own_att
 
 def test_the_heartbeat_hands_the_order_on(monkeypatch):
     beat = object.__new__(Heartbeat)
-    beat._rank, beat.progress, beat._ordered, beat._facts, beat._every = 0, 0, 0, {}, 0.0
+    beat._rank, beat.progress, beat._ordered, beat._node, beat._every = 0, 0, 0, "n", 0.0
     beat._abort, beat.step, beat.micro = process_group.order(), 0, 0
     beat._ended = SimpleNamespace(wait=lambda seconds: True)  # type: ignore[assignment]
     beat._mailbox = SimpleNamespace(heartbeat=SimpleNamespace(remote=lambda *given: {"abort": True}))
@@ -67,32 +66,29 @@ def test_the_heartbeat_hands_the_order_on(monkeypatch):
     assert process_group.ordered()
 
 
-def worker_in_step(norm: float, step: Any) -> Any:
-    worker: Any = object.__new__(Worker)
-    worker.start_step, worker.recheck, worker.ledger, worker.job = 0, None, Ledger("data"), job()
-    worker._next_step = lambda: None
-    worker.heartbeat = SimpleNamespace(stop=0, progress=0)
-    worker.consensus = SimpleNamespace(ask=lambda code: None, result=lambda: 0)
-    worker.state = SimpleNamespace(blocked_s=0.0, saver=SimpleNamespace(failed=False))
-    worker.stepper = SimpleNamespace(step=lambda *given: step() or norm)
-    return worker
+def loop_in_step(norm: float, step: Any) -> Any:
+    loop: Any = object.__new__(Loop)
+    loop.ledger, loop.job, loop.hooks = Ledger("data"), job(), []
+    loop.context = SimpleNamespace(start_step=0, progressed=process_group.check)
+    loop.read = lambda: None
+    loop.heartbeat = SimpleNamespace(stop=0)
+    loop.consensus = SimpleNamespace(ask=lambda code: None, result=lambda: 0)
+    loop.state = SimpleNamespace(blocked_s=0.0, saver=SimpleNamespace(failed=False))
+    loop.stepper = SimpleNamespace(step=lambda *given: step() or norm)
+    loop.unsealed = Never()
+    return loop
 
 
 def test_a_step_that_was_aborted_is_neither_judged_nor_counted_as_trained():
     """Its norm is not finite: that would end the run, or with `rollback` leave good samples out."""
-    worker = worker_in_step(math.nan, ordered)
-    worker.unsealed = worker.watch = Never()
     with pytest.raises(PeerLostError):
-        worker._make(5)
-    assert worker.heartbeat.progress == 0
+        loop_in_step(math.nan, ordered)._make(5)
 
 
 def test_a_step_before_the_abort_counts():
-    worker = worker_in_step(1.0, lambda: None)
-    noted: list[Any] = []
-    worker.unsealed = SimpleNamespace(add=lambda *given: noted.append(given))
-    worker.watch = SimpleNamespace(check_norm=lambda *given: noted.append(given))
-    assert worker._make(5) == 0 and len(noted) == 2 and worker.heartbeat.progress == 1
+    loop, noted = loop_in_step(1.0, lambda: None), list[Any]()
+    loop.unsealed = SimpleNamespace(add=lambda *given: noted.append(given))
+    assert loop._make(5) == (1.0, 0) and len(noted) == 1
 
 
 def test_numbers_of_an_aborted_report_are_neither_judged_nor_logged():
@@ -101,12 +97,11 @@ def test_numbers_of_an_aborted_report_are_neither_judged_nor_logged():
         return StepResults([math.nan], [1.0], {}, {}, 10**9)
 
     reports: Any = object.__new__(StepReports)
-    reports.stepper, reports.job, reports.last_loss = SimpleNamespace(report=report), job(), None
-    reports.context = SimpleNamespace(control=None, progressed=process_group.check, posts=Never())
-    reports.dataset = reports.watch = Never()
+    reports.sums, reports.job = report, job()
+    reports.context = SimpleNamespace(control=None, progressed=process_group.check, posts=Never(), latest=Never())
+    reports.dataset = reports.hooks = Never()
     with pytest.raises(PeerLostError):
         reports._post(0, 1, 1.0, 0.0, 0)
-    assert reports.last_loss is None
 
 
 def test_after_an_abort_no_checkpoint_no_receipt_and_no_copy_is_made():
@@ -115,7 +110,7 @@ def test_after_an_abort_no_checkpoint_no_receipt_and_no_copy_is_made():
     state.unsealed = state.saver = state.memory = Never()
     ordered()
     with pytest.raises(PeerLostError):
-        state.save(10, {})
+        state.save(10)
     with pytest.raises(PeerLostError):
         state.keep(10)
 
@@ -154,7 +149,10 @@ def failing(monkeypatch: pytest.MonkeyPatch, told: list[Any], error: Exception, 
             before()
             raise error
 
-    monkeypatch.setattr("heliostat.training.worker.loop.Worker", Failing)
+        def end(self) -> None:
+            told.append("end")
+
+    monkeypatch.setattr("heliostat.training.worker.build.Worker", Failing)
     worker = object.__new__(TrainWorker)
     worker._spent = False
     return worker
@@ -193,11 +191,11 @@ class TwoWords(Exception):
     [(NonFiniteError("step 3: loss nan"), NonFiniteError), (KeyError("x"), WorkerError), (TwoWords("a", "b"), WorkerError)],
 )
 def test_a_worker_tells_its_error_before_it_cleans_up(monkeypatch, told, error, kind):
-    """On a broken device the abort, or leaving the group, may never end."""
+    """On a broken device the abort, the copy into memory that is in flight, or leaving the group may never end."""
     with pytest.raises((type(error), WorkerError)) as raised:
         run(failing(monkeypatch, told, error), told)
     report, *rest = told
-    assert (report.rank, type(report.error), rest) == (2, kind, ["abort", "leave"])
+    assert (report.rank, type(report.error), rest) == (2, kind, ["abort", "end", "leave"])
     assert isinstance(report.error, HeliostatError) and not isinstance(raised.value, PeerLostError)
 
 

@@ -14,8 +14,11 @@ import pytest
 from heliostat.checkpoint.saver import Saver
 from heliostat.config import spec
 from heliostat.recipes import building
+from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.locations import Location
-from heliostat.training.worker.loop import Worker
+from heliostat.training.worker.context import Latest
+from heliostat.training.worker.evaluation import Evaluations
+from heliostat.training.worker.hooks import Due
 from heliostat.training.worker.memory_copies import MemoryCopies
 from heliostat.training.worker.training_state import TrainingState
 
@@ -49,12 +52,14 @@ def test_an_evaluation_after_a_skipped_step_waits_for_the_save_in_flight(
     for one in copied:
         one.clear()
     threading.Thread(target=copy, daemon=True).start()
-    module = SimpleNamespace(eval=lambda: None, train=lambda: None, module=None)
-    worker: Any = Worker.__new__(Worker)
-    worker.state, worker.engine, worker.device, worker.gallery, worker.control = state, module, None, None, None
-    worker.held_out = SimpleNamespace(scores=lambda *given: log.append("scored") or {})
+    evaluations: Any = Evaluations.__new__(Evaluations)
+    evaluations.state, evaluations.gallery, evaluations.recipe = state, None, None
+    evaluations.engine = SimpleNamespace(eval=lambda: None, train=lambda: None, module=None, device=None)
+    evaluations.held_out = SimpleNamespace(scores=lambda *given: log.append("scored") or {})
     monkeypatch.setattr(building, "rest", lambda recipe, module: None)
-    worker.recipe, worker.posts = SimpleNamespace(), SimpleNamespace(tell=lambda event: None)
-    worker._evaluate(7)
+    evaluations.context = SimpleNamespace(
+        ledger=Ledger("computing"), control=None, progressed=None, latest=Latest(), posts=SimpleNamespace(tell=lambda event: None)
+    )
+    evaluations.on_save(7, Due(last=False, reports=True, evaluates=True, saves=False, keeps=False, holds=False))
     assert log[-3:] == ["exchanged", "scored", "exchanged back"]
     assert sorted(log[:-3]) == [*["copied"] * len(copied), "the GPU's copies are waited for"] and log[0] == "copied"

@@ -1,5 +1,6 @@
 """The watch over many workers: whoever lives is heard of, whatever the clocks say and however many there are."""
 
+import os
 import random
 import time
 from types import SimpleNamespace
@@ -10,12 +11,15 @@ from heliostat.config import spec
 from heliostat.errors import HeliostatError, StalledError
 from heliostat.runs.events import Event, NodeSample, Notice, Stack
 from heliostat.training import mailbox
-from heliostat.training.driver import attempt, stack_dumps
+from heliostat.training.driver import attempt, watchdog
 from heliostat.training.driver.pool import Member
 from heliostat.training.driver.signals import Signals
+from heliostat.training.worker.build import Worker
 from heliostat.training.worker.heartbeat import Heartbeat
 
-from tests.unit.test_abort import worker_in_step
+from tests.unit.test_abort import loop_in_step
+
+FACTS: mailbox.Facts = {"pid": 1, "node": "n", "step": 0, "micro": 0}
 
 
 class Clock:
@@ -44,19 +48,19 @@ def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_fro
         for rank, at in due.items():
             if at <= clock.now:
                 due[rank] = at + mailbox.interval(workers)
-                if state.heartbeat(rank, 7, {"pid": 1, "node": "n"}).get("dump"):
-                    answers.append((clock.now + draw.uniform(0, stack_dumps.ANSWER_S - 2 * stack_dumps.POLL_S), rank))
+                if state.heartbeat(rank, 7, FACTS).get("dump"):
+                    answers.append((clock.now + draw.uniform(0, watchdog.ANSWER_S - 2 * watchdog.POLL_S), rank))
                     due[rank] = float("inf")
         for one in [a for a in answers if a[0] <= clock.now]:
             answers.remove(one)
             state.post(Stack(rank=one[1], stack="in all_reduce"))
 
-    state.order(dump=True)
+    state.order({"dump": True})
     state.post(Notice(text="others"))
     others = list[Event]()
-    found = stack_dumps.collect(workers, lambda: state.drain()[0], others.append, clock, sleep)
+    found = watchdog.collect(workers, lambda: state.drain()[0], others.append, clock, sleep)
     assert set(found) == set(range(workers)) - frozen and [type(e) for e in others] == [Notice]
-    told = stack_dumps.text(found, workers)
+    told = watchdog.text(found, workers)
     assert told.splitlines()[0].endswith("frozen, or dead: worker " + ", ".join(str(r) for r in sorted(frozen)))
 
 
@@ -73,7 +77,7 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
     made.pool = SimpleNamespace(waiting=False)  # type: ignore[assignment]
     made.signals, made._ordered, made._phase, made._fault, made._stop_by = Signals(), 0, "step", None, None
     made._since = time.monotonic() - 1000
-    made._heartbeats = {0: {"node": "n", "pid": 1, "moved": time.monotonic(), "at": time.monotonic()}}
+    made._heartbeats = {0: {**FACTS, "progress": 1, "moved": time.monotonic(), "at": time.monotonic()}}
     made._members, made._keep_stacks = [], lambda: ("stacks", {})  # type: ignore[method-assign]
     return made
 
@@ -82,7 +86,7 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
 def test_a_wall_clock_that_is_set_stalls_nobody_and_hides_no_stall(monkeypatch, jump):
     """An hour of summer time, or a first answer of a time server, is no hour in which nobody got on."""
     made, state, now = watched(), mailbox.MailboxState(), time.time()
-    state.heartbeat(0, 1, {})
+    state.heartbeat(0, 1, FACTS)
     monkeypatch.setattr(time, "time", lambda: now + jump)
     made._look()
     assert made._fault is None
@@ -120,7 +124,7 @@ def stall(
     made.job.workers = spec.Workers(count=workers)  # type: ignore[misc]
     made._members = [Member(rank, None, rank, f"node{rank}", f"10.0.0.{rank}", gpus) for rank in range(workers)]
     made._heartbeats = {
-        rank: {"node": f"node{rank}", "pid": 1, "moved": now - 70, "at": now, "step": step, "micro": micro}
+        rank: {"node": f"node{rank}", "pid": 1, "step": step, "micro": micro, "progress": 1, "moved": now - 70, "at": now}
         for rank, (step, micro) in enumerate(reached)
     }
     made._keep_stacks = lambda: ("stacks.txt", stacks)  # type: ignore[method-assign]
@@ -156,14 +160,15 @@ def test_a_stall_names_the_worker_that_is_in_another_call_or_that_does_not_answe
 
 def test_a_worker_tells_which_step_and_micro_batch_it_is_at(monkeypatch):
     beat, sent = object.__new__(Heartbeat), list[Any]()
-    beat._rank, beat.progress, beat._ordered, beat._facts, beat._every = 0, 9, 0, {"pid": 1}, 0.0
+    beat._rank, beat.progress, beat._ordered, beat._node, beat._every = 0, 9, 0, "n", 0.0
     beat._ended = SimpleNamespace(wait=lambda seconds: True)  # type: ignore[assignment]
     beat._mailbox = SimpleNamespace(heartbeat=SimpleNamespace(remote=lambda *given: sent.append(given) or {}))
     monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
-    worker = worker_in_step(1.0, lambda: [worker._handed() for _ in range(3)] and None)
-    worker.unsealed, worker.watch = SimpleNamespace(add=lambda *given: None), SimpleNamespace(check_norm=lambda *given: None)
-    worker.heartbeat = beat
+    worker: Any = Worker.__new__(Worker)
+    loop = loop_in_step(1.0, lambda: [worker._handed() for _ in range(3)] and None)
+    loop.unsealed, loop.context.progressed = SimpleNamespace(add=lambda *given: None), worker._progressed
+    loop.heartbeat = worker.heartbeat = beat
     monkeypatch.setattr(Heartbeat, "stop", 0)
-    worker._make(5)
+    loop._make(5)
     beat._beat()
-    assert sent == [(0, 13, {"pid": 1, "step": 6, "micro": 3})]
+    assert sent == [(0, 13, {"pid": os.getpid(), "node": "n", "step": 6, "micro": 3})]

@@ -5,6 +5,13 @@ import weakref
 
 import pytest
 from heliostat.training.worker import collector
+from heliostat.training.worker.hooks import Due
+
+
+def pause(due: bool) -> None:
+    """What the hook does behind a step at which it collects what is new; everything, if a save is due."""
+    due_then = Due(last=False, reports=True, evaluates=False, saves=due, keeps=False, holds=False)
+    collector.Collector().on_save(collector.EVERY, due_then)
 
 
 class Circle:
@@ -32,7 +39,7 @@ def test_nothing_is_collected_inside_but_when_called_for(runs):
         last = weakref.ref(circles[-1])
         del circles
         assert not runs and last() is not None
-        collector.collect_new()
+        pause(due=False)
         assert runs == [1] and last() is None
     assert gc.isenabled()
 
@@ -41,12 +48,12 @@ def test_what_is_old_goes_with_all(runs):
     with collector.held_off():
         circle = Circle()
         gone = weakref.ref(circle)
-        collector.collect_new()
-        collector.collect_new()  # it has moved to the oldest generation
+        pause(due=False)
+        pause(due=False)  # it has moved to the oldest generation
         del circle
-        collector.collect_new()
+        pause(due=False)
         assert gone() is not None
-        collector.collect_all()
+        pause(due=True)
         assert gone() is None
 
 

@@ -1,5 +1,6 @@
 """A store that fails now and then costs checkpoints, not a healthy attempt; the last checkpoint must be there."""
 
+import dataclasses
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from heliostat.checkpoint import layout
 from heliostat.checkpoint.saver import TOLERATED, Saver
 from heliostat.config import spec
 from heliostat.data import receipt
+from heliostat.data.dataset import Bad
 from heliostat.engine import zero_state
 from heliostat.errors import AccessError, CheckpointError, LeaseError, StorageError, WorkerError
 from heliostat.runs import consumed
@@ -23,14 +25,14 @@ from heliostat.runs.history import receipts
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.locations import Location
 from heliostat.tracking.metrics import points
-from heliostat.training.stop_codes import FAILED, RUN
-from heliostat.training.worker import bad_samples
-from heliostat.training.worker.posts import Posts
+from heliostat.training.stops import FAILED, RESIZE, RUN
+from heliostat.training.worker import unsealed
+from heliostat.training.worker.context import Latest, Posts
 from heliostat.training.worker.training_state import TrainingState
 from heliostat.training.worker.unsealed import Unsealed
 
 from tests.unit.build_job import job
-from tests.unit.test_abort import worker_in_step
+from tests.unit.test_abort import loop_in_step
 
 AWAY = StorageError("s3://x: storage failed for 600 s")
 
@@ -87,14 +89,31 @@ def test_the_last_save_must_succeed():
 
 def test_a_step_after_which_a_save_has_failed_somewhere_is_followed_by_the_next():
     state, notices = saving(AWAY)
-    worker = worker_in_step(1.0, lambda: None)
-    worker.state = state
-    worker.state.saver.blocked_s = 0.0
+    loop = loop_in_step(1.0, lambda: None)
+    loop.state = state
+    loop.state.saver.blocked_s = 0.0
     asked: list[int] = []
-    worker.consensus = SimpleNamespace(ask=asked.append, result=lambda: FAILED)
-    worker.unsealed = SimpleNamespace(add=lambda *given: None)
-    worker.watch = SimpleNamespace(check_norm=lambda *given: None)
-    assert worker._make(5) == RUN and asked == [FAILED] and len(notices) == 1
+    loop.consensus = SimpleNamespace(ask=asked.append, result=lambda: FAILED)
+    loop.unsealed = SimpleNamespace(add=lambda *given: None)
+    assert loop._make(5) == (1.0, RUN) and asked == [FAILED] and len(notices) == 1
+
+
+@pytest.mark.parametrize("failures", [0, 1, TOLERATED, TOLERATED + 1])
+def test_a_pause_point_waits_for_its_checkpoint_and_survives_as_many_failed_saves_as_a_step(monkeypatch, failures):
+    """A sweep decides by that checkpoint: another trial may continue from it."""
+    state, _ = saving(*[AWAY] * failures, True)
+    loop, again, posted = loop_in_step(1.0, lambda: None), list[int](), list[Any]()
+    state.save, loop.state = again.append, state
+    decision = SimpleNamespace(remote=lambda step: RESIZE)
+    loop.context.posts = SimpleNamespace(mailbox=SimpleNamespace(decision=decision), post=posted.append)
+    loop.context.latest = Latest()
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    if failures > TOLERATED:
+        with pytest.raises(StorageError):
+            loop._hold(7)
+        assert not posted
+        return
+    assert loop._hold(7) == RESIZE and again == [7] * failures and [event.step for event in posted] == [7]
 
 
 def pruning(prune: Callable[[int], None]) -> tuple[Any, list[str]]:
@@ -148,12 +167,13 @@ def training(run: Location, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = job()
     state.context = SimpleNamespace(
         job=made, plan=SimpleNamespace(dump=dict, digest="d"), run_folder=run, world=1, posts=posts,
-        fence=SimpleNamespace(check=lambda: None), progressed=lambda: None, control=group,
+        fence=SimpleNamespace(check=lambda: None), progressed=lambda: None, control=group, ledger=Ledger("computing"),
+        latest=Latest(),
     )  # fmt: skip
     state.unsealed = Unsealed(run, SimpleNamespace(plan=SimpleNamespace(digest="d")), group)  # type: ignore[arg-type]
     state.saver = Saver(run, spec.Checkpoint(every=1, keep=9), group)
     state.memory, state.failed, state._in_a_row, state._sealing = None, 0, 0, None
-    state.tensors, state.ledger = lambda: {"w": torch.ones(3)}, Ledger("computing")
+    state.tensors = lambda: {"w": torch.ones(3)}
     state._counters = lambda: {"optimizer_steps": 1, "loss_scale": None}
     monkeypatch.setattr(zero_state, "frozen", lambda engine: {})
     state.engine, state.notices = None, notices
@@ -179,14 +199,14 @@ def test_an_outage_while_the_receipt_is_written_costs_one_checkpoint_and_nothing
         write(self, data, *given)
 
     monkeypatch.setattr(Location, "write", failing)
-    bad = {"step": 0, "position": 0, "source": 0, "chunk": 0, "row": 0, "reason": "x", "by": (0, 0, 1)}
-    monkeypatch.setattr(bad_samples, "describe", lambda found, dataset: found)
+    bad = 0, Bad(0, 0, 0, 0, "x", (0, 0, 1))
+    monkeypatch.setattr(unsealed, "describe", lambda step, bad, dataset: {"step": step, **dataclasses.asdict(bad)})
     state.unsealed._bad, state.context.posts.told = [bad], [Evaluation(step=1, scores={}, images={})]
     train(state, 1, 2)
-    state.save(2, {})
+    state.save(2)
     train(state, 3)
-    kept = state.unsealed.kept()  # in memory while the receipt is written: everything that no receipt covers for certain
-    assert np.shape(kept["lanes"]) == (1, 3, 2) and kept["chain"] == "" and len(kept["bad"]) == 1
+    kept = state.unsealed.part(3)  # in memory while the receipt is written: everything that no receipt covers for certain
+    assert np.shape(kept.lanes) == (1, 3, 2) and kept.chain == "" and len(kept.bad) == 1
     with pytest.raises(StorageError):
         state.saver.wait()
     state.settle()
@@ -194,7 +214,7 @@ def test_an_outage_while_the_receipt_is_written_costs_one_checkpoint_and_nothing
     assert len(state.unsealed._lanes) == (1 if sealed else 3)
     assert len(state.context.posts.told) == len(state.unsealed._bad) == (0 if sealed else 1)
     down[0] = False
-    state.save(3, {})
+    state.save(3)
     state.wait()
     assert threading.main_thread().name not in in_thread
     assert layout.steps(run) == [3]
@@ -217,7 +237,7 @@ def test_outages_of_receipts_count_as_failed_saves_and_the_attempt_ends_behind_t
     monkeypatch.setattr(Location, "write", away)
     for step in range(1, TOLERATED + 2):
         train(state, step)
-        state.save(step, {})
+        state.save(step)
     assert state.failed == TOLERATED and len(state.notices) == TOLERATED
     with pytest.raises(StorageError):
         state.wait()
@@ -228,7 +248,7 @@ def test_no_checkpoint_is_complete_before_its_receipt(tmp_path, monkeypatch, alo
     state = training(run, monkeypatch)
     monkeypatch.setattr(Location, "write", lambda self, *given: (written.append(str(self)), write(self, *given))[1])
     train(state, 1)
-    state.save(1, {})
+    state.save(1)
     state.wait()
     kinds = [place.removeprefix(f"{run}/").split("/")[0] for place in written]
     assert kinds == ["curves", "receipts", "checkpoints", "checkpoints"] and written[-1].endswith("checkpoint.json")

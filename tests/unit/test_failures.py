@@ -20,11 +20,12 @@ from heliostat.errors import (
     WorkerError,
 )
 from heliostat.training import faults
-from heliostat.training.driver import attempt, exclusion
+from heliostat.training.driver import attempt, suspects
 from heliostat.training.driver.attempt import Attempt
-from heliostat.training.driver.exclusion import Suspicions
 from heliostat.training.driver.failures import Failure, explain, survived
-from heliostat.training.driver.recovery import classify, frozen
+from heliostat.training.driver.recovery import classify
+from heliostat.training.driver.suspects import Suspicions
+from heliostat.training.driver.watchdog import frozen
 
 ADVICE = """
 CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
@@ -220,7 +221,7 @@ def test_a_bad_node_is_excluded_where_others_have_room_and_named_where_they_have
         avoided=set, held=lambda: {"a": 2, "b": 1}, avoid=lambda bad, for_good: avoided.append((list(bad), for_good))
     )
     monkeypatch.setattr("heliostat.cluster.nodes.room_now", lambda job, held, avoid: room if held == {"b": 1} else 0)
-    told = exclusion.exclude(["a"], None, 2, pool)  # type: ignore[arg-type]
+    told = suspects.exclude(["a"], None, 2, pool)  # type: ignore[arg-type]
     assert said in told and said in caplog.text
     assert avoided == ([(["a"], True)] if room == 2 else [])
 
@@ -235,7 +236,7 @@ def test_a_reported_error_ends_the_attempt_though_no_worker_ever_ends(monkeypatc
     monkeypatch.setattr(attempt.stream, "end", lambda parts: ordered.append("end of the stream"))
     running: Any = object.__new__(Attempt)
     running._told, running._parts = {}, []
-    running._mailbox = SimpleNamespace(order=SimpleNamespace(remote=lambda **orders: ordered.extend(orders)))
+    running._mailbox = SimpleNamespace(order=SimpleNamespace(remote=ordered.extend))
     members = {f"result {rank}": SimpleNamespace(node="n", address="a", gpus=(str(rank),)) for rank in (0, 1)}
     threading.Timer(0.2, lambda: running._told.update({1: WorkerError(ECC)})).start()
     began = time.monotonic()

@@ -17,10 +17,10 @@ from heliostat.curation.text.tasks import TextSource
 from heliostat.data import infilling as layout
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
+from heliostat.evaluation import held_out as suites
 from heliostat.evaluation.documents import Documents, held_out
-from heliostat.evaluation.held_out import making as suites
 from heliostat.recipes.text import vocabulary
-from heliostat.recipes.text.token_bytes import sizes
+from heliostat.recipes.text.vocabulary import sizes
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 from tokenizers import AddedToken, Tokenizer

@@ -16,11 +16,11 @@ from heliostat.runs.goodput import RecordedAttempt
 from heliostat.runs.time_ledger import LedgerRecorder
 from heliostat.storage.locations import Location
 from heliostat.training.driver import limits
-from heliostat.training.driver import run as run_module
 from heliostat.training.driver.limits import Spending, hourly
 from heliostat.training.driver.run import DrivenRun
 from heliostat.training.driver.signals import Signals
-from heliostat.training.stop_codes import INTERRUPTED
+from heliostat.training.driver.states import States
+from heliostat.training.stops import INTERRUPTED
 from heliostat.tune import sweep
 
 from tests.unit.build_job import job
@@ -101,7 +101,7 @@ def test_a_limit_stops_a_run_as_a_signal_does_and_the_error_says_which(tmp_path,
     ):
         DrivenRun._handle_stop(run, INTERRUPTED, 7)
     with pytest.raises(LimitError, match="before the first step"):
-        DrivenRun._recover(run, StoppedError("stopped before the first step"), None, run.signals, None, None)
+        DrivenRun._recover(run, StoppedError("stopped before the first step"))
     assert issubclass(LimitError, StoppedError) and LimitError("x").exit_code == 130
 
 
@@ -182,16 +182,17 @@ def test_a_limit_reached_between_two_attempts_is_what_the_error_says(tmp_path, m
     run: Any = object.__new__(DrivenRun)
     run.spending, run.signals = spending(tmp_path, {"hours": 1.0}, (2.0, 1, 0.0)), Signals()
     run.ledger, run.lease, run.start_step, run.saved_step = run.spending._ledger, SimpleNamespace(lost=None), 5, 5
-    run.restarts, run.job = 0, job()
+    run.restarts, run.job, run.state = 0, job(), States("x")
     run.ledger.restart = lambda **given: None
+    run._beat = lambda: (DrivenRun._beat(run), signal_too and setattr(run.signals, "name", "SIGTERM"))
     error = PlacementError("no room")
-    run._pause = lambda seconds, signals: (DrivenRun._beat(run), signal_too and setattr(run.signals, "name", "SIGTERM"))
     text = r"^limits\.hours: 1 h are used up .*; stopped between two attempts; raise it and use --resume to go on from step 5$"
     with pytest.raises(LimitError, match=text):
-        DrivenRun._recover(run, error, None, run.signals, None, None)
+        run._recover(error)
     with pytest.raises(LimitError, match=r"limits\.hours: 1 h are used up"):
-        DrivenRun._recover(run, StoppedError("stopped by SIGTERM; no checkpoint"), None, run.signals, None, None)
-    with pytest.raises(StoppedError, match=r"^stopped by SIGINT between two attempts; use --resume to go on from step 3$"):
-        run_module._heed(SimpleNamespace(name="SIGINT"), "", 3)
-    after = run_module._stopped("x", run.spending.reached, "after the last step", "use --resume to export and register the model")
+        run._recover(StoppedError("stopped by SIGTERM; no checkpoint"))
+    after = run._stopped("after the last step", "use --resume to export and register the model")
     assert isinstance(after, LimitError) and str(after).startswith("limits.hours: 1 h are used up")
+    run.spending.reached, run.signals.name = "", "SIGINT"
+    with pytest.raises(StoppedError, match=r"^stopped by SIGINT between two attempts; use --resume to go on from step 5$"):
+        run._pause(10.0)

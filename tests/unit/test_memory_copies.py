@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from heliostat.training import memory_keeper
-from heliostat.training.memory_keeper import MemoryKeeper, MemoryPlan
+from heliostat.training.memory_keeper import CopyFacts, MemoryKeeper, MemoryPlan
 from heliostat.training.worker import memory_copies
 from heliostat.training.worker.memory_copies import MemoryCopies
 
@@ -73,7 +73,7 @@ class Workers:
             one.wait()
         for rank, one in enumerate(self.all):
             state = {"weights": torch.full((SIZE,), float(step + rank)), "buffer": torch.arange(10)}
-            one.keep(step, state, {"chain": "x"}, {}, None)
+            one.keep(CopyFacts(step, len(self.all), "plan", step), b"", state, None)  # type: ignore[arg-type]
 
     def end(self) -> None:
         for one in self.all:
@@ -92,7 +92,7 @@ def test_copies_arrive_in_pieces_and_are_intact(monkeypatch):
     for rank in (0, 1):
         assert workers.held(rank) == ["a:2", "a:3"] and workers.keepers[rank].keeper.intact("a:3") == [rank]
         (found,) = [copy for (id, _), copy in workers.keepers[rank].keeper._copies.items() if id == "a:3"]
-        assert len(found.sums) > memory_copies.IN_FLIGHT and sum(one.size for one in found.sums) == len(found.data)
+        assert len(found.arrived) > memory_copies.IN_FLIGHT and sum(one.size for one in found.arrived) == len(found.data)
     assert workers.notices == []
 
 
@@ -106,7 +106,7 @@ def test_a_keeper_checks_pieces_while_they_arrive_and_seals_at_once(monkeypatch)
     for start in (50, 0):
         keeper.write("a:1", 0, start, data[start : start + 50])
     assert read == [50, 50]
-    keeper.seal("a:1", 0, [summed(data[:50], 0), summed(data[50:], 50)], {"step": 1, "world": 1, "common": {}})
+    keeper.seal("a:1", 0, [summed(data[:50], 0), summed(data[50:], 50)], CopyFacts(1, 1, "plan", 1), [], b"")
     assert read == [50, 50] and keeper.intact("a:1") == [0]
 
 
@@ -226,7 +226,7 @@ def test_copies_of_a_gpu_go_by_a_stream_of_their_own_and_only_kernels_wait_for_t
     workers = Workers(monkeypatch, Remote())
     (copies,) = workers.all
     state = {"weights": torch.arange(8.0).as_subclass(OnGpu), "host": torch.ones(4)}
-    copies.keep(1, state, {}, {}, None)
+    copies.keep(CopyFacts(1, 1, "plan", 1), b"", state, None)  # type: ignore[arg-type]
     copies.before_change()
     workers.end()
     here = threading.current_thread().name

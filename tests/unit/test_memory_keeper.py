@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from heliostat.training.driver.memory import whole
-from heliostat.training.memory_keeper import MemoryKeeper, Sum, summed
+from heliostat.training.memory_keeper import CopyFacts, MemoryKeeper, Sum, summed
 
 DATA = np.arange(1000, dtype=np.uint8)
 
 
-def told(step: int, world: int = 2, **common: Any) -> dict[str, Any]:
-    return {"step": step, "world": world, "common": {"chain": "ab", "data": "plan", **common}}
+def facts(step: int, **other: Any) -> CopyFacts:
+    return CopyFacts(step, world=2, data="plan", optimizer_steps=step, **other)
 
 
 def sums() -> list[Sum]:
@@ -25,7 +25,7 @@ def kept(keeper: MemoryKeeper, id: str, rank: int, step: int, seal: bool = True)
     keeper.write(id, rank, 0, DATA[:600])
     keeper.write(id, rank, 600, DATA[600:])
     if seal:
-        keeper.seal(id, rank, sums(), told(step))
+        keeper.seal(id, rank, sums(), facts(step), [], b"")
 
 
 def test_a_generation_is_whole_once_every_rank_has_sealed_its_copy_on_some_node():
@@ -36,14 +36,14 @@ def test_a_generation_is_whole_once_every_rank_has_sealed_its_copy_on_some_node(
     kept(other, "a:20", 1, 20, seal=False)
     assert whole({"n": one.held(), "m": other.held()}, "plan") == [("a:10", 10, 2)]
     assert whole({"n": one.held()}, "plan") == [], "the copy of rank 1 is on the node that is gone"
-    other.seal("a:20", 1, sums(), told(20))
+    other.seal("a:20", 1, sums(), facts(20), [], b"")
     assert whole({"n": one.held(), "m": other.held()}, "plan") == [("a:20", 20, 2), ("a:10", 10, 2)]
 
 
 def test_copies_that_do_not_agree_are_none():
-    held = [("a:10", 0, told(10, loss_scale=1.0)), ("a:10", 1, told(10, loss_scale=2.0))]
+    held = [("a:10", 0, facts(10, loss_scale={"cur_scale": 1.0})), ("a:10", 1, facts(10, loss_scale={"cur_scale": 2.0}))]
     assert whole({"n": held}, "plan") == []
-    assert whole({"n": [("a:10", 0, told(10)), ("b:10", 1, told(10))]}, "plan") == [], "of two attempts"
+    assert whole({"n": [("a:10", 0, facts(10)), ("b:10", 1, facts(10))]}, "plan") == [], "of two attempts"
 
 
 def test_the_oldest_generation_makes_room_when_a_third_begins():
@@ -69,7 +69,7 @@ def test_damage_is_found_on_the_way_and_while_it_lies_there():
     assert keeper.intact("a:10") == [1]
     keeper.open("a:20", 0, len(DATA))
     with pytest.raises(ValueError, match="did not arrive"):
-        keeper.seal("a:20", 0, [sums()[0]], told(20))
+        keeper.seal("a:20", 0, [sums()[0]], facts(20), [], b"")
     assert [id for id, _, _ in keeper.held()] == ["a:10", "a:10"]
 
 

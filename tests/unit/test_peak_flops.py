@@ -45,10 +45,10 @@ def test_gpus_without_bf16_have_a_peak_in_fp16_alone(name, peak):
 def test_mfu_of_an_unknown_gpu_is_left_out_and_said_once(monkeypatch):
     notices: list[str] = []
     reports: Any = object.__new__(StepReports)
-    reports.job, reports._told_peak = job(**{"train.precision": "bf16"}), False
+    reports.job, reports._reported_peak = job(**{"train.precision": "bf16"}), False
     reports.engine = SimpleNamespace(device=torch.device("cuda"), module=None)
     reports.context = SimpleNamespace(world=2, posts=SimpleNamespace(notice=notices.append))
-    reports.stepper = SimpleNamespace(recipe=SimpleNamespace(flops_per_sample=lambda model: 1e12))
+    reports.recipe = SimpleNamespace(flops_per_sample=lambda model: 1e12)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S MIG 1g")
     assert reports._mfu(1, 1.0) is None and reports._mfu(1, 1.0) is None
     assert notices == ["train/mfu isn't reported: the peak FLOP/s of 'NVIDIA L40S MIG 1g' in bf16 isn't known"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from heliostat.errors import AccessError, StoppedError, unwrapped
 from heliostat.storage import wire
-from heliostat.training.driver import refusals
+from heliostat.training.driver import suspects
 from heliostat.training.driver.recovery import Budget
 from heliostat.training.driver.run import DrivenRun
 
@@ -29,14 +29,14 @@ def run_of(storage: Path) -> Any:
     restarts = list[tuple[str, str]]()
     return SimpleNamespace(
         job=made, saved_step=0, start_step=0, budget=Budget(made.retries), plan=SimpleNamespace(skips=()), restarts=restarts,
-        _restart=lambda outcome, reason: restarts.append((outcome, reason)), _pause=lambda *_: None, trust_memory=True,
+        _restart=lambda state, outcome, reason: restarts.append((outcome, reason)), _pause=lambda *_: None, trust_memory=True,
         spending=SimpleNamespace(reached=""), _exclude=lambda *_: [],
+        memory=SimpleNamespace(forget=lambda: pytest.fail("the copies are good")),
     )  # fmt: skip
 
 
 def recover(run: Any, error: Exception) -> None:
-    memory = SimpleNamespace(forget=lambda: pytest.fail("the copies are good"))
-    DrivenRun._recover(run, error, None, SimpleNamespace(name=None), None, memory)
+    DrivenRun._recover(run, error)
 
 
 def test_a_refusal_that_the_driver_does_not_meet_is_a_nodes_failure_and_tried_again(tmp_path):
@@ -65,7 +65,7 @@ def test_the_place_of_the_error_is_probed_whichever_it_is(tmp_path, monkeypatch)
     """Such as the weights that a model starts from, which no other key names."""
     run, asked = run_of(tmp_path), []
     monkeypatch.setattr("heliostat.storage.locations.Location.exists", lambda self: asked.append(self.uri))
-    assert not refusals.confirmed(refusal(tmp_path / "weights"), run.job)
+    assert not suspects.refuses_driver(refusal(tmp_path / "weights"), run.job)
     assert asked == [str(tmp_path / "data"), str(tmp_path / "weights")]
 
 
@@ -73,11 +73,11 @@ def test_the_refused_node_is_avoided_where_others_have_room(monkeypatch):
     avoided = list[str]()
     pool = SimpleNamespace(avoided=set, held=lambda: Counter({NODE: 2, "b": 1}), avoid=avoided.extend)
     monkeypatch.setattr("heliostat.cluster.nodes.room_now", lambda _job, held, out: held.get("b", 0) + 1 if NODE in out else 9)
-    refusals.leave_out(NODE, job(), 3, pool)
+    suspects.avoid_refused(NODE, job(), 3, pool)
     assert avoided == []
-    refusals.leave_out(NODE, job(), 2, pool)
+    suspects.avoid_refused(NODE, job(), 2, pool)
     assert avoided == [NODE]
-    refusals.leave_out("", job(), 1, pool)  # it is not known which
+    suspects.avoid_refused("", job(), 1, pool)  # it is not known which
     assert avoided == [NODE]
 
 

@@ -10,12 +10,12 @@ import pytest
 from heliostat.checkpoint import layout
 from heliostat.curation.text import tokens
 from heliostat.data import manifest, receipt
-from heliostat.data.dataset import DataPlan, open_dataset
+from heliostat.data.dataset import Bad, DataPlan, open_dataset
 from heliostat.errors import ConfigError
 from heliostat.runs import consumed, segments
 from heliostat.runs.samples import samples
 from heliostat.storage.locations import Location
-from heliostat.training.worker import bad_samples
+from heliostat.training.worker import unsealed
 
 from tests.unit.build_index import index
 from tests.unit.build_job import job
@@ -121,9 +121,10 @@ def test_after_a_change_of_data_the_new_order_is_shown(run, source, tmp_path):
 
 
 def test_a_step_that_has_no_receipt_says_which_have(run):
-    """The first step beyond is refused with the range."""
-    with pytest.raises(ConfigError, match=r"^--step 7: the run has receipts of steps 1 to 6$"):
-        samples(run, STEPS + 1)
+    """The first step beyond, and what Python's API may be asked for; the line names no option of the command line."""
+    for step in (STEPS + 1, 0):
+        with pytest.raises(ConfigError, match=rf"^step: the run has no step {step}\. Give one of 1 to 6\.$"):
+            samples(run, step)
 
 
 def test_a_run_without_a_checkpoint_has_no_recipe(run):
@@ -152,7 +153,7 @@ def test_lists_of_replaced_samples_count_steps_from_1_whatever_their_age(tmp_pat
     """What a run of an older version has listed counts from 0, and is told as what a new one writes."""
     source = make_text(tmp_path / "text")
     data = open_dataset(make_plan(source))
-    entry = bad_samples.describe({"step": 4, "source": 0, "chunk": 0, "row": 1, "reason": "r", "by": (0, 0, 2)}, data)
+    entry = unsealed.describe(4, Bad(0, 0, 0, 1, "r", (0, 0, 2)), data)
     old = {**entry, "step": 4}
     del old["counted_from"]
     assert entry["step"] == 5 and consumed._from_1(old) == consumed._from_1(entry) == entry

@@ -4,8 +4,7 @@ import itertools
 import random
 
 import pytest
-from heliostat.config.schedules import REGISTRY, Schedule
-from heliostat.training.worker.lr_schedule import factor
+from heliostat.config.schedules import REGISTRY, Schedule, factor
 from pydantic import ValidationError
 
 NAMES = tuple(REGISTRY)

@@ -1,7 +1,7 @@
 """What the end of a run imports is imported beside its last evaluation, and never in the way of the run."""
 
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.training.driver.warm_up import WarmUp
+from heliostat.training.driver.finalize import WarmUp
 
 from tests.unit.build_job import job
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from heliostat.schema import Float, Strict
-
-Fraction = Annotated[Float, Field(ge=0, le=1)]
+from heliostat.config.fields import Fraction
+from heliostat.schema import Strict
 
 
 def cosine(schedule: Schedule, step: int, steps: int) -> float:
@@ -65,3 +64,10 @@ class Schedule(Strict):
     """The rate at `train.steps`, as a share of the peak. Not of `constant`."""
     decay_fraction: Fraction = 0.2
     """The share of the steps in which `wsd` decays; the others ignore it."""
+
+
+def factor(schedule: Schedule, step: int, steps: int) -> float:
+    """Computes the factor of the peak learning rate at step 0, 1, ..., steps - 1. Warm-up is linear from 1/warmup to 1."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    return REGISTRY[schedule.name](schedule, step, steps)

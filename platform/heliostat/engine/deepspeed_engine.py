@@ -7,30 +7,31 @@ ZeRO shards optimizer state (stage 1), gradients (2) and parameters (3) over the
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from heliostat import cpu_kernels
 from heliostat.config.spec import Job
-from heliostat.engine import expert_group, first_weights, matrix_cut, partitioned_build, patches, tensor_group, zero_state
+from heliostat.engine import expert_group, first_weights, matrix_cut, patches, tensor_group, zero_state
 from heliostat.engine.engine_config import engine_config
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.engine.state_group import StateGroup
 from heliostat.errors import ConfigError
-from heliostat.recipes import building
+from heliostat.recipes import building, partitioning
 from heliostat.recipes.protocol import GUIDE, Recipe
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine as DeepSpeedEngine
 
-_engines: weakref.WeakSet[Any] = weakref.WeakSet()  # that are in memory
+_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()  # that are in memory
 
 
 def prepare_environment(gpus: float) -> None:
@@ -65,7 +66,7 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
         _require_dimensions(model)
         return model
     torch.manual_seed(job.train.seed)
-    with group.dividing() if group else nullcontext(), partitioned_build.building(config):
+    with group.dividing() if group else nullcontext(), _partitioned(config):
         return building.build(recipe)
 
 
@@ -78,7 +79,37 @@ def _require_dimensions(model: torch.nn.Module) -> None:
         )
 
 
-def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -> Any:
+class ZeroInit:
+    """Partitions through `deepspeed.zero.Init`, for recipes (`heliostat.recipes.partitioning.Partitioner`)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def constructing(self) -> AbstractContextManager[object]:
+        from deepspeed.runtime.zero import Init
+
+        context: AbstractContextManager[object] = Init(config_dict_or_path=self.config)
+        return context
+
+    def whole(self, parameter: torch.Tensor) -> AbstractContextManager[object]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        context: AbstractContextManager[object] = GatheredParameters([parameter], modifier_rank=0)
+        return context
+
+
+@contextmanager
+def _partitioned(config: dict[str, Any]) -> Iterator[None]:
+    """Makes models that recipes build inside partitioned, as this DeepSpeed config describes."""
+    importlib.import_module("torch._dynamo")  # its first import fails under zero.Init
+    from transformers.integrations import HfDeepSpeedConfig
+
+    stage = HfDeepSpeedConfig(config)  # while it lives, transformers builds and initializes models partitioned
+    with partitioning.by(ZeroInit(stage.config)):
+        yield
+
+
+def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -> DeepSpeedEngine:
     """Builds a DeepSpeedEngine on the process group of the attempt.
 
     Workers that have stretches of samples (`sharing`) are as any others to it: it shards over all workers, and averages over all.
@@ -95,7 +126,6 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     if job.train.zero.quantize_weights:
         _require_eighths(model)
     expert_group.divide(recipe, model, job.train.parallel.expert)
-    cpu_kernels.use(model, job, recipe.causal)
     train, settings = job.train, job.train.optimizer
     groups = building.parameter_groups(model, settings.weight_decay, recipe, settings.orthogonalizes)
     if settings.averages:
@@ -173,13 +203,13 @@ def forget_groups() -> None:
     patches.restart_numbering()
 
 
-def set_lr(engine: Any, lr: float) -> None:
+def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
     """Sets the learning rate of a step, for each parameter group as the recipe scales it."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
-def gradient_norm(engine: Any, clip: float) -> float:
+def gradient_norm(engine: DeepSpeedEngine, clip: float) -> float:
     """Computes the global gradient norm before clipping.
 
     Stages 1 to 3: of the step just made. Stage 0: clips too, and is to be called before the step.

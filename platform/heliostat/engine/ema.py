@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,9 +18,12 @@ from heliostat.checkpoint.layout import EMA
 from heliostat.config.spec import Job
 from heliostat.engine import zero_state
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 class AveragedWeights:
-    def __init__(self, engine: Any, decay: float) -> None:
+    def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:
         self.engine, self.decay = engine, decay
         self._masters = _named(engine, "master")
         self._averages = {n: s.local.detach().clone() for n, s in self._masters.items()}
@@ -56,7 +59,7 @@ class AveragedWeights:
 class OptimizerAverage(AveragedWeights):
     """Shows the average of the weights that the optimizer keeps itself, as its state `ema`, to whatever reads averages."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: DeepSpeedEngine) -> None:
         self.engine, self._masters = engine, _named(engine, "master")
         self._averages = {n: s.local for n, s in _named(engine, EMA).items()}
 
@@ -68,13 +71,13 @@ class OptimizerAverage(AveragedWeights):
         return {}
 
 
-def of(job: Job, engine: Any) -> AveragedWeights | None:
+def of(job: Job, engine: DeepSpeedEngine) -> AveragedWeights | None:
     """Makes the average that a job asks for, of its own or as its optimizer keeps it; the optimizer's state must be made."""
     if job.train.optimizer.averages:
         return OptimizerAverage(engine)
     return AveragedWeights(engine, job.train.ema.decay) if job.train.ema else None
 
 
-def _named(engine: Any, kind: str) -> dict[str, FlatShard]:
+def _named(engine: DeepSpeedEngine, kind: str) -> dict[str, FlatShard]:
     state = zero_state.state(engine, whole=True)
     return {n.removeprefix(f"{kind}."): t for n, t in state.items() if n.startswith(f"{kind}.") and isinstance(t, FlatShard)}

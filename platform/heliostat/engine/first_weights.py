@@ -18,7 +18,6 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +53,7 @@ def build(job: Job, recipe: Recipe) -> torch.nn.Module:
     return made.model
 
 
-def _in_turns(made: _Making, group: Any, why: str) -> None:
+def _in_turns(made: _Making, group: dist.ProcessGroup, why: str) -> None:
     """Builds the model with weights on the other workers, one worker of a node at a time; none keeps its weights."""
     mine = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     turns = max(together(group, lambda: mine)) + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,13 @@ from heliostat.engine import zero_state
 from heliostat.optim.whole_matrices import Matrix
 from heliostat.recipes import building
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 Slice = tuple[tuple[int, int], int]  # of a parameter: start and elements; where in the flat tensor
 
 
-def tell(engine: Any, hidden: set[torch.nn.Parameter]) -> None:
+def tell(engine: DeepSpeedEngine, hidden: set[torch.nn.Parameter]) -> None:
     """Tells the engine's optimizer how the `hidden` matrices are cut; collective. At stage 0 they are not.
     The optimizer's state must have been made."""
     if not engine.zero_optimization_stage():

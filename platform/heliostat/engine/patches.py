@@ -15,11 +15,15 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from heliostat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,7 +75,7 @@ def _patch(function: Callable[P, T]) -> Callable[P, T]:
     return guarded
 
 
-def _replace(owner: Any, name: str, value: Any) -> None:
+def _replace(owner: object, name: str, value: object) -> None:
     """Replaces what DeepSpeed has by this name; AttributeError if it has nothing, since a new name would change nothing."""
     getattr(owner, name)
     setattr(owner, name, value)
@@ -132,7 +136,7 @@ def skip_shared_memory_kernel() -> None:
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _nothing(*_: Any, **__: Any) -> None:
+def _nothing(*_: object, **__: object) -> None:
     """Does nothing."""
 
 
@@ -153,7 +157,7 @@ def _without(module: str) -> Iterator[None]:
 def _without_compiler() -> Iterator[None]:
     """Makes `torch.compile` return what it is given inside."""
 
-    def same(function: Any = None, **_: Any) -> Any:
+    def same(function: Callable[..., object] | None = None, **_: object) -> Callable[..., object]:
         return function or same
 
     compiler, torch.compile = torch.compile, same  # type: ignore[assignment]
@@ -185,7 +189,7 @@ def share_second_copies() -> None:
 
 
 @_patch
-def set_model_parallel_unit(unit: Any) -> None:
+def set_model_parallel_unit(unit: object) -> None:
     """Sets the object that DeepSpeed asks for its process groups; None for none.
 
     DeepSpeed 0.19.8. Without it an engine takes the groups of the engine before, in the same process.
@@ -195,7 +199,7 @@ def set_model_parallel_unit(unit: Any) -> None:
 
 
 @_patch
-def expert_groups(name: str, workers: int) -> tuple[Any, Any]:
+def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Forms the groups of so many workers that divide experts; returns this worker's, and that of the workers with the same
     experts. `name`: DeepSpeed's name for both; collective.
 
@@ -207,7 +211,7 @@ def expert_groups(name: str, workers: int) -> tuple[Any, Any]:
 
 
 @_patch
-def place_expert(parameter: Any, name: str, alike: Any) -> None:
+def place_expert(parameter: Any, name: str, alike: dist.ProcessGroup) -> None:
     """Marks a parameter as one that ZeRO-3 partitions within the workers of a group that have the same experts.
 
     DeepSpeed 0.19.8. Without it ZeRO-3 partitions it over all workers, and so mixes different experts.
@@ -218,7 +222,7 @@ def place_expert(parameter: Any, name: str, alike: Any) -> None:
 
 @_patch
 @contextmanager
-def partition_within(group: Any) -> Iterator[None]:
+def partition_within(group: dist.ProcessGroup) -> Iterator[None]:
     """Makes `deepspeed.zero.Init` inside partition over the workers of a group, also where transformers opens it.
 
     DeepSpeed 0.19.8. Without it a model is partitioned over all workers while it is built: transformers names no group.
@@ -233,7 +237,7 @@ def partition_within(group: Any) -> Iterator[None]:
 
 
 @_patch
-def matrix_group(workers: int) -> Any:
+def matrix_group(workers: int) -> dist.ProcessGroup:
     """Forms the groups of so many workers that divide matrices, and returns this worker's. Collective.
 
     DeepSpeed 0.19.8. Without it the groups exist only once there is an engine, and its model is complete by then.
@@ -253,7 +257,7 @@ def divide_matrices(autotp: Any, model: torch.nn.Module) -> None:
 
 
 @_patch
-def stop_input_check(engine: Any) -> None:
+def stop_input_check(engine: DeepSpeedEngine) -> None:
     """Removes the hook by which an engine with AutoTP sends its first batch to the other workers of its group.
 
     DeepSpeed 0.19.8. Without it that batch is sent again, after `SampleGroup` has dealt it.
@@ -329,13 +333,13 @@ def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) 
             equalize(norm)
         return [norm[0] for norm in found]
 
-    def averaged(*given: Any, **named: Any) -> Any:
+    def averaged(*given: object, **named: object) -> object:
         average(zero.grad_partitions_flat_buffer)
         if (reducing := zero.reduce_and_partition_stream) is not None:  # on which DeepSpeed looks for an overflow
             reducing.wait_stream(torch.cuda.current_stream())
         return step(*given, **named)
 
-    def overflow(*given: Any, **named: Any) -> bool:
+    def overflow(*given: object, **named: object) -> bool:
         found = torch.tensor(float(within(*given, **named)), device=zero.grad_partitions_flat_buffer.device)
         agree(found)
         return bool(found)

@@ -6,18 +6,22 @@ before the group is aborted, and `check` raises from then on. Numbers that were 
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
 
 from heliostat.data import device_threads
-from heliostat.engine import near_cores
 from heliostat.errors import PeerLostError
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver is quicker
 # NCCL's own watchdog would end the process that has lost a peer, and a second one the process whose watchdog is stuck
 HELD_BACK = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+DEVICES = Path("/sys/bus/pci/devices")
 
 _taking_apart = threading.Lock()
 _order = threading.Event()  # the driver has ordered this attempt's workers to abort
@@ -57,7 +61,7 @@ def join(place: WorkerPlace) -> None:
     if place.gpus:  # all of the node's, so that NCCL reaches the others' memory; before CUDA starts
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
         device_threads.use(place.local_rank)
-        near_cores.bind(torch.cuda.get_device_properties(place.local_rank))
+        bind_near(torch.cuda.get_device_properties(place.local_rank))
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect to those who are talked to, not to all
     dist.init_process_group(place.backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
 
@@ -121,3 +125,41 @@ def _abort(given: threading.Event) -> None:
     with _taking_apart:
         if given is _order and dist.is_initialized() and dist.get_backend() == "nccl":
             distributed_c10d._abort_process_group()
+
+
+class PciDevice(Protocol):
+    """Describes where a GPU is on the PCI bus, as torch's properties do."""
+
+    pci_domain_id: int
+    pci_bus_id: int
+    pci_device_id: int
+
+
+def bind_near(gpu: PciDevice, devices: Path = DEVICES) -> set[int]:
+    """Binds this thread, and those that it starts from now on, to the cores near a GPU (on Linux alone); returns them, none if
+    they are not known or none of them may be used.
+
+    Copies between host and device, and kernels that are launched, otherwise cross the processors' link on machines with two of
+    them. What the worker was confined to before it stays so.
+    """
+    cores = near(gpu, devices) & _allowed() if hasattr(os, "sched_setaffinity") else set()
+    if cores:
+        os.sched_setaffinity(0, cores)
+    return cores
+
+
+def near(gpu: PciDevice, devices: Path = DEVICES) -> set[int]:
+    """Reads which cores are near a GPU, as Linux lists them (`0-3,8-11`); none if it does not."""
+    place = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"  # on the PCI bus
+    try:
+        ranges = (devices / place / "local_cpulist").read_text()
+    except OSError:
+        return set()
+    spans = [[int(n) for n in part.split("-")] for part in ranges.strip().split(",") if part]
+    return {core for span in spans for core in range(span[0], span[-1] + 1)}
+
+
+@functools.cache
+def _allowed() -> frozenset[int]:
+    """Returns the cores that this process had before it was bound the first time."""
+    return frozenset(os.sched_getaffinity(0))

@@ -8,13 +8,13 @@ all of it. With one worker in each replica nothing here does anything.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import first
 from heliostat.config.train_section import Parallel
-from heliostat.engine import head_exchange
 from heliostat.parallel import sequence_attention
 from heliostat.recipes.protocol import Batch, CutsSamples, Recipe
 
@@ -35,8 +35,8 @@ class SampleGroup:
         self.part = self.member if self.cuts else 0  # of each sample; workers that compute all of it draw the same numbers
         self.counts = self.cuts or self.reads
         self.averaged = world if self.cuts else self.replicas
-        self.group: Any = None
-        self._control: Any = None
+        self.group: dist.ProcessGroup | None = None
+        self._control: dist.ProcessGroup | None = None
         if self.workers > 1:
             ranks = [list(range(start, start + self.workers)) for start in range(0, world, self.workers)]
             if self.cuts:
@@ -59,9 +59,29 @@ class SampleGroup:
         assert isinstance(recipe, CutsSamples)
         return recipe.cut(batch, self.part, self.workers)
 
-    def join(self, recipe: Recipe, model: Any) -> None:
+    def join(self, recipe: Recipe, model: torch.nn.Module) -> None:
         """Makes the model exchange what its tokens need of the other stretches."""
         if self.cuts:
             assert isinstance(recipe, CutsSamples)
-            with sequence_attention.exchanging(head_exchange.around):
+            with sequence_attention.exchanging(exchange_heads):
                 recipe.exchange(model, self.group)
+
+
+def exchange_heads(
+    attention: Callable[..., torch.Tensor], group: dist.ProcessGroup, micro_batch: int, sizes: tuple[int, int, int], layers: int
+) -> Callable[..., torch.Tensor]:
+    """Makes an attention of all tokens for some heads out of one of some tokens for all heads, by DeepSpeed's Ulysses; `sizes` as
+    `sequence_attention.sizes` returns them."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    heads, shared, width = sizes
+    return UlyssesSPAttentionHF(
+        attn=attention,
+        batch_size=micro_batch,
+        attn_head_count=heads,
+        attn_head_size=width,
+        kv_head_count=shared,
+        num_hidden_layers=layers,
+        process_group=group,
+        seq_length_is_variable=True,
+    )

@@ -8,12 +8,15 @@ gradients, once a step, and so make the same step. (Elsewhere: hybrid sharding, 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from heliostat.engine import patches
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class StateGroup:
@@ -27,7 +30,7 @@ class StateGroup:
         self.within = [dist.new_group(list(range(i, i + workers))) for i in range(0, world, workers)][self.number]
         self.across = [dist.new_group(list(range(i, world, workers))) for i in range(workers)][self.part]
 
-    def get_data_parallel_group(self) -> Any:
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.within
 
     def get_data_parallel_world_size(self) -> int:
@@ -60,7 +63,7 @@ class StateGroup:
             dist.broadcast(sent.view(torch.uint8), first, group=self.across)
             values.copy_(sent.view_as(values))
 
-    def average(self, engine: Any) -> None:
+    def average(self, engine: DeepSpeedEngine) -> None:
         """Makes the engine's optimizer average the gradients over the groups before it makes a step of them.
 
         All groups make the step or none does: whether fp16 gradients overflow is decided of the averages, and by all.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,14 @@ from heliostat.errors import TrainingError
 from heliostat.parallel.division import Division, of
 from heliostat.recipes.protocol import DividesMatrices, Recipe
 
-KINDS: dict[str, dict[str, Any]] = {"column": {"partition_type": "column"}, "row": {"partition_type": "row"},
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+KINDS: dict[str, dict[str, str | bool]] = {"column": {"partition_type": "column"}, "row": {"partition_type": "row"},
          "summed": {"partition_type": "skip", "grad_allreduce": True}}  # fmt: skip
 
 
-def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, Any]:
+def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, object]:
     """Makes the part of DeepSpeed's config that divides the model's matrices; empty for one worker."""
     if workers == 1:
         return {}
@@ -76,7 +79,7 @@ def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[N
     model.ds_autotp_parsed = True  # type: ignore[assignment]  # the engine leaves the model as it is
 
 
-def _mark(model: torch.nn.Module, group: Any, parts: int) -> None:
+def _mark(model: torch.nn.Module, group: dist.ProcessGroup, parts: int) -> None:
     """Notes on each parameter which part of it this worker has, and its whole shape; TrainingError for unequal parts."""
     from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
@@ -99,7 +102,7 @@ def _mark(model: torch.nn.Module, group: Any, parts: int) -> None:
         parameter.whole_shape = whole
 
 
-def check(recipe: Recipe, engine: Any) -> None:
+def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:
     """Raises TrainingError unless what AutoTP has divided is what the recipe names."""
     if engine.autotp_size() <= 1:
         return
@@ -114,7 +117,7 @@ def check(recipe: Recipe, engine: Any) -> None:
         raise TrainingError(f"train.parallel.tensor: DeepSpeed has divided other matrices than the recipe names: {some}")
 
 
-def clipped_norm(engine: Any, limit: float) -> float:
+def clipped_norm(engine: DeepSpeedEngine, limit: float) -> float:
     """Clips the gradients of an engine at stage 0 by their global norm; returns that. Collective."""
     trained = [p for p in engine.module.parameters() if p.grad is not None]
     squares = [

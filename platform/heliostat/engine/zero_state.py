@@ -6,12 +6,17 @@ slice [start, start + n) of the flattened parameter, or of the part of it that i
 as the optimizer's class in `heliostat.optim.optimizers` says,
 `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, ...; persistent buffers are `buffer.<name>`, and parameters that are not trained
 `frozen.<parameter>`, in the precision that the engine holds them in.
+
+The dynamic loss scale of fp16 is state, too: gradients are computed of the loss times a scale, which halves when they overflow
+(that step is skipped, and counted) and doubles after a while without (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
+Begun again on resume, it would skip steps until it was found again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,8 +27,11 @@ from heliostat.engine import patches
 from heliostat.errors import ConfigError, TrainingError
 from heliostat.parallel import division
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
-def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
+
+def state(engine: DeepSpeedEngine, whole: bool = False) -> dict[str, torch.Tensor]:
     """Returns this rank's slices of all training state, as views: loading into them changes the engine.
 
     What several ranks hold the same slice of, each saves a part of, and loads the `whole`. What all workers of a group that
@@ -40,19 +48,19 @@ def state(engine: Any, whole: bool = False) -> dict[str, torch.Tensor]:
     return out
 
 
-def alike(engine: Any) -> tuple[int, int]:
+def alike(engine: DeepSpeedEngine) -> tuple[int, int]:
     """Returns which of how many ranks this one is that hold the same slices: at stage 0 all, at stage 3 one of each group."""
     if engine.zero_optimization_stage() == 0:
         return _with_same_part(engine)
     return (engine.state_group.number, engine.state_group.count) if engine.state_group else (0, 1)
 
 
-def saves_all(engine: Any) -> bool:
+def saves_all(engine: DeepSpeedEngine) -> bool:
     """Tells whether each rank saves all that it holds."""
     return alike(engine)[1] == 1 and not _divides(engine)
 
 
-def frozen(engine: Any, whole: bool = False) -> dict[str, FlatShard]:
+def frozen(engine: DeepSpeedEngine, whole: bool = False) -> dict[str, FlatShard]:
     """Returns this rank's slices of the parameters that are not trained, as views.
 
     Below stage 3 every rank holds all of them: it saves the rank-th part, and loads the `whole`.
@@ -97,7 +105,7 @@ class SlicePlace(NamedTuple):
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
-def place(engine: Any, p: Any) -> SlicePlace | None:
+def place(engine: DeepSpeedEngine, p: torch.nn.Parameter) -> SlicePlace | None:
     """Finds this rank's slice of a trained parameter; None if it has none.
 
     DeepSpeed's accessors are of no use here: where the optimizer's memory is on the host, they return copies on the GPU.
@@ -115,7 +123,7 @@ def place(engine: Any, p: Any) -> SlicePlace | None:
     return SlicePlace(_flats(engine)[mapping.param_group_index], kept.start, kept.numel, within.start)
 
 
-def _slices(engine: Any, p: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
+def _slices(engine: DeepSpeedEngine, p: torch.nn.Parameter) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Yields (key, local values, their start in this worker's part of the parameter) for the master weight and each moment;
     nothing if this rank has none of them."""
     if found := place(engine, p):
@@ -132,7 +140,7 @@ def _at_stage_3(p: Any) -> tuple[int, int]:
     return start, min(per, p.ds_numel - start)
 
 
-def flat_groups(engine: Any) -> list[tuple[torch.Tensor, list[torch.nn.Parameter]]]:
+def flat_groups(engine: DeepSpeedEngine) -> list[tuple[torch.Tensor, list[torch.nn.Parameter]]]:
     """Lists the fp32 tensors that the inner optimizer updates, with the parameters in each: parameters themselves at stage 0,
     flat partitions above."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
@@ -142,7 +150,7 @@ def flat_groups(engine: Any) -> list[tuple[torch.Tensor, list[torch.nn.Parameter
     return [(flat, group) for flat, group in zip(_flats(engine), groups, strict=True) if flat is not None]
 
 
-def _flats(engine: Any) -> list[torch.Tensor]:
+def _flats(engine: DeepSpeedEngine) -> list[torch.Tensor]:
     """Lists DeepSpeed's flat fp32 tensors: one of each parameter group, or of each of its parts at stage 3."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() == 3:
@@ -150,7 +158,7 @@ def _flats(engine: Any) -> list[torch.Tensor]:
     return zero.fp32_groups_flat_partition if _sums_apart(engine) else zero.single_partition_of_fp32_groups
 
 
-def _sums_apart(engine: Any) -> bool:
+def _sums_apart(engine: DeepSpeedEngine) -> bool:
     """Tells whether the engine is at stage 1 in bf16 with gradients summed in fp32.
 
     DeepSpeed has an optimizer of its own for that, with other attribute names.
@@ -158,11 +166,11 @@ def _sums_apart(engine: Any) -> bool:
     return hasattr(engine.optimizer, "bf16_groups")
 
 
-def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
 
 
-def init_optimizer_state(engine: Any) -> None:
+def init_optimizer_state(engine: DeepSpeedEngine) -> None:
     """Creates the optimizer state that is made lazily at the first step, so that there is something to load into; TrainingError
     if what is written into its slices doesn't arrive.
 
@@ -184,7 +192,7 @@ def init_optimizer_state(engine: Any) -> None:
     _require_views(engine)
 
 
-def _require_views(engine: Any) -> None:
+def _require_views(engine: DeepSpeedEngine) -> None:
     """Raises TrainingError unless DeepSpeed reads what is written into the slices of `state`.
 
     Restores and the average of the weights write there. If a slice were a copy, training would continue from other weights
@@ -218,7 +226,7 @@ def _ends(values: torch.Tensor) -> torch.Tensor:
     return values[:: max(1, values.numel() - 1)]
 
 
-def _kept(engine: Any, p: Any, key: str) -> torch.Tensor:
+def _kept(engine: DeepSpeedEngine, p: torch.nn.Parameter, key: str) -> torch.Tensor:
     """Returns the tensor in which DeepSpeed itself keeps the master weight or a moment of a parameter, padded or not."""
     stage, kind = engine.zero_optimization_stage(), None if key == "master" else key
     if stage == 0:
@@ -228,17 +236,17 @@ def _kept(engine: Any, p: Any, key: str) -> torch.Tensor:
     return patches.fragment(p).get_hp_fragment(kind)
 
 
-def optimizer_steps(engine: Any) -> int:
+def optimizer_steps(engine: DeepSpeedEngine) -> int:
     """Counts the steps that the optimizer has made (with fp16, overflowing steps are skipped)."""
     return engine.global_steps - engine.skipped_steps
 
 
-def share(engine: Any, p: Any, shard: FlatShard) -> FlatShard:
+def share(engine: DeepSpeedEngine, p: torch.nn.Parameter, shard: FlatShard) -> FlatShard:
     """Cuts the part of a trained parameter's slice that this rank saves, where others hold the same."""
     return _part(engine, p, shard, *alike(engine))
 
 
-def _part(engine: Any, p: Any, shard: FlatShard, number: int, count: int) -> FlatShard:
+def _part(engine: DeepSpeedEngine, p: torch.nn.Parameter, shard: FlatShard, number: int, count: int) -> FlatShard:
     """Cuts a slice that so many ranks hold into a part for each; of what all workers of a group have whole, the first has it."""
     if _divides(engine) and division.of(p).parts == 1 and engine.mpu.get_tensor_model_parallel_rank() > 0:
         return shard.cut(0, 0)
@@ -247,19 +255,19 @@ def _part(engine: Any, p: Any, shard: FlatShard, number: int, count: int) -> Fla
     return shard.cut(min(number * per, numel), min((number + 1) * per, numel))
 
 
-def _divides(engine: Any) -> bool:
+def _divides(engine: DeepSpeedEngine) -> bool:
     """Tells whether workers divide matrices (`tensor_group`)."""
     return engine.autotp_size() > 1
 
 
-def _with_same_part(engine: Any) -> tuple[int, int]:
+def _with_same_part(engine: DeepSpeedEngine) -> tuple[int, int]:
     """Returns which of how many ranks this one is that have the same part of each matrix."""
     if _divides(engine):
         return engine.mpu.get_data_parallel_rank(), engine.mpu.get_data_parallel_world_size()
     return dist.get_rank(), dist.get_world_size()
 
 
-def after_load(engine: Any, steps: int) -> None:
+def after_load(engine: DeepSpeedEngine, steps: int) -> None:
     """Completes the engine after its slices were loaded: sets the step count, and the weights that the forward pass uses."""
     engine.global_steps, engine.skipped_steps = steps, 0
     for values in inner_optimizer(engine).state.values():
@@ -267,7 +275,7 @@ def after_load(engine: Any, steps: int) -> None:
     refresh(engine)
 
 
-def refresh(engine: Any) -> None:
+def refresh(engine: DeepSpeedEngine) -> None:
     """Copies the fp32 master weights into the weights that the forward pass uses."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
@@ -292,3 +300,59 @@ def refresh(engine: Any) -> None:
             start_alignment_factor=zero.nccl_start_alignment_factor,
             allgather_bucket_size=zero.allgather_bucket_size,
         )
+
+
+# assembled, for comparisons of numbers: collective, and of this worker's part where workers divide a parameter (`division`) -----
+
+
+def full_gradient(p: torch.nn.Parameter) -> torch.Tensor | None:
+    """Assembles the gradient of the backward passes since the last step; None if the parameter has none."""
+    from deepspeed.utils import safe_get_full_grad
+
+    grad: torch.Tensor | None = safe_get_full_grad(p)
+    return None if grad is None else grad.detach()
+
+
+def full_state(engine: DeepSpeedEngine, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
+    """Assembles the fp32 master weight, or the optimizer's state `key`."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if not engine.zero_optimization_stage():
+        tensor: torch.Tensor = p.data if key is None else engine.optimizer.state[p][key]
+    else:
+        tensor = safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
+    return tensor.detach()
+
+
+def gathered(engine: DeepSpeedEngine, p: torch.nn.Parameter) -> AbstractContextManager[object]:
+    """Opens the context in which a parameter holds the weight that the forward pass uses."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    context: AbstractContextManager[object] = GatheredParameters([p], enabled=engine.zero_optimization_stage() == 3)
+    return context
+
+
+# the loss scale of fp16 ----------------------------------------------------------------------------------------------
+
+FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scaler
+
+
+def read_loss_scale(engine: DeepSpeedEngine) -> dict[str, float] | None:
+    """Reads the state of the dynamic loss scale for a checkpoint; None where there is no loss scale, or it is fixed."""
+    scaler = _scaler(engine)
+    return {k: getattr(scaler, k) for k in FIELDS} if scaler else None
+
+
+def write_loss_scale(engine: DeepSpeedEngine, values: dict[str, float] | None) -> str | None:
+    """Restores the dynamic loss scale from a checkpoint; returns a notice if the engine needs one and there is none."""
+    scaler = _scaler(engine)
+    if scaler and not values:
+        return f"the checkpoint holds no fp16 loss scale: it begins anew at {scaler.cur_scale:g}, and steps may be skipped"
+    for key, value in (values or {}).items() if scaler else ():
+        setattr(scaler, key, value)
+    return None
+
+
+def _scaler(engine: DeepSpeedEngine) -> Any:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None

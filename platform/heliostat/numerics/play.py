@@ -22,7 +22,7 @@ from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
-from heliostat.engine import deepspeed_engine, full_tensors
+from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.numerics.compare import relative
 from heliostat.numerics.rows import DifferenceRow
@@ -34,10 +34,9 @@ from heliostat.runs import segments
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
-from heliostat.training.worker.batch_plan import BatchPlan
-from heliostat.training.worker.context import Context
-from heliostat.training.worker.posts import Posts
-from heliostat.training.worker.stepper import Stepper
+from heliostat.training.worker.context import Context, Posts
+from heliostat.training.worker.micro_batches import BatchPlan
+from heliostat.training.worker.step import Stepper
 from heliostat.training.worker.training_state import TrainingState
 from heliostat.training.worker.unsealed import Unsealed
 
@@ -58,16 +57,16 @@ class Player:
         self.job, self.recipe = job, recipe
         self.step = start_step  # that is being played
         self.rank, self.control = dist.get_rank(), dist.new_group(backend="gloo")
+        ledger, self.dataset = Ledger("computing"), open_dataset(plan)
         context = Context(
             job, plan, job.run_folder, start_step, self.rank, dist.get_world_size(), self.control, cast(Fence, FREE),
-            Posts(None, self.rank), progressed=lambda: None,
+            Posts(None, self.rank), progressed=lambda: None, ledger=ledger,
         )  # fmt: skip
-        ledger, self.dataset = Ledger("computing"), open_dataset(plan)
         self.sharing = SampleGroup(job.train.parallel)
         self.engine = deepspeed_engine.build_engine(job, recipe, self.sharing)
         self.device = self.engine.device
         self.unsealed = Unsealed(job.run_folder, self.dataset, self.control, self.sharing.reads)
-        self.state = TrainingState(context, self.engine, self.unsealed, ledger)
+        self.state = TrainingState(context, self.engine, self.unsealed)
         self.stepper = Stepper(job, self.engine, recipe, BatchPlan(job, plan), self.sharing, ledger)
         self.samples = self._dealt(start_step)
         if start_step:
@@ -91,7 +90,7 @@ class Player:
         return sums.tolist()
 
     def save(self, done: int) -> None:
-        self.state.save(done, {})
+        self.state.save(done)
         self.state.wait()
 
     def _dealt(self, start_step: int) -> stream.LaneStream | None:
@@ -171,7 +170,7 @@ def gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if engine.zero_optimization_stage() else 1.0
     full = {}
     for name, p in _trained(engine):
-        grad = full_tensors.gradient(p)
+        grad = zero_state.full_gradient(p)
         if grad is None:
             full[name] = torch.zeros(building.shape(p))
         else:
@@ -193,7 +192,7 @@ def state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 
 def _full(engine: DeepSpeedEngine, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
-    whole = division.assembled(p, full_tensors.state(engine, p, key).view(getattr(p, "ds_shape", p.shape)))
+    whole = division.assembled(p, zero_state.full_state(engine, p, key).view(getattr(p, "ds_shape", p.shape)))
     return whole.float().cpu().clone()
 
 
@@ -201,7 +200,7 @@ def weigh(engine: DeepSpeedEngine, job: Job, step: int, row: DifferenceRow) -> N
     """Compares the weights that this worker's forward pass uses with the masters, rounded; collective."""
     for name, p in _trained(engine):
         right = _full(engine, p, None).to(TYPES[job.train.precision])
-        with full_tensors.gathered(engine, p):
+        with zero_state.gathered(engine, p):
             used = division.assembled(p, p.detach()).cpu().to(right.dtype)
         row.add(step, f"{name} on worker {dist.get_rank()}", relative(used.float(), right.float()), lambda: "a stale buffer")
 

@@ -4,7 +4,7 @@ checkpoints/step-00000100/   shards, and `checkpoint.json`, written last (`check
 checkpoints/frozen-DIGEST/   parameters that are not trained
 receipts/step-00000100.json  what the steps up to 100 trained on (`data.receipt`)
 segments/step-00000000.json  the data plan that the run follows from that step on (`runs.segments`)
-quarantine/step-*.jsonl      samples that were replaced (`training.worker.bad_samples`)
+quarantine/step-*.jsonl      samples that were replaced (`training.worker.unsealed`)
 curves/step-*.json           losses and scores, until MLflow has them for certain (`tracking.local_curves`)
 benchmarks/SUITE/step-*.json scores of checkpoints on a suite (`evaluation.follow`)
 ledger/ATTEMPT.json          where the time of each attempt went (`runs.goodput`)
@@ -16,7 +16,7 @@ attempts.json                each start of the workers: code, machines (`trackin
 unlogged.jsonl               points that MLflow has not taken yet (`tracking.outbox`)
 clone.json                   the last checkpoint that population based training put here (`tune.clone`)
 summary.json, result.json    the end: of training, and of everything (`runs.summary`)
-probe                        empty; the driver writes it to see whether it may write (`training.driver.refusals`)
+probe                        empty; the driver writes it to see whether it may write (`training.driver.suspects`)
 """
 
 from __future__ import annotations

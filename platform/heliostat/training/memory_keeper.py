@@ -9,19 +9,31 @@ because the newest may not be complete yet.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import numpy as np
 import ray
 import xxhash
+from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 KEPT = 2  # generations
 THREADS = 4  # of a keeper: copies and checksums of that many pieces run at the same time
 
-# of a copy: step, world, common (what is the same for all workers), layout, own (what is this worker's alone)
-Told = dict[str, Any]
+Layout = list[tuple[str, int, int, int, int]]  # the fields of each `checkpoint.flat_copy.FlatRange`
+
+
+@dataclass(frozen=True)
+class CopyFacts:
+    """Holds what is the same for all copies of a generation; `data`: digest of the data plan that the run follows."""
+
+    step: int
+    world: int
+    data: str
+    optimizer_steps: int
+    loss_scale: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class CopySource:
     id: str
     step: int
     world: int
-    holders: dict[int, list[tuple[str, Any]]]
+    holders: dict[int, list[tuple[str, ActorHandle[MemoryKeeper]]]]
     saved: int  # step of the newest checkpoint in storage, 0 if there is none
 
 
@@ -40,7 +52,7 @@ class MemoryPlan:
     """Holds what an attempt does with memory: its own id, each rank's keepers, and the generation that it starts from, if any."""
 
     attempt: str
-    keepers: list[list[Any]]  # by rank: that of its node, and that of another node, if there is one
+    keepers: list[list[ActorHandle[MemoryKeeper]]]  # by rank: that of its node, and that of another node, if there is one
     source: CopySource | None = None
 
 
@@ -60,14 +72,18 @@ def summed(data: np.ndarray, start: int) -> Sum:
 
 @dataclass
 class Copy:
+    """Holds a copy. Once it is sealed: its `facts`, its `layout`, and `own`, what else its worker alone has (pickled, because a
+    keeper does not import its classes)."""
+
     data: np.ndarray
     arrived: list[Sum] = field(default_factory=list)
-    sums: list[Sum] = field(default_factory=list)  # of a sealed copy
-    told: Told = field(default_factory=dict)
+    facts: CopyFacts | None = None
+    layout: Layout = field(default_factory=list)
+    own: bytes = b""
 
     @property
-    def sealed(self) -> bool:
-        return bool(self.told)
+    def intact(self) -> bool:
+        return all(summed(self.data[one.start : one.start + one.size], one.start) == one for one in self.arrived)
 
 
 class MemoryKeeper:
@@ -109,29 +125,31 @@ class MemoryKeeper:
         place[:] = data
         copy.arrived.append(summed(place, start))
 
-    def seal(self, id: str, rank: int, sums: list[Sum], told: Told) -> None:
+    def seal(self, id: str, rank: int, sums: list[Sum], facts: CopyFacts, layout: Layout, own: bytes) -> None:
         """Completes a copy; ValueError if its pieces are not those that its worker had."""
         with self._changing:
             copy = self._copies[id, rank]
             if sorted(copy.arrived) != sorted(sums) or sum(one.size for one in sums) != len(copy.data):
                 del self._copies[id, rank]
                 raise ValueError("a copy did not arrive as it was sent (checksum)")
-            copy.sums, copy.told = sums, told
+            copy.facts, copy.layout, copy.own = facts, layout, own
 
-    def held(self) -> list[tuple[str, int, Told]]:
+    def held(self) -> list[tuple[str, int, CopyFacts]]:
         """Lists the sealed copies: id, rank, and what is the same for all copies of a generation."""
         with self._changing:
-            return [(id, rank, {key: copy.told[key] for key in ("step", "world", "common")})
-                    for (id, rank), copy in self._copies.items() if copy.sealed]  # fmt: skip
+            return [(id, rank, copy.facts) for (id, rank), copy in self._copies.items() if copy.facts]
 
     def intact(self, id: str) -> list[int]:
         """Lists the ranks whose copies of a generation are still what was sealed."""
         with self._changing:
-            there = [(rank, copy) for (of, rank), copy in self._copies.items() if of == id and copy.sealed]
-        return [rank for rank, copy in there if _holds(copy)]
+            sealed = [(rank, copy) for (of, rank), copy in self._copies.items() if of == id and copy.facts]
+        return [rank for rank, copy in sealed if copy.intact]
 
-    def told(self, id: str, ranks: list[int], keys: list[str]) -> list[Told]:
-        return [{key: self._copies[id, rank].told[key] for key in keys} for rank in ranks]
+    def described(self, id: str, rank: int) -> tuple[CopyFacts | None, Layout]:
+        return self._copies[id, rank].facts, self._copies[id, rank].layout
+
+    def own(self, id: str, rank: int) -> bytes:
+        return self._copies[id, rank].own
 
     def read(self, id: str, rank: int, ranges: list[tuple[int, int]]) -> np.ndarray:
         """Reads byte ranges of a copy, one after another."""
@@ -139,11 +157,10 @@ class MemoryKeeper:
         return np.concatenate([data[start:stop] for start, stop in ranges])
 
 
-def _holds(copy: Copy) -> bool:
-    return all(summed(copy.data[one.start : one.start + one.size], one.start) == one for one in copy.sums)
-
-
-def make(node: str, runtime_env: dict[str, Any]) -> Any:
+def make(node: str, runtime_env: Mapping[str, object]) -> ActorHandle[MemoryKeeper]:
     """Creates the keeper of a node."""
-    there, actor = NodeAffinitySchedulingStrategy(node, soft=False), ray.remote(num_cpus=0)(MemoryKeeper)
-    return actor.options(scheduling_strategy=there, runtime_env=runtime_env or None, max_concurrency=THREADS).remote()
+    where = NodeAffinitySchedulingStrategy(node, soft=False)
+    actor = ray.remote(MemoryKeeper).options(
+        num_cpus=0, scheduling_strategy=where, runtime_env=runtime_env or None, max_concurrency=THREADS
+    )
+    return cast("ActorHandle[MemoryKeeper]", actor.remote())

@@ -29,7 +29,7 @@ from heliostat.storage.lease import Lease
 from heliostat.storage.locations import Location
 from heliostat.tracking.tags import PRUNED
 from heliostat.training.driver.signals import Signals
-from heliostat.training.pauses import PausePoints
+from heliostat.training.stops import PausePoints
 from heliostat.tune.state import Result
 from heliostat.tune.trial_record import ANY, Clone, Config, read_json
 

@@ -29,8 +29,6 @@ ROUNDS = 200  # far more than images that each wait for the next can make
 
 
 class SimilarImages(GlobalStage):
-    """Drops images that look like another, which stays."""
-
     of_images: ClassVar[bool] = True
     reasons: ClassVar = {"duplicate": "the pixels of another image", "near_duplicate": "almost the pixels of another image"}
 

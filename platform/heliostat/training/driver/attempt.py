@@ -13,10 +13,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
+from ray.data import DataIterator
 
 from heliostat.cluster import nodes
 from heliostat.config.spec import Job
@@ -31,15 +33,17 @@ from heliostat.storage import run_folder
 from heliostat.storage.lease import Fence
 from heliostat.text import brief
 from heliostat.training import mailbox
-from heliostat.training.driver import rendezvous, stack_dumps
+from heliostat.training.driver import watchdog
 from heliostat.training.driver.failures import Failure, explain, survived
 from heliostat.training.driver.memory import Memory
-from heliostat.training.driver.pool import Member, WorkerPool
-from heliostat.training.driver.recovery import choose, frozen, held_up, stalled
+from heliostat.training.driver.pool import Member, WorkerPool, places
+from heliostat.training.driver.recovery import choose
 from heliostat.training.driver.signals import Signals
-from heliostat.training.memory_keeper import CopySource
-from heliostat.training.pauses import PausePoints
-from heliostat.training.stop_codes import INTERRUPTED, PREEMPTED, RESIZE
+from heliostat.training.memory_keeper import CopySource, MemoryPlan
+from heliostat.training.stops import INTERRUPTED, PREEMPTED, RESIZE, PausePoints
+
+if TYPE_CHECKING:
+    from heliostat.training.worker.build import WorkerConfig, WorkerSummary
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +75,10 @@ class Start:
 class Ended:
     """Holds how an attempt's workers have ended: rank 0's summary, if it has finished, and the failures in order of arrival."""
 
-    summary: dict[str, Any] | None = None
+    summary: WorkerSummary | None = None
     failures: list[Failure] = field(default_factory=list)
 
-    def add(self, rank: int, member: Member, result: Any) -> None:
+    def add(self, rank: int, member: Member, result: ray.ObjectRef[WorkerSummary]) -> None:
         """Adds a worker that Ray has a result of."""
         try:
             summary = ray.get(result)
@@ -95,7 +99,7 @@ class Attempt:
         self.start, self.job, self.pool, self.signals, self._take, self._beat = start, start.job, pool, signals, take, beat
         self._mailbox = mailbox.make()
         self._parts = self._stream()
-        self._heartbeats: dict[int, dict[str, Any]] = {}
+        self._heartbeats: dict[int, mailbox.Pulse] = {}
         self._told: dict[int, HeliostatError] = {}  # each worker's own error, by rank
         self._members: list[Member] = []  # the workers' processes, in order of their ranks
         self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
@@ -107,7 +111,7 @@ class Attempt:
         self._placing, self._reading = nodes.Shortage(self.job), 0.0  # since when the stream is being opened
         self._fault: HeliostatError | None = None
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> WorkerSummary:
         """Runs the workers to their end; returns rank 0's summary, with the stop code if they were ordered to stop.
 
         Raises a HeliostatError if the attempt fails.
@@ -118,14 +122,14 @@ class Attempt:
             stream.end(self._parts)
             ray.kill(self._mailbox)
 
-    def _run(self) -> dict[str, Any]:
-        outcome: dict[str, Any] = {}
+    def _run(self) -> WorkerSummary:
+        outcome: Future[Ended] = Future()
 
         def train() -> None:
             try:
-                outcome["ended"] = self._train()
+                outcome.set_result(self._train())
             except Exception as e:  # noqa: BLE001 (raised again below, in the caller's thread)
-                outcome["error"] = e
+                outcome.set_exception(e)
 
         thread = threading.Thread(target=train, name="train", daemon=True)
         thread.start()
@@ -144,9 +148,7 @@ class Attempt:
                 self._end_workers(thread)
                 raise self._fault
         self._drain()
-        if "error" in outcome:
-            raise outcome["error"]
-        ended: Ended = outcome["ended"]
+        ended = outcome.result()
         if ended.summary is not None:
             return ended.summary
         raise explain([replace(f, told=self._told.get(f.rank)) for f in ended.failures])
@@ -167,8 +169,9 @@ class Attempt:
 
     def _drained(self) -> list[Event]:
         """Drains the mailbox and returns its events; stores the heartbeats, with ages converted to times of this clock."""
+        answer: ray.ObjectRef[tuple[list[Event], dict[int, mailbox.Pulse], int]] = self._mailbox.drain.remote()
         try:
-            events, heartbeats, lost = ray.get(self._mailbox.drain.remote(), timeout=10)
+            events, heartbeats, lost = ray.get(answer, timeout=10)
         except ray.exceptions.GetTimeoutError:
             return []
         except ray.exceptions.RayError as e:
@@ -178,7 +181,7 @@ class Attempt:
         if lost:
             log.warning("%d events of the workers, the oldest, were lost: the driver was too slow for them", lost)
         now = time.monotonic()
-        self._heartbeats = {r: {**p, "moved": now - p["moved"], "at": now - p["at"]} for r, p in heartbeats.items()}
+        self._heartbeats = mailbox.by_other_clock(heartbeats, now)
         for event in events:
             if isinstance(event, WorkerFailed):
                 self._told.setdefault(event.rank, event.error)
@@ -238,10 +241,10 @@ class Attempt:
 
     def _watch(self, now: float) -> None:
         limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start
-        if reason := stalled(self._heartbeats, self.start.job.workers.most, now, limit, self._since):
-            suspects = frozen(self._heartbeats, now, limit)  # before the stacks, which take time
-            where, found = self._keep_stacks()
-            who = self._held_up(found)
+        if reason := watchdog.stalled(self._heartbeats, self.start.job.workers.most, now, limit, self._since):
+            suspects = watchdog.frozen(self._heartbeats, now, limit)  # before the stacks, which take time
+            where, stacks = self._keep_stacks()
+            who = self._held_up(stacks)
             fault = StalledError(f"{reason} (watchdog: {limit:g} s): {who}; the workers' stacks are in {where}")
             fault.suspects = suspects
             self._fault = fault
@@ -251,12 +254,12 @@ class Attempt:
         log.warning(why)
         if code != RESIZE:
             self._stop_by = time.monotonic() + self.job.checkpoint.grace
-        self._mailbox.order.remote(stop=code)
+        self._mailbox.order.remote({"stop": code})
 
     def _held_up(self, stacks: dict[int, str]) -> str:
         """Finds the worker that the others wait for, with its node and device, or says that nothing sets one apart."""
-        calls = {rank: stack_dumps.call(stack) for rank, stack in stacks.items()}
-        rank, why = held_up(self._heartbeats, calls, self.job.workers.most)
+        calls = {rank: watchdog.call(stack) for rank, stack in stacks.items()}
+        rank, why = watchdog.held_up(self._heartbeats, calls, self.job.workers.most)
         if rank is None:
             return why
         known = rank < len(self._members)
@@ -265,11 +268,11 @@ class Attempt:
     def _keep_stacks(self) -> tuple[str, dict[int, str]]:
         """Collects the stack traces of every worker's threads and writes them to the run's folder; returns the file's place, and
         the traces by rank."""
-        self._mailbox.order.remote(dump=True)
-        found = stack_dumps.collect(self.job.workers.most, self._drained, self._take)
+        self._mailbox.order.remote({"dump": True})
+        stacks = watchdog.collect(self.job.workers.most, self._drained, self._take)
         place = self.job.run_folder.join(run_folder.STACKS, f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
-        place.write(stack_dumps.text(found, self.job.workers.most).encode())
-        return str(place), found
+        place.write(watchdog.text(stacks, self.job.workers.most).encode())
+        return str(place), stacks
 
     def _end_workers(self, thread: threading.Thread) -> None:
         if not self._heartbeats:  # they have not begun
@@ -289,17 +292,17 @@ class Attempt:
         """Puts the workers to work; returns how they have ended, once none works any more."""
         self._mailbox.post.remote(Phase(phase="placing"))
         try:
-            members, places = self._places()
+            members, given = self._places()
             self._members = members
             copies = self.start.memory.plan(members, self.start.source)
         except ray.exceptions.RayError as e:
             raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e
-        config = self._config() | {"memory": copies}
-        working = {
-            member.actor.run.remote(place, {**config, "part": part}): member
-            for member, place, part in zip(members, places, self._dealt(), strict=True)
-        }
-        ended = self._gather(working)
+        ended = self._gather(
+            {
+                member.actor.run.remote(place, self._config(part, copies)): member
+                for member, place, part in zip(members, given, self._dealt(), strict=True)
+            }
+        )
         for failure in ended.failures:
             if not survived(failure):
                 self.pool.drop(members[failure.rank])
@@ -313,15 +316,14 @@ class Attempt:
         """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made anew."""
         while True:
             members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
-            places = rendezvous.places(members)
-            pairs = list(zip(members, places, strict=True))
-            unfit = [member for member, place in pairs if not self.pool.sees(member, place.gpus)]
+            given = places(members)
+            unfit = [member for member, place in zip(members, given, strict=True) if not self.pool.sees(member, place.gpus)]
             if not unfit:
-                return members, places
+                return members, given
             for member in unfit:
                 self.pool.drop(member)
 
-    def _gather(self, working: dict[Any, Member]) -> Ended:
+    def _gather(self, working: dict[ray.ObjectRef[WorkerSummary], Member]) -> Ended:
         """Waits for all workers, given in order of their ranks.
 
         Once one has ended, the others do too: all at the same step, or because they are ordered to abort. That is as soon as a
@@ -346,23 +348,23 @@ class Attempt:
 
     def _abort(self) -> None:
         """Makes the workers end: nothing that they compute from here on counts."""
-        self._mailbox.order.remote(abort=True)
+        self._mailbox.order.remote({"abort": True})
         stream.end(self._parts)  # which they may be waiting for
 
-    def _stream(self) -> list[Any]:
+    def _stream(self) -> list[DataIterator]:
         job, start = self.job, self.start
         fetch = stream.fetch(start.plan, start.order, start.step, job.last_step, job.data.on_bad_sample == "replace")
         size = sample_bytes(job.data.sequence_length, start.manifests)
         where = nodes.except_on(self.pool.avoided(), job.data.labels)
-        made = stream.dataset(fetch, max(2, job.workers.most), job.data.memory_limit, size, where)
-        return stream.split(made, job.replicas)
+        samples = stream.dataset(fetch, max(2, job.workers.most), job.data.memory_limit, size, where)
+        return stream.split(samples, job.replicas)
 
-    def _dealt(self) -> list[Any]:
+    def _dealt(self) -> list[DataIterator | None]:
         """Returns every worker's part of the stream, in rank order: of those that share samples the first reads."""
-        beside = [None] * (self.job.train.parallel.sharing - 1)
-        return [one for part in self._parts for one in (part, *beside)]
+        others = [None] * (self.job.train.parallel.sharing - 1)
+        return [one for part in self._parts for one in (part, *others)]
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, part: DataIterator | None, memory: MemoryPlan | None) -> WorkerConfig:
         return {
             "job": self.job.dump(),
             "plan": self.start.plan.dump(),
@@ -372,6 +374,8 @@ class Attempt:
             "mailbox": self._mailbox,
             "run_folder": str(self.job.run_folder),
             "queued_s": self.pool.waited_s,
+            "memory": memory,
+            "part": part,
         }
 
 

@@ -1,18 +1,27 @@
-"""Finalizes a run whose steps are done: exports its model, logs and registers it, and writes the run's result."""
+"""Ends a run whose steps are done: exports its model, logs and registers it, and writes the run's result.
+
+While its workers still train, `WarmUp` imports what that takes, and `Beside` scores the run's checkpoints on tasks
+(`evaluate.benchmarks`): `heliostat benchmark RUN SUITE --follow` on the driver's CPUs, at low priority, in a process of its own.
+No worker waits for it, and if it fails the run does not.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+import os
+import subprocess
+import sys
+import threading
 
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.config.spec import Job
-from heliostat.recipes.protocol import Exports, Serves
+from heliostat.recipes.protocol import Exports, Recipe, Serves
 from heliostat.runs import goodput
+from heliostat.runs.summary import Ending
 from heliostat.runs.time_ledger import LedgerRecorder
+from heliostat.storage import local_files
 from heliostat.storage import run_folder as paths
-from heliostat.storage import temporary
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
 from heliostat.tracking.logger import RunOwner
@@ -20,6 +29,9 @@ from heliostat.validation.check import Checked
 
 log = logging.getLogger(__name__)
 
+WAIT_S = 120.0  # the longest that the end of a run waits for imports that it would make itself
+NICE = 10
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the GPUs are the workers'
 LEFT = {  # what a run leaves whose model is not logged, by whether its recipe exports
     True: "is of no kind that MLflow serves; `heliostat export` writes the model as a folder",
     False: "is not exported; what the run leaves are its checkpoints",
@@ -27,8 +39,8 @@ LEFT = {  # what a run leaves whose model is not logged, by whether its recipe e
 
 
 def finalize(
-    checked: Checked, held: Lease, ledger: LedgerRecorder, owner: RunOwner, last: SavedCheckpoint, summary: dict[str, Any]
-) -> dict[str, Any]:
+    checked: Checked, held: Lease, ledger: LedgerRecorder, owner: RunOwner, last: SavedCheckpoint, summary: Ending
+) -> Ending:
     """Exports the last checkpoint, logs and registers the model, and shows sample outputs; returns the run's result.
 
     Idempotent: after an interruption all of it may run again, which reuses what is there; `result.json` is written last.
@@ -43,9 +55,10 @@ def finalize(
     model_uri: str | None = None
     samples: list[tuple[str, str]] = []
     if isinstance(checked.recipe, Exports):
-        with temporary.folder("heliostat-export-") as name, console.status("exporting the model"):
+        with local_files.temporary_folder("heliostat-export-") as name, console.status("exporting the model"):
             folder = name / "model"
-            recipe: Any = export(last, folder, owner.run_id)
+            recipe = export(last, folder, owner.run_id)
+            assert isinstance(recipe, Exports)
             card.write(folder, job, owner.run_id, last.step, summary["eval"], checked.manifests)
             if isinstance(recipe, Serves):
                 model_uri = log_model(job, owner.run_id, last, folder, recipe, summary["eval"])
@@ -67,3 +80,79 @@ def finalize(
 def unit(job: Job) -> str:
     """Returns the unit that rates count: tokens or samples."""
     return "tokens" if job.data.sequence_length else "samples"
+
+
+class WarmUp:
+    """Imports, once it is told to, what exporting and logging a recipe's model takes."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._thread = threading.Thread(target=self._import, name="warm-up", daemon=True)
+
+    def begin(self) -> None:
+        """Begins in a thread; does nothing if it has begun, or if the recipe exports nothing."""
+        if isinstance(self.recipe, Exports) and not self._thread.ident:
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until the imports are made, if they have begun."""
+        if self._thread.ident:
+            self._thread.join(WAIT_S)
+
+    def _import(self) -> None:
+        """Builds the recipe's model without memory for it, as the export will."""
+        try:
+            import torch
+
+            from heliostat.inference import export  # noqa: F401
+            from heliostat.recipes import building
+            from heliostat.tracking import models  # noqa: F401
+
+            with torch.device("meta"):
+                building.build(self.recipe)
+        except Exception as e:  # noqa: BLE001 (whatever it is, the export meets it again, and says so)
+            log.debug("warming up: %s", e)
+
+
+class Beside:
+    """Holds the process that scores, if the job asks for one."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.asked = job, job.evaluate.benchmarks if job.evaluate else None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def begin(self) -> None:
+        """Starts the process, if it is asked for and does not run: with the first checkpoint, and again if it has died."""
+        if self.asked is None or (self._process and self._process.poll() is None):
+            return
+        run = self.job.run_folder
+        command = ["benchmark", run.uri, self.asked.suite, "--follow", "--every", str(self.asked.every), "--out",
+                   run.join(paths.BENCHMARKS, "followed.json").uri, "--json"]  # fmt: skip
+        self._process = subprocess.Popen(
+            ["nice", "-n", str(NICE), sys.executable, "-m", "heliostat", *command],
+            env={**os.environ, **ENVIRONMENT}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        """Waits for the last scores, at most `evaluate.benchmarks.wait`; says so if they are not there then."""
+        if self.asked is None or self._process is None:
+            return
+        again = f"heliostat benchmark {self.job.run_folder} {self.asked.suite} --follow"
+        try:
+            code = self._process.wait(self.asked.wait)
+        except subprocess.TimeoutExpired:
+            self.end()
+            log.warning("evaluate.benchmarks: not all is scored after %g s; `%s` goes on", self.asked.wait, again)
+            return
+        if code:
+            log.warning("evaluate.benchmarks: scoring ended with exit code %d; `%s` goes on", code, again)
+
+    def end(self) -> None:
+        """Ends the process; what it has scored stays."""
+        if self._process and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait(10)

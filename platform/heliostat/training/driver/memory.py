@@ -9,22 +9,24 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import ray
+from ray.actor import ActorHandle
 
 from heliostat.cluster.connect import remote_environment
 from heliostat.config.spec import Job
 from heliostat.training import memory_keeper
 from heliostat.training.driver.pool import Member
-from heliostat.training.memory_keeper import CopySource, MemoryPlan
+from heliostat.training.memory_keeper import CopyFacts, CopySource, MemoryKeeper, MemoryPlan
 
 log = logging.getLogger(__name__)
 
 ANSWER_S = 10.0
 CHECK_S = 120.0  # for the checksums of a node's copies
 
-Held = tuple[str, int, dict[str, Any]]  # id, rank, and what is the same for all copies of the generation
+T = TypeVar("T")
+Held = tuple[str, int, CopyFacts]  # id, rank, and what is the same for all copies of the generation
 
 
 class Memory:
@@ -32,7 +34,7 @@ class Memory:
 
     def __init__(self, job: Job) -> None:
         self.on, self._gpus = job.checkpoint.memory_every is not None, job.workers.gpus
-        self._keepers: dict[str, Any] = {}
+        self._keepers: dict[str, ActorHandle[MemoryKeeper]] = {}
 
     def __enter__(self) -> Memory:
         return self
@@ -56,8 +58,8 @@ class Memory:
         for id, step, world in whole(held, data):
             if step < at_least:
                 break
-            found = self._answers({n: keepers[n].intact.remote(id) for n in held}, CHECK_S)
-            holders = {rank: [(n, keepers[n]) for n, ranks in found.items() if rank in ranks] for rank in range(world)}
+            intact: dict[str, list[int]] = self._answers({n: keepers[n].intact.remote(id) for n in held}, CHECK_S)
+            holders = {rank: [(n, keepers[n]) for n, ranks in intact.items() if rank in ranks] for rank in range(world)}
             damaged = [rank for rank in range(world) if not holders[rank]]
             if not damaged:
                 return CopySource(id, step, world, holders, at_least)
@@ -68,32 +70,31 @@ class Memory:
         """Plans an attempt's copies; starts keepers on nodes that have none. None if the job wants no copies."""
         if not self.on:
             return None
-        there = list(dict.fromkeys(m.node for m in members))
-        for node in [node for node in self._keepers if node not in there and not (source and node in _nodes(source))]:
+        nodes = list(dict.fromkeys(m.node for m in members))
+        sources = {node for holders in source.holders.values() for node, _ in holders} if source else set()
+        for node in self._keepers.keys() - {*nodes, *sources}:
             ray.kill(self._keepers.pop(node))
         environment = remote_environment(self._gpus)
-        living = self._answers({n: k.begin.remote(source and source.id) for n, k in self._keepers.items()}, ANSWER_S)
-        for node in there:
+        living: dict[str, None] = self._answers(
+            {n: k.begin.remote(source and source.id) for n, k in self._keepers.items()}, ANSWER_S
+        )
+        for node in nodes:
             if node not in living:
                 self._keepers[node] = memory_keeper.make(node, environment)
-        pairs = {node: list(dict.fromkeys([node, there[(i + 1) % len(there)]])) for i, node in enumerate(there)}
+        pairs = {node: list(dict.fromkeys([node, nodes[(i + 1) % len(nodes)]])) for i, node in enumerate(nodes)}
         return MemoryPlan(uuid.uuid4().hex[:12], [[self._keepers[n] for n in pairs[m.node]] for m in members], source)
 
-    def _answers(self, asked: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _answers(self, calls: Mapping[str, ray.ObjectRef[T]], seconds: float) -> dict[str, T]:
         """Collects what keepers answer in time, by node; those that do not are forgotten."""
-        done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds) if asked else ([], [])
-        found = {}
-        for node, answer in asked.items():
+        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds) if calls else ([], [])
+        answers = {}
+        for node, call in calls.items():
             try:
-                found[node] = ray.get(answer, timeout=0 if answer in done else 0.001)
+                answers[node] = ray.get(call, timeout=0 if call in done else 0.001)
             except ray.exceptions.RayError as e:
                 log.debug("the copies in the memory of node %s are gone: %s", node, e)
                 ray.kill(self._keepers.pop(node))
-        return found
-
-
-def _nodes(source: CopySource) -> set[str]:
-    return {node for holders in source.holders.values() for node, _ in holders}
+        return answers
 
 
 def whole(held: Mapping[str, Iterable[Held]], data: str) -> list[tuple[str, int, int]]:
@@ -102,14 +103,14 @@ def whole(held: Mapping[str, Iterable[Held]], data: str) -> list[tuple[str, int,
     `held`: by node. One whose copies do not agree in all that is the same for all workers is torn, and is none. `data`:
     as in `Memory.newest`.
     """
-    by_id: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    by_id: dict[str, list[tuple[int, CopyFacts]]] = {}
     for copies in held.values():
-        for id, rank, told in copies:
-            by_id.setdefault(id, {}).setdefault(rank, []).append(told)
-    found = []
+        for id, rank, facts in copies:
+            by_id.setdefault(id, []).append((rank, facts))
+    generations = []
     for id, ranks in by_id.items():
-        facts = [told for copies in ranks.values() for told in copies]
-        agree = all(told == facts[0] for told in facts) and facts[0]["common"]["data"] == data
-        if agree and ranks.keys() == set(range(facts[0]["world"])):
-            found.append((id, facts[0]["step"], facts[0]["world"]))
-    return sorted(found, key=lambda g: -g[1])
+        first = ranks[0][1]
+        agree = all(facts == first for _, facts in ranks) and first.data == data
+        if agree and {rank for rank, _ in ranks} == set(range(first.world)):
+            generations.append((id, first.step, first.world))
+    return sorted(generations, key=lambda g: -g[1])

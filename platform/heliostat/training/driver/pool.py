@@ -14,27 +14,33 @@ given back; the other processes stay.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
+import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from heliostat.cluster import ray_internals
 from heliostat.cluster.connect import remote_environment
 from heliostat.config.spec import Workers
+from heliostat.engine.process_group import WorkerPlace
 from heliostat.errors import PlacementError, TrainingError
 from heliostat.text import brief
 from heliostat.training.driver.slots import Slots
-from heliostat.training.worker.process import TrainWorker
+from heliostat.training.worker.process import TrainWorker, WorkerFacts
 
 log = logging.getLogger(__name__)
 
 START_S = 120.0  # for the processes to start and answer
 ANSWER_S = 10.0  # for one that is there
+PORT_S = 30.0  # for one to find a free port
 POLL_S = 0.05
 
 
@@ -43,7 +49,7 @@ class Member:
     """Holds a worker's process: its actor, and what it says of itself."""
 
     slot: int  # its number
-    actor: Any
+    actor: ActorHandle[TrainWorker]
     pid: int
     node: str
     address: str
@@ -151,11 +157,11 @@ class WorkerPool:
 
     def _check(self) -> None:
         """Drops the processes that do not answer, or are not to be used again."""
-        asked = {member: member.actor.facts.remote() for member in self._members.values()}
+        calls: dict[Member, ray.ObjectRef[WorkerFacts]] = {m: m.actor.facts.remote() for m in self._members.values()}
         until = time.monotonic() + ANSWER_S
-        for member, answer in asked.items():
+        for member, call in calls.items():
             try:
-                spent = ray.get(answer, timeout=max(0.0, until - time.monotonic()))["spent"]
+                spent = ray.get(call, timeout=max(0.0, until - time.monotonic()))["spent"]
             except ray.exceptions.RayError as e:
                 log.debug("a worker's process is not used again: %s", e)
                 spent = True
@@ -163,15 +169,17 @@ class WorkerPool:
                 self.drop(member)
 
     def _start(self, slots: list[int]) -> dict[int, Member]:
-        workers = self.workers
-        actor: Any = ray.remote(TrainWorker)
+        workers, actor = self.workers, ray.remote(TrainWorker)
         actors = {
-            slot: actor.options(
-                num_cpus=workers.cpus,
-                num_gpus=workers.gpus or None,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._slots.held[slot].group, 0),
-                runtime_env=remote_environment(workers.gpus) or None,
-            ).remote()
+            slot: cast(
+                "ActorHandle[TrainWorker]",
+                actor.options(
+                    num_cpus=workers.cpus,
+                    num_gpus=workers.gpus or None,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._slots.held[slot].group, 0),
+                    runtime_env=remote_environment(workers.gpus) or None,
+                ).remote(),
+            )
             for slot in slots
         }
         try:
@@ -184,16 +192,52 @@ class WorkerPool:
             slot: Member(slot, actors[slot], f["pid"], f["node"], f["address"], tuple(f["gpus"])) for slot, f in facts.items()
         }
 
-    def _answers(self, asked: dict[int, Any]) -> dict[int, dict[str, Any]]:
+    def _answers(self, calls: dict[int, ray.ObjectRef[WorkerFacts]]) -> dict[int, WorkerFacts]:
         """Waits for what new processes say of themselves."""
-        until, waiting = time.monotonic() + START_S, list(asked.values())
+        until, waiting = time.monotonic() + START_S, list(calls.values())
         while waiting:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
             self._go_on()
             if waiting and time.monotonic() > until:
-                late = f"{len(waiting)} of {len(asked)}"
+                late = f"{len(waiting)} of {len(calls)}"
                 raise TrainingError(f"the workers' processes could not be started: {late} did not answer within {START_S:.0f} s")
         try:
-            return {slot: ray.get(answer) for slot, answer in asked.items()}
+            return {slot: ray.get(answer) for slot, answer in calls.items()}
         except ray.exceptions.RayError as e:
             raise TrainingError(f"the workers' processes could not be started: {brief(e)}") from e
+
+
+def places(members: Sequence[Member]) -> list[WorkerPlace]:
+    """Gives each member its place, in their order: ranks count through node after node."""
+    return places_at(members, meeting(members[0]))
+
+
+def places_at(members: Sequence[Member], rendezvous: str) -> list[WorkerPlace]:
+    by_node: dict[str, list[Member]] = {}
+    for member in members:
+        by_node.setdefault(member.node, []).append(member)
+    gpus = {node: tuple(gpu for one in here for gpu in one.gpus) for node, here in by_node.items()}
+    return [
+        WorkerPlace(
+            rank=rank,
+            world=len(members),
+            local_rank=by_node[member.node].index(member),
+            local_world=len(by_node[member.node]),
+            rendezvous=rendezvous,
+            backend="nccl" if member.gpus else "gloo",
+            gpus=gpus[member.node],
+        )
+        for rank, member in enumerate(members)
+    ]
+
+
+def meeting(first: Member) -> str:
+    """Finds a new rendezvous for the Ray that this process is connected to: an earlier group's would be taken for this one's.
+
+    A file in the session's folder on a private Ray, a TCP port of the first worker elsewhere. Whoever reaches that port can,
+    without a token, write what the workers read and pose as one of them: on a machine with other users even if it listens on
+    loopback. The workers of a private Ray are all on one machine, so a file, which nobody else can open, is enough.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return f"tcp://{first.address}:{ray.get(first.actor.free_port.remote(), timeout=PORT_S)}"
+    return f"file://{ray_internals.session_folder() / f'group-{uuid.uuid4().hex}'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from types import TracebackType
-from typing import Any
+from typing import TypedDict
 
 from rich.console import Console
 from rich.live import Live
@@ -13,7 +13,6 @@ from rich.text import Text
 
 from heliostat.runs.events import Evaluation, Event, LossSpike, Notice, Phase, Steps
 from heliostat.terminal import duration, fit
-from heliostat.training.worker.loss_spikes import FoundSpike
 
 log = logging.getLogger("heliostat")
 
@@ -25,6 +24,13 @@ PHASES = {
     "step": "first step",
 }
 BAR = 24  # characters
+
+
+class StartUp(TypedDict):
+    """Describes the seconds from the command's start to the first finished step, in total and by part."""
+
+    seconds_to_first_step: float
+    startup: dict[str, float]
 
 
 class ProgressReporter:
@@ -59,7 +65,7 @@ class ProgressReporter:
     def phase(self, name: str, at: float) -> None:
         self.phases.setdefault(name, at)  # of the first attempt
 
-    def startup(self, started: float) -> dict[str, Any]:
+    def startup(self, started: float) -> StartUp:
         """Computes the seconds from the command's start to the first finished step, in total and by part."""
         marks = [started, *(self.phases.get(p, started) for p in ("ray", "model", "data", "step", "stepped"))]
         names = ("check_and_ray", "workers", "model", "data", "first_step")
@@ -84,10 +90,9 @@ class ProgressReporter:
 
     def _on_spike(self, event: LossSpike) -> None:
         self.spikes += 1
-        found = FoundSpike(event.loss, event.usual, event.limit)
         log.warning(
             "step %d: loss spike (%d so far): %s; training goes on (spike.action: warn). `heliostat samples` with --step %d "
-            "shows what it trained on", event.step, self.spikes, found, event.step,
+            "shows what it trained on", event.step, self.spikes, event.text, event.step,
         )  # fmt: skip
 
     def _on_steps(self, event: Steps) -> None:

@@ -1,6 +1,7 @@
 """Carries a run out from the driver: starts and restarts the workers, and updates the ledger, MLflow and the terminal.
 
-`heliostat.training.run` claims and plans it first. docs/reliability.md describes what happens when something fails.
+`heliostat.training.run` claims and plans it first. `states` names what a run is at; docs/reliability.md describes what happens
+when something fails.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
@@ -34,22 +35,29 @@ from heliostat.storage import run_folder as paths
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
 from heliostat.tracking.logger import RunOwner
-from heliostat.training.driver import corruption, refusals
-from heliostat.training.driver.benchmarks import Beside
-from heliostat.training.driver.exclusion import Suspicions, exclude
-from heliostat.training.driver.finalize import finalize, unit
+from heliostat.training.driver import suspects
+from heliostat.training.driver.finalize import Beside, WarmUp, finalize, unit
 from heliostat.training.driver.limits import Spending
 from heliostat.training.driver.recovery import Budget, choose, classify
 from heliostat.training.driver.signals import Signals
-from heliostat.training.driver.warm_up import WarmUp
-from heliostat.training.pauses import PausePoints
-from heliostat.training.stop_codes import INTERRUPTED, RUN, STOPS
+from heliostat.training.driver.states import RunState, States
+from heliostat.training.stops import INTERRUPTED, RUN, STOPS, PausePoints
 from heliostat.validation.check import Checked
 
 if TYPE_CHECKING:  # Ray takes a second
+    from heliostat.training.driver.memory import Memory
+    from heliostat.training.driver.pool import WorkerPool
+    from heliostat.training.driver.progress import ProgressReporter
     from heliostat.training.memory_keeper import CopySource
+    from heliostat.training.worker.build import WorkerSummary
 
 log = logging.getLogger(__name__)
+
+ENDS = {  # MLflow's status and the ledger's outcome, by the state in which a command ends
+    RunState.FINISHED: ("FINISHED", "finished"),
+    RunState.STOPPED: ("KILLED", "interrupted"),
+    RunState.FAILED: ("FAILED", "failed"),
+}
 
 
 @dataclass
@@ -66,6 +74,11 @@ class RunHooks:
 
 class DrivenRun:
     """Carries a claimed and planned run out: attempts one after another, then what follows the last step."""
+
+    owner: RunOwner  # of the MLflow run
+    pool: WorkerPool
+    memory: Memory
+    show: ProgressReporter
 
     def __init__(
         self,
@@ -84,7 +97,8 @@ class DrivenRun:
         self.saved_step = start_step  # of the newest checkpoint in storage; an attempt may start from a newer copy in memory
         self.hooks = hooks
         self.signals = Signals()  # those that stop it, from when it trains on
-        self.budget, self.suspicions = Budget(self.job.retries), Suspicions()
+        self.state = States(self.job.name)
+        self.budget, self.suspicions = Budget(self.job.retries), suspects.Suspicions()
         self.restarts = 0
         self.trust_memory = True  # copies of the training state there: they are as good as the newest checkpoint, and newer
         self.warm_up = WarmUp(checked.recipe)
@@ -92,12 +106,12 @@ class DrivenRun:
         self.ledger = LedgerRecorder(self.job.run_folder, started, start_step, max(self.counts))
         self.spending = Spending(self.job, self.ledger)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> endings.Ending:
         """Trains, then exports, logs and registers the model."""
 
-        def work(owner: RunOwner) -> dict[str, Any]:
-            summary = self._train(owner)
-            return self._finalize(owner, layout.open_checkpoint(self.job.run_folder, self.job.last_step), summary)
+        def work() -> endings.Ending:
+            summary = self._train()
+            return self._finalize(layout.open_checkpoint(self.job.run_folder, self.job.last_step), summary)
 
         try:
             result = self._with_mlflow_run(work)
@@ -106,50 +120,53 @@ class DrivenRun:
         finally:
             self.beside.end()
 
-    def train_only(self) -> dict[str, Any]:
+    def train_only(self) -> endings.Ending:
         """Trains without exporting or registering the model."""
         return self._with_mlflow_run(self._train)
 
-    def finalize(self, last: SavedCheckpoint) -> dict[str, Any]:
+    def finalize(self, last: SavedCheckpoint) -> endings.Ending:
         """Finalizes from the last checkpoint, without training, where an earlier command did not complete this."""
         summary = endings.read(self.job.run_folder, last, self.job)
-        return self._with_mlflow_run(lambda owner: self._finalize(owner, last, summary))
+        self.state.to(RunState.FINALIZING)
+        return self._with_mlflow_run(lambda: self._finalize(last, summary))
 
     def catch_up(self) -> None:
         """Logs to MLflow what an earlier command could not log at its end: its metrics, or only that the run has finished."""
         ended = liveness.last(self.job.run_folder)
         if (ended and ended.outcome != "finished") or self.job.run_folder.join(paths.UNLOGGED).exists():
-            self._with_mlflow_run(lambda owner: None)
+            self._with_mlflow_run(dict)
 
-    def _with_mlflow_run(self, work: Any) -> dict[str, Any]:
+    def _with_mlflow_run(self, work: Callable[[], endings.Ending]) -> endings.Ending:
         """Does the work with an owner of the MLflow run, whose status is right however the work ends."""
-        owner = RunOwner(self.job, self.checked.manifests, self.tags, self.plan.version)
+        self.owner = RunOwner(self.job, self.checked.manifests, self.tags, self.plan.version)
         self.ledger.beat(force=True)  # from here on the run has a driver
         try:
-            result = work(owner)
+            result = work()
         except LeaseError as e:  # the MLflow run is another driver's now
+            self.state.to(RunState.FAILED)
             self.ledger.close("failed", str(e))
             raise
         except (KeyboardInterrupt, StoppedError) as e:
-            self._finish(owner, "KILLED", str(e) or "interrupted")
+            self._end(RunState.STOPPED, str(e) or "interrupted")
             raise
         except Exception as e:
-            self._finish(owner, "FAILED", str(e))
+            self._end(RunState.FAILED, str(e))
             raise
-        self._finish(owner, "FINISHED")
+        self._end(RunState.FINISHED)
         return result
 
-    def _finish(self, owner: RunOwner, status: str, reason: str = "") -> None:
-        report, outcome = self.ledger.report(), {"KILLED": "interrupted"}.get(status, status.lower())
+    def _end(self, state: RunState, reason: str = "") -> None:
+        self.state.to(state)
+        report, (status, outcome) = self.ledger.report(), ENDS[state]
         report["attempts"][-1] |= {"outcome": outcome, "reason": reason}
         try:
-            owner.finish(status, reason, report, self.hooks.closing if self.hooks else None)
+            self.owner.finish(status, reason, report, self.hooks.closing if self.hooks else None)
         finally:
             self.ledger.close(outcome, reason)
 
     # training --------------------------------------------------------------------------------------------------------
 
-    def _train(self, owner: RunOwner) -> dict[str, Any]:
+    def _train(self) -> endings.Ending:
         """Starts attempts one after another until the last step is done or another attempt would be of no use."""
         from heliostat.cluster import nodes
         from heliostat.cluster.connect import connect
@@ -159,51 +176,54 @@ class DrivenRun:
 
         workers = self.job.workers
         most = max(self.counts)
-        with ProgressReporter(console, self.job.name, self.start_step, self.job.last_step, unit(self.job)) as show:
+        with ProgressReporter(console, self.job.name, self.start_step, self.job.last_step, unit(self.job)) as self.show:
             # data tasks need CPUs of their own; on a small machine these are logical, and mostly wait
             connect(
                 cpus=max(os.cpu_count() or 1, round(most * workers.cpus) + 2),
                 gpus=round(most * workers.gpus),
                 verbose=self.verbose,
             )
-            show.phase("ray", time.time())
+            self.show.phase("ray", time.time())
             self.spending.look(nodes.inventory())
-            held = Memory(self.job)
-            with self.hooks.signals if self.hooks else Signals() as signals, WorkerPool(workers) as pool, held as memory:
-                self.signals = signals
-                while True:
-                    show.note("starting the workers")
-                    try:
-                        summary = self._attempt(owner, show, signals, pool, memory)
-                    except HeliostatError as e:
-                        self._recover(e, owner, signals, pool, memory)
-                    else:
-                        stop = summary.pop("stop")
-                        if stop == RUN:
-                            break
-                        self._handle_stop(stop, summary["steps"])
-        summary |= show.startup(self.started)
-        summary["restarts"] = self.restarts
+            memory = Memory(self.job)
+            with self.hooks.signals if self.hooks else Signals() as self.signals, WorkerPool(workers) as self.pool, memory:
+                self.memory = memory
+                trained = self._attempts()
+        summary: endings.Ending = {**trained, **self.show.startup(self.started), "restarts": self.restarts}
+        del summary["stop"]
         self.lease.fence.check()
         endings.write(self.job.run_folder, summary)
-        if signals.name:
-            raise _stopped(
-                signals.name, self.spending.reached, "after the last step", "use --resume to export and register the model"
-            )
+        if self.signals.name:
+            raise self._stopped("after the last step", "use --resume to export and register the model")
         return summary
 
-    def _attempt(self, owner: RunOwner, show: Any, signals: Signals, pool: Any, memory: Any) -> dict[str, Any]:
+    def _attempts(self) -> WorkerSummary:
+        """Makes attempts until one has made the last step; returns its summary."""
+        while True:
+            again = "" if self.state.now is RunState.STARTING else f"{self.state.now}: "
+            self.show.note(f"{again}starting the workers")
+            try:
+                summary = self._attempt()
+            except HeliostatError as e:
+                self._recover(e)
+                continue
+            if summary["stop"] == RUN:
+                self.state.to(RunState.FINALIZING)
+                return summary
+            self._handle_stop(summary["stop"], summary["steps"])
+
+    def _attempt(self) -> WorkerSummary:
         from heliostat.cluster import nodes
         from heliostat.training.driver.attempt import Attempt, Start
 
         count = self.counts[0]
         if len(self.counts) > 1:
             nodes.ask_for(self.job.workers, max(self.counts))
-            count = choose(self.counts, nodes.room_now(self.job, pool.held(), pool.avoided()))
-        source = self._from_memory(memory, pool.avoided())
+            count = choose(self.counts, nodes.room_now(self.job, self.pool.held(), self.pool.avoided()))
+        source = self._from_memory()
         self.lease.fence.check()
         segments.begin(self.job.run_folder, self.plan, self.start_step)
-        owner.post(AttemptStarted(start_step=self.start_step, workers=count, nodes=nodes.inventory()))
+        self.owner.post(AttemptStarted(start_step=self.start_step, workers=count, nodes=nodes.inventory()))
         start = Start(
             self.job.on(count),
             self.counts,
@@ -212,38 +232,38 @@ class DrivenRun:
             self.checked.manifests,
             self.start_step,
             self.lease.fence,
-            memory,
+            self.memory,
             source,
             self.hooks.pauses if self.hooks else PausePoints(),
         )
+        self.done = self.start_step
+        return Attempt(start, self.pool, self.signals, self._take, self._beat).run()
 
-        done = self.start_step
+    def _take(self, event: Event) -> None:
+        """Hands an event of the workers to the ledger, MLflow, the terminal, and whatever the run is a part of."""
+        if isinstance(event, Steps):
+            self.done = event.done
+            self.trust_memory = True
+            self.state.stepped()
+            event.sources = self._sources(self.done)
+            if self.done >= self.job.last_step and not self.hooks:
+                self.warm_up.begin()
+        elif isinstance(event, NodeSample):
+            event.step = self.done
+        self.owner.post(event)
+        self.ledger.event(event)
+        if isinstance(event, Saved):
+            self.owner.post(Goodput(report=self.ledger.report(), step=event.step, at=event.at))
+            if not self.hooks:
+                self.beside.begin()
+        self.show.event(event)
+        if self.hooks:
+            self.hooks.hear(event)
 
-        def take(event: Event) -> None:
-            nonlocal done
-            if isinstance(event, Steps):
-                done = event.done
-                self.trust_memory = True
-                event.sources = self._sources(done)
-                if done >= self.job.last_step and not self.hooks:
-                    self.warm_up.begin()
-            elif isinstance(event, NodeSample):
-                event.step = done
-            owner.post(event)
-            self.ledger.event(event)
-            if isinstance(event, Saved):
-                owner.post(Goodput(report=self.ledger.report(), step=event.step, at=event.at))
-                if not self.hooks:
-                    self.beside.begin()
-            show.event(event)
-            if self.hooks:
-                self.hooks.hear(event)
-
-        return Attempt(start, pool, signals, take, self._beat).run()
-
-    def _from_memory(self, memory: Any, avoided: set[str]) -> CopySource | None:
+    def _from_memory(self) -> CopySource | None:
         """Finds newer copies of the training state in memory than the checkpoint, and makes the next attempt start from them."""
-        source = memory.newest(self.saved_step, self.plan.digest, avoided) if self.trust_memory else None
+        avoided = self.pool.avoided()
+        source = self.memory.newest(self.saved_step, self.plan.digest, avoided) if self.trust_memory else None
         self.start_step = source.step if source else self.saved_step
         if source:
             log.warning("going on from step %d, of which the nodes' memory holds copies", source.step)
@@ -263,69 +283,71 @@ class DrivenRun:
             if reached := self.spending.check():
                 self.signals.limit(reached)
 
-    def _recover(self, error: HeliostatError, owner: RunOwner, signals: Signals, pool: Any, memory: Any) -> None:
+    def _recover(self, error: HeliostatError) -> None:
         """Prepares another attempt after a failure, or raises the error."""
         kind = classify(error)
         if isinstance(error, StoppedError):
             reached = self.spending.reached
             raise LimitError(str(error) if reached in str(error) else f"{reached}; {error}") if reached else error
-        if kind == "final":
-            raise error
-        if isinstance(error, AccessError) and refusals.confirmed(error, self.job):
+        if kind == "final" or (isinstance(error, AccessError) and suspects.refuses_driver(error, self.job)):
             raise error
         if kind == "queued":
             log.warning("%s; trying again", error)
-            self._restart("failed", str(error))
+            self._restart(RunState.RECOVERING, "failed", str(error))
             self.trust_memory = True  # nothing was tried
-            self._pause(self.job.retries.backoff, signals)
-            _heed(signals, self.spending.reached, self.start_step)
+            self._pause(self.job.retries.backoff)
             return
         if kind in ("corrupt", "spike") or isinstance(error, CorruptionError):  # the run goes back behind what is in memory
-            memory.forget()
+            self.memory.forget()
         try:
-            newest = corruption.trusted(self.job.run_folder, error)
+            newest = suspects.trusted(self.job.run_folder, error)
             step = newest.step if newest else 0
         except StorageError as e:  # still away: the next attempt looks from where this one began
             log.warning("%s", e)
             step = self.saved_step
-        reason = "; ".join([str(error), *self._exclude(error, step, owner, pool)])
+        reason = "; ".join([str(error), *self._exclude(error, step)])
         wait = self.budget.spend(error, step)
         again = f"retry {self.budget.used} of {self.budget.retries.max}"
         log.warning("%s; going on from step %d in %.0f s (%s)", error, step, wait, again)
-        self._restart("failed", reason)
+        self._restart(RunState.RECOVERING, "failed", reason)
         self.start_step = self.saved_step = step
         if len(kept := tuple(skip for skip in self.plan.skips if skip[0] <= step)) < len(self.plan.skips):
-            self.plan = dataclasses.replace(self.plan, skips=kept)  # what was left out from a later step on is decided anew
-            self.order = make_order(self.plan, self.checked.manifests)
+            self._follow(kept)  # what was left out from a later step on is decided anew
         if isinstance(error, LossSpikeError):
             self._leave_out(max(step, error.step - 1), error.step)
-        self._pause(wait, signals)
-        _heed(signals, self.spending.reached, step)
+        self._pause(wait)
 
-    def _exclude(self, error: HeliostatError, step: int, owner: RunOwner, pool: Any) -> list[str]:
+    def _exclude(self, error: HeliostatError, step: int) -> list[str]:
         """Excludes the nodes that a failure shows to be bad; returns what was done, if anything. `step`: of the checkpoint."""
         if isinstance(error, AccessError):
-            refusals.leave_out(error.node, self.job, min(self.counts), pool)
+            suspects.avoid_refused(error.node, self.job, min(self.counts), self.pool)
         if isinstance(error, CorruptionError):
-            owner.post(Corruption(nodes=error.nodes, text=str(error)))
+            self.owner.post(Corruption(nodes=error.nodes, text=str(error)))
         if not (bad := self.suspicions.note(error, step)):
             return []
-        done = exclude(bad, self.job, min(self.counts), pool)
-        owner.post(BadNodes(nodes=bad, text=f"{error}; {done}"))
+        done = suspects.exclude(bad, self.job, min(self.counts), self.pool)
+        self.owner.post(BadNodes(nodes=bad, text=f"{error}; {done}"))
         return [done]
 
-    def _pause(self, seconds: float, signals: Signals) -> None:
+    def _pause(self, seconds: float) -> None:
+        """Waits before the next attempt; raises the error of a run that is ordered to stop meanwhile."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not signals.name:
+        while time.monotonic() < until and not self.signals.name:
             self._beat()
             time.sleep(0.1)
+        if self.signals.name:
+            fix = "raise it and use" if self.spending.reached else "use"
+            raise self._stopped("between two attempts", f"{fix} --resume to go on from step {self.start_step}")
 
     def _leave_out(self, first: int, last: int) -> None:
         """Leaves the samples of steps [first, last] out of the training: the sequence goes on behind them."""
-        skips = (*self.plan.skips, (self.start_step, first, last - first + 1))
+        self._follow((*self.plan.skips, (self.start_step, first, last - first + 1)))
+        log.warning("the samples of steps %d to %d are left out", first + 1, last + 1)
+
+    def _follow(self, skips: tuple[tuple[int, int, int], ...]) -> None:
+        """Follows the plan with these skips from the next attempt on."""
         self.plan = dataclasses.replace(self.plan, skips=skips)
         self.order = make_order(self.plan, self.checked.manifests)
-        log.warning("the samples of steps %d to %d are left out", first + 1, last + 1)
 
     def _handle_stop(self, stop: int, step: int) -> None:
         """Handles a stop that the workers were ordered to make behind the checkpoint of `step`."""
@@ -335,9 +357,10 @@ class DrivenRun:
                 raise LimitError(f"{reached}; {where}; raise it and use --resume to go on")
             raise StoppedError(f"{where}; use --resume to go on")
         self.start_step = self.saved_step = step
-        self._restart(STOPS[stop])
+        self._restart(RunState.RESIZING, STOPS[stop])
 
-    def _restart(self, outcome: str, reason: str = "") -> None:
+    def _restart(self, state: RunState, outcome: str, reason: str = "") -> None:
+        self.state.to(state)
         self.restarts += 1
         self.ledger.restart(outcome=outcome, reason=reason)
 
@@ -355,18 +378,12 @@ class DrivenRun:
             for i, name in enumerate(names)
         }
 
-    def _finalize(self, owner: RunOwner, last: SavedCheckpoint, summary: dict[str, Any]) -> dict[str, Any]:
+    def _finalize(self, last: SavedCheckpoint, summary: endings.Ending) -> endings.Ending:
         self.warm_up.wait()
-        return finalize(self.checked, self.lease, self.ledger, owner, last, summary)
+        return finalize(self.checked, self.lease, self.ledger, self.owner, last, summary)
 
-
-def _heed(signals: Signals, reached: str, step: int) -> None:
-    """Raises the error of a run that was ordered to stop while it had no workers."""
-    if signals.name:
-        fix = "raise it and use" if reached else "use"
-        raise _stopped(signals.name, reached, "between two attempts", f"{fix} --resume to go on from step {step}")
-
-
-def _stopped(signal: str, reached: str, where: str, fix: str) -> StoppedError:
-    """Makes the error of a run that stops: of the limit that is reached, if there is one, else of the signal."""
-    return LimitError(f"{reached}; stopped {where}; {fix}") if reached else StoppedError(f"stopped by {signal} {where}; {fix}")
+    def _stopped(self, where: str, fix: str) -> StoppedError:
+        """Makes the error of a run that stops: of the limit that is reached, if there is one, else of the signal."""
+        if reached := self.spending.reached:
+            return LimitError(f"{reached}; stopped {where}; {fix}")
+        return StoppedError(f"stopped by {self.signals.name} {where}; {fix}")

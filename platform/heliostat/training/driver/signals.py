@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any
 
 
 class Signals:
@@ -16,7 +15,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, signal._HANDLER] = {}
         self._by_limit = False
 
     def __enter__(self) -> Signals:

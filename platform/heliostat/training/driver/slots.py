@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
@@ -154,8 +153,8 @@ class Slots:
         taken = {s.node for s in self.held.values()} if workers.placement == "strict_spread" else set()
         out = self.avoided() | taken
         where = {NODE_ID: only[0]} if only else {NODE_ID: f"!in({','.join(sorted(out))})"} if out else {}
-        labels: Any = {"bundle_label_selector": [{**workers.labels, **where}] * count} if workers.labels or where else {}
-        return placement_group([need] * count, strategy=workers.placement.upper(), **labels)
+        labels = [{**workers.labels, **where}] * count if workers.labels or where else None
+        return placement_group([need] * count, strategy=workers.placement.upper(), bundle_label_selector=labels)
 
     def _drop_open(self) -> None:
         groups, self._open = self._open, []

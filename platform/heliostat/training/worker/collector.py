@@ -11,11 +11,13 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from heliostat.training.worker.hooks import Due, Hook
+
 EVERY = 10  # steps; garbage in circles can hold a step's tensors, so they are not left for long
 
 
 def spare_imports() -> None:
-    """Exempts what has been imported so far from all later collections; forks of a zygote come with that done."""
+    """Exempts what has been imported so far from all later collections; forks of the fork server come with that done."""
     if not gc.get_freeze_count():
         gc.freeze()
 
@@ -32,10 +34,10 @@ def held_off() -> Iterator[None]:
             gc.enable()
 
 
-def collect_new() -> None:
-    """Collects what has been made since the last time."""
-    gc.collect(1)
-
-
-def collect_all() -> None:
-    gc.collect()
+class Collector(Hook):
+    def on_save(self, done: int, due: Due) -> None:
+        """Collects what is new every EVERY steps, and everything where training has stopped anyway."""
+        if due.saves or due.evaluates:
+            gc.collect()
+        elif done % EVERY == 0:
+            gc.collect(1)

@@ -1,16 +1,70 @@
-"""Describes where a worker stands in an attempt: what all its parts need to know."""
+"""Describes where a worker stands in an attempt, and posts to the driver what happens there.
+
+    posts.tell(Evaluation(...))     # not to be lost: kept until a checkpoint holds it, too
+    posts.notice("...")             # a line at the terminal
+
+Nothing waits for the driver: an event is sent, and lost if nobody is there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from ray.actor import ActorHandle
 
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
+from heliostat.runs.events import Event, Notice, Phase
+from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
-from heliostat.training.worker.posts import Posts
+from heliostat.training.mailbox import MailboxState
+
+
+class Posts:
+    """Posts rank 0's events, which are the same on all workers.
+
+    `mailbox`: the driver's; None without a driver. `told`: events since the last checkpoint that must not be lost, even if the
+    driver dies before it has them.
+    """
+
+    def __init__(self, mailbox: ActorHandle[MailboxState] | None, rank: int) -> None:
+        self.mailbox, self.rank = mailbox, rank
+        self.told: list[Event] = []
+
+    def post(self, event: Event) -> None:
+        if self.rank == 0:
+            self._send(event)
+
+    def tell(self, event: Event) -> None:
+        """Posts an event that must not be lost."""
+        self.told.append(event)
+        self.post(event)
+
+    def notice(self, text: str | None) -> None:
+        """Posts a notice for the user at the terminal, if there is one."""
+        if text:
+            self.post(Notice(text=text))
+
+    def notice_of_any(self, text: str) -> None:
+        """Posts a notice that is not rank 0's alone."""
+        self._send(Notice(text=text))
+
+    def _send(self, event: Event) -> None:
+        if self.mailbox is not None:
+            self.mailbox.post.remote(event)
+
+
+@dataclass
+class Latest:
+    """Holds what the last steps gave, for checkpoints and the summary: the loss last reported; the held-out scores, and the step
+    that they are of."""
+
+    loss: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    scored_at: int = -1
 
 
 @dataclass(frozen=True)
@@ -27,7 +81,13 @@ class Context:
     start_step: int
     rank: int
     world: int
-    control: Any
+    control: dist.ProcessGroup
     fence: Fence
     posts: Posts
     progressed: Callable[[], None]
+    ledger: Ledger
+    latest: Latest = field(default_factory=Latest)
+
+    def phase(self, name: str) -> None:
+        """Posts that the workers begin a phase (`runs.events.Phase`)."""
+        self.posts.post(Phase(phase=name, ledger=self.ledger.totals()))

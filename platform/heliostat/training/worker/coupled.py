@@ -14,7 +14,7 @@ computes what its share of them adds (`couple_some`), a block at a time, and the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,12 @@ from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Part
 from heliostat.training.worker.micro_batches import Micro, seeded
 
+if TYPE_CHECKING:
+    from heliostat.engine.deepspeed_engine import DeepSpeedEngine
+
 Found = dict[str, torch.Tensor]
-Checked = Callable[[Any, str], Loss]  # returns what a recipe's method gave, if it is a loss; by the method's name
+Terms = int | torch.Tensor  # how many loss terms a step has over all workers
+Checked = Callable[[object, str], Loss]  # returns what a recipe's method gave, if it is a loss; by the method's name
 
 SHARED_FROM = 1024  # samples of a step; also of a block. Fewer are coupled by each worker, which is one matrix of 4 MiB
 
@@ -44,7 +48,7 @@ class CoupledStep(NamedTuple):
         return torch.stack([(found[name].float() * whole[places]).sum() for name, whole in self.gradients.items()]).sum()
 
 
-def represented(recipe: CouplesSamples, engine: Any, micro: Micro, batch: Batch) -> Found:
+def represented(recipe: CouplesSamples, engine: DeepSpeedEngine, micro: Micro, batch: Batch) -> Found:
     """Represents the samples of a micro-batch, which is on the device; ConfigError for what is not of each sample."""
     found = recipe.represent(engine, batch)
     for name, tensor in found.items():
@@ -57,7 +61,12 @@ def represented(recipe: CouplesSamples, engine: Any, micro: Micro, batch: Batch)
 
 
 def first_pass(
-    recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], checked: Checked, terms: Any, progressed: Callable[[], None]
+    recipe: CouplesSamples,
+    engine: DeepSpeedEngine,
+    micros: Sequence[Micro],
+    checked: Checked,
+    terms: Terms,
+    progressed: Callable[[], None],
 ) -> CoupledStep:
     """Represents this worker's micro-batches without gradients, and computes the loss of all workers' with its gradients;
     collective. `terms`: the step's; `progressed` is called after each micro-batch."""
@@ -73,7 +82,7 @@ def first_pass(
     return CoupledStep(loss, keys, _gradients(recipe, leaves, loss, terms))
 
 
-def _gradients(recipe: CouplesSamples, leaves: Found, loss: Loss, terms: Any) -> Found:
+def _gradients(recipe: CouplesSamples, leaves: Found, loss: Loss, terms: Terms) -> Found:
     if not loss.sum.requires_grad:
         raise ConfigError(
             f"recipe: {type(recipe).__name__}.couple makes no use of what is represented in floating point ({GUIDE})"
@@ -83,7 +92,7 @@ def _gradients(recipe: CouplesSamples, leaves: Found, loss: Loss, terms: Any) ->
     return {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
 
 
-def _shared(recipe: CouplesSamples, leaves: Found, checked: Checked, terms: Any) -> tuple[Loss, Found]:
+def _shared(recipe: CouplesSamples, leaves: Found, checked: Checked, terms: Terms) -> tuple[Loss, Found]:
     """Computes the loss and its gradients with the other workers; collective. Each has a slice of the samples in their order."""
     number, rank, world = len(next(iter(leaves.values()))), dist.get_rank(), dist.get_world_size()
     begin, end = number * rank // world, number * (rank + 1) // world
@@ -101,7 +110,7 @@ def _shared(recipe: CouplesSamples, leaves: Found, checked: Checked, terms: Any)
     return Loss(whole[0], {name: Part(value, parts[name].weight) for name, value in zip(parts, whole[1:], strict=True)}), totals
 
 
-def objective(loss: Loss, terms: Any) -> torch.Tensor:
+def objective(loss: Loss, terms: Terms) -> torch.Tensor:
     """Returns what is minimised of a whole step: the sum of its terms over their number, and the weighted parts."""
     return sum((part.value.float() * part.weight for part in loss.parts.values() if part.weight), loss.sum / terms)
 

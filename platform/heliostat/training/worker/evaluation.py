@@ -1,17 +1,21 @@
-"""Evaluates the held-out samples during training: reads them once, and scores them on all workers together."""
+"""Evaluates a run while it trains: scores the held-out samples, and draws a recipe's pictures, on all workers together.
+
+Held-out samples are read once. A recipe's `gallery()` has `count` pictures; picture i follows from the weights and i alone, so it
+does not matter which worker draws it.
+"""
 
 from __future__ import annotations
 
 import logging
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from heliostat.checkpoint.agreement import first, merged
+from heliostat.checkpoint import agreement
 from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.chunks import Gathered
@@ -19,10 +23,48 @@ from heliostat.data.content import Content
 from heliostat.data.dataset import Dataset
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.errors import DataError
-from heliostat.recipes.gathering import in_order, taken
-from heliostat.recipes.protocol import Evaluates, Recipe
+from heliostat.recipes import building
+from heliostat.recipes.batches import in_order, taken
+from heliostat.recipes.protocol import Draws, Evaluates, Gallery, Recipe
+from heliostat.runs.events import Evaluation
+from heliostat.training.worker.context import Context
+from heliostat.training.worker.hooks import Due, Hook
+from heliostat.training.worker.training_state import TrainingState
+
+if TYPE_CHECKING:
+    from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
 log = logging.getLogger(__name__)
+
+AT_ONCE = 64  # pictures that a worker draws together
+
+
+class Evaluations(Hook):
+    """Scores the model as often as the job says, with the average of its weights if it has one."""
+
+    def __init__(self, context: Context, state: TrainingState, recipe: Recipe, dataset: Dataset, sharing: SampleGroup) -> None:
+        self.context, self.state, self.engine, self.recipe = context, state, state.engine, recipe
+        self.held_out = HeldOut(context.job, dataset, recipe, sharing)
+        self.gallery = recipe.gallery() if isinstance(recipe, Draws) else None
+
+    def on_save(self, done: int, due: Due) -> None:
+        """Evaluates, if that is due; the scores are the latest ones from then on."""
+        if not due.evaluates:
+            return
+        context, engine, device = self.context, self.engine, self.engine.device
+        images: dict[str, bytes] = {}
+        with context.ledger("evaluating"):
+            engine.eval()
+            with self.state.averaged():
+                scores = self.held_out.scores(engine, device, context.control, context.progressed)
+                context.latest.scored_at = done
+                if self.gallery:
+                    judged, images = show(self.gallery, engine, device, context.control, context.progressed)
+                    scores |= judged
+            engine.train()
+            building.rest(self.recipe, engine.module)
+            context.latest.scores = scores
+            context.posts.tell(Evaluation(step=done, scores=scores, images=images))
 
 
 class HeldOut:
@@ -49,7 +91,9 @@ class HeldOut:
         self.counted[list(found.faults)] = False
 
     @torch.no_grad()
-    def scores(self, model: Any, device: Any, group: Any, progressed: Callable[[], None]) -> dict[str, float]:
+    def scores(
+        self, model: DeepSpeedEngine, device: torch.device, group: dist.ProcessGroup, progressed: Callable[[], None]
+    ) -> dict[str, float]:
         """Evaluates the recipe's scores on all held-out samples, on all workers together; calls `progressed` after each batch.
 
         What the recipe gathers is sent to rank 0, which computes its metrics; every worker gets the result.
@@ -74,9 +118,9 @@ class HeldOut:
         found = self.evaluates.metrics(dict(zip(names, totals.tolist(), strict=True)))
         return found | self._measured(kept, group) if self.evaluates.gathered else found
 
-    def _measured(self, kept: list[tuple[np.ndarray, dict[str, np.ndarray]]], group: Any) -> dict[str, float]:
-        parts = merged(group, lambda: [kept], operator.add)
-        return first(group, lambda: self.evaluates.measure(in_order(parts or [])))
+    def _measured(self, kept: list[tuple[np.ndarray, dict[str, np.ndarray]]], group: dist.ProcessGroup) -> dict[str, float]:
+        parts = agreement.merged(group, lambda: [kept], operator.add)
+        return agreement.first(group, lambda: self.evaluates.measure(in_order(parts or [])))
 
 
 def whole(found: Gathered, micro: int, everything: Callable[[], Gathered]) -> Content:
@@ -124,3 +168,29 @@ def dealt_whole(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple
     mine = rank + world * np.arange(-(-batches // world))
     places = (np.minimum(mine, batches - 1)[:, None] * micro + np.arange(micro)).ravel()
     return samples[np.minimum(places, len(samples) - 1)], (places < len(samples)) & np.repeat(mine < batches, micro)
+
+
+@torch.no_grad()
+def show(
+    gallery: Gallery, model: DeepSpeedEngine, device: torch.device, group: dist.ProcessGroup, progressed: Callable[[], None]
+) -> tuple[dict[str, float], dict[str, bytes]]:
+    """Draws the gallery; returns the scores, on every rank, and the PNG images by name, on rank 0.
+
+    Collective: every rank draws equally many, for ZeRO-3's sake. Calls `progressed` now and then.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    each = -(-gallery.count // world)
+    mine = [min(rank + i * world, gallery.count - 1) for i in range(each)]
+    drawn = []
+    for first in range(0, each, AT_ONCE):
+        drawn += gallery.draw(model, device, mine[first : first + AT_ONCE])
+        progressed()
+    pictures = agreement.merged(group, lambda: dict(zip(mine, drawn, strict=True)), operator.or_) or {}
+    images: dict[str, bytes] = {}
+
+    def judge() -> dict[str, float]:
+        scores, made = gallery.judge([pictures[n] for n in range(gallery.count)], progressed)
+        images.update(made)
+        return scores
+
+    return agreement.first(group, judge), images

@@ -6,16 +6,19 @@ device until a report, unless the recipe balances by them: then workers add them
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from heliostat.recipes.protocol import Recipe
 
+if TYPE_CHECKING:
+    from heliostat.engine.deepspeed_engine import DeepSpeedEngine
+
 
 class ExpertLoad:
-    def __init__(self, recipe: Recipe, engine: Any) -> None:
+    def __init__(self, recipe: Recipe, engine: DeepSpeedEngine) -> None:
         self.recipe, self.engine = recipe, engine
         self._micro: list[torch.Tensor] = []  # of the step that is played
         self._steps: list[torch.Tensor] = []  # since the last report: summed over workers if the recipe balances

@@ -13,17 +13,18 @@ import sys
 import threading
 import traceback
 from concurrent.futures import Future
-from typing import Any
 
 import ray
+import torch.distributed as dist
+from ray.actor import ActorHandle
 
-from heliostat.checkpoint import tree
-from heliostat.checkpoint.tree import Channel
+from heliostat.checkpoint import agreement
+from heliostat.checkpoint.agreement import Channel
 from heliostat.data import device_threads
 from heliostat.engine import process_group
 from heliostat.runs.events import Stack
-from heliostat.training.mailbox import interval
-from heliostat.training.stop_codes import PREEMPTED, RUN
+from heliostat.training.mailbox import Facts, MailboxState, Orders, interval
+from heliostat.training.stops import PREEMPTED, RUN
 from heliostat.training.worker import sigterm
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,13 @@ VOTES = 2  # tag of the channel
 
 
 class Heartbeat:
-    def __init__(self, mailbox: Any, rank: int, workers: int) -> None:
+    def __init__(self, mailbox: ActorHandle[MailboxState], rank: int, workers: int) -> None:
         self.progress = 0  # a count of whatever shows that the loop gets on
         self.step = self.micro = 0  # the step that is being made, from 1 on, and its micro-batches so far
         self._mailbox, self._rank, self._ordered = mailbox, rank, RUN
         self._every = interval(workers)
         self._abort = process_group.order()
-        self._facts = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+        self._node = ray.get_runtime_context().get_node_id()
         self._ended = threading.Event()
         self._thread = device_threads.thread(self._beat, "heartbeat")
 
@@ -55,12 +56,13 @@ class Heartbeat:
     def _beat(self) -> None:
         dumped = aborted = False
         while True:
+            facts: Facts = {"pid": os.getpid(), "node": self._node, "step": self.step, "micro": self.micro}
+            orders: Orders = {}
             try:
-                facts = {**self._facts, "step": self.step, "micro": self.micro}
-                orders = ray.get(self._mailbox.heartbeat.remote(self._rank, self.progress, facts), timeout=ANSWER_S)
+                answer: ray.ObjectRef[Orders] = self._mailbox.heartbeat.remote(self._rank, self.progress, facts)
+                orders = ray.get(answer, timeout=ANSWER_S)
             except ray.exceptions.RayError as e:  # without a mailbox there is no driver, and Ray ends this process
                 log.warning("worker %d: no answer from the driver's mailbox (%s)", self._rank, type(e).__name__)
-                orders = {}
             self._ordered = max(self._ordered, orders.get("stop", RUN))
             if orders.get("dump") and not dumped:
                 dumped = True
@@ -87,13 +89,13 @@ class StopConsensus:
     A thread passes the codes along a tree beside the step's work, on a channel of its own of the group.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self._channel = Channel(group, VOTES)
         self._thread = device_threads.pool(1, "stop-consensus")
         self._vote: Future[int]
 
     def ask(self, code: int) -> None:
-        self._vote = self._thread.submit(lambda: tree.down(self._channel, tree.up(self._channel, code, max)))
+        self._vote = self._thread.submit(lambda: agreement.down(self._channel, agreement.up(self._channel, code, max)))
 
     def result(self) -> int:
         """Waits for the consensus and returns the highest code that any worker has asked for."""

@@ -18,21 +18,21 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import astuple
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import ray
 import torch
+import torch.distributed as dist
 
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.agreement import agreed, together
-from heliostat.checkpoint.flat_copy import CopiedBytes, FlatRange
+from heliostat.checkpoint.flat_copy import CopiedBytes, CopyStream, FlatRange
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.checkpoint.host_copy import CopyStream
 from heliostat.data import device_threads
 from heliostat.errors import TrainingError
 from heliostat.text import brief
-from heliostat.training.memory_keeper import CopySource, MemoryPlan, Sum, summed
+from heliostat.training.memory_keeper import CopyFacts, CopySource, Layout, MemoryPlan, Sum, summed
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ IN_FLIGHT = 4  # pieces
 ANSWER_S = 60.0  # of a keeper
 WAIT_S = 60.0  # that training waits for one copy
 POLL_S = 0.2
+T = TypeVar("T")
 OFF = "checkpoint.memory_every: no copies are kept in memory"
 
 
@@ -67,10 +68,10 @@ class MemoryCopies:
         self._until(lambda: self._copied.wait(POLL_S))
         self._stream.hold_back()
 
-    def keep(self, step: int, state: Mapping[str, torch.Tensor], common: dict[str, Any], own: dict[str, Any], group: Any) -> None:
-        """Copies the state behind a step. All workers call this, and `wait` before it, at the same steps.
+    def keep(self, facts: CopyFacts, own: bytes, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
+        """Copies the state after a step. All workers call this, and `wait` before it, at the same steps.
 
-        `common` is the same for all of them, `own` is this worker's. Collective.
+        `facts`: the same for all of them; `own`: what else is this worker's. Collective.
         """
         if self._off or self._agree_off(group):
             return
@@ -81,8 +82,7 @@ class MemoryCopies:
         state = {n: t if isinstance(t, FlatShard) else t.detach().clone() for n, t in state.items()}
         self._stream.mark(state)
         self._copied.clear()
-        told = {"step": step, "world": self._world, "common": common, "layout": [astuple(r) for r in ranges], "own": own}
-        self._pending = self._thread.submit(self._copy, f"{self._plan.attempt}:{step}", state, ranges, told)
+        self._pending = self._thread.submit(self._copy, facts, own, state, ranges)
 
     def wait(self) -> None:
         """Waits until the copy in flight has arrived, or notes why it has not: the workers agree on that at the next `keep`."""
@@ -101,7 +101,7 @@ class MemoryCopies:
         if self._failed:
             log.warning("worker %d: a copy in memory failed: %s", self._rank, self._failed)
 
-    def _agree_off(self, group: Any) -> bool:
+    def _agree_off(self, group: dist.ProcessGroup) -> bool:
         """Tells whether a worker's copy has failed, and says so once for all of them; collective."""
         failed = [(rank, why) for rank, why in enumerate(together(group, lambda: self._failed)) if why]
         if not failed:
@@ -113,11 +113,11 @@ class MemoryCopies:
         return True
 
     def end(self) -> None:
-        """Gives up the copy in flight, and ends the thread."""
+        """Gives up the copy in flight, and waits for the thread's end: it would write into the next attempt's generations."""
         self._ended.set()
         self._thread.shutdown(wait=True)
 
-    def _begin(self, size: int, state: Mapping[str, torch.Tensor], group: Any) -> bool:
+    def _begin(self, size: int, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> bool:
         """Prepares for copies of so many bytes; returns whether all workers' are within the limit on every node."""
         keepers = self._plan.keepers[self._rank]
         agreed(group, lambda: _need([k.reserve.remote(self._rank, size) for k in keepers]))
@@ -141,8 +141,9 @@ class MemoryCopies:
             pass
         self.blocked_s += time.perf_counter() - started
 
-    def _copy(self, id: str, state: dict[str, torch.Tensor], ranges: list[FlatRange], told: dict[str, Any]) -> None:
+    def _copy(self, facts: CopyFacts, own: bytes, state: dict[str, torch.Tensor], ranges: list[FlatRange]) -> None:
         assert self._buffer is not None
+        id = f"{self._plan.attempt}:{facts.step}"
         try:
             with self._stream.queue():
                 flat_copy.pack(state, ranges, self._buffer)
@@ -152,7 +153,7 @@ class MemoryCopies:
         data = self._buffer.numpy()
         keepers = self._plan.keepers[self._rank]
         self._answers([keeper.open.remote(id, self._rank, len(data)) for keeper in keepers])
-        sums, in_flight = list[Sum](), deque[list[Any]]()
+        sums, in_flight = list[Sum](), deque[list["ray.ObjectRef[None]"]]()
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
             sums.append(summed(piece, start))
@@ -162,54 +163,55 @@ class MemoryCopies:
                 self._answers(in_flight.popleft())
         while in_flight:
             self._answers(in_flight.popleft())
-        self._answers([keeper.seal.remote(id, self._rank, sums, told) for keeper in keepers])
+        layout = [astuple(r) for r in ranges]
+        self._answers([keeper.seal.remote(id, self._rank, sums, facts, layout, own) for keeper in keepers])
 
-    def _answers(self, asked: list[Any]) -> None:
+    def _answers(self, calls: list[ray.ObjectRef[None]]) -> None:
         """Waits for the keepers; TimeoutError when they do not answer, or when the attempt has ended."""
         until = time.monotonic() + ANSWER_S
-        while ray.wait(asked, num_returns=len(asked), timeout=POLL_S)[1]:
+        while ray.wait(calls, num_returns=len(calls), timeout=POLL_S)[1]:
             if self._ended.is_set() or self._late.is_set() or time.monotonic() > until:
                 raise TimeoutError(f"no answer from a node's keeper within {ANSWER_S:.0f} s")
-        ray.get(asked)
+        ray.get(calls)
 
 
-def _need(asked: list[Any]) -> int | None:
+def _need(calls: list[ray.ObjectRef[int]]) -> int | None:
     """Returns the most of what keepers answer; None if one does not."""
     try:
-        return max(answer or 0 for answer in ray.get(asked, timeout=ANSWER_S))
+        return max(answer or 0 for answer in ray.get(calls, timeout=ANSWER_S))
     except ray.exceptions.RayError:
         return None
 
 
 def restore(
     source: CopySource, state: Mapping[str, torch.Tensor], node: str, rank: int, same: bool, progressed: Callable[[], None]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[CopyFacts, list[bytes]]:
     """Reads this worker's slices of a generation into the state; returns what is common to all copies.
 
-    The first worker also gets what each of them tells of its own. `same`: this worker needs exactly what that of its rank had.
+    The first worker also gets what each of them has of its own. `same`: this worker needs exactly what that of its rank had.
     """
     near = {old: min(holders, key=lambda h: h[0] != node)[1] for old, holders in source.holders.items()}
-    own = _ask({old: near[old].told.remote(source.id, [old], ["own"]) for old in sorted(near) if rank == 0})
+    own: dict[int, bytes] = _ask({old: near[old].own.remote(source.id, old) for old in sorted(near) if rank == 0})
     needed = [rank] if same else sorted(near)
-    told = _ask({old: near[old].told.remote(source.id, [old], ["common", "layout"]) for old in needed})
-    layouts = {old: [FlatRange(*r) for r in told[old][0]["layout"]] for old in needed}
+    described: dict[int, tuple[CopyFacts, Layout]] = _ask({old: near[old].described.remote(source.id, old) for old in needed})
+    layouts = {old: [FlatRange(*r) for r in layout] for old, (_, layout) in described.items()}
     wanted = flat_copy.layout(state)
     buffer = flat_copy.as_buffer(flat_copy.size(wanted), False)
     into = buffer.numpy()
-    found = flat_copy.pieces(layouts, wanted)
-    for old, batch in _batches(found):
+    for old, batch in _batches(flat_copy.pieces(layouts, wanted)):
         ranges = [(p.source, p.source + p.size) for p in batch]
-        _spread(_ask({old: near[old].read.remote(source.id, old, ranges)})[old], batch, into)
+        answer: dict[int, np.ndarray] = _ask({old: near[old].read.remote(source.id, old, ranges)})
+        _spread(answer[old], batch, into)
         progressed()
     flat_copy.unpack(state, wanted, buffer)
-    return told[needed[0]][0]["common"], [found[0]["own"] for found in own.values()]
+    return described[needed[0]][0], list(own.values())
 
 
-def _batches(found: list[CopiedBytes]) -> Iterator[tuple[int, list[CopiedBytes]]]:
+def _batches(pieces: list[CopiedBytes]) -> Iterator[tuple[int, list[CopiedBytes]]]:
     """Groups pieces of one rank into batches of some size."""
-    for old in sorted({p.rank for p in found}):
+    for old in sorted({p.rank for p in pieces}):
         batch, total = list[CopiedBytes](), 0
-        for whole in (p for p in found if p.rank == old):
+        for whole in (p for p in pieces if p.rank == old):
             for first in range(0, whole.size, PIECE):
                 part = CopiedBytes(old, whole.source + first, whole.target + first, min(PIECE, whole.size - first))
                 if batch and total + part.size > PIECE:
@@ -228,8 +230,8 @@ def _spread(data: np.ndarray, batch: list[CopiedBytes], into: np.ndarray) -> Non
         at += piece.size
 
 
-def _ask(asked: dict[int, Any]) -> dict[int, Any]:
+def _ask(calls: dict[int, ray.ObjectRef[T]]) -> dict[int, T]:
     try:
-        return dict(zip(asked, ray.get(list(asked.values()), timeout=ANSWER_S), strict=True))
+        return dict(zip(calls, ray.get(list(calls.values()), timeout=ANSWER_S), strict=True))
     except ray.exceptions.RayError as e:
         raise TrainingError(f"the copies in memory cannot be read: {type(e).__name__}: {brief(e)}") from e

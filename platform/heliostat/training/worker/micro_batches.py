@@ -1,15 +1,40 @@
-"""Holds the micro-batches of a step, each with its own random numbers, wherever and however often it is computed."""
+"""Makes a step's micro-batches: their samples' keys, their random numbers, and their way to the device.
+
+Keys and seeds follow from the step and a sample's place in the global batch, whichever worker computes it, and however often.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from heliostat.config.spec import Job
+from heliostat.data.dataset import DataPlan
 from heliostat.recipes.protocol import Batch
-from heliostat.training.worker import on_device
+
+
+class BatchPlan:
+    """Assigns random seeds to samples rather than to workers."""
+
+    def __init__(self, job: Job, plan: DataPlan) -> None:
+        self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch, plan.shape.per_lane
+        self.batch = plan.shape.batch
+
+    def keys(self, step: int, lanes: range) -> np.ndarray:
+        """Computes a key for each of this worker's samples, lanes in order: from the step and its place in the global batch."""
+        return (step * self.batch + np.array(lanes)[:, None] * self.per_lane + np.arange(self.per_lane)).ravel()
+
+    def seed(self, step: int, lanes: range, micro: int, part: int = 0) -> int:
+        """Computes the seed of this worker's micro-batch from the step, the place of its first sample in the global batch, and
+        the part of its samples that the worker has."""
+        lane, inside = divmod(micro * self.micro, self.per_lane)
+        place = lanes[lane] * self.per_lane + inside
+        entropy = [self.seed_base, step, place] + ([part] if part else [])
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Micro(NamedTuple):
@@ -25,7 +50,35 @@ def seeded(micros: Sequence[Micro], device: torch.device, progressed: Callable[[
 
     The host then has handed the micro-batch to the device, whose queue is short: no wait for the device is needed.
     """
-    for micro, batch in zip(micros, on_device.batches([micro.batch for micro in micros], device), strict=True):
+    for micro, batch in zip(micros, on_device([micro.batch for micro in micros], device), strict=True):
         torch.manual_seed(micro.seed)
         yield micro, batch
         progressed()
+
+
+def on_device(micros: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yields micro-batches, which are on the CPU, on the device: a GPU gets the next one, from pinned memory, while it computes
+    the one before."""
+    if device.type != "cuda":
+        yield from ({name: values.to(device) for name, values in micro.items()} for micro in micros)
+        return
+    copying = _stream(device)
+    ahead = _copied(micros[0], device, copying)
+    for following in (*micros[1:], None):
+        now, computing = ahead, torch.cuda.current_stream(device)
+        computing.wait_stream(copying)
+        for values in now.values():
+            values.record_stream(computing)  # its memory is not given away before what computes with it is done
+        if following is not None:
+            ahead = _copied(following, device, copying)
+        yield now
+
+
+def _copied(micro: Batch, device: torch.device, copying: torch.cuda.Stream) -> Batch:
+    with torch.cuda.stream(copying):
+        return {name: values.pin_memory().to(device, non_blocking=True) for name, values in micro.items()}
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

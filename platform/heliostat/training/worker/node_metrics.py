@@ -12,14 +12,16 @@ import importlib
 import os
 import threading
 from contextlib import suppress
-from typing import Any
+from types import ModuleType
 
 import psutil
 import torch
+from ray.actor import ActorHandle
 
 from heliostat.cluster import ray_internals
 from heliostat.data import device_threads
 from heliostat.runs.events import NodeSample, Notice
+from heliostat.training.mailbox import MailboxState
 
 MB = 1e6
 INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
@@ -35,7 +37,7 @@ def interval(nodes: int, points: int) -> float:
 class NodeMonitor:
     """Measures a node's system metrics in a thread until `end`."""
 
-    def __init__(self, mailbox: Any, node: str, nodes: int) -> None:
+    def __init__(self, mailbox: ActorHandle[MailboxState], node: str, nodes: int) -> None:
         """Starts sampling; `nodes`: how many nodes there are in all."""
         self._mailbox, self._node, self._nodes = mailbox, node, nodes
         self._network = psutil.net_io_counters()
@@ -110,14 +112,14 @@ def _own() -> tuple[dict[str, float], dict[int, str]]:
     return {f"gpu_{gpu}_memory_usage_megabytes": used / MB, f"gpu_{gpu}_memory_usage_percentage": 100 * used / total}, {}
 
 
-def _visible(nvml: Any) -> list[str]:
+def _visible(nvml: ModuleType) -> list[str]:
     """Lists the GPUs that this process sees: numbers of NVML, or UUIDs."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",") if given else [str(i) for i in range(nvml.nvmlDeviceGetCount())]
 
 
 @functools.cache
-def _nvml() -> Any:
+def _nvml() -> ModuleType | None:
     """Returns the NVML bindings, of `nvidia-ml-py` or those that Ray brings along; None without NVIDIA's driver."""
     try:
         nvml = importlib.import_module("pynvml")

@@ -9,7 +9,7 @@ them (`coupled`), and a micro-batch's share is what its samples add to the gradi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,11 @@ from heliostat.checkpoint.agreement import together
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Recipe
 from heliostat.training.worker import coupled
+from heliostat.training.worker.coupled import Terms
 from heliostat.training.worker.micro_batches import Micro, seeded
+
+if TYPE_CHECKING:
+    from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
 TAKEN = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "mfu", "bad_samples", "skipped_steps", "loss_scale",
          "spike", "spike_limit")  # what else is logged as `train/NAME`  # fmt: skip
@@ -43,7 +47,7 @@ class Objective:
         self.recipe, self._averaged, self._progressed = recipe, averaged, progressed
         self.names: list[str] | None = None
 
-    def shares(self, engine: Any, micros: Sequence[Micro], terms: Any) -> Iterator[LossShare]:
+    def shares(self, engine: DeepSpeedEngine, micros: Sequence[Micro], terms: Terms) -> Iterator[LossShare]:
         """Yields the shares of this worker's micro-batches of a step; `terms`: the loss terms of all workers'. The backward pass
         of each is to come before the next is asked for."""
         number = len(micros) * (self._averaged or dist.get_world_size())
@@ -53,7 +57,7 @@ class Objective:
         for _, batch in seeded(micros, engine.device, self._progressed):
             yield self.part(engine, batch, number, terms)
 
-    def part(self, model: Any, batch: Batch, micros: int, terms: Any) -> LossShare:
+    def part(self, model: torch.nn.Module, batch: Batch, micros: int, terms: Terms) -> LossShare:
         """Computes a micro-batch's share; `micros`: micro-batches of all workers in a step; `terms`: their loss terms."""
         made = self._checked(self.recipe.loss(model, batch), "loss")
         objective = made.sum * (micros / terms)
@@ -63,7 +67,7 @@ class Objective:
         return LossShare(objective, made.sum.detach(), _added(made, micros), made.routed)
 
     def _coupled(
-        self, recipe: CouplesSamples, engine: Any, micros: Sequence[Micro], terms: Any, number: int
+        self, recipe: CouplesSamples, engine: DeepSpeedEngine, micros: Sequence[Micro], terms: Terms, number: int
     ) -> Iterator[LossShare]:
         """Yields the shares of micro-batches in a loss of all samples: of the loss itself each has as much as any other."""
         step = coupled.first_pass(recipe, engine, micros, self._checked, terms, self._progressed)
@@ -72,7 +76,7 @@ class Objective:
             product = step.product(coupled.represented(recipe, engine, micro, batch), micro)
             yield LossShare(product * number, loss, added, None)
 
-    def _checked(self, made: Any, name: str) -> Loss:
+    def _checked(self, made: object, name: str) -> Loss:
         """Returns what the recipe's method gave; ConfigError if it is no loss, or names other parts than before."""
         if not isinstance(made, Loss):
             raise ConfigError(f"recipe: {self._whose}.{name} returned a {type(made).__name__}; it must return a Loss ({GUIDE})")
@@ -85,11 +89,13 @@ class Objective:
             )
         return made
 
-    def agree(self, group: Any) -> None:
+    def agree(self, group: dist.ProcessGroup) -> None:
         """Checks that all ranks have the same names of parts, else raises a ConfigError on every rank; collective."""
-        told = together(group, lambda: self.names)
-        if any(names != told[0] for names in told):
-            raise ConfigError(f"recipe: {self._whose}.loss names other parts on other workers: {told}; name all of them always")
+        everyones = together(group, lambda: self.names)
+        if any(names != everyones[0] for names in everyones):
+            raise ConfigError(
+                f"recipe: {self._whose}.loss names other parts on other workers: {everyones}; name all of them always"
+            )
 
     @property
     def _whose(self) -> str:

@@ -11,7 +11,7 @@ import os
 import pickle
 import socket
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import ray
 
@@ -22,7 +22,20 @@ from heliostat.runs.events import WorkerFailed
 from heliostat.training import faults
 from heliostat.training.worker import sigterm
 
+if TYPE_CHECKING:
+    from heliostat.training.worker.build import WorkerConfig, WorkerSummary
+
 log = logging.getLogger(__name__)
+
+
+class WorkerFacts(TypedDict):
+    """Describes a worker's process: its id, its node's id and address, its GPUs' ids, and whether it is not to be used again."""
+
+    pid: int
+    node: str
+    address: str
+    gpus: list[str]
+    spent: bool
 
 
 class TrainWorker:
@@ -31,8 +44,7 @@ class TrainWorker:
         sigterm.heed_sigterm()
         AccessError.this_node = ray.get_runtime_context().get_node_id()
 
-    def facts(self) -> dict[str, Any]:
-        """Returns this process's id, its node's id and address, its GPUs' ids, and whether it is not to be used again."""
+    def facts(self) -> WorkerFacts:
         context = ray.get_runtime_context()
         return {
             "pid": os.getpid(),
@@ -44,14 +56,15 @@ class TrainWorker:
 
     def free_port(self) -> int:
         """Finds a TCP port of this node that nothing listens on."""
-        with socket.socket() as found:
-            found.bind((ray.util.get_node_ip_address(), 0))
-            return found.getsockname()[1]
+        with socket.socket() as probe:
+            probe.bind((ray.util.get_node_ip_address(), 0))
+            port: int = probe.getsockname()[1]
+            return port
 
-    def run(self, place: WorkerPlace, config: dict[str, Any]) -> dict[str, Any]:
+    def run(self, place: WorkerPlace, config: WorkerConfig) -> WorkerSummary:
         """Runs one attempt's worker and returns its summary; whatever the attempt has left is gone when this ends."""
         from heliostat.training.worker import collector
-        from heliostat.training.worker.loop import Worker
+        from heliostat.training.worker.build import Worker
 
         collector.spare_imports()
         process_group.join(place)
@@ -72,7 +85,9 @@ class TrainWorker:
                 raise error from None
             raise
         finally:
-            self._spent |= worker is not None and worker.busy  # it would write into the next attempt's checkpoint
+            if worker is not None:
+                worker.end()  # only now: on a broken device it may wait for ever
+                self._spent |= worker.busy  # it would write into the next attempt's checkpoint
             self._spent |= failed and place.backend == "nccl" and not process_group.reforms()
             del worker
             self._leave()

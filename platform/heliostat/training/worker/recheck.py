@@ -16,21 +16,25 @@ import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import agreed, together
-from heliostat.config.spec import Job
 from heliostat.data.dataset import Dataset
 from heliostat.engine import process_group
 from heliostat.errors import ConfigError, CorruptionError
 from heliostat.recipes.protocol import Batch, Recipe
 from heliostat.storage import wire
 from heliostat.training.worker import deterministic
-from heliostat.training.worker.batch_plan import BatchPlan
+from heliostat.training.worker.context import Context
+from heliostat.training.worker.hooks import Hook
+from heliostat.training.worker.micro_batches import BatchPlan
+
+if TYPE_CHECKING:
+    from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
 ELEMENTS = 64_000_000  # of the gradients that are compared at a time: they are held whole
 BLOCK = 1 << 24  # elements that a digest looks at together
@@ -48,18 +52,31 @@ class WorkerDigests:
     digests: tuple[int, ...]
 
 
-class CorruptionCheck:
+class CorruptionCheck(Hook):
     def __init__(
-        self, job: Job, engine: Any, recipe: Recipe, dataset: Dataset, plan: BatchPlan, group: Any, where: tuple[str, str]
+        self,
+        context: Context,
+        engine: DeepSpeedEngine,
+        recipe: Recipe,
+        dataset: Dataset,
+        plan: BatchPlan,
+        where: tuple[str, str],
     ) -> None:
-        """Prepares the looks. `group`: of gloo, with all workers; `where`: the id and the address of this worker's node."""
-        self.job, self.engine, self.recipe, self.dataset, self.plan, self.group = job, engine, recipe, dataset, plan, group
-        self.where, self.kind = where, _kind(engine.device)
+        """Prepares the checks. `where`: the id and the address of this worker's node."""
+        self.context, self.job, self.group = context, context.job, context.control
+        self.engine, self.recipe, self.dataset, self.plan = engine, recipe, dataset, plan
+        self.where, self.kind, job = where, _kind(engine.device), self.job
         assert job.train.recheck
         self.every: int | None = job.train.recheck.every
         self.agreed = -1  # steps that were done when all last agreed
         self.compiled = bool(job.train.compile) or job.train.attention == "flex_attention"
         self.whole = engine.zero_optimization_stage() < 3  # does each worker hold all weights
+
+    def before_step(self, step: int) -> None:
+        """Compares the workers, if that is due; CorruptionError on all of them if they differ."""
+        if self.due(step):
+            self.context.posts.notice(self.look(step))
+            self.context.progressed()
 
     def due(self, step: int) -> bool:
         """Tells whether the step is looked at: each `every`-th, and the first after a start."""
@@ -111,26 +128,26 @@ class CorruptionCheck:
         batch = self.recipe.batch(loaded.content, self.plan.keys(step, lanes)[part])
         return {k: v.to(self.engine.device) for k, v in batch.items()}, self.plan.seed(step, lanes, number)
 
-    def _trained(self) -> list[tuple[str, Any]]:
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad]
 
     def _weights(self) -> list[str]:
         return [f"the weights of {name}" for name, _ in self.engine.module.named_parameters()]
 
-    def _drawn(self, step: int) -> list[tuple[str, Any]]:
+    def _drawn(self, step: int) -> list[tuple[str, torch.nn.Parameter]]:
         """Draws the parameters whose gradients are compared: in the model's order, as many as fit, but at least one."""
         trained = self._trained()
         order = np.random.default_rng([self.job.train.seed, step, 2]).permutation(len(trained))
         sizes = np.cumsum([getattr(p, "ds_numel", p.numel()) for _, p in (trained[i] for i in order)])
         return [trained[i] for i in sorted(order[: max(1, int((sizes <= ELEMENTS).sum()))])]
 
-    def _all(self, batch: Batch, seed: int, drawn: list[tuple[str, Any]]) -> list[WorkerDigests]:
+    def _all(self, batch: Batch, seed: int, drawn: list[tuple[str, torch.nn.Parameter]]) -> list[WorkerDigests]:
         """Computes the digests on every worker; collective."""
         mine = WorkerDigests(*self.where, self.kind, tuple(self._digests(batch, seed, [p for _, p in drawn])))
         process_group.check()  # before they are compared: they may be of an aborted collective
         return together(self.group, lambda: mine)
 
-    def _digests(self, batch: Batch, seed: int, drawn: list[Any]) -> list[int]:
+    def _digests(self, batch: Batch, seed: int, drawn: list[torch.nn.Parameter]) -> list[int]:
         module = self.engine.module
         weights = [digest(p.data) for p in module.parameters()] if self.whole else []
         buffers = [(b, b.clone()) for b in module.buffers()]

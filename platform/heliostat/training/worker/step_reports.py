@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
+import torch.distributed as dist
 
 from heliostat.cluster.peak_flops import peak_flops
+from heliostat.config import schedules
 from heliostat.data.dataset import Dataset
 from heliostat.engine import zero_state
+from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Steps
-from heliostat.runs.time_ledger import Ledger
-from heliostat.training.worker import bad_samples
+from heliostat.training.worker import unsealed
 from heliostat.training.worker.context import Context
-from heliostat.training.worker.loss_watch import LossWatch
-from heliostat.training.worker.lr_schedule import factor
-from heliostat.training.worker.stepper import Stepper
+from heliostat.training.worker.hooks import Hook
+
+if TYPE_CHECKING:
+    from heliostat.engine.deepspeed_engine import DeepSpeedEngine
+
+
+class StepResults(NamedTuple):
+    """Holds what steps gave over all workers, a value a step: losses, gradient norms before clipping, the parts of the objective
+    and the experts' load by name; and `replaced`, the samples that were replaced so far in the run."""
+
+    losses: list[float]
+    norms: list[float]
+    added: dict[str, list[float]]
+    experts: dict[str, list[float]]
+    replaced: int
+
+
+class StepsSummary(TypedDict):
+    """Describes an attempt's steady steps, after the first one, which warms up; `data_wait`: a share of their time."""
+
+    train_loss: float | None
+    tokens_per_second: float
+    data_wait: float
 
 
 class StepReports:
@@ -27,15 +49,23 @@ class StepReports:
     `skipped`: steps of the run that changed no weight, because fp16 gradients overflowed.
     """
 
-    def __init__(self, context: Context, stepper: Stepper, dataset: Dataset, watch: LossWatch, ledger: Ledger) -> None:
-        self.context, self.job, self.engine = context, context.job, stepper.engine
-        self.stepper, self.dataset, self.watch, self.ledger = stepper, dataset, watch, ledger
-        self.skipped = context.start_step - zero_state.optimizer_steps(self.engine)
-        self.last_loss: float | None = None
+    def __init__(
+        self,
+        context: Context,
+        engine: DeepSpeedEngine,
+        recipe: Recipe,
+        dataset: Dataset,
+        hooks: Sequence[Hook],
+        sums: Callable[[dist.ProcessGroup, int], StepResults],
+    ) -> None:
+        """Prepares it. `sums`: sums the steps since the last report over all workers (`step.Stepper.report`)."""
+        self.context, self.job, self.ledger, self.engine, self.recipe = context, context.job, context.ledger, engine, recipe
+        self.dataset, self.hooks, self.sums = dataset, hooks, sums
+        self.skipped = context.start_step - zero_state.optimizer_steps(engine)
         self._reported, self._since = context.start_step, time.perf_counter()
         self._waited = 0.0  # for data, up to the last report
         self._steady_s = self._steady_wait = 0.0
-        self._told_peak = False  # that this GPU has no known peak
+        self._reported_peak = False  # that this GPU has no known one
 
     def begin(self) -> None:
         """Starts the clock: the first step begins."""
@@ -59,36 +89,36 @@ class StepReports:
         self._post(first, done, seconds, wait, replaced)
         self._reported, self._since = done, now
 
-    def summary(self, done: int) -> dict[str, Any]:
-        """Summarizes the attempt's steady steps, after the first one, which warms up."""
+    def summary(self, done: int) -> StepsSummary:
         trained = done - self.context.start_step - 1
         return {
-            "train_loss": self.last_loss,
+            "train_loss": self.context.latest.loss,
             "tokens_per_second": self._per_second(trained, self._steady_s),
             "data_wait": self._steady_wait / self._steady_s if self._steady_s else 0.0,
         }
 
     def _post(self, first: int, done: int, seconds: float, wait: float, replaced: int) -> None:
         train = self.job.train
-        found = self.stepper.report(self.context.control, replaced)
+        results = self.sums(self.context.control, replaced)
         self.context.progressed()  # before a number of them is judged, or logged
-        bad_samples.check_budget(found.replaced, done, self.job, self.dataset.order)
-        self.watch.check(first, found.losses)
-        self.last_loss = found.losses[-1]
+        unsealed.check_budget(results.replaced, done, self.job, self.dataset.order)
+        for hook in self.hooks:
+            hook.on_report(first, results.losses)
+        self.context.latest.loss = results.losses[-1]
         skipped, scale = self._fp16(done)
         self.context.posts.tell(
             Steps(
                 first=first,
-                loss=found.losses,
-                added=found.added,
-                experts=found.experts,
-                grad_norm=found.norms,
-                lr=[train.optimizer.lr * factor(train.schedule, s, train.steps) for s in range(first, done)],
+                loss=results.losses,
+                added=results.added,
+                experts=results.experts,
+                grad_norm=results.norms,
+                lr=[train.optimizer.lr * schedules.factor(train.schedule, s, train.steps) for s in range(first, done)],
                 seconds=seconds,
                 tokens_per_second=self._per_second(done - first, seconds),
                 data_wait=wait / seconds,
                 mfu=self._mfu(done - first, seconds),
-                bad_samples=found.replaced,
+                bad_samples=results.replaced,
                 skipped_steps=skipped,
                 loss_scale=scale,
                 ledger=self.ledger.totals(),
@@ -115,8 +145,8 @@ class StepReports:
             return None
         name, precision = torch.cuda.get_device_name(device), self.job.train.precision
         peak = peak_flops(name, precision)
-        if peak is None and precision != "fp32" and not self._told_peak:
-            self._told_peak = True
+        if peak is None and precision != "fp32" and not self._reported_peak:
+            self._reported_peak = True
             self.context.posts.notice(f"train/mfu isn't reported: the peak FLOP/s of {name!r} in {precision} isn't known")
-        flops = self.stepper.recipe.flops_per_sample(self.engine.module)
+        flops = self.recipe.flops_per_sample(self.engine.module)
         return flops * self.job.train.global_batch * steps / seconds / (peak * self.context.world) if peak and flops else None

@@ -1,6 +1,6 @@
 """Saves a worker's training state, keeps copies of it in memory, and restores it from either.
 
-    state.save(done, metrics)       # a checkpoint with its receipt, in storage: collective
+    state.save(done)                # a checkpoint with its receipt, in storage: collective
     state.keep(done)                # the same state in the memory of two nodes
     state.averaged()                # a context: computes with the weights' average, if the job has one
     state.restore(source)           # at an attempt's start; `source` tells of copies in memory, None: from storage
@@ -11,36 +11,45 @@ the state, wait until it is copied.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import ray
 import torch
 
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
-from heliostat.checkpoint.tree import Channel
-from heliostat.engine import ema, loss_scale, zero_state
+from heliostat.checkpoint.agreement import Channel
+from heliostat.engine import ema, zero_state
 from heliostat.errors import AccessError, StorageError
 from heliostat.runs.events import Saved
-from heliostat.runs.time_ledger import Ledger
 from heliostat.tracking import local_curves
-from heliostat.training.memory_keeper import CopySource
+from heliostat.training.memory_keeper import CopyFacts, CopySource
 from heliostat.training.worker import memory_copies
 from heliostat.training.worker.context import Context
+from heliostat.training.worker.hooks import Due, Hook
 from heliostat.training.worker.memory_copies import MemoryCopies
 from heliostat.training.worker.unsealed import Unsealed, UnsealedPart
 
+if TYPE_CHECKING:
+    from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
-class TrainingState:
+
+class Counters(TypedDict):
+    """Describes what of the engine's state is no tensor."""
+
+    optimizer_steps: int
+    loss_scale: dict[str, float] | None
+
+
+class TrainingState(Hook):
     """Holds what a checkpoint of this worker is made of: the engine, the weights' average, and the samples not yet sealed."""
 
-    def __init__(
-        self, context: Context, engine: Any, unsealed: Unsealed, ledger: Ledger, memory: MemoryCopies | None = None
-    ) -> None:
-        self.context, self.engine, self.unsealed, self.ledger, self.memory = context, engine, unsealed, ledger, memory
+    def __init__(self, context: Context, engine: DeepSpeedEngine, unsealed: Unsealed, memory: MemoryCopies | None = None) -> None:
+        self.context, self.engine, self.unsealed, self.memory = context, engine, unsealed, memory
         zero_state.init_optimizer_state(engine)
         self.saver = checkpoint.Saver(
             context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed,
@@ -60,11 +69,27 @@ class TrainingState:
     def tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
         return zero_state.state(self.engine, whole) | (self.average.state(whole) if self.average else {})
 
-    def settle(self) -> None:
-        """Waits for the save in flight, and continues without it if the store has failed, some times in a row; collective."""
+    def after_step(self, done: int, norm: float, due: Due) -> None:
+        """Waits for the last copy before the step is reported: once a step is, all copies of earlier ones have arrived."""
+        if self.memory and due.keeps:
+            with self.context.ledger("checkpoint"):
+                self.memory.wait()
+
+    def on_save(self, done: int, due: Due) -> None:
+        """Saves a checkpoint, and keeps a copy in memory, as they are due."""
+        with self.context.ledger("checkpoint"):
+            if due.saves:
+                self.save(done)
+            if due.keeps:
+                self.keep(done)
+
+    def settle(self) -> bool:
+        """Waits for the save in flight, and continues without it if the store has failed, some times in a row; collective.
+        Returns whether no save has failed."""
         try:
             if self._saved():
                 self._in_a_row = 0
+            return True
         except AccessError:
             raise  # it would come again
         except StorageError as e:  # the same on all workers
@@ -73,6 +98,7 @@ class TrainingState:
             if self._in_a_row > checkpoint.TOLERATED:
                 raise
             self.context.posts.notice(f"a checkpoint could not be saved ({again}); training continues without it: {e}")
+            return False
 
     def wait(self) -> None:
         """Waits until what is being saved, and copied, has arrived."""
@@ -108,7 +134,7 @@ class TrainingState:
 
     # saving ----------------------------------------------------------------------------------------------------------
 
-    def save(self, done: int, metrics: dict[str, float | None]) -> None:
+    def save(self, done: int) -> None:
         """Begins to save the state behind step `done`: the saver's thread seals the samples up to there first. Collective."""
         context, posts = self.context, self.context.posts
         context.progressed()
@@ -120,7 +146,7 @@ class TrainingState:
             context.fence.check()
             local_curves.write(context.run_folder, done, told)
 
-        def seal(channel: Channel) -> dict[str, Any]:
+        def seal(channel: Channel) -> dict[str, object]:
             sealed = self.unsealed.write(part, channel, first)
             return {"receipt": {"steps": done, "chain": sealed.chain}, "bad_samples": sealed.replaced}
 
@@ -132,27 +158,33 @@ class TrainingState:
             "job": context.job.dump(),
             "data": context.plan.dump(),
             "data_digest": context.plan.digest,
-            "metrics": metrics,
+            "metrics": self._metrics(done),
             "written": time.time(),
         }
         self.saver.save(done, self.tensors(), facts, zero_state.frozen(self.engine), seal)
         self._sealing = part, len(told)
         context.progressed()
-        posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, failed=self.failed, ledger=self.ledger.totals()))
+        posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, failed=self.failed, ledger=context.ledger.totals()))
 
     def keep(self, done: int) -> None:
         """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
         assert self.memory
         self.context.progressed()
-        common = {**self._counters(), "data": self.context.plan.digest}
-        own = {**self.unsealed.kept(), "told": list(self.context.posts.told)}
-        self.memory.keep(done, self.tensors(), common, own, self.context.control)
+        facts = CopyFacts(done, self.context.world, self.context.plan.digest, **self._counters())
+        own = pickle.dumps((self.unsealed.part(done), self.context.posts.told))
+        self.memory.keep(facts, own, self.tensors(), self.context.control)
 
-    def _counters(self) -> dict[str, Any]:
+    def _counters(self) -> Counters:
         return {
             "optimizer_steps": zero_state.optimizer_steps(self.engine),
-            "loss_scale": loss_scale.read(self.engine),
+            "loss_scale": zero_state.read_loss_scale(self.engine),
         }
+
+    def _metrics(self, done: int) -> dict[str, float | None]:
+        """Returns the metrics of a checkpoint: one out of turn was not scored, and is not to be taken for the best."""
+        latest = self.context.latest
+        scores = latest.scores if self.context.job.checkpoint.best is None or latest.scored_at == done else {}
+        return {"train_loss": latest.loss, **scores}
 
     # restoring -------------------------------------------------------------------------------------------------------
 
@@ -170,18 +202,19 @@ class TrainingState:
         # else a worker copied a part of what it needs
         same = source.world == context.world and zero_state.saves_all(self.engine)
 
-        def restore() -> Any:
+        def restore() -> tuple[CopyFacts, list[bytes]]:
             return memory_copies.restore(source, state, node, context.rank, same, context.progressed)
 
-        common, own = agreement.agreed(context.control, restore)
+        facts, own = agreement.agreed(context.control, restore)
         if (frozen := zero_state.frozen(self.engine, whole=True)) and source.saved:
             found = checkpoint.open_together(context.run_folder, source.saved, context.control)
             checkpoint.load(found, dict(frozen), context.control, context.progressed)
             self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
-        self._complete(common["optimizer_steps"], common["loss_scale"])
+        self._complete(facts.optimizer_steps, facts.loss_scale)
         if context.rank == 0:
-            self.unsealed.take_up(own)
-            context.posts.told = own[0]["told"]
+            parts, events = zip(*map(pickle.loads, own), strict=True)  # of this run's own workers
+            self.unsealed.take_up(list(parts))
+            context.posts.told = events[0]
 
     def _from_storage(self) -> None:
         context, notice = self.context, self.context.posts.notice
@@ -195,11 +228,11 @@ class TrainingState:
         checkpoint.load(found, state, context.control, context.progressed)
         notice(checkpoint.casts(found, state))
         self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
-        self._complete(found.index["optimizer_steps"], found.index.get("loss_scale"))
-        self.unsealed.chain = found.index["receipt"]["chain"]
-        self.unsealed.replaced = found.index["bad_samples"] if context.rank == 0 else 0
+        self._complete(found.index.optimizer_steps, found.index.loss_scale)
+        self.unsealed.chain = found.index.receipt.chain
+        self.unsealed.replaced = found.index.bad_samples if context.rank == 0 else 0
 
-    def _complete(self, optimizer_steps: int, scale: Any) -> None:
+    def _complete(self, optimizer_steps: int, scale: dict[str, float] | None) -> None:
         """Completes the engine after its state was loaded."""
         zero_state.after_load(self.engine, optimizer_steps)
-        self.context.posts.notice(loss_scale.write(self.engine, scale))
+        self.context.posts.notice(zero_state.write_loss_scale(self.engine, scale))

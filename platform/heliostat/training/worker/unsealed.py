@@ -4,28 +4,40 @@
     part = unsealed.part(done)           # what the next receipt covers
     unsealed.write(part, group)          # before the checkpoint of these steps, in any thread: collective
     unsealed.drop(part)                  # in the thread that trains, as soon as all workers know that it is written
-    unsealed.kept() -> unsealed.take_up  # with a copy of the training state, of all workers, and back
+    unsealed.take_up(parts)              # of all workers, from copies of the training state in memory
 
-A receipt tells the digests of its steps' samples, and a chain of all digests up to there (`data.receipt`). Beside it lies a list
-of samples that were replaced (`bad_samples`). If a receipt can't be written, the next one covers its steps, too.
+A receipt holds the digests of its steps' samples, and a chain of all digests up to there (`data.receipt`). If a receipt can't be
+written, the next one covers its steps, too.
+
+`quarantine/step-00000100.jsonl` in the run's folder lists the samples replaced in the steps that the receipt of that name covers:
+step, dataset, shard, row group, row, reason, and the replacement's shard, row group and row. No file: none were. Steps are
+counted from 1; older lists, without `counted_from`, have them from 0.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 
 from heliostat.checkpoint import agreement
+from heliostat.checkpoint.agreement import Group
+from heliostat.config.spec import Job
 from heliostat.data import receipt
-from heliostat.data.dataset import Dataset
+from heliostat.data.dataset import Bad, Dataset
+from heliostat.data.order import Order
 from heliostat.data.stream import StepSamples
+from heliostat.errors import DataError
+from heliostat.runs.consumed import ConsumedPlace, Replaced
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.training.worker import bad_samples
+
+BadOfStep = tuple[int, Bad]  # with the step, counted from 0
+Share = tuple[list[np.ndarray], list[BadOfStep], int]  # of some workers: digests of lanes, replaced samples, how many in the run
 
 
 class SealedSteps(NamedTuple):
@@ -45,7 +57,7 @@ class UnsealedPart:
     digests: list[str]  # on rank 0: of steps that an earlier attempt made
     steps: int  # of this attempt, on a worker that reads samples
     lanes: list[np.ndarray]  # their digests
-    bad: list[dict[str, Any]]
+    bad: list[BadOfStep]
     replaced: int
     sealed: SealedSteps | None = None
 
@@ -57,39 +69,39 @@ class Unsealed:
     workers, on the CPU; `reads`: whether this worker reads samples itself, or another does that shares them with it.
     """
 
-    def __init__(self, folder: Location, dataset: Dataset, group: Any, reads: bool = True) -> None:
+    def __init__(self, folder: Location, dataset: Dataset, group: dist.ProcessGroup, reads: bool = True) -> None:
         self.folder, self.dataset, self.group, self.reads = folder, dataset, group, reads
         self.chain, self.replaced = receipt.GENESIS, 0
         self._digests: list[str] = []  # on rank 0: of steps that an earlier attempt made
         self._lanes: list[list[int]] = []  # of this attempt's
-        self._bad: list[dict[str, Any]] = []
+        self._bad: list[BadOfStep] = []
 
     def add(self, step: int, mine: StepSamples) -> None:
         """Notes this worker's share of a step, counted from 0."""
         if self.reads:
             self._lanes.append(mine.digests)
-            self._bad += [{"step": step, **dataclasses.asdict(bad)} for bad in mine.bad]
+            self._bad += [(step, bad) for bad in mine.bad]
             self.replaced += len(mine.bad)
 
     def part(self, done: int) -> UnsealedPart:
         """Returns what a receipt up to step `done` covers; steps that are added later don't change it."""
         return UnsealedPart(done, self.chain, list(self._digests), len(self._lanes), self._own(), list(self._bad), self.replaced)
 
-    def write(self, part: UnsealedPart, group: Any, first: Callable[[], None] = lambda: None) -> SealedSteps:
+    def write(self, part: UnsealedPart, group: Group, first: Callable[[], None] = lambda: None) -> SealedSteps:
         """Writes the receipt of a part, and the list of replaced samples. Collective, and in any thread.
 
         `first`: what rank 0 does before; if it raises, nothing is written, and all workers raise.
         """
-        found = agreement.merged(group, lambda: (part.lanes, part.bad, part.replaced), _join)
+        shares = agreement.merged(group, lambda: (part.lanes, part.bad, part.replaced), _join)
 
         def written() -> tuple[str, int]:
-            lanes, bad, replaced = found or ([], [], 0)
+            lanes, bad, replaced = shares or ([], [], 0)
             digests = part.digests + _of_steps(lanes)
             chain = receipt.extend(part.chain, digests)
             first()
             sealed = receipt.seal(part.done - len(digests), digests, chain, self.dataset.plan.digest)
             run_folder.receipt(self.folder, part.done).write(sealed)
-            bad_samples.write(self.folder, part.done, bad, self.dataset)
+            write_list(self.folder, part.done, bad, self.dataset)
             return chain, replaced
 
         part.sealed = SealedSteps(*agreement.first(group, written))
@@ -109,17 +121,12 @@ class Unsealed:
         self.drop(part)
         return sealed.replaced
 
-    def kept(self) -> dict[str, Any]:
-        """Returns what it holds as plain data."""
-        held = {"chain": self.chain, "digests": list(self._digests), "lanes": self._own()}
-        return {**held, "bad": list(self._bad), "bad_samples": self.replaced}
-
-    def take_up(self, kept: list[dict[str, Any]]) -> None:
-        """Goes on, on rank 0, from what all workers of another attempt held, in the order of their ranks."""
-        self.chain = kept[0]["chain"]
-        self._digests = kept[0]["digests"] + _of_steps([lanes for one in kept for lanes in one["lanes"]])
-        self._bad = [bad for one in kept for bad in one["bad"]]
-        self.replaced = sum(one["bad_samples"] for one in kept)
+    def take_up(self, parts: list[UnsealedPart]) -> None:
+        """Continues, on rank 0, from the parts of all workers of another attempt, in the order of their ranks."""
+        self.chain = parts[0].chain
+        self._digests = parts[0].digests + _of_steps([lanes for part in parts for lanes in part.lanes])
+        self._bad = [bad for part in parts for bad in part.bad]
+        self.replaced = sum(part.replaced for part in parts)
 
     def _own(self) -> list[np.ndarray]:
         """Returns the digests of this worker's lanes, [steps, lanes]: a list of one, to be joined, or of none."""
@@ -131,5 +138,42 @@ def _of_steps(lanes: list[np.ndarray]) -> list[str]:
     return receipt.step_digests(receipt.in_lane_order(lanes)) if lanes and len(lanes[0]) else []
 
 
-def _join(one: tuple[list[Any], list[Any], int], other: tuple[list[Any], list[Any], int]) -> tuple[list[Any], list[Any], int]:
+def _join(one: Share, other: Share) -> Share:
     return one[0] + other[0], one[1] + other[1], one[2] + other[2]
+
+
+def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
+    """Checks the budget of bad samples.
+
+    DataError if more samples were replaced than `data.max_bad_fraction` of an epoch, or of all those trained on.
+    """
+    base = max(int(order.epoch_samples.sum()), steps * job.train.global_batch)
+    allowed = job.data.max_bad_fraction * base
+    if bad > allowed:
+        raise DataError(
+            f"data.max_bad_fraction: {bad} bad samples were replaced by step {steps}, more than {job.data.max_bad_fraction:g} "
+            f"of {base:,}; look at the shards that the warnings name, prepare them again, or raise the fraction"
+        )
+
+
+def write_list(run: Location, done: int, replaced: list[BadOfStep], dataset: Dataset) -> None:
+    """Writes the list of what all workers have replaced since the last receipt, unless that is nothing."""
+    if replaced:
+        lines = [json.dumps(describe(step, bad, dataset)) for step, bad in sorted(replaced, key=lambda b: (b[0], b[1].position))]
+        run_folder.quarantine(run, done).write("\n".join(lines).encode() + b"\n")
+
+
+def describe(step: int, bad: Bad, dataset: Dataset) -> Replaced:
+    """Describes a replaced sample of a step, counted from 0, as an entry of the list, with names instead of indices."""
+
+    def place(source: int, chunk: int, row: int) -> ConsumedPlace:
+        chunks = dataset.sources[source].chunks
+        return {
+            "dataset": dataset.plan.uris[source],
+            "shard": chunks["path"][chunk].as_py(),
+            "row_group": chunks["row_group"][chunk].as_py(),
+            "row": row,
+        }
+
+    where = place(bad.source, bad.chunk, bad.row)
+    return {"step": step + 1, "counted_from": 1, **where, "reason": bad.reason, "replaced_by": place(*bad.by)}

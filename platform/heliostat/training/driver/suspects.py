@@ -1,0 +1,105 @@
+"""Decides whom a failure is blamed on: which nodes get no workers any more, and which checkpoints are in doubt.
+
+A node is excluded until the command ends after two faults of its devices, or two failures without an explanation and without a
+new checkpoint between them. A node whose requests a store refuses, unlike the driver's, is avoided for some time: its credentials
+may have expired, its clock may be wrong, a file system may not be mounted there. Both only if other nodes have room for the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from heliostat.checkpoint import layout
+from heliostat.checkpoint.layout import SavedCheckpoint
+from heliostat.config.spec import Job
+from heliostat.errors import AccessError, CorruptCheckpointError, CorruptionError, DeviceError, HeliostatError, TrainingError
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+
+if TYPE_CHECKING:  # Ray takes a second
+    from heliostat.training.driver.pool import WorkerPool
+
+log = logging.getLogger(__name__)
+
+FAILURES = 2  # of a node, after which it is excluded
+
+
+class Suspicions:
+    """Counts failures by the node that may be their cause."""
+
+    def __init__(self) -> None:
+        self._devices: Counter[str] = Counter()  # faults of devices, in the whole command
+        self._unexplained: Counter[str] = Counter()  # other failures since the newest checkpoint
+        self._checkpoint = -1
+
+    def note(self, error: HeliostatError, checkpoint: int) -> list[str]:
+        """Counts an attempt's failure; returns the nodes that are to be excluded. `checkpoint`: step of the newest one."""
+        if isinstance(error, CorruptionError):
+            return error.nodes
+        if not isinstance(error, TrainingError):
+            return []
+        if checkpoint > self._checkpoint:
+            self._checkpoint, self._unexplained = checkpoint, Counter()
+        counts = self._devices if isinstance(error, DeviceError) else self._unexplained
+        counts.update(error.suspects)
+        return [node for node in error.suspects if self._devices[node] + self._unexplained[node] >= FAILURES]
+
+
+def exclude(bad: Sequence[str], job: Job, count: int, pool: WorkerPool) -> str:
+    """Gives these nodes no workers any more, if others have room for `count` of them; returns what was done, for people."""
+    names = ", ".join(bad)
+    if _room_without(bad, job, pool) >= count:
+        pool.avoid(bad, for_good=True)
+        text = f"excluded until this command ends: node {names}; check its devices"
+    else:
+        text = f"no other nodes have room for {count} workers, so these stay in use: node {names}; check its devices"
+    log.warning(text)
+    return text
+
+
+def avoid_refused(bad: str, job: Job, count: int, pool: WorkerPool) -> None:
+    """Avoids the node that a store has refused for some time, if others have room for `count` workers."""
+    if bad and _room_without([bad], job, pool) >= count:
+        pool.avoid([bad])
+        log.warning("the store refuses requests of node %s, which is avoided for some time", bad)
+
+
+def _room_without(out: Sequence[str], job: Job, pool: WorkerPool) -> int:
+    """Computes how many workers the other nodes have room for."""
+    from heliostat.cluster import nodes
+
+    avoid = pool.avoided() | set(out)
+    return nodes.room_now(job, {node: workers for node, workers in pool.held().items() if node not in avoid}, avoid)
+
+
+def refuses_driver(error: AccessError, job: Job) -> bool:
+    """Checks whether this process is refused too, in the run's folder, at a source, or at the place of the error."""
+    try:
+        job.run_folder.join(run_folder.PROBE).write(b"")
+        for place in [*job.sources, *([Location(error.place)] if error.place else [])]:
+            place.exists()
+    except AccessError as e:
+        log.warning("the driver is refused too: %s", e)
+        return True
+    except (HeliostatError, OSError) as e:
+        log.warning("whether the driver is refused too is not known: %s", e)
+    return False
+
+
+def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
+    """Finds the newest checkpoint that the error leaves in no doubt; if it leaves none, the newest of all."""
+    if isinstance(error, CorruptCheckpointError):
+        return layout.latest(run, error.step)
+    if not isinstance(error, CorruptionError):
+        return layout.latest(run)
+    if checkpoint := layout.latest(run, error.agreed + 1):
+        return checkpoint
+    if checkpoint := layout.latest(run):
+        log.warning(
+            "no checkpoint of up to step %d is kept, so the run goes on from one in doubt; raise checkpoint.keep, or "
+            "lower train.recheck.every", error.agreed,
+        )  # fmt: skip
+    return checkpoint

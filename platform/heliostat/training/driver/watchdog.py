@@ -1,0 +1,111 @@
+"""Watches over the workers of an attempt: finds a stall, collects all stack traces then, and finds who holds the others up.
+
+`heartbeats`: the workers' last ones by rank, as the mailbox has them, with times of this process's clock: `moved`, of the last
+change in `progress`, and `at`, of the heartbeat itself.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from heliostat.runs.events import Event, Stack
+from heliostat.training.mailbox import Pulse, interval
+
+ANSWER_S = 5.0  # for a worker that has heard of it, to look and to answer
+POLL_S = 0.5
+FRAME = re.compile(r'  File "(?:.*/)?([^"/]+)", line (\d+), in (\S+)')
+
+
+def wait_s(workers: int) -> float:
+    """Computes the seconds to wait for all stack traces.
+
+    A worker gets the order with its next heartbeat, and the more workers there are, the rarer those are.
+    """
+    return interval(workers) + ANSWER_S
+
+
+def collect(
+    workers: int,
+    drain: Callable[[], list[Event]],
+    take: Callable[[Event], None],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[int, str]:
+    """Collects the workers' stack traces, by rank, that arrive within `wait_s` after the order.
+
+    `take` gets all other events that `drain` returns meanwhile.
+    """
+    stacks: dict[int, str] = {}
+    deadline = clock() + wait_s(workers)
+    while len(stacks) < workers and clock() < deadline:
+        sleep(POLL_S)
+        for event in drain():
+            if isinstance(event, Stack):
+                stacks[event.rank] = event.stack
+            else:
+                take(event)
+    return stacks
+
+
+def call(stack: str) -> str:
+    """Finds where the main thread is in a worker's stack traces; empty if that is not in them."""
+    main = next((part for part in re.split(r"^thread ", stack, flags=re.M) if part.startswith("MainThread:")), "")
+    frames = FRAME.findall(main)
+    return "{2} ({0}:{1})".format(*frames[-1]) if frames else ""
+
+
+def text(stacks: dict[int, str], workers: int) -> str:
+    """Formats the stack traces by worker, headed by the numbers of the workers that did not answer."""
+    silent = [str(r) for r in range(workers) if r not in stacks]
+    head = [f"no answer in {wait_s(workers):.0f} s, so frozen, or dead: worker {', '.join(silent)}"] if silent else []
+    return "\n\n".join([*head, *(f"worker {r}: {stacks[r]}" for r in sorted(stacks))])
+
+
+def stalled(heartbeats: Mapping[int, Pulse], workers: int, now: float, limit: float, since: float) -> str | None:
+    """Explains why the workers count as stalled; None if they do not.
+
+    `limit`: seconds. `since`: when the watch began. Progress of one worker is enough: the others may wait for it. A worker
+    without a heartbeat for `limit` is itself stalled.
+    """
+    moved = max([since, *(p["moved"] for p in heartbeats.values())])
+    if now - moved > limit:
+        return f"no worker got on for {now - moved:.0f} s"
+    silent = [r for r in range(workers) if now - max(since, heartbeats[r]["at"] if r in heartbeats else since) > limit]
+    return f"no sign of life from worker {silent[0]} for {limit:.0f} s" if silent else None
+
+
+def frozen(heartbeats: Mapping[int, Pulse], now: float, limit: float) -> tuple[str, ...]:
+    """Finds the node whose workers are silent when a run has stalled, by `limit` seconds; none if several nodes' are."""
+    nodes = {p["node"] for p in heartbeats.values() if now - p["at"] > limit / 2}
+    return tuple(nodes) if len(nodes) == 1 else ()
+
+
+def held_up(heartbeats: Mapping[int, Pulse], calls: Mapping[int, str], workers: int) -> tuple[int | None, str]:
+    """Finds the worker that the others wait for in a stall, and says why; None if nothing sets one apart.
+
+    `calls`: where the main thread of each worker is that has answered with its stack traces.
+    """
+    if silent := [rank for rank in range(workers) if rank not in calls]:
+        more = f", and {len(silent) - 1} more don't" if len(silent) > 1 else ""
+        return silent[0], f"doesn't answer{more}"
+    reached = {rank: (p["step"], p["micro"]) for rank, p in heartbeats.items()}
+    last = max(reached.values(), default=(0, 0))
+    if behind := [rank for rank in reached if reached[rank] < last]:
+        rank = min(behind, key=lambda r: (reached[r], heartbeats[r]["moved"]))
+        return rank, f"is the slowest, {_where(reached[rank])}; the fastest is {_where(last)}"
+    alike = Counter(calls.values())
+    if len(alike) == 1:
+        return (
+            None,
+            f"all {workers} workers answer and wait in the same call, {min(alike) or 'outside of Python'}, {_where(last)}",
+        )
+    rank = min(calls, key=lambda r: (alike[calls[r]], heartbeats[r]["moved"] if r in heartbeats else 0.0))
+    return rank, f"is in another call than others, {calls[rank] or 'outside of Python'}, {_where(last)}"
+
+
+def _where(reached: tuple[int, int]) -> str:
+    step, micro = reached
+    return f"in step {step} after micro-batch {micro}" if step else "before the first step"

@@ -1,0 +1,252 @@
+"""Trains on a worker: one whole step, from its samples to its report, and the loop over the steps.
+
+A step follows from its number alone: its samples, its micro-batches (`micro_batches`), and its learning rate. So a resumed run
+needs no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are computed on any
+number of workers. Its loss is the sum of all its loss terms over their number, whatever the micro-batches held (`objective`).
+
+What a run does around its steps are hooks (`hooks`). The workers agree at every step whether to stop after it (`heartbeat`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import ray
+import torch
+import torch.distributed as dist
+
+from heliostat.config import schedules
+from heliostat.config.spec import Job
+from heliostat.data import content
+from heliostat.data.stream import StepSamples
+from heliostat.engine import deepspeed_engine
+from heliostat.engine.ema import AveragedWeights
+from heliostat.engine.sample_group import SampleGroup
+from heliostat.recipes.protocol import Recipe
+from heliostat.runs.events import Paused
+from heliostat.runs.time_ledger import Ledger
+from heliostat.training.stops import FAILED, RESIZE, RUN
+from heliostat.training.worker.context import Context
+from heliostat.training.worker.coupled import Terms
+from heliostat.training.worker.expert_load import ExpertLoad
+from heliostat.training.worker.heartbeat import Heartbeat, StopConsensus
+from heliostat.training.worker.hooks import Due, Hook
+from heliostat.training.worker.micro_batches import BatchPlan, Micro
+from heliostat.training.worker.objective import Objective
+from heliostat.training.worker.step_reports import StepReports, StepResults
+from heliostat.training.worker.training_state import TrainingState
+from heliostat.training.worker.unsealed import Unsealed
+
+if TYPE_CHECKING:
+    from heliostat.engine.deepspeed_engine import DeepSpeedEngine
+
+HELD_POLL_S = 0.05
+
+
+class Stepper:
+    """Makes steps: forward and backward passes and the optimizer's step over this worker's share of each global batch. Holds what
+    they gave on this worker until it is reported.
+
+    `losses`: this worker's part of each step's loss; `added`: of what else is in the objective; `norms`: of all workers'
+    gradients, before clipping.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        engine: DeepSpeedEngine,
+        recipe: Recipe,
+        batch_plan: BatchPlan,
+        sharing: SampleGroup,
+        ledger: Ledger,
+        average: AveragedWeights | None = None,
+        progressed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepares it. `progressed`: is called for every micro-batch that the host has handed to the device."""
+        self.job, self.engine, self.recipe, self.average = job, engine, recipe, average
+        self.batch_plan, self.sharing, self.ledger = batch_plan, sharing, ledger
+        self.objective, self.experts = Objective(recipe, sharing.averaged, progressed), ExpertLoad(recipe, engine)
+        self.losses: list[torch.Tensor] = []
+        self.added: list[torch.Tensor] = []
+        self.norms: list[float] = []
+        self._agreed = False
+
+    def step(self, step: int, mine: StepSamples) -> float:
+        """Makes a step, counted from 0, and returns the norm of its gradient."""
+        engine, train = self.engine, self.job.train
+        deepspeed_engine.set_lr(engine, train.optimizer.lr * schedules.factor(train.schedule, step, train.steps))
+        micros = self._micros(step, mine)
+        terms = self._terms(micros)
+        total = torch.zeros((), device=engine.device)
+        added: torch.Tensor | None = None
+        for i, share in enumerate(self.objective.shares(engine, micros, terms)):
+            engine.backward(share.objective)
+            total += share.loss
+            if share.added is not None:
+                added = share.added if added is None else added + share.added
+            self.experts.add(share.routed)
+            if i + 1 == len(micros) and not engine.zero_optimization_stage():
+                self.norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
+            engine.step()
+        if self.average and engine.was_step_applied():
+            self.average.update(step + 1)
+        if engine.zero_optimization_stage():
+            self.norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
+        with self.ledger("communicating"):
+            self.experts.end_step()
+        self.losses.append(self._counted(total / terms))
+        if added is not None:
+            self.added.append(self._counted(added))
+        return self.norms[-1]
+
+    def _micros(self, step: int, mine: StepSamples) -> list[Micro]:
+        """Makes this worker's micro-batches of a step."""
+        keys, size = self.batch_plan.keys(step, mine.lanes), self.job.train.micro_batch
+        parts = zip(content.split(mine.content, size), content.split(keys, size), strict=True)
+        return [
+            Micro(
+                self.batch_plan.seed(step, mine.lanes, i, self.sharing.part),
+                numbers,
+                self.sharing.cut(self.recipe, self.recipe.batch(rows, numbers)),
+            )
+            for i, (rows, numbers) in enumerate(parts)
+        ]
+
+    def _terms(self, micros: list[Micro]) -> Terms:
+        """Counts the loss terms in the global batch."""
+        if self.recipe.terms_per_sample:
+            return self.recipe.terms_per_sample * self.job.train.global_batch
+        count = sum(self.recipe.terms(micro.batch) for micro in micros) * self.sharing.counts
+        total = torch.tensor(count, dtype=torch.float32, device=self.engine.device)
+        with self.ledger("communicating"):
+            dist.all_reduce(total)
+        return total
+
+    def _counted(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns what this worker adds to a sum over all; zeros, whatever the values, where another of its group adds them."""
+        return values if self.sharing.counts else torch.zeros_like(values)
+
+    def report(self, group: dist.ProcessGroup, replaced: int) -> StepResults:
+        """Sums over the workers, in one collective, what the steps since the last report gave. `group`: of all workers, on the
+        CPU; `replaced`: this worker's part of the number."""
+        if not self._agreed:
+            self.objective.agree(group)
+            self._agreed = True
+        names, steps = self.objective.names or [], len(self.losses)
+        last = torch.tensor([replaced], dtype=torch.float32, device=self.engine.device)
+        sums = torch.cat([torch.stack(self.losses), *self.added, last]).double()
+        with self.ledger("communicating"):
+            dist.all_reduce(sums)
+            *values, bad = sums.tolist()
+        with self.ledger("communicating"):
+            experts = self.experts.report()
+        added = {name: values[steps + i :: len(names)] for i, name in enumerate(names)}
+        results = StepResults(values[:steps], self.norms, added, experts, int(bad))
+        self.losses, self.norms, self.added = [], [], []
+        return results
+
+
+class Loop:
+    """Makes the steps of an attempt, and calls the hooks around them."""
+
+    def __init__(
+        self,
+        context: Context,
+        stepper: Stepper,
+        state: TrainingState,
+        unsealed: Unsealed,
+        reports: StepReports,
+        heartbeat: Heartbeat,
+        hooks: Sequence[Hook],
+        pauses: Sequence[int],
+        read: Callable[[], StepSamples],
+    ) -> None:
+        """Prepares it. `pauses`: steps after which the workers wait for a decision; `read`: takes the next step's samples."""
+        self.context, self.job, self.ledger, self.stepper = context, context.job, context.ledger, stepper
+        self.state, self.unsealed, self.reports, self.heartbeat = state, unsealed, reports, heartbeat
+        self.hooks, self.pauses, self.read = hooks, pauses, read
+        self.consensus = StopConsensus(context.control)
+
+    def run(self) -> tuple[int, int]:
+        """Trains to the last step, or until the workers stop; returns the steps done, and the stop code."""
+        done, stop = self.context.start_step, RUN
+        while done < self.job.last_step and stop == RUN:
+            norm, stop = self._make(done)
+            done += 1
+            stop = self._follow(done, norm, stop)
+        return done, stop
+
+    def _make(self, step: int) -> tuple[float, int]:
+        """Makes a step, counted from 0; returns its gradient's norm, and the stop code that the workers agree on meanwhile."""
+        first = step == self.context.start_step
+        with self.ledger("starting" if first else "data"):
+            mine = self.read()
+        if first:
+            self.ledger.switch("compiling" if self.job.train.compile else "computing")
+            self.context.phase("step")
+            self.reports.begin()
+        for hook in self.hooks:
+            hook.before_step(step)
+        blocked = self.state.blocked_s
+        self.consensus.ask(FAILED if self.state.saver.failed else self.heartbeat.stop)
+        self.heartbeat.step, self.heartbeat.micro = step + 1, 0
+        norm = self.stepper.step(step, mine)
+        self.context.progressed()  # before the step counts
+        self.unsealed.add(step, mine)
+        stop = self._agreed(step)
+        self.ledger.move("computing", "checkpoint", self.state.blocked_s - blocked)
+        if self.job.train.compile and step <= self.context.start_step + 1:
+            self.ledger.compiled(first=first)
+        if first:
+            self.context.phase("stepped")
+        return norm, stop
+
+    def _agreed(self, step: int) -> int:
+        """Returns the stop code that the workers agree on, which counts after this step."""
+        stop = self.consensus.result()
+        if stop == FAILED:
+            self.state.settle()  # raises on every worker, or on none
+            return RUN
+        if stop == RESIZE and (step + 1) % self.job.checkpoint.every:
+            return RUN  # a resize waits for the next checkpoint
+        return stop
+
+    def _due(self, done: int, stop: int) -> Due:
+        job, last = self.job, done == self.job.last_step
+        holds = done in self.pauses and not last
+        saves = last or stop != RUN or holds or done % job.checkpoint.every == 0
+        keeps = self.state.memory is not None and not last and (saves or done % (job.checkpoint.memory_every or 1) == 0)
+        evaluates = job.evaluate is not None and (last or done % job.evaluate.every == 0)
+        # before a save, too: a run that resumes from there has lost no step's loss
+        reports = done % job.train.log_every == 0 or saves or keeps or done == self.context.start_step + 1
+        return Due(last, reports, evaluates, saves, keeps, holds and stop == RUN)
+
+    def _follow(self, done: int, norm: float, stop: int) -> int:
+        """Does what is due after a step; returns the stop code, which a decision at a pause point may change."""
+        due = self._due(done, stop)
+        for hook in self.hooks:
+            hook.after_step(done, norm, due)
+        if due.reports:
+            self.reports.report(done, self.unsealed.replaced)
+        with self.reports.aside():
+            for hook in self.hooks:
+                hook.on_save(done, due)
+            return self._hold(done) if due.holds else stop
+
+    def _hold(self, done: int) -> int:
+        """Waits after a complete checkpoint for the driver's decision: RUN, or the code of a stop, the same on every worker."""
+        mailbox, latest = self.context.posts.mailbox, self.context.latest
+        assert mailbox
+        with self.ledger("checkpoint"):
+            while not self.state.settle():  # the store has failed, as it may some times: the decision needs the checkpoint
+                self.state.save(done)
+        with self.ledger("idle"):
+            self.context.posts.post(Paused(step=done, scores=latest.scores, ledger=self.ledger.totals()))
+            while True:
+                answer: ray.ObjectRef[int | None] = mailbox.decision.remote(done)
+                if (decision := ray.get(answer)) is not None:
+                    return decision
+                self.context.progressed()  # the watchdog is not to take this for a stall
+                time.sleep(HELD_POLL_S)
