@@ -26,7 +26,17 @@ from heliostat.curation.comparable import words
 from heliostat.curation.comparing import about
 from heliostat.curation.engine import Curated, filled
 from heliostat.curation.minhash import components
-from heliostat.curation.segment import FINISH, DocumentSource, SpilledRun, Spiller, by_run, documents_of, store, survivors
+from heliostat.curation.segment import (
+    FINISH,
+    DocumentSource,
+    SegmentRecord,
+    SpilledRun,
+    Spiller,
+    by_run,
+    documents_of,
+    store,
+    survivors,
+)
 from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
 from heliostat.schema import Float
 from heliostat.storage.locations import Location
@@ -249,7 +259,7 @@ class RepeatingStage(GlobalStage):
 
 
 def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
-           names: list[str], source: DocumentSource | None) -> dict[str, object]:  # fmt: skip
+           names: list[str], source: DocumentSource | None) -> SegmentRecord:  # fmt: skip
     """Spills the documents of some runs again, without what is repeated in them; `source` finishes those that were cut."""
     stage = registry.parse(entry)
     assert isinstance(stage, RepeatingStage)
