@@ -18,7 +18,7 @@ from heliostat.curation.stages import minhash
 from heliostat.data import manifest
 from heliostat.errors import DataError, HeliostatError, StorageError
 from heliostat.storage.locations import Location
-from heliostat.tasks import crew, exchange, flow, merging, pool
+from heliostat.tasks import crew, flow, merging, pool
 from heliostat.tasks.flow import Task
 from heliostat.tasks.pool import ActorPool
 from heliostat.tasks.work import Work
@@ -216,7 +216,7 @@ def test_merges_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "LEAST", 1 << 13)
     monkeypatch.setattr(minhash, "ROW_BYTES", 60_000)
     monkeypatch.setattr(merging, "MANY", 2)
-    monkeypatch.setattr(exchange, "MANY", 4)
+    monkeypatch.setattr(merging, "MANY_RANGES", 4)
     merged = prepare(yaml, [f"output={tmp_path}/merged", "memory_limit=67108864"])
     done = {path.name for path in (tmp_path / "merged.work" / "done").iterdir()}
     assert {"merge", "minhash-0-merge", "ends-merge"} <= done

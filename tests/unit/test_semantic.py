@@ -16,7 +16,7 @@ from heliostat.curation.semantic import cells, vectors
 from heliostat.curation.semantic.cells import centres, packed
 from heliostat.curation.stage import GlobalStage
 from heliostat.errors import ConfigError
-from heliostat.tasks import exchange, spill
+from heliostat.tasks import merging, spill
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel
@@ -176,8 +176,8 @@ def test_of_several_cells_the_result_is_the_same_from_any_cut_and_other_borders_
         "keep": "first",
     }
     told = []
-    for pieces, limit, many in ((1, 1 << 20, exchange.MANY), (7, 1 << 20, exchange.MANY), (15, 1 << 13, 4)):
-        monkeypatch.setattr(exchange, "MANY", many)
+    for pieces, limit, many in ((1, 1 << 20, merging.MANY_RANGES), (7, 1 << 20, merging.MANY_RANGES), (15, 1 << 13, 4)):
+        monkeypatch.setattr(merging, "MANY_RANGES", many)
         found, here = curate(tmp_path / str(pieces), given, [entry], pieces, limit, seed=pieces)
         told.append((left(found, here), left_out(found, here)))
     assert told[0] == told[1] == told[2] and here.done["semantic-0-centres"] == 1 and here.done["semantic-0-merge"] > 1

@@ -20,7 +20,6 @@ from __future__ import annotations
 import heapq
 from itertools import combinations, pairwise
 from math import ceil, comb, log2
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,7 +55,7 @@ def masks(distance: int, count: int) -> list[int]:
     return [whole - sum(left_out) for left_out in combinations(of_block, distance)]
 
 
-def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, Any]:
+def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, object]:
     """Spills the perceptual hash of each image of a run, which has this number; if `exact`, the pixels' hash in its place."""
     found = []
     for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):
@@ -87,7 +86,7 @@ def prefixes(table: pa.Table, words: int = 1) -> np.ndarray:
     return whole.reshape(-1, 4)[:, :words]
 
 
-def group(folder: Location, part: int, parts: int, names: list[str], distance: int, count: int) -> dict[str, Any]:
+def group(folder: Location, part: int, parts: int, names: list[str], distance: int, count: int) -> dict[str, object]:
     """Spills every node of this part under its keys, of `count` blocks, with its rank and its images of different pixels."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
@@ -106,7 +105,7 @@ def _keys(looks: np.ndarray, number: int, mask: int) -> np.ndarray:
         return spill.mixed(spill.mixed(looks & np.uint64(mask)) + np.uint64(number))
 
 
-def pairs(folder: Location, part: int, parts: int, names: list[str], distance: int) -> dict[str, Any]:
+def pairs(folder: Location, part: int, parts: int, names: list[str], distance: int) -> dict[str, object]:
     """Spills the edges between nodes that meet under a key of this part and are near enough, both ways."""
     keys, looks, ranks, images = spill.arrays(
         folder, names, *spill.share(part, parts), key=np.uint64, looks=np.uint64, rank=np.uint64, images=np.int64
@@ -122,18 +121,18 @@ def pairs(folder: Location, part: int, parts: int, names: list[str], distance: i
         step += 1
     a, b = order[np.concatenate(here)], order[np.concatenate(there)]
     u, v = np.concatenate([a, b]), np.concatenate([b, a])
-    return spilled(folder, (looks[u], looks[v], ranks[u], ranks[v], images[u]))
+    name, rows = spilled(folder, (looks[u], looks[v], ranks[u], ranks[v], images[u]))
+    return {"edges": name, "rows": rows, "files": [name]}
 
 
-def spilled(folder: Location, edges: tuple[np.ndarray, ...]) -> dict[str, Any]:
-    """Spills edges by the node that they begin at, each once."""
+def spilled(folder: Location, edges: tuple[np.ndarray, ...]) -> tuple[str, int]:
+    """Spills edges by the node that they begin at, each once; returns the spill's name and their number."""
     order = np.lexsort((edges[1], edges[0]))
     edges = tuple(column[order] for column in edges)
     first = spill.starts(*edges[:2])
     edges = tuple(column[first] for column in edges)
     table = pa.table({"key": spill.mixed(edges[0]), **dict(zip(EDGES, edges, strict=True))})
-    name = spill.write(folder, table, ("u", "v"))
-    return {"edges": name, "rows": len(table), "files": [name]}
+    return spill.write(folder, table, ("u", "v")), len(table)
 
 
 NAMES = pa.schema(
@@ -141,7 +140,7 @@ NAMES = pa.schema(
 )
 
 
-def settle(folder: Location, part: int, parts: int, names: list[str], messages: list[str]) -> dict[str, Any]:
+def settle(folder: Location, part: int, parts: int, names: list[str], messages: list[str]) -> dict[str, object]:
     """Decides on the nodes of this part that can be decided on, and spills messages to those that come after them.
 
     `messages` say which nodes stay and which go. Also spilled are the edges of nodes that are left, and by whom others go.
@@ -160,15 +159,15 @@ def settle(folder: Location, part: int, parts: int, names: list[str], messages: 
     told = pa.table({"key": spill.mixed(v[tell]), "source": u[tell], "stays": (~gone[tell]).astype(np.int64)})
     message = spill.write(folder, told, ("source",))
     on = left & ~known
-    record = spilled(folder, tuple(column[on] for column in (u, v, u_rank, v_rank, images)))
+    name, rows = spilled(folder, tuple(column[on] for column in (u, v, u_rank, v_rank, images)))
     order = np.lexsort((v[drops], v_rank[drops], u[drops]))
     dropped, first = np.unique(u[drops][order], return_index=True)
     by, size = v[drops][order][first], images[drops][order][first]
     fate = spill.write(folder, pa.table({"key": spill.mixed(by), "by": by, "looks": dropped, "images": size}), ("by", "looks"))
-    return record | {"messages": message, "fates": fate, "files": [*record["files"], message, fate]}
+    return {"edges": name, "rows": rows, "messages": message, "fates": fate, "files": [name, message, fate]}
 
 
-def name(folder: Location, part: int, parts: int, names: list[str], fates: list[str]) -> dict[str, Any]:
+def name(folder: Location, part: int, parts: int, names: list[str], fates: list[str]) -> dict[str, object]:
     """Spills for each node that goes, and for those that others go for, the id of the image that stays and their number."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
@@ -188,7 +187,7 @@ def name(folder: Location, part: int, parts: int, names: list[str], fates: list[
     return {"names": written, "files": [written]}
 
 
-def judge(folder: Location, part: int, parts: int, names: list[str], told: list[str]) -> dict[str, Any]:
+def judge(folder: Location, part: int, parts: int, names: list[str], told: list[str]) -> dict[str, object]:
     """Spills which images of this part go, by their places in runs, with the reason and who stays."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)

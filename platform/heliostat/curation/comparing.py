@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -18,8 +18,9 @@ from heliostat.curation.segment import SpilledRun, by_run, survivors
 from heliostat.curation.stage import GlobalStage
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
-from heliostat.tasks.exchange import exchanged
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import exchanged
+from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
 LARGEST = 20  # clusters that are told
@@ -34,19 +35,19 @@ def parts(bytes: int, memory_limit: int) -> int:
     return max(1, -(-bytes // memory_limit))
 
 
-def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], memory_limit: int, **more: Any) -> Iterator[Task]:
+def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], memory_limit: int, **more: object) -> Iterator[Task]:
     """Describes tasks that read what spills have about some runs: about as many documents as have room if it is about all."""
     groups = list(filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES, RUNS))
     return about(flow, kind, groups, names, **more)
 
 
-def adding(task: Task, **more: Any) -> Task:
+def adding(task: Task, **more: object) -> Task:
     """Returns a task with further arguments, which its result follows from."""
     return replace(task, key=key(task.key, more), arguments={**task.arguments, **more})
 
 
 def about(
-    flow: Flow, kind: str, groups: list[list[SpilledRun]], names: list[str], also: Any = None, **more: Any
+    flow: Flow, kind: str, groups: list[list[SpilledRun]], names: list[str], also: object = None, **more: object
 ) -> Iterator[Task]:
     """Describes tasks that read what spills have about each group of all runs, by their places; `also`: what they follow from."""
     firsts = list(accumulate((len(group) for group in groups), initial=0))
@@ -73,7 +74,7 @@ def conclude(flow: Flow, found: Curated, stage: GlobalStage, number: int, kind: 
     return left
 
 
-def settled(flow: Flow, found: Curated, kind: str, decide: Callable[..., dict[str, Any]],
+def settled(flow: Flow, found: Curated, kind: str, decide: TaskFunction,
             tasks: Iterator[Task]) -> tuple[list[dict[str, Any]], list[SpilledRun]]:  # fmt: skip
     """Runs the tasks that tell each run which of its documents go; returns their records, and the runs that are left."""
     decided = flow.all(f"{kind}-decide", decide, tasks)
@@ -110,9 +111,9 @@ def without(run: SpilledRun, decided: str | None, rows: int, bytes: int) -> Spil
     return SpilledRun(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run
 
 
-def decide(folder: Location, first: int, runs: list[SpilledRun], stage: str, names: list[str]) -> dict[str, Any]:
+def decide(folder: Location, first: int, runs: list[SpilledRun], stage: str, names: list[str]) -> dict[str, object]:
     """Spills which documents of some runs go, and tells why."""
-    out, files, decided = segment.Spiller(folder, 1), list[str](), [list[Any]([None, 0, 0]) for _ in runs]
+    out, files, decided = segment.Spiller(folder, 1), list[str](), [list[str | int | None]([None, 0, 0]) for _ in runs]
     for number, judged in by_run(folder, first, len(runs), names):
         why, gone, size = {row["key"] & 0xFFFFFFFF: row for row in judged.to_pylist()}, [segment.DECIDED.empty_table()], 0
         for table in survivors(folder, runs[number - first], columns=["id", "bytes", "columns"]):

@@ -19,8 +19,10 @@ from heliostat.curation.chain import Entry
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
 from heliostat.curation.stage import GlobalStage, Stage
+from heliostat.storage.locations import Location
 from heliostat.tasks import libraries, shipping
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
 RUN_SHARE = 8  # a run's texts are one so many-th of `memory_limit`: they are held as Python strings, a table and a file
@@ -39,7 +41,7 @@ class Curated:
     examples: dict[str, list[str]] = field(default_factory=dict)
     source: DocumentSource | None = None
     """Finishes documents whose text a stage between segments has cut; `identity` is what that follows from."""
-    identity: list[Any] = field(default_factory=list)
+    identity: list[object] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
@@ -61,7 +63,7 @@ class StageEngine:
 
     flow: Flow
     source: DocumentSource
-    identity: list[Any]
+    identity: list[object]
     memory_limit: int
 
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
@@ -82,7 +84,14 @@ class StageEngine:
                 )
         return found
 
-    def _taken(self, found: Curated, kind: str, function: Any, tasks: Iterator[Task], pooled: bool = False) -> list[SpilledRun]:
+    def _taken(
+        self,
+        found: Curated,
+        kind: str,
+        function: TaskFunction,
+        tasks: Iterator[Task],
+        pooled: bool = False,
+    ) -> list[SpilledRun]:
         """Runs the tasks of a segment; what they made is put in their order, whichever ended first."""
         records = self.flow.all(kind, function, tasks, pooled=pooled)
         return [run for record in records for run in found.take(record)]
@@ -154,12 +163,12 @@ def summed(flow: Flow, names: list[str]) -> tally.Tally:
     return tally.merge(segment.load(flow.work.spill, name) for name in names)
 
 
-def _sum(folder: Any, names: list[str]) -> dict[str, Any]:
+def _sum(folder: Location, names: list[str]) -> dict[str, object]:
     name = segment.store(folder, tally.merge(segment.load(folder, n) for n in names))
     return {"tally": name, "files": [name]}
 
 
-def groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yields the items in groups of a size, the last may be smaller."""
     left = iter(items)
     while group := list(islice(left, size)):

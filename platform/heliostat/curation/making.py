@@ -12,7 +12,7 @@ import heapq
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,9 +30,9 @@ from heliostat.data.manifest import FILES
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging
-from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
-from heliostat.tasks.merging import ShardRange
+from heliostat.tasks.merging import ShardRange, by_parts
+from heliostat.tasks.pool import TaskFunction
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Making:
     """What the stages did, afterwards."""
 
     @property
-    def identity(self) -> list[Any]:
+    def identity(self) -> list[object]:
         """Returns what the documents follow from that `source` reads, as JSON values."""
         raise NotImplementedError
 
@@ -165,7 +165,7 @@ class Making:
         of_hashes = bounds or (lambda first, stop: tasks.bounds(first, shards, stop))
         return merging.merged(self.flow, runs, shards, of_hashes, self.memory_limit // RUN_SHARE)
 
-    def shards(self, function: Callable[..., dict[str, Any]], work: Iterator[Task], cpus: int = 1) -> Iterator[dict[str, Any]]:
+    def shards(self, function: TaskFunction, work: Iterator[Task], cpus: int = 1) -> Iterator[dict[str, Any]]:
         """Writes the shards that are not there yet; yields the tasks' records as they finish."""
         there = dict(self.output.files())
 
@@ -212,7 +212,7 @@ class Making:
         return []
 
 
-def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: Any) -> list[str]:
+def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: object) -> list[str]:
     """Lists so many documents that were left out, in as many files as ranges of hashes; returns their paths."""
     work = by_parts(flow, "listed", reasons.parts(rows), names, output=output.uri, **also)
     made = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())

@@ -220,6 +220,7 @@ def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
 
 
 def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
+    """Sums the bytes of documents in runs, and their squares."""
     total, squared = 0, 0.0
     for run in runs:
         for table in survivors(folder, run, columns=["bytes"]):
@@ -248,7 +249,7 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[int, int]:
 
 
 def count_alike(folder: Location, part: int, parts: int, output: str, paths: list[str], stages: list[str],
-                places: list[str]) -> dict[str, Any]:  # fmt: skip
+                places: list[str]) -> dict[str, object]:  # fmt: skip
     """Counts, of what each stage dropped for another document, in a part of all clusters: documents of a cluster in one place by
     their number, and clusters by the number of their places, of two and more each."""
     found: dict[str, tuple[set[int], list[tuple[int, int]]]] = {name: (set(), []) for name in stages}

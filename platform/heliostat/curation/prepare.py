@@ -132,7 +132,7 @@ def place(uri: str, key: str) -> Location:
         raise ConfigError(f"{key}: {e}") from e
 
 
-def sha256_json(value: Any) -> str:
+def sha256_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -26,13 +26,23 @@ from heliostat.curation.comparable import words
 from heliostat.curation.comparing import about
 from heliostat.curation.engine import Curated, filled
 from heliostat.curation.minhash import components
-from heliostat.curation.segment import FINISH, DocumentSource, SpilledRun, Spiller, by_run, documents_of, store, survivors
+from heliostat.curation.segment import (
+    FINISH,
+    DocumentSource,
+    SegmentRecord,
+    SpilledRun,
+    Spiller,
+    by_run,
+    documents_of,
+    store,
+    survivors,
+)
 from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
 from heliostat.schema import Float
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries, spill
-from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
 Unit = Literal["line", "paragraph"]
@@ -73,7 +83,7 @@ def _hash(text: str) -> int:
     return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, Any]:
+def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]:
     """Spills (hash of the part, hash of the id, row, place) of the parts of a run's documents."""
     found: list[tuple[int, int, int, int]] = []
     for table in survivors(folder, run, columns=["id", "text"]):
@@ -87,7 +97,7 @@ def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, Any]:
     return {"signed": name, "rows": len(found), "files": [name]}
 
 
-def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
+def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
     """Spills the repeated parts of a part of all keys, by the documents that lose them: all but each one's first occurrence."""
     low, high = spill.share(part, parts)
     keys, documents, places = _firsts(folder, names, low, high)
@@ -249,7 +259,7 @@ class RepeatingStage(GlobalStage):
 
 
 def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
-           names: list[str], source: DocumentSource | None) -> dict[str, Any]:  # fmt: skip
+           names: list[str], source: DocumentSource | None) -> SegmentRecord:  # fmt: skip
     """Spills the documents of some runs again, without what is repeated in them; `source` finishes those that were cut."""
     stage = registry.parse(entry)
     assert isinstance(stage, RepeatingStage)

@@ -10,13 +10,14 @@ import hashlib
 import heapq
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import xxhash
+from typing_extensions import TypedDict
 
 from heliostat.curation import careful, tally
 from heliostat.curation.careful import Careful
@@ -46,7 +47,18 @@ FINISH = "finish"  # the one at which texts are left out that do not meet what i
 LEFT_OUT_ROWS, LEFT_OUT_BYTES = 20_000, 64 << 20  # that are held, as Python objects, before they are spilled
 EXAMPLES = 3  # ids that are told for each reason
 DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
-Row = tuple[Any, ...]
+Row = tuple[Any, ...]  # of Arrow values
+
+
+class SegmentRecord(TypedDict):
+    """Describes the record of a task that has taken documents through stages."""
+
+    runs: list[tuple[str, int, int]]
+    left_out: list[str]
+    reasons: dict[str, int]
+    examples: dict[str, list[str]]
+    tally: str | None
+    files: list[str]
 
 
 class DocumentSource(Protocol):
@@ -66,7 +78,7 @@ def key_of(id: str) -> int:
     return xxhash.xxh64_intdigest(id.encode("utf-8", "surrogatepass"))
 
 
-def packed(columns: dict[str, Any] | None) -> str | None:
+def packed(columns: Mapping[str, object] | None) -> str | None:
     """Writes a document's columns as JSON, None if it has none."""
     return json.dumps(columns, sort_keys=True, default=str) if columns else None
 
@@ -86,7 +98,7 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
 
 def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource, stages: list[Entry], run_bytes: int,
-                explained: bool, care: Care | None = None) -> dict[str, Any]:  # fmt: skip
+                explained: bool, care: Care | None = None) -> dict[str, object]:  # fmt: skip
     """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""
     start = cpu_time.now()
     chain = Chain(folder, stages)
@@ -98,7 +110,7 @@ def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource,
 
 
 def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: list[Entry], first: int, run_bytes: int,
-             care: Care | None = None) -> dict[str, Any]:  # fmt: skip
+             care: Care | None = None) -> dict[str, object]:  # fmt: skip
     """Runs a segment over a run of the segment before, from stage `first` on."""
     start = cpu_time.now()
     chain = Chain(folder, stages, first)
@@ -144,7 +156,7 @@ def _unfinished(document: Document) -> bool:
 
 
 def _run(folder: Location, documents: Iterable[Document | Dropped], source: DocumentSource, chain: Chain,
-         run_bytes: int, taking: Careful) -> dict[str, Any]:  # fmt: skip
+         run_bytes: int, taking: Careful) -> dict[str, object]:  # fmt: skip
     out = Spiller(folder, run_bytes)
     stages = (_Stages if taking.care is None else _Undoing)(chain, source, out)
     for batch, left_out in batches(documents):
@@ -208,7 +220,7 @@ def row_of(document: Document) -> Row:
 
 
 def left_out(id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None,
-             columns: dict[str, Any] | str | None = None) -> Row:  # fmt: skip
+             columns: Mapping[str, object] | str | None = None) -> Row:  # fmt: skip
     """Returns what LEFT_OUT holds of a document that is left out."""
     told, held = json.dumps(measures) if measures else None, columns if isinstance(columns, str) else packed(columns)
     return key_of(id), id, stage, reason, detail, told, None, held
@@ -240,7 +252,7 @@ class Spiller:
             self.spill()
 
     def leave_out(self, id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None,
-                  columns: dict[str, Any] | str | None = None) -> None:  # fmt: skip
+                  columns: Mapping[str, object] | str | None = None) -> None:  # fmt: skip
         self.hold_left_out(left_out(id, stage, reason, detail, measures, columns))
 
     def hold_left_out(self, row: Row) -> None:
@@ -268,15 +280,15 @@ class Spiller:
         self.out, self.out_size = [], 0
         self.spilled.append(spill.write(self.folder, table, ("id", "stage", "reason", "detail")))
 
-    def record(self, tally: dict[str, Any]) -> dict[str, Any]:
+    def record(self, counts: tally.Tally) -> SegmentRecord:
         """Spills the rest and returns the task's record."""
         if self.held:
             self.spill()
         if self.out:
             self.spill_left_out()
-        told = store(self.folder, tally) if tally else None
+        told = store(self.folder, counts) if counts else None
         return {
-            "runs": [[run.name, run.rows, run.bytes] for run in self.runs],
+            "runs": [(run.name, run.rows, run.bytes) for run in self.runs],
             "left_out": self.spilled,
             "reasons": dict(sorted(self.reasons.items())),
             "examples": dict(sorted(self.examples.items())),
@@ -285,7 +297,7 @@ class Spiller:
         }
 
 
-def _table(held: list[tuple[Any, ...]]) -> pa.Table:
+def _table(held: list[Row]) -> pa.Table:
     """Makes a run's table of its sorted rows."""
     hashes, *others = zip(*held, strict=True)
     keys = np.frombuffer(b"".join(hashes), ">u8")[::4].astype(np.uint64)
@@ -294,7 +306,7 @@ def _table(held: list[tuple[Any, ...]]) -> pa.Table:
     return pa.Table.from_arrays([pa.array(v, kind.type) for v, kind in zip(columns, schema, strict=True)], schema=schema)
 
 
-def store(folder: Location, value: Any) -> str:
+def store(folder: Location, value: object) -> str:
     """Writes JSON values to the spill folder under the name of their content."""
     return spill.put(folder, json.dumps(value, sort_keys=True).encode(), ".json")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
 from heliostat.tasks.care import Trouble
-from heliostat.tasks.pool import ActorPool
+from heliostat.tasks.pool import ActorPool, TaskFunction
 from heliostat.tasks.shipping import NotHereError, Shipment
 from heliostat.tasks.work import Work
 from heliostat.text import printable
@@ -42,7 +42,7 @@ class Task:
 
     key: str
     arguments: dict[str, Any]
-    shared: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, object] = field(default_factory=dict)
     """Further arguments, each from `Flow.share`: what is large and the same for many tasks travels to a node once."""
     bytes: int = 0
     """That it reads, about: for the progress."""
@@ -81,7 +81,7 @@ class Started:
 class Crew:
     """Keeps tasks under way, in a pool of `size` actors, if any, else as tasks of `cpus` CPUs each."""
 
-    def __init__(self, flow: Flowing, kind: str, execute: Any, function: Callable[..., dict[str, Any]], cpus: int, size: int,
+    def __init__(self, flow: Flowing, kind: str, execute: Any, function: TaskFunction, cpus: int, size: int,
                  gpus: float) -> None:  # fmt: skip
         self.flow, self.kind, self.execute, self.function, self.cpus = flow, kind, execute, function, cpus
         self.work = Work(flow.work.location)  # without what was looked up

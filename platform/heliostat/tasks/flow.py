@@ -22,6 +22,7 @@ from heliostat.cluster.capacity import selects
 from heliostat.tasks import cpu_time
 from heliostat.tasks.care import CRASHED, UNREAD
 from heliostat.tasks.crew import Crew, Started, Task
+from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.progress import Progress, documents
 from heliostat.tasks.work import Work
 
@@ -58,7 +59,7 @@ class Flow:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Of this run, by which its tasks know what it has recorded."""
 
-    def share(self, value: Any) -> Any:
+    def share(self, value: object) -> object:
         """Returns what stands for the value in `Task.shared`."""
         return ray.put(value)
 
@@ -102,7 +103,7 @@ class Flow:
             "more memory", self.memory / MIB, at_once(asked), room, fix,
         )  # fmt: skip
 
-    def run(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], cpus: int = 1,
+    def run(self, kind: str, function: TaskFunction, tasks: Iterator[Task], cpus: int = 1,
             valid: Callable[[dict[str, Any]], bool] = lambda record: True,
             pooled: bool = False, actors: int = 0, gpus: float = 1.0) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
         """Yields (the task's number, its record) as tasks finish; a record that is not `valid` is made again.
@@ -131,7 +132,7 @@ class Flow:
         crew.end()
         crew.conclude()
 
-    def all(self, kind: str, function: Callable[..., dict[str, Any]], tasks: Iterator[Task], **more: Any) -> list[dict[str, Any]]:
+    def all(self, kind: str, function: TaskFunction, tasks: Iterator[Task], **more: Any) -> list[dict[str, Any]]:
         """Runs the tasks and returns their records in the tasks' order."""
         found = dict(self.run(kind, function, tasks, **more))
         return [found[number] for number in range(len(found))]
@@ -141,7 +142,9 @@ class Flow:
         for counts in (self.seconds, self.walls, self.opening):
             counts.pop(kind, None)
 
-    def _looked_up(self, kind: str, tasks: Iterator[Task], valid: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
+    def _looked_up(
+        self, kind: str, tasks: Iterator[Task], valid: Callable[[dict[str, Any]], bool]
+    ) -> Iterator[tuple[int, Task, dict[str, Any] | None]]:
         number = 0
         whole = False
         while not whole:
@@ -178,16 +181,16 @@ def most_each(nodes: list[int], tasks: int) -> int:
     return next((each for each in range(max(nodes, default=1), 1, -1) if sum(n // each for n in nodes) >= tasks), 1)
 
 
-def execute(work: Work, run: str, kind: str, key: str, function: Callable[..., dict[str, Any]], arguments: dict[str, Any],
-            **shared: Any) -> dict[str, Any]:  # fmt: skip
+def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, arguments: dict[str, Any],
+            **shared: object) -> dict[str, Any]:  # fmt: skip
     """Runs a task where it is called, and records it; returns the record that this run has of it already, if it has one."""
     known = work.read(kind, key)
     if known is not None and known.get("run") == run:
         return known
     start, cpu = time.monotonic(), cpu_time.now()
     pa.set_memory_pool(pa.system_memory_pool())  # others keep what is freed, several times what a task holds
-    record = function(work.spill, **arguments, **shared)
-    record |= {"seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3), "run": run}
+    made = function(work.spill, **arguments, **shared)
+    record = {**made, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3), "run": run}
     pa.default_memory_pool().release_unused()
     work.finish(kind, key, record)
     return record

@@ -1,18 +1,26 @@
-"""Merges runs before shards are read out of them, where each shard would take little of each run: what keeps the cost linear.
+"""Merges what tasks have spilled, where later tasks would each read a little of very many files: what keeps the cost linear.
 
-A shard's task reads its range of keys out of every run. Runs and shards both grow with the input, so their product, which is how
-often a run is opened and a row group of it is read for a few rows, grows with its square. Where a shard's part of a run is below
-`LEAST`, ranges of many shards are therefore merged first: a task takes such a range out of some runs and writes it as one, as
-large as a run may be. Afterwards a shard reads the runs of its own range alone, which have as many times more of it as runs were
-merged, fifty or so; if that is not enough, ranges are merged again. A merge costs its bytes once: this is the external merge sort
-of Knuth, The Art of Computer Programming, volume 3, section 5.4, but for the sorting of shards, which follows.
+A later task reads its range of keys out of every file of the earlier ones. Both grow with the input. So their product, which is
+how often a file is opened for a few rows, grows with its square. Therefore ranges of many tasks are merged first, and a merge
+costs its bytes once. This is the external merge sort of Knuth (The Art of Computer Programming, volume 3, section 5.4), except
+that the tasks that follow sort.
+
+- Runs of documents, before shards (`merged`): where a shard's part of a run is below `LEAST`, a task takes a range of many shards
+  out of some runs and writes it as one, as large as a run may be. Afterwards a shard reads the runs of its own range alone, which
+  have fifty times more of it or so. If that is not enough, ranges are merged again.
+- Spills of what documents are compared by (`by_parts`): above `MANY_RANGES`, wider ranges are merged, as many as the root of the
+  number of ranges, each out of so many spills as have one task's rows in it. What is opened then grows with the power of 1.5, for
+  one more pass over the spills. No task holds more than without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from math import isqrt
+from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +35,8 @@ LEAST = spill.GROUP_BYTES // 4
 """Bytes of a shard in a run, below which a merge is less work than what reading takes beside them."""
 
 MANY = 4096  # parts of runs that shards read: of fewer a merge would save no more than seconds
+MANY_RANGES = 1 << 16  # ranges of spills: so many cost about a minute of a CPU, or 3 cents of a store's requests
+Item = TypeVar("Item")
 Bounds = Callable[[int, int], tuple[int, int]]  # the range of keys of shards [first, stop)
 
 
@@ -92,9 +102,9 @@ def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
     return found
 
 
-def groups(runs: list[SpilledRun], size: int) -> Iterator[list[SpilledRun]]:
-    for at in range(0, len(runs), size):
-        yield runs[at : at + size]
+def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
+    for at in range(0, len(items), size):
+        yield items[at : at + size]
 
 
 def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes: int) -> Task:
@@ -105,9 +115,9 @@ def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes:
     return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), told, bytes=bytes)
 
 
-def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, Any]:
+def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
     """Writes the documents of a range of keys that some runs hold as one run, or as more where a key has very many."""
-    made, held, size = list[list[Any]](), list[pa.Table](), 0
+    made, held, size = list[tuple[str, int, int]](), list[pa.Table](), 0
     for run in runs:
         for table in survivors(folder, run, low, high):
             held.append(table)
@@ -120,7 +130,7 @@ def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_byt
     return {"runs": made, "files": [name for name, *_ in made]}
 
 
-def _written(folder: Location, held: list[pa.Table]) -> list[Any]:
+def _written(folder: Location, held: list[pa.Table]) -> tuple[str, int, int]:
     """Spills tables as one run, with rows of its own if they have any, and empties the list."""
     table = pa.concat_tables(held)
     held.clear()
@@ -128,4 +138,51 @@ def _written(folder: Location, held: list[pa.Table]) -> list[Any]:
     if "row" in table.column_names:
         rows = pa.array(np.arange(len(table)), table.schema.field("row").type)
         table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
-    return [spill.write(folder, table, ("hash", "id")), len(table), bytes]
+    return spill.write(folder, table, ("hash", "id")), len(table), bytes
+
+
+def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:
+    """Yields for each of the ascending ranges of keys what its task is to read: what that follows from, and the spills' names,
+    shared."""
+    for some, count in _merged(flow, kind, names, ranges):
+        told = key(some), flow.share(some)
+        yield from (told for _ in range(count))
+
+
+def by_parts(flow: Flow, kind: str, parts: int, names: list[str], beside: Mapping[str, list[str]] = MappingProxyType({}),
+             **more: object) -> Iterator[Task]:  # fmt: skip
+    """Describes one task for each part of all keys, over spills; `beside`: other spills that it reads, by the argument's name."""
+    spills, ranges = {"names": names, **beside}, [spill.share(part, parts) for part in range(parts)]
+    given = [exchanged(flow, kind, some, ranges) for some in spills.values()]
+    for part, told in enumerate(zip(*given, strict=True)):
+        shared = dict(zip(spills, (names for _, names in told), strict=True))
+        follows = [follows for follows, _ in told]
+        yield Task(key(follows, part, parts, more), {"part": part, "parts": parts, **more}, shared)
+
+
+def _merged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> list[tuple[list[str], int]]:
+    """Returns the spills of some ranges, and how many ranges these are, for all of them in turn."""
+    count, wide = len(ranges), isqrt(len(ranges))
+    size = len(names) * wide // max(1, count)
+    if len(names) * count <= MANY_RANGES or size < 2:
+        return [(names, count)]
+    edges = list(pairwise(count * at // wide for at in range(wide + 1)))
+    parts_of = list(groups(names, size))
+
+    def work() -> Iterator[Task]:
+        for start, stop in edges:
+            told = {"low": ranges[start][0], "high": ranges[stop - 1][1]}
+            yield from (Task(key("merge", group, told), {"names": group, **told}) for group in parts_of)
+
+    made = [record["merged"] for record in flow.all(f"{kind}-merge", merge_spills, work())]
+    parts = (made[at : at + len(parts_of)] for at in range(0, len(made), len(parts_of)))
+    return [([name for name in part if name], stop - start) for part, (start, stop) in zip(parts, edges, strict=True)]
+
+
+def merge_spills(folder: Location, names: list[str], low: int, high: int) -> dict[str, object]:
+    """Spills what some spills have of a range of keys as one, if they have anything."""
+    held = [table for name in names for table in spill.read(folder, name, low, high)]
+    if not held:
+        return {"merged": None, "files": []}
+    name = spill.write(folder, pa.concat_tables(held))
+    return {"merged": name, "files": [name]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from ray.exceptions import RayError
 
 from heliostat.cluster import ray_internals
 from heliostat.errors import HeliostatError
+
+TaskFunction = Callable[..., Mapping[str, object]]
+"""What does a task's work, and returns its record."""
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +37,11 @@ class ActorPool:
     One that has no place again within PLACE_S, such as after its node was lost, is given up.
     """
 
-    def __init__(self, execute: Callable[..., dict[str, Any]], size: int, **options: Any) -> None:
+    def __init__(self, execute: TaskFunction, size: int, **options: object) -> None:
         made: Any = ray.remote(_Worker)
         actor = made.options(max_restarts=-1, max_task_retries=0, **options)
         self.actors: dict[int, Any] = dict(enumerate(_placed([actor.remote(execute) for _ in range(size)])))
-        self.under_way: dict[Any, int] = {}
+        self.under_way: dict[object, int] = {}
         self.away: dict[int, _Away] = {}
 
     @property
@@ -48,7 +51,7 @@ class ActorPool:
             self._look(number, away)
         return len(self.away) < len(self.actors)
 
-    def remote(self, *arguments: Any, **shared: Any) -> Any:
+    def remote(self, *arguments: object, **shared: object) -> Any:
         """Starts a task; returns its reference."""
         load = Counter(self.under_way.values())
         number = min(self.actors, key=lambda i: (i in self.away, load[i]))
@@ -56,11 +59,11 @@ class ActorPool:
         self.under_way[reference] = number
         return reference
 
-    def ended(self, reference: Any) -> None:
+    def ended(self, reference: object) -> None:
         """Takes note that a task has ended."""
         self.under_way.pop(reference, None)
 
-    def lost(self, reference: Any) -> None:
+    def lost(self, reference: object) -> None:
         """Takes note that a task has ended because its actor died."""
         number = self.under_way.pop(reference, None)
         if number in self.actors and number not in self.away:
@@ -119,11 +122,11 @@ def _placed(actors: list[Any]) -> list[Any]:
 class _Worker:
     """Runs tasks one after another in a process that stays."""
 
-    def __init__(self, execute: Callable[..., dict[str, Any]]) -> None:
+    def __init__(self, execute: TaskFunction) -> None:
         self.execute = execute
 
     def alive(self) -> None:
         """Answers that the process is there."""
 
-    def run(self, *arguments: Any, **shared: Any) -> dict[str, Any]:
+    def run(self, *arguments: object, **shared: object) -> Mapping[str, object]:
         return self.execute(*arguments, **shared)

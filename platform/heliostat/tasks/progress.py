@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,7 @@ class Progress:
             self.show(kind, line(kind, at, self.clock()))
 
 
-def documents(record: dict[str, Any]) -> int:
+def documents(record: Mapping[str, Any]) -> int:
     """Counts the documents that a task has passed on, written, or answered."""
     shards = sum(s["documents"] for s in record.get("shards", []))
     return sum(rows for _, rows, _ in record.get("runs", [])) + shards + record.get("answers", 0)

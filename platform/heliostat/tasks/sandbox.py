@@ -86,7 +86,7 @@ libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes
 libc.syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_char_p, ctypes.c_size_t]
 
 
-def call(function: Any, *arguments: Any) -> None:
+def call(function: Any, *arguments: object) -> None:
     """Calls a function of libc; OSError if it fails."""
     if function(*arguments) < 0:
         code = ctypes.get_errno()

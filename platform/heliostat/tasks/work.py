@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +35,7 @@ DONE, SPILL, NOTES, MARK = "done", "spill", "notes", "work.json"
 SIZES = 16  # times, by which an input may grow before its pieces become larger
 
 
-def key(*parts: Any) -> str:
+def key(*parts: object) -> str:
     """Computes the key of a task: 32 hex digits of the SHA-256 of JSON values, and of the code's version."""
     return hashlib.sha256(json.dumps([CODE, *parts], sort_keys=True).encode()).hexdigest()[:32]
 
@@ -54,7 +54,7 @@ class Work:
         """Locates what a task that is run again notes."""
         return self.location.join(NOTES, f"{kind}-{key}.json")
 
-    def finish(self, kind: str, key: str, record: dict[str, Any]) -> None:
+    def finish(self, kind: str, key: str, record: Mapping[str, object]) -> None:
         """Records a finished task, whose files have been written."""
         self.location.join(DONE, kind, f"{key}.json").write(json.dumps(record).encode())
 

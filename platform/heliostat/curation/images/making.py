@@ -54,7 +54,7 @@ class ImageMaking(Making):
     latents: Latents | None
 
     @property
-    def identity(self) -> list[Any]:
+    def identity(self) -> list[object]:
         read = self.source
         fetched = [read.fetching.config.identity()] if read.fetching else []
         return [read.input, asdict(read.columns), asdict(read.rules), asdict(read.limits), *fetched]

@@ -84,7 +84,7 @@ class ImageSource:
         return Document(made.id, made.caption, document.columns, picture)
 
 
-def count(folder: Location, run: SpilledRun) -> dict[str, Any]:
+def count(folder: Location, run: SpilledRun) -> dict[str, object]:
     """Counts a run's images by bucket, and lists their labels, as far as a manifest would."""
     buckets, labels = Counter[str](), set[str]()
     for table in survivors(folder, run, columns=["width", "height", "columns"]):
@@ -99,7 +99,7 @@ def _label(columns: str | None) -> str:
     return json.loads(columns).get(LABEL, "") if columns else ""
 
 
-def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str, Any]:
+def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str, object]:
     """Trains a tokenizer on all captions, whose order does not matter."""
     tables = (table for run in runs for table in survivors(folder, run, columns=["text"]))
     texts = (text for table in tables for text in table["text"].to_pylist())
@@ -112,7 +112,7 @@ def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str
 
 def deal(
     folder: Location, run: SpilledRun, shards: Shards, latents: dict[str, Any] | None, shipments: list[Shipment]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Spills a run's images by the shards that the hashes of their pixels name, each inside its bucket.
 
     `shipments`: the files of the models of the latents.
@@ -151,7 +151,7 @@ def _encoder(config: str, shipments: tuple[Shipment, ...]) -> Any:
     return Encoder(json.loads(config))
 
 
-def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> dict[str, Any]:
+def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> dict[str, object]:
     """Spills what the text encoder makes of no caption."""
     found = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments), tuple(shipments)).embeddings([""])[0]
     data = found.tobytes()
@@ -160,7 +160,7 @@ def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Sh
 
 
 def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
-                names: list[str], stored: tuple[str, ...] = ()) -> dict[str, Any]:  # fmt: skip
+                names: list[str], stored: tuple[str, ...] = ()) -> dict[str, object]:  # fmt: skip
     """Writes the shard of this number, with the columns of stages that are `stored`; returns its counts and its part of the
     manifest."""
     tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]

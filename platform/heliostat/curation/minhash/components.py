@@ -8,8 +8,6 @@ its least node. That takes O(log^2 n) rounds, and few in practice. A task of a r
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 
@@ -17,8 +15,8 @@ from heliostat.curation.engine import filled
 from heliostat.errors import HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
-from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
 ROUNDS = 100  # more than log^2 of the documents there are
@@ -38,7 +36,7 @@ def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -
     return [r["gathered"] for r in flow.all(f"{kind}-gather", gather, iter(work)) if r["gathered"]]
 
 
-def gather(folder: Location, first: int, names: list[str]) -> dict[str, Any]:
+def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
     """Spills what some runs, of which the first has the number `first`, have spilled, with the places of their rows."""
     found = list[pa.Table]()
     for run, name in enumerate(names, first):
@@ -51,7 +49,7 @@ def gather(folder: Location, first: int, names: list[str]) -> dict[str, Any]:
     return {"gathered": name, "files": [name]}
 
 
-def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
+def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
     """Spills the edges between documents that share a key of this part of all keys, both ways: each to the least with the key."""
     keys, nodes = spill.arrays(folder, names, *spill.share(part, parts), key=np.uint64, node=np.uint64)
     order = np.lexsort((nodes, keys))
@@ -60,7 +58,7 @@ def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str
     return _spilled(folder, unique((nodes, least)), both=True)
 
 
-def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
+def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
     """Connects the larger neighbours of each node of this part to the least; also sums the edges, to tell if they changed."""
     u, v = edges = _edges(folder, part, parts, names)
     down = u > v
@@ -71,7 +69,7 @@ def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dic
     return _spilled(folder, unique((v[up], least[up])), both=False) | {"check": str(check), "edges": int(down.sum())}
 
 
-def small_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
+def small_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
     """Connects each node of this part, and its smaller neighbours, to the least of these."""
     u, v = edges = _edges(folder, part, parts, names)
     least = _least(edges)
@@ -80,7 +78,7 @@ def small_star(folder: Location, part: int, parts: int, names: list[str]) -> dic
 
 def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str], int]:
     """Runs rounds until nothing changes; returns the spills of the edges, which are stars then, and the number of rounds."""
-    before: Any = None
+    before: tuple[int, int] | None = None
     for rounds in range(ROUNDS):
         large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts, names))
         now = (sum(r["edges"] for r in large), sum(int(r["check"]) for r in large) % (1 << 64))
@@ -117,7 +115,7 @@ def _least(edges: Edges) -> np.ndarray:
     return v[_starts(u)] if len(u) else v
 
 
-def _spilled(folder: Location, edges: Edges, both: bool) -> dict[str, Any]:
+def _spilled(folder: Location, edges: Edges, both: bool) -> dict[str, object]:
     u, v = edges
     if both:
         u, v = unique((np.concatenate([u, v]), np.concatenate([v, u])))

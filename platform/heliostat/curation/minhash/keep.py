@@ -11,7 +11,7 @@ import heapq
 import json
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +35,7 @@ ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")
 HELD = 1 << 16  # candidates, at least, that are held before those of a cluster are compared
 
 
-def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
+def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
     """Spills (node, root of its star) by node, the roots with themselves."""
     nodes, roots = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
     for name in names:
@@ -50,7 +50,7 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
 
 
 def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], rule: Rule, column: str,
-               names: list[str]) -> dict[str, Any]:  # fmt: skip
+               names: list[str]) -> dict[str, object]:  # fmt: skip
     """Spills of each cluster the one document of some runs that may stay, with the number of its documents there.
 
     Also spills which documents of the runs, of which the first has the number `first`, belong to which cluster.
@@ -130,12 +130,12 @@ def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[st
     return ranks, values
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     """Returns a column's value as a number, the least there is if it is none."""
     return float(value) if isinstance(value, int | float) and not math.isnan(value) else -math.inf
 
 
-def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
+def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
     """Chooses who stays of the clusters in this part, and spills that by the candidates, so that all their runs learn it."""
     table = spill.joined(folder, names, *spill.share(part, parts), CANDIDATES)
     best = _best([table])
@@ -149,12 +149,14 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
             "sizes": counted(sizes), "files": [name]}  # fmt: skip
 
 
-def decide(folder: Location, first: int, runs: list[SpilledRun], belonging: str, stage: str, names: list[str]) -> dict[str, Any]:
+def decide(
+    folder: Location, first: int, runs: list[SpilledRun], belonging: str, stage: str, names: list[str]
+) -> dict[str, object]:
     """Spills for each of some runs which of its documents go, and tells why."""
     out, files = segment.Spiller(folder, 1), list[str]()
     low, high = first << 32, (first + len(runs)) << 32
     chosen = spill.joined(folder, names, low, high, CHOSEN).sort_by("root").combine_chunks()
-    clusters, decided = chosen["root"].to_numpy(), [list[Any]([None, 0, 0]) for _ in runs]
+    clusters, decided = chosen["root"].to_numpy(), [list[str | int | None]([None, 0, 0]) for _ in runs]
     for number, table in by_run(folder, first, len(runs), [belonging]):
         nodes = table["key"].to_numpy()
         at, gone = np.searchsorted(clusters, table["root"].to_numpy()), [segment.DECIDED.empty_table()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +60,7 @@ def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
     return made
 
 
-def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str, Any]:
+def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str, object]:
     """Spills (key, row) of a run's documents, and (key: row, first) of copies: those with all keys of an earlier document.
 
     Copies meet whomever the first meets, so they are compared no further. However many copies a run has of a document, each of

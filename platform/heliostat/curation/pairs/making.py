@@ -54,7 +54,7 @@ class PairMaking(Reading):
     chunk_pairs: int
 
     @property
-    def identity(self) -> list[Any]:
+    def identity(self) -> list[object]:
         source = self.source
         return [source.input, vars(source.rules), source.query_column, vars(source.least), extracting.VERSION]
 
@@ -65,9 +65,8 @@ class PairMaking(Reading):
         shards = [shard for record in self._shards(curated) for shard in record["shards"]]
         kinds = sum((Counter(shard["kinds"]) for shard in shards), Counter[str]())
         facts |= {name: sum(shard[name] for shard in shards) for name in ("documents", "duplicates", "bytes")}
-        return WrittenShards(
-            [chunk for shard in shards for chunk in shard["chunks"]], {"kinds": dict(sorted(kinds.items())), **facts}
-        )
+        facts["kinds"] = dict(sorted(kinds.items()))
+        return WrittenShards([chunk for shard in shards for chunk in shard["chunks"]], facts)
 
     def _shards(self, curated: Curated) -> Iterator[dict[str, Any]]:
         plan = PairSharding(self.output.uri, max(1, round(curated.bytes / self.shard_bytes)), self.chunk_pairs)
@@ -83,13 +82,13 @@ class PairMaking(Reading):
         return self.shards(write_shards, work())
 
 
-def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: PairSharding) -> dict[str, Any]:
+def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: PairSharding) -> dict[str, object]:
     """Writes some shards, one after another; returns their counts and their part of the manifest."""
     made = [one for number in range(first, stop) if (one := _write_shard(folder, runs, number, plan)) is not None]
     return {"shards": made, "files": []}
 
 
-def _write_shard(folder: Location, runs: list[SpilledRun], number: int, plan: PairSharding) -> dict[str, Any] | None:
+def _write_shard(folder: Location, runs: list[SpilledRun], number: int, plan: PairSharding) -> dict[str, object] | None:
     low, high = bounds(number, plan.shards)
     found = [row for run in runs for t in survivors(folder, run, low, high, ["hash", "id", "columns", "text"])
              for row in t.to_pylist()]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from heliostat.curation import readers
 from heliostat.curation.encodings import decode
@@ -72,7 +71,7 @@ class PairSource(TextSource):
         for pair in found:
             yield self._pair(f"{item.id}#{pair.line}", kind, pair.query, pair.text)
 
-    def _pair(self, id: str, kind: str, query: str, text: Any) -> Document | Dropped:
+    def _pair(self, id: str, kind: str, query: str, text: str | bytes) -> Document | Dropped:
         asked = documents.clean(id, query, documents.TextRules(normalise=self.rules.normalise))
         made = documents.clean(id, text, self.rules)
         if isinstance(asked, Dropped):

@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +49,7 @@ def _opened(model: EmbeddingModel, place: str) -> TextEmbedder:
     return TextEmbedder(place, model.max_tokens, model.batch)
 
 
-def embed(folder: Location, run: SpilledRun, model: EmbeddingModel, most: int) -> dict[str, Any]:
+def embed(folder: Location, run: SpilledRun, model: EmbeddingModel, most: int) -> dict[str, object]:
     """Spills the vectors of a run's documents under their hashes, `most` bytes of them together."""
     embedder = _opened(model, shipping.here(folder, model.files))
     held, names, record = list[pa.Table](), list[str](), {"rows": 0, "size": 0, "cut": 0}
@@ -88,7 +87,7 @@ def sampled(rows: int, cells: int, size: int) -> int:
     return min(spill.ALL, spill.ALL * wanted // rows)
 
 
-def centres(folder: Location, names: list[str], limit: int, cells: int, seed: int) -> dict[str, Any]:
+def centres(folder: Location, names: list[str], limit: int, cells: int, seed: int) -> dict[str, object]:
     """Spills the centres of the cells: of texts with hashes below the limit, each once, in an order that the seed gives.
 
     Where no text has such a hash, because most are equal, there is one cell.
@@ -112,7 +111,7 @@ def _once(table: pa.Table) -> pa.Table:
 
 def deal(
     folder: Location, number: int, run: SpilledRun, made: str, rule: Rule, column: str, centres: str | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Spills documents of a run, which has this number, of which `made` are vectors, by cells, with what the rule compares."""
     whole = pa.concat_tables(spill.read(folder, made)).sort_by("row")
     rows, found = whole["row"].to_numpy(), unpacked(whole["vector"])
@@ -136,7 +135,7 @@ def key_of(cells: np.ndarray) -> np.ndarray:
     return spill.mixed(cells.astype(np.uint64))
 
 
-def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, Any]:
+def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, object]:
     """Spills which documents of the cells in this part go: those to which one before them, by the rule, is near that stays."""
     all_ = Dealt.read(folder, names, *spill.share(part, parts))
     judged, bins, largest, of_clusters = [JUDGED.empty_table()], dict[str, list[int]](), list[tuple[int, str]](), list[int]()

@@ -25,8 +25,8 @@ from heliostat.curation.minhash.signatures import Parameters, sign
 from heliostat.curation.segment import SpilledRun, store
 from heliostat.curation.stage import GlobalStage
 from heliostat.tasks import libraries
-from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
 ROW_BYTES = 160  # of memory for each key, edge or member that a task holds, sorting included

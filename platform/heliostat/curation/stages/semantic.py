@@ -24,8 +24,8 @@ from heliostat.curation.semantic import cells
 from heliostat.curation.stage import GlobalStage
 from heliostat.schema import Float
 from heliostat.tasks import libraries, shipping
-from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
 ROW_BYTES = 400  # of memory for each document of a cell, beside its vector

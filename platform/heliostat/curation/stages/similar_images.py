@@ -20,8 +20,8 @@ from heliostat.curation.engine import Curated
 from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import GlobalStage
 from heliostat.errors import HeliostatError
-from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
 IMAGE_BYTES, KEY_BYTES = 500, 160  # of memory for each image, and each key or pair, that a task holds, sorting included

@@ -37,7 +37,7 @@ class Together(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _named(cls, value: Any) -> Any:
+    def _named(cls, value: object) -> object:
         return {"column": value} if isinstance(value, str) else value
 
 
@@ -49,7 +49,9 @@ RUN = pa.schema([*segment.RUN, ("group", pa.binary(32)), ("order", pa.large_stri
 TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 
 
-def regroup(folder: Location, runs: list[SpilledRun], low: int, high: int, by: dict[str, Any], explained: bool) -> dict[str, Any]:
+def regroup(
+    folder: Location, runs: list[SpilledRun], low: int, high: int, by: dict[str, str | None], explained: bool
+) -> dict[str, object]:
     """Spills the documents of a range of keys once more, sorted by what they have in common; exact duplicates are left out."""
     table, duplicates = gather(folder, runs, low, high, True)
     if table is None:
@@ -71,7 +73,7 @@ def regroup(folder: Location, runs: list[SpilledRun], low: int, high: int, by: d
             "ends": ends, "files": [name, *ends]}  # fmt: skip
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """Writes a column's value as text that can be stored: JSON may have half a surrogate pair, which UTF-8 has not."""
     return str(value).encode("utf-8", "backslashreplace").decode()
 
@@ -80,7 +82,7 @@ def _array(values: Any, kind: pa.DataType) -> Any:
     return values.cast(kind) if isinstance(values, pa.ChunkedArray) else pa.array(values, kind)
 
 
-def group(value: Any, digest: bytes) -> bytes:
+def group(value: object, digest: bytes) -> bytes:
     """Computes what a document's place follows from: what it has in common with others, or, if nothing, its text's hash."""
     if value is None or value == "":
         return digest
@@ -95,7 +97,7 @@ def grouped(folder: Location, runs: list[SpilledRun], low: int, high: int) -> pa
     return pa.concat_tables(held).sort_by([(name, "ascending") for name in ("group", "order", "id")])
 
 
-def largest(folder: Location, runs: list[SpilledRun], low: int, high: int, column: str) -> dict[str, Any]:
+def largest(folder: Location, runs: list[SpilledRun], low: int, high: int, column: str) -> dict[str, object]:
     """Finds the value of the column whose documents have the most bytes, of a range of keys of what `regroup` has spilled."""
     sizes = Counter[bytes]()
     for run in runs:

@@ -91,7 +91,7 @@ class TextMaking(Reading):
     together: Together | None = None
 
     @property
-    def identity(self) -> list[Any]:
+    def identity(self) -> list[object]:
         return [self.source.input, vars(self.source.rules)]
 
     def write(self, curated: Curated) -> WrittenShards:
@@ -151,7 +151,7 @@ class TextMaking(Reading):
         totals.duplicates += sum(record["duplicates"] for record in records)
         return [name for record in records for name in record["ends"]]
 
-    def _ranged(self, runs: list[SpilledRun], parts: int, **more: Any) -> Iterator[Task]:
+    def _ranged(self, runs: list[SpilledRun], parts: int, **more: object) -> Iterator[Task]:
         """Describes a task for each of so many equal ranges of hashes, over runs."""
         for one in self.ranges(runs, parts):
             follows, shared = key(identities(one.runs), more), {"runs": self.flow.share(one.runs)}
@@ -248,7 +248,7 @@ class TextMaking(Reading):
         return rates.of_whole(seen, shard["kept_bytes"], halves, config["train_bytes"], whole)
 
 
-def identities(runs: list[SpilledRun]) -> list[list[Any]]:
+def identities(runs: list[SpilledRun]) -> list[list[object]]:
     """Returns what the documents of runs follow from, as JSON values."""
     return [[run.name, run.decided] for run in runs]
 

@@ -94,7 +94,7 @@ def _read(base: Location, path: str, rules: documents.TextRules, part: FilePart)
         yield from archives.read(name, stream, rules) if archives.is_archive(name) else readers.read(name, stream, rules, part)
 
 
-def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, Any]:
+def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, object]:
     """Counts the lines that begin in a part of a file; 0 where it cannot be read, which reading it will tell."""
     base = sources.root(input)
     sources.require_unchanged(base, part)
@@ -113,7 +113,7 @@ def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, Any]:
 # the tokenizer's sample ------------------------------------------------------------------------------------------------
 
 
-def prefix_sizes(folder: Location, runs: list[SpilledRun]) -> dict[str, Any]:
+def prefix_sizes(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
     """Measures the UTF-8 bytes of text per hash prefix."""
     sizes = np.zeros(PREFIXES, np.int64)
     for run in runs:
@@ -125,7 +125,7 @@ def prefix_sizes(folder: Location, runs: list[SpilledRun]) -> dict[str, Any]:
     return {"sizes": name, "files": [name]}
 
 
-def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, Any]:
+def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, object]:
     """Selects the documents whose hash prefix is at most `limit`."""
     found = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
     table = gathering.unique(found)[0] if found else None
@@ -133,7 +133,7 @@ def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, An
     return {"sample": names, "files": names}
 
 
-def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, Any]:
+def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, object]:
     """Trains a tokenizer on the selected documents, of so many bytes and hash prefixes up to `limit`, as far as `train_bytes`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing else runs meanwhile
     texts = selected(folder, samples, limit, bytes, config["train_bytes"])
@@ -179,14 +179,14 @@ def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
     return low, high
 
 
-def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: TextSharding) -> dict[str, Any]:
+def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: TextSharding) -> dict[str, object]:
     """Writes some shards, one after another; returns their counts and their part of the manifest."""
     made = [one for shard in range(first, stop) if (one := _write_shard(folder, runs, shard, plan)) is not None]
     files = [name for one in made for name in one.pop("ends")]
     return {"shards": made, "ends": files, "files": files}
 
 
-def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: TextSharding) -> dict[str, Any] | None:
+def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: TextSharding) -> dict[str, object] | None:
     table, duplicates = _gathered(folder, runs, *bounds(shard, plan.shards), plan)
     if table is None:
         return None
@@ -256,7 +256,7 @@ def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def list_left_out(folder: Location, part: int, parts: int, output: str, names: list[str],
-                  also: list[str] | None = None) -> dict[str, Any]:  # fmt: skip
+                  also: list[str] | None = None) -> dict[str, object]:  # fmt: skip
     """Writes the list of what reading, and `also` some stages, left out, of one part of all keys: sorted by reason
     and id."""
     told, (low, high) = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string()), spill.share(part, parts)
