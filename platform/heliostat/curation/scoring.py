@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field, model_validator
 
-from heliostat.curation.stage import Stage
+from heliostat.curation.stage import Document, Outcome, Stage, Work
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, nearest
 from heliostat.tasks import files
@@ -117,6 +117,19 @@ class ModelStage(Stage):
     def digests(self) -> dict[str, object]:
         return {"model": digests(self.model)}
 
+    def open(self) -> Work:
+        self.check()
+        compute = self.computing()
+        return lambda documents: [self.outcome(d, *values) for d, values in zip(documents, compute(documents), strict=True)]
+
+    def computing(self) -> Callable[[list[Document]], Sequence[tuple[object, ...]]]:
+        """Loads the model, and returns what computes the values of documents that `outcome` takes."""
+        raise NotImplementedError
+
+    def outcome(self, document: Document, *values: Any, **none: Any) -> Outcome:
+        """Decides on a document by its values."""
+        raise NotImplementedError
+
 
 class ScoringStage(ModelStage):
     """Drops what a folder's model scores too low or too high; a subclass computes the scores."""
@@ -139,6 +152,9 @@ class ScoringStage(ModelStage):
         if self.min_score is None and self.max_score is None:
             raise ValueError("give min_score, max_score or both")
         return self
+
+    def outcome(self, document: Document, score: float, cut: bool = False) -> Outcome:
+        return self.judged(document, {"score": score}, {"cut_to_max_tokens": 1} if cut else {}, {self.column: score})
 
 
 class Reader(Generic[Value]):

@@ -85,16 +85,15 @@ class Lineage(TypedDict):
 
 def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
     """Traces the lineage of a model or a run; ConfigError for a name that leads to no run."""
-    if re.fullmatch(r"[0-9a-f]{32}", what) or _is_folder(what):
-        return {"model": None, "run": run_node(client, settle(client, mlflow_client.find(client, what, uri)))}
+    version, run_id = None, what
     if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # a model that was not registered is its run's
-        made_by = str(client.get_logged_model(logged[1]).source_run_id)
-        return {"model": None, "run": run_node(client, settle(client, mlflow_client.find(client, made_by, uri)))}
-    version = registry.find(client, what)
-    if not version.run_id:
-        raise ConfigError(f"{what}: was registered without a run, so nothing is known of where it comes from")
-    run = settle(client, mlflow_client.find(client, version.run_id, uri))
-    return {"model": model_node(client, version), "run": run_node(client, run)}
+        run_id = str(client.get_logged_model(logged[1]).source_run_id)
+    elif not re.fullmatch(r"[0-9a-f]{32}", what) and not _is_folder(what):
+        version = registry.find(client, what)
+        if not (run_id := version.run_id or ""):
+            raise ConfigError(f"{what}: was registered without a run, so nothing is known of where it comes from")
+    run = settle(client, mlflow_client.find(client, run_id, uri))
+    return {"model": model_node(client, version) if version else None, "run": run_node(client, run)}
 
 
 def _is_folder(what: str) -> bool:
