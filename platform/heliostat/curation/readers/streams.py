@@ -85,13 +85,9 @@ def codec_of(path: str) -> str | None:
 def unpacked(path: str, stream: BinaryIO, limits: ReadLimits) -> io.BufferedReader:
     """Opens the plain bytes of a stream; LeftOutError where broken packing, or more than `max_file_bytes`, is reached."""
     codec = codec_of(path)
-    blocks = _plain(stream) if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)
+    plain = iter(lambda: stream.read(BLOCK), b"")
+    blocks = plain if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)
     return io.BufferedReader(_Blocks(blocks, limits.max_file_bytes), BLOCK)
-
-
-def _plain(stream: BinaryIO) -> Iterator[bytes]:
-    while block := stream.read(BLOCK):
-        yield block
 
 
 def _zst(stream: BinaryIO) -> Iterator[bytes]:
