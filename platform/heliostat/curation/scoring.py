@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
-    from transformers.utils import ModelOutput
 
 Value = TypeVar("Value")
 Config = dict[str, Any]  # a folder's JSON, as whoever saved it has it
@@ -81,7 +80,7 @@ def require_label(label: str, config: Config) -> None:
 def label_scores(logits: Tensor, place: int, config: PretrainedConfig) -> list[float]:
     """Computes the scores of the label at a place: probabilities, or the outputs of a model with one, such as grades."""
     values = logits.float()
-    if config.num_labels > 1:
+    if values.shape[-1] > 1:
         values = values.sigmoid() if config.problem_type == "multi_label_classification" else values.softmax(-1)
     return [round(value, 5) for value in values[:, place].tolist()]
 
@@ -212,7 +211,7 @@ class Reader(Generic[Value]):
         with torch.inference_mode():
             return self.values(self.model(input_ids=ids, attention_mask=mask, **types), ids, mask)
 
-    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[Value]:
+    def values(self, output: Any, ids: Tensor, mask: Tensor) -> list[Value]:
         """Computes a value for each row of a batch from the model's output, the tokens and which of them count."""
         raise NotImplementedError
 
@@ -231,7 +230,7 @@ class Scorer(SequenceClassifier):
         self.place = labels(describe(folder)).index(label)
         super().__init__(folder, "a sequence classifier", max_tokens, batch)
 
-    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[float]:
+    def values(self, output: Any, ids: Tensor, mask: Tensor) -> list[float]:
         return label_scores(output.logits, self.place, self.model.config)
 
 
@@ -250,7 +249,7 @@ class Likelihood(Reader[float | None]):
 
         return whole("model", transformers.AutoModelForCausalLM, folder, **options)
 
-    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[float | None]:
+    def values(self, output: Any, ids: Tensor, mask: Tensor) -> list[float | None]:
         from torch.nn.functional import cross_entropy
 
         def mean(logits: Tensor, row: Tensor, count: int) -> float | None:

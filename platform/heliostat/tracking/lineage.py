@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from typing_extensions import TypedDict
 
@@ -70,7 +70,7 @@ class Traced(About):
     clusters: list[str]
     nodes: list[LivingNode]
     attempts: list[Outline]
-    changes: list[dict[str, object]]  # start_step, and [was, is] by key of the job
+    changes: list[dict[str, Any]]  # start_step, and [was, is] by key of the job
     data: Consumed
     tokenizers: list[str]
     checkpoints: list[CheckpointFacts]

@@ -165,8 +165,9 @@ class _Blocks(io.RawIOBase):
                 self._left = self._left[: self._most - before]
                 if not self._left:
                     return self.readinto(buffer)
-        size = min(len(buffer), len(self._left))
-        buffer[:size] = self._left[:size]
+        target = memoryview(buffer).cast("B")
+        size = min(len(target), len(self._left))
+        target[:size] = self._left[:size]
         self._left = self._left[size:]
         return size
 
