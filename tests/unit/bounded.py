@@ -1,12 +1,15 @@
-"""Reads a file in a process of its own whose memory is bounded: a fork of one that has imported the libraries."""
+"""Bounds the memory of what reads a file, in a fork of a process that has imported the libraries, and measures that of a call."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import resource
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.text import tasks
 from heliostat.curation.text.documents import TextRules
@@ -44,3 +47,26 @@ def forked(arguments: list[str]) -> int:
         reason = getattr(last, "reason", "kept")
     os.write(1, reason.encode())
     return 0
+
+
+def arrow_peak(work: Callable[[], object]) -> int:
+    """Returns the most bytes that Arrow has allocated for a call."""
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        held = work()
+        del held
+    finally:
+        pa.set_memory_pool(before)
+    return pool.max_memory()
+
+
+def python_peak(work: Callable[[], object]) -> int:
+    """Returns the most bytes that Python and NumPy have allocated for a call."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -1,8 +1,6 @@
 """What tasks of curation hold: a share of their limit, whatever the documents; each cause that was found has its test."""
 
 import random
-import tracemalloc
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,32 +20,10 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import crew, flow, spill
 from heliostat.tasks.work import Work
 
+from tests.unit.bounded import arrow_peak, python_peak
 from tests.unit.build_curation import HereFlow
 
 MB = 1 << 20
-
-
-def arrow_peak(work: Callable[[], Any]) -> int:
-    """The most bytes that Arrow has allocated for a call."""
-    before = pa.default_memory_pool()
-    pool = pa.proxy_memory_pool(before)
-    pa.set_memory_pool(pool)
-    try:
-        held = work()
-        del held
-    finally:
-        pa.set_memory_pool(before)
-    return pool.max_memory()
-
-
-def python_peak(work: Callable[[], Any]) -> int:
-    """The most bytes that Python and NumPy have allocated for a call."""
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def rows(count: int, size: int, seed: int = 0) -> pa.Table:

@@ -8,12 +8,13 @@ import json
 import lzma
 import random
 import struct
-import tracemalloc
 
 import pyarrow as pa
 import pytest
 from heliostat.curation.readers import KINDS, REASONS, Limits, read, suffix_of
 from heliostat.curation.stage import Document, Dropped
+
+from tests.unit.bounded import arrow_peak, python_peak
 
 OK = b"HTTP/1.1 200 OK\r\n"
 LIMITS = Limits(max_document_bytes=1 << 16)
@@ -156,11 +157,9 @@ def test_packed_lines_in_one_member_or_several_and_what_comes_before_a_break(suf
 def test_a_bomb_and_a_line_without_end_take_little_memory(suffix):
     lines = b'{"text": "' + b"a" * 30_000_000 + b'"}\n{"text": "behind"}\n'
     packed = PACK[suffix](lines)
-    tracemalloc.start()
-    found = items(f"a.jsonl{suffix}", packed)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert brief(found) == ["too_large", "behind"] and peak < 20_000_000
+    found = list[Document | Dropped]()
+    assert python_peak(lambda: found.extend(items(f"a.jsonl{suffix}", packed))) < 20_000_000
+    assert brief(found) == ["too_large", "behind"]
     assert (
         brief(items(f"a.jsonl{suffix}", packed, Limits(max_document_bytes=1 << 16, max_file_bytes=1 << 20))) == ["too_large"] * 2
     )
@@ -219,17 +218,6 @@ def packed_arrow(table, codec=None, new=pa.ipc.new_stream, **options):
     return sink.getvalue().to_pybytes()
 
 
-def arrow_peak(call):
-    """What a call returns, and the most bytes that Arrow has allocated for it."""
-    before = pa.default_memory_pool()
-    pool = pa.proxy_memory_pool(before)
-    pa.set_memory_pool(pool)
-    try:
-        return call(), pool.max_memory()
-    finally:
-        pa.set_memory_pool(before)
-
-
 @pytest.mark.parametrize("options", [
     {"codec": "zstd"}, {"codec": "lz4"}, {"codec": None},
     {"codec": None, "use_legacy_format": True, "metadata_version": pa.ipc.MetadataVersion.V4},
@@ -249,8 +237,9 @@ def test_an_arrow_batch_is_as_large_as_its_buffers_are_unpacked(codec):
     for value in (pa.array(["a" * (40 << 20)]), pa.array(["a" * (40 << 20)]).dictionary_encode()):
         data = packed_arrow(pa.table({"text": value}), codec)
         assert len(data) < 1 << 18
-        found, peak = arrow_peak(lambda data=data: items("a.arrow", data))
-        assert brief(found) == ["too_large"] and peak < 2 << 20
+        found = list[Document | Dropped]()
+        assert arrow_peak(lambda data=data, found=found: found.extend(items("a.arrow", data))) < 2 << 20
+        assert brief(found) == ["too_large"]
         assert brief(items("a.arrow", data, Limits(max_document_bytes=41 << 20))) == ["a" * (40 << 20)]
 
 
@@ -286,11 +275,9 @@ def test_rows_that_share_a_value_are_not_held_together(kind):
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     data = sink.getvalue().to_pybytes()
-    tracemalloc.start()
-    assert sum(isinstance(d, Document) for d in read("a.arrow", io.BytesIO(data), LIMITS)) == 2000
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4 << 20
+    kinds = list[bool]()
+    assert python_peak(lambda: kinds.extend(isinstance(d, Document) for d in read("a.arrow", io.BytesIO(data), LIMITS))) < 4 << 20
+    assert sum(kinds) == 2000
 
 
 @pytest.mark.parametrize("seed", range(20))

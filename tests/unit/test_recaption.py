@@ -130,8 +130,8 @@ def test_captions_are_replaced_and_the_old_ones_stay_in_the_shards(tmp_path, cap
 def test_an_image_of_which_nothing_is_written_is_dropped(captioner, monkeypatch):
     stage = parse({"stage": "recaption", "model": str(captioner)})
     document = Document("d", "old", {"url": "u"}, Picture(image(8, 8), b"h"))
-    assert stage._outcome(document, "", False).reason == "no_caption"
-    same, cut = stage._outcome(document, "old", False), stage._outcome(document, "new", True)
+    assert stage.outcome(document, "", False).reason == "no_caption"
+    same, cut = stage.outcome(document, "old", False), stage.outcome(document, "new", True)
     assert same.counts == {"same_caption": 1} and cut.counts == {"cut_to_max_tokens": 1, "recaptioned": 1}
     assert cut.document.text == "new" and cut.document.columns == {"url": "u", "original_caption": "old"}
     assert document.text == "old" and document.columns == {"url": "u"}

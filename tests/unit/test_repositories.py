@@ -8,7 +8,6 @@ import stat
 import struct
 import subprocess
 import tarfile
-import tracemalloc
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,8 @@ from heliostat.curation.readers import REASONS, Limits, archives, clones, reposi
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import repositories
 from heliostat.errors import ConfigError
+
+from tests.unit.bounded import python_peak
 
 LIMITS = Limits(max_document_bytes=1 << 16)
 MIT = (
@@ -156,10 +157,8 @@ def test_a_bomb_is_named_and_little_of_it_held(path):
     data = zipped(big) if path.endswith("zip") else gzip.compress(tar(big), 9) if path.endswith("gz") else pa.compress(
         tar(big), "zstd", asbytes=True)  # fmt: skip
     assert len(data) < 1 << 20
-    tracemalloc.start()
-    found = items(path, data, Limits(max_document_bytes=61 << 20))
-    assert tracemalloc.get_traced_memory()[1] < 200 << 20
-    tracemalloc.stop()
+    found = list[Document | Dropped]()
+    assert python_peak(lambda: found.extend(items(path, data, Limits(max_document_bytes=61 << 20)))) < 200 << 20
     assert list(kept(found)) == ["a.py"] and reasons(found)["bomb"] == 1
     assert reasons(items(path, data))["too_large"] >= 1, "files that are larger than a document may be are not unpacked for it"
 
@@ -170,11 +169,9 @@ def test_a_member_that_unpacks_to_more_than_it_says_takes_little_memory():
         data = bytearray(zipped({"a.py": b"\n" * (64 << 20)}, packing))
         place = data.rindex(b"PK\1\2")
         data[place + 24 : place + 28] = struct.pack("<I", 10)
-        tracemalloc.start()
-        found = items("a.zip", bytes(data))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert reasons(found) == {"corrupt": 1} and peak < 12 << 20
+        found, packed = list[Document | Dropped](), bytes(data)
+        assert python_peak(lambda found=found, packed=packed: found.extend(items("a.zip", packed))) < 12 << 20
+        assert reasons(found) == {"corrupt": 1}
 
 
 def test_members_packed_by_bzip2():
@@ -191,10 +188,8 @@ def test_a_head_that_is_too_large_is_not_read():
     """Long names, lists of holes: tarfile reads them whole, as long as they say to be."""
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1 << 40
-    tracemalloc.start()
-    found = items("a.tar", tar({"a.py": b"x = 1\n"})[:1024] + info.tobuf() + b"n" * (4 << 20))
-    assert tracemalloc.get_traced_memory()[1] < 16 << 20
-    tracemalloc.stop()
+    found, data = list[Document | Dropped](), tar({"a.py": b"x = 1\n"})[:1024] + info.tobuf() + b"n" * (4 << 20)
+    assert python_peak(lambda: found.extend(items("a.tar", data))) < 16 << 20
     assert list(kept(found)) == ["a.py"] and reasons(found) == {"corrupt": 1}
 
 

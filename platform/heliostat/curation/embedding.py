@@ -8,7 +8,7 @@ numbers, and the same on every machine.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from heliostat.tasks import files
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-    from transformers.utils import ModelOutput
 
 
 def pooling(folder: str) -> str:
@@ -50,7 +49,7 @@ class TextEmbedder(Reader[np.ndarray]):
 
         return encoder.load("model", folder, **options)
 
-    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[np.ndarray]:
+    def values(self, output: Any, ids: Tensor, mask: Tensor) -> list[np.ndarray]:
         from heliostat.recipes.text import encoder
 
         found = encoder.pool(output.last_hidden_state.float(), mask, self.pooling).cpu().numpy()

@@ -88,7 +88,8 @@ class ImageModel(Generic[Value]):
 
         values = list[Value]()
         for first in range(0, len(images), self.batch):
-            part, texts = (some[first : first + self.batch] for some in (images, captions or [""] * len(images)))
+            part = images[first : first + self.batch]
+            texts = (captions or [""] * len(images))[first : first + self.batch]
             missing = self.batch - len(part)
             opened = [upright(image).convert("RGB") for image in part + part[:1] * missing]
             with torch.inference_mode():

@@ -82,17 +82,15 @@ def emails(text: str) -> Iterator[Span]:
 def addresses(text: str) -> Iterator[Span]:
     """Finds IP addresses that are public: private, local, multicast and documentation ranges, and networks, are nobody's."""
     for found in _IPV4.finditer(text):
-        if _long(found[0]) and _public(found[0], text, found.end()) and not found[0].endswith(".0.0"):
+        groups = found[0].split(".")
+        plain = sum(len(group) > 1 for group in groups) < LONG and found[0] not in RESOLVERS
+        if not plain and _public(found[0], text, found.end()) and not found[0].endswith(".0.0"):
             start = found.start()
             if not _NUMBERED.search(text, max(0, start - BEFORE), start):
                 yield found.span()
     for found in _IPV6.finditer(text) if ":" in text else ():
         if sum(map(bool, found[0].split(":"))) >= WRITTEN and _public(found[0], text, found.end()):
             yield found.span()
-
-
-def _long(address: str) -> bool:
-    return sum(len(group) > 1 for group in address.split(".")) >= LONG or address in RESOLVERS
 
 
 def _public(address: str, text: str, end: int) -> bool:

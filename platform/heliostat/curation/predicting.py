@@ -73,7 +73,7 @@ class Prediction:
         self.repeated = self._repeated()
         self.factors = [kept_factors(self.funnel, self.repeated, which) for which in WHICH]
 
-    def told(self, files: int) -> dict[str, object]:
+    def told(self, files: int) -> dict[str, Any]:
         rows, hours = self._rows(), self._hours(self.factors[0], self.flow.seconds)
         total, cpus = sum(hours.values()), self.flow.cpus()
         last, spread = rows[-1], estimates.Z * self.spread

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field, model_validator
 
-from heliostat.curation.stage import Stage
+from heliostat.curation.stage import Document, Outcome, Stage, Work
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, nearest
 from heliostat.tasks import files
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
-    from transformers.utils import ModelOutput
 
 Value = TypeVar("Value")
 Config = dict[str, Any]  # a folder's JSON, as whoever saved it has it
@@ -81,7 +80,7 @@ def require_label(label: str, config: Config) -> None:
 def label_scores(logits: Tensor, place: int, config: PretrainedConfig) -> list[float]:
     """Computes the scores of the label at a place: probabilities, or the outputs of a model with one, such as grades."""
     values = logits.float()
-    if config.num_labels > 1:
+    if values.shape[-1] > 1:
         values = values.sigmoid() if config.problem_type == "multi_label_classification" else values.softmax(-1)
     return [round(value, 5) for value in values[:, place].tolist()]
 
@@ -117,6 +116,19 @@ class ModelStage(Stage):
     def digests(self) -> dict[str, object]:
         return {"model": digests(self.model)}
 
+    def open(self) -> Work:
+        self.check()
+        compute = self.computing()
+        return lambda documents: [self.outcome(d, *values) for d, values in zip(documents, compute(documents), strict=True)]
+
+    def computing(self) -> Callable[[list[Document]], Sequence[tuple[object, ...]]]:
+        """Loads the model, and returns what computes the values of documents that `outcome` takes."""
+        raise NotImplementedError
+
+    def outcome(self, document: Document, *values: Any, **none: Any) -> Outcome:
+        """Decides on a document by its values."""
+        raise NotImplementedError
+
 
 class ScoringStage(ModelStage):
     """Drops what a folder's model scores too low or too high; a subclass computes the scores."""
@@ -139,6 +151,9 @@ class ScoringStage(ModelStage):
         if self.min_score is None and self.max_score is None:
             raise ValueError("give min_score, max_score or both")
         return self
+
+    def outcome(self, document: Document, score: float, cut: bool = False) -> Outcome:
+        return self.judged(document, {"score": score}, {"cut_to_max_tokens": 1} if cut else {}, {self.column: score})
 
 
 class Reader(Generic[Value]):
@@ -196,7 +211,7 @@ class Reader(Generic[Value]):
         with torch.inference_mode():
             return self.values(self.model(input_ids=ids, attention_mask=mask, **types), ids, mask)
 
-    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[Value]:
+    def values(self, output: Any, ids: Tensor, mask: Tensor) -> list[Value]:
         """Computes a value for each row of a batch from the model's output, the tokens and which of them count."""
         raise NotImplementedError
 
@@ -215,7 +230,7 @@ class Scorer(SequenceClassifier):
         self.place = labels(describe(folder)).index(label)
         super().__init__(folder, "a sequence classifier", max_tokens, batch)
 
-    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[float]:
+    def values(self, output: Any, ids: Tensor, mask: Tensor) -> list[float]:
         return label_scores(output.logits, self.place, self.model.config)
 
 
@@ -234,7 +249,7 @@ class Likelihood(Reader[float | None]):
 
         return whole("model", transformers.AutoModelForCausalLM, folder, **options)
 
-    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[float | None]:
+    def values(self, output: Any, ids: Tensor, mask: Tensor) -> list[float | None]:
         from torch.nn.functional import cross_entropy
 
         def mean(logits: Tensor, row: Tensor, count: int) -> float | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -151,8 +152,7 @@ class Stage(Strict):
 
     def digests(self) -> dict[str, object]:
         """Returns what its identity has for the keys of `paths`: a digest for each file. Stages with a folder override it."""
-        return {key: _mapped(getattr(self, key), lambda path, key=key: path if Path(path).is_dir() else files.digest(key, path))
-                for key in self.paths}  # fmt: skip
+        return {key: _mapped(getattr(self, key), partial(_digest, key)) for key in self.paths}
 
     def named_paths(self) -> Iterator[tuple[str, str]]:
         """Yields each key that names files, and a path that it holds: one, a list of them, or a mapping of names to them."""
@@ -225,6 +225,10 @@ class Stage(Strict):
 
 
 Paths = str | list[str] | dict[str, str] | None
+
+
+def _digest(key: str, path: str) -> str:
+    return path if Path(path).is_dir() else files.digest(key, path)
 
 
 def _mapped(paths: Paths, change: Callable[[str], str]) -> Paths:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from typing_extensions import TypedDict
 
@@ -70,7 +70,7 @@ class Traced(About):
     clusters: list[str]
     nodes: list[LivingNode]
     attempts: list[Outline]
-    changes: list[dict[str, object]]  # start_step, and [was, is] by key of the job
+    changes: list[dict[str, Any]]  # start_step, and [was, is] by key of the job
     data: Consumed
     tokenizers: list[str]
     checkpoints: list[CheckpointFacts]
@@ -85,16 +85,15 @@ class Lineage(TypedDict):
 
 def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
     """Traces the lineage of a model or a run; ConfigError for a name that leads to no run."""
-    if re.fullmatch(r"[0-9a-f]{32}", what) or _is_folder(what):
-        return {"model": None, "run": run_node(client, settle(client, mlflow_client.find(client, what, uri)))}
+    version, run_id = None, what
     if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # a model that was not registered is its run's
-        made_by = str(client.get_logged_model(logged[1]).source_run_id)
-        return {"model": None, "run": run_node(client, settle(client, mlflow_client.find(client, made_by, uri)))}
-    version = registry.find(client, what)
-    if not version.run_id:
-        raise ConfigError(f"{what}: was registered without a run, so nothing is known of where it comes from")
-    run = settle(client, mlflow_client.find(client, version.run_id, uri))
-    return {"model": model_node(client, version), "run": run_node(client, run)}
+        run_id = str(client.get_logged_model(logged[1]).source_run_id)
+    elif not re.fullmatch(r"[0-9a-f]{32}", what) and not _is_folder(what):
+        version = registry.find(client, what)
+        if not (run_id := version.run_id or ""):
+            raise ConfigError(f"{what}: was registered without a run, so nothing is known of where it comes from")
+    run = settle(client, mlflow_client.find(client, run_id, uri))
+    return {"model": model_node(client, version) if version else None, "run": run_node(client, run)}
 
 
 def _is_folder(what: str) -> bool:
@@ -308,10 +307,7 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
 
 def _source_line(s: consumed.ConsumedSource) -> str:
     shown = ", ".join(a if a == b else f"{a} to {b}" for a, b in s["ranges"][:3]) + (" ..." if len(s["ranges"]) > 3 else "")
+    forgotten = "".join(f", made of {old['digest'][:12]} without {', '.join(old['ids'])}" for old in s.get("forgotten", []))
     weights = ", ".join(f"{w:g}" + (f" from step {step + 1:,}" if step else "") for step, w in s["weights"])
     return (f"{s['name']} {s['digest'][:12]}, weight {weights}: {s['samples']:,} samples, {s['epochs']:.2f} epochs, "
-            f"{s['shards']['seen']} of {s['shards']['total']} shards ({shown}) of {s['uri']}{_forgotten(s)}")  # fmt: skip
-
-
-def _forgotten(source: consumed.ConsumedSource) -> str:
-    return "".join(f", made of {old['digest'][:12]} without {', '.join(old['ids'])}" for old in source.get("forgotten", []))
+            f"{s['shards']['seen']} of {s['shards']['total']} shards ({shown}) of {s['uri']}{forgotten}")  # fmt: skip

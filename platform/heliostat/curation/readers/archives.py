@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from heliostat.curation.readers import repository
 from heliostat.curation.readers.repository import MemberError, RepositoryFile, name_of
@@ -69,7 +69,7 @@ def _tar(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Repository
 def _members(plain: _Forward) -> Iterator[RepositoryFile]:
     plain.allow(HEAD)
     try:
-        archive = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
+        archive: Any = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
         while (found := archive.next()) is not None:
             archive.members = []  # it would hold all of them
             name = name_of(found.name.encode("utf-8", "surrogateescape"))
@@ -87,7 +87,7 @@ def _members(plain: _Forward) -> Iterator[RepositoryFile]:
         pass
 
 
-def _of_tar(archive: tarfile.TarFile, plain: _Forward, member: tarfile.TarInfo) -> bytes:
+def _of_tar(archive: Any, plain: _Forward, member: tarfile.TarInfo) -> bytes:
     plain.allow(member.size + HEAD)
     try:
         with archive.extractfile(member) as file:

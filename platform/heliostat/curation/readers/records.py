@@ -47,7 +47,8 @@ class Archive:
     def records(self, most: int) -> Iterator[WarcRecord]:
         """Yields records; Broken at one that is broken, after which `resume` must be called."""
         while True:
-            self._skip_blank()
+            while self._fill(1) and self._plain[self._used] in b"\r\n":
+                self._take(1)
             if not self._fill(1):
                 return
             place = self._current = self._place()
@@ -105,10 +106,6 @@ class Archive:
             self._fill(len(BLANK))
         rest = self._plain[self._used : self._used + len(BLANK)]
         return BLANK.startswith(rest)
-
-    def _skip_blank(self) -> None:
-        while self._fill(1) and self._plain[self._used] in b"\r\n":
-            self._take(1)
 
     def _take(self, count: int) -> None:
         self._used += count

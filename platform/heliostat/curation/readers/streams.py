@@ -85,13 +85,9 @@ def codec_of(path: str) -> str | None:
 def unpacked(path: str, stream: BinaryIO, limits: ReadLimits) -> io.BufferedReader:
     """Opens the plain bytes of a stream; LeftOutError where broken packing, or more than `max_file_bytes`, is reached."""
     codec = codec_of(path)
-    blocks = _plain(stream) if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)
+    plain = iter(lambda: stream.read(BLOCK), b"")
+    blocks = plain if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)
     return io.BufferedReader(_Blocks(blocks, limits.max_file_bytes), BLOCK)
-
-
-def _plain(stream: BinaryIO) -> Iterator[bytes]:
-    while block := stream.read(BLOCK):
-        yield block
 
 
 def _zst(stream: BinaryIO) -> Iterator[bytes]:
@@ -169,8 +165,9 @@ class _Blocks(io.RawIOBase):
                 self._left = self._left[: self._most - before]
                 if not self._left:
                     return self.readinto(buffer)
-        size = min(len(buffer), len(self._left))
-        buffer[:size] = self._left[:size]
+        target = memoryview(buffer).cast("B")
+        size = min(len(target), len(self._left))
+        target[:size] = self._left[:size]
         self._left = self._left[size:]
         return size
 

@@ -148,16 +148,15 @@ class _Bounded:
         if not 0 <= size <= self._most:
             raise LeftOutError("too_large", f"a batch of more than {self._most:,} bytes")
         out = b""
-        while len(out) < size and (self._pieces or self._next()):
+        while len(out) < size:
+            self._pieces = self._pieces or [piece for piece in self._message() if piece]
+            if not self._pieces:
+                break
             piece = self._pieces.pop(0)
             if len(out) + len(piece) > size:
                 self._pieces.insert(0, piece[size - len(out) :])
             out = out + piece[: size - len(out)] if out else piece[:size]
         return out
-
-    def _next(self) -> bool:
-        self._pieces = [piece for piece in self._message() if piece]
-        return bool(self._pieces)
 
     def _message(self) -> list[bytes]:
         """Reads a message: its length, what it says of itself, and its body."""
@@ -169,7 +168,7 @@ class _Bounded:
         if len(about) < size:
             return [head, length[4:], about]
         try:
-            body = self._exactly(_body_bytes(about))
+            body = self._exactly(_value("<q", about, _field(about, _follow(about, 0), 3)))  # a flatbuffer, as of Message.fbs
             size, dictionary, more = _unpacked_bytes(about, body)
         except (struct.error, IndexError) as e:
             raise ValueError(f"a message that is none: {e}") from e
@@ -194,11 +193,6 @@ class _Bounded:
 
     def close(self) -> None:
         self.closed = True
-
-
-def _body_bytes(about: bytes) -> int:
-    """Returns the length of a message's body: `about` is a flatbuffer, as Arrow's Message.fbs has it."""
-    return _value("<q", about, _field(about, _follow(about, 0), 3))
 
 
 def _unpacked_bytes(about: bytes, body: bytes) -> tuple[int, int | None, bool]:

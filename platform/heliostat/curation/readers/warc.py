@@ -73,17 +73,15 @@ def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Itera
                 if record.block is None:
                     yield Dropped(id, "too_large", f"{record.size:,} bytes")
                 else:
-                    yield make(id, _columns(record.headers), record.block, limits)
+                    said = {name: record.headers.get(header) for name, header in HEADERS.items()}
+                    columns: dict[str, object] = {name: value.strip("<>") for name, value in said.items() if value}
+                    yield make(id, columns, record.block, limits)
             return
         except Broken as e:
             yield Dropped(f"{path}#{e.place}", e.reason, e.detail)
             if not archive.resume():
                 return
     yield Dropped(path, "corrupt", f"more than {MOST_BREAKS:,} broken places; what is behind them is not read")
-
-
-def _columns(headers: dict[str, str]) -> dict[str, object]:
-    return {name: value.strip("<>") for name, header in HEADERS.items() if (value := headers.get(header))}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class BadWords(Stage):
         return sorted({entry.lower() for path in self.lists for entry in files.entries("lists", path)})
 
     def loaded(self) -> Callable[[Document], Outcome]:
-        find = _whole_words(self._entries()) if self.whole_words else _anywhere(self._entries())
+        entries = self._entries()
+        find = _whole_words(entries) if self.whole_words else lambda text: [e for e in entries for _ in range(text.count(e))]
 
         def outcome(document: Document) -> Outcome:
             found = find(text_of(document).lower())
@@ -80,7 +81,3 @@ def _count(text: str, phrase: str) -> int:
 
 def _joins(character: str) -> bool:
     return character.isalnum() or character == "_"
-
-
-def _anywhere(entries: list[str]) -> Callable[[str], list[str]]:
-    return lambda text: [e for e in entries if e in text for _ in range(text.count(e))]

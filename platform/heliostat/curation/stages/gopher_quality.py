@@ -77,8 +77,12 @@ class GopherQuality(Stage):
             "word_length": float(lengths.mean()) if len(lengths) else 0.0,
             "hashes": text.count("#") / count,
             "ellipses": (text.count("...") + text.count("…")) / count,
-            "bullet_lines": _share(text, _begins_with_bullet) if "-" in text or "•" in text else 0.0,
-            "ellipsis_lines": _share(text, _ends_with_ellipsis) if "..." in text or "…" in text else 0.0,
+            "bullet_lines": _share(text, lambda line: line.lstrip().startswith(("•", "-")))
+            if "-" in text or "•" in text
+            else 0.0,
+            "ellipsis_lines": _share(text, lambda line: line.rstrip().endswith(("...", "…")))
+            if "..." in text or "…" in text
+            else 0.0,
             "alphabetic_words": float(counted.mean()) if len(counted) else 0.0,
             "stop_words": sum(bool((words.hash == hash).any()) for hash in wanted),
         }
@@ -92,11 +96,3 @@ def _share(text: str, matches: Callable[[str], bool]) -> float:
         total += len(lines)
         found += sum(map(matches, lines))
     return found / total
-
-
-def _begins_with_bullet(line: str) -> bool:
-    return line.lstrip().startswith(("•", "-"))
-
-
-def _ends_with_ellipsis(line: str) -> bool:
-    return line.rstrip().endswith(("...", "…"))

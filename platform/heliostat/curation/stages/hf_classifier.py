@@ -9,10 +9,12 @@ that keeps the model; else CPUs compute. Scores do not depend on the batch, but 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pydantic import Field
 
 from heliostat.curation import scoring
-from heliostat.curation.stage import Document, Outcome, Work, text_of
+from heliostat.curation.stage import Document, text_of
 
 
 class HfClassifier(scoring.ScoringStage):
@@ -28,15 +30,6 @@ class HfClassifier(scoring.ScoringStage):
         scoring.require_label(self.label, config)
         scoring.check_length(config, self.max_tokens)
 
-    def open(self) -> Work:
-        self.check()
+    def computing(self) -> Callable[[list[Document]], list[tuple[float, bool]]]:
         scorer = scoring.Scorer(self.model, self.label, self.max_tokens, self.batch)
-
-        def work(documents: list[Document]) -> list[Outcome]:
-            scores = scorer([text_of(d) for d in documents])
-            return [
-                self.judged(d, {"score": score}, {"cut_to_max_tokens": 1} if cut else {}, {self.column: score})
-                for d, (score, cut) in zip(documents, scores, strict=True)
-            ]
-
-        return work
+        return lambda documents: scorer([text_of(d) for d in documents])

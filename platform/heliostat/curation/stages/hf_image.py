@@ -10,13 +10,14 @@ that keeps the model; else CPUs compute. Scores do not depend on the batch, but 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from pydantic import Field
 
 from heliostat.curation import image_models, scoring
 from heliostat.curation.picturing import picture_of
-from heliostat.curation.stage import Document, Outcome, Work, text_of
+from heliostat.curation.stage import Document, text_of
 from heliostat.errors import ConfigError
 
 
@@ -45,15 +46,9 @@ class HfImage(scoring.ScoringStage):
             raise ConfigError(f"label: {self.model!r} is a classifier; name one of its labels, {known}")
         scoring.require_label(self.label, config)
 
-    def open(self) -> Work:
-        self.check()
+    def computing(self) -> Callable[[list[Document]], list[tuple[float]]]:
         scorer = (image_models.CaptionFit(self.model, self.batch) if self.label is None
                   else image_models.ImageLabels(self.model, self.label, self.batch))  # fmt: skip
-
-        def work(documents: list[Document]) -> list[Outcome]:
-            scores = scorer([picture_of(d).data for d in documents], [text_of(d) for d in documents])
-            return [
-                self.judged(d, {"score": score}, columns={self.column: score}) for d, score in zip(documents, scores, strict=True)
-            ]
-
-        return work
+        return lambda documents: [
+            (score,) for score in scorer([picture_of(d).data for d in documents], [text_of(d) for d in documents])
+        ]

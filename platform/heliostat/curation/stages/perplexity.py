@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from itertools import pairwise
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from heliostat.curation import scoring
-from heliostat.curation.stage import Document, Outcome, Work, text_of
+from heliostat.curation.stage import Document, Outcome, text_of
 from heliostat.errors import ConfigError
 from heliostat.schema import Float
 
@@ -64,17 +65,11 @@ class Perplexity(scoring.ModelStage):
             raise ConfigError(f"model: {self.model!r} is of {', '.join(named)}, and no causal language model; name one that is")
         scoring.check_length(config, self.max_tokens)
 
-    def open(self) -> Work:
-        self.check()
-        measured = scoring.Likelihood(self.model, self.max_tokens, self.batch)
+    def computing(self) -> Callable[[list[Document]], list[tuple[float | None, bool]]]:
+        likelihood = scoring.Likelihood(self.model, self.max_tokens, self.batch)
+        return lambda documents: likelihood([text_of(d) for d in documents])
 
-        def work(documents: list[Document]) -> list[Outcome]:
-            found = measured([text_of(document) for document in documents])
-            return [self._outcome(document, *one) for document, one in zip(documents, found, strict=True)]
-
-        return work
-
-    def _outcome(self, document: Document, nats: float | None, cut: bool) -> Outcome:
+    def outcome(self, document: Document, nats: float | None, cut: bool) -> Outcome:
         counts = {"cut_to_max_tokens": 1} if cut else {}
         if nats is None:
             return Outcome(None, "too_short", counts=counts)

@@ -10,6 +10,7 @@ compute. Stages behind this one look at the new captions: put a CLIP's `hf_image
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from pydantic import Field
@@ -17,7 +18,7 @@ from pydantic import Field
 from heliostat.curation import image_models
 from heliostat.curation.picturing import picture_of
 from heliostat.curation.scoring import ModelStage
-from heliostat.curation.stage import Document, Outcome, Work, text_of
+from heliostat.curation.stage import Document, Outcome, text_of
 
 
 class Recaption(ModelStage):
@@ -43,17 +44,11 @@ class Recaption(ModelStage):
         super().check()
         image_models.require_captioner(self.model)
 
-    def open(self) -> Work:
-        self.check()
+    def computing(self) -> Callable[[list[Document]], list[tuple[str, bool]]]:
         write = image_models.Captioner(self.model, self.max_tokens, self.batch)
+        return lambda documents: write([picture_of(d).data for d in documents])
 
-        def work(documents: list[Document]) -> list[Outcome]:
-            written = write([picture_of(d).data for d in documents])
-            return [self._outcome(d, *one) for d, one in zip(documents, written, strict=True)]
-
-        return work
-
-    def _outcome(self, document: Document, caption: str, cut: bool) -> Outcome:
+    def outcome(self, document: Document, caption: str, cut: bool) -> Outcome:
         counts = {"cut_to_max_tokens": 1} if cut else {}
         if not caption:
             return Outcome(None, "no_caption")

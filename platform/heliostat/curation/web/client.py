@@ -29,7 +29,7 @@ TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 
 
 # as getaddrinfo has it
-Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str, int] | tuple[str, int, int, int]]
+Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str | int | bytes, ...]]
 
 
 class FetchError(Exception):
@@ -148,7 +148,7 @@ def addresses(host: str, port: int, private: bool) -> list[Address]:
     for *_, place in found:
         if not private and not public(str(place[0])):
             raise FetchError("private_address", f"{host} is at {place[0]}")
-    return found
+    return [*found]
 
 
 def public(address: str) -> bool:
@@ -171,7 +171,7 @@ class _Checked(AbstractResolver):
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
         return [
-            ResolveResult(hostname=host, host=place[0], port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
+            ResolveResult(hostname=host, host=str(place[0]), port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
             for kind, _, _, _, place in self.found
         ]
 

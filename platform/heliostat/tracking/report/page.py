@@ -100,7 +100,9 @@ def page(facts: PageFacts) -> str:
         spans = svg.timeline("starts of the workers", [_span(i, a) for i, a in enumerate(report["attempts"], 1)])
         parts.append(side_by_side([svg.waterfall(f"goodput {report['goodput']:.1%}", report["parts"], goodput.COLOURS), spans]))
     parts += _samples(facts["samples"], facts["pictures"])
-    parts += ["<h2>Lineage</h2>", _tree(lineage.lines({"model": None, "run": facts["node"]}))]
+    traced = lineage.lines({"model": None, "run": facts["node"]})
+    tree = "".join(f"<div style='margin-left:{14 * depth}px'>{escape(text)}</div>" for depth, text in traced)
+    parts += ["<h2>Lineage</h2>", f"<div class='tree'>{tree}</div>"]
     for model in facts["node"]["models"]:
         aliases = " ".join("@" + a for a in model["aliases"])
         parts.append(f"<p>model <b>{escape(model['uri'])}</b> {escape(aliases)}</p>")
@@ -173,8 +175,3 @@ def _samples(texts: list[tuple[str, str]], pictures: list[tuple[str, bytes]]) ->
         image = f"<img alt='{escape(name)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
         shown.append(f"<figure><figcaption>{escape(name)}</figcaption>{image}</figure>")
     return ["<h2>Samples</h2>", *parts, side_by_side(shown) if shown else ""]
-
-
-def _tree(lines: list[tuple[int, str]]) -> str:
-    shown = "".join(f"<div style='margin-left:{14 * depth}px'>{escape(text)}</div>" for depth, text in lines)
-    return f"<div class='tree'>{shown}</div>"
