@@ -17,8 +17,7 @@ from heliostat.config.spec import Spike
 from heliostat.data.dataset import Dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.runs.events import LossSpike
-from heliostat.training.worker.context import Context
-from heliostat.training.worker.hooks import Due, Hook
+from heliostat.training.worker.context import Context, Due, Hook
 
 NAMED = 8  # samples that an error names
 NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation

@@ -29,8 +29,7 @@ from heliostat.runs.events import Saved
 from heliostat.tracking import local_curves
 from heliostat.training.memory_keeper import CopyFacts, CopySource
 from heliostat.training.worker import memory_copies
-from heliostat.training.worker.context import Context
-from heliostat.training.worker.hooks import Due, Hook
+from heliostat.training.worker.context import Context, Due, Hook
 from heliostat.training.worker.memory_copies import MemoryCopies
 from heliostat.training.worker.unsealed import Unsealed, UnsealedPart
 
