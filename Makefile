@@ -38,10 +38,13 @@ test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces 
 	$(BIN)/python -m pytest tests/integration -m slow
 
 # which want a model, an index or a corpus to be named
-WITH_INPUT := curation_corpus curation_stages dry_run infer infer_chaos retrieval
+WITH_INPUT := curated curation_corpus curation_pipeline curation_stages dry_run fim infer infer_chaos minhash_recall planted_pairs retrieval
+# no benchmarks themselves
+SHARED := harness one_process planted_web
 
 bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/ that want no input, one after another (hours)
-	for b in $(filter-out $(WITH_INPUT:%=tests/benchmarks/%.py),$(wildcard tests/benchmarks/*.py)); do $(BIN)/python $$b || exit 1; done
+	for b in $(filter-out $(WITH_INPUT) $(SHARED),$(basename $(notdir $(wildcard tests/benchmarks/*.py)))); do \
+		$(BIN)/python -m tests.benchmarks.$$b || exit 1; done
 
 docs: .venv/.installed  ## the documentation as a site, build/docs/site; warnings, and whatever it would fetch from elsewhere, are errors
 	$(BIN)/python -m docs.site.build

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heliostat.cluster import zygote_server
+from heliostat.cluster.fork_server import server as worker_forks
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 300.0
@@ -94,7 +94,7 @@ class Process:
 class ForkServer:
     """Starts with the first call, in an environment with these variables more, and ends with this process.
 
-    With RAY_JOB_ID among them its forks may be drivers and zygotes: Ray's random numbers are unused.
+    With RAY_JOB_ID among them its forks may be drivers and fork servers: Ray's random numbers are unused.
     """
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -160,8 +160,8 @@ def main() -> int:
     """Serves the requests of standard input until it ends: forks, or reaps what it has forked."""
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
-    os.environ[zygote_server.RAYLET] = str(os.getpid())  # whose end Ray's workers look for, beside that of their connection
-    with zygote_server.own_ids() if zygote_server.JOB in os.environ else contextlib.nullcontext():
+    os.environ[worker_forks.RAYLET] = str(os.getpid())  # whose end Ray's workers look for, beside that of their connection
+    with worker_forks.own_ids() if worker_forks.JOB in os.environ else contextlib.nullcontext():
         for module in sys.argv[1:]:
             importlib.import_module(module)
     assert threading.active_count() == 1, "a fork would lose the other threads"

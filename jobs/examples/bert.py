@@ -13,7 +13,7 @@ import transformers
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.huggingface import from_config
+from heliostat.recipes.pretrained import from_config
 from heliostat.recipes.protocol import Evaluates, Generated, Generates, Recipe, Request, Serves
 from heliostat.schema import nearest
 from heliostat.text import brief

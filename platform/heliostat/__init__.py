@@ -11,7 +11,7 @@ import importlib
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 __version__ = "0.1.0"
 
@@ -43,8 +43,10 @@ class _Earlier:
         "heliostat.config.optimizers": "heliostat.optim.optimizers",
         "heliostat.config.schema": "heliostat.schema",
         "heliostat.curation.files": "heliostat.tasks.files",
+        "heliostat.curation.filtering": "heliostat.curation.stage",
         "heliostat.exact_stream": "heliostat.api.exact_stream",
         "heliostat.pipelines": "heliostat.curation",
+        "heliostat.recipes.huggingface": "heliostat.recipes.pretrained",
         "heliostat.retrieval": "heliostat.apps.search",
         "heliostat.run_handle": "heliostat.api.run_handle",
         "heliostat.track": "heliostat.tracking",
@@ -64,6 +66,11 @@ class _Earlier:
         module = importlib.import_module(spec.origin)
         self._specs[id(module)] = module.__spec__
         return module
+
+    def get_code(self, fullname: str) -> NoReturn:
+        """Ends `python -m` of an earlier path, by a line that has the new one."""
+        spec = self.find_spec(fullname)
+        raise ImportError(f"{fullname} has moved. Run python -m {spec.origin if spec else fullname}.")
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self._specs.pop(id(module))  # importing it had set the earlier path's

@@ -23,6 +23,9 @@ class HeliostatError(Exception):
     def __init__(self, *args: object) -> None:
         super().__init__(*(redact(a) if isinstance(a, str) else a for a in args))
 
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
 
 class ConfigError(HeliostatError, ValueError):
     """Reports that a job, pipeline or command line cannot work: names the field, the value and the fix."""
@@ -53,9 +56,6 @@ class AccessError(StorageError):
         self.place, self.node = place, node or AccessError.this_node
         super().__init__(message, place, self.node)
 
-    def __str__(self) -> str:
-        return self.args[0]
-
 
 class DataError(HeliostatError):
     """Reports that a dataset is missing, unfinished, or not what its manifest describes."""
@@ -78,9 +78,6 @@ class CorruptCheckpointError(CheckpointError):
         super().__init__(message, step)
         self.step = step
 
-    def __str__(self) -> str:
-        return self.args[0]
-
 
 class VerifyError(HeliostatError):
     """Reports that a run's receipts are damaged, or differ from what its data plan and datasets give."""
@@ -102,9 +99,6 @@ class LossSpikeError(HeliostatError):
         super().__init__(message, step)
         self.step = step
 
-    def __str__(self) -> str:
-        return self.args[0]
-
 
 class CorruptionError(HeliostatError):
     """Reports that workers computed other bits than others from the same samples and weights (`train.recheck`): their `nodes` are
@@ -113,9 +107,6 @@ class CorruptionError(HeliostatError):
     def __init__(self, message: str, nodes: list[str], agreed: int) -> None:
         super().__init__(message, nodes, agreed)
         self.nodes, self.agreed = nodes, agreed
-
-    def __str__(self) -> str:
-        return self.args[0]
 
 
 class TrainingError(HeliostatError):

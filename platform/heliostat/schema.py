@@ -36,7 +36,7 @@ def _number(value: object) -> object:
 
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 SHOWN = 200  # characters of a wrong value
-KINDS: dict[Any, str] = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}  # what stands for a value in a fix
+KINDS: dict[object, str] = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}  # what stands for a value in a fix
 NODES = 2_000_000  # values that a file may hold, those that it repeats by name counted each time
 M = TypeVar("M", bound=BaseModel)
 
@@ -44,7 +44,7 @@ M = TypeVar("M", bound=BaseModel)
 class _UniqueKeys(yaml.SafeLoader):
     """Loads YAML as safe_load does, but refuses a key given twice, where YAML would silently keep the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for i, key in enumerate(keys):
             if key in keys[:i]:
@@ -90,7 +90,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def bounded(tree: Any, seen: tuple[int, ...] = ()) -> int:
+def bounded(tree: object, seen: tuple[int, ...] = ()) -> int:
     """Counts the values of a tree, up to a little more than NODES; one that holds itself, or is nested too deep, has more."""
     if not isinstance(tree, dict | list):
         return 1
@@ -140,7 +140,7 @@ def _copied(tree: Any) -> Any:
     return [_copied(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def _index(setting: str, key: str, items: list) -> int:
+def _index(setting: str, key: str, items: list[object]) -> int:
     if not key.isdecimal() or int(key) >= len(items):
         raise ConfigError(f"--set {setting!r}: {key!r} is not an index into a list of {len(items)}")
     return int(key)
@@ -158,7 +158,7 @@ def nearest(word: str, choices: list[str]) -> str:
 def _walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
     """Finds the model whose field the path's last part names, following nested models, lists, dictionaries and unions; and the
     path as the file has it, without the tags of union members that pydantic puts between."""
-    current: Any = model
+    current: object = model
     owner, shown = None, list[int | str]()
     named = False  # the next part is a key of a dictionary
     for part in path:
@@ -175,7 +175,7 @@ def _walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[Bas
     return owner, shown
 
 
-def _inner(annotation: Any) -> Any:
+def _inner(annotation: object) -> Any:
     """Finds the model inside of an annotation; of a union whose members have tags, all models by tag."""
     if get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated):
         if tagged := {
@@ -231,7 +231,7 @@ def _example(owner: type[BaseModel] | None, key: str) -> str:
     return _kind(field.annotation) if field else "..."
 
 
-def _kind(annotation: Any) -> str:
+def _kind(annotation: object) -> str:
     if get_origin(annotation) is list:
         return f"[{', '.join(map(_kind, get_args(annotation)))}]"
     if get_origin(annotation) is Annotated:
@@ -249,12 +249,12 @@ def _shown(value: object) -> str:
     return brief(repr(value if not isinstance(value, str) else value[:SHOWN]), SHOWN)
 
 
-def _literals(annotation: Any) -> list[Any]:
+def _literals(annotation: object) -> list[object]:
     nested = [_literals(a) for a in get_args(annotation) if get_origin(a)]
     return [c for n in nested for c in n] or list(get_args(annotation))
 
 
-def validate(model: type[M], raw: Any, where: str) -> M:
+def validate(model: type[M], raw: object, where: str) -> M:
     """Validates plain data as the model; one ConfigError with every fault, each on its own line after `where`."""
     try:
         return model.model_validate(raw)
@@ -265,9 +265,14 @@ def validate(model: type[M], raw: Any, where: str) -> M:
 
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
     """Reads a file of a kind (`KIND_KEYS`), with settings applied, and validates it; ConfigError if it is clearly of another."""
+    return validate(model, read(kind, path, settings), str(path))
+
+
+def read(kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
+    """Reads a file of a kind, with settings applied; ConfigError if it is clearly of another."""
     raw = read_yaml(path)
     require_kind(kind, path, raw)
-    return validate(model, apply(raw, settings or []), str(path))
+    return apply(raw, settings or [])
 
 
 # The kind of a YAML file follows from its keys, so that a file given to the wrong command gets an error that names the right
@@ -290,13 +295,13 @@ KIND_COMMANDS = {
 }
 
 
-def kind_of(raw: Any) -> str | None:
+def kind_of(raw: object) -> str | None:
     """Detects the kind of a file's content; None if its keys do not show it."""
     keys = set(raw) if isinstance(raw, dict) else set()
     return next((kind for kind, own in KIND_KEYS.items() if keys & set(own)), None)
 
 
-def require_kind(wanted: str, path: Path, raw: Any) -> None:
+def require_kind(wanted: str, path: Path, raw: object) -> None:
     """Raises ConfigError if the file is clearly of another kind than `wanted`; it names the command that takes it."""
     found = kind_of(raw)
     if found and found != wanted and not set(raw) & set(KIND_KEYS[wanted]):

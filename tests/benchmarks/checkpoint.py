@@ -1,6 +1,6 @@
 """Seconds to save, load and reshard a checkpoint, against DeepSpeed's own, in one run.
 
-    python tests/benchmarks/checkpoint.py [--rounds 3] [--size 50] [--size 200]
+    python -m tests.benchmarks.checkpoint [--rounds 3] [--size 50 200]
 
 Llamas of 50M and 200M parameters, bf16 over fp32 masters, ZeRO-3 on 4 processes of one thread, gloo, local disk, warm page
 cache. Ours and DeepSpeed's alternate; each number is the median over the rounds of the slowest rank. "Blocked" is what
@@ -11,7 +11,6 @@ workers, DeepSpeed converts (`ds_to_universal`, once) and then loads.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -22,13 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.integration import ranks  # noqa: E402
-from tests.unit import build_index  # noqa: E402
-from tests.unit.build_job import job  # noqa: E402
-from tests.unit.build_recipe import Around  # noqa: E402
+from tests.benchmarks import harness
+from tests.integration import ranks
+from tests.unit import build_index
+from tests.unit.build_job import job
+from tests.unit.build_recipe import Around
 
 SHAPES = {50: {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8},
           200: {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 14}}  # fmt: skip
@@ -87,7 +84,7 @@ def load(made: Any, group: Any, folder: str) -> int:
     found = checkpoint.latest(Location(folder))
     assert found
     read = checkpoint.load(found, zero_state.state(made, whole=True), group)
-    zero_state.after_load(made, found.index["optimizer_steps"])
+    zero_state.after_load(made, found.index.optimizer_steps)
     return read
 
 
@@ -152,9 +149,7 @@ def convert(folder: str) -> float:
     newest = Path(folder, "deepspeed/latest").read_text()
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", f"{folder}/deepspeed/{newest}",
                "--output_folder", f"{folder}/deepspeed/universal"]  # fmt: skip
-    start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - start
+    return harness.process(command).wall
 
 
 def measure(size: int, rounds: int, folder: str) -> dict[str, float]:
@@ -178,29 +173,23 @@ def measure(size: int, rounds: int, folder: str) -> dict[str, float]:
     return {name: median(values) for name, values in found.items()}
 
 
-def table(got: dict[str, float]) -> Iterator[str]:
-    def row(what: str, ours: float, theirs: float) -> str:
-        told = f"{theirs:.2f} | {ours / theirs:.3f}" if theirs == theirs else "fails | -"
-        return f"| {what} | {ours:.2f} | {told} |"
-
-    yield "| seconds | heliostat | DeepSpeed | ratio |\n|---|---|---|---|"
-    yield row("training blocked by a save", got["blocked"], got["their save"])
-    yield row("save, complete", got["save"], got["their save"])
-    yield row("load, same stage and workers", got["load"], got["their load"])
+def table(got: dict[str, float]) -> None:
+    rows = [("training blocked by a save", got["blocked"], got["their save"]), ("save, complete", got["save"], got["their save"]),
+            ("load, same stage and workers", got["load"], got["their load"])]  # fmt: skip
     for stage, what in (("3", "4 -> 2 workers"), ("1", "4 -> 2 workers, stage 3 -> 1")):
-        yield row(f"load, {what}", got[f"load at {stage}"], got["convert"] + got[f"their load at {stage}"])
+        rows.append((f"load, {what}", got[f"load at {stage}"], got["convert"] + got[f"their load at {stage}"]))
+    harness.head("seconds", "heliostat", "DeepSpeed", "ratio")
+    for what, ours, theirs in rows:
+        harness.row(what, f"{ours:.2f}", *((f"{theirs:.2f}", f"{ours / theirs:.3f}") if theirs == theirs else ("fails", "-")))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", type=int, action="append", choices=sorted(SHAPES))
-    options = parser.parse_args()
-    for size in options.size or sorted(SHAPES):
+    options = harness.arguments(__doc__, rounds=3, size=sorted(SHAPES))
+    for size in options.size:
         with tempfile.TemporaryDirectory(prefix="heliostat-bench-") as folder:
             got = measure(size, options.rounds, folder)
         print(f"\n{got['parameters'] / 1e6:.0f}M parameters, ZeRO-3 on 4 workers, {options.rounds} rounds, medians")
-        print("\n".join(table(got)))
+        table(got)
         print(
             f"A step takes {got['step']:.2f} s, {got['step while saving']:.2f} s beside a save; "
             f"DeepSpeed's conversion alone {got['convert']:.2f} s; "

@@ -1,6 +1,6 @@
 """Processor time of commands until they answer, and of `heliostat train` until its first attempt begins (docs/benchmarks/cli.md).
 
-    python tests/benchmarks/cli.py [--rounds 5]
+    python -m tests.benchmarks.cli [--rounds 5]
 
 Of the child process, in seconds, least of the rounds: the least disturbed. `check` and `train` want the dataset of
 `heliostat prepare pipelines/quickstart.yaml`; without it they end with the error that names it.
@@ -8,14 +8,11 @@ Of the child process, in seconds, least of the rounds: the least disturbed. `che
 
 from __future__ import annotations
 
-import argparse
-import os
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks import harness
+
 JOB = "jobs/quickstart.yaml"
 HELP, CHECK = 0.3, 1.0  # goals, seconds
 CASES: dict[str, tuple[list[str], float | None]] = {
@@ -24,6 +21,8 @@ CASES: dict[str, tuple[list[str], float | None]] = {
     "train --help": (["train", "--help"], None),
     "check, unknown key": (["check", JOB, "--set", "train.stpes=1"], CHECK),
     "check, batch does not divide": (["check", JOB, "--set", "train.global_batch=9"], CHECK),
+    "check, unknown architecture": (["check", JOB, "--set", "model.arch=lama"], None),
+    "check, no dataset": (["check", JOB, "--set", "data.sources.0.path=nothing"], CHECK),
     "check --offline, right": (["check", JOB, "--offline"], CHECK),
     "check, right": (["check", JOB], CHECK),
 }
@@ -40,26 +39,18 @@ main()
 """
 
 
-def seconds(command: list[str]) -> float:
-    """Processor time of one child process."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    usage = os.wait4(process.pid, 0)[2]
-    process.returncode = 0
-    return usage.ru_utime + usage.ru_stime
+def least(rounds: int, *command: str) -> str:
+    return f"{min(harness.process([sys.executable, *command], may_fail=True).cpu for _ in range(rounds)):.2f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    print("| command | processor time, s | goal |\n|---|---|---|")
+    rounds = harness.arguments(__doc__, rounds=5).rounds
+    harness.head("command", "processor time, s", "goal")
     for name, (arguments, goal) in CASES.items():
-        found = min(seconds([sys.executable, "-m", "heliostat", *arguments]) for _ in range(rounds))
-        print(f"| `{name}` | {found:.2f} | {goal or ''} |", flush=True)
+        harness.row(f"`{name}`", least(rounds, "-m", "heliostat", *arguments), goal or "")
     with tempfile.TemporaryDirectory() as storage:
         given = ["train", JOB, "--set", f"storage={storage}", "--set", "name=start-up"]
-        found = min(seconds([sys.executable, "-c", TRAIN, *given]) for _ in range(rounds))
-        print(f"| `train`, until its first attempt | {found:.2f} | |")
+        harness.row("`train`, until its first attempt", least(rounds, "-c", TRAIN, *given), "")
 
 
 if __name__ == "__main__":

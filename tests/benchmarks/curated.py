@@ -1,6 +1,6 @@
 """What curation is worth to a model: held-out loss of the quickstart's model, trained on raw and on curated text of equal tokens.
 
-    python tests/benchmarks/curated.py FOLDER [--apart SITE ...] [--steps 100] [--seeds 1 2 3] [--pages 3000]
+    python -m tests.benchmarks.curated FOLDER [--apart SITE ...] [--steps 100] [--seeds 1 2 3] [--pages 3000]
 
 FOLDER holds pages of HTML, a folder for each site, of which `planted_web.py` makes a small web. Sides: `raw`, all text of the
 pages, as a WET file has it; `main text`, what `extract` takes for it; `curated`, the stages of `pipelines/fineweb.yaml`. One
@@ -11,9 +11,7 @@ than the curated side's (trafilatura): pages of the same sites, and whole sites 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,24 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from heliostat.curation import reasons
+from heliostat.data.manifest import Manifest
+from heliostat.data.order import Order, SamplePlaces
+from heliostat.engine import deepspeed_engine
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+from tests.benchmarks import harness, one_process, planted_web
+from tests.gpu import setting
+from tests.unit.build_pipeline import Here, make_dataset
 
-from heliostat.curation import reasons  # noqa: E402
-from heliostat.data.manifest import Manifest  # noqa: E402
-from heliostat.data.order import Order, SamplePlaces  # noqa: E402
-from heliostat.engine import deepspeed_engine  # noqa: E402
-
-from tests.benchmarks import one_process, planted_web  # noqa: E402
-from tests.gpu import setting  # noqa: E402
-from tests.unit.build_pipeline import Here, make_dataset  # noqa: E402
-
-JOB = ROOT / "jobs/quickstart.yaml"
+JOB = harness.ROOT / "jobs/quickstart.yaml"
 SIDES: dict[str, list[dict[str, Any]]] = {
     "raw": [{"stage": "extract", "main_content": False}],
     "main text": [{"stage": "extract"}],
-    "curated": yaml.safe_load((ROOT / "pipelines/fineweb.yaml").read_text())["stages"],
+    "curated": yaml.safe_load((harness.ROOT / "pipelines/fineweb.yaml").read_text())["stages"],
 }
 
 
@@ -78,15 +72,16 @@ def compared(losses: list[float], others: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--apart", nargs="*", default=[])
-    parser.add_argument("--pages", type=int, default=3000)
-    parser.add_argument("--scored", type=int, default=120, help="documents of each kind that are scored, at most")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), help="raw among them")
-    asked = parser.parse_args()
+    asked = harness.arguments(
+        __doc__,
+        folder=Path,
+        apart={"nargs": "*", "default": []},
+        pages=3000,
+        scored=120,
+        steps=100,
+        seeds=[1, 2, 3],
+        sides=[*SIDES],
+    )
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -102,8 +97,8 @@ def main() -> None:
             made(folder, f"scored-{number}", [], given, f"aside-{number}")
         setting.start()
         print(f"\n{asked.steps} steps; held-out loss, nats a token, by seed, and bits a byte (mean)\n")
-        print("| side |" + "".join(f" {what} | bits a byte | above raw |" for what in web.aside) + " CPU s a run |")
-        print("|---|" + "---|---|---|" * len(web.aside) + "---|")
+        heads = [head for what in web.aside for head in (what, "bits a byte", "above raw")]
+        harness.head("side", *heads, "CPU s a run")
         raw: list[list[float]] = []
         for name in asked.sides:
             runs, seconds = list[list[dict[str, float]]](), list[float]()
@@ -115,9 +110,9 @@ def main() -> None:
                 deepspeed_engine.destroy_engines()
             losses = [[run[n]["loss"] for run in runs] for n in range(len(web.aside))]
             raw = raw or losses
-            cells = "".join(f" {', '.join(f'{x:.3f}' for x in mine)} | {mean(run[n]['bits_per_byte'] for run in runs):.3f} |"
-                            f" {compared(mine, raw[n])} |" for n, mine in enumerate(losses))  # fmt: skip
-            print(f"| {name} |{cells} {mean(seconds):.0f} |", flush=True)
+            cells = [f"{', '.join(f'{x:.3f}' for x in mine)} | {mean(run[n]['bits_per_byte'] for run in runs):.3f} | "
+                     f"{compared(mine, raw[n])}" for n, mine in enumerate(losses)]  # fmt: skip
+            harness.row(name, *cells, f"{mean(seconds):.0f}")
 
 
 if __name__ == "__main__":

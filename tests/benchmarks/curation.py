@@ -1,6 +1,6 @@
 """What preparing text with stages costs by the size of the input: CPU seconds a GB and peak memory of each kind of task.
 
-    PYTHONPATH=. python tests/benchmarks/curation.py [--gb 1 4] [--memory-limit 268435456] [--folder FOLDER]
+    python -m tests.benchmarks.curation [--gb 1 4] [--memory-limit 268435456] [--folder FOLDER]
         [--no-shards]
 
 Writes JSON lines of English-like words, a seventh of them near duplicates and a twentieth exact ones, and makes a dataset of them
@@ -13,12 +13,9 @@ finished tasks are in their records, those of the driver are the last start's.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -34,6 +31,7 @@ from heliostat.curation.text.tasks import TextSource
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 
+from tests.benchmarks import harness
 from tests.unit.build_curation import HereFlow
 
 STAGES = [{"stage": "length", "min_words": 50}, {"stage": "minhash"}]
@@ -55,11 +53,11 @@ class Timed(HereFlow):
         for number, task, made in self._looked_up(kind, tasks, valid):
             if made is None:
                 pa.set_memory_pool(pa.system_memory_pool())  # as `flow.execute` does
-                Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+                harness.forget_peak()
                 start = time.process_time()
                 made = function(self.work.spill, **task.arguments, **task.shared)
                 spent = time.process_time() - start
-                made |= {"seconds": spent, "peak": memory("VmHWM") - self.before}
+                made |= {"seconds": spent, "peak": harness.memory("VmHWM") - self.before}
                 pa.default_memory_pool().release_unused()
                 self.now += spent
                 self.work.finish(kind, task.key, made)
@@ -67,12 +65,6 @@ class Timed(HereFlow):
             self.peaks[name] = max(self.peaks.get(name, 0.0), made["peak"])
             self.tasks[name] = self.tasks.get(name, 0) + 1
             yield number, made
-
-
-def memory(name: str) -> float:
-    """Returns a line of this process's status, in MiB: VmRSS now, VmHWM at most since it was set back."""
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
-    return int(line.split()[1]) / 1024
 
 
 def write(path: Path, size: int) -> None:
@@ -100,19 +92,21 @@ def write(path: Path, size: int) -> None:
 def made(folder: Path, memory_limit: int, shards: bool) -> tuple[Timed, int]:
     """Makes a dataset of the folder's input; returns what ran it, and how many documents stay."""
     flow = Timed(Work(Location(f"{folder}/work")))
-    flow.before = memory("VmRSS")
+    flow.before = harness.memory("VmRSS")
     source, stages = TextSource(f"{folder}/in", TextRules()), [parse(entry) for entry in STAGES]
-    making = TextMaking(flow, source, Location(f"{folder}/out"), BPE, None, stages, memory_limit, memory_limit // 8, 1_000_000)
+    making = TextMaking(flow, source, Location(f"{folder}/out"), stages, memory_limit, tokenizer=BPE, given=None,
+                        shard_bytes=memory_limit // 8, chunk_tokens=1_000_000)  # fmt: skip
     found = (making.run if shards else making.curated)(sources.listing(f"{folder}/in"))
     return flow, found[1]["documents"] if shards else sum(run.rows for run in found.runs)
 
 
-def measure(size: int, memory_limit: int, folder: Path, shards: bool) -> None:
+def measure(size: int, memory_limit: int, place: str, shards: bool) -> None:
     """Prints a table of the kinds of tasks: their number, CPU seconds a GB, and the peak of memory above the start's."""
     with tempfile.TemporaryDirectory() as small:
         (Path(small) / "in").mkdir()
         write(Path(small) / "in" / "a.jsonl", 1_000_000)
         made(Path(small), memory_limit, shards)
+    folder = Path(place)
     (folder / "in").mkdir(parents=True, exist_ok=True)
     if not (folder / "in" / "a.jsonl").exists():
         write(folder / "in" / "a.jsonl", size)
@@ -122,30 +116,19 @@ def measure(size: int, memory_limit: int, folder: Path, shards: bool) -> None:
     flow, kept = made(folder, memory_limit, shards)
     gb, driver = size / 1e9, time.process_time() - start - flow.now
     print(f"{gb:.2f} GB, memory_limit {memory_limit >> 20} MiB above {flow.before:.0f} MiB: {kept:,} documents stay\n")
-    print("| task | number | CPU s a GB | peak, MiB |\n|---|---|---|---|")
+    harness.head("task", "number", "CPU s a GB", "peak, MiB")
     for kind, seconds in flow.cpu.items():
-        print(f"| {kind} | {flow.tasks[kind]} | {seconds / gb:.0f} | {flow.peaks[kind]:.0f} |")
-    print(f"| the driver | | {driver / gb:.0f} | |")
-    print(f"| all | | {(sum(flow.cpu.values()) + driver) / gb:.0f} | {max(flow.peaks.values()):.0f} |\n", flush=True)
+        harness.row(kind, flow.tasks[kind], f"{seconds / gb:.0f}", f"{flow.peaks[kind]:.0f}")
+    harness.row("the driver", "", f"{driver / gb:.0f}", "")
+    harness.row("all", "", f"{(sum(flow.cpu.values()) + driver) / gb:.0f}", f"{max(flow.peaks.values()):.0f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gb", type=float, nargs="+", default=[1.0, 4.0])
-    parser.add_argument("--memory-limit", type=int, default=256 << 20)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--no-shards", action="store_true", help="without tokenizer and shards: reading and stages alone")
-    parser.add_argument("--one", type=int)
-    arguments = parser.parse_args()
-    if arguments.one:
-        measure(arguments.one, arguments.memory_limit, arguments.folder, not arguments.no_shards)
-        return
-    for gb in arguments.gb:
+    given = harness.arguments(__doc__, gb=[1.0, 4.0], memory_limit=256 << 20, folder={"type": Path}, no_shards=False)
+    for gb in given.gb:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = (arguments.folder or Path(temporary)) / f"{gb:g}"
-            more = ["--memory-limit", str(arguments.memory_limit), "--folder", str(folder)]
-            more += ["--no-shards"] if arguments.no_shards else []
-            subprocess.run([sys.executable, __file__, "--one", str(int(gb * 1e9)), *more], check=True)
+            folder = (given.folder or Path(temporary)) / f"{gb:g}"
+            harness.apart(measure, int(gb * 1e9), given.memory_limit, str(folder), not given.no_shards)
 
 
 if __name__ == "__main__":

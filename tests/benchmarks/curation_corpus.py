@@ -1,7 +1,7 @@
 """Makes a JSONL of real documents for `curation_stages.py`, of what Debian's packages unpack to. By hand:
 
     apt-get download python3.13-doc linux-doc-6.12 wordnet-base; dpkg-deb -x NAME.deb FOLDER
-    python tests/benchmarks/curation_corpus.py FOLDER OUT.jsonl --megabytes 10
+    python -m tests.benchmarks.curation_corpus FOLDER OUT.jsonl --megabytes 10
 
 Documents are the sources of documentation (.txt, .rst, plain or .gz), the main text of HTML pages, all text of HTML pages (with
 menus and footers), and glosses of WordNet, a hundred lines a document; files are taken in an order that their paths' hashes
@@ -10,7 +10,6 @@ give.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -19,6 +18,8 @@ from pathlib import Path
 
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.html import HTMLTree
+
+from tests.benchmarks import harness
 
 
 def documents(path: Path) -> Iterator[str]:
@@ -39,11 +40,7 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--megabytes", type=float, default=10)
-    args = parser.parse_args()
+    args = harness.arguments(__doc__, folder=Path, out=Path, megabytes=10.0)
     paths = sorted((p for p in args.folder.rglob("*") if p.is_file()), key=lambda p: hashlib.md5(str(p).encode()).digest())
     count = size = 0
     with args.out.open("w") as out:

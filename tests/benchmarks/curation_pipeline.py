@@ -1,6 +1,6 @@
 """A FineWeb-like pipeline as a whole, beside datatrove's: the same filters, MinHash 14 x 8, PII, tokens of the same tokenizer.
 
-    python tests/benchmarks/curation_pipeline.py corpus.jsonl tokenizer.json --folder FOLDER [--datatrove VENV/bin/python]
+    python -m tests.benchmarks.curation_pipeline corpus.jsonl tokenizer.json --folder FOLDER [--datatrove VENV/bin/python]
         [--megabytes 5 50] [--sides heliostat datatrove]
 
 The corpus is what `curation_corpus.py` makes. Not in it: extraction, and language, whose model datatrove loads from elsewhere.
@@ -12,10 +12,7 @@ from there. Of each document both sides tell at which filter it ended, and why; 
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks import harness
+
 FILTERS = ["gopher_repetition", "gopher_quality", "c4", "fineweb"]
 STAGES = [{"stage": "gopher_repetition"}, {"stage": "gopher_quality"}, {"stage": "c4", "terminal_marks": False},
           {"stage": "fineweb"}, {"stage": "minhash"}, {"stage": "pii", "kinds": ["email", "ip"]}]  # fmt: skip
@@ -32,12 +30,12 @@ FILE_BYTES = 50_000_000  # of text
 Ends = dict[str, list[str]]  # id of a document that a filter drops -> the filter, the reason
 
 
-def ours(folder: Path, tokenizer: str) -> dict[str, Any]:
-    sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+def ours(place: str, tokenizer: str) -> dict[str, Any]:
     from heliostat.curation import reasons
 
     from tests.unit.build_pipeline import Here, make_dataset
 
+    folder = Path(place)
     made = make_dataset(
         Here(name="a", input=f"{folder}/in", output=f"{folder}/out", stages=STAGES, tokenizer={"path": tokenizer})
     )
@@ -48,7 +46,7 @@ def ours(folder: Path, tokenizer: str) -> dict[str, Any]:
     (folder / "ends-heliostat.json").write_text(json.dumps(ends))
     steps = {name: round(seconds, 1) for name, seconds in reasons.seconds(made).items()}
     return {"behind the filters": funnel["3 fineweb"]["kept"], "documents": made.meta["documents"], "tokens": made.tokens,
-            "steps": steps}  # fmt: skip
+            "steps": steps, "peak": harness.memory("VmHWM")}  # fmt: skip
 
 
 def _of_a_filter(stage: str) -> bool:
@@ -71,7 +69,7 @@ class Left:
         self.ends[document.id] = [self.name, str(document.metadata.get("filter_reason"))]
 
 
-def theirs(folder: Path, tokenizer: str) -> dict[str, Any]:
+def theirs(place: str, tokenizer: str) -> dict[str, Any]:
     from datatrove.pipeline import filters
     from datatrove.pipeline.dedup import minhash
     from datatrove.pipeline.formatters import PIIFormatter
@@ -79,7 +77,7 @@ def theirs(folder: Path, tokenizer: str) -> dict[str, Any]:
     from datatrove.pipeline.tokens import DocumentTokenizer
     from datatrove.pipeline.writers import JsonlWriter
 
-    config = minhash.MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
+    folder, config = Path(place), minhash.MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
     kept, sigs, buckets, removed = (str(folder / name) for name in ("kept", "sigs", "buckets", "removed"))
     files, seconds, ends, filtered = sorted(p.name for p in (folder / "in").iterdir()), Counter[str](), Ends(), 0
 
@@ -127,21 +125,18 @@ def theirs(folder: Path, tokenizer: str) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in (folder / "tokens").rglob("*.ds")) // 2
     steps = {name: round(spent, 1) for name, spent in seconds.items()}
     return {"behind the filters": filtered, "documents": counted[0], "tokens": size, "steps": steps,
-            "all its CPU seconds": sum(seconds.values())}  # fmt: skip
+            "peak": harness.memory("VmHWM"), "all its CPU seconds": sum(seconds.values())}  # fmt: skip
+
+
+SIDES = {"heliostat": ours, "datatrove": theirs}
 
 
 def turn(python: str, side: str, folder: Path, tokenizer: str) -> dict[str, Any]:
-    """Runs a side, or takes what it made before; adds its CPU seconds and its peak."""
+    """Runs a side, or takes what it made before; adds its CPU seconds."""
     saved = folder / f"{side}.json"
     if not saved.exists():
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([python, __file__, f"--{side}", str(folder), tokenizer], stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found = json.loads((folder / f"{side}.made").read_text())
-        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        saved.write_text(json.dumps(found | {"seconds": max(spent, found.pop("all its CPU seconds", 0))}))
+        made, spent = harness.apart(SIDES[side], str(folder.absolute()), tokenizer, python=python)
+        saved.write_text(json.dumps(made | {"seconds": max(spent, made.pop("all its CPU seconds", 0))}))
     return json.loads(saved.read_text())
 
 
@@ -183,33 +178,24 @@ def agreed(folder: Path, documents: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", type=Path)
-    parser.add_argument("tokenizer")
-    parser.add_argument("--folder", type=Path, required=True, help="keeps what each side has made")
-    parser.add_argument("--datatrove", default="")
-    parser.add_argument("--megabytes", type=float, nargs="+", default=[5.0, 50.0])
-    parser.add_argument("--sides", nargs="+", default=["heliostat", "datatrove"], choices=["heliostat", "datatrove"])
-    asked = parser.parse_args()
-    print("| side | input | behind the filters | documents | tokens | CPU s | MB/s a core | peak |\n|" + "---|" * 8)
+    asked = harness.arguments(__doc__, corpus=Path, tokenizer=str, folder={"type": Path, "required": True}, datatrove="",
+                              megabytes=[5.0, 50.0], sides=[*SIDES])  # fmt: skip
+    harness.head("side", "input", "behind the filters", "documents", "tokens", "CPU s", "MB/s a core", "peak")
     for most in asked.megabytes:
         folder = asked.folder / f"{most:g}"
         documents, size = split(asked.corpus, folder, most * 1e6)
         pythons = {"heliostat": sys.executable, "datatrove": asked.datatrove}
         for side in asked.sides:
             found = turn(pythons[side], side, folder, asked.tokenizer)
-            cells = " | ".join(f"{found[name]:,}" for name in ("behind the filters", "documents", "tokens"))
-            rate = f"{found['seconds']:.1f} | {size / 1e6 / found['seconds']:.2f} | {found['peak'] >> 10:,} MiB"
-            print(f"| {side} | {documents:,}, {size / 1e6:.1f} MB | {cells} | {rate} |", flush=True)
+            counts = [f"{found[name]:,}" for name in ("behind the filters", "documents", "tokens")]
+            rate = f"{size / 1e6 / found['seconds']:.2f}"
+            harness.row(
+                side, f"{documents:,}, {size / 1e6:.1f} MB", *counts, f"{found['seconds']:.1f}", rate, f"{found['peak']:,.0f} MiB"
+            )
             print("  steps:", found["steps"], file=sys.stderr, flush=True)
         if all((folder / f"ends-{side}.json").exists() for side in pythons):
             agreed(folder, documents)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("--heliostat", "--datatrove"):
-        made = {"--heliostat": ours, "--datatrove": theirs}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
-        made["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
-        (Path(sys.argv[2]) / f"{sys.argv[1][2:]}.made").write_text(json.dumps(made))
-    else:
-        main()
+    main()

@@ -1,96 +1,118 @@
 """Compares stages of curation with datatrove's: the same decisions, and MB/s a core, by turns. By hand:
 
-    python tests/benchmarks/curation_corpus.py FOLDER corpus.jsonl
-    python tests/benchmarks/curation_stages.py corpus.jsonl --datatrove VENV/bin/python --stages gopher_quality,c4
+    python -m tests.benchmarks.curation_corpus FOLDER corpus.jsonl
+    python -m tests.benchmarks.curation_stages corpus.jsonl --datatrove VENV/bin/python --stages gopher_quality c4
 
-Each turn is a process of its own; CPU seconds are counted, not those of the wall. Numbers: docs/benchmarks/curation-stages.md.
+The other Python has `datatrove[processing,io]` and spaCy. Each turn is a process of its own; CPU seconds are counted, not those
+of the wall. Numbers: docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
-import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-COMPARED = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
+from tests.benchmarks import harness
+
+COMPARED = ["gopher_quality", "gopher_repetition", "c4", "fineweb"]
+WARM = "Some words to begin with. " * 30
 
 
-def stage(name: str):
-    from heliostat.curation.stage import Stage
+def texts(path: str, most: int) -> list[str]:
+    return [json.loads(line)["text"] for line in Path(path).read_text().splitlines()[:most]]
+
+
+def ours(name: str, path: str, most: int) -> dict[str, Any]:
+    """Runs a stage over the documents, 64 at a time; returns CPU seconds, and for each the reason why it is dropped, or ""."""
+    from heliostat.curation.stage import Document, Stage
 
     module = importlib.import_module(f"heliostat.curation.stages.{name}")
-    (cls,) = (
-        c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Stage) and c.__module__ == module.__name__
-    )
-    return cls
-
-
-def ours(name: str, path: str, most: int) -> None:
-    """Runs a stage over the documents, 64 at a time, and prints what `curation_contender.py` prints."""
-    from heliostat.curation.stage import Document
-
-    made = stage(name)()
-    texts = [json.loads(line)["text"] for line in Path(path).read_text().splitlines()[:most]]
-    documents = [Document(str(i), t.encode() if name == "extract" else t) for i, t in enumerate(texts)]
-    work = made.open()
-    work([Document("0", "Some words to begin with. " * 30)])
-    start, out = time.process_time(), []
+    classes = (c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__)
+    (stage,) = (c for c in classes if issubclass(c, Stage))
+    documents = [Document(str(i), t.encode() if name == "extract" else t) for i, t in enumerate(texts(path, most))]
+    work, out = stage().open(), []
+    work([Document("0", WARM)])
+    start = time.process_time()
     for i in range(0, len(documents), 64):
         out += work(documents[i : i + 64])
-    print(json.dumps({"seconds": time.process_time() - start, "decisions": [o.reason for o in out]}))
+    return {"seconds": time.process_time() - start, "decisions": [o.reason for o in out]}
 
 
-def turn(command: list[str]) -> dict:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
+def theirs(name: str, path: str, most: int) -> dict[str, Any]:
+    """Runs one of datatrove's filters over the same."""
+    from datatrove.data import Document
+
+    work, given = their_work(name), texts(path, most)
+    work(Document(text=WARM, id="0"))
+    decisions, start = [], time.process_time()
+    for i, text in enumerate(given):
+        try:
+            decision = work(Document(text=text, id=str(i)))
+        except Exception as e:  # noqa: BLE001 - shown as its decision
+            decision = (False, f"error: {type(e).__name__}")
+        kept, reason = decision if isinstance(decision, tuple) else (decision, "dropped")
+        decisions.append("" if kept else reason)
+    return {"seconds": time.process_time() - start, "decisions": decisions}
+
+
+def their_work(name: str) -> Any:
+    from datatrove.pipeline import filters
+    from datatrove.pipeline.extractors import Trafilatura
+    from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
+
+    formats = {
+        "extract": lambda: Trafilatura().extract,
+        "fix_text": lambda: FTFYFormatter().format,
+        "pii": lambda: PIIFormatter().format,
+    }
+    if name in formats:
+        work = formats[name]()
+        return lambda document: (True, work(document.text))
+    kinds = {"gopher_quality": filters.GopherQualityFilter, "gopher_repetition": filters.GopherRepetitionFilter,
+             "c4": filters.C4QualityFilter, "fineweb": filters.FineWebQualityFilter}  # fmt: skip
+    return kinds[name]().filter
+
+
+def differences(here: list[str], there: list[str], rows: list[dict[str, str]]) -> Iterator[str]:
+    """Yields a line for each document that one side keeps and the other drops."""
+    for x, y, document in zip(here, there, rows, strict=True):
+        if bool(x) != bool(y):
+            yield f"    {document['id']}: ours {x or 'kept'}, datatrove {y or 'kept'}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("corpus", type=Path)
-    parser.add_argument("--datatrove", default="")
-    parser.add_argument("--stages", default=",".join(COMPARED))
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--most", type=int, default=1 << 30)
-    parser.add_argument("--differences", action="store_true")
-    args = parser.parse_args()
-    rows = [json.loads(line) for line in args.corpus.read_text().splitlines()[: args.most]]
+    given = harness.arguments(__doc__, corpus=Path, datatrove="", stages={"nargs": "+", "default": COMPARED}, turns=3,
+                              most=1 << 30, differences=False)  # fmt: skip
+    rows = [json.loads(line) for line in given.corpus.read_text().splitlines()[: given.most]]
     megabytes = sum(len(r["text"].encode()) for r in rows) / 1e6
     print(f"{len(rows):,} documents, {megabytes:.1f} MB")
-    print(f"{'stage':20} {'ours MB/s':>10} {'datatrove':>10} {'times':>6} {'kept':>6} {'same':>9}")
-    for name in args.stages.split(","):
-        tail, here, there = [name, str(args.corpus), str(args.most)], [], []
-        for _ in range(args.turns):
-            here.append(turn([sys.executable, __file__, "--ours", *tail]))
-            if args.datatrove:
-                there.append(turn([args.datatrove, str(Path(__file__).with_name("curation_contender.py")), *tail]))
-        a = megabytes / statistics.median(t["seconds"] for t in here)
-        kept = sum(not d for d in here[0]["decisions"]) / len(rows)
-        line = f"{name:20} {a:10.2f}"
-        if there:
-            b = megabytes / statistics.median(t["seconds"] for t in there)
-            pairs = list(zip(here[0]["decisions"], there[0]["decisions"], rows, strict=True))
-            other = [(x, y, r["id"]) for x, y, r in pairs if bool(x) != bool(y)]
-            line += f" {b:10.2f} {a / b:6.1f} {kept:6.1%} {1 - len(other) / len(rows):9.3%}"
-            print(line, flush=True)
-            for x, y, id in other if args.differences else ():
-                print(f"    {id}: ours {x or 'kept'}, datatrove {y or 'kept'}")
-            reasons = Counter((x, y) for x, y, _ in pairs if x or y)
-            print("   ", ", ".join(f"{x or 'kept'}/{y or 'kept'} {n}" for (x, y), n in reasons.most_common(12)))
-        else:
-            print(f"{line} {'':17} {kept:6.1%}", flush=True)
+    harness.head("stage", "ours, MB/s", "datatrove", "times", "kept", "the same")
+    for name in given.stages:
+        sides = {ours: sys.executable} | ({theirs: given.datatrove} if given.datatrove else {})
+        tail = (name, str(given.corpus.absolute()), given.most)
+        ways = {side.__name__: partial(harness.apart, side, *tail, python=python) for side, python in sides.items()}
+        turns = harness.by_turns(ways, given.turns)
+        paces = [megabytes / median(turn["seconds"] for turn, _ in made) for made in turns.values()]
+        here, *there = (made[0][0]["decisions"] for made in turns.values())
+        kept = f"{sum(not reason for reason in here) / len(rows):.1%}"
+        if not there:
+            harness.row(name, f"{paces[0]:.2f}", "", "", kept, "")
+            continue
+        others = list(differences(here, there[0], rows))
+        same = f"{1 - len(others) / len(rows):.3%}"
+        harness.row(name, f"{paces[0]:.2f}", f"{paces[1]:.2f}", f"{paces[0] / paces[1]:.1f}", kept, same)
+        print(*(others if given.differences else ()), sep="\n")
+        reasons = Counter((x, y) for x, y in zip(here, there[0], strict=True) if x or y)
+        print("   ", ", ".join(f"{x or 'kept'}/{y or 'kept'} {n}" for (x, y), n in reasons.most_common(12)))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--ours"]:
-        ours(sys.argv[2], sys.argv[3], int(sys.argv[4]))
-    else:
-        main()
+    main()

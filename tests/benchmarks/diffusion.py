@@ -1,6 +1,6 @@
 """Images/s of whole heliostat runs against a plain loop of diffusers and accelerate, and what precomputed latents save.
 
-    python tests/benchmarks/diffusion.py [--steps 30] [--turn 14] [--stages 1 2 3] [--batch 64]
+    python -m tests.benchmarks.diffusion [--steps 30] [--turn 14] [--stages 1 2 3] [--batch 64]
 
 Same U-Net (digits at 32 x 32, heads 32 wide), fp32, AdamW, clipping and EMA; 64 images a step in micro-batches of 16, as in the
 quickstart, or what --batch says in micro-batches of at most 16; 2 processes of 1 thread each.
@@ -12,11 +12,6 @@ after the other, three times.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -24,14 +19,10 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
-
-from tests.benchmarks.yardsticks import turns  # noqa: E402
+from tests.benchmarks import harness
+from tests.benchmarks.yardsticks import turns
 
 LATENT_ROUNDS, LATENT_STEPS = 3, 12
-CLI = [BIN / "python", "-c", "from heliostat.cli.main import main; main()"]
 BATCH = 64
 # what diffusers calls a U-Net's attention_head_dim is the number of heads: 4 of width 32
 CHANNELS = {"attention_head_dim": 4, "block_out_channels": [64, 128, 128],
@@ -39,25 +30,17 @@ CHANNELS = {"attention_head_dim": 4, "block_out_channels": [64, 128, 128],
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}  # fmt: skip
 
 
-def run(command: list[Any]) -> str:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}"}
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    return done.stdout.splitlines()[-1] if done.stdout else ""
-
-
 def prepare(folder: Path, name: str, **keys: Any) -> Path:
-    raw = yaml.safe_load((ROOT / "pipelines/quickstart-images.yaml").read_text())
+    raw = yaml.safe_load((harness.ROOT / "pipelines/quickstart-images.yaml").read_text())
     raw |= {"output": str(folder / name), "resolution": 32, **keys}
     path = folder / f"{name}-pipeline.yaml"
     path.write_text(yaml.safe_dump(raw))
-    run([*CLI, "prepare", path])
+    harness.heliostat("prepare", path)
     return folder / name
 
 
 def job(folder: Path, name: str, data: Path, steps: int, batch: int = BATCH, **model: Any) -> Path:
-    raw = yaml.safe_load((ROOT / "jobs/quickstart-diffusion.yaml").read_text())
+    raw = yaml.safe_load((harness.ROOT / "jobs/quickstart-diffusion.yaml").read_text())
     raw["name"], raw["data"] = name, {"sources": [{"path": str(data)}]}
     raw["model"]["backbone"] |= CHANNELS
     raw["model"] |= {"samples": {}, **model}
@@ -72,14 +55,8 @@ def job(folder: Path, name: str, data: Path, steps: int, batch: int = BATCH, **m
     return path
 
 
-def compare(path: Path, stage: int, seconds: float) -> turns.Outcome:
-    plain = [BIN / "torchrun", "--nproc-per-node", "2", ROOT / "tests/benchmarks/yardsticks/plain_diffusers.py", path]
-    ours = [*CLI, "train", path, "--set", f"train.zero.stage={stage}", "--overwrite", "--json"]
-    return turns.compare(plain, ours, path, seconds)
-
-
 def heliostat(path: Path) -> float:
-    result = json.loads(run([*CLI, "train", path, "--overwrite", "--json"]))
+    result = harness.heliostat("train", path, "--overwrite")
     from mlflow import MlflowClient
 
     uri = yaml.safe_load(path.read_text())["mlflow"]["uri"]
@@ -94,15 +71,8 @@ def frozen(folder: Path, data: Path) -> dict[str, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     blocks = 3
-    vae = AutoencoderKL(
-        1,
-        1,
-        ("DownEncoderBlock2D",) * blocks,
-        ("UpDecoderBlock2D",) * blocks,
-        (32, 64, 128),
-        latent_channels=4,
-        norm_num_groups=8,
-    )
+    kinds = ("DownEncoderBlock2D",) * blocks, ("UpDecoderBlock2D",) * blocks
+    vae = AutoencoderKL(1, 1, *kinds, (32, 64, 128), latent_channels=4, norm_num_groups=8)
     vae.save_pretrained(folder / "vae")
     config = CLIPTextConfig(vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
                             max_position_embeddings=24)  # fmt: skip
@@ -112,43 +82,32 @@ def frozen(folder: Path, data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--turn", type=float, default=14.0)
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--batch", type=int, default=BATCH)
-    options = parser.parse_args()
+    options = harness.arguments(__doc__, steps=30, turn=14.0, stages=[1, 2, 3], batch=BATCH)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = prepare(folder, "images")
         path = job(folder, "pixels", images, options.steps, options.batch)
         print(f"\n{options.steps} steps of {options.batch} images, fp32, turns of {options.turn:g} s")
-        print(f"| images/s | {turns.ROW} |\n|---|---|---|---|")
+        harness.head("images/s", *turns.HEADS)
         for stage in options.stages:
-            print(f"| ZeRO-{stage} | {compare(path, stage, options.turn).row} |", flush=True)
+            harness.row(f"ZeRO-{stage}", *turns.compare("plain_diffusers", [], path, stage, options.turn).cells)
         models = frozen(folder, images)
         paths = {"latents": models["autoencoder"]["pretrained"], "text": models["text"]["pretrained"]}
-        stored = prepare(
-            folder,
-            "latents",
-            latents={"autoencoder": paths["latents"], "text_encoder": paths["text"], "length": 24},
-            tokenizer=None,
-        )
+        latents = {"autoencoder": paths["latents"], "text_encoder": paths["text"], "length": 24}
+        stored = prepare(folder, "latents", latents=latents, tokenizer=None)
         cases = {"encoders in every step": job(folder, "encoding", images, LATENT_STEPS, **models),
                  "latents and embeddings stored": job(folder, "stored", stored, LATENT_STEPS, **models)}  # fmt: skip
-        rates: dict[str, list[float]] = {label: [] for label in cases}
-        for _ in range(LATENT_ROUNDS):
-            for label, case in cases.items():
-                rates[label].append(heliostat(case))
-        table("a latent model, ZeRO-2", rates)
+        ways = {label: lambda case=case: heliostat(case) for label, case in cases.items()}
+        table("a latent model, ZeRO-2", harness.by_turns(ways, LATENT_ROUNDS))
 
 
 def table(title: str, rates: dict[str, list[float]]) -> None:
-    print(f"\n{title}\n| | images/s, median (all) | ratio to the first, median of the rounds |\n|---|---|---|")
+    print(f"\n{title}")
+    harness.head("", "images/s, median (all)", "ratio to the first, median of the rounds")
     first = next(iter(rates.values()))
     for label, values in rates.items():
         ratio = median(v / p for v, p in zip(values, first, strict=True))
-        print(f"| {label} | {median(values):.1f} ({', '.join(f'{v:.1f}' for v in values)}) | {ratio:.3f} |", flush=True)
+        harness.row(label, f"{median(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})", f"{ratio:.3f}")
 
 
 if __name__ == "__main__":

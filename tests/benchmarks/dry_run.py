@@ -1,6 +1,6 @@
 """How near `prepare --sample` comes to the whole: a folder prepared once as a whole, and predicted from shares of it.
 
-    PYTHONPATH=. python tests/benchmarks/dry_run.py PIPELINE.yaml [--share 0.01 0.03 0.1] [--here]
+    python -m tests.benchmarks.dry_run PIPELINE.yaml [--share 0.01 0.03 0.1] [--here]
 
 Prints a row for each stage: documents that it leaves of the whole, and what each share predicts, with its error. Seconds are
 of processor time, so both are of the same machine: those of the stages, which the whole recorded, and, with --here, of all tasks.
@@ -9,7 +9,6 @@ With --here tasks run one after another in this process, without Ray; a first pr
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from heliostat.data import manifest
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 
+from tests.benchmarks import harness
 from tests.unit.build_curation import HereFlow
 from tests.unit.build_pipeline import Here, make_dataset
 
@@ -79,22 +79,17 @@ def predicted(pipeline: Path, folder: str, share: float, here: bool) -> tuple[di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pipeline", type=Path)
-    parser.add_argument("--share", type=float, nargs="+", default=[0.01, 0.03, 0.1])
-    parser.add_argument("--here", action="store_true")
-    arguments = parser.parse_args()
+    arguments = harness.arguments(__doc__, pipeline=Path, share=[0.01, 0.03, 0.1], here=False)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.here:  # thrown away: what a process loads once counts for neither
             predicted(arguments.pipeline, f"{folder}/first", arguments.share[-1], True)
         truth, took = whole(arguments.pipeline, folder, arguments.here)
         tried = {share: predicted(arguments.pipeline, folder, share, arguments.here) for share in arguments.share}
-    print("| | the whole |" + "".join(f" {share:.0%} |" for share in tried))
-    print("|---|---|" + "---|" * len(tried))
+    harness.head("", "the whole", *(f"{share:.0%}" for share in tried))
     for name, value in truth.items():
-        cells = "".join(f" {found[name]:,.0f} ({found[name] / value - 1:+.0%}) |" for found, _ in tried.values())
-        print(f"| {name} | {value:,.0f} |{cells}")
-    print(f"| took, s | {took:.0f} |" + "".join(f" {seconds:.0f} |" for _, seconds in tried.values()))
+        cells = (f"{found[name]:,.0f} ({found[name] / value - 1:+.0%})" for found, _ in tried.values())
+        harness.row(name, f"{value:,.0f}", *cells)
+    harness.row("took, s", f"{took:.0f}", *(f"{seconds:.0f}" for _, seconds in tried.values()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where heliostat's fetch task and its consumer spend their CPU time, and what shuffling costs.
 
-    python tests/benchmarks/fetch_costs.py [--rounds 5] [--samples 131072] [--data FOLDER]
+    python -m tests.benchmarks.fetch_costs [--rounds 5] [--samples 131072] [--data FOLDER]
 
 Fetches all windows of one epoch of `ingest.py`'s token rows from local disk, in this process and without Ray, each part
 of the task timed on its own (CPU seconds of all threads). Then the whole task with and without its permutations, which no
@@ -9,7 +9,6 @@ option turns off: without them every window is its chunks in file order, so the 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -24,8 +23,10 @@ import numpy as np
 import pyarrow as pa
 from heliostat.cluster.private_ray import worker_environment
 from heliostat.data import chunks, dataset, order, stream
-from ingest_contenders import ours, samples
-from ingest_contenders.task import Task
+
+from tests.benchmarks import harness
+from tests.benchmarks.ingest_contenders import contenders, samples
+from tests.benchmarks.ingest_contenders.task import Task
 
 
 class Costs:
@@ -95,16 +96,12 @@ def epoch(task: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=131_072)
-    parser.add_argument("--data", type=Path)
-    options = parser.parse_args()
+    options = harness.arguments(__doc__, rounds=5, samples=131_072, data={"type": Path})
     with tempfile.TemporaryDirectory(prefix="fetch-") as scratch:
         folder = (options.data or Path(scratch)) / f"tokens-{options.samples}"
         samples.make("tokens", folder, options.samples, 512)
         job = Task("ours", "tokens", str(folder), None, 1, options.samples, 512, 32, 16_384, scratch)
-        config, plan, sequence, _ = ours.planned(job)
+        config, plan, sequence, _ = contenders.planned(job)
         task = stream.fetch(plan, sequence, 0, config.train.steps, replace=True)
         epoch(task)  # the files are in the page cache from here on
         rounds, shuffled, plain = [], [], []
@@ -115,11 +112,11 @@ def main() -> None:
                 plain.append(epoch(task))
     tokens = options.samples * 512
     print(f"{options.samples:,} samples of 512 tokens, windows of {plan.shape.window:,}, medians of {options.rounds} rounds\n")
-    print("| part | CPU ns a token | share |\n|---|---|---|")
+    harness.head("part", "CPU ns a token", "share")
     total = sum(median(r[name] for r in rounds) for name in rounds[0])
     for name in rounds[0]:
         seconds = median(r[name] for r in rounds)
-        print(f"| {name} | {seconds / tokens * 1e9:.3f} | {seconds / total:.1%} |")
+        harness.row(name, f"{seconds / tokens * 1e9:.3f}", f"{seconds / total:.1%}")
     cost = median(s / p - 1 for s, p in zip(shuffled, plain, strict=True))
     with_it, without = (median(values) / tokens * 1e9 for values in (shuffled, plain))
     print(f"\nThe fetch tasks took {with_it:.3f} ns a token shuffled and {without:.3f} not: {cost:+.1%}")
@@ -129,4 +126,8 @@ if __name__ == "__main__":
     if worker_environment(0).items() <= os.environ.items():
         main()
     else:  # memory is handed out as in Ray's workers only if the process starts so
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **worker_environment(0)})
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "tests.benchmarks.fetch_costs", *sys.argv[1:]],
+            {**os.environ, **worker_environment(0)},
+        )

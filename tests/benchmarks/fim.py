@@ -1,6 +1,6 @@
 """Held-out middles: a model trained to fill in the middle against one trained left to right, at equal tokens of the same files.
 
-    python tests/benchmarks/fim.py --models FOLDER [--steps 2000] [--seeds 1] [--train fim|plain] [--middles 250]
+    python -m tests.benchmarks.fim --models FOLDER [--steps 2000] [--seeds 1] [--train fim|plain] [--middles 250]
 
 Each model is trained once and kept in FOLDER, so judging again trains nothing; `--train` trains the models of one way and judges
 nothing. What follows was decided before any result was looked at.
@@ -32,7 +32,6 @@ as an editor can, where it goes on with the suffix's first 8 characters (behind 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 import sys
@@ -45,16 +44,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from heliostat.curation.text import infilling, tokens
+from heliostat.curation.text.infilling import Arranged, FillInTheMiddle, arrange, spans
+from heliostat.data.infilling import OWN, Markers, encode, find
+from heliostat.evaluation.measures import edit_similarity
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
-
-from heliostat.curation.text import infilling, tokens  # noqa: E402
-from heliostat.curation.text.infilling import Arranged, FillInTheMiddle, arrange, spans  # noqa: E402
-from heliostat.data.infilling import OWN, Markers, encode, find  # noqa: E402
-from heliostat.evaluation.measures import edit_similarity  # noqa: E402
+from tests.benchmarks import harness
 
 END, VOCABULARY, LENGTH, BATCH, SPAN, MOST, LR, MATRIX_LR = "<|endoftext|>", 1024, 256, 16, 576, 32, 3e-3, 0.02
 MODEL = {"hidden_size": 160, "num_hidden_layers": 4, "num_attention_heads": 5, "num_key_value_heads": 5,
@@ -238,8 +235,9 @@ def judge(model: LlamaForCausalLM, way: str, all_: list[Middle], before: list[li
 
 def table(title: str, groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]], sizes: np.ndarray) -> None:
     """Prints a table: of each group of middles, what each way makes of them."""
-    print(f"\n| {title} | given | middles | nats a token | a middle | its end | exact | similarity | told: exact | similarity |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print()
+    shown = ("exact", "similarity", "told: exact", "similarity")
+    harness.head(title, "given", "middles", "nats a token", "a middle", "its end", *shown)
     for group, mask in groups.items():
         for name, value in found.items():
             if not mask.any():
@@ -249,13 +247,14 @@ def table(title: str, groups: dict[str, np.ndarray], found: dict[str, dict[str, 
             error = np.sqrt(((each - rate * count) ** 2).sum()) / count.sum()
             shares = [value[key][mask] for key in ("exact", "similar", "exact told", "similar told")]
             said = ["-" if np.isnan(one).all() else f"{np.nanmean(one):.3f}" for one in shares]
-            print(f"| {group} | {name} | {mask.sum()} | {rate:.3f} ± {error:.3f} | {each.mean():.2f} | "
-                  f"{value['end'][mask].mean():.2f} | {' | '.join(said)} |")  # fmt: skip
+            ends = f"{value['end'][mask].mean():.2f}"
+            harness.row(group, name, mask.sum(), f"{rate:.3f} ± {error:.3f}", f"{each.mean():.2f}", ends, *said)
 
 
 def paired(groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]]) -> None:
     """Prints how far each way of filling in is from the better of left to right, middle by middle."""
-    print("\n| middles | given | nats a middle less | exact more, both by themselves | both told | \n|---|---|---:|---:|---:|")
+    print()
+    harness.head("middles", "given", "nats a middle less", "exact more, both by themselves", "both told")
     for group, mask in groups.items():
         for name in WAYS["fim"]:
             said = []
@@ -265,20 +264,20 @@ def paired(groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]
                 gain = sign * (found[name][key][mask] - best)
                 gain = gain[~np.isnan(gain)]
                 said.append(f"{gain.mean():+.3f} ± {gain.std() / np.sqrt(len(gain)):.3f}" if len(gain) else "-")
-            print(f"| {group} | {name} | {' | '.join(said)} |")
+            harness.row(group, name, *said)
 
 
 def within(chosen: np.ndarray, found: dict[str, dict[str, np.ndarray]], sizes: np.ndarray) -> None:
     """Prints nats within the cuts of middles, and how many fewer they are than those of each way of left to right."""
     chosen, taken = chosen & (sizes > sum(FELT)), sizes - sum(FELT)
-    print(f"\n| given | nats a token, {chosen.sum()} middles | " + " | ".join(f"fewer than {n}" for n in WAYS["plain"]) + " |")
-    print("|---|---:|---:|---:|")
+    print()
+    harness.head("given", f"nats a token, {chosen.sum()} middles", *(f"fewer than {n}" for n in WAYS["plain"]))
     for name, value in found.items():
         rate, gains = value["inner"][chosen].sum() / taken[chosen].sum(), []
         for other in WAYS["plain"]:
             gain = found[other]["inner"][chosen] - value["inner"][chosen]
             gains.append("" if name in WAYS["plain"] else f"{gain.mean():+.2f} ± {gain.std() / np.sqrt(len(gain)):.2f} a middle")
-        print(f"| {name} | {rate:.3f} | {' | '.join(gains)} |")
+        harness.row(name, f"{rate:.3f}", *gains)
 
 
 def trained(way: str, seed: int, folder: Path, steps: int, data: Callable[[], tuple[np.ndarray, np.ndarray]]) -> LlamaForCausalLM:
@@ -292,13 +291,9 @@ def trained(way: str, seed: int, folder: Path, steps: int, data: Callable[[], tu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--train", choices=list(WAYS))
-    parser.add_argument("--middles", type=int, default=250)
-    asked = parser.parse_args()
+    asked = harness.arguments(
+        __doc__, models={"type": Path, "required": True}, steps=2000, seeds=1, train={"choices": list(WAYS)}, middles=250
+    )
     torch.set_num_threads(1)
     texts, held = corpus()
     definition = asked.models / "tokenizer.json"

@@ -1,6 +1,6 @@
 """Held-out loss of small U-Nets and PixArts that begin as their authors have it, against torch's default weights.
 
-    heliostat prepare pipelines/quickstart-images.yaml && OMP_NUM_THREADS=1 python tests/benchmarks/image_init.py [--steps 600]
+    heliostat prepare pipelines/quickstart-images.yaml && OMP_NUM_THREADS=1 python -m tests.benchmarks.image_init [--steps 600]
 
 The model, the samples, the loss, the schedule and the average are those of `jobs/quickstart-diffusion.yaml`, in a plain loop of
 one process: no Ray, no ZeRO. PixArt takes the U-Net's place with a backbone of its own and a lower rate. The two starts of a seed
@@ -9,12 +9,10 @@ differ in nothing but the backbone's first weights: text encoder, samples, noise
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -24,7 +22,9 @@ from heliostat.config import schedules
 from heliostat.data.dataset import open_dataset
 from heliostat.validation import check
 
-JOB = Path(__file__).resolve().parents[2] / "jobs/quickstart-diffusion.yaml"
+from tests.benchmarks import harness
+
+JOB = harness.ROOT / "jobs/quickstart-diffusion.yaml"
 RATES = {"unet": 2e-3, "pixart": 1e-3}
 PIXART = {"arch": "pixart", "num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 16, "patch_size": 2}
 STARTS = ("authors'", "torch's default")
@@ -80,18 +80,12 @@ def losses(checked: Any, start: str, marks: int) -> Iterator[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--backbones", nargs="+", default=list(RATES), choices=list(RATES))
-    options = parser.parse_args()
+    options = harness.arguments(__doc__, steps=600, batch=32, seeds=[1, 2, 3], backbones=[*RATES])
     torch.set_num_threads(1)
     marks = 3
     steps = [options.steps * (i + 1) // marks for i in range(marks)]
     print(f"{options.batch} images a step; held-out loss of {HELD_OUT} images, averaged weights")
-    heads = ["backbone", "seed", "start", *(f"step {s}" for s in steps), "seconds"]
-    print(f"| {' | '.join(heads)} |\n|---|---|---|{'---:|' * (marks + 1)}")
+    harness.head("backbone", "seed", "start", *(f"step {s}" for s in steps), "seconds")
     for arch in options.backbones:
         found: dict[str, list[list[float]]] = {start: [] for start in STARTS}
         for seed in options.seeds:
@@ -100,13 +94,12 @@ def main() -> None:
                 began = time.perf_counter()
                 curve = list(losses(checked, start, marks))
                 found[start].append(curve)
-                cells = " | ".join(f"{value:.4f}" for value in curve)
-                print(f"| {arch} | {seed} | {start} | {cells} | {time.perf_counter() - began:.0f} |", flush=True)
+                harness.row(arch, seed, start, *(f"{value:.4f}" for value in curve), f"{time.perf_counter() - began:.0f}")
         for start, curves in found.items():
-            print(f"| {arch} | mean | {start} | " + " | ".join(f"{mean(c):.4f}" for c in zip(*curves, strict=True)) + " | |")
+            harness.row(arch, "mean", start, *(f"{mean(c):.4f}" for c in zip(*curves, strict=True)), "")
         ratios = [[math.log(a / b) for a, b in zip(*pair, strict=True)] for pair in zip(*found.values(), strict=True)]
         cells = (f"{math.exp(mean(r)):.3f} ({math.exp(min(r)):.3f} to {math.exp(max(r)):.3f})" for r in zip(*ratios, strict=True))
-        print(f"| {arch} | ratio (least to most) | authors' / default | " + " | ".join(cells) + " | |", flush=True)
+        harness.row(arch, "ratio (least to most)", "authors' / default", *cells, "")
 
 
 if __name__ == "__main__":

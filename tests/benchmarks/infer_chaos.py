@@ -1,6 +1,6 @@
 """Chaos for `heliostat infer`: a worker, a node and the driver killed in one batch inference, against one that nobody disturbed.
 
-    python tests/benchmarks/infer_chaos.py MODEL [--inputs 20000] [--tokens 4] [--batch 64] [--rounds 1] [--seed 0]
+    python -m tests.benchmarks.infer_chaos MODEL [--inputs 20000] [--tokens 4] [--batch 64] [--rounds 1] [--seed 0]
 
 MODEL is an exported folder, as `heliostat export RUN OUT` writes. The inputs are short: 2 to 8 words in eight files, each with
 one line that is no JSON and one without a text. The unbroken run has a private Ray with two workers; the others a cluster of two
@@ -32,14 +32,12 @@ import pyarrow.parquet as pq
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.storage.locations import Location
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.benchmarks.broken.rounds import Round, at_work  # noqa: E402
+from tests.benchmarks import harness
+from tests.benchmarks.broken.rounds import Round, at_work
+from tests.benchmarks.infer import WORDS
 
 FAULTS = ("worker", "node", "driver")
 FILES = 8
-WORDS = ("def", "import", "class", "return", "self", "for", "in", "if", "else", "print", "open", "file", "name", "value", "the")
 LIMIT_S = 1500.0  # of a start
 EARLY, LATE = 0.05, 0.85  # of the pieces, between which the faults strike
 
@@ -141,14 +139,7 @@ class Answers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--inputs", type=int, default=20_000)
-    parser.add_argument("--tokens", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = harness.arguments(__doc__, model=Path, inputs=20_000, tokens=4, batch=64, rounds=1, seed=0)
     given.model = given.model.absolute()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         wrong = run(Inference(Path(name), given))

@@ -1,6 +1,6 @@
 """Memory and seconds of a process that opens a run's data of very many chunks, and of a mix of many sources with long weights.
 
-    python tests/benchmarks/large_order.py [--chunks 25000000] [--folder FOLDER]
+    python -m tests.benchmarks.large_order [--chunks 25000000] [--folder FOLDER]
 
 The manifest is synthetic (sizes, places and content digests of random numbers; there is no shard), written by
 `manifest.write_table` and opened by `open_dataset`, as workers and fetch tasks do. Each row is a process of its own. `own` is
@@ -10,12 +10,7 @@ as this one has touched them; both without what the libraries take. The folder t
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +24,8 @@ from heliostat.data.mixing import Shape
 from heliostat.data.order import Order
 from heliostat.data.split import Split
 from heliostat.storage.locations import Location
+
+from tests.benchmarks import harness
 
 PER_SHARD = 30
 SHAPE = Shape(batch=1024, lanes=64, steps_per_block=4, window=65_536)
@@ -123,38 +120,32 @@ def memory() -> tuple[float, float]:
     return own * 1.024e-3, (int(found["Rss"]) - own) * 1.024e-3
 
 
-def part(name: str, folder: Path, digest: str) -> None:
+def part(name: str, folder: str, digest: str) -> list[str]:
+    """Plays one of PARTS; returns its row."""
     before = memory()
-    said = PARTS[name](folder, digest)
+    said = PARTS[name](Path(folder), digest)
     own, shared = (after - start for after, start in zip(memory(), before, strict=True))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3 - sum(before)
-    print(f"| {name} | {own:,.0f} | {shared:,.0f} | {peak:,.0f} | {said} |", flush=True)
+    peak = harness.memory("VmHWM") * 1.048576 - sum(before)
+    return [f"{own:,.0f}", f"{shared:,.0f}", f"{peak:,.0f}", said]
+
+
+def written(folder: str, chunks: int) -> list[str]:
+    """Writes the manifest; returns its digest, and a line about it."""
+    began = time.perf_counter()
+    digest = write(Path(folder), chunks)
+    peak = harness.memory("VmHWM") * 1.048576
+    return [digest, f"{chunks:,} chunks; written in {time.perf_counter() - began:.0f} s by a process of up to {peak:,.0f} MB"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chunks", type=int, default=25_000_000)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--part", nargs=2, metavar=("NAME", "DIGEST"), help="What a process of its own does")
-    options = parser.parse_args()
-    if options.part:
-        name, digest = options.part
-        if name in PARTS:
-            part(name, options.folder, digest)
-        else:
-            print(write(options.folder, options.chunks))
-        return
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        environment = {**os.environ, "TMPDIR": name}
-        command = [sys.executable, __file__, "--folder", name, "--chunks", str(options.chunks), "--part"]
-        began = time.perf_counter()
-        made = subprocess.run([*command, "write", ""], env=environment, check=True, capture_output=True, text=True)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1.024e-3
-        print(f"{options.chunks:,} chunks; written in {time.perf_counter() - began:.0f} s by a process of up to {peak:,.0f} MB")
-        print("| process | own, MB | mapped, MB | peak of both, MB | |\n|---|---:|---:|---:|---|", flush=True)
-        for part_ in PARTS:
-            subprocess.run([*command, part_, made.stdout.strip()], env=environment, check=True)
-        print(f"files: {sum(f.stat().st_size for f in Path(name).glob('heliostat-tables-*/*')) / 1e6:,.0f} MB")
+    given = harness.arguments(__doc__, chunks=25_000_000, folder={"type": Path})
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        (digest, line), _ = harness.apart(written, folder, given.chunks, TMPDIR=folder)
+        print(line)
+        harness.head("process", "own, MB", "mapped, MB", "peak of both, MB", "")
+        for name in PARTS:
+            harness.row(name, *harness.apart(part, name, folder, digest, TMPDIR=folder)[0])
+        print(f"files: {sum(f.stat().st_size for f in Path(folder).glob('heliostat-tables-*/*')) / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":

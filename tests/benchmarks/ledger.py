@@ -1,6 +1,6 @@
 """What the goodput ledger costs: microseconds a step on the worker, and for each report on worker and driver.
 
-    python tests/benchmarks/ledger.py [--steps 100000]
+    python -m tests.benchmarks.ledger [--steps 100000]
 
 The worker's part is what the loop does in every step (a switch to `data` and back, one booking of a wait for a checkpoint);
 at a report it adds up its totals, and the driver takes the event in. The goal is less than 0.5 % of a step, and a step of 10 ms
@@ -9,7 +9,6 @@ is shorter than any that is worth several workers. Each is the median of five ro
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from statistics import median
 from heliostat.runs.events import ModelPhase, Steps
 from heliostat.runs.time_ledger import Ledger, LedgerRecorder
 from heliostat.storage.locations import Location
+
+from tests.benchmarks import harness
 
 SHORT_STEP_US = 10_000
 
@@ -33,9 +34,7 @@ def microseconds(work: Callable[[int], object], times: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100_000)
-    steps = parser.parse_args().steps
+    steps = harness.arguments(__doc__, steps=100_000).steps
     ledger = Ledger("computing")
 
     def step(_: int) -> None:
@@ -45,15 +44,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         recorder = LedgerRecorder(Location(folder), time.time(), 0, 2)
-        facts = {"queued_s": 0.0, "start_step": 0, "workers": 2, "ledger": ledger.totals()}
-        recorder.event(ModelPhase(**facts))
+        recorder.event(ModelPhase(queued_s=0.0, start_step=0, workers=2, ledger=ledger.totals()))
 
         def report(i: int) -> None:
             recorder.event(Steps(first=i, loss=[0.0], grad_norm=[0.0], lr=[0.0], seconds=1.0, ledger=ledger.totals()))
 
-        each, all_told = microseconds(step, steps), microseconds(report, steps // 10)
+        each, reported = microseconds(step, steps), microseconds(report, steps // 10)
         recorder.close("finished")
-    print(f"a step {each:.2f} us ({each / SHORT_STEP_US:.4%} of a step of 10 ms); a report, worker and driver, {all_told:.1f} us")
+    print(f"a step {each:.2f} us ({each / SHORT_STEP_US:.4%} of a step of 10 ms); a report, worker and driver, {reported:.1f} us")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Listing an input on S3: many folders at a time (`Location.tree`) beside one stream (`Location.files`).
 
-    PYTHONPATH=. python tests/benchmarks/listing.py [--objects 200000] [--folders 200 1] [--delay 0.05] [--times 3]
+    python -m tests.benchmarks.listing [--objects 200000] [--folders 200 1] [--delay 0.05] [--times 3]
 
 The store is a process of this machine that only lists, a thousand names an answer, and takes `--delay` seconds for each, as a
 store some way off does (moto's takes seconds for ten thousand objects). Each listing is a process of its own. Prints of both
@@ -10,10 +10,8 @@ above what it had before.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
-import resource
 import threading
 import time
 from bisect import bisect_left, bisect_right
@@ -23,6 +21,8 @@ from statistics import median
 from urllib.parse import parse_qs, urlsplit
 
 from heliostat.storage.locations import Location
+
+from tests.benchmarks import harness
 
 AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 PAGE, END = 1000, "\U0010ffff"
@@ -75,56 +75,40 @@ def page(keys: list[str], prefix: str, delimiter: str | None, after: str) -> byt
             f"{''.join(found)}</ListBucketResult>").encode()  # fmt: skip
 
 
-def peak() -> int:
-    """Returns the most memory that this process has taken, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
-def lister(uri: str, way: str, told: Connection) -> None:
-    """Lists a place in a process of its own, and tells (seconds, CPU seconds, MiB, objects)."""
+def lister(uri: str, way: str) -> tuple[float, float, float, int]:
+    """Lists a place; returns (seconds, CPU seconds, MiB, objects)."""
     place = Location(uri)
     place.fs  # noqa: B018 - the client's own libraries are in memory before
-    before, start, cpu = peak(), time.monotonic(), time.process_time()
-    found = getattr(place, way)()
-    told.send((time.monotonic() - start, time.process_time() - cpu, peak() - before, len(found)))
+    before, start, cpu = harness.memory("VmHWM"), time.monotonic(), time.process_time()
+    listed = getattr(place, way)()
+    return time.monotonic() - start, time.process_time() - cpu, harness.memory("VmHWM") - before, len(listed)
 
 
-def measured(store: Connection, uri: str, way: str) -> tuple[float, float, int, int, int]:
-    """Returns the seconds, CPU seconds, MiB, objects and requests of a listing."""
+def measured(store: Connection, uri: str, way: str) -> tuple[float, float, float, int, int]:
+    """Returns the seconds, CPU seconds, MiB, objects and requests of a listing, in a process of its own."""
     store.send(True)
     before = store.recv()
-    told, theirs = multiprocessing.Pipe()
-    one = multiprocessing.get_context("spawn").Process(target=lister, args=(uri, way, theirs))
-    one.start()
-    found = told.recv()
-    one.join()
+    found, _ = harness.apart(lister, uri, way)
     store.send(True)
     return *found, store.recv() - before
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--objects", type=int, default=200_000)
-    parser.add_argument("--folders", type=int, nargs="+", default=[200, 20, 1])
-    parser.add_argument("--delay", type=float, default=0.05)
-    parser.add_argument("--times", type=int, default=3)
-    given = parser.parse_args()
+    given = harness.arguments(__doc__, objects=200_000, folders=[200, 20, 1], delay=0.05, times=3)
     os.environ.update(AWS)
-    of = " | requests | CPU s | MiB"
-    print(f"| folders | objects | one stream{of} | many at a time{of} |\n|" + "---|" * 10)
+    of = ("requests", "CPU s", "MiB")
+    harness.head("folders", "objects", "one stream", *of, "many at a time", *of)
     for folders in given.folders:
         told, theirs = multiprocessing.Pipe()
         store = multiprocessing.Process(target=serve, args=(given.objects, folders, given.delay, theirs), daemon=True)
         store.start()
         uri = f"s3://bucket/in?endpoint_override=127.0.0.1:{told.recv()}&scheme=http"
-        runs: dict[str, list[tuple[float, float, int, int, int]]] = {"files": [], "tree": []}
-        for _ in range(given.times):
-            for way, found in runs.items():
-                found.append(measured(told, uri, way))
+        ways = {way: lambda way=way, told=told, uri=uri: measured(told, uri, way) for way in ("files", "tree")}
+        runs = harness.by_turns(ways, given.times)
         assert {run[3] for found in runs.values() for run in found} == {given.objects}, runs
-        cells = [f"{median(run[0] for run in of):.1f} s | {of[0][4]:,} | {median(run[1] for run in of):.1f} | "
-                 f"{median(run[2] for run in of):.0f}" for of in runs.values()]  # fmt: skip
-        print(f"| {folders} | {given.objects:,} | {cells[0]} | {cells[1]} |", flush=True)
+        cells = [f"{median(run[0] for run in mine):.1f} s | {mine[0][4]:,} | {median(run[1] for run in mine):.1f} | "
+                 f"{median(run[2] for run in mine):.0f}" for mine in runs.values()]  # fmt: skip
+        harness.row(folders, f"{given.objects:,}", *cells)
         told.send(False)
         store.join()
 

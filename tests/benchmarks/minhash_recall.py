@@ -1,6 +1,6 @@
 """Recall and precision of `minhash` and of datatrove's MinHash on planted pairs: 14 x 8, 5-grams of words, on the same documents.
 
-    python tests/benchmarks/minhash_recall.py corpus.jsonl [--datatrove VENV/bin/python] [--documents 4000] [--pairs 1000]
+    python -m tests.benchmarks.minhash_recall corpus.jsonl [--datatrove VENV/bin/python] [--documents 4000] [--pairs 1000]
 
 The corpus is what `curation_corpus.py` makes. A pair is a document and a copy in which single words are replaced, so that the
 5-grams of both have a Jaccard similarity drawn from 0.5 to 0.97; what it came to is computed from the texts. Found is a pair of
@@ -10,18 +10,16 @@ side is a process of its own; CPU seconds are its own, with those of starting an
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import resource
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from itertools import combinations, pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks import harness
+
 BUCKETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 LEAST_WORDS, MOST_WORDS = 150, 1500
 SHOWN = 60  # documents of a cluster whose pairs are looked at
@@ -65,26 +63,26 @@ def plant(corpus: Path, folder: Path, documents: int, pairs: int) -> tuple[dict[
     return texts, planted
 
 
-def ours(folder: Path) -> dict[str, str]:
+def ours(place: str) -> dict[str, str]:
     """Runs the stage, with what spills and sorts; returns the cluster of each document, by its least, of those that have one."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
     from heliostat.tasks import spill
 
     from tests.unit.build_curation import curate
 
+    folder = Path(place)
     texts = {row["id"]: row["text"] for row in map(json.loads, (folder / "in" / "a.jsonl").open())}
     found, here = curate(folder / "work", texts, [{"stage": "minhash"}], memory_limit=256 << 20, again=0)
     gone = [row for name in found.left_out for t in spill.read(here.work.spill, name) for row in t.to_pylist()]
     return {row["id"]: row["detail"].rpartition(" (one of")[0] for row in gone}
 
 
-def theirs(folder: Path) -> dict[str, str]:
+def theirs(place: str) -> dict[str, str]:
     """Runs datatrove's four steps, one task after another, with clusters told."""
     from datatrove.data import Document
     from datatrove.pipeline.dedup import minhash
     from datatrove.pipeline.readers import JsonlReader
 
-    config = minhash.MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
+    folder, config = Path(place), minhash.MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
     sigs, buckets, removed = (str(folder / name) for name in ("sigs", "buckets", "removed"))
     documents: list[Document] = []
 
@@ -103,17 +101,6 @@ def theirs(folder: Path) -> dict[str, str]:
     return {id: str(cluster) for id, cluster in found.items() if cluster != -1}
 
 
-def turn(python: str, which: str, folder: Path) -> tuple[dict[str, str], float]:
-    """Runs a side; returns the clusters, and its CPU seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([python, __file__, which, str(folder)], stderr=subprocess.PIPE, text=True, timeout=3000)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return json.loads((folder / f"{which}.json").read_text()), seconds
-
-
 def told(clusters: dict[str, str], texts: dict[str, str], similar: dict[tuple[str, str], float]) -> tuple[list[str], str]:
     """Tells the recall of each bucket, and the precision."""
     of = {id: clusters.get(id, id) for id in texts} | {keeper: keeper for keeper in clusters.values() if keeper in texts}
@@ -129,36 +116,26 @@ def told(clusters: dict[str, str], texts: dict[str, str], similar: dict[tuple[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", type=Path)
-    parser.add_argument("--datatrove", default="")
-    parser.add_argument("--documents", type=int, default=4000)
-    parser.add_argument("--pairs", type=int, default=1000)
-    asked = parser.parse_args()
+    asked = harness.arguments(__doc__, corpus=Path, datatrove="", documents=4000, pairs=1000)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         texts, planted = plant(asked.corpus, folder, asked.documents, asked.pairs)
         megabytes = sum(len(text.encode()) for text in texts.values()) / 1e6
         print(f"{len(texts):,} documents, {megabytes:.1f} MB, {len(planted):,} planted pairs", flush=True)
         similar = {pair: jaccard(texts[pair[0]], texts[pair[1]]) for pair in planted}
-        sides = {"heliostat": (sys.executable, "--ours")}
-        sides |= {"datatrove": (asked.datatrove, "--theirs")} if asked.datatrove else {}
+        sides = {"heliostat": (sys.executable, ours)} | ({"datatrove": (asked.datatrove, theirs)} if asked.datatrove else {})
         rows = {}
-        for name, (python, which) in sides.items():
-            clusters, seconds = turn(python, which, folder)
+        for name, (python, side) in sides.items():
+            clusters, seconds = harness.apart(side, temporary, python=python)
             rows[name] = (*told(clusters, texts, similar), f"{seconds / megabytes:.2f}")
-    print("| Jaccard | expected |" + "".join(f" {name} |" for name in rows) + "\n|---|---|" + "---|" * len(rows))
+    harness.head("Jaccard", "expected", *rows)
     for number, (low, high) in enumerate(pairwise(BUCKETS)):
         curve = [1 - (1 - s**8) ** 14 for s in similar.values() if low <= s < high]
-        cells = "".join(f" {recall[number]} |" for recall, _, _ in rows.values())
-        print(f"| {low:g} to {high:g} | {sum(curve) / max(1, len(curve)):.1%} |{cells}")
-    print("| pairs joined that have 0.5 and more | |" + "".join(f" {precise} |" for _, precise, _ in rows.values()))
-    print("| CPU s a MB | |" + "".join(f" {seconds} |" for _, _, seconds in rows.values()))
+        cells = [recall[number] for recall, _, _ in rows.values()]
+        harness.row(f"{low:g} to {high:g}", f"{sum(curve) / max(1, len(curve)):.1%}", *cells)
+    harness.row("pairs joined that have 0.5 and more", "", *(precise for _, precise, _ in rows.values()))
+    harness.row("CPU s a MB", "", *(seconds for _, _, seconds in rows.values()))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("--ours", "--theirs"):
-        made = {"--ours": ours, "--theirs": theirs}[sys.argv[1]](Path(sys.argv[2]))
-        (Path(sys.argv[2]) / f"{sys.argv[1]}.json").write_text(json.dumps(made))
-    else:
-        main()
+    main()

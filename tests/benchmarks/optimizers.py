@@ -1,6 +1,6 @@
 """Held-out loss against CPU seconds, by optimizer: a small Llama on the source code of Python's own library, as bytes.
 
-    python tests/benchmarks/optimizers.py [--steps 400] [--seeds 3] [--only muon lion] [--times 0.3 1 3]
+    python -m tests.benchmarks.optimizers [--steps 400] [--seeds 3] [--only muon lion] [--times 0.3 1 3]
 
 One process of one thread, ZeRO-1, fp32: heliostat's own engine and optimizers, each with the learning rate in `RATES`; `--times`
 tries multiples of it. Seconds are processor time of training steps alone. Every optimizer sees the same batches; files are held
@@ -9,9 +9,7 @@ out by the hash of their path.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -22,14 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from heliostat.config.schedules import factor
+from heliostat.engine import deepspeed_engine, ema
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
-
-from heliostat.config.schedules import factor  # noqa: E402
-from heliostat.engine import deepspeed_engine, ema  # noqa: E402
-
-from tests.gpu import setting  # noqa: E402
+from tests.benchmarks import harness
+from tests.gpu import setting
 
 MODEL = {**setting.TINY, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3,
          "intermediate_size": 256, "vocab_size": 256}  # fmt: skip
@@ -89,24 +84,19 @@ def held_out(engine: Any, its: Any, data: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=list(RATES))
-    parser.add_argument("--times", type=float, nargs="+", default=[1.0], help="multiples of the rates in RATES to try")
-    asked = parser.parse_args()
+    asked = harness.arguments(__doc__, steps=400, seeds=3, only=[*RATES], times=[1.0])
     torch.set_num_threads(1)
     setting.start()
     data = corpus()
     print(f"{len(data[0]):,} bytes to train on, {len(data[1]):,} held out; {asked.steps} steps of {BATCH * LENGTH:,} bytes\n")
-    print("| optimizer | learning rate | held-out loss (CPU s), mean of the seeds | at the end, by seed |\n|---|---|---|---|")
+    harness.head("optimizer", "learning rate", "held-out loss (CPU s), mean of the seeds", "at the end, by seed")
     for name in asked.only:
         for rate in [RATES[name] * times for times in asked.times]:
             runs = [list(play(name, rate, asked.steps, seed, data)) for seed in range(asked.seeds)]
             looks = ", ".join(
                 f"{mean(r[i][1] for r in runs):.3f} ({mean(r[i][0] for r in runs):.0f})" for i in range(len(runs[0]))
             )
-            print(f"| {name} | {rate:g} | {looks} | {', '.join(f'{r[-1][1]:.3f}' for r in runs)} |", flush=True)
+            harness.row(name, f"{rate:g}", looks, ", ".join(f"{r[-1][1]:.3f}" for r in runs))
 
 
 if __name__ == "__main__":

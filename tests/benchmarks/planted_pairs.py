@@ -1,7 +1,7 @@
 """Recall of `minhash` and `decontaminate`, and of datatrove's, on planted pairs of real text that differ in one way. By hand:
 
     apt-get download python3.13-doc debian-reference-fr debian-reference-zh-cn; dpkg-deb -x NAME.deb FOLDER
-    python tests/benchmarks/planted_pairs.py FOLDER [--datatrove VENV/bin/python] [--pairs 50]
+    python -m tests.benchmarks.planted_pairs FOLDER [--datatrove VENV/bin/python] [--pairs 50]
 
 A pair is a passage of documentation and a copy that is changed as its row says. Both are among passages that are no copies, and
 tables of random numbers. Near duplicates: a pair is found if both are in one cluster; of all other pairs in clusters, those are
@@ -12,24 +12,21 @@ the signatures instead, of the passages: heliostat of this tree, and of another 
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
-
-from tests.benchmarks.minhash_recall import SHOWN, jaccard, turn  # noqa: E402
+from tests.benchmarks import harness, minhash_recall
+from tests.benchmarks.minhash_recall import SHOWN, jaccard
 
 N = 13
 EXAMPLE = 60  # words of a passage that are an example; of Chinese, twice as many characters
@@ -134,21 +131,23 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
-def ours(folder: Path) -> list[str]:
+def ours(place: str) -> list[str]:
     """Lists the documents that `decontaminate` drops."""
     from heliostat.curation.stage import Document
     from heliostat.curation.stages.decontaminate import Decontaminate
 
+    folder = Path(place)
     work = Decontaminate(sets={"planted": str(folder / "examples.jsonl")}, n=N).open()
     return [row["id"] for row in read(folder / "in" / "a.jsonl") if not work([Document(row["id"], row["text"])])[0].document]
 
 
-def theirs(folder: Path) -> list[str]:
+def theirs(place: str) -> list[str]:
     """Lists the documents that datatrove's filter drops, with the hashes of its indexer, which needs lighteval to run."""
     from datatrove.data import Document
     from datatrove.pipeline.decont import n_grams
     from datatrove.utils.text import ngrams, simplify_text
 
+    folder = Path(place)
     filtered = n_grams.NGramsDecontFilter(str(folder), config=n_grams.NGramsDecontConfig(n_grams=N))
     filtered._index_hashes = {
         filtered.hash_func(" ".join(gram)): "planted"
@@ -181,13 +180,10 @@ def compare(folder: Path, pythons: dict[str, str], pairs: int) -> None:
         print(f"{len(texts):,} documents, {sum(len(t.encode()) for t in texts.values()) / 1e6:.1f} MB", flush=True)
         cells, dropped, wrong = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list), list[str]()
         for side, python in pythons.items():
-            groups = clusters_of(turn(python, "--ours" if side == "heliostat" else "--theirs", here)[0], texts)
+            clusters, drops = (minhash_recall.ours, ours) if side == "heliostat" else (minhash_recall.theirs, theirs)
+            groups = clusters_of(harness.apart(clusters, temporary, python=python)[0], texts)
             of = {id: cluster for cluster, ids in groups.items() for id in ids}
-            which = "ours" if side == "heliostat" else "theirs"
-            done = subprocess.run([python, __file__, f"--{which}", str(here)], capture_output=True, text=True, timeout=3000)
-            if done.returncode:
-                raise SystemExit(done.stderr[-2000:])
-            gone = set(json.loads((here / f"{which}-decontaminated.json").read_text()))
+            gone = set(harness.apart(drops, temporary, python=python)[0])
             for row, some in planted.items():
                 cells[row].append(f"{sum(of[a] == of[b] for a, b in some)} of {len(some)}")
                 dropped[row].append(f"{sum(b in gone for _, b in some)} of {len(some)}")
@@ -197,55 +193,40 @@ def compare(folder: Path, pythons: dict[str, str], pairs: int) -> None:
             clean = [id for id in told if not any(shares(texts[id], text) for text in examples.values())]
             wrong.append(f"{side}: {len(false)} of {len(joined):,} pairs in clusters are of unrelated documents {false[:3]}; "
                          f"{len(clean)} documents without a shared n-gram were dropped {clean[:3]}")  # fmt: skip
-    head = " | ".join(f"`minhash`, {side}" if side == "heliostat" else f"MinHash, {side}" for side in pythons)
-    print(f"| the copy has | {head} | " + " | ".join(f"decontamination, {side}" for side in pythons) + " |")
-    print("|---|" + "---|" * 2 * len(pythons))
+    heads = [f"`minhash`, {side}" if side == "heliostat" else f"MinHash, {side}" for side in pythons]
+    harness.head("the copy has", *heads, *(f"decontamination, {side}" for side in pythons))
     for row in cells:
-        print(f"| {row} | " + " | ".join([*cells[row], *dropped[row]]) + " |")
+        harness.row(row, *cells[row], *dropped[row])
     print(*wrong, sep="\n")
 
 
-SPEED = """
-import json, sys, time
-from heliostat.curation.minhash.signatures import Parameters, keys
-texts = json.load(open(sys.argv[1]))
-keys(texts[:50], Parameters(14, 8, 5, 1))
-start = time.process_time()
-for at in range(0, len(texts), 2000):
-    keys(texts[at : at + 2000], Parameters(14, 8, 5, 1))
-print(time.process_time() - start)
-"""
+def signatures(file: str) -> float:
+    """Returns the CPU seconds of the signatures of texts, 2,000 at a time."""
+    from heliostat.curation.minhash.signatures import Parameters, keys
+
+    texts, parameters = json.loads(Path(file).read_text()), Parameters(14, 8, 5, 1)
+    keys(texts[:50], parameters)
+    return harness.cpu(lambda: [keys(texts[at : at + 2000], parameters) for at in range(0, len(texts), 2000)])
 
 
 def speed(folder: Path, before: str, times: int = 5) -> None:
     """Measures MB/s of signatures per core, by turns with another tree."""
-    sources = sorted(folder.rglob("*.rst.txt"))
-    english = [path.read_text() for path in sources]
+    english = [path.read_text() for path in sorted(folder.rglob("*.rst.txt"))]
     others = [other(folder, language) for language in ("fr", "zh-cn")]
     mixed = [text[at : at + 5000] for text in others for at in range(0, len(text), 5000)]
+    trees = {tree: f"{tree}:{harness.ROOT}" for tree in (before, str(harness.ROOT / "platform")) if tree}
     for name, texts in {"English": english, "French and Chinese": mixed}.items():
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(texts, file)
             file.flush()
-            took = defaultdict[str, list[float]](list)
-            for _ in range(times):
-                for side, platform in {"before": before, "now": str(ROOT / "platform")}.items():
-                    if platform:
-                        env = {"PYTHONPATH": platform, "OMP_NUM_THREADS": "1", "PATH": ""}
-                        made = subprocess.run([sys.executable, "-c", SPEED, file.name], env=env, capture_output=True, text=True)
-                        took[side].append(float(made.stdout))
+            ways = {tree: partial(harness.apart, signatures, file.name, PYTHONPATH=path) for tree, path in trees.items()}
+            took = harness.by_turns(ways, times)
         size = sum(len(text.encode()) for text in texts) / 1e6
-        print(f"| {name}, {size:.1f} MB | " + " | ".join(f"{size / min(some):.1f}" for some in took.values()) + " |", flush=True)
+        harness.row(f"{name}, {size:.1f} MB", *(f"{size / min(seconds for seconds, _ in some):.1f}" for some in took.values()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--datatrove", default="")
-    parser.add_argument("--pairs", type=int, default=50)
-    parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--before", default="")
-    asked = parser.parse_args()
+    asked = harness.arguments(__doc__, folder=Path, datatrove="", pairs=50, speed=False, before="")
     if asked.speed:
         speed(asked.folder, asked.before)
     else:
@@ -254,9 +235,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] in ("--ours", "--theirs"):
-        side = sys.argv[1].removeprefix("--")
-        found = {"ours": ours, "theirs": theirs}[side](Path(sys.argv[2]))
-        (Path(sys.argv[2]) / f"{side}-decontaminated.json").write_text(json.dumps(found))
-    else:
-        main()
+    main()

@@ -1,6 +1,6 @@
 """Chaos for `prepare`: its driver, a worker, a node or all of it killed, its disk full, its S3 store failing, at random moments.
 
-    python tests/benchmarks/prepare_chaos.py [--kinds driver machine worker node disk s3] [--rounds 4] [--seed 0]
+    python -m tests.benchmarks.prepare_chaos [--kinds driver machine worker node disk s3] [--rounds 4] [--seed 0]
 
 A round prepares the same input, meets faults, and is started again until it ends:
 
@@ -20,7 +20,6 @@ them. Disks need root.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -41,11 +40,9 @@ from heliostat.chaos.proxy import FaultProxy, ProxyFault
 from heliostat.chaos.servers import ServerProcess, s3_server
 from heliostat.storage.locations import Location
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.benchmarks.broken.rounds import Round, at_work  # noqa: E402
-from tests.unit.build_curation import spelled  # noqa: E402
+from tests.benchmarks import harness
+from tests.benchmarks.broken.rounds import Round, at_work
+from tests.unit.build_curation import spelled
 
 KILLS = 3  # of a round
 PUBLISHED = ("shards", "listed", "ends")
@@ -178,17 +175,9 @@ class Bench:
             return round, sum(proxy.injected.values())
 
 
-KINDS = ("driver", "machine", "worker", "node", "disk", "s3")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
-    parser.add_argument("--rounds", type=int, default=4, help="of each kind")
-    parser.add_argument("--first", type=int, default=0, help="the number of the first round: parts of a series have others")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--documents", type=int, default=4000)
-    given = parser.parse_args()
+    kinds = ["driver", "machine", "worker", "node", "disk", "s3"]
+    given = harness.arguments(__doc__, kinds=kinds, rounds=4, first=0, seed=0, documents=4000)
     os.environ.update(AWS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that disks and clusters end with it
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, s3_server(Path(name)) as store:
@@ -208,12 +197,9 @@ def main() -> None:
                           f"{round.again} of {round.finished}, {time.monotonic() - start:.0f} s", flush=True)  # fmt: skip
                     if not same:
                         print((round.folder / "log").read_text()[-3000:], flush=True)
-    print(
-        "| fault | rounds | same digest | faults | starts | tasks recorded | of these done again |\n|---|---|---|---|---|---|---|"
-    )
+    harness.head("fault", "rounds", "same digest", "faults", "starts", "tasks recorded", "of these done again")
     for kind, row in rows.items():
-        cells = [row[name] for name in ("rounds", "same", "struck", "starts", "finished", "again")]
-        print(f"| {kind} | {' | '.join(f'{cell:,}' for cell in cells)} |")
+        harness.row(kind, *(f"{row[name]:,}" for name in ("rounds", "same", "struck", "starts", "finished", "again")))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a small model learns in a given processor time, by what it is made of: held-out bits a byte, one choice at a time.
 
-    python tests/benchmarks/quickstart_options.py [--seconds 20 60] [--seeds 1 2] [--only AdamW bf16] \\
+    python -m tests.benchmarks.quickstart_options [--seconds 20 60] [--seeds 1 2] [--only AdamW bf16] \\
         [--also 'NAME: KEY=VALUE; KEY=VALUE']
 
 One process of one thread, and nothing of Ray: the job of `jobs/quickstart.yaml` with the settings of a row of OPTIONS, its
@@ -11,24 +11,17 @@ vocabularies. Datasets of other vocabularies are prepared first, beside the quic
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from heliostat.engine import deepspeed_engine
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+from tests.benchmarks import harness, one_process
+from tests.gpu import setting
 
-from heliostat.engine import deepspeed_engine  # noqa: E402
-
-from tests.benchmarks import one_process  # noqa: E402
-from tests.gpu import setting  # noqa: E402
-
-JOB, PIPELINE = ROOT / "jobs/quickstart.yaml", ROOT / "pipelines/quickstart.yaml"
+JOB = harness.ROOT / "jobs/quickstart.yaml"
 OPTIONS: dict[str, list[str]] = {  # each changes one thing of the job
     "jobs/quickstart.yaml": [],
     "AdamW": ["train.optimizer={name: adamw, lr: 4.0e-3}"],
@@ -48,22 +41,17 @@ OPTIONS: dict[str, list[str]] = {  # each changes one thing of the job
 
 def dataset(vocabulary: str) -> Path:
     """The folder of the quickstart's dataset with another vocabulary, prepared if it is not there."""
-    folder = ROOT / f".heliostat/data/quickstart-{vocabulary}"
-    command = [Path(sys.executable).with_name("heliostat"), "prepare", PIPELINE]
-    settings = {"output": folder, "tokenizer.vocab_size": vocabulary}
-    subprocess.run([*command, *(w for k, v in settings.items() for w in ("--set", f"{k}={v}"))], cwd=ROOT, check=True)
+    folder = harness.ROOT / f".heliostat/data/quickstart-{vocabulary}"
+    settings = {"output": str(folder), "tokenizer.vocab_size": vocabulary}
+    harness.heliostat("prepare", "pipelines/quickstart.yaml", *harness.sets(settings))
     return folder
 
 
 def checked(settings: list[str], seed: int, samples: int) -> Any:
     given = dict(s.split("=", 1) for s in settings)
     vocabulary = given.pop("vocabulary", None)
-    keys = [
-        *(f"{k}={v}" for k, v in given.items()),
-        f"train.seed={seed}",
-        f"data.seed={seed}",
-        f"evaluate.samples={samples}",
-    ]
+    keys = [f"{k}={v}" for k, v in given.items()]
+    keys += [f"train.seed={seed}", f"data.seed={seed}", f"evaluate.samples={samples}"]
     if vocabulary:
         keys.append(f"data.sources.0.path={dataset(vocabulary)}")
     return one_process.checked(JOB, keys)
@@ -78,22 +66,18 @@ def play(made: Any, seconds: float) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, nargs="+", default=[20.0, 60.0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--samples", type=int, default=1_000_000, help="held-out samples, at most")
-    parser.add_argument("--only", nargs="*", help="rows of OPTIONS")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of all rows, such as a smaller batch")
-    parser.add_argument("--also", nargs="*", default=[], metavar="NAME: KEY=VALUE; ...", help="rows that are not in OPTIONS")
-    asked = parser.parse_args()
+    asked = harness.arguments(
+        __doc__, seconds=[20.0, 60.0], seeds=[1, 2], samples=1_000_000, only={"nargs": "*", "help": "rows of OPTIONS"},
+        set={"nargs": "*", "default": [], "metavar": "KEY=VALUE", "help": "of all rows, such as a smaller batch"},
+        also={"nargs": "*", "default": [], "metavar": "NAME: KEY=VALUE; ...", "help": "rows that are not in OPTIONS"},
+    )  # fmt: skip
     torch.set_num_threads(1)
     setting.start()
     rows = {name: settings for name, settings in OPTIONS.items() if asked.only is None or name in asked.only}
     rows |= {name: rest.split("; ") for name, _, rest in (line.partition(": ") for line in asked.also)}
     rows = {name: [*asked.set, *settings] for name, settings in rows.items()}
-    heads = [f"{seconds:g} s" for seconds in asked.seconds]
     print("held-out bits a byte, mean of the seeds (each), by processor time")
-    print(f"| | parameters | tokens/s | {' | '.join(heads)} |\n|---|---:|---:|{'---:|' * len(heads)}")
+    harness.head("", "parameters", "tokens/s", *(f"{seconds:g} s" for seconds in asked.seconds))
     for name, settings in rows.items():
         seeds = [checked(settings, seed, asked.samples) for seed in asked.seeds]
         with torch.device("meta"):
@@ -101,7 +85,7 @@ def main() -> None:
         ends = [[play(made, seconds) for made in seeds] for seconds in asked.seconds]
         cells = [f"{mean(b for _, b in end):.3f} ({', '.join(f'{b:.3f}' for _, b in end)})" for end in ends]
         speed = mean(tokens for end in ends for tokens, _ in end)
-        print(f"| {name} | {size:,} | {speed:,.0f} | {' | '.join(cells)} |", flush=True)
+        harness.row(name, f"{size:,}", f"{speed:,.0f}", *cells)
 
 
 if __name__ == "__main__":

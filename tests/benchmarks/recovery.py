@@ -1,6 +1,6 @@
 """Recovery in place: seconds from a fault to the next new step, and where they go.
 
-    python tests/benchmarks/recovery.py [--fault kill] [--job jobs/chaos.yaml] [--times 3] [--set train.zero.stage=3]
+    python -m tests.benchmarks.recovery [--fault kill] [--job jobs/chaos.yaml] [--times 3] [--set train.zero.stage=3]
 
 One run, in which the fault strikes each time that some more steps are done:
 
@@ -24,7 +24,6 @@ The parts, in their order:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -45,6 +44,8 @@ from heliostat.training import run
 from heliostat.training.driver import attempt, progress
 from heliostat.training.driver import run as driver_run
 from heliostat.training.stops import RESIZE
+
+from tests.benchmarks import harness
 
 PARTS = ("ended", "pause", "processes", "model", "checkpoint", "data", "first step", "recomputed")
 PHASES = {
@@ -154,7 +155,7 @@ def train(options: Any, folder: str) -> list[Any]:
 
 def followed(environment: dict[str, str]) -> list[float]:
     """Trains in a process that joins a cluster; returns when the attempts that failed had ended."""
-    command = [sys.executable, *sys.argv, "--follow"]
+    command = [sys.executable, "-m", "tests.benchmarks.recovery", *sys.argv[1:], "--follow"]
     with subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout
         for line in driver.stdout:
@@ -185,25 +186,20 @@ def strike(options: Any, folder: str) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fault", choices=("kill", "resize", "node"), default="kill")
-    parser.add_argument("--job", type=Path, default=Path("jobs/chaos.yaml"))
-    parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--follow", action="store_true", help="of the process that is followed")
-    options = parser.parse_args()
+    options = harness.arguments(
+        __doc__, fault={"choices": ("kill", "resize", "node"), "default": "kill"}, times=3,
+        job={"type": Path, "default": Path("jobs/chaos.yaml")}, set={"action": "append", "default": []}, follow=False,
+    )  # fmt: skip
     progress.ProgressReporter = Recording  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
         if options.follow:
             print(json.dumps({"ended": [a.seen for a in train(options, folder) if a.outcome == "failed"]}))
             return
         found = strike(options, folder)
-    print(f"| part | {' | '.join(f'{options.fault} {i + 1}' for i in range(len(found)))} | median |")
-    print("|---|" + "---:|" * (len(found) + 1))
-    for part in PARTS:
-        print(f"| {part} | {' | '.join(f'{one[part]:.2f}' for one in found)} | {median(one[part] for one in found):.2f} |")
-    totals = [sum(one.values()) for one in found]
-    print(f"| fault to next new step | {' | '.join(f'{t:.2f}' for t in totals)} | {median(totals):.2f} |")
+    harness.head("part", *(f"{options.fault} {i + 1}" for i in range(len(found))), "median")
+    rows = {part: [one[part] for one in found] for part in PARTS}
+    for part, seconds in (rows | {"fault to next new step": [sum(one.values()) for one in found]}).items():
+        harness.row(part, *(f"{s:.2f}" for s in seconds), f"{median(seconds):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Judges retrieval by questions that are made from the corpus: recall, nDCG and MRR by words, embeddings, and both. By hand:
 
-    python tests/benchmarks/retrieval.py FOLDER [--embedder MODEL] [--questions 2000] [--kind functions]
+    python -m tests.benchmarks.retrieval FOLDER [--embedder MODEL] [--questions 2000] [--kind functions]
 
 functions: each function of Python's standard library is a document, without its docstring, whose first sentence is the question.
 sections: each section of heliostat's own documentation is a document, without its title, which is the question.
@@ -12,7 +12,6 @@ The numbers are in docs/benchmarks/retrieval.md.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import random
@@ -25,13 +24,14 @@ from pathlib import Path
 import yaml
 from heliostat.apps.search import build, judging
 from heliostat.apps.search.search import SearchIndex
-from heliostat.apps.search.settings import IndexSettings
+from heliostat.apps.search.tasks import IndexSettings
 from heliostat.curation.prepare import prepare
 from heliostat.inference.batch.run import model_digest
 from heliostat.storage.locations import Location
 
+from tests.benchmarks import harness
+
 LEAST_WORDS = 4  # of a question
-ROOT = Path(__file__).parents[2]
 
 
 def functions() -> Iterator[tuple[str, str]]:
@@ -62,7 +62,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) ->
 
 def sections() -> Iterator[tuple[str, str]]:
     """Yields (question, document) of each section: its title, and its text."""
-    for path in sorted((ROOT / "docs").rglob("*.md")):
+    for path in sorted((harness.ROOT / "docs").rglob("*.md")):
         for part in re.split(r"(?m)^(?=#+ )", path.read_text(encoding="utf-8")):
             title, _, body = part.partition("\n")
             if len(body.split()) >= 20:
@@ -100,12 +100,8 @@ def make_pairs(folder: Path, others: list[tuple[str, str]], chosen: list[dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--embedder", type=Path)
-    parser.add_argument("--questions", type=int, default=2000)
-    parser.add_argument("--kind", choices=["functions", "sections"], default="functions")
-    given = parser.parse_args()
+    kinds = {"choices": ["functions", "sections"], "default": "functions"}
+    given = harness.arguments(__doc__, folder=Path, embedder={"type": Path}, questions=2000, kind=kinds)
     if not (given.folder / "data").exists():
         make(given.folder, given.kind, given.questions)
     out = given.folder / (f"index-{model_digest(given.embedder)[:8]}" if given.embedder else "index")
@@ -118,11 +114,11 @@ def main() -> None:
     told = judging.judge(SearchIndex(Location(str(out))), asked)
     each = (time.process_time() - began) / len(asked) * 1e3
     print(f"{told['questions']:,} questions, {told['unknown']} unknown, {each:.0f} ms of processor time each")
-    print(f"\n| search | {' | '.join(judging.MEASURES)} |\n|---|{'---:|' * len(judging.MEASURES)}")
+    harness.head("search", *judging.MEASURES)
     for mode, measured in told["modes"].items():
-        print(f"| {mode} | {' | '.join(f'{measured[name]:.3f}' for name in judging.MEASURES)} |")
+        harness.row(mode, *(f"{measured[name]:.3f}" for name in judging.MEASURES))
     for mode, over in told["over_bm25"].items():
-        print(f"| {mode} over bm25 | {' | '.join('{:+.3f} ± {:.3f}'.format(*over[name]) for name in judging.MEASURES)} |")
+        harness.row(f"{mode} over bm25", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """CPU seconds and MB of the control plane at 64, 1,024 and 16,384 ranks, simulated in one process.
 
-    python tests/benchmarks/scale.py [--ranks 64 --ranks 1024 --ranks 16384] [--stage 3] [--chunks 1000000]
+    python -m tests.benchmarks.scale [--ranks 64 1024 16384] [--stage 3] [--chunks 1000000]
 
 The functions are the real ones that ranks, mailbox and driver call, with as many ranks, heartbeats and files; what stands between
 them is pickled as on the wire. Nothing trains: the tensors (Llama 3 8B with AdamW, 873 of them) have shapes and no memory. The
 shards are files of the right size without content, so reading and writing their bytes is not in the figures. Each figure is the
 median of --rounds; `rank 0` is the rank with the most to do.
 
-    python tests/benchmarks/scale.py --votes 16     # a vote by the tree, and by gloo's ring, among that many real processes
+    python -m tests.benchmarks.scale --votes 16     # a vote by the tree, and by gloo's ring, among that many real processes
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
@@ -20,7 +19,6 @@ import operator
 import pickle
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -31,10 +29,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from heliostat.checkpoint import checksums, layout, placement, shard_index, tree, writing
+from heliostat.checkpoint import agreement, checksums, index, layout, placement, writing
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.checkpoint.index import root as index_root
 from heliostat.checkpoint.layout import SavedCheckpoint
+from heliostat.checkpoint.placement import ChunkPlace, SealedIndex, Shard, Tensor
 from heliostat.data import receipt
 from heliostat.plan import zero_layout
 from heliostat.storage.locations import Location
@@ -42,10 +40,8 @@ from heliostat.training import mailbox
 from heliostat.training.driver import attempt, pool, watchdog
 from heliostat.training.driver.pool import Member
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.unit.build_index import facts  # noqa: E402
+from tests.benchmarks import harness
+from tests.unit.build_index import facts
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 HIDDEN, INNER, VOCABULARY, KEYS, LAYERS = 4096, 14336, 128_256, 1024, 32
@@ -100,10 +96,11 @@ class Ranks:
             for kind in KINDS
         }
 
-    def shard(self, rank: int) -> dict[str, Any]:
+    def shard(self, rank: int) -> Shard:
         """As `checkpoint.json` has it; only of the ranks whose indexes are read, these are made."""
-        told = {"file": f"shard-{rank:05d}.safetensors", "bytes": 4 * len(KINDS) * sum(n for _, _, n in self.owned(rank)) + 4096}
-        return {**told, "index": shard_index.seal(self.index(rank)) if rank < READ else {"bytes": 65_536, "crc32": 4294967295}}
+        size = 4 * len(KINDS) * sum(n for _, _, n in self.owned(rank)) + 4096
+        sealed = index.seal(self.index(rank)) if rank < READ else SealedIndex(65_536, 4294967295)
+        return Shard(f"shard-{rank:05d}.safetensors", size, sealed)
 
     def index(self, rank: int) -> bytes:
         """With a checksum of ten digits for each block."""
@@ -111,14 +108,14 @@ class Ranks:
         for name, start, numel in self.owned(rank):
             for kind in KINDS:
                 sums = [4294967295] * -(-4 * numel // checksums.BLOCK)
-                places[f"{kind}.{name}"] = {"start": start, "numel": numel, "offset": offset, "crc32": sums}
+                places[f"{kind}.{name}"] = ChunkPlace(start, numel, offset, sums)
                 offset += 4 * numel
-        return shard_index.encode(places)
+        return index.encode({"tensors": places})
 
     def part(self, rank: int) -> placement.WrittenPart:
         """What `writing.part` makes of a rank, without a tensor for each slice."""
         tensors = {
-            f"{kind}.{name}": {"dtype": "F32", "shape": [self.sizes[name]], "runs": [[0, 1, start, numel]]}
+            f"{kind}.{name}": Tensor("F32", [self.sizes[name]], [[0, 1, start, numel]])
             for name, start, numel in self.owned(rank)
             for kind in KINDS
         }
@@ -126,7 +123,7 @@ class Ranks:
 
     def branch(self, rank: int) -> placement.WrittenPart:
         """The part of a rank and all that are below it in the tree."""
-        return self.merge(self.part(rank), [pickle.dumps(self.branch(c)) for c in tree.children(rank, self.world)])
+        return self.merge(self.part(rank), [pickle.dumps(self.branch(c)) for c in agreement.children(rank, self.world)])
 
     def branch_at_once(self, rank: int) -> placement.WrittenPart:
         """The same, without merging rank after rank where every tensor is cut by itself."""
@@ -140,8 +137,7 @@ class Ranks:
             if (left := numel - (rank + whole) * per) > 0 and rank + whole < stop:
                 runs.append([whole, 1, at + whole * per, left])
             if runs:
-                entry = {"dtype": "F32", "shape": [numel]}
-                tensors |= {f"{kind}.{name}": {**entry, "runs": [list(run) for run in runs]} for kind in KINDS}
+                tensors |= {f"{kind}.{name}": Tensor("F32", [numel], [list(run) for run in runs]) for kind in KINDS}
         return placement.WrittenPart([self.shard(r) for r in range(rank, stop)], tensors)
 
     def merge(self, part: placement.WrittenPart, messages: list[bytes]) -> placement.WrittenPart:
@@ -160,12 +156,12 @@ def save(ranks: Ranks, rounds: int) -> tuple[dict[str, Any], bytes]:
     planning, own = timed(plan, rounds)
     assert own == ranks.part(0)
     few = Ranks(24, ranks.stage)
-    assert all(few.branch(c) == few.branch_at_once(c) for c in tree.children(0, few.world))
-    messages = [pickle.dumps(ranks.branch_at_once(child)) for child in tree.children(0, ranks.world)]
+    assert all(few.branch(c) == few.branch_at_once(c) for c in agreement.children(0, few.world))
+    messages = [pickle.dumps(ranks.branch_at_once(child)) for child in agreement.children(0, ranks.world)]
 
     def finish() -> bytes:
         whole = ranks.merge(ranks.part(0), messages)
-        return layout.encode(index_root(100, {"format": layout.FORMAT, **facts(world_size=ranks.world)}, whole))
+        return layout.encode(index.root(100, {"format": layout.FORMAT, **facts(world_size=ranks.world)}, whole))
 
     root_s, root = timed(finish, rounds)
     held = timed(lambda: layout.encode(layout.decode(root)), rounds)[0]
@@ -208,7 +204,7 @@ def restore(ranks: Ranks, run: Location, rounds: int) -> dict[str, Any]:
         for name, tensor in state.items():
             for shard, part in told.slices(name, tensor.start, tensor.local):  # type: ignore[attr-defined]
                 parts.setdefault(shard, []).append(part)
-        return sum(told.index["shards"][s]["index"]["bytes"] for s in needed), sum(len(checksums.runs(p)) for p in parts.values())
+        return sum(told.index.shards[s].index.bytes for s in needed), sum(len(checksums.runs(p)) for p in parts.values())
 
     same, (size, _) = timed(lambda: read(ranks), rounds)
     half, (more, _) = timed(lambda: read(Ranks(max(1, ranks.world // 2), ranks.stage)), rounds)
@@ -262,7 +258,7 @@ def start(world: int, rounds: int) -> dict[str, Any]:
 def step(world: int, rounds: int) -> dict[str, Any]:
     """A step's share: the vote's hops, whom a rank talks to, and the receipts of some steps on their way to rank 0."""
     one = np.zeros((STEPS, LANES), np.int64)
-    branches = [min(1 << n, world - child) for n, child in enumerate(tree.children(0, world))]
+    branches = [min(1 << n, world - child) for n, child in enumerate(agreement.children(0, world))]
     messages = [pickle.dumps([one.copy() for _ in range(branch)]) for branch in branches]
 
     def seal() -> str:
@@ -273,7 +269,7 @@ def step(world: int, rounds: int) -> dict[str, Any]:
 
     return {
         "hops of a vote": 2 * (world - 1).bit_length(),
-        "neighbours of rank 0": len(tree.children(0, world)),
+        "neighbours of rank 0": len(agreement.children(0, world)),
         f"receipt of {STEPS} steps, rank 0, s": timed(seal, rounds)[0],
         "receipts to rank 0, MB": sum(map(len, messages)) / 1e6,
     }
@@ -308,11 +304,11 @@ def vote(group: Any, everyone: Any, rounds: str) -> Iterator[dict[str, Any]]:
     """Medians of a vote by the tree and by a ring all-reduce, alternating, in milliseconds; descriptors of the group."""
     import torch.distributed as dist
 
-    where, code = tree.Channel(group), torch.zeros((), dtype=torch.int32)
+    where, code = agreement.Channel(group), torch.zeros((), dtype=torch.int32)
     taken: dict[str, list[float]] = {"tree": [], "ring": []}
     for _ in range(int(rounds)):
         for name, act in (
-            ("tree", lambda: tree.down(where, tree.up(where, 1, max))),
+            ("tree", lambda: agreement.down(where, agreement.up(where, 1, max))),
             ("ring", lambda: dist.all_reduce(code, dist.ReduceOp.MAX, group=group)),
         ):
             dist.barrier(group)
@@ -323,34 +319,28 @@ def vote(group: Any, everyone: Any, rounds: str) -> Iterator[dict[str, Any]]:
         yield {n: statistics.median(t) for n, t in taken.items()} | {"descriptors": len(list(Path("/proc/self/fd").iterdir()))}
 
 
-def table(columns: dict[int, dict[str, Any]]) -> Iterator[str]:
-    yield "| | " + " | ".join(f"{world:,} ranks" for world in columns) + " |"
-    yield "|---|" + "---|" * len(columns)
+def table(columns: dict[int, dict[str, Any]]) -> None:
+    harness.head("", *(f"{world:,} ranks" for world in columns))
     for name in next(iter(columns.values())):
-        yield f"| {name} | " + " | ".join(f"{column[name]:,.3g}" for column in columns.values()) + " |"
+        harness.row(name, *(f"{column[name]:,.3g}" for column in columns.values()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, action="append")
-    parser.add_argument("--stage", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--chunks", type=int, default=0)
-    parser.add_argument("--votes", type=int, default=0)
-    options = parser.parse_args()
+    ranks_ = {"type": int, "nargs": "+", "default": []}
+    options = harness.arguments(__doc__, ranks=ranks_, stage=3, rounds=5, chunks=0, votes=0)
     if options.votes:
         from tests.integration import ranks
 
-        (row,) = ranks.run(f"{__name__}:vote", (options.votes,), "200")
+        (row,) = ranks.run("tests.benchmarks.scale:vote", (options.votes,), "200")
         print(json.dumps(row))
         return
     with tempfile.TemporaryDirectory(prefix="heliostat-scale-") as folder:
         if options.chunks:
             print(json.dumps(manifest(options.chunks, Path(folder))), flush=True)
         columns = {}
-        for world in options.ranks or ():
+        for world in options.ranks:
             columns[world] = simulate(world, options.stage, options.rounds, Path(folder))
-            print("\n".join(table(columns)), flush=True)
+            table(columns)
 
 
 if __name__ == "__main__":

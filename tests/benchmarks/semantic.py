@@ -1,6 +1,6 @@
 """What `stage: semantic` costs beside its model, and which near pairs it finds: vectors of planted pairs, without Ray or a model.
 
-    PYTHONPATH=. python tests/benchmarks/semantic.py [--documents 20000] [--cells 1 5 20] [--dims 384]
+    python -m tests.benchmarks.semantic [--documents 20000] [--cells 1 5 20] [--dims 384]
 
 Vectors lie about 200 topics (cosines within one about 0.5); a tenth of the documents has a partner with a cosine of 0.96 to 0.99.
 Prints for each number of cells the pairs of which one goes, after one stage and after a second with another seed, CPU seconds of
@@ -9,8 +9,6 @@ the first, and MiB above the process's peak before. Real embeddings have other n
 
 from __future__ import annotations
 
-import argparse
-import resource
 import tempfile
 import time
 
@@ -26,6 +24,7 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.work import Work
 
+from tests.benchmarks import harness
 from tests.unit.build_curation import HereFlow
 
 TOPICS, NEAR = 200, 0.955
@@ -72,7 +71,7 @@ def measure(count: int, dims: int, cells: int) -> None:
         out.spill()
         found.runs = out.runs
         pairs, shares = count // 10, []
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        before, start = harness.memory("VmHWM"), time.process_time()
         for number, seed in enumerate((1, 2)):
             stage = Semantic(model="none", min_similarity=NEAR, cell_documents=-(-count // cells), keep="first", seed=seed)
             found.runs = stage.decided(here, found, number, MEMORY, embedded(here, found, vectors))
@@ -80,17 +79,13 @@ def measure(count: int, dims: int, cells: int) -> None:
             shares.append(sum(not {i, i + pairs} <= stay for i in range(pairs)) / pairs)
             if not number:
                 seconds = time.process_time() - start
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
-        print(f"| {count:,} | {cells} | {shares[0]:.1%} | {shares[1]:.1%} | {seconds:.1f} | {peak} |", flush=True)
+        peak = harness.memory("VmHWM") - before
+        harness.row(f"{count:,}", cells, f"{shares[0]:.1%}", f"{shares[1]:.1%}", f"{seconds:.1f}", f"{peak:.0f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, nargs="+", default=[20_000])
-    parser.add_argument("--cells", type=int, nargs="+", default=[1, 5, 20])
-    parser.add_argument("--dims", type=int, default=384)
-    arguments = parser.parse_args()
-    print("| documents | cells | pairs found | by a second stage | CPU s | MiB |\n|---|---|---|---|---|---|")
+    arguments = harness.arguments(__doc__, documents=[20_000], cells=[1, 5, 20], dims=384)
+    harness.head("documents", "cells", "pairs found", "by a second stage", "CPU s", "MiB")
     for count in arguments.documents:
         for cells in arguments.cells:
             measure(count, arguments.dims, cells)

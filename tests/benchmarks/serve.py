@@ -1,29 +1,25 @@
 """The endpoint under load: 200 clients for a minute, a replica killed after a third of it, and the alias moved after another.
 They go on until the version that it moved to has answered.
 
-    python tests/benchmarks/serve.py [--clients 200] [--seconds 60] [--replicas 2] [--stream 0.25]
+    python -m tests.benchmarks.serve [--clients 200] [--seconds 60] [--replicas 2] [--stream 0.25]
 
 Each client asks again as soon as it is answered, some with streams. Prints the answers by status and version, what was lost (a
 connection that broke, an answer that is not whole), and how long answers took.
 """
 
-import argparse
 import asyncio
 import collections
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import aiohttp
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
-
-from tests.integration.endpoint import KEY, NAME, Endpoint, serving  # noqa: E402
+from tests.benchmarks import harness
+from tests.integration.endpoint import KEY, NAME, Endpoint, serving
 
 LOADS_S = 120.0  # behind the end, for the second version to load on a busy machine
 
@@ -97,12 +93,7 @@ async def run(endpoint: Endpoint, clients: int, seconds: float, streamed: float)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--stream", type=float, default=0.25)
-    given = parser.parse_args()
+    given = harness.arguments(__doc__, clients=200, seconds=60.0, replicas=2, stream=0.25)
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(Path(folder), "--replicas", str(given.replicas), "--batch", "64") as endpoint,

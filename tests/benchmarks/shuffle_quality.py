@@ -1,6 +1,6 @@
 """How well an epoch is mixed: heliostat's order, mosaicml-streaming's py1e and py1br, a shuffle buffer, and a full shuffle.
 
-    python tests/benchmarks/shuffle_quality.py [--window 8192] [--figure docs/benchmarks/shuffle-quality.svg]
+    python -m tests.benchmarks.shuffle_quality [--window 8192] [--figure docs/benchmarks/shuffle-quality.svg]
 
 One epoch of 64 shards of 1,024 samples, everybody mixing within as many samples as heliostat has in a window (py1e and py1br:
 their block size; the buffer: its size, shards in random order, as Ray's local shuffle and webdataset have it). Distance: how
@@ -10,7 +10,6 @@ epoch. Diversity: from how many shards a batch of 256 comes. Orders are those of
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +18,8 @@ import numpy as np
 from heliostat.data.mixing import Shape
 from heliostat.data.order import Order
 from heliostat.data.split import whole
+
+from tests.benchmarks import harness
 
 SHARDS, SHARD, BATCH, SEED = 64, 1024, 256, 7
 SAMPLES = SHARDS * SHARD
@@ -70,14 +71,13 @@ def diversity(order: np.ndarray) -> np.ndarray:
     return np.array([len(np.unique(batch // SHARD)) for batch in order.reshape(-1, BATCH)])
 
 
-def row(name: str, order: np.ndarray) -> str:
+def show(name: str, order: np.ndarray) -> None:
     assert np.array_equal(np.sort(order), np.arange(SAMPLES)), f"{name}: not every sample once"
     far, many = distances(order), diversity(order)
     low, middle, high = np.quantile(far, [0.05, 0.5, 0.95])
-    return (
-        f"| {name} | {middle:,.0f} | {far.mean():,.0f} | {low:,.0f} | {high:,.0f} | {(far < BATCH).mean():.1%} "
-        f"| {np.median(many):.0f} | {many.mean():.1f} | {np.quantile(many, 0.05):.0f} | {many.max()} |"
-    )
+    apart = [f"{number:,.0f}" for number in (middle, far.mean(), low, high)]
+    shards = f"{np.median(many):.0f}", f"{many.mean():.1f}", f"{np.quantile(many, 0.05):.0f}", many.max()
+    harness.row(name, *apart, f"{(far < BATCH).mean():.1%}", *shards)
 
 
 def draw(orders: dict[str, np.ndarray], path: Path) -> None:
@@ -100,10 +100,7 @@ def draw(orders: dict[str, np.ndarray], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--window", type=int, default=8192)
-    parser.add_argument("--figure", type=Path)
-    options = parser.parse_args()
+    options = harness.arguments(__doc__, window=8192, figure={"type": Path})
     orders = {"heliostat": heliostat(options.window)}
     if find_spec("streaming"):
         orders |= {name: mosaic(name, options.window) for name in ("py1e", "py1br")}
@@ -111,9 +108,10 @@ def main() -> None:
         print("left out: py1e, py1br (streaming is not installed)", file=sys.stderr)
     orders |= {"shuffle buffer": buffer(options.window), "full shuffle": full()}
     print(f"{SHARDS} shards of {SHARD:,} samples, mixed within {options.window:,}, batches of {BATCH}\n")
-    print("| order | distance: median | mean | 5 % | 95 % | below a batch | shards in a batch: median | mean | 5 % | most |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    print("\n".join(row(name, order) for name, order in orders.items()))
+    of_batches = ("shards in a batch: median", "mean", "5 %", "most")
+    harness.head("order", "distance: median", "mean", "5 %", "95 %", "below a batch", *of_batches)
+    for name, order in orders.items():
+        show(name, order)
     if options.figure:
         draw(orders, options.figure)
 

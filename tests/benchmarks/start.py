@@ -1,18 +1,19 @@
 """Seconds from a command to the first finished step of the quickstart: cold, beside a Ray that is kept, on a running cluster.
 
-    python tests/benchmarks/start.py [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold kept trial cluster]
+    python -m tests.benchmarks.start [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold plain kept trial cluster]
 
 Wants the dataset of `heliostat prepare pipelines/quickstart.yaml`. Cold: `heliostat train` as a process, by the clock of whoever
-started it. Kept: a second `heliostat.train` in a process whose first has left its private Ray there. Trial: each but the first of
-a sweep that runs one at a time, from the trial's own beginning. Cluster: `heliostat submit`, by the clock of whoever sends it.
+started it. Plain: the same, where Ray starts the workers itself (HELIOSTAT_FORK_SERVER=0). Kept: a second `heliostat.train` in a
+process whose first has left its private Ray there. Trial: each but the first of a sweep that runs one at a time, from the trial's
+own beginning. Cluster: `heliostat submit`, by the clock of whoever sends it.
 docs/benchmarks/start.md has the table, and what the parts are.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -23,10 +24,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.benchmarks import harness
+from tests.benchmarks.harness import ROOT
+
 STEPS = 10  # two behind the quickstart's warm-up
 KINDS = {
     "cold": "cold",
+    "plain": "cold, without the fork server",
     "kept": "a second run beside a kept Ray",
     "trial": "a sweep's next trial",
     "cluster": "on a running cluster",
@@ -42,15 +46,8 @@ for number in range(2):
 
 
 def settings(folder: str, name: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "storage": folder,
-        "train.steps": STEPS,
-        "checkpoint.every": STEPS,
-        "evaluate": None,
-        "mlflow.register": None,
-        "mlflow.uri": f"sqlite:///{folder}/mlflow.db",
-    }
+    return {"name": name, "storage": folder, "train.steps": STEPS, "checkpoint.every": STEPS, "evaluate": None,
+            "mlflow.register": None, "mlflow.uri": f"sqlite:///{folder}/mlflow.db"}  # fmt: skip
 
 
 def told(parts: dict[str, float]) -> dict[str, float]:
@@ -59,14 +56,12 @@ def told(parts: dict[str, float]) -> dict[str, float]:
     return parts
 
 
-def cold(job: str, folder: str, number: int) -> dict[str, float]:
+def cold(job: str, folder: str, name: str, forks: bool = True) -> dict[str, float]:
     """Trains in a new process; returns the seconds until its first step, by part."""
-    given = [
-        f"{key}={json.dumps(value) if value is None else value}" for key, value in settings(folder, f"cold-{number}").items()
-    ]
-    command = [sys.executable, "-m", "heliostat", "train", job, "--json", *(word for one in given for word in ("--set", one))]
+    command = [sys.executable, "-m", "heliostat", "train", job, "--json", *harness.sets(settings(folder, name))]
     began = time.time()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "HELIOSTAT_FORK_SERVER": str(int(forks))}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     first = next(time.time() - began for line in process.stderr if " step 1/" in line)
     said, _ = process.communicate(timeout=300)
@@ -75,8 +70,7 @@ def cold(job: str, folder: str, number: int) -> dict[str, float]:
 
 def kept(job: str, folder: str) -> dict[str, float]:
     """Trains twice in a new process; returns the seconds until the second run's first step, by part."""
-    command = [sys.executable, "-c", KEPT, job, json.dumps(settings(folder, ""))]
-    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600, check=True)
+    harness.process([sys.executable, "-c", KEPT, job, json.dumps(settings(folder, ""))])
     result = json.loads((Path(folder) / "kept-1/result.json").read_text())
     return told({"command to first step": result["seconds_to_first_step"], **result["startup"]})
 
@@ -89,8 +83,7 @@ def trials(job: str, folder: str, rounds: int) -> list[dict[str, float]]:
     sweep["space"] = {"train.seed": {"grid": list(range(rounds + 1))}}
     file = Path(folder) / "sweep.yaml"
     file.write_text(json.dumps(sweep))
-    command = [sys.executable, "-m", "heliostat", "tune", str(file)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600, check=True)
+    harness.heliostat("tune", file)
     results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("sweep/trials/*/summary.json"))[1:]]
     return [told({"command to first step": one["seconds_to_first_step"], **one["startup"]}) for one in results]
 
@@ -105,24 +98,20 @@ def cluster(folder: str) -> Iterator[str]:
             text = text.replace(port, str(free.getsockname()[1]))
     file = Path(folder) / "cluster.yaml"
     file.write_text(text)
-    command = [sys.executable, "-m", "heliostat", "cluster"]
-    subprocess.run([*command, "up", str(file)], cwd=ROOT, capture_output=True, timeout=300, check=True)
+    harness.heliostat("cluster", "up", file)
     try:
         time.sleep(SETTLE_S)
         yield str(file)
     finally:
-        subprocess.run([*command, "down", str(file)], cwd=ROOT, capture_output=True, timeout=300, check=True)
+        harness.heliostat("cluster", "down", file)
 
 
 def submitted(job: str, folder: str, file: str, number: int) -> dict[str, float]:
     """Submits a job to the cluster; returns the seconds until its first step, and the parts that its driver tells."""
-    given = settings(folder, f"submitted-{number}")
-    words = [f"{key}={json.dumps(value) if value is None else value}" for key, value in given.items()]
-    command = [sys.executable, "-m", "heliostat", "submit", job, "--cluster", file, "--follow"]
+    given = harness.sets(settings(folder, f"submitted-{number}"))
+    command = [sys.executable, "-m", "heliostat", "submit", job, "--cluster", file, "--follow", *given]
     began = time.time()
-    process = subprocess.Popen(
-        [*command, *(word for one in words for word in ("--set", one))], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     first = next(time.time() - began for line in process.stdout if " step 1/" in line)
     process.communicate(timeout=300)
@@ -132,16 +121,14 @@ def submitted(job: str, folder: str, file: str, number: int) -> dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--job", default="jobs/quickstart.yaml")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
-    options = parser.parse_args()
+    options = harness.arguments(__doc__, rounds=5, job="jobs/quickstart.yaml", kinds=[*KINDS])
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in options.kinds}
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             if "cold" in found:
-                found["cold"].append(cold(options.job, folder, number))
+                found["cold"].append(cold(options.job, folder, f"cold-{number}"))
+            if "plain" in found:
+                found["plain"].append(cold(options.job, folder, f"plain-{number}", forks=False))
             if "kept" in found:
                 found["kept"].append(kept(options.job, folder))
     if "trial" in found:
@@ -151,10 +138,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, cluster(folder) as file:
             found["cluster"] = [submitted(options.job, folder, file, number) for number in range(options.rounds + 1)][1:]
     parts = list(next(iter(found.values()))[0])
-    print(f"| start, medians of {options.rounds}, s | {' | '.join(part.replace('_', ' ') for part in parts)} |")
-    print("|---|" + "---:|" * len(parts))
+    harness.head(f"start, medians of {options.rounds}, s", *(part.replace("_", " ") for part in parts))
     for name, rounds in found.items():
-        print(f"| {KINDS[name]} | {' | '.join(f'{median(one[part] for one in rounds):.2f}' for part in parts)} |")
+        harness.row(KINDS[name], *(f"{median(one[part] for one in rounds):.2f}" for part in parts))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What tracking costs a run, and what an outage of MLflow costs it.
 
-    python tests/benchmarks/tracking.py [--seconds 30] [--steps 10000] [--away 10]
+    python -m tests.benchmarks.tracking [--seconds 30] [--steps 10000] [--away 10]
 
 1. A loop of 20 steps a second posts every step's loss, learning rate and gradient norm, as the driver does for `train.log_every:
    1`: the time that `post` keeps it, per step (the goal is below 1 % of a step, 0.5 ms), and what the writing thread takes of the
@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -25,6 +24,8 @@ from heliostat.runs.events import Steps
 from heliostat.runs.goodput import PARTS
 from heliostat.tracking.logger import RunOwner
 from mlflow import MlflowClient
+
+from tests.benchmarks import harness
 
 RATE = 20
 
@@ -72,8 +73,8 @@ def cost(folder: Path, uri: str, seconds: float) -> None:
     cpu = time.process_time() - cpu
     finish(owner, steps)
     worst = sorted(kept)[int(0.99 * steps)]
-    print(f"| {RATE} steps/s for {seconds:.0f} s | {median(kept) * 1e6:.0f} µs | {worst * 1e6:.0f} µs | "
-          f"{sum(kept) / steps * RATE:.3%} | {cpu / seconds:.1%} |")  # fmt: skip
+    harness.row(f"{RATE} steps/s for {seconds:.0f} s", f"{median(kept) * 1e6:.0f} µs", f"{worst * 1e6:.0f} µs",
+                f"{sum(kept) / steps * RATE:.3%}", f"{cpu / seconds:.1%}")  # fmt: skip
 
 
 def outage(folder: Path, server: ServerProcess, tracking: str, steps: int, away: float) -> bool:
@@ -100,16 +101,12 @@ def outage(folder: Path, server: ServerProcess, tracking: str, steps: int, away:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30)
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--away", type=float, default=10)
-    given = parser.parse_args()
+    given = harness.arguments(__doc__, seconds=30.0, steps=10_000, away=10.0)
     with tempfile.TemporaryDirectory(prefix="heliostat-tracking-") as name:
         folder = Path(name)
         tracking = f"sqlite:///{folder}/mlflow.db"
         with mlflow_server(tracking, folder) as server:
-            print("| load | `post`, median | 99th percentile | share of a step | driver's processor |\n|---|---|---|---|---|")
+            harness.head("load", "`post`, median", "99th percentile", "share of a step", "driver's processor")
             cost(folder, f"http://{server.endpoint}", given.seconds)
             return 0 if outage(folder, server, tracking, given.steps, given.away) else 1
 

@@ -1,6 +1,6 @@
 """What a sweep costs: ASHA against the grid on the quickstart, and a trial against the same job trained directly.
 
-    python tests/benchmarks/tune.py [--steps 80] [--trials 8] [--rounds 3] [--only asha|overhead]
+    python -m tests.benchmarks.tune [--steps 80] [--trials 8] [--rounds 3] [--only asha|overhead]
 
 ASHA and the grid get the same learning rates, evenly spaced in the logarithm; compared are the best held-out loss and the steps
 taken. A trial's overhead is its wall-clock from its start by the sweep to its end, less that of `heliostat train` for the job,
@@ -9,11 +9,7 @@ which exports and registers a model besides; both start their workers anew. Runs
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,17 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments: Any) -> dict[str, Any]:
-    """A heliostat command's JSON."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "heliostat", *map(str, arguments), "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+from tests.benchmarks import harness
 
 
 def sweep(folder: Path, name: str, steps: int, rates: list[float], scheduler: dict[str, Any]) -> Path:
@@ -50,7 +36,7 @@ def sweep(folder: Path, name: str, steps: int, rates: list[float], scheduler: di
     }
     raw = {
         "name": name,
-        "job": str(ROOT / "jobs/quickstart.yaml"),
+        "job": str(harness.ROOT / "jobs/quickstart.yaml"),
         "set": fixed,
         "space": {"train.optimizer.lr": {"grid": rates}},
         "searcher": {"name": "grid"},
@@ -66,18 +52,17 @@ def asha(folder: Path, steps: int, trials: int) -> None:
     """The order of trials is that of a random search: a grid in ascending order would tell ASHA too little, or too much."""
     rates = [float(f"{r:.3g}") for r in np.geomspace(1e-4, 3e-2, trials)]
     rates = [rates[i] for i in np.random.default_rng(0).permutation(trials)]
+    asked = {"name": "asha", "grace": steps // 8, "reduction": 2}
     found = {
-        "grid": run("tune", sweep(folder, "grid", steps, rates, {"name": "none"})),
-        "ASHA": run("tune", sweep(folder, "asha", steps, rates, {"name": "asha", "grace": steps // 8, "reduction": 2})),
+        "grid": harness.heliostat("tune", sweep(folder, "grid", steps, rates, {"name": "none"})),
+        "ASHA": harness.heliostat("tune", sweep(folder, "asha", steps, rates, asked)),
     }
     print(f"\nthe quickstart, {steps} steps, {trials} trials of 2 workers\n")
-    print("| | best lr | its held-out loss | steps | share | seconds |\n|---|---|---|---|---|---|")
+    harness.head("", "best lr", "its held-out loss", "steps", "share", "seconds")
     for name, result in found.items():
         best, share = result["best"], result["steps"] / found["grid"]["steps"]
         lr = best["params"]["train.optimizer.lr"]
-        print(
-            f"| {name} | {lr:.3g} | {best['value']:.4f} | {result['steps']} | {share:.0%} | {result['seconds']:.0f} |", flush=True
-        )
+        harness.row(name, f"{lr:.3g}", f"{best['value']:.4f}", result["steps"], f"{share:.0%}", f"{result['seconds']:.0f}")
     print(f"\nASHA's best is {found['ASHA']['best']['value'] / found['grid']['best']['value'] - 1:+.2%} off the grid's")
 
 
@@ -85,35 +70,29 @@ def overhead(folder: Path, steps: int, rounds: int) -> None:
     direct, trial, first = [], [], []
     for i in range(rounds):
         path = sweep(folder, f"one{i}", steps, [2e-3], {"name": "none"})
-        result = run("tune", path)
+        result = harness.heliostat("tune", path)
         trial.append(result["trials"][0]["seconds"])
         started = json.loads((Path(result["best"]["run_folder"]) / "summary.json").read_text())
         fixed = yaml.safe_load(path.read_text())["set"]
-        settings = [part for key, value in fixed.items() for part in ("--set", f"{key}={json.dumps(value)}")]
         began = time.time()
-        alone = run("train", ROOT / "jobs/quickstart.yaml", *settings, "--set", f"name=direct{i}")
+        alone = harness.heliostat("train", "jobs/quickstart.yaml", *harness.sets({**fixed, "name": f"direct{i}"}))
         direct.append(time.time() - began)
         first.append((started["seconds_to_first_step"], alone["seconds_to_first_step"]))
     over = median(t - d for t, d in zip(trial, direct, strict=True))
     print(f"\na trial of {steps} steps, {rounds} rounds, medians\n")
-    print("| | seconds | to the first step |\n|---|---|---|")
-    print(f"| as a trial | {median(trial):.1f} | {median(a for a, _ in first):.1f} |")
-    print(f"| `heliostat train` | {median(direct):.1f} | {median(b for _, b in first):.1f} |")
+    harness.head("", "seconds", "to the first step")
+    harness.row("as a trial", f"{median(trial):.1f}", f"{median(a for a, _ in first):.1f}")
+    harness.row("`heliostat train`", f"{median(direct):.1f}", f"{median(b for _, b in first):.1f}")
     print(f"\noverhead of a trial: {over:+.1f} s, {over / median(direct):+.0%}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["asha", "overhead"])
-    options = parser.parse_args()
-    run("prepare", "pipelines/quickstart.yaml")
+    options = harness.arguments(__doc__, steps=80, trials=8, rounds=3, only=["asha", "overhead"])
+    harness.heliostat("prepare", "pipelines/quickstart.yaml")
     with tempfile.TemporaryDirectory() as name:
-        if options.only != "overhead":
+        if "asha" in options.only:
             asha(Path(name), options.steps, options.trials)
-        if options.only != "asha":
+        if "overhead" in options.only:
             overhead(Path(name), options.steps, options.rounds)
 
 

@@ -42,7 +42,7 @@ DEADLINE_S = 540
 WORKERS = (1, 2)
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}  # a bf16 job at stage 0 is refused
 VERSIONS = ("torch", "deepspeed", "transformers", "diffusers", "numpy")  # of what computes
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative, in another environment; AVX2 for AVX-512: 3e-7, 7e-3
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative, in another environment; AVX2 for AVX-512: 6e-7, 3e-2
 ALIKE = {"fp32": 1e-5, "bf16": 2e-2}  # relative, between stages and worker counts in one environment
 
 

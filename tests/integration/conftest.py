@@ -64,8 +64,9 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A private Ray of eight logical CPUs, started once."""
-    from heliostat.cluster import preloads, private_ray
+    from heliostat.cluster import private_ray
     from heliostat.cluster.connect import connect, disconnect
+    from heliostat.cluster.fork_server import preloads
 
     text, images = (
         preloads.modules("heliostat.recipes:CausalLM", {"arch": "llama"}),

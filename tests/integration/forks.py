@@ -1,4 +1,4 @@
-"""The process of which commands, their zygotes, and groups of ranks are forks: it has imported what all of them need, once."""
+"""The process of which commands, their fork servers, and groups of ranks are forks: it imports what all of them need, once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRIVERS = (
 )  # fmt: skip
 RANKS = (
     "pytest", "boto3", "safetensors.torch", "heliostat.training.worker.build", "heliostat.training.worker.preload",
-    "heliostat.cpu_kernels", "heliostat.recipes.text.causal_lm", "heliostat.recipes.images.text_to_image",
+    "heliostat.recipes.text.causal_lm", "heliostat.recipes.images.text_to_image",
     "transformers.models.llama.modeling_llama", "transformers.integrations.deepspeed", "diffusers.models.unets",
     "diffusers.models.transformers",
 )  # fmt: skip
@@ -26,10 +26,10 @@ OF_RANKS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "
 
 
 class Forks(ForkServer):
-    """Starts with a zygote's environment: Ray's library and malloc read it then."""
+    """Starts with a fork server's environment: Ray's library and malloc read it then."""
 
     def at_start(self) -> dict[str, str]:
-        return {**private_ray.environment(0), **private_ray.OF_ZYGOTE, **self.environment}
+        return {**private_ray.environment(0), **private_ray.OF_FORKS, **self.environment}
 
 
 SERVER = Forks((*RANKS, *DRIVERS), OF_RANKS)

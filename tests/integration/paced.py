@@ -27,7 +27,6 @@ class Plain(Recipe, Evaluates):
     """Exports nothing: behind the last step of a run that nobody asks for its model, that saves seconds."""
 
     kind = CausalLM.kind
-    causal = CausalLM.causal
     scores = CausalLM.scores
 
     def __init__(self, job: Job) -> None:

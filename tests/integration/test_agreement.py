@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch.distributed as dist
-from heliostat.checkpoint.agreement import agreed, first, merged, together
-from heliostat.checkpoint.tree import Channel
+from heliostat.checkpoint.agreement import Channel, agreed, first, merged, together
 from heliostat.errors import ConfigError, HeliostatError
 
 from tests.integration import ranks

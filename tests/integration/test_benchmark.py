@@ -23,9 +23,8 @@ from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
-from heliostat.evaluation import recording, shown
+from heliostat.evaluation import held_out, recording, shown
 from heliostat.evaluation.follow import Followed, summary
-from heliostat.evaluation.held_out import making
 from heliostat.evaluation.run import Benchmark
 from heliostat.evaluation.suite import load
 from heliostat.inference.batch.engines import Continue, Input
@@ -51,7 +50,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     # on one line each: of lines and tables so small a model learns white space alone, and would write no word
     pages = build_pages.make(folder / "pages", tuple(" ".join(text.split()) for text in build_pages.texts()))
-    making.make(str(pages.location), folder / "suite", EXAMPLES, FRACTION, seed=0)
+    held_out.make(str(pages.location), folder / "suite", EXAMPLES, FRACTION, seed=0)
     store = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(store)
     run_id = client.create_run(client.create_experiment("x", artifact_location=str(folder / "artifacts"))).info.run_id
@@ -118,7 +117,7 @@ cli_evaluate()
 
 def lm_eval(model: Path, suite: Path, out: Path, *more: str) -> dict:
     """What lm-eval's own command says of a folder."""
-    words = ["--model", "hf", "--model_args", f"pretrained={model}", "--tasks", ",".join(making.TASKS), "--include_path", ".",
+    words = ["--model", "hf", "--model_args", f"pretrained={model}", "--tasks", ",".join(held_out.TASKS), "--include_path", ".",
              "--device", "cpu", "--batch_size", "16", "--output_path", str(out), *more]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", LM_EVAL, *words], cwd=suite, env={**os.environ, **ENV}, capture_output=True,
                           text=True, timeout=400)  # fmt: skip
@@ -133,7 +132,7 @@ def test_the_scores_are_those_of_lm_evals_own_command(place, tmp_path):
     folder, store, _, _ = place
     ours = benchmark(tmp_path, str(folder / "model"), str(folder / "suite" / "suite.yaml"), "--mlflow", store)
     theirs = lm_eval(folder / "model", folder / "suite", tmp_path / "theirs")["results"]
-    assert [row["task"] for row in ours["tasks"]] == list(making.TASKS)
+    assert [row["task"] for row in ours["tasks"]] == list(held_out.TASKS)
     for row in ours["tasks"]:
         known = {k: v for k, v in theirs[row["task"]].items() if isinstance(v, float) and not k.startswith("perplexity_stderr")}
         assert {k: row["metrics"][k] for k in known} == pytest.approx(known, rel=1e-6) and len(known) >= 2
@@ -171,12 +170,12 @@ def test_solved_examples_and_fewer_of_them_are_as_lm_eval_has_them(place, tmp_pa
         short = [json.loads(row) for row in islice(part, 8)]
         lines = [json.dumps({**one, "context": one["context"][-60:]}) + "\n" for one in short]
         (suite / f"{split}.jsonl").write_text("".join(lines))
-    for name in making.TASKS:  # the same task under the names that the command is given
+    for name in held_out.TASKS:  # the same task under the names that the command is given
         task = yaml.safe_load((folder / "suite" / "tasks" / "held_out_choice.yaml").read_text())
         task |= {"task": name, "fewshot_split": "train", "num_fewshot": None}
         task["dataset_kwargs"] = {"data_files": {"train": "train.jsonl", "test": "test.jsonl"}}
         (suite / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({k: v for k, v in task.items() if v is not None}))
-    told = {"name": "shots", "tasks": list(making.TASKS), "fewshot": 1, "examples": 6, "seed": 7}
+    told = {"name": "shots", "tasks": list(held_out.TASKS), "fewshot": 1, "examples": 6, "seed": 7}
     (suite / "suite.yaml").write_text(yaml.safe_dump(told | {"contamination": {"measure": False}}))
     assert load(suite / "suite.yaml")[0].seed == 7
     ours = benchmark(tmp_path, str(folder / "model"), str(suite / "suite.yaml"), "--mlflow", store)
@@ -355,7 +354,7 @@ def test_task_files_and_data_sets_of_a_store_are_those_of_the_folder(place, tmp_
     store = Location(f"s3://suites/held-out?endpoint_override={s3_server}&scheme=http")
     for file in (folder / "suite").rglob("*.*"):
         store.join(*file.relative_to(folder / "suite").parts).write(file.read_bytes())
-    told = {"name": "far", "tasks": list(making.TASKS), "folder": store.uri}
+    told = {"name": "far", "tasks": list(held_out.TASKS), "folder": store.uri}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(told))
     with (
         contextlib.closing(Benchmark(*load(tmp_path / "suite.yaml"), quiet=True)) as far,

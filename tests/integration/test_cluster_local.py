@@ -121,7 +121,6 @@ def test_a_job_is_submitted_stopped_at_half_and_resumed_to_one_finished_run(work
         assert time.monotonic() < deadline, work.heliostat("logs", "onto")
         time.sleep(0.3)
     seen = work.json("status", "onto")
-    assert len(forks(work.state)) == 2
     assert seen["status"] == "RUNNING" and 10 <= seen["progress"]["step"] < STEPS and seen["progress"]["eta_s"] > 0
     stopped = work.json("stop", "onto")
     assert stopped["status"] == "STOPPED" and stopped["progress"]["step"] < STEPS
@@ -235,16 +234,6 @@ def family(state: local.ClusterState) -> list[psutil.Process]:
     """The nodes' processes by their parents, whatever they call themselves and have in their environment."""
     shells = [psutil.Process(n.pid) for n in state.nodes]
     return [*shells, *(p for s in shells for p in s.children(recursive=True))]
-
-
-def forks(state: local.ClusterState) -> list[psutil.Process]:
-    """The training workers that are forks of the cluster's zygote."""
-    found = []
-    for process in family(state):
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that has done its work
-            if "heliostat.cluster.zygote_server" in process.cmdline():  # the zygote, and its nurseries
-                found += [p for p in process.children() if p.name().startswith("ray::TrainWorke")]
-    return found
 
 
 def _listening(state: local.ClusterState) -> set[tuple[str, int]]:

@@ -207,7 +207,7 @@ def test_a_token_that_others_could_read_is_tightened_and_what_others_say_runs_he
     assert "could be read by other users" in done.stderr
 
 
-def test_the_workers_of_a_private_ray_are_forks_of_its_zygote_and_name_nothing_alike(ray_session):
+def test_the_workers_of_a_private_ray_are_forks_of_one_process_and_name_nothing_alike(ray_session):
     @ray.remote(num_cpus=0)
     class Fork:
         def told(self) -> tuple[int, str]:
@@ -215,5 +215,6 @@ def test_the_workers_of_a_private_ray_are_forks_of_its_zygote_and_name_nothing_a
 
     forks = [Fork.remote() for _ in range(3)]
     told = ray.get([fork.told.remote() for fork in forks], timeout=60)
-    assert {parent for parent, _ in told} == set(private_ray.zygotes())
+    server = private_ray.fork_server()
+    assert server and {parent for parent, _ in told} == {server.process.pid}
     assert len({name for _, name in told}) == 3

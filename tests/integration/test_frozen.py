@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import layout
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.checkpoint.index import TensorIndex
+from heliostat.checkpoint.placement import Tensor
 from heliostat.config import spec
 from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.errors import CheckpointError
@@ -102,7 +104,7 @@ def life(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         if dist.get_rank() == 0:
             place = Path(folder, "checkpoints")
             files = {f"{p.parent.name}/{p.name}": p.stat().st_mtime_ns for p in sorted(place.glob("frozen-*/*"))}
-            used = {s: checkpoint.open_checkpoint(run, s).index["frozen"] for s in layout.steps(run)}
+            used = {s: checkpoint.open_checkpoint(run, s).index.frozen for s in layout.steps(run)}
             yield {"case": case, "files": files, "used": used}
         dist.barrier()
 
@@ -174,14 +176,18 @@ def test_what_is_lost_of_them_is_found_and_no_checkpoint_before_is_tried(tmp_pat
     assert all("put it back from a copy" in row["text"] and "frozen-" in row["text"] for row in errors.values())
 
 
+def indexed(*names: str) -> TensorIndex:
+    return TensorIndex(layout.FORMAT, [], {name: Tensor("F32", [1]) for name in names})
+
+
 def test_a_checkpoint_from_before_they_were_saved_exports_them_as_the_model_was_built(caplog: pytest.LogCaptureFixture) -> None:
     """And says so; what the checkpoint has is not built anew."""
-    old = layout.SavedCheckpoint(Location("/nowhere"), {"step": 1, "tensors": {"master.head.weight": {}, "master.head.bias": {}}})
+    old = layout.SavedCheckpoint(Location("/nowhere"), indexed("master.head.weight", "master.head.bias"))
     names = [n for n, p in Adapted().named_parameters() if not p.requires_grad]
     with caplog.at_level(logging.WARNING):
         initial = export._initial(old, job(), Around(Adapted), names)
     torch.manual_seed(job().train.seed)
     assert torch.equal(initial["base.weight"], Adapted().base.weight) and set(initial) == {"base.weight", "base.bias"}
     assert "holds no parameters that are not trained; 2 are built anew from the seed" in caplog.text
-    frozen = layout.SavedCheckpoint(Location("/nowhere"), {"step": None, "tensors": {f"frozen.{n}": {} for n in names}})
+    frozen = layout.SavedCheckpoint(Location("/nowhere"), indexed(*(f"frozen.{n}" for n in names)))
     assert export._initial(layout.SavedCheckpoint(old.location, old.index, frozen), job(), Around(Adapted), names) == {}

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from heliostat.curation.prepare import prepare
 from heliostat.inference.batch import run
-from heliostat.inference.batch.settings import BatchSettings
+from heliostat.inference.batch.tasks import BatchSettings
 
 from tests.integration import commands
 from tests.unit.build_job import BASE

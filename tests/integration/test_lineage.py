@@ -197,8 +197,8 @@ def test_checkpoints_are_logged_models_by_reference_and_removed_ones_are_marked(
     for told in node["checkpoints"]:
         if not told["deleted"]:
             found = layout.open_checkpoint(Location(story.run), told["step"])
-            assert (told["uri"], told["receipt"]) == (str(found.location), found.index["receipt"]["chain"])
-            assert told["scores"] == {k: v for k, v in found.index["metrics"].items() if v is not None}
+            assert (told["uri"], told["receipt"]) == (str(found.location), found.index.receipt.chain)
+            assert told["scores"] == {k: v for k, v in found.index.metrics.items() if v is not None}
             assert told["workers"] == 1
     client = MlflowClient(tracking_uri=story.tracking)
     outputs = {o.model_id: o.step for o in client.get_run(story.base["run_id"]).outputs.model_outputs}

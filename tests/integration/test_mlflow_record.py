@@ -146,7 +146,7 @@ def test_a_model_is_logged_without_being_loaded(tmp_path, tracking, monkeypatch)
     run_id = client.create_run(mlflow_client.experiment(client, tracking, "served")).info.run_id
     serving = Serving(tmp_path / "server.py", ["def "], infer_signature(["def "], ["DEF "]), ("mlflow",))
     recipe: Any = SimpleNamespace(serving=lambda: serving)
-    last: Any = SimpleNamespace(step=10, index={"written": 1.0})
+    last: Any = SimpleNamespace(step=10, index=SimpleNamespace(written=1.0))
     uri = models.log_model(mine, run_id, last, tmp_path / "model", recipe, {"loss": 1.0})
     assert not (tmp_path / "loaded").exists()
     assert mlflow.pyfunc.load_model(uri).predict(["def "]) == ["DEF "] and (tmp_path / "loaded").exists()

@@ -13,6 +13,7 @@ import torch
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.config.train_section import Offload
 from heliostat.engine import deepspeed_engine, ema, zero_state
 from heliostat.errors import TrainingError
 from heliostat.numerics import play
@@ -55,7 +56,7 @@ def apart() -> None:
 def _engine(variant: str, layout: Layout, offload: str | None) -> Any:
     made = _job(variant, layout)
     where = {"optimizer": offload, "param": offload if layout.stage == 3 else None}
-    zero = made.train.zero.model_copy(update={"offload": spec.Offload.model_validate(where)})
+    zero = made.train.zero.model_copy(update={"offload": Offload.model_validate(where)})
     made = made.model_copy(update={"train": made.train.model_copy(update={"zero": zero})})
     engine = deepspeed_engine.build_engine(made, Around(Model))
     zero_state.init_optimizer_state(engine)

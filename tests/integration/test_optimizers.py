@@ -123,7 +123,7 @@ def _load(run: Location, engine: Any, group: Any) -> None:
     for tensor in state.values():
         getattr(tensor, "local", tensor).fill_(float("nan"))  # what a load does not write will be seen
     checkpoint.load(found, state, group)
-    zero_state.after_load(engine, found.index["optimizer_steps"])
+    zero_state.after_load(engine, found.index.optimizer_steps)
 
 
 def _held(engine: Any) -> int:
@@ -145,7 +145,7 @@ def grid(group: Any, everyone: Any, folder: str, *variants: str) -> Iterator[dic
         saver = checkpoint.Saver(Location(f"{folder}/{variant}/{LAYOUTS.index(layout)}"), spec.Checkpoint(every=1), group)
         saver.save(TRAINED, zero_state.state(engine), build_index.facts(optimizer_steps=zero_state.optimizer_steps(engine)))
         saver.wait()
-        names = sorted({name.partition(".")[0] for name in checkpoint.open_checkpoint(saver.run, TRAINED).index["tensors"]})
+        names = sorted({name.partition(".")[0] for name in checkpoint.open_checkpoint(saver.run, TRAINED).index.tensors})
         state = play.state(engine)
         if dist.get_rank() == 0:
             save_file(state, f"{folder}/{variant}/{LAYOUTS.index(layout)}.safetensors")

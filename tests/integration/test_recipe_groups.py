@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
+from heliostat.checkpoint.index import TensorIndex
+from heliostat.checkpoint.placement import Tensor
 from heliostat.config import spec
 from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.errors import ConfigError
@@ -161,8 +163,8 @@ def test_what_an_export_leaves_out_is_said_and_what_cannot_be_made_is_refused(
 ) -> None:
     recipe, run = LowRank(), Location(str(tmp_path))
     names = {n: list(p.shape) for n, p in building.build(recipe).named_parameters()}
-    entries = {f"master.{n}": {"dtype": "F32", "shape": shape, "chunks": []} for n, shape in names.items()}
-    found = checkpoint.SavedCheckpoint(run, {"step": 1, "tensors": entries})
+    entries = {f"master.{n}": Tensor("F32", shape) for n, shape in names.items()}
+    found = checkpoint.SavedCheckpoint(run, TensorIndex(4, [], entries))
     shapes = {n: tuple(shape) for n, shape in names.items()}
     with caplog.at_level(logging.WARNING):
         export._files(recipe, shapes, found)

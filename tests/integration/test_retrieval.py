@@ -9,10 +9,10 @@ import time
 import boto3
 import pytest
 import yaml
-from heliostat.apps.search import build
 from heliostat.cli.main import app
 from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
+from heliostat.inference.batch.run import WORK
 from heliostat.storage.locations import Location
 
 from tests.integration import commands
@@ -99,7 +99,7 @@ def test_a_driver_that_is_killed_goes_on_and_answers_by_meaning(dataset, tmp_pat
     driver = commands.start(*words, log=tmp_path / "driver.log", RAY_ADDRESS="")
     deadline = time.monotonic() + 120
     try:
-        while len(list((out / build.WORK).glob("done/passages/*.json"))) < 1:
+        while len(list((out / WORK).glob("done/passages/*.json"))) < 1:
             assert time.monotonic() < deadline and driver.poll() is None, (tmp_path / "driver.log").read_text()
             time.sleep(0.02)
     finally:
@@ -107,7 +107,7 @@ def test_a_driver_that_is_killed_goes_on_and_answers_by_meaning(dataset, tmp_pat
         driver.wait(60)
     assert not (out / "index.json").exists()
     made = said(capsys, *words)
-    units = len(list((out / build.WORK).glob("done/passages/*.json")))
+    units = len(list((out / WORK).glob("done/passages/*.json")))
     assert made["new"] < units and made["unembedded"] == 0
     found = said(capsys, "ask", str(out), "the fluxgate", "--mode", "hybrid", "--top", "500")["passages"]
     places = [(passage["document"], passage["number"]) for passage in found]

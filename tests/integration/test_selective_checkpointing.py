@@ -80,10 +80,10 @@ def test_losses_are_those_of_no_checkpointing_to_the_bit(case: Case, played: lis
 
 
 def products_in_ranks(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Counts the dear operations of a run with every layer checkpointed whole, and with none, in torch's own kernels."""
+    """Counts the dear operations of a run with every layer checkpointed whole, and with none."""
     for stage in (2, 3):
         for which in (False, True):
-            made = _job(Case(stage), which, Path(folder), **{"train.cpu_kernels": False})
+            made = _job(Case(stage), which, Path(folder))
             player = layouts.player(made)
             with Dear() as dear:
                 player.losses(0, layouts.STEPS)

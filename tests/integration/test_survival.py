@@ -215,8 +215,8 @@ def test_a_loss_spike_is_undone_and_its_samples_are_left_out(job_file, tracking,
     report = verify(run_folder(path))
     assert report["ok"] and report["steps"] == STEPS and report["lost"] == report["repeated"] == 0
     newest = saver.latest(run_folder(path))
-    assert newest is not None and DataPlan.parse(newest.index["data"]).skips == ((30, 32, 2),)
-    after = open_dataset(DataPlan.parse(newest.index["data"])).order
+    assert newest is not None and DataPlan.parse(newest.index.data).skips == ((30, 32, 2),)
+    after = open_dataset(DataPlan.parse(newest.index.data)).order
     assert [after.data_step(s) for s in (31, 32, 33)] == [31, 34, 35]
 
 

@@ -165,13 +165,13 @@ def test_the_receipt_is_recomputed_from_the_shards_alone(finished) -> None:
 
     found = saver.latest(Location(f"{finished[0]}/runs/whole"))
     assert found is not None
-    dataset = open_dataset(DataPlan.parse(found.index["data"]))
+    dataset = open_dataset(DataPlan.parse(found.index.data))
     lanes = []
     for step in range(20):
         samples = dataset.order.locate(dataset.order.step(step).ravel())
         digests = receipt.sample_digests(samples, dataset.read(samples)).reshape(dataset.plan.shape.lanes, -1)
         lanes.append([receipt.lane_digest(d) for d in digests])
-    assert receipt.extend(receipt.GENESIS, receipt.step_digests(np.array(lanes))) == found.index["receipt"]["chain"]
+    assert receipt.extend(receipt.GENESIS, receipt.step_digests(np.array(lanes))) == found.index.receipt.chain
 
 
 def test_plain_transformers_gets_the_recorded_evaluation_loss(finished, tracking) -> None:
@@ -181,7 +181,7 @@ def test_plain_transformers_gets_the_recorded_evaluation_loss(finished, tracking
     assert tokenizer.decode(tokenizer("def f():")["input_ids"]) == "def f():"
     found = saver.latest(Location(f"{finished[0]}/runs/whole"))
     assert found is not None
-    dataset = open_dataset(DataPlan.parse(found.index["data"]))
+    dataset = open_dataset(DataPlan.parse(found.index.data))
     tokens = torch.from_numpy(dataset.read(dataset.order.held_out(24))).long()
     with torch.no_grad():
         loss = float(model(input_ids=tokens, labels=tokens).loss)

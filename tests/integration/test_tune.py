@@ -229,8 +229,8 @@ def test_pbt_goes_on_bitwise_from_the_donors_checkpoint(ray_session, corpus, tra
     own = folder.join("trials", f"pbt-{cloned[0].number:04d}")
     theirs, mine = layout.open_checkpoint(donor, 4), layout.open_checkpoint(own, 4)
     assert clone["params"] != trial_record.read(folder)[clone["from"]].params  # times 0.8 or 1.2
-    assert clone["step"] == 4 and mine.index["receipt"] == theirs.index["receipt"]
-    assert all(torch.equal(mine.read(name), theirs.read(name)) for name in theirs.index["tensors"])
+    assert clone["step"] == 4 and mine.index.receipt == theirs.index.receipt
+    assert all(torch.equal(mine.read(name), theirs.read(name)) for name in theirs.index.tensors)
     assert verify(own)["ok"]
 
     reference = tmp_path / "reference" / "reference"

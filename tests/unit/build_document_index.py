@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 from heliostat.apps.search import build
 from heliostat.apps.search.search import SearchIndex
-from heliostat.apps.search.settings import IndexSettings
+from heliostat.apps.search.tasks import IndexSettings
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
+from heliostat.inference.batch.run import WORK
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 
@@ -43,7 +44,7 @@ CORPUS = named([*TEXTS[:30], LONG, *TEXTS[30:60], "  \n "])
 
 def index(made: manifest.Manifest, out: Path, embedder: Path | None = None, settings=SETTINGS, **flow) -> dict:
     place, about = Location(str(out)), build.describe(embedder) if embedder else None
-    return build.build(HereFlow(Work(place.join(build.WORK)), **flow), made, place, settings, about, build.what_was(place), 4)
+    return build.build(HereFlow(Work(place.join(WORK)), **flow), made, place, settings, about, build.what_was(place), 4)
 
 
 def rows(out: Path | SearchIndex) -> list[dict]:

@@ -1,13 +1,20 @@
-"""What every unit test is held to."""
+"""What every unit test is held to, and what tests of several files use."""
+
+from __future__ import annotations
 
 import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from heliostat.storage.locations import Location
+
+if TYPE_CHECKING:
+    from heliostat.apps.search.search import SearchIndex
+    from heliostat.data.manifest import Manifest
 
 os.environ["HELIOSTAT_CACHE"] = ""  # a test that changes how models are counted must not meet what was counted before
 LOOK_S, LOOKS = 0.02, 10
@@ -73,3 +80,31 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     bucket = f"bucket-{abs(hash(request.node.name)) % 10**8}"
     boto3.client("s3", endpoint_url=f"http://{host}", region_name="us-east-1").create_bucket(Bucket=bucket)
     return Location(f"s3://{bucket}/run?endpoint_override={host}&scheme=http")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """A prepared dataset of text, which no test changes."""
+    from tests.unit.build_document_index import CORPUS, write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("corpus"), CORPUS)
+
+
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model's folder, whose model takes 64 tokens."""
+    from tests.unit.build_job import BASE
+    from tests.unit.build_language_model import write_model
+
+    return write_model(tmp_path_factory.mktemp("embedder"), BASE["model"], 64)
+
+
+@pytest.fixture(scope="session")
+def document_index(corpus: Manifest, embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> SearchIndex:
+    """An index of the corpus with embeddings, which no test changes."""
+    from heliostat.apps.search.search import SearchIndex
+
+    from tests.unit.build_document_index import index
+
+    index(corpus, folder := tmp_path_factory.mktemp("index"), embedder)
+    return SearchIndex(Location(str(folder)))

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from heliostat.checkpoint import layout, retention, shard_index
+from heliostat.checkpoint import index as checkpoint_index
+from heliostat.checkpoint import layout, retention
 from heliostat.cluster import cluster_file as cluster_files
 from heliostat.cluster import local, source_code
 from heliostat.cluster import review as cluster_check
@@ -35,7 +36,7 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.submit import submission
 from heliostat.tracking import local_curves, outbox
-from heliostat.tracking.parents import parents
+from heliostat.tracking.card import parents
 from heliostat.tune import listing, sweep
 from heliostat.tune import trial_record as trials
 from heliostat.validation import check
@@ -299,7 +300,7 @@ def checkpoints(folder: Path, older: int | None = None) -> Target:
             data = json.dumps(mutate_tree(rng, json.loads((place / listed[number]).read_bytes()))).encode()
             (path.parent / listed[number]).write_bytes(data)
             sealed = copy.deepcopy(made)
-            sealed["shards"][number]["index"] |= shard_index.seal(data)
+            sealed["shards"][number]["index"] = checkpoint_index.seal(data)
             path.write_bytes(layout.encode(sealed))
         return [str(copied / "run" / "checkpoints" / "step-00000020"), "checkpoint.json", "checkpoint 20"]
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import openai
 import uvicorn
-from heliostat.apps.play.run import Server, application
-from heliostat.apps.serve.options import Options
-from heliostat.apps.serve.served import served
+from heliostat.apps.play.app import Server, application
+from heliostat.apps.serve.served import Options, served
 from heliostat.web import keys
 
 from tests.integration.endpoint import free_port

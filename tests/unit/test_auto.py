@@ -7,9 +7,10 @@ import pytest
 from heliostat import schema
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
-from heliostat.errors import ConfigError
-from heliostat.plan import auto, hardware, layouts, planner, ranking
+from heliostat.errors import ConfigError, StorageError
+from heliostat.plan import auto, hardware, layouts, plan_file, planner, ranking
 from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.storage.locations import Location
 from heliostat.training.run import train_job
 from heliostat.validation import check
 from heliostat.validation.check import load_job
@@ -184,3 +185,16 @@ def test_this_machines_gpu_is_one_of_the_table_with_its_memory_or_an_error(name,
         return
     with pytest.raises(ConfigError, match=f"this machine's {name} with {gib:.0f} GiB is not in the price table"):
         auto.named(name, gib * hardware.GIB, devices)
+
+
+def test_datasets_that_cannot_be_read_are_asked_for_once(tmp_path, monkeypatch):
+    """Each time takes as long as a store may be away; it was asked again for the ranking, and for the layout that it found."""
+    asked = []
+
+    def probe(place: Location) -> None:
+        asked.append(place)
+        raise StorageError(f"{place}: is away")
+
+    monkeypatch.setattr(Location, "probe", probe)
+    found = plan_file.plan_file(write(tmp_path, **{"train.parallel": "auto"}))
+    assert len(asked) == 1 and [note for note in found["notes"] if "is away" in note]

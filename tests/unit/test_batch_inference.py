@@ -20,9 +20,9 @@ from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import AccessError, ConfigError, HeliostatError, LeaseError
 from heliostat.inference import generate, many
 from heliostat.inference.batch import engines, loading, reading, run, tasks
-from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Continue
-from heliostat.inference.batch.settings import BatchSettings
+from heliostat.inference.batch.run import claim
+from heliostat.inference.batch.tasks import BatchSettings
 from heliostat.inference.many import generate_many
 from heliostat.plan import hardware
 from heliostat.recipes import exported

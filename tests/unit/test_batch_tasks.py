@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from heliostat.apps.serve import kinds
+from heliostat.apps.serve.asks import EMBEDDINGS, kind_of
 from heliostat.apps.serve.engine import ServingEngine
 from heliostat.curation import pieces
 from heliostat.curation.images import sources
@@ -22,7 +22,7 @@ from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.inference.batch import loading, reading, run
 from heliostat.inference.batch.engines import Chat, Embed, Input, LoadedModel
-from heliostat.inference.batch.settings import BatchSettings
+from heliostat.inference.batch.tasks import BatchSettings
 from heliostat.recipes.images.embedder import ImageEmbedder
 from heliostat.recipes.text import chat
 from heliostat.storage.locations import Location
@@ -200,7 +200,7 @@ def test_a_model_that_does_not_do_the_task_is_refused_in_a_line(writer, classifi
 
 
 def test_a_clip_is_served_as_an_embedder_of_texts(clip):
-    assert kinds.of(clip) == kinds.EMBEDDINGS
+    assert kind_of(clip) == EMBEDDINGS
     engine, found = ServingEngine(LoadedModel(clip), 2), queue.Queue[dict]()
     engine.embedded(["the digit seven", "a"], found.put)
     made, right = found.get(timeout=60)["answers"], Embed(clip, 1)([Input("the digit seven", 0), Input("a", 0)])

@@ -8,9 +8,8 @@ from itertools import chain
 import pytest
 import yaml
 from heliostat.errors import ConfigError, MissingDataError
-from heliostat.evaluation import contamination, documents
-from heliostat.evaluation.held_out import making, questions
-from heliostat.evaluation.held_out.questions import WordedDocument
+from heliostat.evaluation import contamination, documents, held_out
+from heliostat.evaluation.held_out import WordedDocument
 
 from tests.unit import build_pages
 
@@ -39,7 +38,7 @@ def lines(folder, name):
 @pytest.fixture(scope="module")
 def suite(pages, tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
-    return folder, making.make(str(pages.location), folder, 40, FRACTION, seed=3)
+    return folder, held_out.make(str(pages.location), folder, 40, FRACTION, seed=3)
 
 
 def test_the_same_seed_makes_the_same_files_and_another_one_others(pages, suite, tmp_path):
@@ -47,8 +46,8 @@ def test_the_same_seed_makes_the_same_files_and_another_one_others(pages, suite,
     for seed, same in ((3, True), (4, False)):
         other = tmp_path / str(seed)
         other.mkdir()
-        making.make(str(pages.location), other, 40, FRACTION, seed)
-        for name in making.TASKS:
+        held_out.make(str(pages.location), other, 40, FRACTION, seed)
+        for name in held_out.TASKS:
             assert (lines(folder, name) == lines(other, name)) is same
     assert told["tasks"]["held_out_choice"] == told["tasks"]["held_out_cloze"] == 40 and told["tasks"]["held_out_recall"] > 15
     assert told["digest"] == pages.digest
@@ -74,8 +73,8 @@ def test_every_question_goes_on_in_a_held_out_document_and_in_no_other(pages, su
 
 def test_the_task_files_are_plain_and_the_suite_names_those_that_have_questions(suite):
     folder, told = suite
-    assert yaml.safe_load((folder / "suite.yaml").read_text())["tasks"] == list(making.TASKS)
-    for name in making.TASKS:
+    assert yaml.safe_load((folder / "suite.yaml").read_text())["tasks"] == list(held_out.TASKS)
+    for name in held_out.TASKS:
         task = yaml.safe_load((folder / "tasks" / f"{name}.yaml").read_text())
         assert task["task"] == name and (folder / task["dataset_kwargs"]["data_files"]["test"]).is_file()
     assert json.loads((folder / "made.json").read_text())["documents"] == told["documents"]
@@ -83,17 +82,17 @@ def test_the_task_files_are_plain_and_the_suite_names_those_that_have_questions(
 
 def test_white_space_is_kept():
     code = "def f(x):\n" + "".join(f"    y{i} = f(x)\n" for i in range(30))
-    asked = questions.choice(WordedDocument.of(code), random.Random(0), [WordedDocument.of(code.replace("y", c)) for c in "abc"])
+    asked = held_out.choice(WordedDocument.of(code), random.Random(0), [WordedDocument.of(code.replace("y", c)) for c in "abc"])
     assert asked and asked["context"] + asked["choices"][asked["answer"]] in code
 
 
 def test_text_that_is_too_little_or_none_is_refused(pages, tmp_path):
     short = build_pages.make(tmp_path / "short", tuple(f"too short {i}" for i in range(60)))
     with pytest.raises(ConfigError, match="holds out 0 documents of text, too few; give a larger one"):
-        making.make(str(short.location), tmp_path / "out", 10, 0.5, 0)
+        held_out.make(str(short.location), tmp_path / "out", 10, 0.5, 0)
     plain = build_pages.make(tmp_path / "plain", tuple(" ".join(f"{c}{i}" for i in range(30)) for c in "abcdefghij"))
     with pytest.raises(ConfigError, match="too short to ask about"):
-        making.make(str(plain.location), tmp_path / "out", 10, 0.9, 0)
+        held_out.make(str(plain.location), tmp_path / "out", 10, 0.9, 0)
 
 
 def test_examples_of_what_was_trained_on_are_found_and_held_out_ones_are_not(pages, tmp_path):

@@ -83,9 +83,9 @@ def result(**changes):
 
 
 def test_the_table_fits_into_80_columns_and_what_was_left_out_is_said():
-    from heliostat.cli import tables
+    from heliostat.cli import common
 
-    lines = tables.lines(shown.rows(result()), (0, 1))
+    lines = common.table_lines(shown.rows(result()), (0, 1))
     assert max(map(len, lines)) <= 80, lines
     said = "\n".join(shown.notes(result()))
     for part in ("+0.217 ± 0.039 (1 of 2 tasks)", "1,234 chunks", "20 have fewer words", "1 damaged chunks", "end of 3 examples",

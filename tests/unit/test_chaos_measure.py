@@ -13,7 +13,7 @@ from heliostat.chaos import experiment, faults, measure
 from heliostat.chaos.measure import FaultEffect
 from heliostat.chaos.process import ChaosError, Command
 from heliostat.checkpoint import layout
-from heliostat.cli.chaos import ISSUE, cells, table
+from heliostat.cli.train import ISSUE, _chaos_cells, chaos_table
 from heliostat.errors import ConfigError
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
@@ -80,8 +80,8 @@ def test_what_is_lost_repeated_or_unlogged_is_a_problem_and_nothing_else_is():
 
 def test_a_run_that_did_not_end_has_a_row_without_numbers():
     row = measure.broken("kill-node")
-    assert list(row) == list(measure.row("x", killed_at_100(), REPORT, 1, 1, 1)) and set(cells(row)) == {"kill-node", "-"}
-    head, only = table([row])
+    assert list(row) == list(measure.row("x", killed_at_100(), REPORT, 1, 1, 1)) and set(_chaos_cells(row)) == {"kill-node", "-"}
+    head, only = chaos_table([row])
     assert len(head) == len(only) == len(row)
 
 

@@ -13,7 +13,7 @@ import pytest
 from heliostat.cli.main import app as cli_app
 from heliostat.cluster import endpoint as reach
 from heliostat.cluster import local
-from heliostat.config.spec import LARGEST, divisors
+from heliostat.config.fields import LARGEST, divisors
 from heliostat.errors import AccessError, ConfigError, HeliostatError, StorageError, TrackingError
 from heliostat.storage.retries import Backoff
 from heliostat.tracking import mlflow_client

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from heliostat.checkpoint import checksums, layout, retention
+from heliostat.checkpoint import checksums, index, layout, retention
 from heliostat.errors import CheckpointError, CorruptCheckpointError
 from heliostat.storage.locations import Location
 from heliostat.tune.trial import clone
@@ -43,7 +43,7 @@ def test_every_format_holds_the_same_numbers(run: Location, number: int) -> None
     )
     found = layout.open_checkpoint(run, 10)
     for name, tensor in {**TENSORS, **TABLE}.items():
-        assert torch.equal(found.read(name), tensor.reshape(-1)) and found.tensors[name]["shape"] == list(tensor.shape)
+        assert torch.equal(found.read(name), tensor.reshape(-1)) and found.tensors[name].shape == list(tensor.shape)
         assert torch.equal(torch.cat(list(found.stream(name))), tensor.reshape(-1))
     for first, numel in [(0, 1), (266_660, 20), (533_000, 267_001), (5, 799_990)]:
         part = torch.empty(numel)
@@ -111,12 +111,10 @@ def test_an_index_that_does_not_fit_its_checkpoint_is_refused(run: Location) -> 
 
 def _forge(run: Location, data: bytes) -> None:
     """Puts an index in place of the first shard's, and says so in `checkpoint.json`."""
-    from heliostat.checkpoint import shard_index
-
     place = layout.folder(run, 10)
     root = layout.decode(place.join(layout.INDEX).read())
     del root["crc32"]
-    root["shards"][0]["index"] = shard_index.seal(data)
+    root["shards"][0]["index"] = index.seal(data)
     place.join("shard-00000.json").write(data)
     place.join(layout.INDEX).write(layout.encode(root))
 

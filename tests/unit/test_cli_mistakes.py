@@ -101,7 +101,7 @@ def test_what_was_found_before_an_error_is_in_the_object(monkeypatch, capsys):
     assert ("error" in told) == bool(told["errors"]) == (code == 2) and told["file"] == "clusters/aws-h100.yaml"
     fault = ConfigError("broken")
     with pytest.raises(ConfigError):
-        common.finish({"errors": ["a"]}, True, fault)
+        common.finish({"errors": ["a"]}, fault)
     assert fault.found == {"errors": ["a"]} and ConfigError("another").found == {}
 
 

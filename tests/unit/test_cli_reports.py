@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 from heliostat.chaos import measure
-from heliostat.cli import audit, common, main, tables
-from heliostat.cli.chaos import table as chaos_table
+from heliostat.cli import common, main, runs
+from heliostat.cli.train import chaos_table
 from heliostat.tracking import run_table
 
 from tests.unit.command_line import FILES, NAMES, ROOT, run
 
 
 def shown(width: int, rows: list[list[str]], left: Any = (0,)) -> list[str]:
-    return tables.lines(rows, left, width)
+    return common.table_lines(rows, left, width)
 
 
 RUN = {"run_id": "8ab935a8627d4edb9e3ad37ac277bbac", "name": "a-run-with-a-long-name", "experiment": "e", "status": "FINISHED",
@@ -25,7 +25,7 @@ CHECKPOINT = {"step": 100, "whole": True, "bytes": 5e9, "written": 1.7e9, "world
               "metrics": {"loss": 6.25, "perplexity": 520.2, "bits_per_byte": 2.6}, "kept": ["best", "newest"]}  # fmt: skip
 TABLES = {
     "runs": run_table.cells([RUN, RUN]),
-    "checkpoints": audit._checkpoint_cells([CHECKPOINT]),
+    "checkpoints": runs._checkpoint_cells([CHECKPOINT]),
     "chaos": chaos_table([{**measure.broken("kill-worker"), "detected_s": 12.5, "goodput": 0.5}]),
     "goodput": [["part", "seconds", "share", *(f"attempt {i}" for i in range(1, 9))], ["computing", *["1,234.5"] * 10]],
     "trials": [
@@ -37,7 +37,7 @@ TABLES = {
 
 def test_json_has_no_nan(capsys):
     """Which no reader but Python's takes."""
-    common.finish({"loss": float("nan"), "all": [float("inf"), (1.5, None)]}, True)
+    common.write_json({"loss": float("nan"), "all": [float("inf"), (1.5, None)]})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "all": [None, [1.5, None]]}
 
 
@@ -90,7 +90,7 @@ def test_no_table_is_cut(name, width):
     assert all(len(line) <= width for line in found)
     for row in rows:
         assert all(any(cell in line for line in found) for cell in row)
-    assert len(tables.lines(rows)) == len(rows)
+    assert len(common.table_lines(rows)) == len(rows)
 
 
 def test_the_commands_tables_go_through_the_terminals_width(monkeypatch):
@@ -105,6 +105,16 @@ def test_the_commands_tables_go_through_the_terminals_width(monkeypatch):
 
 
 def test_columns_are_aligned():
-    assert tables.lines([["name", "n"], ["a", "100"]]) == ["name    n", "a     100"]
-    assert tables.lines([["name", "n"], ["a", "100"]], width=5) == ["name", "      n", "a", "    100"]
-    assert tables.lines([]) == []
+    assert common.table_lines([["name", "n"], ["a", "100"]]) == ["name    n", "a     100"]
+    assert common.table_lines([["name", "n"], ["a", "100"]], width=5) == ["name", "      n", "a", "    100"]
+    assert common.table_lines([]) == []
+
+
+def test_what_a_dataset_leaves_out_is_named_by_its_stage_and_its_reason():
+    """Reports number the stages, so that two of one kind are apart: these were shown as `1 0 symbols: symbols`."""
+    from heliostat.curation.prepare import explain
+
+    dropped = {"0 symbols: symbols": 1, "1 gopher_quality: short": 2, "3 gopher_quality: short": 3, "empty": 4}
+    report = {"up_to_date": True, "documents": 5, "tokens": 6, "dropped": dropped, "duplicates": 0, "listed": None,
+              "dataset": "d", "chunks": 1, "digest": "0" * 12, "written_by": None, "rearranged": None}  # fmt: skip
+    assert explain(report)[1] == "left out: 4 empty, 5 gopher_quality: short, 1 symbols"

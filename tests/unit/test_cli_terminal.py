@@ -7,7 +7,7 @@ import re
 from datetime import date, datetime
 
 import pytest
-from heliostat.cli import logs
+from heliostat.cli import main
 from heliostat.runs.events import Steps
 from heliostat.terminal import duration, fit
 from heliostat.training.driver import progress
@@ -45,9 +45,9 @@ def test_there_is_no_time_to_go_before_two_reports_and_none_at_the_end(caplog):
 def test_a_log_line_is_whole_on_a_narrow_terminal(monkeypatch):
     """Beside its time, with what looks like markup as it is."""
     at = io.StringIO()
-    monkeypatch.setattr(logs, "console", Console(file=at, force_terminal=True, width=40, no_color=True))
-    handler = logs.Terminal()
-    handler.setFormatter(logs.LogLines("%(message)s"))
+    monkeypatch.setattr(main, "console", Console(file=at, force_terminal=True, width=40, no_color=True))
+    handler = main.Terminal()
+    handler.setFormatter(main.LogLines("%(message)s"))
     message = "step 10  held-out: [bold] loss 7.327  perplexity 1520  bits_per_byte 3.067"
     handler.emit(logging.LogRecord("x", logging.INFO, "", 0, message, (), None))
     lines = re.sub(r"\x1b\[[0-9;]*m", "", at.getvalue()).splitlines()
@@ -59,7 +59,7 @@ def test_log_lines_do_not_write_over_the_live_line():
     """They share its console."""
     from heliostat.terminal import console
 
-    assert inspect.getmodule(logs.Terminal.emit).console is console  # type: ignore[union-attr]
+    assert inspect.getmodule(main.Terminal.emit).console is console  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_what_does_not_fit_is_left_out_by_rank():
 
 def test_log_lines_have_a_date_from_the_second_day_on_and_always_in_a_file(capsys):
     at = datetime(2026, 11, 27, 0, 0, 5)
-    assert logs.stamp(at, date(2026, 11, 27)) == "00:00:05" and logs.stamp(at, date(2026, 11, 26)) == "2026-11-27 00:00:05"
+    assert main.stamp(at, date(2026, 11, 27)) == "00:00:05" and main.stamp(at, date(2026, 11, 26)) == "2026-11-27 00:00:05"
     record = logging.LogRecord("x", logging.WARNING, "", 0, "told", (), None)
     assert re.fullmatch(
-        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d told", logs.LogLines("%(asctime)s %(message)s", logs.STAMP).format(record)
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d told", main.LogLines("%(asctime)s %(message)s", main.STAMP).format(record)
     )

@@ -42,7 +42,7 @@ def test_any_slice_is_found_in_any_other_order(seed, tmp_path, monkeypatch):
     states = [{"w": shard, "b": torch.ones(3)} for shard in _slices(matrix, saved, rng.randrange(1, 4))]
     build_checkpoint.save(Location(str(tmp_path)), 1, states)
     found = layout.open_checkpoint(Location(str(tmp_path)), 1)
-    assert found.index["format"] == (5 if saved > 1 else 4)
+    assert found.index.format == (5 if saved > 1 else 4)
     assert torch.equal(found.read("w"), matrix.reshape(-1)) and torch.equal(torch.cat([*found.stream("w")]), matrix.reshape(-1))
     for shard in _slices(matrix, loaded, rng.randrange(1, 4)):
         target = torch.full_like(shard.local, float("nan"))
@@ -82,4 +82,4 @@ def test_a_checkpoint_without_columns_stays_of_the_format_that_others_read(tmp_p
     target = build_checkpoint.save(Location(str(tmp_path)), 1, [{"w": torch.ones(3)}])
     told = json.loads((target / "checkpoint.json").read_bytes())
     assert told["format"] == 4 and "columns" not in told["tensors"]["w"]
-    assert index.fault(told, 1) == ""
+    index.build(told, 1)

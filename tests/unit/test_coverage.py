@@ -1,4 +1,4 @@
-"""How much of each chunk a run has trained on is what counting every single sample gives, whatever the order."""
+"""How much of each chunk a run has trained on, and in which steps, is what looking up every single sample gives, in any order."""
 
 import dataclasses
 from collections import Counter
@@ -38,24 +38,19 @@ def test_segments_are_cut_at_each_other_and_at_the_last_step(tmp_path: Path):
     assert cut([plan], 0) == cut([], 5) == []
 
 
-def test_a_segment_that_left_samples_out_counts_what_it_took_instead(tmp_path: Path):
-    """From step 12 on, what lies 3 steps later in the sequence."""
-    plan = make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2))
-    skipping = dataclasses.replace(plan, skips=((12, 12, 3),))
-    data = open_dataset(skipping)
-    found = data.order.locate(np.concatenate([data.order.step(s).ravel() for s in range(12, 40)]))
-    got = coverage.segment_counts(Segment(12, 40, skipping), data.sources)
-    for source in (0, 1):
-        expected = Counter(found.chunk[found.source == source].tolist())
-        assert {i: int(n) for i, n in enumerate(got[source]) if n} == expected
-
-
 TWICE = ((12, 18, 3), (12, 18, 2))
 
 
 @pytest.mark.parametrize(
     ("first", "skips"),
-    [(12, ((12, 18, 3),)), (20, ((12, 18, 3), (20, 25, 2))), (5, ((5, 30, 4),)), (12, TWICE), (12, ((12, 39, 3),))],
+    [
+        (12, ((12, 12, 3),)),
+        (12, ((12, 18, 3),)),
+        (20, ((12, 18, 3), (20, 25, 2))),
+        (5, ((5, 30, 4),)),
+        (12, TWICE),
+        (12, ((12, 39, 3),)),
+    ],
 )
 def test_what_a_rollback_left_out_is_not_counted(tmp_path: Path, first, skips):
     """Back to a checkpoint, again up to the spike, and on behind it: the samples of the steps that were trained, no others."""
@@ -137,3 +132,36 @@ def test_ranges_join_what_is_consecutive_in_the_manifest(tmp_path: Path):
     seen = {names[i]: 1 for i in (0, 1, 3, 5)}
     assert list(coverage.ranges(a, seen)) == [(names[0], names[1]), (names[3], names[3]), (names[5], names[5])]
     assert list(coverage.ranges(a, {})) == []
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_position_leads_back_to_its_step(seed):
+    order = random_order(seed)
+    for step in {0, 1, 2, 5, 17, 60, int(np.random.default_rng(seed).integers(1, 200))}:
+        for lane, positions in enumerate(order.step(step)):
+            for place, position in enumerate(positions.tolist()):
+                assert order.step_of(position) == (step, lane, place)
+
+
+@pytest.mark.parametrize(
+    ("first", "skips", "fraction"),
+    [(0, (), 0.0), (7, (), 0.3), (12, ((12, 18, 3),), 0.0), (20, ((12, 18, 3), (20, 25, 2)), 0.2), (12, TWICE, 0.0)],
+)
+def test_every_sample_of_every_chunk_is_found_in_its_steps(tmp_path: Path, first, skips, fraction):
+    plan = make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2))
+    plan = dataclasses.replace(plan, skips=skips, held_fraction=fraction)
+    data, expected = open_dataset(plan), dict[tuple[int, int], list[coverage.Visit]]()
+    for step in range(first, 60):
+        found = data.order.locate(data.order.step(step).ravel())
+        for i in range(len(found)):
+            lane, place = divmod(i, plan.shape.per_lane)
+            visit = coverage.Visit(step + 1, lane, place, int(found.epoch[i]), int(found.row[i]))
+            expected.setdefault((int(found.source[i]), int(found.chunk[i])), []).append(visit)
+    segment = Segment(first, 60, plan)
+    assert len(expected) > 5 and max(v.epoch for told in expected.values() for v in told) > 0, "chunks are met more than once"
+    for source, made in enumerate(data.sources):
+        for chunk, samples in enumerate(made.samples(plan.sequence_length).tolist()):
+            told = expected.get((source, chunk), [])
+            assert coverage.visits(segment, source, chunk, range(samples)) == told
+            some = range(samples // 3, samples // 2 + 1)
+            assert coverage.visits(segment, source, chunk, some) == [v for v in told if v.row in some]

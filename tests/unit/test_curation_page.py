@@ -8,7 +8,7 @@ from heliostat.curation import tally
 from heliostat.curation.stage import Document, Outcome
 from heliostat.curation.stages.gopher_quality import GopherQuality
 from heliostat.tracking.report import curation
-from heliostat.tracking.report.histogram import BARS, axis, histogram
+from heliostat.tracking.report.svg import BARS, axis, histogram
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>'\"&\x1b[2J\u202e"
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import uvicorn
-from heliostat.apps.play.run import Server
+from heliostat.apps.play.app import Server
 from heliostat.apps.serve.front import Front, FrontSettings
 from heliostat.web import deadlines
 from starlette.applications import Starlette

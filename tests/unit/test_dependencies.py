@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from heliostat import extras
 from heliostat.apps.search.build import index_documents
-from heliostat.apps.search.settings import IndexSettings
+from heliostat.apps.search.tasks import IndexSettings
 from heliostat.cluster import cluster_file, launch
 from heliostat.config import spec, workspace
 from heliostat.curation import ImagePipeline
@@ -73,7 +73,7 @@ LATE = {  # modules of the core that import what an extra brings, once `extras.r
     **{f"{name}.py": "images" for name in ("curation/picturing", "inference/batch/images")},
     **{f"evaluation/{name}.py": "benchmark" for name in ("run", "sandbox", "scoring", "tasks")},
     **{f"apps/search/{name}.py": "retrieval" for name in ("build", "search", "table")},
-    **{f"{name}.py": "vllm" for name in ("inference/vllm_terms", "inference/batch/vllm_engine", "apps/serve/vllm_engine")},
+    "inference/vllm_engine.py": "vllm",
 }  # fmt: skip
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from heliostat.apps.search import build, table, units
 from heliostat.apps.search.search import SearchIndex
-from heliostat.apps.search.settings import IndexSettings
-from heliostat.apps.search.tasks import cut
+from heliostat.apps.search.tasks import IndexSettings, cut
 from heliostat.apps.serve.asks import Search
 from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError, DataError, LeaseError
+from heliostat.inference.batch.run import WORK
 from heliostat.schema import validate
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
@@ -24,8 +24,6 @@ from heliostat.web.refusals import Refusal
 
 from tests.unit.build_curation import HereFlow, KilledError
 from tests.unit.build_document_index import CORPUS, LONG, SETTINGS, index, named, rows, write_dataset
-from tests.unit.build_job import BASE
-from tests.unit.build_language_model import write_model
 from tests.unit.build_pipeline import Here, make_dataset
 from tests.unit.test_samples import TEXTS
 
@@ -60,28 +58,12 @@ def test_settings_that_go_nowhere_are_refused(asked, told):
         validate(IndexSettings, asked, "index-documents")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("corpus"), CORPUS)
-
-
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("embedder"), BASE["model"], 64)
-
-
-@pytest.fixture(scope="module")
-def made(corpus, embedder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("index")
-    index(corpus, out, embedder)
-    return SearchIndex(Location(str(out)))
-
-
-def test_each_passage_is_the_text_of_its_place(made, corpus):
+def test_each_passage_is_the_text_of_its_place(document_index, corpus):
     """Read back from the shard that it names, by another way than it was made: the document is there, and is what was given."""
-    found = rows(made)
+    found = rows(document_index)
     assert {row["document"] for row in found} == {id for id, text in CORPUS.items() if text.strip()}
-    assert made.record["documents"] == len(CORPUS) and made.record["empty"] == 1 and made.record["passages"] == len(found)
+    record = document_index.record
+    assert (record["documents"], record["empty"], record["passages"]) == (len(CORPUS), 1, len(found))
     for row in found:
         text = CORPUS[row["document"]]
         assert row["text"] == text[row["begin"] : row["end"]] and len(row["digest"]) == 32
@@ -134,7 +116,7 @@ def test_a_run_that_is_killed_goes_on_and_lists_each_passage_once(corpus, tmp_pa
     assert rows(tmp_path / "out") == rows(tmp_path / "whole")
 
 
-def test_a_new_version_of_the_dataset_is_only_its_own_work(corpus, made, embedder, tmp_path):
+def test_a_new_version_of_the_dataset_is_only_its_own_work(corpus, embedder, tmp_path):
     """Of its documents some are new, some gone, one has another text: counted; what was embedded is not embedded again, and
     the index is what it would be if it were made at once."""
     first = index(corpus, tmp_path / "index", embedder)
@@ -248,7 +230,7 @@ def test_an_index_that_another_command_has_taken_over_is_not_written(corpus, tmp
         raise LeaseError("taken over")
 
     place = Location(str(tmp_path / "index"))
-    flow = HereFlow(Work(place.join(build.WORK)))
+    flow = HereFlow(Work(place.join(WORK)))
     with pytest.raises(LeaseError):
         build.build(flow, corpus, place, SETTINGS, None, None, 4, taken)
     assert not place.join(table.RECORD).exists()

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from heliostat.cli.common import app
-from heliostat.curation import estimates, leftovers, prediction
-from heliostat.curation import similar as alike
+from heliostat.curation import estimates, leftovers, predicting, prediction
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import Prediction, rows_of
 from heliostat.curation.prepare import Pipeline, dry_run
@@ -20,8 +19,8 @@ from heliostat.curation.registry import parse
 from heliostat.curation.sampled import SampledParts
 from heliostat.curation.text import rates, sampling, sources, tokens
 from heliostat.curation.text.documents import TextRules
+from heliostat.curation.text.making import TextMaking
 from heliostat.curation.text.sampling import SampledTexts
-from heliostat.curation.text.trial import TextTrial
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging
@@ -30,6 +29,7 @@ from typer.testing import CliRunner
 
 from tests.unit.build_curation import HereFlow, spelled
 from tests.unit.test_making import make as make_whole
+from tests.unit.test_making import text_making
 
 BPE = {"vocab_size": 300, "train_bytes": 5000, "path": None, "end_of_document": "<|endoftext|>"}
 STAGES = [{"stage": "length", "min_words": 40}, {"stage": "minhash"}, {"stage": "length", "max_words": 90}]
@@ -54,13 +54,13 @@ def make_input(folder: Path, documents: int = 6000) -> None:
         (folder / f"{i}.txt").write_text(texts[i])
 
 
-def trial(tmp_path: Path, share: float, seed: int = 0, stages=STAGES, name: str = "trial") -> tuple[TextTrial, list]:
+def trial(tmp_path: Path, share: float, seed: int = 0, stages=STAGES, name: str = "trial") -> tuple[TextMaking, list]:
     inputs = sources.listing(str(tmp_path / "in"), ["extract"] * bool(stages))
     sample = sampling.choose(inputs[::-1] if seed else inputs, share, "in")
     here = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), seed=seed)
     source = SampledTexts(str(tmp_path / "in"), TextRules(), "in", sample.records)
     output, parsed = Location(f"{tmp_path}/{name}"), [parse(entry) for entry in stages]
-    return TextTrial(here, source, output, BPE, None, parsed, 1 << 30, 40_000, 500, sample=sample), inputs
+    return text_making(here, source, output, parsed, shard_bytes=40_000, sample=sample), inputs
 
 
 def test_a_sample_follows_from_input_and_share_alone(tmp_path):
@@ -180,7 +180,7 @@ def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
     assert "merging" not in made.flow.seconds, "what was merged to see how long it takes"
 
 
-def funnel_of(made: TextTrial) -> dict:
+def funnel_of(made: TextMaking) -> dict:
     (path,) = Path(made.output.path).glob("files/funnel*")
     return json.loads(path.read_text())
 
@@ -278,14 +278,14 @@ def test_a_documents_place_is_what_was_drawn():
     drawn = {"in/a.tar", "b.jsonl@65536", "c.git"}
     for id, place in (("in/a.tar/x/1", "in/a.tar"), ("b.jsonl@65536#7", "b.jsonl@65536"), ("c.git#src/x.py", "c.git"),
                       ("C#/a.cs", "C#/a.cs"), ("b.jsonl#7", "b.jsonl#7")):  # fmt: skip
-        assert alike.place_of(id, drawn) == place
+        assert predicting.place_of(id, drawn) == place
 
 
 def test_clusters_are_counted_the_same_in_parts(tmp_path, monkeypatch):
     make_input(tmp_path / "in", 900)
     made, inputs = trial(tmp_path, 0.6)
     whole = made.predicted(inputs)["duplicates"]
-    monkeypatch.setattr(alike, "ROWS", 50)
+    monkeypatch.setattr(predicting, "ROWS", 50)
     again, _ = trial(tmp_path, 0.6, name="again")
     assert again.predicted(inputs)["duplicates"] == whole and again.flow.done["alike"] > 3 and whole["1 minhash"]["seen"] > 0
 
@@ -407,7 +407,8 @@ def test_tokens_a_byte_of_a_whole_are_estimated_from_halves_of_a_sample(tmp_path
     sample = sampling.choose(inputs, 0.1, "in")
     here = HereFlow(Work(Location(f"{tmp_path}/work")))
     source = SampledTexts(str(tmp_path / "in"), TextRules(), "in", sample.records)
-    made = TextTrial(here, source, Location(f"{tmp_path}/trial"), bpe, None, [], 1 << 30, 1 << 20, 5000, sample=sample)
+    made = text_making(here, source, Location(f"{tmp_path}/trial"), tokenizer=bpe, shard_bytes=1 << 20, chunk_tokens=5000,
+                       sample=sample)  # fmt: skip
     found = made.predicted(inputs)
     tokenizer = tokens.load(tokens.train(sorted(texts), 2000, "<|endoftext|>"))
     truly = sum(map(len, tokens.encode(tokenizer, texts, 0)))

@@ -15,7 +15,7 @@ from heliostat.config import spec, workspace
 from heliostat.curation import prepare
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes import batches, huggingface, protocol
+from heliostat.recipes import batches, pretrained, protocol
 from heliostat.recipes.batches import pad, segments
 from heliostat.recipes.protocol import IGNORED
 from heliostat.storage.locations import Location
@@ -65,7 +65,7 @@ def test_a_recipe_of_ones_own_is_short_and_uses_the_public_protocol_alone(name):
     lines, shared = ((ROOT / "jobs" / "examples" / f"{file}.py").read_text().splitlines() for file in (name, "bert"))
     assert len(lines) < 100 and len(shared) < 100
     used = {line.split()[1] for line in [*lines, *shared] if line.startswith("from heliostat")}
-    assert used <= {module.__name__ for module in (protocol, batches, huggingface, spec, errors, schema, text_, manifest)}
+    assert used <= {module.__name__ for module in (protocol, batches, pretrained, spec, errors, schema, text_, manifest)}
 
 
 def test_masks_follow_from_the_samples_keys(tmp_path):

@@ -99,7 +99,7 @@ def test_a_tokenizer_without_the_tokens_is_one_clear_error(folders):
     with pytest.raises(ConfigError, match="suffix: the model's tokenizer has no tokens for a prefix, a suffix and a middle"):
         generate(folder, PREFIX, {"suffix": SUFFIX}, 0, None)
     replica = Replica(Holds(str(folder), 4))
-    made = asyncio.run(replica.answer(Ask([PREFIX], None, MOST, MOST, 0.0, 1.0, [0], [], suffix=SUFFIX)))
+    made = asyncio.run(replica.ask("answer", Ask([PREFIX], None, MOST, MOST, 0.0, 1.0, [0], [], suffix=SUFFIX)))
     status, message, param, code, _ = made["refused"]
     assert (status, param, code) == (400, "suffix", "no_fill_in_the_middle") and "has no tokens for a prefix" in message
     plain_one = asyncio.run(replica.answer(Ask([PREFIX], None, MOST, MOST, 0.0, 1.0, [0], [])))

@@ -1,11 +1,14 @@
-"""Copies of flat slices: what one number of ranks has kept, any other finds in it, each byte once."""
+"""Copies of flat slices: what one number of ranks has kept, any other finds in it, and a save copies the marked moment."""
 
 from __future__ import annotations
+
+import threading
+import time
 
 import pytest
 import torch
 from heliostat.checkpoint import flat_copy
-from heliostat.checkpoint.flat_copy import FlatRange
+from heliostat.checkpoint.flat_copy import ALIGNED, FlatRange, HostCopy
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.errors import TrainingError
 
@@ -63,3 +66,65 @@ def test_a_byte_that_nobody_has_is_an_error():
     wanted = [FlatRange("master.a", 0, 10, 4, 0)]
     with pytest.raises(TrainingError, match=r"lack elements 4 to 10 of 'master\.a'"):
         flat_copy.pieces({0: [FlatRange("master.a", 0, 4, 4, 0)], 1: [FlatRange("master.a", 5, 5, 4, 0)]}, wanted)
+
+
+def _shards() -> dict[str, FlatShard]:
+    return {
+        "master.w": FlatShard(torch.arange(5, dtype=torch.float32), 10, 100),
+        "frozen.w": FlatShard(torch.arange(3, dtype=torch.bfloat16), 0, 3),
+        "master.empty": FlatShard(torch.empty(0), 100, 100),
+        "exp_avg.w": FlatShard(torch.arange(7, dtype=torch.float64), 0, 7),
+    }
+
+
+def test_the_copies_are_the_slices_and_stay_as_they_were() -> None:
+    host, shards, told = HostCopy(), _shards(), list[int]()
+    host.mark(shards)
+    copies = host.copy(shards, lambda: told.append(1))
+    host.hold_back()
+    host.wait()
+    expected = {n: s.local.clone() for n, s in shards.items()}
+    for shard in shards.values():
+        shard.local.fill_(7)
+    assert len(told) == len(shards) - 1, "one of them holds nothing"
+    assert {*copies} == {*host.views} == {*shards}
+    for name, copy in copies.items():
+        assert torch.equal(copy.local, expected[name]) and torch.equal(host.views[name], expected[name])
+        assert (copy.start, copy.shape, copy.dtype) == (shards[name].start, shards[name].shape, shards[name].dtype)
+
+
+def test_all_copies_lie_in_one_buffer_that_is_kept_until_the_slices_change() -> None:
+    host, shards = HostCopy(), _shards()
+    host.copy(shards, lambda: None)
+    places = {n: v.data_ptr() for n, v in host.views.items()}
+    stores = {v.untyped_storage().data_ptr() for v in host.views.values()}
+    assert len(stores) == 1 and all((at - next(iter(stores))) % ALIGNED == 0 for at in places.values())
+    host.copy(shards, lambda: None)
+    assert {n: v.data_ptr() for n, v in host.views.items()} == places
+    other = {"master.w": FlatShard(torch.ones(9), 0, 9)}
+    assert torch.equal(host.copy(other, lambda: None)["master.w"].local, torch.ones(9)) and {*host.views} == {"master.w"}
+
+
+def test_a_copy_leaves_the_interpreter_to_others() -> None:
+    """While 256 MB are copied in a thread, another thread is never kept waiting for as long as that takes."""
+    host = HostCopy()
+    shards = {f"master.{i}": FlatShard(torch.ones(32_000_000), 0, 32_000_000) for i in range(2)}
+    host.copy(shards, lambda: None)  # the memory is there
+    thread = threading.Thread(target=lambda: host.copy(shards, lambda: None))
+    began, turns = time.perf_counter(), 0
+    thread.start()
+    while thread.is_alive():
+        turns += 1
+        time.sleep(0)
+    assert turns > 20, (turns, time.perf_counter() - began)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_copy_is_of_the_marked_moment_though_the_training_goes_on() -> None:
+    host, shards = HostCopy(), {"master.w": FlatShard(torch.ones(50_000_000, device="cuda"), 0, 50_000_000)}
+    host.mark(shards)
+    copies = host.copy(shards, lambda: None)
+    host.hold_back()
+    shards["master.w"].local.fill_(2)
+    host.wait()
+    assert copies["master.w"].local.is_pinned() and torch.equal(copies["master.w"].local, torch.ones(50_000_000))

@@ -5,11 +5,10 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from heliostat.apps.serve.growing import LONG, Growing
-from heliostat.apps.serve.row import Row, Telling, ending
-from heliostat.apps.serve.sampling import Draw
-from heliostat.apps.serve.stopping import UNFINISHED, Stopping
+from heliostat.apps.serve.asks import UNFINISHED
+from heliostat.apps.serve.row import LONG, Growing, Row, Stopping, Telling, ending
 from heliostat.errors import ConfigError
+from heliostat.inference.sampling import Draw
 from tokenizers import Tokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 

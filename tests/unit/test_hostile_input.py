@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.apps.search import build
 from heliostat.apps.search.table import read_record
-from heliostat.curation import readers, segment
+from heliostat.curation import making, readers, segment
 from heliostat.curation.images import pictures
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.sources import ImageColumns, ImageLimits
-from heliostat.curation.text import making, sources
+from heliostat.curation.text import sources
 from heliostat.curation.text import tasks as text_tasks
 from heliostat.curation.text.documents import Document, Dropped, TextRules
 from heliostat.data import manifest
@@ -220,9 +220,8 @@ def test_what_was_left_out_is_listed_with_the_reason(tmp_path):
 def test_names_of_files_reach_the_terminal_escaped(tmp_path, caplog):
     """Escape sequences, line breaks, what turns the writing about: as text."""
     evil = "a\x1b]0;owned\x07\n\r\u202egpj.txt\x9b2J"
-    totals = making.Totals(1, Counter(empty=1), {"empty": [evil]})
     with caplog.at_level(logging.WARNING):
-        totals.log([])
+        making.log_dropped(Counter(empty=1), {"empty": [evil]}, {}, [])
     assert printable(evil) == r"a\x1b]0;owned\x07\n\r\u202egpj.txt\x9b2J" and printable(evil) in caplog.messages[0]
     (tmp_path / evil).write_text("{")
     with pytest.raises(ConfigError) as e:

@@ -15,8 +15,8 @@ from heliostat.errors import ConfigError
 from heliostat.evaluation.losses import evaluate
 from heliostat.recipes import exported
 from heliostat.recipes.conformance import require_abilities, require_class
-from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images.embedder import ImageEmbedder
+from heliostat.recipes.pretrained import from_config
 from heliostat.storage.locations import Location
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

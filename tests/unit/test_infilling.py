@@ -13,21 +13,21 @@ from heliostat.curation import forget
 from heliostat.curation.text import infilling, sources, tokens
 from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.infilling import Arranged, FillInTheMiddle, arrange
-from heliostat.curation.text.making import TextMaking
 from heliostat.curation.text.tasks import TextSource
 from heliostat.data import infilling as layout
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
+from heliostat.evaluation import held_out as suites
 from heliostat.evaluation.documents import Documents, held_out
-from heliostat.evaluation.held_out import making as suites
 from heliostat.recipes.text import vocabulary
-from heliostat.recipes.text.token_bytes import sizes
+from heliostat.recipes.text.vocabulary import sizes
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 from tokenizers import AddedToken, Tokenizer
 
 from tests.unit import build_pages
 from tests.unit.build_curation import HereFlow
+from tests.unit.test_making import text_making
 from tests.unit.test_tokenizers import END, HELD, trained
 
 BPE = {"vocab_size": 400, "train_bytes": 50_000, "path": None, "end_of_document": END}
@@ -132,9 +132,9 @@ def test_without_a_rearranged_text_the_tokens_are_what_they_are_without_the_key(
 def make(folder, name: str, given: str | None = None, keys: FillInTheMiddle | None = KEYS, **options):
     here = HereFlow(Work(Location(f"{folder}/{name}.work")), seed=options.pop("seed", 0))
     source, output = TextSource(str(folder / "in"), TextRules()), Location(f"{folder}/{name}")
-    limits = {"memory_limit": 1 << 30, "shard_bytes": 60_000, "chunk_tokens": 5000, **options}
-    making = TextMaking(here, source, output, BPE, given, [], **limits, infill=keys)
-    rows, meta = making.run(sources.listing(str(folder / "in")))
+    limits = {"shard_bytes": 60_000, "chunk_tokens": 5000, **options}
+    made = text_making(here, source, output, tokenizer=BPE, given=given, infill=keys, **limits)
+    rows, meta = made.run(sources.listing(str(folder / "in")))
     return sorted(rows, key=lambda row: (row["path"], row["row_group"])), meta
 
 

@@ -7,6 +7,7 @@ import ray
 from heliostat.apps.serve import run
 from heliostat.errors import ConfigError
 from ray import serve
+from ray.experimental import internal_kv
 
 OURS = {"heliostat-front": ["Front"], "tiny-1": ["Model"]}
 
@@ -14,7 +15,7 @@ OURS = {"heliostat-front": ["Front"], "tiny-1": ["Model"]}
 @pytest.fixture
 def cluster(monkeypatch):
     """Ray Serve of a cluster: its applications, whether the command that made them is running, and whether Serve was ended."""
-    state = SimpleNamespace(applications={}, proxies={}, running=False, ended=False)
+    state = SimpleNamespace(applications={}, proxies={}, running=False, ended=False, ours=True)
 
     def status():
         found = {name: SimpleNamespace(deployments=dict.fromkeys(parts)) for name, parts in state.applications.items()}
@@ -27,6 +28,8 @@ def cluster(monkeypatch):
     monkeypatch.setattr(serve, "status", status)
     monkeypatch.setattr(serve, "shutdown", lambda: setattr(state, "ended", True))
     monkeypatch.setattr(ray, "get_actor", get_actor)
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", lambda *_, **__: b"1" if state.ours else None)
+    monkeypatch.setattr(internal_kv, "_internal_kv_del", lambda *_, **__: setattr(state, "ours", False))
     return state
 
 
@@ -64,6 +67,13 @@ def test_an_application_of_others_without_deployments_stays(cluster, left):
         run.end_left()
     cluster.applications, cluster.proxies, cluster.running = {}, {"node": "HEALTHY"}, True
     with pytest.raises(ConfigError, match="its command is still running"):
+        run.end_left()
+    assert not cluster.ended
+
+
+def test_a_serve_without_applications_that_others_have_started_stays(cluster):
+    cluster.proxies, cluster.ours = {"node": "HEALTHY"}, False
+    with pytest.raises(ConfigError, match="was started by others"):
         run.end_left()
     assert not cluster.ended
 

@@ -56,6 +56,12 @@ def make_input(folder: Path) -> None:
     (folder / "d.csv").write_text("url,text\nhttp://a," + " ".join(f"v{i}" for i in range(40)) + "\n")
 
 
+def text_making(flow, source, output, stages=(), memory_limit: int = 1 << 30, **keys: Any) -> TextMaking:
+    """What makes a dataset of texts, with small shards and a small tokenizer."""
+    usual: dict[str, Any] = {"tokenizer": BPE, "given": None, "shard_bytes": 4000, "chunk_tokens": 500}
+    return TextMaking(flow, source, output, list(stages), memory_limit, **usual | keys)
+
+
 def make(
     tmp_path: Path, name: str, stages: list[dict[str, Any]], memory_limit: int = 1 << 30, together: Together | None = None,
     **flow_keys: Any,
@@ -64,10 +70,9 @@ def make(
     source = TextSource(str(tmp_path / "in"), TextRules(columns=("url", "repository", "path")))
     parsed = [parse(entry) for entry in stages]
     output = Location(f"{tmp_path}/{name}")
-    made = TextMaking(here, source, output, BPE, None, parsed, memory_limit, 4000, 500, None, together).run(
+    rows, meta = text_making(here, source, output, parsed, memory_limit, together=together).run(
         sources.listing(str(tmp_path / "in"), ["extract"] * bool(stages))
     )
-    rows, meta = made
     return (sorted(rows, key=lambda row: (row["path"], row["row_group"])), meta), here  # as the manifest has them
 
 
@@ -179,9 +184,8 @@ def test_files_of_archives_follow_each_other_by_their_paths(tmp_path):
                 archive.writestr(f"{name}/src/{i}.py", f"# {name} {i}\n" + f"value_{i} = {i}\n" * i)
     here = HereFlow(Work(Location(str(tmp_path / "work"))))
     source = TextSource(str(tmp_path / "in"), TextRules())
-    making = TextMaking(here, source, Location(str(tmp_path / "out")), BPE, None, [], 1 << 30, 1 << 20, 500, None,
-                    Together(column="repository"))  # fmt: skip
-    rows, meta = making.run(repositories.listing(str(tmp_path / "in")))
+    made = text_making(here, source, Location(str(tmp_path / "out")), shard_bytes=1 << 20, together=Together(column="repository"))
+    rows, meta = made.run(repositories.listing(str(tmp_path / "in")))
     found = [name for _, _, name in laid(tmp_path / "out", rows)]
     repository = [name.partition(".zip#")[0] for name in found]
     assert len(found) == 36 and [key for key, _ in itertools.groupby(repository)] == list(dict.fromkeys(repository))

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from heliostat.data import collection, manifest
-from heliostat.data.mixing import choose_shape
-from heliostat.data.mixture import Mixture
+from heliostat.data.mixing import Mixture, choose_shape
 from heliostat.data.order import Order
 from heliostat.data.split import whole
 from heliostat.errors import ConfigError, DataError

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 from heliostat.data import mixing, order
-from heliostat.data.mixing import Shape, choose_shape
-from heliostat.data.mixture import Mixture
+from heliostat.data.mixing import Mixture, Shape, choose_shape
 from heliostat.data.order import Order, SamplePlaces, permutation
 from heliostat.data.split import Split, growing_runs, hash64, runs, whole
 from heliostat.errors import ConfigError, DataError

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from heliostat.errors import ConfigError
-from heliostat.tracking.parents import parents
+from heliostat.tracking.card import parents
 
 from tests.unit.test_causal_lm import recipe
 

@@ -16,7 +16,6 @@ from heliostat.recipes import exported
 from heliostat.recipes.text import packing
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
-from heliostat.validation import check
 from transformers import CONFIG_MAPPING
 
 from tests.unit.build_job import BASE, ROOT, job
@@ -56,18 +55,6 @@ def test_positions_that_follow_the_longest_document_are_refused():
                 made.probe()
         else:
             made.probe()
-
-
-def test_the_check_of_a_job_tries_the_attention_that_training_will_use(monkeypatch):
-    """An implementation that ignores its mask is found; `heliostat check` finds it, not the first step."""
-    from heliostat.cpu_kernels import attention
-
-    attend = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda m, q, k, v, mask, *args, **keys: attend(m, q, k, v, None, *args, **keys))
-    monkeypatch.setattr(packing, "_known", {})
-    check.check_job(job(**MASK, **{"workers.gpus": 1}))
-    with pytest.raises(ConfigError, match=r"data\.document_mask"):
-        check.check_job(job(**MASK))
 
 
 def test_what_cannot_be_tried_is_refused_and_says_why(monkeypatch):

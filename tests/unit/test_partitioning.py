@@ -11,7 +11,7 @@ import pytest
 import torch
 from heliostat.parallel import sequence_attention
 from heliostat.recipes import partitioning
-from heliostat.recipes.assigning import assign
+from heliostat.recipes.partitioning import assign
 
 
 class Noting:

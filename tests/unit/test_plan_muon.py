@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from heliostat.optim import whole_matrices
-from heliostat.optim.orthogonal import newton_schulz
+from heliostat.optim.muon import newton_schulz
 from heliostat.plan import hardware, planner, step_time
 from heliostat.recipes.text.causal_lm import CausalLM
 from torch.utils.flop_counter import FlopCounterMode

@@ -12,12 +12,11 @@ import pytest
 import requests
 import torch
 from heliostat.apps.play import app
-from heliostat.apps.play.run import play
+from heliostat.apps.play.app import play
 from heliostat.apps.search import answering
 from heliostat.apps.serve.asks import Holds, PictureRequest
-from heliostat.apps.serve.options import Options as Serving
-from heliostat.apps.serve.painter import Painter
-from heliostat.apps.serve.replica import Replica
+from heliostat.apps.serve.replica import Painter, Replica
+from heliostat.apps.serve.served import Options as Serving
 from heliostat.apps.serve.served import served
 from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError

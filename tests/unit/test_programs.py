@@ -12,9 +12,8 @@ import psutil
 import pytest
 import yaml
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.evaluation import suite, tasks
-from heliostat.evaluation.programs import box, unit_tests
-from heliostat.evaluation.programs.box import FAILED, PASSED, TIMED_OUT, TOO_MUCH, ProgramLimits
+from heliostat.evaluation import suite, tasks, unit_tests
+from heliostat.evaluation.unit_tests import FAILED, PASSED, TIMED_OUT, TOO_MUCH, ProgramLimits
 from heliostat.storage.locations import Location
 from heliostat.tasks.sandbox import over_time
 
@@ -24,7 +23,7 @@ SHORT = ProgramLimits(seconds=1.5, cpu_s=1, memory=128 << 20)
 @pytest.fixture(scope="module", autouse=True)
 def sandbox():
     try:
-        box.require()
+        unit_tests.require_sandbox()
     except ConfigError as e:
         pytest.skip(str(e))
 
@@ -52,7 +51,7 @@ NODE = 'from dataclasses import dataclass\n@dataclass\nclass Node:\n    v: int\n
     ],
 )
 def test_a_program_has_passed_if_it_comes_to_the_end_of_its_tests(program, tests, verdict):
-    assert box.run(program, tests).verdict == verdict
+    assert unit_tests.run_program(program, tests).verdict == verdict
 
 
 LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
@@ -117,7 +116,7 @@ ATTACKS = {
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_fails(attack):
     program, said = ATTACKS[attack]
-    found = box.run(program, "", SHORT)
+    found = unit_tests.run_program(program, "", SHORT)
     assert found.verdict == FAILED and re.search(said, found.output), found
 
 
@@ -134,7 +133,7 @@ def test_an_attack_fails(attack):
 )  # fmt: skip
 def test_what_never_ends_is_ended_and_what_writes_without_end_is_cut(program, verdict, seconds):
     began = time.monotonic()
-    found = box.run(program, "", SHORT)
+    found = unit_tests.run_program(program, "", SHORT)
     assert found.verdict == verdict and len(found.output) <= SHORT.output and time.monotonic() - began < seconds
 
 
@@ -146,20 +145,21 @@ def test_the_kernels_limit_counts_ticks_and_not_the_seconds_that_it_tells(status
 
 
 def test_it_sees_no_process_file_or_setting_of_the_machine():
-    found = box.run("import os, socket\nprint(os.getpid(), os.getppid(), os.getuid(), dict(os.environ), os.listdir('.'))\n"
+    facts = "os.getpid(), os.getppid(), os.getuid(), dict(os.environ), os.listdir('.')"
+    found = unit_tests.run_program(f"import os, socket\nprint({facts})\n"
                     "print(sorted({'etc', 'home', 'proc', 'sys', 'dev', 'tmp', 'var'} & set(os.listdir('/'))))", "")  # fmt: skip
     assert (found.verdict, found.output) == (PASSED, "1 0 1000 {} []\n[]\n")
 
 
 def test_texts_have_the_same_hashes_each_time():
-    assert len({box.run("print(hash('abc'), list({'a', 'b', 'c'}))", "").output for _ in range(3)}) == 1
+    assert len({unit_tests.run_program("print(hash('abc'), list({'a', 'b', 'c'}))", "").output for _ in range(3)}) == 1
 
 
 def test_nothing_is_left_of_it(tmp_path, monkeypatch):
     """No folder, no mount, no process: also of one that is ended while it sleeps."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mounts, before = Path("/proc/self/mounts").read_text(), set(psutil.Process().children(recursive=True))
-    runner = threading.Thread(target=box.run, args=("import time\ntime.sleep(99)", "", ProgramLimits(seconds=2.5)))
+    runner = threading.Thread(target=unit_tests.run_program, args=("import time\ntime.sleep(99)", "", ProgramLimits(seconds=2.5)))
     runner.start()
     seen = set[psutil.Process]()
     while len(seen) < 2 and runner.is_alive():
@@ -174,7 +174,7 @@ def test_nothing_is_left_of_it(tmp_path, monkeypatch):
 def test_it_ends_with_who_has_started_it():
     """By SIGKILL, in the middle of a program that has asked not to be ended with it, named itself to say so, and sleeps."""
     program = LIBC + "libc.prctl(1, 0, 0, 0, 0)\nlibc.prctl(15, b'unbound', 0, 0, 0)\nimport time\ntime.sleep(99)"
-    code = f"from heliostat.evaluation.programs import box; box.run({program!r}, '', box.ProgramLimits(seconds=90))"
+    code = f"from heliostat.evaluation import unit_tests as u; u.run_program({program!r}, '', u.ProgramLimits(seconds=90))"
     starter = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     seen, end = list[psutil.Process](), time.monotonic() + 30
     while "unbound" not in [one.name() for one in seen] and time.monotonic() < end:
@@ -190,19 +190,19 @@ def test_it_ends_with_who_has_started_it():
 
 
 def test_a_machine_without_a_sandbox_is_refused(monkeypatch):
-    box.require.cache_clear()
+    unit_tests.require_sandbox.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(box.platform, "machine", lambda: "riscv64")
+        patch.setattr(unit_tests.platform, "machine", lambda: "riscv64")
         with pytest.raises(ConfigError, match="needs Linux on x86_64, aarch64, and this is linux on riscv64"):
-            box.require()
+            unit_tests.require_sandbox()
     with monkeypatch.context() as patch:
-        patch.setattr(box, "LIBRARIES", ("/proc/none",))
-        patch.setattr(box, "_python", lambda: {"libraries": ["/nowhere"], "executable": "/nowhere/python"})
+        patch.setattr(unit_tests, "LIBRARIES", ("/proc/none",))
+        patch.setattr(unit_tests, "_python", lambda: {"libraries": ["/nowhere"], "executable": "/nowhere/python"})
         with pytest.raises(HeliostatError, match="cannot be shut in on this machine"):
-            box.run("", "")
+            unit_tests.run_program("", "")
         with pytest.raises(ConfigError, match=r"it needs Linux 5\.12, and user namespaces"):
-            box.require()
-    box.require.cache_clear()
+            unit_tests.require_sandbox()
+    unit_tests.require_sandbox.cache_clear()
 
 
 # the task ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import Manifest
-from heliostat.recipes.text import prompts
+from heliostat.recipes.text import exporting
 from heliostat.recipes.text.causal_lm import CausalLM
 
 from tests.unit import test_samples
@@ -63,4 +63,4 @@ def test_without_its_dataset_the_prompt_is_a_plain_one_and_that_is_said(monkeypa
     ],
 )
 def test_the_first_words_are_of_the_first_line_that_has_any(text, words):
-    assert prompts.opening(text) == words
+    assert exporting.opening(text) == words

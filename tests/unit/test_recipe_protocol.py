@@ -15,9 +15,8 @@ from heliostat.errors import ConfigError
 from heliostat.plan.model_stats import activations, build, stats_of
 from heliostat.plan.zero_layout import slices, usual_groups
 from heliostat.recipes import building, exported
-from heliostat.recipes.batches import pad
+from heliostat.recipes.batches import in_order, pad, taken
 from heliostat.recipes.conformance import require_class
-from heliostat.recipes.gathering import in_order, taken
 from heliostat.recipes.protocol import IGNORED, Batch, Companion, Evaluates, Exports, Group, Loss, Part, Recipe, Weight
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.training.worker.evaluation import dealt_whole

@@ -10,7 +10,7 @@ from heliostat.cluster.workspace_package import CODE_FILE
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.tracking import card
-from heliostat.tracking.parents import parents
+from heliostat.tracking.card import parents
 from heliostat.tracking.run_facts import flatten
 from heliostat.training import reproduce
 

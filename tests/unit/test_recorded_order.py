@@ -124,5 +124,5 @@ def test_a_plan_without_a_version_is_of_version_1_and_keeps_its_digest():
     assert old.version == 1 and DataPlan.parse(old.dump()) == old and old.digest == PLAN
     new = dataclasses.replace(old, version=2)
     assert new.digest != old.digest and old.differences(new) == ["the version of the data plan: 1 -> 2"]
-    with pytest.raises(DataError, match="the data plan is of version 3, and this heliostat knows 1 to 2"):
+    with pytest.raises(DataError, match="it is of version 3, and this heliostat knows 1 to 2"):
         DataPlan.parse({**raw, "version": 3})

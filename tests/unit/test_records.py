@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from heliostat.data import manifest, plans
+from heliostat.data import manifest
 from heliostat.data.dataset import DataPlan
 from heliostat.data.mixing import Shape
 from heliostat.errors import ConfigError, DataError
@@ -95,18 +95,18 @@ def test_a_data_plan_of_any_age_comes_back_and_an_impossible_one_is_refused():
     mix = ((0, (1.0, 2.0)), (5, (0.0, 1.0)))
     plan = DataPlan(("a", "b"), ("d", "e"), mix, (None, 2.0), 64, 1, 0.1, Shape(8, 4, 2, 16))
     raw = plan.dump()
-    assert plans.build(raw, "x") == plan
+    assert DataPlan.parse(raw, "x") == plan
     shape = raw["shape"]
     old = {**raw, "shape": {k: v for k, v in shape.items() if k != "unit"}}
     del old["skips"]
-    assert plans.build(old, "x") == plan
+    assert DataPlan.parse(old, "x") == plan
     wrong = [{"shape": {**shape, "lanes": 3}}, {"shape": {**shape, "window": 15}}, {"shape": {**shape, "window": 10**12}},
              {"mix": [[0, [1.0]]]}, {"mix": [[0, [0.0, 0.0]]]}, {"mix": [[5, [1, 1]], [5, [1, 1]]]}, {"mix": []},
              {"digests": ["d"]}, {"max_epochs": [None, -1.0]}, {"sequence_length": "64"}, {"seed": -1}, {"held_fraction": 1.5},
              {"unheard": 1}, {"skips": [[1, 2]]}]  # fmt: skip
     for change in wrong:
         with pytest.raises(DataError, match=r"^x: is (no data plan|a data plan of another version)"):
-            plans.build({**raw, **change}, "x")
+            DataPlan.parse({**raw, **change}, "x")
 
 
 @pytest.mark.parametrize(

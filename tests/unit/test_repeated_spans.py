@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from heliostat.curation import segment
 from heliostat.curation.registry import parse
-from heliostat.curation.windows import WordWindows, least, spans
+from heliostat.curation.repeated import WordWindows, least, spans
 
 from tests.unit.build_curation import curate, left, left_out
 
@@ -25,7 +25,7 @@ def test_of_every_row_of_windows_the_least_is_chosen_across_blocks(monkeypatch):
     found = np.random.default_rng(1).integers(0, 50, 1000).astype(np.uint64)
     wanted = sorted({i + int(np.argmin(found[i : i + 7])) for i in range(994)})
     assert least(found, 7).tolist() == wanted
-    monkeypatch.setattr("heliostat.curation.windows.BLOCK", 13)
+    monkeypatch.setattr("heliostat.curation.repeated.BLOCK", 13)
     assert least(found, 7).tolist() == wanted and not len(least(found[:6], 7))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 import random
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from heliostat.checkpoint.layout import encode, folder, latest, steps
 from heliostat.checkpoint.retention import Pruner, retained, survey
 from heliostat.cli.main import app
 from heliostat.config.spec import Checkpoint as Policy
-from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from heliostat.errors import ConfigError
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from typer.testing import CliRunner
@@ -99,11 +98,6 @@ def test_a_policy_that_cannot_be_kept_is_refused(changes, message):
             "evaluate.every": 5,
         }
     )
-
-
-def test_a_corrupt_checkpoint_error_travels_with_its_step():
-    error = pickle.loads(pickle.dumps(CorruptCheckpointError("it is damaged", 20)))  # noqa: S301 (as Ray does)
-    assert (str(error), error.step, isinstance(error, CheckpointError)) == ("it is damaged", 20, True)
 
 
 def _save(run: Location, step: int, loss: float | None = None, policy: Policy | None = None) -> None:

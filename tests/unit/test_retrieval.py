@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from heliostat.apps.search import answering, judging, tasks
 from heliostat.apps.search.search import SearchIndex, fuse
-from heliostat.apps.search.settings import IndexSettings
 from heliostat.apps.search.table import RECORD
+from heliostat.apps.search.tasks import IndexSettings
 from heliostat.apps.serve.asks import Search
 from heliostat.apps.serve.shelf import Shelf
 from heliostat.errors import ConfigError, DataError
@@ -23,23 +23,6 @@ from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
 from tests.unit.command_line import run
 from tests.unit.test_samples import TEXTS
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("corpus"), CORPUS)
-
-
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("embedder"), BASE["model"], 64)
-
-
-@pytest.fixture(scope="module")
-def made(corpus, embedder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("index")
-    index(corpus, out, embedder)
-    return SearchIndex(Location(str(out)))
 
 
 def bm25(texts: list[list[str]], question: list[str]) -> list[float]:
@@ -69,17 +52,17 @@ def test_words_are_scored_by_bm25_over_all_fragments(tmp_path):
         assert passage["score"] == pytest.approx(exact[int(passage["document"].partition("#")[2])], rel=0.03)
 
 
-def test_the_nearest_are_those_of_an_exact_search(made):
+def test_the_nearest_are_those_of_an_exact_search(document_index):
     """A passage's own text finds it; the order and scores are those of the cosines of all embeddings."""
-    everything = rows(made)
+    everything = rows(document_index)
     for wanted in everything[:5]:
-        found = made.search([wanted["text"]], "dense", 10)[0]
+        found = document_index.search([wanted["text"]], "dense", 10)[0]
         cosines = sorted((float(np.dot(wanted["embedding"], row["embedding"])) for row in everything), reverse=True)
         np.testing.assert_allclose([passage["score"] for passage in found], cosines[:10], atol=1e-4)
         assert wanted["text"] in {passage["text"] for passage in found if passage["score"] > 0.9999}
 
 
-def test_questions_that_come_together_are_embedded_one_after_another(made, monkeypatch):
+def test_questions_that_come_together_are_embedded_one_after_another(document_index, monkeypatch):
     """A tokenizer that one thread has told where to truncate would truncate the other's text, or raise."""
     inside, most, embed = [], [], tasks.embed
 
@@ -93,17 +76,17 @@ def test_questions_that_come_together_are_embedded_one_after_another(made, monke
 
     monkeypatch.setattr(tasks, "embed", watched)
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda i: made.search([f"f{i % 4}"], "dense", 2), range(12)))
+        found = list(threads.map(lambda i: document_index.search([f"f{i % 4}"], "dense", 2), range(12)))
     assert max(most) == 1 and len(most) == 12 and found[:4] == found[4:8] == found[8:]
 
 
 @pytest.mark.parametrize("mode", ["dense", "hybrid"])
-def test_a_question_that_is_longer_than_the_embedder_takes_is_refused(made, mode):
+def test_a_question_that_is_longer_than_the_embedder_takes_is_refused(document_index, mode):
     """And not answered by its beginning; words alone find by all of it."""
     question = "line " * 100
     with pytest.raises(ConfigError, match=r"question: 'line line .* more tokens than the 64 that the embedder takes"):
-        made.search(["f1", question], mode, 3)
-    assert made.search([question], "bm25", 3)[0]
+        document_index.search(["f1", question], mode, 3)
+    assert document_index.search([question], "bm25", 3)[0]
 
 
 def test_fusion_adds_reciprocal_ranks():
@@ -122,12 +105,12 @@ def test_an_index_without_embeddings_says_so(corpus, tmp_path):
         found.search(["x"], "hybrid", 3)
 
 
-def test_another_embedder_is_refused(made, embedder, tmp_path):
+def test_another_embedder_is_refused(document_index, embedder, tmp_path):
     other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 32}, 64)
     with pytest.raises(ConfigError, match="is not the model"):
-        SearchIndex(made.place, other).search(["x"], "dense", 3)
+        SearchIndex(document_index.place, other).search(["x"], "dense", 3)
     with pytest.raises(ConfigError, match="is not there; name its folder"):
-        SearchIndex(made.place, tmp_path / "none").search(["x"], "dense", 3)
+        SearchIndex(document_index.place, tmp_path / "none").search(["x"], "dense", 3)
 
 
 def test_a_prompt_has_as_many_passages_as_there_is_room_for():
@@ -154,17 +137,17 @@ def test_measures_are_those_of_their_definitions():
     assert judging.measures([], 1) == dict.fromkeys(judging.MEASURES, 0.0)
 
 
-def test_an_index_is_judged_by_questions_of_known_documents(made):
+def test_an_index_is_judged_by_questions_of_known_documents(document_index):
     asked = [(text, {id}) for id, text in list(CORPUS.items())[:12]] + [
         ("line " * 100, {"code.jsonl#30"}),
         ("nothing", {"none#1"}),
     ]
-    told = judging.judge(made, asked)
+    told = judging.judge(document_index, asked)
     assert (told["questions"], told["unknown"], told["too_long"]) == (12, 1, 1)
     with pytest.raises(ConfigError, match="holds no document that a question names"):
-        judging.judge(made, asked[-1:])
+        judging.judge(document_index, asked[-1:])
     with pytest.raises(ConfigError, match="each is longer than the embedder"):
-        judging.judge(made, asked[-2:])
+        judging.judge(document_index, asked[-2:])
     assert told["modes"]["bm25"]["recall@10"] == 1 and told["modes"].keys() == {"bm25", "dense", "hybrid"}
     for mode, over in told["over_bm25"].items():
         assert over["mrr"][0] == pytest.approx(told["modes"][mode]["mrr"] - told["modes"]["bm25"]["mrr"])
@@ -192,33 +175,37 @@ def test_a_question_goes_to_the_end_of_its_line_whatever_is_in_it(tmp_path):
     assert judging.questions(tmp_path / "q.jsonl") == [(rows[0]["question"], {"a"}), ("four", {"b", "c"})]
 
 
-def test_the_command_shows_passages_with_their_sources(made, monkeypatch, capsys):
-    code, text, _ = run(monkeypatch, capsys, "ask", str(made.place), TEXTS[7], "--json")
+def test_the_command_shows_passages_with_their_sources(document_index, monkeypatch, capsys):
+    code, text, _ = run(monkeypatch, capsys, "ask", str(document_index.place), TEXTS[7], "--json")
     told = json.loads(text)
     best = told["passages"][0]
     assert code == 0 and told["mode"] == "bm25" and best["document"] == "code.jsonl#7" and len(told["passages"]) == 5
     assert {"shard", "row_group", "begin", "end", "digest", "score", "columns"} <= best.keys()
-    code, text, _ = run(monkeypatch, capsys, "ask", str(made.place), "long document", "--top", "2")
+    code, text, _ = run(monkeypatch, capsys, "ask", str(document_index.place), "long document", "--top", "2")
     assert code == 0 and text.count(", characters ") == 2 and "[2] code.jsonl#30" in text and "long document" in text
-    code, text, _ = run(monkeypatch, capsys, "ask", str(made.place), "xylophone")
+    code, text, _ = run(monkeypatch, capsys, "ask", str(document_index.place), "xylophone")
     assert (code, text) == (0, "no passage has a word of the question\n")
 
 
-def test_a_model_answers_from_the_passages_that_it_has_room_for(made, embedder, tmp_path, monkeypatch, capsys):
+def test_a_model_answers_from_the_passages_that_it_has_room_for(document_index, embedder, tmp_path, monkeypatch, capsys):
     """Of five passages some, which is said; a question that has no room is an error."""
     model = write_model(tmp_path, BASE["model"], 256)
-    ask = ["ask", str(made.place), "the long document", "--model", str(model), "--max-tokens", "8"]
+    ask = ["ask", str(document_index.place), "the long document", "--model", str(model), "--max-tokens", "8"]
     told = json.loads(run(monkeypatch, capsys, *ask, "--json")[1])
     answer = told["answer"]
     assert 1 <= answer["passages_used"] < 5 == len(told["passages"]) and answer["prompt_tokens"] <= 248 and answer["tokens"] <= 8
     code, text, _ = run(monkeypatch, capsys, *ask)
     assert code == 0 and f"(from the first {answer['passages_used']} of 5 passages" in text and text.count("[5] ") == 1
-    code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder), "--max-tokens", "8")
+    code, _, said = run(
+        monkeypatch, capsys, "ask", str(document_index.place), "f7", "--model", str(embedder), "--max-tokens", "8"
+    )
     assert code == 2 and "question: the prompt has" in said and "the model has room for 56" in said
-    code, _, said = run(monkeypatch, capsys, "ask", str(made.place), "f7", "--model", str(embedder), "--max-tokens", "64")
+    code, _, said = run(
+        monkeypatch, capsys, "ask", str(document_index.place), "f7", "--model", str(embedder), "--max-tokens", "64"
+    )
     assert code == 2 and "max_tokens: 64 leave no room for a prompt" in said and "give --max-tokens below 64" in said
     with pytest.raises(Refusal, match="leaves no room for the question; ask for at least 89 fewer") as refused:
-        asyncio.run(Shelf(str(made.place), str(embedder)).prompt(Search("f7", 1), -88, len))
+        asyncio.run(Shelf(str(document_index.place), str(embedder)).prompt(Search("f7", 1), -88, len))
     assert (refused.value.status, refused.value.param) == (400, "max_tokens")
 
 
@@ -234,8 +221,8 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(made, embedder, 
         (["{index}", "--questions", "/none", "--mode", "bm25"], "--mode: does not go with --questions"),
     ],
 )
-def test_bad_input_is_one_clear_line(made, monkeypatch, capsys, words, told):
-    code, _, said = run(monkeypatch, capsys, "ask", *(word.format(index=made.place) for word in words))
+def test_bad_input_is_one_clear_line(document_index, monkeypatch, capsys, words, told):
+    code, _, said = run(monkeypatch, capsys, "ask", *(word.format(index=document_index.place) for word in words))
     assert code == 2 and told in said and len(said.strip().splitlines()) == 1
 
 

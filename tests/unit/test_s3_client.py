@@ -1,19 +1,94 @@
-"""What boto3 answers and raises where a store or the connection is unusual, as the rest of heliostat sees it."""
+"""What S3 is asked by boto3: what its URIs say, what it answers and raises where it is unusual, and listings in parallel."""
 
+import random
+import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 from botocore.utils import parse_timestamp
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.text import sources
-from heliostat.errors import DataError
-from heliostat.storage import s3_client
+from heliostat.errors import ConfigError, DataError
+from heliostat.storage import s3_client, s3_options
 from heliostat.storage.locations import Location, diagnose
-from heliostat.storage.s3_client import RewrittenError, Store
+from heliostat.storage.s3_client import PAGE, THREADS, RewrittenError, Store, files_below
 from urllib3.exceptions import SSLError
+
+Seen = list[tuple[str, bool]]  # method, and whether the request was signed
+
+
+@pytest.fixture
+def store(monkeypatch) -> Iterator[tuple[str, Seen]]:
+    """A server that has no object and takes none, and what it was asked."""
+    seen: Seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            seen.append((self.command, "Authorization" in self.headers))
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(412 if self.command == "PUT" else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD = do_PUT = answer
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"endpoint_override=127.0.0.1:{server.server_port}&scheme=http", seen
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("more", "signed"), [("", True), ("&anonymous=false", True), ("&anonymous=true", False)])
+def test_anonymous_requests_are_not_signed(store, more, signed):
+    """By pyarrow's client, and by boto3's, which puts files where none is."""
+    query, seen = store
+    place = Location(f"s3://bucket/key?{query}{more}")
+    with pytest.raises(FileNotFoundError):
+        place.read()
+    assert place.create(b"x") is False
+    assert {method for method, _ in seen} >= {"HEAD", "PUT"} and {by for _, by in seen} == {signed}
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("anonymus=true", r"\?anonymus: is no key of an S3 URI \(.*\), did you mean 'anonymous'\?"),
+        ("xyz", r"\?xyz: is no key of an S3 URI .*; in an object's name write \? as %3F"),
+        ("anonymous=yes", r"\?anonymous=yes: must be true or false"),
+        ("endpoint_override=h:1&scheme=ftp", r"\?scheme=ftp: must be https or http"),
+        ("request_payer=me", r"\?request_payer=me: must be requester"),
+        ("anonymous=true&request_payer=requester", "nobody knows who is to pay"),
+    ],
+)
+def test_a_key_that_does_nothing_is_refused(query, message):
+    with pytest.raises(ConfigError, match=message):
+        Location(f"s3://bucket/key?{query}")
+
+
+def test_the_environment_completes_a_query(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://h:1")
+    assert s3_options.resolve("") == s3_options.S3Options("h:1", "http", "us-east-1", False)
+    assert s3_options.resolve("region=eu-west-1&endpoint_override=i:2") == s3_options.S3Options(
+        "i:2", "https", "eu-west-1", False
+    )
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hunter2@h:1")
+    with pytest.raises(ConfigError, match="must not carry credentials") as e:
+        s3_options.resolve("")
+    assert "hunter2" not in str(e.value)
 
 
 class Fake:
@@ -77,3 +152,56 @@ def test_the_time_of_a_listed_object_is_parsed_without_a_parser_of_any_format(mo
     assert s3_client._time(told[0]) == datetime(2026, 11, 27, 10, 0, 3, 120_000, UTC)
     parsers = s3_client.client("anonymous=true", 1, 1.0)._endpoint._response_parser_factory
     assert parsers.create_parser("rest-xml")._timestamp_parser is s3_client._time
+
+
+class PagedStore:
+    """An object store that counts its pages: of each listing, a thousand names."""
+
+    def __init__(self, keys: set[str]) -> None:
+        self.keys, self.pages, self.longest = sorted(keys), 0, 0
+
+    def listed(self, path: str, recursive: bool) -> list[pafs.FileInfo]:
+        below = [key for key in self.keys if key.startswith(f"{path}/")]
+        if not recursive:
+            names = {key[len(path) + 1 :].partition("/") for key in below}
+            folders = {f"{path}/{name}" for name, mark, _ in names if mark}
+            below = [f"{path}/{name}" for name, mark, _ in names if not mark]
+            infos = [pafs.FileInfo(folder, pafs.FileType.Directory) for folder in folders]
+        else:
+            infos = []
+        pages = max(1, -(-(len(below) + len(infos)) // PAGE))
+        self.pages, self.longest = self.pages + pages, max(self.longest, pages)
+        return infos + [pafs.FileInfo(key, pafs.FileType.File) for key in below]
+
+
+def listed(keys: set[str]) -> tuple[list[str], PagedStore]:
+    store = PagedStore(keys)
+    return [i.path for i in files_below("b", store.listed)], store
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_same_as_one_stream(seed, monkeypatch):
+    """Whatever the shape, and whichever way is taken; with small pages, so that all are."""
+    monkeypatch.setattr(s3_client, "PAGE", 5)
+    rng = random.Random(seed)
+    names = [str(n) for n in range(rng.choice([1, 3, 30, 200]))]
+    keys = {"/".join(["b", *(rng.choice(names) for _ in range(rng.randrange(1, 7))), f"f{i}"]) for i in range(400)}
+    assert listed(keys)[0] == sorted(keys)
+
+
+def test_names_that_are_empty_are_found_too():
+    keys = {"b//x", "b/a//y", "b/a/z"}
+    assert listed(keys)[0] == sorted(keys)
+    assert listed(set())[0] == []
+
+
+def test_large_folders_are_listed_beside_one_another_and_small_ones_in_one_stream():
+    large = {f"b/{folder:03d}/{i}" for folder in range(100) for i in range(400)}
+    found, store = listed(large)
+    assert found == sorted(large) and store.longest == 1 and store.pages == 1 + 100, "one page a folder"
+    small = {f"b/{folder:04d}/x" for folder in range(3000)}
+    found, store = listed(small)
+    assert found == sorted(small) and store.pages == 3 + THREADS + 3, "a request a folder would be a thousand times as many"
+    deep = {f"b/year={y}/month={m}/{i}" for y in range(4) for m in range(12) for i in range(900)}
+    found, store = listed(deep)
+    assert found == sorted(deep) and store.longest == 1 and store.pages <= 1 + 4 + 48 + 48

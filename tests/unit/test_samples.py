@@ -121,9 +121,10 @@ def test_after_a_change_of_data_the_new_order_is_shown(run, source, tmp_path):
 
 
 def test_a_step_that_has_no_receipt_says_which_have(run):
-    """The first step beyond is refused with the range."""
-    with pytest.raises(ConfigError, match=r"^--step 7: the run has receipts of steps 1 to 6$"):
-        samples(run, STEPS + 1)
+    """The first step beyond, and what Python's API may be asked for; the line names no option of the command line."""
+    for step in (STEPS + 1, 0):
+        with pytest.raises(ConfigError, match=rf"^step: the run has no step {step}\. Give one of 1 to 6\.$"):
+            samples(run, step)
 
 
 def test_a_run_without_a_checkpoint_has_no_recipe(run):

@@ -6,30 +6,32 @@ import json
 import struct
 
 import pytest
-from heliostat.apps.serve import answers, front, options, requests
+from heliostat.apps.serve import answers, front
 from heliostat.apps.serve.backend import TRIES, Backend
 from heliostat.apps.serve.front import RequestLimits
-from heliostat.apps.serve.stopping import Stopping
-from heliostat.apps.serve.versions import Versions
+from heliostat.apps.serve.requests import ChatRequest, Completion, Embeddings, Images, SearchRequest, chat, read
+from heliostat.apps.serve.row import Stopping
+from heliostat.apps.serve.run import Versions
+from heliostat.apps.serve.served import replica_range
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
 
 
-def refusal(read, **body) -> Refusal:
+def refusal(kind, **body) -> Refusal:
     with pytest.raises(Refusal) as found:
-        read(json.dumps({"model": "m", **body}).encode())
+        read(kind, json.dumps({"model": "m", **body}).encode())
     return found.value
 
 
 def test_a_completion_is_read_with_openais_defaults():
-    asked = requests.completion(b'{"model": "m", "prompt": "a", "n": 1, "echo": false, "logit_bias": null, "user": "u"}')
+    asked = read(Completion, b'{"model": "m", "prompt": "a", "n": 1, "echo": false, "logit_bias": null, "user": "u"}')
     assert (asked.prompt, asked.max_tokens, asked.temperature, asked.top_p, asked.stop) == (["a"], None, 1.0, 1.0, [])
-    asked = requests.completion(b'{"model": "m", "prompt": ["a", "b"], "stop": "x", "temperature": 0, "seed": -1}')
+    asked = read(Completion, b'{"model": "m", "prompt": ["a", "b"], "stop": "x", "temperature": 0, "seed": -1}')
     assert (asked.prompt, asked.stop, asked.temperature, asked.seed) == (["a", "b"], ["x"], 0.0, -1)
-    for given, read in [([5, 6], [[5, 6]]), ([[5, 6], [7]], [[5, 6], [7]]), (["a", [5]], ["a", [5]]), ([3] * 200, [[3] * 200])]:
-        assert requests.completion(json.dumps({"model": "m", "prompt": given}).encode()).prompt == read
-    assert (asked.suffix, requests.completion(b'{"model": "m", "prompt": "a", "suffix": "b"}').suffix) == ("", "b")
+    for given, wanted in [([5, 6], [[5, 6]]), ([[5, 6], [7]], [[5, 6], [7]]), (["a", [5]], ["a", [5]]), ([3] * 200, [[3] * 200])]:
+        assert read(Completion, json.dumps({"model": "m", "prompt": given}).encode()).prompt == wanted
+    assert (asked.suffix, read(Completion, b'{"model": "m", "prompt": "a", "suffix": "b"}').suffix) == ("", "b")
 
 
 @pytest.mark.parametrize(
@@ -61,56 +63,56 @@ def test_a_completion_is_read_with_openais_defaults():
     ],
 )  # fmt: skip
 def test_what_is_not_done_is_refused_by_name(body, param, said):
-    found = refusal(requests.completion, **{"prompt": "a", **body})
+    found = refusal(Completion, **{"prompt": "a", **body})
     assert (found.status, found.param) == (400, param) and said in found.message
     assert found.body()["error"].keys() == {"message", "type", "param", "code"}
 
 
 def test_a_chat_takes_text_only_and_refuses_tools():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    asked = requests.chat(json.dumps({"model": "m", "messages": [{"role": "user", "content": parts}]}).encode())
+    asked = read(ChatRequest, json.dumps({"model": "m", "messages": [{"role": "user", "content": parts}]}).encode())
     assert asked.messages[0].plain() == {"role": "user", "content": "ab"}
     message = {"role": "user", "content": "a"}
-    assert refusal(requests.chat, messages=[message], tools=[{"type": "function"}]).param == "tools"
-    assert refusal(requests.chat, messages=[message], response_format={"type": "json_object"}).param == "response_format"
+    assert refusal(ChatRequest, messages=[message], tools=[{"type": "function"}]).param == "tools"
+    assert refusal(ChatRequest, messages=[message], response_format={"type": "json_object"}).param == "response_format"
     for told, more in [
         (None, {}),
         (None, {"logprobs": False}),
         (0, {"logprobs": True}),
         (3, {"logprobs": True, "top_logprobs": 3}),
     ]:
-        assert requests.chat(json.dumps({"model": "m", "messages": [message], **more}).encode()).told == told
+        assert read(ChatRequest, json.dumps({"model": "m", "messages": [message], **more}).encode()).told == told
     for more, said in [({"top_logprobs": 3}, "goes with logprobs: true"), ({"logprobs": 3}, "boolean"),
                        ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20")]:  # fmt: skip
-        found = refusal(requests.chat, messages=[message], **more)
+        found = refusal(ChatRequest, messages=[message], **more)
         assert found.param == next(reversed(more)) and said in found.message and "Value error" not in found.message
-    assert refusal(requests.chat, messages=[{"role": "tool", "content": "a"}]).param == "messages"
-    assert refusal(requests.chat).code == "missing_required_parameter"
+    assert refusal(ChatRequest, messages=[{"role": "tool", "content": "a"}]).param == "messages"
+    assert refusal(ChatRequest).code == "missing_required_parameter"
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a \udc00b", "x\ud800\ud800"])
 def test_half_a_character_is_refused_wherever_a_text_is_read(text):
     """No tokenizer takes a lone surrogate; a pair of them is a character."""
-    read = {"prompt": requests.images, "query": requests.search, "input": requests.embeddings, "stop": requests.completion}
-    for name, function in read.items():
-        found = refusal(function, **({"prompt": "a"} if name == "stop" else {}), **{name: text})
+    kinds = {"prompt": Images, "query": SearchRequest, "input": Embeddings, "stop": Completion}
+    for name, kind in kinds.items():
+        found = refusal(kind, **({"prompt": "a"} if name == "stop" else {}), **{name: text})
         assert (found.status, found.param) == (400, name) and (
             "surrogates not allowed" in found.message or "unicode" in found.message
         )
     message = json.dumps({"model": "m", "messages": [{"role": "user", "content": text}]}).encode()
     with pytest.raises(Refusal, match="surrogates not allowed") as found:
-        requests.chat(message, "m")
+        chat(message, "m")
     assert (found.value.status, found.value.param) == (400, "messages")
-    assert requests.images(b'{"model": "m", "prompt": "\\ud83d\\ude00"}').prompt == "\N{GRINNING FACE}"
+    assert read(Images, b'{"model": "m", "prompt": "\\ud83d\\ude00"}').prompt == "\N{GRINNING FACE}"
 
 
 def test_embeddings_and_bodies_that_are_none():
-    assert requests.embeddings(b'{"model": "m", "input": "a"}').input == ["a"]
-    assert refusal(requests.embeddings, input="").param == "input"
-    assert refusal(requests.embeddings, input="a", dimensions=3).code == "unsupported_parameter"
+    assert read(Embeddings, b'{"model": "m", "input": "a"}').input == ["a"]
+    assert refusal(Embeddings, input="").param == "input"
+    assert refusal(Embeddings, input="a", dimensions=3).code == "unsupported_parameter"
     for raw in (b"{", b"[]", b"\xff", b"[" * 100_000):
         with pytest.raises(Refusal) as found:
-            requests.completion(raw)
+            read(Completion, raw)
         assert (found.value.status, found.value.code) == (400, "invalid_json")
 
 
@@ -236,10 +238,10 @@ def test_logprobs_of_a_chat_are_by_token_and_only_whole_characters_have_bytes():
 
 
 def test_replicas_are_a_number_or_a_range():
-    assert (options.replicas("2"), options.replicas("1..4")) == ((2, 2), (1, 4))
+    assert (replica_range("2"), replica_range("1..4")) == ((2, 2), (1, 4))
     for text in ("0", "4..1", "x", "1..", "-1"):
         with pytest.raises(ConfigError, match="--replicas"):
-            options.replicas(text)
+            replica_range(text)
 
 
 class LostError(Exception):

@@ -10,10 +10,9 @@ import pytest
 import torch
 from heliostat.apps.serve import group
 from heliostat.apps.serve.engine import ServingEngine
-from heliostat.apps.serve.row import Row, Telling
-from heliostat.apps.serve.sampling import Draw
-from heliostat.apps.serve.stopping import Stopping
+from heliostat.apps.serve.row import Row, Stopping, Telling
 from heliostat.inference.batch.engines import Continue, Embed, Input, LoadedModel
+from heliostat.inference.sampling import Draw
 from heliostat.recipes.protocol import Request
 from heliostat.recipes.text.generator import TextGenerator
 from heliostat.recipes.text.server import TextServer

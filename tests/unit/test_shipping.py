@@ -11,7 +11,7 @@ import pytest
 import ray
 from heliostat.curation.images.latents import Latents
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.storage import node_cache
+from heliostat.storage import local_files
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, files, flow, shipping
 from heliostat.tasks.shipping import NotHereError, describe, here, offer
@@ -38,7 +38,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def cached() -> list[Path]:
-    return [p for p in node_cache.folder(shipping.SHIPPED).glob("*") if p.is_dir()]
+    return [p for p in local_files.cache(shipping.SHIPPED).glob("*") if p.is_dir()]
 
 
 def test_a_path_with_the_files_is_used_and_nothing_is_copied(spill, model):
@@ -77,7 +77,7 @@ def test_a_node_without_the_folder_gets_the_files_and_no_pickle(spill, model, fa
     assert place.name == "model" and place != model
     found = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
     assert found == ["1_Pooling/config.json", "config.json", "model.safetensors"]
-    assert node_cache.is_ours(place.parent.parent)
+    assert local_files.is_ours(place.parent.parent)
     shutil.rmtree(spill.path)
     assert here(spill, described) == str(place), "the cache is enough"
 
@@ -133,8 +133,8 @@ def test_a_path_without_a_name_is_copied_into_a_folder_of_its_own(spill, model, 
     offer(spill, described)
     (model / "model.safetensors").unlink()
     place = Path(here(spill, described))
-    assert place.parent == node_cache.folder(shipping.SHIPPED) and (place / "model.safetensors").exists()
-    assert [p.name for p in node_cache.folder(shipping.SHIPPED).iterdir() if p.suffix != ".lock"] == [described.digest]
+    assert place.parent == local_files.cache(shipping.SHIPPED) and (place / "model.safetensors").exists()
+    assert [p.name for p in local_files.cache(shipping.SHIPPED).iterdir() if p.suffix != ".lock"] == [described.digest]
 
 
 def test_a_link_to_a_folder_is_an_error_where_it_would_be_copied(spill, model):
@@ -152,7 +152,7 @@ def test_what_a_process_left_that_was_killed_while_it_copied_is_removed_by_the_n
     described = describe("model", str(model))
     offer(spill, described)
     shutil.rmtree(model)
-    left = node_cache.folder(shipping.SHIPPED) / f"{described.digest}.0123abcd.part"
+    left = local_files.cache(shipping.SHIPPED) / f"{described.digest}.0123abcd.part"
     left.mkdir(parents=True)
     left.parent.chmod(0o700)
     here(spill, described)
@@ -208,7 +208,7 @@ def test_one_process_copies_while_others_wait_and_not_forever(spill, model, monk
     shutil.rmtree(cached()[0])
     monkeypatch.setattr(shipping, "WAIT_S", 0.2)
     monkeypatch.setattr(shipping, "BYTES_PER_S", 1 << 40)
-    with (node_cache.alone(node_cache.folder(shipping.SHIPPED) / described.digest, 1.0),
+    with (local_files.alone(local_files.cache(shipping.SHIPPED) / described.digest, 1.0),
           pytest.raises(HeliostatError, match=r"another process copied .*model for 0 s; start again")):  # fmt: skip
         here(spill, described)
     monkeypatch.setattr(shipping, "WAIT_S", -1.0)
@@ -275,6 +275,6 @@ def test_a_text_encoder_comes_with_its_tokenizer_wherever_that_is(spill, tmp_pat
     text = Path(made.text_encoder or "")
     assert text.name == "text_encoder" and (text / "x.safetensors").read_text() == "text_encoder/x.safetensors"
     assert (text.parent / "tokenizer" if apart else text).joinpath("tokenizer.json").exists()
-    assert not list(node_cache.folder(shipping.SHIPPED).rglob("unet"))
+    assert not list(local_files.cache(shipping.SHIPPED).rglob("unet"))
     plain = Latents(autoencoder=str(made.autoencoder))
     assert plain.located(spill, plain.shipments()) == plain

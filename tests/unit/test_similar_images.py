@@ -6,8 +6,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from heliostat.curation import segment
-from heliostat.curation.alike import pairs
+from heliostat.curation import alike, segment
 from heliostat.curation.stage import Picture
 
 from tests.unit.build_curation import curate, left, left_out
@@ -101,9 +100,9 @@ def test_equal_pixels_alone(tmp_path):
 @pytest.mark.parametrize("distance", [1, 3, 8, 16])
 @pytest.mark.parametrize("hashes", [1, 10_000, 10**9])
 def test_two_hashes_that_are_near_share_a_key(distance, hashes):
-    count = pairs.blocks(distance, hashes)
-    masks = pairs.masks(distance, count)
-    assert len(masks) == comb(count, distance) and (len(masks) <= pairs.KEYS or count == distance + 1)
+    count = alike.blocks(distance, hashes)
+    masks = alike.masks(distance, count)
+    assert len(masks) == comb(count, distance) and (len(masks) <= alike.KEYS or count == distance + 1)
     rng = random.Random(distance)
     for _ in range(300):
         apart = sum(1 << b for b in rng.sample(range(64), distance))

@@ -300,3 +300,11 @@ def test_a_finished_run_knows_what_a_job_now_says_otherwise():
     now = job(**{"model.hidden_size": 32, "model.rope_theta": 1e4, "train.steps": 7, "workers.count": 4}).dump()
     assert spec.changed_keys(was, now) == ["model.hidden_size", "model.rope_theta", "train.steps", "workers.count"]
     assert spec.changed_keys({"train": {"steps": 7}}, {"train": {"steps": 7, "new": 1}, "newer": {}}) == []
+
+
+def test_keys_of_earlier_versions_are_taken_and_have_no_effect(workspace, caplog):
+    path = write(workspace, **{"train.cpu_kernels": False})
+    assert "cpu_kernels" not in spec.load(path).dump()["train"]
+    assert [r.getMessage() for r in caplog.records] == ["train.cpu_kernels: has no effect any more. Remove it"]
+    assert "cpu_kernels" not in job(**{"train.cpu_kernels": True}).dump()["train"]  # as in every recorded job, without a word
+    assert len(caplog.records) == 1

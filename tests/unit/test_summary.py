@@ -4,11 +4,13 @@ import json
 
 import pytest
 from heliostat.checkpoint import layout
+from heliostat.checkpoint.index import build
 from heliostat.runs import summary
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 
+from tests.unit.build_index import index
 from tests.unit.build_job import job
 
 METRICS = {"train_loss": 2.0 / 3.0, "loss": 0.1 + 0.2, "accuracy": 0.7}
@@ -45,7 +47,7 @@ def test_a_run_without_a_ledger_has_a_summary_too():
 
 def test_a_summary_or_result_counts_for_the_step_that_it_is_of(tmp_path, caplog):
     """Not for a longer training; and one that is damaged is made again, as is one that a damaged ledger cannot help to make."""
-    run, last = Location(str(tmp_path)), layout.SavedCheckpoint(Location(str(tmp_path)), {"step": 100, "metrics": METRICS})
+    run, last = Location(str(tmp_path)), layout.SavedCheckpoint(Location(str(tmp_path)), build(index(100, metrics=METRICS), 100))
     summary.write(run, {"steps": 90, "train_loss": 9.0})
     assert summary.read(run, last, job())["train_loss"] == 2.0 / 3.0
     summary.write(run, {"steps": 100, "train_loss": 1.0})

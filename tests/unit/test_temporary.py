@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from heliostat.storage import temporary
+from heliostat.storage import local_files
 
 HOLDS = """
 import sys, time
-from heliostat.storage import temporary
-with temporary.folder("heliostat-export-") as name:
+from heliostat.storage import local_files
+with local_files.temporary_folder("heliostat-export-") as name:
     (name / "model").write_bytes(b"x" * 1000)
     print(name, flush=True)
     time.sleep(600)
@@ -39,12 +39,12 @@ def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path, monkeypatch):
         (new := tmp_path / f"{prefix}new").mkdir()  # of a process that has not locked it yet
         (there := tmp_path / "heliostat-export-another.host-1").mkdir()  # whose locks are not seen here
         aged(there)
-        with temporary.folder("heliostat-export-") as mine:
+        with local_files.temporary_folder("heliostat-export-") as mine:
             assert mine.is_dir() and (held / "model").exists()  # it is in use
         process.send_signal(signal.SIGKILL)
         process.wait(30)
     assert held.exists() and not mine.exists()
-    with temporary.folder("heliostat-export-"), pytest.raises(FileNotFoundError):
+    with local_files.temporary_folder("heliostat-export-"), pytest.raises(FileNotFoundError):
         held.stat()
     assert elsewhere.exists() and new.exists() and there.exists()
 
@@ -57,5 +57,5 @@ def test_where_nothing_can_be_locked_a_folder_is_made_and_none_removed(tmp_path,
     monkeypatch.setattr("fcntl.flock", refuse)
     (old := tmp_path / f"heliostat-export-{socket.gethostname()}-old").mkdir()
     aged(old)
-    with temporary.folder("heliostat-export-") as mine:
+    with local_files.temporary_folder("heliostat-export-") as mine:
         assert mine.is_dir() and old.exists()

@@ -5,7 +5,7 @@ import logging
 import unicodedata
 
 import pytest
-from heliostat.cli import audit, common, logs, main
+from heliostat.cli import common, main, runs
 from heliostat.text import brief, printable
 
 EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2066\r\x00\x7f"
@@ -38,10 +38,10 @@ def test_a_librarys_words_are_one_line():
 def test_a_sample_with_control_characters_is_shown_escaped(monkeypatch, full):
     """In whole or in part, its place and the reason of a bad one too; what looks like markup is not taken for it."""
     shown = io.StringIO()
-    monkeypatch.setattr(audit, "out", common.Printer(file=shown, highlight=False, soft_wrap=True))
+    monkeypatch.setattr(runs, "out", common.Printer(file=shown, highlight=False, soft_wrap=True))
     bad = {"shard": f"s{EVIL}", "row_group": 0, "row": 0, "reason": EVIL}
     place = {"lane": 0, "place": 0, "source": "d", "shard": f"{EVIL}.parquet", "row_group": 0, "row": 0, "epoch": 0}
-    audit._print_sample({**place, "text": f"[bold]{EVIL}\n\tmore", "replaces": bad}, full)
+    runs._print_sample({**place, "text": f"[bold]{EVIL}\n\tmore", "replaces": bad}, full)
     text = shown.getvalue()
     assert printable(text, lines=True) == text and text.count("\\x1b[2J") >= 3 and "[bold]" in text
     assert text.endswith("more\n") == full  # on a line of its own, behind a tab
@@ -50,7 +50,7 @@ def test_a_sample_with_control_characters_is_shown_escaped(monkeypatch, full):
 def test_a_log_line_with_control_characters_is_written_escaped():
     """Names of files stand in warnings."""
     record = logging.LogRecord("x", logging.WARNING, "", 0, "%s: cannot be read", (EVIL,), None)
-    assert logs.LogLines("%(message)s").format(record) == f"{printable(EVIL)}: cannot be read"
+    assert main.LogLines("%(message)s").format(record) == f"{printable(EVIL)}: cannot be read"
 
 
 def test_an_error_with_control_characters_is_written_escaped(monkeypatch, capsys):

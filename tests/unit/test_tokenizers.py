@@ -15,7 +15,7 @@ from heliostat.curation.text.tokens import encode, load
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.recipes.text.token_bytes import sizes
+from heliostat.recipes.text.vocabulary import sizes
 from heliostat.storage.locations import Location
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation.text import tokens
-from heliostat.curation.text.replay import origin
+from heliostat.curation.text.trace import origin
 from heliostat.data import documents, manifest
 from heliostat.data.manifest import PLACES_KEY
 from heliostat.storage.locations import Location

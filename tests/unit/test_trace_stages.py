@@ -7,7 +7,7 @@ import json
 import pytest
 from heliostat.curation import reasons
 from heliostat.curation.forget import forget
-from heliostat.curation.text import replay, trace
+from heliostat.curation.text import trace
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
@@ -67,7 +67,7 @@ def test_a_stage_that_this_version_does_not_have_is_one_clear_line(made):
     by = reasons.made_by(made)
     by = by | {"stages": [{**by["stages"][1], "gone_key": 3}]}
     with pytest.raises(ConfigError, match=r"made by a stage that this version does not have, or not so: .*gone_key"):
-        list(replay.stages(by, dataclasses.replace(replay.read_again(replay.source_of(by), "a.jsonl#1"))))
+        list(trace.stages_again(by, dataclasses.replace(trace.read_again(trace.source_of(by), "a.jsonl#1"))))
 
 
 def test_a_forgotten_document_is_in_no_count_of_groups_or_cuts(tmp_path):

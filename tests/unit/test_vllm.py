@@ -19,15 +19,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from heliostat.apps.serve.row import Row
-from heliostat.apps.serve.sampling import Draw
-from heliostat.apps.serve.stopping import Stopping
+from heliostat.apps.serve.row import Row, Stopping
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.inference import vllm_terms
+from heliostat.inference import vllm_engine
 from heliostat.inference.batch import engines, loading
-from heliostat.inference.batch.claim import claim
 from heliostat.inference.batch.engines import Input
-from heliostat.inference.batch.settings import BatchSettings
+from heliostat.inference.batch.run import claim
+from heliostat.inference.batch.tasks import BatchSettings
+from heliostat.inference.sampling import Draw
 from heliostat.storage.locations import Location
 from safetensors.torch import save_file
 
@@ -44,34 +43,34 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_without_a_gpu_or_the_package_transformers_answers_and_says_why(model, tmp_path):
-    assert vllm_terms.choose("transformers", model, "chat", 1) == ("transformers", transformers.__version__)
-    assert vllm_terms.choose("auto", model, "chat", 0) == ("transformers", "there is no GPU here")
-    assert vllm_terms.choose("auto", model, "classify", 1) == ("transformers", "vLLM does not classify here")
+    assert loading.choose("transformers", model, "chat", 1) == ("transformers", transformers.__version__)
+    assert loading.choose("auto", model, "chat", 0) == ("transformers", "there is no GPU here")
+    assert loading.choose("auto", model, "classify", 1) == ("transformers", "vLLM does not classify here")
     (tmp_path / "config.json").write_text('{"model_type": "clip", "architectures": ["CLIPModel"]}')
-    assert vllm_terms.choose("auto", tmp_path, "embed", 1)[1] == "vLLM does not embed with a CLIP here"
+    assert loading.choose("auto", tmp_path, "embed", 1)[1] == "vLLM does not embed with a CLIP here"
     with pytest.raises(ConfigError, match="--engine: 'tensorrt' is none of auto, transformers, vllm"):
-        vllm_terms.choose("tensorrt", model, "chat", 1)
+        loading.choose("tensorrt", model, "chat", 1)
 
 
 def test_where_vllm_is_not_installed_a_line_says_how_it_comes(model):
-    if "vllm" in sys.modules or vllm_terms.find_spec("vllm"):
+    if "vllm" in sys.modules or loading.find_spec("vllm"):
         pytest.skip("vLLM is installed")
-    assert vllm_terms.choose("auto", model, "chat", 1)[1] == (
+    assert loading.choose("auto", model, "chat", 1)[1] == (
         "vLLM is not installed, which comes with the extra 'vllm': pip install 'heliostat[vllm]'"
     )
     with pytest.raises(HeliostatError) as found:
-        vllm_terms.choose("vllm", model, "chat", 0)
+        loading.choose("vllm", model, "chat", 0)
     assert str(found.value) == "--engine vllm needs the extra 'vllm': pip install 'heliostat[vllm]' (there is no module 'vllm')"
 
 
 def test_a_model_that_vllm_has_not_is_answered_by_transformers_or_refused(model, vllm):
     known = {"LlamaForCausalLM"}
-    assert vllm_terms.choose("auto", model, "serve", 1, lambda: known) == ("vllm", "0.33.0")
-    assert vllm_terms.choose("auto", model, "serve", 1, set) == ("transformers", "vLLM has no LlamaForCausalLM")
+    assert loading.choose("auto", model, "serve", 1, lambda: known) == ("vllm", "0.33.0")
+    assert loading.choose("auto", model, "serve", 1, set) == ("transformers", "vLLM has no LlamaForCausalLM")
     with pytest.raises(ConfigError, match="--engine vllm: vLLM has no LlamaForCausalLM; give --engine transformers"):
-        vllm_terms.choose("vllm", model, "serve", 1, set)
+        loading.choose("vllm", model, "serve", 1, set)
     with pytest.raises(ConfigError, match="--engine vllm: there is no GPU here"):
-        vllm_terms.choose("vllm", model, "serve", 0, lambda: known)
+        loading.choose("vllm", model, "serve", 0, lambda: known)
 
 
 def test_answers_of_one_engine_are_not_gone_on_with_by_the_other(tmp_path):
@@ -91,30 +90,30 @@ def test_answers_of_one_engine_are_not_gone_on_with_by_the_other(tmp_path):
 
 def test_scores_add_up_and_one_that_is_missing_is_an_error():
     at = [None, {5: SimpleNamespace(logprob=-1.5)}, {7: SimpleNamespace(logprob=-0.5), 8: SimpleNamespace(logprob=-0.1)}]
-    assert vllm_terms.nats([3, 5, 7], at) == 2.0
+    assert vllm_engine.nats([3, 5, 7], at) == 2.0
     for tokens, found in (([3, 5], at), ([3, 5, 9], at), ([3, 5, 7], [*at[:2], None])):
         with pytest.raises(ValueError, match="vLLM has scored"):
-            vllm_terms.nats(tokens, found)
-    told = vllm_terms.probabilities(at[2], 7, 1)
-    assert told == {"chosen": -0.5, "best": [(8, -0.1)]} and vllm_terms.probabilities(at[2], 7, 0)["best"] == []
-    assert [vllm_terms.rank(n) for n in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]
+            vllm_engine.nats(tokens, found)
+    told = vllm_engine.probabilities(at[2], 7, 1)
+    assert told == {"chosen": -0.5, "best": [(8, -0.1)]} and vllm_engine.probabilities(at[2], 7, 0)["best"] == []
+    assert [vllm_engine.rank(n) for n in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]
     with pytest.raises(ConfigError, match="rank 512 at most, not 513"):
-        vllm_terms.rank(513)
+        vllm_engine.rank(513)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_vllms_own_class_takes_what_is_asked_and_changes_none_of_it(temperature):
     params = pytest.importorskip("vllm.sampling_params", exc_type=ImportError)
-    for asked in (vllm_terms.sampling(7, temperature, 0.9, -1, {9, 3}, 5), vllm_terms.scoring()):
+    for asked in (vllm_engine.sampling(7, temperature, 0.9, -1, {9, 3}, 5), vllm_engine.scoring()):
         made = params.SamplingParams(**asked)
         kept = {name: getattr(made, name) for name in asked}
         assert kept == asked | ({"top_p": 1.0} if temperature == 0 and "top_p" in asked else {})
-    assert made.n == 1 and params.SamplingParams(**vllm_terms.sampling(1, 0.5, 1.0, -1, [])).seed == 2**63 - 1
+    assert made.n == 1 and params.SamplingParams(**vllm_engine.sampling(1, 0.5, 1.0, -1, [])).seed == 2**63 - 1
 
 
 def test_vllms_own_class_of_an_engine_has_every_key(model):
     args = pytest.importorskip("vllm.engine.arg_utils", exc_type=ImportError)
-    asked = vllm_terms.engine(model, transformers.AutoConfig.from_pretrained(model), 32, 16, [4])
+    asked = vllm_engine.engine_options(model, transformers.AutoConfig.from_pretrained(model), 32, 16, [4])
     assert asked.keys() <= {field.name for field in dataclasses.fields(args.AsyncEngineArgs)}
 
 
@@ -171,9 +170,9 @@ def vllm(monkeypatch):
     request.LoRARequest = SimpleNamespace  # type: ignore[attr-defined]
     for name, module in (("vllm", made), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", request)):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(vllm_terms, "find_spec", lambda name: made)
-    monkeypatch.setattr(vllm_terms.extras, "find_spec", lambda name: made)
-    monkeypatch.setattr(vllm_terms, "version", lambda name: "0.33.0")
+    monkeypatch.setattr(loading, "find_spec", lambda name: made)
+    monkeypatch.setattr(loading.extras, "find_spec", lambda name: made)
+    monkeypatch.setattr(loading, "version", lambda name: "0.33.0")
     return made
 
 
@@ -195,8 +194,7 @@ def test_what_is_made_of_its_tokens_is_what_the_other_engine_answers(model, vllm
 
 
 def test_a_stream_of_its_tokens_is_told_as_the_other_engine_tells_it(model, vllm):
-    from heliostat.apps.serve.engine import ServingEngine
-    from heliostat.apps.serve.vllm_engine import VllmEngine
+    from heliostat.apps.serve.engine import ServingEngine, VllmEngine
 
     def rows(tokenizer: Any, found: queue.Queue) -> list[Row]:
         kinds = [(9, [], 2), (6, [], None), (9, ["e"], None)]
@@ -235,33 +233,31 @@ def test_a_stream_of_its_tokens_is_told_as_the_other_engine_tells_it(model, vllm
 def test_what_vllm_is_made_with_asks_no_hub_and_tells_nobody(model, monkeypatch):
     """A folder's name is never one of a hub; weights that name no precision are fp32, as everywhere; nothing is told home."""
     monkeypatch.chdir(model.parent)
-    asked = vllm_terms.engine(Path(model.name), transformers.LlamaConfig(), None, 1)
+    asked = vllm_engine.engine_options(Path(model.name), transformers.LlamaConfig(), None, 1)
     assert asked["model"] == str(model) and asked["dtype"] == "float32"
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
-    assert vllm_terms.sampling(1, 0.0, 1.0, 0, [3])["ignore_eos"]
+    assert vllm_engine.sampling(1, 0.0, 1.0, 0, [3])["ignore_eos"]
 
 
 def test_ends_that_config_json_alone_names_end_answers_with_either_engine(model, tmp_path):
-    from heliostat.inference.batch.vllm_engine import Described
-
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 40]}))
-    found = [loaded(folder).generation().eos_token_id for loaded in (Described, engines.LoadedModel)]
+    found = [engines.LoadedModel(folder, weights=weights).generation().eos_token_id for weights in (False, True)]
     assert found == [[3, 40], [3, 40]]
 
 
 def test_vllms_own_limit_is_that_of_prompts(model, vllm, monkeypatch):
-    from heliostat.apps.serve.vllm_engine import VllmEngine
+    from heliostat.apps.serve.engine import VllmEngine
 
-    monkeypatch.setattr(vllm_terms, "engine", lambda folder, *_: {"model": str(folder), "max_model_len": None})
+    monkeypatch.setattr(vllm_engine, "engine_options", lambda folder, *_: {"model": str(folder), "max_model_len": None})
     assert VllmEngine(model, 1, {}).loaded.longest == loading.engine(model, "score", 1, {}, "vllm").longest == 24
 
 
 def test_an_adapter_of_another_model_is_refused_before_vllm_starts(model, vllm, tmp_path):
-    from heliostat.apps.serve.vllm_engine import VllmEngine
+    from heliostat.apps.serve.engine import VllmEngine
 
     (tmp_path / "one").mkdir()
     (tmp_path / "one/adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
@@ -273,9 +269,9 @@ def test_an_adapter_of_another_model_is_refused_before_vllm_starts(model, vllm, 
 
 
 def test_a_request_that_nobody_waits_for_is_aborted_and_a_dead_core_ends_the_replica(model, vllm, monkeypatch):
-    from heliostat.apps.serve import vllm_engine
+    from heliostat.apps.serve import engine as serving
 
-    engine, found, seen = vllm_engine.VllmEngine(model, 4, {}), queue.Queue[Any](), []
+    engine, found, seen = serving.VllmEngine(model, 4, {}), queue.Queue[Any](), []
 
     async def waits(*_, **__):
         try:
@@ -285,12 +281,12 @@ def test_a_request_that_nobody_waits_for_is_aborted_and_a_dead_core_ends_the_rep
             seen.append("aborted")
 
     async def dies(*_, **__):
-        engine.llm.errored = True
+        engine.stream.llm.errored = True
         raise RuntimeError("the core has died")
         yield
 
     async def run(generate: Any, leave: bool) -> None:
-        monkeypatch.setattr(engine.llm, "generate", generate)
+        monkeypatch.setattr(engine.stream.llm, "generate", generate)
         row = Row([5, 6], 4, Draw(0.0, 1.0, 1), Stopping(), found.put)
         engine.begin([row])
         await asyncio.sleep(0)
@@ -300,17 +296,17 @@ def test_a_request_that_nobody_waits_for_is_aborted_and_a_dead_core_ends_the_rep
 
     asyncio.run(run(waits, leave=True))
     assert seen == ["aborted"] and found.empty()
-    monkeypatch.setattr(vllm_engine.os, "_exit", seen.append)
+    monkeypatch.setattr(serving.os, "_exit", seen.append)
     asyncio.run(run(dies, leave=False))
     assert seen == ["aborted", 1]
 
 
 def test_a_stream_that_vllm_breaks_off_fails_and_the_others_go_on(model, vllm, monkeypatch):
-    from heliostat.apps.serve.vllm_engine import VllmEngine
+    from heliostat.apps.serve.engine import VllmEngine
 
     engine, found = VllmEngine(model, 4, {}), queue.Queue[Any]()
-    plain = engine.llm.tokens
-    monkeypatch.setattr(engine.llm, "tokens", lambda prompt, p: ([1], [{}], []) if p.seed == 3 else plain(prompt, p))
+    plain = engine.stream.llm.tokens
+    monkeypatch.setattr(engine.stream.llm, "tokens", lambda prompt, p: ([1], [{}], []) if p.seed == 3 else plain(prompt, p))
     asked = [Row([5, 6], 4, Draw(0.0, 1.0, seed), Stopping(), lambda piece, n=seed: found.put((n, piece))) for seed in (2, 3)]
 
     async def run() -> None:

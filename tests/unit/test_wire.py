@@ -14,13 +14,18 @@ import pyarrow as pa
 import pytest
 import torch
 from heliostat import errors
-from heliostat.checkpoint import placement
+from heliostat.checkpoint import index, placement
 from heliostat.checkpoint.agreement import RankOutcome
+from heliostat.checkpoint.columns import Columns
+from heliostat.checkpoint.index import TensorIndex
 from heliostat.checkpoint.layout import SavedCheckpoint
+from heliostat.checkpoint.placement import ListedChunk, SealedIndex, Shard, Tensor
 from heliostat.data.dataset import Bad
 from heliostat.data.stream import StepSamples
 from heliostat.storage import wire
 from heliostat.storage.locations import Location
+
+from tests.unit import build_index
 
 PACKAGE = Path(errors.__file__).parent
 
@@ -31,8 +36,9 @@ PACKAGE = Path(errors.__file__).parent
         None, True, 7, -(2**63), 2**64 - 1, 2**70, -(2**70), 1.5, float("inf"), "ä", b"\0x", [1, [2, None]], (1, ("a", [()])),
         range(3, 9, 2), "a\udcff",
         {"a": 1, 2: (3,), ("shard", 0): {"x": []}}, Location("s3://b/k?region=r"), Bad(1, 2, 3, 4, "torn", (5, 6, 7)),
-        placement.WrittenPart([{"file": "x"}], {"w": {"runs": [[0, 1, 0, 5]]}}), RankOutcome(value=[1]),
-        SavedCheckpoint(Location("/x"), {"step": 5}, SavedCheckpoint(Location("/f"), {}), {0: {("w", 0): [1]}}),
+        placement.WrittenPart([Shard("x", 9, SealedIndex(2, 7))], {"w": Tensor("F32", [5], [[0, 1, 0, 5]], Columns(1, 5))}),
+        SavedCheckpoint(Location("/x"), index.build(build_index.index(5), 5)), ListedChunk(0, 5, 9, [1], 2),
+        SavedCheckpoint(Location("/f"), TensorIndex(4, [], {}), places={0: {("w", 0): 1}}), RankOutcome(value=[1]),
     ],
 )  # fmt: skip
 def test_a_value_comes_back_as_it_was(value):

@@ -9,8 +9,7 @@ import heliostat.tasks
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import prepare, reasons, segment
-from heliostat.curation.text import making
+from heliostat.curation import making, prepare, reasons, segment
 from heliostat.errors import DataError
 from heliostat.storage import locations as storage
 from heliostat.storage.locations import Location
@@ -20,7 +19,7 @@ from tests.unit.build_curation import HereFlow, curate, left
 from tests.unit.test_curation_engine import texts
 
 STAGES = [{"stage": "length", "min_words": 90}]
-PUBLISHED = ("heliostat.curation.text.tokens", "heliostat.curation.pairs.shards")  # row groups of datasets, a chunk each
+PUBLISHED = ("heliostat.curation.text.tokens", "heliostat.curation.pairs.making")  # row groups of datasets, a chunk each
 
 
 def spilled(folder: Path) -> list[Path]:

@@ -10,14 +10,14 @@ import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import ray
 import torch.distributed as dist
 
 from heliostat.checkpoint import agreement
 from heliostat.cluster import nodes
-from heliostat.config import spec
+from heliostat.config.fields import divisors
 from heliostat.config.spec import Job
 from heliostat.data import receipt, stream
 from heliostat.data.content import Content
@@ -28,6 +28,10 @@ from heliostat.runs.history import receipts
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.training.worker.unsealed import Unsealed, check_budget
+
+if TYPE_CHECKING:
+    from ray.data import Dataset as RayDataset
+    from ray.data.iterator import DataIterator
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,14 @@ class Batch:
     replaced: int
 
 
+class Sealed(TypedDict):
+    """Describes the receipts of a run so far: their steps, their chain, and how many bad samples were replaced."""
+
+    steps: int
+    chain: str
+    replaced: int
+
+
 class Feed(Iterator[Batch]):
     """Iterates over a worker's batches, one a step, from the step that it was opened at to the last."""
 
@@ -57,7 +69,7 @@ class Feed(Iterator[Batch]):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.job, self.plan, self.folder = job, plan, Location(folder)
         self.done, self.last_step = step, job.last_step
-        workers = spec.divisors(plan.shape.lanes)
+        workers = divisors(plan.shape.lanes)
         if self.world not in workers:
             raise ConfigError(
                 f"ExactStream.start: {self.world} workers do not divide the stream's {self.plan.shape.lanes} lanes; use "
@@ -85,9 +97,8 @@ class Feed(Iterator[Batch]):
             log.warning("step %d: a bad sample was replaced: %s", self.done, bad.reason)
         return Batch(self.done, mine.content, mine.lanes, len(mine.bad))
 
-    def receipt(self) -> dict[str, Any]:
-        """Seals the steps that came since the last receipt, and returns {"steps", "chain", "replaced"} of the run so far.
-        Collective.
+    def receipt(self) -> Sealed:
+        """Seals the steps that came since the last receipt, and returns what the run's receipts say so far. Collective.
 
         Call it before the checkpoint of these steps is reported: a run goes on only from a step that has one. DataError if more
         bad samples were replaced than `data.max_bad_fraction` allows.
@@ -120,26 +131,27 @@ class Feed(Iterator[Batch]):
         listed = self.folder.join(run_folder.QUARANTINE)
         return ends[step], sum(len(listed.join(name).read().splitlines()) for name, _ in listed.files())
 
-    def _share(self) -> list[Any]:
+    def _share(self) -> list[DataIterator]:
         """Distributes the stream, which rank 0 starts: returns every worker's part of it.
 
         The parts hold handles of Ray's, which Ray alone passes on: the other ranks ask an actor for the parts, by its name.
         """
-        kept: list[Any] = []  # by rank 0: the actor
+        kept = []  # by rank 0: the actor
 
         def started() -> str:
             name = f"heliostat-stream-{uuid.uuid4().hex}"
-            desk: Any = Desk
-            kept.append(desk.options(name=name).remote(stream.split(self._dataset(), self.world)))
+            kept.append(Desk.options(name=name).remote(stream.split(self._dataset(), self.world)))
             return name
 
         name = agreement.first(self.group, started)
-        parts: list[Any] = agreement.agreed(self.group, lambda: ray.get(ray.get_actor(name).parts.remote(), timeout=START_S))
+        parts: list[DataIterator] = agreement.agreed(
+            self.group, lambda: ray.get(ray.get_actor(name).parts.remote(), timeout=START_S)
+        )
         for desk in kept:  # now that all have their parts
             ray.kill(desk)
         return parts
 
-    def _dataset(self) -> Any:
+    def _dataset(self) -> RayDataset:
         """Makes the Ray Dataset. Where the trainer's workers leave no CPU free, fetching takes none of Ray's: it mostly waits."""
         data = self.job.data
         task = stream.fetch(self.plan, self.dataset.order, self.done, self.last_step, data.on_bad_sample == "replace")
@@ -152,10 +164,10 @@ class Feed(Iterator[Batch]):
 class PartDesk:
     """Hands out the parts of a stream."""
 
-    def __init__(self, parts: list[Any]) -> None:
+    def __init__(self, parts: list[DataIterator]) -> None:
         self._parts = parts
 
-    def parts(self) -> list[Any]:
+    def parts(self) -> list[DataIterator]:
         """Returns all parts, in rank order."""
         return self._parts
 

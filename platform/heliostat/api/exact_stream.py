@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from heliostat import schema
 from heliostat.config import spec, workspace
+from heliostat.config.fields import divisors
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
@@ -59,7 +60,7 @@ class ExactStream:
     @property
     def workers(self) -> list[int]:
         """Lists the numbers of workers that can share the stream: each divides the lanes."""
-        return spec.divisors(self.plan.shape.lanes)
+        return divisors(self.plan.shape.lanes)
 
     def start(self, step: int = 0) -> Feed:
         """Opens this worker's share of the steps behind `step`, up to the last. Collective: all call it, with the same step.
@@ -85,11 +86,11 @@ def plan_stream(job: Job, folder: str) -> ExactStream:
     return ExactStream(checked.job, checked.plan, str(place))
 
 
-def data_job(data: Mapping[str, Any], steps: int, global_batch: int, held_out: float) -> Job:
+def data_job(data: Mapping[str, object], steps: int, global_batch: int, held_out: float) -> Job:
     """Builds a job of nothing but its data, by the rules and in the keys of a job file's."""
     lanes = data.get("lanes")
     divides = isinstance(lanes, int) and isinstance(global_batch, int) and lanes > 0 and global_batch % lanes == 0
-    raw: dict[str, Any] = {
+    raw: dict[str, object] = {
         "name": "stream",
         "recipe": "heliostat.exact_stream:AnySamples",
         "model": {},

@@ -6,32 +6,34 @@ docs/python-api.md is the reference.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from types import TracebackType
+from typing import overload
 
 from heliostat import schema
-from heliostat.api import uncaught
 from heliostat.api.exact_stream import ExactStream
 from heliostat.api.run_handle import Run
 from heliostat.config import spec
 from heliostat.config.spec import Job
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, HeliostatError
 from heliostat.recipes.protocol import Generated
 from heliostat.validation import check as checks
 from heliostat.validation.check import Checked
 
 __all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"]
 
-uncaught.install()
-
+PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"  # every room: a person also calls what the API returns
 Place = str | os.PathLike[str]
-Overrides = Mapping[str, Any] | Sequence[str]
+Overrides = Mapping[str, object] | Sequence[str]
 
 
-def load_job(job: Place | Mapping[str, Any], overrides: Overrides = ()) -> Job:
+def load_job(job: Place | Mapping[str, object], overrides: Overrides = ()) -> Job:
     """Loads a job from its YAML file, or from what one would hold; ConfigError names every wrong key.
 
     `overrides`: {"train.steps": 100}, or ["train.steps=100"] as `--set` takes it. Relative paths are of the current folder.
@@ -52,7 +54,7 @@ def check(job: Job | Place, cluster: Place | None = None) -> Checked:
     return checks.check(auto.settled(_job(job), there), there)
 
 
-def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> dict[str, Any]:
+def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> dict[str, object]:
     """Makes a dataset by a pipeline's YAML file; does nothing if it is up to date, unless `force` is given.
 
     Returns the report that `heliostat prepare --json` prints: dataset, digest, tokens, dropped and more.
@@ -86,7 +88,7 @@ def train(
 
 @overload
 def generate(
-    model: Place, prompts: str, *, seed: int = 0, out: str | None = None, tracking_uri: str | None = None, **options: Any
+    model: Place, prompts: str, *, seed: int = 0, out: str | None = None, tracking_uri: str | None = None, **options: object
 ) -> Generated: ...
 
 
@@ -98,7 +100,7 @@ def generate(
     seed: int = 0,
     out: str | None = None,
     tracking_uri: str | None = None,
-    **options: Any,
+    **options: object,
 ) -> list[Generated]: ...
 
 
@@ -109,7 +111,7 @@ def generate(
     seed: int = 0,
     out: str | None = None,
     tracking_uri: str | None = None,
-    **options: Any,
+    **options: object,
 ) -> Generated | list[Generated]:
     """Lets a model write or draw, in this process: one answer to a prompt, or a list of answers, the i-th by seed + i.
 
@@ -124,7 +126,7 @@ def generate(
 
 
 def datasets(
-    data: Mapping[str, Any] | Job,
+    data: Mapping[str, object] | Job,
     *,
     folder: str,
     steps: int | None = None,
@@ -157,3 +159,29 @@ def settings(overrides: Overrides) -> list[str]:
 
 def _job(job: Job | Place) -> Job:
     return job if isinstance(job, Job) else load_job(job)
+
+
+def install() -> None:
+    """Shows an uncaught error that a person can fix in one line; the hook that is there gets all other errors.
+
+    Nothing else changes: the error itself keeps its traceback and its cause.
+    """
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, HeliostatError) and error.exit_code == 2:
+            sys.stderr.write(shown(error, trace))
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def shown(error: HeliostatError, trace: TracebackType | None) -> str:
+    """Formats an error below the frames that led to heliostat."""
+    theirs = list(itertools.takewhile(lambda frame: not frame.filename.startswith(PACKAGE), traceback.extract_tb(trace)))
+    head = ["Traceback (most recent call last):\n", *traceback.format_list(theirs)] if theirs else []
+    return "".join([*head, f"{type(error).__module__}.{type(error).__qualname__}: {error}\n"])
+
+
+install()

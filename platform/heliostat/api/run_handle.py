@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from heliostat.config.spec import Job
 from heliostat.errors import CheckpointError
@@ -133,16 +133,16 @@ class Run:
 
     @overload
     def generate(
-        self, prompts: str, *, step: int | None = None, seed: int = 0, out: str | None = None, **options: Any
+        self, prompts: str, *, step: int | None = None, seed: int = 0, out: str | None = None, **options: object
     ) -> Generated: ...
 
     @overload
     def generate(
-        self, prompts: Sequence[str], *, step: int | None = None, seed: int = 0, out: str | None = None, **options: Any
+        self, prompts: Sequence[str], *, step: int | None = None, seed: int = 0, out: str | None = None, **options: object
     ) -> list[Generated]: ...
 
     def generate(
-        self, prompts: str | Sequence[str], *, step: int | None = None, seed: int = 0, out: str | None = None, **options: Any
+        self, prompts: str | Sequence[str], *, step: int | None = None, seed: int = 0, out: str | None = None, **options: object
     ) -> Generated | list[Generated]:
         """Lets the model of a checkpoint (the newest, if no step is given) write or draw: as `heliostat.inference.generate`."""
         from heliostat.inference.generate import answer

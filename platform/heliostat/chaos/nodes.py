@@ -1,7 +1,6 @@
 """Starts a Ray cluster of several nodes on this machine: each a raylet on its own loopback address, so that one can be killed.
 
-The head (127.0.0.1) has no CPUs: it holds the driver and Ray's own services. Clients use `environment`. Each node forks its
-workers from a zygote of its own, as it would on a machine of its own.
+The head (127.0.0.1) has no CPUs: it holds the driver and Ray's own services. Clients use `environment`.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ import psutil
 
 from heliostat.chaos.process import ChaosError, end_tree, free_port, workers
 from heliostat.cluster import private
-from heliostat.cluster.private_ray import SILENT
-from heliostat.cluster.zygote import PLACE as ZYGOTE
+from heliostat.cluster.private_ray import SILENT, URGENT
 from heliostat.config import workspace
 
 START_S = 90.0
@@ -94,11 +92,10 @@ class LocalNodes:
         """Starts a node, and waits until it has joined the cluster."""
         private.folder(SESSIONS)
         log = self._folder / f"node-{host}.log"
-        environment = {**SILENT, **os.environ, **self.environment}
+        environment = {**SILENT, **URGENT, **os.environ, **self.environment}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(workspace.root()), environment.get("PYTHONPATH")]))
         files = SESSIONS / host.rpartition(".")[2]
-        environment[ZYGOTE] = f"{files}z"
-        command = [*self.inside, sys.executable, "-m", "heliostat.cluster.node", "start", f"--node-ip-address={host}",
+        command = [*self.inside, sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={host}",
                    *arguments, "--block", f"--temp-dir={files}", "--object-store-memory=200000000"]  # fmt: skip
         with log.open("w") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=workspace.root())

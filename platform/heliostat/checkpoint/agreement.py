@@ -1,23 +1,51 @@
 """Makes all ranks agree: an error on one of them is raised on all of them, so that none waits for the others for ever.
 
-Each function is called by all ranks of the group, in the same order; what they tell each other goes along a tree (`tree`).
-`group`: a gloo process group, or one channel of it.
+Each function is called by all ranks of the group, in the same order. `group`: a gloo process group, or one channel of it.
+
+What the ranks send each other goes along a binomial tree of them: up to rank 0, merged on the way, and down to all. A rank talks
+to at most log2(P) others, and a value makes at most log2(P) hops each way. Ranks count through node after node, so with a power
+of two on each node the lower branches stay inside the nodes, and the upper ones join their first ranks. Values are plain ones,
+as `wire` encodes them.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
-from heliostat.checkpoint import tree
-from heliostat.checkpoint.tree import Group
-from heliostat.errors import HeliostatError, WorkerError
+from heliostat.errors import HeliostatError, TrainingError, WorkerError
 from heliostat.storage import wire
 
 T = TypeVar("T")
+
+HEAD = 1024  # bytes of a value's first message; most values need no other
+SIZE = 8  # bytes of them that hold the value's size
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Describes one of several conversations that a gloo group can hold at a time, from as many threads: those of other tags.
+
+    `timeout`: of one message; None is the group's.
+    """
+
+    group: dist.ProcessGroup
+    tag: int = 0
+    timeout: timedelta | None = None
+
+
+Group: TypeAlias = "dist.ProcessGroup | Channel"
+
+
+def channel(group: Group) -> Channel:
+    """Returns a channel as it is, and a process group's first one."""
+    return group if isinstance(group, Channel) else Channel(group)
 
 
 @wire.travels
@@ -51,13 +79,13 @@ def merged(group: Group, work: Callable[[], T], merge: Callable[[T, T], T]) -> T
 
 def first(group: Group, work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 alone and returns its result on every rank; if it fails, every rank raises its error."""
-    where = tree.channel(group)
+    where = channel(group)
     mine = _attempt(group, work) if dist.get_rank(where.group) == 0 else RankOutcome()
-    return _result(mine, tree.down(where, mine))
+    return _result(mine, down(where, mine))
 
 
 def _attempt(group: Group, work: Callable[[], T]) -> RankOutcome:
-    rank = dist.get_rank(tree.channel(group).group)
+    rank = dist.get_rank(channel(group).group)
     try:
         return RankOutcome(work())
     except HeliostatError as e:
@@ -77,9 +105,9 @@ def _share(group: Group, mine: RankOutcome, merge: Callable[[T, T], object], who
             return one if one.error else other
         return _attempt(group, lambda: merge(one.value, other.value))
 
-    where = tree.channel(group)
-    total = tree.up(where, mine, join)
-    value = _result(mine, tree.down(where, total if whole else total._replace(value=None)))
+    where = channel(group)
+    total = up(where, mine, join)
+    value = _result(mine, down(where, total if whole else total._replace(value=None)))
     return value if whole or dist.get_rank(where.group) else total.value
 
 
@@ -87,3 +115,70 @@ def _result(mine: RankOutcome, shared: RankOutcome) -> Any:
     if shared.error is not None:
         raise (mine.error or shared.error) if shared.rank == mine.rank else shared.error  # this rank's own has its cause
     return shared.value
+
+
+def parent(rank: int) -> int:
+    return rank - (rank & -rank)
+
+
+def children(rank: int, world: int) -> list[int]:
+    """Lists the ranks below a rank, ascending; the n-th has the 2^n ranks from its own on in its branch."""
+    reach = rank & -rank or world
+    return [rank + (1 << n) for n in range(world.bit_length()) if 1 << n < reach and rank + (1 << n) < world]
+
+
+def up(where: Channel, mine: T, merge: Callable[[T, T], T]) -> T:
+    """Merges the values of all ranks, in rank order; returns the whole on rank 0, a part of it elsewhere."""
+    rank, world = dist.get_rank(where.group), dist.get_world_size(where.group)
+    for child in children(rank, world):
+        mine = merge(mine, cast("T", _receive(where, child)))
+    if rank:
+        _send(where, parent(rank), mine)
+    return mine
+
+
+def down(where: Channel, value: T) -> T:
+    """Hands rank 0's value to all ranks, and returns it."""
+    rank, world = dist.get_rank(where.group), dist.get_world_size(where.group)
+    if rank:
+        value = cast("T", _receive(where, parent(rank)))
+    for child in reversed(children(rank, world)):  # the longest branch first
+        _send(where, child, value)
+    return value
+
+
+def _send(where: Channel, to: int, value: object) -> None:
+    data = wire.pack(value)
+    first = len(data).to_bytes(SIZE, "little") + data[: HEAD - SIZE]
+    _put(where, to, first.ljust(HEAD, b"\0"))
+    if rest := data[HEAD - SIZE :]:
+        _put(where, to, rest)
+
+
+def _receive(where: Channel, source: int) -> object:
+    first = _get(where, source, HEAD)
+    size = int.from_bytes(first[:SIZE], "little")
+    if size > wire.MOST:
+        raise TrainingError(f"worker {source} announced a message of {size:,} bytes, more than {wire.MOST:,}")
+    data = first[SIZE : SIZE + size]
+    if size > len(data):
+        data += _get(where, source, size - len(data))
+    return wire.unpack(data)
+
+
+def _put(where: Channel, to: int, data: bytes) -> None:
+    _wait(where, dist.isend(torch.frombuffer(bytearray(data), dtype=torch.uint8), group=where.group, tag=where.tag, group_dst=to))
+
+
+def _get(where: Channel, source: int, size: int) -> bytes:
+    got = torch.empty(size, dtype=torch.uint8)
+    _wait(where, dist.irecv(got, group=where.group, tag=where.tag, group_src=source))
+    return got.numpy().tobytes()
+
+
+def _wait(where: Channel, work: dist.Work | None) -> None:
+    assert work is not None  # this rank is in the group
+    if where.timeout is None:
+        work.wait()
+    else:
+        work.wait(where.timeout)

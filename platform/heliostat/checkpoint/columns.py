@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from heliostat.storage import wire
+
 if TYPE_CHECKING:  # the driver looks for a run's checkpoints without torch
     import torch
 
 
+@wire.travels
 class Columns(NamedTuple):
     """Describes an order: of a matrix with rows of `width` elements, so many equal blocks of columns one after another."""
 

@@ -1,12 +1,14 @@
-"""Copies a rank's slices of the training state into one flat buffer, and finds in such buffers what another rank needs.
+"""Copies a rank's slices of the training state into one flat buffer in host memory, and finds in such buffers what another needs.
 
 All slices are ranges of flat tensors (`flat_shard`), so a rank of any world size finds its own in the copies of all ranks of
-another. Pure: who keeps the buffers, and how they travel, is others' business.
+another. The copies of a save (`HostCopy`) are views of a buffer that is kept from save to save: fresh memory costs more than the
+copy. For GPUs it is pinned, and filled on a stream of its own during training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,9 @@ class FlatRange:
     @property
     def size(self) -> int:
         return self.numel * self.itemsize
+
+
+EMPTY = FlatRange("", 0, 0, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -59,21 +64,27 @@ def size(ranges: Iterable[FlatRange]) -> int:
     return max((-(-(r.offset + r.size) // ALIGNED) * ALIGNED for r in ranges), default=0)
 
 
-def pack(state: Mapping[str, torch.Tensor], ranges: Iterable[FlatRange], buffer: torch.Tensor) -> None:
-    """Copies the slices into their places in a flat uint8 buffer on the CPU.
+def pack(
+    state: Mapping[str, torch.Tensor],
+    ranges: Iterable[FlatRange],
+    buffer: torch.Tensor,
+    copied: Callable[[], None] = lambda: None,
+) -> None:
+    """Copies the slices into their places in a flat uint8 buffer on the CPU; calls `copied` for each.
 
     It only queues those of a GPU, on the current stream and first: the queue fills while the others are copied.
     """
     for r in sorted(ranges, key=lambda r: not state[r.name].is_cuda):
         local, _ = _local(state[r.name])
         buffer[r.offset : r.offset + r.size].view(local.dtype).copy_(local.reshape(-1), non_blocking=True)
+        copied()
 
 
 def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[FlatRange], buffer: torch.Tensor) -> None:
     """Copies the slices from their places in a buffer into the state."""
     for r in ranges:
         local, _ = _local(state[r.name])
-        local.copy_(buffer[r.offset : r.offset + r.size].view(local.dtype).view(local.shape))
+        local.copy_(_view(buffer, r, local))
 
 
 def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> list[CopiedBytes]:
@@ -111,5 +122,70 @@ def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return (tensor.local, tensor.start) if isinstance(tensor, FlatShard) else (tensor.detach(), 0)
 
 
+def _view(buffer: torch.Tensor, place: FlatRange, like: torch.Tensor) -> torch.Tensor:
+    return buffer[place.offset : place.offset + place.size].view(like.dtype).view(like.shape)
+
+
 def as_buffer(nbytes: int, pinned: bool) -> torch.Tensor:
     return as_bytes(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned))
+
+
+class CopyStream:
+    """Queues copies from a GPU on a stream of its own, after what another thread has queued for training; else does nothing."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._ready: torch.cuda.Event | None = None
+        self._done: torch.cuda.Event | None = None
+
+    def mark(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Marks the moment whose state is to be copied; called in the thread that trains, behind what it has queued on a GPU."""
+        device = next((t.device for t in tensors.values() if t.is_cuda), None)
+        if device is None:
+            return
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._ready = torch.cuda.current_stream(device).record_event()
+
+    @contextmanager
+    def queue(self) -> Iterator[None]:
+        """Queues the copies that are made inside, as of the last `mark`; `wait` waits for them."""
+        if self._stream is None or self._ready is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._ready)
+            yield
+            self._done = self._stream.record_event()
+
+    def hold_back(self) -> None:
+        """Lets what is queued next on the GPU wait until the queued copies are done; the calling thread does not wait."""
+        if self._stream is not None and self._done is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._done)
+
+    def wait(self) -> None:
+        """Waits until the queued copies are in host memory."""
+        if self._done is not None:
+            self._done.synchronize()
+
+
+class HostCopy(CopyStream):
+    """Copies slices in a thread; `views`: the last copies, by name, until the next `copy`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views: dict[str, torch.Tensor] = {}
+        self._ranges: list[FlatRange] = []
+        self._buffer = as_buffer(0, False)
+
+    def copy(self, shards: Mapping[str, FlatShard], copied: Callable[[], None]) -> dict[str, FlatShard]:
+        """Copies the slices as of the last `mark`: on a GPU it only queues that, and `wait` waits. Calls `copied` for each."""
+        ranges = layout(shards)
+        if ranges != self._ranges:
+            self.views, self._buffer = {}, as_buffer(0, False)  # the old buffer goes before there is a new one
+            self._buffer = as_buffer(size(ranges), any(s.is_cuda for s in shards.values()))
+            self._ranges = ranges
+        places = {r.name: r for r in ranges}
+        self.views = {n: _view(self._buffer, places.get(n, EMPTY), s.local) for n, s in shards.items()}
+        with self.queue():
+            pack(shards, ranges, self._buffer, copied)
+        return {n: s.holding(self.views[n]) for n, s in shards.items()}

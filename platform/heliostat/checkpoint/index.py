@@ -1,126 +1,184 @@
-"""Defines and checks the contents of `checkpoint.json`, so that no reader meets a place outside its shards or an unknown type.
+"""Defines and checks the contents of `checkpoint.json`, and of the index of each shard, `shard-00000.json`.
 
-Since format 4 it says of every tensor which shards hold which elements (`placement`), and where a chunk's bytes are stands in the
-index of its shard (`shard_index`). Format 5 has tensors in the order of their `columns`. Formats 2 and 3 listed every chunk of
-every shard here: `upgrade` makes the newest of them.
+So no reader meets a place outside the shards or an unknown type. Since format 4 `checkpoint.json` says of every tensor which
+shards hold which elements (`placement`). Where a chunk's bytes are, and a CRC-32 of each block of them (`checksums`), is in the
+index of its shard. That is written before `checkpoint.json`, which has its size and its CRC-32, and only those read it who read
+from the shard. Format 5 has tensors in the order of their `columns`. Formats 2 and 3 listed every chunk of every shard in
+`checkpoint.json`: `upgrade` makes the newest of them.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import zlib
 from collections.abc import Mapping
-from typing import Any, NotRequired, cast
+from dataclasses import dataclass, fields, is_dataclass, replace
 
-from typing_extensions import TypedDict
-
-from heliostat.checkpoint import placement, shard_index
-from heliostat.checkpoint.placement import BYTES, ListedChunk, Name, Shard, Tensor, Tensors
-from heliostat.data import plans
+from heliostat.checkpoint import placement
+from heliostat.checkpoint.checksums import BLOCK
+from heliostat.checkpoint.columns import ROWS
+from heliostat.checkpoint.placement import BYTES, Chunk, ChunkPlace, Name, SealedIndex, Shard, Tensor, Tensors
+from heliostat.data.dataset import DataPlan
 from heliostat.errors import CheckpointError, DataError
-from heliostat.storage.records import Format, Hex, Number, Whole, open_
+from heliostat.storage import wire
+from heliostat.storage.records import Format, Hex, Number, Whole
+
+LISTED = (2, 3)  # the formats whose index lists every chunk
+Places = dict[tuple[str, int], ChunkPlace]  # in a shard: by tensor and first element
 
 
-@open_
-class Receipt(TypedDict):
+@wire.travels
+@dataclass(frozen=True)
+class CheckpointReceipt:
+    """Describes the receipt of the steps up to a checkpoint."""
+
     steps: Whole
     chain: Hex
 
 
-@open_
-class Files(TypedDict):
-    """Describes the index of any folder of tensors, including that of frozen parameters."""
+@wire.travels
+@dataclass(frozen=True)
+class TensorIndex:
+    """Describes any folder of tensors, including that of frozen parameters."""
 
     format: int
     shards: list[Shard]
     tensors: Tensors
 
 
-@open_
-class CheckpointIndex(Files):
+@wire.travels
+@dataclass(frozen=True)
+class CheckpointIndex(TensorIndex):
+    """Describes the checkpoint of a step."""
+
     step: Whole
-    receipt: Receipt
+    receipt: CheckpointReceipt
     data_digest: str
-    frozen: NotRequired[Name]
     name: str
-    job: dict[str, Any]
+    job: dict[str, object]
     data: dict[str, object]
     metrics: dict[str, float | None]
     written: Number
     world_size: Whole
     zero_stage: Whole
     optimizer_steps: Whole
-    loss_scale: NotRequired[dict[str, float] | None]
     bad_samples: Whole
+    loss_scale: dict[str, int | float] | None = None
+    frozen: Name | None = None
 
 
-FILES, INDEX = Format(Files, "index"), Format(CheckpointIndex, "index")
-LISTED = (2, 3)  # the formats whose index lists every chunk
+@dataclass(frozen=True)
+class ShardIndex:
+    """Describes the index of a shard."""
+
+    tensors: dict[str, ChunkPlace]
 
 
-def fault(index: object, step: int | None) -> str:
-    """Finds what is wrong with the index of a step's checkpoint, or of a folder of frozen parameters; empty if nothing is."""
-    try:
-        listing: Files = FILES.build(index, "it")
-        if step is not None:
-            whole = INDEX.build(index, "it")
-            plans.build(whole["data"], "data")
-            if whole["step"] != step:
-                return f"step: it is of step {whole['step']}"
-    except DataError as e:
-        return str(e)
-    listed = listing["format"] in LISTED
-    if not listed and any("index" not in shard for shard in listing["shards"]):
-        return "shards: one has no index"
-    for name, tensor in listing["tensors"].items():
-        if said := _tensor_fault(tensor, listing["shards"], listed):
-            return f"tensors: {name[:200]!r}: {said}"
-    return ""
+TENSORS, INDEX = Format(TensorIndex, "index"), Format(CheckpointIndex, "index")
+SHARD_INDEX = Format(ShardIndex, "index of a shard")
 
 
-def _tensor_fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
-    if tensor["dtype"] not in BYTES:
-        return f"dtype {tensor['dtype'][:20]!r} is none"
-    if ("chunks" if listed else "runs") not in tensor:
-        return f"has no {'chunks' if listed else 'runs'}"
-    if said := _columns_fault(tensor):
-        return said
-    runs = _runs(tensor["chunks"]) if listed else tensor["runs"]
-    if said := placement.fault({**tensor, "runs": runs}, len(shards)):
-        return said
-    size = BYTES[tensor["dtype"]]
-    places = tensor["chunks"] if listed else []
-    return next((f for c in places if (f := shard_index.place_fault(c, size, shards[c["shard"]]["bytes"]))), "")
+def build(raw: object, step: int | None) -> TensorIndex:
+    """Builds the index of a step's checkpoint, or (None) of a folder of frozen parameters; DataError with its fault."""
+    index = (TENSORS if step is None else INDEX).build(raw, "it")
+    if isinstance(index, CheckpointIndex):
+        DataPlan.parse(index.data, "data")
+        if index.step != step:
+            raise DataError(f"step: it is of step {index.step}")
+    listed = index.format in LISTED
+    if not listed and any(shard.index is None for shard in index.shards):
+        raise DataError("shards: one has no index")
+    for name, tensor in index.tensors.items():
+        if fault := _fault(tensor, index.shards, listed):
+            raise DataError(f"tensors: {name[:200]!r}: {fault}")
+    return index
 
 
-def _columns_fault(tensor: Tensor) -> str:
-    if "columns" not in tensor:
-        return ""
-    parts, width = tensor["columns"]
-    fits = parts > 1 and width and width % parts == 0 and math.prod(tensor["shape"]) % width == 0
-    return "" if fits else f"it has no {parts} blocks of columns in rows of {width} elements"
+def _fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
+    """Finds what is wrong with a tensor; empty if nothing is."""
+    if tensor.dtype not in BYTES:
+        return f"dtype {tensor.dtype[:20]!r} is none"
+    if listed and tensor.chunks is None:
+        return "has no chunks"
+    if tensor.columns != ROWS:
+        parts, width = tensor.columns
+        if parts < 2 or not width or width % parts or math.prod(tensor.shape) % width:
+            return f"it has no {parts} blocks of columns in rows of {width} elements"
+    if fault := placement.fault(_in_runs(tensor), len(shards)):
+        return fault
+    places = tensor.chunks or [] if listed else []
+    return next((f for c in places if (f := _place_fault(c, BYTES[tensor.dtype], shards[c.shard].bytes))), "")
 
 
-def upgrade(index: CheckpointIndex) -> tuple[CheckpointIndex, dict[int, shard_index.Places]]:
+def _in_runs(tensor: Tensor) -> Tensor:
+    """Returns a tensor of any format as the newest has it."""
+    if tensor.chunks is None:
+        return tensor
+    ordered = sorted(tensor.chunks, key=lambda c: c.start)
+    return replace(tensor, runs=placement.runs(Chunk(c.shard, c.start, c.numel) for c in ordered), chunks=None)
+
+
+def upgrade(index: TensorIndex) -> tuple[TensorIndex, dict[int, Places]]:
     """Returns an index of any format in the newest's form, and the places in each shard where the index itself lists them."""
-    places: dict[int, shard_index.Places] = {}
-    if index["format"] not in LISTED:
-        return index, places
-    tensors = Tensors()
-    for name, entry in index["tensors"].items():
-        tensors[name] = {**cast(Tensor, {k: v for k, v in entry.items() if k != "chunks"}), "runs": _runs(entry["chunks"])}
-        for chunk in entry["chunks"]:
-            places.setdefault(chunk["shard"], {})[name, chunk["start"]] = chunk
-    return {**index, "tensors": tensors}, places
+    places: dict[int, Places] = {}
+    for name, tensor in index.tensors.items():
+        for chunk in tensor.chunks or ():
+            places.setdefault(chunk.shard, {})[name, chunk.start] = chunk
+    return replace(index, tensors={name: _in_runs(tensor) for name, tensor in index.tensors.items()}), places
 
 
-def _runs(chunks: list[ListedChunk]) -> list[placement.Run]:
-    ordered = sorted(chunks, key=lambda c: c["start"])
-    return placement.runs(placement.Chunk(c["shard"], c["start"], c["numel"]) for c in ordered)
-
-
-def root(step: int | None, facts: Mapping[str, object], whole: placement.WrittenPart) -> CheckpointIndex:
+def root(step: int | None, facts: Mapping[str, object], whole: placement.WrittenPart) -> dict[str, object]:
     """Builds the contents of `checkpoint.json`; CheckpointError if the ranks' slices leave elements out, or overlap."""
     for name, entry in whole.tensors.items():
-        if said := placement.fault(entry, len(whole.shards)):
-            raise CheckpointError(f"{name!r} cannot be saved: {said}")
-    return cast("CheckpointIndex", {**facts, "step": step, "shards": whole.shards, "tensors": whole.tensors})
+        if fault := placement.fault(entry, len(whole.shards)):
+            raise CheckpointError(f"{name!r} cannot be saved: {fault}")
+    return {**facts, "step": step, "shards": whole.shards, "tensors": whole.tensors}
+
+
+def encode(contents: Mapping[str, object]) -> bytes:
+    """Encodes the contents of an index; what a record holds by default is left out."""
+    return json.dumps(contents, default=_plain).encode()
+
+
+def _plain(record: object) -> dict[str, object]:
+    assert is_dataclass(record)
+    values = {f.name: (getattr(record, f.name), f.default) for f in fields(record)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+# the index of a shard ------------------------------------------------------------------------------------------------
+
+
+def shard_name(shard: str) -> str:
+    """Returns the name of the index of a shard's file."""
+    return f"{shard.removesuffix('.safetensors')}.json"
+
+
+def seal(data: bytes) -> SealedIndex:
+    """Computes what `checkpoint.json` says of a shard's index."""
+    return SealedIndex(len(data), zlib.crc32(data))
+
+
+def decode_shard(data: bytes, shard: Shard, tensors: Mapping[str, Tensor]) -> Places:
+    """Decodes the index of a shard, which `checkpoint.json` describes; ValueError unless it is what was written, and fits."""
+    if seal(data) != shard.index:
+        raise ValueError("is not what was written (CRC-32)")
+    try:
+        places = SHARD_INDEX.parse(data, "it").tensors
+    except DataError as e:
+        raise ValueError(str(e)) from e
+    for tensor, place in places.items():
+        if tensor not in tensors:
+            raise ValueError(f"{tensor[:200]!r} is no tensor of the checkpoint")
+        if fault := _place_fault(place, BYTES[tensors[tensor].dtype], shard.bytes):
+            raise ValueError(f"{tensor[:200]!r}: {fault}")
+    return {(tensor, place.start): place for tensor, place in places.items()}
+
+
+def _place_fault(place: ChunkPlace, itemsize: int, shard_bytes: int) -> str:
+    """Finds what is wrong with a chunk's place in its shard; empty if nothing is."""
+    size = place.numel * itemsize
+    if place.offset + size > shard_bytes:
+        return "a chunk lies outside its shard"
+    return "" if len(place.crc32) == -(-size // BLOCK) else "a chunk has not one CRC-32 for each of its blocks"

@@ -2,7 +2,7 @@
 
 `checkpoint.json`, written last, lists every shard and its index with their sizes, and which shards hold which elements of each
 tensor (`placement`); its own CRC-32 is its last entry. Where in a shard they are, and the CRC-32 of each block of them, says the
-shard's index (`shard_index`). A checkpoint whose `checkpoint.json` is missing or damaged, or with a shard or an index missing or
+shard's index (`index`). A checkpoint whose `checkpoint.json` is missing or damaged, or with a shard or an index missing or
 of another size, does not exist; a damaged index and damaged bytes are found when they are read, always before they are used. All
 are a CorruptCheckpointError, and the checkpoint before is the one to use.
 
@@ -18,18 +18,18 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
-from heliostat.checkpoint import checksums, columns, placement, shard_index
-from heliostat.checkpoint import index as checkpoint_index
+from heliostat.checkpoint import checksums, columns, placement
+from heliostat.checkpoint import index as indexes
 from heliostat.checkpoint.columns import ROWS, Columns
-from heliostat.checkpoint.index import CheckpointIndex
-from heliostat.checkpoint.placement import Tensor
+from heliostat.checkpoint.index import CheckpointIndex, Places, TensorIndex
+from heliostat.checkpoint.placement import ChunkPlace, Tensor
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.config.spec import Job
-from heliostat.data import device_threads, plans
+from heliostat.data import device_threads
 from heliostat.data.dataset import DataPlan
-from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, DataError
 from heliostat.schema import validate
 from heliostat.storage import run_folder, wire
 from heliostat.storage.locations import Location
@@ -60,11 +60,6 @@ def steps(run: Location) -> list[int]:
     return [int(n.removeprefix("step-")) for n in names if n.startswith("step-") and n[5:].isdigit()]
 
 
-def frozen_folders(run: Location) -> list[str]:
-    """Lists the folders of frozen parameters by name, complete or not: one, unless they were changed or resharded by hand."""
-    return [n for n in run.join(run_folder.CHECKPOINTS).folders() if n.startswith(f"{FROZEN}-")]
-
-
 wire.travels(Location)
 
 
@@ -79,34 +74,34 @@ class SavedCheckpoint:
     location: Location
     index: CheckpointIndex
     frozen: SavedCheckpoint | None = None
-    places: dict[int, shard_index.Places] = field(default_factory=dict, repr=False, compare=False)
+    places: dict[int, Places] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def job(self) -> Job:
         """Returns the job that made the checkpoint; CheckpointError if this version cannot read that job."""
         try:
-            return validate(Job, self.index["job"], f"{self.location.join(INDEX)}: job")
+            return validate(Job, self.index.job, f"{self.location.join(INDEX)}: job")
         except ConfigError as e:
             raise CheckpointError(str(e)) from e
 
     @property
     def policy(self) -> Policy:
         """Returns the retention policy of the checkpoint's job."""
-        return validate(Policy, self.index["job"].get("checkpoint"), f"{self.location.join(INDEX)}: job.checkpoint")
+        return validate(Policy, self.index.job.get("checkpoint"), f"{self.location.join(INDEX)}: job.checkpoint")
 
     @property
     def plan(self) -> DataPlan:
         """Returns the data plan that the checkpoint's run follows."""
-        return plans.build(self.index["data"], f"{self.location.join(INDEX)}: data")
+        return DataPlan.parse(self.index.data, f"{self.location.join(INDEX)}: data")
 
     @property
     def step(self) -> int:
-        return self.index["step"]
+        return self.index.step
 
     @property
     def tensors(self) -> placement.Tensors:
         """Returns the index entries of all tensors that can be read, by name, those of frozen parameters included."""
-        return {**self.index["tensors"], **(self.frozen.tensors if self.frozen else {})}
+        return {**self.index.tensors, **(self.frozen.tensors if self.frozen else {})}
 
     def names(self, prefix: str) -> list[str]:
         """Lists the names of the tensors below `prefix.`, without the prefix."""
@@ -114,16 +109,15 @@ class SavedCheckpoint:
 
     def order(self, name: str) -> Columns:
         """Returns the order in which the shards hold a tensor."""
-        recorded = self.holder(name).index["tensors"][name].get("columns")
-        return Columns(*recorded) if recorded else ROWS
+        return self.holder(name).index.tensors[name].columns
 
     def holder(self, name: str) -> SavedCheckpoint:
         """Returns the checkpoint whose shards hold a tensor: this one, or that of its frozen parameters."""
-        return self.frozen if self.frozen and name in self.frozen.index["tensors"] else self
+        return self.frozen if self.frozen and name in self.frozen.index.tensors else self
 
     def fault(self, what: str) -> CheckpointError:
         """Builds the error for damage found in this checkpoint."""
-        return _fault(what, self.index["step"])
+        return _fault(what, getattr(self.index, "step", None))
 
     def slices(self, name: str, first: int, target: torch.Tensor) -> list[tuple[int, checksums.Slice]]:
         """Locates the elements of a tensor that a contiguous target is to hold, from `first` on; returns (shard, slice) of each
@@ -131,32 +125,29 @@ class SavedCheckpoint:
 
         Reads the indexes of the shards that hold them. CheckpointError if the target's type is not the stored one.
         """
-        from heliostat.checkpoint.safetensors_file import DTYPES
-
-        entry = self.index["tensors"][name]
-        dtype, stop = DTYPES[entry["dtype"]], first + target.numel()
+        dtype, stop = self._size(name)[1], first + target.numel()
         if target.dtype != dtype:  # bytes of another type would be taken for numbers
             raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, and cannot be read as {target.dtype}")
         flat, size, out = target.reshape(-1), dtype.itemsize, []
-        for chunk in placement.chunks(entry["runs"], first, stop):
+        for chunk in placement.chunks(self.index.tensors[name].runs, first, stop):
             low, high = max(first, chunk.start), min(stop, chunk.start + chunk.numel)
             part, place = checksums.as_bytes(flat[low - first : high - first]), self._place(name, chunk)
-            cut = checksums.Slice(place["offset"], chunk.numel * size, place["crc32"], (low - chunk.start) * size, part)
+            cut = checksums.Slice(place.offset, chunk.numel * size, place.crc32, (low - chunk.start) * size, part)
             out.append((chunk.shard, cut))
         return out
 
-    def _place(self, name: str, chunk: placement.Chunk) -> shard_index.ChunkPlace:
+    def _place(self, name: str, chunk: placement.Chunk) -> ChunkPlace:
         if chunk.shard not in self.places:
             self.fetch_places([chunk.shard])
         place = self.places[chunk.shard].get((name, chunk.start))
-        if place is None or place["numel"] != chunk.numel:
-            file = self.location.join(shard_index.name(self.index["shards"][chunk.shard]["file"]))
+        if place is None or place.numel != chunk.numel:
+            file = self.location.join(indexes.shard_name(self.index.shards[chunk.shard].file))
             raise self.fault(f"{file}: does not list the elements of {name!r} that {INDEX} places there")
         return place
 
     def needed(self, name: str, first: int, numel: int) -> set[int]:
         """Finds the shards that hold a tensor's elements [first, first + numel)."""
-        return {c.shard for c in placement.chunks(self.index["tensors"][name]["runs"], first, first + numel)}
+        return {c.shard for c in placement.chunks(self.index.tensors[name].runs, first, first + numel)}
 
     def fetch_places(self, shards: Iterable[int]) -> None:
         """Reads the indexes of shards, several at a time, unless they are known; a fault if one is not what was written."""
@@ -165,11 +156,11 @@ class SavedCheckpoint:
         with device_threads.pool(min(READ_THREADS, len(missing))) as pool:
             self.places.update(zip(missing, pool.map(self._read_places, missing), strict=True))
 
-    def _read_places(self, number: int) -> shard_index.Places:
-        shard = self.index["shards"][number]
-        file = self.location.join(shard_index.name(shard["file"]))
+    def _read_places(self, number: int) -> Places:
+        shard = self.index.shards[number]
+        file = self.location.join(indexes.shard_name(shard.file))
         try:
-            return shard_index.decode(file.read(), shard, self.index["tensors"])
+            return indexes.decode_shard(file.read(), shard, self.index.tensors)
         except (OSError, ValueError) as e:
             said = f"cannot be read ({brief(e)})" if isinstance(e, OSError) else str(e)
             raise self.fault(f"{file}: {said}") from e
@@ -191,7 +182,7 @@ class SavedCheckpoint:
             return sum(pool.map(lambda job: self._read(job[0], job[1], progressed), jobs))
 
     def _read(self, shard: int, wanted: list[list[checksums.Block]], progressed: Callable[[], None]) -> int:
-        location = self.location.join(self.index["shards"][shard]["file"])
+        location = self.location.join(self.index.shards[shard].file)
 
         def read() -> tuple[int, checksums.Block | None]:
             with location.open() as file:
@@ -206,6 +197,13 @@ class SavedCheckpoint:
             raise self.fault(f"{location}: {where} are not what was written (CRC-32)")
         return total
 
+    def _size(self, name: str) -> tuple[int, torch.dtype]:
+        """Returns the number of elements of a tensor that this folder holds, and their type."""
+        from heliostat.checkpoint.safetensors_file import DTYPES
+
+        entry = self.index.tensors[name]
+        return math.prod(entry.shape), DTYPES[entry.dtype]
+
     def stream(self, name: str) -> Iterator[torch.Tensor]:
         """Yields a flat tensor in its own order, put together from every rank's slice, in pieces of at most 64 MiB."""
         if (holder := self.holder(name)) is not self:
@@ -213,24 +211,7 @@ class SavedCheckpoint:
             return
         import torch
 
-        from heliostat.checkpoint.safetensors_file import DTYPES
-
-        entry = self.index["tensors"][name]
-        dtype = DTYPES[entry["dtype"]]
-        self.fetch_places(self.needed(name, 0, math.prod(entry["shape"])))
-        if self.order(name) != ROWS:
-            yield from self._stream_in_rows(name, dtype)
-            return
-        for chunk in sorted(placement.chunks(entry["runs"]), key=lambda c: c.start):
-            for first in range(0, chunk.numel, PIECE // dtype.itemsize):
-                piece = torch.empty(min(PIECE // dtype.itemsize, chunk.numel - first), dtype=dtype)
-                self.fill(self.slices(name, chunk.start + first, piece))
-                yield piece
-
-    def _stream_in_rows(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        import torch
-
-        numel = math.prod(self.index["tensors"][name]["shape"])
+        numel, dtype = self._size(name)
         for first in range(0, numel, PIECE // dtype.itemsize):
             piece = torch.empty(min(PIECE // dtype.itemsize, numel - first), dtype=dtype)
             self.read_into(name, ROWS, first, piece)
@@ -241,16 +222,18 @@ class SavedCheckpoint:
     ) -> int:
         """Reads the elements of a tensor that a contiguous target is to hold, from `first` on in this order; returns the bytes
         read."""
-        total = 0
+        total, numel = 0, self._size(name)[0]
 
         def read(start: int, part: torch.Tensor) -> None:
             nonlocal total
             total += self.fill(self.slices(name, start, part), progressed)
 
         if (stored := self.order(name)) == order:
+            self.fetch_places(self.needed(name, first, target.numel()))
             read(first, target)
         else:
-            columns.collect(read, stored, order, math.prod(self.index["tensors"][name]["shape"]), first, target, PIECE // 8)
+            self.fetch_places(self.needed(name, 0, numel))
+            columns.collect(read, stored, order, numel, first, target, PIECE // 8)
         return total
 
     def read(self, name: str) -> torch.Tensor:
@@ -259,27 +242,24 @@ class SavedCheckpoint:
             return holder.read(name)
         import torch
 
-        from heliostat.checkpoint.safetensors_file import DTYPES
-
-        entry = self.index["tensors"][name]
-        out = torch.empty(math.prod(entry["shape"]), dtype=DTYPES[entry["dtype"]])
-        self.fetch_places(self.needed(name, 0, out.numel()))
+        numel, dtype = self._size(name)
+        out = torch.empty(numel, dtype=dtype)
         self.read_into(name, ROWS, 0, out)
         return out
 
 
 def format_of(tensors: Mapping[str, Tensor]) -> int:
     """Returns the format that an index of these tensors has."""
-    return IN_COLUMNS if any("columns" in entry for entry in tensors.values()) else FORMAT
+    return IN_COLUMNS if any(entry.columns != ROWS for entry in tensors.values()) else FORMAT
 
 
 def encode(index: Mapping[str, object]) -> bytes:
     """Encodes an index as the bytes of `checkpoint.json`, with a CRC-32 of the bytes before it as its last entry."""
-    body = json.dumps(index)[:-1].encode()
+    body = indexes.encode(index)[:-1]
     return body + b', "crc32": "%08x"}' % zlib.crc32(body)
 
 
-def decode(data: bytes) -> CheckpointIndex:
+def decode(data: bytes) -> object:
     """Decodes the bytes of `checkpoint.json`; ValueError unless they are what `encode` made."""
     body, mark, rest = data.rpartition(b', "crc32": "')
     if not mark or rest != b'%08x"}' % zlib.crc32(body):
@@ -296,7 +276,7 @@ def _fault(what: str, step: int | None) -> CheckpointError:
 def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:
     """Opens the checkpoint of a step; CorruptCheckpointError, with the reason, unless it is complete."""
     checkpoint = _open(folder(run, step), step)
-    if name := checkpoint.index.get(FROZEN):
+    if name := checkpoint.index.frozen:
         frozen = _open(run.join(run_folder.CHECKPOINTS, name), None)
         return SavedCheckpoint(checkpoint.location, checkpoint.index, frozen, checkpoint.places)
     return checkpoint
@@ -305,30 +285,31 @@ def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:
 def _open(location: Location, step: int | None) -> SavedCheckpoint:
     """Opens one folder of tensors and checks that it is complete; `step` is None for a folder of frozen parameters."""
     try:
-        index = decode(location.join(INDEX).read())
+        raw = decode(location.join(INDEX).read())
     except FileNotFoundError as e:
         raise _fault(f"{location}: no complete checkpoint here ({INDEX} is missing)", step) from e
     except ValueError as e:
         raise _fault(f"{location.join(INDEX)}: is not what was written (CRC-32)", step) from e
-    if isinstance(index, dict) and index.get("format") not in READABLE:
-        what = f"format {brief(index.get('format'))} is none that this version of heliostat reads"
+    if isinstance(raw, dict) and raw.get("format") not in READABLE:
+        what = f"format {brief(raw.get('format'))} is none that this version of heliostat reads"
         raise CheckpointError(f"{location}: {what} ({', '.join(map(str, READABLE))}); use a newer one")
-    if fault := checkpoint_index.fault(index, step):  # its checksum holds: not torn, but foreign, or of a newer heliostat
-        raise CheckpointError(f"{location.join(INDEX)}: is no index that this version of heliostat reads ({fault})")
+    try:
+        index, places = indexes.upgrade(indexes.build(raw, step))
+    except DataError as e:  # its checksum holds: not torn, but foreign, or of a newer heliostat
+        raise CheckpointError(f"{location.join(INDEX)}: is no index that this version of heliostat reads ({e})") from e
     present = dict(location.files())
     for file, size in files(index):
         if present.get(file) != size:
             raise _fault(f"{location.join(file)}: {size} bytes expected, {present.get(file, 'nothing')} found", step)
-    index, places = checkpoint_index.upgrade(index)
-    return SavedCheckpoint(location, index, places=places)
+    return SavedCheckpoint(location, cast("CheckpointIndex", index), places=places)
 
 
-def files(index: CheckpointIndex) -> Iterator[tuple[str, int]]:
+def files(index: TensorIndex) -> Iterator[tuple[str, int]]:
     """Yields the files that an index lists, with their sizes: each shard, and its index if it has one of its own."""
-    for shard in index["shards"]:
-        yield shard["file"], shard["bytes"]
-        if "index" in shard:
-            yield shard_index.name(shard["file"]), shard["index"]["bytes"]
+    for shard in index.shards:
+        yield shard.file, shard.bytes
+        if shard.index:
+            yield indexes.shard_name(shard.file), shard.index.bytes
 
 
 def latest(run: Location, before: int | None = None) -> SavedCheckpoint | None:

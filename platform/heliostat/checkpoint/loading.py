@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable
 import torch
 
 from heliostat.checkpoint import safetensors_file
-from heliostat.checkpoint.agreement import agreed, first
+from heliostat.checkpoint.agreement import Group, agreed, first
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import SavedCheckpoint, open_checkpoint
-from heliostat.checkpoint.tree import Group
 from heliostat.errors import CheckpointError, WorkerError
 from heliostat.storage.locations import Location
 
@@ -38,7 +37,7 @@ def load(
     The state is then useless.
     """
     _check(checkpoint, state)
-    stored = {n: safetensors_file.DTYPES[checkpoint.tensors[n]["dtype"]] for n in state}
+    stored = {n: safetensors_file.DTYPES[checkpoint.tensors[n].dtype] for n in state}
     targets = {n: _target(t, stored[n]) for n, t in state.items()}
 
     def read() -> int:
@@ -61,15 +60,13 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
     tensors = checkpoint.tensors
     missing = sorted(set(state) - set(tensors))
     wrong = [
-        n
-        for n in state
-        if n not in missing and (list(state[n].shape) != tensors[n]["shape"] or not _turns(checkpoint, n, state[n]))
+        n for n in state if n not in missing and (list(state[n].shape) != tensors[n].shape or not _turns(checkpoint, n, state[n]))
     ]
     if missing or wrong:
         what = f"has no {missing[0]!r}" if missing else f"holds {wrong[0]!r} in another shape"
         raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
     for name, tensor in state.items():
-        stored = safetensors_file.DTYPES[tensors[name]["dtype"]]
+        stored = safetensors_file.DTYPES[tensors[name].dtype]
         if stored != tensor.dtype and not (stored.is_floating_point and tensor.dtype.is_floating_point):
             what = f"holds {name!r} as {stored}, and the model has it as {tensor.dtype}"
             raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
@@ -108,9 +105,7 @@ def _read(
 
 def _shards(source: SavedCheckpoint, targets: dict[str, torch.Tensor], starts: dict[str, int], turned: set[str]) -> Iterable[int]:
     """Lists the shards whose indexes are needed: for tensors that are held in another order, all that hold any of it."""
-    wanted = {
-        n: (0, math.prod(source.tensors[n]["shape"])) if n in turned else (starts[n], t.numel()) for n, t in targets.items()
-    }
+    wanted = {n: (0, math.prod(source.tensors[n].shape)) if n in turned else (starts[n], t.numel()) for n, t in targets.items()}
     return sorted({shard for n, (first, numel) in wanted.items() for shard in source.needed(n, first, numel)})
 
 
@@ -122,7 +117,7 @@ def casts(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> str | 
     changed: dict[str, list[str]] = {}
     tensors = checkpoint.tensors
     for name, tensor in state.items():
-        stored = safetensors_file.DTYPES[tensors[name]["dtype"]]
+        stored = safetensors_file.DTYPES[tensors[name].dtype]
         if torch.promote_types(stored, tensor.dtype) != tensor.dtype:
             changed.setdefault(f"from {stored} to {tensor.dtype}".replace("torch.", ""), []).append(name)
     parts = [f"{len(names)} tensors {how} ({names[0]}{', ...' * (len(names) > 1)})" for how, names in changed.items()]

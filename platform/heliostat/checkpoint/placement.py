@@ -9,52 +9,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Annotated, NamedTuple, NotRequired
+from dataclasses import dataclass, field, replace
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
-from typing_extensions import TypedDict
 
+from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.storage import wire
-from heliostat.storage.records import Whole, open_
+from heliostat.storage.records import Whole
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # of an element
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of a file in the checkpoint's own folder
 Run = list[int]  # first shard, shards, start, elements in each
 
 
-@open_
-class SealedIndex(TypedDict):
+@wire.travels
+@dataclass(frozen=True)
+class SealedIndex:
     """Describes the file of a shard's index."""
 
     bytes: Whole
     crc32: Whole
 
 
-@open_
-class Shard(TypedDict):
+@wire.travels
+@dataclass(frozen=True)
+class Shard:
     file: Name
     bytes: Whole
-    index: NotRequired[SealedIndex]  # since format 4
+    index: SealedIndex | None = None  # since format 4
 
 
-@open_
-class ListedChunk(TypedDict):
-    """Describes a chunk as formats 2 and 3 have it."""
+@wire.travels
+@dataclass(frozen=True)
+class ChunkPlace:
+    """Describes where the elements of a chunk are in its shard's file, and the CRC-32 of each block of their bytes."""
 
-    shard: Whole
     start: Whole
     numel: Whole
     offset: Whole
     crc32: list[Whole]
 
 
-@open_
-class Tensor(TypedDict):
+@wire.travels
+@dataclass(frozen=True)
+class ListedChunk(ChunkPlace):
+    """Describes a chunk as formats 2 and 3 have it."""
+
+    shard: Whole
+
+
+@wire.travels
+@dataclass(frozen=True)
+class Tensor:
     dtype: str
     shape: list[Whole]
-    runs: NotRequired[list[Annotated[list[Whole], Field(min_length=4, max_length=4)]]]
-    columns: NotRequired[Annotated[list[Whole], Field(min_length=2, max_length=2)]]  # since format 5
-    chunks: NotRequired[list[ListedChunk]]
+    runs: list[Annotated[list[Whole], Field(min_length=4, max_length=4)]] = field(default_factory=list)
+    columns: Columns = ROWS  # since format 5
+    chunks: list[ListedChunk] | None = None  # until format 3, in place of `runs`
 
 
 Tensors = dict[str, Tensor]  # by name
@@ -86,11 +98,11 @@ def merge(one: WrittenPart, other: WrittenPart) -> WrittenPart:
     base = len(one.shards)
     one.shards.extend(other.shards)
     for name, entry in other.tensors.items():
-        runs = [[shard + base, *rest] for shard, *rest in entry["runs"]]
+        runs = [[shard + base, *rest] for shard, *rest in entry.runs]
         if name in one.tensors:
-            _extend(one.tensors[name]["runs"], runs)
+            _extend(one.tensors[name].runs, runs)
         else:
-            one.tensors[name] = {**entry, "runs": runs}
+            one.tensors[name] = replace(entry, runs=runs)
     return one
 
 
@@ -129,11 +141,11 @@ def chunks(runs: Iterable[Run], first: int = 0, stop: int | None = None) -> Iter
 def fault(entry: Tensor, shards: int) -> str:
     """Finds what is wrong with a tensor's runs: elements in no chunk or in two, no such shard; empty if nothing is."""
     end = 0
-    for shard, count, start, numel in sorted(entry["runs"], key=lambda run: run[2]):
+    for shard, count, start, numel in sorted(entry.runs, key=lambda run: run[2]):
         if start != end:
             return f"elements {end} to {start} are in no chunk, or in two"
         end += count * numel
         if shard + count > shards:
             return "a chunk lies in no shard"
-    numel = math.prod(entry["shape"])
+    numel = math.prod(entry.shape)
     return "" if end == numel else f"its chunks hold {end} of {numel} elements"

@@ -14,7 +14,7 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint.layout import FROZEN, INDEX, SavedCheckpoint, folder, open_checkpoint, steps
-from heliostat.config.checkpoint_section import BENCHMARK
+from heliostat.config.sections import BENCHMARK
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.errors import CheckpointError, DataError
 from heliostat.storage import run_folder
@@ -106,7 +106,7 @@ class Pruner:
         if len(names) < 2:
             return
         try:
-            used = {open_checkpoint(self.run, step).index.get(FROZEN) for step in kept}
+            used = {open_checkpoint(self.run, step).index.frozen for step in kept}
         except CheckpointError:
             return
         if names - used and self.fence:
@@ -129,8 +129,8 @@ class Pruner:
 def score(run: Location, checkpoint: SavedCheckpoint, policy: Policy) -> float:
     """Returns the best metric's value in a checkpoint, or of a benchmark of it; nan if there is none, or none yet."""
     if policy.best and policy.best.is_late:
-        return _benchmark(run, checkpoint.step, checkpoint.index["written"], policy.best.metric)
-    value = checkpoint.index["metrics"].get(policy.best.metric) if policy.best else None
+        return _benchmark(run, checkpoint.step, checkpoint.index.written, policy.best.metric)
+    value = checkpoint.index.metrics.get(policy.best.metric) if policy.best else None
     return math.nan if value is None else value
 
 
@@ -159,8 +159,8 @@ def survey(run: Location) -> list[RetentionRow]:
         try:
             whole.append(open_checkpoint(run, step))
             index = whole[-1].index
-            row |= {"written": index["written"], "world_size": index["world_size"], "zero_stage": index["zero_stage"],
-                    "metrics": index["metrics"]}  # fmt: skip
+            row |= {"written": index.written, "world_size": index.world_size, "zero_stage": index.zero_stage,
+                    "metrics": index.metrics}  # fmt: skip
         except CheckpointError as e:
             row |= {"whole": False, "fault": str(e)}
         rows.append(row)

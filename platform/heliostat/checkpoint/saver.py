@@ -7,36 +7,39 @@ the next call raises why, on all workers. At most one save is in flight: the nex
 
 from __future__ import annotations
 
+import hashlib
+import operator
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
-from heliostat.checkpoint import writing
-from heliostat.checkpoint.agreement import agreed
+from heliostat.checkpoint import checksums, writing
+from heliostat.checkpoint.agreement import Channel, Group, agreed, first, merged
+from heliostat.checkpoint.columns import ROWS
+from heliostat.checkpoint.flat_copy import HostCopy
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.checkpoint.frozen import Keeper
-from heliostat.checkpoint.host_copy import HostCopy
-from heliostat.checkpoint.layout import FROZEN, SavedCheckpoint, folder, latest, open_checkpoint, steps
+from heliostat.checkpoint.layout import FROZEN, INDEX, SavedCheckpoint, folder, latest, open_checkpoint, steps
 from heliostat.checkpoint.loading import casts, load, open_together
 from heliostat.checkpoint.retention import Pruner
-from heliostat.checkpoint.tree import Channel
 from heliostat.config import spec
 from heliostat.data import device_threads
 from heliostat.errors import ConfigError, StorageError
+from heliostat.storage import run_folder
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
 
 __all__ = ["SavedCheckpoint", "Saver", "casts", "folder", "latest", "load", "open_checkpoint", "open_together", "steps"]
 
-
+PIECE = 64 * checksums.BLOCK  # bytes on their way from the device at a time
 TOLERATED = 3  # failed saves in a row that don't end training
 PULSE_S = 1.0  # between two looks at a save that is waited for
 TAG = 1  # of what the savers tell each other
@@ -68,8 +71,8 @@ class Saver:
         self._pruner = Pruner(run, policy, fence)
         self._notice, self._unpruned = notice, 0
         self._thread = device_threads.pool(1, "checkpoint")
-        self._pending: Future | None = None
-        self._started: Future | None = None
+        self._pending: Future[None] | None = None
+        self._started: Future[None] | None = None
         self._copied = threading.Event()
         self._copied.set()
         self._host = HostCopy()
@@ -84,16 +87,16 @@ class Saver:
         self,
         step: int,
         state: dict[str, torch.Tensor],
-        facts: Mapping[str, Any],
+        facts: Mapping[str, object],
         frozen: dict[str, FlatShard] | None = None,
-        seal: Callable[[Channel], dict[str, Any]] = lambda channel: {},
+        seal: Callable[[Channel], dict[str, object]] = lambda channel: {},
     ) -> None:
         """Saves the state of a step as a checkpoint.
 
         `state`: of `zero_state.state`; `frozen`: of `zero_state.frozen`; `facts`: what rank 0 puts into `checkpoint.json`.
         `seal`: writes, in the thread and on all workers, what must be there before the checkpoint; returns more facts.
         """
-        best, scores = self.policy.best, facts["metrics"].keys() - {"train_loss"}
+        best, scores = self.policy.best, cast("Mapping[str, float]", facts["metrics"]).keys() - {"train_loss"}
         if best and scores and best.metric not in scores and not best.is_late:
             raise ConfigError(f"checkpoint.best.metric: {best.metric!r} is no score; there are {', '.join(sorted(scores))}")
         self.wait()
@@ -130,15 +133,10 @@ class Saver:
             self.blocked_s += time.perf_counter() - started
         return True
 
-    def _until(self, pending: Future) -> None:
+    def _until(self, pending: Future[None]) -> None:
         while futures.wait([pending], PULSE_S).not_done:
             self._pass_on_progress()
         pending.result()
-
-    @property
-    def _copies(self) -> dict[str, torch.Tensor]:
-        """Returns the slices of the last save in host memory, by name; the next save changes them."""
-        return self._host.views
 
     def before_change(self) -> None:
         """Waits until the state that is being saved may change; on a GPU, what is queued next waits."""
@@ -164,9 +162,9 @@ class Saver:
         self,
         step: int,
         state: dict[str, torch.Tensor],
-        facts: Mapping[str, Any],
+        facts: Mapping[str, object],
         frozen: dict[str, FlatShard],
-        seal: Callable[[Channel], dict[str, Any]],
+        seal: Callable[[Channel], dict[str, object]],
     ) -> None:
         try:
             copied = self._copy(state)
@@ -204,5 +202,56 @@ class Saver:
             raise error
         self._host.wait()
 
-    def _store(self, target: Location, step: int | None, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    def _store(
+        self, target: Location, step: int | None, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]
+    ) -> None:
         writing.write(target, step, tensors, facts, self.channel, self._wrote, self.fence)
+
+
+class Keeper:
+    """Saves one worker's parameters that are not trained, once per run; all workers make the same calls in the same order.
+
+    Their folder is `checkpoints/frozen-<digest>`, by the content that each rank holds, and the checkpoints name it. Every save
+    checks their content again: if it has changed, they are written anew, under another name. A resumed run keeps using the folder
+    of the checkpoint that it loaded, on any number of workers and in any precision, as long as they are what was loaded.
+    """
+
+    def __init__(self, run: Location, group: Group, write: Callable[[Location, dict[str, FlatShard]], None]) -> None:
+        """Prepares the keeper; `write` saves slices as a folder, together with the other workers."""
+        self.run, self.group, self._write = run, group, write
+        self._loaded = self._folder = ""
+
+    def loaded(self, checkpoint: SavedCheckpoint, slices: dict[str, FlatShard]) -> None:
+        """Notes that the slices were loaded from the checkpoint (perhaps cast): while they stay so, its folder is theirs."""
+        if checkpoint.frozen:
+            self._folder = checkpoint.frozen.location.name
+            self._loaded = self._name(slices)
+
+    def keep(self, slices: dict[str, FlatShard]) -> str | None:
+        """Saves the slices as a folder unless it is there, and returns the folder's name; None if no worker has any slices."""
+        any_ = merged(self.group, lambda: bool(slices), operator.or_)
+        if not first(self.group, lambda: any_):
+            return None
+        name = self._name(slices)
+        if name == self._loaded:
+            name = self._folder
+        place = self.run.join(run_folder.CHECKPOINTS, name)
+        if not first(self.group, place.join(INDEX).exists):
+            self._write(place, {n: s.holding(s.local.cpu()) for n, s in slices.items()})
+        return name
+
+    def _name(self, slices: dict[str, FlatShard]) -> str:
+        parts = merged(self.group, lambda: [slices_digest(slices)], operator.add)  # on rank 0
+        return first(self.group, lambda: f"{FROZEN}-{hashlib.sha256(' '.join(parts or []).encode()).hexdigest()[:16]}")
+
+
+def slices_digest(slices: Mapping[str, FlatShard]) -> str:
+    """Computes a digest of the slices that this rank holds: names, types, places and a CRC-32 of each piece."""
+    summed = hashlib.sha256()
+    for name in sorted(slices):
+        shard = slices[name]
+        order = f" {shard.columns}" if shard.columns != ROWS else ""
+        summed.update(f"{name} {shard.dtype} {shard.shape[0]} {shard.start} {shard.local.numel()}{order}".encode())
+        for piece in shard.local.split(PIECE // shard.local.element_size()):
+            summed.update(zlib.crc32(checksums.as_bytes(piece.cpu()).numpy().data).to_bytes(4, "big"))
+    return summed.hexdigest()

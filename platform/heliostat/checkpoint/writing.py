@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from heliostat.checkpoint import checksums, layout, placement, safetensors_file, shard_index
-from heliostat.checkpoint.agreement import first, merged
+from heliostat.checkpoint import checksums, index, layout, placement, safetensors_file
+from heliostat.checkpoint.agreement import Channel, first, merged
 from heliostat.checkpoint.columns import ROWS
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.checkpoint.index import root as index_root
 from heliostat.checkpoint.layout import INDEX, encode
-from heliostat.checkpoint.tree import Channel
+from heliostat.checkpoint.placement import ChunkPlace, Shard, Tensor
 from heliostat.errors import CheckpointError, WorkerError
-from heliostat.storage import temporary
+from heliostat.storage import local_files
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
 
@@ -72,10 +71,10 @@ def finish(
 ) -> None:
     """Makes the folder valid: checks that every element is in it once, then writes `checkpoint.json`."""
     written = part or placement.WrittenPart([], {})
-    index = index_root(step, {"format": layout.format_of(written.tensors), **facts}, written)
+    contents = index.root(step, {"format": layout.format_of(written.tensors), **facts}, written)
     if fence:
         fence.check()
-    target.join(INDEX).write(encode(index))
+    target.join(INDEX).write(encode(contents))
 
 
 def write_shard(
@@ -92,33 +91,23 @@ def write_shard(
         size = (local / file).stat().st_size
         if target.is_s3:
             target.join(file).upload(local / file, wrote)
-    index = shard_index.encode({n: _place(t, offsets[n], sums[n]) for n, t in tensors.items()})
-    target.join(shard_index.name(file)).write(index)
-    return part({"file": file, "bytes": size, "index": shard_index.seal(index)}, tensors)
+    listing = index.encode({"tensors": {n: ChunkPlace(*_cut(t), offsets[n], sums[n]) for n, t in tensors.items()}})
+    target.join(index.shard_name(file)).write(listing)
+    return part(Shard(file, size, index.seal(listing)), tensors)
 
 
-def part(shard: placement.Shard, tensors: Mapping[str, torch.Tensor]) -> placement.WrittenPart:
+def part(shard: Shard, tensors: Mapping[str, torch.Tensor]) -> placement.WrittenPart:
     """Describes one shard and the tensors in it."""
     entries = placement.Tensors()
     for name, tensor in tensors.items():
         start, numel = _cut(tensor)
-        entries[name] = {
-            "dtype": safetensors_file.NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "runs": [[0, 1, start, numel]],
-        }
-        if isinstance(tensor, FlatShard) and tensor.columns != ROWS:
-            entries[name]["columns"] = list(tensor.columns)
+        columns = tensor.columns if isinstance(tensor, FlatShard) else ROWS
+        entries[name] = Tensor(safetensors_file.NAMES[tensor.dtype], list(tensor.shape), [[0, 1, start, numel]], columns)
     return placement.WrittenPart([shard], entries)
 
 
 def _cut(tensor: torch.Tensor) -> tuple[int, int]:
     return (tensor.start, tensor.local.numel()) if isinstance(tensor, FlatShard) else (0, tensor.numel())
-
-
-def _place(tensor: torch.Tensor, offset: int, crc32: list[int]) -> shard_index.ChunkPlace:
-    start, numel = _cut(tensor)
-    return {"start": start, "numel": numel, "offset": offset, "crc32": crc32}
 
 
 def _entry(name: str, tensor: torch.Tensor, crc32: list[int], wrote: Callable[[], None]) -> safetensors_file.Entry:
@@ -146,5 +135,5 @@ def _local_folder(target: Location) -> Iterator[Path]:
     if not target.is_s3:
         yield Path(target.path)
     else:
-        with temporary.folder("heliostat-shard-") as name:
+        with local_files.temporary_folder("heliostat-shard-") as name:
             yield name

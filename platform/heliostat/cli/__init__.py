@@ -1,4 +1,4 @@
-"""Defines the command line: one module per group of commands; `common` has what commands share.
+"""Defines the command line: one module per group of commands; `common` and `options` have what commands share.
 
 Start at `main`.
 May import: `apps`, `chaos`, `checkpoint`, `cluster`, `config`, `curation`, `data`, `evaluation`, `inference`, `numerics`,

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import MODELS, Json, Model, TrackingUri, app, finish, flag, out, print_table, require_file, store_uri
+from heliostat.cli.common import command, finish, model_folder, out, print_table, require_file, run_folder, store_uri
+from heliostat.cli.options import MODELS, Model, TextDataset, TrackingUri, flag
 from heliostat.errors import ConfigError, TrackingError
 
 if TYPE_CHECKING:
     from heliostat.evaluation.run import Benchmark
 
 
-@app.command(rich_help_panel=MODELS)
+@command(MODELS)
 def benchmark(
     model: Model,
     suite: Annotated[Path, typer.Argument(help="A suite of tasks (docs/benchmark.md)", metavar="SUITE", show_default=False)],
@@ -27,7 +28,6 @@ def benchmark(
         int, typer.Option(min=1, help="With --follow: only checkpoints of multiples of so many steps, and the last")
     ] = 1,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Score a language model on tasks of lm-eval, with intervals, chance levels, and what of them it was trained on."""
     from heliostat.evaluation import run
@@ -38,60 +38,55 @@ def benchmark(
     asked, folder = load(suite)
     if every != 1 and not follow:
         raise ConfigError("--every: goes with --follow")
-    with contextlib.closing(run.Benchmark(asked, folder, json_)) as tasks:
+    with contextlib.closing(run.Benchmark(asked, folder, out.quiet)) as tasks:
         if follow:
-            _follow(tasks, model, every, to, store_uri(mlflow), json_)
+            _follow(tasks, model, every, to, mlflow)
         else:
-            _once(tasks, model, to, store_uri(mlflow), json_)
+            _once(tasks, model, to, mlflow)
 
 
-def _once(tasks: Benchmark, model: str, to: str, uri: str, json_: bool) -> None:
+def _once(tasks: Benchmark, model: str, to: str, mlflow: str | None) -> None:
     from heliostat.evaluation import recording, run, scoring, shown
     from heliostat.storage.locations import Location
-    from heliostat.tracking.models import resolve
 
-    found, fault = resolve(model, uri), None
+    found, fault = model_folder(model, mlflow), None
     scoring.require_language_model(found)
     result = tasks.score(found)
     run.write(result, Location(to))
     try:
-        result["recorded"] = recording.record(uri, result)
+        result["recorded"] = recording.record(store_uri(mlflow), result)
     except TrackingError as e:  # the scores are kept all the same
         fault, result["recorded"] = e, recording.unrecorded(str(e))
     run.write(result, Location(to))
-    if not json_:
-        print_table(shown.rows(result), left=(0, 1))
-        for note in shown.notes(result):
-            out.print(note)
-        out.print(f"all of it is in {to}")
-    finish({**result, "file": to}, json_, fault)
+    print_table(shown.rows(result), left=(0, 1))
+    for note in shown.notes(result):
+        out.print(note)
+    out.print(f"all of it is in {to}")
+    finish({**result, "file": to}, fault)
 
 
-def _follow(tasks: Benchmark, model: str, every: int, to: str, uri: str, json_: bool) -> None:
+def _follow(tasks: Benchmark, model: str, every: int, to: str, mlflow: str | None) -> None:
     from heliostat.evaluation import run, shown
     from heliostat.evaluation.follow import Followed, summary
     from heliostat.storage.locations import Location
-    from heliostat.tracking.models import find_run
 
     def told(step: int, result: dict[str, object]) -> None:
-        if not json_:
-            out.print(shown.line(step, result))
+        out.print(shown.line(step, result))
 
-    followed = Followed(find_run(model, uri), tasks, told, every)
+    followed = Followed(run_folder(model, mlflow), tasks, told, every)
     followed.follow()
     made = summary(followed)
     run.write(made, Location(to))
-    if not json_:
-        for line in shown.missed(made):
-            out.print(line)
-        unknown = sum(one["recorded"]["run_id"] is None for one in made["steps"])
-        out.print(f"{len(made['steps']):,} checkpoints are scored" + (f", {unknown:,} of them not in MLflow" if unknown else ""))
-    finish({**made, "file": to}, json_)
+    for line in shown.missed(made):
+        out.print(line)
+    unknown = sum(one["recorded"]["run_id"] is None for one in made["steps"])
+    out.print(f"{len(made['steps']):,} checkpoints are scored" + (f", {unknown:,} of them not in MLflow" if unknown else ""))
+    finish({**made, "file": to})
 
 
-@app.command("make-suite", rich_help_panel=MODELS)
+@command(MODELS, "make-suite")
 def make_suite(
-    dataset: Annotated[str, typer.Argument(help="A prepared dataset of text: a folder or s3:// URI", show_default=False)],
+    dataset: TextDataset,
     to: Annotated[
         Path, typer.Option("--out", help="The folder of the suite; it must be empty, or not there", show_default=False)
     ],
@@ -100,16 +95,14 @@ def make_suite(
         float, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction; at most the evaluate.fraction of the models' jobs")
     ] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="Of all choices: the same seed makes the same files")] = 0,
-    json_: Json = False,
 ) -> None:
     """Make a suite of a dataset's held-out text: multiple choice, cloze, and exact match; nothing is downloaded."""
-    from heliostat.evaluation.held_out.making import make
+    from heliostat.evaluation.held_out import make
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--out: {to} is not empty; name another folder")
     made = make(dataset, to, examples, fraction, seed)
-    if not json_:
-        for name, count in made["tasks"].items():
-            out.print(f"{name}: {count:,} examples" + ("" if count == examples else f" of {examples:,}: the text gives no more"))
-        out.print(f"{made['suite']}: of {made['documents']:,} held-out documents; heliostat benchmark MODEL {made['suite']}")
-    finish(made, json_)
+    for name, count in made["tasks"].items():
+        out.print(f"{name}: {count:,} examples" + ("" if count == examples else f" of {examples:,}: the text gives no more"))
+    out.print(f"{made['suite']}: of {made['documents']:,} held-out documents; heliostat benchmark MODEL {made['suite']}")
+    finish(made)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from heliostat.cli.common import CLUSTERS, HELP, Json, Settings, app, finish, flag, out
+from heliostat.cli.common import HELP, Reporting, app, finish, out
+from heliostat.cli.jobs import jobs_on
+from heliostat.cli.options import CLUSTERS, Settings, flag
 from heliostat.errors import ConfigError
 
 cluster_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Clusters from YAML: check, up, down, status, list.")
@@ -16,10 +18,10 @@ app.add_typer(cluster_app, name="cluster", rich_help_panel=CLUSTERS)
 File = Annotated[Path, typer.Argument(help="A cluster file, as clusters/local.yaml", metavar="FILE", show_default=False)]
 
 
-@cluster_app.command("check")
+@cluster_app.command("check", cls=Reporting)
 def check_(
     file: File, job: Annotated[Path | None, typer.Option(help="Also: does this job fit, and do its stores answer")] = None,
-    setting: Settings = None, json_: Json = False,
+    setting: Settings = None,
 ) -> None:  # fmt: skip
     """Find what is wrong with a cluster file: schema, sizes, secrets, open ports, what would fail at the first real start."""
     from heliostat.cluster import pods
@@ -36,79 +38,71 @@ def check_(
         planning.plan(wanted, recipe, report.cluster)
         check_services(wanted)
         warnings = [*warnings, *pods.grace(report.cluster, wanted)]
-    if not json_:
-        for warning in warnings:
-            out.print(f"warning: {warning}")
-        for error in report.errors:
-            out.print(f"error: {error}")
-        for pool in report.cluster.pools if not report.errors else ():
-            size = f"{pool.least}" if pool.least == pool.most else f"{pool.least} to {pool.most}"
-            labels = ", ".join(f"{k}={v}" for k, v in pool.labels.items())
-            cpus = "CPUs as found" if pool.cpus is None else f"{pool.cpus:g} CPUs"
-            out.print(f"{pool.name}: {size} nodes of {cpus}, {pool.gpus:g} GPUs{'; ' + labels if labels else ''}")
+    for warning in warnings:
+        out.print(f"warning: {warning}")
+    for error in report.errors:
+        out.print(f"error: {error}")
+    for pool in report.cluster.pools if not report.errors else ():
+        size = f"{pool.least}" if pool.least == pool.most else f"{pool.least} to {pool.most}"
+        labels = ", ".join(f"{k}={v}" for k, v in pool.labels.items())
+        cpus = "CPUs as found" if pool.cpus is None else f"{pool.cpus:g} CPUs"
+        out.print(f"{pool.name}: {size} nodes of {cpus}, {pool.gpus:g} GPUs{'; ' + labels if labels else ''}")
     found = {"file": str(file), "errors": report.errors, "warnings": warnings}
     count = len(report.errors)
-    finish(found, json_, ConfigError(f"{file}: {count} error{'s' * (count > 1)}, see above") if count else None)
+    finish(found, ConfigError(f"{file}: {count} error{'s' * (count > 1)}, see above") if count else None)
 
 
-@cluster_app.command()
+@cluster_app.command(cls=Reporting)
 def up(
     file: File,
     restart: Annotated[bool, flag("--restart", help="Start Ray anew where it runs; this ends the jobs there")] = False,
-    json_: Json = False,
 ) -> None:
     """Start a cluster, or join one that runs: processes on this machine, `ray up`, or `kubectl apply`."""
     from heliostat.cluster import launch, review
 
     cluster = review.require(file)
     found = launch.up(cluster, restart)
-    if not json_:
-        out.print(f"cluster {cluster.name}: {found['note']}")
-    finish(found, json_)
+    out.print(f"cluster {cluster.name}: {found['note']}")
+    finish(found)
 
 
-@cluster_app.command()
+@cluster_app.command(cls=Reporting)
 def down(
     target: Annotated[
         str, typer.Argument(help="A cluster file, or a local cluster's name", metavar="CLUSTER", show_default=False)
     ],
-    json_: Json = False,
 ) -> None:
     """Stop a cluster. A local one leaves no process; one that was only joined stays."""
     from heliostat.cluster import launch
 
     found = launch.down(target)
-    if not json_:
-        out.print(f"cluster {found['name']}: {found['note']}")
-    finish(found, json_)
+    out.print(f"cluster {found['name']}: {found['note']}")
+    finish(found)
 
 
-@cluster_app.command("status")
+@cluster_app.command("status", cls=Reporting)
 def status_(
     target: Annotated[str | None, typer.Argument(help="A cluster file, an address or a name", metavar="CLUSTER")] = None,
-    json_: Json = False,
 ) -> None:
     """Show a cluster's nodes, what they have, and its jobs."""
     from heliostat.cluster import dashboard
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
 
-    with endpoint(target) as there:
-        nodes, jobs = dashboard.node_table(there.url, there.token), Jobs(there).list()
-    if not json_:
-        out.print(f"{there.url}: {sum(n['alive'] for n in nodes)} nodes")
-        for n in nodes:
-            labels = ", ".join(f"{k}={v}" for k, v in sorted(n["labels"].items()) if k != "ray.io/node-id")
-            role, life = "head" if n["head"] else "worker", "alive" if n["alive"] else "dead"
-            out.print(f"  {n['address']:<15} {role:<6} {life:<5} {n['cpus']:g} CPUs, {n['gpus']:g} GPUs  "
-                      f"{labels}")  # fmt: skip
-        for j in jobs:
-            out.print(f"  job {j['id']}: {j['status'].lower()}")
-    finish({"url": there.url, "nodes": nodes, "jobs": jobs}, json_)
+    with jobs_on(target) as known:
+        there = known.there
+        nodes, jobs = dashboard.node_table(there.url, there.token), known.list()
+    out.print(f"{there.url}: {sum(n['alive'] for n in nodes)} nodes")
+    for n in nodes:
+        labels = ", ".join(f"{k}={v}" for k, v in sorted(n["labels"].items()) if k != "ray.io/node-id")
+        role, life = "head" if n["head"] else "worker", "alive" if n["alive"] else "dead"
+        out.print(f"  {n['address']:<15} {role:<6} {life:<5} {n['cpus']:g} CPUs, {n['gpus']:g} GPUs  "
+                  f"{labels}")  # fmt: skip
+    for j in jobs:
+        out.print(f"  job {j['id']}: {j['status'].lower()}")
+    finish({"url": there.url, "nodes": nodes, "jobs": jobs})
 
 
-@cluster_app.command("list")
-def list_(json_: Json = False) -> None:
+@cluster_app.command("list", cls=Reporting)
+def list_() -> None:
     """List the local clusters of this workspace."""
     from heliostat.cluster import dashboard, local, private
 
@@ -116,10 +110,9 @@ def list_(json_: Json = False) -> None:
         {"name": s.name, "url": s.url, "nodes": len(s.nodes),
          "answers": private.ours(s.url) and dashboard.probe(s.url, s.token) == 200} for s in local.known()
     ]  # fmt: skip
-    if not json_:
-        for c in found:
-            what = f"{c['nodes']} nodes" if c["nodes"] else "joined"
-            out.print(f"{c['name']}: {c['url']}, {what}{'' if c['answers'] else ', does not answer'}")
-        if not found:
-            out.print("no local cluster; start one with `heliostat cluster up clusters/local.yaml`")
-    finish({"clusters": found}, json_)
+    for c in found:
+        what = f"{c['nodes']} nodes" if c["nodes"] else "joined"
+        out.print(f"{c['name']}: {c['url']}, {what}{'' if c['answers'] else ', does not answer'}")
+    if not found:
+        out.print("no local cluster; start one with `heliostat cluster up clusters/local.yaml`")
+    finish({"clusters": found})

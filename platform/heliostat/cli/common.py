@@ -1,7 +1,7 @@
-"""Defines what commands share: the application that they register with, standard output, options, and how a result is printed.
+"""Defines what commands share: the application that they register with, standard output, and how a result is printed.
 
-A command prints its result for people, or with `--json` as one object; `finish` ends it. Options and arguments that mean the same
-everywhere are types here, so that their help is written once.
+A command that reports is registered by `command`, prints its result for people to `out`, and ends with `finish`. With `--json`
+`out` is quiet, and `finish` prints the result as one object.
 """
 
 from __future__ import annotations
@@ -10,26 +10,27 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from heliostat.cli import tables
+from heliostat.cli.options import PANELS, flag
 from heliostat.errors import ConfigError, HeliostatError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.text import printable
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from heliostat.storage.locations import Location
 
+GAP = "  "  # between the columns of a table
+INDENT = "    "  # of a row's further lines
 HELP = {"help_option_names": ["--help", "-h"]}
-
-DATA, TRAINING, MODELS, RUNS = "Data", "Training", "Models", "Runs"  # headings of `heliostat --help`
-SWEEPS, CLUSTERS, JOBS = "Sweeps", "Clusters", "Jobs on clusters"
-PANELS = (DATA, TRAINING, MODELS, RUNS, SWEEPS, CLUSTERS, JOBS)  # in this order
 
 
 class Commands(typer.core.TyperGroup):
@@ -53,44 +54,41 @@ class Printer(Console):
 out = Printer(highlight=False, soft_wrap=True, markup=False)
 
 
+REPORTING = typer.Typer(add_completion=False)
+
+
+def _be_quiet(asked: bool) -> None:
+    out.quiet = asked
+
+
+@REPORTING.command()
+def _reporting(
+    json_: Annotated[
+        bool, flag("--json", help="Print one JSON object, on errors too (docs/cli.md)", callback=_be_quiet, expose_value=False)
+    ] = False,
+) -> None:
+    """Has the option of all commands that report."""
+
+
+class Reporting(typer.core.TyperCommand):
+    """Takes `--json`, with which nothing but the result's object is printed."""
+
+    def __init__(self, name: str | None, **options: Any) -> None:
+        super().__init__(name, **options)
+        self.params += [p for p in typer.main.get_command(REPORTING).params if p.name == "json_"]
+
+
+def command(panel: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command that reports, below a heading of `heliostat --help`."""
+    return app.command(name, cls=Reporting, rich_help_panel=panel)
+
+
 def require_file(place: Location) -> None:
     """Raises, before the work, if what it makes cannot be written to the file that `--out` names."""
     try:
         place.require_file()
     except StorageError as e:
         raise type(e)(f"--out: {e}") from e
-
-
-def flag(*names: str, help: str, **more: Any) -> Any:
-    """Makes an option without a value."""
-    return typer.Option(*names, help=help, metavar="", **more)
-
-
-JobFile = Annotated[Path, typer.Argument(help="A job file, as jobs/quickstart.yaml", metavar="JOB", show_default=False)]
-Run = Annotated[str, typer.Argument(help="A run id, or a run's folder (STORAGE/NAME)", metavar="RUN", show_default=False)]
-Model = Annotated[
-    str, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="MODEL", show_default=False)
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file, as train.optimizer.lr=1e-3; may be repeated"),
-]
-Json = Annotated[bool, flag("--json", help="Print one JSON object, on errors too (docs/cli.md)")]
-Verbose = Annotated[bool, flag("--verbose", "-v", help="Show the logs of Ray and of the workers, and tracebacks")]
-OnCluster = Annotated[
-    str | None,
-    typer.Option(
-        "--cluster", "-c", help="A cluster that runs on this machine: its file or name; the default is RAY_ADDRESS, or none"
-    ),
-]
-TrackingUri = Annotated[
-    str | None,
-    typer.Option("--mlflow", metavar="URI", help="MLflow's store; the default is MLFLOW_TRACKING_URI, then the quickstart's"),
-]
-
-Keys = Annotated[
-    Path, typer.Option(help="A file of API keys, a key or NAME KEY a line; one that is not there is made, with a new key")
-]
 
 
 def keys_of(place: Path | None) -> Callable[[], dict[str, str] | None]:
@@ -130,8 +128,37 @@ def program(elsewhere: bool = False) -> str:
 
 def print_table(rows: list[list[str]], left: Collection[int] = (0,)) -> None:
     """Prints rows of cells, the head first, none cut; what is piped on has one line a row."""
-    for line in tables.lines(rows, left, out.width if out.is_terminal else None):
+    for line in table_lines(rows, left, out.width if out.is_terminal else None):
         out.print(line)
+
+
+def table_lines(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), width: int | None = None) -> list[str]:
+    """Aligns rows of cells, the head first; columns in `left` begin at the left, all others end at the right.
+
+    `width`: of the terminal; without one every row is one line.
+    """
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [line for row in rows for line in _lines(row, widths, left, width)]
+
+
+def _lines(row: Sequence[str], widths: list[int], left: Collection[int], width: int | None) -> list[str]:
+    cells = [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+    parts = [GAP.join(cells[begin:end]).rstrip() for begin, end in bands(widths, width)]
+    return [parts[0], *(INDENT + part for part in parts[1:] if part)]
+
+
+def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
+    """Groups the columns into bands [begin, end) that stand side by side: as many as fit into `width`, at least one."""
+    found, begin, used = list[tuple[int, int]](), 0, 0
+    for i, one in enumerate(widths):
+        if width is not None and i > begin and used + len(GAP) + one > width:
+            found.append((begin, i))
+            begin, used = i, len(INDENT) + one
+        else:
+            used += one + (len(GAP) if i > begin else 0)
+    return [*found, (begin, len(widths))]
 
 
 def store_uri(given: str | None) -> str:
@@ -148,12 +175,48 @@ def store_uri(given: str | None) -> str:
     return given or default_uri()
 
 
-def finish(result: Mapping[str, object], json_: bool, fault: HeliostatError | None = None) -> None:
+def run_folder(run: str, mlflow: str | None) -> Location:
+    """Finds the folder of a run; ConfigError if there is no such run."""
+    from heliostat.tracking.models import find_run
+
+    return find_run(run, store_uri(mlflow))
+
+
+def model_folder(model: str, mlflow: str | None) -> Path:
+    """Finds, or downloads, the folder of a model; ConfigError if there is no such model."""
+    from heliostat.tracking.models import resolve
+
+    return resolve(model, store_uri(mlflow))
+
+
+@contextmanager
+def tracking(mlflow: str | None) -> Iterator[tuple[MlflowClient, str]]:
+    """Connects to the MLflow store: yields its client and its URI; TrackingError if it does not answer within the context."""
+    from heliostat.tracking import mlflow_client
+
+    uri = store_uri(mlflow)
+    with mlflow_client.asking(uri):
+        yield mlflow_client.connect(uri), uri
+
+
+def write_page(to: Path, page: Callable[[], str]) -> None:
+    """Makes an HTML page and writes it to the file that `--out` names; ConfigError, before it is made, if there is no folder."""
+    if not to.absolute().parent.is_dir():
+        raise ConfigError(f"--out: {to}: there is no folder {to.parent}")
+    text = page()
+    try:
+        to.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--out: {to} cannot be written ({e.strerror})") from e
+    out.print(f"{to}: {to.stat().st_size:,} bytes")
+
+
+def finish(result: Mapping[str, object], fault: HeliostatError | None = None) -> None:
     """Prints a command's result as one JSON object, if it is asked for; raises `fault`, which then carries the result."""
     if fault:
         fault.found = result
         raise fault
-    if json_:
+    if out.quiet:
         write_json(result)
 
 

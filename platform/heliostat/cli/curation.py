@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heliostat.cli.common import DATA, HELP, Json, TrackingUri, app, finish, out, print_table, store_uri
+from heliostat.cli.common import HELP, Reporting, app, command, finish, out, print_table, tracking, write_page
+from heliostat.cli.options import DATA, Prices, TrackingUri
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,12 +48,11 @@ curate_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="What
 app.add_typer(curate_app, name="curate", rich_help_panel=DATA)
 
 
-@curate_app.command("report")
+@curate_app.command("report", cls=Reporting)
 def report(
     dataset: Dataset,
     to: Annotated[Path, typer.Option("--out", help="An HTML file", metavar="FILE")] = Path("curation.html"),
-    prices: Annotated[Path | None, typer.Option(help="A YAML file laid over the price table (docs/plan.md)")] = None,
-    json_: Json = False,
+    prices: Prices = None,
 ) -> None:
     """Write one self-contained page about a dataset's making: funnel, histograms, examples, clusters, languages, domains."""
     from heliostat.data import manifest
@@ -60,18 +60,11 @@ def report(
     from heliostat.storage.locations import Location
     from heliostat.tracking.report import curation
 
-    if not to.absolute().parent.is_dir():
-        raise ConfigError(f"--out: {to}: there is no folder {to.parent}")
     table = hardware.table(prices)
     made = manifest.read(Location(dataset))
     told = curation.gather(made, table["devices"]["cpu"]["hour"], table["currency"])
-    try:
-        to.write_text(curation.page(told), encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"--out: {to} cannot be written ({e.strerror})") from e
-    if not json_:
-        out.print(f"{to}: {to.stat().st_size:,} bytes")
-    finish({"file": str(to), "dataset": str(made.location), "digest": made.digest, **_stages(told)}, json_)
+    write_page(to, lambda: curation.page(told))
+    finish({"file": str(to), "dataset": str(made.location), "digest": made.digest, **_stages(told)})
 
 
 def _stages(told: Told) -> Told:
@@ -81,7 +74,7 @@ def _stages(told: Told) -> Told:
     return {"stages": {n: p | {"seconds": told["seconds"].get(n)} for n, p in parts.items()}}
 
 
-@app.command(rich_help_panel=DATA)
+@command(DATA)
 def trace(
     dataset: Dataset,
     url: Url = None,
@@ -91,7 +84,6 @@ def trace(
         str | None, typer.Option(help="Only this run's samples and steps, by its id or folder", metavar="RUN", show_default=False)
     ] = None,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Tell a document's way: where it was read, what each stage did to it, who stayed instead, its shard, and its steps."""
     from heliostat.curation.text import trace as tracing
@@ -101,15 +93,14 @@ def trace(
     for one in told:
         held = one["shard"] or one["end"]["reason"] == "forgotten"
         one["runs"] = _runs(made, one["kept"] or one["id"], run, mlflow) if held else []
-    if not json_:
-        for one in told[:MOST]:
-            _print(one)
-        if len(told) > MOST:
-            out.print(f"and {len(told) - MOST:,} more documents; --json has them")
-    finish({"dataset": str(made.location), "digest": made.digest, "documents": told}, json_)
+    for one in told[:MOST]:
+        _print(one)
+    if len(told) > MOST:
+        out.print(f"and {len(told) - MOST:,} more documents; --json has them")
+    finish({"dataset": str(made.location), "digest": made.digest, "documents": told})
 
 
-@app.command(rich_help_panel=DATA)
+@command(DATA)
 def forget(
     dataset: Dataset,
     to: Annotated[
@@ -119,7 +110,6 @@ def forget(
     id: Id = None,
     text: Text = None,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Make a dataset without a document, and list every run that has trained on it, with the steps."""
     from heliostat.curation import forget as forgetting
@@ -133,9 +123,8 @@ def forget(
     new = forgetting.forget(made, target, found, output)
     result = {"dataset": str(output), "digest": new.digest, "previous": made.digest, "documents": new.meta["documents"],
               "tokens": new.tokens, "forgotten": sorted({target, *(row["id"] for row in found)}), **told}  # fmt: skip
-    if not json_:
-        _print_forgotten(result)
-    finish(result, json_)
+    _print_forgotten(result)
+    finish(result)
 
 
 def _ways(made: Manifest, id: str, mlflow: str | None) -> Told:
@@ -168,9 +157,7 @@ def _runs(made: Manifest, id: str, run: str | None, mlflow: str | None) -> list[
     from heliostat.tracking import mlflow_client
     from heliostat.tracking.lineage_of_documents import TrainedOnDocument
 
-    uri = store_uri(mlflow)
-    with mlflow_client.asking(uri):
-        client = mlflow_client.connect(uri)
+    with tracking(mlflow) as (client, uri):
         only = mlflow_client.find(client, run, uri).info.run_id if run else None
         return TrainedOnDocument(client, made, id).runs(only)
 
@@ -239,28 +226,26 @@ Good = Annotated[Path, typer.Argument(help="A folder of documents that are wante
 Bad = Annotated[Path, typer.Argument(help="A folder of documents that are not", metavar="BAD", show_default=False)]
 
 
-@curate_app.command("train-classifier")
+@curate_app.command("train-classifier", cls=Reporting)
 def train_classifier(
     good: Good,
     bad: Bad,
     to: Annotated[Path, typer.Option("--out", help="The folder of the classifier, which is made", metavar="FOLDER")],
-    json_: Json = False,
 ) -> None:
     """Train a quality classifier from two folders of examples, for `stage: classifier`; prints precision and recall."""
     from heliostat.curation import training
 
     report = training.train(good, bad, to)
-    if not json_:
-        held = f"{report['held_out_good']:,} good and {report['held_out_bad']:,} bad ones that were held out"
-        out.print(
-            f"classifier {to}: trained on {report['trained_good']:,} good and {report['trained_bad']:,} bad documents; of {held}:"
-        )
-        cells = [["min_score", "precision", "recall"]]
-        for threshold, at in report["held_out"].items():
-            precision = "none chosen" if at["precision"] is None else f"{at['precision']:.1%}"
-            cells.append([threshold, precision, f"{at['recall']:.1%}"])
-        print_table(cells)
-        for reason, count in sorted(report["left_out"].items()):
-            out.print(f"left out: {count:,} {reason}")
-        out.print(f"use it: {{stage: classifier, model: {to}, min_score: 0.5}}")
-    finish({"folder": str(to), **report}, json_)
+    held = f"{report['held_out_good']:,} good and {report['held_out_bad']:,} bad ones that were held out"
+    out.print(
+        f"classifier {to}: trained on {report['trained_good']:,} good and {report['trained_bad']:,} bad documents; of {held}:"
+    )
+    cells = [["min_score", "precision", "recall"]]
+    for threshold, at in report["held_out"].items():
+        precision = "none chosen" if at["precision"] is None else f"{at['precision']:.1%}"
+        cells.append([threshold, precision, f"{at['recall']:.1%}"])
+    print_table(cells)
+    for reason, count in sorted(report["left_out"].items()):
+        out.print(f"left out: {count:,} {reason}")
+    out.print(f"use it: {{stage: classifier, model: {to}, min_score: 0.5}}")
+    finish({"folder": str(to), **report})

@@ -8,30 +8,29 @@ from typing import Annotated
 
 import typer
 
-from heliostat.cli.common import DATA, Json, Settings, Verbose, app, finish, flag, out, print_table, program
+from heliostat.cli.common import command, finish, out, print_table, program
+from heliostat.cli.options import DATA, Dataset, Settings, Verbose, flag
 from heliostat.errors import ConfigError
 
 
-@app.command(rich_help_panel=DATA)
+@command(DATA)
 def init(
     folder: Annotated[
         Path, typer.Argument(help="Becomes the workspace; made if it is missing", show_default="this one")
     ] = Path(),
-    json_: Json = False,
 ) -> None:
     """Make a workspace: jobs, pipelines and a local cluster to begin with. Files that are there are never overwritten."""
     from heliostat.cli.workspace_template import create
 
     written = create(folder)
-    if not json_:
-        out.print(f"{folder} is a workspace with {', '.join(path for path in written if path.endswith('.yaml'))}")
-        go = "" if folder.resolve() == Path.cwd() else f"cd {folder}\n       "
-        name = shlex.quote(program(elsewhere=bool(go)))
-        out.print(f"\nNext:  {go}{name} prepare pipelines/quickstart.yaml\n       {name} train jobs/quickstart.yaml")
-    finish({"folder": str(folder), "files": written}, json_)
+    out.print(f"{folder} is a workspace with {', '.join(path for path in written if path.endswith('.yaml'))}")
+    go = "" if folder.resolve() == Path.cwd() else f"cd {folder}\n       "
+    name = shlex.quote(program(elsewhere=bool(go)))
+    out.print(f"\nNext:  {go}{name} prepare pipelines/quickstart.yaml\n       {name} train jobs/quickstart.yaml")
+    finish({"folder": str(folder), "files": written})
 
 
-@app.command(rich_help_panel=DATA)
+@command(DATA)
 def prepare(
     pipeline: Annotated[
         Path, typer.Argument(help="A pipeline file, as pipelines/quickstart.yaml", metavar="PIPELINE", show_default=False)
@@ -44,7 +43,6 @@ def prepare(
             metavar="SHARE", help="Make nothing: try a share of the input, as 0.1%, and predict the whole's funnel and hours"
         ),
     ] = None,
-    json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Make a dataset: run a pipeline's Ray Data job. Does nothing if the dataset is up to date."""
@@ -54,36 +52,31 @@ def prepare(
     if sample is not None:
         if force:
             raise ConfigError("--force: a dry run (--sample) makes nothing that could be made again; give one of the two")
-        _predict(pipeline, setting or [], sample, json_)
+        _predict(pipeline, setting or [], sample)
         return
-    report = run(pipeline, setting or [], force=force, quiet=json_)
-    if not json_:
-        for line in explain(report):
-            out.print(line)
-    finish(report, json_)
+    report = run(pipeline, setting or [], force=force, quiet=out.quiet)
+    for line in explain(report):
+        out.print(line)
+    finish(report)
 
 
-def _predict(pipeline: Path, settings: list[str], sample: str, json_: bool) -> None:
+def _predict(pipeline: Path, settings: list[str], sample: str) -> None:
     from heliostat.curation import prediction
     from heliostat.curation.prepare import dry_run
     from heliostat.plan import hardware
 
-    found = dry_run(pipeline, settings, prediction.fraction(sample), quiet=json_)
+    found = dry_run(pipeline, settings, prediction.fraction(sample), quiet=out.quiet)
     prices = hardware.table()
     found |= {"cost": found["cpu_hours"] * prices["devices"]["cpu"]["hour"], "currency": prices["currency"]}
-    if not json_:
-        print_table(prediction.table(found), left=(0,))
-        for line in prediction.explain(found):
-            out.print(line)
-    finish(found, json_)
+    print_table(prediction.table(found), left=(0,))
+    for line in prediction.explain(found):
+        out.print(line)
+    finish(found)
 
 
-@app.command(rich_help_panel=DATA)
+@command(DATA)
 def index(
-    dataset: Annotated[
-        str, typer.Argument(help="A prepared dataset: a folder or s3:// URI", metavar="DATASET", show_default=False)
-    ],
-    json_: Json = False,
+    dataset: Dataset,
 ) -> None:
     """Take shards that were added to a dataset's folder into its manifest: a new version, old ones stay valid."""
     from dataclasses import asdict
@@ -92,8 +85,7 @@ def index(
     from heliostat.storage.locations import Location
 
     report = run(Location(dataset))
-    if not json_:
-        change = f"digest {report.digest[:12]}, was {report.previous[:12]}" if report.shards_added else "nothing new"
-        out.print(f"dataset {report.dataset}: {report.shards_added:,} shards added, {change}; {report.rows:,} rows, "
-                  f"{report.tokens:,} tokens in {report.chunks:,} chunks")  # fmt: skip
-    finish(asdict(report), json_)
+    change = f"digest {report.digest[:12]}, was {report.previous[:12]}" if report.shards_added else "nothing new"
+    out.print(f"dataset {report.dataset}: {report.shards_added:,} shards added, {change}; {report.rows:,} rows, "
+              f"{report.tokens:,} tokens in {report.chunks:,} chunks")  # fmt: skip
+    finish(asdict(report))

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from heliostat.cli.common import MODELS, Json, Model, OnCluster, Run, TrackingUri, app, finish, out, store_uri
+from heliostat.cli.common import command, finish, model_folder, out, run_folder
+from heliostat.cli.options import MODELS, Engine, MaxTokens, Model, OnCluster, Run, Seed, Temperature, TopP, TrackingUri
 from heliostat.errors import ConfigError
 
 
-@app.command(rich_help_panel=MODELS)
+@command(MODELS)
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="What the model is to go on from, or to draw")] = None,
@@ -21,14 +22,14 @@ def generate(
         typer.Option(help="Text: what stands before the middle that the model is to write; a file, or the text itself"),
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Text: what stands behind it; a file, or the text itself")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random numbers: the same seed gives the same answer")] = 0,
+    seed: Seed = 0,
     to: Annotated[
         str | None, typer.Option("--out", help="Where the answer goes; an image needs it, and so does --prompts (a folder)")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="With --prompts: as many models side by side")] = 1,
-    max_tokens: Annotated[int | None, typer.Option(help="Text: at most so many tokens")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Text: 0 takes the likeliest token each time")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Text: choose among the likeliest tokens of this share")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     steps: Annotated[int | None, typer.Option(help="Images: steps of the sampler")] = None,
     guidance: Annotated[float | None, typer.Option(help="Images: how strictly to follow the prompt; 1 is plain")] = None,
     sampler: Annotated[str | None, typer.Option(help="Images: ddpm, ddim, dpm++ or euler")] = None,
@@ -36,11 +37,9 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Images: in pixels")] = None,
     height: Annotated[int | None, typer.Option(help="Images: in pixels")] = None,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Let a model write or draw."""
     import heliostat.inference.generate as generating
-    from heliostat.tracking.models import resolve
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
              "sampler": sampler, "grid": grid, "width": width, "height": height}  # fmt: skip
@@ -57,18 +56,16 @@ def generate(
         from heliostat.inference.many import generate_many
 
         asked = generating.read_prompts(prompts)
-        count = generate_many(resolve(model, store_uri(mlflow)), asked, options, seed, to, workers, json_)
-        if not json_:
-            out.print(f"{count:,} answers are in {to}/{generating.RESULTS}")
-        finish({"count": count, "results": f"{to}/{generating.RESULTS}"}, json_)
+        count = generate_many(model_folder(model, mlflow), asked, options, seed, to, workers, out.quiet)
+        out.print(f"{count:,} answers are in {to}/{generating.RESULTS}")
+        finish({"count": count, "results": f"{to}/{generating.RESULTS}"})
         return
-    made = generating.generate(resolve(model, store_uri(mlflow)), str(prompt), options, seed, to)
-    if not json_:
-        out.print(made.shown)
-    finish({"prompt": made.prompt, **made.facts}, json_)
+    made = generating.generate(model_folder(model, mlflow), str(prompt), options, seed, to)
+    out.print(made.shown)
+    finish({"prompt": made.prompt, **made.facts})
 
 
-@app.command(rich_help_panel=MODELS)
+@command(MODELS)
 def infer(
     model: Model,
     input_: Annotated[
@@ -83,49 +80,45 @@ def infer(
     keep: Annotated[
         list[str] | None, typer.Option(help="A column of the input that goes beside the answer; may be repeated")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random numbers: the same seed gives the same answers")] = 0,
-    max_tokens: Annotated[int | None, typer.Option(help="continue, chat: at most so many tokens")] = None,
-    temperature: Annotated[float | None, typer.Option(help="continue, chat: 0 takes the likeliest token each time")] = None,
-    top_p: Annotated[float | None, typer.Option(help="continue, chat: choose among the likeliest tokens of this share")] = None,
+    seed: Seed = 0,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     batch: Annotated[int, typer.Option(help="Inputs that the model takes together")] = 16,
-    engine: Annotated[str, typer.Option(help="auto, transformers or vllm; auto is vllm where it can be")] = "auto",
+    engine: Engine = "auto",
     workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: as many models side by side")] = 2,
     cluster: OnCluster = None,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Run a model over all documents of an input: each is answered once, and a run that was killed goes on."""
     from heliostat.cluster.joining import join
 
     join(cluster)
     from heliostat.inference.batch.run import infer as run
-    from heliostat.inference.batch.settings import WRITES, BatchSettings
+    from heliostat.inference.batch.tasks import BatchSettings
+    from heliostat.inference.sampling import WRITES
     from heliostat.plan import hardware
     from heliostat.schema import validate
-    from heliostat.tracking.models import resolve
 
     options = {k: v for k, v in {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}.items() if v is not None}
     if options and task not in WRITES:
         raise ConfigError(f"--{next(iter(options)).replace('_', '-')}: goes with --task {' or '.join(WRITES)}, not with {task}")
     asked = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
-    made = run(resolve(model, store_uri(mlflow)), input_, to, validate(BatchSettings, asked, "infer"), workers, json_, engine)
+    made = run(model_folder(model, mlflow), input_, to, validate(BatchSettings, asked, "infer"), workers, out.quiet, engine)
     prices = hardware.table()
     made |= {"cost": hardware.cost(made["devices"], prices), "currency": prices["currency"]}
-    if not json_:
-        told = f", {made['bad']:,} without one (bad.parquet)" if made["bad"] else ""
-        cut = f", {made['truncated']:,} of them of a text that was cut" if made["truncated"] else ""
-        many, what = (made["answers"], "images") if task == "embed-images" else (made["tokens"], "tokens")
-        pace = f"{many:,} {what}, {many / max(made['seconds'], 0.1):,.0f} a second"
-        cost = (
-            "a GPU that is not in the plan's price table" if made["cost"] is None else f"{made['cost']:,.2f} {made['currency']}"
-        )
-        out.print(f"{made['answers']:,} answers are in {to}/answers{cut}{told}; {pace}; cost {cost}")
-        if made["deleted"]:
-            out.print(f"{made['deleted']:,} answers are deleted: the input does not hold any more, as it was, what they are of")
-    finish(made, json_)
+    told = f", {made['bad']:,} without one (bad.parquet)" if made["bad"] else ""
+    cut = f", {made['truncated']:,} of them of a text that was cut" if made["truncated"] else ""
+    many, what = (made["answers"], "images") if task == "embed-images" else (made["tokens"], "tokens")
+    pace = f"{many:,} {what}, {many / max(made['seconds'], 0.1):,.0f} a second"
+    cost = "a GPU that is not in the plan's price table" if made["cost"] is None else f"{made['cost']:,.2f} {made['currency']}"
+    out.print(f"{made['answers']:,} answers are in {to}/answers{cut}{told}; {pace}; cost {cost}")
+    if made["deleted"]:
+        out.print(f"{made['deleted']:,} answers are deleted: the input does not hold any more, as it was, what they are of")
+    finish(made)
 
 
-@app.command(rich_help_panel=MODELS)
+@command(MODELS)
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="A prepared dataset: a folder or s3:// URI", show_default=False)],
@@ -135,33 +128,28 @@ def evaluate(
         float | None, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction; the default is the job's, or 0.01")
     ] = None,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Score a model on a dataset's held-out split."""
     from heliostat.evaluation.losses import evaluate as run
-    from heliostat.tracking.models import resolve
 
-    scores = run(resolve(model, store_uri(mlflow)), data, samples, sequence_length, fraction)
-    if not json_:
-        out.print("  ".join(f"{k.replace('_', ' ')} {v:.6g}" for k, v in scores.items()))
-    finish(scores, json_)
+    scores = run(model_folder(model, mlflow), data, samples, sequence_length, fraction)
+    out.print("  ".join(f"{k.replace('_', ' ')} {v:.6g}" for k, v in scores.items()))
+    finish(scores)
 
 
-@app.command(rich_help_panel=MODELS)
+@command(MODELS)
 def export(
     run: Run,
     to: Annotated[Path, typer.Option(help="The folder to write; it must be empty, or not there", show_default=False)],
     step: Annotated[int | None, typer.Option(help="Of this step's checkpoint; the default is the newest")] = None,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder."""
     from heliostat.checkpoint import layout
     from heliostat.inference import export as exporting
     from heliostat.tracking.logger import record
-    from heliostat.tracking.models import find_run
 
-    place = find_run(run, store_uri(mlflow))
+    place = run_folder(run, mlflow)
     if step is not None and step not in (there := layout.steps(place)):
         have = f"there are {', '.join(map(str, there))}" if there else "there is none"
         raise ConfigError(f"--step {step}: {place} has no checkpoint of it; {have}")
@@ -169,6 +157,5 @@ def export(
     if found is None:
         raise ConfigError(f"{place}: holds no complete checkpoint")
     exporting.export(found, to, record(place).get("run_id"))
-    if not json_:
-        out.print(f"step {found.step} of {found.index['name']} is in {to}")
-    finish({"folder": str(to), "step": found.step}, json_)
+    out.print(f"step {found.step} of {found.index.name} is in {to}")
+    finish({"folder": str(to), "step": found.step})

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from heliostat.cli.common import JOBS, JobFile, Json, Settings, app, finish, flag, out, print_table
+from heliostat.cli.common import app, command, finish, out, print_table
+from heliostat.cli.options import JOBS, Follow, JobFile, Overwrite, Queue, Resume, Settings, Target, flag
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.terminal import duration
 
@@ -25,34 +27,45 @@ if TYPE_CHECKING:
     from heliostat.submit.progress import RunProgress
     from heliostat.submit.submission import SubmissionRecord
 
-Target = Annotated[str | None, typer.Option("--cluster", "-c", help="A cluster file, an address, or a local cluster's name")]
 Id = Annotated[str, typer.Argument(help="The job's id: its run's name", metavar="ID", show_default=False)]
-Queue = Annotated[str | None, typer.Option(help="Jobs of one queue run one after another")]
-Follow = Annotated[bool, flag("--follow", "-f", help="Show the log until the job is over; its outcome is the exit code")]
 
 
-@app.command(rich_help_panel=JOBS)
+def recorded(job_id: str) -> SubmissionRecord | None:
+    """Reads what this workspace recorded of a job that it sent; None if it sent none of this id."""
+    from heliostat.submit.submission import SubmissionRecord
+
+    return SubmissionRecord.read(job_id)
+
+
+@contextmanager
+def jobs_on(cluster: str | None, record: SubmissionRecord | None = None) -> Iterator[Jobs]:
+    """Connects to the jobs of a cluster: the one that is named, or else the one of the record."""
+    from heliostat.cluster.endpoint import endpoint
+    from heliostat.submit.jobs import Jobs
+
+    with endpoint(cluster or (record.cluster if record else None)) as there:
+        yield Jobs(there)
+
+
+@command(JOBS)
 def submit(
     job: JobFile,
     cluster: Target = None,
     follow: Follow = False,
     setting: Settings = None,
     queue: Queue = None,
-    resume: Annotated[bool, flag("--resume", help="Go on from the run's last checkpoint, if there is one")] = False,
-    overwrite: Annotated[bool, flag("--overwrite", help="Delete the run of this name and start anew")] = False,
-    json_: Json = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
-    from heliostat.cluster.endpoint import endpoint
     from heliostat.storage.run_folder import require_one_way
-    from heliostat.submit.jobs import Jobs
     from heliostat.submit.submission import SubmissionRecord
 
     require_one_way(resume, overwrite)
     flags = (["--resume"] if resume else []) + (["--overwrite"] if overwrite else [])
-    with endpoint(cluster) as there:
-        wanted = checked(job, setting or [], there, resume)
-        send(Jobs(there), SubmissionRecord.of(wanted, cluster, queue), tuple(flags), follow, json_)
+    with jobs_on(cluster) as jobs:
+        wanted = checked(job, setting or [], jobs.there, resume)
+        send(jobs, SubmissionRecord.of(wanted, cluster, queue), tuple(flags), follow)
 
 
 def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = False) -> Job:
@@ -75,37 +88,32 @@ def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = Fal
     return wanted
 
 
-def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: bool, json_: bool) -> None:
+def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: bool) -> None:
     """Submits a job, and with `follow` shows its log until it is over; the exit code is then the job's outcome."""
     from heliostat.submit.jobs import exit_code
 
     job_id = jobs.submit(wanted, flags)
     if not follow:
-        if not json_:
-            out.print(f"job {job_id} is on {jobs.there.url}; see `heliostat status {job_id}`, `heliostat logs {job_id} --follow`")
-        finish({"id": job_id, "url": jobs.there.url, "run_folder": wanted.run_folder}, json_)
+        out.print(f"job {job_id} is on {jobs.there.url}; see `heliostat status {job_id}`, `heliostat logs {job_id} --follow`")
+        finish({"id": job_id, "url": jobs.there.url, "run_folder": wanted.run_folder})
         return
     for text in jobs.follow(job_id):
-        _write(text, sys.stderr if json_ else sys.stdout)
+        _write(text, sys.stderr if out.quiet else sys.stdout)
     ended = jobs.get(job_id)
     result: dict[str, object] = {"id": job_id, "status": ended["status"], "run_folder": wanted.run_folder}
     if code := exit_code(ended):
         result["error"] = {"type": "JobError", "message": ended["message"], "exit_code": code}
-    finish(result, json_)
+    finish(result)
     sys.exit(code)
 
 
-@app.command(rich_help_panel=JOBS)
-def jobs(cluster: Target = None, json_: Json = False) -> None:
+@command(JOBS)
+def jobs(cluster: Target = None) -> None:
     """List a cluster's jobs."""
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
-
-    with endpoint(cluster) as there:
-        found = Jobs(there).list()
-    if not json_:
-        print_table(_cells(found), left=range(4))
-    finish({"jobs": found}, json_)
+    with jobs_on(cluster) as known:
+        found = known.list()
+    print_table(_cells(found), left=range(4))
+    finish({"jobs": found})
 
 
 def _cells(jobs: list[Submitted]) -> list[list[str]]:
@@ -116,19 +124,18 @@ def _cells(jobs: list[Submitted]) -> list[list[str]]:
     return rows
 
 
-@app.command(rich_help_panel=JOBS)
-def status(id_: Id, cluster: Target = None, json_: Json = False) -> None:
+@command(JOBS)
+def status(id_: Id, cluster: Target = None) -> None:
     """Show how far a job is, and when it will be done."""
     found = _look(id_, cluster)
     found["progress"] = _progress(found["run_folder"], found["steps"], found.get("metadata", {}))
-    if not json_:
-        p = found["progress"]
-        share = "" if p["step"] is None else f", {p.get('unit', 'step')} {p['step']:,} of {p['steps']:,} ({p['fraction']:.0%})"
-        ahead = f", about {duration(p['eta_s'])} to go" if p["eta_s"] and found["status"] == "RUNNING" else ""
-        out.print(f"{id_}: {found['status'].lower()}{share}{ahead}; run {found['run_folder']}")
-        for note in filter(None, (found["message"] if found["status"] != "RUNNING" else "", p.get("note"))):
-            out.print(f"  {note}")
-    finish(found, json_)
+    p = found["progress"]
+    share = "" if p["step"] is None else f", {p.get('unit', 'step')} {p['step']:,} of {p['steps']:,} ({p['fraction']:.0%})"
+    ahead = f", about {duration(p['eta_s'])} to go" if p["eta_s"] and found["status"] == "RUNNING" else ""
+    out.print(f"{id_}: {found['status'].lower()}{share}{ahead}; run {found['run_folder']}")
+    for note in filter(None, (found["message"] if found["status"] != "RUNNING" else "", p.get("note"))):
+        out.print(f"  {note}")
+    finish(found)
 
 
 def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> RunProgress:
@@ -140,14 +147,10 @@ def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> RunProgre
 
 def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
     """Looks up a job's state on its cluster; if the cluster is gone, in the job's local record."""
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import SubmissionRecord
-
-    record = SubmissionRecord.read(job_id)
+    record = recorded(job_id)
     try:
-        with endpoint(cluster or (record.cluster if record else None)) as there:
-            found = Jobs(there).get(job_id)
+        with jobs_on(cluster, record) as known:
+            found = known.get(job_id)
         return {**found, "run_folder": found["metadata"]["run"], "steps": int(found["metadata"]["steps"])}
     except HeliostatError as e:
         if record is None:
@@ -159,17 +162,13 @@ def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
 @app.command(rich_help_panel=JOBS)
 def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
     """Show a job's log: from the cluster, or from storage when the cluster is gone."""
-    from heliostat.cluster.endpoint import endpoint
     from heliostat.storage.locations import Location
-    from heliostat.submit.jobs import Jobs, exit_code
+    from heliostat.submit.jobs import exit_code
     from heliostat.submit.logs import stored
-    from heliostat.submit.submission import SubmissionRecord
 
-    record = SubmissionRecord.read(id_)
-    code = 0
+    record, code = recorded(id_), 0
     try:
-        with endpoint(cluster or (record.cluster if record else None)) as there:
-            jobs = Jobs(there)
+        with jobs_on(cluster, record) as jobs:
             jobs.get(id_)
             for text in jobs.follow(id_) if follow else [jobs.logs(id_)]:
                 _write(text)
@@ -188,41 +187,32 @@ def _write(text: str, to: TextIO | None = None) -> None:
     to.flush()
 
 
-@app.command(rich_help_panel=JOBS)
+@command(JOBS)
 def stop(
     id_: Id,
     now: Annotated[bool, flag("--now", help="Do not wait for a checkpoint")] = False,
     cluster: Target = None,
-    json_: Json = False,
 ) -> None:
     """Stop a job; it saves a checkpoint first, unless --now."""
-    from heliostat.cluster.endpoint import endpoint
     from heliostat.storage.retries import BUDGET
-    from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import SubmissionRecord
 
-    record = SubmissionRecord.read(id_)
-    with endpoint(cluster or (record.cluster if record else None)) as there:
-        stopped = Jobs(there).stop(id_, now)
+    with jobs_on(cluster, recorded(id_)) as jobs:
+        stopped = jobs.stop(id_, now)
     if now:  # the store may be why
         os.environ[BUDGET] = "3"
     p = _progress(stopped["metadata"]["run"], int(stopped["metadata"]["steps"]), stopped["metadata"])
-    if not json_:
-        at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"
-        out.print(f"{id_}: {stopped['status'].lower()}{at}; go on with `heliostat resume {id_}`")
-    finish({**stopped, "progress": p}, json_)
+    at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"
+    out.print(f"{id_}: {stopped['status'].lower()}{at}; go on with `heliostat resume {id_}`")
+    finish({**stopped, "progress": p})
 
 
-@app.command(rich_help_panel=JOBS)
-def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None, json_: Json = False) -> None:
+@command(JOBS)
+def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None) -> None:
     """Send a job again, to go on from its last checkpoint; --set may change what a resumed run may change, as workers.count."""
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
-    from heliostat.submit.submission import SubmissionRecord, changed
+    from heliostat.submit.submission import changed
 
-    record = SubmissionRecord.read(id_)
+    record = recorded(id_)
     if record is None:
         raise ConfigError(f"{id_}: was not submitted from this workspace; use `heliostat submit JOB.yaml --resume`")
-    where = cluster or record.cluster
-    with endpoint(where) as there:
-        send(Jobs(there), changed(record, setting or [], where), ("--resume",), follow, json_)
+    with jobs_on(cluster, record) as jobs:
+        send(jobs, changed(record, setting or [], cluster or record.cluster), ("--resume",), follow)

@@ -16,24 +16,29 @@ import atexit
 import logging
 import os
 import sys
+from datetime import date, datetime
 from typing import Annotated, Any, TypedDict
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 import heliostat
-from heliostat.cli import logs
-from heliostat.cli.common import app, flag, out, write_json
+from heliostat.cli.common import app, out, write_json
+from heliostat.cli.options import flag
 from heliostat.errors import HeliostatError
-from heliostat.redact import excepthook, redact
+from heliostat.redact import Formatter, excepthook, redact
+from heliostat.terminal import console
 from heliostat.text import printable
 
 # isort: off
 # They register their commands, in the order in which `heliostat --help` lists those of a heading
-from heliostat.cli import data, curation, train, plan, chaos, inference, benchmark  # noqa: F401
-from heliostat.cli import retrieval, serving, runs, audit, tune, cluster, jobs  # noqa: F401
+from heliostat.cli import data, curation, train, plan, inference, benchmark  # noqa: F401
+from heliostat.cli import retrieval, serving, runs, tune, cluster, jobs  # noqa: F401
 # isort: on
 
 UsageError: Any = typer.BadParameter.__base__  # typer exports only its subclass
+STAMP = "%Y-%m-%d %H:%M:%S"  # of log lines
 QUIET = {  # other libraries' progress bars and notices, so that ours can be read
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
@@ -58,13 +63,14 @@ def heliostat_(
     version: Annotated[bool, flag("--version", callback=_version, is_eager=True, help="Print the version")] = False,
 ) -> None:
     """Takes the options that stand before a command."""
+    out.quiet = False
 
 
 def main() -> None:
     verbose, json_ = bool({"--verbose", "-v"} & set(sys.argv)), "--json" in sys.argv
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    logs.start(verbose)
+    start_logs(verbose)
     sys.excepthook = excepthook
     try:
         code = _run(json_, verbose)
@@ -125,3 +131,46 @@ def _nothing_more() -> None:
     """Ensures that the result is the last line of standard output: Ray, as it ends, may have something to say after it."""
     sys.stdout.flush()
     sys.stdout = sys.stderr
+
+
+class LogLines(Formatter):
+    """Formats log lines without secrets, and with whatever would move a terminal's cursor escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
+
+
+class Terminal(logging.Handler):
+    """Prints log lines above the live line, if there is one; a long message goes on beside its time, not below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = datetime.now().date()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            row = Table.grid(padding=(0, 1))
+            row.add_column(style="dim", no_wrap=True)
+            row.add_column(overflow="fold")
+            row.add_row(stamp(datetime.fromtimestamp(record.created), self.began), Text(self.format(record)))
+            console.print(row)
+        except Exception:  # noqa: BLE001 (as logging's own handlers do: a log line ends no run)
+            self.handleError(record)
+
+
+def start_logs(verbose: bool) -> None:
+    """Sends all logs to standard error: warnings of libraries, and heliostat's own from `info` on, or `debug`."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        handler = Terminal()
+        handler.setFormatter(LogLines("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(LogLines("%(asctime)s %(message)s", STAMP))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("heliostat").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def stamp(at: datetime, began: date) -> str:
+    """Writes a moment as a terminal shows it: with its date when that is another than the command's first."""
+    return at.strftime("%H:%M:%S" if at.date() == began else STAMP)

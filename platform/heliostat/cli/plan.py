@@ -7,21 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from heliostat.cli.common import TRAINING, JobFile, Json, Settings, TrackingUri, app, finish, flag, out, print_table, store_uri
+from heliostat.cli.common import command, finish, out, print_table, run_folder
+from heliostat.cli.options import TRAINING, JobFile, Prices, Settings, TrackingUri, flag
 from heliostat.errors import ConfigError
 
 GIB = 1 << 30
 Plan = dict[str, Any]  # as `plan.planner` makes it, and `--json` prints it
 
 
-@app.command(rich_help_panel=TRAINING)
+@command(TRAINING)
 def plan(
     job: JobFile,
     cluster: Annotated[
         Path | None, typer.Option(help="A cluster file: its GPU pool's device, and whether the workers fit")
     ] = None,
     device: Annotated[str | None, typer.Option(help="A device of the price table, as H100 or A100")] = None,
-    prices: Annotated[Path | None, typer.Option(help="A YAML file laid over the price table (docs/plan.md)")] = None,
+    prices: Prices = None,
     rank: Annotated[bool, flag("--rank", help="Rank the layouts that the job could train in, by time within memory")] = False,
     calibrate: Annotated[
         str | None, typer.Option(help="A run (its id or folder) whose measured speed corrects the device's", metavar="RUN")
@@ -29,23 +30,21 @@ def plan(
     write: Annotated[Path | None, typer.Option(help="With --calibrate: write what was measured, for --prices")] = None,
     setting: Settings = None,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Tell what a job needs and will cost: parameters, memory, speed, days, money, failures. Fails if it cannot fit."""
     from heliostat.plan.plan_file import plan_file
-    from heliostat.tracking.models import find_run
 
     if write and not calibrate:
         raise ConfigError("--write: needs --calibrate RUN")
-    run = find_run(calibrate, store_uri(mlflow)) if calibrate else None
+    run = run_folder(calibrate, mlflow) if calibrate else None
     found = plan_file(job, setting, cluster, device, prices, run, write, rank)
-    if not json_ and rank:
+    if rank:
         show_ranking(found)
-    elif not json_:
+    else:
         for line in lines(found):
             out.print(line)
     fits = not rank or found["set"] is not None
-    finish(found, json_, None if fits else ConfigError(f"{job}: no layout fits on {found['workers']} workers; use more"))
+    finish(found, None if fits else ConfigError(f"{job}: no layout fits on {found['workers']} workers; use more"))
 
 
 def show_ranking(p: Plan) -> None:
@@ -128,24 +127,23 @@ def lines(p: Plan) -> list[str]:
     return text + [f"note       {note}" for note in p["notes"]]
 
 
-def show_dry_run(job: Path, settings: list[str], workers: int | None, json_: bool) -> None:
+def show_dry_run(job: Path, settings: list[str], workers: int | None) -> None:
     from heliostat.plan.dryrun import dry_run
 
     found = dry_run(job, settings, workers)
-    if not json_:
-        data = found["data"]
-        out.print(
-            f"{found['name']}: {found['parameters']:,} parameters at ZeRO stage {found['stage']} on {found['workers']} ranks: "
-            f"{found['largest_share'] / GIB:.2f} GiB of state on the largest, {found['smallest_share'] / GIB:.2f} on the smallest"
-        )
-        out.print(
-            f"a checkpoint: {found['shards']} shards, {found['tensors']:,} tensors, {found['chunks']:,} slices, "
-            f"{found['checkpoint_bytes']:,} bytes, {found['index_bytes']:,} of them the index"
-        )
-        out.print(
-            f"a step: {data['samples_per_rank']} samples a rank in {data['accumulation']} micro-batches of "
-            f"{data['micro_batch']}, {data['lanes']} lanes, {data['lanes_per_rank']} a rank"
-            + (f"; {found['note']}" if found["note"] else "")
-        )
-        out.print(f"everything divides, fits and has a name; nothing was started ({found['seconds']:.1f} s)")
-    finish(found, json_)
+    data = found["data"]
+    out.print(
+        f"{found['name']}: {found['parameters']:,} parameters at ZeRO stage {found['stage']} on {found['workers']} ranks: "
+        f"{found['largest_share'] / GIB:.2f} GiB of state on the largest, {found['smallest_share'] / GIB:.2f} on the smallest"
+    )
+    out.print(
+        f"a checkpoint: {found['shards']} shards, {found['tensors']:,} tensors, {found['chunks']:,} slices, "
+        f"{found['checkpoint_bytes']:,} bytes, {found['index_bytes']:,} of them the index"
+    )
+    out.print(
+        f"a step: {data['samples_per_rank']} samples a rank in {data['accumulation']} micro-batches of "
+        f"{data['micro_batch']}, {data['lanes']} lanes, {data['lanes_per_rank']} a rank"
+        + (f"; {found['note']}" if found["note"] else "")
+    )
+    out.print(f"everything divides, fits and has a name; nothing was started ({found['seconds']:.1f} s)")
+    finish(found)

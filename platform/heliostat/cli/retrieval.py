@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heliostat.cli.common import DATA, MODELS, Json, TrackingUri, app, finish, out, print_table, store_uri
+from heliostat.cli.common import command, finish, model_folder, out, print_table
+from heliostat.cli.options import DATA, MODELS, Embedder, Reranker, TextDataset, TrackingUri
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,11 +18,9 @@ SHOWN = 600  # characters of a passage that are printed; --json has all
 Told = dict[str, Any]  # what the command prints, as `--json` prints it
 
 
-@app.command("index-documents", rich_help_panel=DATA)
+@command(DATA, "index-documents")
 def index_documents(
-    dataset: Annotated[
-        str, typer.Argument(help="A prepared dataset of text: a folder or s3:// URI", metavar="DATASET", show_default=False)
-    ],
+    dataset: TextDataset,
     to: Annotated[str, typer.Option("--out", help="The folder of the index, or s3://BUCKET/PREFIX", show_default=False)],
     embedder: Annotated[
         str | None, typer.Option(help="A language model that embeds the passages: as MODEL of `heliostat infer`", metavar="MODEL")
@@ -31,26 +30,18 @@ def index_documents(
     batch: Annotated[int, typer.Option(min=1, max=4096, help="Passages that the embedder takes together")] = 16,
     workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: as many tasks side by side")] = 2,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Make a dataset's documents searchable, or bring their index up to date: by words, and with --embedder by meaning too."""
     from heliostat.apps.search import build
-    from heliostat.apps.search.settings import IndexSettings
+    from heliostat.apps.search.tasks import IndexSettings
     from heliostat.schema import validate
 
     build.require()
     settings = validate(IndexSettings, {"chunk_tokens": chunk_tokens, "overlap": overlap}, "index-documents")
-    model = _resolved(embedder, mlflow)
-    made = build.index_documents(dataset, to, settings, model, batch, workers, json_)
-    if not json_:
-        _print_made(made, to)
-    finish(made, json_)
-
-
-def _resolved(model: str | None, mlflow: str | None) -> Path | None:
-    from heliostat.tracking.models import resolve
-
-    return resolve(model, store_uri(mlflow)) if model else None
+    model = model_folder(embedder, mlflow) if embedder else None
+    made = build.index_documents(dataset, to, settings, model, batch, workers, out.quiet)
+    _print_made(made, to)
+    finish(made)
 
 
 def _print_made(made: Told, to: str) -> None:
@@ -69,7 +60,7 @@ def _print_made(made: Told, to: str) -> None:
             out.print(f"  {count:,} {what}")
 
 
-@app.command(rich_help_panel=MODELS)
+@command(MODELS)
 def ask(
     index: Annotated[str, typer.Argument(help="An index: a folder or s3:// URI", metavar="INDEX", show_default=False)],
     question: Annotated[str | None, typer.Argument(help="What is asked", show_default=False)] = None,
@@ -83,15 +74,10 @@ def ask(
         Path | None,
         typer.Option(help="Instead of a question a file of them with their documents: judges the index", metavar="FILE"),
     ] = None,
-    embedder: Annotated[
-        str | None, typer.Option(help="The embedder of the index, where it lies elsewhere now", metavar="MODEL")
-    ] = None,
-    reranker: Annotated[
-        str | None, typer.Option(help="A cross-encoder that puts what is found into its own order", metavar="MODEL")
-    ] = None,
+    embedder: Embedder = None,
+    reranker: Reranker = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer, at most")] = 128,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Ask an index of documents: prints the passages with their sources, or a model's answer from them."""
     from heliostat.apps.search import build, reranking
@@ -103,20 +89,21 @@ def ask(
         raise ConfigError("question: give either one question, or a file of them with --questions")
     if mode is not None and mode not in MODES:
         raise ConfigError(f"--mode: {mode!r} is none of {', '.join(MODES)}")
-    opened, ordering = SearchIndex(Location(index), _resolved(embedder, mlflow)), _resolved(reranker, mlflow)
+    opened = SearchIndex(Location(index), model_folder(embedder, mlflow) if embedder else None)
+    ordering = model_folder(reranker, mlflow) if reranker else None
     if ordering is not None:
         reranking.require(ordering)
     if questions is not None:
         if model is not None or mode is not None:
             raise ConfigError(f"--{'model' if model else 'mode'}: does not go with --questions, which judges every way to search")
-        _judge(opened, questions, ordering, json_)
+        _judge(opened, questions, ordering)
         return
     assert question is not None
     if not question.strip():
         raise ConfigError("question: is empty")
     if question.encode("utf-8", "replace").decode() != question:
         raise ConfigError(f"question: {question[:80]!r} is no text in UTF-8")
-    answering = _resolved(model, mlflow)
+    answering = model_folder(model, mlflow) if model else None
     way, orders = mode or "bm25", reranking.Reranker(ordering) if ordering else None
     found = reranking.best(opened, orders, question, way, top)
     passages = [{**passage, "columns": opened.columns(passage["document"])} for passage in found]
@@ -126,9 +113,8 @@ def ask(
         from heliostat.apps.search.answering import answer
 
         told["answer"] = answer(answering, question, passages, max_tokens)
-    if not json_:
-        _print_found(told)
-    finish(told, json_)
+    _print_found(told)
+    finish(told)
 
 
 def _print_found(told: Told) -> None:
@@ -160,25 +146,20 @@ def _scores(passage: Told) -> str:
     return f"rerank score{cut} {passage['rerank_score']:.4g}, {found}"
 
 
-def _judge(index: SearchIndex, file: Path, reranker: Path | None, json_: bool) -> None:
-    from heliostat.apps.search import judging
-    from heliostat.apps.search.reranking import Reranker
+def _judge(index: SearchIndex, file: Path, reranker: Path | None) -> None:
+    from heliostat.apps.search import judging, reranking
 
-    asked = judging.questions(file)
-    told = judging.judge(index, asked, Reranker(reranker) if reranker else None)
-    if not json_:
-        rows = [["search", *judging.MEASURES]]
-        for mode, measured in told["modes"].items():
-            rows.append([mode, *(f"{measured[name]:.3f}" for name in judging.MEASURES)])
-        for mode, over in told["over_bm25"].items():
-            rows.append([f"{mode} over bm25", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
-        for mode, over in told.get("reranked", {}).items():
-            if mode != "bm25":  # over which its own stands above
-                rows.append(
-                    [f"{mode}+reranker over {mode}", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)]
-                )
-        print_table(rows)
-        left = f"; {told['unknown']:,} more name documents that the index does not hold" if told["unknown"] else ""
-        left += f"; {told['too_long']:,} more are longer than the embedder takes" if told["too_long"] else ""
-        out.print(f"{told['questions']:,} questions{left}; ± is half of a 95 % interval of the difference")
-    finish(told, json_)
+    told = judging.judge(index, judging.questions(file), reranking.Reranker(reranker) if reranker else None)
+    rows = [["search", *judging.MEASURES]]
+    for mode, measured in told["modes"].items():
+        rows.append([mode, *(f"{measured[name]:.3f}" for name in judging.MEASURES)])
+    for mode, over in told["over_bm25"].items():
+        rows.append([f"{mode} over bm25", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
+    for mode, over in told.get("reranked", {}).items():
+        if mode != "bm25":  # over which its own stands above
+            rows.append([f"{mode}+reranker over {mode}", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
+    print_table(rows)
+    left = f"; {told['unknown']:,} more name documents that the index does not hold" if told["unknown"] else ""
+    left += f"; {told['too_long']:,} more are longer than the embedder takes" if told["too_long"] else ""
+    out.print(f"{told['questions']:,} questions{left}; ± is half of a 95 % interval of the difference")
+    finish(told)

@@ -1,85 +1,75 @@
-"""Shows runs and models as MLflow keeps them: runs, report, lineage, promote, reproduce, ui. docs/mlflow.md lists the records."""
+"""Shows runs and models as MLflow and their folders keep them: runs, checkpoints, verify, goodput, samples, report, lineage,
+promote, reproduce, ui. docs/mlflow.md lists the records.
+"""
 
 from __future__ import annotations
 
+import json
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from heliostat.cli.common import (
-    MODELS,
-    RUNS,
-    Json,
-    Keys,
-    Run,
-    Settings,
-    TrackingUri,
     app,
+    command,
     finish,
-    flag,
     keys_of,
     out,
     print_page,
     print_table,
+    run_folder,
     store_uri,
+    tracking,
+    write_page,
 )
-from heliostat.errors import ConfigError
+from heliostat.cli.options import MODELS, RUNS, Keys, Run, Settings, TrackingUri, flag
+from heliostat.errors import ConfigError, VerifyError
 from heliostat.redact import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from heliostat.checkpoint.retention import RetentionRow
+    from heliostat.runs.samples import Sample
 
-@app.command(rich_help_panel=RUNS)
+
+@command(RUNS)
 def runs(
     experiment: Annotated[str | None, typer.Option(help="Only the runs of this MLflow experiment")] = None,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """List all runs, newest first: status, step, losses, tokens/s, goodput, worker-hours."""
-    from heliostat.tracking import mlflow_client, run_table
+    from heliostat.tracking import run_table
 
-    uri = store_uri(mlflow)
-    with mlflow_client.asking(uri):
-        found = run_table.rows(mlflow_client.connect(uri), experiment)
-    if not json_:
-        if not found:
-            out.print(f"no run in {redact(uri)}")
-        else:
-            print_table(run_table.cells(found), left=range(4))
-    finish({"runs": found}, json_)
+    with tracking(mlflow) as (client, uri):
+        found = run_table.rows(client, experiment)
+    if not found:
+        out.print(f"no run in {redact(uri)}")
+    else:
+        print_table(run_table.cells(found), left=range(4))
+    finish({"runs": found})
 
 
-@app.command(rich_help_panel=RUNS)
+@command(RUNS)
 def report(
     run: Run,
     to: Annotated[Path, typer.Option("--out", help="An HTML file")] = Path("report.html"),
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Write one self-contained page about a run: curves, goodput, restarts, samples, lineage."""
     from heliostat.tracking import mlflow_client
     from heliostat.tracking.reconcile import settle
     from heliostat.tracking.report import page
 
-    uri = store_uri(mlflow)
-    if not to.absolute().parent.is_dir():
-        raise ConfigError(f"--out: {to}: there is no folder {to.parent}")
-    with mlflow_client.asking(uri):
-        client = mlflow_client.connect(uri)
+    with tracking(mlflow) as (client, uri):
         found = settle(client, mlflow_client.find(client, run, uri))
-        made = page.page(page.gather(client, found))
-    try:
-        to.write_text(made, encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"--out: {to} cannot be written ({e.strerror})") from e
-    if not json_:
-        out.print(f"{to}: {to.stat().st_size:,} bytes")
-    finish({"file": str(to), "run_id": found.info.run_id}, json_)
+        write_page(to, lambda: page.page(page.gather(client, found)))
+    finish({"file": str(to), "run_id": found.info.run_id})
 
 
-@app.command(rich_help_panel=RUNS)
+@command(RUNS)
 def lineage(
     what: Annotated[
         str | None, typer.Argument(help="models:/NAME/VERSION, NAME@ALIAS, a run id, or a run's folder", metavar="WHAT")
@@ -87,44 +77,38 @@ def lineage(
     shard: Annotated[str | None, typer.Option(help="Instead: every run that trained on this shard (a path, or its end)")] = None,
     dataset: Annotated[str | None, typer.Option(help="Instead: every run that trained on the dataset of this digest")] = None,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Tell where a model comes from: run, restarts, code, machines, shards, parents; or which models saw a shard or dataset."""
     from heliostat.tracking import lineage as tracing
-    from heliostat.tracking import mlflow_client
 
     if sum(x is not None for x in (what, shard, dataset)) != 1:
         raise ConfigError("lineage: give one of MODEL, --shard or --dataset")
     if dataset is not None and len(dataset) < 6:
         raise ConfigError(f"--dataset: {dataset!r} is too short; give at least 6 digits of the digest")
-    uri = store_uri(mlflow)
-    with mlflow_client.asking(uri):
-        client = mlflow_client.connect(uri)
+    with tracking(mlflow) as (client, uri):
         if what is None:
-            _backwards(client, shard, dataset, json_)
+            _backwards(client, shard, dataset)
             return
         found = tracing.lineage(client, uri, what)
-    if not json_:
-        for depth, text in tracing.lines(found):
-            out.print("  " * depth + text)
-    finish(found, json_)
+    for depth, text in tracing.lines(found):
+        out.print("  " * depth + text)
+    finish(found)
 
 
-def _backwards(client: MlflowClient, shard: str | None, dataset: str | None, json_: bool) -> None:
+def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> None:
     from heliostat.tracking.lineage import Seen
 
     rows = Seen(client).answer(shard, dataset)
-    if not json_:
-        for row in rows:
-            how = f"{row['samples']:,} samples" if row["samples"] else "none by itself"
-            how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
-            out.print(f"{row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
-        if not rows:
-            out.print(f"no run has trained on {shard or dataset}")
-    finish({"shard": shard, "dataset": dataset, "runs": rows}, json_)
+    for row in rows:
+        how = f"{row['samples']:,} samples" if row["samples"] else "none by itself"
+        how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
+        out.print(f"{row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
+    if not rows:
+        out.print(f"no run has trained on {shard or dataset}")
+    finish({"shard": shard, "dataset": dataset, "runs": rows})
 
 
-@app.command(rich_help_panel=MODELS)
+@command(MODELS)
 def promote(
     model: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME/VERSION", metavar="MODEL", show_default=False)],
     alias: Annotated[str, typer.Argument(help="That it gets, as champion", metavar="ALIAS", show_default=False)],
@@ -135,48 +119,39 @@ def promote(
     maximize: Annotated[bool, flag("--maximize", help="More of the metric is better")] = False,
     force: Annotated[bool, flag("--force", help="Promote it all the same; the history says so")] = False,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Give a registered model an alias, unless it is worse than what has the alias now, or lacks what is required."""
-    from heliostat.tracking import mlflow_client, registry
+    from heliostat.tracking import registry
 
-    uri = store_uri(mlflow)
-    with mlflow_client.asking(uri):
-        done = registry.promote(
-            mlflow_client.connect(uri), model, alias, require or [], metric, "max" if maximize else "min", force
-        )
-    if not json_:
-        instead = f", in place of version {done['replaced']}" if done["replaced"] else ""
-        out.print(f"{done['name']} version {done['version']} is {alias}{instead}")
-        for fault in done["overruled"]:
-            out.print(f"  overruled: {fault}")
-    finish(done, json_)
+    with tracking(mlflow) as (client, _):
+        done = registry.promote(client, model, alias, require or [], metric, "max" if maximize else "min", force)
+    instead = f", in place of version {done['replaced']}" if done["replaced"] else ""
+    out.print(f"{done['name']} version {done['version']} is {alias}{instead}")
+    for fault in done["overruled"]:
+        out.print(f"  overruled: {fault}")
+    finish(done)
 
 
-@app.command(rich_help_panel=RUNS)
+@command(RUNS)
 def reproduce(
     run: Run,
     steps: Annotated[int | None, typer.Option(min=1, help="Only so many; the learning rate is what it was all the same")] = None,
     setting: Settings = None,
     overwrite: Annotated[bool, flag("--overwrite", help="Delete an earlier reproduction of the run")] = False,
     mlflow: TrackingUri = None,
-    json_: Json = False,
 ) -> None:
     """Train a recorded run again from its record, and compare the losses of every step; tells what differs in the environment."""
-    from heliostat.tracking import mlflow_client
     from heliostat.training import reproduce as again
 
-    uri = store_uri(mlflow)
-    with mlflow_client.asking(uri):
-        told = again.reproduce(mlflow_client.connect(uri), uri, run, steps, setting or [], overwrite)
-    if not json_:
-        for note in told["notes"]:
-            out.print(f"differs: {note}")
-        equal = "equal to the last bit"
-        if not told["bitwise"]:
-            equal = f"equal up to step {told['first_difference'] - 1:,}, and within {told['largest_difference']:.3g} over all"
-        out.print(f"the losses of {told['steps']:,} steps are {equal}; the new run is {told['again']}")
-    finish(told, json_)
+    with tracking(mlflow) as (client, uri):
+        told = again.reproduce(client, uri, run, steps, setting or [], overwrite)
+    for note in told["notes"]:
+        out.print(f"differs: {note}")
+    equal = "equal to the last bit"
+    if not told["bitwise"]:
+        equal = f"equal up to step {told['first_difference'] - 1:,}, and within {told['largest_difference']:.3g} over all"
+    out.print(f"the losses of {told['steps']:,} steps are {equal}; the new run is {told['again']}")
+    finish(told)
 
 
 @app.command(rich_help_panel=RUNS)
@@ -190,3 +165,80 @@ def ui(
     from heliostat.tracking.ui import serve
 
     serve(store_uri(mlflow), host, port, keys, lambda url: print_page(url, keys), keys_of(keys))
+
+
+@command(RUNS)
+def checkpoints(run: Run, mlflow: TrackingUri = None) -> None:
+    """List a run's checkpoints: what each is, whether it is whole, and which rule keeps it."""
+    from heliostat.checkpoint.retention import survey
+
+    place = run_folder(run, mlflow)
+    rows = survey(place)
+    if not rows:
+        out.print(f"no checkpoint in {place}")
+    else:
+        print_table(_checkpoint_cells(rows), left=(1, 5, 6))
+    finish({"run_folder": str(place), "checkpoints": rows})
+
+
+def _checkpoint_cells(rows: list[RetentionRow]) -> list[list[str]]:
+    table = [["step", "written", "MB", "workers", "ZeRO", "kept as", "scores"]]
+    for row in rows:
+        facts = [f"{row['step']:,}", "torn", f"{row['bytes'] / 1e6:,.1f}", "", "", "", row["fault"] or ""]
+        if row["whole"]:
+            written = datetime.fromtimestamp(row["written"]).isoformat(sep=" ", timespec="seconds")
+            scores = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row["metrics"].items() if v is not None)
+            shape = (str(row["world_size"]), str(row["zero_stage"]))
+            facts = [facts[0], written, facts[2], *shape, ", ".join(row["kept"]) or "not kept on", scores]
+        table.append(facts)
+    return table
+
+
+@command(RUNS)
+def verify(run: Run, mlflow: TrackingUri = None) -> None:
+    """Check a run's receipts against its datasets: what every step trained on, and that nothing was lost or repeated."""
+    from heliostat.runs import verify as verifying
+
+    place = run_folder(run, mlflow)
+    report = verifying.verify(place)
+    out.print(f"{report['steps']:,} steps are as their receipts say: {report['samples']:,} samples, {report['lost']:,} lost, "
+              f"{report['repeated']:,} repeated, {report['replaced']:,} bad ones replaced")  # fmt: skip
+    finish(report, None if report["ok"] else VerifyError(f"{place}: {verifying.explain(report)}"))
+
+
+@command(RUNS)
+def goodput(run: Run, mlflow: TrackingUri = None) -> None:
+    """Tell where a run's time went, from the command's start to the end, over all its restarts: parts that add up to 100 %."""
+    from heliostat.runs import goodput as accounting
+    from heliostat.tracking.reconcile import settle_folder
+
+    place = run_folder(run, mlflow)
+    settle_folder(place)
+    report = accounting.read_report(place)
+    print_table(accounting.table(report))
+    finish(report)
+
+
+@command(RUNS)
+def samples(
+    run: Run,
+    step: Annotated[int, typer.Option(min=1, help="The first is 1", show_default=False)],
+    full: Annotated[bool, flag("--full", help="Show each sample's whole text")] = False,
+    mlflow: TrackingUri = None,
+) -> None:
+    """Show the samples that a step trained on: their places in the datasets, and their text."""
+    from heliostat.runs.samples import samples as read
+
+    found = read(run_folder(run, mlflow), step)
+    for sample in found:
+        _print_sample(sample, full)
+    finish({"step": step, "samples": found})
+
+
+def _print_sample(sample: Sample, full: bool) -> None:
+    where = "lane {lane}, place {place}: {source}/{shard}, row group {row_group}, row {row}, epoch {epoch}"
+    out.print(where.format(**sample), style="bold")
+    if bad := sample["replaces"]:
+        out.print(f"  in place of {bad['shard']}, row group {bad['row_group']}, row {bad['row']}: {bad['reason']}")
+    text = sample["text"]
+    out.print(text if full else "  " + json.dumps(text[:200], ensure_ascii=False) + (" ..." if text[200:] else ""))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import MODELS, Keys, OnCluster, TrackingUri, app, flag, keys_of, out, print_page, store_uri
+from heliostat.cli.common import app, keys_of, model_folder, out, print_page, store_uri
+from heliostat.cli.options import MODELS, Embedder, Engine, Keys, OnCluster, Reranker, TrackingUri, flag
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,35 +17,31 @@ if TYPE_CHECKING:
 AnyModel = Annotated[
     str | None, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="[MODEL]", show_default=False)
 ]
-IndexOption = Annotated[
+Index = Annotated[
     str | None, typer.Option("--index", metavar="INDEX", help="An index of documents that is asked; a folder or s3:// URI")
 ]
-EmbedderOption = Annotated[
-    str | None, typer.Option("--embedder", metavar="MODEL", help="The embedder of the index, where it lies elsewhere now")
-]
-RerankerOption = Annotated[
-    str | None, typer.Option("--reranker", metavar="MODEL", help="A cross-encoder that orders what the index finds")
-]
+Open = Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens of an answer, at most")]
 
 
 @app.command(rich_help_panel=MODELS)
 def serve(
     model: AnyModel = None,
-    index: IndexOption = None,
-    embedder: EmbedderOption = None,
-    reranker: RerankerOption = None,
+    index: Index = None,
+    embedder: Embedder = None,
+    reranker: Reranker = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; the default is its own name")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter of the model, asked for by this name; again for more"),
     ] = None,
     keys: Keys = Path(".heliostat/serve/keys"),
-    open_: Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")] = False,
+    open_: Open = False,
     port: Annotated[int, typer.Option(help="On 127.0.0.1")] = 8000,
     replicas: Annotated[str, typer.Option(help="So many, as 2, or by load, as 1..4")] = "1",
-    engine: Annotated[str, typer.Option(help="auto, transformers or vllm; auto is vllm where it can be")] = "auto",
+    engine: Engine = "auto",
     batch: Annotated[int, typer.Option(help="Prompts that a replica steps together")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most")] = 1024,
+    max_tokens: MaxTokens = 1024,
     max_body: Annotated[int, typer.Option(help="Bytes of a request, at most")] = 1 << 20,
     concurrent: Annotated[int, typer.Option(help="Requests of a key at a time; 0 is no limit")] = 256,
     per_minute: Annotated[int, typer.Option(help="Requests of a key in a minute; 0 is no limit")] = 0,
@@ -59,17 +56,18 @@ def serve(
 
     join(cluster)
     from heliostat import extras
-    from heliostat.apps.serve import options, run
+    from heliostat.apps.serve import run
+    from heliostat.apps.serve.served import Options, replica_range
     from heliostat.schema import validate
 
     extras.require("serve", "watchfiles", what="heliostat serve")
     if stop:
         out.print("the endpoint is ended" if run.stop() else "there is no endpoint on this cluster")
         return
-    given = {"port": port, "replicas": options.replicas(replicas), "engine": engine, "batch": batch, "max_tokens": max_tokens,
+    given = {"port": port, "replicas": replica_range(replicas), "engine": engine, "batch": batch, "max_tokens": max_tokens,
              "poll_s": poll, "body_bytes": max_body, "at_once": concurrent, "a_minute": per_minute,
              "deadline_s": deadline}  # fmt: skip
-    asked = validate(options.Options, given, "serve")
+    asked = validate(Options, given, "serve")
     if open_ and keys != Path(".heliostat/serve/keys"):
         raise ConfigError("--no-keys: goes without --keys")
     served = _served(model, name, index, embedder, reranker, mlflow).with_adapters(adapter or [])
@@ -85,26 +83,26 @@ def serve(
 @app.command(rich_help_panel=MODELS)
 def play(
     model: AnyModel = None,
-    index: IndexOption = None,
-    embedder: EmbedderOption = None,
-    reranker: RerankerOption = None,
+    index: Index = None,
+    embedder: Embedder = None,
+    reranker: Reranker = None,
     keys: Keys = Path(".heliostat/play/keys"),
-    open_: Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")] = False,
+    open_: Open = False,
     port: Annotated[int, typer.Option(help="On 127.0.0.1")] = 7860,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most")] = 1024,
+    max_tokens: MaxTokens = 1024,
     mlflow: TrackingUri = None,
 ) -> None:
     """Open a page in the browser to try a model or an index: write, complete code, chat, draw, ask."""
     from heliostat import extras
-    from heliostat.apps.serve import options
     from heliostat.schema import validate
 
     extras.require("play", "starlette", "uvicorn", what="heliostat play")
-    from heliostat.apps.play import run
+    from heliostat.apps.play import app as page
+    from heliostat.apps.serve.served import Options
 
     if open_ and keys != Path(".heliostat/play/keys"):
         raise ConfigError("--no-keys: goes without --keys")
-    asked = validate(options.Options, {"port": port, "max_tokens": max_tokens, "at_once": 64, "batch": 8}, "play")
+    asked = validate(Options, {"port": port, "max_tokens": max_tokens, "at_once": 64, "batch": 8}, "play")
     served = _served(model, None, index, embedder, reranker, mlflow)
 
     def ready(url: str) -> None:
@@ -113,7 +111,7 @@ def play(
         else:
             print_page(url, keys)
 
-    run.play(served, keys_of(None if open_ else keys), asked, ready)
+    page.play(served, keys_of(None if open_ else keys), asked, ready)
     raise typer.Exit(130)
 
 
@@ -121,12 +119,10 @@ def _served(
     model: str | None, name: str | None, index: str | None, embedder: str | None, reranker: str | None, mlflow: str | None
 ) -> ServedModels:
     from heliostat.apps.serve.served import served
-    from heliostat.tracking.models import resolve
 
     store = store_uri(mlflow)
     if index is not None:
         from heliostat.apps.search import build
 
         build.require()
-    beside = [resolve(one, store) if one else None for one in (embedder, reranker)]
-    return served(model, store, name, index, *beside)
+    return served(model, store, name, index, *(model_folder(one, mlflow) if one else None for one in (embedder, reranker)))

@@ -1,28 +1,17 @@
-"""Checks and trains jobs: `heliostat check`, `heliostat train`."""
+"""Checks jobs, trains them, and breaks their runs on purpose: `heliostat check`, `train`, `chaos`."""
 
 from __future__ import annotations
 
+import logging
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heliostat.cli.common import (
-    TRAINING,
-    JobFile,
-    Json,
-    Settings,
-    Verbose,
-    app,
-    finish,
-    flag,
-    out,
-    print_table,
-    program,
-    store_uri,
-)
-from heliostat.errors import ConfigError, NumericsError
+from heliostat.cli.common import command, finish, out, print_table, program, store_uri
+from heliostat.cli.options import TRAINING, JobFile, Overwrite, Resume, Settings, Verbose, flag
+from heliostat.errors import ConfigError, NumericsError, VerifyError
 from heliostat.terminal import console
 
 if TYPE_CHECKING:
@@ -30,11 +19,18 @@ if TYPE_CHECKING:
     from heliostat.runs.summary import Ending
     from heliostat.validation.check import Checked
 
+log = logging.getLogger(__name__)
+
 SHOWN = 8  # differences of `check --numerics`
-Found = dict[str, Any]  # as `numerics.check` makes it, and `--json` prints it
+Found = dict[str, Any]  # as `numerics.check` and `chaos` make it, and `--json` prints it
+HEADS = {
+    "fault": "fault", "detected_s": "detected after", "recovered_s": "recovered after", "recomputed_steps": "steps recomputed",
+    "lost": "samples lost", "repeated": "samples repeated", "loss_difference": "final loss difference", "goodput": "goodput",
+}  # fmt: skip
+ISSUE = "kill-worker,kill-node,hang,sigterm,s3-503,corrupt-shard,torn-checkpoint,mlflow-down,disk-full"
 
 
-@app.command(rich_help_panel=TRAINING)
+@command(TRAINING)
 def check(
     job: JobFile,
     setting: Settings = None,
@@ -45,7 +41,6 @@ def check(
     numerics: Annotated[
         bool, flag("--numerics", help="Play some steps on two workers here, against one plain process in fp32")
     ] = False,
-    json_: Json = False,
 ) -> None:
     """Find everything wrong with a job before anything starts."""
     from heliostat.validation import check as checks
@@ -67,29 +62,24 @@ def check(
                   "steps_per_block": shape.steps_per_block, "window": shape.window}  # fmt: skip
         right = (f"right. {samples:,} training samples, {epochs:.2f} epochs in {steps:,} steps; "
                 f"{shape.lanes} lanes, blocks of {shape.steps_per_block} steps, windows of {shape.window:,} samples")  # fmt: skip
-    if not json_:
-        out.print(f"{job}: {right}")
+    out.print(f"{job}: {right}")
     fault = None
     if numerics:
-        found["numerics"], fault = _show_numerics(job, checked, quiet=json_)
-    finish(found, json_, fault)
+        found["numerics"], fault = _show_numerics(job, checked)
+    finish(found, fault)
 
 
-def _show_numerics(job: Path, checked: Checked, quiet: bool) -> tuple[Found, NumericsError | None]:
-    """Checks the numerics and prints them unless `quiet`; returns what was found, and the error to end with if they differ."""
+def _show_numerics(job: Path, checked: Checked) -> tuple[Found, NumericsError | None]:
+    """Checks the numerics and prints them; returns what was found, and the error to end with if they differ."""
     from heliostat.numerics import check as numerics
 
     with console.status("playing some steps on two workers, and beside them"):
         found = numerics.check(checked)
-    if not quiet:
-        for line in _recomputed(found["trial"]):
-            out.print(line)
-        print_table(_table(found["rows"]), left=(0, 4))
+    for line in _recomputed(found["trial"]):
+        out.print(line)
+    print_table(_table(found["rows"]), left=(0, 4))
     if found["ok"]:
-        if not quiet:
-            out.print(
-                f"{job}: the same numbers as one plain process of torch in fp32, within {found['trial']['precision']}'s limits"
-            )
+        out.print(f"{job}: the same numbers as one plain process of torch in fp32, within {found['trial']['precision']}'s limits")
         return found, None
     return found, NumericsError(f"{job}: {explain(found['faults'])}")
 
@@ -124,14 +114,14 @@ def explain(faults: list[Found]) -> str:
     return "the numbers differ from those of one plain process\n  " + "\n  ".join(f["text"] for f in ordered[:SHOWN]) + more
 
 
-@app.command(rich_help_panel=TRAINING)
+@command(TRAINING)
 def train(
     job: Annotated[
         Path | None, typer.Argument(help="A job file; none with --from-sweep", metavar="JOB", show_default=False)
     ] = None,
     setting: Settings = None,
-    resume: Annotated[bool, flag("--resume", help="Go on from the run's last checkpoint, if there is one")] = False,
-    overwrite: Annotated[bool, flag("--overwrite", help="Delete the run of this name and start anew")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     allow_data_change: Annotated[
         bool, flag("--allow-data-change", help="Resume with other data: a new segment of the run")
     ] = False,
@@ -140,7 +130,6 @@ def train(
     workers: Annotated[int | None, typer.Option(min=1, help="For --dry-run: as many ranks, instead of workers.count")] = None,
     from_sweep: Annotated[str | None, typer.Option(help="A sweep's folder or name: train the job that it found")] = None,
     best: Annotated[bool, flag("--best", help="With --from-sweep: the job of its best trial")] = False,
-    json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Train a job: Ray Data streams its samples into DeepSpeed workers; the model ends in MLflow."""
@@ -155,7 +144,7 @@ def train(
     if dry_run:
         from heliostat.cli.plan import show_dry_run
 
-        show_dry_run(job, setting, workers, json_)
+        show_dry_run(job, setting, workers)
         return
     if workers is not None:
         raise ConfigError("--workers goes with --dry-run; to train with another number use --set workers.count=N")
@@ -168,12 +157,11 @@ def train(
     wanted, began = auto.settled(load_job(job, setting), resume=resume), psutil.Process().create_time()
     usual = store_uri(None)  # now: MLflow sets the variable to what the job names
     result = train_job(wanted, resume, overwrite, allow_data_change, verbose, tags=source(job), started=began)
-    if not json_:
-        _print_result(result)
-        out.print(
-            "\n" + "\n".join(f"{'Next:  ' if i == 0 else ' ' * 7}{c}" for i, c in enumerate(next_commands(result, wanted, usual)))
-        )
-    finish(result, json_)
+    _print_result(result)
+    out.print(
+        "\n" + "\n".join(f"{'Next:  ' if i == 0 else ' ' * 7}{c}" for i, c in enumerate(next_commands(result, wanted, usual)))
+    )
+    finish(result)
 
 
 def _print_result(result: Ending) -> None:
@@ -210,3 +198,46 @@ def next_commands(result: Ending, job: Job, usual: str) -> list[str]:
     commands.append([program(), "verify", str(job.run_folder)])
     commands.append([program(), "ui", *store])
     return [shlex.join(words) for words in commands]
+
+
+@command(TRAINING)
+def chaos(
+    job: JobFile,
+    faults: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Which; also kill-driver, kill-driver-late, restart-head",
+            show_default=ISSUE.replace(",", ", "),
+        ),
+    ] = ISSUE,
+    seed: Annotated[int, typer.Option(help="Of when and whom the faults strike")] = 0,
+    rate: Annotated[float, typer.Option(min=0.01, max=0.9, help="s3-503: the share of requests that are refused")] = 0.2,
+    setting: Settings = None,
+) -> None:
+    """Break a job's runs on purpose, one fault a run, and compare each with the unbroken run: nothing may be lost."""
+    from heliostat.chaos.experiment import chaos as run
+
+    names = [name.strip() for name in faults.split(",") if name.strip()]
+    rows, wrong = run(job, names, setting, seed, rate, tell=log.info)
+    print_table(chaos_table(rows))
+    fault = VerifyError("\n  ".join(["not every run ended as the unbroken one did:", *wrong])) if wrong else None
+    finish({"faults": rows}, fault)
+
+
+def chaos_table(rows: list[Found]) -> list[list[str]]:
+    """Formats the rows as text, the columns' names first."""
+    return [list(HEADS.values()), *(_chaos_cells(row) for row in rows)]
+
+
+def _chaos_cells(row: Found) -> list[str]:
+    def text(key: str, value: object) -> str:
+        if value is None:
+            return "-"
+        if key.endswith("_s"):
+            return f"{value:,.1f} s"
+        if key == "goodput":
+            return f"{value:.1%}"
+        return f"{value:.2g}" if key == "loss_difference" else str(value)
+
+    return [text(key, row[key]) for key in HEADS]

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from heliostat.cli.common import SWEEPS, Json, Settings, Verbose, app, finish, flag, out, print_table, program
-from heliostat.cli.jobs import Follow, Queue, Target, checked, send
+from heliostat.cli.common import command, finish, out, print_table, program
+from heliostat.cli.jobs import checked, jobs_on, send
+from heliostat.cli.options import SWEEPS, Follow, Queue, Settings, Target, Verbose, flag
 from heliostat.errors import ConfigError
 
 Result = dict[str, Any]  # of a sweep, as `--json` prints it
@@ -21,7 +22,7 @@ SweepName = Annotated[
 ]
 
 
-@app.command(rich_help_panel=SWEEPS)
+@command(SWEEPS)
 def tune(
     sweep: Annotated[
         Path, typer.Argument(help="A sweep file, as jobs/sweeps/quickstart.yaml", metavar="SWEEP", show_default=False)
@@ -38,7 +39,6 @@ def tune(
     cluster: Target = None,
     follow: Follow = False,
     queue: Queue = None,
-    json_: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Search for a job's best settings: many runs of it, side by side, through Ray Tune. docs/tuning.md"""
@@ -52,7 +52,7 @@ def tune(
                 "--transfer: not with --cluster; when the sweep is over, run this with --resume and without --cluster"
             )
         flags = {"--resume": resume, "--retry-failed": retry_failed, "--overwrite": overwrite}
-        _submit(sweep, setting or [], cluster, queue, tuple(f for f, given in flags.items() if given), follow, json_)
+        _submit(sweep, setting or [], cluster, queue, tuple(f for f, given in flags.items() if given), follow)
         return
     if transfer:
         from heliostat.tune.sweep import load
@@ -60,37 +60,34 @@ def tune(
 
         check(load(sweep, setting), transfer)
     result = run(sweep, setting, resume or retry_failed, retry_failed, overwrite, verbose)
-    if not json_:
-        _print(result, len(result["trials"]))
+    _print(result, len(result["trials"]))
     if transfer:
-        result["transfer"] = _carry(result["folder"], transfer, json_)
-    finish(result, json_)
+        result["transfer"] = _carry(result["folder"], transfer)
+    finish(result)
 
 
-@app.command(rich_help_panel=SWEEPS)
-def sweeps(storage: Storage = DEFAULT_STORAGE, json_: Json = False) -> None:
+@command(SWEEPS)
+def sweeps(storage: Storage = DEFAULT_STORAGE) -> None:
     """List the sweeps in a place."""
     from heliostat.storage.locations import Location
     from heliostat.tune.listing import sweeps as find
 
     found = find(Location(storage))
-    if not json_:
-        for s in found:
-            best = f"best {s['metric']} {s['best']:.4g}" if s["best"] is not None else "no trial has finished"
-            states = ", ".join(f"{count} {status}" for status, count in s["states"].items()) or "no trials"
-            out.print(f"{s['name']}: {'running, ' if s['running'] else ''}{states}; {best}")
-        if not found:
-            out.print(f"no sweep in {storage}; start one with `heliostat tune SWEEP.yaml`")
-    finish({"sweeps": found}, json_)
+    for s in found:
+        best = f"best {s['metric']} {s['best']:.4g}" if s["best"] is not None else "no trial has finished"
+        states = ", ".join(f"{count} {status}" for status, count in s["states"].items()) or "no trials"
+        out.print(f"{s['name']}: {'running, ' if s['running'] else ''}{states}; {best}")
+    if not found:
+        out.print(f"no sweep in {storage}; start one with `heliostat tune SWEEP.yaml`")
+    finish({"sweeps": found})
 
 
-@app.command(rich_help_panel=SWEEPS)
+@command(SWEEPS)
 def sweep(
     sweep: SweepName,
     top: Annotated[int, typer.Option(min=1, help="As many of the best trials")] = 10,
     stop: Annotated[bool, flag("--stop", help="Tell it to stop: its trials stop behind a checkpoint")] = False,
     storage: Storage = DEFAULT_STORAGE,
-    json_: Json = False,
 ) -> None:
     """Show a sweep's best trials; or stop it."""
     from heliostat.tune import listing
@@ -99,29 +96,24 @@ def sweep(
     if stop:
         listing.stop(folder)
     found = listing.show(folder)
-    if not json_:
-        _print(found, top)
-    finish({**found, "trials": found["trials"][:top]}, json_)
+    _print(found, top)
+    finish({**found, "trials": found["trials"][:top]})
 
 
-def _submit(
-    path: Path, setting: list[str], cluster: str, queue: str | None, flags: tuple[str, ...], follow: bool, json_: bool
-) -> None:
+def _submit(path: Path, setting: list[str], cluster: str, queue: str | None, flags: tuple[str, ...], follow: bool) -> None:
     """Sends the sweep to the cluster, as `heliostat submit` does a job; its id is the sweep's name."""
-    from heliostat.cluster.endpoint import endpoint
-    from heliostat.submit.jobs import Jobs
     from heliostat.submit.submission import SubmissionRecord
     from heliostat.tune import sweep as sweeps
 
     plan = sweeps.load(path, setting)
-    with endpoint(cluster) as there:
-        job = checked(sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_), there)
+    with jobs_on(cluster) as jobs:
+        job = checked(sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_), jobs.there)
         whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # which is in the job
         record = SubmissionRecord(plan.sweep.name, cluster, str(plan.folder), plan.trials or 0, job.dump(), queue, whole)
-        send(Jobs(there), record, flags, follow, json_)
+        send(jobs, record, flags, follow)
 
 
-def _carry(folder: str, big: Path, json_: bool) -> Result:
+def _carry(folder: str, big: Path) -> Result:
     from dataclasses import asdict
 
     from heliostat.storage.locations import Location
@@ -130,10 +122,9 @@ def _carry(folder: str, big: Path, json_: bool) -> Result:
 
     plan, _ = listing.read(Location(folder))
     found, path = transfer.carry(plan, read(plan.folder), transfer.check(plan, big), big)
-    if not json_:
-        for line in transfer.tell(found):
-            out.print(line)
-        out.print(f"the job with this learning rate is in {path}")
+    for line in transfer.tell(found):
+        out.print(line)
+    out.print(f"the job with this learning rate is in {path}")
     return {**asdict(found), "job": str(path)}
 
 

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ import ray
 from heliostat.cluster import private, private_ray, ray_internals, start
 from heliostat.cluster.capacity import require_gpus
 from heliostat.cluster.private_ray import AUTHENTICATION, LOOPBACK, UNTOLD, token_file, worker_environment
-from heliostat.cluster.zygote import launching
 
 log = logging.getLogger(__name__)
 
@@ -77,14 +77,14 @@ def _confined(gpus: int) -> Iterator[None]:
     loader: Any = ray._raylet
     loader.AuthenticationTokenLoader.instance().reset_cache()
     ray_constants.ENABLE_RAY_CLUSTER = False  # read when Ray was imported
-    zygote = private_ray.ahead(gpus)
+    server = private_ray.ahead(gpus)
     try:
-        runs = zygote and os.access(zygote.launcher, os.X_OK)  # not where temporary files may not be executed
-        with _forking(zygote.launcher) if zygote and runs else contextlib.nullcontext():
+        runs = server and os.access(server.launcher, os.X_OK)  # not where temporary files may not be executed
+        with _forking(server.launcher) if server and runs else contextlib.nullcontext():
             yield
-        if zygote and (not runs or zygote.process.poll() is not None):
-            why = f"exit code {zygote.process.poll()}" if runs else f"{zygote.launcher} may not be executed"
-            log.warning("workers take some seconds each to start, because there is no zygote to fork them from (%s)", why)
+        if server and (not runs or server.process.poll() is not None):
+            why = f"exit code {server.process.poll()}" if runs else f"{server.launcher} may not be executed"
+            log.warning("workers take some seconds each to start, because there is no fork server (%s)", why)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         os.environ.clear()
@@ -98,7 +98,8 @@ def _forking(launcher: Path) -> Iterator[None]:
     Ray would look whether the agent's libraries can be imported by importing them here: a second.
     """
     absent = ImportError("a private Ray has no dashboard")
-    with launching(launcher), patch.object(ray._private.utils, "get_dashboard_dependency_error", lambda: absent):
+    executable = patch.object(sys, "executable", str(launcher))
+    with executable, patch.object(ray._private.utils, "get_dashboard_dependency_error", lambda: absent):
         yield
 
 
@@ -110,14 +111,16 @@ def disconnect() -> None:
     if "raylet" not in node.all_processes:  # a cluster's, which runs on
         ray.shutdown()
         return
-    parents = [node.all_processes["raylet"][0].process.pid, *private_ray.zygotes()]
+    server = private_ray.fork_server()
+    parents = [node.all_processes["raylet"][0].process.pid, *([server.process.pid] if server else [])]
     workers: list[psutil.Process] = []
     for parent in parents:
         with contextlib.suppress(psutil.NoSuchProcess):  # it has died: its workers end without it
             workers += psutil.Process(parent).children(recursive=True)
     ray.shutdown()
-    private_ray.end()
-    for process in psutil.wait_procs(workers, timeout=END_S)[1]:
+    _, alive = psutil.wait_procs(workers, timeout=END_S)
+    private_ray.end()  # which kills its forks
+    for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 

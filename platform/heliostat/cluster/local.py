@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -25,10 +24,10 @@ from pathlib import Path
 
 import psutil
 
-from heliostat.cluster import dashboard, private, processes, zygote
+from heliostat.cluster import dashboard, private, processes
 from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.cluster.private_ray import URGENT
 from heliostat.cluster.processes import MARK, Node
-from heliostat.cluster.zygote import PLACE as ZYGOTE
 from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.storage.records import Format
@@ -129,7 +128,6 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     except BaseException:
         down(cluster.name)
         raise
-    zygote.wake(_zygote(state.name))
     return _watched(cluster, state)
 
 
@@ -228,10 +226,6 @@ def _node_folder(name: str, index: int) -> Path:
     return Path(tempfile.gettempdir()) / f"heliostat-{key}" / str(index)
 
 
-def _zygote(name: str) -> Path:
-    return _node_folder(name, 0).parent / "zygote"
-
-
 def _start(cluster: ClusterFile, state: ClusterState, role: str, addresses: list[str]) -> None:
     before = {n["id"] for n in dashboard.node_table(state.url, state.token)} if state.nodes and addresses else set()
     taken = {n.folder for n in state.nodes}
@@ -255,25 +249,16 @@ def _start(cluster: ClusterFile, state: ClusterState, role: str, addresses: list
 
 def _environment(state: ClusterState, address: str, folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"}
-    forking, bin_folder = _ray(folder.parent / "ray").parent, Path(sys.executable).parent
     return {
+        **URGENT,
         **kept,
-        "PATH": os.pathsep.join([str(forking), str(bin_folder), kept.get("PATH", os.defpath)]),  # of `ray`, of the jobs' `python`
-        ZYGOTE: str(_zygote(state.name)),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),  # of `ray` and `python`
         "HELIOSTAT_NODE_IP": address,
         MARK: str(folder),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(state.token_file),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-
-
-def _ray(place: Path) -> Path:
-    """Makes the command `ray` of nodes that fork their workers, if it is not there: another node may be running it."""
-    if not place.exists():
-        place.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m heliostat.cluster.node "$@"\n')
-        place.chmod(0o700)
-    return place
 
 
 def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) -> None:

@@ -1,7 +1,7 @@
-"""Prepares a private Ray: its environment, the folder of its files, and the zygote that its workers are forked from.
+"""Prepares a private Ray: its environment, the folder of its files, and the fork server of its workers.
 
     private_ray.ahead(gpus, modules)    # as early as a command knows what its workers need: imports run beside the command's own
-    connect(...)                        # starts Ray; the zygote serves its workers
+    connect(...)                        # starts Ray; its workers are forks
 
 Imports neither Ray nor torch.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from heliostat.cluster import private
-from heliostat.cluster.zygote import SUPPORTED, Zygote
+from heliostat.cluster.fork_server.start import ForkServer, supported
 from heliostat.config import workspace
 
 # workers share the cores, so none may start a thread a core
@@ -51,10 +51,10 @@ CONFINED = {
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # what is left for the folder
 # Ray gives these to its workers, and its library reads them when it is imported; the first job of a Ray is always number 1
-OF_ZYGOTE = {"RAY_AUTH_MODE": "token", "RAY_JOB_ID": "01000000"}
+OF_FORKS = {"RAY_AUTH_MODE": "token", "RAY_JOB_ID": "01000000"}
 TASKS = ("ray.data",)  # what all tasks and actors need
 
-_zygotes: list[Zygote] = []  # of this process: one at most
+_servers: list[ForkServer] = []  # of this process: one at most
 
 
 def worker_environment(gpus: float) -> dict[str, str]:
@@ -90,30 +90,30 @@ def token_file() -> Path:
     return sessions() / f"token-{os.getpid()}"
 
 
-def ahead(gpus: float, modules: Sequence[str] = TASKS) -> Zygote | None:
-    """Starts the zygote of a private Ray, which imports these modules; None where a cluster is named, or forks are not supported.
+def ahead(gpus: float, modules: Sequence[str] = TASKS) -> ForkServer | None:
+    """Starts the fork server of a private Ray, which imports these modules; None on a named cluster, or if it isn't supported.
 
     If there is one already, it stays as it is: workers import what it has not. For workers with GPUs no training module is
     imported ahead: DeepSpeed's import asks CUDA what there is, which a fork could not use afterwards.
     """
-    if os.environ.get("RAY_ADDRESS") or not SUPPORTED:
+    if os.environ.get("RAY_ADDRESS"):
         return None
-    if not _zygotes:
+    if not _servers and supported():
         if not token_file().exists():
             private.write_token(token_file())
         atexit.register(end)
         folder = Path(tempfile.mkdtemp(prefix="z", dir=sessions()))
-        _zygotes.append(Zygote(folder, {**environment(gpus), **OF_ZYGOTE}, TASKS if gpus else modules, quiet=True))
-    return _zygotes[0]
+        _servers.append(ForkServer(folder, {**environment(gpus), **OF_FORKS}, TASKS if gpus else modules))
+    return fork_server()
 
 
-def zygotes() -> list[int]:
-    """Returns the process id of the zygote, if there is one."""
-    return [zygote.process.pid for zygote in _zygotes]
+def fork_server() -> ForkServer | None:
+    """Returns the fork server of this process's private Ray, if there is one."""
+    return _servers[0] if _servers else None
 
 
 def end() -> None:
-    """Ends the zygote, if there is one, and removes the token of the private Ray."""
-    while _zygotes:
-        _zygotes.pop().end()
+    """Ends the fork server, if there is one, and removes the token of the private Ray."""
+    while _servers:
+        _servers.pop().end()
     token_file().unlink(missing_ok=True)

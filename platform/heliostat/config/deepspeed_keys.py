@@ -7,16 +7,16 @@ what the job does not have, as of a loss scale in bf16. (Settings of another ZeR
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from heliostat.config.fields import Positive
 from heliostat.config.spec import Job
 from heliostat.config.train_section import DEEPCOMPILE, QUANTIZED_GRADIENTS
 from heliostat.schema import Float, Strict, explain
 
 Elements = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
 
 
 class OffloadOptimizer(Strict):
@@ -213,12 +213,12 @@ def faults(job: Job) -> list[str]:
     return lines
 
 
-def _has(given: Any, key: str) -> bool:
+def _has(given: object, key: str) -> bool:
     head, _, rest = key.partition(".")
     return isinstance(given, dict) and head in given and (not rest or _has(given[head], rest))
 
 
-def _without(given: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+def _without(given: dict[str, object], keys: list[str]) -> dict[str, object]:
     """Copies the mapping without the keys that have an error line of their own."""
     below = {k: [key.partition(".")[2] for key in keys if key.startswith(f"{k}.")] for k in given}
     return {k: _without(v, below[k]) if isinstance(v, dict) else v for k, v in given.items() if k not in keys}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -31,3 +32,11 @@ def _experiment(name: str) -> str:
 
 
 Experiment = Annotated[str, AfterValidator(_experiment)]
+
+
+def divisors(number: int) -> list[int]:
+    """Lists a number's divisors, ascending; only 1 for a number beyond LARGEST, whose square root is too far to try."""
+    if number > LARGEST:
+        return [1]
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]

@@ -4,15 +4,12 @@ together, offload fits the stage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from heliostat.config.checkpoint_section import Checkpoint, Evaluate
-from heliostat.config.data_section import Data
-from heliostat.config.tracking_sections import Mlflow
+from heliostat.config.fields import divisors
+from heliostat.config.sections import Checkpoint, Data, Evaluate, Mlflow, Workers
 from heliostat.config.train_section import SELECTIVE, Train
-from heliostat.config.worker_counts import divisors, fitting
-from heliostat.config.worker_sections import Workers
 from heliostat.redact import carries_secret
 
 
@@ -40,48 +37,53 @@ class Ruled(Protocol):
 
 def faults(job: Ruled) -> list[str]:
     """Lists what is wrong, a line each that begins with the key."""
-    found = _sequence_faults(job) or _expert_faults(job) or _tensor_faults(job) or _many_nodes_faults(job) or _batch_faults(job)
-    found += [*_memory_faults(job), *_precision_faults(job), *_offload_faults(job), *_checkpoint_faults(job)]
-    found += [*_attention_faults(job), *_fp8_faults(job), *_optimizer_faults(job)]
-    found += _mix_faults(job.data) + _mlflow_faults(job.mlflow)
-    paths = [s.path for s in job.data.sources]
+    groups = (_sequence_faults, _expert_faults, _tensor_faults, _many_nodes_faults, _batch_faults)  # of these, the first fault's
+    others = (_memory_faults, _precision_faults, _offload_faults, _checkpoint_faults, _attention_faults, _fp8_faults,
+              _optimizer_faults, _mix_faults, _mlflow_faults, _step_faults)  # fmt: skip
+    first = next((lines for rule in groups if (lines := list(rule(job)))), [])
+    return first + [line for rule in others for line in rule(job)]
+
+
+def _step_faults(job: Ruled) -> Iterator[str]:
+    paths, schedule = [s.path for s in job.data.sources], job.train.schedule
     if len(set(paths)) < len(paths):
-        found.append("data.sources: a path is given twice; add up its weights")
-    if job.train.schedule.warmup_steps >= job.train.steps:
-        found.append(
-            f"train.schedule.warmup_steps: {job.train.schedule.warmup_steps} must be below train.steps {job.train.steps}"
-        )
-    return found
+        yield "data.sources: a path is given twice; add up its weights"
+    if schedule.warmup_steps >= job.train.steps:
+        yield f"train.schedule.warmup_steps: {schedule.warmup_steps} must be below train.steps {job.train.steps}"
 
 
-def _sequence_faults(job: Ruled) -> list[str]:
+def _sequence_faults(job: Ruled) -> Iterator[str]:
     each, train = job.train.parallel.sequence, job.train
     if each == 1:
-        return []
+        return
     key = f"train.parallel.sequence: {each}"
-    faults = _group_faults(key, each, job)
+    yield from _group_faults(key, each, job)
     length = job.data.sequence_length
     if not length:
-        faults.append(f"{key} cuts samples of data.sequence_length tokens, and the job has none; remove it")
+        yield f"{key} cuts samples of data.sequence_length tokens, and the job has none; remove it"
     elif length % each:
-        near = " or ".join(str(n) for n in (length // each * each, (length // each + 1) * each) if n)
-        faults.append(f"{key} does not divide data.sequence_length {length}; use a length of {near}")
+        near = " or ".join(map(str, _multiples(length, each)))
+        yield f"{key} does not divide data.sequence_length {length}; use a length of {near}"
     if train.compile:
-        faults.append(f"{key} with train.compile is not tried; set train.compile to false")
+        yield f"{key} with train.compile is not tried; set train.compile to false"
     if train.recheck:
-        faults.append(f"{key} with train.recheck: workers compare what each computes of a whole sample; remove train.recheck")
-    return faults
+        yield f"{key} with train.recheck: workers compare what each computes of a whole sample; remove train.recheck"
 
 
 def _group_faults(key: str, each: int, job: Ruled) -> list[str]:
     """Lists what keeps workers from being in groups of `each`."""
     workers = job.workers
     if isinstance(workers.count, int) and workers.count % each:
-        near = " or ".join(str(n) for n in (workers.count // each * each, (workers.count // each + 1) * each) if n)
+        near = " or ".join(map(str, _multiples(workers.count, each)))
         return [f"{key} does not divide workers.count {workers.count}; use {near} workers"]
     if workers.most // each * each < workers.least:
         return [f"{key}: there is no multiple of it from workers.count {workers.least} to {workers.most}"]
     return []
+
+
+def _multiples(number: int, of: int) -> list[int]:
+    """Lists the multiples of a number that are nearest to another: the one below it, unless that is 0, and the one above."""
+    return [n for n in (number // of * of, (number // of + 1) * of) if n]
 
 
 def _untried(key: str, others: Mapping[str, object]) -> list[str]:
@@ -89,50 +91,47 @@ def _untried(key: str, others: Mapping[str, object]) -> list[str]:
     return [f"{key} with {other} is not tried; remove one of them" for other, made in others.items() if made]
 
 
-def _expert_faults(job: Ruled) -> list[str]:
+def _expert_faults(job: Ruled) -> Iterator[str]:
     each, train = job.train.parallel.expert, job.train
     if each == 1:
-        return []
+        return
     key = f"train.parallel.expert: {each}"
-    faults = _group_faults(key, each, job)
+    yield from _group_faults(key, each, job)
     if train.zero.stage != 3:
-        faults.append(f"{key} needs train.zero.stage 3, which divides what is not of experts; set it")
-    untried = {
-        "train.parallel.sequence": train.parallel.sequence > 1,
-        "train.compile": train.compile,
-        "train.recheck": train.recheck,
-        "train.zero.offload": train.zero.offload.optimizer or train.zero.offload.param,
-        f"train.optimizer.name: {train.optimizer.name}": train.optimizer.orthogonalizes,
-    }
-    return faults + _untried(key, untried)
+        yield f"{key} needs train.zero.stage 3, which divides what is not of experts; set it"
+    yield from _untried(key, _unshared(train))
 
 
-def _tensor_faults(job: Ruled) -> list[str]:
+def _tensor_faults(job: Ruled) -> Iterator[str]:
     each, train = job.train.parallel.tensor, job.train
     if each == 1:
-        return []
+        return
     key = f"train.parallel.tensor: {each}"
-    faults = _group_faults(key, each, job)
+    yield from _group_faults(key, each, job)
     if train.zero.stage == 3:
-        faults.append(
-            f"{key} with train.zero.stage 3 is not tried, which divides every matrix over all workers by itself; use 1 or 2"
-        )
-    untried = {
-        "train.parallel.sequence": train.parallel.sequence > 1,
+        yield f"{key} with train.zero.stage 3 is not tried, which divides every matrix over all workers by itself; use 1 or 2"
+    own = {
         "train.parallel.expert": train.parallel.expert > 1,
-        "train.compile": train.compile,
-        "train.recheck": train.recheck,
         "train.tiled_mlp": train.tiled_mlp,
         "train.precision: fp16": train.precision == "fp16",
+    }
+    yield from _untried(key, own | _unshared(train))
+
+
+def _unshared(train: Train) -> dict[str, object]:
+    """Tells of the settings that were never tried where workers share experts or matrices, by name, whether they are made."""
+    return {
+        "train.parallel.sequence": train.parallel.sequence > 1,
+        "train.compile": train.compile,
+        "train.recheck": train.recheck,
         "train.zero.offload": train.zero.offload.optimizer or train.zero.offload.param,
         f"train.optimizer.name: {train.optimizer.name}": train.optimizer.orthogonalizes,
     }
-    return faults + _untried(key, untried)
 
 
-def _many_nodes_faults(job: Ruled) -> list[str]:
+def _many_nodes_faults(job: Ruled) -> Iterator[str]:
     """Lists what is wrong with the ways in which fewer bytes travel between nodes."""
-    train, zero, faults = job.train, job.train.zero, list[str]()
+    train, zero = job.train, job.train.zero
     asked = {"divide_within": zero.divide_within, "copy_within": zero.copy_within, "quantize_weights": zero.quantize_weights}
     untried = {
         "train.parallel": train.parallel.sharing > 1 or train.parallel.expert > 1,
@@ -145,37 +144,33 @@ def _many_nodes_faults(job: Ruled) -> list[str]:
         if not each:
             continue
         if zero.stage != 3:
-            faults.append(f"{key} is of weights that are divided, and needs train.zero.stage 3, not {zero.stage}")
+            yield f"{key} is of weights that are divided, and needs train.zero.stage 3, not {zero.stage}"
         if not isinstance(each, bool):
-            faults += _group_faults(key, each, job)
-        faults += _untried(key, untried)
+            yield from _group_faults(key, each, job)
+        yield from _untried(key, untried)
     if zero.divide_within and zero.copy_within:
-        faults.append("train.zero.copy_within: with train.zero.divide_within all weights are within a group already; remove it")
+        yield "train.zero.copy_within: with train.zero.divide_within all weights are within a group already; remove it"
     if zero.divide_within and zero.offload.optimizer:
-        faults.append("train.zero.divide_within: with train.zero.offload.optimizer is not tried; remove one of them")
+        yield "train.zero.divide_within: with train.zero.offload.optimizer is not tried; remove one of them"
     if zero.divide_within and train.optimizer.orthogonalizes:
-        faults.append(f"train.zero.divide_within: with train.optimizer.name {train.optimizer.name!r} is not tried; remove it")
+        yield f"train.zero.divide_within: with train.optimizer.name {train.optimizer.name!r} is not tried; remove it"
     if zero.quantize_weights and not job.workers.gpus:
-        faults.append("train.zero.quantize_weights: true needs GPUs (workers.gpus is 0), whose kernels round; set it to false")
+        yield "train.zero.quantize_weights: true needs GPUs (workers.gpus is 0), whose kernels round; set it to false"
     if zero.quantize_weights and zero.divide_within:
-        faults.append("train.zero.quantize_weights: with train.zero.divide_within is not tried; remove one of them")
-    return faults
+        yield "train.zero.quantize_weights: with train.zero.divide_within is not tried; remove one of them"
 
 
-def _memory_faults(job: Ruled) -> list[str]:
+def _memory_faults(job: Ruled) -> Iterator[str]:
     """Lists what is wrong with the ways to save memory that a job asks for."""
     train = job.train
     asked = {"tiled_loss": train.tiled_loss, "tiled_mlp": train.tiled_mlp, "activation_offload": train.activation_offload}
-    faults = [
-        f"train.{key}: true with train.compile is not tried; set one of them to false"
-        for key, on in asked.items()
-        if on and train.compile
-    ]
+    for key, on in asked.items():
+        if on and train.compile:
+            yield f"train.{key}: true with train.compile is not tried; set one of them to false"
     if train.activation_checkpointing == SELECTIVE:
-        faults += _untried(f"train.activation_checkpointing: {SELECTIVE}", untried_selective(job))
+        yield from _untried(f"train.activation_checkpointing: {SELECTIVE}", untried_selective(job))
     if train.activation_offload and not train.activation_checkpointing:
-        faults.append("train.activation_offload: moves what train.activation_checkpointing keeps; set that, too")
-    return faults
+        yield "train.activation_offload: moves what train.activation_checkpointing keeps; set that, too"
 
 
 def untried_selective(job: Ruled) -> dict[str, bool]:
@@ -200,8 +195,7 @@ def _batch_faults(job: Ruled) -> list[str]:
     count, named = job.replicas, f"workers.count {job.workers.count}{shared}"
     if batch % (micro * count):
         fits = [n for n in divisors(batch // micro) if n < 2 * count] if batch % micro == 0 else []
-        below, above = count * micro * (batch // (count * micro)), count * micro * (batch // (count * micro) + 1)
-        near = f"use a global batch of {' or '.join(str(b) for b in (below, above) if b)}"
+        near = f"use a global batch of {' or '.join(map(str, _multiples(batch, count * micro)))}"
         workers = f", or workers.count {each * min(fits, key=lambda n: abs(n - count))}" if fits else ""
         return [f"train.global_batch: {batch} is not divisible by {named} x train.micro_batch {micro}; {near}{workers}"]
     if batch % job.lanes or job.lanes % count:
@@ -223,71 +217,65 @@ def _elastic_faults(job: Ruled) -> list[str]:
     if job.worker_counts():
         return []
     most = lanes * job.train.parallel.sharing
-    nearest = min(fitting(job.train, lanes, 1, most), key=lambda n: abs(n - workers.least), default=None)
+    nearest = min(job.train.worker_counts(lanes, 1, most), key=lambda n: abs(n - workers.least), default=None)
     return [
         f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
         f"micro-batches; {f'nearest: {nearest}' if nearest else 'train.micro_batch must divide train.global_batch'}"
     ]
 
 
-def _mix_faults(data: Data) -> list[str]:
-    faults, before = [], 0
+def _mix_faults(job: Ruled) -> Iterator[str]:
+    data, before = job.data, 0
     for i, change in enumerate(data.mix_schedule):
         key = f"data.mix_schedule.{i}"
         if len(change.weights) != len(data.sources):
-            faults.append(f"{key}.weights: {len(change.weights)} given, one for each of the {len(data.sources)} sources wanted")
+            yield f"{key}.weights: {len(change.weights)} given, one for each of the {len(data.sources)} sources wanted"
         if change.step <= before:
-            faults.append(f"{key}.step: {change.step} must be above {before}; list the changes in the order of their steps")
+            yield f"{key}.step: {change.step} must be above {before}; list the changes in the order of their steps"
         before = change.step
     mixes = [[s.weight for s in data.sources], *(c.weights for c in data.mix_schedule)]
     for i, weights in enumerate(mixes):
         if not any(weights):
-            faults.append(f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0")
+            yield f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0"
     for i in range(len(data.sources)):
         if not any(weights[i] for weights in mixes if i < len(weights)):
-            faults.append(f"data.sources.{i}.weight: is 0 at every step; remove the source, or give it a weight")
-    return faults
+            yield f"data.sources.{i}.weight: is 0 at every step; remove the source, or give it a weight"
 
 
-def _precision_faults(job: Ruled) -> list[str]:
-    faults = []
+def _precision_faults(job: Ruled) -> Iterator[str]:
     if job.train.precision == "fp16" and not job.workers.gpus:
-        faults.append("train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32")
+        yield "train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32"
     if job.train.compile == "blocks" and job.train.zero.stage == 3:
-        faults.append(
+        yield (
             "train.compile: blocks with train.zero.stage 3, which gathers weights inside each layer, was not seen to finish "
             "compiling; use stage 2, or set train.compile to true or false"
         )
     if job.train.precision == "bf16" and job.train.zero.stage == 0:
-        faults.append("train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed; use stage 1, or fp32")
+        yield "train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed; use stage 1, or fp32"
     if job.train.precision == "fp16" and job.train.zero.stage == 0:
-        faults.append("train.zero.stage: 0 with train.precision 'fp16' has no masters that a checkpoint could hold; use stage 1")
+        yield "train.zero.stage: 0 with train.precision 'fp16' has no masters that a checkpoint could hold; use stage 1"
     if job.train.accumulate == "fp32" and sums_on_host(job):
         where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
-        faults.append(
-            f"train.accumulate: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
-        )
-    return faults
+        yield f"train.accumulate: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
 
 
-def _attention_faults(job: Ruled) -> list[str]:
+def _attention_faults(job: Ruled) -> Iterator[str]:
     train, name = job.train, job.train.attention
     if name is None or name in ("sdpa", "eager"):
-        return []
-    key, faults = f"train.attention: {name!r}", []
+        return
+    key = f"train.attention: {name!r}"
     if not job.workers.gpus:
-        faults.append(f"{key} needs GPUs (workers.gpus is 0); use sdpa, which computes the same")
+        yield f"{key} needs GPUs (workers.gpus is 0); use sdpa, which computes the same"
     if train.parallel.sequence > 1:
-        faults.append(f"{key} with train.parallel.sequence is not tried; use sdpa")
+        yield f"{key} with train.parallel.sequence is not tried; use sdpa"
     if name.startswith("flash"):
         if train.precision == "fp32":
-            faults.append(f"{key} computes in bf16 and fp16 alone; set train.precision, or use sdpa")
+            yield f"{key} computes in bf16 and fp16 alone; set train.precision, or use sdpa"
         if job.data.document_mask and train.micro_batch > 1:
-            faults.append(
+            yield (
                 f"{key} with data.document_mask keeps documents apart in a micro-batch of one sample alone, and "
                 f"train.micro_batch is {train.micro_batch}; set it to 1 (with longer samples), or use flex_attention"
             )
-    return faults
 
 
 def _fp8_faults(job: Ruled) -> list[str]:
@@ -303,69 +291,57 @@ def _fp8_faults(job: Ruled) -> list[str]:
     return [f"train.fp8: true {why}; set it to false, or change that" for why, is_so in wrong.items() if is_so]
 
 
-def _optimizer_faults(job: Ruled) -> list[str]:
-    optimizer, faults = job.train.optimizer, []
+def _optimizer_faults(job: Ruled) -> Iterator[str]:
+    optimizer = job.train.optimizer
     if optimizer.averages and job.train.schedule.name != "constant":
         name = job.train.schedule.name
-        faults.append(
-            f"train.schedule.name: {name!r} with optimizer {optimizer.name!r}, whose average takes its place; use constant"
-        )
+        yield f"train.schedule.name: {name!r} with optimizer {optimizer.name!r}, whose average takes its place; use constant"
     if optimizer.averages and job.train.ema:
-        faults.append(f"train.ema: optimizer {optimizer.name!r} keeps an average of the weights itself; remove train.ema")
+        yield f"train.ema: optimizer {optimizer.name!r} keeps an average of the weights itself; remove train.ema"
     if optimizer.orthogonalizes and job.train.zero.offload.param == "nvme":
-        faults.append(f"train.zero.offload.param: nvme with optimizer {optimizer.name!r} is not known to train right; use cpu")
-    return faults
+        yield f"train.zero.offload.param: nvme with optimizer {optimizer.name!r} is not known to train right; use cpu"
 
 
 def sums_on_host(job: Ruled) -> bool:
     return bool(job.train.zero.offload.optimizer) and job.train.zero.stage in (1, 2) and job.train.precision != "fp32"
 
 
-def _offload_faults(job: Ruled) -> list[str]:
+def _offload_faults(job: Ruled) -> Iterator[str]:
     zero, offload = job.train.zero, job.train.zero.offload
-    faults = []
     if offload.optimizer and zero.stage == 0:
-        faults.append("train.zero.offload.optimizer: needs train.zero.stage 1, 2 or 3")
+        yield "train.zero.offload.optimizer: needs train.zero.stage 1, 2 or 3"
     if offload.param and zero.stage != 3:
-        faults.append(f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}")
+        yield f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}"
     if (offload.param == "nvme") != bool(offload.nvme_path):
-        faults.append("train.zero.offload.nvme_path: give the folder when, and only when, param is 'nvme'")
-    return faults
+        yield "train.zero.offload.nvme_path: give the folder when, and only when, param is 'nvme'"
 
 
-def _mlflow_faults(mlflow: Mlflow) -> list[str]:
-    faults = []
+def _mlflow_faults(job: Ruled) -> Iterator[str]:
+    mlflow = job.mlflow
     if carries_secret(mlflow.uri):
-        faults.append(
+        yield (
             "mlflow.uri: must not carry a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
             "MLFLOW_TRACKING_TOKEN (for PostgreSQL: PGPASSWORD; for MySQL: ?read_default_file=FILE)"
         )
     if mlflow.alias and not mlflow.register_as:
-        faults.append(f"mlflow.alias: {mlflow.alias!r} is of a registered model; set mlflow.register too")
-    return faults
+        yield f"mlflow.alias: {mlflow.alias!r} is of a registered model; set mlflow.register too"
 
 
-def _checkpoint_faults(job: Ruled) -> list[str]:
-    policy, faults = job.checkpoint, []
-    if policy.keep_every and policy.keep_every % policy.every:
-        near = policy.every * max(1, round(policy.keep_every / policy.every))
-        faults.append(
-            f"checkpoint.keep_every: {policy.keep_every} must be a multiple of checkpoint.every {policy.every}; nearest: {near}"
-        )
-    asked = job.evaluate.benchmarks if job.evaluate else None
-    if asked and asked.every % policy.every:
-        near = policy.every * max(1, round(asked.every / policy.every))
-        faults.append(
-            f"evaluate.benchmarks.every: {asked.every} must be a multiple of checkpoint.every {policy.every}; nearest: {near}"
-        )
+def _checkpoint_faults(job: Ruled) -> Iterator[str]:
+    policy = job.checkpoint
+    benchmarks = job.evaluate.benchmarks if job.evaluate else None
+    rare = {"checkpoint.keep_every": policy.keep_every, "evaluate.benchmarks.every": benchmarks.every if benchmarks else None}
+    for key, every in rare.items():
+        if every and every % policy.every:
+            near = policy.every * max(1, round(every / policy.every))
+            yield f"{key}: {every} must be a multiple of checkpoint.every {policy.every}; nearest: {near}"
     of_evaluation = policy.best if policy.best and not policy.best.is_late else None
     if of_evaluation and not job.evaluate:
-        faults.append("checkpoint.best: needs scores; add evaluate, or remove checkpoint.best")
+        yield "checkpoint.best: needs scores; add evaluate, or remove checkpoint.best"
     elif of_evaluation and job.evaluate and policy.every % job.evaluate.every:  # a score must be of the very step
-        faults.append(
+        yield (
             f"checkpoint.best: evaluate.every {job.evaluate.every} must divide checkpoint.every {policy.every}, "
             "so that each checkpoint is scored"
         )
     if policy.best and policy.best.metric == "train_loss":
-        faults.append("checkpoint.best.metric: 'train_loss' is of the training data; name a score of the evaluation, as loss")
-    return faults
+        yield "checkpoint.best.metric: 'train_loss' is of the training data; name a score of the evaluation, as loss"

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from heliostat.schema import Float, Strict
-
-Fraction = Annotated[Float, Field(ge=0, le=1)]
+from heliostat.config.fields import Fraction
+from heliostat.schema import Strict
 
 
 def cosine(schedule: Schedule, step: int, steps: int) -> float:

@@ -1,12 +1,12 @@
 """Defines the job file: one YAML is the whole job. `load` validates it; `docs/job.md` explains every key.
 
-Each section is defined in a file of its own beside this one, and all their names can be had from here. Rules between sections are
-checked here too (`rules`), so a Job that exists can be trained.
+`sections` and `train_section` define its sections, and `rules` the rules between them: a Job that exists can be trained.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +14,16 @@ from pydantic import model_validator
 
 from heliostat import schema
 from heliostat.config import rules, workspace
-from heliostat.config.checkpoint_section import Best, Checkpoint, Evaluate
-from heliostat.config.data_section import Data, MixChange, Source
-from heliostat.config.fields import LARGEST, Count, Experiment, Fraction, Name, NonNegative, Positive, Seed
+from heliostat.config.fields import Name
 from heliostat.config.rules import sums_on_host
-from heliostat.config.tracking_sections import Card, Mlflow
-from heliostat.config.train_section import Ema, Offload, Parallel, Train, Zero
-from heliostat.config.worker_counts import divisors, fitting
-from heliostat.config.worker_sections import Limits, Retries, Spike, Watchdog, Workers
+from heliostat.config.sections import Card, Checkpoint, Data, Evaluate, Limits, Mlflow, Retries, Spike, Watchdog, Workers
+from heliostat.config.train_section import RETIRED, Train
 from heliostat.errors import ConfigError
 from heliostat.optim import optimizers
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 
-__all__ = [
-    "LARGEST",
-    "Best",
-    "Card",
-    "Checkpoint",
-    "Count",
-    "Data",
-    "Ema",
-    "Evaluate",
-    "Experiment",
-    "Fraction",
-    "Job",
-    "Limits",
-    "MixChange",
-    "Mlflow",
-    "Name",
-    "NonNegative",
-    "Offload",
-    "Parallel",
-    "Positive",
-    "Retries",
-    "Seed",
-    "Source",
-    "Spike",
-    "Train",
-    "Watchdog",
-    "Workers",
-    "Zero",
-    "divisors",
-    "load",
-    "resolve",
-    "settle",
-]
+log = logging.getLogger(__name__)
 
 
 class Job(Strict):
@@ -115,7 +79,7 @@ class Job(Strict):
     def worker_counts(self, lanes: int | None = None) -> list[int]:
         """Lists the numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its
         `lanes`)."""
-        return fitting(self.train, lanes or self.lanes, self.workers.least, self.workers.most)
+        return self.train.worker_counts(lanes or self.lanes, self.workers.least, self.workers.most)
 
     def on(self, workers: int) -> Job:
         """Copies the job, with this fixed number of workers."""
@@ -146,7 +110,11 @@ class Job(Strict):
 
 def load(path: Path, settings: list[str] | None = None) -> Job:
     """Loads the job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
-    return resolve(schema.load(Job, "job", path, settings))
+    raw = schema.read("job", path, settings)
+    if isinstance(raw.get("train"), dict):
+        for key in RETIRED & raw["train"].keys():
+            log.warning("train.%s: has no effect any more. Remove it", key)
+    return resolve(schema.validate(Job, raw, str(path)))
 
 
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
@@ -162,7 +130,7 @@ def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     return job.model_copy(update={"train": job.train.model_copy(update={"accumulate": value})})
 
 
-def changed_keys(recorded: Any, now: Any, key: str = "") -> list[str]:
+def changed_keys(recorded: object, now: object, key: str = "") -> list[str]:
     """Lists the keys of a recorded job whose values are others now, or of its model there are only now; keys that came with a
     newer version are none of them."""
     if not isinstance(recorded, dict) or not isinstance(now, dict):
@@ -198,7 +166,7 @@ def resolve(job: Job) -> Job:
     return schema.validate(Job, raw, job.name)  # again, because two ways to write a path are now one
 
 
-def _pretrained(model: Any, root: Path) -> Any:
+def _pretrained(model: object, root: Path) -> object:
     """Makes every `pretrained: FOLDER` in the recipe's keys absolute, however deep."""
     if not isinstance(model, dict):
         return model

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed
+from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed, divisors
 from heliostat.config.schedules import Schedule
 from heliostat.optim.optimizers import AnyOptimizer
 from heliostat.schema import Float, Strict
@@ -43,7 +44,7 @@ class Zero(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _offered(cls, value: Any) -> Any:
+    def _offered(cls, value: object) -> object:
         """Refuses ways to send less that are known elsewhere, with the reason."""
         if isinstance(value, dict) and "quantize_gradients" in value:
             raise ValueError(
@@ -91,15 +92,14 @@ class Parallel(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _offered(cls, value: Any) -> Any:
+    def _offered(cls, value: object) -> object:
         """Takes `auto`; refuses degrees that are known elsewhere, with the reason and what to use."""
         if value == "auto":
             return {"auto": True}
         if isinstance(value, str):
             raise ValueError(f"{brief(repr(value))} is no layout; write auto, or degrees such as {{tensor: 2}}")
-        for key, why in NOT_OFFERED.items() if isinstance(value, dict) else ():
-            if key in value:
-                raise ValueError(f"{key} is not supported: {why}; remove it (docs/job.md#layouts-that-are-not-offered)")
+        for key in (key for key in NOT_OFFERED if isinstance(value, dict) and key in value):
+            raise ValueError(f"{key} is not supported: {NOT_OFFERED[key]}; remove it (docs/job.md#layouts-that-are-not-offered)")
         return value
 
 
@@ -117,6 +117,7 @@ GROWING = dict.fromkeys(("batch_warmup", "batch_size_warmup", "global_batch_warm
 GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
 
 
+RETIRED = frozenset({"cpu_kernels"})  # keys of earlier versions, which recorded jobs hold; they have no effect
 SELECTIVE = "selective"
 
 
@@ -165,7 +166,7 @@ class Train(Strict):
     accumulate: Literal["fp32", "same"] | None = None
     """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
     keeps what it had. See docs/job.md#sums-of-micro-batches"""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, object] = {}
     """DeepSpeed's own settings of speed and memory, merged over what the keys above make. Which:
     docs/job.md#deepspeeds-own-keys"""
     activation_checkpointing: Annotated[bool | Literal["selective"] | Count, BeforeValidator(_layers)] = False
@@ -186,9 +187,6 @@ class Train(Strict):
     """What computes attention; flash and flex need GPUs. Unset: sdpa where the architecture has it. See docs/job.md#kernels"""
     fp8: bool = False
     """Multiplies the linear layers of a language model in float8; needs GPUs, and `precision: bf16`. See docs/job.md#kernels"""
-    cpu_kernels: bool = True
-    """Computes on CPUs what is faster so than with torch's own kernels: attention of samples of up to 512 tokens in some
-    architectures, and linear layers in fp32. No effect with GPUs. See docs/benchmarks/train-overhead.md#cpu-kernels"""
     recheck: Recheck | None = None
     """Looks for silent data corruption: all workers compute one micro-batch of the step, and compare its bits. Unset: never. See
     docs/reliability.md#silent-data-corruption"""
@@ -199,10 +197,22 @@ class Train(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_grows(cls, value: Any) -> Any:
-        """Refuses warm-ups that are known elsewhere, with the reason and what to use."""
-        for key in GROWING if isinstance(value, dict) else ():
-            if key in value:
-                why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
-                raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
-        return value
+    def _offered(cls, value: object) -> object:
+        """Drops keys of earlier versions. Refuses warm-ups that are known elsewhere, with the reason and what to use."""
+        if not isinstance(value, dict):
+            return value
+        for key in (key for key in GROWING if key in value):
+            why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
+            raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
+        return {key: given for key, given in value.items() if key not in RETIRED}
+
+    def worker_counts(self, lanes: int, least: int, most: int) -> list[int]:
+        """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches.
+
+        The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts or state are whole groups.
+        """
+        batch, micro, each = self.global_batch, self.micro_batch, self.parallel.sharing
+        replicas = divisors(math.gcd(lanes, batch))
+        counts = [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
+        groups = self.parallel.expert, self.zero.divide_within or 1, self.zero.copy_within or 1
+        return [n for n in counts if not any(n % each for each in groups)]

@@ -35,7 +35,7 @@ def root() -> Path:
     return Path.cwd()
 
 
-def check_name(field: str, name: Any) -> str:
+def check_name(field: str, name: object) -> str:
     """Checks that a name, as a part of a path, leads nowhere else, and returns it; ConfigError that names `field` if it could."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(

@@ -8,7 +8,7 @@ numbers, and the same on every machine.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,11 @@ from heliostat.curation.scoring import Reader, describe, digests
 from heliostat.errors import ConfigError, naming
 from heliostat.recipes.text import sentence_folder
 from heliostat.tasks import files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
 
 
 def pooling(folder: str) -> str:
@@ -26,14 +31,13 @@ def pooling(folder: str) -> str:
 
 
 def identity(folder: str) -> dict[str, str]:
-    """Returns the SHA-256 of all files that vectors follow from."""
     place = Path(folder)
     with naming("model"):
         told = [place / sentence_folder.MODULES, sentence_folder.pooling_file(place)]
     return digests(folder) | {str(p.relative_to(place)): files.digest("model", str(p)) for p in told if p.is_file()}
 
 
-class TextEmbedder(Reader):
+class TextEmbedder(Reader[np.ndarray]):
     """Makes a vector of each text, of 8-bit numbers; one without tokens is all zeros."""
 
     def __init__(self, folder: str, max_tokens: int, batch: int) -> None:
@@ -41,12 +45,12 @@ class TextEmbedder(Reader):
         self.pooling, self.folder = pooling(folder), folder
         super().__init__(folder, "a text encoder", max_tokens, batch)
 
-    def load(self, folder: str, **options: Any) -> Any:
+    def load(self, folder: str, **options: object) -> PreTrainedModel:
         from heliostat.recipes.text import encoder
 
         return encoder.load("model", folder, **options)
 
-    def values(self, output: Any, ids: Any, mask: Any) -> list[np.ndarray]:
+    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[np.ndarray]:
         from heliostat.recipes.text import encoder
 
         found = encoder.pool(output.last_hidden_state.float(), mask, self.pooling).cpu().numpy()

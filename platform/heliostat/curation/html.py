@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from heliostat.curation.encodings import decode
 
-Answer = tuple[dict[str, Any], bytes]
+
+class ExtractKeys(TypedDict):
+    library: Literal["resiliparse", "trafilatura"]
+    main_content: bool
+    max_undecodable: float
 
 
-def extractor(keys: dict[str, Any]) -> Callable[[dict[str, Any], bytes], Answer]:
+Answer = tuple[dict[str, object], bytes]
+
+
+def extractor(keys: ExtractKeys) -> Callable[[dict[str, object], bytes], Answer]:
     """Builds the function from a page's bytes to its text, and what is told about it. `keys` are those of the stage."""
     extract = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}[keys["library"]](keys)
 
-    def work(about: dict[str, Any], data: bytes) -> Answer:
-        page, encoding, wrong = decode(data, about.get("content_type"))
+    def work(about: dict[str, object], data: bytes) -> Answer:
+        page, encoding, wrong = decode(data, content_type if isinstance(content_type := about.get("content_type"), str) else None)
         if wrong > keys["max_undecodable"] * max(len(page), 1):
             return {"error": "undecodable", "detail": f"{wrong:,} of {len(page):,} characters are no {encoding}"}, b""
         text, whole, title = extract(page)
@@ -25,7 +34,7 @@ def extractor(keys: dict[str, Any]) -> Callable[[dict[str, Any], bytes], Answer]
     return work
 
 
-def _resiliparse(keys: dict[str, Any]):
+def _resiliparse(keys: ExtractKeys) -> Callable[[str], tuple[str, int, str]]:
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
@@ -38,7 +47,7 @@ def _resiliparse(keys: dict[str, Any]):
     return extract
 
 
-def _trafilatura(keys: dict[str, Any]):
+def _trafilatura(keys: ExtractKeys) -> Callable[[str], tuple[str, int, str]]:
     from resiliparse.extract.html2text import extract_plain_text
     from trafilatura import extract as trafilatura_extract
     from trafilatura import html2txt

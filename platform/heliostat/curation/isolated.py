@@ -9,8 +9,8 @@ A document may take a parser over. So its process has no variables of the enviro
 and fonts, no network, and may start nothing (`tasks.sandbox`). Where the machine allows no namespaces, the log says so once:
 files of this user can be read then.
 
-    with Isolated("heliostat.curation.html:extractor", {"with": "resiliparse"}, seconds=10, megabytes=2048) as extract:
-        about, text = extract({"content_type": None}, page)
+    extract = Isolated("heliostat.curation.html:extractor", {"library": "resiliparse"}, seconds=10, megabytes=2048)
+    about, text = extract({"content_type": None}, page)
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class IsolatedError(Exception):
 class Isolated:
     """Calls `module:function`, made with `keys`, in a process that is started when it is needed and replaced when it fails."""
 
-    def __init__(self, function: str, keys: dict[str, Any], seconds: float, megabytes: int) -> None:
+    def __init__(self, function: str, keys: dict[str, object], seconds: float, megabytes: int) -> None:
         self._function, self._keys, self._seconds, self._megabytes = function, keys, seconds, megabytes
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -135,12 +135,6 @@ class Isolated:
             code = process.wait(10)
         return code
 
-    def __enter__(self) -> Isolated:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __del__(self) -> None:
         process = getattr(self, "_process", None)
         if process is not None:
@@ -148,7 +142,7 @@ class Isolated:
             process.wait()
 
 
-def _send(sock: socket.socket, about: dict[str, Any], data: bytes, deadline: float | None) -> None:
+def _send(sock: socket.socket, about: dict[str, object], data: bytes, deadline: float | None) -> None:
     head = json.dumps(about).encode()
     view = memoryview(_HEAD.pack(len(head), len(data)) + head + data)
     while view:
@@ -209,7 +203,7 @@ def _shut_in(root: Path) -> list[str]:
     return lacks
 
 
-def _serve(function: str, keys: dict[str, Any], seconds: float, megabytes: int, root: Path) -> None:
+def _serve(function: str, keys: dict[str, object], seconds: float, megabytes: int, root: Path) -> None:
     """Answers requests on standard input, a socket, until the other side has ended."""
     sock = socket.socket(fileno=os.dup(0))
     module, _, name = function.partition(":")

@@ -90,11 +90,9 @@ class Licenses:
         self._found: dict[str, set[str]] = {}
 
     def add(self, path: str, text: str) -> None:
-        """Takes a licence file."""
         self._found.setdefault(path.rpartition("/")[0], set()).add(spdx_of(text) or UNKNOWN)
 
     def of(self, path: str, text: str) -> str:
-        """Returns the licence of a file as an SPDX expression."""
         if own := _OWN.search(text[:HEAD]):
             return own[1]
         found: set[str] = next((self._found[folder] for folder in _above(path) if folder in self._found), set())

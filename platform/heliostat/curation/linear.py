@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -54,8 +53,6 @@ class NgramCounter:
 
 
 class LinearScorer:
-    """Scores texts between 0 and 1."""
-
     def __init__(self, weights: np.ndarray, bias: float, features: NgramCounter) -> None:
         self.weights, self.bias, self.features = weights, bias, features
 
@@ -65,7 +62,7 @@ class LinearScorer:
         logit = self.bias + (float(self.weights[buckets].mean(dtype=np.float64)) if len(buckets) else 0.0)
         return 1 / (1 + float(np.exp(-np.clip(logit, -500, 500))))
 
-    def save(self, folder: Path, report: dict[str, Any]) -> None:
+    def save(self, folder: Path, report: dict[str, object]) -> None:
         """Writes the folder: the weights, and what they were made with and from."""
         from safetensors.numpy import save_file
 
@@ -95,7 +92,9 @@ def load(folder: Path) -> LinearScorer:
     return made
 
 
-def train(good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2):
+def train(
+    good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2
+) -> tuple[LinearScorer, dict[str, object]]:
     """Trains on examples of both kinds: the classifier, and a report with precision and recall on held-out documents.
 
     Which are held out follows from the texts' hashes; equal texts count once. ConfigError if there are too few.
@@ -128,7 +127,7 @@ def train(good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 
     return linear, _report(scores, labels[test], labels[~test])
 
 
-def _report(scores: np.ndarray, held: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
+def _report(scores: np.ndarray, held: np.ndarray, trained: np.ndarray) -> dict[str, object]:
     """Reports precision and recall of the good documents at a number of thresholds."""
     at = {}
     for threshold in (0.1, 0.25, 0.5, 0.75, 0.9):

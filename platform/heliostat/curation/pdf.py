@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-Answer = tuple[dict[str, Any], bytes]
+if TYPE_CHECKING:
+    from pypdfium2 import PdfPage
+
+Answer = tuple[dict[str, object], bytes]
 HEAD = 1024  # bytes, within which a PDF's first line stands
 PASSWORD = 4  # PDFium's code of documents that want one
 TEXT_BYTES = 64 << 20  # of a document
@@ -13,15 +16,14 @@ JOINED = str.maketrans({"\ufffe": None, "\0": None})  # U+FFFE: the hyphen of a 
 
 
 def is_pdf(data: bytes) -> bool:
-    """Tells whether bytes are a PDF's."""
     return b"%PDF-" in data[:HEAD]
 
 
-def reader(keys: dict[str, Any]) -> Callable[[dict[str, Any], bytes], Answer]:
+def reader(keys: dict[str, int]) -> Callable[[dict[str, object], bytes], Answer]:
     """Builds the function from a PDF's bytes to its text, and what is told about it. `keys` are those of the stage."""
     import pypdfium2
 
-    def work(about: dict[str, Any], data: bytes) -> Answer:
+    def work(about: dict[str, object], data: bytes) -> Answer:
         try:
             document = pypdfium2.PdfDocument(data)
         except pypdfium2.PdfiumError as e:
@@ -47,7 +49,7 @@ def reader(keys: dict[str, Any]) -> Callable[[dict[str, Any], bytes], Answer]:
     return work
 
 
-def _text(page: Any) -> str:
+def _text(page: PdfPage) -> str:
     found = page.get_textpage()
     text = found.get_text_range()
     found.close()

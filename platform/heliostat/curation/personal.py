@@ -138,7 +138,6 @@ def _first_valid(pattern: re.Pattern[str], text: str, valid: Callable[[str, str]
 
 
 def luhn(digits: str) -> bool:
-    """Checks Luhn's checksum."""
     total = sum(int(d) for d in digits[-1::-2])
     total += sum(sum(divmod(2 * int(d), 10)) for d in digits[-2::-2])
     return total % 10 == 0

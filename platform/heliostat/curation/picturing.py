@@ -6,12 +6,15 @@ import base64
 import io
 import re
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from heliostat.curation.stage import Document, Picture
 from heliostat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 THUMBNAIL = 96  # pixels of its longer side
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -29,41 +32,40 @@ def fault(error: Exception) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")[:200]
 
 
-def opened(data: bytes) -> Any:
+def opened(data: bytes) -> Image:
     """Opens an image, of which only the header has been read; raises Pillow's own errors for bytes that are none, or too many."""
-    from PIL import Image
+    from PIL import Image as pil
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        warnings.simplefilter("error", pil.DecompressionBombWarning)
+        return pil.open(io.BytesIO(data), formats=FORMATS)
 
 
-def upright(data: bytes) -> Any:
+def upright(data: bytes) -> Image:
     """Decodes an image to 8 bits, turned as its EXIF says, on white where it is transparent; raises as `opened`."""
-    from PIL import Image, ImageOps
+    from PIL import Image as pil
+    from PIL import ImageOps
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        found = Image.open(io.BytesIO(data), formats=FORMATS)
-        found.load()
-    image: Image.Image = ImageOps.exif_transpose(found)
+    loaded = opened(data)
+    loaded.load()
+    image = ImageOps.exif_transpose(loaded)
     if image.mode.startswith("I"):
         return _eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
     return image
 
 
-def _eight_bits(image: Any) -> Any:
+def _eight_bits(image: Image) -> Image:
     """Scales grey of 16 bits to 8, as Pillow reads colours of 16 bits: their upper byte. What is transparent becomes white."""
-    from PIL import Image
+    from PIL import Image as pil
 
     values = np.asarray(image)
     grey = (values.clip(0, 0xFFFF) >> 8).astype(np.uint8)
     if "transparency" in image.info:  # a value of 16 bits
         grey[values == image.info["transparency"]] = 255
-    made = Image.fromarray(grey)
+    made = pil.fromarray(grey)
     made.info = {name: value for name, value in image.info.items() if name != "transparency"}
     return made
 

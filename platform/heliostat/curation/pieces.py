@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
-from typing import Any
 
 import xxhash
 
@@ -50,7 +49,7 @@ class FilePart:
         return replace(self, etag="").identity
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, object]:
         """Returns the part as JSON values by its fields' names; those of a part without an ETag are as they always were."""
         return {name: value for name, value in asdict(self).items() if name != "etag" or value}
 

@@ -24,7 +24,6 @@ def fraction(given: str) -> float:
 
 
 def table(found: dict[str, Any]) -> list[list[str]]:
-    """Lists the predicted funnel as rows of cells, the head first."""
     read, rows = max(1, found["funnel"][0]["documents"]), [HEAD]
     for row in found["funnel"]:
         share = f"{row['kept'] / read:.1%} ({row['kept_low'] / read:.1%} to {row['kept_high'] / read:.1%})"
@@ -35,7 +34,6 @@ def table(found: dict[str, Any]) -> list[list[str]]:
 
 
 def explain(found: dict[str, Any]) -> list[str]:
-    """Explains a prediction in plain sentences."""
     sample, whole = found["sample"], found["input"]
     cost = f"{found['cost']:,.2f} {found['currency']} by the plan's price table"
     cpu, wall = duration(found["cpu_hours"] * HOUR_S), duration(found["wall_hours"] * HOUR_S)

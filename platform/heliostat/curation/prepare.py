@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -356,12 +357,20 @@ def _report(
     }
 
 
+def _plain(reason: str) -> str:
+    """Writes why a stage dropped documents, which reports name `NUMBER STAGE: REASON`, without what a person need not read."""
+    stage, _, why = re.sub(r"^\d+ ", "", reason).partition(": ")
+    return f"{stage}: {why}" if why not in ("", stage) else stage
+
+
 def explain(report: dict[str, Any]) -> list[str]:
     """Explains the report in plain sentences: what the dataset holds, and what was left out."""
     state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
     held = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
-    left_out = Counter(report["dropped"]) + Counter(duplicate=report["duplicates"])
-    told = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()))
+    left_out = Counter(duplicate=report["duplicates"])
+    for reason, count in report["dropped"].items():
+        left_out[_plain(reason)] += count
+    told = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()) if n)
     listed = f" (listed in {report['listed']})" if report["listed"] else ""
     made = [
         f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",

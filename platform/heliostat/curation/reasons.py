@@ -89,7 +89,6 @@ def with_column(made: Manifest, name: str, value: str) -> list[dict[str, Any]]:
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:
-    """Unpacks rows of END."""
     return [{**r, "measures": json.loads(r["measures"] or "{}"), "columns": json.loads(r.get("columns") or "{}")}
             for r in table.to_pylist()]  # fmt: skip
 
@@ -100,10 +99,16 @@ def ends(made: Manifest) -> Iterator[pa.Table]:
 
 
 def _tables(made: Manifest, low: int, high: int) -> Iterator[pa.Table]:
+    for begin, end, path in _listed(made):
+        if begin < high and end > low:
+            yield from spill.read(made.location, path, low, high)
+
+
+def _listed(made: Manifest) -> Iterator[tuple[int, int, str]]:
+    """Yields (first hash, hash behind the last, path) of each file of ends."""
     listed = _named(made)["ends"]
     for (begin, path), (end, _) in zip(listed, [*listed[1:], [f"{spill.ALL:x}", ""]], strict=True):
-        if int(begin, 16) < high and int(end, 16) > low:
-            yield from spill.read(made.location, path, low, high)
+        yield int(begin, 16), int(end, 16), path
 
 
 def _named(made: Manifest) -> dict[str, Any]:
@@ -116,15 +121,13 @@ def _named(made: Manifest) -> dict[str, Any]:
 
 
 def parts(rows: int) -> int:
-    """Chooses in how many files so many ends are written."""
     return max(1, -(-rows // END_ROWS))
 
 
-def write_ends(folder: Location, part: int, parts: int, names: list[str], output: str, columns: list[str]) -> dict[str, Any]:
+def write_ends(folder: Location, part: int, parts: int, names: list[str], output: str, columns: list[str]) -> dict[str, object]:
     """Writes one file of ends, in a task: those of one part of all keys, with the documents' columns that are named."""
     low, high = spill.share(part, parts)
-    tables = [t for name in names for t in spill.read(folder, name, low, high)]
-    table = pa.concat_tables([END.empty_table(), *tables])
+    table = spill.joined(folder, names, low, high, END)
     place = table.schema.get_field_index("columns")
     kept = table.remove_column(place)
     if columns:
@@ -134,7 +137,6 @@ def write_ends(folder: Location, part: int, parts: int, names: list[str], output
 
 
 def store_ends(output: Location, table: pa.Table) -> str:
-    """Stores a file of ends beside the shards, and returns its path."""
     return versions.store(output, f"{FILES}/ends-", spill.encode(table, ("id", "stage", "reason", "detail")), ".parquet")
 
 
@@ -143,14 +145,14 @@ def rewritten(made: Manifest, ids: set[str], end: dict[str, str], output: Locati
 
     Returns the list of all files of ends; those of other documents are not written.
     """
-    listed, found, keys = _named(made)["ends"], list[list[str]](), sorted(key_of(id) for id in ids)
-    for (begin, path), (stop, _) in zip(listed, [*listed[1:], [f"{spill.ALL:x}", ""]], strict=True):
-        if any(int(begin, 16) <= key < int(stop, 16) for key in keys):
+    found, keys = list[list[str]](), sorted(key_of(id) for id in ids)
+    for begin, stop, path in _listed(made):
+        if any(begin <= key < stop for key in keys):
             table = pa.concat_tables(spill.read(made.location, path))
             empty = dict.fromkeys(table.column_names)
             rows = [{**empty, "key": r["key"], "id": r["id"], **end} if r["id"] in ids else r for r in table.to_pylist()]
             path = store_ends(output, pa.Table.from_pylist(rows, table.schema))
-        found.append([begin, path])
+        found.append([f"{begin:x}", path])
     return found
 
 

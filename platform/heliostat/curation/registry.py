@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -16,7 +15,6 @@ STAGES = "heliostat.curation.stages"  # imported one by one, when named
 
 
 def names() -> list[str]:
-    """Lists the stages there are, sorted."""
     return sorted(
         m.name
         for m in pkgutil.iter_modules([str(Path(__file__).parent / "stages")])
@@ -35,7 +33,7 @@ def find(name: str) -> type[Stage]:
     return found
 
 
-def parse(raw: Any) -> Stage:
+def parse(raw: object) -> Stage:
     """Makes a stage of its entry in a pipeline file, `{stage: NAME, KEY: VALUE}`; ValueError that says what is wrong."""
     if isinstance(raw, Stage):
         return raw

@@ -3,26 +3,41 @@
 Every part of a text is spilled under the hash of its content. A task holds the hashes of one part of all keys: it finds the first
 occurrence of each, then goes through the occurrences some at a time and spills the others under the document that they are in.
 So a line that is in every document takes no more memory than one that is in two. What is first follows from the documents' ids.
+
+Lines and paragraphs are compared, or windows of words. Some of the windows are chosen by content (winnowing: Schleimer, Wilkerson
+and Aiken 2003). Of every `size` windows in a row, the one of the least hash is chosen. So a span of two sizes, less one word,
+that two texts have in common holds one that both choose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 import xxhash
+from pydantic import Field
 
-from heliostat.curation import segment
+from heliostat.curation import registry, segment, tally
+from heliostat.curation.chain import bytes_of
 from heliostat.curation.comparable import words
-from heliostat.curation.segment import SpilledRun, by_run, survivors
+from heliostat.curation.comparing import about
+from heliostat.curation.engine import Curated, filled
+from heliostat.curation.minhash import components
+from heliostat.curation.segment import FINISH, DocumentSource, SpilledRun, Spiller, by_run, documents_of, store, survivors
+from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
+from heliostat.schema import Float
 from heliostat.storage.locations import Location
-from heliostat.tasks import spill
+from heliostat.tasks import libraries, spill
+from heliostat.tasks.exchange import by_parts
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import key
 
 Unit = Literal["line", "paragraph"]
 BETWEEN = {"line": "\n", "paragraph": "\n\n"}
+BLOCK = 1 << 16  # windows that are compared together
 HELD = 1 << 20  # occurrences that are held before they are merged or spilled
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # the hash of each occurrence, of its document, and its place there
 
@@ -109,8 +124,7 @@ def _first(held: list[Rows]) -> Rows:
     keys, documents, places = (np.concatenate([rows[i] for rows in held]) for i in range(3))
     order = np.lexsort((places, documents, keys))
     keys, documents, places = keys[order], documents[order], places[order]
-    first = np.ones(len(keys), bool)
-    first[1:] = keys[1:] != keys[:-1]
+    first = spill.starts(keys)
     return keys[first], documents[first], places[first]
 
 
@@ -126,3 +140,134 @@ def lost_of(
             for row, place in zip(rows, table["place"].to_pylist(), strict=True):
                 found.setdefault(row, set()).add(place)
         yield run, found
+
+
+@dataclass(frozen=True)
+class WordWindows:
+    """Defines the windows: `size` words each."""
+
+    size: int
+
+    def hashes(self, text: str) -> list[tuple[int, int]]:
+        """Lists (number of its first word, hash) of the windows that are chosen; none of a text of fewer than two sizes."""
+        found, _ = words([text]).ngrams(self.size)
+        places = least(found, self.size)
+        return list(zip(places.tolist(), found[places].tolist(), strict=True))
+
+
+def least(found: np.ndarray, size: int) -> np.ndarray:
+    """Returns the places of the least hash of every `size` in a row, each once."""
+    places = [np.zeros(0, np.int64)]
+    for start in range(0, len(found) - size + 1, BLOCK):
+        part = found[start : start + BLOCK + size - 1]
+        rows = np.lib.stride_tricks.sliding_window_view(part, size)
+        places.append(np.unique(rows.argmin(axis=1) + np.arange(len(rows))) + start)
+    return np.unique(np.concatenate(places))
+
+
+def spans(lost: set[int], size: int) -> list[tuple[int, int]]:
+    """Joins windows that overlap or touch: (first word, word behind the last) of each span."""
+    found: list[tuple[int, int]] = []
+    for place in sorted(lost):
+        if found and place <= found[-1][1]:
+            found[-1] = (found[-1][0], place + size)
+        else:
+            found.append((place, place + size))
+    return found
+
+
+ROW_BYTES = 120  # of memory for each occurrence that a task goes through, sorting included
+REWRITTEN = 8  # that a task rewrites
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Holds a text without what is repeated in it, how much of it that was, and what it is called."""
+
+    text: str
+    removed_words: float
+    detail: str
+    counts: dict[str, int]
+
+
+class RepeatingStage(GlobalStage):
+    """Removes what documents have in common, all but one occurrence; a subclass says what is compared, and how it is cut out."""
+
+    version: ClassVar[int] = 3  # words are those of `comparable`, and what is left too short is dropped
+    reasons: ClassVar = {
+        "repeated": "a larger share of words in what is repeated than max_removed_words",
+        "empty": "nothing but what is repeated",
+    }
+    thresholds: ClassVar = {"removed_words": ("max_removed_words",)}
+
+    max_removed_words: Float = Field(1.0, ge=0, le=1)
+    """Documents with a larger share of their words in what is removed are dropped (`repeated`); 1 drops none."""
+
+    def signing(self) -> Signing:
+        """Returns what hashes the parts of texts that are compared."""
+        raise NotImplementedError
+
+    def cut(self, text: str, lost: set[int]) -> Cut:
+        """Removes parts of a text by their places."""
+        raise NotImplementedError
+
+    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
+        kind, runs, parts = f"repeated-{number}", found.runs, self.signing()
+        told = [self.named(), self.version, vars(parts), libraries.of(self.named())]
+        signing = (Task(key(run.name, run.decided, told), {"run": run, "parts": parts}, bytes=run.bytes) for run in runs)
+        signed = flow.all(f"{kind}-sign", sign, signing)
+        shares = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))
+        counts = [r["rows"] for r in signed]
+        keys = components.gathered(flow, kind, [(r["signed"], count) for r, count in zip(signed, counts, strict=True)], shares)
+        chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, shares, keys))
+        names = [name for r in chosen for name in r["lost"]]
+        room, numbered = memory_limit // 2 // ROW_BYTES, zip(runs, counts, strict=True)
+        groups = [[run for run, _ in group] for group in filled(numbered, lambda one: one[1], room, REWRITTEN)]
+        arguments = {"entry": self.entry(), "number": number, "memory_limit": memory_limit}
+        also, source = [self.identity(), found.identity], flow.share(found.source)
+        removing = (
+            replace(task, shared=task.shared | {"source": source}) for task in about(flow, kind, groups, names, also, **arguments)
+        )
+        records = flow.all(f"{kind}-remove", remove, removing)
+        seconds = sum(s for name, s in flow.seconds.items() if name.startswith(f"{kind}-"))
+        found.tallies.append(store(flow.work.spill, {tally.label(number, self): tally.entry({}, "") | {"seconds": seconds}}))
+        return [run for record in records for run in found.take(record)]
+
+    def outcome(self, document: Document, lost: set[int]) -> Outcome:
+        """Removes parts of a document by their places, or drops it."""
+        if not lost:
+            return Outcome(document, measures={"removed_words": 0.0})
+        assert isinstance(document.text, str)
+        made = self.cut(document.text, lost)
+        measures = {"removed_words": made.removed_words}
+        if not made.text.strip():
+            return Outcome(None, "empty", made.detail, measures, made.counts)
+        if made.removed_words > self.max_removed_words:
+            return Outcome(None, "repeated", made.detail, measures, made.counts)
+        left = Document(document.id, made.text, document.columns, document.picture)
+        return Outcome(left, measures=measures, counts=made.counts)
+
+
+def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
+           names: list[str], source: DocumentSource | None) -> dict[str, Any]:  # fmt: skip
+    """Spills the documents of some runs again, without what is repeated in them; `source` finishes those that were cut."""
+    stage = registry.parse(entry)
+    assert isinstance(stage, RepeatingStage)
+    name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8)
+    for run, lost in lost_of(folder, first, runs, names):
+        for row, document in documents_of(folder, run):
+            places = lost.get(row, set())
+            outcome = stage.outcome(document, places)
+            after = 0 if outcome.document is None else bytes_of(outcome.document)
+            tally.count(counts, name, stage, document, outcome, (bytes_of(document), after))
+            if outcome.document is None:
+                out.leave_out(document.id, name, outcome.reason, outcome.detail, outcome.measures, document.columns)
+                continue
+            made = source.finish(outcome.document) if source is not None and places else outcome.document
+            if isinstance(made, Dropped):
+                dropped = tally.entry(counts, FINISH)["dropped"]
+                dropped[made.reason] = dropped.get(made.reason, 0) + 1
+                out.leave_out(made.id, FINISH, made.reason, f"after {name}", columns=document.columns)
+            else:
+                out.add(made)
+    return out.record(counts)

@@ -1,6 +1,6 @@
 """Runs texts through a Hugging Face folder's model: safetensors and tokenizer.json alone, no code of the folder's.
 
-What is computed of a text, such as a classifier's score, does not depend on the texts beside it: texts are padded to lengths that
+What is computed of a text, such as a classifier's score, does not depend on the texts with it: texts are padded to lengths that
 follow from their own, and batches are always full, so that every text of a length goes through the same kernels.
 """
 
@@ -10,51 +10,83 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from pydantic import Field, model_validator
+
+from heliostat.curation.stage import Stage
 from heliostat.errors import ConfigError
+from heliostat.schema import Float, nearest
 from heliostat.tasks import files
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.utils import ModelOutput
 
+Value = TypeVar("Value")
+Config = dict[str, Any]  # a folder's JSON, as whoever saved it has it
 LEAST_TOKENS = 32  # that a text is padded to
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
-def describe(folder: str, name: str = "model") -> dict[str, Any]:
+def describe(folder: str, name: str = "model") -> Config:
     """Reads the folder's config.json; ConfigError, which begins with `name`, if something that is needed is not there."""
+    config = read_json(folder, CONFIG, name)
+    require_files(folder, name)
+    return config
+
+
+def read_json(folder: str, file: str, name: str = "model") -> Config:
+    """Reads a mapping of the folder; ConfigError if it is none, or needs code that the folder brings."""
     try:
-        config = json.loads(files.read(name, str(Path(folder) / CONFIG)))
+        config = json.loads(files.read(name, str(Path(folder) / file)))
+        fault = "" if isinstance(config, dict) else "is no mapping"
     except ValueError as e:
-        raise ConfigError(
-            f"{name}: {folder!r}: {CONFIG} is not JSON ({e}); name a folder that save_pretrained has written"
-        ) from e
-    if not isinstance(config, dict):
-        raise ConfigError(f"{name}: {folder!r}: {CONFIG} is no mapping; name a folder that save_pretrained has written")
+        config, fault = {}, f"is not JSON ({e})"
+    if fault:
+        raise ConfigError(f"{name}: {folder!r}: {file} {fault}; name a folder that save_pretrained has written")
     if "auto_map" in config:
         raise ConfigError(
-            f"{name}: {folder!r} needs code that it brings ({CONFIG}: auto_map), which is not run; take another model"
+            f"{name}: {folder!r} needs code that it brings ({file}: auto_map), which is not run; take another model"
         )
-    missing = [what for what, there in (("safetensors", weights(folder)), (TOKENIZER, (Path(folder) / TOKENIZER).is_file()))
-               if not there]  # fmt: skip
-    if missing:
-        raise ConfigError(f"{name}: {folder!r} has no {missing[0]}; save it by save_pretrained, with its fast tokenizer")
     return config
+
+
+def require_files(folder: str, name: str = "model", tokenizer: bool = True) -> None:
+    """Raises ConfigError if the folder has no safetensors, or lacks the tokenizer."""
+    if not weights(folder):
+        raise ConfigError(f"{name}: {folder!r} has no safetensors; save it by save_pretrained")
+    if tokenizer and not (Path(folder) / TOKENIZER).is_file():
+        raise ConfigError(f"{name}: {folder!r} has no {TOKENIZER}; save it by save_pretrained, with its fast tokenizer")
 
 
 def weights(folder: str) -> list[Path]:
     return sorted(Path(folder).glob("*.safetensors"))
 
 
-def labels(config: dict[str, Any]) -> list[str]:
+def labels(config: Config) -> list[str]:
     """Lists the labels in the order of the model's outputs."""
     named = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
     return [named[key] for key in sorted(named, key=int)]
 
 
+def require_label(label: str, config: Config) -> None:
+    known = labels(config)
+    if label not in known:
+        raise ConfigError(f"label: {label!r} is none of the model's, {', '.join(known)}{nearest(label, known)}")
+
+
+def label_scores(logits: Tensor, place: int, config: PretrainedConfig) -> list[float]:
+    """Computes the scores of the label at a place: probabilities, or the outputs of a model with one, such as grades."""
+    values = logits.float()
+    if config.num_labels > 1:
+        values = values.sigmoid() if config.problem_type == "multi_label_classification" else values.softmax(-1)
+    return [round(value, 5) for value in values[:, place].tolist()]
+
+
 def digests(folder: str) -> dict[str, str]:
-    """Returns the SHA-256 of all files that scores follow from."""
     paths = [*weights(folder), Path(folder) / CONFIG, Path(folder) / TOKENIZER]
     return {path.name: files.digest("model", str(path)) for path in paths}
 
@@ -67,14 +99,49 @@ def padded(tokens: int, most: int) -> int:
     return min(length, max(most, tokens))
 
 
-def check_length(config: dict[str, Any], max_tokens: int) -> None:
+def check_length(config: Config, max_tokens: int) -> None:
     """Raises ConfigError if the model cannot read so many tokens."""
     most = config.get("max_position_embeddings")
     if isinstance(most, int) and max_tokens > most:
         raise ConfigError(f"max_tokens: {max_tokens:,} is more than the model can read; give at most {most:,}")
 
 
-class Reader:
+class ModelStage(Stage):
+    """Runs documents through a folder's model: of texts, where a subclass says nothing else."""
+
+    paths: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str = Field(min_length=1)
+    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
+
+    def digests(self) -> dict[str, object]:
+        return {"model": digests(self.model)}
+
+
+class ScoringStage(ModelStage):
+    """Drops what a folder's model scores too low or too high; a subclass computes the scores."""
+
+    gpu: ClassVar[bool] = True
+    limits: ClassVar = {
+        "low_score": ("score", "min_score", "a score below {}"),
+        "high_score": ("score", "max_score", "a score above {}"),
+    }
+
+    min_score: Float | None = None
+    """The least score that is kept (`low_score`)."""
+    max_score: Float | None = None
+    """The largest score that is kept (`high_score`)."""
+    column: str = Field("score", min_length=1)
+    """The column that the score becomes."""
+
+    @model_validator(mode="after")
+    def _one(self) -> ScoringStage:
+        if self.min_score is None and self.max_score is None:
+            raise ValueError("give min_score, max_score or both")
+        return self
+
+
+class Reader(Generic[Value]):
     """Runs texts, or pairs of them, through a folder's model, on a GPU if there is one; a subclass says which, and what of its
     output. Of a pair that is longer than `max_tokens` the second text is cut."""
 
@@ -98,30 +165,30 @@ class Reader:
         self.pad = model.config.pad_token_id or 0
         self.typed = self.pairs and getattr(model.config, "type_vocab_size", 1) > 1
 
-    def load(self, folder: str, **options: Any) -> Any:
+    def load(self, folder: str, **options: object) -> PreTrainedModel:
         """Loads the folder's model, with these options of transformers."""
         raise NotImplementedError
 
-    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Any, bool]]:
+    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Value, bool]]:
         """Returns (what is computed, whether the text, or the pair, was longer than max_tokens) of each."""
         encoded = self.tokenizer.encode_batch(texts)
         by_length = dict[int, list[int]]()
         for i, one in enumerate(encoded):
             by_length.setdefault(padded(len(one.ids), self.max_tokens), []).append(i)
-        found: list[Any] = [None] * len(texts)
+        computed: dict[int, Value] = {}
         for length, which in sorted(by_length.items()):
             for start in range(0, len(which), self.batch):
                 part = which[start : start + self.batch]
                 for i, value in zip(part, self._computed([encoded[i] for i in part], length), strict=False):
-                    found[i] = value
-        return [(value, bool(one.overflowing)) for value, one in zip(found, encoded, strict=True)]
+                    computed[i] = value
+        return [(computed[i], bool(one.overflowing)) for i, one in enumerate(encoded)]
 
-    def _computed(self, rows: list[Encoding], length: int) -> list[Any]:
+    def _computed(self, rows: list[Encoding], length: int) -> list[Value]:
         import torch
 
         rows = rows + [rows[0]] * (self.batch - len(rows))
 
-        def tensor(lists: list[list[int]], fill: int) -> Any:
+        def tensor(lists: list[list[int]], fill: int) -> Tensor:
             return torch.tensor([one + [fill] * (length - len(one)) for one in lists], device=self.device)
 
         ids, mask = tensor([row.ids for row in rows], self.pad), tensor([[1] * len(row.ids) for row in rows], 0)
@@ -129,15 +196,13 @@ class Reader:
         with torch.inference_mode():
             return self.values(self.model(input_ids=ids, attention_mask=mask, **types), ids, mask)
 
-    def values(self, output: Any, ids: Any, mask: Any) -> list[Any]:
+    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[Value]:
         """Computes a value for each row of a batch from the model's output, the tokens and which of them count."""
         raise NotImplementedError
 
 
-class SequenceClassifier(Reader):
-    """Runs texts through a sequence classifier."""
-
-    def load(self, folder: str, **options: Any) -> Any:
+class SequenceClassifier(Reader[float]):
+    def load(self, folder: str, **options: object) -> PreTrainedModel:
         import transformers
 
         from heliostat.recipes.pretrained import whole
@@ -146,22 +211,15 @@ class SequenceClassifier(Reader):
 
 
 class Scorer(SequenceClassifier):
-    """Scores texts by a label of a classifier."""
-
     def __init__(self, folder: str, label: str, max_tokens: int, batch: int) -> None:
         self.place = labels(describe(folder)).index(label)
         super().__init__(folder, "a sequence classifier", max_tokens, batch)
-        self.outputs = self.model.config.num_labels
-        self.independent = self.model.config.problem_type == "multi_label_classification"
 
-    def values(self, output: Any, ids: Any, mask: Any) -> list[float]:
-        logits = output.logits.float()
-        if self.outputs > 1:  # of one output: a regression, such as a grade from 0 to 5
-            logits = logits.sigmoid() if self.independent else logits.softmax(-1)
-        return [round(value, 5) for value in logits[:, self.place].tolist()]
+    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[float]:
+        return label_scores(output.logits, self.place, self.model.config)
 
 
-class Likelihood(Reader):
+class Likelihood(Reader[float | None]):
     """Measures the mean negative logarithm of the probabilities that a causal language model gives a text's tokens, behind the
     first; None for one token, or none. ConfigError if a model gives what is not finite."""
 
@@ -169,17 +227,17 @@ class Likelihood(Reader):
         self.folder = folder
         super().__init__(folder, "a causal language model", max_tokens, batch)
 
-    def load(self, folder: str, **options: Any) -> Any:
+    def load(self, folder: str, **options: object) -> PreTrainedModel:
         import transformers
 
         from heliostat.recipes.pretrained import whole
 
         return whole("model", transformers.AutoModelForCausalLM, folder, **options)
 
-    def values(self, output: Any, ids: Any, mask: Any) -> list[float | None]:
+    def values(self, output: ModelOutput, ids: Tensor, mask: Tensor) -> list[float | None]:
         from torch.nn.functional import cross_entropy
 
-        def mean(logits: Any, row: Any, count: int) -> float | None:
+        def mean(logits: Tensor, row: Tensor, count: int) -> float | None:
             if count < 2:
                 return None
             nats = float(cross_entropy(logits[: count - 1].float(), row[1:count]))

@@ -11,10 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from heliostat import extras
+from heliostat.errors import ConfigError
 from heliostat.schema import Strict
-from heliostat.tasks import libraries
+from heliostat.tasks import files, libraries
+
+if TYPE_CHECKING:
+    from heliostat.tasks.flow import Flow
+    from heliostat.tasks.spill import SpilledRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,25 @@ class Dropped:
 
 
 Work = Callable[[list[Document]], list[Outcome]]
+Judge = Callable[[str], tuple[str, dict[str, float]]]
+"""Returns the reason to drop a text ("" to keep it), and the measures it was decided by."""
+
+
+def text_of(document: Document) -> str:
+    """Returns a document's text; ConfigError if it is bytes still."""
+    if isinstance(document.text, bytes):
+        raise ConfigError(f"stages: {document.id} is bytes, not text; put `extract` or `pdf` before stages that look at text")
+    return document.text
+
+
+def by_text(judge: Judge) -> Work:
+    """Builds a stage's function of a judge: a document is kept untouched, or dropped."""
+
+    def work(documents: list[Document]) -> list[Outcome]:
+        judged = [judge(text_of(document)) for document in documents]
+        return [Outcome(None if why else d, why, measures=m) for d, (why, m) in zip(documents, judged, strict=True)]
+
+    return work
 
 
 class Stage(Strict):
@@ -78,6 +105,14 @@ class Stage(Strict):
     """What it drops documents for: a word, and what that word means."""
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {}
     """The measures that it decides by, and the fields that hold their thresholds."""
+    limits: ClassVar[dict[str, tuple[str, str, str]]] = {}
+    """Rules that compare one measure with one field, the first first: the reason, and (measure, field, meaning).
+
+    A field `min_...` is the least that is kept, `max_...` the most; `{}` in the meaning is the field's name. What a limit says is
+    in `reasons` and `thresholds` by itself.
+    """
+    needs: ClassVar[tuple[str, ...]] = ()
+    """An extra, and the modules of it that the stage needs."""
     gpu: ClassVar[bool] = False
     """Whether it runs by itself in tasks that each hold a GPU, where the cluster has any."""
     of_images: ClassVar[bool] = False
@@ -96,14 +131,28 @@ class Stage(Strict):
     """Keys that came after others: datasets made without them are up to date where they have their defaults."""
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **options: object) -> None:
+        fields: dict[str, tuple[str, ...]] = {}
+        for measure, name, _ in cls.limits.values():
+            fields[measure] = (*fields.get(measure, ()), name)
+        cls.thresholds = cls.thresholds | fields
+        cls.reasons = cls.reasons | {reason: meaning.format(name) for reason, (_, name, meaning) in cls.limits.items()}
+
+    @classmethod
     def named(cls) -> str:
         """Returns the name that a pipeline file gives it: its file's."""
         return cls.__module__.rpartition(".")[2]
 
-    def identity(self) -> dict[str, Any]:
-        """Returns all that its result follows from: name, version and keys. One whose key names a file puts the digest there."""
+    def identity(self) -> dict[str, object]:
+        """Returns all that its result follows from: name, version, keys, and digests of the files that keys name."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
-        return {"version": self.version, **{key: value for key, value in self.entry().items() if key not in usual}}
+        entry = {key: value for key, value in self.entry().items() if key not in usual}
+        return {"version": self.version, **entry, **self.digests()}
+
+    def digests(self) -> dict[str, object]:
+        """Returns what its identity has for the keys of `paths`: a digest for each file. Stages with a folder override it."""
+        return {key: _mapped(getattr(self, key), lambda path, key=key: path if Path(path).is_dir() else files.digest(key, path))
+                for key in self.paths}  # fmt: skip
 
     def named_paths(self) -> Iterator[tuple[str, str]]:
         """Yields each key that names files, and a path that it holds: one, a list of them, or a mapping of names to them."""
@@ -114,19 +163,13 @@ class Stage(Strict):
 
     def located(self, places: Mapping[str, str]) -> Self:
         """Returns the stage with the places of this node for the paths that it names."""
+        return self.model_copy(update={key: _mapped(getattr(self, key), places.__getitem__) for key in self.paths})
 
-        def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: places[path] for name, path in value.items()}
-            return places[value] if isinstance(value, str) else value and [places[path] for path in value]
-
-        return self.model_copy(update={key: moved(getattr(self, key)) for key in self.paths})
-
-    def follows(self) -> dict[str, Any]:
+    def follows(self) -> dict[str, object]:
         """Returns what its tasks follow from: its identity, and the versions of the libraries that it uses."""
         return {**self.identity(), "libraries": libraries.of(self.named())}
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, object]:
         """Returns its entry in a pipeline file, with all keys."""
         return {"stage": self.named(), **self.model_dump(mode="json")}
 
@@ -141,16 +184,60 @@ class Stage(Strict):
 
     def check(self) -> None:
         """Checks what can be checked before anything starts, such as files that a key names; ConfigError if not."""
+        if self.needs:
+            extras.require(*self.needs, what=f"stage {self.named()}")
+
+    def failed(self, measures: Mapping[str, float]) -> str:
+        """Returns the reason of the first of `limits` that the measures do not meet; "" if there is none."""
+        for reason, (measure, name, _) in self.limits.items():
+            limit, value = getattr(self, name), measures.get(measure)
+            if limit is None or value is None:
+                continue
+            if value < limit if name.startswith("min_") else value > limit:
+                return reason
+        return ""
+
+    def judged(
+        self,
+        document: Document,
+        measures: dict[str, float],
+        counts: dict[str, int] | None = None,
+        columns: Mapping[str, object] = MappingProxyType({}),
+    ) -> Outcome:
+        """Drops a document whose measures do not meet the limits, or keeps it with further columns."""
+        reason = self.failed(measures)
+        if not reason:
+            document.columns |= columns
+        return Outcome(None if reason else document, reason, measures=measures, counts=counts or {})
 
     def open(self) -> Work:
         """Loads what the stage needs and returns its function: as many outcomes as documents, in their order."""
+        decide = self.loaded()
+        return lambda documents: [decide(document) for document in documents]
+
+    def loaded(self) -> Callable[[Document], Outcome]:
+        """Loads what the stage needs and returns its function of one document; `open` is for those that take several at once."""
+        return self.decide
+
+    def decide(self, document: Document) -> Outcome:
+        """Decides on one document, where nothing has to be loaded."""
         raise NotImplementedError
+
+
+Paths = str | list[str] | dict[str, str] | None
+
+
+def _mapped(paths: Paths, change: Callable[[str], str]) -> Paths:
+    """Changes each path that a key holds: one, a list of them, or a mapping of names to them."""
+    if isinstance(paths, dict):
+        return {name: change(path) for name, path in paths.items()}
+    return change(paths) if isinstance(paths, str) else paths and [change(path) for path in paths]
 
 
 class GlobalStage(Stage):
     """Defines a stage that compares documents, in tasks of its own between the others': it has no function over a batch."""
 
-    def compare(self, flow: Any, found: Any, number: int, memory_limit: int) -> list[Any]:
+    def compare(self, flow: Flow, found: Any, number: int, memory_limit: int) -> list[SpilledRun]:
         """Compares the documents of the runs in `found`, and returns the runs without those that were decided against.
 
         It is stage `number`; what it leaves out, and its tally, it adds to `found`.

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny
 
 from heliostat.curation import reasons, registry
-from heliostat.curation.prepare import Pipeline, place
+from heliostat.curation.making import Making
+from heliostat.curation.prepare import InputFile, Pipeline, place
+from heliostat.curation.sampled import SampledParts
 from heliostat.curation.stage import Stage
 from heliostat.curation.watching import PipelineWatch
 from heliostat.data.manifest import Manifest, kept_path
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
+from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
 from heliostat.tasks.flow import LEAST_MEMORY, Flow
 from heliostat.tasks.progress import Progress
@@ -87,10 +91,33 @@ class StagedPipeline(Pipeline):
     def begin_anew(self) -> None:
         self.worked.clear()
 
-    def conclude(self, made: Manifest, facts: dict[str, dict[str, Any]]) -> None:
-        """Writes what no digest covers beside the shards of a dataset with stages, and removes the work."""
-        for name, told in {**facts, reasons.SECONDS: self._seconds}.items() if self.stages else ():
-            made.location.join(kept_path(made.digest, name)).write(json.dumps(told).encode())
+    def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> Making:
+        """Returns what makes the dataset, or that of a sample."""
+        raise NotImplementedError
+
+    def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
+        """Chooses a sample for a dry run."""
+        raise ConfigError(f"--sample: {type(self).__name__} has no dry run; those of text and of images have one")
+
+    def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        making = self.making(self.flow(), output)
+        rows, meta = making.run(inputs)
+        self._seconds = making.seconds
+        return rows, meta
+
+    def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
+        start, sample = time.monotonic(), self.sampled(inputs, fraction)
+        making = self.making(self.flow(Work(folder.join("work"))), folder.join("out"), sample)
+        return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
+
+    def uncovered(self) -> dict[str, dict[str, Any]]:
+        """Returns what is kept beside a dataset with stages and no digest covers, by its name."""
+        return {reasons.SECONDS: self._seconds} if self._seconds else {}
+
+    def finish(self, made: Manifest) -> None:
+        """Writes what no digest covers, and removes the work."""
+        for name, facts in self.uncovered().items() if self.stages else ():
+            made.location.join(kept_path(made.digest, name)).write(json.dumps(facts).encode())
         if self.keep_work:
             shipping.withdraw(self.worked.spill)
         else:

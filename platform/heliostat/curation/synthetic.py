@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import PurePosixPath
-from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -31,11 +30,9 @@ class File(TypedDict):
 
 @open_
 class InferenceFacts(TypedDict):
-    """Describes what is read of `inference.json`."""
-
     model: ModelFacts
-    engine: dict[str, Any]
-    settings: dict[str, Any]
+    engine: dict[str, object]
+    settings: dict[str, object]
     input: str
     inputs: str
     answers: Whole
@@ -45,7 +42,7 @@ class InferenceFacts(TypedDict):
 TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="give the `heliostat infer` again")
 
 
-def answers(root: Location, files: list[InputFile]) -> dict[str, Any] | None:
+def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
     """Returns what `inference.json` says of the model, the settings and the inputs of files; None if they are no such answers.
 
     A warning tells of a record that cannot be read or does not list the files: then nothing is known of them.
@@ -69,6 +66,5 @@ def answers(root: Location, files: list[InputFile]) -> dict[str, Any] | None:
 
 
 def _above(place: Location) -> Location:
-    """Returns the folder that a place lies in."""
     base, mark, query = place.uri.partition("?") if place.is_s3 else (place.uri, "", "")
     return Location((base.rstrip("/").rpartition("/")[0] or "/") + mark + query)

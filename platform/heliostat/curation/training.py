@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from heliostat import extras
 from heliostat.curation import linear, readers, registry
@@ -15,7 +14,7 @@ from heliostat.errors import ConfigError
 
 def train(
     good: Path, bad: Path, to: Path, ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Trains a classifier on the documents of two folders, writes it to a third, and returns its report.
 
     The report has precision and recall on held-out documents, and the number of documents that could not be read, by reason.

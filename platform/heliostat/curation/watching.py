@@ -36,7 +36,6 @@ class PipelineWatch:
             self._status.stop()
 
     def show(self, kind: str, line: str) -> None:
-        """Shows a line about the tasks of a kind."""
         if self._status:
             self._status.update(Text(f"{self.doing}: {line}", no_wrap=True, overflow="ellipsis"))
         elif not self.quiet and self.clock() - self.logged >= LOG_S:

@@ -8,8 +8,11 @@ a step is then of one part (`Shape.unit`), in an order that is as exact and elas
 
 from __future__ import annotations
 
-from heliostat.config.fields import Json
-from heliostat.config.spec import Job, Source
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from heliostat.config.sections import Source
+from heliostat.config.spec import Job
 from heliostat.data import manifest, versions
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
@@ -20,7 +23,7 @@ KIND = "collection"
 OF_ALL = ("parts", "curation", "also", "forgotten")  # of the metadata: what is said of the whole, in the collection's folder
 
 
-def write(location: Location, rows: list[dict[str, Json]], meta: dict[str, Json]) -> Manifest:
+def write(location: Location, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> Manifest:
     """Writes the manifests of all parts, then the collection's, from rows whose paths are `PART/shards/...`.
 
     `meta["parts"]` holds the metadata that is special to each part.
@@ -35,7 +38,7 @@ def write(location: Location, rows: list[dict[str, Json]], meta: dict[str, Json]
     return manifest.write(location, rows, {**meta, "kind": KIND, "parts": rows_of, "digests": digests})
 
 
-def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Json], bool]:
+def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], bool]:
     """Returns (a dataset's metadata, whether it is of the version that a run recorded), ({}, False) if there is no dataset.
 
     Of a collection, which a `prepare` may have replaced meanwhile, it is the version whose parts the run trains on; else the

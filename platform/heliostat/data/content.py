@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
-Content: TypeAlias = Any  # np.ndarray | pa.Table
+Content: TypeAlias = np.ndarray | pa.Table
 
 
 def part(content: Content, rows: slice) -> Content:

@@ -6,43 +6,45 @@ fetch tasks, which rebuild the rest (`Dataset`) from the manifests.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import itertools
 import json
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.chunks import Chunks, Gathered
 from heliostat.data.content import Content, join, take
 from heliostat.data.manifest import Manifest
-from heliostat.data.mixing import Shape, choose_shape
+from heliostat.data.mixing import LARGEST, Shape, choose_shape
 from heliostat.data.order import Order, SamplePlaces
 from heliostat.data.split import NEWEST, split
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage import wire
 from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Number, Whole, closed
 
-RECORDED_AS = {"steps_per_block": "superstep"}  # what a field of the shape is called in recorded plans
 
-
+@closed
 @dataclass(frozen=True)
 class DataPlan:
     """Holds everything that determines the global sequence, and where the shards are."""
 
     uris: tuple[str, ...]
     digests: tuple[str, ...]
-    mix: tuple[tuple[int, tuple[float, ...]], ...]  # (step, weights from there on), ascending
-    max_epochs: tuple[float | None, ...]
-    sequence_length: int | None
-    seed: int
-    held_fraction: float
+    mix: tuple[tuple[Whole, tuple[Number, ...]], ...]  # (step, weights from there on), ascending
+    max_epochs: tuple[Number | None, ...]
+    sequence_length: Annotated[int, Field(gt=1, le=LARGEST)] | None
+    seed: Whole
+    held_fraction: Annotated[float, Field(ge=0, lt=1)]
     shape: Shape
-    skips: tuple[tuple[int, int, int], ...] = ()  # (step gone back to, step, count): from there on, so many steps are left out
+    skips: tuple[tuple[Whole, Whole, Whole], ...] = ()  # (step gone back to, step, count): from there on, so many are left out
     version: int = NEWEST  # of the rules by which the sequence and the held-out samples follow from the rest
 
     @property
@@ -60,22 +62,18 @@ class DataPlan:
         """Returns the sources' weights at the start of the sequence."""
         return self.mix[0][1]
 
-    def dump(self) -> dict[str, Json]:
-        dumped = json.loads(json.dumps(dataclasses.asdict(self)))
-        dumped["shape"] = {RECORDED_AS.get(key, key): value for key, value in dumped["shape"].items()}
-        return dumped
+    def dump(self) -> dict[str, Any]:
+        return json.loads(PLAN.encode(self))
 
     @staticmethod
-    def parse(raw: dict[str, Json]) -> DataPlan:
-        lists = {k: tuple(raw[k]) for k in ("uris", "digests", "max_epochs")}
-        mix = tuple((step, tuple(weights)) for step, weights in raw["mix"])
-        skips = tuple(tuple(skip) for skip in raw.get("skips", ()))
-        version = raw.get("version", 1)  # runs of before there were others do not name theirs
-        if version not in range(1, NEWEST + 1):
-            raise DataError(f"the data plan is of version {version!r}, and this heliostat knows 1 to {NEWEST}; use a newer one")
-        fields = {was: field for field, was in RECORDED_AS.items()}
-        shape = Shape(**{fields.get(key, key): value for key, value in raw["shape"].items()})
-        return DataPlan(**{**raw, **lists, "mix": mix, "shape": shape, "skips": skips, "version": version})
+    def parse(raw: object, where: object = "the data plan") -> DataPlan:
+        """Builds the plan that was dumped as `raw`; DataError that names `where` if it is no valid plan."""
+        return PLAN.build({"version": 1, **raw} if isinstance(raw, dict) else raw, where)  # the first runs name no version
+
+    @staticmethod
+    def read(place: Location) -> DataPlan:
+        """Reads the plan in a file; FileNotFoundError if there is none."""
+        return DataPlan.parse(RAW.read(place), place)
 
     @property
     def digest(self) -> str:
@@ -101,6 +99,27 @@ class DataPlan:
             for key, label in shape.items()
             if mine["shape"][key] != theirs["shape"][key]
         ]
+
+
+def _fault(plan: DataPlan) -> str | None:
+    shape, sources, steps = plan.shape, len(plan.uris), [step for step, _ in plan.mix]
+    per_lane, rest = divmod(shape.batch, shape.lanes)
+    if not 1 <= plan.version <= NEWEST:
+        return f"it is of version {plan.version}, and this heliostat knows 1 to {NEWEST}; use a newer one"
+    if not sources or {len(plan.digests), len(plan.max_epochs), *(len(weights) for _, weights in plan.mix)} != {sources}:
+        return "uris, digests, max_epochs and weights are not one for each source"
+    if not steps or any(a >= b for a, b in itertools.pairwise(steps)):
+        return "mix: its steps do not ascend"
+    if any(min(weights) < 0 or not 0 < math.fsum(weights) < 1e18 for _, weights in plan.mix):
+        return "mix: weights must not be negative, and one must be above 0"
+    if any(limit is not None and not 0 < limit < 1e12 for limit in plan.max_epochs):
+        return "max_epochs: must be above 0"
+    if rest or per_lane % shape.unit or shape.window % (shape.steps_per_block * per_lane):
+        return "shape: lanes must divide the batch, the unit a lane's samples, and a block the window"
+    return None
+
+
+RAW, PLAN = Format(dict[str, object], "data plan"), Format(DataPlan, "data plan", check=_fault)
 
 
 def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, first_step: int | None = None) -> DataPlan:

@@ -11,10 +11,10 @@ import logging
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 
-from heliostat.config.fields import Json
 from heliostat.data import device_threads, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import SHARDS, Manifest
@@ -102,7 +102,7 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     return manifest.write_table(before.location, chunks, _meta(before.meta, added))
 
 
-def _meta(before: dict[str, Json], added: pa.Table) -> dict[str, Json]:
+def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:
     """Updates the metadata by what footers count, and removes what they do not."""
     meta = {k: v for k, v in before.items() if k not in NOT_IN_FOOTERS}
     if "documents" in meta:  # a row each

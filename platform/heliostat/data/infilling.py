@@ -9,13 +9,12 @@ behind SUFFIX, in this order, is the text again, in either.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Markers:
     middle: int
 
     @staticmethod
-    def of(meta: dict[str, Json]) -> Markers | None:
+    def of(meta: Mapping[str, Any]) -> Markers | None:
         """Reads the markers from a dataset's metadata; None if nothing in it is rearranged."""
         return Markers(*meta[FACT]["markers"]) if FACT in meta else None
 

@@ -17,18 +17,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from heliostat.config.fields import Json
-from heliostat.data import mapped, shard, soundness
+from heliostat.data import mapped, shard
 from heliostat.errors import DataError, MissingDataError
 from heliostat.storage.locations import LEAVES, Location
+from heliostat.storage.records import Format, Whole, open_
 from heliostat.text import brief
 
 FILE = "manifest.parquet"
@@ -51,10 +54,42 @@ SCHEMA = pa.schema(
     ]
 )
 # columns that came later, each with the value that says that it is not known: a column of nothing else is left out of the digest
-LATER: dict[str, Json] = {"place": -1, "content": ""}
+LATER: dict[str, int | str] = {"place": -1, "content": ""}
 PLACES = 1 << 52  # a document's place is its text's hash, counted from the end: the split holds out those below a fraction
 PLACES_KEY = b"heliostat.places"  # in a shard's footer: of each row group
 SLICE = 1 << 16  # rows that are looked at together, where all would take much memory
+LARGEST = 2**48  # rows, tokens or bytes of a chunk or its file; sums of all stay within 64 bits
+COUNTED = ("row_group", "rows", "tokens", "bytes", "file_bytes")
+
+
+@open_
+class Curation(TypedDict):
+    """Describes the record of the documents: the paths of the funnel, and of the ends, each with the first key in it (hex)."""
+
+    funnel: NotRequired[str]
+    ends: NotRequired[list[Annotated[list[str], Field(min_length=2, max_length=2)]]]
+
+
+@open_
+class Meta(TypedDict):
+    """Describes the metadata that the engine itself takes from a manifest; pipelines add more."""
+
+    kind: Annotated[str, Field(min_length=1)]
+    digest: str
+    name: NotRequired[str]
+    tokenizer: NotRequired[str | None]
+    vocab_size: NotRequired[Annotated[int, Field(gt=0, lt=2**31)] | None]
+    end_of_document: NotRequired[Annotated[int, Field(ge=0, lt=2**31)] | None]
+    documents: NotRequired[Whole]
+    duplicates: NotRequired[Whole]
+    dropped: NotRequired[dict[str, Whole]]
+    parts: NotRequired[dict[str, Whole]]
+    also: NotRequired[list[str]]
+    curation: NotRequired[Curation]
+    unigram_entropy: NotRequired[float | None]
+
+
+META = Format(Meta, "metadata")
 
 
 @dataclass(frozen=True)
@@ -63,9 +98,9 @@ class Manifest:
 
     location: Location
     chunks: pa.Table
-    meta: dict[str, Json] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
 
-    def fact(self, name: str) -> Json:
+    def fact(self, name: str) -> Any:
         """Returns a fact from the metadata; DataError if it is missing, and so the dataset cannot be used as intended."""
         if self.meta.get(name) is None:
             raise DataError(f"{self.location}: its manifest does not say its {name!r}; prepare the dataset again")
@@ -80,10 +115,7 @@ class Manifest:
         return self.meta["digest"]
 
     def samples(self, sequence_length: int | None) -> np.ndarray:
-        """Counts the samples of each chunk, int64: rows, or whole sequences.
-
-        A chunk's last tokens, fewer than one sequence, are left out.
-        """
+        """Counts the samples of each chunk, int64: rows, or whole sequences without a rest of tokens."""
         if self.kind == "rows":
             return self.chunks["rows"].to_numpy()
         assert sequence_length, "a token dataset is cut into sequences of a given length"
@@ -115,7 +147,7 @@ class Manifest:
         return int(self.chunks["rows"].to_numpy().sum())
 
 
-def digest(chunks: pa.Table, meta: dict[str, Json]) -> str:
+def digest(chunks: pa.Table, meta: Mapping[str, object]) -> str:
     """Computes the digest of the chunk rows and `meta` (without its own digest): 64 hex digits, whatever the Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
     for column in SCHEMA:
@@ -139,7 +171,7 @@ def place(hash: str) -> int:
     return PLACES - 1 - int(hash[:13], 16)
 
 
-def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Json]]:
+def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
     """Reads the manifest rows of one shard from its footer alone: no data page is read.
 
     DataError if the shard is missing, not Parquet, or (as far as the footer shows) not lists of token ids below `vocab_size`.
@@ -192,10 +224,7 @@ def _places(parquet: pq.FileMetaData) -> list[int]:
 
 
 def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int], name: str, vocab_size: int | None) -> None:
-    """Checks that the column is lists of integers; where it has statistics, also without empty lists and in the vocabulary.
-
-    DataError if it is not so.
-    """
+    """Raises DataError unless the column is lists of integers; by its statistics also none empty, and in the vocabulary."""
     if not columns:
         raise DataError(f"{place}: has no column {name!r}")
     leaf = parquet.schema.column(columns[0])
@@ -214,12 +243,12 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
             )
 
 
-def write(location: Location, rows: list[dict[str, Json]], meta: dict[str, Json]) -> Manifest:
+def write(location: Location, rows: Sequence[Mapping[str, object]], meta: Mapping[str, object]) -> Manifest:
     """Sorts the rows by path and row group, computes the digest and writes the manifest: the dataset now exists."""
     return write_table(location, pa.Table.from_pylist(rows, schema=SCHEMA), meta)
 
 
-def write_table(location: Location, chunks: pa.Table, meta: dict[str, Json]) -> Manifest:
+def write_table(location: Location, chunks: pa.Table, meta: Mapping[str, object]) -> Manifest:
     """Sorts the chunk table by path and row group, computes the digest and writes the manifest: the dataset now exists."""
     chunks = _compact(_complete(chunks).cast(SCHEMA).sort_by([("path", "ascending"), ("row_group", "ascending")]))
     version = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
@@ -299,19 +328,15 @@ def read_shared(location: Location, digest: str) -> Manifest:
     file = location.join(FILE)
     if file.attempt(lambda: file.fs.get_file_info(file.path).size or 0) < mapped.LARGE:  # a byte a chunk is less than any has
         return read(location, digest)
-
     return _shared(location, digest, lambda: read(location, digest))
 
 
 def share(get: Callable[[], Manifest]) -> Manifest:
     """Gets a manifest and, if its table is large, moves that to where all processes of this machine share it."""
-    version = _moved(get())
+    own = get()
+    version = own if len(own.chunks) < mapped.LARGE else _shared(own.location, own.digest, lambda: own)
     pa.default_memory_pool().release_unused()  # else Arrow keeps what the table took
     return version
-
-
-def _moved(version: Manifest) -> Manifest:
-    return version if len(version.chunks) < mapped.LARGE else _shared(version.location, version.digest, lambda: version)
 
 
 def _shared(location: Location, digest: str, get: Callable[[], Manifest]) -> Manifest:
@@ -330,10 +355,9 @@ def _read(location: Location, *parts: str) -> Manifest:
         table = pq.read_table(pa.BufferReader(raw), read_dictionary=["path", "footer"])
         meta = json.loads(table.schema.metadata[b"heliostat"])
         chunks = _compact(_complete(table.replace_schema_metadata(None)))
-        if any(f.type != chunks.schema.field(f.name).type for f in SCHEMA if f.type != pa.string()):
-            raise ValueError("columns of other types")
-        if any(column.null_count for column in chunks.columns):
-            raise ValueError("values are missing")
+        others = [f.name for f in SCHEMA if f.type not in (pa.string(), chunks.schema.field(f.name).type)]
+        if others or any(column.null_count for column in chunks.columns):
+            raise ValueError("columns of other types, or values are missing")
         computed, outside = digest(chunks, meta), _outside(chunks, meta)
     except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
         raise DataError(f"{place}: not a heliostat manifest, or damaged") from e
@@ -341,12 +365,12 @@ def _read(location: Location, *parts: str) -> Manifest:
         raise DataError(f"{place}: does not match its own digest; prepare the dataset again")
     if outside is not None:
         raise DataError(f"{place}: names {outside!r}, which is not a place inside the dataset; do not use it")
-    if fault := soundness.fault(chunks, meta):
+    if fault := _unsound(chunks, meta):
         raise DataError(f"{place}: is no manifest of a dataset ({fault}); prepare the dataset again")
     return Manifest(location, chunks, meta)
 
 
-def _outside(chunks: pa.Table, meta: dict[str, Json]) -> str | None:
+def _outside(chunks: pa.Table, meta: Mapping[str, Any]) -> str | None:
     """Finds the first path that leaves the dataset's folder (`../x`, `/x`) or is invalid (`a//b`), if there is one."""
     files, digests, curation = meta.get("files", {}), meta.get("digests", {}), meta.get("curation", {})
     named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values(), *meta.get("also", [])]
@@ -354,3 +378,20 @@ def _outside(chunks: pa.Table, meta: dict[str, Json]) -> str | None:
     paths = pa.chunked_array([pc.unique(chunks["path"]).cast(pa.string()), pa.array(named, pa.string())])
     bad = paths.filter(pc.match_substring_regex(paths, LEAVES))
     return bad[0].as_py() if len(bad) else None
+
+
+def _unsound(chunks: pa.Table, meta: object) -> str:
+    """Finds what cannot be true in a manifest's chunks and metadata, and describes it; empty if all can."""
+    try:
+        META.build(meta, "its metadata")
+    except DataError as e:
+        return str(e)
+    for name in COUNTED:
+        least, most = pc.min_max(chunks[name]).values()
+        if chunks.num_rows and not 0 <= least.as_py() <= most.as_py() < LARGEST:
+            return f"{name}: from {least} to {most}"
+    footers = pc.unique(chunks["footer"]).cast(pa.string())
+    wrong = pc.invert(pc.match_substring_regex(footers, "^[0-9a-f]{16,128}$"))
+    if pc.any(wrong).as_py():
+        return f"footer: {footers.filter(wrong)[0].as_py()[:100]!r} is no digest"
+    return ""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from heliostat.storage import node_cache
+from heliostat.storage import local_files
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +31,11 @@ def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
 
     `key` is JSON-like and names everything that the table depends on.
     """
-    file = node_cache.folder("tables") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
+    file = local_files.cache("tables") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
     if (found := _open(file)) is not None:
         return found
     try:
-        with node_cache.alone(file, WAIT_S):
+        with local_files.alone(file, WAIT_S):
             if (found := _open(file)) is not None:
                 return found
             built = build()
@@ -49,7 +49,7 @@ def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
 def _open(file: Path) -> pa.Table | None:
     """Opens the table in the file; None if there is none, or if another user could have written it."""
     try:
-        if not node_cache.is_ours(file.parent) or not file.is_file():
+        if not local_files.is_ours(file.parent) or not file.is_file():
             return None
         os.utime(file)
         return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
@@ -59,7 +59,7 @@ def _open(file: Path) -> pa.Table | None:
 
 def _write(file: Path, made: pa.Table) -> None:
     """Writes the table whole or not at all, and removes files that have not been used for a day."""
-    node_cache.remove_unused(file)
+    local_files.remove_unused(file)
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:

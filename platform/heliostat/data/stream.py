@@ -8,8 +8,6 @@ steps from them. A run resumed at step t starts at the round that t is in; nothi
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,7 +26,6 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from heliostat.config.fields import Json
 from heliostat.data import device_threads
 from heliostat.data.content import Content, join, pack, part, unpack
 from heliostat.data.dataset import Bad, DataPlan, open_dataset
@@ -36,6 +33,7 @@ from heliostat.data.order import Order
 from heliostat.data.receipt import lane_digest, sample_digests
 from heliostat.errors import AccessError
 from heliostat.storage import wire
+from heliostat.storage.records import Format
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.interfaces import PhysicalOperator
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
 ENVELOPE = pa.schema(
     [("block", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]
 )
+BAD = Format(list[Bad], "list of samples that were replaced")
 AHEAD = 64  # windows that are numbered and wait to be fetched; Ray takes up to some hundred more in one go when it starts
 COPIES = 4  # of a window while it is fetched: its chunks, its samples, its blocks on their way, and those just before
 
@@ -81,9 +80,8 @@ class Fetch:
             for number, inside in zip(numbers, positions, strict=True):
                 rows = slice(start, start + len(inside))
                 packed = pack(part(loaded.content, rows))
-                bad = [{"at": b.position - int(inside[0]), **dataclasses.asdict(b)} for b in loaded.bad
-                       if inside[0] <= b.position <= inside[-1]]  # fmt: skip
-                row = [pa.array([number]), _one(pa.py_buffer(digests[rows])), _one(packed), pa.array([json.dumps(bad)])]
+                bad = BAD.encode([b for b in loaded.bad if inside[0] <= b.position <= inside[-1]]).decode()
+                row = [pa.array([number]), _one(pa.py_buffer(digests[rows])), _one(packed), pa.array([bad])]
                 yield pa.table(row, schema=ENVELOPE)
                 start = rows.stop
 
@@ -180,8 +178,10 @@ def dataset(
     with ray.data.DataContext.current(context):
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
         # a byte of memory: tasks that ask for the same as those before them would be fused with them (`numbered`)
-        needs: dict[str, Json] = {} if own_cpu else {"num_cpus": 0, "memory": 1}
-        return numbered(task.count, context).map_batches(task, batch_size=1, compute=pool, zero_copy_batch=True, **needs)
+        cpus, memory = (None, None) if own_cpu else (0, 1)
+        return numbered(task.count, context).map_batches(
+            task, batch_size=1, compute=pool, zero_copy_batch=True, num_cpus=cpus, memory=memory
+        )
 
 
 def split(data: ray.data.Dataset, workers: int) -> list[DataIterator]:
@@ -223,7 +223,7 @@ class LaneStream:
         self.lanes = range(rank, plan.shape.lanes, workers)
         self.step = start_step
         self._round = -1
-        self._blocks: list[tuple[np.ndarray, Content, list[dict[str, Json]]]] = []
+        self._blocks: list[tuple[np.ndarray, Content, dict[int, Bad]]] = []
 
     def next_step(self) -> StepSamples:
         shape, inside = self.plan.shape, self.order.round_of(self.step)
@@ -233,21 +233,22 @@ class LaneStream:
         inner = self.order.data_step(self.step) - inside.first_step
         rows = slice(inner * shape.per_lane, (inner + 1) * shape.per_lane)
         self.step += 1
-        bad = [b for _, _, replaced in self._blocks for b in replaced if rows.start <= b["at"] < rows.stop]
+        bad = [b for _, _, replaced in self._blocks for at, b in replaced.items() if rows.start <= at < rows.stop]
         return StepSamples(
             join([part(content, rows) for _, content, _ in self._blocks]),
             self.lanes,
             [lane_digest(digests[rows]) for digests, _, _ in self._blocks],
-            [Bad(**{k: v for k, v in b.items() if k != "at"}) for b in bad],
+            bad,
         )
 
-    def _receive(self, expected: int) -> tuple[np.ndarray, Content, list[dict[str, Json]]]:
+    def _receive(self, expected: int) -> tuple[np.ndarray, Content, dict[int, Bad]]:
         table = next(self.blocks)
         number = table["block"][0].as_py()
         assert number == expected, f"the stream brought block {number} where {expected} was due"
         digests = np.frombuffer(table["digests"][0].as_buffer(), dtype="<u8")
         content = unpack(table["content"][0].as_buffer(), len(digests), bool(self.plan.sequence_length))
-        return digests, content, json.loads(table["bad"][0].as_py())
+        first = int(self.order.block(number)[0])
+        return digests, content, {b.position - first: b for b in BAD.parse(table["bad"][0].as_py().encode(), "a block")}
 
 
 def iterate(part: DataIterator, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:

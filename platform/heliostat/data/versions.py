@@ -19,14 +19,15 @@ import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.fs as pafs
 
-from heliostat.config.fields import Json
 from heliostat.data import device_threads, manifest
 from heliostat.data.manifest import FILES, SHARDS, Manifest
 from heliostat.errors import ConfigError, DataError
@@ -63,7 +64,7 @@ def store(location: Location, prefix: str, data: bytes, suffix: str) -> str:
 # the record ----------------------------------------------------------------------------------------------------------
 
 
-def read_record(location: Location) -> dict[str, Json]:
+def read_record(location: Location) -> dict[str, Any]:
     """Reads the folder's record, {} if it is missing or damaged; ConfigError if there is none, but files that are no dataset."""
     try:
         record = json.loads(location.join(RECORD).read())
@@ -95,11 +96,11 @@ def _times(raw: object) -> dict[str, float]:
     return {name: float(t) for name, t in raw.items() if isinstance(t, int | float)} if isinstance(raw, dict) else {}
 
 
-def write_record(location: Location, record: dict[str, Json]) -> None:
+def write_record(location: Location, record: Mapping[str, object]) -> None:
     location.join(RECORD).write(json.dumps(record, indent=1).encode())
 
 
-def claim(location: Location, record: dict[str, Json]) -> dict[str, Json]:
+def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
     """Claims the folder for this process, and returns the record with it; ConfigError if another one on this machine builds."""
     if isinstance(other := record.get("building"), dict):
         host, pid = other.get("host"), other.get("pid")
@@ -114,15 +115,16 @@ def claim(location: Location, record: dict[str, Json]) -> dict[str, Json]:
     return record
 
 
-def release(location: Location, record: dict[str, Json]) -> None:
+def release(location: Location, record: Mapping[str, object]) -> None:
     """Writes the record without the entry of the building process, which `claim` added."""
     write_record(location, {k: v for k, v in record.items() if k != "building"})
 
 
-def _alive(pid: Json, started: Json) -> bool:
+def _alive(pid: object, started: object) -> bool:
     try:
-        return abs(psutil.Process(pid).create_time() - started) < 1
-    except (psutil.Error, TypeError, ValueError):
+        known = isinstance(pid, int) and isinstance(started, float)
+        return known and abs(psutil.Process(pid).create_time() - started) < 1
+    except (psutil.Error, ValueError):
         return False
 
 
@@ -157,7 +159,7 @@ def paths(version: Manifest) -> set[str]:
 # publishing and removing ---------------------------------------------------------------------------------------------
 
 
-def mark(location: Location, newest: Manifest | None, record: dict[str, Json], now: float | None = None) -> dict[str, Json]:
+def mark(location: Location, newest: Manifest | None, record: Mapping[str, Any], now: float | None = None) -> dict[str, Any]:
     """Marks every kept version but `newest` as replaced, from now on where it was not before, and returns the record."""
     now = time.time() if now is None else now
     known = record.get("replaced", {})
@@ -166,7 +168,7 @@ def mark(location: Location, newest: Manifest | None, record: dict[str, Json], n
     return {**record, "replaced": {name: known.get(name, now) for name in names}}
 
 
-def prune(location: Location, record: dict[str, Json], keep_s: float, now: float | None = None) -> Pruned:
+def prune(location: Location, record: Mapping[str, Any], keep_s: float, now: float | None = None) -> Pruned:
     """Removes the versions that were replaced at least `keep_s` seconds ago, and old files that no version names."""
     now = time.time() if now is None else now
     try:

@@ -1,5 +1,5 @@
 """Builds the DeepSpeed engine, and reads and writes the state that ZeRO shards.
 
 Start at `deepspeed_engine`.
-May import: `checkpoint`, `config`, `cpu_kernels`, `data`, `optim`, `parallel`, `recipes`.
+May import: `checkpoint`, `config`, `data`, `optim`, `parallel`, `recipes`.
 """

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from heliostat import cpu_kernels
 from heliostat.config.spec import Job
 from heliostat.engine import expert_group, first_weights, matrix_cut, patches, tensor_group, zero_state
 from heliostat.engine.engine_config import engine_config
@@ -127,7 +126,6 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     if job.train.zero.quantize_weights:
         _require_eighths(model)
     expert_group.divide(recipe, model, job.train.parallel.expert)
-    cpu_kernels.use(model, job, recipe.causal)
     train, settings = job.train, job.train.optimizer
     groups = building.parameter_groups(model, settings.weight_decay, recipe, settings.orthogonalizes)
     if settings.averages:

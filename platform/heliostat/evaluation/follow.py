@@ -121,7 +121,7 @@ class Followed:
         except CheckpointError:
             return None  # being written, or just removed
         known = self.results.get(step)
-        return None if known and known["written"] == checkpoint.index["written"] else checkpoint
+        return None if known and known["written"] == checkpoint.index.written else checkpoint
 
     def _score(self, step: int) -> None:
         checkpoint = self._open(step)
@@ -144,7 +144,7 @@ class Followed:
                 self._fail(step, e)
                 return
         result["model"]["folder"] = str(checkpoint.location)
-        self.results[step] = {**result, "written": checkpoint.index["written"], "recorded": recording.unrecorded("not sent yet")}
+        self.results[step] = {**result, "written": checkpoint.index.written, "recorded": recording.unrecorded("not sent yet")}
         self._keep(step)
         self.told(step, self.results[step])
 

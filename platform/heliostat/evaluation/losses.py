@@ -18,7 +18,7 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import read
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported as exports
-from heliostat.recipes.gathering import taken
+from heliostat.recipes.batches import taken
 from heliostat.recipes.protocol import GUIDE, Evaluates, Exports, Recipe
 from heliostat.schema import validate
 from heliostat.storage.locations import Location

@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from heliostat.config.checkpoint_section import BENCHMARK
 from heliostat.config.fields import Json
+from heliostat.config.sections import BENCHMARK
 from heliostat.evaluation.suite import Result
 from heliostat.text import brief
 from heliostat.tracking import mlflow_client, tags

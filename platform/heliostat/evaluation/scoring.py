@@ -14,8 +14,7 @@ import transformers
 
 from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.evaluation import measures
-from heliostat.evaluation.programs import unit_tests
+from heliostat.evaluation import measures, unit_tests
 from heliostat.evaluation.suite import Row, Suite
 from heliostat.evaluation.tasks import EvalTask
 from heliostat.recipes import exported

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.evaluation import task_files
-from heliostat.evaluation.programs import unit_tests
+from heliostat.evaluation import task_files, unit_tests
 from heliostat.evaluation.suite import Suite, SuiteEntry
 from heliostat.schema import nearest
 from heliostat.storage.locations import Location

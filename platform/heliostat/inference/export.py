@@ -58,7 +58,7 @@ def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None)
     for file, tensors in _files(recipe, shapes, checkpoint).items():
         write_weights(checkpoint, shapes, DTYPES[job.train.precision], folder / file, tensors, initial)
     recipe.save_config(folder)
-    origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index["data_digest"]}
+    origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index.data_digest}
     exported.write(folder, job, {**origin, "data_version": checkpoint.plan.version})
     return recipe
 
@@ -87,7 +87,7 @@ def _files(recipe: Exports, shapes: dict[str, tuple[int, ...]], checkpoint: Save
 
 
 def _buffers(checkpoint: SavedCheckpoint) -> dict[str, tuple[int, ...]]:
-    return {n: tuple(checkpoint.index["tensors"][f"buffer.{n}"]["shape"]) for n in checkpoint.names("buffer")}
+    return {n: tuple(checkpoint.index.tensors[f"buffer.{n}"].shape) for n in checkpoint.names("buffer")}
 
 
 def write_weights(
@@ -140,7 +140,7 @@ class _Sources:
         (source,) = weight.sources
         place = self.places.get(source, "")
         if place.startswith("buffer."):
-            dtype = safetensors_file.DTYPES[self.checkpoint.index["tensors"][place]["dtype"]]
+            dtype = safetensors_file.DTYPES[self.checkpoint.index.tensors[place].dtype]
         return _entry(name, partial(self._pieces, source), weight.shape, dtype)
 
     def _pieces(self, source: str) -> Iterator[torch.Tensor]:

@@ -19,10 +19,8 @@ from pathlib import Path
 
 from heliostat.config.fields import Json
 from heliostat.curation import segment
-from heliostat.curation.watching import PipelineWatch
 from heliostat.errors import HeliostatError
-from heliostat.inference.batch.claim import claim
-from heliostat.inference.batch.run import model_digest
+from heliostat.inference.batch.run import claim, flow_on_ray, model_digest
 from heliostat.inference.generate import BATCH, RESULTS
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Generated, Request
@@ -30,13 +28,9 @@ from heliostat.storage import lease
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
 from heliostat.tasks.flow import Flow, Task
-from heliostat.tasks.progress import Progress
 from heliostat.tasks.shipping import Shipment
-from heliostat.tasks.work import Work, key
-from heliostat.terminal import console
+from heliostat.tasks.work import key
 from heliostat.text import brief
-
-WORK = "work"
 
 
 def generate_many(
@@ -58,11 +52,7 @@ def generate_many(
     import torch
 
     with lease.take(place, "written", "wait for it, or stop it", field="--out") as lease_:
-        from heliostat.cluster.connect import connect
-
-        connect(cpus=workers, gpus=torch.cuda.device_count())
-        with PipelineWatch(console, "answering prompts", quiet) as watch:
-            flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
+        with flow_on_ray(place, "answering prompts", workers, torch.cuda.device_count(), quiet) as flow:
             try:
                 results = answered(flow, folder, prompts, options, seed, out, key(asked))
             except HeliostatError:

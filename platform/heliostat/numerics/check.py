@@ -17,8 +17,7 @@ from pathlib import Path
 from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.numerics import processes
-from heliostat.numerics.rows import DifferenceRow
-from heliostat.numerics.thresholds import LIMITS, Thresholds
+from heliostat.numerics.rows import LIMITS, DifferenceRow, Thresholds
 from heliostat.runs import verify
 from heliostat.storage.locations import Location
 from heliostat.validation import check as checks

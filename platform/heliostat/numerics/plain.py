@@ -16,9 +16,8 @@ from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.dataset import DataPlan
 from heliostat.numerics import compare, play
-from heliostat.numerics.rows import DifferenceRow
+from heliostat.numerics.rows import LIMITS, DifferenceRow
 from heliostat.numerics.small import STEPS
-from heliostat.numerics.thresholds import LIMITS
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Batch, CouplesSamples, Recipe
 from heliostat.training.worker.coupled import objective

@@ -1,4 +1,9 @@
-"""Collects the differences that were found, a row for each kind."""
+"""Collects the differences that were found, a row for each kind, and holds their limits, and why these are what they are.
+
+Differences are relative norms: the norm of what differs, over the norm of what one plain process computes in fp32. Each step
+begins from the engine's own weights, so nothing adds up over steps, and a limit is that of one step's rounding. Limits are some
+ten times above what healthy jobs show, and below any fault that training would feel.
+"""
 
 from __future__ import annotations
 
@@ -47,3 +52,30 @@ class DifferenceRow:
     @staticmethod
     def parse(raw: dict[str, Json]) -> DifferenceRow:
         return DifferenceRow(**{**raw, "faults": [NumericFault(**fault) for fault in raw["faults"]]})
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    loss: float
+    """Of a step's loss."""
+    gradient: float
+    """Of each parameter's gradient."""
+    floor: float
+    """Of a gradient's norm, as a share of what its size would have in the whole gradient: some are zero but for rounding, such as
+    those of biases of keys, which attention cancels."""
+    update: float
+    """Of each parameter's update against torch's optimizer, given the engine's own gradient. In fp32 at every precision, since
+    masters and moments are."""
+    resumed: float
+    """Of the losses behind a checkpoint at another layout, against those of the workers that saved it."""
+
+
+UPDATE = 1e-3  # clipping divides by a norm that was summed in another order, and small updates round in the weight's last bits
+LIMITS = {
+    # sums in another order: some 1e-7 a sum, and some hundred of them deep
+    "fp32": Thresholds(loss=1e-5, gradient=1e-3, floor=1e-2, update=UPDATE, resumed=1e-5),
+    # 8 bits of mantissa: each product is off by up to 4e-3; a router's choice may tip over
+    "bf16": Thresholds(loss=2e-2, gradient=2.5e-1, floor=1e-1, update=UPDATE, resumed=2e-2),
+    # 11 bits: 5e-4, and gradients that are lost below 6e-8 of the loss's scale
+    "fp16": Thresholds(loss=5e-3, gradient=1e-1, floor=1e-1, update=UPDATE, resumed=5e-3),
+}

@@ -6,12 +6,32 @@ brought together for it (`whole_matrices`), behind clipping, once a step. DeepSp
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import NotRequired, TypedDict, cast
 
 import torch
 
-from heliostat.optim.orthogonal import newton_schulz, scale
 from heliostat.optim.whole_matrices import Matrix, on_whole
+
+
+class AdamWKeys(TypedDict):
+    """Holds the hyperparameters of what AdamW steps."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+
+
+class MuonKeys(TypedDict):
+    """Holds the hyperparameters of hidden matrices; a parameter group has its `weight_decay` besides."""
+
+    lr: float
+    momentum: float
+    nesterov: bool
+    dtype: torch.dtype
+    like_adamw: bool
+    weight_decay: NotRequired[float]
 
 
 class WithAdamW(torch.optim.Optimizer):
@@ -20,7 +40,7 @@ class WithAdamW(torch.optim.Optimizer):
     DeepSpeed treats optimizers apart that have Muon in their name.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], adamw: dict[str, Any], muon: dict[str, Any]) -> None:
+    def __init__(self, groups: list[dict[str, object]], adamw: AdamWKeys, muon: MuonKeys) -> None:
         # which completes its groups with its own defaults, in place
         self.adamw = torch.optim.AdamW(
             [g for g in groups if not g["orthogonal"]] or [{"params": [torch.zeros(1)]}], **adamw, fused=True
@@ -35,15 +55,15 @@ class WithAdamW(torch.optim.Optimizer):
         self.cut, self.device = cut, device
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         self.adamw.param_groups = [g for g in self.param_groups if not g["orthogonal"]]
         self.adamw.step()
         for group in self.param_groups:
             for p in group["params"] if group["orthogonal"] else []:
                 if p.grad is not None:
-                    self._one(p, p.grad, group)
+                    self._one(p, p.grad, cast(MuonKeys, group))
 
-    def _one(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+    def _one(self, p: torch.Tensor, grad: torch.Tensor, group: MuonKeys) -> None:
         state, lr = self.state[p], group["lr"]
         if not state:
             state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
@@ -53,7 +73,7 @@ class WithAdamW(torch.optim.Optimizer):
 
         def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
             rows, columns = matrix.shape
-            return newton_schulz(matrix, group["dtype"]).to(matrix.dtype) * scale(rows, columns, group["like_adamw"])
+            return newton_schulz(matrix, group["dtype"]).to(matrix.dtype) * rate_scale(rows, columns, group["like_adamw"])
 
         if p in self.cut:
             on_whole(orthogonal, change, self.cut[p], self.device)
@@ -62,3 +82,27 @@ class WithAdamW(torch.optim.Optimizer):
             for i, matrix in enumerate(whole):
                 whole[i] = orthogonal(matrix)
         p.mul_(1 - lr * group["weight_decay"]).add_(change.view(p.shape), alpha=-lr)
+
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Keller Jordan's: the steepest at 0 that stays within about 0.7 to 1.2
+STEPS = 5
+SMALLEST = 1e-7
+
+
+def newton_schulz(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Orthogonalizes a matrix by Newton-Schulz iterations, computed in `dtype` (Jordan et al. 2024, Muon)."""
+    a, b, c = QUINTIC
+    wide = matrix.to(dtype)
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = wide.T if tall else wide
+    wide = wide / wide.norm().clamp(min=SMALLEST)
+    for _ in range(STEPS):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if tall else wide
+
+
+def rate_scale(rows: int, columns: int, like_adamw: bool) -> float:
+    """Computes by what the learning rate is multiplied for a shape: so that the change has the root mean square of AdamW's (Liu
+    et al. 2025, arXiv 2502.16982), or a spectral norm that suits the shape, as Muon was published."""
+    return 0.2 * math.sqrt(max(rows, columns)) if like_adamw else math.sqrt(max(1.0, rows / columns))

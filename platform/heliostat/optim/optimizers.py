@@ -10,7 +10,7 @@ and a checkpoint of one cut is loaded at another. What looks at whole tensors mu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -51,7 +51,7 @@ class Optimizer(Strict):
         """Returns those names for a parameter, which is a hidden matrix or not."""
         return self.state
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         """Builds torch's optimizer for parameter groups, which hold `params` and `weight_decay`."""
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class AdamW(Optimizer):
     def state(self) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         import torch
 
         betas = (self.betas[0], self.betas[1])
@@ -101,7 +101,7 @@ class Sgd(Optimizer):
     def state(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.momentum else ()
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         import torch
 
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=True)
@@ -123,7 +123,7 @@ class RmsProp(Optimizer):
     def state(self) -> tuple[str, ...]:
         return ("square_avg",)
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         import torch
 
         return torch.optim.RMSprop(groups, lr=self.lr, alpha=self.alpha, eps=self.eps)  # fused there is none
@@ -144,10 +144,10 @@ class Lion(Optimizer):
     def state(self) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from heliostat.optim import lion
+    def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+        from heliostat.optim import update_rules
 
-        return lion.LionStep(groups, self.lr, (self.betas[0], self.betas[1]))
+        return update_rules.LionStep(groups, self.lr, (self.betas[0], self.betas[1]))
 
 
 class ScheduleFree(Optimizer):
@@ -169,10 +169,10 @@ class ScheduleFree(Optimizer):
     def state(self) -> tuple[str, ...]:
         return "exp_avg_sq", "z", "ema"
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from heliostat.optim import schedule_free
+    def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+        from heliostat.optim import update_rules
 
-        return schedule_free.ScheduleFreeStep(groups, self.lr, (self.betas[0], self.betas[1]), self.eps)
+        return update_rules.ScheduleFreeStep(groups, self.lr, (self.betas[0], self.betas[1]), self.eps)
 
 
 class Muon(Optimizer):
@@ -207,7 +207,7 @@ class Muon(Optimizer):
     def kept(self, hidden_matrix: bool) -> tuple[str, ...]:
         return self.state[:1] if hidden_matrix else self.state[1:]
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         import torch
 
         from heliostat.optim import muon
@@ -216,11 +216,12 @@ class Muon(Optimizer):
         for group in groups:
             group["lr"] = self.lr if group["orthogonal"] else rate
             if not group["orthogonal"]:
-                group["lr_scale"] = group.get("lr_scale", 1.0) * rate / self.lr
-        adamw = {"lr": rate, "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
+                group["lr_scale"] = cast(float, group.get("lr_scale", 1.0)) * rate / self.lr
+        adamw = muon.AdamWKeys(lr=rate, betas=(self.betas[0], self.betas[1]), eps=self.eps)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.newton_schulz]
-        own = {"lr": self.lr, "momentum": self.momentum, "nesterov": self.nesterov, "dtype": dtype}
-        return muon.WithAdamW(groups, adamw, {**own, "like_adamw": self.scale == "adamw"})
+        like_adamw = self.scale == "adamw"
+        own = muon.MuonKeys(lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, dtype=dtype, like_adamw=like_adamw)
+        return muon.WithAdamW(groups, adamw, own)
 
 
 KINDS: tuple[type[Optimizer], ...] = (AdamW, Sgd, RmsProp, Lion, ScheduleFree, Muon)
@@ -236,7 +237,7 @@ REFUSED = {
 }
 
 
-def _refuse(value: Any) -> Any:
+def _refuse(value: object) -> object:
     """Refuses a known optimizer that is not supported, with the reason."""
     name = value.get("name") if isinstance(value, dict) else None
     if isinstance(name, str) and (why := REFUSED.get(name.lower())):
@@ -244,7 +245,7 @@ def _refuse(value: Any) -> Any:
     return value
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     """Returns the optimizer's name as given; the default's where the value is no mapping, which that model then reports."""
     return str(value.get("name", DEFAULT) if isinstance(value, dict) else getattr(value, "name", DEFAULT))
 
@@ -256,10 +257,10 @@ else:
     AnyOptimizer = Annotated[Union[_KINDS], Discriminator(_name), BeforeValidator(_refuse)]  # noqa: UP007 (made of a tuple)
 
 
-def require_resumable(optimizer: Optimizer, recorded: dict[str, Any]) -> None:
+def require_resumable(optimizer: Optimizer, recorded: dict[str, object]) -> None:
     """Checks that a run whose checkpoints were made with the `recorded` keys can go on with this optimizer; ConfigError if not.
     The state that it keeps of every parameter must be what the checkpoints hold. Its other keys may change."""
-    kind = REGISTRY.get(name := recorded.get("name", DEFAULT))
+    kind = REGISTRY.get(name := str(recorded.get("name", DEFAULT)))
     held = kind.model_validate(recorded).state if kind else None
     if held == optimizer.state:
         return

@@ -1,5 +1,5 @@
 """Shards what a model computes: samples, matrices, and experts; checks which architectures support it.
 
 Start at `division`.
-May import: `checkpoint`, `config`, `cpu_kernels`, `data`.
+May import: `checkpoint`, `config`, `data`.
 """

@@ -7,16 +7,15 @@ attention that puts the rows together. Its logits must be those of the whole sam
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import torch
 
-from heliostat import cpu_kernels
-from heliostat.config.worker_counts import divisors
+from heliostat.config.fields import divisors
 from heliostat.errors import ConfigError
 from heliostat.parallel import sequence_attention, tiny
+from heliostat.parallel.language_model import LanguageModel
 
 KEY = "train.parallel.sequence"
 PARTS = 4
@@ -29,7 +28,7 @@ class UnfitForCutting(Exception):
     """Says why a model's samples cannot be cut."""
 
 
-def require(recipe: Any, parts: int) -> None:
+def require(recipe: LanguageModel, parts: int) -> None:
     """Raises ConfigError unless samples of the recipe's model can be cut over so many workers."""
     _require_heads(recipe, parts)
     kind = recipe.config.model_type
@@ -38,16 +37,12 @@ def require(recipe: Any, parts: int) -> None:
             f"{KEY}: the router's loss of {kind!r} is of whole micro-batches, and is not computed from stretches of them; set "
             "model.output_router_logits to false, or it to 1"
         )
-    job = recipe.job
-    known_by = [recipe.config.to_dict(), recipe.length, recipe.document_mask, job.workers.gpus, job.train.cpu_kernels]
-    key = json.dumps(known_by, default=str, sort_keys=True)
-    if key not in _known:
-        _known[key] = tiny.tried(recipe, _fault)
-    if _known[key]:
-        raise ConfigError(f"{KEY}: samples of {kind!r} cannot be cut: {_known[key]}; set it to 1")
+    how = [recipe.length, recipe.document_mask]
+    if fault := tiny.remembered(_known, recipe, how, lambda: tiny.tried(recipe, _fault)):
+        raise ConfigError(f"{KEY}: samples of {kind!r} cannot be cut: {fault}; set it to 1")
 
 
-def _require_heads(recipe: Any, parts: int) -> None:
+def _require_heads(recipe: LanguageModel, parts: int) -> None:
     """Raises ConfigError unless every worker has the same number of heads; heads of keys and values may be fewer than workers."""
     if not isinstance(getattr(recipe.config.get_text_config(decoder=True), "num_attention_heads", None), int):
         raise ConfigError(f"{KEY}: samples of {recipe.config.model_type!r} cannot be cut: it has no attention heads; set it to 1")
@@ -61,7 +56,7 @@ def _require_heads(recipe: Any, parts: int) -> None:
         )
 
 
-def _fault(small: Any) -> str:
+def _fault(small: LanguageModel) -> str:
     try:
         off = difference(small)
     except UnfitForCutting as e:
@@ -72,13 +67,11 @@ def _fault(small: Any) -> str:
 
 
 @torch.no_grad()
-def difference(recipe: Any) -> float:
+def difference(recipe: LanguageModel) -> float:
     """Computes how far the logits of a cut sample are from those of the whole one, over their spread, in a small model."""
     torch.manual_seed(0)
     model = recipe.build().eval()
-    cpu_kernels.use(model, recipe.job, recipe.causal)
-    for p in model.parameters():
-        p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
+    tiny.stir(model)
     tokens = np.random.default_rng(0).integers(6, 90, (1, tiny.LENGTH)).astype(np.int32)
     tokens[:, tiny.LENGTH // 3 - 1 :: tiny.LENGTH // 3] = tiny.END  # documents that a cut goes through
     batch = recipe.batch(tokens)

@@ -8,7 +8,6 @@ step, in threads that add up what the row-parallel matrices give. Each one's log
 from __future__ import annotations
 
 import copy
-import json
 import re
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 from heliostat.data import device_threads
 from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
+from heliostat.parallel.language_model import LanguageModel
 
 KEY = "train.parallel.tensor"
 PARTS = 2
@@ -49,7 +49,7 @@ def _plan(config: Any) -> Iterator[tuple[str, str]]:
             yield name.removesuffix(".weight"), style
 
 
-def require(recipe: Any, parts: int) -> None:
+def require(recipe: LanguageModel, parts: int) -> None:
     """Raises ConfigError unless the matrices of the recipe's model can be divided into so many parts."""
     config, kind = recipe.config, recipe.config.model_type
     plan = dict(_plan(config))
@@ -66,11 +66,8 @@ def require(recipe: Any, parts: int) -> None:
             fits = [n for n in range(2, number + 1) if all(_number(config, f) % n == 0 for f in FIELDS)]
             instead = f"use {' or '.join(map(str, fits[:4]))}" if fits else "set it to 1"
             raise ConfigError(f"{KEY}: {parts} does not divide model.{field} {number}; {instead}")
-    key = json.dumps([config.to_dict(), recipe.document_mask], default=str, sort_keys=True)
-    if key not in _known:
-        _known[key] = tiny.tried(recipe, _fault, 2 * PARTS)
-    if _known[key]:
-        raise ConfigError(f"{KEY}: matrices of {kind!r} cannot be divided: {_known[key]}; set it to 1")
+    if fault := tiny.remembered(_known, recipe, [recipe.document_mask], lambda: tiny.tried(recipe, _fault, 2 * PARTS)):
+        raise ConfigError(f"{KEY}: matrices of {kind!r} cannot be divided: {fault}; set it to 1")
 
 
 def _number(config: Any, field: str) -> int:
@@ -78,20 +75,19 @@ def _number(config: Any, field: str) -> int:
     return number if isinstance(number, int) else 0
 
 
-def _fault(small: Any) -> str:
+def _fault(small: LanguageModel) -> str:
     off, narrowed = played(small)
     if narrowed:
         return f"every worker would have {narrowed[0]!r} whole, and see a part of what goes through it"
     return "" if off <= TOLERANCE else f"a part of each does not compute what the whole does (its logits are off by {off:.1%})"
 
 
-def played(recipe: Any) -> tuple[float, list[str]]:
+def played(recipe: LanguageModel) -> tuple[float, list[str]]:
     """Computes how far the logits of a small model's parts are from those of the whole one, over their spread; names also the
     modules that are whole in each part, and see only a part of their input: each would have another gradient for them."""
     torch.manual_seed(0)
     model = recipe.build().eval()
-    for p in model.parameters():
-        p.data.normal_(std=0.2) if p.dim() > 1 else p.data.add_(0.1 * torch.randn_like(p))
+    tiny.stir(model)
     batch = {k: v for k, v in recipe.batch(tiny.tokens(recipe)).items() if k != "labels"}
     meeting = _Meeting()
     parts = [meeting.part(copy.deepcopy(model), number) for number in range(PARTS)]

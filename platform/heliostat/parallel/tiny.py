@@ -7,13 +7,20 @@ than a sample, and every switch. Made small: the number of layers, heads and exp
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
-from heliostat.parallel.expert_numbers import CHOSEN, EXPERTS
+from heliostat.parallel.language_model import CHOSEN, EXPERTS, LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+T = TypeVar("T")
 
 LENGTH = 48  # tokens of a sample
 VOCABULARY = 96
@@ -31,7 +38,11 @@ REACHES = ("sliding_window", "attention_chunk_size", "original_max_position_embe
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # never fewer than a sample has: that is refused
 
 
-def shrunk(config: Any, length: int, heads: int = 2) -> Iterator[Any]:
+class UntriedError(Exception):
+    """Says why no small model of an architecture could be tried."""
+
+
+def shrunk(config: PreTrainedConfig, length: int, heads: int = 2) -> Iterator[PreTrainedConfig]:
     """Yields smaller configurations, of so many heads at most, of a model whose samples have `length` tokens, the likeliest to be
     valid first."""
     given = config.to_dict()
@@ -46,44 +57,65 @@ def shrunk(config: Any, length: int, heads: int = 2) -> Iterator[Any]:
         yield small
 
 
-def of(recipe: Any, config: Any) -> Any:
-    """Makes a recipe of a small model, whose kernels a CPU can compute."""
-    small = recipe.plainly()
-    small.config, small.length, small.pretrained, small.end = config, LENGTH, None, END
-    return small
+def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: int = 2, largest: float | None = None) -> T:
+    """Returns what comes of the first small version of the recipe, of so many heads at most, that can be computed;
+    UntriedError if none can. Its model is built anew on every `build`, and its kernels are those that a CPU can compute.
+    `largest`: parameters at most; the default is LARGEST."""
+    reason, most = "no small model of it can be made", LARGEST if largest is None else largest
+    for config in shrunk(recipe.config, recipe.length, heads):
+        small = recipe.plainly()
+        small.config, small.length, small.pretrained, small.end = config, LENGTH, None, END
+        try:
+            if (size := parameters(small)) > most:
+                reason = f"the smallest model of it has {size:,} parameters"
+                continue
+            with one_thread(), torch.random.fork_rng(devices=[]):
+                return what(small)
+        except Exception as e:  # noqa: BLE001  whatever this architecture's own code raises
+            reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1].strip()[:200]}"
+    raise UntriedError(reason)
 
 
-def tried(recipe: Any, fault: Callable[[Any], str], heads: int = 2) -> str:
-    """Finds the fault of a small version of the recipe, of so many heads at most, whose model is built anew on every `build`; ""
-    if there is none.
-
-    What cannot be tried has that as its fault.
-    """
-    reason = "no small model of it can be made"
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Makes torch compute in one thread inside: small models are faster so."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for config in shrunk(recipe.config, recipe.length, heads):
-            small = of(recipe, config)
-            try:
-                if (size := parameters(small)) > LARGEST:
-                    reason = f"the smallest model of it has {size:,} parameters"
-                    continue
-                with torch.random.fork_rng(devices=[]):
-                    return fault(small)
-            except Exception as e:  # noqa: BLE001  whatever this architecture's own code raises
-                reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1].strip()[:200]}"
+        yield
     finally:
         torch.set_num_threads(threads)
-    return f"it could not be tried ({reason})"
 
 
-def tokens(small: Any) -> np.ndarray:
+def tried(recipe: LanguageModel, fault: Callable[[LanguageModel], str], heads: int = 2) -> str:
+    """Finds the fault of a small version of the recipe; "" if there is none. What cannot be tried has that as its fault."""
+    try:
+        return attempt(recipe, fault, heads)
+    except UntriedError as e:
+        return f"it could not be tried ({e})"
+
+
+def remembered(known: dict[str, T], recipe: LanguageModel, how: list[object], find: Callable[[], T]) -> T:
+    """Returns what was found of a configuration before in this process, where `how` was the same; else finds it."""
+    key = json.dumps([recipe.config.to_dict(), *how], default=str, sort_keys=True)
+    if key not in known:
+        known[key] = find()
+    return known[key]
+
+
+def tokens(small: LanguageModel) -> np.ndarray:
     """Draws the tokens of two samples, none of which ends a document."""
     return np.random.default_rng(0).integers(6, 90, (2, small.length)).astype(np.int32)
 
 
-def loss_and_gradient(small: Any, model: Any) -> torch.Tensor:
+@torch.no_grad()
+def stir(model: torch.nn.Module) -> None:
+    """Draws weights that give every part of a model an effect on its logits."""
+    for p in model.parameters():
+        p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
+
+
+def loss_and_gradient(small: LanguageModel, model: torch.nn.Module) -> torch.Tensor:
     """Computes a small model's loss and, behind it, its whole gradient, without dropout, with weights that give every part an
     effect, the same each time."""
     torch.manual_seed(0)
@@ -102,7 +134,7 @@ def same(right: torch.Tensor, mine: torch.Tensor, tolerance: float) -> bool:
     return bool(max(abs(mine[0] - right[0]) / right[0], (mine - right).norm() / right.norm()) <= tolerance)
 
 
-def parameters(recipe: Any) -> int:
+def parameters(recipe: LanguageModel) -> int:
     """Counts the parameters of the recipe's model, built without memory for them."""
     with torch.device("meta"):
         return sum(p.numel() for p in recipe.build().parameters())
@@ -111,7 +143,9 @@ def parameters(recipe: Any) -> int:
 class _Small:
     """Shrinks a configuration, and those nested in it, to at most `heads` heads and `layers` layers: the result is `made`."""
 
-    def __init__(self, given: dict[str, Any], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
+    def __init__(
+        self, given: dict[str, object], names: dict[str, str], length: int, heads: int | None, layers: int | None
+    ) -> None:
         self.made, self.names, self.length = copy.deepcopy(given), names, length
         for name, part in given.items():
             if isinstance(part, dict) and "model_type" in part:
@@ -123,10 +157,10 @@ class _Small:
         if layers:
             self._layers(layers)
 
-    def _get(self, name: str) -> Any:
+    def _get(self, name: str) -> object:
         return self.made.get(self.names.get(name, name))
 
-    def _set(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: object) -> None:
         name = self.names.get(name, name)
         if self.made.get(name) is not None:
             self.made[name] = value
@@ -178,7 +212,7 @@ class _Small:
         for name in ("n_group", "topk_group"):
             self._set(name, 1)
 
-    def _reach(self, part: dict[str, Any]) -> None:
+    def _reach(self, part: dict[str, object]) -> None:
         """Scales windows and position ranges: what is longer than a sample stays longer, and what is shorter stays shorter."""
         for name, value in part.items():
             if isinstance(value, dict) and "model_type" not in value:

@@ -35,11 +35,12 @@ def settled(
     resume: bool = False,
     device: str | None = None,
     prices: Prices | None = None,
+    unread: str = "",
 ) -> Job:
     """Returns the job in the fastest layout that fits, if it asks for that; ConfigError if none does.
 
     `cluster`: the file of the one that it is for; without one, or a `device`, it is this machine. `resume`: goes on with the run,
-    if there is one.
+    if there is one; `unread`: why the datasets could not be read a moment ago.
     """
     if not job.train.parallel.auto:
         return job
@@ -49,7 +50,7 @@ def settled(
         kept = layouts.of(before)
         log.info("%s: the run has begun on as many workers, and keeps its layout: %s", KEY, said(computed, kept))
         return layouts.applied(computed, kept)
-    plain, recipe, unread = bound(*check.check_job(computed))
+    plain, recipe, unread = bound(*check.check_job(computed), unread)
     pools = cluster_file.read(cluster) if isinstance(cluster, Path) else cluster
     ranked = ranking(plain, recipe, pools, device or (None if cluster else here(job)), prices)
     best, where = ranked.candidates[0], f"{ranked.planner.workers} workers of {ranked.planner.device.name}"

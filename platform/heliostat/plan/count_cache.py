@@ -19,7 +19,6 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from heliostat.cluster.package_digest import package_digest
 from heliostat.config import workspace
 from heliostat.config.spec import Job
 from heliostat.errors import DataError, StorageError
@@ -93,6 +92,15 @@ def _is_path(value: object) -> bool:
 def _code() -> list[str]:
     """Identifies the code that counts: this package's files, and the versions of what it calls."""
     return [package_digest(Path(__file__).parents[1]), *map(_version, LIBRARIES)]
+
+
+def package_digest(package: Path) -> str:
+    """Computes the digest of a package's files and their names: 64 hex digits, the same wherever its folder is."""
+    files = sorted(p for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(package)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _version(library: str) -> str:

@@ -13,11 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from heliostat.checkpoint import checksums, layout, placement, shard_index
-from heliostat.checkpoint.index import CheckpointIndex
-from heliostat.checkpoint.index import root as index_root
-from heliostat.checkpoint.placement import BYTES, Shard, Tensor
-from heliostat.checkpoint.shard_index import ChunkPlace
+from heliostat.checkpoint import checksums, index, layout, placement
+from heliostat.checkpoint.columns import ROWS, Columns
+from heliostat.checkpoint.placement import BYTES, ChunkPlace, Shard, Tensor
 from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import DataError, StorageError
@@ -46,7 +44,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     model = stats_of(recipe, built)
     planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
     owned = _owned(job, model)
-    index, index_bytes = checkpoint_index(job, model, owned)
+    saved, index_bytes = checkpoint_index(job, model, owned)
     sizes = [sum(4 * len(kinds(job, name in model.hidden)) * n for name, _, n in rank) for rank in owned]
     return {
         "name": job.name,
@@ -55,10 +53,10 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
         "parameters": model.parameters,
         "largest_share": max(sizes),
         "smallest_share": min(sizes),
-        "shards": len(index["shards"]),
-        "tensors": len(index["tensors"]),
-        "chunks": sum(shards for t in index["tensors"].values() for _, shards, _, _ in t["runs"]),
-        "checkpoint_bytes": sum(s["bytes"] for s in index["shards"]) + index_bytes,
+        "shards": len(saved.shards),
+        "tensors": len(saved.tensors),
+        "chunks": sum(shards for t in saved.tensors.values() for _, shards, _, _ in t.runs),
+        "checkpoint_bytes": sum(s.bytes for s in saved.shards) + index_bytes,
         "index_bytes": index_bytes,
         "data": data,
         "note": note,
@@ -97,8 +95,8 @@ def _data(job: Job, recipe: Recipe) -> tuple[dict[str, int], str]:
     }, note
 
 
-def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> tuple[CheckpointIndex, int]:
-    """Builds the `checkpoint.json` that the ranks would write; returns it with the bytes of it and of the shards' indexes.
+def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> tuple[placement.WrittenPart, int]:
+    """Plans what the ranks would write; returns it with the bytes of `checkpoint.json` and of the shards' indexes.
 
     Raises CheckpointError unless every element is in a shard exactly once.
     """
@@ -106,11 +104,11 @@ def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.S
     for rank, mine in enumerate(owned):
         tensors = _tensors(job, model, mine) | _buffers(model, rank, len(owned))
         if tensors:
-            part, index = _shard(rank, tensors)
-            whole, size = placement.merge(whole, part), size + len(index)
+            part, listing = _shard(rank, tensors)
+            whole, size = placement.merge(whole, part), size + len(listing)
     facts = {"name": job.name, "world_size": len(owned), "zero_stage": job.train.zero.stage, "job": job.dump()}
-    root = index_root(job.train.steps, {"format": layout.format_of(whole.tensors), **facts}, whole)
-    return root, size + len(layout.encode(root))
+    root = index.root(job.train.steps, {"format": layout.format_of(whole.tensors), **facts}, whole)
+    return whole, size + len(layout.encode(root))
 
 
 def _tensors(job: Job, model: ModelStats, mine: list[zero_layout.Slice]) -> placement.Tensors:
@@ -119,17 +117,15 @@ def _tensors(job: Job, model: ModelStats, mine: list[zero_layout.Slice]) -> plac
     tensors = placement.Tensors()
     for name, start, numel in mine:
         for kind in kinds(job, name in model.hidden):
-            entry: Tensor = {"dtype": "F32", "shape": [math.prod(model.shapes[name])], "runs": [[0, 1, start, numel]]}
-            if name in by_columns:
-                entry["columns"] = [parts, model.shapes[name][1]]
-            tensors[f"{kind}.{name}"] = entry
+            columns = Columns(parts, model.shapes[name][1]) if name in by_columns else ROWS
+            tensors[f"{kind}.{name}"] = Tensor("F32", [math.prod(model.shapes[name])], [[0, 1, start, numel]], columns)
     return tensors
 
 
 def _buffers(model: ModelStats, rank: int, world: int) -> placement.Tensors:
     owners = placement.owners((f"buffer.{name}" for name in model.buffers), world)
     return {
-        f"buffer.{name}": {"dtype": dtype, "shape": list(shape), "runs": [[0, 1, 0, math.prod(shape)]]}
+        f"buffer.{name}": Tensor(dtype, list(shape), [[0, 1, 0, math.prod(shape)]])
         for name, (shape, dtype) in model.buffers.items()
         if owners[f"buffer.{name}"] == rank
     }
@@ -139,11 +135,11 @@ def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.WrittenPart
     """Plans a rank's shard, with checksums of ten digits; returns its part of `checkpoint.json`, and its index."""
     places, offset = dict[str, ChunkPlace](), 0
     for name, entry in tensors.items():
-        ((_, _, start, numel),) = entry["runs"]
-        size = numel * BYTES[entry["dtype"]]
+        ((_, _, start, numel),) = entry.runs
+        size = numel * BYTES[entry.dtype]
         sums = [4294967295] * -(-size // checksums.BLOCK)
-        places[name] = {"start": start, "numel": numel, "offset": offset, "crc32": sums}
+        places[name] = ChunkPlace(start, numel, offset, sums)
         offset += size
-    index = shard_index.encode(places)
-    shard: Shard = {"file": f"shard-{rank:05d}.safetensors", "bytes": offset, "index": shard_index.seal(index)}
-    return placement.WrittenPart([shard], tensors), index
+    listing = index.encode({"tensors": places})
+    shard = Shard(f"shard-{rank:05d}.safetensors", offset, index.seal(listing))
+    return placement.WrittenPart([shard], tensors), listing

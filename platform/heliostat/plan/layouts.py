@@ -13,8 +13,8 @@ from typing import Literal
 
 from heliostat import schema
 from heliostat.config import rules
+from heliostat.config.fields import divisors
 from heliostat.config.spec import Job
-from heliostat.config.worker_counts import divisors
 
 GIB = 1 << 30
 Checkpointing = bool | int | Literal["selective"]

@@ -18,7 +18,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from heliostat import cpu_kernels
 from heliostat.config.spec import Job
 from heliostat.data.content import Content
 from heliostat.plan.counts import Activations, Counts, ModelStats, OperationWork, Tile
@@ -199,10 +198,9 @@ def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
 
 
 def _as_it_trains(job: Job, recipe: Recipe, model: torch.nn.Module) -> None:
-    """Gives a model from `build` the precision and the kernels of the job, once."""
+    """Gives a model from `build` the precision of the job, once."""
     if not any(isinstance(p, FakeTensor) for p in model.parameters()):
         model.to(DTYPES[job.train.precision])
-        cpu_kernels.use(model, job, recipe.causal)
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def plan_file(
         notes.append(note)
     if job.train.parallel.auto and not rank:
         device = device or (None if pools else auto.here(job))
-        job, recipe, _ = bound(*check.check_job(auto.settled(check.load_job(path, settings), pools, device=device, prices=table)))
+        wanted = auto.settled(check.load_job(path, settings), pools, device=device, prices=table, unread=unread)
+        job, recipe, _ = bound(*check.check_job(wanted), unread)
     if rank:
         ranked = ranking(job, recipe, pools, device, table)
         return {**ranked.dump(), "notes": ranked.notes + notes}

@@ -43,10 +43,12 @@ def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
     return bound(*check.check_file(path, settings))
 
 
-def bound(job: Job, recipe: Recipe) -> tuple[Job, Recipe, str]:
-    """Prepares a job that was checked, as `prepare` does."""
+def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]:
+    """Prepares a job that was checked, as `prepare` does; datasets that were `unread` a moment ago are not asked for."""
     if job.train.activation_checkpointing:
         recipe = type(recipe)(job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})}))
+    if unread:
+        return job, recipe, unread
     try:
         for location in job.sources:
             location.probe()

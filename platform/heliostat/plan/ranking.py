@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from heliostat import schema
 from heliostat.cluster.cluster_file import ClusterFile
+from heliostat.config.fields import divisors
 from heliostat.config.spec import Job
-from heliostat.config.worker_counts import divisors
 from heliostat.errors import ConfigError
 from heliostat.plan import hardware, layouts, planner
 from heliostat.plan.estimate import Planner

@@ -1,4 +1,4 @@
-"""Builds parts of recipes' batches: pads rows of varying length, and finds the documents of packed samples."""
+"""Builds parts of recipes' batches: pads rows, finds the documents of packed samples. Gathers scores of all samples in order."""
 
 from __future__ import annotations
 
@@ -52,3 +52,16 @@ def segments(tokens: torch.Tensor, end: int) -> Segments:
     starts[:, 1:] = tokens[:, :-1] == end
     place = torch.arange(tokens.shape[1])
     return Segments(starts, starts.long().cumsum(1), place - torch.where(starts, place, 0).cummax(dim=1).values)
+
+
+def taken(scores: dict[str, torch.Tensor], names: tuple[str, ...], counted: np.ndarray) -> dict[str, np.ndarray]:
+    """Takes the gathered scores of one batch, without the samples that do not count; bf16, which NumPy lacks, becomes fp32."""
+    tensors = {n: scores[n].detach().cpu() for n in names}
+    return {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy()[counted] for n, t in tensors.items()}
+
+
+def in_order(parts: list[list[tuple[np.ndarray, dict[str, np.ndarray]]]]) -> dict[str, np.ndarray]:
+    """Concatenates the scores of all workers to one array per name, in the order of the samples' numbers."""
+    batches = [batch for part in parts for batch in part]
+    order = np.argsort(np.concatenate([numbers for numbers, _ in batches]))
+    return {name: np.concatenate([arrays[name] for _, arrays in batches])[order] for name in batches[0][1]}

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from heliostat.recipes import partitioning
+
 
 class Partitioner(Protocol):
     """Partitions a model's parameters while the model is built."""
@@ -52,3 +54,10 @@ def whole(parameter: torch.Tensor) -> AbstractContextManager[Any]:
     """Opens the context to set a parameter's values in."""
     partitioner = _partitioner.get()
     return partitioner.whole(parameter) if partitioner else nullcontext()
+
+
+@torch.no_grad()
+def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Copies a value into a parameter, also into one that ZeRO-3 has partitioned."""
+    with partitioning.whole(parameter):
+        parameter.copy_(value)

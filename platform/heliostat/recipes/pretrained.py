@@ -1,4 +1,7 @@
-"""Loads a model's folder with an Auto class of transformers. Code that lies in the folder ("remote code") is never run."""
+"""Makes models of transformers with its Auto classes: from a folder, or from a configuration with first weights.
+
+Code that is in a folder ("remote code") is never run. First weights are the same at every ZeRO stage.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.errors import ConfigError
+from heliostat.recipes import partitioning
 
 
 def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
@@ -29,4 +33,18 @@ def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
     tied = getattr(model, "all_tied_weights_keys", {})
     if absent := sorted(set(told["missing_keys"]) - set(tied)):
         raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
+    return model
+
+
+def from_config(auto: Any, config: Any, **options: Any) -> Any:
+    """Builds a model of an Auto class, or of a class of models itself, in fp32."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    make = getattr(auto, "from_config", None) or auto._from_config
+    if partitioning.wanted():
+        return make(config, dtype=torch.float32, **options)
+    with no_init_weights():  # as at ZeRO-3: constructors draw no random numbers
+        model = make(config, dtype=torch.float32, **options)
+    model.init_weights()
     return model

@@ -77,7 +77,6 @@ class Recipe(ABC):
 
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None = None  # loss terms of every sample, or None where samples differ
-    causal: bool = False  # a model of transformers whose tokens attend to those before them; see `heliostat.cpu_kernels`
     tiles: bool = False  # computes its loss and its MLPs in tiles where `train.tiled_loss` and `train.tiled_mlp` ask for it
     selects: bool = False  # checkpoints some of its layers, or with their inputs on the host, where the job asks for it
     chooses: bool = False  # computes attention and linear layers as `train.attention` and `train.fp8` say

@@ -9,9 +9,9 @@ from typing import NotRequired
 import numpy as np
 from typing_extensions import TypedDict
 
-from heliostat.data import coverage, plans
+from heliostat.data import coverage
 from heliostat.data.coverage import Segment
-from heliostat.data.dataset import Dataset, open_dataset
+from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.data.manifest import Manifest
 from heliostat.runs import segments
 from heliostat.storage import run_folder
@@ -111,7 +111,7 @@ def _from_1(bad: Replaced) -> Replaced:
 
 def parse(raw: Consumed) -> list[Segment]:
     """Parses the segments of a record of what a run has trained on (`data.json`)."""
-    return [Segment(s["first"], s["end"], plans.build(s["plan"], "data.json")) for s in raw["segments"]]
+    return [Segment(s["first"], s["end"], DataPlan.parse(s["plan"], "data.json")) for s in raw["segments"]]
 
 
 def _segment(segment: Segment) -> Taken:

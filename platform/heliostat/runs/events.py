@@ -1,13 +1,12 @@
 """Defines the events of a run, as the workers and the driver report them: a dataclass each, one home for their fields.
 
 Workers post them to the mailbox, the driver hands each to whoever wants it: the goodput ledger, MLflow, the terminal, a sweep.
-Those that curves are made of also lie beside the checkpoints (`dump`, `parse`): what a field is called there never changes, and a
+Those that curves are made of also lie beside the checkpoints (`dump`): what a field is called there never changes, and a
 field that is new has a default, so that older runs can be read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -197,11 +196,3 @@ def dump(event: Event) -> dict[str, object]:
     """Converts an event of RECORDED to JSON values."""
     kind = next(name for name, cls in RECORDED.items() if type(event) is cls)
     return {"kind": kind, **{k: v for k, v in vars(event).items() if k not in LEFT_OUT}}
-
-
-def parse(raw: Mapping[str, Any]) -> Event | None:
-    """Parses an event that `dump` wrote, in this version of heliostat or an earlier one; None for a kind that is not known."""
-    if (cls := RECORDED.get(raw["kind"])) is None:
-        return None
-    known = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{k: v for k, v in raw.items() if k in known})

@@ -102,9 +102,9 @@ class History:
                 index = layout.open_checkpoint(run, step).index
             except CheckpointError:
                 continue  # it does not exist
-            said = index["receipt"]
-            if index["data_digest"] not in {p.digest for p in self.plans[: self.segment(said["steps"] - 1)]}:
-                yield Link(f"checkpoint {step}", said["steps"], said["chain"])
+            said = index.receipt
+            if index.data_digest not in {p.digest for p in self.plans[: self.segment(said.steps - 1)]}:
+                yield Link(f"checkpoint {step}", said.steps, said.chain)
 
 
 def receipts(run: Location) -> list[ReceiptFile]:

@@ -42,7 +42,7 @@ def samples(run: Location, step: int) -> list[Sample]:
     """Reads the global batch of a step, counted from 1, lane by lane."""
     history = History(run)
     if not 1 <= step <= history.steps:
-        raise ConfigError(f"--step {step}: the run has receipts of steps 1 to {history.steps}")
+        raise ConfigError(f"step: the run has no step {step}. Give one of 1 to {history.steps}.")
     index = step - 1
     data = open_dataset(history.plans[history.segment(index)])
     recipe = _recipe(run, data)

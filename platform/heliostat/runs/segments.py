@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 
-from heliostat.data import plans
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import DataError
 from heliostat.storage import run_folder
@@ -33,7 +32,7 @@ def begin(run: Location, plan: DataPlan, step: int) -> None:
 def read(run: Location) -> list[DataPlan]:
     """Reads every data plan that the run has followed, by the step at which each began; DataError if they are out of order."""
     folder = run.join(run_folder.SEGMENTS)
-    followed = [plans.read(folder.join(path)) for path, _ in folder.files()]
+    followed = [DataPlan.read(folder.join(path)) for path, _ in folder.files()]
     if any(a.begins >= b.begins for a, b in itertools.pairwise(followed)):
         raise DataError(f"{folder}: the data plans do not begin one after another, as their names say; one is not this run's")
     return followed

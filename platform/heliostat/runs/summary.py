@@ -36,7 +36,7 @@ def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
         log.info("%s: no command has written down how the training ended: its last checkpoint and its ledger tell", run)
-        ending = from_checkpoint(last.step, last.index["metrics"], job, _attempts(run))
+        ending = from_checkpoint(last.step, last.index.metrics, job, _attempts(run))
     return ending
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,9 +30,8 @@ import pyarrow.fs as pafs
 
 from heliostat.errors import AccessError, ConfigError, DataError, StorageError
 from heliostat.redact import carries_secret
-from heliostat.storage import exclusive, parallel_listing, requester_pays, retries, s3_client, s3_options
-from heliostat.storage.diagnosis import FINAL, NO_BUCKET, diagnose, reason
-from heliostat.storage.retries import Backoff, FailedAttempts, patience, retry_budget
+from heliostat.storage import local_files, retries, s3_client, s3_options
+from heliostat.storage.retries import FINAL, NO_BUCKET, Backoff, FailedAttempts, diagnose, patience, reason, retry_budget
 from heliostat.storage.s3_client import Listed, Store
 from heliostat.text import printable
 
@@ -61,7 +59,7 @@ def is_inside(path: str) -> bool:
 def _s3(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
     options = s3_options.resolve(query)
     if options.requester_pays:
-        return requester_pays.file_system(query, attempts, silence_s)
+        return s3_client.file_system(query, attempts, silence_s)
     return pafs.S3FileSystem(
         endpoint_override=options.endpoint,
         scheme=options.scheme,
@@ -177,9 +175,9 @@ class Location:
         False may be the answer to one's own write, if the first answer was lost: let the data show whose it is.
         """
         if self.is_s3:
-            return self.attempt(lambda: exclusive.put_object(self.path, self.query, data, *patience(retry_budget())))
+            return self.attempt(lambda: self._objects.create(self.path, data))
         with self._made():
-            return self.attempt(lambda: exclusive.put_file(self.path, data))
+            return self.attempt(lambda: local_files.put_new(self.path, data))
 
     def upload(self, local: Path, sent: Callable[[], None] = lambda: None) -> None:
         """Copies a local file here; calls `sent` whenever a window of it has arrived."""
@@ -239,7 +237,7 @@ class Location:
     def tree(self) -> list[Listed]:
         """Lists all files below this folder, sorted by path; of a store many folders at a time, which pays for large inputs."""
         if self.is_s3:
-            return parallel_listing.files_below(
+            return s3_client.files_below(
                 self.path, lambda path, recursive: self.attempt(lambda: self._objects.listing(path, recursive))
             )
         found = self._listing(pafs.FileSelector(self.path, recursive=True, allow_not_found=True))
@@ -326,7 +324,7 @@ class Location:
         nearest = Path(self.path)
         while not self.is_s3 and not os.path.lexists(nearest):
             nearest = nearest.parent
-        if not self.is_s3 and not (nearest.is_dir() and os.access(nearest, os.W_OK) and _takes_files(nearest)):
+        if not self.is_s3 and not (nearest.is_dir() and os.access(nearest, os.W_OK) and local_files.takes_files(nearest)):
             raise AccessError(f"{self.uri}: {nearest} is not a folder that can be written to; name another place")
 
     def require_file(self) -> None:
@@ -385,14 +383,3 @@ class Location:
 
 def _listed(found: pafs.FileInfo) -> Listed:
     return Listed(found.path, found.type, found.size or 0, found.mtime_ns or 0)
-
-
-def _takes_files(folder: Path) -> bool:
-    """Tells whether files can be made in a folder: not in one that shows what the kernel knows, as /proc, whoever asks."""
-    if os.statvfs(folder).f_blocks:
-        return True
-    try:
-        Path(tempfile.mkdtemp(dir=folder)).rmdir()
-    except OSError:
-        return False
-    return True

@@ -72,6 +72,10 @@ class Format(Generic[T]):
         """Builds the record from plain data that was decoded already."""
         return self.parse(json.dumps(raw).encode(), where)
 
+    def encode(self, record: T) -> bytes:
+        """Encodes a record as JSON from which `parse` makes it again."""
+        return json.dumps(self._adapter.dump_python(record, by_alias=True)).encode()
+
     def parse(self, data: bytes, where: object) -> T:
         try:
             found = self._adapter.validate_json(data, strict=True)

@@ -1,24 +1,34 @@
-"""Asks S3 by boto3 for what pyarrow's client cannot, with the same credentials and endpoints.
-
-Faults are OSErrors as pyarrow words them, for `storage.diagnose`.
+"""Asks S3 by boto3 for what pyarrow's client cannot do: conditional reads and puts, parallel listings, buckets whose requester
+pays. Credentials and endpoints are the same. Faults are OSErrors as pyarrow words them, for `retries.diagnose`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from heliostat.storage import s3_options
 
+if TYPE_CHECKING:
+    from botocore.client import BaseClient
+
 SHORTER = "HTTP status 416"  # of a range behind an object's end
 MISSING = ("NoSuchKey", "404", "NotFound")
 PAYER = {"RequestPayer": "requester"}
+ONLY_READ = "a bucket whose requester pays is only read"
+THREADS = 16
+ENOUGH = 64  # folders, behind which no more are looked for
+LEVELS = 4  # of folders that are looked into, at most
+PAGE = 1000  # names that a store gives at a time
 
 
 class RewrittenError(Exception):
@@ -45,7 +55,7 @@ class Store:
     silence_s: float
 
     @property
-    def client(self) -> Any:
+    def client(self) -> BaseClient:
         return client(self.query, self.attempts, self.silence_s)
 
     @property
@@ -98,6 +108,21 @@ class Store:
             raise ConnectionError(f"{len(data):,} of {end - begin:,} bytes came")
         return data
 
+    def create(self, path: str, data: bytes) -> bool:
+        """Puts an object only where none is, and tells whether it did.
+
+        The answer to a put may be lost, and its repetition then returns False: the data must show whose it is.
+        """
+        if self.payer:
+            raise PermissionError(ONLY_READ)
+        bucket, _, key = path.partition("/")
+        try:
+            with worded():
+                self.client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except RewrittenError:
+            return False
+        return True
+
 
 def _listed(path: str, size: int, told: dict[str, Any]) -> Listed:
     modified, etag = told["LastModified"], told.get("ETag", "").strip('"')
@@ -106,7 +131,7 @@ def _listed(path: str, size: int, told: dict[str, Any]) -> Listed:
 
 
 @lru_cache(maxsize=16)
-def client(query: str, attempts: int, silence_s: float) -> Any:
+def client(query: str, attempts: int, silence_s: float) -> BaseClient:
     """Makes the client of a store, which tries a request so many times, and waits so long for a byte."""
     import boto3
     import botocore.session
@@ -129,14 +154,14 @@ def client(query: str, attempts: int, silence_s: float) -> Any:
     )
 
 
-def _time(told: Any) -> datetime:
+def _time(written: str) -> datetime:
     """Parses a time: that of a listing fast, which would be most of what a listing costs."""
     from botocore.utils import parse_timestamp
 
     with suppress(TypeError, ValueError):
-        if (found := datetime.fromisoformat(told)).tzinfo:
+        if (found := datetime.fromisoformat(written)).tzinfo:
             return found
-    return parse_timestamp(told)
+    return parse_timestamp(written)
 
 
 @contextmanager
@@ -159,3 +184,131 @@ def worded() -> Iterator[None]:
         raise PermissionError(str(e)) from e
     except (BotoCoreError, ResponseParserError, HTTPError) as e:  # boto3 passes on answers that are cut, and faults of TLS
         raise ConnectionError(str(e)) from e
+
+
+def files_below(path: str, listed: Callable[[str, bool], list[Listed]]) -> list[Listed]:
+    """Lists all files below a folder, sorted by path, by several requests at a time. `listed` lists what is directly in a folder,
+    or (True) all below.
+
+    A store gives a listing page by page, and each page names the next: a million objects take a thousand answers, one after
+    another. So folders are looked for until there are ENOUGH of them, and each is listed by itself. Where they hold so little
+    that a request for each would be more work, or there are none, everything is listed in one stream.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        found, folders = _split(listed(path, False))
+        for _ in range(LEVELS):
+            if not 0 < len(folders) < ENOUGH:
+                break
+            files, folders = _split(i for infos in pool.map(lambda f: listed(f, False), folders) for i in infos)
+            found += files
+        if not all(_plain(path, folder) for folder in folders):
+            return _sorted(listed(path, True))
+        first, rest = folders[:THREADS], folders[THREADS:]
+        below = [i for infos in pool.map(lambda f: listed(f, True), first) for i in infos]
+        if rest and len(below) * THREADS < PAGE * len(first):  # one stream has fewer answers than each thread would have
+            return _sorted(listed(path, True))
+        below += [i for infos in pool.map(lambda f: listed(f, True), rest) for i in infos]
+    return _sorted([*found, *below])
+
+
+def _split(infos: Iterable[Listed]) -> tuple[list[Listed], list[str]]:
+    """Splits a listing into files and the paths of folders."""
+    held = list(infos)
+    return [i for i in held if i.type == pafs.FileType.File], [i.path for i in held if i.type == pafs.FileType.Directory]
+
+
+def _plain(path: str, folder: str) -> bool:
+    """Tells whether a folder can be listed by its path: a key may have empty names in it (`a//b`), which a path has not."""
+    return folder.startswith(f"{path}/") and all(folder[len(path) + 1 :].split("/"))
+
+
+def _sorted(infos: list[Listed]) -> list[Listed]:
+    return sorted({i.path: i for i in infos if i.type == pafs.FileType.File}.values(), key=lambda i: i.path)
+
+
+def file_system(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
+    """Makes a file system of pyarrow's for a bucket whose requester pays, which pyarrow's own client cannot say.
+
+    Every request carries `x-amz-request-payer`. Such a bucket is somebody else's, so it is only read.
+    """
+    return pafs.PyFileSystem(_Handler(Store(query, attempts, silence_s)))
+
+
+class _Handler(pafs.FileSystemHandler):
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def get_type_name(self) -> str:
+        return "s3"
+
+    def normalize_path(self, path: str) -> str:
+        return path.rstrip("/")
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        return [self._info(path) for path in paths]
+
+    def _info(self, path: str) -> pafs.FileInfo:
+        bucket, _, key = path.partition("/")
+        try:
+            with worded():
+                if not key:
+                    self.store.client.head_bucket(Bucket=bucket)
+                    return pafs.FileInfo(path, pafs.FileType.Directory)
+            return _info(self.store.head(path))
+        except FileNotFoundError:
+            below = key and next(self.store.pages(path, recursive=True, most=1)).get("KeyCount")
+            return pafs.FileInfo(path, pafs.FileType.Directory if below else pafs.FileType.NotFound)
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        base = selector.base_dir.rstrip("/")
+        found = [_info(one) for one in self.store.listing(base, selector.recursive)]
+        if not found and not selector.allow_not_found and self._info(base).type == pafs.FileType.NotFound:
+            raise FileNotFoundError(base)
+        return found
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        info = self._info(path)
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(path)
+        return pa.PythonFile(_Object(self.store, path, info.size), mode="r")
+
+    open_input_stream = open_input_file
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise PermissionError(ONLY_READ)
+
+    copy_file = create_dir = delete_dir = delete_dir_contents = delete_file = delete_root_dir_contents = move = _refuse
+    open_append_stream = open_output_stream = _refuse
+
+
+def _info(found: Listed) -> pafs.FileInfo:
+    return pafs.FileInfo(found.path, found.type, size=found.size, mtime_ns=found.mtime_ns) if found.mtime_ns else pafs.FileInfo(
+        found.path, found.type)  # fmt: skip
+
+
+class _Object(io.RawIOBase):
+    """Presents an object as a file, of which every read is a request."""
+
+    def __init__(self, store: Store, path: str, size: int) -> None:
+        self._store, self._path, self._size, self._at = store, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._size, self._at + size)
+        if self._at >= end:
+            return b""
+        data = self._store.read(self._path, self._at, end)
+        self._at = end
+        return data

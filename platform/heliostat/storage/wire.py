@@ -25,12 +25,12 @@ from heliostat.errors import HeliostatError, WorkerError, innermost
 if TYPE_CHECKING:  # with torch, which takes a second
     import torch
 
-C = TypeVar("C", bound=type)
+C = TypeVar("C", bound=type[object])
 
 MOST = 2**31 - 1  # bytes of a message
 NAMES = "surrogatepass"  # the name of a file may be no valid text, and errors name files
 TUPLE, RANGE, INTEGER, ARRAY, SCALAR, TENSOR, TABLE, ERROR, RECORD = range(1, 10)  # codes of MessagePack's extension types
-_records: dict[str, type] = {}
+_records: dict[str, type[Any]] = {}
 
 
 def travels(cls: C) -> C:
@@ -52,7 +52,7 @@ def unpack(data: bytes) -> Any:
     return msgpack.unpackb(data, ext_hook=_decode, strict_map_key=False, unicode_errors=NAMES)
 
 
-def _encode(value: Any) -> Any:
+def _encode(value: object) -> object:
     """Encodes what MessagePack has no type for."""
     if _records.get(_name(type(value))) is type(value):
         return msgpack.ExtType(RECORD, pack([_name(type(value)), _fields(value)]))
@@ -71,14 +71,14 @@ def _encode(value: Any) -> Any:
     )
 
 
-def _decode(code: int, data: bytes) -> Any:
+def _decode(code: int, data: bytes) -> object:
     decode = _DECODERS.get(code)
     if decode is None:
         raise ValueError(f"unknown type {code} in a message")
     return decode(data)
 
 
-def _fields(record: Any) -> list[Any]:
+def _fields(record: Any) -> list[object]:
     return list(record) if isinstance(record, tuple) else [getattr(record, f.name) for f in dataclasses.fields(record)]
 
 
@@ -98,7 +98,7 @@ def _unpack_array(data: bytes) -> np.ndarray:
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
-def _pack_tensor(value: torch.Tensor) -> bytes:
+def _pack_tensor(value: object) -> bytes:
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -153,7 +153,7 @@ def _unpack_error(data: bytes) -> HeliostatError:
     return made
 
 
-def _unpack_record(data: bytes) -> Any:
+def _unpack_record(data: bytes) -> object:
     name, values = unpack(data)
     if name not in _records:
         raise ValueError(f"{name!r} is not a type that may be sent between processes")
@@ -169,7 +169,7 @@ _ENCODERS: tuple[tuple[type, int, Callable[[Any], bytes]], ...] = (
     (pa.Table, TABLE, _pack_table),
     (HeliostatError, ERROR, _pack_error),
 )
-_DECODERS: dict[int, Callable[[bytes], Any]] = {
+_DECODERS: dict[int, Callable[[bytes], object]] = {
     TUPLE: lambda data: tuple(unpack(data)),
     RANGE: lambda data: range(*unpack(data)),
     INTEGER: lambda data: int(data),

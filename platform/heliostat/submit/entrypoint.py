@@ -15,7 +15,6 @@ driver, which saves a checkpoint. It does not wait if the Jobs API lists a marke
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import signal
@@ -31,9 +30,7 @@ import yaml
 
 from heliostat import schema
 from heliostat.cluster import dashboard as http
-from heliostat.cluster import forked_command, ray_internals
-from heliostat.cluster.forked_command import ForkedCommand
-from heliostat.cluster.zygote import PLACE as ZYGOTE
+from heliostat.cluster import ray_internals
 from heliostat.config import workspace
 from heliostat.config.spec import Retries
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
@@ -125,29 +122,18 @@ class Driver:
     def _child(self) -> tuple[int, int]:
         """Runs the command once, to its end, and returns its process id and exit code."""
         source, sink = os.pipe()
-        child = self._begun(sink)
+        child = subprocess.Popen([*self.command, *self.flags], stdout=sink, stderr=sink)
         os.close(sink)
         reader = threading.Thread(target=self._copy, args=(source,), daemon=True)
         reader.start()
-        signaled = isinstance(child, subprocess.Popen)  # by what has stopped this process
         while (code := child.poll()) is None:
             if self.stopping.wait(POLL_S):
-                if not signaled:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(child.pid, signal.SIGTERM)
-                    signaled = True
                 if self._now():
                     self._kill(child.pid)
                     self._killed = True
                 time.sleep(POLL_S)
         reader.join(10)
         return child.pid, code
-
-    def _begun(self, sink: int) -> subprocess.Popen | ForkedCommand:
-        """Starts the command: as a fork of the node's zygote where it has one, else as a process of its own."""
-        command, place = [*self.command, *self.flags], os.environ.get(ZYGOTE)
-        forked = forked_command.begin(Path(place), command[1:], sink) if place else None
-        return forked or subprocess.Popen(command, stdout=sink, stderr=sink)
 
     def _copy(self, source: int) -> None:
         with os.fdopen(source, "rb", buffering=0) as stream:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from heliostat.errors import ConfigError
 
@@ -47,20 +46,6 @@ def digest(key: str, path: str) -> str:
     except OSError as e:
         raise _unreadable(key, path, e) from e
     return _digests[state]
-
-
-def digests(identity: dict[str, Any], stage: Any, *keys: str) -> dict[str, Any]:
-    """Puts digests in place of the paths that the keys hold: one, a list of them, or a mapping of names to them."""
-    out = dict(identity)
-    for key in keys:
-        value = getattr(stage, key)
-        if isinstance(value, str):
-            out[key] = digest(key, value)
-        elif isinstance(value, dict):
-            out[key] = {name: digest(key, path) for name, path in value.items()}
-        elif value:
-            out[key] = [digest(key, path) for path in value]
-    return out
 
 
 def _state(path: str) -> tuple[str, int, int, int, int]:

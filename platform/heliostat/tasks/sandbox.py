@@ -1,5 +1,5 @@
 """Shuts a process in. `shut_in`, `forbid` and `limit` are for any process that handles what it should not trust, such as the
-parsers of curation; run by its path, as `heliostat.evaluation.programs.box` does, this file runs a program of Python shut in.
+parsers of curation; run by its path, as `heliostat.evaluation.unit_tests` does, this file runs a program of Python shut in.
 
 It needs Python's own library alone. As a program it reads what it is to do as JSON from standard input. What it runs has
 

@@ -28,7 +28,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from heliostat.errors import ConfigError, DataError, HeliostatError
-from heliostat.storage import node_cache
+from heliostat.storage import local_files
 from heliostat.storage.locations import Location, is_inside
 from heliostat.tasks import files
 
@@ -108,7 +108,7 @@ def here(folder: Location, shipment: Shipment) -> str:
     """
     if _holds(shipment.path, shipment):
         return shipment.path
-    cached = node_cache.folder(SHIPPED) / shipment.digest
+    cached = local_files.cache(SHIPPED) / shipment.digest
     target = cached / shipment.name
     if _cached(cached, target, shipment):
         return str(target)
@@ -119,9 +119,9 @@ def here(folder: Location, shipment: Shipment) -> str:
         )
     deadline_s = WAIT_S + shipment.bytes / BYTES_PER_S
     try:
-        with node_cache.alone(cached, deadline_s):
+        with local_files.alone(cached, deadline_s):
             if not _cached(cached, target, shipment):
-                node_cache.remove_unused(cached)
+                local_files.remove_unused(cached)
                 _fetch(folder, shipment, cached, time.monotonic() + deadline_s)
     except BlockingIOError as e:
         raise HeliostatError(f"{cached}: another process copied {shipment.path} for {deadline_s:,.0f} s; start again") from e
@@ -191,7 +191,7 @@ def _holds(path: str, shipment: Shipment) -> bool:
 def _cached(cached: Path, target: Path, shipment: Shipment) -> bool:
     """Tells whether the cache holds a shipment, and notes that it is used."""
     try:
-        if not node_cache.is_ours(cached.parent) or not _holds(str(target), shipment):
+        if not local_files.is_ours(cached.parent) or not _holds(str(target), shipment):
             return False
         os.utime(cached)
     except OSError:  # of no cache, or one that is just removed

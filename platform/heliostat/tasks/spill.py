@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -127,6 +127,24 @@ def _overlapping(metadata: pq.FileMetaData, low: int, high: int) -> Iterator[int
         if seen(group).min >= high:
             break
         yield group
+
+
+def joined(folder: Location, names: Iterable[str], low: int, high: int, schema: pa.Schema) -> pa.Table:
+    """Reads a range of keys of several files of the same columns as one table, of no rows if they have none."""
+    return pa.concat_tables([schema.empty_table(), *(t for name in names for t in read(folder, name, low, high))])
+
+
+def arrays(folder: Location, names: list[str], low: int, high: int, **columns: type[np.generic]) -> list[np.ndarray]:
+    """Reads columns of numbers of a range of keys of several files, each with its type; of length 0 if they have no rows."""
+    tables = [table.select(list(columns)) for name in names for table in read(folder, name, low, high)]
+    return [np.concatenate([np.zeros(0, kind), *(t[column].to_numpy() for t in tables)]) for column, kind in columns.items()]
+
+
+def starts(*columns: np.ndarray) -> np.ndarray:
+    """Tells of sorted rows, given by their columns, which are the first of equal ones."""
+    first = np.ones(len(columns[0]), bool)
+    first[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
+    return first
 
 
 def share(part: int, parts: int) -> tuple[int, int]:

@@ -72,7 +72,7 @@ class Checkpoints:
             except CheckpointError:
                 continue  # not complete yet, or never
             known = self._known.get(step)
-            if known and tags.value(known.tags, tags.WRITTEN) != str(index["written"]):  # made again, after the run went back
+            if known and tags.value(known.tags, tags.WRITTEN) != str(index.written):  # made again, after the run went back
                 gone.append(known)
                 known = None
             if known is None or tags.value(known.tags, tags.LOGGED) != "true":
@@ -87,9 +87,9 @@ class Checkpoints:
 
         from heliostat.checkpoint import layout
 
-        written = {tags.STEP: str(step), tags.PLACE: str(layout.folder(self.run, step)), tags.WRITTEN: str(index["written"])}
-        written |= {tags.DATA_DIGEST: index["data_digest"], tags.RECEIPT: index["receipt"]["chain"]}
-        written |= {tags.WORKERS: str(index["world_size"]), tags.ZERO_STAGE: str(index["zero_stage"])}
+        written = {tags.STEP: str(step), tags.PLACE: str(layout.folder(self.run, step)), tags.WRITTEN: str(index.written)}
+        written |= {tags.DATA_DIGEST: index.data_digest, tags.RECEIPT: index.receipt.chain}
+        written |= {tags.WORKERS: str(index.world_size), tags.ZERO_STAGE: str(index.zero_stage)}
         run = client.get_run(self.run_id)
         if model is None:
             model = mlflow.create_external_model(
@@ -101,11 +101,13 @@ class Checkpoints:
             )
         now = int(time.time() * 1000)
         metrics = [Metric(f"{CHECKPOINT}{k}", v, now, step, model_id=model.model_id)
-                   for k, v in index["metrics"].items() if v is not None]  # fmt: skip
+                   for k, v in index.metrics.items() if v is not None]  # fmt: skip
         client.log_batch(self.run_id, metrics=metrics)
         if model.model_id not in {o.model_id for o in (run.outputs.model_outputs if run.outputs else ())}:
             client.log_outputs(self.run_id, models=[LoggedModelOutput(model.model_id, step)])
-        return self._tag(client, model, tags.LOGGED, "true")
+        client.set_logged_model_tags(model.model_id, {tags.LOGGED: "true"})
+        model.tags[tags.LOGGED] = "true"
+        return model
 
     def _delete(self, client: MlflowClient, gone: list[LoggedModel]) -> None:
         """Saves the facts of these checkpoints in the run's artifact `checkpoints.json`, then deletes their logged models."""
@@ -128,11 +130,6 @@ class Checkpoints:
                 raise
             client.set_logged_model_tags(model.model_id, {tags.DELETED: "true"})
             log.warning("MLflow lists %s still, with the tag %s: %s", model.name, tags.DELETED, brief(e))
-
-    def _tag(self, client: MlflowClient, model: LoggedModel, key: str, value: str) -> LoggedModel:
-        client.set_logged_model_tags(model.model_id, {key: value})
-        model.tags[key] = value
-        return model
 
 
 def facts(model: LoggedModel) -> CheckpointFacts:
@@ -159,7 +156,6 @@ def history(client: MlflowClient, run: Run) -> list[CheckpointFacts]:
 
 
 def logged(client: MlflowClient, run: Run) -> list[LoggedModel]:
-    """Lists the logged models of a run's checkpoints, oldest first."""
     return [m for m in logged_models(client, run) if m.model_type == KIND]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from typing_extensions import TypedDict
 
@@ -21,9 +21,9 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.tracking import checkpoint_models, mlflow_client, registry, tags
+from heliostat.tracking.card import ParentModel, Parents
 from heliostat.tracking.checkpoint_models import CheckpointFacts
 from heliostat.tracking.mlflow_client import read_json
-from heliostat.tracking.parents import ParentModel, Parents
 from heliostat.tracking.reconcile import settle
 from heliostat.tracking.registry import HistoryEntry
 from heliostat.tracking.run_facts import RecordedStart
@@ -70,7 +70,7 @@ class Traced(About):
     clusters: list[str]
     nodes: list[LivingNode]
     attempts: list[Outline]
-    changes: list[dict[str, Any]]  # start_step, and [was, is] by key of the job
+    changes: list[dict[str, object]]  # start_step, and [was, is] by key of the job
     data: Consumed
     tokenizers: list[str]
     checkpoints: list[CheckpointFacts]
@@ -159,18 +159,19 @@ def _parent_node(client: MlflowClient, parent: ParentModel, depth: int) -> Trace
     return run_node(client, run, depth - 1) if tags.FOLDER in run.data.tags else None
 
 
-def attempts(client: MlflowClient, run: Run) -> list[Outline]:
-    """Lists every start of the workers.
-
-    Reads the goodput report in MLflow if the run has ended, else the ledger in the run's folder; empty if neither can be read.
-    """
+def goodput_of(client: MlflowClient, run: Run) -> goodput.GoodputReport | None:
+    """Reads the goodput report in MLflow if the run has ended, else the ledger in its folder; None if neither can be read."""
     report = read_json(client, run.info.run_id, "goodput.json", goodput.GoodputReport) if run.info.status != "RUNNING" else None
-    if report is None:
-        try:
-            report = goodput.read_report(Location(run.data.tags[tags.FOLDER]))
-        except (HeliostatError, OSError):
-            return []
-    return [cast(Outline, {k: a.get(k) for k in Outline.__annotations__}) for a in report["attempts"]]
+    try:
+        return report or goodput.read_report(Location(run.data.tags[tags.FOLDER]))
+    except (HeliostatError, OSError):
+        return None
+
+
+def attempts(client: MlflowClient, run: Run) -> list[Outline]:
+    """Lists every start of the workers; empty if nothing is known of them."""
+    report = goodput_of(client, run)
+    return [cast(Outline, {k: a.get(k) for k in Outline.__annotations__}) for a in report["attempts"]] if report else []
 
 
 def data_of(client: MlflowClient, run: Run) -> Consumed:
@@ -247,7 +248,6 @@ class Seen:
 
 
 def lines(traced: Lineage) -> list[tuple[int, str]]:
-    """Lays the lineage tree out as lines of text: (depth, text)."""
     out: list[tuple[int, str]] = []
     if model := traced["model"]:
         out += _model_lines(model, 0)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from heliostat.config import workspace
 from heliostat.curation import reasons
 from heliostat.data import documents
+from heliostat.data.coverage import Visit, visits
 from heliostat.data.dataset import open_dataset
 from heliostat.data.documents import Piece
 from heliostat.data.manifest import Manifest
-from heliostat.data.visits import Visit, visits
 from heliostat.errors import DataError
 from heliostat.runs import consumed
 from heliostat.runs.consumed import Consumed, ConsumedPlace, Replaced

@@ -33,7 +33,7 @@ from heliostat.runs.mlflow_id import record
 from heliostat.storage import run_folder
 from heliostat.storage.retries import Backoff
 from heliostat.tracking import card, local_curves, mlflow_client, outbox, tags
-from heliostat.tracking.metrics import SPIKE, Point, points
+from heliostat.tracking.metrics import SPIKE, points
 from heliostat.tracking.mlflow_client import read_json, write_json
 from heliostat.tracking.run_facts import RunRecord
 
@@ -42,10 +42,11 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 log = logging.getLogger(__name__)
 
-SAMPLES = "samples.json"
+SAMPLES, SAVED = "samples.json", "its checkpoints and data"
 AWAY, BACK = "MLflow takes no metrics", "MLflow answers again"  # what the log says when it goes, and when it has come back
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
+NODES_SHOWN = 10  # lines about bad nodes in the tag: the newest
 IMAGES = 500  # that wait for MLflow; with more the oldest go
 EXCHANGE_S = 300.0  # the longest that an exchange which has begun may take
 PAUSES = Backoff(0.5, 15.0)  # between two tries
@@ -53,8 +54,6 @@ NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # 
 
 
 class Table(TypedDict):
-    """Describes what is read of the run's table of samples."""
-
     data: list[list[str]]
 
 
@@ -91,13 +90,9 @@ class RunOwner:
         self._patient = True  # until somebody has waited in vain
         self._end: End | None = None
         self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow has not got yet
-        self._starts: deque[AttemptStarted] = deque()  # of attempts
+        self._facts: dict[str, Callable[[], None]] = {}  # what writes those that MLflow has not got yet, by what they are
         self._filled = False  # with what earlier commands left beside the checkpoints
-        self._spiked = False  # since the tag about it was written
-        self._corrupted = ""  # what is to be written about it
-        self._bad_nodes: list[str] = []  # lines about them, of this command
-        self._bad_nodes_logged = 0
-        self._saved: int | None = None  # the step of a checkpoint of which MLflow does not know yet
+        self._bad_nodes: deque[str] = deque(maxlen=NODES_SHOWN)  # lines about them, of this command
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
     def post(self, event: Event) -> None:
@@ -176,7 +171,7 @@ class RunOwner:
     def _write(self) -> None:
         """Writes events to MLflow until the end was posted and written, or its deadline has passed."""
         pause, failures, deadline = 0.0, 0, float("inf")
-        box = outbox.Outbox(self.job.run_folder, self._send, self._known)
+        box = outbox.Outbox(self.job.run_folder, lambda new: mlflow_client.send(self._client, self.run_id, new), self._known)
         while True:
             for event in self._gather(pause):
                 self._take(event, box)
@@ -200,15 +195,16 @@ class RunOwner:
             case Evaluation():
                 self._images.extend((name, event.step, png) for name, png in event.images.items())
             case AttemptStarted():
-                self._starts.append(event)
+                self._facts[f"where it runs from step {event.start_step} at {event.at}"] = lambda: self._record.attempt(event)
             case LossSpike():
-                self._spiked = True
+                self._facts["its loss spikes"] = lambda: self._record.spikes()
             case Corruption():
-                self._corrupted = event.text
+                self._facts["what it found of corruption"] = lambda: self._tag(tags.CORRUPTION, event.text)
             case BadNodes():
                 self._bad_nodes.append(event.text)
+                self._facts["its bad nodes"] = lambda: self._tag(tags.BAD_NODES, "\n".join(self._bad_nodes))
             case Saved():
-                self._saved = event.step
+                self._facts[SAVED] = lambda: self._record.sync(event.step)
 
     def _gather(self, pause: float) -> list[Event]:
         """Collects the next events from the queue, waiting for the first.
@@ -233,27 +229,17 @@ class RunOwner:
         if not self._filled:
             earlier = local_curves.missing(self.job.run_folder, self._known())
             box.precede(earlier)
-            self._spiked = self._spiked or any(p.key == SPIKE for p in earlier)
+            if any(p.key == SPIKE for p in earlier):
+                self._facts["its loss spikes"] = lambda: self._record.spikes()
             self._filled = True
         waiting = len(box)
         box.flush()
         self._log_images()
-        while self._starts:
-            self._try("where it runs", lambda: self._record.attempt(self._starts[0]))
-            self._starts.popleft()
-        if self._spiked:
-            self._try("its loss spikes", self._record.spikes)
-            self._spiked = False
-        if self._corrupted:
-            self._try("what it found of corruption", lambda: self._record.corruption(self._corrupted))
-            self._corrupted = ""
-        if len(self._bad_nodes) > self._bad_nodes_logged:
-            self._try("its bad nodes", lambda: self._record.bad_nodes(self._bad_nodes))
-            self._bad_nodes_logged = len(self._bad_nodes)
-        if self._saved is not None and not self._end:
-            step = self._saved
-            self._try("its checkpoints and data", lambda: self._record.sync(step))
-            self._saved = None
+        if self._end:
+            self._facts.pop(SAVED, None)  # which closing the run writes
+        for what, write in list(self._facts.items()):
+            self._try(what, write)
+            del self._facts[what]
         if self._fault:
             away = time.monotonic() - self._since
             log.warning("%s after %.0f s: it has the %d metrics that waited", BACK, away, waiting)
@@ -287,7 +273,7 @@ class RunOwner:
     def _close(self, end: End) -> None:
         """Closes the MLflow run: checkpoints, data, goodput with a figure, reason, tags, the run's status, and the report."""
         report = end.report
-        self._try("its checkpoints and data", lambda: self._record.sync(report["attempts"][-1]["reached"]))
+        self._try(SAVED, lambda: self._record.sync(report["attempts"][-1]["reached"]))
         try:
             write_json(self._client, self.run_id, report, "goodput.json")
             self._client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
@@ -296,7 +282,7 @@ class RunOwner:
         if end.reason or tags.REASON in self._client.get_run(self.run_id).data.tags:  # of an earlier command
             self._client.set_tag(self.run_id, tags.REASON, end.reason[:5000])
         for key, value in end.tags.items():
-            self._client.set_tag(self.run_id, key, value)
+            self._tag(key, value)
         self._client.set_terminated(self.run_id, end.status)
         self._try("its report", self._log_page)  # which tells the status, too
         self._try("its datasets' pages", self._log_data_pages)
@@ -346,11 +332,11 @@ class RunOwner:
         written = {**_tags(self.job, self.manifests), **self._tags, tags.TOKEN: token}
         return str(self._client.create_run(experiment_id, run_name=self.job.name, tags=written).info.run_id)
 
-    def _send(self, new: list[Point]) -> None:
-        mlflow_client.send(self._client, self.run_id, new)
-
     def _known(self) -> dict[str, int]:
         return mlflow_client.known(self._client, self.run_id)
+
+    def _tag(self, key: str, value: str) -> None:
+        self._client.set_tag(self.run_id, key, value)
 
     def _log_images(self) -> None:
         while self._images:

@@ -78,10 +78,6 @@ def _of_experts(key: str) -> Callable[[Steps], Values]:
     return lambda event: event.experts.get(key)
 
 
-def _of_goodput(key: str) -> Callable[[Goodput], Values]:
-    return lambda event: event.report[key]
-
-
 # charts come in this order in the report, and so do the curves in them
 METRICS = (
     Metric("train/loss", Steps, _of("loss"), "Loss"),
@@ -106,9 +102,9 @@ METRICS = (
     Metric("train/experts/imbalance_worst", Steps, _of_experts("imbalance_worst"), "Load of experts", section="Experts"),
     Metric("train/experts/unused", Steps, _of_experts("unused"), "Experts without a token", "of all", "Experts"),
     Metric("train/experts/dropped", Steps, _of_experts("dropped"), "Assignments dropped", "of all", "Experts"),
-    Metric("train/time/goodput", Goodput, _of_goodput("goodput"), formerly="goodput/fraction"),
-    Metric("train/time/worker_hours", Goodput, _of_goodput("worker_hours"), formerly="goodput/worker_hours"),
-    Metric("train/time/*_s", Goodput, _of_goodput("parts"), formerly="goodput/*_s"),
+    Metric("train/time/goodput", Goodput, lambda e: e.report["goodput"], formerly="goodput/fraction"),
+    Metric("train/time/worker_hours", Goodput, lambda e: e.report["worker_hours"], formerly="goodput/worker_hours"),
+    Metric("train/time/*_s", Goodput, lambda e: e.report["parts"], formerly="goodput/*_s"),
     Metric(CHECKPOINT + "*", Saved, lambda e: {"blocked_s": e.blocked_s, "failed": e.failed or None}, formerly="checkpoint/*"),
     Metric(SYSTEM + "*", NodeSample, lambda e: {f"{key} {e.node}": value for key, value in e.values.items()}),
     Metric("train/*", Steps, _of("added"), "{}"),  # the recipe's terms beside the loss

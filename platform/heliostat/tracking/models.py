@@ -23,10 +23,10 @@ from heliostat.recipes.protocol import Serves
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.text import brief
-from heliostat.tracking import card, registry, tags
+from heliostat.tracking import card, mlflow_client, registry, tags
+from heliostat.tracking.card import parents
 from heliostat.tracking.checkpoint_models import KIND
 from heliostat.tracking.mlflow_client import logged_models
-from heliostat.tracking.parents import parents
 
 if TYPE_CHECKING:  # MLflow and torch take seconds
     from mlflow import MlflowClient
@@ -51,7 +51,7 @@ def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe
     mlflow.set_tracking_uri(job.mlflow.uri)
     license = card.license_of(job, parents(job))
     client = mlflow.MlflowClient()
-    made_of = f"{last.step} {last.index['written']!r}"
+    made_of = f"{last.step} {last.index.written!r}"
     try:
         model_id = _logged(client, run_id, made_of) or _log(client, run_id, made_of, folder, recipe, scores, license)
         client.update_run(run_id, status="RUNNING")  # the fluent run has ended it, and there is more to come
@@ -191,20 +191,13 @@ def _download(model: str, tracking_uri: str) -> Path:
 
 def find_run(run: str, tracking_uri: str) -> Location:
     """Finds a run's folder from its id or from the folder itself; ConfigError if it holds no run."""
-    place = Location(run) if "/" in run or Path(run).exists() else _run_folder(run, tracking_uri)
+    if "/" in run or Path(run).exists():
+        place = Location(run)
+    else:
+        import mlflow
+
+        known = mlflow_client.find(mlflow.MlflowClient(tracking_uri=tracking_uri), run, tracking_uri)
+        place = Location(known.data.tags[tags.FOLDER])
     if not {run_folder.CHECKPOINTS, run_folder.RECEIPTS, run_folder.LEDGER} & set(place.folders()):
         raise ConfigError(f"{place}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME")
     return place
-
-
-def _run_folder(run_id: str, tracking_uri: str) -> Location:
-    """Looks up a run's folder in MLflow; ConfigError if MLflow does not know the run, or heliostat did not make it."""
-    import mlflow
-
-    try:
-        run = mlflow.MlflowClient(tracking_uri=tracking_uri).get_run(run_id)
-    except mlflow.exceptions.MlflowException as e:
-        raise ConfigError(f"{run_id!r}: no such run in {tracking_uri}") from e
-    if tags.FOLDER not in run.data.tags:
-        raise ConfigError(f"{run_id!r}: is a run of {tracking_uri} that `heliostat train` did not make")
-    return Location(run.data.tags[tags.FOLDER])

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 LIMIT = 500_000  # points that may wait, some 100 MB; beyond it the oldest are given up
 SYSTEM_LIMIT = 50_000  # the same of system metrics
+METRICS, SYSTEM_METRICS = "metrics", "system metrics"  # what waits
 BATCH = 1000  # the most metrics that MLflow takes in one call
 HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")  # MLflow's codes for what it will never take
 
@@ -39,9 +40,8 @@ class Outbox:
         """Starts empty: `send` gives at most BATCH points to the store; `known` asks it for the last place of every metric."""
         self._file, self._send, self._known = run.join(run_folder.UNLOGGED), send, known
         self._last: dict[str, int] | None = None  # place by metric; None: to be asked
-        self._waiting: deque[Point] = deque()
-        self._system: deque[Point] = deque()
-        self._given_up = {"metrics": 0, "system metrics": 0}
+        self._waiting: dict[str, deque[Point]] = {METRICS: deque(), SYSTEM_METRICS: deque()}  # in the order in which they go
+        self._given_up = dict.fromkeys(self._waiting, 0)
         self._loaded = self._kept = False
 
     def _load(self) -> None:
@@ -58,28 +58,28 @@ class Outbox:
         self._loaded = True
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._system)
+        return sum(map(len, self._waiting.values()))
 
     def add(self, points: Iterable[Point]) -> None:
         for point in points:
             self._queue(point).append(point)
-        for what, queue, limit in (("metrics", self._waiting, LIMIT), ("system metrics", self._system, SYSTEM_LIMIT)):
-            while len(queue) > limit:
+        for what, queue in self._waiting.items():
+            while len(queue) > (LIMIT if what == METRICS else SYSTEM_LIMIT):
                 queue.popleft()
                 self._given_up[what] += 1
 
     def _queue(self, point: Point) -> deque[Point]:
-        return self._system if point.key.startswith(SYSTEM) else self._waiting
+        return self._waiting[SYSTEM_METRICS if point.key.startswith(SYSTEM) else METRICS]
 
     def precede(self, points: list[Point]) -> None:
         """Puts points of earlier steps before all that waits."""
         self._load()
-        self._waiting.extendleft(reversed(points))
+        self._waiting[METRICS].extendleft(reversed(points))
 
     def flush(self) -> int:
         """Sends all that waits, and returns how much was new; raises what the store raises, and keeps what it did not take."""
         self._load()
-        sent = self._flush(self._waiting) + self._flush(self._system)
+        sent = sum([self._flush(queue) for queue in self._waiting.values()])
         if self._kept:
             self._file.delete()
             self._kept = False
@@ -122,5 +122,5 @@ class Outbox:
         The file is written even if nothing waits, because it marks that MLflow does not have the whole run.
         """
         self._load()
-        self._file.write("".join(json.dumps(point) + "\n" for point in (*self._waiting, *self._system)).encode())
+        self._file.write("".join(json.dumps(point) + "\n" for queue in self._waiting.values() for point in queue).encode())
         self._kept = True

@@ -46,8 +46,6 @@ class HistoryEntry(TypedDict):
 
 
 class Promotion(HistoryEntry):
-    """Describes what `promote` has done."""
-
     name: str
     version: str
     scores: dict[str, float]
@@ -138,7 +136,6 @@ def history(version: ModelVersion) -> list[HistoryEntry]:
 
 
 def record(client: MlflowClient, name: str, version: str, entry: HistoryEntry) -> None:
-    """Adds an entry to a version's history, which keeps the newest entries."""
     known = history(client.get_model_version(name, version))
     client.set_model_version_tag(name, version, HISTORY, json.dumps([*known, entry][-KEPT:]))
 
@@ -154,7 +151,8 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
         raise ConfigError(f"{alias!r} is no alias: use letters, digits, . _ -, and neither `latest` nor a version as v1")
     new = find(client, model)
     measured, data = scores(client, new)
-    present = _present(client, new.name, alias)
+    holder = client.get_registered_model(new.name).aliases.get(alias)
+    present = client.get_model_version(new.name, holder) if holder else None
     faults = [fault for term in terms if (fault := term.check(measured))]
     before: dict[str, float] = {}
     if present is not None and present.version != new.version:
@@ -182,9 +180,3 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
         before_it: HistoryEntry = {**entry, "event": "replaced", "replaced": None, "replaced_by": str(new.version)}
         record(client, new.name, replaced, before_it)
     return {"name": new.name, "version": str(new.version), **entry, "scores": measured, "replaced_scores": before}
-
-
-def _present(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """Looks up the version that has the alias; None if none has."""
-    version = client.get_registered_model(name).aliases.get(alias)
-    return client.get_model_version(name, version) if version else None

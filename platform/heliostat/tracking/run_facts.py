@@ -22,11 +22,11 @@ from heliostat.runs import consumed
 from heliostat.runs.events import AttemptStarted
 from heliostat.storage.records import Format, Json
 from heliostat.storage.run_folder import ATTEMPTS
+from heliostat.tracking.card import parents
 from heliostat.tracking.checkpoint_models import Checkpoints
 from heliostat.tracking.metrics import SPIKE
 from heliostat.tracking.mlflow_client import read_json, write_json
-from heliostat.tracking.parents import parents
-from heliostat.tracking.tags import BAD_NODES, CORRUPTION, PARENT_RUNS, SPIKES
+from heliostat.tracking.tags import PARENT_RUNS, SPIKES
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
@@ -51,7 +51,6 @@ class RecordedStart(CommandCode):
 
 
 STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="delete it to begin another")
-NODES_SHOWN = 10  # lines about bad nodes in the tag: the newest
 SPIKES_SHOWN = 100  # in the tag: the newest, of more
 
 
@@ -77,7 +76,6 @@ class RunRecord:
             self.client.set_tag(self.run_id, PARENT_RUNS, ",".join(ids))
 
     def attempt(self, event: AttemptStarted) -> None:
-        """Adds a start of the workers to the run's record."""
         self._checkpoints.back(event.start_step)
         place = self.job.run_folder.join(ATTEMPTS)
         cluster, code = os.environ.get("HELIOSTAT_CLUSTER", ""), self._code()
@@ -99,14 +97,6 @@ class RunRecord:
         """Writes the steps of the newest loss spikes that MLflow has as a tag of the run."""
         if steps := sorted({m.step for m in self.client.get_metric_history(self.run_id, SPIKE)}):
             self.client.set_tag(self.run_id, SPIKES, ",".join(map(str, steps[-SPIKES_SHOWN:])))
-
-    def corruption(self, text: str) -> None:
-        """Writes what was found of silent data corruption as a tag of the run."""
-        self.client.set_tag(self.run_id, CORRUPTION, text)
-
-    def bad_nodes(self, lines: list[str]) -> None:
-        """Writes what was found of bad nodes, and done about them, as a tag of the run."""
-        self.client.set_tag(self.run_id, BAD_NODES, "\n".join(lines[-NODES_SHOWN:]))
 
     def _code(self) -> CommandCode:
         """Describes the code and the package environment of this command; their files are written once."""

@@ -19,8 +19,6 @@ COLUMNS = ("run", "name", "status", "began", "step", "loss", "held-out", "rate",
 
 
 class About(TypedDict):
-    """Describes a run in MLflow."""
-
     run_id: str
     name: str
     experiment: str
@@ -63,7 +61,6 @@ def about(run: Run, experiment: str) -> About:
 
 
 def row(run: Run, experiment: str) -> RunRow:
-    """Describes a run as a row of the table."""
     metrics, known, params = latest(run.data.metrics), run.data.tags, run.data.params
     at = {m.key: m.step for m in run.data.to_proto().metrics}
     return {
@@ -81,7 +78,6 @@ def row(run: Run, experiment: str) -> RunRow:
 
 
 def cells(rows: list[RunRow]) -> list[list[str]]:
-    """Formats the rows as text, with the columns' names first."""
     return [list(COLUMNS), *(_cells(r) for r in rows)]
 
 

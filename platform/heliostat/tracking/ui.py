@@ -120,16 +120,11 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def _end_tree(root: int) -> None:
     """Ends the server and its workers: SIGTERM first, and SIGKILL for those that are left after END_S."""
-    try:
-        all_of_it = [*psutil.Process(root).children(recursive=True), psutil.Process(root)]
-    except psutil.NoSuchProcess:
-        return
-    for process in all_of_it:
-        _signal(process, signal.SIGTERM)
-    for process in psutil.wait_procs(all_of_it, timeout=END_S)[1]:
-        _signal(process, signal.SIGKILL)
-
-
-def _signal(process: psutil.Process, number: int) -> None:
+    processes = list[psutil.Process]()
     with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
+        processes = [*psutil.Process(root).children(recursive=True), psutil.Process(root)]
+    for number, patience in ((signal.SIGTERM, END_S), (signal.SIGKILL, 0.0)):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        processes = psutil.wait_procs(processes, timeout=patience)[1]

@@ -18,7 +18,8 @@ from typing import Any
 
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
-from heliostat.cluster import preloads, private_ray
+from heliostat.cluster import private_ray
+from heliostat.cluster.fork_server import preloads
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
@@ -73,7 +74,7 @@ def train_job(
     job, recipe = check.check_setup(job, resume=resume)
     with lease.take(job.run_folder) as held:
         found = None if overwrite else _last_checkpoint(job, resume)
-        checked = _plan(spec.settle(job, found.index["job"] if found else None), recipe, found, recorded, allow_data_change)
+        checked = _plan(spec.settle(job, found.index.job if found else None), recipe, found, recorded, allow_data_change)
         if overwrite:
             held.fence.check()
             lease.clear(job.run_folder)
@@ -101,7 +102,7 @@ def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
 
 def _plan(job: Job, recipe: Any, found: SavedCheckpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
     """Plans the job's data like the checkpoint, or the recorded plan; ConfigError if the samples would differ."""
-    recorded = DataPlan.parse(found.index["data"]) if found else recorded
+    recorded = DataPlan.parse(found.index.data) if found else recorded
     checked = check.check_data(job, recipe, recorded)
     changes = recorded.differences(checked.plan) if recorded else []
     if not changes:
@@ -126,7 +127,7 @@ def _carry_out(run: DrivenRun, found: SavedCheckpoint | None) -> dict[str, Any]:
     log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
     if (result := endings.result(job.run_folder, found.step)) is None:
         return run.finalize(found)
-    recorded = found.index["job"]
+    recorded = found.index.job
     now = job.on(recorded["workers"]["count"]) if isinstance(job.workers.count, list) else job
     if changed := spec.changed_keys(recorded, now.dump()):
         log.warning("what the job now says otherwise changes nothing in it: %s; use another name", ", ".join(changed))
@@ -145,8 +146,8 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
         log.warning("evaluate.benchmarks: is not done for trials; score the best with `heliostat benchmark`")
     with lease.take(job.run_folder) as held:
         found = layout.latest(job.run_folder)
-        job = spec.settle(job, found.index["job"] if found else None)
-        recorded = DataPlan.parse(found.index["data"]) if found else None
+        job = spec.settle(job, found.index.job if found else None)
+        recorded = DataPlan.parse(found.index.data) if found else None
         checked = check.check_stores(job, recipe, recorded, resume=found is not None)
         run = DrivenRun(checked, held, found.step if found else 0, hooks.started, tags=hooks.tags, hooks=hooks)
         if found is None or found.step < job.last_step:
@@ -162,5 +163,5 @@ def finalize(job: Job) -> dict[str, Any]:
         return result
     with lease.take(job.run_folder) as held:
         last = layout.open_checkpoint(job.run_folder, job.last_step)
-        checked = check.check_stores(spec.settle(job, last.index["job"]), recipe, DataPlan.parse(last.index["data"]), resume=True)
+        checked = check.check_stores(spec.settle(job, last.index.job), recipe, DataPlan.parse(last.index.data), resume=True)
         return DrivenRun(checked, held, job.last_step, time.time()).finalize(last)

@@ -158,8 +158,9 @@ class _Tuning:
 
     def _connect(self) -> int:
         """Joins or starts Ray, and returns how many trials run side by side."""
-        from heliostat.cluster import nodes, preloads, private_ray, ray_internals
+        from heliostat.cluster import nodes, private_ray, ray_internals
         from heliostat.cluster.connect import connect
+        from heliostat.cluster.fork_server import preloads
 
         workers = self.base.workers
         wanted = self.plan.sweep.concurrency

@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 
 from heliostat import schema
 from heliostat.config import spec, workspace
-from heliostat.config.fields import Json
-from heliostat.config.spec import Fraction, Job, Name, Positive, Seed
+from heliostat.config.fields import Fraction, Json, Name, Positive, Seed
+from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Evaluates
 from heliostat.schema import Float, Strict

@@ -24,7 +24,7 @@ from pathlib import Path
 from heliostat import extras
 from heliostat.cluster.capacity import require_gpus
 from heliostat.config import deepspeed_keys, spec
-from heliostat.config.checkpoint_section import Benchmarks
+from heliostat.config.sections import Benchmarks
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
 from heliostat.data.dataset import DataPlan, make_order, plan

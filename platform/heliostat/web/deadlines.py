@@ -7,7 +7,7 @@ servers of Ray Serve and MLflow, which build their own uvicorn, are reached in t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -60,7 +60,6 @@ class ConnectionWatch:
 
     @property
     def asking(self) -> bool:
-        """Tells whether the client is to send a request: none is under way."""
         return self.protocol.cycle is None or self.protocol.cycle.response_complete
 
     @property
@@ -101,7 +100,7 @@ class ConnectionWatch:
         self.protocol.transport.abort()
 
 
-def _body_bytes(scope: Any) -> int:
+def _body_bytes(scope: Mapping[str, Iterable[tuple[bytes, bytes]]]) -> int:
     """Returns the Content-Length of a request; 0 without one, or if the body comes in chunks."""
     headers = dict(scope["headers"])
     told = headers.get(b"content-length", b"")
@@ -110,7 +109,7 @@ def _body_bytes(scope: Any) -> int:
 
 def _watching(made: Callable[..., None]) -> Callable[..., None]:
     @wraps(made)
-    def connection_made(self: Any, transport: Any) -> None:
+    def connection_made(self: Any, transport: asyncio.Transport) -> None:
         made(self, transport)
         self.heliostat_watch = ConnectionWatch(self)
 

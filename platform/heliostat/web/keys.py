@@ -71,7 +71,6 @@ def _words(line: str) -> list[str]:
 
 
 def first(path: Path) -> str:
-    """Returns the first key of a file that was read."""
     lines = (_words(line) for line in path.read_text(encoding="utf-8").splitlines())
     return next(words[-1] for words in lines if words)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -24,12 +22,11 @@ class Refusal(Exception):
         super().__init__(status, message, param, code, retry_after)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, dict[str, str | None]]:
         """Returns the error as OpenAI's clients read it."""
         kind = TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Returns the headers that belong to the answer."""
         found = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         return found | ({"Retry-After": str(self.retry_after)} if self.retry_after is not None else {})

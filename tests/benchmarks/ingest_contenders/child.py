@@ -1,4 +1,4 @@
-"""One measurement, in a process of its own: `python -m ingest_contenders.child TASK`.
+"""One measurement, in a process of its own: `python -m tests.benchmarks.ingest_contenders.child TASK`.
 
 It gets everything started that would run anyway (consumers with their imports done; Ray), says "ready", waits for "go",
 delivers the data set, says what each consumer saw, and lives until it is told to end, so that all its processes can be read.
@@ -14,14 +14,11 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ingest_contenders.task import Task, consume
+from tests.benchmarks.ingest_contenders.contenders import CONTENDERS
+from tests.benchmarks.ingest_contenders.task import Task, consume
 
 MARK = "@ingest "
 DEADLINE_S = 300
-
-
-def module(task: Task) -> Any:
-    return importlib.import_module(f"ingest_contenders.{task.contender}")
 
 
 def say(event: str, **details: Any) -> None:
@@ -35,8 +32,8 @@ def hear(expected: str) -> None:
 def consumer(text: str, rank: int, pipe: Connection) -> None:
     """A consumer that is a plain process."""
     task = Task.parse(text)
-    contender = module(task)
-    importlib.import_module(contender.NEEDS)
+    contender = CONTENDERS[task.contender]
+    importlib.import_module(contender.needs)
     importlib.import_module("torch.utils.data")
     pipe.send("ready")
     pipe.recv()
@@ -87,7 +84,9 @@ def actors(task: Task) -> None:
     say("ready")
     hear("go")
     since = time.monotonic()
-    shards = module(task).split(task)
+    split = CONTENDERS[task.contender].split
+    assert split
+    shards = split(task)
     seen = ray.get([c.run.remote(s) for c, s in zip(consumers, shards, strict=True)], timeout=DEADLINE_S)
     say("done", since=since, consumers=seen)
     hear("end")
@@ -102,13 +101,12 @@ class Consumer:
 
         self.task, self.rank = Task.parse(text), rank
 
-    def ready(self) -> None:
-        importlib.import_module(f"ingest_contenders.{self.task.contender}")
+    def ready(self) -> None: ...
 
     def run(self, shard: Any) -> dict[str, Any]:
-        return consume(module(self.task).batches(self.task, self.rank, shard))
+        return consume(CONTENDERS[self.task.contender].batches(self.task, self.rank, shard))
 
 
 if __name__ == "__main__":
     given = Task.parse(sys.argv[1])
-    (actors if getattr(module(given), "RAY", False) else processes)(given)
+    (actors if CONTENDERS[given.contender].split else processes)(given)

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ingest_contenders.child import MARK
-from ingest_contenders.task import Task
+from tests.benchmarks.harness import ROOT
+from tests.benchmarks.ingest_contenders.child import MARK
+from tests.benchmarks.ingest_contenders.task import Task
 
 EVERY_S, MEMORY_EVERY_S, DEADLINE_S = 0.2, 1.0, 300.0
-HERE = Path(__file__).resolve().parents[1]
 
 
 class Meter(threading.Thread):
@@ -71,13 +71,13 @@ def measure(task: Task, log: Path) -> dict[str, float]:
     """Runs a contender once; RuntimeError with the end of its log if it fails or delivers late."""
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "RAY_worker_niceness": "0",  # Ray would run its workers at 15, and the others run at 0
         "HF_HUB_OFFLINE": "1",
         "INGEST_PORT": str(20_000 + os.getpid() % 10_000),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "ingest_contenders.child", task.dump()]
+    command = [sys.executable, "-m", "tests.benchmarks.ingest_contenders.child", task.dump()]
     with log.open("w") as errors:
         child = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=task.scratch

@@ -21,7 +21,7 @@ from heliostat.data import manifest
 from heliostat.storage.locations import Location
 from PIL import Image
 
-from ingest_contenders.task import FILES, touch
+from tests.benchmarks.ingest_contenders.task import FILES, touch
 
 GROUPS = 2  # row groups of a Parquet file: 4 MiB each, about the million tokens that the text pipeline writes
 VOCABULARY = 50_000

@@ -60,6 +60,11 @@ class Task:
             return pafs.LocalFileSystem()
         return pafs.S3FileSystem(endpoint_override=self.endpoint, scheme="http", region="us-east-1")
 
+    @property
+    def columns(self) -> list[str]:
+        """Those to read of the Parquet files, the samples' first."""
+        return ["tokens"] if self.kind == "tokens" else ["image", "caption"]
+
     def path(self, path: str) -> str:
         """The path as `filesystem` takes it."""
         return path.removeprefix("s3://")

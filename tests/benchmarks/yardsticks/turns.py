@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import psutil
 import yaml
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.benchmarks import harness
+
+BIN = Path(sys.executable).parent
 START_S = 300.0
 MARK = "step ended "
 
@@ -42,10 +44,10 @@ class Contender:
     """A command that trains. `begun` is given what it has written so far, and says whether its first steps are over."""
 
     def __init__(self, command: list[Any], output: Path, begun: Callable[[str], bool]) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(harness.ROOT)}
         self.output = output
         with output.open("w") as out:
-            self.process = subprocess.Popen([str(c) for c in command], cwd=ROOT, env=env, stdout=out, stderr=out)
+            self.process = subprocess.Popen([str(c) for c in command], cwd=harness.ROOT, env=env, stdout=out, stderr=out)
         self.turns: list[tuple[float, float]] = []
         deadline = time.time() + START_S
         while not begun(output.read_text()):
@@ -98,18 +100,19 @@ class Outcome(NamedTuple):
     result: dict[str, Any]
 
     @property
-    def row(self) -> str:
-        """ours | plain | ratio: median (least to most, turns)."""
+    def cells(self) -> tuple[str, str, str, int]:
+        """Cells below HEADS."""
         ratios = [a / b for a, b in zip(self.ours, self.plain, strict=True)]
-        spread = f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)})"
-        return f"{median(self.ours):,.4g} | {median(self.plain):,.4g} | {spread}"
+        return f"{median(self.ours):,.4g}", f"{median(self.plain):,.4g}", harness.spread(ratios), len(ratios)
 
 
-ROW = "ours | plain | ratio: median of the pairs of turns (least to most, pairs)"
+HEADS = ("ours", "plain", "ratio: median of the pairs of turns (least to most)", "pairs")
 
 
-def compare(plain: list[Any], ours: list[Any], job: Path, seconds: float) -> Outcome:
-    """Both commands train the job; turns of so many seconds until heliostat has ended."""
+def compare(yardstick: str, more: list[Any], job: Path, stage: int, seconds: float) -> Outcome:
+    """The plain loop of this name and heliostat train the job, on two workers, by turns until heliostat has ended."""
+    plain = [BIN / "torchrun", "--nproc-per-node", "2", "--module", f"tests.benchmarks.yardsticks.{yardstick}", job, *more]
+    ours = [BIN / "heliostat", "train", job, "--set", f"train.zero.stage={stage}", "--overwrite", "--json"]
     raw = yaml.safe_load(job.read_text())
     size = raw["train"]["global_batch"] * (raw["data"].get("sequence_length") or 1)
     logs = job.with_name("plain.log"), job.with_name("heliostat.log")

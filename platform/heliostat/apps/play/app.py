@@ -1,13 +1,17 @@
-"""Serves the page, and hands all else to the endpoint's front: the page asks it as any client does.
+"""Opens a page on a model, an index, or both, until it is stopped: `heliostat play`.
 
-The page holds no secret and loads nothing but its own files: what it shows comes with the key, through the endpoint.
+One process: the endpoint's front, with a replica in it instead of replicas on Ray. The page asks the front as any client does. It
+holds no secret and loads nothing but its own files: what it shows comes with the key, through the endpoint.
 """
 
 from __future__ import annotations
 
+import socket
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -15,9 +19,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from heliostat.apps.serve import requests
+from heliostat.apps.serve.asks import EMBEDDINGS, Ask
 from heliostat.apps.serve.front import Front
+from heliostat.apps.serve.replica import MOST_AREA, Replica
+from heliostat.apps.serve.run import require_free
+from heliostat.apps.serve.served import Options, ServedModels
+from heliostat.cluster.private_ray import LOOPBACK
+from heliostat.errors import ConfigError
+from heliostat.recipes.text import infilling
+from heliostat.training.driver.signals import Signals
+from heliostat.web import deadlines
 from heliostat.web.refusals import Refusal
 
+END_S = 3  # for answers that are under way when it is stopped
 FILES = {one.name: one for one in (Path(__file__).parent / "page").iterdir()}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HOSTS = ["127.0.0.1", "localhost"]  # another name that leads here is another site's, which a browser would let ask
@@ -30,15 +45,15 @@ HEADERS = {
 }
 
 
-def app(front: Front, abilities: dict[str, Any]) -> Starlette:
-    """Makes the application of a front; `abilities`: what the page is told when it has the key."""
+def app(front: Front, offered: dict[str, object]) -> Starlette:
+    """Makes the application of a front; `offered`: what the page is told when it has the key."""
 
     async def told(request: Request) -> Response:
         try:
             front.owner(request)
         except Refusal as e:
             return JSONResponse(e.body(), e.status, e.headers())
-        return JSONResponse(abilities)
+        return JSONResponse(offered)
 
     async def asked(request: Request) -> Response:
         return await front(request)
@@ -58,3 +73,112 @@ async def page(request: Request) -> Response:
     if file is None:
         return Response("there is no such file", 404, media_type="text/plain")
     return Response(file.read_bytes(), media_type=TYPES[file.suffix], headers=HEADERS)
+
+
+class Local:
+    """Reaches the one replica, whatever the version."""
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+
+    async def call(self, version: str, what: str, asked: object) -> dict[str, object]:
+        """Asks for something as a whole: a method of `Replica`, by its name."""
+        return await self.replica.ask(what, asked)
+
+    def stream(self, version: str, ask: Ask) -> AsyncGenerator[dict[str, object]]:
+        """Answers prompts piece by piece."""
+        return self.replica.stream(ask)
+
+
+NO_MODEL = "no model was given"
+DRAWS = "the model draws, and writes nothing"
+WRITES = "the model writes, and draws nothing"
+NO_TEMPLATE = "the model's tokenizer has no chat template"
+NO_INDEX = "no index was given; start with --index INDEX"
+
+
+def abilities(served: ServedModels, replica: Replica, version: str, options: Options) -> dict[str, object]:
+    """Describes what is here. `tabs`: each with why it is not there, or null; in the order in which they are shown."""
+    return {
+        "model": served.name,
+        "index": served.index_name,
+        "version": version,
+        "tabs": tabs(replica),
+        "text": _text(replica, options),
+        "images": _images(replica),
+        "passages": _passages(replica),
+    }
+
+
+def tabs(replica: Replica) -> dict[str, str | None]:
+    """Says of each tab why it is not there; None if it is."""
+    none = DRAWS if replica.painter else NO_MODEL
+    writer = replica.writer
+    return {
+        "write": None if writer else none,
+        "complete": none if not writer else None if writer.engine.infilling else infilling.NONE,
+        "chat": none if not writer else None if writer.engine.loaded.tokenizer.chat_template else NO_TEMPLATE,
+        "draw": None if replica.painter else WRITES if writer else NO_MODEL,
+        "ask": None if replica.shelf else NO_INDEX,
+    }
+
+
+def _text(replica: Replica, options: Options) -> dict[str, object] | None:
+    if replica.writer is None:
+        return None
+    longest = replica.writer.engine.loaded.longest
+    return {"longest": longest, "max_tokens": min(options.max_tokens, longest or options.max_tokens)}
+
+
+def _images(replica: Replica) -> dict[str, object] | None:
+    if replica.painter is None:
+        return None
+    painter = replica.painter
+    bounds = {"most_images": requests.MOST_IMAGES, "most_steps": requests.MOST_STEPS, "most_area": MOST_AREA}
+    return {"size": list(painter.size), **painter.canvas.defaults, **bounds}
+
+
+def _passages(replica: Replica) -> dict[str, object] | None:
+    if replica.shelf is None:
+        return None
+    index = replica.shelf.index
+    return {"modes": list(index.modes), "documents": index.record["documents"], "passages": index.record["passages"],
+            "most": requests.MOST_PASSAGES, "answers": replica.writer is not None}  # fmt: skip
+
+
+class Server(uvicorn.Server):
+    """Calls `ready` once it answers."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.ready = ready
+        deadlines.apply()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.ready()
+
+
+def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
+    """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that, and before `keys` is
+    asked for the keys, if it cannot."""
+    if served.kind() == EMBEDDINGS:
+        raise ConfigError(f"MODEL: {served.name!r} embeds texts, and has no page; use `heliostat serve`")
+    require_free(options.port)
+    made = application(served, keys, options)
+    config = uvicorn.Config(
+        made, host=LOOPBACK, port=options.port, log_config=None, access_log=False, lifespan="off", server_header=False,
+        timeout_graceful_shutdown=END_S,
+    )  # fmt: skip
+    with Signals():  # uvicorn raises the signal that it has taken once more behind its end
+        Server(config, lambda: ready(f"http://{LOOPBACK}:{options.port}/")).run()
+
+
+def application(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options) -> Any:
+    """Loads what is served, asks for the keys, and makes the application that answers with it."""
+    version = served.source.wanted()
+    replica = Replica(served.holds(served.source.folder(version), options.batch))
+    front = Front(served.settings(served.kind(), keys(), options), Local(replica), ())
+    front.backend.use(version)
+    return app(front, abilities(served, replica, version, options))

@@ -24,32 +24,26 @@ import numpy as np
 
 from heliostat import extras
 from heliostat.apps.search import table
-from heliostat.apps.search.settings import IndexSettings
-from heliostat.apps.search.tasks import IndexPlan, index_unit
+from heliostat.apps.search.tasks import IndexPlan, IndexSettings, index_unit
 from heliostat.apps.search.units import IndexUnit, open_text, units
 from heliostat.config.fields import Json
-from heliostat.curation.watching import PipelineWatch
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.inference.batch.claim import claim
-from heliostat.inference.batch.run import model_digest, origin
+from heliostat.inference.batch.run import claim, flow_on_ray, model_digest, origin
 from heliostat.recipes import exported
 from heliostat.recipes.text import sentence_folder
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
 from heliostat.tasks.flow import Flow, Task
-from heliostat.tasks.progress import Progress
-from heliostat.tasks.work import Work, key
-from heliostat.terminal import console
+from heliostat.tasks.work import key
 
 if TYPE_CHECKING:
     import lance
 
 log = logging.getLogger(__name__)
 
-WORK = "work"
 UNITS = 256  # of a dataset, about
 LEAST, MOST = 1 << 16, 1 << 22  # tokens of a unit
 COUNTS = ("documents", "passages", "empty", "embedded", "truncated", "unembedded")
@@ -75,11 +69,8 @@ def index_documents(
             return {**before.record, "added": 0, "deleted": 0, "new": 0}
         import torch
 
-        from heliostat.cluster.connect import connect
-
-        connect(cpus=workers, gpus=torch.cuda.device_count() if embedder else 0)
-        with PipelineWatch(console, f"indexing {dataset}", quiet) as watch:
-            flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
+        gpus = torch.cuda.device_count() if embedder else 0
+        with flow_on_ray(place, f"indexing {dataset}", workers, gpus, quiet) as flow:
             return build(flow, prepared, place, settings, about, before, batch, lease_.fence.check)
 
 

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import pyarrow as pa
 import xxhash
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 
 from heliostat.apps.search import table
-from heliostat.apps.search.settings import IndexSettings
 from heliostat.apps.search.units import IndexUnit, documents
 from heliostat.config.fields import Json
 from heliostat.curation.text import tokens
 from heliostat.data import infilling
 from heliostat.data.infilling import Markers
 from heliostat.inference.batch.tasks import loaded
+from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
 from heliostat.tasks.shipping import Shipment
@@ -149,3 +150,19 @@ def longer(model: str, texts: dict[str, str], batch: int, follows: str = "") -> 
     engine = cast("Embed", loaded(model, "embed", batch, "{}", follows=follows))
     encoded = {name: engine.encode(text) for name, text in texts.items()}
     return {name for name, tokens in encoded.items() if len(engine.loaded.seen(tokens, texts[name])) < len(tokens)}
+
+
+class IndexSettings(Strict):
+    """Describes the passages of an index."""
+
+    chunk_tokens: int = Field(256, ge=16, le=1 << 20)
+    """Tokens of the dataset's tokenizer that a passage has at most."""
+    overlap: int = Field(32, ge=0)
+    """Tokens of a passage that the next one begins with."""
+
+    @model_validator(mode="after")
+    def _forward(self) -> IndexSettings:
+        """Refuses passages that would be mostly the one before."""
+        if self.overlap * 2 > self.chunk_tokens:
+            raise ValueError(f"overlap {self.overlap} is more than half of chunk_tokens {self.chunk_tokens}; give a smaller one")
+        return self

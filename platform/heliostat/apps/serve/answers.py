@@ -8,8 +8,7 @@ import struct
 import time
 from collections.abc import Sequence
 
-from heliostat.apps.serve.asks import AnswerPiece, Logprobs
-from heliostat.apps.serve.stopping import UNFINISHED
+from heliostat.apps.serve.asks import UNFINISHED, AnswerPiece, Logprobs
 from heliostat.config.fields import Json
 
 Body = dict[str, Json]

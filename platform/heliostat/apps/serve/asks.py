@@ -1,11 +1,20 @@
-"""Defines what the front asks of a replica, and what a replica holds."""
+"""Defines what the front asks of a replica, what a replica holds, and the kinds of models: that write, draw, or embed texts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from heliostat.config.fields import Json
+from heliostat.errors import ConfigError
+from heliostat.recipes import exported
+from heliostat.recipes.images import clip_folder
+from heliostat.recipes.protocol import Paints
+from heliostat.recipes.text import sentence_folder
+
+TEXT, IMAGES, EMBEDDINGS = "text", "images", "embeddings"
+UNFINISHED = "\ufffd"  # what a decoder puts for the first bytes of a character
 
 Messages = list[dict[str, str]]
 Item = dict[str, Json]  # of a replica's answer: `answers`, `piece` with its `index`, `images`, `passages`, or `refused`
@@ -83,3 +92,15 @@ class AnswerPiece(TypedDict):
     finish: NotRequired[str]
     prompt_tokens: NotRequired[int]
     completion_tokens: NotRequired[int]
+
+
+def kind_of(folder: Path) -> str:
+    """Returns a model's kind; ConfigError if it is of none that is served."""
+    if sentence_folder.embeds(folder) or clip_folder.is_one(folder):
+        return EMBEDDINGS
+    recipe = exported.read(folder).recipe
+    if getattr(recipe, "kind", None) == "tokens":
+        return TEXT
+    if issubclass(recipe, Paints):
+        return IMAGES
+    raise ConfigError(f"{folder}: is of {recipe.__name__}, and only models that write, draw or embed texts are served")

@@ -37,7 +37,7 @@ class Handles:
 
     async def call(self, version: str, what: str, asked: object) -> Item:
         """Asks for something as a whole: a method of `Replica`, by its name."""
-        return await _answered(getattr(self._of(version), what).remote(asked))
+        return await _answered(cast("DeploymentResponse[Item]", self._of(version).ask.remote(what, asked)))
 
     async def stream(self, version: str, ask: Ask) -> AsyncGenerator[Item]:
         """Answers prompts piece by piece; ends the replica's work if nobody takes the pieces any more."""

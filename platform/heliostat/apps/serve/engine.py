@@ -1,4 +1,4 @@
-"""Answers requests with one model, many at a time: a thread of its own steps all of them together, a token each.
+"""Answers requests with one model, many at a time: a thread of its own steps all of them together, a token each; or vLLM does.
 
 What is in a batch beside a request changes the order of floating-point sums and nothing else: its noise is its own.
 
@@ -9,18 +9,24 @@ are computed again from their tokens.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
 
 import psutil
 import torch
+import transformers
 
-from heliostat.apps.serve import sampling
+from heliostat.apps.serve import adapters as lora
 from heliostat.apps.serve.adapters import Adapters
 from heliostat.apps.serve.group import RowBatch
 from heliostat.apps.serve.row import Deliver, Row, Telling, ending
+from heliostat.inference import sampling
 from heliostat.inference.batch.engines import Embed, Input, LoadedModel, pads_hold
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.text import brief
@@ -204,3 +210,62 @@ def _free(device: torch.device) -> int:
 def _no_memory(error: Exception) -> bool:
     said = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in said for words in NO_MEMORY)
+
+
+class VllmEngine:
+    """Answers rows with vLLM, which makes the batches, in the event loop that asks; embeds nothing."""
+
+    embeds = False
+
+    def __init__(self, folder: Path, batch: int, adapters: dict[str, str]) -> None:
+        from heliostat.inference.vllm_engine import VllmStream
+
+        self.loaded = LoadedModel(folder, weights=False)
+        self.infilling = Infilling.of(self.loaded.tokenizer)
+        self.telling = Telling(self.loaded.tokenizer, ending(self.loaded, self.infilling))
+        known = {name: (place, lora.require(name, Path(place))["r"]) for name, place in adapters.items()}
+        _require_fit(self.loaded.config, adapters)
+        self.stream = VllmStream(folder, self.loaded, batch, known)
+        self.tasks = set[asyncio.Task[None]]()
+
+    def require_alive(self) -> None:
+        """Raises if vLLM has died."""
+        if self.stream.llm.errored:
+            raise self.stream.llm.dead_error
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Takes rows; each is followed to its end."""
+        for row in rows:
+            row.task = task = asyncio.get_running_loop().create_task(self._follow(row))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    def embedded(self, texts: Sequence[str], deliver: Deliver) -> None:
+        """Embeds nothing."""
+        raise NotImplementedError
+
+    async def _follow(self, row: Row) -> None:
+        """Draws tokens until the answer is over, or nobody waits for it."""
+        tokens = self.stream.tokens(row.prompt, row.most, row.draw, self.telling.ends, row.logprobs, row.adapter)
+        try:
+            async with aclosing(tokens):
+                async for token, chosen in tokens:
+                    if not row.over:
+                        self.telling.take(row, token, chosen)
+                    if row.over:
+                        return
+        except Exception as e:  # noqa: BLE001 (whatever vLLM raises: the others go on)
+            log.error("a request failed (%s: %s)", type(e).__name__, brief(e))
+            if self.stream.llm.errored:
+                log.critical("vLLM has died, and this replica ends: another one answers")
+                os._exit(1)
+            row.fail(f"{type(e).__name__}: {brief(e)}")
+
+
+def _require_fit(config: transformers.PretrainedConfig, adapters: dict[str, str]) -> None:
+    """Holds adapters against the model's shapes, for vLLM leaves out silently what does not fit; ConfigError of such a one."""
+    if adapters:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        for name, place in adapters.items():
+            lora.read(name, Path(place), model)

@@ -17,14 +17,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass
 from typing import Protocol
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from heliostat.apps.serve import answers, kinds, measures, requests
+from heliostat.apps.serve import answers, requests
 from heliostat.apps.serve.answers import AnswerShape
-from heliostat.apps.serve.asks import AnswerPiece, Ask, Item, PictureRequest, Search
+from heliostat.apps.serve.asks import EMBEDDINGS, IMAGES, TEXT, AnswerPiece, Ask, Item, PictureRequest, Search
 from heliostat.apps.serve.backend import Backend
+from heliostat.config.fields import Json
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
 
@@ -107,7 +109,7 @@ class Front:
         self.names = [name for name in (settings.model, *settings.adapters, settings.index) if name is not None]
         self.limits = RequestLimits(settings.at_once, settings.a_minute)
         self.backend = Backend(lost, settings.deadline_s)
-        self.measures = measures.Measures()
+        self.measures = Measures()
 
     async def use(self, version: str) -> dict[str, int]:
         """Sends what comes from now on to a version; returns how many requests each has under way."""
@@ -144,7 +146,7 @@ class Front:
         if request.method != PATHS[path]:
             raise Refusal(405, f"{path}: takes {PATHS[path]}, not {request.method}", code="method_not_allowed")
         if path == "/metrics":
-            return Response(self.measures.text(self.backend.open, self.backend.retried), media_type=measures.CONTENT_TYPE)
+            return Response(self.measures.text(self.backend.open, self.backend.retried), media_type=CONTENT_TYPE)
         if path == "/v1/models":
             return JSONResponse(answers.models(self.names, self.settings.since))
         return await self._work(request, path, name)
@@ -165,13 +167,13 @@ class Front:
             except TimeoutError as e:
                 raise Refusal(408, f"the body did not come within {self.settings.deadline_s:g} s", code="timeout") from e
             if path == "/v1/embeddings":
-                response = await self._embeddings(requests.embeddings(raw), name)
+                response = await self._embeddings(requests.read(requests.Embeddings, raw), name)
             elif path == "/v1/images/generations":
-                response = await self._images(requests.images(raw), name)
+                response = await self._images(requests.read(requests.Images, raw), name)
             elif path == "/v1/search":
-                response = await self._search(requests.search(raw))
+                response = await self._search(requests.read(requests.SearchRequest, raw))
             else:
-                asked = requests.chat(raw, self.settings.index) if "chat" in path else requests.completion(raw)
+                asked = requests.chat(raw, self.settings.index) if "chat" in path else requests.read(requests.Completion, raw)
                 response = await self._text(asked, name, path)
             return response
         finally:
@@ -199,7 +201,7 @@ class Front:
         """Raises Refusal unless a model of a kind that fits is asked, and is served."""
         self._require_served(asked)
         if asked in self.settings.adapters:
-            if kinds.EMBEDDINGS not in fit and kinds.TEXT in fit:
+            if EMBEDDINGS not in fit and TEXT in fit:
                 return
             raise Refusal(400, f"model: {asked!r} is an adapter, and writes alone", "model", "unsupported_by_model")
         if asked != self.settings.model:
@@ -207,21 +209,21 @@ class Front:
             raise Refusal(400, said, "model", "unsupported_by_model")
         if self.settings.kind not in fit:
             does = {
-                kinds.TEXT: "writes, and draws nothing; ask it at /v1/completions",
-                kinds.IMAGES: "draws, and writes nothing; ask it at /v1/images/generations",
-                kinds.EMBEDDINGS: "embeds texts, and writes nothing; ask it at /v1/embeddings",
+                TEXT: "writes, and draws nothing; ask it at /v1/completions",
+                IMAGES: "draws, and writes nothing; ask it at /v1/images/generations",
+                EMBEDDINGS: "embeds texts, and writes nothing; ask it at /v1/embeddings",
             }
             raise Refusal(400, f"model: {asked!r} {does[str(self.settings.kind)]}", "model", "unsupported_by_model")
 
     async def _embeddings(self, asked: requests.Embeddings, name: str) -> Response:
-        self._require_model(asked.model, kinds.TEXT, kinds.EMBEDDINGS)
+        self._require_model(asked.model, TEXT, EMBEDDINGS)
         _, item = await self._call("embed", asked.input)
         body = answers.embeddings(asked.model, item["answers"], asked.encoding_format)
         self.measures.counted(name, body["usage"])
         return JSONResponse(body)
 
     async def _images(self, asked: requests.Images, name: str) -> Response:
-        self._require_model(asked.model, kinds.IMAGES)
+        self._require_model(asked.model, IMAGES)
         picture = PictureRequest(asked.prompt, asked.n, _seed(asked.seed), asked.options)
         version, item = await self._call("draw", picture)
         self.measures.images.labels(name).inc(asked.n)
@@ -252,8 +254,8 @@ class Front:
 
     def _require_writer(self, asked: requests.Sampled) -> None:
         if not isinstance(asked, requests.Question):
-            self._require_model(asked.model, kinds.TEXT)
-        elif self.settings.kind != kinds.TEXT:
+            self._require_model(asked.model, TEXT)
+        elif self.settings.kind != TEXT:
             raise Refusal(400, f"model: no model answers from {asked.model!r}; ask /v1/search", "model", "unsupported_by_model")
         elif asked.messages[0].role != "user":
             raise Refusal(400, "messages.0.role: an index takes one question, a message of the user", "messages", "invalid_value")
@@ -340,3 +342,35 @@ class Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self.ended()
+
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Measures:
+    """Holds the measures of one front, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ours: dict[str, Json] = {"registry": self.registry, "namespace": "heliostat"}
+        self.requests = Counter("requests", "Requests that were answered", ["path", "status"], **ours)
+        self.seconds = Histogram("request_seconds", "From a request to the end of its answer", ["path"], buckets=SECONDS, **ours)
+        self.tokens = Counter("tokens", "Tokens of prompts and of answers", ["key", "kind"], **ours)
+        self.images = Counter("images", "Pictures that were drawn", ["key"], **ours)
+        self.open = Gauge("open_requests", "Requests under way, by the version that answers them", ["version"], **ours)
+        self.retries = Gauge("retried_requests", "Requests that were sent again because a replica died", **ours)
+        self.broken = Counter("broken_streams", "Streams that ended in an error event", **ours)
+
+    def counted(self, key: str, usage: dict[str, int]) -> None:
+        """Adds the tokens of an answer."""
+        for kind in ("prompt", "completion"):
+            self.tokens.labels(key, kind).inc(usage.get(f"{kind}_tokens", 0))
+
+    def text(self, open_: dict[str, int], retried: int) -> bytes:
+        """Writes all measures in Prometheus' format of text."""
+        self.open.clear()
+        for version, count in open_.items():
+            self.open.labels(version).set(count)
+        self.retries.set(retried)
+        return generate_latest(self.registry)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from heliostat.config.fields import Json
-from heliostat.inference.vllm_terms import MOST_LOGPROBS
+from heliostat.inference.sampling import MOST_LOGPROBS
 from heliostat.recipes.text.chat import Message
 from heliostat.schema import Float, Strict
 from heliostat.text import brief
@@ -20,18 +20,7 @@ from heliostat.web.refusals import Refusal
 
 MOST_INPUTS = 64  # prompts or texts of one request
 MOST_STOPS = 4
-COMMON = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
-OF_COMPLETIONS: dict[str, object] = {**COMMON, "best_of": 1, "echo": False}
-OF_CHAT: dict[str, object] = {
-    **COMMON, "tools": [], "tool_choice": "none", "functions": [], "function_call": "none",
-    "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"], "audio": {}, "prediction": {},
-    "reasoning_effort": "none", "store": False, "metadata": {}, "service_tier": "auto", "web_search_options": {},
-}  # fmt: skip
-OF_EMBEDDINGS: dict[str, object] = {"dimensions": None}
-OF_IMAGES: dict[str, object] = {
-    "quality": "auto", "style": "natural", "background": "auto", "moderation": "auto", "output_format": "png", "stream": False,
-    "output_compression": 100, "partial_images": 0,
-}  # fmt: skip
+COMMON: dict[str, object] = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}}
 MOST_IMAGES = 10  # of one request, as OpenAI has it
 MOST_STEPS = 1000
 MOST_PASSAGES = 50
@@ -48,7 +37,16 @@ def _whole(text: str) -> str:
 Whole = Annotated[str, AfterValidator(_whole)]
 Text = Annotated[str, Field(min_length=1)]
 Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # one text stands for a list of it
-R = TypeVar("R", bound=BaseModel)
+
+
+class Body(Strict):
+    """Holds the parameters of a request. `neutral`: parameters that are not supported, with the value that changes nothing."""
+
+    neutral: ClassVar[dict[str, object]] = {}
+    user: str = ""
+
+
+B = TypeVar("B", bound=Body)
 
 
 class StreamOptions(Strict):
@@ -57,7 +55,7 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class Sampled(Strict):
+class Sampled(Body):
     """Holds what completions and chat have in common."""
 
     model: str
@@ -68,7 +66,6 @@ class Sampled(Strict):
     stop: Annotated[list[Text], Listed, Field(max_length=MOST_STOPS)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str = ""
 
     @property
     def counts(self) -> bool:
@@ -97,6 +94,7 @@ def _is_token(given: object) -> bool:
 class Completion(Sampled):
     """Describes a request to continue prompts, or to fill in what stands between each of them and a suffix."""
 
+    neutral = {**COMMON, "best_of": 1, "echo": False}
     prompt: Annotated[list[Json], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
     """Texts, or lists of tokens."""
     suffix: Whole = ""
@@ -106,6 +104,11 @@ class Completion(Sampled):
 class ChatRequest(Sampled):
     """Describes a request to answer a chat."""
 
+    neutral = {
+        **COMMON, "tools": [], "tool_choice": "none", "functions": [], "function_call": "none",
+        "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"], "audio": {}, "prediction": {},
+        "reasoning_effort": "none", "store": False, "metadata": {}, "service_tier": "auto", "web_search_options": {},
+    }  # fmt: skip
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -123,13 +126,13 @@ class ChatRequest(Sampled):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class Embeddings(Strict):
+class Embeddings(Body):
     """Describes a request to embed texts."""
 
+    neutral = {"dimensions": None}
     model: str
     input: Annotated[list[Text], Listed, Field(min_length=1, max_length=MOST_INPUTS)]
     encoding_format: Literal["float", "base64"] = "float"
-    user: str = ""
 
 
 def _asked(messages: list[Message]) -> list[Message]:
@@ -147,19 +150,22 @@ class Question(ChatRequest):
     mode: Literal["bm25", "dense", "hybrid"] | None = None
 
 
-class SearchRequest(Strict):
+class SearchRequest(Body):
     """Describes a search for passages."""
 
     model: str | None = None
     query: Text
     top: int = Field(5, ge=1, le=MOST_PASSAGES)
     mode: Literal["bm25", "dense", "hybrid"] | None = None
-    user: str = ""
 
 
-class Images(Strict):
+class Images(Body):
     """Describes pictures to draw; what is left out is the model's own. `steps`, `guidance`, `sampler` and `seed` are ours."""
 
+    neutral = {
+        "quality": "auto", "style": "natural", "background": "auto", "moderation": "auto", "output_format": "png",
+        "stream": False, "output_compression": 100, "partial_images": 0,
+    }  # fmt: skip
     model: str
     prompt: Whole
     n: int = Field(1, ge=1, le=MOST_IMAGES)
@@ -169,7 +175,6 @@ class Images(Strict):
     steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     guidance: Float | None = Field(None, ge=0)
     sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None
-    user: str = ""
 
     @property
     def options(self) -> dict[str, Json]:
@@ -178,32 +183,6 @@ class Images(Strict):
         if self.size != "auto":
             given["width"], given["height"] = map(int, self.size.split("x"))
         return {name: value for name, value in given.items() if value is not None}
-
-
-def completion(raw: bytes) -> Completion:
-    """Reads a request of /v1/completions; Refusal that names the parameter at fault."""
-    return _read(Completion, raw, OF_COMPLETIONS)
-
-
-def chat(raw: bytes, index: str | None = None) -> ChatRequest:
-    """Reads a request of /v1/chat/completions, a Question if its model is the index; Refusal that names what is at fault."""
-    asked = _object(raw).get("model")
-    return _read(Question if index is not None and asked == index else ChatRequest, raw, OF_CHAT)
-
-
-def images(raw: bytes) -> Images:
-    """Reads a request of /v1/images/generations; Refusal that names the parameter at fault."""
-    return _read(Images, raw, OF_IMAGES)
-
-
-def search(raw: bytes) -> SearchRequest:
-    """Reads a request of /v1/search; Refusal that names the parameter at fault."""
-    return _read(SearchRequest, raw, {})
-
-
-def embeddings(raw: bytes) -> Embeddings:
-    """Reads a request of /v1/embeddings; Refusal that names the parameter at fault."""
-    return _read(Embeddings, raw, OF_EMBEDDINGS)
 
 
 def _object(raw: bytes) -> dict[str, Json]:
@@ -216,10 +195,17 @@ def _object(raw: bytes) -> dict[str, Json]:
     return body
 
 
-def _read(kind: type[R], raw: bytes, neutral: dict[str, object]) -> R:
+def chat(raw: bytes, index: str | None) -> ChatRequest:
+    """Reads a request of /v1/chat/completions, a Question if its model is the index; Refusal that names what is at fault."""
+    asked = _object(raw).get("model")
+    return read(Question if index is not None and asked == index else ChatRequest, raw)
+
+
+def read(kind: type[B], raw: bytes) -> B:
+    """Reads a request; Refusal that names the parameter at fault."""
     given = {name: value for name, value in _object(raw).items() if value is not None}
     for name in [n for n in given if n not in kind.model_fields]:
-        _require_neutral(name, given.pop(name), neutral, kind)
+        _require_neutral(name, given.pop(name), kind)
     if "stream_options" in given and not given.get("stream"):
         raise Refusal(400, "stream_options: goes with stream: true", "stream_options")
     try:
@@ -228,14 +214,14 @@ def _read(kind: type[R], raw: bytes, neutral: dict[str, object]) -> R:
         raise _first(e) from e
 
 
-def _require_neutral(name: str, value: object, neutral: dict[str, object], kind: type[BaseModel]) -> None:
+def _require_neutral(name: str, value: object, kind: type[Body]) -> None:
     shown = brief(name, 60)
-    if name in neutral:
-        if value != neutral[name]:
-            fix = f"leave it out, or give {json.dumps(neutral[name])}"
+    if name in kind.neutral:
+        if value != kind.neutral[name]:
+            fix = f"leave it out, or give {json.dumps(kind.neutral[name])}"
             raise Refusal(400, f"{shown}: {brief(json.dumps(value), 60)} is not supported; {fix}", name, "unsupported_parameter")
         return
-    near = difflib.get_close_matches(name, [*kind.model_fields, *neutral], 1)
+    near = difflib.get_close_matches(name, [*kind.model_fields, *kind.neutral], 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise Refusal(400, f"{shown}: unknown parameter{hint}", shown, "unknown_parameter")
 

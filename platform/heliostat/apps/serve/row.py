@@ -3,24 +3,89 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
-from heliostat.apps.serve.asks import Item, Logprobs
-from heliostat.apps.serve.growing import Growing
-from heliostat.apps.serve.sampling import Draw
-from heliostat.apps.serve.stopping import Stopping
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from heliostat.apps.serve.asks import UNFINISHED, Item, Logprobs
 from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import LoadedModel
-from heliostat.inference.vllm_terms import Chosen
+from heliostat.inference.sampling import Chosen, Draw
 from heliostat.recipes.text.generator import ends
 from heliostat.recipes.text.infilling import Infilling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LONG = 128  # tokens without text, from which on what stays unfinished is no character
+
 Deliver = Callable[[Item], None]
+
+
+class Stopping:
+    """Hands out a growing text, so that no part of a stop string and no unfinished character is ever sent. `sent`: characters."""
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self.stops, self.sent, self.stopped = stops, 0, False
+
+    def feed(self, rest: str, last: bool = False) -> str:
+        """Takes the text that follows what was sent, and returns what of it is certain; all of it if it is the last.
+
+        No stop string begins before it: what might be the beginning of one is not sent.
+        """
+        ends = [place for stop in self.stops if (place := rest.find(stop)) >= 0]
+        if ends:
+            self.stopped, rest = True, rest[: min(ends)]
+        elif not last:
+            rest = rest[: self._certain(rest)]
+        self.sent += len(rest)
+        return rest
+
+    def _certain(self, rest: str) -> int:
+        end = len(rest.rstrip(UNFINISHED))
+        for stop in self.stops:
+            for size in range(min(len(stop) - 1, end), 0, -1):
+                if rest.endswith(stop[:size], 0, end):
+                    end -= size
+                    break
+        return end
+
+
+def _stream() -> DecodeStream:
+    return DecodeStream(skip_special_tokens=True)
+
+
+@dataclass
+class Growing:
+    """Holds what of an answer's text is not sent yet (`unsent`), without a character that more tokens may finish."""
+
+    unsent: str = ""
+    waiting: list[int] = field(default_factory=list)  # the last tokens, which have no text yet
+    stream: DecodeStream = field(default_factory=_stream)
+
+    def add(self, token: int, tokenizer: Tokenizer) -> None:
+        """Takes the answer's next token, one that has text."""
+        self.waiting.append(token)
+        try:
+            text = self.stream.step(tokenizer, token)
+            broken = text is None and not len(self.waiting) % LONG and self._rest(tokenizer).endswith(UNFINISHED)
+        except Exception:  # noqa: BLE001 - the library has no narrower one for a byte that changes the text before it
+            broken = True
+        if broken:
+            text, self.stream = self._rest(tokenizer), _stream()
+        if text is not None:
+            self.unsent += text
+            self.waiting.clear()
+
+    def drop(self, sent: int) -> None:
+        """Forgets characters that were sent."""
+        self.unsent = self.unsent[sent:]
+
+    def _rest(self, tokenizer: Tokenizer) -> str:
+        return tokenizer.decode(self.waiting, skip_special_tokens=True)
 
 
 class Drawn(TypedDict):

@@ -2,7 +2,8 @@
 
     client -> Serve's proxy (127.0.0.1) -> Front (one: keys, limits, retries) -> Replica (several, of each version that is there)
 
-The driver looks at the alias, and tells the front which version is served.
+The driver looks at the alias, and tells the front which version is served. A new version loads beside the old one; then it gets
+all new requests, and the old one ends when its last request is answered.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heliostat.apps.serve import kinds, proxied
-from heliostat.apps.serve.options import Options
-from heliostat.apps.serve.served import ServedModels
-from heliostat.apps.serve.versions import NoModel, Versions, VersionSource
+from heliostat.apps.serve import proxied
+from heliostat.apps.serve.asks import TEXT, kind_of
+from heliostat.apps.serve.served import NoModel, Options, ServedModels, VersionSource
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
-from heliostat.inference import vllm_terms
+from heliostat.inference.batch import loading
 from heliostat.text import brief
 from heliostat.training.driver.signals import Signals
 
@@ -36,8 +36,57 @@ START_S = 600.0  # for a version to load
 FRONT_S = 300.0  # for a front that died to come again
 DRAIN_MORE_S = 10.0  # behind the deadline of an answer
 DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # of the actor that lives as long as the command does
+STARTED = "heliostat-serve-started"  # a key on the cluster, as long as Ray Serve there is an endpoint's
 OURS = ({"Front"}, {"Model"})  # deployments of each application
 MODULES = ("ray.serve", "heliostat.apps.serve.deployed", "heliostat.apps.serve.engine")
+
+
+class Versions:
+    """Moves traffic between versions. `use` tells the front of one, and returns the requests that each has under way."""
+
+    def __init__(
+        self,
+        load: Callable[[str], None],
+        use: Callable[[str], dict[str, int]],
+        end: Callable[[str], None],
+        drain_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.load, self.use, self.end, self.drain_s, self.clock = load, use, end, drain_s, clock
+        self.current, self.failed = "", ""
+        self.until: dict[str, float] = {}  # of versions that are draining
+
+    def tick(self, wanted: str) -> None:
+        """Moves to what is wanted, tells the front, and ends what has drained; HeliostatError if the first does not load."""
+        if wanted not in (self.current, self.failed):
+            self._move(wanted)
+        open_ = self.use(self.current)
+        for old, until in list(self.until.items()):
+            if not open_.get(old) or self.clock() > until:
+                if open_.get(old):
+                    log.warning("%s ends with %d requests that did not end in %g s", old, open_[old], self.drain_s)
+                del self.until[old]
+                self.end(old)
+                log.info("%s has ended", old)
+
+    def _move(self, wanted: str) -> None:
+        self.failed = ""
+        if wanted not in self.until:  # else it was served a moment ago, and still is there
+            try:
+                self.load(wanted)
+            except StoppedError:
+                raise
+            except HeliostatError as e:
+                if not self.current:
+                    raise
+                self.failed = wanted
+                log.error("%s is not served, %s goes on: %s", wanted, self.current, brief(e))
+                return
+        self.until.pop(wanted, None)
+        if self.current:
+            self.until[self.current] = self.clock() + self.drain_s
+            log.info("requests go to %s now, and %s drains", wanted, self.current)
+        self.current = wanted
 
 
 def serve(
@@ -93,6 +142,8 @@ def end_left() -> bool:
     applications = status.applications
     if not applications and not status.proxies:
         return False
+    if not applications and not _started_here():
+        raise ConfigError("this cluster's Ray Serve was started by others, and would end with this endpoint; take another")
     if not all(_ours(name, set(one.deployments), FRONT in applications) for name, one in applications.items()):
         raise ConfigError("this cluster's Ray Serve has applications, which would end with this endpoint; take another cluster")
     try:
@@ -100,6 +151,7 @@ def end_left() -> bool:
     except ValueError:  # Ray ends it with its driver
         log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)) or "it has no application")
         serve.shutdown()
+        _record_start(False)
         return True
     raise ConfigError("this cluster has an endpoint, and its command is still running; stop that with Ctrl-C, or take another")
 
@@ -107,6 +159,22 @@ def end_left() -> bool:
 def _ours(name: str, deployments: set[str], fronted: bool) -> bool:
     """Tells whether an application is of an endpoint; one that has no deployment yet, by its name or by the front with it."""
     return deployments in OURS if deployments else name == FRONT or fronted
+
+
+def _record_start(started: bool) -> None:
+    """Writes down on the cluster that an endpoint starts Ray Serve there; or deletes that, when Serve has ended."""
+    from ray.experimental import internal_kv
+
+    if started:
+        internal_kv._internal_kv_put(STARTED, b"1", namespace=NAMESPACE)
+    else:
+        internal_kv._internal_kv_del(STARTED, namespace=NAMESPACE)
+
+
+def _started_here() -> bool:
+    from ray.experimental import internal_kv
+
+    return internal_kv._internal_kv_get(STARTED, namespace=NAMESPACE) is not None
 
 
 class CommandActor:
@@ -148,11 +216,11 @@ class ServeEndpoint:
 
     def engine(self, folder: Path | None) -> str:
         """Chooses what answers with a version; ConfigError if that is asked for, and does not."""
-        if folder is None or self.kind != kinds.TEXT:
+        if folder is None or self.kind != TEXT:
             if self.options.engine == "vllm":
                 raise ConfigError("--engine vllm: goes with a model that writes; give --engine auto")
             return "transformers"
-        engine, why = vllm_terms.choose(self.options.engine, folder, "serve", self.gpus)
+        engine, why = loading.choose(self.options.engine, folder, "serve", self.gpus)
         log.info("%s answers with %s (%s)", engine, folder, why)
         return engine
 
@@ -175,6 +243,7 @@ class ServeEndpoint:
 
         if os.environ.get("RAY_ADDRESS"):  # where the endpoint may outlive the command
             self.driver = ray.remote(num_cpus=0)(CommandActor).options(name=DRIVER, namespace=NAMESPACE).remote()
+            _record_start(True)
         http = {"host": LOOPBACK, "port": self.options.port}
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LoggingConfig(enable_access_log=False),
                     controller_options=proxied.controller())  # fmt: skip
@@ -184,7 +253,7 @@ class ServeEndpoint:
     def load(self, version: str) -> None:
         """Loads a version on its replicas; HeliostatError if it does not, and then nothing of it is left."""
         folder = self.served.source.folder(version)
-        if folder is not None and (kind := kinds.of(folder)) != self.kind:
+        if folder is not None and (kind := kind_of(folder)) != self.kind:
             raise ConfigError(f"{folder}: is a model of {kind}, and the endpoint serves one of {self.kind}; start another")
         log.info("loading %s", version)
         try:
@@ -217,6 +286,8 @@ class ServeEndpoint:
         from heliostat.cluster.connect import disconnect
 
         serve.shutdown()
+        if self.driver:
+            _record_start(False)
         disconnect()
 
     def wait(self, seconds: float) -> None:

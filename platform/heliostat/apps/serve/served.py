@@ -2,18 +2,79 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from heliostat.apps.serve import kinds
-from heliostat.apps.serve.asks import Holds
+from pydantic import Field
+
+from heliostat.apps.serve.asks import TEXT, Holds, kind_of
 from heliostat.apps.serve.front import FrontSettings
-from heliostat.apps.serve.options import Options
-from heliostat.apps.serve.versions import NoModel, VersionSource
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
+from heliostat.text import brief
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+
+class NoModel:
+    """Stands for the model where an index is served without one."""
+
+    def __init__(self, index: str) -> None:
+        self.label = index
+
+    def wanted(self) -> str:
+        """Returns the one version that there is."""
+        return self.label
+
+    def folder(self, version: str) -> Path | None:
+        """Returns that there is no folder."""
+        return None
+
+
+class VersionSource:
+    """Finds the version that a model's name means, and its folder. `name`: what clients call it."""
+
+    def __init__(self, model: str, store: str) -> None:
+        self.model, self.store = model, store
+        self.follows = model.startswith("models:/") and "@" in model
+        self.label = Path(model).resolve().name if Path(model).is_dir() else model.removeprefix("models:/").replace("/", "-")
+        self.name = re.split("[/@]", model.removeprefix("models:/"))[0] if model.startswith("models:/") else self.label
+        self.known = ""
+        self.client: MlflowClient | None = None
+
+    def wanted(self) -> str:
+        """Returns the version to serve; the last known if the registry does not answer, which is logged."""
+        if not self.follows:
+            return self.label
+        from heliostat.tracking import mlflow_client, registry
+
+        try:
+            if self.client is None:
+                self.client = mlflow_client.connect(self.store)
+            with mlflow_client.asking(self.store):
+                version = registry.find(self.client, self.model)
+            self.known = f"{version.name}-{version.version}"
+        except HeliostatError as e:
+            if not self.known:
+                raise
+            log.warning("%s is still served: %s", self.known, brief(e))
+        return self.known
+
+    def folder(self, version: str) -> Path:
+        """Finds a version's folder; ConfigError if there is none."""
+        from heliostat.tracking.models import resolve
+
+        number = version.rpartition("-")[2]
+        return resolve(f"models:/{self.name}/{number}" if self.follows else self.model, self.store)
 
 
 @dataclass(frozen=True)
@@ -40,11 +101,11 @@ class ServedModels:
 
             reranking.require(Path(self.reranker))
         folder = self.source.folder(self.source.wanted())
-        kind = None if folder is None else kinds.of(folder)
+        kind = None if folder is None else kind_of(folder)
         if self.adapters:
             from heliostat.apps.serve import adapters
 
-            if kind != kinds.TEXT:
+            if kind != TEXT:
                 raise ConfigError("--adapter: goes with a model that writes")
             for name, place in self.adapters.items():
                 adapters.require(name, Path(place))
@@ -99,3 +160,35 @@ def served(
     if called == (name or source.name):
         raise ConfigError(f"--name: the index is called {called!r} as well; give the model another name")
     return ServedModels(source, name or source.name, uri, called, embeds, orders)
+
+
+class Options(Strict):
+    """Describes an endpoint."""
+
+    port: int = Field(8000, ge=1, le=65535)
+    replicas: tuple[int, int] = (1, 1)
+    """At least and at most so many."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What writes; auto is vllm where it can be."""
+    batch: int = Field(16, ge=1, le=4096)
+    """Prompts that a replica steps together."""
+    body_bytes: int = Field(1 << 20, ge=1)
+    max_tokens: int = Field(1024, ge=1)
+    """Tokens of an answer, at most."""
+    at_once: int = Field(256, ge=0)
+    """Requests of a key at a time; 0 is no limit."""
+    a_minute: int = Field(0, ge=0)
+    """Requests of a key in a minute; 0 is no limit."""
+    deadline_s: Float = Field(300.0, gt=0)
+    """For an answer as a whole."""
+    poll_s: Float = Field(2.0, gt=0)
+    """Between two looks at the alias."""
+
+
+def replica_range(text: str) -> tuple[int, int]:
+    """Reads a number of replicas, as 2 or 1..4; ConfigError if it is none."""
+    match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ConfigError(f"--replicas: {text!r} is no number of replicas; give one, as 2, or a range, as 1..4")
+    return least, most

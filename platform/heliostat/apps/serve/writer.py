@@ -5,21 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from heliostat.apps.serve.adapters import Adapters
 from heliostat.apps.serve.asks import Ask, Item, Messages
-from heliostat.apps.serve.engine import ServingEngine
-from heliostat.apps.serve.row import Deliver, Row
-from heliostat.apps.serve.sampling import Draw
-from heliostat.apps.serve.stopping import Stopping
+from heliostat.apps.serve.engine import ServingEngine, VllmEngine
+from heliostat.apps.serve.row import Deliver, Row, Stopping
 from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import LoadedModel
+from heliostat.inference.sampling import Draw
 from heliostat.recipes.text import chat, infilling
 from heliostat.web.refusals import Refusal
-
-if TYPE_CHECKING:
-    from heliostat.apps.serve.vllm_engine import VllmEngine
 
 
 class Writer:
@@ -28,8 +23,6 @@ class Writer:
     def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None, engine: str = "transformers") -> None:
         self.engine: ServingEngine | VllmEngine
         if engine == "vllm":
-            from heliostat.apps.serve.vllm_engine import VllmEngine
-
             self.engine = VllmEngine(folder, batch, adapters or {})
         else:
             loaded = LoadedModel(folder)
@@ -49,31 +42,26 @@ class Writer:
         return None if longest is None else longest - (ask.most or 1)
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Item]:
-        """Yields pieces (`index`, `piece`) of the answers to all prompts as they come; or one item, `refused`."""
-        try:
-            rows, pieces = await asyncio.to_thread(self._rows, ask, asyncio.get_running_loop())
-        except Refusal as e:
-            yield {"refused": e.args}
-            return
+        """Yields pieces (`index`, `piece`) of the answers to all prompts as they come; Refusal if they cannot be answered."""
+        rows, pieces = await asyncio.to_thread(self._rows, ask, asyncio.get_running_loop())
         self.engine.begin(rows)
         try:
             left = len(rows)
             while left:
                 index, piece = await pieces.get()
                 if "failed" in piece:
-                    yield {"refused": (500, f"the model failed: {piece['failed']}")}
-                    return
+                    raise Refusal(500, f"the model failed: {piece['failed']}")
                 left -= "finish" in piece
                 yield {"index": index, "piece": piece}
         finally:
             for row in rows:  # those that nobody waits for any more
                 row.leave()
 
-    async def embed(self, texts: list[str]) -> Item:
-        """Embeds texts: `answers`, or `refused`."""
+    async def embed(self, texts: list[str]) -> list[Item]:
+        """Embeds texts: of each the `embedding`, and its `tokens`; Refusal if one cannot be embedded."""
         if not self.engine.embeds:
             said = "model: vLLM writes with it, and does not embed beside that; start with --engine transformers"
-            return {"refused": (400, said, "model", "unsupported_by_model")}
+            raise Refusal(400, said, "model", "unsupported_by_model")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Item] = loop.create_future()
 
@@ -87,16 +75,15 @@ class Writer:
         self.engine.embedded(texts, deliver)
         item = await future
         if "failed" in item:
-            return {"refused": (500, f"the model failed: {item['failed']}")}
+            raise Refusal(500, f"the model failed: {item['failed']}")
         for number, answer in enumerate(item["answers"]):
             if answer.bad:
-                status = 500 if answer.bad == "failed" else 400
-                return {"refused": (status, f"input.{number}: {answer.detail}", "input")}
+                raise Refusal(500 if answer.bad == "failed" else 400, f"input.{number}: {answer.detail}", "input")
             if answer.values["truncated"]:
                 said = f"input.{number}: is longer than the {self.engine.loaded.longest} tokens that the model takes"
-                return {"refused": (400, said, "input", "context_length_exceeded")}
+                raise Refusal(400, said, "input", "context_length_exceeded")
         values = [answer.values for answer in item["answers"]]
-        return {"answers": [{"embedding": v["embedding"].tolist(), "tokens": v["tokens"]} for v in values]}
+        return [{"embedding": v["embedding"].tolist(), "tokens": v["tokens"]} for v in values]
 
     def _rows(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> tuple[list[Row], asyncio.Queue[tuple[int, Item]]]:
         """Makes rows of the prompts' tokens; Refusal if there is none, or no room for them."""

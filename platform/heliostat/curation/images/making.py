@@ -1,36 +1,33 @@
-"""Makes an image dataset: reads and curates, trains the tokenizer, deals images to shards, and sums it all for the manifest."""
+"""Makes an image dataset: trains the tokenizer, deals images to shards, and sums it all for the manifest."""
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 from heliostat.curation import pieces, segment, tally
-from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine
-from heliostat.curation.explaining import explain
-from heliostat.curation.images import pictures, tasks
+from heliostat.curation.engine import Curated
+from heliostat.curation.images import pictures, sampling, tasks
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.fetching import REASONS
 from heliostat.curation.images.latents import EMPTY, Latents
 from heliostat.curation.images.tasks import END, ImageSource, Shards
+from heliostat.curation.making import Making, WrittenShards
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.segment import EXAMPLES, SpilledRun
+from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import Stage
-from heliostat.curation.text import sources, tokens
-from heliostat.curation.text.making import listed
+from heliostat.curation.text.making import identities
 from heliostat.curation.web import lists
 from heliostat.data import versions
 from heliostat.data.manifest import FILES
 from heliostat.storage.locations import Location
-from heliostat.tasks import libraries, merging
-from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks import libraries
+from heliostat.tasks.flow import Task
 from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
@@ -39,16 +36,15 @@ SHARD_SHARE = 4  # a shard's task holds its images, sorted, and its file
 
 
 @dataclass
-class ImageMaking:
+class ImageMaking(Making):
     """Makes the dataset of one pipeline; the fields are its keys."""
 
-    flow: Flow
+    meanings: ClassVar = pictures.REASONS | REASONS
+    what_read: ClassVar = True
+
     source: ImageSource
-    output: Location
-    stages: list[Stage]
     last: Stage | None
-    """Finds duplicates behind the stages; what it leaves out is told as reading's is."""
-    memory_limit: int
+    """Finds duplicates after the stages; what it leaves out is reported as reading's is."""
     shard_images: int
     chunk_images: int
     channels: int
@@ -56,55 +52,52 @@ class ImageMaking:
     tokenizer: int | None
     """The size of its vocabulary, None without one."""
     latents: Latents | None
-    seconds: dict[str, float] = field(default_factory=dict)
-    """CPU seconds of each stage, afterwards."""
-    counted: tally.Tally = field(default_factory=dict)
-    """What the stages did, afterwards."""
 
     @property
-    def explained(self) -> bool:
-        """Tells whether the dataset says what became of each image."""
-        return bool(self.stages)
+    def identity(self) -> list[Any]:
+        read = self.source
+        fetched = [read.fetching.config.identity()] if read.fetching else []
+        return [read.input, asdict(read.columns), asdict(read.rules), asdict(read.limits), *fetched]
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.source.columns.others)
 
     @property
     def all_stages(self) -> list[Stage]:
         return [*self.stages, *([self.last] if self.last else [])]
 
-    def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Writes everything but the manifest, and returns its rows and metadata."""
-        read = self.source
-        identity = [read.input, asdict(read.columns), asdict(read.rules), asdict(read.limits)]
-        identity += [read.fetching.config.identity()] if read.fetching else []
-        engine = StageEngine(self.flow, read, identity, self.memory_limit)
-        curated = engine.curate(self._pieces(inputs), self.all_stages, self.explained)
+    @property
+    def as_read(self) -> list[str]:
+        return [tally.label(len(self.stages), self.last)] if self.last else []
+
+    def write(self, curated: Curated) -> WrittenShards:
         counts, labels = self._counted(curated.runs)
-        dropped = self._dropped(curated)
-        meta = {"kind": "rows", "dropped": dropped, "documents": sum(counts.values()), "channels": self.channels}
-        if rows := sum(number for reason, number in dropped.items() if ": " not in reason):  # not of stages
-            meta["listed"] = self._listed(curated, rows)
         if not counts:
-            return [], meta
-        told: dict[str, Any] = {"content": "latents" if self.latents else "images"}
+            return WrittenShards([], {})
         folders = [self.output, *(self.output.join(bucket) for bucket in counts if self.buckets)]
+        facts: dict[str, Any] = {"documents": sum(counts.values()), "channels": self.channels,
+                                 "content": "latents" if self.latents else "images"}  # fmt: skip
         if self.latents:
-            told |= self._empty_caption(self.latents, folders)
+            facts |= self._empty_caption(self.latents, folders)
         written = list(self._shards(curated, counts))
         sizes: dict[str, Any] = {bucket: {"size": [int(n) for n in bucket.split("x")]} for bucket in counts}
-        told |= {"parts": sizes} if self.buckets else next(iter(sizes.values()))
+        facts |= {"parts": sizes} if self.buckets else next(iter(sizes.values()))
         if self.tokenizer:
             made = self._tokenizer(curated.runs, self.tokenizer)
-            told |= {**made, "files": {**told.get("files", {}), **made["files"]}}
+            facts |= {**made, "files": {**facts.get("files", {}), **made["files"]}}
         if 0 < len(labels) <= tasks.CLASSES:
-            told["classes"] = labels
-        if self.explained:
-            told |= self._explained(curated, written)
-        return [chunk for shard in written for chunk in shard["chunks"]], {**meta, **told}
+            facts["classes"] = labels
+        images = sum(shard["images"] for shard in written)
+        part = {"documents": images, "kept": images, "bytes": curated.bytes, "kept_bytes": curated.bytes}
+        chunks, ends = ([one for shard in written for one in shard[name]] for name in ("chunks", "ends"))
+        return WrittenShards(chunks, facts, part, ends)
 
-    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
+    def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
         """Spills the read tasks one by one, so that the driver holds none of what metadata files list."""
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
-        sizes = {f.path: f.bytes for f in inputs}
-        for task in self._tasks(inputs):
+        sizes, planned = {f.path: f.bytes for f in inputs}, self._tasks(inputs)
+        for task in sampling.sampled(planned, inputs, self.sample) if self.sample else planned:
             paths = [part["path"] for part in task.get("parts", [])] or [e["path"] for e in task.get("entries", [])]
             yield [FilePart(segment.store(self.flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
 
@@ -124,32 +117,6 @@ class ImageMaking:
             if len(labels) <= tasks.CLASSES:
                 labels.update(record["labels"])
         return dict(sorted(counts.items())), sorted(labels)
-
-    def _dropped(self, curated: Curated) -> dict[str, int]:
-        """Counts what was left out by reason, and logs each with examples."""
-        found, examples = Counter[str](), dict[str, list[str]]()
-        for reason, number in curated.reasons.items():
-            plain = reason.removeprefix(f"{self._last}: ")
-            found[plain] += number
-            examples[plain] = heapq.nsmallest(EXAMPLES, [*examples.get(plain, []), *curated.examples[reason]])
-        self._log(found, examples)
-        return dict(sorted(found.items()))
-
-    def _log(self, found: Counter[str], examples: dict[str, list[str]]) -> None:
-        told = (
-            pictures.REASONS
-            | REASONS
-            | {f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(self.stages) for r, w in s.reasons.items()}
-        )
-        for reason in sorted(found):
-            log.warning("dropped %d: %s, such as %s", found[reason], told.get(reason, reason), sources.examples(examples[reason]))
-
-    @property
-    def _last(self) -> str:
-        return tally.label(len(self.stages), self.last) if self.last else ""
-
-    def _listed(self, curated: Curated, rows: int) -> list[str]:
-        return listed(self.flow, rows, curated.left_out, self.output, also=[self._last] if self.last else [])
 
     def _empty_caption(self, latents: Latents, folders: list[Location]) -> dict[str, Any]:
         meta: dict[str, Any] = {"models": latents.models()}
@@ -180,7 +147,7 @@ class ImageMaking:
                    for run in curated.runs)  # fmt: skip
         actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
         dealt = [SpilledRun(*record["dealt"]) for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
-        ranges = merging.merged(self.flow, dealt, total, lambda first, stop: (first, stop), self.memory_limit // RUN_SHARE)
+        ranges = self.ranges(dealt, total, lambda first, stop: (first, stop))
         told = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
         stored = dict.fromkeys(name for stage in self.stages for name in stage.stored())
         told |= {"stored": tuple(stored)} if stored else {}
@@ -194,36 +161,15 @@ class ImageMaking:
                     prefix = tasks.folder_of(*places[number], self.buckets)
                     yield Task(key(base, number), {"number": number, "prefix": prefix, **told}, shared, curated.bytes // total)
 
-        there = dict(self.output.files())
-        yield from self.flow.all("shards", tasks.write_shard, work(), valid=lambda r: there.get(r["path"], 0) == r["file_bytes"])
+        return self.shards(tasks.write_shard, work())
 
     def _tokenizer(self, runs: list[SpilledRun], vocab_size: int) -> dict[str, Any]:
-        follows = [[run.name, run.decided] for run in runs]
         train = Task(
-            key("captions", follows, vocab_size, libraries.versions(["tokenizers"])),
+            key("captions", identities(runs), vocab_size, libraries.versions(["tokenizers"])),
             {"vocab_size": vocab_size},
             {"runs": self.flow.share(runs)},
         )
         (record,) = self.flow.all("tokenizer", tasks.train, iter([train]))
         definition = segment.load(self.flow.work.spill, record["definition"])
         folders = [self.output, *(self.output.join(f"{w}x{h}") for w, h in self.source.rules.sizes if self.buckets)]
-        (path,) = {versions.store(folder, f"{FILES}/tokenizer-", definition.encode(), ".json") for folder in folders}
-        return {
-            "files": {"tokenizer.json": path},
-            "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
-            "vocab_size": tokens.load(definition).get_vocab_size(),
-            "end_of_document": tokens.end_id(tokens.load(definition), END),
-        }
-
-    def _explained(self, curated: Curated, written: list[dict[str, Any]]) -> dict[str, Any]:
-        """Writes the funnel and what became of each image; returns what the manifest says of them."""
-        images = sum(shard["images"] for shard in written)
-        part = {"documents": images, "kept": images, "bytes": curated.bytes, "kept_bytes": curated.bytes}
-        ends = sorted([*curated.left_out, *(name for shard in written for name in shard["ends"])])
-        rows = images + sum(curated.reasons.values())
-        columns = list(self.source.columns.others)
-        made = explain(
-            self.flow, self.all_stages, curated.tallies, part, ends, rows, columns, self.output, pictures.REASONS | REASONS
-        )
-        self.counted, self.seconds = made.total, made.seconds
-        return made.meta
+        return self.tokenizer_facts(definition, END, folders)

@@ -11,7 +11,6 @@ its shard.
 
 from __future__ import annotations
 
-import time
 from typing import Any, Literal
 
 from pydantic import Field
@@ -22,9 +21,9 @@ from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.fetching import Fetching, FetchSettings
 from heliostat.curation.images.latents import Latents
 from heliostat.curation.images.making import ImageMaking
+from heliostat.curation.images.sampling import SampledImages
 from heliostat.curation.images.sources import ImageColumns, ImageLimits
 from heliostat.curation.images.tasks import LABEL, STORED, ImageSource
-from heliostat.curation.images.trial import ImageTrial, SampledImages
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.sampled import SampledParts
 from heliostat.curation.stage import GlobalStage, Stage
@@ -33,12 +32,10 @@ from heliostat.curation.stages.image_size import ImageSize
 from heliostat.curation.stages.similar_images import SimilarImages
 from heliostat.curation.text import sources
 from heliostat.curation.web import lists
-from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
-from heliostat.tasks.work import Work
 
 
 class Buckets(Strict):
@@ -179,42 +176,29 @@ class ImagePipeline(StagedPipeline):
             config["latents"] = self.latents.identity()  # what the models are, not where they lie
         return config
 
-    def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        making = ImageMaking(**self._making(self.flow(), output, ImageSource))
-        rows, meta = making.run(inputs)
-        self._seconds = making.seconds
-        return rows, meta
-
-    def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
+    def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         if self.fetch:
             raise ConfigError(
                 "--sample: a dry run would fetch images only to throw them away; fetch a part of the list as a dataset"
             )
-        start, flow = time.monotonic(), self.flow(Work(folder.join("work")))
-        sample = SampledParts(fraction)
-        trial = ImageTrial(**self._making(flow, folder.join("out"), SampledImages), sample=sample)
-        found = trial.predicted(inputs)
-        return found | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
+        return SampledParts(fraction)
 
-    def _making(self, flow: Flow, output: Location, source: type[ImageSource]) -> dict[str, Any]:
-        """Returns the fields of what makes the dataset."""
+    def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> ImageMaking:
         fetching = Fetching(self.fetch, self.max_image_bytes) if self.fetch else None
         columns = ImageColumns(self.columns.image, self.columns.caption, self.columns.label, tuple(self.columns.others))
         limits = ImageLimits(self.max_file_bytes, self.max_image_bytes)
-        reads = source(self.input, columns, self.rules, limits, flow.work.spill, fetching)
-        return {
-            "flow": flow, "source": reads, "output": output, "stages": self.stages, "last": self.last,
-            "memory_limit": self.memory_limit, "shard_images": self.shard_images, "chunk_images": self.chunk_images,
-            "channels": self.channels, "buckets": self.buckets is not None,
-            "tokenizer": self.tokenizer.vocab_size if self.tokenizer else None, "latents": self.latents,
-        }  # fmt: skip
+        reads = SampledImages if sample else ImageSource
+        return ImageMaking(
+            flow=flow, source=reads(self.input, columns, self.rules, limits, flow.work.spill, fetching), output=output,
+            stages=self.stages, last=self.last, memory_limit=self.memory_limit, sample=sample,
+            shard_images=self.shard_images, chunk_images=self.chunk_images, channels=self.channels,
+            buckets=self.buckets is not None, tokenizer=self.tokenizer.vocab_size if self.tokenizer else None,
+            latents=self.latents,
+        )  # fmt: skip
 
     @property
     def last(self) -> Stage | None:
-        """Returns the stage behind all others: the one that finds duplicates."""
+        """Returns the stage after all others: the one that finds duplicates."""
         if self.duplicates == "keep":
             return None
         return SimilarImages(distance=self.distance if self.duplicates == "perceptual" else None)
-
-    def finish(self, made: Manifest) -> None:
-        self.conclude(made, {})

@@ -53,11 +53,7 @@ def gather(folder: Location, first: int, names: list[str]) -> dict[str, Any]:
 
 def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
     """Spills the edges between documents that share a key of this part of all keys, both ways: each to the least with the key."""
-    found: list[Edges] = []
-    for name in names:
-        for table in spill.read(folder, name, *spill.share(part, parts)):
-            found.append((table["key"].to_numpy(), table["node"].to_numpy()))
-    keys, nodes = _joined(found)
+    keys, nodes = spill.arrays(folder, names, *spill.share(part, parts), key=np.uint64, node=np.uint64)
     order = np.lexsort((nodes, keys))
     keys, nodes = keys[order], nodes[order]
     least = nodes[_starts(keys)] if len(keys) else nodes
@@ -100,27 +96,18 @@ def unique(edges: Edges) -> Edges:
     u, v = (e[edges[0] != edges[1]] for e in edges)
     order = np.lexsort((v, u))
     u, v = u[order], v[order]
-    first = np.ones(len(u), bool)
-    first[1:] = (u[1:] != u[:-1]) | (v[1:] != v[:-1])
+    first = spill.starts(u, v)
     return u[first], v[first]
 
 
 def _edges(folder: Location, part: int, parts: int, names: list[str]) -> Edges:
-    found = []
-    for name in names:
-        for table in spill.read(folder, name, *spill.share(part, parts)):
-            found.append((table["u"].to_numpy(), table["v"].to_numpy()))
-    return unique(_joined(found))
-
-
-def _joined(found: list[Edges]) -> Edges:
-    none = np.zeros(0, np.uint64)
-    return np.concatenate([none, *(a for a, _ in found)]), np.concatenate([none, *(b for _, b in found)])
+    u, v = spill.arrays(folder, names, *spill.share(part, parts), u=np.uint64, v=np.uint64)
+    return unique((u, v))
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
     """Returns for each of sorted values where its like begin."""
-    first = np.concatenate([[True], values[1:] != values[:-1]])
+    first = spill.starts(values)
     return np.flatnonzero(first)[np.cumsum(first) - 1]
 
 

@@ -137,8 +137,7 @@ def _number(value: Any) -> float:
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, Any]:
     """Chooses who stays of the clusters in this part, and spills that by the candidates, so that all their runs learn it."""
-    held = [t for name in names for t in spill.read(folder, name, *spill.share(part, parts))]
-    table = pa.concat_tables([CANDIDATES.empty_table(), *held])
+    table = spill.joined(folder, names, *spill.share(part, parts), CANDIDATES)
     best = _best([table])
     of = pa.array(np.searchsorted(best["root"].to_numpy(), table["root"].to_numpy()))
     chosen = pa.Table.from_arrays(
@@ -154,8 +153,7 @@ def decide(folder: Location, first: int, runs: list[SpilledRun], belonging: str,
     """Spills for each of some runs which of its documents go, and tells why."""
     out, files = segment.Spiller(folder, 1), list[str]()
     low, high = first << 32, (first + len(runs)) << 32
-    told = [CHOSEN.empty_table(), *(t for name in names for t in spill.read(folder, name, low, high))]
-    chosen = pa.concat_tables(told).sort_by("root").combine_chunks()
+    chosen = spill.joined(folder, names, low, high, CHOSEN).sort_by("root").combine_chunks()
     clusters, decided = chosen["root"].to_numpy(), [list[Any]([None, 0, 0]) for _ in runs]
     for number, table in by_run(folder, first, len(runs), [belonging]):
         nodes = table["key"].to_numpy()

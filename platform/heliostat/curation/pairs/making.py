@@ -3,88 +3,126 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from heliostat.curation import tally
-from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from heliostat.curation.engine import Curated
+from heliostat.curation.making import WrittenShards
 from heliostat.curation.pairs import extracting, reading
-from heliostat.curation.pairs.reading import PairSource
-from heliostat.curation.pairs.shards import PairSharding, write_shards
-from heliostat.curation.prepare import InputFile
-from heliostat.curation.text import documents, sources, tokens
-from heliostat.curation.text.making import Reading
+from heliostat.curation.pairs.reading import KIND, QUERY, PairSource
+from heliostat.curation.segment import SpilledRun, survivors
+from heliostat.curation.text import documents, tokens
+from heliostat.curation.text.making import Reading, identities
 from heliostat.curation.text.tasks import bounds
-from heliostat.data import versions
-from heliostat.data.manifest import FILES, SHARDS
-from heliostat.tasks import merging
+from heliostat.data import manifest, versions
+from heliostat.data import shard as shard_file
+from heliostat.data.manifest import PLACES_KEY, SHARDS
+from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Task
 from heliostat.tasks.work import key
 
-log = logging.getLogger(__name__)
+SCHEMA = pa.schema([("id", pa.string()), ("kind", pa.string()), ("query", pa.large_string()), ("text", pa.large_string())])
+FORM: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True, "write_statistics": False}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PairSharding:
+    """Defines how pairs become shards."""
+
+    output: str
+    shards: int
+    chunk_pairs: int
 
 
 @dataclass
 class PairMaking(Reading):
     """Makes the dataset of one pipeline; the fields are its keys."""
 
-    shard_bytes: int
+    meanings: ClassVar = documents.REASONS | reading.REASONS
+    recorded: ClassVar = False
+
+    source: PairSource
     chunk_pairs: int
 
-    def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Writes everything but the manifest, and returns its rows and metadata."""
+    @property
+    def identity(self) -> list[Any]:
         source = self.source
-        assert isinstance(source, PairSource)
-        identity = [source.input, vars(source.rules), source.query_column, vars(source.least), extracting.VERSION]
-        curated = StageEngine(self.flow, source, identity, self.memory_limit).curate(self._pieces(inputs), self.stages, False)
-        self._log(curated)
-        meta: dict[str, Any] = {"kind": "rows", "dropped": dict(sorted(curated.reasons.items())), "listed": self._listed(curated)}
-        if not curated.runs:
-            return [], meta
-        meta |= self._tokenizer(curated) if self.tokenizer else {}
+        return [source.input, vars(source.rules), source.query_column, vars(source.least), extracting.VERSION]
+
+    def write(self, curated: Curated) -> WrittenShards:
+        facts: dict[str, Any] = {}
+        if self.tokenizer:
+            facts = self.tokenizer_facts(self.definition(curated), self.tokenizer["end_of_document"])
         shards = [shard for record in self._shards(curated) for shard in record["shards"]]
         kinds = sum((Counter(shard["kinds"]) for shard in shards), Counter[str]())
-        counts = {name: sum(shard[name] for shard in shards) for name in ("documents", "duplicates", "bytes")}
-        facts = {"kinds": dict(sorted(kinds.items())), **counts}
-        return [chunk for shard in shards for chunk in shard["chunks"]], {**meta, **facts}
-
-    def _tokenizer(self, curated: Curated) -> dict[str, Any]:
-        definition = self.given if self.given is not None else self._train(curated)
-        made = tokens.load(definition)
-        return {
-            "files": {"tokenizer.json": versions.store(self.output, f"{FILES}/tokenizer-", definition.encode(), ".json")},
-            "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
-            "vocab_size": made.get_vocab_size(),
-            "end_of_document": tokens.end_id(made, self.tokenizer["end_of_document"]),
-        }
+        facts |= {name: sum(shard[name] for shard in shards) for name in ("documents", "duplicates", "bytes")}
+        return WrittenShards(
+            [chunk for shard in shards for chunk in shard["chunks"]], {"kinds": dict(sorted(kinds.items())), **facts}
+        )
 
     def _shards(self, curated: Curated) -> Iterator[dict[str, Any]]:
         plan = PairSharding(self.output.uri, max(1, round(curated.bytes / self.shard_bytes)), self.chunk_pairs)
-        each, shared = curated.bytes // plan.shards, self.flow.share(plan)
-        ranges = merging.merged(self.flow, curated.runs, plan.shards,
-                                lambda first, stop: bounds(first, plan.shards, stop), self.memory_limit // RUN_SHARE)  # fmt: skip
+        each, shared, ranges = curated.bytes // plan.shards, self.flow.share(plan), self.ranges(curated.runs, plan.shards)
 
         def work() -> Iterator[Task]:
             for part in ranges:
-                follows = key("pairs", [[run.name, run.decided] for run in part.runs], vars(plan))
+                follows = key("pairs", identities(part.runs), vars(plan))
                 given = {"runs": self.flow.share(part.runs), "plan": shared}
                 for n in range(part.first, part.stop):
                     yield Task(key(follows, n), {"first": n, "stop": n + 1}, given, each)
 
-        there = dict(self.output.join(SHARDS).files())
+        return self.shards(write_shards, work())
 
-        def whole(record: dict[str, Any]) -> bool:
-            return all(there.get(s["path"].removeprefix(f"{SHARDS}/")) == s["file_bytes"] for s in record["shards"])
 
-        yield from self.flow.all("shards", write_shards, work(), valid=whole)
+def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: PairSharding) -> dict[str, Any]:
+    """Writes some shards, one after another; returns their counts and their part of the manifest."""
+    made = [one for number in range(first, stop) if (one := _write_shard(folder, runs, number, plan)) is not None]
+    return {"shards": made, "files": []}
 
-    def _log(self, curated: Curated) -> None:
-        """Logs what was left out, by reason, with examples."""
-        of_stages = {f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(self.stages)
-                     for r, w in s.reasons.items()}  # fmt: skip
-        told = documents.REASONS | reading.REASONS | of_stages
-        for reason, count in sorted(curated.reasons.items()):
-            log.warning("dropped %d: %s, such as %s", count, told.get(reason, reason), sources.examples(curated.examples[reason]))
+
+def _write_shard(folder: Location, runs: list[SpilledRun], number: int, plan: PairSharding) -> dict[str, Any] | None:
+    low, high = bounds(number, plan.shards)
+    found = [row for run in runs for t in survivors(folder, run, low, high, ["hash", "id", "columns", "text"])
+             for row in t.to_pylist()]  # fmt: skip
+    if not found:
+        return None
+    rows = unique([{**row, **json.loads(row["columns"])} for row in found])
+    data, output = encoded(rows, plan.chunk_pairs), Location(plan.output)
+    path = versions.store(output, f"{SHARDS}/{number:05d}/", data, ".parquet")
+    contents = shard_file.content_digests(data, None)
+    chunks = [{**row, "content": c} for row, c in zip(manifest.read_footer(output, path, None), contents, strict=True)]
+    kinds, size = Counter(row[KIND] for row in rows), sum(len(row["text"].encode()) for row in rows)
+    return {"path": path, "file_bytes": len(data), "documents": len(rows), "duplicates": len(found) - len(rows),
+            "kinds": dict(kinds), "bytes": size, "chunks": chunks}  # fmt: skip
+
+
+def unique(rows: list[Row]) -> list[Row]:
+    """Sorts pairs by the hashes of their texts, and keeps equal ones once, with the smallest id."""
+    ordered = sorted(rows, key=lambda row: (row["hash"], row[QUERY], row["id"]))
+    return [next(same) for _, same in itertools.groupby(ordered, key=lambda row: (row["hash"], row[QUERY]))]
+
+
+def encoded(rows: list[Row], chunk_pairs: int) -> bytes:
+    """Writes sorted pairs as the bytes of a Parquet file. The pairs of a text lie in one chunk, or in chunks of one place."""
+    texts = [(hash, sum(1 for _ in same)) for hash, same in itertools.groupby(row["hash"] for row in rows)]
+    places = np.array([manifest.place(hash.hex()) for hash, _ in texts], np.int64)
+    groups = tokens.chunks(np.array([count for _, count in texts]), chunk_pairs, places)
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    sink, begin = pa.BufferOutputStream(), 0
+    with pq.ParquetWriter(sink, SCHEMA, **FORM) as writer:
+        for counts, _ in groups:
+            writer.write_table(table.slice(begin, sum(counts)), row_group_size=sum(counts))
+            begin += sum(counts)
+        # in the footer, which the manifest hashes: the dataset's digest then changes with any pair
+        content = hashlib.sha256(json.dumps([[row[name] for name in SCHEMA.names] for row in rows]).encode()).hexdigest()
+        writer.add_key_value_metadata({"content": content, PLACES_KEY.decode(): json.dumps([place for _, place in groups])})
+    return sink.getvalue().to_pybytes()

@@ -17,13 +17,13 @@ from heliostat.curation.pairs import extracting
 from heliostat.curation.pairs.making import PairMaking
 from heliostat.curation.pairs.reading import KIND, QUERY, Least, PairSource
 from heliostat.curation.prepare import InputFile
+from heliostat.curation.sampled import SampledParts
 from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.text import documents, sources, tokens
 from heliostat.curation.text.pipeline import TokenizerConfig
-from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
-from heliostat.tasks import shipping
+from heliostat.tasks.flow import Flow
 
 
 class PairPipeline(StagedPipeline):
@@ -82,16 +82,11 @@ class PairPipeline(StagedPipeline):
         config["stages"] = [stage.identity() for stage in self.stages]
         return config
 
-    def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> PairMaking:
         rules = documents.TextRules(text_column=self.text_column, normalise=self.normalise, columns=(self.query_column,))
-        source = PairSource(self.input, rules, self.query_column, Least(self.min_query_words, self.min_text_words))
-        tokenizer = self.tokenizer.model_dump() if self.tokenizer else {}
-        making = PairMaking(self.flow(), source, output, tokenizer, self.given, self.stages, self.memory_limit, self.shard_bytes,
-                        self.chunk_pairs)  # fmt: skip
-        return making.run(inputs)
-
-    def finish(self, made: Manifest) -> None:
-        if self.keep_work:
-            shipping.withdraw(self.worked.spill)
-        else:
-            self.worked.clear()
+        return PairMaking(
+            flow=flow, source=PairSource(self.input, rules, self.query_column, Least(self.min_query_words, self.min_text_words)),
+            output=output, stages=self.stages, memory_limit=self.memory_limit,
+            tokenizer=self.tokenizer.model_dump() if self.tokenizer else {}, given=self.given, shard_bytes=self.shard_bytes,
+            chunk_pairs=self.chunk_pairs,
+        )  # fmt: skip

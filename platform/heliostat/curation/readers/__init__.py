@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, Literal
 
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.readers import pages, parquet, tables, warc
+from heliostat.curation.readers import parquet, streams, tables, warc
 from heliostat.curation.readers.streams import REASONS as REASONS
 from heliostat.curation.readers.streams import LeftOutError, codec_of
 from heliostat.curation.readers.streams import ReadLimits as Limits
@@ -36,18 +37,18 @@ class Kind:
 
 
 KINDS = {
-    **dict.fromkeys((".txt", ".md", ".py", ".rst"), Kind(pages.text)),
+    **dict.fromkeys((".txt", ".md", ".py", ".rst"), Kind(streams.text)),
     ".jsonl": Kind(tables.jsonl, "line", ranged=True),
     ".parquet": Kind(parquet.documents, "row", ranged=True),
-    ".csv": Kind(tables.csv, "row"),
-    ".tsv": Kind(tables.tsv, "row"),
+    ".csv": Kind(partial(tables.separated, mark=","), "row"),
+    ".tsv": Kind(partial(tables.separated, mark="\t"), "row"),
     **dict.fromkeys((".arrow", ".feather"), Kind(tables.arrow, "row")),
     **dict.fromkeys((".ndjson", ".json"), Kind(tables.jsonl, "line", ranged=True)),  # .json as C4 and Dolma have it
-    ".wet": Kind(warc.texts, "byte"),
-    ".wat": Kind(warc.metadata, "byte"),
-    ".warc": Kind(warc.responses, "byte", "extract"),
-    **dict.fromkeys((".html", ".htm", ".xhtml"), Kind(pages.page, stage="extract")),
-    ".pdf": Kind(pages.page, stage="pdf"),
+    ".wet": Kind(partial(warc.records, kind="conversion"), "byte"),
+    ".wat": Kind(partial(warc.records, kind="metadata"), "byte"),
+    ".warc": Kind(partial(warc.records, kind="response"), "byte", "extract"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), Kind(streams.page, stage="extract")),
+    ".pdf": Kind(streams.page, stage="pdf"),
 }
 
 
@@ -60,7 +61,6 @@ def suffix_of(path: str) -> str | None:
 
 
 def kind_of(path: str) -> Kind | None:
-    """Returns the kind of a file by its path, None if it is none of KINDS."""
     return KINDS.get(suffix_of(path) or "")
 
 

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from heliostat.curation.readers import repository
 from heliostat.curation.readers.repository import MemberError, RepositoryFile, name_of
@@ -46,7 +46,6 @@ _BROKEN = (
 
 
 def is_archive(path: str) -> bool:
-    """Tells by its name whether a file is an archive that is read."""
     return _SUFFIX.search(path) is not None
 
 
@@ -70,7 +69,7 @@ def _tar(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Repository
 def _members(plain: _Forward) -> Iterator[RepositoryFile]:
     plain.allow(HEAD)
     try:
-        archive: Any = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
+        archive = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
         while (found := archive.next()) is not None:
             archive.members = []  # it would hold all of them
             name = name_of(found.name.encode("utf-8", "surrogateescape"))
@@ -88,7 +87,7 @@ def _members(plain: _Forward) -> Iterator[RepositoryFile]:
         pass
 
 
-def _of_tar(archive: Any, plain: _Forward, member: tarfile.TarInfo) -> bytes:
+def _of_tar(archive: tarfile.TarFile, plain: _Forward, member: tarfile.TarInfo) -> bytes:
     plain.allow(member.size + HEAD)
     try:
         with archive.extractfile(member) as file:
@@ -105,7 +104,6 @@ class _Forward(io.RawIOBase):
         self._at, self._left, self.last = 0, 0, b""
 
     def allow(self, count: int) -> None:
-        """Allows so many bytes to be read from now on."""
         self._left = count
 
     def seekable(self) -> bool:
@@ -223,7 +221,6 @@ class _Reads:
 
 
 def _most(stream: BinaryIO, limits: ReadLimits) -> int:
-    """Computes how many bytes an archive may unpack to."""
     return min(limits.max_file_bytes, RATIO * stream.seek(0, io.SEEK_END) + MUCH)
 
 

@@ -44,24 +44,19 @@ def is_clone(path: str) -> bool:
 
 
 def there_is_git() -> bool:
-    """Tells whether the program is there."""
     return shutil.which("git") is not None
 
 
 def facts(folder: Path) -> tuple[str, int]:
     """Returns the commit that HEAD names, and the bytes of its files; LeftOutError if there is none, or it cannot be read."""
-    _check(folder)
-    with _git(folder, "rev-parse", "--verify", "--end-of-options", "HEAD^{commit}") as out:
-        commit = out.line(b"\n").decode("ascii", "replace")
+    commit = _commit(folder, "HEAD")
     return commit, sum(size or 0 for _, _, size, _ in _tree(folder, commit))
 
 
 def read(path: str, folder: Path, limits: ReadLimits, commit: str = "HEAD") -> Iterator[Document | Dropped]:
     """Yields the files of a commit of a clone; ids are the clone's path, `#` and the file's."""
     try:
-        _check(folder)
-        with _git(folder, "rev-parse", "--verify", "--end-of-options", f"{commit}^{{commit}}") as out:
-            commit = out.line(b"\n").decode("ascii", "replace")
+        commit = _commit(folder, commit)
         with _git(folder, "cat-file", "--batch", talks=True) as objects:
             about = {"repository": path[: -len(SUFFIX)].rstrip("/") or folder.parent.name, "commit": commit}
             yield from repository.documents(path, partial(_members, folder, commit, objects), limits, about)
@@ -69,12 +64,15 @@ def read(path: str, folder: Path, limits: ReadLimits, commit: str = "HEAD") -> I
         yield Dropped(path, e.reason, e.detail)
 
 
-def _check(folder: Path) -> None:
+def _commit(folder: Path, name: str) -> str:
+    """Returns the commit that a name leads to; LeftOutError if there is none, or the clone is not read."""
     if folder.is_symlink() or not folder.is_dir() or not (folder / "objects").resolve().is_relative_to(folder.resolve()):
         raise LeftOutError("outside", "no folder of its own")
-    for name in ELSEWHERE:
-        if (folder / name).exists():
-            raise LeftOutError("outside", f"takes objects from elsewhere ({name})")
+    for place in ELSEWHERE:
+        if (folder / place).exists():
+            raise LeftOutError("outside", f"takes objects from elsewhere ({place})")
+    with _git(folder, "rev-parse", "--verify", "--end-of-options", f"{name}^{{commit}}") as out:
+        return out.line(b"\n").decode("ascii", "replace")
 
 
 def _members(folder: Path, commit: str, objects: _Output) -> Iterator[RepositoryFile]:
@@ -133,7 +131,6 @@ class _Output:
         self._held, self._said = bytearray(), b""
 
     def ask(self, question: bytes) -> None:
-        """Writes to git."""
         assert self._process.stdin
         try:
             self._process.stdin.write(question)
@@ -154,7 +151,6 @@ class _Output:
         return found
 
     def exactly(self, size: int) -> bytes:
-        """Reads so many bytes."""
         while len(self._held) < size:
             if not self._more():
                 raise LeftOutError("corrupt", "git broke off")

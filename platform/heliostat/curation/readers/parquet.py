@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.readers.pages import decoded
-from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, unpacked, whole
+from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, decoded, unpacked, whole
 from heliostat.curation.stage import Document, Dropped
 
 BUFFER = 4 << 20  # bytes of a column that are read at a time: a row group may be larger than memory
@@ -49,7 +48,6 @@ def batches(
 
 
 def _begins(info: pq.RowGroupMetaData) -> int:
-    """Returns the offset of the first byte of a row group."""
     columns = [info.column(i) for i in range(info.num_columns)]
     return min((min(c.data_page_offset, c.dictionary_page_offset or c.data_page_offset) for c in columns), default=0)
 
@@ -91,7 +89,7 @@ def _documents(path: str, file: pq.ParquetFile, limits: ReadLimits, part: FilePa
             yield _document(f"{path}#{first + number}", value, size, limits, columns)
 
 
-def _document(id: str, value: pa.Scalar | None, size: int, limits: ReadLimits, columns: dict[str, Any]) -> Document | Dropped:
+def _document(id: str, value: pa.Scalar | None, size: int, limits: ReadLimits, columns: dict[str, object]) -> Document | Dropped:
     if value is None or not value.is_valid:
         return Dropped(id, "no_text")
     if size > limits.max_document_bytes:

@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from heliostat.curation.readers.streams import LeftOutError
+
 PIECE = 1 << 18
 HEAD = 1 << 20  # bytes that a record's head may have
 ROOM = 64 << 20  # bytes of the file behind the start of a record that are held, to look for the next one in them
 GZIP, START, BLANK = b"\x1f\x8b\x08", b"WARC/1.", b"\r\n\r\n"
 
 
-class Broken(Exception):
+class Broken(LeftOutError):
     """Reports a broken record, and its place."""
 
     def __init__(self, place: str, reason: str, detail: str) -> None:
-        super().__init__(place, reason, detail)
-        self.place, self.reason, self.detail = place, reason, detail
+        super().__init__(reason, detail)
+        self.place = place
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,6 @@ class _Source:
         return out
 
     def back(self, size: int) -> None:
-        """Goes back some bytes that were read just now."""
         self.at -= size
 
     def forget(self, before: int) -> None:

@@ -22,12 +22,8 @@ LICENSE_FILES = 10_000
 NAME = 4096  # characters
 
 
-class MemberError(Exception):
-    """Reports that a member cannot be read, and the next one can; `reason` is one of the readers'."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+class MemberError(LeftOutError):
+    """Reports that a member cannot be read, and the next one can."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,6 @@ def _licenses(members: Members) -> Licenses:
 
 
 def _text(member: RepositoryFile) -> str:
-    """Returns the text of a licence file, "" for what is none."""
     try:
         return member.read().decode("utf-8", "replace") if member.size <= MOST else ""
     except MemberError:

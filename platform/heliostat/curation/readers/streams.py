@@ -1,4 +1,4 @@
-"""Opens packed streams and cuts lines, within limits, whatever the data holds."""
+"""Opens packed streams, cuts lines, and reads files that are one document, within limits, whatever the data holds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
+
+from heliostat.curation.stage import Document, Dropped
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 REASONS = {
     "unknown_kind": "a suffix that nothing reads",
@@ -51,7 +56,7 @@ class ReadLimits:
     text_column: str = "text"
     columns: tuple[str, ...] | None = None
 
-    def text_of(self, value: Any) -> str | None:
+    def text_of(self, value: object) -> str | None:
         """Returns the text that a record's value is; None if it is none."""
         return value if isinstance(value, str) else None
 
@@ -134,7 +139,7 @@ def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
         raise LeftOutError("corrupt", f"the {codec} stream ends within a member")
 
 
-def _before_break(decoder: Any, data: bytes) -> bytes:
+def _before_break(decoder: zlib._Decompress, data: bytes) -> bytes:
     """Unpacks byte by byte what comes before a break in a block of input."""
     out = bytearray()
     for at in range(len(data)):
@@ -154,7 +159,7 @@ class _Blocks(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         if not self._left:
             if self._total > self._most:
                 raise LeftOutError("too_large", f"more than {self._most:,} bytes, unpacked")
@@ -216,3 +221,25 @@ def whole(stream: BinaryIO, most: int) -> bytes:
         if len(out) > most:
             raise LeftOutError("too_large", f"more than {most:,} bytes, unpacked")
     return bytes(out)
+
+
+def page(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
+    data = _file(path, stream, limits)
+    yield Document(path, data) if data.strip() else Dropped(path, "empty")
+
+
+def text(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
+    data = _file(path, stream, limits)
+    yield decoded(path, data) if data.strip() else Dropped(path, "empty")
+
+
+def decoded(id: str, data: bytes, columns: dict[str, object] | None = None) -> Document | Dropped:
+    """Makes a document of UTF-8, without its byte-order mark."""
+    try:
+        return Document(id, data.decode("utf-8-sig"), columns or {})
+    except UnicodeDecodeError:
+        return Dropped(id, "not_utf8")
+
+
+def _file(path: str, stream: BinaryIO, limits: ReadLimits) -> bytes:
+    return whole(unpacked(path, stream, limits), min(limits.max_document_bytes, limits.max_file_bytes))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv as csv_module
+import csv
 import json
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -20,7 +20,7 @@ CONTINUES, DICTIONARY, BATCH = b"\xff\xff\xff\xff", 2, 3  # of Arrow's messages:
 PACKED_BEFORE = b"ARROW:experimental_compression"  # how Arrow 0.17 named what buffers are packed by
 
 
-def record(id: str, values: dict[str, Any], limits: ReadLimits) -> Document | Dropped:
+def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document | Dropped:
     """Makes a document of a record, with the columns that are asked for."""
     text = limits.text_of(values.get(limits.text_column))
     if text is None:
@@ -53,33 +53,24 @@ def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> It
             yield record(id, values, limits) if isinstance(values, dict) else Dropped(id, "invalid_json")
 
 
-def csv(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields a document for each row under the header; ids count rows."""
-    yield from _separated(path, stream, limits, ",")
-
-
-def tsv(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the same of a file that tabs separate."""
-    yield from _separated(path, stream, limits, "\t")
-
-
-def _separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Iterator[Document | Dropped]:
-    csv_module.field_size_limit(limits.max_document_bytes)
+def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Iterator[Document | Dropped]:
+    """Yields a document for each row under the header, whose fields a mark separates; ids count rows."""
+    csv.field_size_limit(limits.max_document_bytes)
     source = _Text(unpacked(path, stream, limits), limits.max_document_bytes)
-    rows, header, number = csv_module.reader(source, delimiter=mark), None, 0
+    rows, header, number = csv.reader(source, delimiter=mark), None, 0
     while True:
         id = f"{path}#{number}"
         try:
             row = next(rows)
         except StopIteration:
             return
-        except (csv_module.Error, LeftOutError) as e:
+        except (csv.Error, LeftOutError) as e:
             yield Dropped(id, getattr(e, "reason", "corrupt"), f"line {source.line:,}: {e}")
-            rows, number = csv_module.reader(source, delimiter=mark), number + 1  # goes on behind what broke it
+            rows, number = csv.reader(source, delimiter=mark), number + 1  # goes on behind what broke it
             continue
         except UnicodeDecodeError:
             yield Dropped(id, "not_utf8", f"line {source.line:,}")
-            rows, number = csv_module.reader(source, delimiter=mark), number + 1
+            rows, number = csv.reader(source, delimiter=mark), number + 1
             continue
         if header is None:
             header = [name.strip() for name in row]
@@ -238,7 +229,6 @@ def _unpacked_bytes(about: bytes, body: bytes) -> tuple[int, int | None, bool]:
 
 
 def _field(data: bytes, table: int, number: int) -> int:
-    """Returns the place of a flatbuffer table's field, 0 if it is not there."""
     names = table - _number("<i", data, table)
     if names < 0:
         raise IndexError("a table outside the message")
@@ -252,7 +242,6 @@ def _follow(data: bytes, at: int) -> int:
 
 
 def _value(form: str, data: bytes, place: int) -> int:
-    """Returns a field's number; what is not there is 0."""
     return _number(form, data, place) if place else 0
 
 

@@ -7,13 +7,15 @@ next that can be found behind its start. Libraries for this skip what they canno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
 
 from heliostat.curation.encodings import decode
-from heliostat.curation.readers.http import BadResponseError, Response, parse
 from heliostat.curation.readers.records import Archive, Broken
-from heliostat.curation.readers.streams import ReadLimits, codec_of, unpacked
+from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, unpacked
 from heliostat.curation.stage import Document, Dropped
 
 MOST_BREAKS = 10_000  # places where reading begins again, in one file
@@ -21,28 +23,14 @@ HEADERS = {"url": "warc-target-uri", "date": "warc-date", "record_id": "warc-rec
            "crawl_languages": "warc-identified-content-language"}  # fmt: skip
 COLUMNS = (*HEADERS, "content_type")  # of a document, where they are known
 PAGES = ("text/html", "application/xhtml+xml")
-Make = Callable[[str, dict[str, Any], bytes, ReadLimits], Document | Dropped]
+HTTP_HEAD = 1 << 18  # bytes that the head of a response may have
+MEMBER, PIECE = b"\x1f\x8b", 1 << 14  # the mark of a member of gzip, and bytes that are unpacked at a time
 
 
-def responses(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the pages that an archive's responses hold, as bytes; plain text as text."""
-    yield from _records(path, stream, limits, "response", _response)
-
-
-def texts(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the texts that were extracted of pages (WET)."""
-    yield from _records(path, stream, limits, "conversion", _text)
-
-
-def metadata(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the metadata of records (WAT), JSON as it is there."""
-    yield from _records(path, stream, limits, "metadata", _text)
-
-
-def _response(id: str, columns: dict[str, Any], block: bytes, limits: ReadLimits) -> Document | Dropped:
+def _response(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits) -> Document | Dropped:
     try:
-        found: Response = parse(block, limits.max_document_bytes)
-    except BadResponseError as e:
+        found = parse(block, limits.max_document_bytes)
+    except LeftOutError as e:
         return Dropped(id, e.reason, e.detail)
     if found.status != 200:
         return Dropped(id, "http_status", str(found.status))
@@ -57,15 +45,19 @@ def _response(id: str, columns: dict[str, Any], block: bytes, limits: ReadLimits
     return Dropped(id, "not_html", kind[:100])
 
 
-def _text(id: str, columns: dict[str, Any], block: bytes, limits: ReadLimits) -> Document | Dropped:
+def _text(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits) -> Document | Dropped:
     try:
         return Document(id, block.decode(), columns) if block.strip() else Dropped(id, "empty")
     except UnicodeDecodeError as e:
         return Dropped(id, "not_utf8", f"byte {e.start:,}")
 
 
-def _records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str, make: Make) -> Iterator[Document | Dropped]:
-    """Yields what `make` makes of the records of a kind, and a Dropped for each broken place."""
+def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Iterator[Document | Dropped]:
+    """Yields what the records of a kind hold, and a Dropped for each broken place.
+
+    A `response` is a page, as bytes, or plain text; a `conversion` (WET) the text of one; `metadata` (WAT) JSON as it is there.
+    """
+    make = _response if kind == "response" else _text
     packed = codec_of(path) == "gz"  # record by record
     archive, total = Archive(stream if packed else unpacked(path, stream, limits), packed), 0
     for _ in range(MOST_BREAKS):
@@ -90,5 +82,70 @@ def _records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str, make: M
     yield Dropped(path, "corrupt", f"more than {MOST_BREAKS:,} broken places; what is behind them is not read")
 
 
-def _columns(headers: dict[str, str]) -> dict[str, Any]:
+def _columns(headers: dict[str, str]) -> dict[str, object]:
     return {name: value.strip("<>") for name, header in HEADERS.items() if (value := headers.get(header))}
+
+
+@dataclass(frozen=True)
+class Response:
+    """Holds what a response says of itself, and its body, unpacked."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+def parse(block: bytes, most: int) -> Response:
+    """Parses a response; LeftOutError if it is none, or more than `most` bytes when unpacked."""
+    ends = [(at, len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if (at := block.find(mark, 0, HTTP_HEAD)) >= 0]
+    if not block.startswith(b"HTTP/") or not ends:
+        raise LeftOutError("corrupt", "no HTTP response")
+    at, size = min(ends)
+    first, *lines = block[:at].decode("latin-1").splitlines()
+    headers = {name.strip().lower(): value.strip() for name, mark, value in (line.partition(":") for line in lines) if mark}
+    status = first.split(None, 2)[1:2]
+    if not status or not status[0].isdigit() or len(status[0]) != 3:
+        raise LeftOutError("corrupt", "no status in the response")
+    body = block[at + size :]
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        body = _joined(body)
+    if (packed := headers.get("content-encoding", "").lower()) in ("gzip", "x-gzip", "deflate"):
+        body = _decoded(body, packed, most)
+    return Response(int(status[0]), headers.get("content-type", ""), body)
+
+
+def _joined(body: bytes) -> bytes:
+    """Joins chunks; a body that is not in chunks, as some archives keep it, stays as it is."""
+    out, at = list[bytes](), 0
+    while True:
+        end = body.find(b"\r\n", at, at + 64)
+        digits = body[at:end].partition(b";")[0].strip() if end >= 0 else b""
+        if not digits or len(digits) > 15 or digits.strip(b"0123456789abcdefABCDEF"):
+            return body if not out else b"".join(out)
+        size = int(digits, 16)
+        if not size:
+            return b"".join(out)
+        out.append(body[end + 2 : end + 2 + size])
+        at = end + 2 + size + 2
+
+
+def _decoded(body: bytes, packed: str, most: int) -> bytes:
+    """Unpacks a body; one that is not packed, as some archives keep it, stays as it is."""
+    raw = packed == "deflate" and body[:1] != b"\x78"
+    if packed != "deflate" and not body.startswith(MEMBER):
+        return body
+    out, at = io.BytesIO(), 0
+    try:
+        while not at or body.startswith(MEMBER, at):  # gzip may have several members; what else stands behind one is nothing
+            decoder = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
+            while at < len(body) and not decoder.eof:
+                piece = body[at : at + PIECE]
+                out.write(decoder.decompress(piece, most + 1 - out.tell()))
+                if out.tell() > most:
+                    raise LeftOutError("too_large", f"more than {most:,} bytes, unpacked")
+                at += len(piece) - len(decoder.unused_data)
+            if packed == "deflate" or not at:
+                break
+    except zlib.error as e:
+        raise LeftOutError("corrupt", f"content encoding {packed}: {e}") from e
+    return out.getvalue()

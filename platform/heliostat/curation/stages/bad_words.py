@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.filtering import text_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.tasks import files
 
 _WORD = re.compile(r"\w+")
 
 
 class BadWords(Stage):
-    """Drops documents that hold words of a list (Raffel et al. 2020)."""
-
-    reasons: ClassVar[dict[str, str]] = {"bad_word": "more words of the lists than max_found"}
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"bad_words": ("max_found",)}
+    limits: ClassVar = {"bad_word": ("bad_words", "max_found", "more words of the lists than {}")}
     paths: ClassVar[tuple[str, ...]] = ("lists",)
 
     lists: list[str] = Field(min_length=1)
@@ -34,29 +31,25 @@ class BadWords(Stage):
     max_found: int = Field(0, ge=0)
     """Documents with more of them are dropped (`bad_word`)."""
 
-    def identity(self) -> dict[str, Any]:
-        return files.digests(super().identity(), self, "lists")
-
     def check(self) -> None:
         self._entries()
 
     def _entries(self) -> list[str]:
         return sorted({entry.lower() for path in self.lists for entry in files.entries("lists", path)})
 
-    def open(self) -> Work:
+    def loaded(self) -> Callable[[Document], Outcome]:
         find = _whole_words(self._entries()) if self.whole_words else _anywhere(self._entries())
 
         def outcome(document: Document) -> Outcome:
             found = find(text_of(document).lower())
-            measures = {"bad_words": float(len(found))}
-            if len(found) > self.max_found:
-                return Outcome(None, "bad_word", ", ".join(sorted(set(found))[:3]), measures)
-            return Outcome(document, measures=measures)
+            judged = self.judged(document, {"bad_words": float(len(found))})
+            judged.detail = ", ".join(sorted(set(found))[:3]) if judged.reason else ""
+            return judged
 
-        return lambda documents: [outcome(d) for d in documents]
+        return outcome
 
 
-def _whole_words(entries: list[str]):
+def _whole_words(entries: list[str]) -> Callable[[str], list[str]]:
     """Returns a function that finds entries as whole words: their words are looked up, and the text around compared."""
     single = {e for e in entries if _WORD.fullmatch(e)}
     phrases = defaultdict[str, list[str]](list)
@@ -77,7 +70,6 @@ def _whole_words(entries: list[str]):
 
 
 def _count(text: str, phrase: str) -> int:
-    """Counts the places where a phrase stands by itself."""
     found, at = 0, text.find(phrase)
     while at >= 0:
         end = at + len(phrase)
@@ -90,5 +82,5 @@ def _joins(character: str) -> bool:
     return character.isalnum() or character == "_"
 
 
-def _anywhere(entries: list[str]):
+def _anywhere(entries: list[str]) -> Callable[[str], list[str]]:
     return lambda text: [e for e in entries if e in text for _ in range(text.count(e))]

@@ -16,10 +16,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.english import sentences
-from heliostat.curation.filtering import text_of
+from heliostat.curation.english.words import sentences
 from heliostat.curation.slices import LINE_END, slices
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, text_of
 
 _CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
 _ENDS = (".", "?", "!", '"', "'")
@@ -27,14 +26,11 @@ _POLICIES = re.compile(r"terms of use|privacy policy|cookie policy|uses cookies|
 
 
 class C4(Stage):
-    """Removes lines that are no sentences (Raffel et al. 2020)."""
-
     reasons: ClassVar[dict[str, str]] = {
         "lorem_ipsum": "a line with `lorem ipsum`",
         "curly_bracket": "a line with a curly bracket",
-        "few_sentences": "fewer sentences in the lines that stay than min_sentences",
     }
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"sentences": ("min_sentences",)}
+    limits: ClassVar = {"few_sentences": ("sentences", "min_sentences", "fewer sentences in the lines that stay than {}")}
 
     terminal_marks: bool = True
     """Removes lines that do not end with a terminal mark."""
@@ -55,11 +51,7 @@ class C4(Stage):
     lorem_ipsum: bool = True
     """Drops documents with `lorem ipsum` (`lorem_ipsum`)."""
 
-    def open(self) -> Work:
-        return lambda documents: [self.outcome(d) for d in documents]
-
-    def outcome(self, document: Document) -> Outcome:
-        """Removes a document's lines, or drops it."""
+    def decide(self, document: Document) -> Outcome:
         kept, found, removed = list[str](), 0, Counter[str]()
         for line in (line for part in slices(text_of(document), LINE_END) for line in part.splitlines()):
             line = line.strip()
@@ -69,12 +61,11 @@ class C4(Stage):
             if why:
                 removed[why] += 1
                 continue
-            found += sentences.count(line)
+            found += sentences(line)
             kept.append(line)
-        if found < self.min_sentences:
-            return Outcome(None, "few_sentences", measures={"sentences": found}, counts=dict(removed))
-        document.text = "\n".join(kept).strip()
-        return Outcome(document, measures={"sentences": found}, counts=dict(removed))
+        if found >= self.min_sentences:
+            document.text = "\n".join(kept).strip()
+        return self.judged(document, {"sentences": found}, dict(removed))
 
     def _line(self, line: str) -> tuple[str, str]:
         """Returns why a line is removed, or drops its document ("" if it stays), and the line."""

@@ -8,23 +8,20 @@ right for all: see the report in the folder's classifier.json.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from heliostat.curation import linear
-from heliostat.curation.filtering import text_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import Float
 from heliostat.tasks import files
 
 
 class Classifier(Stage):
-    """Drops documents that a classifier of one's own finds unlike its good examples."""
-
-    reasons: ClassVar[dict[str, str]] = {"low_score": "a score below min_score"}
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"score": ("min_score",)}
+    limits: ClassVar = {"low_score": ("score", "min_score", "a score below {}")}
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
@@ -34,21 +31,17 @@ class Classifier(Stage):
     column: str = Field("quality", min_length=1)
     """The column that the score becomes."""
 
-    def identity(self) -> dict[str, Any]:
-        digests = {name: files.digest("model", str(Path(self.model) / name)) for name in (linear.ABOUT, linear.WEIGHTS)}
-        return super().identity() | {"model": digests}
+    def digests(self) -> dict[str, object]:
+        return {"model": {name: files.digest("model", str(Path(self.model) / name)) for name in (linear.ABOUT, linear.WEIGHTS)}}
 
     def check(self) -> None:
         linear.load(Path(self.model))
 
-    def open(self) -> Work:
-        made = linear.load(Path(self.model))
+    def loaded(self) -> Callable[[Document], Outcome]:
+        model = linear.load(Path(self.model))
 
         def outcome(document: Document) -> Outcome:
-            score = round(made.score(text_of(document)), 6)
-            if score < self.min_score:
-                return Outcome(None, "low_score", measures={"score": score})
-            document.columns[self.column] = score
-            return Outcome(document, measures={"score": score})
+            score = round(model.score(text_of(document)), 6)
+            return self.judged(document, {"score": score}, columns={self.column: score})
 
-        return lambda documents: [outcome(d) for d in documents]
+        return outcome

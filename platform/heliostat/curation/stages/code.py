@@ -19,9 +19,8 @@ import numpy as np
 from pydantic import Field
 
 from heliostat.curation import code_languages
-from heliostat.curation.filtering import first_failed, text_of
 from heliostat.curation.slices import LINE_END, slices
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import Float
 
 LONG_LINES = {"HTML", "JSON", "Markdown", "Roff", "SMT", "TeX", "Text", "XML"}  # may have long lines
@@ -35,8 +34,6 @@ _TAG = re.compile(r"<[^<>]*>")
 
 
 class Code(Stage):
-    """Drops source files that nobody wrote (Li et al. 2023)."""
-
     makes: ClassVar[tuple[str, ...]] = ("language",)
     reasons: ClassVar[dict[str, str]] = {
         "empty": "no character in it",
@@ -88,17 +85,14 @@ class Code(Stage):
     minified: bool = True
     """Drops minified files."""
 
-    def open(self) -> Work:
-        return lambda documents: [self.outcome(d) for d in documents]
-
-    def outcome(self, document: Document) -> Outcome:
+    def decide(self, document: Document) -> Outcome:
         """Measures a file and keeps it, with its language as a column, or drops it."""
         text, path = text_of(document), str(document.columns.get("path", document.id))
         if not text:
             return Outcome(None, "empty")
         said = document.columns.get("language")
         language = said if isinstance(said, str) and said in KNOWN else code_languages.language_of(path, text)
-        reason = first_failed(
+        reason = _first(
             (self.vendored and code_languages.is_vendored(path), "vendored"),
             (self.generated and code_languages.is_generated(path, text), "generated"),
             (self.minified and code_languages.is_minified(path), "minified"),
@@ -122,7 +116,7 @@ class Code(Stage):
             "encoded": sum(runs) / len(text),
         }
         prose = language in LONG_LINES
-        return first_failed(
+        return _first(
             (m["lines"] > self.max_lines, "many_lines"),
             (not prose and m["mean_line"] > self.max_mean_line, "long_lines"),
             (m["longest_line"] > (self.max_text_line if prose else self.max_line), "long_line"),
@@ -138,8 +132,11 @@ class Code(Stage):
         return visible < 100 or visible < self.min_visible * len(text)
 
 
+def _first(*rules: tuple[bool, str]) -> str:
+    return next((reason for failed, reason in rules if failed), "")
+
+
 def _alphanumeric(text: str) -> int:
-    """Counts letters and digits of all scripts."""
     plain = text.encode("ascii", "ignore")
     return len(plain) - len(plain.translate(None, _ALPHANUMERIC)) + sum(map(str.isalnum, "".join(_FOREIGN.findall(text))))
 

@@ -12,14 +12,13 @@ pieces.
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from heliostat.curation import decontamination
-from heliostat.curation.filtering import text_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, Work, text_of
 from heliostat.tasks import files
 
 log = logging.getLogger(__name__)
@@ -27,8 +26,6 @@ LISTED = 5  # hits that a document's detail names
 
 
 class Decontaminate(Stage):
-    """Drops documents that hold text of evaluation sets (Brown et al. 2020)."""
-
     reasons: ClassVar[dict[str, str]] = {"contaminated": "at least min_hits n-grams of an evaluation set"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"hits": ("min_hits",)}
     version: ClassVar[int] = 2  # words are those of `comparable`: accents and numbers don't count, Chinese has words
@@ -42,9 +39,6 @@ class Decontaminate(Stage):
     """The words of an n-gram."""
     min_hits: int = Field(1, ge=1)
     """Documents that share so many n-grams are dropped (`contaminated`)."""
-
-    def identity(self) -> dict[str, Any]:
-        return files.digests(super().identity(), self, "sets")
 
     def check(self) -> None:
         for name, count in self._index()[1].items():

@@ -11,14 +11,12 @@ pieces. A private key is one secret from its BEGIN to its END, over lines; witho
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from heliostat import extras
-from heliostat.curation.filtering import text_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import nearest
 
 FORMS = [
@@ -66,6 +64,14 @@ _BODY = re.compile(rf"(?:{_HEADER}){{0,4}}+(?:{_GAP}[A-Za-z0-9+/=]{{40,}}+)++(?:
 Span = tuple[int, int]
 
 
+class Detector(Protocol):
+    """Finds secrets in a line, as detect-secrets' detectors do; those that do it by patterns have a `denylist` of them."""
+
+    secret_type: str
+
+    def analyze_string(self, line: str, /) -> Iterable[str]: ...
+
+
 class ServiceTokenDetector:
     """Finds tokens by the marks that services begin them with, as a detector of detect-secrets does."""
 
@@ -77,11 +83,10 @@ class ServiceTokenDetector:
 
 
 class DetectSecrets(Stage):
-    """Masks secrets in code, or drops files that hold them (Li et al. 2023)."""
-
     reasons: ClassVar[dict[str, str]] = {"secrets": "more secrets than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
     version: ClassVar[int] = 4
+    needs: ClassVar = ("curation", "detect_secrets")
 
     detectors: list[str] = Field(FORMS + OWN, min_length=1)
     """The detectors that are used, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub
@@ -100,14 +105,11 @@ class DetectSecrets(Stage):
                 raise ValueError(f"{name!r} is no detector{nearest(name, FORMS + OWN + WIDE)}")
         return self
 
-    def check(self) -> None:
-        extras.require("curation", "detect_secrets", what="stage detect_secrets")
-
-    def open(self) -> Work:
+    def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
-        found_classes: list[Any] = list(get_mapping_from_secret_type_to_class().values())
+        found_classes: list[type[Detector]] = list(get_mapping_from_secret_type_to_class().values())
         classes = {found.__name__: found for found in [*found_classes, ServiceTokenDetector]}
         detectors = [classes[name]() for name in self.detectors]
         near = _ANY if any(name in WIDE for name in self.detectors) else _NEAR
@@ -121,10 +123,10 @@ class DetectSecrets(Stage):
             counts = {"masked_secrets": found} if found and self.action == "mask" else {}
             return Outcome(document, measures={"found": found}, counts=counts)
 
-        return lambda documents: [outcome(d) for d in documents]
+        return outcome
 
 
-def _masked(text: str, detectors: list[Any], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:
+def _masked(text: str, detectors: list[Detector], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:
     """Masks private keys, and the secrets of each line that may have one; returns the text, their number and their kinds."""
     out, at, count, kinds = list[str](), 0, 0, set[str]()
     for kind in (d.secret_type for d in detectors if type(d).__name__ == KEYS):
@@ -200,7 +202,7 @@ def _pieces(line: str) -> Iterator[tuple[int, str]]:
         yield start, line[start : start + PIECE].rstrip("\n")
 
 
-def _secrets(line: str, detectors: list[Any]) -> Iterator[tuple[Span, str]]:
+def _secrets(line: str, detectors: list[Detector]) -> Iterator[tuple[Span, str]]:
     """Finds the places of a line's secrets, and their kinds: of patterns the match, or the group that is the secret in it."""
     for detector in detectors:
         told = set(detector.analyze_string(line))
@@ -210,9 +212,9 @@ def _secrets(line: str, detectors: list[Any]) -> Iterator[tuple[Span, str]]:
         yield from ((span, detector.secret_type) for span in spans if line[slice(*span)].strip())
 
 
-def _matched(line: str, detector: Any, told: set[str]) -> Iterator[Span]:
+def _matched(line: str, detector: Detector, told: set[str]) -> Iterator[Span]:
     whole, alone = (type(detector).__name__ in some for some in (WHOLE, ALONE))
-    for pattern in detector.denylist:
+    for pattern in getattr(detector, "denylist", ()):
         for found in pattern.finditer(line):
             if not told.isdisjoint((found[0], *found.groups(""))):
                 start, end = found.span(0 if whole or not pattern.groups or found[1] is None else 1)

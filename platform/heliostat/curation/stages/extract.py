@@ -10,20 +10,19 @@ columns. Documents that are text already pass, and PDFs, which are for `pdf`.
 from __future__ import annotations
 
 import unicodedata
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from heliostat import extras
 from heliostat.curation.isolated import Isolated, IsolatedError
 from heliostat.curation.pdf import is_pdf
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage
 from heliostat.schema import Float
 
 
 class Extract(Stage):
-    """Makes text of HTML pages."""
-
     makes: ClassVar[tuple[str, ...]] = ("encoding", "title")
     reasons: ClassVar[dict[str, str]] = {
         "no_text": "no text is left of the page",
@@ -54,11 +53,11 @@ class Extract(Stage):
         needed = {"resiliparse", self.library}
         extras.require("curation", *sorted(needed), what="stage extract")
 
-    def open(self) -> Work:
+    def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
-        keys: dict[str, Any] = {k: getattr(self, k) for k in ("library", "main_content", "max_undecodable")}
+        keys: dict[str, object] = {k: getattr(self, k) for k in ("library", "main_content", "max_undecodable")}
         run = Isolated("heliostat.curation.html:extractor", keys, self.max_seconds, self.max_memory)
-        return lambda documents: [self._outcome(d, run) for d in documents]
+        return lambda document: self._outcome(document, run)
 
     def _outcome(self, document: Document, run: Isolated) -> Outcome:
         page = document.text

@@ -14,29 +14,22 @@ from typing import ClassVar
 from pydantic import Field
 
 from heliostat.curation.english.words import TERMINALS, shared
-from heliostat.curation.filtering import by_text, first_failed
 from heliostat.curation.repetition import duplicates
 from heliostat.curation.slices import split
-from heliostat.curation.stage import Stage, Work
+from heliostat.curation.stage import Stage, Work, by_text
 from heliostat.schema import Float
 
 
 class FineWeb(Stage):
-    """Drops documents that look like lists (Penedo et al. 2024)."""
-
-    reasons: ClassVar[dict[str, str]] = {
-        "empty": "no line with anything in it",
-        "few_terminal_marks": "a smaller share of lines with a terminal mark than min_terminal_lines",
-        "short_lines": "a larger share of short lines than max_short_lines",
-        "duplicate_chars": "a larger share of characters in lines that were there before than max_duplicate_chars",
-        "line_ends": "more line ends a word than max_line_ends",
-    }
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
-        "terminal_lines": ("min_terminal_lines",),
-        "short_lines": ("max_short_lines",),
-        "duplicate_chars": ("max_duplicate_chars",),
-        "line_ends": ("max_line_ends",),
-    }
+    reasons: ClassVar[dict[str, str]] = {"empty": "no line with anything in it"}
+    limits: ClassVar = {
+        "few_terminal_marks": ("terminal_lines", "min_terminal_lines", "a smaller share of lines with a terminal mark than {}"),
+        "short_lines": ("short_lines", "max_short_lines", "a larger share of short lines than {}"),
+        "duplicate_chars": (
+            "duplicate_chars", "max_duplicate_chars", "a larger share of characters in lines that were there before than {}",
+        ),
+        "line_ends": ("line_ends", "max_line_ends", "more line ends a word than {}"),
+    }  # fmt: skip
 
     min_terminal_lines: Float = Field(0.12, ge=0, le=1)
     """The least share of lines that end with a terminal mark, of any script (`few_terminal_marks`)."""
@@ -53,7 +46,6 @@ class FineWeb(Stage):
         return by_text(self.judge)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        """Measures a text, and names the first rule that it fails."""
         count = terminal = short = 0
 
         def lines() -> Iterator[str]:
@@ -75,9 +67,4 @@ class FineWeb(Stage):
             "duplicate_chars": duplicate / (len(text) - ends),
             "line_ends": ends / len(shared.of(text)),
         }
-        return first_failed(
-            (m["terminal_lines"] < self.min_terminal_lines, "few_terminal_marks"),
-            (m["short_lines"] > self.max_short_lines, "short_lines"),
-            (m["duplicate_chars"] > self.max_duplicate_chars, "duplicate_chars"),
-            (m["line_ends"] > self.max_line_ends, "line_ends"),
-        ), m
+        return self.failed(m), m

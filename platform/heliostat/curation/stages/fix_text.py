@@ -9,16 +9,19 @@ looked at, which changes nothing and is most of the time. Counted are the lines 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
-from heliostat import extras
-from heliostat.curation.filtering import text_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, text_of
+
+if TYPE_CHECKING:
+    from ftfy import TextFixerConfig
 
 _ODD = re.compile(r"[^\t\n\r -%'-~]")  # what ftfy may change something at
 
 
 class FixText(Stage):
-    """Repairs text that was decoded wrongly, with ftfy."""
+    needs: ClassVar = ("curation", "ftfy")
 
     uncurl_quotes: bool = False
     """Makes curly quotes straight."""
@@ -29,10 +32,7 @@ class FixText(Stage):
     unescape_html: bool = True
     """Resolves HTML entities, in lines before the first `<`."""
 
-    def check(self) -> None:
-        extras.require("curation", "ftfy", what="stage fix_text")
-
-    def open(self) -> Work:
+    def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
         import ftfy
 
@@ -48,10 +48,10 @@ class FixText(Stage):
             document.text = fixed
             return Outcome(document, counts={"repaired_lines": count} if count else {})
 
-        return lambda documents: [outcome(d) for d in documents]
+        return outcome
 
 
-def _fixed(text: str, config, fix) -> tuple[str, int]:
+def _fixed(text: str, config: TextFixerConfig, fix: Callable[[str, TextFixerConfig], str]) -> tuple[str, int]:
     """Fixes the lines that have an odd character in them; entities only before the first `<`, as in the whole text."""
     out, at, count, angle = list[str](), 0, 0, text.find("<")
     while odd := _ODD.search(text, at):

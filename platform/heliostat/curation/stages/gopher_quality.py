@@ -16,39 +16,25 @@ import numpy as np
 from pydantic import Field
 
 from heliostat.curation.english.words import hash_of, shared
-from heliostat.curation.filtering import by_text, first_failed
 from heliostat.curation.slices import LINE_END, slices
-from heliostat.curation.stage import Stage, Work
+from heliostat.curation.stage import Stage, Work, by_text
 from heliostat.schema import Float
 
 
 class GopherQuality(Stage):
-    """Drops documents that do not look like prose (Rae et al. 2021)."""
-
-    reasons: ClassVar[dict[str, str]] = {
-        "empty": "no word in it",
-        "few_words": "fewer words than min_words",
-        "many_words": "more words than max_words",
-        "short_words": "words that are shorter in the mean than min_word_length",
-        "long_words": "words that are longer in the mean than max_word_length",
-        "hashes": "more hash signs a word than max_symbols",
-        "ellipses": "more ellipses a word than max_symbols",
-        "bullets": "a larger share of lines that begin with a bullet than max_bullet_lines",
-        "ellipsis_lines": "a larger share of lines that end with an ellipsis than max_ellipsis_lines",
-        "few_letters": "a smaller share of words with a letter than min_alphabetic_words",
-        "few_stop_words": "fewer of the stop words than min_stop_words",
+    reasons: ClassVar[dict[str, str]] = {"empty": "no word in it"}
+    limits: ClassVar = {
+        "few_words": ("words", "min_words", "fewer words than {}"),
+        "many_words": ("words", "max_words", "more words than {}"),
+        "short_words": ("word_length", "min_word_length", "words that are shorter in the mean than {}"),
+        "long_words": ("word_length", "max_word_length", "words that are longer in the mean than {}"),
+        "hashes": ("hashes", "max_symbols", "more hash signs a word than {}"),
+        "ellipses": ("ellipses", "max_symbols", "more ellipses a word than {}"),
+        "bullets": ("bullet_lines", "max_bullet_lines", "a larger share of lines that begin with a bullet than {}"),
+        "ellipsis_lines": ("ellipsis_lines", "max_ellipsis_lines", "a larger share of lines that end with an ellipsis than {}"),
+        "few_letters": ("alphabetic_words", "min_alphabetic_words", "a smaller share of words with a letter than {}"),
+        "few_stop_words": ("stop_words", "min_stop_words", "fewer of the stop words than {}"),
     }
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
-        "words": ("min_words", "max_words"),
-        "word_length": ("min_word_length", "max_word_length"),
-        "hashes": ("max_symbols",),
-        "ellipses": ("max_symbols",),
-        "bullet_lines": ("max_bullet_lines",),
-        "ellipsis_lines": ("max_ellipsis_lines",),
-        "alphabetic_words": ("min_alphabetic_words",),
-        "stop_words": ("min_stop_words",),
-    }
-
     later: ClassVar[frozenset[str]] = frozenset({"marks_are_words"})
 
     min_words: int = Field(50, ge=0)
@@ -79,7 +65,6 @@ class GopherQuality(Stage):
         return by_text(self.judge)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        """Measures a text, and names the first rule that it fails."""
         words = shared.of(text)
         count = len(words)
         if not count:
@@ -97,22 +82,10 @@ class GopherQuality(Stage):
             "alphabetic_words": float(counted.mean()) if len(counted) else 0.0,
             "stop_words": sum(bool((words.hash == hash).any()) for hash in wanted),
         }
-        return first_failed(
-            (m["words"] < self.min_words, "few_words"),
-            (m["words"] > self.max_words, "many_words"),
-            (m["word_length"] < self.min_word_length, "short_words"),
-            (m["word_length"] > self.max_word_length, "long_words"),
-            (m["hashes"] > self.max_symbols, "hashes"),
-            (m["ellipses"] > self.max_symbols, "ellipses"),
-            (m["bullet_lines"] > self.max_bullet_lines, "bullets"),
-            (m["ellipsis_lines"] > self.max_ellipsis_lines, "ellipsis_lines"),
-            (m["alphabetic_words"] < self.min_alphabetic_words, "few_letters"),
-            (m["stop_words"] < self.min_stop_words, "few_stop_words"),
-        ), m
+        return self.failed(m), m
 
 
 def _share(text: str, matches: Callable[[str], bool]) -> float:
-    """Computes the share of lines that match."""
     total = found = 0
     for part in slices(text, LINE_END):
         lines = part.splitlines()

@@ -15,9 +15,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from heliostat.curation.english.words import shared
-from heliostat.curation.filtering import by_text
 from heliostat.curation.repetition import Repeats, duplicates
-from heliostat.curation.stage import Stage, Work
+from heliostat.curation.stage import Stage, Work, by_text
 from heliostat.schema import Float
 
 Share = Annotated[Float, Field(ge=0, le=1)]
@@ -26,25 +25,17 @@ TOP, DUPLICATE = range(2, 5), range(5, 11)
 
 
 class GopherRepetition(Stage):
-    """Drops documents that repeat themselves (Rae et al. 2021)."""
-
-    reasons: ClassVar[dict[str, str]] = {
-        "empty": "no character in it",
-        "lines": "more lines that were there before than max_duplicate_lines",
-        "paragraphs": "more paragraphs that were there before than max_duplicate_paragraphs",
-        "line_chars": "more characters in such lines than max_duplicate_line_chars",
-        "paragraph_chars": "more characters in such paragraphs than max_duplicate_paragraph_chars",
-        **{f"top_{n}_grams": f"the most frequent {n}-gram takes more characters than max_top_{n}_grams" for n in TOP},
-        **{f"{n}_grams": f"more characters in {n}-grams that were there before than max_duplicate_{n}_grams" for n in DUPLICATE},
-    }
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
-        "lines": ("max_duplicate_lines",),
-        "paragraphs": ("max_duplicate_paragraphs",),
-        "line_chars": ("max_duplicate_line_chars",),
-        "paragraph_chars": ("max_duplicate_paragraph_chars",),
-        **{f"top_{n}_grams": (f"max_top_{n}_grams",) for n in TOP},
-        **{f"{n}_grams": (f"max_duplicate_{n}_grams",) for n in DUPLICATE},
-    }
+    reasons: ClassVar[dict[str, str]] = {"empty": "no character in it"}
+    limits: ClassVar = {
+        "paragraphs": ("paragraphs", "max_duplicate_paragraphs", "more paragraphs that were there before than {}"),
+        "paragraph_chars": ("paragraph_chars", "max_duplicate_paragraph_chars", "more characters in such paragraphs than {}"),
+        "lines": ("lines", "max_duplicate_lines", "more lines that were there before than {}"),
+        "line_chars": ("line_chars", "max_duplicate_line_chars", "more characters in such lines than {}"),
+        **{f"top_{n}_grams": (f"top_{n}_grams", f"max_top_{n}_grams",
+                              f"the most frequent {n}-gram takes more characters than {{}}") for n in TOP},
+        **{f"{n}_grams": (f"{n}_grams", f"max_duplicate_{n}_grams",
+                          f"more characters in {n}-grams that were there before than {{}}") for n in DUPLICATE},
+    }  # fmt: skip
 
     max_duplicate_lines: Share = 0.3
     """The largest share of lines that were there before (`lines`)."""
@@ -77,7 +68,6 @@ class GopherRepetition(Stage):
         return by_text(self.judge)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        """Measures a text rule by rule, as far as the first that it fails."""
         if not text:
             return "empty", {}
         size, measures = len(text), dict[str, float]()
@@ -85,17 +75,14 @@ class GopherRepetition(Stage):
         measures |= {"paragraphs": found / parts, "paragraph_chars": chars / size}
         parts, found, chars = duplicates(_parts(text, LINES))
         measures |= {"lines": found / parts, "line_chars": chars / size}
-        failed = self._failed(measures)
+        failed = self.failed(measures)
         if failed:
             return failed, measures
         words = shared.of(text)
         repeats = Repeats(words.hash, words.length)
         measures |= {f"top_{n}_grams": repeats.top_chars(n) / size for n in TOP}
         measures |= {f"{n}_grams": repeats.duplicate_chars(n) / size for n in DUPLICATE}
-        return self._failed(measures), measures
-
-    def _failed(self, measures: dict[str, float]) -> str:
-        return next((name for name, value in measures.items() if value > getattr(self, self.thresholds[name][0])), "")
+        return self.failed(measures), measures
 
 
 def _parts(text: str, ends: re.Pattern[str]) -> Iterator[str]:

@@ -10,82 +10,50 @@ that keeps the model; else CPUs compute. Scores do not depend on the batch, but 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from heliostat import extras
-from heliostat.curation import image_scoring, scoring
-from heliostat.curation.filtering import text_of
+from heliostat.curation import image_models, scoring
 from heliostat.curation.picturing import picture_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Work, text_of
 from heliostat.errors import ConfigError
-from heliostat.schema import Float, nearest
 
 
-class HfImage(Stage):
-    """Drops images by the score of a Hugging Face image classifier or CLIP."""
-
-    gpu: ClassVar[bool] = True
+class HfImage(scoring.ScoringStage):
     of_images: ClassVar[bool] = True
-    reasons: ClassVar[dict[str, str]] = {
-        "low_score": "a score below min_score",
-        "high_score": "a score above max_score",
-    }
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"score": ("min_score", "max_score")}
-    paths: ClassVar[tuple[str, ...]] = ("model",)
+    needs: ClassVar = ("images", "PIL")
 
-    model: str = Field(min_length=1)
-    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     label: str | None = Field(None, min_length=1)
     """The label whose score is taken, by its name in config.json (`LABEL_0` where it has none). Unset, of a CLIP: how well the
     caption fits."""
-    min_score: Float | None = None
-    """The least score of an image that is kept (`low_score`)."""
-    max_score: Float | None = None
-    """The largest score of an image that is kept (`high_score`)."""
     batch: int = Field(16, ge=1, le=1024)
     """Images that are computed together."""
-    column: str = Field("score", min_length=1)
-    """The column that the score becomes."""
 
-    @model_validator(mode="after")
-    def _one(self) -> HfImage:
-        if self.min_score is None and self.max_score is None:
-            raise ValueError("give min_score, max_score or both")
-        return self
-
-    def identity(self) -> dict[str, Any]:
-        return super().identity() | {"model": image_scoring.digests(self.model)}
+    def digests(self) -> dict[str, object]:
+        return {"model": image_models.digests(self.model)}
 
     def check(self) -> None:
-        extras.require("images", "PIL", what="stage hf_image")
-        config = image_scoring.describe(self.model)
-        if image_scoring.is_clip(config):
+        super().check()
+        config = image_models.describe(self.model)
+        if image_models.is_clip(config):
             if self.label is not None:
                 raise ConfigError(f"label: {self.model!r} is a CLIP, which has no labels; remove it: the score is the caption's")
             return
-        known = scoring.labels(config)
         if self.label is None:
-            raise ConfigError(f"label: {self.model!r} is a classifier; name one of its labels, {', '.join(known)}")
-        if self.label not in known:
-            raise ConfigError(f"label: {self.label!r} is none of the model's, {', '.join(known)}{nearest(self.label, known)}")
+            known = ", ".join(scoring.labels(config))
+            raise ConfigError(f"label: {self.model!r} is a classifier; name one of its labels, {known}")
+        scoring.require_label(self.label, config)
 
     def open(self) -> Work:
         self.check()
-        scorer = image_scoring.load(self.model, self.label, self.batch)
+        scorer = (image_models.CaptionFit(self.model, self.batch) if self.label is None
+                  else image_models.ImageLabels(self.model, self.label, self.batch))  # fmt: skip
 
         def work(documents: list[Document]) -> list[Outcome]:
             scores = scorer([picture_of(d).data for d in documents], [text_of(d) for d in documents])
-            return [self._outcome(d, score) for d, score in zip(documents, scores, strict=True)]
+            return [
+                self.judged(d, {"score": score}, columns={self.column: score}) for d, score in zip(documents, scores, strict=True)
+            ]
 
         return work
-
-    def _outcome(self, document: Document, score: float) -> Outcome:
-        measures = {"score": score}
-        if self.min_score is not None and score < self.min_score:
-            return Outcome(None, "low_score", measures=measures)
-        if self.max_score is not None and score > self.max_score:
-            return Outcome(None, "high_score", measures=measures)
-        document.columns[self.column] = score
-        return Outcome(document, measures=measures)

@@ -12,28 +12,20 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat import extras
-from heliostat.curation.filtering import first_failed
 from heliostat.curation.picturing import fault, opened, picture_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage
 from heliostat.schema import Float
 
 
 class ImageSize(Stage):
-    """Drops images by their size (Gadre et al. 2023)."""
-
     of_images: ClassVar[bool] = True
-    reasons: ClassVar[dict[str, str]] = {
-        "undecodable": "bytes that are no PNG, JPEG or WebP",
-        "small": "a side of fewer pixels than min_side",
-        "large": "more pixels than max_pixels",
-        "aspect": "a side longer than max_aspect times the other",
+    reasons: ClassVar[dict[str, str]] = {"undecodable": "bytes that are no PNG, JPEG or WebP"}
+    limits: ClassVar = {
+        "small": ("side", "min_side", "a side of fewer pixels than {}"),
+        "large": ("pixels", "max_pixels", "more pixels than {}"),
+        "aspect": ("aspect", "max_aspect", "a side longer than {} times the other"),
     }
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
-        "side": ("min_side",),
-        "pixels": ("max_pixels",),
-        "aspect": ("max_aspect",),
-    }
+    needs: ClassVar = ("images", "PIL")
 
     min_side: int = Field(200, ge=1)
     """The least pixels of the smaller side (`small`)."""
@@ -42,23 +34,12 @@ class ImageSize(Stage):
     max_aspect: Float = Field(3.0, ge=1)
     """The most that the longer side may be, in shorter ones (`aspect`)."""
 
-    def check(self) -> None:
-        extras.require("images", "PIL", what="stage image_size")
-
-    def open(self) -> Work:
-        self.check()
-        return lambda documents: [self._outcome(d) for d in documents]
-
-    def _outcome(self, document: Document) -> Outcome:
+    def decide(self, document: Document) -> Outcome:
         picture = picture_of(document)
         try:
             width, height = opened(picture.data).size
         except Exception as e:  # noqa: BLE001 (Pillow's decoders raise errors of every kind for bad bytes)
             return Outcome(None, "undecodable", fault(e))
         m = {"side": min(width, height), "pixels": width * height, "aspect": max(width, height) / max(1, min(width, height))}
-        reason = first_failed(
-            (m["side"] < self.min_side, "small"),
-            (self.max_pixels is not None and m["pixels"] > self.max_pixels, "large"),
-            (m["aspect"] > self.max_aspect, "aspect"),
-        )
+        reason = self.failed(m)
         return Outcome(None if reason else document, reason, f"{width}x{height}" if reason else "", m)

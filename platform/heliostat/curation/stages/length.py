@@ -10,16 +10,13 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from heliostat.curation.filtering import by_text
 from heliostat.curation.slices import slices
-from heliostat.curation.stage import Stage, Work
+from heliostat.curation.stage import Stage, Work, by_text
 
 UNITS = ("chars", "bytes", "words", "lines")
 
 
 class Length(Stage):
-    """Drops documents by their length."""
-
     reasons: ClassVar[dict[str, str]] = {"short": "less than a least length", "long": "more than a largest length"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {unit: (f"min_{unit}", f"max_{unit}") for unit in UNITS}
 
@@ -54,7 +51,6 @@ class Length(Stage):
         return by_text(self.judge)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        """Measures a text in the units that have a limit."""
         sizes = {
             "chars": lambda: len(text),
             "bytes": lambda: len(text.encode("utf-8", "surrogatepass")),

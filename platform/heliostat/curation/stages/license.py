@@ -8,10 +8,10 @@ OR needs one of its sides to be allowed, AND both; an exception (WITH) only adds
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from heliostat.curation.licenses import NONE, UNKNOWN
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage
 
 _TOKEN = re.compile(r"\s*([()]|[A-Za-z0-9.+:-]+)")
 MOST, DEEP = 1000, 50  # characters and parentheses of an expression
@@ -22,8 +22,6 @@ PERMISSIVE = [
 
 
 class License(Stage):
-    """Keeps documents by their licence (Kocetkov et al. 2022)."""
-
     reasons: ClassVar[dict[str, str]] = {
         "not_allowed": "a licence that is not in `allow`",
         "unknown": "a licence that is not known, or no column `license`",
@@ -37,11 +35,7 @@ class License(Stage):
     keep_none: bool = False
     """Keeps documents that no licence was found for (`NONE`)."""
 
-    def open(self) -> Work:
-        return lambda documents: [self.outcome(d) for d in documents]
-
-    def outcome(self, document: Document) -> Outcome:
-        """Keeps a document, or drops it with its licence as the detail."""
+    def decide(self, document: Document) -> Outcome:
         said = expression(document.columns.get("license"))
         if said == NONE:
             return Outcome(document, counts={"none": 1}) if self.keep_none else Outcome(None, "none")
@@ -51,8 +45,7 @@ class License(Stage):
         return Outcome(document) if allowed else Outcome(None, "not_allowed", said[:100])
 
 
-def expression(value: Any) -> str:
-    """Returns the expression that a column holds."""
+def expression(value: object) -> str:
     if isinstance(value, list):
         return " AND ".join(f"({part})" for part in value) or NONE
     return value.strip() if isinstance(value, str) else ""

@@ -14,9 +14,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.filtering import text_of
 from heliostat.curation.slices import split
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import Float
 
 _COUNTER = re.compile(
@@ -27,13 +26,10 @@ _NUMBERS = re.compile(r"[\d\W_]+")
 
 
 class Lines(Stage):
-    """Removes lines that are no text (Penedo et al. 2023)."""
-
-    reasons: ClassVar[dict[str, str]] = {
-        "removed_words": "a larger share of words in removed lines than max_removed_words",
-        "empty": "no line is left",
+    reasons: ClassVar[dict[str, str]] = {"empty": "no line is left"}
+    limits: ClassVar = {
+        "removed_words": ("removed_words", "max_removed_words", "a larger share of words in removed lines than {}")
     }
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"removed_words": ("max_removed_words",)}
     version: ClassVar[int] = 2
 
     max_capitals: Float = Field(0.5, ge=0, le=1)
@@ -57,11 +53,7 @@ class Lines(Stage):
     max_removed_words: Float = Field(0.05, ge=0, le=1)
     """Documents with a larger share of their words in removed lines are dropped (`removed_words`); 1 drops none."""
 
-    def open(self) -> Work:
-        return lambda documents: [self.outcome(d) for d in documents]
-
-    def outcome(self, document: Document) -> Outcome:
-        """Removes a document's lines, or drops it."""
+    def decide(self, document: Document) -> Outcome:
         kept, removed, words, lost = list[str](), Counter[str](), 0, 0
         phrases = [tuple(map(str.lower, some)) for some in (self.begins, self.ends, self.holds)]
         for line in split(text_of(document)):
@@ -73,11 +65,9 @@ class Lines(Stage):
             else:
                 kept.append(line)
         measures, counts = {"removed_words": lost / words if words else 0.0}, dict(removed)
-        if words and lost / words > self.max_removed_words:
-            return Outcome(None, "removed_words", measures=measures, counts=counts)
         text = "\n".join(kept)
-        if not text.strip():
-            return Outcome(None, "empty", measures=measures, counts=counts)
+        if reason := self.failed(measures) or ("" if text.strip() else "empty"):
+            return Outcome(None, reason, measures=measures, counts=counts)
         document.text = text
         return Outcome(document, measures=measures, counts=counts)
 

@@ -15,7 +15,6 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from heliostat import extras
 from heliostat.curation import comparing, tally
 from heliostat.curation.comparing import adding, by_runs, settled
 from heliostat.curation.comparing import parts as parts_of
@@ -34,10 +33,9 @@ ROW_BYTES = 160  # of memory for each key, edge or member that a task holds, sor
 
 
 class MinHash(GlobalStage):
-    """Drops near duplicates but one of each cluster."""
-
     version: ClassVar = 2  # words are those of `comparable`, as FineWeb compares them: accents and numbers don't count
     compares: ClassVar = ("column", "within")
+    needs: ClassVar = ("curation", "rensa")
     reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
 
     bands: int = Field(14, ge=1, le=1000)
@@ -62,9 +60,6 @@ class MinHash(GlobalStage):
         if (self.keep in ("oldest", "best")) != bool(self.column):
             raise ValueError(f"keep: {self.keep!r} {'needs a column' if not self.column else 'compares no column'}")
         return self
-
-    def check(self) -> None:
-        extras.require("curation", "rensa", what="stages: minhash")
 
     def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         name, runs = tally.label(number, self), found.runs

@@ -11,20 +11,18 @@ password are `encrypted`. `pages` and `title` become columns. Documents that are
 from __future__ import annotations
 
 import unicodedata
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat import extras
 from heliostat.curation.isolated import Isolated, IsolatedError
 from heliostat.curation.pdf import is_pdf
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage
 from heliostat.schema import Float
 
 
 class Pdf(Stage):
-    """Makes text of PDFs."""
-
     makes: ClassVar[tuple[str, ...]] = ("pages", "title")
     reasons: ClassVar[dict[str, str]] = {
         "no_text": "no text on any page, as of scanned ones",
@@ -38,6 +36,7 @@ class Pdf(Stage):
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"pages": ("max_pages",)}
     version: ClassVar[int] = 2  # texts are in NFC, as those of readers are
+    needs: ClassVar = ("curation", "pypdfium2")
 
     max_pages: int = Field(5000, ge=1)
     """Documents of more pages are dropped (`too_many_pages`)."""
@@ -46,14 +45,10 @@ class Pdf(Stage):
     max_memory: int = Field(2048, ge=256)
     """The MiB of address space that the library's process may take (`memory`, `crashed`)."""
 
-    def check(self) -> None:
-        extras.require("curation", "pypdfium2", what="stage pdf")
-
-    def open(self) -> Work:
+    def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
-        keys: dict[str, Any] = {"max_pages": self.max_pages}
-        run = Isolated("heliostat.curation.pdf:reader", keys, self.max_seconds, self.max_memory)
-        return lambda documents: [_outcome(d, run) for d in documents]
+        run = Isolated("heliostat.curation.pdf:reader", {"max_pages": self.max_pages}, self.max_seconds, self.max_memory)
+        return lambda document: _outcome(document, run)
 
 
 def _outcome(document: Document, run: Isolated) -> Outcome:

@@ -14,31 +14,24 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from heliostat.curation import scoring
-from heliostat.curation.filtering import text_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Work, text_of
 from heliostat.errors import ConfigError
 from heliostat.schema import Float
 
 
-class Perplexity(Stage):
-    """Drops documents by the perplexity of a language model, and tells the bucket of the others."""
-
+class Perplexity(scoring.ModelStage):
     gpu: ClassVar[bool] = True
-    reasons: ClassVar[dict[str, str]] = {
-        "low_perplexity": "a perplexity below min_perplexity",
-        "high_perplexity": "a perplexity above max_perplexity",
-        "too_short": "fewer than two tokens, which have no perplexity",
+    reasons: ClassVar[dict[str, str]] = {"too_short": "fewer than two tokens, which have no perplexity"}
+    limits: ClassVar = {
+        "low_perplexity": ("perplexity", "min_perplexity", "a perplexity below {}"),
+        "high_perplexity": ("perplexity", "max_perplexity", "a perplexity above {}"),
     }
-    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"perplexity": ("min_perplexity", "max_perplexity")}
-    paths: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: str = Field(min_length=1)
-    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     min_perplexity: Float | None = Field(None, ge=1)
     """The least perplexity of a document that is kept (`low_perplexity`)."""
     max_perplexity: Float | None = Field(None, ge=1)
@@ -64,9 +57,6 @@ class Perplexity(Stage):
             raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity; name another")
         return self
 
-    def identity(self) -> dict[str, Any]:
-        return super().identity() | {"model": scoring.digests(self.model)}
-
     def check(self) -> None:
         config = scoring.describe(self.model)
         named = config.get("architectures") or ["none"]
@@ -89,12 +79,5 @@ class Perplexity(Stage):
         if nats is None:
             return Outcome(None, "too_short", counts=counts)
         perplexity = round(math.exp(min(nats, 700.0)), 4)
-        measures = {"perplexity": perplexity}
-        if self.min_perplexity is not None and perplexity < self.min_perplexity:
-            return Outcome(None, "low_perplexity", measures=measures, counts=counts)
-        if self.max_perplexity is not None and perplexity > self.max_perplexity:
-            return Outcome(None, "high_perplexity", measures=measures, counts=counts)
-        document.columns[self.column] = perplexity
-        if self.buckets:
-            document.columns[self.bucket_column] = bisect_right(self.buckets, perplexity)
-        return Outcome(document, measures=measures, counts=counts)
+        bucket = {self.bucket_column: bisect_right(self.buckets, perplexity)} if self.buckets else {}
+        return self.judged(document, {"perplexity": perplexity}, counts, {self.column: perplexity, **bucket})

@@ -25,8 +25,7 @@ from pydantic import Field, model_validator
 
 from heliostat import extras
 from heliostat.curation import personal
-from heliostat.curation.filtering import text_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage, text_of
 
 Kind = Literal["iban", "credit_card", "email", "ip", "phone"]
 ROUNDS = 8
@@ -34,8 +33,6 @@ ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # the
 
 
 class Pii(Stage):
-    """Masks personal data, or drops documents that hold it."""
-
     reasons: ClassVar[dict[str, str]] = {"pii": "more of it than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
     version: ClassVar[int] = 4
@@ -63,7 +60,7 @@ class Pii(Stage):
             if self.region is not None:
                 personal.require_region(self.region)
 
-    def open(self) -> Work:
+    def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
         finders: dict[str, Callable[[str], Iterator[personal.Span]]] = {
             "iban": personal.ibans, "credit_card": personal.cards, "email": personal.emails, "ip": personal.addresses,
@@ -85,10 +82,7 @@ class Pii(Stage):
                 return Outcome(None, "pii", ", ".join(f"{n} {kind}" for kind, n in counts.items()), {"found": found})
             if self.action == "mask":
                 document.text = masked
-            return Outcome(
-                document,
-                measures={"found": found},
-                counts={f"masked_{k}": n for k, n in counts.items()} if self.action == "mask" else {},
-            )
+            masks_put = {f"masked_{k}": n for k, n in counts.items()} if self.action == "mask" else {}
+            return Outcome(document, measures={"found": found}, counts=masks_put)
 
-        return lambda documents: [outcome(d) for d in documents]
+        return outcome

@@ -10,27 +10,22 @@ compute. Stages behind this one look at the new captions: put a CLIP's `hf_image
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat import extras
-from heliostat.curation import captioning
-from heliostat.curation.filtering import text_of
+from heliostat.curation import image_models
 from heliostat.curation.picturing import picture_of
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.scoring import ModelStage
+from heliostat.curation.stage import Document, Outcome, Work, text_of
 
 
-class Recaption(Stage):
-    """Writes captions anew by a Hugging Face captioner."""
-
+class Recaption(ModelStage):
     gpu: ClassVar[bool] = True
     of_images: ClassVar[bool] = True
     reasons: ClassVar[dict[str, str]] = {"no_caption": "an image of which the model wrote nothing"}
-    paths: ClassVar[tuple[str, ...]] = ("model",)
+    needs: ClassVar = ("images", "PIL")
 
-    model: str = Field(min_length=1)
-    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     max_tokens: int = Field(64, ge=1)
     """The most tokens of a caption; those that are cut there are counted."""
     batch: int = Field(16, ge=1, le=1024)
@@ -38,19 +33,19 @@ class Recaption(Stage):
     original: str = Field("original_caption", min_length=1)
     """The column of the shards that the caption of the input becomes."""
 
-    def identity(self) -> dict[str, Any]:
-        return super().identity() | {"model": captioning.digests(self.model)}
+    def digests(self) -> dict[str, object]:
+        return {"model": image_models.digests(self.model)}
 
     def stored(self) -> tuple[str, ...]:
         return (self.original,)
 
     def check(self) -> None:
-        extras.require("images", "PIL", what="stage recaption")
-        captioning.describe(self.model)
+        super().check()
+        image_models.require_captioner(self.model)
 
     def open(self) -> Work:
         self.check()
-        write = captioning.load(self.model, self.max_tokens, self.batch)
+        write = image_models.Captioner(self.model, self.max_tokens, self.batch)
 
         def work(documents: list[Document]) -> list[Outcome]:
             written = write([picture_of(d).data for d in documents])

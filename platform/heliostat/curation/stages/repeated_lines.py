@@ -15,13 +15,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from heliostat.curation.comparable import words
-from heliostat.curation.repeated import BETWEEN, ComparedParts, Unit
-from heliostat.curation.repeating import Cut, RepeatingStage
+from heliostat.curation.repeated import BETWEEN, ComparedParts, Cut, RepeatingStage, Unit
 
 
 class RepeatedLines(RepeatingStage):
-    """Removes lines or paragraphs that are in another document, or earlier in the same one."""
-
     unit: Unit = "line"
     """What is compared: every `line`, or every `paragraph`, which ends at an empty line."""
     min_words: int = Field(3, ge=1)
@@ -33,7 +30,6 @@ class RepeatedLines(RepeatingStage):
         return ComparedParts(self.unit, self.min_words, self.normalise)
 
     def cut(self, text: str, lost: set[int]) -> Cut:
-        """Removes lines or paragraphs by their numbers."""
         between = BETWEEN[self.unit]
         parts = text.split(between)
         counts = words(parts).counts

@@ -14,8 +14,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from heliostat.curation.comparable import edges
-from heliostat.curation.repeating import Cut, RepeatingStage
-from heliostat.curation.windows import WordWindows, spans
+from heliostat.curation.repeated import Cut, RepeatingStage, WordWindows, spans
 
 
 class RepeatedSpans(RepeatingStage):

@@ -33,16 +33,11 @@ VECTORS = 16  # a file of vectors is one so many-th of `memory_limit`: it is sor
 NUMBER_BYTES = 16  # of memory for each number of a vector that is compared, with copies
 
 
-class Semantic(GlobalStage):
-    """Drops documents that mean much the same as another, which stays."""
-
+class Semantic(scoring.ModelStage, GlobalStage):
     compares: ClassVar = ("column",)
     reasons: ClassVar = {"near_duplicate": "means much the same as another document, which stays"}
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
-    paths: ClassVar[tuple[str, ...]] = ("model",)
 
-    model: str = Field(min_length=1)
-    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
     min_similarity: Float = Field(0.95, gt=0, lt=1)
     """The least cosine of documents that mean much the same. What it is of yours depends on the model: look at the histogram of
     `curate report`."""
@@ -66,8 +61,8 @@ class Semantic(GlobalStage):
             raise ValueError(f"keep: {self.keep!r} {'needs a column' if not self.column else 'compares no column'}")
         return self
 
-    def identity(self) -> dict[str, Any]:
-        return super().identity() | {"model": embedding.identity(self.model)}
+    def digests(self) -> dict[str, object]:
+        return {"model": embedding.identity(self.model)}
 
     def check(self) -> None:
         config = scoring.describe(self.model)
@@ -112,6 +107,5 @@ class Semantic(GlobalStage):
 
 
 def _summed(judged: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """Sums histograms."""
     total = tally.merge([{"": tally.entry({}, "") | {"histograms": {"similarity": r["bins"]}}} for r in judged])
     return total.get("", {}).get("histograms", {}).get("similarity", {})

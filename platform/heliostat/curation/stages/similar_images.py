@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.alike import keep, pairs
+from heliostat.curation import alike
 from heliostat.curation.comparing import conclude
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
@@ -29,8 +29,6 @@ ROUNDS = 200  # far more than images that each wait for the next can make
 
 
 class SimilarImages(GlobalStage):
-    """Drops images that look like another, which stays."""
-
     of_images: ClassVar[bool] = True
     reasons: ClassVar = {"duplicate": "the pixels of another image", "near_duplicate": "almost the pixels of another image"}
 
@@ -43,30 +41,30 @@ class SimilarImages(GlobalStage):
         exact, distance = self.distance is None, self.distance or 0
         facing = (Task(key("faces", i, run.name, run.decided, exact), {"number": i, "run": run, "exact": exact}, bytes=run.bytes)
                   for i, run in enumerate(runs))  # fmt: skip
-        shown = flow.all(f"{kind}-faces", pairs.faces, facing)
+        shown = flow.all(f"{kind}-faces", alike.faces, facing)
         faces, parts = [r["faces"] for r in shown], parts_of(sum(r["rows"] for r in shown) * IMAGE_BYTES, memory_limit)
         named = [] if exact else self._near(flow, kind, faces, parts, distance, sum(r["rows"] for r in shown), memory_limit)
-        judged = flow.all(f"{kind}-judge", keep.judge, by_parts(flow, kind, parts, faces, {"told": named}))
+        judged = flow.all(f"{kind}-judge", alike.judge, by_parts(flow, kind, parts, faces, {"told": named}))
         return conclude(flow, found, self, number, kind, judged, memory_limit)
 
     def _near(self, flow: Flow, kind: str, faces: list[str], parts: int, distance: int, images: int,
               memory_limit: int) -> list[str]:  # fmt: skip
         """Finds the pairs that look alike and who of them stays; returns the spills that name them."""
-        count = pairs.blocks(distance, images)
-        grouped = flow.all(f"{kind}-group", pairs.group, by_parts(flow, kind, parts, faces, distance=distance, count=count))
+        count = alike.blocks(distance, images)
+        grouped = flow.all(f"{kind}-group", alike.group, by_parts(flow, kind, parts, faces, distance=distance, count=count))
         under, meeting = (
             [n for r in grouped for n in r["keys"]],
             parts_of(sum(r["rows"] for r in grouped) * KEY_BYTES, memory_limit),
         )
-        paired = flow.all(f"{kind}-pairs", pairs.pairs, by_parts(flow, kind, meeting, under, distance=distance)) if under else []
+        paired = flow.all(f"{kind}-pairs", alike.pairs, by_parts(flow, kind, meeting, under, distance=distance)) if under else []
         edges, messages, fates, waiting = [r["edges"] for r in paired], list[str](), list[str](), sum(r["rows"] for r in paired)
         shares = parts_of(waiting * KEY_BYTES, memory_limit)
         for _ in range(ROUNDS if waiting else 0):
-            settled = flow.all(f"{kind}-settle", keep.settle, by_parts(flow, kind, shares, edges, {"messages": messages}))
+            settled = flow.all(f"{kind}-settle", alike.settle, by_parts(flow, kind, shares, edges, {"messages": messages}))
             edges, messages = [r["edges"] for r in settled], [r["messages"] for r in settled]
             fates += [r["fates"] for r in settled]
             if not (waiting := sum(r["rows"] for r in settled)):
                 break
         if waiting:
             raise HeliostatError(f"{kind}: who stays did not settle within {ROUNDS} rounds")
-        return [r["names"] for r in flow.all(f"{kind}-names", keep.name, by_parts(flow, kind, parts, faces, {"fates": fates}))]
+        return [r["names"] for r in flow.all(f"{kind}-names", alike.name, by_parts(flow, kind, parts, faces, {"fates": fates}))]

@@ -8,12 +8,13 @@ than `max_soft_words` of `soft_words` too, and one with any of `parts` anywhere 
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from heliostat.curation.stage import Document, Outcome, Stage, Work
+from heliostat.curation.stage import Document, Outcome, Stage
 from heliostat.tasks import files
 
 _LISTS = ("domains", "urls", "words", "soft_words", "parts")
@@ -21,8 +22,6 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class Urls(Stage):
-    """Drops documents by their URL (Penedo et al. 2023)."""
-
     reasons: ClassVar[dict[str, str]] = {
         "domain": "the host, or one above it, is in `domains`",
         "url": "the URL is in `urls`",
@@ -55,20 +54,17 @@ class Urls(Stage):
             raise ValueError(f"give at least one list: {', '.join(_LISTS)}")
         return self
 
-    def identity(self) -> dict[str, Any]:
-        return files.digests(super().identity(), self, *_LISTS)
-
     def check(self) -> None:
         self._sets()
 
     def _sets(self) -> dict[str, set[str]]:
         return {k: {e.lower() for path in getattr(self, k) for e in files.entries(k, path)} for k in _LISTS}
 
-    def open(self) -> Work:
+    def loaded(self) -> Callable[[Document], Outcome]:
         sets = self._sets()
         sets["urls"] = {_bare(url) for url in sets["urls"]}
         sets["domains"] = {domain.strip(".").removeprefix("www.") for domain in sets["domains"]}
-        return lambda documents: [self._outcome(d, sets) for d in documents]
+        return lambda document: self._outcome(document, sets)
 
     def _outcome(self, document: Document, sets: dict[str, set[str]]) -> Outcome:
         url = document.columns.get("url")

@@ -1,37 +1,32 @@
-"""Makes a text dataset: reads and curates, trains the tokenizer, writes the shards, and sums what was done for the manifest."""
+"""Makes a text dataset: trains the tokenizer, writes the shards, and sums what was done for the manifest."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, field, replace
-from typing import Any
+from dataclasses import astuple, dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from heliostat.curation import pieces, readers, reasons, segment, tally
-from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine, groups
-from heliostat.curation.explaining import explain
+from heliostat.curation import pieces, readers, segment
+from heliostat.curation.engine import RUN_SHARE, Curated, filled, groups
+from heliostat.curation.making import Making, WrittenShards
 from heliostat.curation.pieces import FilePart
+from heliostat.curation.predicting import SHARD, TOKENIZER, Prediction, Rate
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import SpilledRun
-from heliostat.curation.stage import Stage
-from heliostat.curation.text import documents, gathering, infilling, sources, tasks, tokens
+from heliostat.curation.text import documents, gathering, infilling, rates, tasks, tokens
 from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.infilling import FillInTheMiddle
 from heliostat.curation.text.tasks import TextSharding, TextSource
-from heliostat.data import versions
 from heliostat.data.infilling import COUNTS, FACT, OWN, find
-from heliostat.data.manifest import FILES, SHARDS
 from heliostat.errors import ConfigError
-from heliostat.storage.locations import Location
 from heliostat.tasks import libraries, merging, spill
-from heliostat.tasks.exchange import by_parts
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import key
 
@@ -43,26 +38,33 @@ ALONE = 256  # shards, up to which each has a task of its own
 
 
 @dataclass
-class Reading:
-    """Reads an input, and trains a tokenizer on what its stages leave; the fields are keys of a pipeline."""
+class Reading(Making):
+    """Reads texts, and trains a tokenizer on what its stages leave."""
 
-    flow: Flow
+    meanings: ClassVar = documents.REASONS
+
     source: TextSource
-    output: Location
     tokenizer: dict[str, Any]
     given: str | None
-    stages: list[Stage]
-    memory_limit: int
+    shard_bytes: int
 
-    def _pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
+    @property
+    def columns(self) -> list[str]:
+        return list(self.source.rules.columns)
+
+    def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
+        if self.sample is not None:
+            return self.sample.pieces()
         target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         return pieces_of(self.flow, self.source.input, inputs, target)
 
-    def _train(self, curated: Curated, markers: tuple[str, ...] = ()) -> str:
-        """Trains a tokenizer on the documents of the lowest hashes, up to train_bytes: the same sample from any runs.
-        `markers`: other special tokens."""
+    def definition(self, curated: Curated, markers: tuple[str, ...] = ()) -> str:
+        """Returns the given tokenizer, or trains one on the documents of the lowest hashes, up to train_bytes: the same
+        sample from any runs. `markers`: other special tokens."""
+        if self.given is not None:
+            return self.given
         parts = list(groups(curated.runs, max(1, -(-len(curated.runs) // SAMPLERS))))
-        follows = [[[run.name, run.decided] for run in part] for part in parts]
+        follows = [identities(part) for part in parts]
         measure = (Task(key("sizes", f), {"runs": part}) for f, part in zip(follows, parts, strict=True))
         sizes = np.zeros(tasks.PREFIXES, np.int64)
         for record in self.flow.all("sizes", tasks.prefix_sizes, measure):
@@ -72,75 +74,53 @@ class Reading:
         select = (Task(key("sample", f, limit), {"runs": part, "limit": limit}) for f, part in zip(follows, parts, strict=True))
         samples = [name for record in self.flow.all("sample", tasks.lowest, select) for name in record["sample"]]
         config = self.tokenizer | ({"markers": markers} if markers else {})
-        told = {"samples": samples, "limit": limit, "bytes": int(sizes[: limit + 1].sum()), "config": config}
-        train = Task(key("tokenizer", told, libraries.versions(["tokenizers"])), told)
+        arguments = {"samples": samples, "limit": limit, "bytes": int(sizes[: limit + 1].sum()), "config": config}
+        train = Task(key("tokenizer", arguments, libraries.versions(["tokenizers"])), arguments)
         (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
         return segment.load(self.flow.work.spill, record["definition"])
-
-    def _listed(self, curated: Curated) -> list[str] | None:
-        rows = sum(number for reason, number in curated.reasons.items() if ": " not in reason)  # not of stages
-        return listed(self.flow, rows, curated.left_out, self.output) if rows else None
 
 
 @dataclass
 class TextMaking(Reading):
     """Makes the dataset of one pipeline; the fields are its keys."""
 
-    shard_bytes: int
+    kind: ClassVar = "tokens"
+
     chunk_tokens: int
     infill: FillInTheMiddle | None = None
     together: Together | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    """CPU seconds of each stage, afterwards; of the work that earlier runs have done, too."""
-    counted: tally.Tally = field(default_factory=dict)
-    """What the stages did, afterwards."""
 
     @property
-    def explained(self) -> bool:
-        """Tells whether the dataset says what became of each document."""
-        return bool(self.stages)
+    def identity(self) -> list[Any]:
+        return [self.source.input, vars(self.source.rules)]
 
-    def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Writes everything but the manifest, and returns its rows and metadata."""
-        curated = self.curated(inputs)
-        definition = self.given if self.given is not None else self._train(curated, OWN if self.infill else ())
+    def write(self, curated: Curated) -> WrittenShards:
+        definition, came = self.definition(curated, OWN if self.infill else ()), curated.bytes
         infill = self._infill(tokens.load(definition))
         definition = infilling.marking(definition, infill["names"]) if infill else definition
-        tokenizer = tokens.load(definition)
-        end = tokens.end_id(tokenizer, self.tokenizer["end_of_document"])
-        beside = {"tokenizer.json": versions.store(self.output, f"{FILES}/tokenizer-", definition.encode(), ".json")}
-        totals = Totals(tokenizer.get_vocab_size(), curated.reasons, curated.examples)
-        ends, came = list(curated.left_out), curated.bytes  # exact duplicates among them, which regrouping leaves out
-        if self.together is not None:
+        facts = self.tokenizer_facts(definition, self.tokenizer["end_of_document"])
+        totals, ends = Totals(facts["vocab_size"]), list[str]()
+        if self.together is not None:  # which leaves out exact duplicates
             ends += self._regrouped(curated, self.together, totals)
-        for record in self._shards(curated, definition, end, infill):
+        for record in self._shards(curated, definition, facts["end_of_document"], infill):
             ends += record["ends"]
             for shard in record["shards"]:
                 totals.add(shard)
         self._log(totals)
-        meta = {"dropped": dict(sorted(totals.dropped.items())), "listed": self._listed(curated)}
-        if not totals.chunks:
-            return [], meta
-        return totals.chunks, meta | {
-            "kind": "tokens",
-            "files": beside,
-            "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
-            "vocab_size": tokenizer.get_vocab_size(),
-            "end_of_document": end,
+        facts |= {
             "documents": totals.documents,
             "duplicates": totals.duplicates,
             **({"cuts": totals.cut} if totals.cut else {}),
             **({FACT: infill, COUNTS: dict(totals.rearranged)} if infill else {}),
             **({"together": {**self.together.model_dump(), **totals.together}} if self.together else {}),
             "bytes": totals.bytes,
-            "unigram_entropy": tokens.entropy(totals.counts),
-            **(self._explained(curated, totals, sorted(ends), came) if self.explained else {}),
         }
-
-    def curated(self, inputs: list[InputFile]) -> Curated:
-        """Reads the input and takes it through the stages."""
-        engine = StageEngine(self.flow, self.source, [self.source.input, vars(self.source.rules)], self.memory_limit)
-        return engine.curate(self._pieces(inputs), self.stages, self.explained)
+        if totals.chunks:
+            facts["unigram_entropy"] = tokens.entropy(totals.counts)
+        shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
+                 "bytes": came, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
+                 "counts": {"tokens": int(totals.counts.sum())}}  # fmt: skip
+        return WrittenShards(totals.chunks, facts, shard, ends)
 
     def _infill(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """Returns what the manifest says of how texts are rearranged: the keys, and the markers' names and ids."""
@@ -150,27 +130,31 @@ class TextMaking(Reading):
         return {**self.infill.model_dump(), "names": list(names), "markers": list(astuple(find(tokenizer, names)))}
 
     def _log(self, totals: Totals) -> None:
-        totals.log(self.stages, self.together)
+        """Logs what was cut, and how many documents belong together."""
+        if self.sample is not None:
+            return
+        if self.together is not None:
+            many, alone = totals.together["documents"], totals.documents - totals.together["documents"]
+            message = "together: %d documents of %d values of %r follow each other; %d have none"
+            level = logging.WARNING if alone else logging.INFO
+            log.log(level, message, many, totals.together["groups"], self.together.column, alone)
+        if totals.cut:
+            log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", totals.cut)
 
     def _regrouped(self, curated: Curated, together: Together, totals: Totals) -> list[str]:
         """Puts runs of documents that belong together in place of the stages'; returns spills of the exact duplicates' ends."""
         parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
-        told = {"by": together.model_dump(), "explained": self.explained}
-        records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **told))
+        more = {"by": together.model_dump(), "explained": self.explained}
+        records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **more))
         curated.runs = [SpilledRun(*run) for record in records for run in record["runs"]]
         self._check_largest(curated.runs, together, parts)
         totals.duplicates += sum(record["duplicates"] for record in records)
         return [name for record in records for name in record["ends"]]
 
-    def _in_ranges(self, runs: list[SpilledRun], parts: int) -> list[merging.ShardRange]:
-        """Merges runs where each of so many equal ranges of hashes would have little of them."""
-        most = self.memory_limit // RUN_SHARE
-        return merging.merged(self.flow, runs, parts, lambda first, stop: tasks.bounds(first, parts, stop), most)
-
     def _ranged(self, runs: list[SpilledRun], parts: int, **more: Any) -> Iterator[Task]:
         """Describes a task for each of so many equal ranges of hashes, over runs."""
-        for one in self._in_ranges(runs, parts):
-            follows, shared = key([[run.name, run.decided] for run in one.runs], more), {"runs": self.flow.share(one.runs)}
+        for one in self.ranges(runs, parts):
+            follows, shared = key(identities(one.runs), more), {"runs": self.flow.share(one.runs)}
             for part in range(one.first, one.stop):
                 low, high = tasks.bounds(part, parts)
                 yield Task(key(follows, low, high), {"low": low, "high": high, **more}, shared, int(one.part * len(one.runs)))
@@ -178,26 +162,15 @@ class TextMaking(Reading):
     def _check_largest(self, runs: list[SpilledRun], together: Together, parts: int) -> None:
         """Raises ConfigError if the documents of one value, which one shard holds, are more than its task has memory for."""
         work = self._ranged(runs, parts, column=together.column)
-        found = max(self.flow.all("largest", gathering.largest, work), key=lambda record: record["bytes"])
-        needs = found["bytes"] * SHARD_SHARE
+        largest = max(self.flow.all("largest", gathering.largest, work), key=lambda record: record["bytes"])
+        needs = largest["bytes"] * SHARD_SHARE
         if needs > self.memory_limit:
             raise ConfigError(
-                f"together.column: {together.column!r}: the documents of {found['value']!r} have {found['bytes']:,} bytes, and "
-                f"lie in one shard, whose task takes {SHARD_SHARE} times as much memory, more than memory_limit "
+                f"together.column: {together.column!r}: the documents of {largest['value']!r} have {largest['bytes']:,} bytes, "
+                f"and lie in one shard, whose task takes {SHARD_SHARE} times as much memory, more than memory_limit "
                 f"({self.memory_limit:,}); give a memory_limit of {needs:,}, name a column with smaller groups, or leave that "
                 "value's documents without one"
             )
-
-    def _explained(self, curated: Curated, totals: Totals, ends: list[str], came: int) -> dict[str, Any]:
-        """Writes the funnel and what became of each document; returns what the manifest says of them."""
-        shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
-                 "bytes": came, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
-                 "counts": {"tokens": int(totals.counts.sum())}}  # fmt: skip
-        rows = totals.documents + totals.duplicates + sum(totals.dropped.values())
-        columns = list(self.source.rules.columns)
-        made = explain(self.flow, self.stages, curated.tallies, shard, ends, rows, columns, self.output)
-        self.counted, self.seconds = made.total, made.seconds
-        return made.meta
 
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Writes the shards; where there are many, a task writes as many as have room in its memory, one after another."""
@@ -205,26 +178,79 @@ class TextMaking(Reading):
         plan = TextSharding(
             self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill, bool(self.together) or None
         )
-        told = {name: value for name, value in vars(plan).items() if value is not None}
+        described = {name: value for name, value in vars(plan).items() if value is not None}
         each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))
         reads, shared = curated.bytes * each // shards, self.flow.share(plan)
 
         def work() -> Iterator[Task]:
-            for part in self._in_ranges(curated.runs, shards):
-                follows = key("shards", [[run.name, run.decided] for run in part.runs], told, libraries.versions(["tokenizers"]))
+            for part in self.ranges(curated.runs, shards):
+                follows = key("shards", identities(part.runs), described, libraries.versions(["tokenizers"]))
                 given = {"runs": self.flow.share(part.runs), "plan": shared}
                 for first in range(part.first, part.stop, each):
                     stop = min(first + each, part.stop)
                     yield Task(key(follows, first, stop), {"first": first, "stop": stop}, given, reads)
 
-        there = dict(self.output.join(SHARDS).files())
-        cpus = self.flow.cpus_each(shards)
+        return self.shards(tasks.write_shards, work(), self.flow.cpus_each(shards))
 
-        def whole(record: dict[str, Any]) -> bool:
-            return all(there.get(s["path"].removeprefix(f"{SHARDS}/")) == s["file_bytes"] for s in record["shards"])
+    @property
+    def of_prediction(self) -> dict[str, Any]:
+        most = None if self.given is not None else int(self.tokenizer["train_bytes"])
+        return {"most_trained": most, "shards_drop_duplicates": True}
 
-        for _, record in self.flow.run("shards", tasks.write_shards, work(), cpus, whole):
-            yield record
+    def refine(self, made: Prediction, curated: Curated) -> list[str]:
+        """Estimates the tokens a byte, and the time for merging runs and for training the tokenizer; returns notes."""
+        made.rate = rate = self._rate(made, curated)
+        notes = self._merged(made, curated)
+        if rate.high > rate.low * 1.01:
+            notes.append(f"tokens: the sample's own tokenizer fits it better than that of the whole would: "
+                         f"{rate.low:.4f} tokens a byte here, {rate.high:.4f} of text that did not train one, "
+                         f"{rate.expected:.4f} expected of all")  # fmt: skip
+        return notes
+
+    def _merged(self, made: Prediction, curated: Curated) -> list[str]:
+        """Adds what merging the whole's runs will take to the seconds of the sample's tasks, as that of some of the sample's runs
+        takes; returns what is to be said of it."""
+        runs, most, left = curated.runs, self.memory_limit // RUN_SHARE, curated.bytes
+        factor = made.factors[0]["" if self.together else SHARD]  # exact duplicates are left out with the shards, or regrouping
+        whole = left * made.sample.of_bytes * factor
+        least = 1 if self.together else pieces.number(made.sample.input_bytes, made.sample.files)
+        many, shards = max(least, round(whole / most)), max(1, round(whole / self.shard_bytes))
+        times = merging.passes(many, whole, shards, most)
+        if not times:
+            return []
+        if "merge" in self.flow.seconds:
+            own = merging.passes(len(runs), left, max(1, round(left / self.shard_bytes)), most)
+            more, what = times / max(1, own), "merge"
+        else:
+            some, what = next(filled(runs, lambda run: run.bytes, 2 * most)), "merging"
+            arguments = {"runs": some, "low": 0, "high": spill.ALL, "run_bytes": most}
+            self.flow.all(what, merging.merge, iter([Task(key(what, identities(some)), arguments)]))
+            more = times * left / max(1, sum(run.bytes for run in some))
+        for counts in (self.flow.seconds, self.flow.walls):
+            counts["merge"] = counts[what] * more * factor / made.factors[0][""]
+        self.flow.forget("merging")
+        how = "once" if times == 1 else f"{times} times"
+        return [f"shards: the whole has about {many:,} runs for {shards:,} shards, and merges its runs {how} first; "
+                "the time for that is estimated from merging some of the sample's"]  # fmt: skip
+
+    def _rate(self, made: Prediction, curated: Curated) -> Rate:
+        """Estimates the tokens a byte of the whole: those of the sample, if its tokenizer is the whole's."""
+        shard, config = made.funnel[SHARD], self.tokenizer
+        seen = shard["counts"]["tokens"] / shard["kept_bytes"]
+        if self.given is not None:
+            return Rate(seen, seen, seen)
+        task = Task(key("rates", identities(curated.runs), config), {"runs": curated.runs, "config": config})
+        (halves,) = self.flow.all("rates", rates.halves, iter([task]))
+        self.flow.forget("rates")
+        trained = min(config["train_bytes"], shard["kept_bytes"])
+        made.training_grows = rates.training_grows(self.flow.seconds[TOKENIZER], trained, halves) if halves["trained"] else 1.0
+        whole = shard["kept_bytes"] * made.sample.of_bytes * made.factors[0][""]
+        return rates.of_whole(seen, shard["kept_bytes"], halves, config["train_bytes"], whole)
+
+
+def identities(runs: list[SpilledRun]) -> list[list[Any]]:
+    """Returns what the documents of runs follow from, as JSON values."""
+    return [[run.name, run.decided] for run in runs]
 
 
 def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[FilePart]]:
@@ -251,20 +277,12 @@ def numbered(cut: list[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[
         first += lines[part]
 
 
-def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: Any) -> list[str]:
-    """Lists so many documents that were left out, in as many files as ranges of hashes; returns their paths."""
-    work = by_parts(flow, "listed", reasons.parts(rows), names, output=output.uri, **also)
-    made = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
-    return [record["listed"] for record in made]
-
-
 class Totals:
     """Sums the shards' counts."""
 
-    def __init__(self, vocab_size: int, dropped: Counter[str], examples: dict[str, list[str]]) -> None:
+    def __init__(self, vocab_size: int) -> None:
         self.documents = self.duplicates = self.bytes = self.cut = 0
         self.chunks: list[dict[str, Any]] = []
-        self.dropped, self.examples = dropped, examples
         self.counts, self.rearranged = np.zeros(vocab_size, np.int64), Counter[str]()
         self.together = Counter[str](groups=0, documents=0)
 
@@ -277,17 +295,3 @@ class Totals:
         self.rearranged.update(shard.get("rearranged", {}))
         self.together.update(shard.get("together", {}))
         self.counts += np.frombuffer(zlib.decompress(base64.b64decode(shard["counts"])), np.int64)
-
-    def log(self, stages: list[Stage], together: Together | None = None) -> None:
-        """Logs what was cut and what was dropped, with examples, and how many documents belong together."""
-        if together is not None:
-            many, alone = self.together["documents"], self.documents - self.together["documents"]
-            said = "together: %d documents of %d values of %r follow each other; %d have none"
-            log.log(logging.WARNING if alone else logging.INFO, said, many, self.together["groups"], together.column, alone)
-        if self.cut:
-            log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", self.cut)
-        told = documents.REASONS | {
-            f"{tally.label(i, s)}: {r}": f"{s.named()}: {w}" for i, s in enumerate(stages) for r, w in s.reasons.items()
-        }
-        for reason, count in sorted(self.dropped.items()):
-            log.warning("dropped %d: %s, such as %s", count, told.get(reason, reason), sources.examples(self.examples[reason]))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Literal
@@ -25,19 +24,18 @@ from heliostat import extras
 from heliostat.curation import readers, reasons, synthetic
 from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers import warc
+from heliostat.curation.sampled import SampledParts
 from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.text import documents, infilling, repositories, sampling, sources, tokens
 from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.infilling import FillInTheMiddle
 from heliostat.curation.text.making import SHARD_SHARE, TextMaking
 from heliostat.curation.text.tasks import TextSource
-from heliostat.curation.text.trial import TextTrial
 from heliostat.data.infilling import OWN, encode
-from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
-from heliostat.tasks.work import Work
+from heliostat.tasks.flow import Flow
 
 log = logging.getLogger(__name__)
 
@@ -197,28 +195,23 @@ class TextPipeline(StagedPipeline):
             config["stages"] = [stage.identity() for stage in self.stages]
         return config
 
-    def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        source = TextSource(self.input, self.rules)
-        making = TextMaking(self.flow(), source, output, self.tokenizer.model_dump(), self.given, self.stages,
-                          self.memory_limit,
-                        self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle, self.together)  # fmt: skip
-        rows, meta = making.run(inputs)
-        self._seconds = making.seconds
-        return rows, meta
-
-    def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
-        start, name = time.monotonic(), sources.root(self.input).name
-        sample = sampling.choose(inputs, fraction, name)
+    def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
+        sample = sampling.choose(inputs, fraction, sources.root(self.input).name)
         if not sample.parts:
             raise ConfigError(f"--sample: a share of {fraction:g} of {len(inputs):,} files holds nothing; give a larger one")
-        source = sampling.SampledTexts(self.input, self.rules, name, sample.records)
-        flow = self.flow(Work(folder.join("work")))
-        trial = TextTrial(flow, source, folder.join("out"), self.tokenizer.model_dump(), self.given, self.stages,
-                          self.memory_limit,
-                      self.shard_bytes, self.chunk_tokens, self.fill_in_the_middle, self.together, sample=sample)  # fmt: skip
-        return trial.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
+        return sample
 
-    def finish(self, made: Manifest) -> None:
+    def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> TextMaking:
+        source = TextSource(self.input, self.rules)
+        if sample is not None:
+            source = sampling.SampledTexts(self.input, self.rules, sample.name, sample.records)
+        return TextMaking(
+            flow=flow, source=source, output=output, stages=self.stages, memory_limit=self.memory_limit, sample=sample,
+            tokenizer=self.tokenizer.model_dump(), given=self.given, shard_bytes=self.shard_bytes,
+            chunk_tokens=self.chunk_tokens, infill=self.fill_in_the_middle, together=self.together,
+        )  # fmt: skip
+
+    def uncovered(self) -> dict[str, dict[str, Any]]:
         stages = [stage.entry() for stage in self.stages]
         by = {"input": sources.absolute(self.input), "rules": asdict(self.rules), "stages": stages}
-        self.conclude(made, {reasons.PIPELINE: by})
+        return {reasons.PIPELINE: by, **super().uncovered()}

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from heliostat.curation import reasons, segment
-from heliostat.curation.stage import Document, Dropped
-from heliostat.curation.text import documents, replay
+from pyarrow.fs import FileType
+
+from heliostat.curation import readers, reasons, registry, segment, tally
+from heliostat.curation.chain import bytes_of
+from heliostat.curation.pieces import FilePart
+from heliostat.curation.readers import clones
+from heliostat.curation.repeated import RepeatingStage
+from heliostat.curation.stage import Document, Dropped, GlobalStage
+from heliostat.curation.text import documents, sources
+from heliostat.curation.text.tasks import TextSource
 from heliostat.data import documents as places
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.tasks.care import CRASHED, UNREAD
 
+MEMBER = re.compile(r"(.*?\.(?:tar(?:\.\w+)?|tgz|zip|git))#(.+)", re.DOTALL | re.IGNORECASE)  # the file of a repository
 AFTER = (segment.FINISH, "exact", "shard", "forget")  # where documents end that all stages have kept
 ENDS = {"kept": "is in the dataset", "duplicate": "the same text", "forgotten": "taken out of an earlier dataset"}
 HOPS = 20  # from a duplicate to who stayed, who may be another's duplicate
@@ -41,17 +51,17 @@ def find(made: Manifest, id: str | None = None, url: str | None = None, text: by
 def _hashes(made: Manifest, raw: bytes) -> tuple[list[str], str]:
     """Computes the hashes that a text may be kept under, and tells which stage would drop it, if one does."""
     by, fate = reasons.made_by(made), ""
-    document = documents.clean("--text", raw, replay.source_of(by).rules if by else documents.TextRules())
+    document = documents.clean("--text", raw, source_of(by).rules if by else documents.TextRules())
     if isinstance(document, documents.Dropped):
         raise ConfigError(f"--text: no text: {document.reason} ({documents.REASONS[document.reason]})")
     hashes, last = [_hash(document)], document
-    for told, after in replay.stages(by, last) if by else ():
+    for told, after in stages_again(by, last) if by else ():
         if told["did"] == "cut":
             fate = f"; behind stage {told['stage']} texts follow from all documents, and are not found: use --id or --url"
         elif after is None:
             fate = f"; stage {told['stage']} would drop it: {told['reason']}"
         last = after or last
-    finished = replay.source_of(by).finish(last) if by and not fate else None
+    finished = source_of(by).finish(last) if by and not fate else None
     if isinstance(finished, Document):
         hashes.append(_hash(finished))
     return list(dict.fromkeys(hashes)), fate
@@ -90,7 +100,7 @@ def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
         "id": end["id"],
         "images": made.kind != "tokens",
         "columns": end["columns"],
-        "read": replay.origin(end["id"]),
+        "read": origin(end["id"]),
         "stages": steps,
         "end": {**{k: end[k] for k in ("stage", "reason", "detail", "measures")}, "what": _meaning(funnel, end)},
         "instead": instead,
@@ -103,14 +113,14 @@ def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
 def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
     """Takes the document through the stages again, up to where it ended, or to one that cut out what follows from all documents:
     from there on the record tells. Empty if it cannot be read."""
-    found = replay.read_again(replay.source_of(by), end["id"])
+    found = read_again(source_of(by), end["id"])
     if found is None:
         return []
     read = {"stage": segment.READ, "did": "kept", "reason": "", "detail": "", "measures": {}, "counts": {}}
     if isinstance(found, Dropped):
         read |= {"did": "dropped", "reason": found.reason, "detail": found.detail}
     steps = [read]
-    for told, _ in replay.stages(by, found) if isinstance(found, Document) else ():
+    for told, _ in stages_again(by, found) if isinstance(found, Document) else ():
         if told["did"] == "cut" and end["stage"] not in {step["stage"] for step in steps}:
             notes.append(f"what {told['stage']} removed follows from all documents: from there on the record tells the way")
             recorded = _recorded(funnel, end)
@@ -163,3 +173,58 @@ def _meaning(funnel: dict[str, Any], end: dict[str, Any]) -> str:
     told = documents.REASONS if end["stage"] in (segment.READ, segment.FINISH) else {}
     told = told | funnel.get(end["stage"], {}).get("what", {}) | ENDS
     return told.get(end["reason"], "")
+
+
+def source_of(made_by: dict[str, Any]) -> TextSource:
+    """Makes the source that the dataset was read by (`reasons.made_by`)."""
+    rules = made_by["rules"]
+    return TextSource(made_by["input"], documents.TextRules(**{**rules, "columns": tuple(rules["columns"])}))
+
+
+def origin(id: str) -> dict[str, Any]:
+    """Tells where a document was read, from its id: the file, and `line`, `row`, `byte` or `path` in it, if it holds several."""
+    if found := MEMBER.match(id):
+        return {"file": found[1], "path": found[2]}
+    path, _, number = id.rpartition("#")
+    if not path or not number.isdecimal():
+        return {"file": id}
+    return {"file": path, readers.numbered(path) or "row": int(number)}
+
+
+def read_again(source: TextSource, id: str) -> Document | Dropped | None:
+    """Reads a document again; None if it is not where it was."""
+    base, file = sources.root(source.input), origin(id)["file"]
+    alone = base.fs.get_file_info(base.path).type == FileType.File or (file == base.name and clones.is_clone(file))
+    part = FilePart("" if alone else file, base.fs.get_file_info((base if alone else base.join(file)).path).size or 0, 0)
+    return next((item for item in source.read(part) if item.id == id), None)
+
+
+def stages_again(made_by: dict[str, Any], document: Document) -> Iterator[tuple[dict[str, Any], Document | None]]:
+    """Yields what each stage does to a document, and the document behind it, up to the one that drops it, or of which nobody
+    knows what it cut out.
+
+    Of each: `stage`, `did` (kept, changed, dropped; compared, where documents are compared with others; cut, where what they have
+    in common is removed), `reason`, `detail`, `measures`, `counts`, and `bytes` before and behind it. ConfigError if the dataset
+    was made by stages that this version does not have, or not so.
+    """
+    for number, entry in enumerate(made_by["stages"]):
+        try:
+            stage = registry.parse(entry)
+        except ValueError as e:
+            raise ConfigError(f"the dataset was made by a stage that this version does not have, or not so: {e}") from e
+        told: dict[str, Any] = {"stage": tally.label(number, stage), "reason": "", "detail": "", "measures": {}, "counts": {}}
+        if isinstance(stage, RepeatingStage):
+            yield {**told, "did": "cut"}, None
+            return
+        if isinstance(stage, GlobalStage):
+            yield {**told, "did": "compared"}, document
+            continue
+        text, size = document.text, bytes_of(document)
+        (outcome,) = stage.open()([document])
+        after = outcome.document
+        did = "dropped" if after is None else "kept" if after.text == text else "changed"
+        told |= {"did": did, "reason": outcome.reason, "detail": outcome.detail, "measures": outcome.measures}
+        yield {**told, "counts": outcome.counts, "bytes": [size, bytes_of(after) if after else 0]}, after
+        if after is None:
+            return
+        document = after

@@ -15,7 +15,6 @@ import string
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 import aiohttp
@@ -27,6 +26,10 @@ HEADER = 1 << 16  # bytes that a header may have
 PORTS = {"http": 80, "https": 443}
 CONTROL = re.compile(r"[\x00-\x20\x7f]")
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
+
+
+# as getaddrinfo has it
+Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str, int] | tuple[str, int, int, int]]
 
 
 class FetchError(Exception):
@@ -80,16 +83,11 @@ def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: No
         if isinstance(answer, bytes):
             return answer
         left -= time.monotonic() - start
-        url = _joined(url, answer)
+        try:
+            url = urljoin(url, answer)
+        except ValueError as e:
+            raise FetchError("bad_url", f"a redirect to {answer[:200]!r}: {e}") from e
     raise FetchError("refused", f"more than {REDIRECTS} redirects")
-
-
-def _joined(url: str, place: str) -> str:
-    """Returns the URL that a redirect leads to."""
-    try:
-        return urljoin(url, place)
-    except ValueError as e:
-        raise FetchError("bad_url", f"a redirect to {place[:200]!r}: {e}") from e
 
 
 def _once(url: str, bounds: Bounds, end: float) -> bytes | str:
@@ -103,7 +101,7 @@ def _once(url: str, bounds: Bounds, end: float) -> bytes | str:
         raise FetchError("unreachable", f"{type(e).__name__}: {e}"[:200], again=True) from e
 
 
-async def _asked(url: URL, found: list[Any], bounds: Bounds, seconds: float) -> bytes | str:
+async def _asked(url: URL, found: list[Address], bounds: Bounds, seconds: float) -> bytes | str:
     """Asks one of the addresses that were checked; the session ends with whatever happens within its seconds."""
     if seconds <= 0:
         raise TimeoutError("no more time")
@@ -141,7 +139,7 @@ async def _body(answer: aiohttp.ClientResponse, limit: int) -> bytes:
     return bytes(found)
 
 
-def addresses(host: str, port: int, private: bool) -> list[Any]:
+def addresses(host: str, port: int, private: bool) -> list[Address]:
     """Resolves a host; FetchError if it has no address, or one that is not public while `private` ones are refused."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -168,7 +166,7 @@ def public(address: str) -> bool:
 class _Checked(AbstractResolver):
     """Answers with the addresses that were checked, whatever is asked."""
 
-    def __init__(self, found: list[Any]) -> None:
+    def __init__(self, found: list[Address]) -> None:
         self.found = found
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:

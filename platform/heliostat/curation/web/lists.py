@@ -82,7 +82,7 @@ def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
         yield first, last + 1, 1
 
 
-def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, Any]:
+def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, object]:
     """Spills the rows of a list by host; in the record, `groups` counts them."""
     base, name, files, groups = sources.root(uri), part.path, list[str](), Counter[int]()
     sources.require_unchanged(base, part)
@@ -94,7 +94,7 @@ def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list
     return {"groups": {str(group): number for group, number in sorted(groups.items())}, "files": files}
 
 
-def _row(id: str, row: Any, column: str, wanted: list[str], path: str) -> dict[str, Any]:
+def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dict[str, object]:
     if not isinstance(row, dict) or column not in row:
         found = printable(", ".join(map(str, row))) if isinstance(row, dict) else "it is no object"
         raise ConfigError(f"input: {printable(path)}: has no column {column!r} of URLs (fetch.column); its columns: {found}")
@@ -114,7 +114,6 @@ def _whole(url: str) -> str:
 
 
 def rows(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a task, in order: `id`, `url` and `row`."""
     mine = pa.concat_tables([ROWS.empty_table(), *_dealt(folder, task, names)]).sort_by(
         [("key", "ascending"), ("id", "ascending")]
     )

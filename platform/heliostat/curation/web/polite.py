@@ -31,8 +31,6 @@ class Host:
 
 @dataclass
 class OriginRules:
-    """Keeps the rules of a scheme, host and port."""
-
     rules: robots.RobotsRules | None = None
     closed: FetchError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -111,18 +109,14 @@ class Fetcher:
             if rules.delay > LONGEST_S:
                 origin.closed = FetchError("robots", f"robots.txt of {name} asks for {rules.delay:g} s between requests")
             else:
-                self._slow(self._host(name), rules.delay)
+                host = self._host(name)
+                with host.lock:
+                    host.pause = max(host.pause, rules.delay * self.of)
+                    host.next = max(host.next, self.clock() + host.pause)
             origin.rules = rules
-
-    def _slow(self, host: Host, delay: float) -> None:
-        """Lets so many seconds, at least, lie between the requests of all that share a host, from now on."""
-        with host.lock:
-            host.pause = max(host.pause, delay * self.of)
-            host.next = max(host.next, self.clock() + host.pause)
 
 
 def host_of(url: str) -> str:
-    """Returns the host that a URL names, "" if it names none."""
     try:
         return (urlsplit(url.strip()).hostname or "").lower()
     except ValueError:

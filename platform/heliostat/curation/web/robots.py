@@ -51,7 +51,6 @@ class RobotsRules:
     delay: float = 0.0
 
     def allow(self, target: str) -> bool:
-        """Tells whether a path, with its query, may be asked for."""
         compared = normal(target)
         return next((rule.allow for rule in self.rules if rule.matches(compared)), True)
 

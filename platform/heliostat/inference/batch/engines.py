@@ -4,8 +4,7 @@ An answer follows from the text, its seed and the options. What is in a batch be
 and nothing else: noise is drawn by each input's own seed, and prompts of several lengths share a batch only if the model is found
 to give the same logits behind padding.
 
-- continue, chat: sampled by adding Gumbel noise to the logits and taking the largest (Gumbel 1954): distributed as a draw from
-  the softmax, and lets each row have its own noise; within `temperature` and `top_p`; temperature 0 adds none.
+- continue, chat: sampled as `heliostat.inference.sampling` says.
 - score: the sum of the negative log-likelihoods of all tokens, the first behind the beginning-of-document token, in nats.
 - embed: the mean of the last hidden states over the tokens, of length 1; of an embedder what its folder says
   (`heliostat.recipes.text.sentence_folder`).
@@ -22,9 +21,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.inference.sampling import Draw, noisy
 from heliostat.recipes import pretrained
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.pretrained import from_folder
@@ -71,15 +71,16 @@ class DeadEngineError(HeliostatError):
 
 class LoadedModel:
     """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit; `writes`: whether it is a
-    language model; `head`: an Auto class, of a model with another head."""
+    language model; `head`: an Auto class, of a model with another head; without `weights` the model itself is None."""
 
-    def __init__(self, folder: Path, head: type | None = None) -> None:
+    def __init__(self, folder: Path, head: type | None = None, weights: bool = True) -> None:
+        self.folder = folder
         self.tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
         how = sentence_folder.read(folder)
         self.pooling = how.pooling if how else "mean"
         self.pairs = clip_folder.is_one(folder)
         self.writes = not (how or head or self.pairs)
-        self.model = self.load(folder, head)
+        self.model: Any = self._load(folder, head) if weights else None
         self.config = from_folder("model", transformers.AutoConfig, folder) if self.model is None else self.model.config
         limits = (how.max_tokens if how else None, encoder.places(self.config, self.model), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
@@ -87,8 +88,7 @@ class LoadedModel:
         given = (own, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in given if token is not None)
 
-    def load(self, folder: Path, head: type | None) -> Any:
-        """Loads the weights."""
+    def _load(self, folder: Path, head: type | None) -> Any:
         if head:
             model = pretrained.whole("model", head, folder)
         else:
@@ -96,8 +96,12 @@ class LoadedModel:
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def generation(self) -> transformers.GenerationConfig:
-        """Returns how the folder's model is to generate."""
-        return self.model.generation_config
+        """Returns how the folder's model is to generate; where it does not say, its configuration does."""
+        if self.model is not None:
+            return self.model.generation_config
+        if not (self.folder / "generation_config.json").is_file():
+            return transformers.GenerationConfig.from_model_config(self.config)
+        return from_folder("model", transformers.GenerationConfig, self.folder)
 
     def seen(self, tokens: list[int], text: str) -> list[int]:
         """Returns the tokens of a text that the model sees: its first, and what stands behind them if it does not write."""
@@ -266,18 +270,13 @@ class Chat(Continue):
 
 
 class Noise(LogitsProcessor):
-    """Adds Gumbel noise to the logits of each row from a generator of its own."""
+    """Makes each row's draw the largest of its scores."""
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.within = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
-        if sampling.top_p < 1:
-            self.within.append(TopPLogitsWarper(sampling.top_p))
+        self.draws = [Draw(sampling.temperature, sampling.top_p, seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> Any:
-        size = scores.shape[-1]
-        drawn = torch.stack([torch.rand(size, generator=g, dtype=torch.float64) for g in self.generators])
-        return self.within(input_ids, scores.double()) - torch.log(-torch.log(drawn)).to(scores.device)
+        return noisy(scores, self.draws)
 
 
 def pads_hold(engine: BatchEngine) -> bool:

@@ -1,14 +1,18 @@
-"""Loads a model for a task of batch inference; what cannot do it is refused before anything starts."""
+"""Chooses and loads what answers with a model: transformers or vLLM; what cannot do a task is refused before anything starts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Collection, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from heliostat import extras
 from heliostat.curation import scoring
 from heliostat.errors import ConfigError
-from heliostat.inference.batch.settings import WRITES
+from heliostat.inference.sampling import WRITES
 from heliostat.recipes import exported
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.text import sentence_folder
@@ -19,6 +23,47 @@ if TYPE_CHECKING:
 
 HEAD = "ForSequenceClassification"
 LEAST_LABELS = 2  # of one there is no choice: it is a score
+ENGINES = ("auto", "transformers", "vllm")
+OF_VLLM = ("continue", "chat", "score", "embed", "serve")
+
+
+def choose(asked: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
+    """Returns the engine that answers, and why, or in what version; ConfigError if vLLM is asked for, and does not.
+
+    `known`: lists the architectures that vLLM has; by default itself.
+    """
+    if asked not in ENGINES:
+        raise ConfigError(f"--engine: {asked!r} is none of {', '.join(ENGINES)}")
+    if asked == "transformers":
+        return asked, version("transformers")
+    if asked == "vllm":
+        extras.require("vllm", "vllm", what="--engine vllm")
+    if not (lacks := _lacks(folder, task, gpus, known or _architectures)):
+        return "vllm", version("vllm")
+    if asked == "vllm":
+        raise ConfigError(f"--engine vllm: {lacks}; give --engine transformers")
+    return "transformers", lacks
+
+
+def _lacks(folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]]) -> str:
+    """Returns why vLLM does not answer; "" if it does."""
+    if task not in OF_VLLM:
+        return f"vLLM does not {task} here"
+    if clip_folder.is_one(folder):
+        return "vLLM does not embed with a CLIP here"
+    if not gpus:
+        return "there is no GPU here"
+    if find_spec("vllm") is None:
+        return f"vLLM is not installed, which comes with {extras.advice('vllm')}"
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    named = config.get("architectures") or ["a model that its config.json does not name"]
+    return "" if named[0] in known() else f"vLLM has no {named[0]}"
+
+
+def _architectures() -> Collection[str]:
+    from heliostat.inference import vllm_engine
+
+    return vllm_engine.architectures()
 
 
 def require(folder: Path, task: str, options: dict[str, object] | None = None) -> dict[str, object]:
@@ -47,10 +92,10 @@ def require(folder: Path, task: str, options: dict[str, object] | None = None) -
 
 def _longest(folder: Path) -> int | None:
     """Reads how many tokens a model takes, without its weights; ConfigError if its tokenizer or config.json cannot be read."""
-    from heliostat.inference.batch.vllm_engine import Described
+    from heliostat.inference.batch.engines import LoadedModel
 
     try:
-        return Described(folder).longest
+        return LoadedModel(folder, weights=False).longest
     except ConfigError:
         raise
     except (OSError, ValueError) as e:  # of transformers
@@ -85,7 +130,7 @@ def engine(
 ) -> Callable[[Sequence[Input]], list[Answer]]:
     """Loads a model for a task, with transformers or by vLLM."""
     if by == "vllm":
-        from heliostat.inference.batch import vllm_engine
+        from heliostat.inference import vllm_engine
 
         return vllm_engine.engine(folder, task, batch, options)
     from heliostat.inference.batch import engines

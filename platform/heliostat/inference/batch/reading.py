@@ -16,7 +16,7 @@ from heliostat.curation.segment import DocumentSource
 from heliostat.curation.text import making, sources
 from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.tasks import TextSource
-from heliostat.inference.batch.settings import BatchSettings
+from heliostat.inference.batch.tasks import BatchSettings
 from heliostat.tasks.flow import Flow
 
 PIECES = 256  # of an input, about

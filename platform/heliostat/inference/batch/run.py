@@ -17,7 +17,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -29,11 +30,9 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.text.sources import absolute
 from heliostat.curation.watching import PipelineWatch
-from heliostat.inference import vllm_terms
+from heliostat.errors import ConfigError
 from heliostat.inference.batch import loading, reading, tasks
-from heliostat.inference.batch.claim import claim
-from heliostat.inference.batch.settings import BatchSettings
-from heliostat.inference.batch.tasks import PieceRecord
+from heliostat.inference.batch.tasks import BatchSettings, PieceRecord
 from heliostat.recipes import exported
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
@@ -47,6 +46,7 @@ from heliostat.terminal import console
 log = logging.getLogger(__name__)
 
 RECORD, BAD, WORK = "inference.json", "bad.parquet", "work"
+SETTINGS = "settings.json"  # what the folder is claimed for
 
 
 def infer(
@@ -69,19 +69,25 @@ def infer(
     import torch
 
     gpus = torch.cuda.device_count()
-    by, why = vllm_terms.choose(engine, model, settings.task, gpus)
+    by, why = loading.choose(engine, model, settings.task, gpus)
     settings = settings.model_copy(update={"engine": by})
     about = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
     facts = {"model": about, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
     claim(place, {"model": about["digest"], "input": absolute(input), **settings.identity}, "answers", "batch inference")
     with lease.take(place, "written", "wait for it, or stop it", field="--out") as lease_:
         log.info("%s answers (%s)", by, why)
-        from heliostat.cluster.connect import connect
-
-        connect(cpus=workers, gpus=gpus)
-        with PipelineWatch(console, f"answering {input}", quiet) as watch:
-            flow = Flow(Work(place.join(WORK)), progress=Progress(watch.show))
+        with flow_on_ray(place, f"answering {input}", workers, gpus, quiet) as flow:
             return answer(flow, files, facts | {"input": input}, place, lease_.fence.check)
+
+
+@contextmanager
+def flow_on_ray(place: Location, title: str, workers: int, gpus: int, quiet: bool) -> Iterator[Flow]:
+    """Starts Ray or connects to it, and yields a flow whose finished tasks are kept at the place; shows its progress."""
+    from heliostat.cluster.connect import connect
+
+    connect(cpus=workers, gpus=gpus)
+    with PipelineWatch(console, title, quiet) as watch:
+        yield Flow(Work(place.join(WORK)), progress=Progress(watch.show))
 
 
 def answer(
@@ -208,3 +214,30 @@ def _rows(file: Location) -> int:
         return pq.read_metadata(file.open()).num_rows
     except pa.ArrowInvalid:
         return 0
+
+
+def claim(place: Location, settings: dict[str, object], holding: str, made_by: str) -> None:
+    """Writes down what the folder is for; ConfigError, in the words `holding` and `made_by`, if something else is there."""
+    known = _known(place)
+    if known is None:
+        others = [name for name, _ in place.files() if not name.startswith(f"{SETTINGS}.")]  # those are half written claims
+        if not others and place.join(SETTINGS).create(json.dumps(settings).encode()):
+            return
+        known = _known(place)  # if another command was faster
+        if known is None:
+            raise ConfigError(f"--out: {place} is not empty, and holds no {made_by}; name another folder")
+    if changed := [name for name in {**settings, **known} if known.get(name) != settings.get(name)]:
+        name = changed[0]
+        was, now = (str(one.get(name))[:80] for one in (known, settings))
+        raise ConfigError(f"--out: {place} holds {holding} of another {name} ({was!r}, not {now!r}); name another folder")
+
+
+def _known(place: Location) -> dict[str, object] | None:
+    """Reads what a folder is claimed for; None if it is not."""
+    try:
+        known = json.loads(place.join(SETTINGS).read())
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise ConfigError(f"--out: {place.join(SETTINGS)} is damaged; name another folder") from e
+    return known if isinstance(known, dict) else {}

@@ -20,10 +20,9 @@ from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextMode
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
-from heliostat.recipes.huggingface import from_config
 from heliostat.recipes.images.initial import initialise
 from heliostat.recipes.images.noising import NoiseObjective
-from heliostat.recipes.pretrained import from_folder
+from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.records import Format
 from heliostat.text import brief

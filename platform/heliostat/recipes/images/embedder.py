@@ -20,15 +20,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from transformers import CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import AutoImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from heliostat.config.fields import Count
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes import building, contrastive, tokenizing, weightless
-from heliostat.recipes.huggingface import from_config
-from heliostat.recipes.images import clip_processor, rows
+from heliostat.recipes import building, contrastive, exported, tokenizing, weightless
+from heliostat.recipes.images import rows
 from heliostat.recipes.pairs import SCORES, EmbedsPairs, named, present
+from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.recipes.protocol import Batch, Exports
 from heliostat.recipes.text import checkpointing, encoder, model_config
 from heliostat.recipes.text.model_config import ModelKind
@@ -140,9 +141,9 @@ class ImageEmbedder(EmbedsPairs, Exports):
     def processor(self) -> Any:
         """Loads the pretrained model's image processor, or makes one for images of the datasets' size."""
         if self.pretrained:
-            return clip_processor.of_folder(self.pretrained)
+            return processor_of_folder(self.pretrained)
         vision = self.config.vision_config
-        return clip_processor.of_size(vision.image_size, vision.num_channels)
+        return processor_of_size(vision.image_size, vision.num_channels)
 
     def build(self) -> torch.nn.Module:
         model: Any
@@ -169,7 +170,7 @@ class ImageEmbedder(EmbedsPairs, Exports):
     def batch(self, content: Any, keys: np.ndarray) -> Batch:
         captions, images = (present(content, side) for side in self.sides)
         found = tokenizing.tokens(self.tokenizer, captions, self.max_tokens)
-        pixels = clip_processor.normalised(self.processor, rows.decoded(images))
+        pixels = normalised(self.processor, rows.decoded(images))
         names, cut = named([captions, images]), torch.from_numpy(found.cut).long()
         return {"input_ids": found.ids, "attention_mask": found.mask, "pixel_values": pixels, "names": names, "cut": cut}
 
@@ -214,3 +215,27 @@ def _check_parts(given: dict[str, Any]) -> None:
         for key in part:
             if key not in known:
                 raise ConfigError(f"model.{name}.{key}: unknown key of {kind.__name__}{nearest(key, sorted(known))}")
+
+
+def processor_of_size(side: int, channels: int) -> Any:
+    """Makes a processor of square images, which takes pixels to [-1, 1]."""
+    return CLIPImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False, do_convert_rgb=channels == 3,
+                                 image_mean=[0.5] * channels, image_std=[0.5] * channels)  # fmt: skip
+
+
+def processor_of_folder(folder: str) -> Any:
+    """Loads the processor of a pretrained model; ConfigError if it does more than scale and shift pixels of the right size."""
+    with exported.using(Path(folder)):
+        found = from_folder("model.pretrained", AutoImageProcessor, folder, backend="pil")
+    if not (found.do_rescale and found.do_normalize and abs(found.rescale_factor * 255 - 1) < 1e-6):
+        raise ConfigError(
+            f"model.pretrained: the image processor of {folder!r} does not scale pixels of 0 to 255 by their mean and deviation; "
+            "take another model"
+        )
+    return found
+
+
+def normalised(processor: Any, images: np.ndarray) -> torch.Tensor:
+    """Makes what the model takes, fp32 [n, channels, height, width], of uint8 [n, height, width, channels]."""
+    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in (processor.image_mean, processor.image_std))
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / deviation

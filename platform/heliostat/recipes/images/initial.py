@@ -21,7 +21,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from heliostat.recipes.assigning import assign
+from heliostat.recipes.partitioning import assign
 
 EMBEDDING_STD = 0.02  # of PixArt's layers that take in the timestep and the caption
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from heliostat.errors import ConfigError, MissingExtraError
+from heliostat.parallel.language_model import LanguageModel
 
 KEY = "train.attention"
 TWINS = dict.fromkeys(("flash_attention_2", "flash_attention_3", "flex_attention"), "sdpa")
@@ -36,7 +37,7 @@ def chosen(config: Any, name: str | None, shapes_only: bool) -> Any:
     return config
 
 
-def require(recipe: Any) -> None:
+def require(recipe: LanguageModel) -> None:
     """Raises ConfigError unless the architecture's code in transformers has this attention."""
     name, kind = recipe.attention, recipe.config.model_type
     usual = recipe.plainly()

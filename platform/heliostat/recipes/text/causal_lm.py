@@ -28,7 +28,7 @@ from heliostat.config.spec import Job
 from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
-from heliostat.parallel import expert_numbers
+from heliostat.parallel import language_model
 from heliostat.recipes.protocol import (
     Batch,
     CutsSamples,
@@ -42,7 +42,7 @@ from heliostat.recipes.protocol import (
     Serves,
     Serving,
 )
-from heliostat.recipes.text import expert_keys, initial, plain_keys, router_loss
+from heliostat.recipes.text import expert_keys, initial, plain_keys
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
     import torch
@@ -52,7 +52,6 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
 
 class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
     kind = "tokens"
-    causal = True
     tiles = selects = chooses = True
     scores = ("loss", "perplexity", "bits_per_byte")
 
@@ -76,8 +75,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         self.balances = self.experts.router_bias_update_rate > 0
         self.plain = plain_keys.read(job.model)
         if self.plain is None:
-            self.routes = bool(expert_numbers.number(self.config))
-            self.router_weight = (router_loss.coefficient(self.config) or 0.0) if router_loss.wanted(self.config) else None
+            self.routes = bool(language_model.number(self.config))
+            weight = expert_keys.router_loss_weight(self.config) or 0.0
+            self.router_weight = weight if expert_keys.asks_router_loss(self.config) else None
             return
         self.routes, self.router_weight = False, None
         self._require_positions(self.plain.max_position_embeddings)
@@ -190,7 +190,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         from transformers import AutoModelForCausalLM
 
         from heliostat.recipes import weightless
-        from heliostat.recipes.huggingface import from_config
+        from heliostat.recipes.pretrained import from_config
         from heliostat.recipes.text import attention, checkpointing, float8, generator, tiled_mlp
 
         shapes_only = torch.get_default_device().type == "meta"
@@ -262,7 +262,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return experts.layers(model)
 
     def sent(self, model: torch.nn.Module) -> int:
-        rows = self.length * (expert_numbers.chosen(self.config) or 0) * len(self.stacked_experts(model))
+        rows = self.length * (language_model.chosen(self.config) or 0) * len(self.stacked_experts(model))
         return 2 * rows * self.config.get_text_config(decoder=True).hidden_size if rows else 0
 
     def exchange_tokens(self, model: torch.nn.Module, group: Any) -> None:
@@ -305,9 +305,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         """Counts the bytes of text behind each token, int64 [2, vocabulary]: inside a document, and as its first token."""
         import torch
 
-        from heliostat.recipes.text import token_bytes
+        from heliostat.recipes.text import vocabulary
 
-        return torch.tensor(token_bytes.sizes(self._raw_tokenizer, self.config.vocab_size))
+        return torch.tensor(vocabulary.sizes(self._raw_tokenizer, self.config.vocab_size))
 
     # for people ------------------------------------------------------------------------------------------------------
 
@@ -335,9 +335,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     @cached_property
     def prompts(self) -> tuple[str, ...]:  # type: ignore[override]
         """Chooses the prompts that the exported model is shown with: the first words of held-out documents."""
-        from heliostat.recipes.text import prompts
+        from heliostat.recipes.text import exporting
 
-        return tuple(prompts.of_held_out(self.job, self.sources, self._raw_tokenizer, self.end))
+        return tuple(exporting.of_held_out(self.job, self.sources, self._raw_tokenizer, self.end))
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         continued = self.generator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in self.prompts])

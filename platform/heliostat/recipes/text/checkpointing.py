@@ -18,6 +18,7 @@ from torch.autograd.graph import save_on_cpu
 from heliostat.config.train_section import SELECTIVE
 from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
+from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.text import selective
 
 SOME, OFFLOAD = "train.activation_checkpointing", "train.activation_offload"
@@ -64,7 +65,7 @@ class OnHost:
 # can it be done in this architecture? ---------------------------------------------------------------------------------
 
 
-def require(recipe: Any) -> None:
+def require(recipe: LanguageModel) -> None:
     """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can be played again in part, or
     leave their input, as the job asks."""
     which, kind = recipe.checkpointing, recipe.config.model_type
@@ -90,7 +91,7 @@ def _plainly(key: str) -> str:
     return "it to true or false" if key == SOME else "it to false"
 
 
-def _differs(small: Any) -> str:
+def _differs(small: LanguageModel) -> str:
     """Compares the loss and the gradient of a small model with those of one whose layers are kept whole, bit by bit."""
     found = []
     for small.checkpointing in (False, SELECTIVE):
@@ -102,7 +103,7 @@ def _differs(small: Any) -> str:
     return "" if torch.equal(*found) else "the gradient is another one"
 
 
-def _fault(small: Any) -> str:
+def _fault(small: LanguageModel) -> str:
     """Plays a small model and looks whether each layer has handed over its input."""
     small.checkpointing = True
     model = small.build()

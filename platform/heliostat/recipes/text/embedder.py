@@ -50,12 +50,12 @@ class Embedder(EmbedsPairs, Exports):
     @cached_property
     def config(self) -> Any:
         """Makes the model's configuration, which needs transformers; ConfigError for keys that make no sense."""
-        from heliostat.recipes.text import model_config, overrides
+        from heliostat.recipes.text import model_config
         from heliostat.recipes.text.encoder import ENCODER
 
         given = {k: v for k, v in self.job.model.items() if k not in OWN}
         if self.pretrained:
-            config = overrides.applied(model_config.read(given, ENCODER), model_config.changed(given))
+            config = model_config.applied(model_config.read(given, ENCODER), model_config.changed(given))
         else:
             config = model_config.from_keys(given, ENCODER)
         longest = getattr(config, "max_position_embeddings", None)

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from heliostat.recipes.huggingface import from_config
-from heliostat.recipes.pretrained import from_folder, whole
+from heliostat.recipes.pretrained import from_config, from_folder, whole
 from heliostat.recipes.text.model_config import ModelKind
 
 ENCODER = ModelKind(

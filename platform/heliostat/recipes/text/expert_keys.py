@@ -1,20 +1,27 @@
-"""Defines the keys of `model` that say how a mixture of experts is trained, in any architecture and beside `pretrained`; checks
+"""Defines the keys of `model` that say how a mixture of experts is trained, in any architecture and with `pretrained`; checks
 that the model has what they need.
+
+With `output_router_logits: true`, as in transformers, the objective has the loss that keeps experts balanced: Switch
+Transformer's (Fedus et al. 2021, arXiv 2101.03961), as the model's own code computes it over a micro-batch.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-from typing import Any, Literal
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import ValidationError
 
-from heliostat.config.fields import NonNegative
-from heliostat.config.worker_counts import divisors
+from heliostat.config.fields import NonNegative, divisors
 from heliostat.errors import ConfigError
-from heliostat.parallel import expert_numbers
+from heliostat.parallel import language_model
+from heliostat.parallel.language_model import LanguageModel
 from heliostat.schema import Strict, explain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +37,19 @@ class ExpertKeys(Strict):
 
 KEYS = tuple(ExpertKeys.model_fields)
 RATE, Z_LOSS = "router_bias_update_rate", "router_z_loss_coef"
+ROUTER_LOSS, ROUTER_Z_LOSS = "router_loss", "router_z_loss"
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 
 
-def read(model: dict[str, Any]) -> ExpertKeys:
+class MixtureModel(LanguageModel, Protocol):
+    """Lists what is read, besides, of a recipe whose model may have experts."""
+
+    experts: ExpertKeys
+    balances: bool
+    router_weight: float | None
+
+
+def read(model: Mapping[str, object]) -> ExpertKeys:
     """Reads the keys among a job's `model`; ConfigError for wrong values."""
     try:
         return ExpertKeys.model_validate({k: model[k] for k in KEYS if k in model})
@@ -40,7 +57,7 @@ def read(model: dict[str, Any]) -> ExpertKeys:
         raise ConfigError("\n  ".join(explain(e, ExpertKeys, "model"))) from e
 
 
-def require(recipe: Any) -> None:
+def require(recipe: MixtureModel) -> None:
     """Raises ConfigError if the job gives a key that the recipe's model has no use for; warns of biases that nothing changes."""
     from heliostat.parallel import experts
 
@@ -72,11 +89,11 @@ def require(recipe: Any) -> None:
         )  # fmt: skip
 
 
-def require_divided(recipe: Any, parts: int) -> None:
+def require_divided(recipe: LanguageModel, parts: int) -> None:
     """Raises ConfigError unless the experts of the recipe's model can be divided into so many parts."""
     from heliostat.parallel import experts
 
-    key, kind, count = "train.parallel.expert", recipe.config.model_type, expert_numbers.number(recipe.config)
+    key, kind, count = "train.parallel.expert", recipe.config.model_type, language_model.number(recipe.config)
     if not count:
         raise ConfigError(f"{key}: {kind!r} has no experts; set it to 1")
     if count % parts:
@@ -85,24 +102,67 @@ def require_divided(recipe: Any, parts: int) -> None:
     model = _small(recipe)
     layers = experts.layers(model) if model is not None else []
     stacked = {len(p) for m in layers for p in m.parameters(recurse=False)} | {int(m.num_experts) for m in layers}
-    if stacked != {expert_numbers.number(model.config)}:
+    if stacked != {language_model.number(model.config)}:
         raise ConfigError(f"{key}: the experts of {kind!r} are not stacked in one module of each layer; set it to 1")
     if any(m.has_post_expert_norm for m in layers):
         raise ConfigError(f"{key}: the experts of {kind!r} have norms of their own, which is not tried; set it to 1")
 
 
-def _small(recipe: Any) -> Any:
+def _small(recipe: LanguageModel) -> PreTrainedModel | None:
     """Builds a small model of the recipe's architecture, without memory for it; None if none can be built."""
     import torch
 
     from heliostat.parallel import tiny
 
-    for config in tiny.shrunk(recipe.config, recipe.length):
-        small = copy.copy(recipe)
-        small.config, small.pretrained = config, None
-        try:
-            with torch.device("meta"):
-                return small.build()
-        except Exception:  # noqa: BLE001  whatever this architecture's own code raises
-            continue
-    return None
+    try:
+        with torch.device("meta"):
+            return tiny.attempt(recipe, lambda small: small.build(), largest=math.inf)
+    except tiny.UntriedError:
+        return None
+
+
+def router_loss_weight(config: PreTrainedConfig) -> float | None:
+    """Returns the weight of the router's loss in the objective; None for a model that has none."""
+    parts = (config.get_text_config(decoder=True), getattr(config, "ffn_config", None))
+    return next((float(c) for part in parts for name in COEFFICIENTS if (c := getattr(part, name, None)) is not None), None)
+
+
+def asks_router_loss(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config.get_text_config(decoder=True), "output_router_logits", False))
+
+
+def require_router_loss(recipe: MixtureModel, refused: bool) -> None:
+    """Raises ConfigError if the job asks for a router's loss that the model does not compute; warns if the job does not set it
+    and the model has one. `refused`: the job sets it to false."""
+    config = recipe.config
+    weight = router_loss_weight(config)
+    if not asks_router_loss(config):
+        if weight and not refused and not recipe.balances and _computes_router_loss(recipe):
+            log.warning(
+                "model.output_router_logits: is not set, so the router's loss (coefficient %g) is left out of the objective, and "
+                "few experts may end with most tokens; set it to true, or to false if that is meant",
+                weight,
+            )
+        return
+    if weight is None or not _computes_router_loss(recipe):
+        raise ConfigError(
+            f"model.output_router_logits: {config.model_type!r} gives no router loss to add to the objective; set it to false"
+        )
+
+
+def _computes_router_loss(recipe: LanguageModel) -> bool:
+    """Tests whether a small model of the recipe's architecture computes a router's loss if it is asked for."""
+    import torch
+
+    from heliostat.parallel import tiny
+
+    def computed(small: LanguageModel) -> bool:
+        small.config.get_text_config(decoder=True).output_router_logits = True
+        with torch.no_grad():
+            outputs = small.build()(input_ids=torch.arange(tiny.LENGTH)[None])
+        return isinstance(getattr(outputs, "aux_loss", None), torch.Tensor)
+
+    try:
+        return tiny.attempt(recipe, computed)
+    except tiny.UntriedError:
+        return True  # the first step will tell

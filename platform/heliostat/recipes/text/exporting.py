@@ -1,15 +1,23 @@
-"""Writes what lies beside an exported language model's weights: configuration, tokenizer, and how it generates."""
+"""Writes what is beside an exported language model's weights: configuration, tokenizer, and how it generates. Chooses prompts to
+show it with: the first words of documents that it has not been trained on.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from heliostat.config.spec import Job
+from heliostat.data.dataset import Dataset, open_dataset, plan
 from heliostat.data.manifest import Manifest
+from heliostat.errors import DataError, StorageError
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import infilling, vocabulary
 
@@ -34,3 +42,49 @@ def _generation(pretrained: str | None, config: Any) -> Any:
     if pretrained and (Path(pretrained) / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(pretrained)
     return GenerationConfig.from_model_config(config)
+
+
+log = logging.getLogger("heliostat")
+
+LOOKED_AT = 32  # samples
+TOKENS = 24  # of a document's beginning
+WORDS, LETTERS = 4, 40
+PLAIN = "The"
+
+
+def of_held_out(job: Job, sources: list[Manifest], tokenizer: Tokenizer, end: int, count: int = 2) -> list[str]:
+    """Chooses prompts from the held-out documents of a job's datasets; from what is trained on, where nothing is held out."""
+    try:
+        found = _samples(job, open_dataset(plan(job, sources)))
+    except (DataError, StorageError, OSError) as e:
+        log.warning("the datasets cannot be read, so the prompt is %r: %s", PLAIN, e)
+        return [PLAIN]
+    starts = [opening(tokenizer.decode(_beginning(tokens, end).tolist(), skip_special_tokens=True)) for tokens in found]
+    return list(dict.fromkeys(filter(None, starts)))[:count] or [PLAIN]
+
+
+def _samples(job: Job, data: Dataset) -> np.ndarray:
+    """Reads some held-out samples, int32 [n, sequence length], without those that are damaged."""
+    taken = data.order.held_out(LOOKED_AT) if job.evaluate else None
+    if taken is None or not len(taken):
+        taken = data.order.locate(data.order.step(0).ravel()[:LOOKED_AT])
+    gathered = data.gather(taken)
+    return np.delete(gathered.content, list(gathered.faults), axis=0)
+
+
+def _beginning(tokens: np.ndarray, end: int) -> np.ndarray:
+    """Takes the first tokens of the document that begins in a sample, or of the sample if too little of that document is left."""
+    ends = np.flatnonzero(tokens == end)
+    begin = int(ends[0]) + 1 if len(ends) and int(ends[0]) + TOKENS < len(tokens) else 0
+    return tokens[begin : begin + TOKENS]
+
+
+def opening(text: str) -> str:
+    """Takes the first words of the first line that has any; the last word of the text may be cut off, and is left out."""
+    lines = text.replace("\ufffd", "").splitlines()
+    number = next((i for i, line in enumerate(lines) if any(map(str.isalnum, line))), None)
+    if number is None:
+        return ""
+    words = lines[number].split()
+    whole = len(words) if number + 1 < len(lines) else max(1, len(words) - 1)
+    return " ".join(words[: min(WORDS, whole)])[:LETTERS].strip()

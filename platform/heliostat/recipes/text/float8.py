@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from heliostat.errors import ConfigError
+from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.text import checkpointing
 
 KEY = "train.fp8"
@@ -89,7 +90,7 @@ def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
     ]
 
 
-def require(recipe: Any) -> None:
+def require(recipe: LanguageModel) -> None:
     """Raises ConfigError unless the model has linear layers that fit."""
     kind = recipe.config.model_type
     if recipe.routes:

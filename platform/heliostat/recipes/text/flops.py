@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from heliostat.parallel import expert_numbers
+from heliostat.parallel import language_model
 from heliostat.recipes import building
 
 EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
@@ -55,13 +55,13 @@ def _shapes(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 def _routed_share(config: Any) -> float:
     """Returns the share of a layer's routed experts that a token is sent to."""
-    experts, chosen = expert_numbers.number(config), expert_numbers.chosen(config)
+    experts, chosen = language_model.number(config), language_model.chosen(config)
     return chosen / experts if experts and chosen else 1.0
 
 
 def _routed(module: str, shape: tuple[int, ...], config: Any) -> bool:
     """Tells whether a parameter of a module is of one routed expert, or holds a part of each."""
-    experts = expert_numbers.number(config)
+    experts = language_model.number(config)
     stacked = len(shape) == 3 or (len(shape) == 2 and module.rpartition(".")[2] == "experts")  # matrices; their biases
     return bool(EXPERT.search(module)) or (stacked and shape[0] == experts)
 

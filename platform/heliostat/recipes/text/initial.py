@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from heliostat.errors import ConfigError
 from heliostat.schema import Strict, validate
@@ -29,7 +29,7 @@ class Init(Strict):
     """Begins the last matrix of each residual branch as zeros, so that every layer begins as the identity."""
 
 
-def read(model: dict[str, Any]) -> Init:
+def read(model: Mapping[str, object]) -> Init:
     if KEY in model and "pretrained" in model:
         raise ConfigError(f"model.{KEY}: a pretrained model begins as its folder says; remove this key")
     return validate(Init, model.get(KEY, {}), f"model.{KEY}")
@@ -55,13 +55,13 @@ def _writes(parts: list[str]) -> bool:
     return bool(modules) and (modules[-1] in OUTPUTS or (modules[-1] == "dense" and bool(DENSE & set(modules[-2:-1]))))
 
 
-def probe(recipe: Any) -> None:
-    """Raises ConfigError if the recipe's model lacks what `model.init` is about; builds it without memory for its weights."""
-    if recipe.init.zero_output_projections:
+def probe(init: Init, build: Callable[[], object]) -> None:
+    """Raises ConfigError if the model that `build` makes lacks what `model.init` is about; it takes no memory for its weights."""
+    if init.zero_output_projections:
         import torch
 
         with torch.device("meta"):
-            recipe.build()
+            build()
 
 
 def apply(init: Init, model: torch.nn.Module, arch: str) -> None:
@@ -70,8 +70,8 @@ def apply(init: Init, model: torch.nn.Module, arch: str) -> None:
         return
     import torch
 
-    from heliostat.recipes.assigning import assign
     from heliostat.recipes.building import shape
+    from heliostat.recipes.partitioning import assign
 
     parameters = dict(model.named_parameters())
     names = output_projections(parameters)

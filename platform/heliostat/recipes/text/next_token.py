@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from heliostat.parallel import experts
 from heliostat.recipes.batches import segments
 from heliostat.recipes.protocol import IGNORED, Batch, Loss, Part
-from heliostat.recipes.text import router_loss, tiled_loss
+from heliostat.recipes.text import expert_keys, tiled_loss
 
 
 def batch(content: np.ndarray, end: int | None) -> Batch:
@@ -77,9 +77,9 @@ def _summed(model: torch.nn.Module, batch: Batch, tiled: bool) -> tuple[torch.Te
 
 
 def _parts(outputs: Any, routing: Routing, seen: experts.RoutingWatch | None) -> dict[str, Part]:
-    parts = {} if routing.weight is None else {router_loss.NAME: Part(outputs.aux_loss, routing.weight)}
+    parts = {} if routing.weight is None else {expert_keys.ROUTER_LOSS: Part(outputs.aux_loss, routing.weight)}
     if routing.z_weight and seen:
-        parts[router_loss.Z_NAME] = Part(seen.z_loss(), routing.z_weight)
+        parts[expert_keys.ROUTER_Z_LOSS] = Part(seen.z_loss(), routing.z_weight)
     return parts
 
 

@@ -4,15 +4,12 @@ the logits behind it. Each architecture's own code decides that, and no list of 
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import numpy as np
 import torch
 
-from heliostat import cpu_kernels
 from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
+from heliostat.parallel.language_model import LanguageModel
 from heliostat.parallel.tiny import LENGTH
 
 END = 1
@@ -24,35 +21,20 @@ TOLERANCE = 1e-3  # of the logits' own difference before the boundary: rounding 
 _known: dict[str, float] = {}  # leaks that were measured in this process
 
 
-def require_apart(recipe: Any) -> None:
+def require_apart(recipe: LanguageModel) -> None:
     """Raises ConfigError unless the model, with its attention, positions and checkpointing, keeps packed documents apart."""
-    kind = recipe.config.model_type
-    job = recipe.job
-    how = [recipe.length, recipe.checkpointing, recipe.attention, job.workers.gpus, job.train.cpu_kernels]
-    key = json.dumps([recipe.config.to_dict(), *how], default=str, sort_keys=True)
-    if key not in _known:
-        _known[key] = leak(_tried(recipe))
-    if not _known[key] <= TOLERANCE:
+    kind, how = recipe.config.model_type, [recipe.length, recipe.checkpointing, recipe.attention]
+    try:
+        leaked = tiny.remembered(_known, recipe, how, lambda: tiny.attempt(recipe, lambda small: leak(logits(small))))
+    except tiny.UntriedError as e:
+        raise ConfigError(
+            f"data.document_mask: could not try whether {kind!r} keeps packed documents apart ({e}); set it to false"
+        ) from e
+    if not leaked <= TOLERANCE:
         raise ConfigError(
             f"data.document_mask: packed documents see each other in {kind!r}: other text before a boundary moves the logits "
-            f"behind it ({_known[key]:.1%} of the change before it); set it to false"
+            f"behind it ({leaked:.1%} of the change before it); set it to false"
         )
-
-
-def _tried(recipe: Any) -> list[torch.Tensor]:
-    reason = "no small model of it can be made"
-    for config in tiny.shrunk(recipe.config, recipe.length):
-        small = tiny.of(recipe, config)
-        try:
-            if (size := tiny.parameters(small)) <= tiny.LARGEST:
-                return logits(small)
-            reason = f"the smallest model of it has {size:,} parameters"
-        except Exception as e:  # noqa: BLE001  whatever this architecture's own code raises
-            reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1].strip()}"
-    raise ConfigError(
-        f"data.document_mask: could not try whether {recipe.config.model_type!r} keeps packed documents apart ({reason[:200]}); "
-        "set it to false"
-    )
 
 
 def packings() -> list[np.ndarray]:
@@ -76,22 +58,13 @@ def leak(logits: list[torch.Tensor]) -> float:
 
 
 @torch.no_grad()
-def logits(recipe: Any) -> list[torch.Tensor]:
-    """Computes the logits of `packings` with a small model of the recipe's, whose weights give every part an effect."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = recipe.build()
-            cpu_kernels.use(model, recipe.job, recipe.causal)
-            for p in model.parameters():
-                p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
-            out = []
-            for tokens in packings():
-                torch.manual_seed(1)  # the same dropout
-                inputs = {k: v for k, v in recipe.batch(tokens).items() if k != "labels"}
-                out.append(model(**inputs).logits)
-            return out
-    finally:
-        torch.set_num_threads(threads)
+def logits(small: LanguageModel) -> list[torch.Tensor]:
+    """Computes the logits of `packings` with a small model, whose weights give every part an effect."""
+    torch.manual_seed(0)
+    model = small.build()
+    tiny.stir(model)
+    found = []
+    for tokens in packings():
+        torch.manual_seed(1)  # the same dropout
+        found.append(model(**{k: v for k, v in small.batch(tokens).items() if k != "labels"}).logits)
+    return found

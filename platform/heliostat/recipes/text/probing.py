@@ -5,44 +5,37 @@ Most jobs are tried without torch, whose import takes seconds: each trial import
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import expert_keys, initial, router_loss
+from heliostat.recipes.text import expert_keys, initial
+from heliostat.recipes.text.expert_keys import MixtureModel
+
+if TYPE_CHECKING:
+    import torch
 
 
-class LanguageModel(Protocol):
-    """Lists what trials read of a language model's recipe (`causal_lm.CausalLM`)."""
+class ProbedModel(MixtureModel, Protocol):
+    """Lists what else trials read of a language model's recipe (`causal_lm.CausalLM`)."""
 
-    job: Job
-    plain: Any
-    pretrained: str | None
+    plain: object
     unbalanced: bool
-    document_mask: bool
-    tiled: bool
-    tiled_mlp: bool
-    checkpointing: int | Literal["selective"]
-    offload: bool
-    attention: str | None
-    fp8: Any
+    fp8: bool
+    init: initial.Init
 
-    @property
-    def config(self) -> Any: ...
-    def plainly(self) -> Any: ...
-    def blocks(self, model: Any) -> list[Any]: ...
+    def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]: ...
     def require_cut(self, parts: int) -> None: ...
     def require_divided(self, parts: int) -> None: ...
     def require_matrices_divided(self, parts: int) -> None: ...
 
 
-def probe(recipe: LanguageModel) -> None:
+def probe(recipe: ProbedModel) -> None:
     """Tries kernels, what saves memory, weights, packing, experts and layouts, as far as the job asks for each."""
     configured, parallel = recipe.plain is None, recipe.job.train.parallel
     _require_kernels(recipe)
     _require_memory_savers(recipe)
     if configured:
-        initial.probe(recipe)
+        initial.probe(recipe.init, recipe.build)
     if recipe.document_mask:
         from heliostat.recipes.text import packing
 
@@ -51,7 +44,7 @@ def probe(recipe: LanguageModel) -> None:
         _require_weights(recipe)
     if configured:
         expert_keys.require(recipe)
-        router_loss.probe(recipe, recipe.unbalanced)
+        expert_keys.require_router_loss(recipe, recipe.unbalanced)
     if parallel.expert > 1:
         recipe.require_divided(parallel.expert)
     if parallel.tensor > 1:
@@ -64,7 +57,7 @@ def probe(recipe: LanguageModel) -> None:
         recipe.require_cut(parallel.sequence)
 
 
-def _require_memory_savers(recipe: LanguageModel) -> None:
+def _require_memory_savers(recipe: ProbedModel) -> None:
     """Raises ConfigError if the model cannot have its MLPs in tiles, or its activations checkpointed as the job says."""
     if recipe.tiled_mlp:
         from heliostat.recipes.text import tiled_mlp
@@ -76,7 +69,7 @@ def _require_memory_savers(recipe: LanguageModel) -> None:
         checkpointing.require(recipe)
 
 
-def _require_kernels(recipe: LanguageModel) -> None:
+def _require_kernels(recipe: ProbedModel) -> None:
     """Raises ConfigError if the model cannot be computed by the kernels that the job names."""
     if recipe.attention:
         from heliostat.recipes.text import attention
@@ -95,13 +88,13 @@ def _require_kernels(recipe: LanguageModel) -> None:
                 raise ConfigError(f"train.compile: blocks: transformers does not tell the layers of {kind!r}; set it to true")
 
 
-def _require_weights(recipe: LanguageModel) -> None:
+def _require_weights(recipe: ProbedModel) -> None:
     """Raises ConfigError if the job's keys change which weights the pretrained model has."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from heliostat.recipes.text import model_config, overrides
+    from heliostat.recipes.text import model_config
 
     if given := model_config.changed(recipe.job.model):
         with torch.device("meta"):
-            overrides.require_same_weights(model_config.read(recipe.job.model), given, AutoModelForCausalLM.from_config)
+            model_config.require_same_weights(model_config.read(recipe.job.model), given, AutoModelForCausalLM.from_config)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
+from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.protocol import IGNORED
 
 KEY = "train.tiled_loss"
@@ -104,14 +105,14 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
 # is it right in this architecture? -----------------------------------------------------------------------------------
 
 
-def require(recipe: Any) -> None:
+def require(recipe: LanguageModel) -> None:
     """Raises ConfigError unless the model's logits are its last layer's, and nothing is made of them afterwards."""
     fault = tiny.tried(recipe, _fault)
     if fault:
         raise ConfigError(f"{KEY}: logits of {recipe.config.model_type!r} cannot be computed in tiles: {fault}; set it to false")
 
 
-def _fault(small: Any) -> str:
+def _fault(small: LanguageModel) -> str:
     """Compares the loss and the gradient of a small model in tiles with those of whole logits."""
     model = small.build()
     if model.get_output_embeddings() is None:

@@ -17,6 +17,7 @@ import torch
 
 from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
+from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.text import checkpointing, selective
 
 KEY = "train.tiled_mlp"
@@ -136,7 +137,7 @@ class TiledMlp(torch.autograd.Function):
 # is it right in this architecture? -----------------------------------------------------------------------------------
 
 
-def require(recipe: Any) -> None:
+def require(recipe: LanguageModel) -> None:
     """Raises ConfigError unless every layer of the model has an MLP that computes each token by itself, and draws no numbers."""
     kind, whole = recipe.config.model_type, copy.copy(recipe)
     whole.tiled_mlp = False
@@ -145,7 +146,7 @@ def require(recipe: Any) -> None:
         raise ConfigError(f"{KEY}: MLPs of {kind!r} cannot be computed in tiles: {fault}; set it to false")
 
 
-def _fault(small: Any) -> str:
+def _fault(small: LanguageModel) -> str:
     """Compares the loss and the gradient of a small model in tiles with those of whole MLPs."""
     try:
         model = small.build()
@@ -160,7 +161,7 @@ def _fault(small: Any) -> str:
 
 
 @torch.no_grad()
-def _draws(small: Any, model: Any) -> bool:
+def _draws(small: LanguageModel, model: Any) -> bool:
     """Tells whether an MLP takes random numbers in training."""
     before, drew = list[torch.Tensor](), list[bool]()
     handles = [h for mlp in modules(model) for h in (

@@ -22,7 +22,6 @@ from heliostat.errors import HeliostatError
 from heliostat.text import printable
 from heliostat.tracking.report import svg
 from heliostat.tracking.report.frame import boxes, document, side_by_side, table
-from heliostat.tracking.report.histogram import histogram
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +93,6 @@ def facts(held: Told) -> list[tuple[str, str]]:
 
 
 def page(told: Told) -> str:
-    """Renders the page as HTML."""
     funnel = told["funnel"]
     parts = [
         f"<h1>{escape(printable(told['name']))}</h1>",
@@ -179,7 +177,9 @@ def _stage(name: str, part: Told) -> list[str]:
     if counts:
         out.append(f"<p class='muted'>{escape(', '.join(f'{_plain(k)} {n:,}' for k, n in sorted(counts.items())))}</p>")
     limits = part.get("thresholds", {})
-    drawn = [histogram(_plain(m), bins, _numbers(limits.get(m, []))) for m, bins in sorted(part.get("histograms", {}).items())]
+    drawn = [
+        svg.histogram(_plain(m), bins, _numbers(limits.get(m, []))) for m, bins in sorted(part.get("histograms", {}).items())
+    ]
     out += [side_by_side([d for d in drawn if d])] if any(drawn) else []
     if clusters := part.get("largest"):
         rows = [[f"{size:,}", _cut(id)] for size, id in clusters]

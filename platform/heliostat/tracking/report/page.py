@@ -16,15 +16,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from heliostat.errors import HeliostatError
 from heliostat.runs import goodput
-from heliostat.storage.locations import Location
 from heliostat.tracking import lineage, run_table
 from heliostat.tracking.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
 from heliostat.tracking.mlflow_client import read_json
 from heliostat.tracking.report import svg
-from heliostat.tracking.report.frame import boxes, document, side_by_side
-from heliostat.tracking.tags import FOLDER
+from heliostat.tracking.report.frame import boxes, document, side_by_side, table
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
@@ -38,8 +35,6 @@ Curves = dict[str, svg.Points]
 
 
 class PageFacts(TypedDict):
-    """Describes what the page shows."""
-
     row: run_table.RunRow
     node: lineage.Traced
     spikes: list[tuple[int, float, float]]  # step, loss, limit
@@ -52,19 +47,13 @@ class PageFacts(TypedDict):
 def gather(client: MlflowClient, run: Run) -> PageFacts:
     """Collects from MLflow and the run's folder what the report page shows, as plain data."""
     run_id = run.info.run_id
-    report = read_json(client, run_id, "goodput.json", goodput.GoodputReport)
-    if report is None:
-        try:
-            report = goodput.read_report(Location(run.data.tags[FOLDER]))
-        except (HeliostatError, OSError):
-            report = None
     samples = (read_json(client, run_id, "samples.json", dict[str, list[list[str]]]) or {}).get("data", [])
     return {
         "row": run_table.row(run, client.get_experiment(run.info.experiment_id).name),
         "node": lineage.run_node(client, run),
         "spikes": _spikes(client, run_id),
         "curves": _curves(client, run),
-        "goodput": report,
+        "goodput": lineage.goodput_of(client, run),
         "samples": [(row[0], row[1]) for row in samples],
         "pictures": _pictures(client, run_id),
     }
@@ -82,7 +71,6 @@ def _curves(client: MlflowClient, run: Run) -> Curves:
 
 
 def _spikes(client: MlflowClient, run_id: str) -> list[tuple[int, float, float]]:
-    """Reads the (step, loss, limit) of each loss spike, in order."""
     loss, limit = ({m.step: m.value for m in client.get_metric_history(run_id, key)} for key in (SPIKE, SPIKE_LIMIT))
     return [(step, loss[step], limit.get(step, math.nan)) for step in sorted(loss)]
 
@@ -98,7 +86,6 @@ def _pictures(client: MlflowClient, run_id: str) -> list[tuple[str, bytes]]:
 
 
 def page(facts: PageFacts) -> str:
-    """Renders the report page as HTML."""
     row, report = facts["row"], facts["goodput"]
     parts = [
         f"<h1>{escape(row['name'])}</h1>",
@@ -165,10 +152,9 @@ def _title(metric: Metric, name: str) -> str:
 def _spike_lines(spikes: list[tuple[int, float, float]]) -> list[str]:
     if not spikes:
         return []
-    rows = "".join(f"<tr><td>{step:,}</td><td>{loss:.6g}</td><td>{limit:.6g}</td></tr>" for step, loss, limit in spikes[-SPIKES:])
+    rows = [[f"{step:,}", f"{loss:.6g}", f"{limit:.6g}"] for step, loss, limit in spikes[-SPIKES:]]
     older = f"<p class='muted'>and {len(spikes) - SPIKES:,} before them</p>" if len(spikes) > SPIKES else ""
-    head = "<tr><th>step</th><th>loss</th><th>limit</th></tr>"
-    return [f"<h2>Loss spikes: {len(spikes):,}</h2><table>{head}{rows}</table>{older}"]
+    return [f"<h2>Loss spikes: {len(spikes):,}</h2>{table(['step', 'loss', 'limit'], rows)}{older}"]
 
 
 def _span(number: int, a: goodput.AttemptStart) -> tuple[float, float, str, str]:

@@ -1,4 +1,4 @@
-"""Draws charts as HTML and SVG text, without any library: curves over steps, stacked bars, and a time line. Pure functions.
+"""Draws charts as HTML and SVG text, without any library: curves, histograms, stacked bars, and a time line. Pure functions.
 
 They take the width that they are given: places are percentages, so that text keeps its size on a wide screen and a narrow one.
 The page's style draws them (`style.css`), and its script shows the values below the pointer (`hover.js`).
@@ -6,8 +6,10 @@ The page's style draws them (`style.css`), and its script shows the values below
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
@@ -15,6 +17,9 @@ Points = list[tuple[float, float]]
 INKS = 6  # colours of curves, --ink0 and so on in the style
 MOST = 1200  # points of a curve that are drawn
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # of ticks, times a power of ten
+BARS = 40  # of a histogram, at most
+WIDE = 100  # times: from here on the axis is logarithmic
+Bins = dict[str, list[int]]  # value: documents kept, dropped
 UNITS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))  # of labels from this size on
 
 
@@ -92,11 +97,7 @@ def lines(title: str, curves: list[Curve], x_range: tuple[float, float], unit: s
     def down(y: float) -> float:
         return (y1 - y) / (y1 - y0)
 
-    out = []
-    for y, text in zip(levels, labels(levels), strict=True):
-        place = f"{100 * down(y):.2f}%"
-        out.append(f'<line class="grid" x1="0" x2="100%" y1="{place}" y2="{place}"/>')
-        out.append(f'<text class="label" x="-8" y="{place}" dy="4" text-anchor="end">{text}</text>')
+    out = _levels(levels)
     steps = [x for x in ticks(x0, x1, 9, whole=True) if x0 <= x <= x1]
     for i, (x, text) in enumerate(zip(steps, labels(steps), strict=True)):
         minor = " minor" if i % 2 else ""
@@ -112,14 +113,30 @@ def lines(title: str, curves: list[Curve], x_range: tuple[float, float], unit: s
             dots += [
                 f'<circle class="{ink}" cx="{100 * across(x):.2f}%" cy="{100 * down(y):.2f}%" r="3"/>' for x, y in curve.points
             ]
-        legend.append(f'<span><i class="{ink}"></i>{escape(curve.name)} <b>{_value(curve.points[-1][1])}</b></span>')
+        legend.append((ink, escape(curve.name), _value(curve.points[-1][1])))
     inner = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">{"".join(paths)}</svg>'
     told = json.dumps([{"name": c.name, "points": [[x, float(f"{y:.7g}")] for x, y in c.points]} for c in kept])
-    aria = escape(f"{title}: {', '.join(c.name for c in kept)}")
+    data = f' data-curves="{escape(told)}" data-range="{x0:g} {x1:g}"'
+    unit = f" <span>{escape(unit)}</span>" if unit else ""
+    return _chart(title, ", ".join(c.name for c in kept), legend, [*out, inner, *dots], unit, data)
+
+
+def _levels(levels: list[float]) -> list[str]:
+    """Draws the lines of an axis of values, and their labels."""
+    out, low, high = list[str](), levels[0], levels[-1]
+    for level, text in zip(levels, labels(levels), strict=True):
+        place = f"{100 * (high - level) / (high - low):.2f}%"
+        out.append(f'<line class="grid" x1="0" x2="100%" y1="{place}" y2="{place}"/>')
+        out.append(f'<text class="label" x="-8" y="{place}" dy="4" text-anchor="end">{text}</text>')
+    return out
+
+
+def _chart(title: str, about: str, legend: list[tuple[str, str, str]], drawn: list[str], unit: str = "", data: str = "") -> str:
+    """Frames a chart: `about` is what it shows in words, `legend` has (class of the ink, name, value) of each curve."""
+    entries = "".join(f'<span><i class="{ink}"></i>{name} <b>{value}</b></span>' for ink, name, value in legend)
     return (
-        f'<figure class="chart" data-curves="{escape(told)}" data-range="{x0:g} {x1:g}"><figcaption>{escape(title)}'
-        f'{f" <span>{escape(unit)}</span>" if unit else ""}</figcaption><div class="legend">{"".join(legend)}</div>'
-        f'<div class="plot"><svg role="img" aria-label="{aria}">{"".join(out)}{inner}{"".join(dots)}</svg></div></figure>'
+        f'<figure class="chart"{data}><figcaption>{escape(title)}{unit}</figcaption><div class="legend">{entries}</div>'
+        f'<div class="plot"><svg role="img" aria-label="{escape(f"{title}: {about}")}">{"".join(drawn)}</svg></div></figure>'
     )
 
 
@@ -162,3 +179,83 @@ def timeline(title: str, spans: list[tuple[float, float, str, str]]) -> str:
 
 def _bar(left: float, width: float, colour: str) -> str:
     return f'<span class="track"><i style="left:{100 * left:.2f}%;width:{100 * width:.2f}%;background:{colour}"></i></span>'
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Places values from 0 to 1: evenly, or their logarithms; then what is not positive comes first."""
+
+    low: float
+    high: float
+    log: bool
+    bars: int
+
+    def across(self, value: float) -> float:
+        if self.log:
+            if value <= 0:
+                return 0.0
+            value = math.log10(value)
+        return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
+
+    def bar(self, value: float) -> int:
+        return min(self.bars - 1, int(self.across(value) * self.bars))
+
+    def marks(self) -> list[tuple[float, str]]:
+        """Chooses the ticks: (place, label)."""
+        if self.log:
+            powers = range(math.ceil(self.low), math.floor(self.high) + 1)
+            return [(self.across(10.0**p), f"{10.0**p:g}") for p in powers]
+        values = [v for v in ticks(self.low, self.high, 6) if self.low <= v <= self.high]
+        return [(self.across(v), text) for v, text in zip(values, labels(values), strict=True)] if values else []
+
+
+def axis(values: list[float], limits: list[float]) -> Axis:
+    """Chooses the axis on which all values and limits have their place."""
+    positive = [v for v in [*values, *limits] if v > 0]
+    if min(values) >= 0 and positive and max(positive) / min(positive) >= WIDE:
+        low, high = math.log10(min(positive)), math.log10(max(positive))
+        edge = (high - low) / BARS
+        return Axis(low - 2 * edge, high + edge, True, BARS)
+    low, high = min([*values, *limits]), max([*values, *limits])
+    distinct = sorted({*values})
+    step = min((b - a for a, b in itertools.pairwise(distinct)), default=0.0)
+    step = max(step, (high - low) / BARS) or 1.0
+    bars = round((high - low) / step) + 1
+    return Axis(low - step / 2, low - step / 2 + bars * step, False, bars)
+
+
+def histogram(title: str, bins: Bins, limits: list[float]) -> str:
+    """Draws a measure's bins, those that were kept below those that were dropped; empty if no value is finite."""
+    found = {float(value): pair for value, pair in bins.items() if math.isfinite(float(value))}
+    if not found:
+        return ""
+    limits = sorted({float(v) for v in limits if math.isfinite(v)})
+    scale = axis(list(found), limits)
+    kept, dropped = [0] * scale.bars, [0] * scale.bars
+    for value, (stayed, went) in found.items():
+        kept[scale.bar(value)] += stayed
+        dropped[scale.bar(value)] += went
+    levels = ticks(0, max(k + d for k, d in zip(kept, dropped, strict=True)), 4, whole=True)
+    drawn = [*_levels(levels), *_rects(kept, dropped, levels[-1], scale.bars)]
+    for at, text in scale.marks():
+        drawn.append(f'<text class="label" x="{100 * at:.2f}%" y="100%" dy="18" text-anchor="middle">{text}</text>')
+    for value in limits:
+        place = f"{100 * scale.across(value):.2f}%"
+        drawn.append(f'<line class="limit" x1="{place}" x2="{place}" y1="0" y2="100%"/>')
+        drawn.append(f'<text class="told" x="{place}" y="0" dy="-4" text-anchor="middle">{value:g}</text>')
+    stayed, went = sum(kept), sum(dropped)
+    about = f"{stayed:,} kept, {went:,} dropped, thresholds {', '.join(f'{v:g}' for v in limits) or 'none'}"
+    return _chart(title, about, [("ink0", "kept", f"{stayed:,}"), ("ink1", "dropped", f"{went:,}")], drawn)
+
+
+def _rects(kept: list[int], dropped: list[int], top: float, bars: int) -> list[str]:
+    out = []
+    for i, pair in enumerate(zip(kept, dropped, strict=True)):
+        below = 0
+        for ink, count in zip(("ink0", "ink1"), pair, strict=True):
+            if count:
+                x, y = f"{100 * (i + 0.06) / bars:.2f}%", f"{100 * (1 - (below + count) / top):.2f}%"
+                size = f'width="{88 / bars:.2f}%" height="{max(0.4, 100 * count / top):.2f}%"'
+                out.append(f'<rect class="{ink}" x="{x}" y="{y}" {size}/>')
+                below += count
+    return out

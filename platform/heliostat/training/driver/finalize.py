@@ -20,8 +20,8 @@ from heliostat.recipes.protocol import Exports, Recipe, Serves
 from heliostat.runs import goodput
 from heliostat.runs.summary import Ending
 from heliostat.runs.time_ledger import LedgerRecorder
+from heliostat.storage import local_files
 from heliostat.storage import run_folder as paths
-from heliostat.storage import temporary
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
 from heliostat.tracking.logger import RunOwner
@@ -55,7 +55,7 @@ def finalize(
     model_uri: str | None = None
     samples: list[tuple[str, str]] = []
     if isinstance(checked.recipe, Exports):
-        with temporary.folder("heliostat-export-") as name, console.status("exporting the model"):
+        with local_files.temporary_folder("heliostat-export-") as name, console.status("exporting the model"):
             folder = name / "model"
             recipe = export(last, folder, owner.run_id)
             assert isinstance(recipe, Exports)

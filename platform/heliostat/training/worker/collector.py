@@ -17,7 +17,7 @@ EVERY = 10  # steps; garbage in circles can hold a step's tensors, so they are n
 
 
 def spare_imports() -> None:
-    """Exempts what has been imported so far from all later collections; forks of a zygote come with that done."""
+    """Exempts what has been imported so far from all later collections; forks of the fork server come with that done."""
     if not gc.get_freeze_count():
         gc.freeze()
 

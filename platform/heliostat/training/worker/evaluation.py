@@ -24,7 +24,7 @@ from heliostat.data.dataset import Dataset
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.errors import DataError
 from heliostat.recipes import building
-from heliostat.recipes.gathering import in_order, taken
+from heliostat.recipes.batches import in_order, taken
 from heliostat.recipes.protocol import Draws, Evaluates, Gallery, Recipe
 from heliostat.runs.events import Evaluation
 from heliostat.training.worker.context import Context, Due, Hook

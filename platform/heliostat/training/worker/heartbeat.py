@@ -18,8 +18,8 @@ import ray
 import torch.distributed as dist
 from ray.actor import ActorHandle
 
-from heliostat.checkpoint import tree
-from heliostat.checkpoint.tree import Channel
+from heliostat.checkpoint import agreement
+from heliostat.checkpoint.agreement import Channel
 from heliostat.data import device_threads
 from heliostat.engine import process_group
 from heliostat.runs.events import Stack
@@ -95,7 +95,7 @@ class StopConsensus:
         self._vote: Future[int]
 
     def ask(self, code: int) -> None:
-        self._vote = self._thread.submit(lambda: tree.down(self._channel, tree.up(self._channel, code, max)))
+        self._vote = self._thread.submit(lambda: agreement.down(self._channel, agreement.up(self._channel, code, max)))
 
     def result(self) -> int:
         """Waits for the consensus and returns the highest code that any worker has asked for."""

@@ -13,7 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 
-from heliostat.config.spec import Spike
+from heliostat.config.sections import Spike
 from heliostat.data.dataset import Dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.runs.events import LossSpike

@@ -27,9 +27,8 @@ import torch.distributed as dist
 
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.agreement import agreed, together
-from heliostat.checkpoint.flat_copy import CopiedBytes, FlatRange
+from heliostat.checkpoint.flat_copy import CopiedBytes, CopyStream, FlatRange
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.checkpoint.host_copy import CopyStream
 from heliostat.data import device_threads
 from heliostat.errors import TrainingError
 from heliostat.text import brief

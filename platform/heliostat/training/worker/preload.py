@@ -1,4 +1,4 @@
-"""Imports what training workers need, for the zygote (`cluster.zygote`) that they are forked from."""
+"""Imports what training workers need, for the process (`cluster.fork_server`) that they are forked from."""
 
 import heliostat.training.worker.build  # noqa: F401
 from heliostat.engine import deepspeed_engine

@@ -22,7 +22,7 @@ import torch
 
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
-from heliostat.checkpoint.tree import Channel
+from heliostat.checkpoint.agreement import Channel
 from heliostat.engine import ema, zero_state
 from heliostat.errors import AccessError, StorageError
 from heliostat.runs.events import Saved
@@ -227,9 +227,9 @@ class TrainingState(Hook):
         checkpoint.load(found, state, context.control, context.progressed)
         notice(checkpoint.casts(found, state))
         self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
-        self._complete(found.index["optimizer_steps"], found.index.get("loss_scale"))
-        self.unsealed.chain = found.index["receipt"]["chain"]
-        self.unsealed.replaced = found.index["bad_samples"] if context.rank == 0 else 0
+        self._complete(found.index.optimizer_steps, found.index.loss_scale)
+        self.unsealed.chain = found.index.receipt.chain
+        self.unsealed.replaced = found.index.bad_samples if context.rank == 0 else 0
 
     def _complete(self, optimizer_steps: int, scale: dict[str, float] | None) -> None:
         """Completes the engine after its state was loaded."""

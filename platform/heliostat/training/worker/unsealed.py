@@ -25,7 +25,7 @@ import numpy as np
 import torch.distributed as dist
 
 from heliostat.checkpoint import agreement
-from heliostat.checkpoint.tree import Group
+from heliostat.checkpoint.agreement import Group
 from heliostat.config.spec import Job
 from heliostat.data import receipt
 from heliostat.data.dataset import Bad, Dataset

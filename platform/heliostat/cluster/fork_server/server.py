@@ -1,0 +1,217 @@
+"""Imports modules, then forks a process for every request: `server SOCKET MODULES`, the modules with commas between them.
+
+It has one thread when it forks: it never starts Ray, a process group or CUDA. Ray's library reads a job's id when it is imported,
+so that all forks are workers of one job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import random
+import runpy
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from heliostat.cluster.fork_server.start import END_S, ENTRY
+
+CONTEXT = "--serialized-runtime-env-context="
+LIMIT = 1 << 20  # bytes of a request
+JOB, RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
+NO_JOB = "ffffffff"  # a worker that Ray starts before it is known for what
+PARENT_DEATH_SIGNAL = 1  # of prctl
+
+
+@dataclass
+class ForkRequest:
+    """Holds a command that the launcher was asked to run."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    folder: str
+
+
+def main() -> None:
+    """Serves requests until standard input ends; in the forks, runs what was requested."""
+    address = sys.argv[1]
+    os.environ[RAYLET] = str(os.getpid())  # Ray's workers end when it does: it ends with the raylet's own parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps what was forked
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(address)  # in a folder that nobody else may enter
+        listener.listen()
+        prepare(name for name in sys.argv[2].split(",") if name)
+        request = _serve(listener)
+    if request:
+        _become(request)
+    else:
+        _end_workers()
+        shutil.rmtree(Path(address).parent, ignore_errors=True)
+
+
+def prepare(modules: Iterable[str]) -> None:
+    """Imports modules for all later forks; SystemExit if those could not be told apart, or would lose something."""
+    with own_ids():
+        for module in modules:
+            with contextlib.suppress(ImportError, ValueError):  # of an extra that is not installed
+                importlib.import_module(module)
+    if threading.active_count() > 1:
+        raise SystemExit("the imported modules have started threads, which a fork would lose")
+    if _next_id() == _next_id():
+        raise SystemExit("Ray has drawn random numbers already: all forks would draw the same ones, and name things alike")
+    gc.freeze()  # a collection writes to each object that it looks at, and so would copy all that the forks share
+
+
+@contextlib.contextmanager
+def own_ids() -> Iterator[None]:
+    """Keeps Ray's random numbers unused inside: all forks would draw the same. Actor classes draw an id when defined."""
+    import ray.actor
+
+    kind = ray.actor.ActorClassID
+
+    class Drawn:
+        @staticmethod
+        def from_random() -> object:
+            return kind(os.urandom(kind.size()))
+
+    ray.actor.ActorClassID = Drawn  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        ray.actor.ActorClassID = kind  # type: ignore[misc]
+
+
+def _next_id() -> bytes:
+    """Returns the random id that Ray would give first in a fork."""
+    import ray
+
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.write(writable, ray.ObjectID.from_random().binary())
+        os._exit(0)
+    os.close(writable)
+    with os.fdopen(readable, "rb") as drawn:
+        return drawn.read()
+
+
+# requests ----------------------------------------------------------------------------------------------------------------
+
+
+def worker(request: ForkRequest) -> ForkRequest | None:
+    """Reads Ray's command for a worker, with its runtime environment applied; None if no fork of this process can be that worker.
+
+    That is a worker of another job, or one whose runtime environment asks for more than variables and a folder.
+    """
+    words, variables, folder = list[str](), dict[str, str](), request.folder
+    program = next(i for i, word in enumerate(request.arguments) if word.endswith(ENTRY))
+    for word in request.arguments[program:]:
+        if word.startswith(CONTEXT):
+            context = json.loads(word.removeprefix(CONTEXT))
+            variables = context.pop("env_vars", {})
+            match shlex.split(" ".join(context.get("command_prefix", []))):
+                case ["cd", where, "&&"]:
+                    folder = where
+                    del context["command_prefix"]
+            if any(value for name, value in context.items() if (name, value) != ("py_executable", sys.executable)):
+                return None
+        elif not word.startswith("--language="):
+            words.append(word)
+    environment = request.environment | variables
+    same_job = environment.get(JOB, NO_JOB) in (NO_JOB, os.environ[JOB])
+    return ForkRequest(words, environment, folder) if same_job else None
+
+
+def receive(connection: socket.socket, descriptors: int = 3) -> tuple[ForkRequest, list[int]]:
+    """Receives a request and descriptors: the three standard streams of the launcher."""
+    data, received, _, _ = socket.recv_fds(connection, LIMIT, descriptors)
+    while not data.endswith(b"\n"):
+        more = connection.recv(LIMIT)
+        if not more or len(data) > LIMIT:
+            for one in received:
+                os.close(one)
+            raise ValueError("half a request")
+        data += more
+    return ForkRequest(**json.loads(data)), received
+
+
+def _serve(listener: socket.socket) -> ForkRequest | None:
+    """Forks for each request; returns the request in the new process, and None here when standard input ends."""
+    server = os.getpid()
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        connection, _ = listener.accept()
+        connection.settimeout(END_S)
+        wanted, streams, pid = None, list[int](), None
+        # the launcher has gone, and Ray asks again; no command of Ray's; no process or memory to be had: it runs Python itself
+        with contextlib.suppress(OSError, ValueError, TypeError, StopIteration):
+            request, streams = receive(connection)
+            wanted = worker(request)
+            pid = os.fork() if wanted else None
+        if pid == 0:
+            _end_with(server)
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+        elif pid:
+            with contextlib.suppress(OSError):
+                connection.sendall(b"%d\n" % pid)
+        connection.close()
+        for stream in streams:
+            os.close(stream)
+        if pid == 0:
+            return wanted
+    return None
+
+
+def _end_with(parent: int) -> None:
+    """Makes the kernel kill this process when its parent ends: Ray's own check takes a zombie for a living process."""
+    ctypes.CDLL(None, use_errno=True).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it had ended before the call
+        os._exit(1)
+
+
+def _end_workers() -> None:
+    """Kills the process groups of this process's forks: the workers, and the processes that those have started."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a worker that ends meanwhile keeps its id
+    for child in psutil.Process().children():
+        with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet; the kernel kills it
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _become(request: ForkRequest) -> None:
+    """Runs the worker's program in this process, as if it had been started for it."""
+    os.setsid()  # Ray ends a worker's process group with it
+    with contextlib.suppress(OSError):  # as Ray has the kernel do: out of memory, it ends workers first
+        Path("/proc/self/oom_score_adj").write_text(request.environment.get("RAY_worker_oom_score_adjustment", "1000"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    os.chdir(request.folder)
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    sys.argv = request.arguments
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    for entry in reversed(request.environment.get("PYTHONPATH", "").split(os.pathsep)):
+        if entry and entry not in sys.path:
+            sys.path.insert(1, entry)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in enumerate("rww"))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

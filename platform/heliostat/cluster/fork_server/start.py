@@ -1,0 +1,76 @@
+"""Starts the fork server of a private Ray, and makes Ray take its workers from it.
+
+Ray starts a Python worker as `sys.executable default_worker.py ...`. While a private Ray starts, `sys.executable` is a launcher
+that hands such a command to the server: arguments, environment, folder and standard streams. It runs all other commands with
+Python itself, and also this one if no server answers. It runs `quiet_agent` in place of the dashboard's agent.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SWITCH = "HELIOSTAT_FORK_SERVER"
+TESTED = ("2.60",)  # versions of Ray
+ENTRY = "default_worker.py"
+END_S = 5.0
+LAUNCHER = """#!/bin/sh
+case "$1 $2 $3" in
+*{entry}*) exec {python} -I -S {launcher} {socket} {python} "$@";;
+*/dashboard/agent.py*) exec {python} -I -S {agent} "$@";;
+esac
+exec {python} "$@"
+"""
+
+
+@functools.cache
+def supported() -> bool:
+    """Checks whether workers can be forked here; logs one line if the version of Ray is the reason why not."""
+    if sys.platform != "linux" or os.environ.get(SWITCH) == "0":
+        return False
+    version = metadata.version("ray")
+    if version.rpartition(".")[0] not in TESTED:
+        log.warning("Ray %s starts workers itself, some seconds each: the fork server was tested with %s", version, TESTED[-1])
+        return False
+    return True
+
+
+class ForkServer:
+    """Starts a fork server in a folder of its own, which it makes private; it ends with `end`, or with this process.
+
+    The environment must have RAY_JOB_ID: the forks are workers of that job alone.
+    """
+
+    def __init__(self, folder: Path, environment: Mapping[str, str], modules: Sequence[str]) -> None:
+        self.folder, self.launcher = folder, folder / "python"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        here = Path(__file__).parent
+        paths = {"python": sys.executable, "socket": folder / "socket", "launcher": here / "launcher.py",
+                 "agent": here / "quiet_agent.py"}  # fmt: skip
+        self.launcher.write_text(LAUNCHER.format(entry=ENTRY, **{name: shlex.quote(str(path)) for name, path in paths.items()}))
+        self.launcher.chmod(0o700)
+        command = [sys.executable, "-m", "heliostat.cluster.fork_server.server", str(folder / "socket"), ",".join(modules)]
+        self.process = self._launch(command, dict(environment))
+
+    def _launch(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Starts the server's process, which leads a session, and ends when its standard input does."""
+        nowhere = subprocess.DEVNULL
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True
+        )
+
+    def end(self) -> None:
+        """Ends the server, and the workers with it."""
+        self.process.kill()
+        self.process.wait(END_S)
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,213 @@
+"""Finds all pairs of perceptual hashes that differ in at most `distance` of 64 bits, exactly, with the hashes on disk.
+
+(Manku, Jain and Das Sarma, Detecting Near-Duplicates for Web Crawling, 2007.) Bits are cut into blocks. Two hashes that differ in
+d bits are equal in all blocks but d of them, so for every choice of d blocks to leave out, the others are a key under which such
+a pair meets. More blocks make longer keys, and more of them; there are as many as keep chance from filling the groups.
+
+A node is a perceptual hash that some image has; images with the same one are a group, in which the first by the hash of pixels
+stands for the others. Its rank is the first 64 bits of that hash.
+
+Then the images are chosen that stay, as if all were gone through by the hashes of their pixels, one by one.
+
+An image goes if it is near to one before it that stays: those that stay are the lexicographically first maximal independent set
+of the pairs. It is found in rounds: a node stays when all that are near and before it are known to go, and goes when one of them
+is known to stay. The order is a hash, so it is random, and the rounds are few however many nodes there are (Blelloch, Fineman and
+Shun, Greedy Sequential Maximal Independent Set and Matching are Parallel on Average, 2012).
+"""
+
+from __future__ import annotations
+
+import heapq
+from itertools import combinations, pairwise
+from math import ceil, comb, log2
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from heliostat.curation.comparing import JUDGED, LARGEST, counted
+from heliostat.curation.engine import groups
+from heliostat.curation.segment import SpilledRun, survivors
+from heliostat.storage.locations import Location
+from heliostat.tasks import spill
+
+BITS = 64
+KEYS = 64  # of a hash, at most
+TOGETHER = 2  # keys that are spilled together
+FACES = pa.schema(
+    [("key", pa.uint64()), ("looks", pa.uint64()), ("hash", pa.binary(32)), ("id", pa.large_string()), ("node", pa.uint64())]
+)
+EDGES: dict[str, type[np.generic]] = {**dict.fromkeys(("u", "v", "u_rank", "v_rank"), np.uint64), "images": np.int64}
+
+
+def blocks(distance: int, hashes: int) -> int:
+    """Chooses the number of blocks: the first whose keys are as long as tells so many hashes apart, within KEYS keys of each."""
+    count = distance + 1
+    while comb(count + 1, distance) <= KEYS and BITS - distance * ceil(BITS / count) < log2(max(2, hashes)):
+        count += 1
+    return count
+
+
+def masks(distance: int, count: int) -> list[int]:
+    """Lists the bits of each key: all blocks but `distance` of them."""
+    edges = np.linspace(0, BITS, count + 1).astype(int).tolist()
+    of_block = [(1 << stop) - (1 << start) for start, stop in pairwise(edges)]
+    whole = (1 << BITS) - 1
+    return [whole - sum(left_out) for left_out in combinations(of_block, distance)]
+
+
+def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, Any]:
+    """Spills the perceptual hash of each image of a run, which has this number; if `exact`, the pixels' hash in its place."""
+    found = []
+    for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):
+        looks = table["key"].to_numpy() if exact else table["looks"].to_numpy().view(np.uint64)
+        node = (np.uint64(number) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)
+        columns = [pa.array(spill.mixed(looks)), pa.array(looks), table["hash"], table["id"], pa.array(node)]
+        found.append(pa.Table.from_arrays(columns, schema=FACES))
+    table = pa.concat_tables([FACES.empty_table(), *found])
+    name = spill.write(folder, table, ("hash", "id"))
+    return {"faces": name, "rows": len(table), "files": [name]}
+
+
+def gather(folder: Location, part: int, parts: int, names: list[str]) -> pa.Table:
+    """Reads the images of a part of all perceptual hashes, in groups, each sorted by the hash of pixels and the id."""
+    order = [(name, "ascending") for name in ("looks", "hash", "id")]
+    return spill.joined(folder, names, *spill.share(part, parts), FACES).sort_by(order).combine_chunks()
+
+
+def firsts(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Tells of gathered images whether each is the first of its group, and the first with its pixels."""
+    looks, hashes = table["looks"].to_numpy(), prefixes(table, 4)
+    return spill.starts(looks), spill.starts(looks, *hashes.T)
+
+
+def prefixes(table: pa.Table, words: int = 1) -> np.ndarray:
+    """Returns the first 64-bit words of the hashes, a row of them for each image."""
+    whole = np.frombuffer(b"".join(table["hash"].to_pylist()), ">u8").astype(np.uint64)
+    return whole.reshape(-1, 4)[:, :words]
+
+
+def group(folder: Location, part: int, parts: int, names: list[str], distance: int, count: int) -> dict[str, Any]:
+    """Spills every node of this part under its keys, of `count` blocks, with its rank and its images of different pixels."""
+    table = gather(folder, part, parts, names)
+    of_group, of_pixels = firsts(table)
+    starts = np.flatnonzero(of_group)
+    looks, ranks = table["looks"].to_numpy()[starts], prefixes(table)[starts, 0]
+    images = np.add.reduceat(of_pixels.astype(np.int64), starts) if len(starts) else np.zeros(0, np.int64)
+    numbered, files = list(enumerate(masks(distance, count) if distance else ())), []
+    for some in groups(numbered, TOGETHER):
+        under = [pa.table({"key": _keys(looks, *one), "looks": looks, "rank": ranks, "images": images}) for one in some]
+        files.append(spill.write(folder, pa.concat_tables(under), ("looks",)))
+    return {"keys": files, "rows": len(starts) * len(numbered), "files": files}
+
+
+def _keys(looks: np.ndarray, number: int, mask: int) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return spill.mixed(spill.mixed(looks & np.uint64(mask)) + np.uint64(number))
+
+
+def pairs(folder: Location, part: int, parts: int, names: list[str], distance: int) -> dict[str, Any]:
+    """Spills the edges between nodes that meet under a key of this part and are near enough, both ways."""
+    keys, looks, ranks, images = spill.arrays(
+        folder, names, *spill.share(part, parts), key=np.uint64, looks=np.uint64, rank=np.uint64, images=np.int64
+    )
+    order = np.lexsort((looks, keys))
+    keys, seen = keys[order], looks[order]
+    here, there, step, place = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 1, np.arange(len(keys))
+    while len(place := place[place + step < len(keys)]) and len(place := place[keys[place] == keys[place + step]]):
+        apart = np.bitwise_count(seen[place] ^ seen[place + step])
+        near = place[(apart <= distance) & (apart > 0)]
+        here.append(near)
+        there.append(near + step)
+        step += 1
+    a, b = order[np.concatenate(here)], order[np.concatenate(there)]
+    u, v = np.concatenate([a, b]), np.concatenate([b, a])
+    return spilled(folder, (looks[u], looks[v], ranks[u], ranks[v], images[u]))
+
+
+def spilled(folder: Location, edges: tuple[np.ndarray, ...]) -> dict[str, Any]:
+    """Spills edges by the node that they begin at, each once."""
+    order = np.lexsort((edges[1], edges[0]))
+    edges = tuple(column[order] for column in edges)
+    first = spill.starts(*edges[:2])
+    edges = tuple(column[first] for column in edges)
+    table = pa.table({"key": spill.mixed(edges[0]), **dict(zip(EDGES, edges, strict=True))})
+    name = spill.write(folder, table, ("u", "v"))
+    return {"edges": name, "rows": len(table), "files": [name]}
+
+
+NAMES = pa.schema(
+    [("key", pa.uint64()), ("looks", pa.uint64()), ("gone", pa.bool_()), ("id", pa.large_string()), ("size", pa.int64())]
+)
+
+
+def settle(folder: Location, part: int, parts: int, names: list[str], messages: list[str]) -> dict[str, Any]:
+    """Decides on the nodes of this part that can be decided on, and spills messages to those that come after them.
+
+    `messages` say which nodes stay and which go. Also spilled are the edges of nodes that are left, and by whom others go.
+    """
+    keys = spill.share(part, parts)
+    u, v, u_rank, v_rank, images = spill.arrays(folder, names, *keys, **EDGES)
+    source, stays = spill.arrays(folder, messages, *keys, source=np.uint64, stays=np.int64)
+    source, place = np.unique(source, return_index=True)
+    before = (v_rank < u_rank) | ((v_rank == u_rank) & (v < u))
+    at = np.minimum(np.searchsorted(source, v), max(0, len(source) - 1))
+    known = before & (source[at] == v) if len(source) else np.zeros(len(u), bool)
+    drops = known & (stays[place][at] == 1) if len(source) else known
+    gone, waits = np.isin(u, u[drops]), np.isin(u, u[before & ~known])
+    left = ~gone & waits
+    tell = ~left & ~before
+    told = pa.table({"key": spill.mixed(v[tell]), "source": u[tell], "stays": (~gone[tell]).astype(np.int64)})
+    message = spill.write(folder, told, ("source",))
+    on = left & ~known
+    record = spilled(folder, tuple(column[on] for column in (u, v, u_rank, v_rank, images)))
+    order = np.lexsort((v[drops], v_rank[drops], u[drops]))
+    dropped, first = np.unique(u[drops][order], return_index=True)
+    by, size = v[drops][order][first], images[drops][order][first]
+    fate = spill.write(folder, pa.table({"key": spill.mixed(by), "by": by, "looks": dropped, "images": size}), ("by", "looks"))
+    return record | {"messages": message, "fates": fate, "files": [*record["files"], message, fate]}
+
+
+def name(folder: Location, part: int, parts: int, names: list[str], fates: list[str]) -> dict[str, Any]:
+    """Spills for each node that goes, and for those that others go for, the id of the image that stays and their number."""
+    table = gather(folder, part, parts, names)
+    of_group, of_pixels = firsts(table)
+    starts = np.flatnonzero(of_group)
+    looks = table["looks"].to_numpy()[starts]
+    sizes = np.add.reduceat(of_pixels.astype(np.int64), starts) if len(starts) else np.zeros(0, np.int64)
+    by, dropped, images = spill.arrays(folder, fates, *spill.share(part, parts), by=np.uint64, looks=np.uint64, images=np.int64)
+    at = np.searchsorted(looks, by)
+    np.add.at(sizes, at, images)
+    own = np.flatnonzero(sizes > 1)
+    node = np.concatenate([looks[own], dropped])
+    which = np.concatenate([own, at])
+    columns = [spill.mixed(node), node, np.repeat([False, True], [len(own), len(at)]), table["id"].take(pa.array(starts[which])),
+               sizes[which]]  # fmt: skip
+    told = pa.Table.from_arrays([c if isinstance(c, pa.ChunkedArray) else pa.array(c) for c in columns], schema=NAMES)
+    written = spill.write(folder, told, ("looks", "gone"))
+    return {"names": written, "files": [written]}
+
+
+def judge(folder: Location, part: int, parts: int, names: list[str], told: list[str]) -> dict[str, Any]:
+    """Spills which images of this part go, by their places in runs, with the reason and who stays."""
+    table = gather(folder, part, parts, names)
+    of_group, of_pixels = firsts(table)
+    about = spill.joined(folder, told, *spill.share(part, parts), NAMES).to_pylist()
+    stays = {row["looks"]: row for row in sorted(about, key=lambda row: row["gone"])}  # who goes is no cluster of its own
+    near = np.isin(table["looks"].to_numpy(), np.array([n for n, row in stays.items() if row["gone"]], np.uint64))
+    same = np.maximum.accumulate(np.where(of_pixels, np.arange(len(table)), 0))
+    places = np.flatnonzero(near | ~of_group)
+    gone, firsts_of = table.take(pa.array(places)), table["id"].take(pa.array(same[places])).to_pylist()
+    found = []
+    columns = (gone["looks"].to_pylist(), gone["node"].to_pylist(), of_pixels[places].tolist(), firsts_of)
+    for looks, node, alike, first in zip(*columns, strict=True):
+        if not alike:
+            found.append({"key": node, "reason": "duplicate", "detail": first})
+        elif row := stays.get(looks):  # none where groups are of equal pixels: their hashes begin alike by chance
+            detail = f"{row['id']} (one of {row['size']})"
+            found.append({"key": node, "reason": "near_duplicate", "detail": detail})
+    judged = spill.write(folder, pa.Table.from_pylist(found, JUDGED), ("reason",))
+    clusters = [(-row["size"], row["id"]) for row in stays.values() if not row["gone"]]
+    largest = [[-size, id] for size, id in heapq.nsmallest(LARGEST, clusters)]
+    sizes = counted(-size for size, _ in clusters)
+    return {"judged": judged, "clusters": len(clusters), "largest": largest, "sizes": sizes, "files": [judged]}

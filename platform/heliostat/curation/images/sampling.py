@@ -1,0 +1,62 @@
+"""Chooses a sample of an image input: whole files by their hashes, and of archives some, with a share of the images in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from heliostat.curation.images.pictures import Raw
+from heliostat.curation.images.tasks import ImageSource
+from heliostat.curation.pieces import FilePart
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.sampled import OF_RECORDS, PLACES, SampledParts, chosen, evenly
+from heliostat.curation.stage import Dropped
+
+RATE = "rate"  # of a task: the share of its images that is taken
+
+
+@dataclass(frozen=True)
+class SampledImages(ImageSource):
+    """Reads a sample of an image input: of each task, the images whose ids are chosen."""
+
+    def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
+        return (raw for raw in super()._raw(task) if task[RATE] >= 1 or chosen(raw.id, task[RATE], OF_RECORDS))
+
+
+def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: SampledParts) -> Iterator[dict[str, Any]]:
+    """Yields the read tasks of a sample, and counts in it what is read.
+
+    Of images that are files of their own some are chosen; of archives some, at least PLACES if there are, and of the images in
+    them a share.
+    """
+    sizes = {f.path: f for f in inputs}
+    archives = list[FilePart]()
+    for task in tasks:
+        if task["kind"] == "files":
+            yield from _files(task, sizes, sample)
+        elif task["kind"] == "archives":
+            archives += [FilePart(**told) for told in task["parts"]]
+        else:  # images that come with a library
+            whole = [f.part for f in inputs]
+            sample.add(task["kind"], whole, whole, False, sample.fraction)
+            yield {**task, RATE: sample.fraction}
+    if archives:
+        rate = min(1.0, max(sample.fraction, PLACES / len(archives)))
+        taken = evenly(archives, rate)
+        sample.add("archives", archives, taken, False, sample.fraction / rate)
+        for part in sorted(taken, key=lambda part: (part.path, part.start)):
+            yield {"kind": "archives", "parts": [vars(part)], RATE: sample.fraction / rate}
+
+
+def _files(task: dict[str, Any], sizes: dict[str, InputFile], sample: SampledParts) -> Iterator[dict[str, Any]]:
+    entries = {f"{place} {entry['path']}": (entry, state)
+               for place, (entry, state) in enumerate(zip(task["entries"], task["state"], strict=True))}  # fmt: skip
+    parts = [
+        FilePart(name, sizes[entry["path"]].bytes if entry["path"] in sizes else 0, 0) for name, (entry, _) in entries.items()
+    ]
+    taken = evenly(parts, sample.fraction)
+    sample.add(task["kind"], parts, taken, True, 1.0)
+    if taken:
+        found = [entries[part.path] for part in taken]
+        yield {**task, "entries": [entry for entry, _ in found], "state": [state for _, state in found], RATE: 1.0}

@@ -1,0 +1,228 @@
+"""Makes a dataset of an input: reads and curates, writes the shards, and says in the manifest what was done.
+
+Its kinds (texts, pairs, images) say what they read, and how shards are written.
+
+A making of a sample predicts what the dataset of the whole would give and take.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from heliostat.curation import reasons, segment, tally
+from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine, segments, summed
+from heliostat.curation.pieces import FilePart
+from heliostat.curation.predicting import Prediction, alike_of, spread_of
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.sampled import SampledParts
+from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
+from heliostat.curation.stage import Stage
+from heliostat.curation.text import sources, tasks, tokens
+from heliostat.data import versions
+from heliostat.data.manifest import FILES
+from heliostat.errors import DataError
+from heliostat.storage.locations import Location
+from heliostat.tasks import merging
+from heliostat.tasks.exchange import by_parts
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import ShardRange
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class WrittenShards:
+    """Holds the manifest's rows and facts of written shards, their part of the funnel, and spills of what became of documents."""
+
+    rows: list[dict[str, Any]]
+    facts: dict[str, Any]
+    shard: dict[str, Any] = field(default_factory=dict)
+    ends: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Making:
+    """Makes the dataset of one pipeline; the fields are its keys."""
+
+    kind: ClassVar[str] = "rows"
+    meanings: ClassVar[dict[str, str]] = {}
+    """What the reasons mean for which reading leaves something out."""
+    recorded: ClassVar[bool] = True
+    """Whether a dataset with stages says what became of each document."""
+    what_read: ClassVar[bool] = False
+    """Whether the record repeats `meanings`."""
+
+    flow: Flow
+    source: DocumentSource
+    output: Location
+    stages: list[Stage]
+    memory_limit: int
+    sample: SampledParts | None = field(default=None, kw_only=True)
+    """What of the input is read; None: all."""
+    seconds: dict[str, float] = field(default_factory=dict, init=False)
+    """CPU seconds of each stage, afterwards; of the work that earlier runs have done, too."""
+    counted: tally.Tally = field(default_factory=dict, init=False)
+    """What the stages did, afterwards."""
+
+    @property
+    def identity(self) -> list[Any]:
+        """Returns what the documents follow from that `source` reads, as JSON values."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> list[str]:
+        """Returns the columns that are recorded of each document."""
+        return []
+
+    @property
+    def all_stages(self) -> list[Stage]:
+        return self.stages
+
+    @property
+    def as_read(self) -> list[str] | None:
+        """Returns the labels of stages whose reasons are reported as reading's, None where there can be none."""
+        return None
+
+    @property
+    def explained(self) -> bool:
+        """Tells whether the dataset says what became of each document."""
+        return self.recorded and (bool(self.stages) or self.sample is not None)
+
+    def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
+        """Cuts the input into pieces of work."""
+        raise NotImplementedError
+
+    def write(self, curated: Curated) -> WrittenShards:
+        """Writes the shards of what the stages have left."""
+        raise NotImplementedError
+
+    def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Writes everything but the manifest, and returns its rows and metadata."""
+        return self._run(self.curated(inputs))
+
+    def _run(self, curated: Curated) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        dropped = self._dropped(curated)
+        meta: dict[str, Any] = {"kind": self.kind, "dropped": dropped, "listed": self._listed(curated, dropped)}
+        if not curated.runs:
+            return [], meta
+        written = self.write(curated)
+        meta |= written.facts
+        if written.rows and self.explained:
+            meta |= self._explain(curated, written)
+        return written.rows, meta
+
+    def curated(self, inputs: list[InputFile]) -> Curated:
+        """Reads the input and takes it through the stages."""
+        engine = StageEngine(self.flow, self.source, self.identity, self.memory_limit)
+        return engine.curate(self.pieces(inputs), self.all_stages, self.explained)
+
+    def _dropped(self, curated: Curated) -> dict[str, int]:
+        """Counts what was left out by reason, and logs each with examples; of a sample, the prediction says it."""
+        prefixes, dropped, examples = tuple(f"{name}: " for name in self.as_read or ()), Counter[str](), dict[str, list[str]]()
+        for reason, number in curated.reasons.items():
+            plain = next((reason.removeprefix(prefix) for prefix in prefixes if reason.startswith(prefix)), reason)
+            dropped[plain] += number
+            examples[plain] = heapq.nsmallest(EXAMPLES, [*examples.get(plain, []), *curated.examples[reason]])
+        if self.sample is None:
+            log_dropped(dropped, examples, self.meanings, self.stages)
+        return dict(sorted(dropped.items()))
+
+    def _listed(self, curated: Curated, dropped: dict[str, int]) -> list[str] | None:
+        rows = sum(number for reason, number in dropped.items() if ": " not in reason)  # not of stages
+        also = {} if self.as_read is None else {"also": self.as_read}
+        return listed(self.flow, rows, curated.left_out, self.output, **also) if rows else None
+
+    def _explain(self, curated: Curated, written: WrittenShards) -> dict[str, Any]:
+        """Writes the funnel and what became of each document; returns what the manifest says of them."""
+        total = summed(self.flow, sorted(curated.tallies))
+        told = reasons.explained(self.all_stages, total, written.shard)
+        for name in (segment.READ, segment.FINISH) if self.what_read else ():
+            told |= {name: told[name] | {"what": self.meanings}} if name in told else {}
+        funnel = json.dumps({name: json.loads(json.dumps(told[name], sort_keys=True)) for name in told}).encode()
+        rows, ends = written.shard["documents"] + sum(curated.reasons.values()), sorted([*curated.left_out, *written.ends])
+        work = by_parts(self.flow, "ends", reasons.parts(rows), ends, output=self.output.uri, columns=self.columns)
+        records = self.flow.all("ends", reasons.write_ends, work, valid=lambda r: self.output.join(r["path"]).exists())
+        path = versions.store(self.output, f"{FILES}/funnel-", funnel, ".json")
+        self.counted, self.seconds = total, self._seconds(total)
+        places = [[r["begin"], r["path"]] for r in records]
+        return {"curation": {"funnel": path, "ends": places}, "also": sorted({path, *(p for _, p in places)})}
+
+    def _seconds(self, total: tally.Tally) -> dict[str, float]:
+        of_stages = {name: round(total[name]["seconds"], 3) for name in total if name not in (segment.READ, segment.FINISH)}
+        first = sum(of_stages.get(tally.label(number, stage), 0.0) for number, stage in segments(self.all_stages)[0])
+        reading, shards = self.flow.seconds.get("read", 0.0), self.flow.seconds.get("shards", 0.0)
+        return {segment.READ: round(max(0.0, reading - first), 3), **of_stages, "shard": round(shards, 3)}
+
+    def ranges(self, runs: list[SpilledRun], shards: int, bounds: merging.Bounds | None = None) -> list[ShardRange]:
+        """Merges runs where each of so many shards would have little of them; by default, shards are equal ranges of hashes."""
+        of_hashes = bounds or (lambda first, stop: tasks.bounds(first, shards, stop))
+        return merging.merged(self.flow, runs, shards, of_hashes, self.memory_limit // RUN_SHARE)
+
+    def shards(self, function: Callable[..., dict[str, Any]], work: Iterator[Task], cpus: int = 1) -> Iterator[dict[str, Any]]:
+        """Writes the shards that are not there yet; yields the tasks' records as they finish."""
+        there = dict(self.output.files())
+
+        def whole(record: dict[str, Any]) -> bool:
+            return all(there.get(shard["path"], 0) == shard["file_bytes"] for shard in record.get("shards", [record]))
+
+        return (record for _, record in self.flow.run("shards", function, work, cpus, whole))
+
+    def tokenizer_facts(self, definition: str, end_of_document: str, folders: list[Location] | None = None) -> dict[str, Any]:
+        """Stores a tokenizer, in each of the folders; returns what the manifest says of it."""
+        made = tokens.load(definition)
+        (path,) = {versions.store(folder, f"{FILES}/tokenizer-", definition.encode(), ".json")
+                   for folder in folders or [self.output]}  # fmt: skip
+        return {
+            "files": {"tokenizer.json": path},
+            "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
+            "vocab_size": made.get_vocab_size(),
+            "end_of_document": tokens.end_id(made, end_of_document),
+        }
+
+    def predicted(self, inputs: list[InputFile]) -> dict[str, Any]:
+        """Makes the dataset of the sample, and returns what it says of the whole, as JSON values."""
+        assert self.sample is not None
+        curated = self.curated(inputs)
+        rows, meta = self._run(curated)
+        if not rows:
+            raise DataError(f"nothing is left of the sample ({meta.get('dropped')}); give a larger one")
+        funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
+        spread = spread_of(self.flow, curated.runs, self.sample.fraction)
+        alike = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)
+        made = Prediction(self.sample, self.all_stages, funnel, self.flow, self.counted, spread, alike, **self.of_prediction)
+        notes = self.refine(made, curated)
+        prediction = made.told(len(inputs))
+        prediction["notes"] += notes
+        return prediction
+
+    @property
+    def of_prediction(self) -> dict[str, Any]:
+        """Returns further fields of the prediction."""
+        return {}
+
+    def refine(self, made: Prediction, curated: Curated) -> list[str]:
+        """Adds to a prediction what follows from this kind of dataset; returns notes on it."""
+        return []
+
+
+def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: Any) -> list[str]:
+    """Lists so many documents that were left out, in as many files as ranges of hashes; returns their paths."""
+    work = by_parts(flow, "listed", reasons.parts(rows), names, output=output.uri, **also)
+    made = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
+    return [record["listed"] for record in made]
+
+
+def log_dropped(dropped: Counter[str], examples: dict[str, list[str]], meanings: dict[str, str], stages: list[Stage]) -> None:
+    """Logs what was left out, by reason, with examples."""
+    of_stages = {f"{tally.label(number, stage)}: {reason}": f"{stage.named()}: {what}"
+                 for number, stage in enumerate(stages) for reason, what in stage.reasons.items()}  # fmt: skip
+    known = meanings | of_stages
+    for reason, count in sorted(dropped.items()):
+        log.warning("dropped %d: %s, such as %s", count, known.get(reason, reason), sources.examples(examples[reason]))

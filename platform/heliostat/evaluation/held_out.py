@@ -1,0 +1,237 @@
+"""Makes a suite of a prepared dataset's held-out text: `heliostat make-suite DATASET --out FOLDER`.
+
+    FOLDER/suite.yaml            what `heliostat benchmark` takes
+    FOLDER/tasks/*.yaml          task files of lm-eval, which its own command takes too, run in FOLDER
+    FOLDER/data/*.jsonl          the questions
+    FOLDER/made.json             what they were made of
+
+A model whose job holds out at least the same fraction of the dataset has not been trained on any of it.
+
+A word is what is between white space; white space is kept as it is, because in code it means something. All choices are by the
+random generator that is given, so that the same seed makes the same questions.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from heliostat.config.fields import Json
+from heliostat.data.infilling import FACT
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError, DataError
+from heliostat.evaluation import documents
+from heliostat.evaluation.suite import Result
+from heliostat.storage.locations import Location
+
+WORD = re.compile(r"\S+")
+BEFORE, LEAST = 64, 24  # words before what is asked: at most, and at least
+GOES_ON, CHOICES = 12, 4  # words of a continuation; how many there are to choose from
+LETTERS = re.compile(r"[^\W\d_]{4,}")  # of a word that is asked for
+AROUND, MIDDLE = 32, 4  # words before and behind a middle, at most; words of it
+TRIES = 3  # questions that are tried of a document
+
+
+@dataclass(frozen=True)
+class WordedDocument:
+    """Holds a document and where its words are."""
+
+    text: str
+    words: list[tuple[int, int]]
+
+    @staticmethod
+    def of(text: str) -> WordedDocument:
+        return WordedDocument(text, [match.span() for match in WORD.finditer(text)])
+
+    def between(self, first: int, last: int) -> str:
+        """Cuts out words from one to before another, with what stands between them."""
+        return self.text[self.words[first][0] : self.words[last - 1][1]]
+
+    def gap(self, word: int) -> str:
+        """Returns the white space before a word."""
+        return self.text[self.words[word - 1][1] : self.words[word][0]]
+
+    def before(self, word: int) -> str:
+        """Returns up to BEFORE words before a word."""
+        return self.between(max(0, word - BEFORE), word)
+
+
+Question = dict[str, str | int | list[str]]
+Ask = Callable[[WordedDocument, random.Random, Sequence[WordedDocument]], Question | None]
+
+
+def choice(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
+    """Asks which of four continuations a passage has: the others go on in other documents, behind the same white space."""
+    long = [one for one in others if one is not text and len(one.words) >= LEAST + GOES_ON]
+    if len(text.words) < LEAST + GOES_ON or len(long) < CHOICES - 1:
+        return None
+    at = rng.randrange(LEAST, len(text.words) - GOES_ON + 1)
+    right = text.between(at, at + GOES_ON)
+    wrong = []
+    for one in rng.sample(long, CHOICES - 1):
+        begin = rng.randrange(LEAST, len(one.words) - GOES_ON + 1)
+        wrong.append(one.between(begin, begin + GOES_ON))
+    if len({right, *wrong}) < CHOICES:
+        return None
+    place = rng.randrange(CHOICES)
+    all_ = [*wrong[:place], right, *wrong[place:]]
+    return {"context": text.before(at), "choices": [text.gap(at) + one for one in all_], "answer": place}
+
+
+def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
+    """Asks for the word that follows a passage, in which it has stood before (as LAMBADA does, Paperno et al. 2016)."""
+    begins = [letters[0] if (letters := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
+    places = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]
+    if not places:
+        return None
+    at, answer = rng.choice(places)
+    return {"context": text.before(at), "answer": text.gap(at) + answer}
+
+
+def recall(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
+    """Asks for two words that follow another, as they did before in the passage: the model writes them."""
+    words, last, places = [text.text[a:b] for a, b in text.words], dict[tuple[str, ...], int](), list[int]()
+    for at in range(1, len(words) - 1):
+        said = (words[at - 1], words[at], words[at + 1])
+        before = last.get(said, -BEFORE) - 1  # where it began
+        if (
+            at >= LEAST
+            and at - BEFORE <= before < at - 3
+            and text.gap(at + 1) == " "
+            and LETTERS.search(words[at] + words[at + 1])
+        ):
+            places.append(at)
+        last[said] = at
+    if not places:
+        return None
+    at = rng.choice(places)
+    return {"context": text.before(at), "answer": text.between(at, at + 2)}
+
+
+def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
+    """Makes an Ask for what stands between a prefix and a suffix, with the tokens that a model's data has before its pieces."""
+
+    before, behind, middle = markers
+
+    def middles(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
+        if len(text.words) < LEAST + MIDDLE + LEAST or any(marker in text.text for marker in markers):
+            return None
+        at = rng.randrange(LEAST, len(text.words) - MIDDLE - LEAST + 1)
+        answer, end = text.between(at, at + MIDDLE), at + MIDDLE
+        if not LETTERS.search(answer):
+            return None
+        prefix = text.between(at - min(at, AROUND), at) + text.gap(at)
+        suffix = text.gap(end) + text.between(end, min(end + AROUND, len(text.words)))
+        context = f"{before}{behind}{suffix}{middle}{prefix}" if suffix_first else f"{before}{prefix}{behind}{suffix}{middle}"
+        return {"context": context, "answer": answer, "prefix": prefix, "suffix": suffix}
+
+    return middles
+
+
+def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) -> Iterator[Question]:
+    """Yields up to so many questions, at most TRIES of a document, documents by turns."""
+    rng, asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
+    for _ in range(TRIES):
+        for number in rng.sample(range(len(texts)), len(texts)):
+            if asked == count:
+                return
+            others = [texts[i] for i in rng.sample(range(len(texts)), min(len(texts), 4 * CHOICES))]
+            question = ask(texts[number], rng, others)
+            if question is not None and question["context"] not in known:
+                known.add(question["context"])
+                asked += 1
+                yield question
+
+
+DOCUMENTS = 8  # that are read for each question that is asked for
+MIDDLE_TOKENS = 48  # that a model may write for a middle
+CHARS = 100_000  # of a document that is looked at
+GREEDY = {"do_sample": False, "until": ["\n\n"], "max_gen_toks": 24}
+FIRST_TWO = {"function": "regex", "regex_pattern": r"^\s*(\S+\s+\S+)"}
+TWO_WORDS = {"name": "two_words", "filter": [FIRST_TWO, {"function": "take_first"}]}
+Shape = dict[str, Json]  # keys of a task file
+TASKS: dict[str, tuple[Ask, Shape]] = {  # `metric_list`: by what their values are put together
+    "held_out_choice": (
+        choice,
+        {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": {"acc": "mean", "acc_norm": "mean"}},
+    ),
+    "held_out_cloze": (
+        cloze,
+        {"output_type": "loglikelihood", "metric_list": {"acc": "mean", "perplexity": "perplexity"}},
+    ),
+    "held_out_recall": (
+        recall,
+        {"output_type": "generate_until", "generation_kwargs": GREEDY, "filter_list": [TWO_WORDS],
+         "metric_list": {"exact_match": "mean"}},
+    ),
+}  # fmt: skip
+
+
+def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Result:
+    """Writes the suite; ConfigError if too little is held out to ask anything about."""
+    prepared = documents.open_text(Location(dataset))
+    texts = _texts(prepared, fraction, DOCUMENTS * count, seed)
+    if len(texts) < CHOICES:
+        raise ConfigError(
+            f"--fraction: {fraction:g} of {dataset} holds out {len(texts)} documents of text, too few; give a larger one"
+        )
+    counts = {}
+    for name, (ask, shape) in {**TASKS, **_of_middles(prepared)}.items():
+        asked = list(questions(ask, texts, count, seed))
+        if asked:
+            _write(to, name, shape, asked)
+        counts[name] = len(asked)
+    if not any(counts.values()):
+        raise ConfigError(
+            f"{dataset}: its held-out documents are too short to ask about; give a larger --fraction, or another dataset"
+        )
+    facts = {"dataset": dataset, "digest": prepared.digest, "fraction": fraction, "seed": seed, "documents": len(texts),
+             "tasks": counts}  # fmt: skip
+    (to / "made.json").write_text(json.dumps(facts, indent=1) + "\n")
+    suite = {"name": "held-out", "folder": ".", "tasks": [name for name, asked in counts.items() if asked]}
+    (to / "suite.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
+    return {**facts, "suite": str(to / "suite.yaml")}
+
+
+def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, Shape]]:
+    """Makes the task of a dataset that is rearranged for filling in the middle: the model writes it, to the document's end."""
+    if FACT not in prepared.meta:
+        return {}
+    end = documents.Documents(prepared).token(prepared.fact("end_of_document"))
+    ask = asking_for_middles(prepared.meta[FACT]["names"], prepared.meta[FACT]["spm_rate"] == 1)
+    greedy = {"do_sample": False, "until": [end], "max_gen_toks": MIDDLE_TOKENS}
+    shape = {"output_type": "generate_until", "generation_kwargs": greedy, "metric_list": {"exact_match": "mean"}}
+    return {"held_out_middle": (ask, shape)}
+
+
+def _texts(prepared: Manifest, fraction: float, most: int, seed: int) -> list[WordedDocument]:
+    """Reads held-out documents, chunks in an order of the seed's, until there are enough; DataError if a chunk is damaged."""
+    chunks, reader, kept = documents.held_out(prepared, fraction).tolist(), documents.Documents(prepared), list[WordedDocument]()
+    random.Random(seed).shuffle(chunks)
+    for texts in reader.texts(chunks):
+        kept += [WordedDocument.of(text[:CHARS]) for text in texts]
+        if len(kept) >= most:
+            break
+    if reader.damaged:
+        raise DataError(reader.damaged[0])
+    return [text for text in kept if len(text.words) >= LEAST][:most]
+
+
+def _write(to: Path, name: str, shape: Shape, asked: list[Question]) -> None:
+    """Writes a task: its questions, and its file."""
+    for folder in ("tasks", "data"):
+        (to / folder).mkdir(parents=True, exist_ok=True)
+    (to / "data" / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
+    metrics = [
+        {"metric": one, "aggregation": way, "higher_is_better": way == "mean"} for one, way in shape["metric_list"].items()
+    ]
+    task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"data/{name}.jsonl"}},
+            "test_split": "test", "doc_to_text": "context", "doc_to_target": "answer", "target_delimiter": "", "num_fewshot": 0,
+            **shape, "metric_list": metrics, "metadata": {"version": 1}}  # fmt: skip
+    (to / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))

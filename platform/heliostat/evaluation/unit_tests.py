@@ -1,0 +1,227 @@
+"""Scores the code that a model writes by unit tests that it has not seen: a task file with the key `unit_tests`.
+
+    task: functions
+    unit_tests: "{{tests}}"                     # Python, run behind the question and the answer; a template as doc_to_text
+    doc_to_text: "{{prompt}}"
+    generation_kwargs: {until: ["\\ndef ", "\\nclass "], max_gen_toks: 256}
+
+lm-eval asks the model, and the answer is run in a sandbox (`run_program`). Its score is pass@1: the share of answers that pass.
+
+The sandbox is made of Linux's namespaces, limits, and a filter of system calls (`heliostat.tasks.sandbox`). It is no virtual
+machine: who finds a fault in the kernel is out. It bounds what one program takes, not what all take together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from heliostat.config.fields import Json
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.evaluation import measures
+from heliostat.evaluation.suite import Row
+from heliostat.tasks import sandbox
+from heliostat.text import brief
+
+KEY, KIND, METRIC = "unit_tests", "unit_tests", "pass@1"
+LAST = "take_first"  # the filter that makes one answer of a list
+ITS_OWN = ("output_type", "metric_list", "doc_to_target", "doc_to_choice", "num_fewshot")
+SIDE_BY_SIDE = 4  # programs, at most: each may take as much memory as its limit
+
+
+def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[str, object]:
+    """Returns the task that lm-eval is to ask for a task file with unit tests.
+
+    ConfigError if the suite does not allow them, this machine cannot shut programs in, or the file says more than can be meant.
+    """
+    template = config[KEY]
+    if not isinstance(template, str) or not template.strip():
+        raise ConfigError(f"{where}: {KEY}: {template!r} is no template of tests, such as '{{{{tests}}}}'")
+    if unfit := [key for key in ITS_OWN if key in config]:
+        raise ConfigError(f"{where}: {unfit[0]}: does not go with {KEY}; the model writes, and {METRIC} is the score")
+    if not allowed:
+        raise ConfigError(
+            f"{where}: {KEY}: runs what the model writes, and the suite does not allow it; "
+            "read docs/benchmark.md#unit-tests, then set run_code: true"
+        )
+    try:
+        require_sandbox()
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {KEY}: {e}") from e
+    asked = {key: value for key, value in config.items() if key != KEY}
+    return asked | {"output_type": "generate_until", "doc_to_target": template, "num_fewshot": 0,
+                    "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
+
+
+def require_one_answer(config: dict[str, Json], where: object) -> None:
+    """Raises ConfigError if a chain of filters leaves a list of answers to each question: one of them is run."""
+    for chain in config.get("filter_list") or []:
+        if [step["function"] for step in chain["filter"] or []][-1:] != [LAST]:
+            raise ConfigError(
+                f"{where}: filter_list: {chain['name']}: leaves a list of answers, and one is run; end it with {LAST}"
+            )
+
+
+def verdicts(programs: Sequence[tuple[str, str]]) -> list[str]:
+    """Runs programs, each with its tests, a few at a time; returns how each ended."""
+    with ThreadPoolExecutor(min(SIDE_BY_SIDE, os.cpu_count() or 1)) as pool:
+        return [outcome.verdict for outcome in pool.map(lambda one: run_program(*one), programs)]
+
+
+def row(facts: Row, ended: Sequence[str]) -> Row:
+    """Puts the score of the tests into the row of a task. `programs`: how many ended how."""
+    values, counts = passed(ended), Counter(ended)
+    score = sum(values) / len(values)
+    low, high = measures.wilson(score, len(values))
+    return facts | {
+        "kind": KIND, "metric": METRIC, "higher_is_better": True, "score": score,
+        "stderr": math.sqrt(score * (1 - score) / max(1, len(values) - 1)), "low": low, "high": high, "chance": 0.0,
+        "centred": score, "metrics": {f"{METRIC},{facts['filter']}": score}, "edit_similarity": None,
+        "programs": {verdict: counts[verdict] for verdict in VERDICTS},
+    }  # fmt: skip
+
+
+def passed(ended: Sequence[str]) -> list[int]:
+    """Returns the value of each example: 1 if its program passed, else 0."""
+    return [int(one == PASSED) for one in ended]
+
+
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+PASSED, FAILED, TIMED_OUT, TOO_MUCH = "passed", "failed", "timed_out", "too_much_output"
+VERDICTS = (PASSED, FAILED, TIMED_OUT, TOO_MUCH)
+BLOCK = 1 << 16
+KILLING_S = 5.0
+
+
+@dataclass(frozen=True)
+class ProgramLimits:
+    """Holds what a program may take: seconds on the clock and of the processor, and bytes of memory, of files, of its output."""
+
+    seconds: float = 10.0
+    cpu_s: int = 5
+    memory: int = 512 << 20
+    files: int = 16 << 20
+    output: int = 64 << 10
+
+
+@dataclass(frozen=True)
+class ProgramResult:
+    """Says how a program ended, and the beginning of what it has written."""
+
+    verdict: str
+    output: str
+
+
+@cache
+def require_sandbox() -> None:
+    """Raises ConfigError if programs cannot be shut in on this machine; tries one, once."""
+    if not sys.platform.startswith("linux") or platform.machine() not in sandbox.CALLS:
+        known = ", ".join(sandbox.CALLS)
+        raise ConfigError(f"the sandbox needs Linux on {known}, and this is {sys.platform} on {platform.machine()}")
+    try:
+        outcome = run_program("x = 1", "assert x == 1")
+    except HeliostatError as e:
+        raise ConfigError(
+            f"{brief(e)}; it needs Linux 5.12, and user namespaces that are allowed (containers often forbid them)"
+        ) from e
+    if outcome.verdict != PASSED:
+        raise ConfigError(f"Python does not run in the sandbox ({outcome.verdict}: {brief(outcome.output)})")
+
+
+def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:
+    """Runs a program, and behind it its tests, in one process of their own; HeliostatError if it cannot be shut in.
+
+    It has passed if it comes to the end of its tests.
+    """
+    token = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="heliostat-program-") as root:
+        task = {"root": root, "program": program, "tests": tests, "token": token, "parent": os.getpid(), **_python(),
+                "cpu_s": limits.cpu_s, "memory": limits.memory, "files": limits.files}  # fmt: skip
+        said, result, code, ended = _ran(json.dumps(task).encode(), limits)
+    if code == sandbox.REFUSED:
+        raise HeliostatError(f"a program cannot be shut in on this machine ({brief(result)})")
+    verdict = ended or (PASSED if result == token else TIMED_OUT if code == sandbox.OVER_TIME else FAILED)
+    return ProgramResult(verdict, said[: limits.output].decode(errors="replace"))
+
+
+def _python() -> dict[str, object]:
+    """Lists the files that Python runs from: not those of a virtual environment, nor what is installed there."""
+    own = (str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix))
+    libraries = [place for place in dict.fromkeys((*LIBRARIES, *own)) if Path(place).is_dir()]
+    return {"libraries": libraries, "executable": os.path.realpath(sys.executable)}
+
+
+def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
+    """Returns what was written, what came back, the exit code, and why it was ended, if it was."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as result:
+        try:
+            process = subprocess.Popen(
+                [os.path.realpath(sys.executable), "-I", "-S", "-B", sandbox.__file__, str(writing)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={}, cwd="/", pass_fds=(writing,), start_new_session=True,
+            )  # fmt: skip
+        finally:
+            os.close(writing)
+        try:
+            end = time.monotonic() + limits.seconds
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin as given:
+                given.write(task)
+            said, ended = _read(process.stdout, end, limits.output)
+            if not ended and not _waited(process, end):
+                ended = TIMED_OUT
+        finally:
+            _kill(process)
+        return said, result.read(4096).decode(errors="replace"), process.returncode, ended
+
+
+def _read(output: IO[bytes], end: float, most: int) -> tuple[bytes, str]:
+    """Reads up to `most` bytes, until nobody writes any more; returns also why it ended before that."""
+    written = bytearray()
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while True:
+            if not selector.select(max(0.0, end - time.monotonic())):
+                return bytes(written), TIMED_OUT
+            block = os.read(output.fileno(), BLOCK)
+            if not block:
+                return bytes(written), ""
+            written += block
+            if len(written) > most:
+                return bytes(written), TOO_MUCH
+
+
+def _waited(process: subprocess.Popen[bytes], end: float) -> bool:
+    try:
+        process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends what is left of a program: with its first process, all of its namespace end."""
+    process.terminate()
+    if not _waited(process, time.monotonic() + KILLING_S):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()

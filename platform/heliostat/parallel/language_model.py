@@ -1,0 +1,64 @@
+"""Defines what this room reads of a language model's recipe, and reads the numbers of experts from a configuration.
+
+Importing it takes neither torch nor transformers, which most jobs are checked without.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Protocol, Self
+
+import numpy as np
+
+from heliostat.config.spec import Job
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+
+def number(config: PreTrainedConfig) -> int | None:
+    """Returns the number of a layer's routed experts, as a configuration names it; None for a dense model."""
+    return _first(config.get_text_config(decoder=True), EXPERTS)
+
+
+def chosen(config: PreTrainedConfig) -> int | None:
+    """Returns the number of routed experts that a token is sent to; None for a dense model."""
+    return _first(config.get_text_config(decoder=True), CHOSEN)
+
+
+def _first(config: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
+    return next((n for name in names if (n := getattr(config, name, None))), None)
+
+
+class SummedLoss(Protocol):
+    """Holds the sum of a batch's loss terms."""
+
+    @property
+    def sum(self) -> torch.Tensor: ...
+
+
+class LanguageModel(Protocol):
+    """Lists what trials read of a language model's recipe, and change in a copy of it."""
+
+    job: Job
+    config: PreTrainedConfig
+    length: int
+    end: int
+    pretrained: str | None
+    document_mask: bool
+    routes: bool
+    router_weight: float | None
+    tiled: bool
+    tiled_mlp: bool
+    checkpointing: int | Literal["selective"]
+    offload: bool
+    attention: str | None
+
+    def plainly(self) -> Self: ...
+    def build(self) -> PreTrainedModel: ...
+    def batch(self, content: np.ndarray) -> dict[str, torch.Tensor]: ...
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> SummedLoss: ...
+    def cut(self, batch: dict[str, torch.Tensor], part: int, parts: int) -> dict[str, torch.Tensor]: ...
