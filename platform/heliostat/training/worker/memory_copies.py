@@ -51,7 +51,7 @@ class MemoryCopies:
         self.blocked_s = 0.0
         self._plan, self._limit, self._rank, self._world, self._notice = plan, limit, rank, world, notice
         self._thread = device_threads.pool(1, "memory")
-        self._pending: Future | None = None
+        self._pending: Future[None] | None = None
         self._copied, self._ended, self._late = threading.Event(), threading.Event(), threading.Event()
         self._copied.set()
         self._buffer: torch.Tensor | None = None
