@@ -11,8 +11,7 @@ from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Group
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.training.worker.expert_load import ExpertLoad
-from heliostat.training.worker.objective import Objective
+from heliostat.training.worker.objective import ExpertLoad, Objective
 from torch import nn
 
 from tests.integration import ranks

@@ -16,9 +16,8 @@ from heliostat.config import spec
 from heliostat.recipes import building
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.locations import Location
-from heliostat.training.worker.context import Latest
+from heliostat.training.worker.context import Due, Latest
 from heliostat.training.worker.evaluation import Evaluations
-from heliostat.training.worker.hooks import Due
 from heliostat.training.worker.memory_copies import MemoryCopies
 from heliostat.training.worker.training_state import TrainingState
 

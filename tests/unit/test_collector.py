@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 from heliostat.training.worker import collector
-from heliostat.training.worker.hooks import Due
+from heliostat.training.worker.context import Due
 
 
 def pause(due: bool) -> None:

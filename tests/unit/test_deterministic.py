@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from heliostat.recipes.protocol import Loss
-from heliostat.training.worker import deterministic, recheck
+from heliostat.training.worker import recheck
 from heliostat.training.worker.recheck import CorruptionCheck
 from torch import nn
 
@@ -23,14 +23,14 @@ def strict() -> bool:
 @torch.library.custom_op("heliotest::_flash_attention_forward", mutates_args=())
 def attend(x: torch.Tensor) -> torch.Tensor:
     """Stands for a GPU's fused attention; like flash-attn's in transformers, it looks at the environment."""
-    seen.append(os.environ.get(deterministic.FLASH))
+    seen.append(os.environ.get(recheck.FLASH))
     return 2 * x
 
 
 @torch.library.custom_op("heliotest::_flash_attention_backward", mutates_args=())
 def attend_backward(upstream: torch.Tensor) -> torch.Tensor:
     """Adds up in any order, unless torch is asked for deterministic algorithms, and not with warnings alone."""
-    seen.append(os.environ.get(deterministic.FLASH))
+    seen.append(os.environ.get(recheck.FLASH))
     return 2 * upstream * (1 if strict() else 1 + 2**-20 * torch.rand((), generator=NOISE))
 
 
@@ -77,7 +77,7 @@ def test_kernels_that_are_never_deterministic_end_the_checks_as_before(monkeypat
 
 def test_real_attention_has_gradients_inside_and_runs_under_the_strict_request(monkeypatch):
     called: list[tuple[str, bool]] = []
-    run = deterministic._StrictAttention.__torch_dispatch__
+    run = recheck._StrictAttention.__torch_dispatch__
 
     def watched(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -86,9 +86,9 @@ def test_real_attention_has_gradients_inside_and_runs_under_the_strict_request(m
 
         return run(self, type("Op", (), {"_schema": func._schema, "__call__": staticmethod(noted)})(), types, args, kwargs)
 
-    monkeypatch.setattr(deterministic._StrictAttention, "__torch_dispatch__", watched)
+    monkeypatch.setattr(recheck._StrictAttention, "__torch_dispatch__", watched)
     x = torch.randn(1, 2, 16, 8, requires_grad=True)
-    with deterministic.kernels(compiled=False):
+    with recheck.kernels(compiled=False):
         made = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
         (inside,) = torch.autograd.grad(made.square().sum(), x)
     made = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
@@ -100,14 +100,14 @@ def test_real_attention_has_gradients_inside_and_runs_under_the_strict_request(m
 
 @pytest.mark.parametrize("before", [None, "0"])
 def test_training_is_left_as_it_was_also_behind_an_error(before, monkeypatch):
-    monkeypatch.delenv(deterministic.FLASH, raising=False)
+    monkeypatch.delenv(recheck.FLASH, raising=False)
     if before is not None:
-        monkeypatch.setenv(deterministic.FLASH, before)
+        monkeypatch.setenv(recheck.FLASH, before)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    with pytest.raises(ZeroDivisionError), deterministic.kernels(compiled=False):
+    with pytest.raises(ZeroDivisionError), recheck.kernels(compiled=False):
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         1 / 0  # noqa: B018
-    assert os.environ.get(deterministic.FLASH) == before and torch.backends.cudnn.benchmark
+    assert os.environ.get(recheck.FLASH) == before and torch.backends.cudnn.benchmark
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory

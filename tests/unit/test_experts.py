@@ -10,8 +10,7 @@ from heliostat.parallel import experts
 from heliostat.recipes.text import flops
 from heliostat.runs.events import Steps
 from heliostat.tracking.metrics import points
-from heliostat.training.worker.expert_load import ExpertLoad, load
-from heliostat.training.worker.objective import Objective
+from heliostat.training.worker.objective import ExpertLoad, Objective, load
 
 from tests.unit.build_recipe import Around
 from tests.unit.test_causal_lm import LLAMA, recipe

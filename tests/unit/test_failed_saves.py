@@ -174,8 +174,8 @@ def training(run: Location, monkeypatch: pytest.MonkeyPatch) -> Any:
     state.saver = Saver(run, spec.Checkpoint(every=1, keep=9), group)
     state.memory, state.failed, state._in_a_row, state._sealing = None, 0, 0, None
     state.tensors = lambda: {"w": torch.ones(3)}
-    state._counters = lambda: {"optimizer_steps": 1, "loss_scale": None}
-    monkeypatch.setattr(zero_state, "frozen", lambda engine: {})
+    for name, value in (("frozen", {}), ("optimizer_steps", 1), ("read_loss_scale", None)):
+        monkeypatch.setattr(zero_state, name, lambda engine, value=value: value)
     state.engine, state.notices = None, notices
     return state
 

@@ -89,14 +89,14 @@ class LedgerRecorder:
         self.attempts = [self._attempt(started, start_step, workers)]
         self._begun = [time.monotonic() - max(0.0, time.time() - started)]  # each attempt, by a clock that nobody sets
         self._earlier: list[RecordedAttempt] | None = None  # attempts of earlier commands, once they are read
-        self._reading: Future | None = None
+        self._reading: Future[list[RecordedAttempt]] | None = None
         self._again = 0.0  # when they are to be read again; 0.0 before the first time
         self._joined: float | None = None  # when this attempt's rank 0 began to count
         self._head: dict[str, float] = {}  # the parts until then
         self._placing: list[float] = []  # when the pool was asked for workers
         self._saved_at: set[int] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        self._writing: Future | None = None
+        self._writing: Future[None] | None = None
         self._due = 0.0  # when the file is to be written again
 
     def event(self, event: Event) -> None:

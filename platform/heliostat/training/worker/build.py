@@ -26,10 +26,9 @@ from heliostat.training.memory_keeper import MemoryPlan
 from heliostat.training.stops import RUN
 from heliostat.training.worker import collector
 from heliostat.training.worker.collector import Collector
-from heliostat.training.worker.context import Context, Posts
+from heliostat.training.worker.context import Context, Hook, Posts
 from heliostat.training.worker.evaluation import Evaluations
 from heliostat.training.worker.heartbeat import Heartbeat
-from heliostat.training.worker.hooks import Hook
 from heliostat.training.worker.loss_watch import LossWatch
 from heliostat.training.worker.memory_copies import MemoryCopies
 from heliostat.training.worker.micro_batches import BatchPlan

@@ -11,7 +11,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from heliostat.training.worker.hooks import Due, Hook
+from heliostat.training.worker.context import Due, Hook
 
 EVERY = 10  # steps; garbage in circles can hold a step's tensors, so they are not left for long
 

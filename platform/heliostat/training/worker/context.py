@@ -1,15 +1,18 @@
-"""Describes where a worker stands in an attempt, and posts to the driver what happens there.
+"""Describes what all parts of a worker share: where it stands in an attempt, how it reports, and the hooks around its steps.
 
     posts.tell(Evaluation(...))     # not to be lost: kept until a checkpoint holds it, too
     posts.notice("...")             # a line at the terminal
 
-Nothing waits for the driver: an event is sent, and lost if nobody is there.
+Nothing waits for the driver: an event is sent, and lost without one. Evaluation, checkpoints, and checks are each a `Hook` that
+the loop (`step`) calls. To add one, derive a class from `Hook`, override what it needs, and list it in `build`. Nothing in a hook
+may wait for the device or for another worker at every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch.distributed as dist
 from ray.actor import ActorHandle
@@ -91,3 +94,34 @@ class Context:
     def phase(self, name: str) -> None:
         """Posts that the workers begin a phase (`runs.events.Phase`)."""
         self.posts.post(Phase(phase=name, ledger=self.ledger.totals()))
+
+
+class Due(NamedTuple):
+    """Describes what follows a step; the same on every worker.
+
+    `last`: it is the run's last one; `reports`: its numbers are posted; `evaluates`, `saves`, `keeps`: the model is scored, saved
+    in storage, and copied into memory; `holds`: the workers then wait for a decision.
+    """
+
+    last: bool
+    reports: bool
+    evaluates: bool
+    saves: bool
+    keeps: bool
+    holds: bool
+
+
+class Hook:
+    """Does something around the steps; every worker calls all hooks at the same points, in the same order."""
+
+    def before_step(self, step: int) -> None:
+        """Acts before a step, counted from 0."""
+
+    def after_step(self, done: int, norm: float, due: Due) -> None:
+        """Acts once `done` steps are made, before the last of them is reported; `norm`: of its gradient."""
+
+    def on_report(self, first: int, losses: list[float]) -> None:
+        """Acts on the losses of steps `first`, `first` + 1, ..., counted from 0, before they are posted."""
+
+    def on_save(self, done: int, due: Due) -> None:
+        """Acts once `done` steps are made and reported, for what reads or keeps the weights. The steps' clock stops."""

@@ -27,8 +27,7 @@ from heliostat.recipes import building
 from heliostat.recipes.batches import in_order, taken
 from heliostat.recipes.protocol import Draws, Evaluates, Gallery, Recipe
 from heliostat.runs.events import Evaluation
-from heliostat.training.worker.context import Context
-from heliostat.training.worker.hooks import Due, Hook
+from heliostat.training.worker.context import Context, Due, Hook
 from heliostat.training.worker.training_state import TrainingState
 
 if TYPE_CHECKING:

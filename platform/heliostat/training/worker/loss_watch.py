@@ -17,15 +17,14 @@ from heliostat.config.sections import Spike
 from heliostat.data.dataset import Dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.runs.events import LossSpike
-from heliostat.training.worker.context import Context
-from heliostat.training.worker.hooks import Due, Hook
+from heliostat.training.worker.context import Context, Due, Hook
 
 NAMED = 8  # samples that an error names
 NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
 FLOOR = 0.01  # of the median: a window of all but equal losses must not make noise a spike
 
 
-class Detector:
+class SpikeDetector:
     """Detects spikes in the losses of successive steps; spikes do not enter the window.
 
     The same losses give the same results on every worker.
@@ -64,7 +63,7 @@ class LossWatch(Hook):
     def __init__(self, context: Context, dataset: Dataset, saved: Callable[[], object]) -> None:
         self.job, self.posts = context.job, context.posts
         self.dataset, self.saved = dataset, saved
-        self.detector = Detector(self.job.spike) if self.job.spike else None
+        self.detector = SpikeDetector(self.job.spike) if self.job.spike else None
 
     def on_report(self, first: int, losses: list[float]) -> None:
         """Checks the losses of steps; LossSpikeError for a spike to be undone, NonFiniteError for no number."""

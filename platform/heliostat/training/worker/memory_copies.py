@@ -11,6 +11,7 @@ waits for one too long, all workers agree to keep no more: generations without t
 from __future__ import annotations
 
 import logging
+import pickle
 import threading
 import time
 from collections import deque
@@ -51,7 +52,7 @@ class MemoryCopies:
         self.blocked_s = 0.0
         self._plan, self._limit, self._rank, self._world, self._notice = plan, limit, rank, world, notice
         self._thread = device_threads.pool(1, "memory")
-        self._pending: Future | None = None
+        self._pending: Future[None] | None = None
         self._copied, self._ended, self._late = threading.Event(), threading.Event(), threading.Event()
         self._copied.set()
         self._buffer: torch.Tensor | None = None
@@ -68,10 +69,10 @@ class MemoryCopies:
         self._until(lambda: self._copied.wait(POLL_S))
         self._stream.hold_back()
 
-    def keep(self, facts: CopyFacts, own: bytes, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
+    def keep(self, facts: CopyFacts, own: object, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
         """Copies the state after a step. All workers call this, and `wait` before it, at the same steps.
 
-        `facts`: the same for all of them; `own`: what else is this worker's. Collective.
+        `facts`: the same for all of them; `own`: what else is this worker's, pickled in the thread. Collective.
         """
         if self._off or self._agree_off(group):
             return
@@ -141,7 +142,7 @@ class MemoryCopies:
             pass
         self.blocked_s += time.perf_counter() - started
 
-    def _copy(self, facts: CopyFacts, own: bytes, state: dict[str, torch.Tensor], ranges: list[FlatRange]) -> None:
+    def _copy(self, facts: CopyFacts, own: object, state: dict[str, torch.Tensor], ranges: list[FlatRange]) -> None:
         assert self._buffer is not None
         id = f"{self._plan.attempt}:{facts.step}"
         try:
@@ -164,7 +165,7 @@ class MemoryCopies:
         while in_flight:
             self._answers(in_flight.popleft())
         layout = [astuple(r) for r in ranges]
-        self._answers([keeper.seal.remote(id, self._rank, sums, facts, layout, own) for keeper in keepers])
+        self._answers([keeper.seal.remote(id, self._rank, sums, facts, layout, pickle.dumps(own)) for keeper in keepers])
 
     def _answers(self, calls: list[ray.ObjectRef[None]]) -> None:
         """Waits for the keepers; TimeoutError when they do not answer, or when the attempt has ended."""

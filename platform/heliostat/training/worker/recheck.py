@@ -6,37 +6,41 @@ the loss, and of gradients of parameters that are drawn by the step, up to `ELEM
 more; on other steps nothing is done. Gradients are taken beside the engine, which never hears of them.
 
 The bits of most workers are right; with no majority, all that differ are named. Bits are compared among workers on devices of one
-kind. Kernels are asked to be deterministic (`deterministic`), unlike in training. If bits differ, all compute once more: who
+kind. Kernels are asked to be deterministic (`kernels`), unlike in training. If bits differ, all compute once more: who
 differs from itself is at fault, unless most do, whose kernels then are not deterministic, and nothing can be said.
 """
 
 from __future__ import annotations
 
+import os
 import platform
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from heliostat.checkpoint.agreement import agreed, together
 from heliostat.data.dataset import Dataset
 from heliostat.engine import process_group
 from heliostat.errors import ConfigError, CorruptionError
 from heliostat.recipes.protocol import Batch, Recipe
+from heliostat.recipes.text.selective import ATTENTION
 from heliostat.storage import wire
-from heliostat.training.worker import deterministic
-from heliostat.training.worker.context import Context
-from heliostat.training.worker.hooks import Hook
+from heliostat.training.worker.context import Context, Hook
 from heliostat.training.worker.micro_batches import BatchPlan
 
 if TYPE_CHECKING:
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
 ELEMENTS = 64_000_000  # of the gradients that are compared at a time: they are held whole
+FLASH = "FLASH_ATTENTION_DETERMINISTIC"  # which transformers reads at each call of flash-attn
 BLOCK = 1 << 24  # elements that a digest looks at together
 SPREAD = -7046029254386353131  # 2^64 over the golden ratio, odd, as a signed number
 
@@ -153,7 +157,7 @@ class CorruptionCheck(Hook):
         buffers = [(b, b.clone()) for b in module.buffers()]
         torch.manual_seed(seed)
         try:
-            with deterministic.kernels(self.compiled):
+            with kernels(self.compiled):
                 loss = self.recipe.loss(module, batch)
                 objective = loss.sum
                 for part in loss.parts.values():
@@ -207,3 +211,61 @@ def _kind(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+# deterministic kernels ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def kernels(compiled: bool) -> Iterator[None]:
+    """Computes deterministically inside, forwards and backwards, as far as there are kernels. `compiled`: some of the model is
+    compiled, or its attention is.
+
+    torch's deterministic algorithms are asked for with warnings alone, because an operation that has none would raise. Fused
+    attention ignores a request with warnings alone: its backward pass adds up in any order. So the request is made strict around
+    each attention kernel, all of which have a deterministic form, unless it is compiled: compiled models run no such modes.
+    flash-attn's own kernels read an environment variable.
+    """
+    uninitialized: Any = torch.utils.deterministic  # a module of properties
+    cudnn = torch.backends.cudnn
+    before = (
+        uninitialized.fill_uninitialized_memory,
+        cudnn.benchmark,
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        os.environ.get(FLASH),
+    )
+    with _algorithms(warn_only=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*determinis.*")
+        uninitialized.fill_uninitialized_memory = False  # it costs time, and nothing is read there
+        cudnn.benchmark = False  # workers could choose other convolutions
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it has no deterministic form
+        os.environ[FLASH] = "1"
+        try:
+            with nullcontext() if compiled else _StrictAttention():
+                yield
+        finally:
+            uninitialized.fill_uninitialized_memory, cudnn.benchmark = before[:2]
+            torch.backends.cuda.enable_cudnn_sdp(before[2])
+            os.environ.pop(FLASH)
+            if before[3] is not None:
+                os.environ[FLASH] = before[3]
+
+
+@contextmanager
+def _algorithms(warn_only: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class _StrictAttention(TorchDispatchMode):
+    """Runs attention kernels, and their backward passes, under the strict request."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func._schema.name.partition("::")[2].startswith(ATTENTION):
+            return func(*args, **(kwargs or {}))
+        with _algorithms(warn_only=False):
+            return func(*args, **(kwargs or {}))

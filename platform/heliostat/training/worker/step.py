@@ -28,13 +28,11 @@ from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Paused
 from heliostat.runs.time_ledger import Ledger
 from heliostat.training.stops import FAILED, RESIZE, RUN
-from heliostat.training.worker.context import Context
+from heliostat.training.worker.context import Context, Due, Hook
 from heliostat.training.worker.coupled import Terms
-from heliostat.training.worker.expert_load import ExpertLoad
 from heliostat.training.worker.heartbeat import Heartbeat, StopConsensus
-from heliostat.training.worker.hooks import Due, Hook
 from heliostat.training.worker.micro_batches import BatchPlan, Micro
-from heliostat.training.worker.objective import Objective
+from heliostat.training.worker.objective import ExpertLoad, Objective
 from heliostat.training.worker.step_reports import StepReports, StepResults
 from heliostat.training.worker.training_state import TrainingState
 from heliostat.training.worker.unsealed import Unsealed

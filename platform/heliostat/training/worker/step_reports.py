@@ -17,8 +17,7 @@ from heliostat.engine import zero_state
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Steps
 from heliostat.training.worker import unsealed
-from heliostat.training.worker.context import Context
-from heliostat.training.worker.hooks import Hook
+from heliostat.training.worker.context import Context, Hook
 
 if TYPE_CHECKING:
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine

@@ -15,7 +15,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -29,20 +29,12 @@ from heliostat.runs.events import Saved
 from heliostat.tracking import local_curves
 from heliostat.training.memory_keeper import CopyFacts, CopySource
 from heliostat.training.worker import memory_copies
-from heliostat.training.worker.context import Context
-from heliostat.training.worker.hooks import Due, Hook
+from heliostat.training.worker.context import Context, Due, Hook
 from heliostat.training.worker.memory_copies import MemoryCopies
 from heliostat.training.worker.unsealed import Unsealed, UnsealedPart
 
 if TYPE_CHECKING:
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine
-
-
-class Counters(TypedDict):
-    """Describes what of the engine's state is no tensor."""
-
-    optimizer_steps: int
-    loss_scale: dict[str, float] | None
 
 
 class TrainingState(Hook):
@@ -154,7 +146,8 @@ class TrainingState(Hook):
             "name": context.job.name,
             "world_size": context.world,
             "zero_stage": context.job.train.zero.stage,
-            **self._counters(),
+            "optimizer_steps": zero_state.optimizer_steps(self.engine),
+            "loss_scale": zero_state.read_loss_scale(self.engine),
             "job": context.job.dump(),
             "data": context.plan.dump(),
             "data_digest": context.plan.digest,
@@ -170,15 +163,10 @@ class TrainingState(Hook):
         """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
         assert self.memory
         self.context.progressed()
-        facts = CopyFacts(done, self.context.world, self.context.plan.digest, **self._counters())
-        own = pickle.dumps((self.unsealed.part(done), self.context.posts.told))
+        steps, scale = zero_state.optimizer_steps(self.engine), zero_state.read_loss_scale(self.engine)
+        facts = CopyFacts(done, self.context.world, self.context.plan.digest, steps, scale)
+        own = self.unsealed.part(done), list(self.context.posts.told)
         self.memory.keep(facts, own, self.tensors(), self.context.control)
-
-    def _counters(self) -> Counters:
-        return {
-            "optimizer_steps": zero_state.optimizer_steps(self.engine),
-            "loss_scale": zero_state.read_loss_scale(self.engine),
-        }
 
     def _metrics(self, done: int) -> dict[str, float | None]:
         """Returns the metrics of a checkpoint: one out of turn was not scored, and is not to be taken for the best."""

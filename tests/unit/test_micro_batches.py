@@ -7,7 +7,7 @@ import pytest
 import torch
 from heliostat.recipes.protocol import Loss
 from heliostat.training.worker import coupled
-from heliostat.training.worker.micro_batches import Micro
+from heliostat.training.worker.micro_batches import Micro, on_device
 from heliostat.training.worker.objective import Objective
 
 
@@ -68,3 +68,11 @@ def test_every_pass_of_a_loss_that_couples_samples_is_progress(engine, monkeypat
         lambda: counted.append(1),  # type: ignore[arg-type]
     )
     assert len(counted) == 4 and step.loss.sum == 4
+
+
+def test_batches_come_in_order_and_uncopied_on_a_cpu():
+    """The way to a GPU is held to this one by `tests.gpu`."""
+    micros = [{"tokens": torch.full((2, 3), i), "labels": torch.full((2,), -i)} for i in range(3)]
+    got = list(on_device(micros, torch.device("cpu")))
+    assert [[batch[name].tolist() for name in batch] for batch in got] == [[m[name].tolist() for name in m] for m in micros]
+    assert all(batch["tokens"] is micro["tokens"] for batch, micro in zip(got, micros, strict=True))
