@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +83,7 @@ def _batches(source: np.ndarray) -> list[slice]:
 
 def _job(export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> Job:
     """Builds the job that made the model, on other data; for a language model from elsewhere, a minimal job from its folder."""
-    before: dict[str, Any] = export.job or {"model": {}, "data": {}, "train": {}}
+    before: exports.TrainedFacts = export.job or {"name": "", "model": {}, "data": {}, "train": {}}
     length = sequence_length or before["data"].get("sequence_length")
     if export.job is None and not (length := length or _trained_length(export.folder)):
         raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")

@@ -45,7 +45,7 @@ class SmallTrial:
 
 def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallTrial:
     """Makes what is played of a job on two workers of this machine; ConfigError if its model is too large, and cannot be cut."""
-    size = tiny.parameters(loading.load(job, sources))
+    size = tiny.parameters(loading.load(job, sources).build)
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
         return SmallTrial(small, _loaded(small, sources), f"the whole model, {size:,} parameters{left_out(job)}")
@@ -134,7 +134,7 @@ def _cut(recipe: CausalLM, job: Job) -> int:
     for config in tiny.shrunk(whole, job.data.sequence_length or tiny.LENGTH, heads):
         recipe.config = config
         try:
-            size = tiny.parameters(recipe)
+            size = tiny.parameters(recipe.build)
         except Exception:  # noqa: BLE001  whatever this architecture's own code raises: the next may do
             continue
         if size <= LARGEST:

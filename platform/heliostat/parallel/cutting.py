@@ -7,7 +7,7 @@ attention that puts the rows together. Its logits must be those of the whole sam
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ import torch
 from heliostat.config.fields import divisors
 from heliostat.errors import ConfigError
 from heliostat.parallel import sequence_attention, tiny
+from heliostat.parallel.document_attention import Attended
 from heliostat.parallel.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KEY = "train.parallel.sequence"
 PARTS = 4
@@ -83,14 +87,14 @@ def difference(recipe: LanguageModel) -> float:
     return float((cut - whole).abs().max() / whole.std())
 
 
-def _put_together(model: Any, documents: bool) -> None:
+def _put_together(model: PreTrainedModel, documents: bool) -> None:
     """Makes a model take the rows of a batch for the stretches of one sample."""
     name = model.config._attn_implementation
     if name == "eager":
         raise UnfitForCutting("its attention has no other implementation than 'eager', which is causal by a mask alone")
     core, (heads, shared, width) = sequence_attention.core(model), sequence_attention.sizes(model.config)
 
-    def exchanged(module: Any, *stretches: torch.Tensor, **given: Any) -> tuple[torch.Tensor, Any]:
+    def exchanged(module: torch.nn.Module, *stretches: torch.Tensor, **given: object) -> Attended:
         *rows, documents_of = stretches
         found = [(x.shape[1], x.shape[3]) for x in rows]
         if found != [(heads, width), (shared, width), (shared, width)]:

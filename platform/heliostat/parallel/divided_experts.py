@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from heliostat.parallel import experts
+from heliostat.parallel.experts import ExpertLayer
 
 
-def use(model: Any, group: Any) -> None:
+def use(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
     """Makes a model of transformers, whose modules hold this worker's experts alone, compute with those of the whole group."""
     workers = dist.get_world_size(group)
     for module in experts.layers(model):
@@ -29,7 +30,7 @@ class Exchange(torch.autograd.Function):
     """Sends rows to the workers of a group, so many to each; its gradient goes back the same way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, sent: list[int], got: list[int], group: Any) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup) -> torch.Tensor:
         ctx.way = got, sent, group
         return _exchanged(rows, sent, got, group)
 
@@ -38,14 +39,19 @@ class Exchange(torch.autograd.Function):
         return _exchanged(upstream[0], *ctx.way), None, None, None
 
 
-def _exchanged(rows: torch.Tensor, sent: list[int], got: list[int], group: Any) -> torch.Tensor:
+def _exchanged(rows: torch.Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     arrived = rows.new_empty((sum(got), rows.shape[1]))
     dist.all_to_all_single(arrived, rows.contiguous(), got, sent, group=group)
     return arrived
 
 
 def _forward(
-    module: Any, group: Any, workers: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: ExpertLayer,
+    group: dist.ProcessGroup,
+    workers: int,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """Computes a layer's experts for the tokens of all workers of its group; the index numbers the experts of all of them, and
     those beyond them are none."""
@@ -65,7 +71,7 @@ def _forward(
     return (back * top_k_weights.reshape(-1, each, 1)).sum(1).to(hidden_states.dtype)
 
 
-def _computed(module: Any, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+def _computed(module: ExpertLayer, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Computes rows by the expert of each. A row of zeros goes with them: even if none came, weights have a gradient, and no
     worker waits for it."""
     from transformers.integrations.moe import grouped_mm_experts_forward

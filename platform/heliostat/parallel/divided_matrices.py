@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -21,11 +21,15 @@ from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
 from heliostat.parallel.language_model import LanguageModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 KEY = "train.parallel.tensor"
 PARTS = 2
 WAIT_S = 60.0
 TOLERANCE = 1e-3  # of the logits' own spread: rounding is some 1e-6 of it
 Kind = Literal["column", "row", "summed"]
+Shapes = list[tuple[int, ...]]  # of what goes through a module at once
 KINDS: dict[str, Kind] = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "summed"}
 WHOLE = ("embedding_rowwise",)  # what transformers would divide, and every worker has whole here
 FIELDS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -33,7 +37,7 @@ FIELDS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 _known: dict[str, str] = {}  # what is wrong with the models that were tried in this process
 
 
-def of(model: Any) -> dict[str, Kind]:
+def of(model: PreTrainedModel) -> dict[str, Kind]:
     """Finds what is done with the weight of each module that is not simply whole on every worker; nothing where transformers
     would do something with one that is not tried."""
     base, plan = model.base_model_prefix, dict(_plan(model.config))
@@ -43,7 +47,7 @@ def of(model: Any) -> dict[str, Kind]:
     return {name: kind for name, _ in model.named_modules() for pattern, kind in ways if pattern.fullmatch(name)}
 
 
-def _plan(config: Any) -> Iterator[tuple[str, str]]:
+def _plan(config: PreTrainedConfig) -> Iterator[tuple[str, str]]:
     for name, style in (getattr(config, "base_model_tp_plan", None) or {}).items():
         if style not in WHOLE:
             yield name.removesuffix(".weight"), style
@@ -70,7 +74,7 @@ def require(recipe: LanguageModel, parts: int) -> None:
         raise ConfigError(f"{KEY}: matrices of {kind!r} cannot be divided: {fault}; set it to 1")
 
 
-def _number(config: Any, field: str) -> int:
+def _number(config: PreTrainedConfig, field: str) -> int:
     number = getattr(config, field, None)
     return number if isinstance(number, int) else 0
 
@@ -95,7 +99,7 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
     seen, seen_by_part = _inputs(model, listed), _inputs(parts[0], listed)
     with torch.no_grad():
         whole = model(**batch).logits
-    found: list[Any] = [None] * PARTS
+    found: list[torch.Tensor | Exception | None] = [None] * PARTS
 
     def play(number: int) -> None:
         try:
@@ -111,15 +115,15 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
     for one in sorted(found, key=lambda f: isinstance(f, threading.BrokenBarrierError)):  # the cause before its effect
         if isinstance(one, Exception):
             raise one
-    off = max(float((one - whole).abs().max() / whole.std()) for one in found)
+    off = max(float((one - whole).abs().max() / whole.std()) for one in found if isinstance(one, torch.Tensor))
     return off, [name for name, shapes in seen.items() if seen_by_part[name] != shapes]
 
 
-def _inputs(model: Any, listed: dict[str, Kind]) -> dict[str, list[Any]]:
+def _inputs(model: PreTrainedModel, listed: dict[str, Kind]) -> dict[str, list[Shapes]]:
     """Notes from now on the shapes of what goes through each module that has parameters, and is not listed."""
-    seen = dict[str, list[Any]]()
+    seen = dict[str, list[Shapes]]()
 
-    def note(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def note(name: str, given: tuple[object, ...], named: dict[str, object]) -> None:
         seen[name].append([tuple(value.shape) for value in (*given, *named.values()) if isinstance(value, torch.Tensor)])
 
     for name, module in model.named_modules():
@@ -134,15 +138,15 @@ class _Meeting:
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(PARTS, timeout=WAIT_S)
-        self.held: list[Any] = [None] * PARTS
+        self.held = dict[int, torch.Tensor]()
 
-    def part(self, model: Any, number: int) -> Any:
+    def part(self, model: PreTrainedModel, number: int) -> PreTrainedModel:
         """Leaves a model the number-th part of each matrix; it then meets the others."""
         for name, kind in of(model).items():
             module = model.get_submodule(name)
             if kind == "summed":
                 continue
-            weight = module.weight.data.chunk(PARTS, 0 if kind == "column" else 1)[number]
+            weight = module.get_parameter("weight").data.chunk(PARTS, 0 if kind == "column" else 1)[number]
             module.weight = torch.nn.Parameter(weight.clone())
             bias = getattr(module, "bias", None)
             if bias is not None and kind == "column":
@@ -156,6 +160,6 @@ class _Meeting:
     def _sum(self, number: int, made: torch.Tensor) -> torch.Tensor:
         self.held[number] = made
         self.barrier.wait()
-        total = sum(self.held)
+        total = torch.stack([self.held[part] for part in range(PARTS)]).sum(0)
         self.barrier.wait()
         return total

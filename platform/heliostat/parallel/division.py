@@ -6,7 +6,7 @@ in the order of the division's `columns`, in every layout, so checkpoints load a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ class Division(NamedTuple):
 
     part: int
     parts: int
-    group: Any = None
+    group: dist.ProcessGroup | None = None
     width: int = 0
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
@@ -38,18 +38,18 @@ class Division(NamedTuple):
 WHOLE = Division(0, 1)
 
 
-def of(parameter: Any) -> Division:
+def of(parameter: torch.Tensor) -> Division:
     """Returns which part of a parameter this worker has."""
     return getattr(parameter, "division", WHOLE)
 
 
-def placed(parameter: Any, local: torch.Tensor, start: int) -> FlatShard:
+def placed(parameter: torch.Tensor, local: torch.Tensor, start: int) -> FlatShard:
     """Makes the slice of the whole parameter that `local` holds, from element `start` of this worker's part on."""
     mine, own = of(parameter), getattr(parameter, "ds_numel", parameter.numel())
     return FlatShard(local, mine.part * own + start, mine.parts * own, mine.columns)
 
 
-def assembled(parameter: Any, values: torch.Tensor) -> torch.Tensor:
+def assembled(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Puts together what each worker of a group has of a parameter, in its shape; returns the values for any other parameter.
     Collective."""
     mine = of(parameter)

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 ROWS = 1024  # queries of a block: at 131,072 tokens a mask is 128 MiB
 
-Core = Callable[..., tuple[torch.Tensor, Any]]
+Attended = tuple[torch.Tensor, object]  # what was attended to, and weights where an implementation gives them
+Core = Callable[..., Attended]
+Drawn = tuple[torch.Tensor, tuple[list[int], list[torch.Tensor]]]  # states of random numbers: the host's, those of devices
 
 
 def numbers(positions: torch.Tensor) -> torch.Tensor:
@@ -40,8 +42,13 @@ def in_blocks(core: Core) -> Core:
     numbers it is `core`."""
 
     def attend(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: torch.Tensor | None, **given: Any
-    ) -> tuple[torch.Tensor, Any]:
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        documents: torch.Tensor | None,
+        **given: object,
+    ) -> Attended:
         if documents is None:
             return core(module, query, key, value, None, **given)
         if query.shape[2] <= ROWS:
@@ -91,12 +98,12 @@ def _spans(query: torch.Tensor) -> list[tuple[int, int]]:
     return [(first, min(first + ROWS, length)) for first in range(0, length, ROWS)]
 
 
-def _random(tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+def _random(tensor: torch.Tensor) -> Drawn:
     return torch.get_rng_state(), get_device_states(tensor)
 
 
 @contextmanager
-def _drawn_again(random: tuple[torch.Tensor, Any] | None, tensor: torch.Tensor) -> Iterator[None]:
+def _drawn_again(random: Drawn | None, tensor: torch.Tensor) -> Iterator[None]:
     """Draws the random numbers of the forward pass inside, where there are any."""
     if random is None:
         yield

@@ -8,10 +8,10 @@ module of all experts is called with the experts that every token was sent to.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -20,12 +20,21 @@ BIASES = ("e_score_correction_bias", "expert_bias")  # what routers add to score
 _watches: weakref.WeakKeyDictionary[torch.nn.Module, RoutingWatch] = weakref.WeakKeyDictionary()
 
 
-def layers(model: torch.nn.Module) -> list[Any]:
+class ExpertLayer(torch.nn.Module):
+    """Describes the modules of transformers that hold all experts of a layer."""
+
+    num_experts: int
+    all_experts: int  # where the module holds a part of them
+    has_post_expert_norm: bool
+
+
+def layers(model: torch.nn.Module) -> list[ExpertLayer]:
     """Lists the modules that hold all experts of a layer, in the model's order."""
-    return [m for m in model.modules() if hasattr(m, "_is_expert_parallel") and isinstance(getattr(m, "num_experts", None), int)]
+    found = (m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
+    return [cast(ExpertLayer, m) for m in found if isinstance(getattr(m, "num_experts", None), int)]
 
 
-def number(layer: Any) -> int:
+def number(layer: ExpertLayer) -> int:
     """Returns the number of a layer's experts, of which a module may hold a part (`divided_experts`)."""
     return int(getattr(layer, "all_experts", layer.num_experts))
 
@@ -44,7 +53,7 @@ def biases(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[RoutingWatch]:
+def watched(model: torch.nn.Module) -> Iterator[RoutingWatch]:
     """Watches the experts of a model, or of an engine's, in forward passes inside the context; not what checkpointing computes
     again, which is outside."""
     module = getattr(model, "module", model)
@@ -67,8 +76,8 @@ class RoutingWatch:
         sizes = {number(m) for m in experts}
         self.shape = (len(experts), max(sizes) + 1) if len(sizes) == 1 else None  # layers of several sizes are not counted
         self.on = False
-        for layer, module in enumerate(experts if self.shape else ()):
-            module.register_forward_pre_hook(partial(self._given, layer), with_kwargs=True)
+        for layer, held in enumerate(experts if self.shape else ()):
+            held.register_forward_pre_hook(partial(self._given, layer), with_kwargs=True)
         for module, place in routers(model):
             module.register_forward_hook(partial(self._said, place))
         self.end()
@@ -86,7 +95,7 @@ class RoutingWatch:
         """Computes the mean over tokens and layers of log(sum(exp(logits)))^2 (Zoph et al. 2022, arXiv 2202.08906)."""
         return torch.stack([one.flatten(0, -2).float().logsumexp(-1).square().mean() for one in self.logits]).mean()
 
-    def _given(self, layer: int, module: torch.nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _given(self, layer: int, module: torch.nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
         if not self.on or not self.shape:
             return
         chosen = named["top_k_index"] if "top_k_index" in named else args[1]
@@ -95,9 +104,9 @@ class RoutingWatch:
         places = chosen.detach().flatten().long().clamp(max=self.shape[1] - 1)
         self.routed[layer].scatter_add_(0, places, torch.ones_like(places))
 
-    def _said(self, place: int, module: torch.nn.Module, args: Any, made: Any) -> None:
+    def _said(self, place: int, module: torch.nn.Module, args: object, made: torch.Tensor | Sequence[torch.Tensor]) -> None:
         if self.on:
-            self.logits.append(made[place] if isinstance(made, tuple | list) else made)
+            self.logits.append(made[place] if isinstance(made, Sequence) else made)
 
 
 @torch.no_grad()

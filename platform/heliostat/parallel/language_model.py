@@ -44,10 +44,7 @@ class LanguageModel(Protocol):
     """Lists what trials read of a language model's recipe, and change in a copy of it."""
 
     job: Job
-    config: PreTrainedConfig
     length: int
-    end: int
-    pretrained: str | None
     document_mask: bool
     routes: bool
     router_weight: float | None
@@ -57,7 +54,10 @@ class LanguageModel(Protocol):
     offload: bool
     attention: str | None
 
+    @property
+    def config(self) -> PreTrainedConfig: ...
     def plainly(self) -> Self: ...
+    def small(self, config: PreTrainedConfig, length: int, end: int) -> Self: ...
     def build(self) -> PreTrainedModel: ...
     def batch(self, content: np.ndarray) -> dict[str, torch.Tensor]: ...
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> SummedLoss: ...

@@ -8,15 +8,19 @@ passes that in (`exchanging`). Nothing else in a model may mix tokens, which `cu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 
 from heliostat.parallel import document_attention
+from heliostat.parallel.document_attention import Attended, Core
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "cut"
 
@@ -24,7 +28,9 @@ NAME = "cut"
 class HeadExchange(Protocol):
     """Makes an attention of all tokens for some heads, of one of some tokens for all heads; `sizes` as this module's `sizes`."""
 
-    def __call__(self, attention: Any, group: Any, micro_batch: int, sizes: tuple[int, int, int], layers: int) -> Any: ...
+    def __call__(
+        self, attention: Core, group: dist.ProcessGroup, micro_batch: int, sizes: tuple[int, int, int], layers: int
+    ) -> Core: ...
 
 
 _exchange: ContextVar[HeadExchange | None] = ContextVar("head_exchange", default=None)
@@ -40,7 +46,7 @@ def exchanging(exchange: HeadExchange) -> Iterator[None]:
         _exchange.reset(token)
 
 
-def use(model: Any, group: Any, micro_batch: int, documents: bool) -> None:
+def use(model: PreTrainedModel, group: dist.ProcessGroup, micro_batch: int, documents: bool) -> None:
     """Makes a model of transformers exchange heads in the group, from now on; `documents`: positions at 0 begin documents, which
     do not attend to each other. Only within `exchanging`, in which the engine calls a recipe's `exchange`."""
     exchange = _exchange.get()
@@ -62,24 +68,29 @@ class Attention:
     """Attends for a model's layers: `exchanged` computes a layer, `gathered` assembles whole samples' positions, if documents are
     kept apart."""
 
-    def __init__(self, exchanged: Any, gathered: Any) -> None:
+    def __init__(self, exchanged: Core, gathered: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
         self.exchanged, self.gathered = exchanged, gathered
         self._positions: torch.Tensor | None = None  # that the documents are of: all layers of a pass have the same
         self._documents: torch.Tensor | None = None
 
     def __call__(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **given: Any
-    ) -> tuple[torch.Tensor, Any]:
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *_: object,
+        position_ids: torch.Tensor,
+        **given: object,
+    ) -> Attended:
         """Computes a layer's attention; the mask that the model makes is of a stretch alone, and not used."""
-        positions = given["position_ids"]
         given.pop("attention_mask", None)
-        if self.gathered and positions is not self._positions:
-            self._positions, self._documents = positions, document_attention.numbers(self.gathered(positions))
-        made: tuple[torch.Tensor, Any] = self.exchanged(module, query, key, value, self._documents, **given)
-        return made
+        if self.gathered and position_ids is not self._positions:
+            self._positions, self._documents = position_ids, document_attention.numbers(self.gathered(position_ids))
+        return self.exchanged(module, query, key, value, self._documents, position_ids=position_ids, **given)
 
 
-def install(model: Any, name: str, attention: Any) -> None:
+def install(model: PreTrainedModel, name: str, attention: Core) -> None:
     """Registers an attention that makes its own masks with transformers, and makes the model use it."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -88,21 +99,21 @@ def install(model: Any, name: str, attention: Any) -> None:
     model.config._attn_implementation = name
 
 
-def core(model: Any) -> Any:
+def core(model: PreTrainedModel) -> Core:
     """Returns the function that computes the model's attention; it takes the numbers of documents in place of a mask."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return document_attention.in_blocks(ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation])
 
 
-def sizes(config: Any) -> tuple[int, int, int]:
+def sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
     """Returns a model's attention heads, the heads of its keys and values, and their width."""
     text = config.get_text_config(decoder=True)
     heads, width = text.num_attention_heads, getattr(text, "head_dim", None)
     return heads, getattr(text, "num_key_value_heads", None) or heads, width or text.hidden_size // heads
 
 
-def exchanged(config: Any, length: int, parts: int) -> int:
+def exchanged(config: PreTrainedConfig, length: int, parts: int) -> int:
     """Counts the elements that each worker sends in a forward pass over a sample: queries, keys, values, and what they attended
     to. Heads of keys and values are sent at least once to every worker."""
     heads, shared, width = sizes(config)
@@ -110,5 +121,5 @@ def exchanged(config: Any, length: int, parts: int) -> int:
     return int(layers * length // parts * (2 * heads + 2 * max(shared, parts)) * width * (parts - 1) // parts)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
+def _no_mask(*_: object, **__: object) -> None:
     return None

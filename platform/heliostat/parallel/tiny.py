@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
+from heliostat.config.fields import Json
 from heliostat.parallel.language_model import CHOSEN, EXPERTS, LanguageModel
 
 if TYPE_CHECKING:
@@ -63,10 +64,9 @@ def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: in
     `largest`: parameters at most; the default is LARGEST."""
     reason, most = "no small model of it can be made", LARGEST if largest is None else largest
     for config in shrunk(recipe.config, recipe.length, heads):
-        small = recipe.plainly()
-        small.config, small.length, small.pretrained, small.end = config, LENGTH, None, END
+        small = recipe.small(config, LENGTH, END)
         try:
-            if (size := parameters(small)) > most:
+            if (size := parameters(small.build)) > most:
                 reason = f"the smallest model of it has {size:,} parameters"
                 continue
             with one_thread(), torch.random.fork_rng(devices=[]):
@@ -95,7 +95,7 @@ def tried(recipe: LanguageModel, fault: Callable[[LanguageModel], str], heads: i
         return f"it could not be tried ({e})"
 
 
-def remembered(known: dict[str, T], recipe: LanguageModel, how: list[object], find: Callable[[], T]) -> T:
+def remembered(known: dict[str, T], recipe: LanguageModel, how: Sequence[object], find: Callable[[], T]) -> T:
     """Returns what was found of a configuration before in this process, where `how` was the same; else finds it."""
     key = json.dumps([recipe.config.to_dict(), *how], default=str, sort_keys=True)
     if key not in known:
@@ -134,18 +134,16 @@ def same(right: torch.Tensor, mine: torch.Tensor, tolerance: float) -> bool:
     return bool(max(abs(mine[0] - right[0]) / right[0], (mine - right).norm() / right.norm()) <= tolerance)
 
 
-def parameters(recipe: LanguageModel) -> int:
-    """Counts the parameters of the recipe's model, built without memory for them."""
+def parameters(build: Callable[[], torch.nn.Module]) -> int:
+    """Counts the parameters of the model that this builds, without memory for them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in recipe.build().parameters())
+        return sum(p.numel() for p in build().parameters())
 
 
 class _Small:
     """Shrinks a configuration, and those nested in it, to at most `heads` heads and `layers` layers: the result is `made`."""
 
-    def __init__(
-        self, given: dict[str, object], names: dict[str, str], length: int, heads: int | None, layers: int | None
-    ) -> None:
+    def __init__(self, given: dict[str, Json], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
         self.made, self.names, self.length = copy.deepcopy(given), names, length
         for name, part in given.items():
             if isinstance(part, dict) and "model_type" in part:
@@ -157,7 +155,7 @@ class _Small:
         if layers:
             self._layers(layers)
 
-    def _get(self, name: str) -> object:
+    def _get(self, name: str) -> Json:
         return self.made.get(self.names.get(name, name))
 
     def _set(self, name: str, value: object) -> None:

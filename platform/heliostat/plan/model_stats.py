@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -25,6 +25,9 @@ from heliostat.plan.operations import OperationRecorder, extended, grouped
 from heliostat.recipes import building
 from heliostat.recipes.protocol import Batch, DividesExperts, DividesMatrices, Recipe
 from heliostat.recipes.text import checkpointing, next_token, selective, tiled_loss, tiled_mlp
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -117,13 +120,13 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Conte
     return replace(meter.result(), flops=3.0 * counter.get_total_flops() if count else 0.0, tile=tile)
 
 
-def _tile(model: Any) -> Tile | None:
+def _tile(model: torch.nn.Module) -> Tile | None:
     """Measures the largest of a model's MLPs in tiles: what a tile keeps, as much again of its gradients, and sums in fp32."""
     tiled = building.gathered_whole(model)
     if not tiled:
         return None
     mlp = max(tiled, key=lambda m: sum(p.numel() for p in m.parameters()))
-    width = model.get_input_embeddings().weight.shape[-1]
+    width: int = building.shape(cast("PreTrainedModel", model).get_input_embeddings().get_parameter("weight"))[-1]
     rows, kept = tiled_mlp.inside(mlp, width, Meter(model))
     return Tile(rows, 2 * kept // rows, 4 * sum(p.numel() for p in mlp.parameters()))
 
@@ -155,7 +158,7 @@ def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.n
     """Leaves only some of a stack's layers, in their order, for the duration of a context."""
     whole = stack._modules
     places = [i for i, m in enumerate(whole.values()) if m in some]
-    by_id: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    by_id: dict[int, PreTrainedConfig] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
     configs = [c for c in by_id.values() if len(getattr(c, "layer_types", None) or ()) == len(whole)]
     with ExitStack() as patches:
         for config in configs:  # models look up there, by its place, how a layer attends
@@ -245,7 +248,7 @@ def _fake(model: torch.nn.Module) -> None:
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Lists the modules that activation checkpointing wraps: transformers' marked ones, else the members of outermost lists."""
-    return checkpointing.layers(model) or list(_listed(model))
+    return [*checkpointing.layers(model)] or list(_listed(model))
 
 
 def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:

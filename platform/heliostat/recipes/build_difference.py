@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from heliostat.recipes.protocol import Recipe
+
 ALIKE = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device, torch.Size)
 HOOKS = re.compile(r"_hooks(_with_kwargs|_always_called)?$")
 
 
-def find(right: tuple[Any, torch.nn.Module], other: tuple[Any, torch.nn.Module]) -> str:
+def find(right: tuple[Recipe, torch.nn.Module], other: tuple[Recipe, torch.nn.Module]) -> str:
     """Finds the first difference between two recipes and the models that they have built; "" if there is none. The values of
     parameters, and of registered buffers, don't count."""
     if _parameters(right[1]) != _parameters(other[1]):
@@ -29,14 +31,14 @@ def find(right: tuple[Any, torch.nn.Module], other: tuple[Any, torch.nn.Module])
     return compare.of(right[1], other[1], "model") or compare.of(vars(right[0]), vars(other[0]), "recipe")
 
 
-def _parameters(model: torch.nn.Module) -> list[Any]:
+def _parameters(model: torch.nn.Module) -> list[tuple[object, ...]]:
     """Describes the parameters, tied ones under each of their names."""
     first = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     named = model.named_parameters(remove_duplicate=False)
     return [(name, first[id(p)], tuple(p.shape), p.dtype, p.requires_grad) for name, p in named]
 
 
-def _buffers(model: torch.nn.Module) -> list[Any]:
+def _buffers(model: torch.nn.Module) -> list[tuple[object, ...]]:
     return [(name, tuple(b.shape), b.dtype) for name, b in model.named_buffers(remove_duplicate=False)]
 
 
@@ -44,7 +46,7 @@ class _Comparison:
     def __init__(self, right: torch.nn.Module, other: torch.nn.Module) -> None:
         self.names = [{id(t): name for name, t in [*m.named_parameters(), *m.named_buffers()]} for m in (right, other)]
         self.seen = set[tuple[int, int]]()
-        self.kept = list[Any]()  # what was compared: Python gives the id of an object that is gone to another
+        self.kept = list[object]()  # what was compared: Python gives the id of an object that is gone to another
 
     def of(self, right: Any, other: Any, where: str = "") -> str:
         """Compares two things; names the place of the first difference."""
@@ -68,7 +70,7 @@ class _Comparison:
         return next((found for step in parts if (found := self.of(parts[step], its[step], where + step))), "")
 
 
-def _parts(thing: Any) -> dict[str, Any]:
+def _parts(thing: object) -> dict[str, object]:
     """Lists what is in a thing, by the way to it."""
     if isinstance(thing, dict):
         return {f"[{key!r}]": value for key, value in thing.items()}

@@ -5,8 +5,6 @@ A recipe of the protocol's first form, which had no base classes, gets an error 
 
 from __future__ import annotations
 
-from typing import Any
-
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import (
@@ -41,7 +39,7 @@ MARKS = {  # the method that an ability is known by
 GONE = {"losses": "`loss` returns named parts", "added": "`loss` returns named parts", "frozen_bytes": "`companions` tells them"}
 
 
-def require_class(field: str, path: str, found: Any) -> type[Recipe]:
+def require_class(field: str, path: str, found: object) -> type[Recipe]:
     """Returns the class if it is a complete recipe, else raises ConfigError; `path` is its import path, for the message."""
     if not isinstance(found, type):
         raise ConfigError(f"{field}: {path!r} is not a class")
@@ -72,7 +70,7 @@ def require_class(field: str, path: str, found: Any) -> type[Recipe]:
     return found
 
 
-def _refuse_gone(field: str, path: str, found: Any) -> None:
+def _refuse_gone(field: str, path: str, found: object) -> None:
     """Raises ConfigError for names of the protocol's first form, in a class or set by its `__init__`."""
     for name, instead in GONE.items():
         if hasattr(found, name):

@@ -15,6 +15,7 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from heliostat.config import workspace
+from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.recipes.conformance import require_class
@@ -31,11 +32,11 @@ class TrainedFacts(TypedDict):
     """Describes the part of a job that is read from an exported model's record."""
 
     name: str
-    model: dict[str, Any]
-    data: dict[str, Any]
-    train: dict[str, Any]
-    evaluate: NotRequired[dict[str, Any] | None]
-    card: NotRequired[dict[str, Any]]
+    model: dict[str, object]
+    data: dict[str, Json]
+    train: dict[str, Json]
+    evaluate: NotRequired[dict[str, Json] | None]
+    card: NotRequired[dict[str, Json]]
 
 
 @open_
@@ -62,11 +63,11 @@ class Export:
 
     folder: Path
     recipe: Any  # the class: a Recipe that Exports
-    job: dict[str, Any] | None
+    job: TrainedFacts | None
     data_version: int | None = None
 
 
-def write(folder: Path, job: Job, origin: dict[str, Any]) -> None:
+def write(folder: Path, job: Job, origin: dict[str, object]) -> None:
     """Writes the record of an exported model into its folder; `origin`: the run and the step that the model comes from."""
     (folder / RECORD).write_text(json.dumps({"recipe": job.recipe, "job": job.dump(), "origin": origin}, indent=1))
 
@@ -84,7 +85,7 @@ def read(folder: Path) -> Export:
     recipe = workspace.import_path(f"{place}: recipe", found["recipe"], folder)
     if not issubclass(recipe := require_class(f"{place}: recipe", printable(found["recipe"]), recipe), Exports):
         raise ConfigError(f"{place}: recipe: {printable(found['recipe'])!r} is not exported ({GUIDE})")
-    return Export(folder, recipe, dict(found["job"]), found.get("origin", {}).get("data_version", 1))
+    return Export(folder, recipe, found["job"], found.get("origin", {}).get("data_version", 1))
 
 
 def record(folder: Path) -> Exported:
@@ -92,7 +93,7 @@ def record(folder: Path) -> Exported:
     return EXPORTED.read(folder / RECORD)
 
 
-def generator(folder: Path, options: dict[str, Any]) -> Callable[[list[Request]], list[Generated]]:
+def generator(folder: Path, options: dict[str, object]) -> Callable[[list[Request]], list[Generated]]:
     """Loads the generator of an exported model, which answers requests; ConfigError if its recipe does not answer prompts."""
     recipe = read(folder).recipe
     if not issubclass(recipe, Generates):

@@ -8,27 +8,45 @@ Held-out scores: the loss of all held-out pairs against each other, recall at 1,
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import xxhash
 from pydantic import ValidationError
 
+from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, DataError
-from heliostat.recipes.protocol import CouplesSamples, Evaluates, Loss, Part
-from heliostat.schema import Strict, explain
+from heliostat.recipes import tokenizing
+from heliostat.recipes.protocol import CouplesSamples, Evaluates, Exports, Loss, Part
+from heliostat.schema import Float, Strict, explain
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from heliostat.data.manifest import Manifest
     from heliostat.recipes.protocol import Batch
 
 SCORES = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 
 
-class EmbedsPairs(CouplesSamples, Evaluates):
+class PairKeys(Strict):
+    """Defines the keys of `model` that every embedder has besides those of its architecture."""
+
+    temperature: Float
+    """Divides the cosines of the pairs in the loss."""
+
+
+K = TypeVar("K", bound=PairKeys)
+
+
+class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     """Represents each sample as two embeddings of length 1, by the names of its `sides`: what asks, and what it is to find.
 
     Beside them `represent` gives `names`, int64 [batch, 2], by which equal sides are known, and `cut`: where a text was too long.
@@ -36,7 +54,9 @@ class EmbedsPairs(CouplesSamples, Evaluates):
 
     kind = "rows"
     sides: tuple[str, str]
-    own: type[Strict]  # defines the keys of `model` beside those of its architecture
+    sources: list[Manifest]
+    keys: PairKeys
+    own: type[PairKeys]  # defines the keys of `model` beside those of its architecture
     scores: tuple[str, ...] = ("loss", *SCORES)
 
     def __init__(self, job: Job) -> None:
@@ -49,7 +69,61 @@ class EmbedsPairs(CouplesSamples, Evaluates):
             raise ConfigError("model.init: is of language models; remove it")
         self.keys = _own_keys(self.own, job.model)
         self.temperature: float = self.keys.temperature  # divides the cosines of the pairs in the loss
-        self.pretrained = job.model.get("pretrained")
+        self.pretrained: str | None = job.model.get("pretrained")
+
+    @property
+    @abstractmethod
+    def config(self) -> PreTrainedConfig:
+        """Makes the model's configuration, which needs transformers; ConfigError for keys that make no sense."""
+
+    @property
+    @abstractmethod
+    def max_tokens(self) -> int:
+        """Returns how many tokens of a text are seen."""
+
+    @abstractmethod
+    def first(self) -> PreTrainedModel:
+        """Builds the model with first weights."""
+
+    def whole(self, folder: str) -> PreTrainedModel:
+        """Loads the pretrained model."""
+        import torch
+
+        from heliostat.recipes.text import encoder
+
+        return encoder.load("model.pretrained", folder, config=self.config, dtype=torch.float32)
+
+    def build(self) -> PreTrainedModel:
+        import torch
+
+        from heliostat.recipes import weightless
+        from heliostat.recipes.text import checkpointing
+
+        if self.pretrained and torch.get_default_device().type != "meta" and not weightless.wanted():
+            model = self.whole(self.pretrained)
+        else:
+            model = self.first()
+            if self.pretrained:
+                weightless.comes_from(model, self.pretrained)
+        if self.job.train.activation_checkpointing:
+            checkpointing.use(model, True, False)
+        return model.train()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loads the pretrained model's tokenizer, or that of the datasets."""
+        if self.pretrained:
+            return tokenizing.of_folder(self.pretrained)
+        return tokenizing.of_datasets(self.sources, self.max_tokens)
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        from heliostat.recipes.text import encoder
+
+        return encoder.load("model", folder)
+
+    @classmethod
+    def exported(cls, folder: Path, model: dict[str, object]) -> dict[str, object]:
+        return {"pretrained": str(folder), **{key: model[key] for key in cls.own.model_fields if key in model}}
 
     def couple(self, found: dict[str, torch.Tensor]) -> Loss:
         return self._coupled(found, None)
@@ -89,7 +163,7 @@ class EmbedsPairs(CouplesSamples, Evaluates):
         return {"loss": loss, **contrastive.recall(contrastive.ranks(asking, asked, names))}
 
 
-def _own_keys(kind: type[Strict], model: dict[str, Any]) -> Any:
+def _own_keys(kind: type[K], model: dict[str, object]) -> K:
     """Reads the keys of a job's `model` that are no architecture's; ConfigError for wrong values."""
     try:
         return kind.model_validate({k: v for k, v in model.items() if k in kind.model_fields})
@@ -97,7 +171,7 @@ def _own_keys(kind: type[Strict], model: dict[str, Any]) -> Any:
         raise ConfigError("\n  ".join(explain(e, kind, "model"))) from e
 
 
-def present(content: Any, column: str) -> list[Any]:
+def present(content: pa.Table, column: str) -> list[Json]:
     """Returns a column's values; DataError if a row has none."""
     if nulls := content[column].null_count:
         raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}; leave such rows out of the dataset")

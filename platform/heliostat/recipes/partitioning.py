@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -19,10 +19,10 @@ from heliostat.recipes import partitioning
 class Partitioner(Protocol):
     """Partitions a model's parameters while the model is built."""
 
-    def constructing(self) -> AbstractContextManager[Any]:
+    def constructing(self) -> AbstractContextManager[object]:
         """Opens the context in which constructors keep only this worker's part of each parameter."""
 
-    def whole(self, parameter: torch.Tensor) -> AbstractContextManager[Any]:
+    def whole(self, parameter: torch.Tensor) -> AbstractContextManager[object]:
         """Opens the context in which a parameter is whole. Afterwards all workers have the first one's values; collective."""
 
 
@@ -44,13 +44,13 @@ def wanted() -> bool:
     return _partitioner.get() is not None
 
 
-def constructing() -> AbstractContextManager[Any]:
+def constructing() -> AbstractContextManager[object]:
     """Opens the context to call a model's constructor in, where the constructor's own library knows nothing of ZeRO."""
     partitioner = _partitioner.get()
     return partitioner.constructing() if partitioner else nullcontext()
 
 
-def whole(parameter: torch.Tensor) -> AbstractContextManager[Any]:
+def whole(parameter: torch.Tensor) -> AbstractContextManager[object]:
     """Opens the context to set a parameter's values in."""
     partitioner = _partitioner.get()
     return partitioner.whole(parameter) if partitioner else nullcontext()

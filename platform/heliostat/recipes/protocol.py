@@ -1,15 +1,14 @@
 """Defines the protocol between the engine and a recipe: what a recipe must implement for its model to be trained, and what else
-it can.
+it can (docs/guides/recipe.md).
 
     class Mine(Recipe, Evaluates, Generates, Serves): ...
 
 `Recipe` is the base of every recipe, which must implement `build`, `batch` and `loss`; the rest has a default. The other base
 classes are abilities: to be scored, exported, prompted and served, and to draw pictures. A job that asks for an ability that its
-recipe lacks is refused before the first step (`heliostat.recipes.conformance`). docs/guides/recipe.md shows how a recipe is
-written.
+recipe lacks is rejected before the first step (`heliostat.recipes.conformance`).
 
 The engine owns data order, ZeRO, accumulation, precision, checkpoints, metrics and restarts; a recipe owns the model and what a
-batch, a loss and a score are. A recipe is made anew in every process, from the job and the datasets alone.
+batch, a loss and a score are. Every process makes its own recipe, from the job and the datasets alone.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import heliostat
+from heliostat.config.fields import Json
 from heliostat.config.spec import Job
+from heliostat.data.content import Content
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:  # torch takes a second to import, and a faulty job is found without it
     import numpy as np
     import torch
+    import torch.distributed as dist
+    from mlflow.models import ModelSignature
 
-    Batch = dict[str, torch.Tensor]
-else:
-    Batch = dict[str, Any]
-
+Batch = dict[str, "torch.Tensor"]
 GUIDE = "docs/guides/recipe.md"
 IGNORED = -100  # in a batch's `labels`, where nothing is asked: padding, and what is masked out
 
@@ -46,8 +45,8 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """Holds the loss of a batch. The objective of a step is the sum of its loss terms over their number in the global batch, plus
-    each part's weight times its mean over the step's batches. Every part is logged by its name; the names are always the same."""
+    """Holds the loss of a batch. A step's objective is the sum of its loss terms over their number in the global batch, plus each
+    part's weight times its mean over the step's batches. Parts are logged by name; the names are always the same."""
 
     sum: torch.Tensor  # of the batch's loss terms: a scalar
     parts: dict[str, Part] = field(default_factory=dict)
@@ -65,8 +64,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Companion:
-    """Describes a model on the device beside the one that is trained, such as a frozen encoder. The recipe puts it there, and the
-    plan counts its memory. It is in no checkpoint, because the job names where it comes from."""
+    """Describes another model on the device, such as a frozen encoder. The recipe puts it there, and the plan counts its memory.
+    It is in no checkpoint."""
 
     bytes: int
     every_step: bool = True  # False: it is there in evaluations only
@@ -98,12 +97,11 @@ class Recipe(ABC):
         """Builds the model in fp32 with its initial weights; the engine has seeded the RNG and, at ZeRO-3, set the stage."""
 
     @abstractmethod
-    def batch(self, content: Any, keys: np.ndarray) -> Batch:
+    def batch(self, content: Content, keys: np.ndarray) -> Batch:
         """Makes CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table for rows.
 
-        `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample, whatever the number of
-        workers; what is drawn at random for a sample should follow from it. `heliostat.recipes.batches` pads rows of varying
-        length and numbers the documents of a packed sample.
+        `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample, on any number of workers; what
+        is drawn at random for a sample should follow from it. `heliostat.recipes.batches` has helpers.
         """
 
     @abstractmethod
@@ -117,7 +115,7 @@ class Recipe(ABC):
         return len(next(iter(batch.values())))
 
     def group(self, name: str, shape: tuple[int, ...]) -> Group:
-        """Decides how a trained parameter is trained: by default matrices get weight decay, vectors (norms, biases) do not."""
+        """Decides how a parameter is trained: by default matrices get weight decay, vectors (norms, biases) don't."""
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
     def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:  # noqa: B027
@@ -143,7 +141,7 @@ class Recipe(ABC):
         """Counts the forward and backward FLOPs of one sample, for MFU; None: not known, and MFU is not reported."""
         return None
 
-    def describe(self, content: Any) -> str:
+    def describe(self, content: Content) -> str:
         """Describes one sample, given as the content of a batch of one, for people to read."""
         if self.kind == "tokens":
             return " ".join(map(str, content[0].tolist()))
@@ -152,18 +150,15 @@ class Recipe(ABC):
 
 
 class CouplesSamples(Recipe):
-    """Trains on a loss of all samples of a step together, such as a contrastive one.
-
-    The engine goes over each micro-batch twice (GradCache), so that the loss and its gradients are those of the global batch
-    whatever the number of workers and of micro-batches, and memory is that of one micro-batch.
-    """
+    """Trains on a loss of all samples of a step together, such as a contrastive one. The engine goes over each micro-batch twice
+    (GradCache): loss and gradients are those of the global batch, on any number of workers, and memory that of a micro-batch."""
 
     terms_per_sample = 1
 
     @abstractmethod
     def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """Computes what the loss needs of each sample, [batch, ...] by name, alike when it is called again with the same random
-        numbers. Gradients flow through what has floating-point numbers; the rest is carried along."""
+        """Computes what the loss needs of each sample, [batch, ...] by name, the same when it is called again with the same
+        random numbers. Gradients flow through floating-point numbers."""
 
     @abstractmethod
     def couple(self, found: dict[str, torch.Tensor]) -> Loss:
@@ -171,8 +166,8 @@ class CouplesSamples(Recipe):
         it of all samples, unless there is `couple_some`."""
 
     def couple_some(self, found: dict[str, torch.Tensor], some: slice) -> Loss:
-        """Computes what `some` of a step's samples add to the loss of all and to each of its parts: the sums over all samples are
-        what `couple` gives. Optional: with it, workers share large steps (`SHARED_FROM` in `training.worker.coupled`)."""
+        """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives.
+        Optional: with it, workers share large steps (`SHARED_FROM` in `training.worker.coupled`)."""
         raise NotImplementedError
 
     @classmethod
@@ -203,8 +198,7 @@ class Evaluates(ABC):
         return {name: total / max(1.0, sums["terms"]) for name, total in sums.items() if name != "terms"}
 
     def measure(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
-        """Computes more reported metrics from the `gathered` scores of all held-out samples, in the samples' order, so that they
-        are the same on any number of workers. On rank 0 only."""
+        """Computes more metrics from the `gathered` scores of all held-out samples, in the samples' order. On rank 0 only."""
         return {}
 
 
@@ -214,8 +208,8 @@ class Exports(ABC):
     layout: dict[str, str] = {"": "model"}  # a parameter's prefix, which is cut off -> its file, without .safetensors
 
     def tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
-        """Maps each file of an export (without .safetensors) to its tensors by their names there, by default as `layout` assigns
-        them. `shapes`: of the model's parameters, and of the buffers that checkpoints hold."""
+        """Maps each file of an export to its tensors by their names there; by default as `layout` assigns them. `shapes`: of the
+        model's parameters, and of the buffers that checkpoints hold."""
         return {
             file: {name.removeprefix(prefix): Weight((name,), shape) for name, shape in shapes.items() if name.startswith(prefix)}
             for prefix, file in self.layout.items()
@@ -230,11 +224,11 @@ class Exports(ABC):
         """Loads the exported model, in the precision in which it was exported."""
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
-        """Runs the exported model on the driver: (prompt, answer) of each example, for the log and the terminal."""
+        """Runs the exported model on the driver: (prompt, answer) of each example, for the log."""
         return []
 
     @staticmethod
-    def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
+    def exported(folder: Path, model: dict[str, object]) -> dict[str, object]:
         """Derives `job.model` for an exported folder from the `job.model` that it was trained with."""
         return {"pretrained": str(folder)}
 
@@ -250,8 +244,8 @@ class Weight:
 
 
 class CutsSamples(ABC):
-    """Trains with each sample cut over several workers, who have a stretch of its tokens each: a job may ask for
-    `train.parallel.sequence`. The loss has no parts, or parts that are means over tokens."""
+    """Trains with each sample cut over several workers, a stretch of tokens each: a job may ask for `train.parallel.sequence`.
+    The loss has no parts, or parts that are means over tokens."""
 
     def require_cut(self, parts: int) -> None:  # noqa: B027
         """Raises ConfigError if the model's samples cannot be cut over so many workers; on the driver, in seconds."""
@@ -262,9 +256,8 @@ class CutsSamples(ABC):
         their sums over the parts are those of the whole."""
 
     @abstractmethod
-    def exchange(self, model: torch.nn.Module, group: Any) -> None:
-        """Makes the model exchange what a token needs of those in other stretches, which the group's workers have in rank
-        order."""
+    def exchange(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
+        """Makes the model exchange what a token needs of other stretches, which the group's workers have in rank order."""
 
     @abstractmethod
     def exchanged(self, parts: int) -> int:
@@ -287,7 +280,7 @@ class DividesExperts(ABC):
         return 0
 
     @abstractmethod
-    def exchange_tokens(self, model: torch.nn.Module, group: Any) -> None:
+    def exchange_tokens(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
         """Makes the model send tokens to the group's worker that has their expert; each has its part, in rank order."""
 
 
@@ -302,8 +295,7 @@ class DividesMatrices(ABC):
     @abstractmethod
     def divided_matrices(self, model: torch.nn.Module) -> Mapping[str, str]:
         """Lists modules by name whose weights, and biases of outputs, are divided: `column` by outputs, `row` by inputs, whose
-        products the workers add up. `summed`: whole on every worker, but applied to a part of what passes, so that gradients
-        are added up."""
+        products the workers add up. `summed`: whole, but applied to a part of what passes, so gradients are added up."""
 
 
 class Generates(Exports):
@@ -313,7 +305,7 @@ class Generates(Exports):
 
     @staticmethod
     @abstractmethod
-    def generator(folder: Path, options: dict[str, Any]) -> Callable[[list[Request]], list[Generated]]:
+    def generator(folder: Path, options: dict[str, object]) -> Callable[[list[Request]], list[Generated]]:
         """Loads an exported folder once and answers requests; ConfigError for options that this kind of model does not have."""
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
@@ -335,26 +327,25 @@ class Paints(Generates):
 class Canvas(Protocol):
     """Draws pictures. `size`: width and height of the model's own, in pixels; `defaults`: options, as `generator` takes them."""
 
-    defaults: dict[str, Any]
+    defaults: dict[str, object]
 
     @property
     def size(self) -> tuple[int, int]: ...
 
-    def draw(self, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[bytes]:
-        """Draws a picture for each prompt, as PNG, each from its own seed; ConfigError for options that there are not."""
+    def draw(self, prompts: list[str], seeds: list[int], options: dict[str, object]) -> list[bytes]:
+        """Draws a picture for each prompt, as PNG, from its own seed; ConfigError for an unknown option."""
 
 
 class Serves(Exports):
     """Logs its exports to MLflow, which serves them: a job may ask for `mlflow.register`."""
 
     def serving(self) -> Serving:
-        """Describes how MLflow serves the exported folder. By default its `generator` answers, which needs heliostat and the
-        recipe's code where it is served; a file of the recipe's own needs neither. On the driver only."""
+        """Describes how MLflow serves the exported folder, on the driver only. By default its `generator` answers, which needs
+        heliostat and the recipe's code where it is served."""
         from mlflow.models import infer_signature
 
         assert isinstance(self, Generates)
-        asked = list(self.prompts[:1])
-        code = Path(str(heliostat.__file__)).parent / "recipes" / "served.py"
+        code, asked = Path(__file__).with_name("served.py"), list(self.prompts[:1])
         return Serving(code, asked, infer_signature(asked, ["answer"], {"seed": 0}), ("mlflow", "torch", "heliostat"))
 
 
@@ -371,7 +362,7 @@ class Gallery(Protocol):
 
     count: int
 
-    def draw(self, model: torch.nn.Module, device: Any, numbers: list[int]) -> list[np.ndarray]:
+    def draw(self, model: torch.nn.Module, device: torch.device | str, numbers: list[int]) -> list[np.ndarray]:
         """Draws the pictures of these numbers, each uint8 [height, width, channels]; any rank may be asked for any of them."""
 
     def judge(self, pictures: list[np.ndarray], progressed: Callable[[], None]) -> tuple[dict[str, float], dict[str, bytes]]:
@@ -383,14 +374,14 @@ class Serving:
     """Describes an MLflow pyfunc "model from code": its file, which is copied into the model, an example input, the signature."""
 
     code: Path
-    example: Any
-    signature: Any
+    example: object
+    signature: ModelSignature
     requirements: tuple[str, ...] = ("mlflow", "torch", "transformers", "accelerate")
 
 
 @dataclass(frozen=True)
 class Request:
-    """Holds a prompt to answer; `out` is where a file is written, if the answer is one (its `file` fact then holds the place)."""
+    """Holds a prompt to answer; `out`: where a file is written, if the answer is one (its `file` fact holds the place)."""
 
     prompt: str
     seed: int
@@ -403,4 +394,4 @@ class Generated:
 
     prompt: str
     shown: str
-    facts: dict[str, Any]
+    facts: dict[str, Json]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -12,44 +12,41 @@ from heliostat.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-def of_datasets(sources: list[Manifest], longest: int) -> Any:
+def of_datasets(sources: list[Manifest], longest: int) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of datasets, which puts the end of a document behind each text; ConfigError if they have not one."""
+    from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
-    require_one(sources)
-    raw, end = _raw(sources[0])
+    raw, number = Tokenizer.from_str(definition(sources).decode()), sources[0].fact("end_of_document")
+    if (end := raw.id_to_token(number)) is None:
+        raise ConfigError(
+            f"{sources[0].file('tokenizer.json')}: has no token {number}, which ends documents there; prepare the dataset again"
+        )
+    raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, number)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, pad_token=end, model_max_length=longest)
 
 
-def require_one(sources: list[Manifest]) -> None:
-    """Raises ConfigError unless the datasets have one tokenizer."""
+def definition(sources: list[Manifest]) -> bytes:
+    """Reads the `tokenizer.json` of datasets; ConfigError if they don't have one and the same, DataError if the file is gone."""
     if len({source.meta.get("tokenizer") for source in sources}) > 1:
         raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
     if "tokenizer" not in sources[0].meta:
         raise ConfigError(f"data.sources: {sources[0].location} has no tokenizer, and the model none of its own; give the "
                           "pipeline a `tokenizer`, or take model.pretrained")  # fmt: skip
-
-
-def _raw(source: Manifest) -> tuple[Any, str]:
-    from tokenizers import Tokenizer, processors
-
-    made = source.file("tokenizer.json")
+    made = sources[0].file("tokenizer.json")
     try:
-        definition = made.read()
+        content = made.read()
     except FileNotFoundError as e:
         raise DataError(f"{made}: is not there; prepare the dataset again") from e
-    if hashlib.sha256(definition).hexdigest() != source.fact("tokenizer"):
-        raise ConfigError(f"{made}: is not the tokenizer of the dataset")
-    raw, number = Tokenizer.from_str(definition.decode()), source.fact("end_of_document")
-    if (end := raw.id_to_token(number)) is None:
-        raise ConfigError(f"{made}: has no token {number}, which ends documents there; prepare the dataset again")
-    raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, number)])
-    return raw, end
+    if hashlib.sha256(content).hexdigest() != sources[0].fact("tokenizer"):
+        raise ConfigError(f"{made}: is not the tokenizer that made the dataset")
+    return content
 
 
-def of_folder(folder: str) -> Any:
+def of_folder(folder: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a pretrained model; it pads with its end if it has nothing of its own for that."""
     from transformers import AutoTokenizer
 
@@ -61,7 +58,7 @@ def of_folder(folder: str) -> Any:
     return found
 
 
-def fit_vocabulary(config: Any, key: str, given: int | None, tokenizer: Any) -> None:
+def fit_vocabulary(config: PreTrainedConfig, key: str, given: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Gives a configuration of text the tokenizer's size and special tokens; ConfigError if `given`, from the job's `key`, is
     too small for them."""
     size = len(tokenizer)
@@ -80,7 +77,7 @@ class Tokens(NamedTuple):
     cut: np.ndarray
 
 
-def tokens(tokenizer: Any, texts: list[str], longest: int) -> Tokens:
+def tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int) -> Tokens:
     """Makes the tokens of texts, padded; of one that is longer than is seen, the first and the end behind them."""
     from heliostat.recipes.batches import pad
 

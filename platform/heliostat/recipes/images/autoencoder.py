@@ -155,7 +155,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         psnr = 10 * math.log10(4 / max(sums["squared"] / n, 1e-10))  # pixels span 2
         return {"loss": error + self.kl_weight * divergence, "error": error, "divergence": divergence, "psnr": psnr}
 
-    def flops_per_sample(self, model: Any) -> float:
+    def flops_per_sample(self, model: nn.Module) -> float:
         from torch.utils.flop_counter import FlopCounterMode
 
         width, height = self.facts.size
@@ -196,7 +196,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         return [("autoencoder", f"  takes a side of {self.factor} pixels to one of its latents; scaling factor {scale:.4g}")]
 
     @staticmethod
-    def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
+    def exported(folder: Path, model: dict[str, object]) -> dict[str, object]:
         return {"pretrained": str(folder), "kl_weight": model.get("kl_weight", 1e-6)}
 
     def serving(self) -> Serving:
@@ -215,7 +215,7 @@ class Reconstructions:
         found = [i for i in real_images(recipe.sources, 64)[0] if i.shape[:2] == recipe.facts.size[::-1]]
         self.images = [found[n % len(found)] for n in range(SHOWN)]
 
-    def draw(self, model: nn.Module, device: Any, numbers: list[int]) -> list[np.ndarray]:
+    def draw(self, model: nn.Module, device: torch.device | str, numbers: list[int]) -> list[np.ndarray]:
         dtype = next(model.parameters()).dtype
         pixels = torch.from_numpy(np.stack([self.images[n] for n in numbers])).permute(0, 3, 1, 2).float() / 127.5 - 1
         shape = (len(numbers), self.recipe.config["latent_channels"], *(s // self.recipe.factor for s in pixels.shape[2:]))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 def is_one(folder: Path) -> bool:
@@ -19,16 +23,17 @@ def is_one(folder: Path) -> bool:
     return isinstance(told, dict) and told.get("model_type") == "clip"
 
 
-def of_texts(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def of_texts(model: CLIPModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Embeds texts, fp32 [texts, width]."""
     return _of_length_one(model.get_text_features(input_ids=ids, attention_mask=mask))
 
 
-def of_images(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+def of_images(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
     """Embeds images, as their processor gives them, fp32 [images, width]."""
     return _of_length_one(model.get_image_features(pixel_values=pixels))
 
 
-def _of_length_one(found: Any) -> torch.Tensor:
+def _of_length_one(found: torch.Tensor | BaseModelOutputWithPooling) -> torch.Tensor:
     vectors = found if isinstance(found, torch.Tensor) else found.pooler_output
+    assert vectors is not None
     return F.normalize(vectors.float(), dim=-1)

@@ -15,8 +15,16 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from pydantic import Field, model_validator
-from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5EncoderModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
 
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
@@ -27,8 +35,12 @@ from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.records import Format
 from heliostat.text import brief
 
-CONFIG = Format(dict[str, Any], "model's configuration", ConfigError)
-BACKBONES: dict[str, Any] = {"unet": UNet2DConditionModel, "pixart": PixArtTransformer2DModel, "sd3": SD3Transformer2DModel}
+CONFIG = Format(dict[str, Json], "model's configuration", ConfigError)
+BACKBONES: dict[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "pixart": PixArtTransformer2DModel,
+    "sd3": SD3Transformer2DModel,
+}
 TEXT_WIDTHS = {
     "unet": ("cross_attention_dim",),
     "pixart": ("caption_channels",),
@@ -105,7 +117,7 @@ class Samples(Strict):
 
 
 class Model(Strict):
-    backbone: dict[str, Any]
+    backbone: dict[str, Json]
     """`arch: unet`, `pixart` or `sd3` and that class's own keys in diffusers, or `pretrained: FOLDER`. Channels, sizes and
     the text's width follow from the data where they are left out."""
     text: Text = Text()
@@ -120,7 +132,7 @@ class Model(Strict):
     """What is drawn after every evaluation, and how `heliostat generate` draws unless it is told otherwise."""
 
 
-def backbone_class(keys: dict[str, Any]) -> tuple[str, Any]:
+def backbone_class(keys: dict[str, Json]) -> tuple[str, Any]:
     """Finds the (name, class) of `model.backbone`; ConfigError if there is none, or for keys that the class does not have."""
     if "pretrained" in keys:
         if extra := sorted(set(keys) - {"pretrained"}):
@@ -140,7 +152,7 @@ def backbone_class(keys: dict[str, Any]) -> tuple[str, Any]:
     return name, BACKBONES[name]
 
 
-def folder_config(key: str, folder: str) -> dict[str, Any]:
+def folder_config(key: str, folder: str) -> dict[str, Json]:
     try:
         return CONFIG.read(Path(folder) / "config.json")
     except OSError as e:
@@ -158,7 +170,7 @@ def load_or_build(cls: Any, folder: str | Path) -> Any:
     return cls.from_pretrained(folder, torch_dtype=torch.float32)
 
 
-def build_backbone(keys: dict[str, Any], defaults: dict[str, Any]) -> Any:
+def build_backbone(keys: dict[str, Json], defaults: dict[str, object]) -> Any:
     """Builds the backbone from its keys, with `defaults` for those that are left out, or loads it from its folder."""
     name, cls = backbone_class(keys)
     if "pretrained" in keys:
@@ -195,20 +207,20 @@ def require_weights(key: str, folder: str) -> None:
         raise ConfigError(f"{key}: {folder!r} has no safetensors; save it by save_pretrained")
 
 
-def frozen_text_encoder(folder: str) -> Any:
+def frozen_text_encoder(folder: str) -> torch.nn.Module:
     require_weights("model.text.pretrained", folder)
     kind = T5EncoderModel if "t5" in from_folder("model.text.pretrained", AutoConfig, folder).model_type else CLIPTextModel
     return kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def frozen_bytes(config: dict[str, Any] | str) -> int:
+def frozen_bytes(config: dict[str, Json] | str) -> int:
     """Counts the bytes of a frozen autoencoder, from its configuration, or text encoder, from its folder; reads no weights."""
     with torch.device("meta"):
         if isinstance(config, dict):
-            model: Any = AutoencoderKL.from_config(config)
+            model: torch.nn.Module = AutoencoderKL.from_config(config)
         else:
             found = from_folder("model.text.pretrained", AutoConfig, config)
-            kind: Any = T5EncoderModel if "t5" in found.model_type else CLIPTextModel
+            kind = T5EncoderModel if "t5" in found.model_type else CLIPTextModel
             model = kind(found if "t5" in found.model_type else getattr(found, "text_config", found))
     return 4 * sum(p.numel() for p in model.parameters())  # fp32
 
@@ -218,7 +230,7 @@ def tokenizer_folder(folder: str) -> Path:
     return Path(folder) if any(Path(folder).glob("tokenizer*")) else Path(folder).parent / "tokenizer"
 
 
-def frozen_tokenizer(folder: str, length: int) -> Any:
+def frozen_tokenizer(folder: str, length: int) -> PreTrainedTokenizerBase:
     tokenizer = from_folder("model.text.pretrained", AutoTokenizer, tokenizer_folder(folder))
     tokenizer.model_max_length = length
     return tokenizer

@@ -14,30 +14,38 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from transformers import AutoImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import (
+    AutoImageProcessor,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from heliostat.config.fields import Count
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes import building, contrastive, exported, tokenizing, weightless
+from heliostat.recipes import building, contrastive, exported, tokenizing
 from heliostat.recipes.images import rows
-from heliostat.recipes.pairs import SCORES, EmbedsPairs, named, present
+from heliostat.recipes.pairs import SCORES, EmbedsPairs, PairKeys, named, present
 from heliostat.recipes.pretrained import from_config, from_folder
-from heliostat.recipes.protocol import Batch, Exports
-from heliostat.recipes.text import checkpointing, encoder, model_config
+from heliostat.recipes.protocol import Batch
+from heliostat.recipes.text import encoder, model_config
 from heliostat.recipes.text.model_config import ModelKind
-from heliostat.schema import Float, Strict, nearest
+from heliostat.schema import Float, nearest
 from heliostat.text import brief
 
 CLIP = ModelKind("model of images and texts", ("clip",), "clip")
-PARTS: dict[str, Any] = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
+PARTS: dict[str, type[PreTrainedConfig]] = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
 OLD_END = 2  # the end of a text by which CLIP's class takes a folder for one of the first, whose end it did not know
 BACK = "caption_"  # before the names of scores of captions that are found by their images
 
@@ -45,10 +53,10 @@ BACK = "caption_"  # before the names of scores of captions that are found by th
 class Clip(CLIPModel):
     """Has the temperature in a buffer: it is not trained, and DeepSpeed takes no parameter that is one number."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
         del self.logit_scale
-        self.register_buffer("logit_scale", torch.tensor(float(config.logit_scale_init_value)))
+        self.register_buffer("logit_scale", torch.tensor(float(config.logit_scale_init_value or 0.0)))
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -56,7 +64,7 @@ class Clip(CLIPModel):
         return False
 
 
-class ImageEmbedderKeys(Strict):
+class ImageEmbedderKeys(PairKeys):
     """Defines the keys of `model` beside those of its architecture."""
 
     temperature: Float = Field(0.07, gt=0)
@@ -68,14 +76,15 @@ class ImageEmbedderKeys(Strict):
 OWN = tuple(ImageEmbedderKeys.model_fields)
 
 
-class ImageEmbedder(EmbedsPairs, Exports):
+class ImageEmbedder(EmbedsPairs):
     sides = ("caption", "image")  # columns of a row
     gathered = (*sides, "names")
     scores = ("loss", *SCORES, *(BACK + name for name in SCORES))
     own = ImageEmbedderKeys
+    keys: ImageEmbedderKeys
 
     @cached_property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """Makes the model's configuration; ConfigError for keys that make no sense."""
         given = {k: v for k, v in self.job.model.items() if k not in OWN}
         if self.pretrained:
@@ -131,43 +140,34 @@ class ImageEmbedder(EmbedsPairs, Exports):
             raise ConfigError(f"model.vision_config.patch_size: {patch} does not divide the images' {side} pixels")
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """Loads the pretrained model's tokenizer, or that of the datasets."""
-        if self.pretrained:
-            return tokenizing.of_folder(self.pretrained)
-        return tokenizing.of_datasets(self.sources, self.max_tokens)
-
-    @cached_property
-    def processor(self) -> Any:
+    def processor(self) -> CLIPImageProcessorPil:
         """Loads the pretrained model's image processor, or makes one for images of the datasets' size."""
         if self.pretrained:
             return processor_of_folder(self.pretrained)
         vision = self.config.vision_config
         return processor_of_size(vision.image_size, vision.num_channels)
 
-    def build(self) -> torch.nn.Module:
-        model: Any
-        if self.pretrained and torch.get_default_device().type != "meta" and not weightless.wanted():
-            model = encoder.load("model.pretrained", self.pretrained, Clip, config=self.config, dtype=torch.float32)
-        else:
-            try:
-                model = from_config(Clip, self.config)
-            except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
-                raise ConfigError(f"model: {brief(e)}") from e
-            if self.pretrained:
-                weightless.comes_from(model, self.pretrained)
-        scale = torch.tensor(-math.log(self.temperature), dtype=torch.float32, device=model.logit_scale.device)
+    def whole(self, folder: str) -> PreTrainedModel:
+        return encoder.load("model.pretrained", folder, Clip, config=self.config, dtype=torch.float32)
+
+    def first(self) -> PreTrainedModel:
+        try:
+            return from_config(Clip, self.config)
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:
+            raise ConfigError(f"model: {brief(e)}") from e
+
+    def build(self) -> PreTrainedModel:
+        model = super().build()
+        scale = torch.tensor(-math.log(self.temperature), dtype=torch.float32, device=model.get_buffer("logit_scale").device)
         building.put_buffer(model, "logit_scale", scale)  # built divided, it would be of the run's precision
-        if self.job.train.activation_checkpointing:
-            checkpointing.use(model, True, False)
-        return model.train()
+        return model
 
     def exact(self, model: torch.nn.Module) -> list[str]:
         return ["logit_scale"]
 
     # training --------------------------------------------------------------------------------------------------------
 
-    def batch(self, content: Any, keys: np.ndarray) -> Batch:
+    def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
         captions, images = (present(content, side) for side in self.sides)
         found = tokenizing.tokens(self.tokenizer, captions, self.max_tokens)
         pixels = normalised(self.processor, rows.decoded(images))
@@ -186,7 +186,7 @@ class ImageEmbedder(EmbedsPairs, Exports):
 
     # for people, and the export --------------------------------------------------------------------------------------
 
-    def describe(self, content: Any) -> str:
+    def describe(self, content: pa.Table) -> str:
         row = content.select(["id", "caption"]).to_pylist()[0]
         return f"{row['caption']} ({row['id']})"
 
@@ -198,15 +198,8 @@ class ImageEmbedder(EmbedsPairs, Exports):
         self.tokenizer.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
-    def load(self, folder: Path) -> torch.nn.Module:
-        return encoder.load("model", folder)
 
-    @staticmethod
-    def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
-        return {"pretrained": str(folder), **{key: model[key] for key in OWN if key in model}}
-
-
-def _check_parts(given: dict[str, Any]) -> None:
+def _check_parts(given: dict[str, object]) -> None:
     """Raises ConfigError for a key of a part's configuration that there is not."""
     for name, kind in PARTS.items():
         if not isinstance(part := given.get(name, {}), dict):
@@ -217,13 +210,13 @@ def _check_parts(given: dict[str, Any]) -> None:
                 raise ConfigError(f"model.{name}.{key}: unknown key of {kind.__name__}{nearest(key, sorted(known))}")
 
 
-def processor_of_size(side: int, channels: int) -> Any:
+def processor_of_size(side: int, channels: int) -> CLIPImageProcessorPil:
     """Makes a processor of square images, which takes pixels to [-1, 1]."""
     return CLIPImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False, do_convert_rgb=channels == 3,
                                  image_mean=[0.5] * channels, image_std=[0.5] * channels)  # fmt: skip
 
 
-def processor_of_folder(folder: str) -> Any:
+def processor_of_folder(folder: str) -> CLIPImageProcessorPil:
     """Loads the processor of a pretrained model; ConfigError if it does more than scale and shift pixels of the right size."""
     with exported.using(Path(folder)):
         found = from_folder("model.pretrained", AutoImageProcessor, folder, backend="pil")
@@ -235,7 +228,7 @@ def processor_of_folder(folder: str) -> Any:
     return found
 
 
-def normalised(processor: Any, images: np.ndarray) -> torch.Tensor:
+def normalised(processor: CLIPImageProcessorPil, images: np.ndarray) -> torch.Tensor:
     """Makes what the model takes, fp32 [n, channels, height, width], of uint8 [n, height, width, channels]."""
     mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in (processor.image_mean, processor.image_std))
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / deviation

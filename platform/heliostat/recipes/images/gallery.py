@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Parts
 from heliostat.recipes.images.pipeline import denoise, generators
 
+if TYPE_CHECKING:
+    from heliostat.recipes.images.quality import Reference
+
+Say = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of what is noisy, at a time: the prediction
 SHOWN_SIDE = 64  # pixels; smaller pictures are enlarged in the grid
 GAP = 4  # grey pixels after each
 
@@ -38,7 +42,7 @@ class DrawingRecipe(Protocol):
     sampler: Sampler
     sources: list[Manifest]
 
-    def sampler_of(self, model: nn.Module, device: Any) -> Any: ...
+    def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]: ...
     def pixels_of(self, sampled: torch.Tensor) -> np.ndarray: ...
 
 
@@ -49,13 +53,13 @@ class PromptGallery:
         self.labels = [p.label for p in self.samples.prompts]
         self.count = len(self.prompts) * self.samples.per_prompt
         self._judge: Judge | None = None
-        self._reference: Any = None  # of real images, for FID and KID
+        self._reference: Reference | None = None  # of real images, for FID and KID
 
     def item(self, number: int) -> tuple[str, int]:
         """Returns a picture's prompt and seed."""
         return self.prompts[number // self.samples.per_prompt], self.samples.seed + number
 
-    def draw(self, model: Any, device: Any, numbers: list[int]) -> list[np.ndarray]:
+    def draw(self, model: nn.Module, device: torch.device | str, numbers: list[int]) -> list[np.ndarray]:
         recipe, items = self.recipe, [self.item(n) for n in numbers]
         say = recipe.sampler_of(model, device)
         scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
@@ -87,7 +91,7 @@ class PromptGallery:
             scores |= self._reference_of(self.samples.features, progressed).distances(pictures, progressed)
         return scores, {"samples": png(grid(pictures, self.samples.per_prompt))}
 
-    def _reference_of(self, features: Features, progressed: Callable[[], None]) -> Any:
+    def _reference_of(self, features: Features, progressed: Callable[[], None]) -> Reference:
         if self._reference is None:
             from heliostat.recipes.images.quality import Reference
 

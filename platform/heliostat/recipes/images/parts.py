@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from heliostat.config.fields import Json
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.images import config, diffusers_folder, rows
@@ -82,7 +84,7 @@ class Parts:
                 self._try(config.BACKBONES[self.arch].from_config(given))
 
     @cached_property
-    def vae_config(self) -> dict[str, Any] | None:
+    def vae_config(self) -> dict[str, Json] | None:
         folder = self.model.autoencoder
         return config.folder_config("model.autoencoder.pretrained", folder.pretrained) if folder else None
 
@@ -97,19 +99,19 @@ class Parts:
         given = self._given().get(config.TEXT_WIDTHS[self.arch][0])
         return given if self.facts is None and given else self.width
 
-    def _given(self) -> dict[str, Any]:
+    def _given(self) -> dict[str, Json]:
         """Returns the backbone's keys, or its folder's configuration."""
         keys = self.model.backbone
         return config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
 
-    def _answers(self, given: dict[str, Any]) -> int:
+    def _answers(self, given: dict[str, Json]) -> int:
         """Returns the number of channels of the backbone's output."""
         written = "pretrained" in self.model.backbone or "out_channels" in given
         default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # of the classes; None there means as many as go in
         said = given.get("out_channels", default) if written else None
         return self.shape()[0] if said is None else said
 
-    def _conditioned(self, given: dict[str, Any]) -> bool:
+    def _conditioned(self, given: dict[str, Json]) -> bool:
         """Tells whether a PixArt needs resolutions and aspect ratios: as its key is set or, where that is None, if its side is
         128 latents, as its class decides."""
         said = given.get("use_additional_conditions")
@@ -117,7 +119,7 @@ class Parts:
         return self.arch == "pixart" and known and bool(given.get("sample_size", 128) == 128 if said is None else said)
 
     @torch.no_grad()
-    def _try(self, backbone: Any) -> None:
+    def _try(self, backbone: nn.Module) -> None:
         """Runs the backbone, without storage, on one sample; ConfigError if it fails or its output has another shape."""
         shape = (1, *self.shape())
         try:
@@ -140,9 +142,9 @@ class Parts:
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         return self.vae_config["latent_channels"], height // factor, width // factor
 
-    def _defaults(self) -> dict[str, Any]:
+    def _defaults(self) -> dict[str, Json]:
         """Derives the backbone's keys that follow from the data and the text encoder."""
-        out: dict[str, Any] = {}
+        out: dict[str, Json] = {}
         keys = self.model.backbone
         if self.facts:
             out |= dict.fromkeys(config.TEXT_WIDTHS[self.arch], self.width)
@@ -174,7 +176,7 @@ class Parts:
         return config.frozen_autoencoder(self.model.autoencoder.pretrained) if self.model.autoencoder else None
 
     @cached_property
-    def text_encoder(self) -> Any:
+    def text_encoder(self) -> nn.Module:
         """Loads the frozen text encoder when it is first needed, so that it stays outside ZeRO, whatever the stage."""
         return config.frozen_text_encoder(str(self.model.text.pretrained))
 
@@ -202,7 +204,7 @@ class Parts:
             torch.cuda.empty_cache()  # other allocations than the allocator's must find room, too
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.model.text.pretrained:
             return config.frozen_tokenizer(self.model.text.pretrained, self.model.text.length)
         assert self.facts

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -29,17 +30,21 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from heliostat import extras
+from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.images import diffusers_folder, rows
 from heliostat.recipes.images.config import Model
-from heliostat.recipes.images.gallery import PromptGallery
+from heliostat.recipes.images.gallery import PromptGallery, Say
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
 from heliostat.recipes.images.pipeline import TextToImagePipeline, decode, tokenize
 from heliostat.recipes.protocol import Batch, Companion, Draws, Evaluates, Generated, Loss, Paints, Recipe, Serves, Serving
 from heliostat.schema import validate
+
+if TYPE_CHECKING:
+    from heliostat.recipes.images.generator import ImageCanvas, ImageGenerator
 
 QUARTERS = 4
 GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly
@@ -137,7 +142,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         names = ["loss", *(f"loss_t{i}" for i in range(QUARTERS))]
         return {n: sums[n] / max(1.0, sums[n.replace("loss", "samples")]) for n in names}
 
-    def flops_per_sample(self, model: Any) -> float:
+    def flops_per_sample(self, model: nn.Module) -> float:
         """Counts the FLOPs of one sample: the forward pass, operator by operator on a model without storage, times three."""
         return self._flops
 
@@ -167,11 +172,11 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         """Returns the gallery that is drawn after every evaluation; None without prompts."""
         return PromptGallery(self) if self.model.samples.prompts else None
 
-    def sampler_of(self, model: nn.Module, device: Any) -> Any:
+    def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]:
         """Makes a function from prompts to the `say(noisy, t)` of `pipeline.denoise`: the prediction of the model in training."""
         dtype = next(model.parameters()).dtype
 
-        def of(prompts: list[str]) -> Any:
+        def of(prompts: list[str]) -> Say:
             tokens = tokenize(self.parts.tokenizer, [*[""] * len(prompts), *prompts])
             text = self.parts.conditioning(tokens.input_ids.to(device), tokens.attention_mask.to(device), dtype)
             return lambda noisy, t: model(noisy.to(dtype), t, text)
@@ -199,7 +204,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return gallery.demonstrate(folder) if gallery else []
 
     @staticmethod
-    def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
+    def exported(folder: Path, model: dict[str, Json]) -> dict[str, object]:
         part = "unet" if (folder / "unet").is_dir() else "transformer"
         out = {**model, "backbone": {"pretrained": str(folder / part)}}
         if model.get("autoencoder"):
@@ -209,13 +214,13 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return out
 
     @staticmethod
-    def generator(folder: Path, options: dict[str, Any]) -> Any:
+    def generator(folder: Path, options: dict[str, object]) -> ImageGenerator:
         from heliostat.recipes.images.generator import ImageGenerator
 
         return ImageGenerator(folder, options)
 
     @staticmethod
-    def canvas(folder: Path) -> Any:
+    def canvas(folder: Path) -> ImageCanvas:
         from heliostat.recipes.images.generator import ImageCanvas
 
         return ImageCanvas(folder)
@@ -253,7 +258,7 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
     standard = (
         recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and kind == "CLIPTextModel" and not recipe.process.flow
     )
-    index: dict[str, Any] = {
+    index: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline" if standard else ["pipeline", TextToImagePipeline.__name__],
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", type(scheduler).__name__],
@@ -263,7 +268,7 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         "vae": ["diffusers", "AutoencoderKL"] if recipe.parts.vae_config else [None, None],
     }
     if standard:
-        nothing: dict[str, Any] = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
+        nothing: dict[str, object] = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
         index |= {**nothing, "requires_safety_checker": False}
     else:
         index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.parallel.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 KEY = "train.attention"
 TWINS = dict.fromkeys(("flash_attention_2", "flash_attention_3", "flex_attention"), "sdpa")
@@ -26,7 +29,7 @@ def twin(name: str | None) -> str | None:
     return TWINS.get(name, name) if name else None
 
 
-def chosen(config: Any, name: str | None, shapes_only: bool) -> Any:
+def chosen(config: PreTrainedConfig, name: str | None, shapes_only: bool) -> PreTrainedConfig:
     """Returns the configuration of a model that computes its attention so, or by the twin if it has shapes alone."""
     if name is None:
         return config

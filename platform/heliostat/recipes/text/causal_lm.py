@@ -15,11 +15,10 @@ Held-out scores: loss (nats per token), perplexity, and bits per byte of the tex
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -27,8 +26,9 @@ from tokenizers import Tokenizer
 from heliostat.config.spec import Job
 from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
-from heliostat.errors import ConfigError, DataError
+from heliostat.errors import ConfigError
 from heliostat.parallel import language_model
+from heliostat.recipes import tokenizing
 from heliostat.recipes.protocol import (
     Batch,
     CutsSamples,
@@ -46,6 +46,8 @@ from heliostat.recipes.text import expert_keys, initial, plain_keys
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
     import torch
+    import torch.distributed as dist
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from heliostat.recipes.text.generator import TextGenerator
 
@@ -70,7 +72,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         self.unbalanced = job.model.get("output_router_logits") is False  # and said so
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
         self.init = initial.read(job.model)
-        self._bound: dict[str, Any] = {}  # keys of the configuration that the datasets determine
+        self._bound: dict[str, object] = {}  # keys of the configuration that the datasets determine
         self.experts = expert_keys.read(job.model)
         self.balances = self.experts.router_bias_update_rate > 0
         self.plain = plain_keys.read(job.model)
@@ -83,7 +85,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         self._require_positions(self.plain.max_position_embeddings)
 
     @cached_property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """Makes the model's configuration, which needs transformers; ConfigError for keys that make no sense."""
         from heliostat.recipes.text import model_config
 
@@ -113,6 +115,12 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         found.attention, found.fp8 = attention.twin(self.attention), False
         return found
 
+    def small(self, config: PreTrainedConfig, length: int, end: int) -> CausalLM:
+        """Returns a plain copy with first weights of another configuration, for samples of so many tokens."""
+        made = self.plainly()
+        made.config, made.length, made.pretrained, made.end = config, length, None, end
+        return made
+
     def probe(self) -> None:
         from heliostat.recipes.text import probing
 
@@ -121,7 +129,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         from heliostat.recipes.text import checkpointing
 
-        return checkpointing.layers(model)
+        return [*checkpointing.layers(model)]
 
     def require_cut(self, parts: int) -> None:
         from heliostat.parallel import cutting
@@ -139,18 +147,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         divided_matrices.require(self, parts)
 
     def bind(self, sources: list[Manifest]) -> None:
-        tokenizers = {m.meta.get("tokenizer") for m in sources}
-        if len(tokenizers) > 1:
-            raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
-        self.sources = sources
+        self.sources, self.tokenizer_json = sources, tokenizing.definition(sources)
         size, self.end = sources[0].fact("vocab_size"), sources[0].fact("end_of_document")
-        made = sources[0].file("tokenizer.json")
-        try:
-            self.tokenizer_json = made.read()
-        except FileNotFoundError as e:
-            raise DataError(f"{made}: is not there; prepare the dataset again") from e
-        if hashlib.sha256(self.tokenizer_json).hexdigest() != sources[0].fact("tokenizer"):
-            raise ConfigError(f"{made}: is not the tokenizer that made the dataset")
         if self.pretrained:
             self._check_tokenizer(Path(self.pretrained), sources[0])
         if self.vocabulary_given:
@@ -162,7 +160,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if not self.pretrained:
             self._bind(bos_token_id=self.end, eos_token_id=self.end, pad_token_id=None)
 
-    def _bind(self, **values: Any) -> None:
+    def _bind(self, **values: int | None) -> None:
         """Sets keys of the configuration, now or when it is made."""
         self._bound |= values
         if "config" in vars(self):
@@ -185,7 +183,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
                 f"with the model's own, `tokenizer: {{path: {folder}}}` in its pipeline's file"
             )
 
-    def build(self) -> torch.nn.Module:
+    def build(self) -> PreTrainedModel:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -210,7 +208,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
             tiled_mlp.use(model, self.tile)
         return model.train()
 
-    def load(self, folder: Path) -> torch.nn.Module:
+    def load(self, folder: Path) -> PreTrainedModel:
         from heliostat.recipes.text import generator
 
         model = generator.whole("model", folder)
@@ -251,29 +249,29 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
         return next_token.cut(batch, part, parts)
 
-    def exchange(self, model: torch.nn.Module, group: Any) -> None:
+    def exchange(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
         from heliostat.parallel import sequence_attention
 
-        sequence_attention.use(model, group, self.job.train.micro_batch, self.document_mask)
+        sequence_attention.use(cast("PreTrainedModel", model), group, self.job.train.micro_batch, self.document_mask)
 
     def stacked_experts(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         from heliostat.parallel import experts
 
-        return experts.layers(model)
+        return [*experts.layers(model)]
 
     def sent(self, model: torch.nn.Module) -> int:
         rows = self.length * (language_model.chosen(self.config) or 0) * len(self.stacked_experts(model))
         return 2 * rows * self.config.get_text_config(decoder=True).hidden_size if rows else 0
 
-    def exchange_tokens(self, model: torch.nn.Module, group: Any) -> None:
+    def exchange_tokens(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
         from heliostat.parallel import divided_experts
 
         divided_experts.use(model, group)
 
-    def divided_matrices(self, model: torch.nn.Module) -> dict[str, Any]:
+    def divided_matrices(self, model: torch.nn.Module) -> dict[str, str]:
         from heliostat.parallel import divided_matrices
 
-        return dict(divided_matrices.of(model))
+        return dict(divided_matrices.of(cast("PreTrainedModel", model)))
 
     def exchanged(self, parts: int) -> int:
         from heliostat.parallel import sequence_attention
@@ -290,12 +288,12 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         perplexity = math.exp(min(loss, 700.0))
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": sums["nats"] / math.log(2) / max(1.0, sums["bytes"])}
 
-    def active_parameters(self, model: Any) -> int | None:
+    def active_parameters(self, model: torch.nn.Module) -> int | None:
         from heliostat.recipes.text import flops
 
         return flops.active(model, self.config) if self.routes else None
 
-    def flops_per_sample(self, model: Any) -> float:
+    def flops_per_sample(self, model: torch.nn.Module) -> float:
         from heliostat.recipes.text import flops
 
         return flops.per_sample(model, self.config, self.length)
@@ -320,7 +318,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     # the export ------------------------------------------------------------------------------------------------------
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         from transformers import PreTrainedTokenizerFast
 
         raw = Tokenizer.from_str(self.tokenizer_json.decode())
@@ -344,7 +342,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return [(answer.prompt, answer.facts["text"]) for answer in continued]
 
     @staticmethod
-    def generator(folder: Path, options: dict[str, Any]) -> TextGenerator:
+    def generator(folder: Path, options: dict[str, object]) -> TextGenerator:
         from heliostat.recipes.text.generator import TextGenerator
 
         return TextGenerator(folder, options)
@@ -357,7 +355,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return Serving(Path(__file__).with_name("server.py"), example, infer_signature(example, ["text"], params))
 
 
-def _use_no_cache(config: Any) -> None:
+def _use_no_cache(config: PreTrainedConfig) -> None:
     """Switches off the key-value cache, which `generate` wants and an export's configuration asks for: with it, packed documents
     would attend to each other."""
     config.use_cache = config.get_text_config(decoder=True).use_cache = False

@@ -6,13 +6,16 @@ A template is the model maker's: transformers runs it in a sandbox.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from heliostat.errors import ConfigError
 from heliostat.schema import Strict
 from heliostat.text import brief
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Parts = BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value)
 
@@ -55,14 +58,14 @@ def read(text: str) -> list[dict[str, str]]:
         raise ConfigError(f"{where + ': ' if where else ''}{brief(fault['msg'])}") from e
 
 
-def _filled(value: Any) -> Any:
+def _filled(value: object) -> object:
     """Leaves out the keys that are null, in parts of messages too."""
     if isinstance(value, dict):
         return {k: _filled(v) for k, v in value.items() if v is not None}
     return [_filled(one) for one in value] if isinstance(value, list) else value
 
 
-def encode(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Returns the tokens of a chat, up to where its answer begins; ConfigError if the template or the tokenizer refuses them."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

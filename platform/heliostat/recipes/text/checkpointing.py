@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.autograd.graph import save_on_cpu
@@ -21,13 +21,16 @@ from heliostat.parallel import tiny
 from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.text import selective
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 SOME, OFFLOAD = "train.activation_checkpointing", "train.activation_offload"
 
 
 Which = bool | int | Literal["selective"]
 
 
-def use(model: Any, which: Which, offload: bool) -> None:
+def use(model: PreTrainedModel, which: Which, offload: bool) -> None:
     """Makes a model of transformers checkpoint all of its layers, in whole or but for what is dear, or the first so many."""
     how = {"context_fn": selective.contexts} if which == SELECTIVE else {}
     with warnings.catch_warnings():
@@ -52,11 +55,11 @@ class OnHost:
     """Checkpoints as `checkpoint` does, with the layer's input in host memory, pinned where there is a GPU. What the layer keeps
     inside is not kept at all, so the input is all that is copied. The same on a CPU, as a copy beside the original."""
 
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+    def __init__(self, checkpoint: Callable[..., object]) -> None:
         self.checkpoint = checkpoint
         self.copied = 0
 
-    def __call__(self, layer: Callable[..., Any], *given: Any) -> Any:
+    def __call__(self, layer: Callable[..., object], *given: object) -> object:
         self.copied += sum(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
         with save_on_cpu(pin_memory=True):
             return self.checkpoint(layer, *given)
@@ -81,7 +84,7 @@ def require(recipe: LanguageModel) -> None:
     if which == SELECTIVE:
         if fault := tiny.tried(recipe, _differs):
             raise ConfigError(f"{SOME}: layers of {kind!r} cannot be played again in part: {fault}; set {_plainly(key)}")
-    elif which is not True and which > there:
+    elif isinstance(which, int) and which is not True and which > there:
         raise ConfigError(f"{SOME}: {which} of the {there} layers of {kind!r}; set it to true, or to {there - 1} or fewer")
     if recipe.offload and (fault := tiny.tried(recipe, _fault)):
         raise ConfigError(f"{OFFLOAD}: layers of {kind!r} cannot leave their input to the host: {fault}; set it to false")
@@ -94,7 +97,8 @@ def _plainly(key: str) -> str:
 def _differs(small: LanguageModel) -> str:
     """Compares the loss and the gradient of a small model with those of one whose layers are kept whole, bit by bit."""
     found = []
-    for small.checkpointing in (False, SELECTIVE):
+    ways: tuple[Which, ...] = (False, "selective")
+    for small.checkpointing in ways:
         torch.manual_seed(0)
         model = small.build()
         loss = small.loss(model, small.batch(tiny.tokens(small))).sum

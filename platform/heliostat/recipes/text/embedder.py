@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
@@ -20,15 +20,17 @@ from pydantic import Field
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import tokenizing
-from heliostat.recipes.pairs import EmbedsPairs, named, present
-from heliostat.recipes.protocol import Batch, Exports
-from heliostat.schema import Float, Strict
+from heliostat.recipes.pairs import EmbedsPairs, PairKeys, named, present
+from heliostat.recipes.protocol import Batch
+from heliostat.schema import Float
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
-class EmbedderKeys(Strict):
+class EmbedderKeys(PairKeys):
     """Defines the keys of `model` beside those of its architecture."""
 
     pooling: Literal["mean", "last", "cls"] = "mean"
@@ -42,14 +44,14 @@ class EmbedderKeys(Strict):
 OWN = tuple(EmbedderKeys.model_fields)
 
 
-class Embedder(EmbedsPairs, Exports):
+class Embedder(EmbedsPairs):
     sides = ("query", "text")  # columns of a row
     gathered = (*sides, "names")
     own = EmbedderKeys
+    keys: EmbedderKeys
 
     @cached_property
-    def config(self) -> Any:
-        """Makes the model's configuration, which needs transformers; ConfigError for keys that make no sense."""
+    def config(self) -> PreTrainedConfig:
         from heliostat.recipes.text import model_config
         from heliostat.recipes.text.encoder import ENCODER
 
@@ -74,32 +76,18 @@ class Embedder(EmbedsPairs, Exports):
         if not self.pretrained:
             tokenizing.fit_vocabulary(self.config, "model.vocab_size", self.job.model.get("vocab_size"), self.tokenizer)
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Loads the pretrained model's tokenizer, or that of the datasets."""
-        if self.pretrained:
-            return tokenizing.of_folder(self.pretrained)
-        return tokenizing.of_datasets(self.sources, self.keys.max_tokens)
+    @property
+    def max_tokens(self) -> int:
+        return self.keys.max_tokens
 
-    def build(self) -> torch.nn.Module:
-        import torch
+    def first(self) -> PreTrainedModel:
+        from heliostat.recipes.text import encoder
 
-        from heliostat.recipes import weightless
-        from heliostat.recipes.text import checkpointing, encoder
-
-        if self.pretrained and torch.get_default_device().type != "meta" and not weightless.wanted():
-            model = encoder.load("model.pretrained", self.pretrained, config=self.config, dtype=torch.float32)
-        else:
-            model = encoder.build(self.config)
-            if self.pretrained:
-                weightless.comes_from(model, self.pretrained)
-        if self.job.train.activation_checkpointing:
-            checkpointing.use(model, True, False)
-        return model.train()
+        return encoder.build(self.config)
 
     # training --------------------------------------------------------------------------------------------------------
 
-    def batch(self, content: Any, keys: np.ndarray) -> Batch:
+    def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
         import torch
 
         made: Batch = {}
@@ -118,7 +106,7 @@ class Embedder(EmbedsPairs, Exports):
 
     # for people, and the export --------------------------------------------------------------------------------------
 
-    def describe(self, content: Any) -> str:
+    def describe(self, content: pa.Table) -> str:
         row = content.to_pylist()[0]
         return f"{row['query']} -> {row['text']}"
 
@@ -131,12 +119,3 @@ class Embedder(EmbedsPairs, Exports):
         self.tokenizer.save_pretrained(folder)
         how = sentence_folder.Embedding(self.keys.pooling, self.keys.max_tokens)
         sentence_folder.write(folder, how, config.get_text_config().hidden_size)
-
-    def load(self, folder: Path) -> torch.nn.Module:
-        from heliostat.recipes.text import encoder
-
-        return encoder.load("model", folder)
-
-    @staticmethod
-    def exported(folder: Path, model: dict[str, Any]) -> dict[str, Any]:
-        return {"pretrained": str(folder), **{key: model[key] for key in OWN if key in model}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from heliostat.recipes.pretrained import from_config, from_folder, whole
 from heliostat.recipes.text.model_config import ModelKind
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 ENCODER = ModelKind(
     "encoder or decoder of text",
     tuple({**MODEL_FOR_MASKED_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}),
@@ -22,30 +25,32 @@ ENCODER = ModelKind(
 POOLINGS = ("mean", "last", "cls")
 
 
-def build(config: Any) -> Any:
+def build(config: PreTrainedConfig) -> PreTrainedModel:
     """Builds a model in fp32 with its architecture's initial weights."""
     return from_config(transformers.AutoModel, config, **_options(config))
 
 
-def load(key: str, folder: str | Path, kind: Any = transformers.AutoModel, **options: Any) -> Any:
+def load(
+    key: str, folder: str | Path, kind: Any = transformers.AutoModel, config: PreTrainedConfig | None = None, **options: object
+) -> PreTrainedModel:
     """Loads the model in a folder without its head; ConfigError if a weight is missing, which would be drawn at random.
     `kind`: an Auto class, or a class of models."""
-    config = options.pop("config", None) or from_folder(key, transformers.AutoConfig, folder)
+    config = config or from_folder(key, transformers.AutoConfig, folder)
     return whole(key, kind, folder, **{**options, "config": config, **_options(config)})
 
 
-def _options(config: Any) -> dict[str, Any]:
+def _options(config: PreTrainedConfig) -> dict[str, bool]:
     """Leaves out the pooler that some architectures have behind their states: nothing here would train it."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class(config)).parameters else {}
 
 
-def model_class(config: Any) -> type[Any]:
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Returns the class of a configuration's model without a head; of several the first."""
     found: Any = transformers.MODEL_MAPPING[type(config)]
     return found[0] if isinstance(found, tuple) else found
 
 
-def places(config: Any, model: Any = None) -> int | None:
+def places(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> int | None:
     """Returns how many tokens of a text a model has positions for; None if it does not say. `model`: if it is loaded."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     tables = [m for name, m in (model.named_modules() if model is not None else ()) if name.endswith("position_embeddings")]
@@ -53,7 +58,7 @@ def places(config: Any, model: Any = None) -> int | None:
     return most - first if most and most > 0 else None  # -1 is XLNet's for any number
 
 
-def embed(model: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+def embed(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Embeds texts, fp32 [texts, width], each of length 1. `mask`: where tokens are."""
     return F.normalize(pool(model(input_ids=ids, attention_mask=mask).last_hidden_state.float(), mask, pooling), dim=-1)
 

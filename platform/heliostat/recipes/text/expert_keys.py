@@ -100,9 +100,9 @@ def require_divided(recipe: LanguageModel, parts: int) -> None:
         near = " or ".join(map(str, sorted(divisors(count)[1:], key=lambda n: abs(n - parts))[:2]))
         raise ConfigError(f"{key}: {parts} does not divide the model's {count} experts; use {near}")
     model = _small(recipe)
-    layers = experts.layers(model) if model is not None else []
+    layers = experts.layers(model) if model else []
     stacked = {len(p) for m in layers for p in m.parameters(recurse=False)} | {int(m.num_experts) for m in layers}
-    if stacked != {language_model.number(model.config)}:
+    if not model or stacked != {language_model.number(model.config)}:
         raise ConfigError(f"{key}: the experts of {kind!r} are not stacked in one module of each layer; set it to 1")
     if any(m.has_post_expert_norm for m in layers):
         raise ConfigError(f"{key}: the experts of {kind!r} have norms of their own, which is not tried; set it to 1")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,8 +21,17 @@ from heliostat.errors import DataError, StorageError
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import infilling, vocabulary
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-def write(folder: Path, given: Any, pretrained: str | None, tokenizer: Callable[[], Any], sources: list[Manifest]) -> None:
+
+def write(
+    folder: Path,
+    given: PreTrainedConfig,
+    pretrained: str | None,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    sources: list[Manifest],
+) -> None:
     """Writes them into the model's folder. Those of a pretrained model are copied; else `tokenizer` builds the tokenizer."""
     config = type(given).from_dict(given.to_dict())
     config.use_cache = True
@@ -37,7 +46,7 @@ def write(folder: Path, given: Any, pretrained: str | None, tokenizer: Callable[
     infilling.write(folder, sources)
 
 
-def _generation(pretrained: str | None, config: Any) -> Any:
+def _generation(pretrained: str | None, config: PreTrainedConfig) -> GenerationConfig:
     """Returns how the exported model generates by default, and where it stops: as the pretrained folder or its config says."""
     if pretrained and (Path(pretrained) / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(pretrained)

@@ -9,7 +9,7 @@ A CPU computes the same from the same rounded numbers, by products in fp32.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from heliostat.errors import ConfigError
 from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.text import checkpointing
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
 
 KEY = "train.fp8"
 CAPABILITY = (8, 9)  # of GPUs that multiply in float8: Ada, Hopper, and what came behind them
@@ -33,7 +36,7 @@ class Float8Linear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1, self.in_features)
         spare = -len(rows) % MULTIPLE
-        made: Any = Float8Product.apply(F.pad(rows, (0, 0, 0, spare)) if spare else rows, self.weight)
+        made: torch.Tensor = Float8Product.apply(F.pad(rows, (0, 0, 0, spare)) if spare else rows, self.weight)
         made = made[: len(rows)].reshape(*input.shape[:-1], self.out_features)
         return made if self.bias is None else made + self.bias
 
@@ -42,14 +45,15 @@ class Float8Product(torch.autograd.Function):
     """Multiplies rows [rows, in] by a weight [out, in]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         low, scale = rounded(rows, FORWARD)
         ctx.save_for_backward(low, scale, weight)
         return multiplied((low, scale), rounded(weight, FORWARD), rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        (gradient,), (low, scale, weight) = gradients, ctx.saved_tensors
+        (gradient,) = gradients
+        low, scale, weight = ctx.saved_tensors
         back, across = rounded(gradient, BACKWARD), rounded(weight, FORWARD)
         of_rows = multiplied(back, _turned(across), gradient.dtype)
         of_weight = multiplied(_turned(back), _turned((low, scale)), gradient.dtype)

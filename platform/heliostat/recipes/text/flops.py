@@ -11,24 +11,27 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from heliostat.parallel import language_model
 from heliostat.recipes import building
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 NO_SQUARE = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")  # kinds of layers that attend to nothing
 
 
-def per_sample(model: torch.nn.Module, config: Any, length: int) -> float:
+def per_sample(model: torch.nn.Module, config: PreTrainedConfig, length: int) -> float:
     """Counts the forward and backward FLOPs of one sample of `length` tokens."""
     config = config.get_text_config(decoder=True)
     return float(length * 6 * (multiplied(model, config) + length * attended(model, config)))
 
 
-def multiplied(model: torch.nn.Module, config: Any) -> float:
+def multiplied(model: torch.nn.Module, config: PreTrainedConfig) -> float:
     """Counts the weights that multiply each token."""
     total, share = 0.0, _routed_share(config)
     for name, module in model.named_modules():
@@ -42,7 +45,7 @@ def multiplied(model: torch.nn.Module, config: Any) -> float:
     return total
 
 
-def active(model: torch.nn.Module, config: Any) -> int:
+def active(model: torch.nn.Module, config: PreTrainedConfig) -> int:
     """Counts the parameters that a token meets: all, but of routed experts those that it is sent to."""
     config = config.get_text_config(decoder=True)
     found = ((name.rpartition(".")[0], math.prod(shape), shape) for name, shape in _shapes(model))
@@ -53,20 +56,20 @@ def _shapes(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, building.shape(p)) for name, p in model.named_parameters()]
 
 
-def _routed_share(config: Any) -> float:
+def _routed_share(config: PreTrainedConfig) -> float:
     """Returns the share of a layer's routed experts that a token is sent to."""
     experts, chosen = language_model.number(config), language_model.chosen(config)
     return chosen / experts if experts and chosen else 1.0
 
 
-def _routed(module: str, shape: tuple[int, ...], config: Any) -> bool:
+def _routed(module: str, shape: tuple[int, ...], config: PreTrainedConfig) -> bool:
     """Tells whether a parameter of a module is of one routed expert, or holds a part of each."""
     experts = language_model.number(config)
     stacked = len(shape) == 3 or (len(shape) == 2 and module.rpartition(".")[2] == "experts")  # matrices; their biases
     return bool(EXPERT.search(module)) or (stacked and shape[0] == experts)
 
 
-def attended(model: torch.nn.Module, config: Any) -> int:
+def attended(model: torch.nn.Module, config: PreTrainedConfig) -> int:
     """Counts the multiplications of one token with another, over all layers and heads."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     total = 0
@@ -82,5 +85,5 @@ def attended(model: torch.nn.Module, config: Any) -> int:
     return total
 
 
-def _first(thing: Any, names: tuple[str, ...]) -> Any:
-    return next((found for name in names if (found := getattr(thing, name, None))), None)
+def _first(thing: object, names: tuple[str, ...]) -> int:
+    return next((found for name in names if (found := getattr(thing, name, None))), 0)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import pretrained
@@ -17,12 +17,12 @@ from heliostat.recipes.text.infilling import Infilling
 from heliostat.schema import Float, Strict, validate
 
 
-def whole(key: str, folder: str | Path, **options: Any) -> Any:
+def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:
     """Loads the language model in a folder; ConfigError if a weight is missing."""
     return pretrained.whole(key, transformers.AutoModelForCausalLM, folder, **options)
 
 
-def ends(tokenizer: Any, config: Any) -> list[int]:
+def ends(tokenizer: PreTrainedTokenizerBase, config: object) -> list[int]:
     """Returns the tokens that end an answer: the tokenizer's, and those that a model's generation config names."""
     named = getattr(config, "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
@@ -46,7 +46,7 @@ class Writing(Sampling):
 class TextGenerator:
     """Continues prompts with an exported model, or fills in what stands between them and a suffix."""
 
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, options: dict[str, object]) -> None:
         asked = validate(Writing, options, "generate")
         self.suffix, self.options = asked.suffix, asked.model_dump(exclude={"suffix"})
         self.tokenizer = pretrained.from_folder("model", transformers.AutoTokenizer, folder)

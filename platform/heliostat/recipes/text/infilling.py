@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from heliostat.data import infilling
 from heliostat.data.infilling import ENDS, FACT, Markers
 from heliostat.data.manifest import Manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG = "tokenizer_config.json"
 NONE = "the model's tokenizer has no tokens for a prefix, a suffix and a middle, so it cannot fill in the middle"
@@ -43,7 +46,7 @@ class Infilling:
     ends: list[int]
 
     @staticmethod
-    def of(tokenizer: Any) -> Infilling | None:
+    def of(tokenizer: PreTrainedTokenizerBase) -> Infilling | None:
         """Finds how a model is asked for a middle, from its tokenizer of transformers; None if it has no tokens for that."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import transformers
 from pydantic import Field, ValidationError, model_validator
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from heliostat.config.fields import Count, divisors
+from heliostat.config.fields import Count, Json, divisors
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported, pretrained
 from heliostat.recipes.text import expert_keys, initial
 from heliostat.schema import Float, Strict, explain, nearest
 from heliostat.text import brief
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class ModelKind(NamedTuple):
@@ -31,13 +35,13 @@ class ModelKind(NamedTuple):
 CAUSAL_LM = ModelKind("causal language model", tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "llama, gpt2, qwen3")
 
 
-def from_keys(model: dict[str, Any], wanted: ModelKind = CAUSAL_LM) -> Any:
+def from_keys(model: Mapping[str, Json], wanted: ModelKind = CAUSAL_LM) -> PreTrainedConfig:
     keys = {k: v for k, v in model.items() if k not in ("arch", initial.KEY, *expert_keys.KEYS)}
     arch = str(model.get("arch"))
     if arch not in wanted.archs:
         near = nearest(arch, list(wanted.archs)) or f"; for example: {wanted.examples}"
         raise ConfigError(f"model.arch: {arch!r} is no {wanted.name} of transformers{near}")
-    kind = transformers.CONFIG_MAPPING[arch]
+    kind: type[PreTrainedConfig] = transformers.CONFIG_MAPPING[arch]
     act = keys.get("hidden_act", keys.get("activation_function"))
     if isinstance(act, str):
         _check_activation(act)
@@ -77,13 +81,13 @@ def _check_activation(name: str) -> None:
         raise ConfigError(f"model.hidden_act: {name!r} is no activation{nearest(name, list(ACT2FN))}")
 
 
-def _check_heads(kind: Any, keys: dict[str, Any]) -> None:
+def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Json]) -> None:
     """Raises ConfigError if the heads must divide the width and do not; a head size of its own, or an architecture whose defaults
     break the rule, lifts it."""
     field, default = kind.__dataclass_fields__.get("head_dim"), kind()
     if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
         return
-    usual: list[Any] = [getattr(default, name, None) for name in ("hidden_size", "num_attention_heads")]
+    usual: list[Json] = [getattr(default, name, None) for name in ("hidden_size", "num_attention_heads")]
     names = [(name, kind.attribute_map.get(name, name)) for name in ("hidden_size", "num_attention_heads")]
     width, heads = [next((keys[n] for n in both if n in keys), u) for both, u in zip(names, usual, strict=True)]
     if all(type(n) is int and n > 0 for n in (*usual, width, heads)) and usual[0] % usual[1] == 0 and width % heads:
@@ -97,19 +101,19 @@ def _divisor(number: int, near: int) -> str:
 ROUTER = "output_router_logits"  # which a job may give beside `pretrained`, as `expert_keys`: it is of the training
 
 
-def changed(model: dict[str, Any]) -> dict[str, Any]:
+def changed(model: Mapping[str, object]) -> dict[str, object]:
     """Returns the keys that change the configuration of a pretrained model."""
     return {key: value for key, value in model.items() if key not in ("pretrained", ROUTER, *expert_keys.KEYS)}
 
 
-def from_folder(model: dict[str, Any]) -> Any:
+def from_folder(model: Mapping[str, object]) -> PreTrainedConfig:
     """Reads the configuration in a folder, and changes it by the job's keys; ConfigError if there is none, or they do not fit."""
     return _routing(applied(read(model), changed(model)), model)
 
 
-def read(model: dict[str, Any], wanted: ModelKind = CAUSAL_LM) -> Any:
+def read(model: Mapping[str, object], wanted: ModelKind = CAUSAL_LM) -> PreTrainedConfig:
     """Reads the configuration in the folder of a pretrained model, as it is there."""
-    folder = Path(model["pretrained"])
+    folder = Path(str(model["pretrained"]))
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
     with exported.using(folder):
@@ -119,7 +123,7 @@ def read(model: dict[str, Any], wanted: ModelKind = CAUSAL_LM) -> Any:
     return config
 
 
-def _routing(config: Any, model: dict[str, Any]) -> Any:
+def _routing(config: PreTrainedConfig, model: Mapping[str, object]) -> PreTrainedConfig:
     if ROUTER in model:
         inner = config.get_text_config(decoder=True)
         if not hasattr(inner, ROUTER):
@@ -158,7 +162,7 @@ class RopeScaling(Strict):
         return self
 
 
-def applied(config: Any, given: dict[str, Any]) -> Any:
+def applied(config: PreTrainedConfig, given: Mapping[str, object]) -> PreTrainedConfig:
     """Returns a configuration with a job's keys in place of its own; ConfigError for a key that it does not have, or a value."""
     if not given:
         return config
@@ -166,7 +170,7 @@ def applied(config: Any, given: dict[str, Any]) -> Any:
     changes = _changes(inner, {k: v for k, v in given.items() if k != SCALING})
     if SCALING in given:
         changes |= _extended(inner, given[SCALING], changes)
-    whole: dict[str, Any] = config.to_dict()
+    whole = config.to_dict()
     part = whole if inner is config else next(whole[name] for name in whole if getattr(config, name, None) is inner)
     part.update(changes)
     try:
@@ -175,7 +179,7 @@ def applied(config: Any, given: dict[str, Any]) -> Any:
         raise ConfigError(f"model: {brief((str(e).splitlines() or [type(e).__name__])[-1])}") from e
 
 
-def _changes(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _changes(config: PreTrainedConfig, given: Mapping[str, object]) -> dict[str, object]:
     known = {*type(config).__dataclass_fields__, *config.attribute_map}
     for key in given:
         if key not in known:
@@ -184,7 +188,7 @@ def _changes(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {config.attribute_map.get(key, key): value for key, value in given.items()}
 
 
-def _extended(config: Any, given: Any, changes: dict[str, Any]) -> dict[str, Any]:
+def _extended(config: PreTrainedConfig, given: object, changes: Mapping[str, object]) -> dict[str, object]:
     """Returns the keys that scale a configuration's rotary positions, and the longest sample that follows unless it is given."""
     try:
         scaling = RopeScaling.model_validate(given)
@@ -208,7 +212,9 @@ def _extended(config: Any, given: Any, changes: dict[str, Any]) -> dict[str, Any
     return {"rope_parameters": new, "max_position_embeddings": longest}
 
 
-def require_same_weights(config: Any, given: dict[str, Any], build: Any) -> None:
+def require_same_weights(
+    config: PreTrainedConfig, given: Mapping[str, object], build: Callable[[PreTrainedConfig], torch.nn.Module]
+) -> None:
     """Raises ConfigError, by the key, if a job's keys change which weights the pretrained model has. `build(config)`: a model."""
     own = _shapes(build(config))
     if not given or own == _shapes(build(applied(config, given))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,16 @@ from heliostat.parallel import experts
 from heliostat.recipes.batches import segments
 from heliostat.recipes.protocol import IGNORED, Batch, Loss, Part
 from heliostat.recipes.text import expert_keys, tiled_loss
+
+if TYPE_CHECKING:
+    from torch.autograd.function import BackwardCFunction, FunctionCtx
+
+
+class Outputs(Protocol):
+    """Lists what is read of a model's outputs: logits [batch, tokens, vocabulary], and the router's loss if it has one."""
+
+    logits: torch.Tensor
+    aux_loss: torch.Tensor
 
 
 def batch(content: np.ndarray, end: int | None) -> Batch:
@@ -67,7 +77,7 @@ def loss(model: torch.nn.Module, batch: Batch, routing: Routing, tiled: bool = F
         return Loss(summed, _parts(outputs, routing, seen), seen.routed)
 
 
-def _summed(model: torch.nn.Module, batch: Batch, tiled: bool) -> tuple[torch.Tensor, Any]:
+def _summed(model: torch.nn.Module, batch: Batch, tiled: bool) -> tuple[torch.Tensor, Outputs]:
     if tiled:
         with tiled_loss.summed(model, targets(batch)):
             outputs = _outputs(model, batch)
@@ -76,7 +86,7 @@ def _summed(model: torch.nn.Module, batch: Batch, tiled: bool) -> tuple[torch.Te
     return SummedCrossEntropy.apply(*_flat(outputs, batch)), outputs
 
 
-def _parts(outputs: Any, routing: Routing, seen: experts.RoutingWatch | None) -> dict[str, Part]:
+def _parts(outputs: Outputs, routing: Routing, seen: experts.RoutingWatch | None) -> dict[str, Part]:
     parts = {} if routing.weight is None else {expert_keys.ROUTER_LOSS: Part(outputs.aux_loss, routing.weight)}
     if routing.z_weight and seen:
         parts[expert_keys.ROUTER_Z_LOSS] = Part(seen.z_loss(), routing.z_weight)
@@ -101,11 +111,11 @@ def evaluate(
     return {"nats": losses.sum(1), "tokens": predicted.sum(1).float(), "bytes": (size * predicted).sum(1).float()}
 
 
-def _outputs(model: torch.nn.Module, batch: Batch) -> Any:
+def _outputs(model: torch.nn.Module, batch: Batch) -> Outputs:
     return model(**{k: v for k, v in batch.items() if k not in ("labels", "targets")})
 
 
-def _flat(outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def _flat(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Flattens logits to [tokens, vocabulary], and the targets with them. The logits are not sliced: that would copy them,
     forwards and backwards."""
     return outputs.logits.flatten(0, 1), targets(batch).flatten()
@@ -124,7 +134,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(logits)
         total = torch.zeros((), device=logits.device)
         rows = block_rows(logits)
@@ -136,6 +146,6 @@ class SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: BackwardCFunction, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(upstream[0]), None

@@ -7,7 +7,7 @@ keys, and whatever is wrong, are left to transformers itself (`model_config`), a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -38,11 +38,11 @@ class Plain(BaseModel):
     tie_word_embeddings: bool = False
 
 
-def read(model: dict[str, Any]) -> Plain | None:
+def read(model: dict[str, object]) -> Plain | None:
     """Reads the keys of a model that is right without a doubt; None for all others."""
     keys = {key: value for key, value in model.items() if key != initial.KEY}
     try:
-        found = Plain(**keys)
+        found = Plain.model_validate(keys)
     except (ValidationError, TypeError):  # TypeError: a key that is no string
         return None
     if found.head_dim is None:

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 class ProbedModel(MixtureModel, Protocol):
     """Lists what else trials read of a language model's recipe (`causal_lm.CausalLM`)."""
 
-    plain: object
+    pretrained: str | None
     unbalanced: bool
     fp8: bool
     init: initial.Init
 
+    @property
+    def plain(self) -> object: ...
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]: ...
     def require_cut(self, parts: int) -> None: ...
     def require_divided(self, parts: int) -> None: ...

@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+Operation: TypeAlias = torch._ops.OpOverload | torch._ops.HigherOrderOperator
 
 PRODUCTS = {"mm", "addmm", "_linear_pointwise", "_grouped_mm", "_scaled_mm"}
 ATTENTION = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
@@ -28,17 +30,18 @@ PRODUCT, ATTENDS = "product", "attention"
 _passing = ContextVar("passing", default=False)
 
 
-def is_dear(operation: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
+def is_dear(operation: Operation, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None) -> bool:
     """Tells whether an operation is dear. What draws random numbers is not: where it was left out, those behind it would draw
     others."""
     if not (kind := _kind(operation)) or kind == PRODUCT:
         return bool(kind)
+    assert isinstance(operation, torch._ops.OpOverload)  # as all are that have a kind
     given = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | dict(kwargs or {})
     return not given.get("dropout_p")
 
 
 @cache
-def _kind(operation: Any) -> str:
+def _kind(operation: Operation) -> str:
     schema = getattr(operation, "_schema", None)  # which operations that take functions do not have
     space, _, name = schema.name.partition("::") if schema else ("", "", "")
     if name in PRODUCTS:
@@ -47,7 +50,7 @@ def _kind(operation: Any) -> str:
     return ATTENDS if fused and "backward" not in name and "bwd" not in name else ""
 
 
-def is_kept(operation: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
+def is_kept(operation: Operation, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None) -> bool:
     """Tells whether an operation's outputs are kept here: it is dear, and not in `passing`."""
     return not _passing.get() and is_dear(operation, args, kwargs)
 
@@ -72,12 +75,12 @@ def contexts() -> tuple[Keeping, Giving]:
 class KeptOutputs:
     """Holds what was kept of an operation: outputs, None for one that is computed again, and how often each was written into."""
 
-    operation: Any
-    out: Any
+    operation: Operation | None
+    out: object
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, operation: Any, out: Any) -> KeptOutputs:
+    def of(cls, operation: Operation | None, out: object) -> KeptOutputs:
         return cls(operation, out, tuple(t._version for t in _tensors(out)))
 
     @property
@@ -102,7 +105,9 @@ class Keeping(TorchDispatchMode):
         """Counts what is kept by now, before any of it is given."""
         return sum({_storage(t): t.untyped_storage().nbytes() for kept in self.kept for t in _tensors(kept.out)}.values())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Operation, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         for storage in written(func, args, kwargs or {}):
             if (place := self._where.pop(storage, None)) is not None:
                 self.kept[place] = KeptOutputs.of(self.kept[place].operation, tree_map(_copied, self.kept[place].out))
@@ -126,7 +131,9 @@ class Giving(TorchDispatchMode):
         super().__enter__()
         return self
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Operation, types: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         if not is_dear(func, args, kwargs):
             return func(*args, **(kwargs or {}))
         kept = self.kept[self.place] if self.place < len(self.kept) else NOTHING
@@ -139,7 +146,7 @@ class Giving(TorchDispatchMode):
         return func(*args, **(kwargs or {})) if kept.out is None else kept.out
 
 
-def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
+def written(func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> list[int]:
     """Lists the storages that an operation writes into."""
     if not (schema := getattr(func, "_schema", None)) or not schema.is_mutable:
         return []
@@ -147,7 +154,7 @@ def written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[i
     return [_storage(t) for a, value in given if a.alias_info and a.alias_info.is_write for t in _tensors(value)]
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(value: object) -> list[torch.Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
 
 
@@ -155,7 +162,7 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _detached(value: Any) -> Any:
+def _detached(value: object) -> object:
     """Detaches a tensor, which goes on to be counted as written into whenever that one is."""
     if not isinstance(value, torch.Tensor):
         return value
@@ -163,5 +170,5 @@ def _detached(value: Any) -> Any:
         return value.detach()
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> object:
     return value.clone() if isinstance(value, torch.Tensor) else value

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from heliostat.errors import ConfigError
 from heliostat.storage.records import Format
@@ -23,8 +22,8 @@ FACTS = "config_sentence_transformers.json"
 KINDS = ("Transformer", "Pooling", "Normalize")
 MODE = "pooling_mode"  # alone, or with what it is behind it as a key of its own
 WAYS = {"mean_tokens": "mean", "lasttoken": "last", "cls_token": "cls"}
-LIST = Format(list[dict[str, Any]], "list of modules", ConfigError)
-SETTINGS = Format(dict[str, Any], "configuration of a module", ConfigError)
+LIST = Format(list[dict[str, object]], "list of modules", ConfigError)
+SETTINGS = Format(dict[str, object], "configuration of a module", ConfigError)
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def write(folder: Path, how: Embedding, width: int) -> None:
     _write(folder / FACTS, {"similarity_fn_name": "cosine", "prompts": {}, "default_prompt_name": None})
 
 
-def _write(path: Path, value: Any) -> None:
+def _write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
 from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.protocol import IGNORED
+
+if TYPE_CHECKING:
+    pass
 
 KEY = "train.tiled_loss"
 TOLERANCE = 1e-3  # relative, of the loss and of the gradient in fp32
@@ -30,14 +33,14 @@ def tile_rows(hidden: torch.Tensor, vocabulary: int) -> int:
 
 
 @contextmanager
-def summed(model: Any, targets: torch.Tensor) -> Iterator[None]:
+def summed(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
     """Makes the model's passes give the sum of its losses in place of logits."""
     with _answering(model, lambda hidden, weight, bias: TiledCrossEntropy.apply(hidden, weight, bias, targets)):
         yield
 
 
 @contextmanager
-def each(model: Any, targets: torch.Tensor) -> Iterator[None]:
+def each(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
     """Makes the model's passes give each token's loss in place of its logits, without gradients."""
 
     def losses(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -51,10 +54,11 @@ def each(model: Any, targets: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _answering(model: Any, answer: Answer) -> Iterator[None]:
+def _answering(model: torch.nn.Module, answer: Answer) -> Iterator[None]:
     """Makes the last layer answer with this function of its input, weight and bias: inside the layer, where ZeRO-3 has gathered
     them."""
-    head = getattr(model, "module", model).get_output_embeddings()
+    module: Any = getattr(model, "module", model)
+    head = module.get_output_embeddings()
     head.forward = lambda hidden: answer(hidden, head.weight, head.bias)
     try:
         yield

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,12 +21,21 @@ from heliostat.parallel import tiny
 from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.text import checkpointing, selective
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 KEY = "train.tiled_mlp"
 NAMES = ("mlp", "feed_forward", "ffn")  # as transformers calls them
 TOLERANCE = 1e-3  # relative, of the loss and of the gradient in fp32
 TRIED = 7  # tokens of a tile in trials, whose samples have more
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ByteMeter(AbstractContextManager["ByteMeter"], Protocol):
+    """Counts the bytes that autograd keeps of what is computed in it."""
+
+    total: int
 
 
 class UnfitForTiles(Exception):
@@ -41,14 +51,14 @@ def tile_rows(width: int) -> int:
 TILE_ROWS = tile_rows  # whatever stands in its place where operations are counted
 
 
-def use(model: Any, rows: int | None = None) -> None:
+def use(model: torch.nn.Module, rows: int | None = None) -> None:
     """Makes a model's MLPs compute in tiles, of `rows` tokens if it is given; Unfit if a layer has none."""
     for mlp in modules(model):
         mlp.forward = partial(_forward, mlp, mlp.forward, rows)
         mlp.gathered_whole = True
 
 
-def inside(mlp: Any, width: int, meter: Any) -> tuple[int, int]:
+def inside(mlp: Any, width: int, meter: ByteMeter) -> tuple[int, int]:
     """Computes a tile of an MLP in the context `meter`, for the plan; returns its tokens, and the bytes that the meter counts."""
     _, compute, rows = mlp.forward.args
     rows = rows or TILE_ROWS(width)
@@ -57,7 +67,7 @@ def inside(mlp: Any, width: int, meter: Any) -> tuple[int, int]:
     return rows, int(meter.total)
 
 
-def modules(model: Any) -> list[Any]:
+def modules(model: torch.nn.Module) -> list[Any]:
     """Lists the MLPs of a model's layers; Unfit if a layer has none."""
     found = []
     for layer in checkpointing.layers(model):
@@ -75,7 +85,7 @@ def _sparse(module: torch.nn.Module) -> bool:
     return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
 
 
-def _forward(mlp: torch.nn.Module, compute: Compute, rows: int | None, hidden: torch.Tensor, *more: Any) -> Any:
+def _forward(mlp: torch.nn.Module, compute: Compute, rows: int | None, hidden: torch.Tensor, *more: object) -> torch.Tensor:
     if more:
         raise UnfitForTiles("they take more than the layer's hidden state")
     rows = rows or tile_rows(hidden.shape[-1])
@@ -161,7 +171,7 @@ def _fault(small: LanguageModel) -> str:
 
 
 @torch.no_grad()
-def _draws(small: LanguageModel, model: Any) -> bool:
+def _draws(small: LanguageModel, model: PreTrainedModel) -> bool:
     """Tells whether an MLP takes random numbers in training."""
     before, drew = list[torch.Tensor](), list[bool]()
     handles = [h for mlp in modules(model) for h in (

@@ -11,11 +11,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 
+from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 
 STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pre-tokenizers"}
@@ -71,7 +71,7 @@ def _special(tokenizer: Tokenizer) -> set[str]:
     return {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
 
 
-def _named(tokenizer: Tokenizer, i: int) -> Any:
+def _named(tokenizer: Tokenizer, i: int) -> str:
     return repr(token) if (token := tokenizer.id_to_token(i)) is not None else "missing"
 
 
@@ -107,7 +107,7 @@ def sizes(tokenizer: Tokenizer, count: int) -> tuple[list[int], list[int]]:
     return inside, opening
 
 
-def _kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
+def _kinds(decoder: dict[str, Json] | None) -> Iterator[str]:
     if decoder:
         yield decoder["type"]
         for part in decoder.get("decoders", []):
