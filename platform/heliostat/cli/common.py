@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 GAP = "  "  # between the columns of a table
 INDENT = "    "  # of a row's further lines
+Report = dict[str, Any]  # what a command has found, as `--json` prints it
 HELP = {"help_option_names": ["--help", "-h"]}
 
 
