@@ -23,24 +23,61 @@ NAME, KEY, OTHER = "tiny", "sk-a-key-of-the-tests", "sk-another-key-of-them"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 
 
-class Endpoint:
+class Running:
+    """A command of heliostat in a process of its own, with no Ray to join; FOLDER/log has what it prints."""
+
+    def __init__(self, folder: Path, *command: str) -> None:
+        self.folder, self.log = folder, folder / "log"
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        words = [sys.executable, "-m", "heliostat", *command]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def said(self, words: str, seconds: float = 300.0) -> str:
+        """Waits until the command has printed some words; returns all that it has printed."""
+        self.until(lambda: words in self.log.read_text(), seconds)
+        return self.log.read_text()
+
+    def until(self, what, seconds: float = 120.0):
+        deadline = time.monotonic() + seconds
+        while not (found := what()):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+        return found
+
+    def processes(self) -> list[psutil.Process]:
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def stop(self) -> int:
+        """Asks the command to stop; returns its exit code, when none of its processes is left."""
+        left = self.processes() if self.process.poll() is None else []
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            code = self.process.wait(90)
+            assert not [p for p in psutil.wait_procs(left, timeout=20)[1] if p.status() != psutil.STATUS_ZOMBIE]
+        finally:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        return code
+
+
+class Endpoint(Running):
     """`heliostat serve models:/tiny@champion`, of two versions with different weights; version 1 is the champion."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder, self.store = folder, f"sqlite:///{folder}/mlflow.db"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = folder / "log"
         self.client = mlflow.MlflowClient(tracking_uri=self.store, registry_uri=self.store)
         self._register()
         keys = folder / "keys"
         keys.write_text(f"alice {KEY}\nbob {OTHER}\n")
         keys.chmod(0o600)
-        command = [sys.executable, "-m", "heliostat", "serve", f"models:/{NAME}@champion", "--mlflow", self.store]
-        command += ["--port", str(self.port), "--keys", str(keys), "--poll", "0.5", *options]
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+        command = ["serve", f"models:/{NAME}@champion", "--mlflow", self.store]
+        super().__init__(folder, *command, "--port", str(self.port), "--keys", str(keys), "--poll", "0.5", *options)
 
     def _register(self) -> None:
         made = write_model(self.folder, BASE["model"], 512)
@@ -62,21 +99,6 @@ class Endpoint:
     def move(self, version: int) -> None:
         self.client.set_registered_model_alias(NAME, "champion", str(version))
 
-    def wait(self, seconds: float = 300.0) -> None:
-        self.until(lambda: "is served at" in self.log.read_text(), seconds)
-
-    def until(self, what, seconds: float = 120.0):
-        deadline = time.monotonic() + seconds
-        while not (found := what()):
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.1)
-        return found
-
-    def processes(self) -> list[psutil.Process]:
-        root = psutil.Process(self.process.pid)
-        return [root, *root.children(recursive=True)]
-
     def replicas(self, version: int) -> list[psutil.Process]:
         """The processes of a version's replicas."""
         found = []
@@ -86,25 +108,12 @@ class Endpoint:
                     found.append(process)
         return found
 
-    def stop(self) -> int:
-        """Asks the command to stop; returns its exit code, when none of its processes is left."""
-        left = self.processes() if self.process.poll() is None else []
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            code = self.process.wait(90)
-            assert not [p for p in psutil.wait_procs(left, timeout=20)[1] if p.status() != psutil.STATUS_ZOMBIE]
-        finally:
-            for process in left:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-        return code
-
 
 @contextlib.contextmanager
 def serving(folder: Path, *options: str) -> Iterator[Endpoint]:
     endpoint = Endpoint(folder, *options)
     try:
-        endpoint.wait()
+        endpoint.said("is served at")
         yield endpoint
     finally:
         endpoint.stop()

@@ -83,6 +83,15 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small language model's folder, which no test changes."""
+    from tests.unit.build_job import BASE
+    from tests.unit.build_language_model import write_model
+
+    return write_model(tmp_path_factory.mktemp("llama"), BASE["model"])
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """A prepared dataset of text, which no test changes."""
     from tests.unit.build_document_index import CORPUS, write_dataset

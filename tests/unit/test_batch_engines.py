@@ -14,18 +14,12 @@ from heliostat.recipes.text.generator import Sampling
 from heliostat.recipes.text.server import continue_text
 from heliostat.schema import validate
 
-from tests.unit.build_job import BASE
 from tests.unit.build_language_model import ARCHITECTURES, PROMPTS, write_model
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def any_model(request, tmp_path_factory):
     return write_model(tmp_path_factory.mktemp(request.param), ARCHITECTURES[request.param])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("llama"), BASE["model"])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -32,13 +32,6 @@ from heliostat.tasks.work import Work
 from ray.exceptions import RayTaskError
 
 from tests.unit.build_curation import HereFlow, KilledError
-from tests.unit.build_job import BASE
-from tests.unit.build_language_model import write_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("llama"), BASE["model"])
 
 
 class Echo(engines.BatchEngine):

@@ -53,7 +53,7 @@ def server(status: int, body: str) -> Iterator[str]:
     running.server_close()
 
 
-def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named():
+def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named(monkeypatch):
     """Named, the cluster's file decides; in a cluster Ray does."""
     wanted = job(workers={"gpus": 1, "cpus": 8})
     with pytest.raises(ConfigError, match=r"^workers\.gpus: the workers ask for .* has none that can be used"):
@@ -62,9 +62,6 @@ def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named
     with pytest.raises(ConfigError, match=r"^workers\.count: .* do not fit on .*aws-h100\.yaml"):
         check.check_devices(job(workers={"gpus": 9}), ROOT / "clusters" / "aws-h100.yaml")
     check.check_devices(job(), None)
-
-
-def test_in_a_cluster_gpus_are_rays_business(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     check.check_devices(job(workers={"gpus": 1}), None)
 
@@ -150,16 +147,15 @@ def test_mlflows_own_client_is_bounded_by_the_commands_too(monkeypatch):
     assert time.monotonic() - begun < 10
 
 
-def test_a_body_is_told_where_the_client_tells_it():
-    said = "API request to endpoint /api/2.0 failed with error code 507 != 200. Response body: '<b>disk\nfull</b>'"
-    assert mlflow_client.fault(said) == "it answered 507: disk full '"
-
-
-def test_a_server_that_is_down_is_told_by_its_cause():
-    said = (
-        "API request to http://h failed with exception P(host='h'): Max retries exceeded with url: /x (Caused by Refused('no'))"
-    )
-    assert mlflow_client.fault(said) == "Refused('no')"
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("failed with error code 507 != 200. Response body: '<b>disk\nfull</b>'", "it answered 507: disk full '"),
+        ("failed with exception P(host='h'): Max retries exceeded with url: /x (Caused by Refused('no'))", "Refused('no')"),
+    ],
+)
+def test_a_fault_of_a_server_is_told_by_its_body_or_its_cause(said, told):
+    assert mlflow_client.fault(f"API request to endpoint /api/2.0 {said}") == told
 
 
 def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
@@ -203,9 +199,6 @@ def test_divisors_are_all_that_there_are():
 def test_an_experiments_name_cannot_lead_out_of_a_folder(name):
     with pytest.raises(ConfigError, match=r"mlflow\.experiment: .* is no experiment's name"):
         job(**{"mlflow.experiment": name})
-
-
-def test_names_of_experiments_that_are_used_stay_right():
     for name in ("quickstart", "a b", "team/vision 2", "/Users/someone@example.com/runs", "Größe"):
         assert job(**{"mlflow.experiment": name}).mlflow.experiment == name
 

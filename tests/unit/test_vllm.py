@@ -30,14 +30,7 @@ from heliostat.inference.sampling import Draw
 from heliostat.storage.locations import Location
 from safetensors.torch import save_file
 
-from tests.unit.build_job import BASE
-from tests.unit.build_language_model import PROMPTS, write_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("llama"), BASE["model"])
-
+from tests.unit.build_language_model import PROMPTS
 
 # which engine ------------------------------------------------------------------------------------------------------------
 

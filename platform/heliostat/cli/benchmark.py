@@ -101,8 +101,8 @@ def make_suite(
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--out: {to} is not empty; name another folder")
-    made = make(dataset, to, examples, fraction, seed)
-    for name, count in made["tasks"].items():
+    result = make(dataset, to, examples, fraction, seed)
+    for name, count in result["tasks"].items():
         out.print(f"{name}: {count:,} examples" + ("" if count == examples else f" of {examples:,}: the text gives no more"))
-    out.print(f"{made['suite']}: of {made['documents']:,} held-out documents; heliostat benchmark MODEL {made['suite']}")
-    finish(made)
+    out.print(f"{result['suite']}: of {result['documents']:,} held-out documents; heliostat benchmark MODEL {result['suite']}")
+    finish(result)

@@ -49,9 +49,9 @@ def check_(
         cpus = "CPUs as found" if pool.cpus is None else plural(pool.cpus, "CPU")
         nodes = f"{size}{plural(pool.most, 'node')} of {cpus}, {plural(pool.gpus, 'GPU')}"
         out.print(f"{pool.name}: {nodes}{'; ' + labels if labels else ''}")
-    found = {"file": str(file), "errors": report.errors, "warnings": warnings}
+    result = {"file": str(file), "errors": report.errors, "warnings": warnings}
     count = len(report.errors)
-    finish(found, ConfigError(f"{file}: {count} error{'s' * (count > 1)}, see above") if count else None)
+    finish(result, ConfigError(f"{file}: {count} error{'s' * (count > 1)}, see above") if count else None)
 
 
 @cluster_app.command(cls=Reporting)
@@ -63,9 +63,9 @@ def up(
     from heliostat.cluster import launch, review
 
     cluster = review.require(file)
-    found = launch.up(cluster, restart)
-    out.print(f"cluster {cluster.name}: {found['note']}")
-    finish(found)
+    result = launch.up(cluster, restart)
+    out.print(f"cluster {cluster.name}: {result['note']}")
+    finish(result)
 
 
 @cluster_app.command(cls=Reporting)
@@ -77,9 +77,9 @@ def down(
     """Stop a cluster. A local one leaves no process; one that was only joined stays."""
     from heliostat.cluster import launch
 
-    found = launch.down(target)
-    out.print(f"cluster {found['name']}: {found['note']}")
-    finish(found)
+    result = launch.down(target)
+    out.print(f"cluster {result['name']}: {result['note']}")
+    finish(result)
 
 
 @cluster_app.command("status", cls=Reporting)
@@ -108,13 +108,13 @@ def list_() -> None:
     """List the local clusters of this workspace."""
     from heliostat.cluster import dashboard, local, private
 
-    found = [
+    result = [
         {"name": s.name, "url": s.url, "nodes": len(s.nodes),
          "answers": private.ours(s.url) and dashboard.probe(s.url, s.token) == 200} for s in local.known()
     ]  # fmt: skip
-    for c in found:
+    for c in result:
         what = plural(c["nodes"], "node") if c["nodes"] else "joined"
         out.print(f"{c['name']}: {c['url']}, {what}{'' if c['answers'] else ', does not answer'}")
-    if not found:
+    if not result:
         out.print("no local cluster; start one with `heliostat cluster up clusters/local.yaml`")
-    finish({"clusters": found})
+    finish({"clusters": result})

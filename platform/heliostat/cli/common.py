@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 GAP = "  "  # between the columns of a table
 INDENT = "    "  # of a row's further lines
+Report = dict[str, Any]  # what a command has found, as `--json` prints it
 HELP = {"help_option_names": ["--help", "-h"]}
 
 
@@ -48,7 +49,9 @@ class Printer(Console):
     """Prints to standard output, so that what comes from data moves no cursor and marks up nothing."""
 
     def print(self, *objects: object, **options: Any) -> None:
-        super().print(*(printable(o, lines=True) if isinstance(o, str) else o for o in objects), **{"markup": False, **options})
+        if not self.quiet:
+            shown = (printable(o, lines=True) if isinstance(o, str) else o for o in objects)
+            super().print(*shown, **{"markup": False, **options})
 
 
 out = Printer(highlight=False, soft_wrap=True, markup=False)

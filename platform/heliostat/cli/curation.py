@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import HELP, Reporting, app, command, finish, out, print_table, tracking, write_page
+from heliostat.cli.common import HELP, Report, Reporting, app, command, finish, out, print_table, tracking, write_page
 from heliostat.cli.options import DATA, Prices, TrackingUri
 from heliostat.errors import ConfigError
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from heliostat.tracking.lineage_of_documents import Reached
 
 MOST = 20  # documents, samples and steps that are printed; --json has all
-Told = dict[str, Any]  # what the command prints, as `--json` prints it
 
 Dataset = Annotated[
     str, typer.Argument(help="A dataset made with stages: a folder or s3:// URI", metavar="DATASET", show_default=False)
@@ -29,7 +28,7 @@ Id = Annotated[
 Text = Annotated[Path | None, typer.Option("--text", help="The document with the text of this file", metavar="FILE")]
 
 
-def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> tuple[Manifest, list[Told]]:
+def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> tuple[Manifest, list[Report]]:
     from heliostat.curation.text.trace import find
     from heliostat.data import manifest
     from heliostat.storage.locations import Location
@@ -67,7 +66,7 @@ def report(
     finish({"file": str(to), "dataset": str(made.location), "digest": made.digest, **_stages(told)})
 
 
-def _stages(told: Told) -> Told:
+def _stages(told: Report) -> Report:
     """Sums up the funnel: of each stage what came, was kept and dropped, and its seconds."""
     names = ("documents", "bytes", "kept", "kept_bytes", "dropped", "counts")
     parts = {name: {k: part[k] for k in names if k in part} for name, part in told["funnel"].items()}
@@ -127,7 +126,7 @@ def forget(
     finish(result)
 
 
-def _ways(made: Manifest, id: str, mlflow: str | None) -> Told:
+def _ways(made: Manifest, id: str, mlflow: str | None) -> Report:
     """Tells where a document lies, who stayed in its place, and who trained on it."""
     from heliostat.curation import reasons
     from heliostat.curation.text import trace as tracing
@@ -138,7 +137,7 @@ def _ways(made: Manifest, id: str, mlflow: str | None) -> Told:
     return {"shard": told["shard"], "instead": told["instead"], "runs": _runs(made, id, None, mlflow)}
 
 
-def _print_forgotten(told: Told) -> None:
+def _print_forgotten(told: Report) -> None:
     tokens = f", {told['tokens']:,} tokens" if told["tokens"] else ""
     out.print(f"dataset {told['dataset']} is ready: {told['documents']:,} documents{tokens}, digest {told['digest'][:12]}, "
               f"without {', '.join(told['forgotten'])}")  # fmt: skip
@@ -162,7 +161,7 @@ def _runs(made: Manifest, id: str, run: str | None, mlflow: str | None) -> list[
         return TrainedOnDocument(client, made, id).runs(only)
 
 
-def _print(told: Told) -> None:
+def _print(told: Report) -> None:
     out.print(told["id"], style="bold")
     read = dict(told["read"])
     where = "".join(
@@ -190,7 +189,7 @@ def _print(told: Told) -> None:
     _print_runs(told)
 
 
-def _did(stage: Told) -> str:
+def _did(stage: Report) -> str:
     reason = f" ({stage['reason']}: {stage['what']})" if stage["what"] else f" ({stage['reason']})" if stage["reason"] else ""
     size = stage.get("bytes") if stage["did"] == "changed" else None
     text = stage["did"] + reason + (f", {stage['detail']}" if stage["detail"] else "")
@@ -203,7 +202,7 @@ def _did(stage: Told) -> str:
     return text + (f"; {', '.join(figures)}" if figures else "")
 
 
-def _print_runs(told: Told) -> None:
+def _print_runs(told: Report) -> None:
     for row in told["runs"]:
         steps = ", ".join(f"{step:,}" for step in row["steps"][:MOST]) + (" ..." if len(row["steps"]) > MOST else "")
         how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "none by itself"

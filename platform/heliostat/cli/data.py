@@ -65,13 +65,13 @@ def _predict(pipeline: Path, settings: list[str], sample: str) -> None:
     from heliostat.curation.prepare import dry_run
     from heliostat.plan import hardware
 
-    found = dry_run(pipeline, settings, prediction.fraction(sample), quiet=out.quiet)
+    result = dry_run(pipeline, settings, prediction.fraction(sample), quiet=out.quiet)
     prices = hardware.table()
-    found |= {"cost": found["cpu_hours"] * prices["devices"]["cpu"]["hour"], "currency": prices["currency"]}
-    print_table(prediction.table(found), left=(0,))
-    for line in prediction.explain(found):
+    result |= {"cost": result["cpu_hours"] * prices["devices"]["cpu"]["hour"], "currency": prices["currency"]}
+    print_table(prediction.table(result), left=(0,))
+    for line in prediction.explain(result):
         out.print(line)
-    finish(found)
+    finish(result)
 
 
 @command(DATA)

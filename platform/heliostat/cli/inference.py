@@ -60,9 +60,9 @@ def generate(
         out.print(f"{count:,} answers are in {to}/{generating.RESULTS}")
         finish({"count": count, "results": f"{to}/{generating.RESULTS}"})
         return
-    made = generating.generate(model_folder(model, mlflow), str(prompt), options, seed, to)
-    out.print(made.shown)
-    finish({"prompt": made.prompt, **made.facts})
+    result = generating.generate(model_folder(model, mlflow), str(prompt), options, seed, to)
+    out.print(result.shown)
+    finish({"prompt": result.prompt, **result.facts})
 
 
 @command(MODELS)
@@ -153,9 +153,9 @@ def export(
     if step is not None and step not in (there := layout.steps(place)):
         have = f"there are {', '.join(map(str, there))}" if there else "there is none"
         raise ConfigError(f"--step {step}: {place} has no checkpoint of it; {have}")
-    found = layout.open_checkpoint(place, step) if step is not None else layout.latest(place)
-    if found is None:
+    checkpoint = layout.open_checkpoint(place, step) if step is not None else layout.latest(place)
+    if checkpoint is None:
         raise ConfigError(f"{place}: holds no complete checkpoint")
-    exporting.export(found, to, record(place).get("run_id"))
-    out.print(f"step {found.step} of {found.index.name} is in {to}")
-    finish({"folder": str(to), "step": found.step})
+    exporting.export(checkpoint, to, record(place).get("run_id"))
+    out.print(f"step {checkpoint.step} of {checkpoint.index.name} is in {to}")
+    finish({"folder": str(to), "step": checkpoint.step})

@@ -111,9 +111,9 @@ def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: b
 def jobs(cluster: Target = None) -> None:
     """List a cluster's jobs."""
     with jobs_on(cluster) as known:
-        found = known.list()
-    print_table(_cells(found), left=range(4))
-    finish({"jobs": found})
+        result = known.list()
+    print_table(_cells(result), left=range(4))
+    finish({"jobs": result})
 
 
 def _cells(jobs: list[Submitted]) -> list[list[str]]:
@@ -127,15 +127,15 @@ def _cells(jobs: list[Submitted]) -> list[list[str]]:
 @command(JOBS)
 def status(id_: Id, cluster: Target = None) -> None:
     """Show how far a job is, and when it will be done."""
-    found = _look(id_, cluster)
-    found["progress"] = _progress(found["run_folder"], found["steps"], found.get("metadata", {}))
-    p = found["progress"]
+    result = _look(id_, cluster)
+    result["progress"] = _progress(result["run_folder"], result["steps"], result.get("metadata", {}))
+    p = result["progress"]
     share = "" if p["step"] is None else f", {p.get('unit', 'step')} {p['step']:,} of {p['steps']:,} ({p['fraction']:.0%})"
-    ahead = f", about {duration(p['eta_s'])} to go" if p["eta_s"] and found["status"] == "RUNNING" else ""
-    out.print(f"{id_}: {found['status'].lower()}{share}{ahead}; run {found['run_folder']}")
-    for note in filter(None, (found["message"] if found["status"] != "RUNNING" else "", p.get("note"))):
+    ahead = f", about {duration(p['eta_s'])} to go" if p["eta_s"] and result["status"] == "RUNNING" else ""
+    out.print(f"{id_}: {result['status'].lower()}{share}{ahead}; run {result['run_folder']}")
+    for note in filter(None, (result["message"] if result["status"] != "RUNNING" else "", p.get("note"))):
         out.print(f"  {note}")
-    finish(found)
+    finish(result)
 
 
 def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> RunProgress:
@@ -150,8 +150,8 @@ def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
     record = recorded(job_id)
     try:
         with jobs_on(cluster, record) as known:
-            found = known.get(job_id)
-        return {**found, "run_folder": found["metadata"]["run"], "steps": int(found["metadata"]["steps"])}
+            result = known.get(job_id)
+        return {**result, "run_folder": result["metadata"]["run"], "steps": int(result["metadata"]["steps"])}
     except HeliostatError as e:
         if record is None:
             raise

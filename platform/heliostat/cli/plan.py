@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from heliostat.cli.common import command, finish, out, print_table, run_folder
+from heliostat.cli.common import Report, command, finish, out, print_table, run_folder
 from heliostat.cli.options import TRAINING, JobFile, Prices, Settings, TrackingUri, flag
 from heliostat.errors import ConfigError
 
 GIB = 1 << 30
-Plan = dict[str, Any]  # as `plan.planner` makes it, and `--json` prints it
 
 
 @command(TRAINING)
@@ -37,17 +36,17 @@ def plan(
     if write and not calibrate:
         raise ConfigError("--write: needs --calibrate RUN")
     run = run_folder(calibrate, mlflow) if calibrate else None
-    found = plan_file(job, setting, cluster, device, prices, run, write, rank)
+    result = plan_file(job, setting, cluster, device, prices, run, write, rank)
     if rank:
-        show_ranking(found)
+        show_ranking(result)
     else:
-        for line in lines(found):
+        for line in lines(result):
             out.print(line)
-    fits = not rank or found["set"] is not None
-    finish(found, None if fits else ConfigError(f"{job}: no layout fits on {found['workers']} workers; use more"))
+    fits = not rank or result["set"] is not None
+    finish(result, None if fits else ConfigError(f"{job}: no layout fits on {result['workers']} workers; use more"))
 
 
-def show_ranking(p: Plan) -> None:
+def show_ranking(p: Report) -> None:
     out.print(f"{p['name']}: {parameters(p)} on {p['workers']} workers of {p['device']['name']} (estimates)")
     rows = [["stage", "parallel", "micro-batch", "checkpointing", "offload", "GiB", "s a step", "MFU", "why"]]
     for one in p["layouts"]:
@@ -80,7 +79,7 @@ def replayed(which: bool | int | str) -> str:
     return which if isinstance(which, str) else f"{which} layer{'s' * (which > 1)}"
 
 
-def parameters(p: Plan) -> str:
+def parameters(p: Report) -> str:
     """Writes how many parameters a planned model has, and of a mixture of experts how many a token meets."""
     total, active = p["parameters"]["total"], p["parameters"]["active"]
     return f"{total:,} parameters" + (f", {active:,} of them active for a token," if active < total else "")
@@ -92,7 +91,7 @@ def _checkpointing(which: bool | int | str) -> str:
     return f", {kind}activation checkpointing{of}" if which else ""
 
 
-def lines(p: Plan) -> list[str]:
+def lines(p: Report) -> list[str]:
     """Writes the plan as a person reads it."""
     m, s, r, c, link = p["memory"], p["speed"], p["run"], p["checkpoint"], p["communication"]
     name = p["device"]["name"]
@@ -130,20 +129,20 @@ def lines(p: Plan) -> list[str]:
 def show_dry_run(job: Path, settings: list[str], workers: int | None) -> None:
     from heliostat.plan.dryrun import dry_run
 
-    found = dry_run(job, settings, workers)
-    data = found["data"]
+    result = dry_run(job, settings, workers)
+    data = result["data"]
     out.print(
-        f"{found['name']}: {found['parameters']:,} parameters at ZeRO stage {found['stage']} on {found['workers']} ranks: "
-        f"{found['largest_share'] / GIB:.2f} GiB of state on the largest, {found['smallest_share'] / GIB:.2f} on the smallest"
+        f"{result['name']}: {result['parameters']:,} parameters at ZeRO stage {result['stage']} on {result['workers']} ranks: "
+        f"{result['largest_share'] / GIB:.2f} GiB of state on the largest, {result['smallest_share'] / GIB:.2f} on the smallest"
     )
     out.print(
-        f"a checkpoint: {found['shards']} shards, {found['tensors']:,} tensors, {found['chunks']:,} slices, "
-        f"{found['checkpoint_bytes']:,} bytes, {found['index_bytes']:,} of them the index"
+        f"a checkpoint: {result['shards']} shards, {result['tensors']:,} tensors, {result['chunks']:,} slices, "
+        f"{result['checkpoint_bytes']:,} bytes, {result['index_bytes']:,} of them the index"
     )
     out.print(
         f"a step: {data['samples_per_rank']} samples a rank in {data['accumulation']} micro-batches of "
         f"{data['micro_batch']}, {data['lanes']} lanes, {data['lanes_per_rank']} a rank"
-        + (f"; {found['note']}" if found["note"] else "")
+        + (f"; {result['note']}" if result["note"] else "")
     )
-    out.print(f"everything divides, fits and has a name; nothing was started ({found['seconds']:.1f} s)")
-    finish(found)
+    out.print(f"everything divides, fits and has a name; nothing was started ({result['seconds']:.1f} s)")
+    finish(result)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import command, finish, model_folder, out, print_table
+from heliostat.cli.common import Report, command, finish, model_folder, out, print_table
 from heliostat.cli.options import DATA, MODELS, Embedder, Reranker, TextDataset, TrackingUri
 from heliostat.errors import ConfigError
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from heliostat.apps.search.search import SearchIndex
 
 SHOWN = 600  # characters of a passage that are printed; --json has all
-Told = dict[str, Any]  # what the command prints, as `--json` prints it
 
 
 @command(DATA, "index-documents")
@@ -39,22 +38,22 @@ def index_documents(
     build.require()
     settings = validate(IndexSettings, {"chunk_tokens": chunk_tokens, "overlap": overlap}, "index-documents")
     model = model_folder(embedder, mlflow) if embedder else None
-    made = build.index_documents(dataset, to, settings, model, batch, workers, out.quiet)
-    _print_made(made, to)
-    finish(made)
+    result = build.index_documents(dataset, to, settings, model, batch, workers, out.quiet)
+    _print_made(result, to)
+    finish(result)
 
 
-def _print_made(made: Told, to: str) -> None:
-    size = f"{made['documents']:,} documents in {made['passages']:,} passages"
-    if not made["new"] and not made["added"] + made["deleted"]:
-        out.print(f"{to} is up to date: {size} of {made['dataset']['digest'][:12]}")
+def _print_made(result: Report, to: str) -> None:
+    size = f"{result['documents']:,} documents in {result['passages']:,} passages"
+    if not result["new"] and not result["added"] + result["deleted"]:
+        out.print(f"{to} is up to date: {size} of {result['dataset']['digest'][:12]}")
         return
-    out.print(f"{to} holds {size} of {made['dataset']['digest'][:12]}: {made['added']:,} documents are new, {made['deleted']:,} "
-              f"are gone, {made['kept']:,} as before")  # fmt: skip
+    out.print(f"{to} holds {size} of {result['dataset']['digest'][:12]}: {result['added']:,} documents are new, "
+              f"{result['deleted']:,} are gone, {result['kept']:,} as before")  # fmt: skip
     for count, what in (
-        (made["empty"], "documents have no text, and so no passage"),
-        (made["unembedded"], "passages have no embedding: the model embeds none of their tokens, or failed"),
-        (made["truncated"], "passages are longer than the embedder takes: their embeddings are of their beginnings"),
+        (result["empty"], "documents have no text, and so no passage"),
+        (result["unembedded"], "passages have no embedding: the model embeds none of their tokens, or failed"),
+        (result["truncated"], "passages are longer than the embedder takes: their embeddings are of their beginnings"),
     ):
         if count:
             out.print(f"  {count:,} {what}")
@@ -117,8 +116,8 @@ def ask(
     finish(told)
 
 
-def _print_found(told: Told) -> None:
-    passages, answer = told["passages"], told.get("answer")
+def _print_found(result: Report) -> None:
+    passages, answer = result["passages"], result.get("answer")
     if answer:
         out.print(answer["text"])
         if answer["passages_used"] < len(passages) or answer["cut"]:
@@ -137,29 +136,29 @@ def _print_found(told: Told) -> None:
         out.print("no passage has a word of the question")
 
 
-def _scores(passage: Told) -> str:
+def _scores(passage: Report) -> str:
     """Says what has scored a passage: first what its place in the list is by."""
-    found = f"{passage['scored_by']} score {passage['score']:.4g}"
+    searched = f"{passage['scored_by']} score {passage['score']:.4g}"
     if "rerank_score" not in passage:
-        return found
+        return searched
     cut = " of its beginning" if passage["rerank_cut"] else ""
-    return f"rerank score{cut} {passage['rerank_score']:.4g}, {found}"
+    return f"rerank score{cut} {passage['rerank_score']:.4g}, {searched}"
 
 
 def _judge(index: SearchIndex, file: Path, reranker: Path | None) -> None:
     from heliostat.apps.search import judging, reranking
 
-    told = judging.judge(index, judging.questions(file), reranking.Reranker(reranker) if reranker else None)
+    result = judging.judge(index, judging.questions(file), reranking.Reranker(reranker) if reranker else None)
     rows = [["search", *judging.MEASURES]]
-    for mode, measured in told["modes"].items():
+    for mode, measured in result["modes"].items():
         rows.append([mode, *(f"{measured[name]:.3f}" for name in judging.MEASURES)])
-    for mode, over in told["over_bm25"].items():
+    for mode, over in result["over_bm25"].items():
         rows.append([f"{mode} over bm25", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
-    for mode, over in told.get("reranked", {}).items():
+    for mode, over in result.get("reranked", {}).items():
         if mode != "bm25":  # over which its own stands above
             rows.append([f"{mode}+reranker over {mode}", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
     print_table(rows)
-    left = f"; {told['unknown']:,} more name documents that the index does not hold" if told["unknown"] else ""
-    left += f"; {told['too_long']:,} more are longer than the embedder takes" if told["too_long"] else ""
-    out.print(f"{told['questions']:,} questions{left}; ± is half of a 95 % interval of the difference")
-    finish(told)
+    left = f"; {result['unknown']:,} more name documents that the index does not hold" if result["unknown"] else ""
+    left += f"; {result['too_long']:,} more are longer than the embedder takes" if result["too_long"] else ""
+    out.print(f"{result['questions']:,} questions{left}; ± is half of a 95 % interval of the difference")
+    finish(result)

@@ -44,12 +44,12 @@ def runs(
     from heliostat.tracking import run_table
 
     with tracking(mlflow) as (client, uri):
-        found = run_table.rows(client, experiment)
-    if not found:
+        result = run_table.rows(client, experiment)
+    if not result:
         out.print(f"no run in {redact(uri)}")
     else:
-        print_table(run_table.cells(found), left=range(4))
-    finish({"runs": found})
+        print_table(run_table.cells(result), left=range(4))
+    finish({"runs": result})
 
 
 @command(RUNS)
@@ -64,9 +64,9 @@ def report(
     from heliostat.tracking.report import page
 
     with tracking(mlflow) as (client, uri):
-        found = settle(client, mlflow_client.find(client, run, uri))
-        write_page(to, lambda: page.page(page.gather(client, found)))
-    finish({"file": str(to), "run_id": found.info.run_id})
+        ended = settle(client, mlflow_client.find(client, run, uri))
+        write_page(to, lambda: page.page(page.gather(client, ended)))
+    finish({"file": str(to), "run_id": ended.info.run_id})
 
 
 @command(RUNS)
@@ -89,10 +89,10 @@ def lineage(
         if what is None:
             _backwards(client, shard, dataset)
             return
-        found = tracing.lineage(client, uri, what)
-    for depth, text in tracing.lines(found):
+        result = tracing.lineage(client, uri, what)
+    for depth, text in tracing.lines(result):
         out.print("  " * depth + text)
-    finish(found)
+    finish(result)
 
 
 def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> None:
@@ -144,14 +144,14 @@ def reproduce(
     from heliostat.training import reproduce as again
 
     with tracking(mlflow) as (client, uri):
-        told = again.reproduce(client, uri, run, steps, setting or [], overwrite)
-    for note in told["notes"]:
+        result = again.reproduce(client, uri, run, steps, setting or [], overwrite)
+    for note in result["notes"]:
         out.print(f"differs: {note}")
     equal = "equal to the last bit"
-    if not told["bitwise"]:
-        equal = f"equal up to step {told['first_difference'] - 1:,}, and within {told['largest_difference']:.3g} over all"
-    out.print(f"the losses of {told['steps']:,} steps are {equal}; the new run is {told['again']}")
-    finish(told)
+    if not result["bitwise"]:
+        equal = f"equal up to step {result['first_difference'] - 1:,}, and within {result['largest_difference']:.3g} over all"
+    out.print(f"the losses of {result['steps']:,} steps are {equal}; the new run is {result['again']}")
+    finish(result)
 
 
 @app.command(rich_help_panel=RUNS)
@@ -229,10 +229,10 @@ def samples(
     """Show the samples that a step trained on: their places in the datasets, and their text."""
     from heliostat.runs.samples import samples as read
 
-    found = read(run_folder(run, mlflow), step)
-    for sample in found:
+    result = read(run_folder(run, mlflow), step)
+    for sample in result:
         _print_sample(sample, full)
-    finish({"step": step, "samples": found})
+    finish({"step": step, "samples": result})
 
 
 def _print_sample(sample: Sample, full: bool) -> None:

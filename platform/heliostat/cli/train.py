@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import command, finish, out, print_table, program, store_uri
+from heliostat.cli.common import Report, command, finish, out, print_table, program, store_uri
 from heliostat.cli.options import TRAINING, JobFile, Overwrite, Resume, Settings, Verbose, flag
 from heliostat.errors import ConfigError, NumericsError, VerifyError
 from heliostat.terminal import console
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHOWN = 8  # differences of `check --numerics`
-Found = dict[str, Any]  # as `numerics.check` and `chaos` make it, and `--json` prints it
 HEADS = {
     "fault": "fault", "detected_s": "detected after", "recovered_s": "recovered after", "recomputed_steps": "steps recomputed",
     "lost": "samples lost", "repeated": "samples repeated", "loss_difference": "final loss difference", "goodput": "goodput",
@@ -48,7 +47,7 @@ def check(
     if numerics and offline:
         raise ConfigError("--numerics: plays the job's own samples, which --offline leaves out; give one of the two")
     wanted = checks.load_job(job, setting)
-    found: dict[str, object] = {"file": str(job), "name": wanted.name, "offline": offline}
+    result: dict[str, object] = {"file": str(job), "name": wanted.name, "offline": offline}
     if offline:
         checks.check_job(wanted)
         right = "the file and the model are right; datasets, stores and machines were not looked at"
@@ -58,33 +57,35 @@ def check(
         checked = checks.check(auto.settled(wanted, cluster), cluster)
         shape, steps, samples = checked.plan.shape, checked.job.train.steps, int(checked.order.epoch_samples.sum())
         epochs = steps * shape.batch / samples
-        found |= {"samples": samples, "steps": steps, "epochs": epochs, "lanes": shape.lanes,
+        result |= {"samples": samples, "steps": steps, "epochs": epochs, "lanes": shape.lanes,
                   "steps_per_block": shape.steps_per_block, "window": shape.window}  # fmt: skip
         right = (f"right. {samples:,} training samples, {epochs:.2f} epochs in {steps:,} steps; "
                 f"{shape.lanes} lanes, blocks of {shape.steps_per_block} steps, windows of {shape.window:,} samples")  # fmt: skip
     out.print(f"{job}: {right}")
     fault = None
     if numerics:
-        found["numerics"], fault = _show_numerics(job, checked)
-    finish(found, fault)
+        result["numerics"], fault = _show_numerics(job, checked)
+    finish(result, fault)
 
 
-def _show_numerics(job: Path, checked: Checked) -> tuple[Found, NumericsError | None]:
+def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError | None]:
     """Checks the numerics and prints them; returns what was found, and the error to end with if they differ."""
     from heliostat.numerics import check as numerics
 
     with console.status("playing some steps on two workers, and beside them"):
-        found = numerics.check(checked)
-    for line in _recomputed(found["trial"]):
+        result = numerics.check(checked)
+    for line in _recomputed(result["trial"]):
         out.print(line)
-    print_table(_table(found["rows"]), left=(0, 4))
-    if found["ok"]:
-        out.print(f"{job}: the same numbers as one plain process of torch in fp32, within {found['trial']['precision']}'s limits")
-        return found, None
-    return found, NumericsError(f"{job}: {explain(found['faults'])}")
+    print_table(_table(result["rows"]), left=(0, 4))
+    if result["ok"]:
+        out.print(
+            f"{job}: the same numbers as one plain process of torch in fp32, within {result['trial']['precision']}'s limits"
+        )
+        return result, None
+    return result, NumericsError(f"{job}: {explain(result['faults'])}")
 
 
-def _recomputed(t: Found) -> list[str]:
+def _recomputed(t: Report) -> list[str]:
     where = "GPUs" if t["gpus"] else "CPUs"
     tokens = f" of {t['sequence_length']:,} tokens" if t["sequence_length"] else ""
     return [
@@ -94,12 +95,12 @@ def _recomputed(t: Found) -> list[str]:
     ]
 
 
-def _table(rows: list[Found]) -> list[list[str]]:
+def _table(rows: list[Report]) -> list[list[str]]:
     head = ["", "compared", "worst", "limit", "where"]
     return [head, *([r["what"], f"{r['count']:,}", _number(r["worst"]), _number(r["limit"]), _where(r)] for r in rows)]
 
 
-def _where(row: Found) -> str:
+def _where(row: Report) -> str:
     return ("" if row["worst"] == 0 else row["where"]) + (f"  DIFFERS ({row['faults']})" if row["faults"] else "")
 
 
@@ -107,7 +108,7 @@ def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.1e}"
 
 
-def explain(faults: list[Found]) -> str:
+def explain(faults: list[Report]) -> str:
     """Lists the differences, those with a known cause and the largest first."""
     ordered = sorted(faults, key=lambda f: (f["step"], not f["cause"], -f["difference"]))
     more = f"\n  and {len(ordered) - SHOWN:,} more" if len(ordered) > SHOWN else ""
@@ -225,12 +226,12 @@ def chaos(
     finish({"faults": rows}, fault)
 
 
-def chaos_table(rows: list[Found]) -> list[list[str]]:
+def chaos_table(rows: list[Report]) -> list[list[str]]:
     """Formats the rows as text, the columns' names first."""
     return [list(HEADS.values()), *(_chaos_cells(row) for row in rows)]
 
 
-def _chaos_cells(row: Found) -> list[str]:
+def _chaos_cells(row: Report) -> list[str]:
     def text(key: str, value: object) -> str:
         if value is None:
             return "-"

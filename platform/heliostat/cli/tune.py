@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from heliostat.cli.common import command, finish, out, print_table, program
+from heliostat.cli.common import Report, command, finish, out, print_table, program
 from heliostat.cli.jobs import checked, jobs_on, send
 from heliostat.cli.options import SWEEPS, Follow, Queue, Settings, Target, Verbose, flag
 from heliostat.errors import ConfigError
-
-Result = dict[str, Any]  # of a sweep, as `--json` prints it
 
 DEFAULT_STORAGE = ".heliostat/runs"
 Storage = Annotated[str, typer.Option(help="Where runs and sweeps live: a folder or s3:// prefix")]
@@ -72,14 +70,14 @@ def sweeps(storage: Storage = DEFAULT_STORAGE) -> None:
     from heliostat.storage.locations import Location
     from heliostat.tune.listing import sweeps as find
 
-    found = find(Location(storage))
-    for s in found:
+    result = find(Location(storage))
+    for s in result:
         best = f"best {s['metric']} {s['best']:.4g}" if s["best"] is not None else "no trial has finished"
         states = ", ".join(f"{count} {status}" for status, count in s["states"].items()) or "no trials"
         out.print(f"{s['name']}: {'running, ' if s['running'] else ''}{states}; {best}")
-    if not found:
+    if not result:
         out.print(f"no sweep in {storage}; start one with `heliostat tune SWEEP.yaml`")
-    finish({"sweeps": found})
+    finish({"sweeps": result})
 
 
 @command(SWEEPS)
@@ -95,9 +93,9 @@ def sweep(
     folder = listing.find(sweep, storage)
     if stop:
         listing.stop(folder)
-    found = listing.show(folder)
-    _print(found, top)
-    finish({**found, "trials": found["trials"][:top]})
+    result = listing.show(folder)
+    _print(result, top)
+    finish({**result, "trials": result["trials"][:top]})
 
 
 def _submit(path: Path, setting: list[str], cluster: str, queue: str | None, flags: tuple[str, ...], follow: bool) -> None:
@@ -113,7 +111,7 @@ def _submit(path: Path, setting: list[str], cluster: str, queue: str | None, fla
         send(jobs, record, flags, follow)
 
 
-def _carry(folder: str, big: Path) -> Result:
+def _carry(folder: str, big: Path) -> Report:
     from dataclasses import asdict
 
     from heliostat.storage.locations import Location
@@ -121,11 +119,11 @@ def _carry(folder: str, big: Path) -> Result:
     from heliostat.tune.trial_record import read
 
     plan, _ = listing.read(Location(folder))
-    found, path = transfer.carry(plan, read(plan.folder), transfer.check(plan, big), big)
-    for line in transfer.tell(found):
+    result, path = transfer.carry(plan, read(plan.folder), transfer.check(plan, big), big)
+    for line in transfer.tell(result):
         out.print(line)
     out.print(f"the job with this learning rate is in {path}")
-    return {**asdict(found), "job": str(path)}
+    return {**asdict(result), "job": str(path)}
 
 
 def write_best(sweep: str) -> Path:
@@ -147,7 +145,7 @@ def write_best(sweep: str) -> Path:
     return path
 
 
-def _print(result: Result, top: int) -> None:
+def _print(result: Report, top: int) -> None:
     from heliostat.tune import report
 
     print_table(report.cells(result["trials"][:top]), left=())

@@ -29,7 +29,6 @@ HEAD = "ForSequenceClassification"
 WHAT = "a cross-encoder"
 CANDIDATES = 50  # of what a search finds, that are put into the reranker's order
 BATCH = 16
-SCORE, CUT = "rerank_score", "rerank_cut"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 UNBOUNDED = 1 << 20  # tokens: what a passage never has
 
@@ -96,8 +95,10 @@ class Reranker:
             scored = self.pairs([(question, passage["text"]) for passage in passages])
         if any(not math.isfinite(score) for score, _ in scored):
             raise HeliostatError(f"{self.folder}: the reranker gives a score that is no finite number")
-        ordered = [{**p, SCORE: score, CUT: cut} for p, (score, cut) in zip(passages, scored, strict=True)]
-        return sorted(ordered, key=lambda p: (-p[SCORE], p["document"], p["number"]))
+        ordered: list[Passage] = [
+            {**p, "rerank_score": score, "rerank_cut": cut} for p, (score, cut) in zip(passages, scored, strict=True)
+        ]
+        return sorted(ordered, key=lambda p: (-p["rerank_score"], p["document"], p["number"]))
 
     def _require_room(self, question: str) -> None:
         tokenizer, most = self.pairs.tokenizer, self.pairs.max_tokens
@@ -114,7 +115,7 @@ def best(index: SearchIndex, reranker: Reranker | None, question: str, mode: str
     """Finds at most `top` passages: `score` is that of the search, `scored_by` how it searched, and the order the reranker's
     where there is one."""
     (passages,) = index.search([question], mode, top if reranker is None else max(top, CANDIDATES))
-    labeled = [{**passage, "scored_by": mode} for passage in passages]
+    labeled: list[Passage] = [{**passage, "scored_by": mode} for passage in passages]
     return labeled if reranker is None else reranker.order(question, labeled)[:top]
 
 

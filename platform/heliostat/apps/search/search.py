@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,26 @@ MODES = ("bm25", "dense", "hybrid")
 DEPTH = 100  # passages of each list that are fused
 RANK_CONSTANT = 60
 BATCH = 16  # questions that are embedded together
-Passage = dict[str, Json]  # of `table.PLACE`, with `score`
+
+
+class Passage(TypedDict):
+    """Describes a passage that was found: its place, its text, and its score. `rerank_cut`: the reranker read only its beginning;
+    `columns`: of its document; `used`: what of it a model was shown, whole, part, or no."""
+
+    document: str
+    number: int
+    begin: int
+    end: int
+    shard: str
+    row_group: int
+    digest: str
+    text: str
+    score: float
+    scored_by: NotRequired[str]
+    rerank_score: NotRequired[float]
+    rerank_cut: NotRequired[bool]
+    columns: NotRequired[dict[str, Json]]
+    used: NotRequired[str]
 
 
 def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
@@ -107,7 +127,7 @@ class SearchIndex:
         """Runs a search, and orders what it finds by score, then by place."""
         find: Callable[[], pa.Table] = partial(self.table.to_table, columns=[*table.PLACE, column], **search)
         rows = table.read(self.place, find).to_pylist()
-        passages = [{**{name: row[name] for name in table.PLACE}, "score": score(row[column])} for row in rows]
+        passages = [cast(Passage, {**{name: row[name] for name in table.PLACE}, "score": score(row[column])}) for row in rows]
         return sorted(passages, key=lambda p: (-p["score"], p["document"], p["number"]))
 
     def _vectors(self, questions: Sequence[str]) -> list[np.ndarray]:

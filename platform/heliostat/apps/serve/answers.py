@@ -7,12 +7,15 @@ import secrets
 import struct
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from heliostat.apps.serve.asks import UNFINISHED, AnswerPiece, Logprobs
 from heliostat.config.fields import Json
 
+if TYPE_CHECKING:
+    from heliostat.apps.search.search import Passage
+
 Body = dict[str, Json]
-Source = dict[str, Json]  # a passage, its place in the corpus, and what of it the model was shown (`used`: whole, part or no)
 
 
 class AnswerShape:
@@ -27,13 +30,13 @@ class AnswerShape:
             "system_fingerprint": version,
         }
 
-    def whole(self, pieces: Sequence[AnswerPiece], sources: Sequence[Source] | None = None) -> Body:
+    def whole(self, pieces: Sequence[AnswerPiece], sources: Sequence[Passage] | None = None) -> Body:
         """Writes an answer that is not streamed; a piece is the whole answer to one of the prompts."""
         kind = "chat.completion" if self.chat else "text_completion"
         choices = [self._choice(index, piece, "message") for index, piece in enumerate(pieces)]
         return {**self.head, "object": kind, "choices": choices, "usage": usage(pieces), **_sources(sources)}
 
-    def chunk(self, index: int, piece: AnswerPiece, sources: Sequence[Source] | None = None) -> Body:
+    def chunk(self, index: int, piece: AnswerPiece, sources: Sequence[Passage] | None = None) -> Body:
         """Writes a piece of a stream, the first with the sources of the answer, if it has some."""
         return {**self.head, "object": self._streamed, "choices": [self._choice(index, piece, "delta")], **_sources(sources)}
 
@@ -95,7 +98,7 @@ def images(model: str, version: str, drawn: Sequence[Body]) -> Body:
     return {**head, "data": list(drawn)}
 
 
-def passages(index: str, version: str, sources: Sequence[Source]) -> Body:
+def passages(index: str, version: str, sources: Sequence[Passage]) -> Body:
     """Writes the passages that were found, the best first."""
     return {"object": "list", "model": index, "system_fingerprint": version, "data": list(sources)}
 
@@ -110,5 +113,5 @@ def model(name: str, since: int) -> Body:
     return {"id": name, "object": "model", "created": since, "owned_by": "heliostat"}
 
 
-def _sources(sources: Sequence[Source] | None) -> Body:
+def _sources(sources: Sequence[Passage] | None) -> Body:
     return {} if sources is None else {"sources": list(sources)}

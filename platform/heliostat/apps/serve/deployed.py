@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray import serve
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OwnerDiedError, RayActorError, WorkerCrashedError
+from ray.experimental import internal_kv
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from heliostat.apps.serve.asks import Ask, Holds, Item
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 EVERYWHERE = "[::]:"
+NAMESPACE = "heliostat"  # of what an endpoint keeps on its cluster
+STARTED = "heliostat-serve-started"  # a key in the cluster's store, as long as Ray Serve there is an endpoint's
 # what a call ends with if its replica died, or was ended before it took the call
 LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError, NodeDiedError, OwnerDiedError, ReplicaUnavailableError,
         DeploymentUnavailableError)  # fmt: skip
@@ -78,6 +81,19 @@ def confine() -> None:
         return open_port(server, given.replace(EVERYWHERE, f"{address}:"))
 
     module.add_port_to_grpc_server = confined
+
+
+def record_start(started: bool) -> None:
+    """Writes down on the cluster that an endpoint starts Ray Serve there; or deletes that, when Serve has ended."""
+    if started:
+        internal_kv._internal_kv_put(STARTED, b"1", namespace=NAMESPACE)
+    else:
+        internal_kv._internal_kv_del(STARTED, namespace=NAMESPACE)
+
+
+def started_here() -> bool:
+    """Tells whether the Ray Serve of the cluster was started by an endpoint."""
+    return internal_kv._internal_kv_get(STARTED, namespace=NAMESPACE) is not None
 
 
 class DeployedFront(Front):

@@ -32,8 +32,6 @@ from heliostat.web.refusals import Refusal
 
 log = logging.getLogger(__name__)
 
-PATHS = {"/health": "GET", "/metrics": "GET", "/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST",
-         "/v1/embeddings": "POST", "/v1/images/generations": "POST", "/v1/search": "POST"}  # fmt: skip
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 MINUTE = 60.0
@@ -166,15 +164,7 @@ class Front:
                     raw = await self._body(request)
             except TimeoutError as e:
                 raise Refusal(408, f"the body did not come within {self.settings.deadline_s:g} s", code="timeout") from e
-            if path == "/v1/embeddings":
-                response = await self._embeddings(requests.read(requests.Embeddings, raw), name)
-            elif path == "/v1/images/generations":
-                response = await self._images(requests.read(requests.Images, raw), name)
-            elif path == "/v1/search":
-                response = await self._search(requests.read(requests.SearchRequest, raw))
-            else:
-                asked = requests.chat(raw, self.settings.index) if "chat" in path else requests.read(requests.Completion, raw)
-                response = await self._text(asked, name, path)
+            response = await POSTS[path](self, raw, name)
             return response
         finally:
             if not isinstance(response, Stream):  # a stream leaves at its own end
@@ -215,22 +205,30 @@ class Front:
             }
             raise Refusal(400, f"model: {asked!r} {does[str(self.settings.kind)]}", "model", "unsupported_by_model")
 
-    async def _embeddings(self, asked: requests.Embeddings, name: str) -> Response:
+    async def _completions(self, raw: bytes, name: str) -> Response:
+        return await self._text(requests.read(requests.Completion, raw), name, "/v1/completions")
+
+    async def _chat(self, raw: bytes, name: str) -> Response:
+        return await self._text(requests.chat(raw, self.settings.index), name, "/v1/chat/completions")
+
+    async def _embeddings(self, raw: bytes, name: str) -> Response:
+        asked = requests.read(requests.Embeddings, raw)
         self._require_model(asked.model, TEXT, EMBEDDINGS)
         _, item = await self._call("embed", asked.input)
         body = answers.embeddings(asked.model, item["answers"], asked.encoding_format)
         self.measures.counted(name, body["usage"])
         return JSONResponse(body)
 
-    async def _images(self, asked: requests.Images, name: str) -> Response:
+    async def _images(self, raw: bytes, name: str) -> Response:
+        asked = requests.read(requests.Images, raw)
         self._require_model(asked.model, IMAGES)
         picture = PictureRequest(asked.prompt, asked.n, _seed(asked.seed), asked.options)
         version, item = await self._call("draw", picture)
         self.measures.images.labels(name).inc(asked.n)
         return JSONResponse(answers.images(asked.model, version, item["images"]))
 
-    async def _search(self, asked: requests.SearchRequest) -> Response:
-        index = self.settings.index
+    async def _search(self, raw: bytes, name: str) -> Response:
+        asked, index = requests.read(requests.SearchRequest, raw), self.settings.index
         if index is None:
             raise Refusal(400, "no index is served here; start with --index INDEX", code="no_index")
         if asked.model not in (None, index):
@@ -319,6 +317,16 @@ class Front:
             await items.aclose()
 
         return Stream(events(), ended)
+
+
+POSTS: dict[str, Callable[[Front, bytes, str], Awaitable[Response]]] = {  # a route gets the body, and the name of the key
+    "/v1/completions": Front._completions,
+    "/v1/chat/completions": Front._chat,
+    "/v1/embeddings": Front._embeddings,
+    "/v1/images/generations": Front._images,
+    "/v1/search": Front._search,
+}
+PATHS = {**dict.fromkeys(("/health", "/metrics", "/v1/models"), "GET"), **dict.fromkeys(POSTS, "POST")}
 
 
 def _seed(given: int | None) -> int:

@@ -36,7 +36,6 @@ START_S = 600.0  # for a version to load
 FRONT_S = 300.0  # for a front that died to come again
 DRAIN_MORE_S = 10.0  # behind the deadline of an answer
 DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # of the actor that lives as long as the command does
-STARTED = "heliostat-serve-started"  # a key on the cluster, as long as Ray Serve there is an endpoint's
 OURS = ({"Front"}, {"Model"})  # deployments of each application
 MODULES = ("ray.serve", "heliostat.apps.serve.deployed", "heliostat.apps.serve.engine")
 
@@ -138,11 +137,13 @@ def end_left() -> bool:
     import ray
     from ray import serve
 
+    from heliostat.apps.serve import deployed
+
     status = serve.status()
     applications = status.applications
     if not applications and not status.proxies:
         return False
-    if not applications and not _started_here():
+    if not applications and not deployed.started_here():
         raise ConfigError("this cluster's Ray Serve was started by others, and would end with this endpoint; take another")
     if not all(_ours(name, set(one.deployments), FRONT in applications) for name, one in applications.items()):
         raise ConfigError("this cluster's Ray Serve has applications, which would end with this endpoint; take another cluster")
@@ -151,7 +152,7 @@ def end_left() -> bool:
     except ValueError:  # Ray ends it with its driver
         log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)) or "it has no application")
         serve.shutdown()
-        _record_start(False)
+        deployed.record_start(False)
         return True
     raise ConfigError("this cluster has an endpoint, and its command is still running; stop that with Ctrl-C, or take another")
 
@@ -159,22 +160,6 @@ def end_left() -> bool:
 def _ours(name: str, deployments: set[str], fronted: bool) -> bool:
     """Tells whether an application is of an endpoint; one that has no deployment yet, by its name or by the front with it."""
     return deployments in OURS if deployments else name == FRONT or fronted
-
-
-def _record_start(started: bool) -> None:
-    """Writes down on the cluster that an endpoint starts Ray Serve there; or deletes that, when Serve has ended."""
-    from ray.experimental import internal_kv
-
-    if started:
-        internal_kv._internal_kv_put(STARTED, b"1", namespace=NAMESPACE)
-    else:
-        internal_kv._internal_kv_del(STARTED, namespace=NAMESPACE)
-
-
-def _started_here() -> bool:
-    from ray.experimental import internal_kv
-
-    return internal_kv._internal_kv_get(STARTED, namespace=NAMESPACE) is not None
 
 
 class CommandActor:
@@ -241,9 +226,11 @@ class ServeEndpoint:
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
+        from heliostat.apps.serve import deployed
+
         if os.environ.get("RAY_ADDRESS"):  # where the endpoint may outlive the command
             self.driver = ray.remote(num_cpus=0)(CommandActor).options(name=DRIVER, namespace=NAMESPACE).remote()
-            _record_start(True)
+            deployed.record_start(True)
         http = {"host": LOOPBACK, "port": self.options.port}
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=LoggingConfig(enable_access_log=False),
                     controller_options=proxied.controller())  # fmt: skip
@@ -283,11 +270,12 @@ class ServeEndpoint:
         """Ends everything."""
         from ray import serve
 
+        from heliostat.apps.serve import deployed
         from heliostat.cluster.connect import disconnect
 
         serve.shutdown()
         if self.driver:
-            _record_start(False)
+            deployed.record_start(False)
         disconnect()
 
     def wait(self, seconds: float) -> None:

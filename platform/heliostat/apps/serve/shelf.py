@@ -9,8 +9,7 @@ from pathlib import Path
 
 from heliostat.apps.search import answering
 from heliostat.apps.search.reranking import Reranker, best
-from heliostat.apps.search.search import SearchIndex
-from heliostat.apps.serve.answers import Source
+from heliostat.apps.search.search import Passage, SearchIndex
 from heliostat.apps.serve.asks import Search
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
@@ -28,11 +27,11 @@ class Shelf:
             self.index.embedder  # noqa: B018 (its folder is found, and held against the record)
         self.reranker = Reranker(Path(reranker)) if reranker else None
 
-    async def search(self, asked: Search) -> list[Source]:
+    async def search(self, asked: Search) -> list[Passage]:
         """Finds passages, with the columns of their documents; Refusal if the index cannot be searched so."""
         return await asyncio.to_thread(self._search, asked)
 
-    def _search(self, asked: Search) -> list[Source]:
+    def _search(self, asked: Search) -> list[Passage]:
         if not asked.question.strip():
             raise Refusal(400, "the question is empty", None, "invalid_value")
         mode = asked.mode or self.index.modes[0]
@@ -49,7 +48,7 @@ class Shelf:
             said = "the index that is served lacks a part, or was replaced over a day ago; start the endpoint anew"
             raise Refusal(503, said, None, "index_gone") from e
 
-    async def prompt(self, asked: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Source]]:
+    async def prompt(self, asked: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:
         """Returns the prompt of what is found, and its sources; `used` tells what of each is in the prompt.
 
         Refusal if nothing is found, or there is no room for the question.

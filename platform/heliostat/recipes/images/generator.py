@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,7 @@ class ImageCanvas:
         blocks = json.loads((folder / "vae/config.json").read_text())["block_out_channels"] if self.latent else [0]
         self.factor = 2 ** (len(blocks) - 1)
         samples = self.model.samples
-        self.defaults: dict[str, Any] = {"steps": samples.steps, "guidance": samples.guidance}
+        self.defaults: dict[str, float] = {"steps": samples.steps, "guidance": samples.guidance}
 
     @cached_property
     def pipeline(self) -> Any:
@@ -75,7 +76,7 @@ class ImageCanvas:
             return None
         return Process(self.model.objective).scheduler(options.sampler, clip=not self.latent)
 
-    def draw(self, prompts: list[str], seeds: list[int], options: dict[str, Any]) -> list[bytes]:
+    def draw(self, prompts: list[str], seeds: list[int], options: Mapping[str, object]) -> list[bytes]:
         drawn = self.pictures(prompts, seeds, validate(PictureOptions, options, "generate"))
         return [png(grid([picture], 1)) for picture in drawn]
 
@@ -95,7 +96,7 @@ class ImageCanvas:
 
 
 class ImageGenerator:
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, options: Mapping[str, object]) -> None:
         self.options = validate(Drawing, options, "generate")
         self.canvas = ImageCanvas(folder)
         self.canvas.scheduler(self.options)

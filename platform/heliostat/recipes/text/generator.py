@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ class Writing(Sampling):
 class TextGenerator:
     """Continues prompts with an exported model, or fills in what stands between them and a suffix."""
 
-    def __init__(self, folder: Path, options: dict[str, object]) -> None:
+    def __init__(self, folder: Path, options: Mapping[str, object]) -> None:
         asked = validate(Writing, options, "generate")
         self.suffix, self.options = asked.suffix, asked.model_dump(exclude={"suffix"})
         self.tokenizer = pretrained.from_folder("model", transformers.AutoTokenizer, folder)
@@ -60,19 +61,16 @@ class TextGenerator:
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, requests: list[Request]) -> list[Generated]:
-        return [self._filled(one) if self.infilling else self._continued(one) for one in requests]
+        return [self._answered(one) for one in requests]
 
-    def _continued(self, request: Request) -> Generated:
-        from heliostat.recipes.text.server import continue_text  # with mlflow
+    def _answered(self, request: Request) -> Generated:
+        """Writes what follows a prompt or, with a suffix, what is between the two."""
+        from heliostat.recipes.text.server import continue_tokens  # with mlflow
 
-        text = continue_text(self.model, self.tokenizer, request.prompt, **self.options, seed=request.seed, ends=self.ends)
-        return Generated(request.prompt, request.prompt + text, {"text": text})
-
-    def _filled(self, request: Request) -> Generated:
-        """Writes the middle between a prompt and the suffix."""
-        from heliostat.recipes.text.server import continue_tokens
-
-        assert self.infilling is not None and self.suffix is not None
-        tokens, ends = self.infilling.prompt(request.prompt, self.suffix), [*self.ends, *self.infilling.ends]
+        if self.infilling is not None and self.suffix is not None:
+            tokens, ends = self.infilling.prompt(request.prompt, self.suffix), [*self.ends, *self.infilling.ends]
+        else:
+            tokens, ends = self.tokenizer(request.prompt or self.tokenizer.bos_token)["input_ids"], self.ends
         text = continue_tokens(self.model, self.tokenizer, tokens, **self.options, seed=request.seed, ends=ends)
-        return Generated(request.prompt, request.prompt + text + self.suffix, {"text": text, "suffix": self.suffix})
+        facts = {"text": text} if self.suffix is None else {"text": text, "suffix": self.suffix}
+        return Generated(request.prompt, request.prompt + text + (self.suffix or ""), facts)
