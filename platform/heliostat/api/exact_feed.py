@@ -10,7 +10,7 @@ import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import ray
 import torch.distributed as dist
@@ -136,7 +136,7 @@ class Feed(Iterator[Batch]):
 
         The parts hold handles of Ray's, which Ray alone passes on: the other ranks ask an actor for the parts, by its name.
         """
-        kept = []  # by rank 0: the actor
+        kept: list[Any] = []  # by rank 0: the actor
 
         def started() -> str:
             name = f"heliostat-stream-{uuid.uuid4().hex}"

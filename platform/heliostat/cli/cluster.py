@@ -108,13 +108,12 @@ def list_() -> None:
     """List the local clusters of this workspace."""
     from heliostat.cluster import dashboard, local, private
 
-    result = [
-        {"name": s.name, "url": s.url, "nodes": len(s.nodes),
-         "answers": private.ours(s.url) and dashboard.probe(s.url, s.token) == 200} for s in local.known()
-    ]  # fmt: skip
-    for c in result:
-        what = plural(c["nodes"], "node") if c["nodes"] else "joined"
-        out.print(f"{c['name']}: {c['url']}, {what}{'' if c['answers'] else ', does not answer'}")
+    result = []
+    for s in local.known():
+        answers = private.ours(s.url) and dashboard.probe(s.url, s.token) == 200
+        what = plural(len(s.nodes), "node") if s.nodes else "joined"
+        out.print(f"{s.name}: {s.url}, {what}{'' if answers else ', does not answer'}")
+        result.append({"name": s.name, "url": s.url, "nodes": len(s.nodes), "answers": answers})
     if not result:
         out.print("no local cluster; start one with `heliostat cluster up clusters/local.yaml`")
     finish({"clusters": result})

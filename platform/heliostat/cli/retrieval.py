@@ -12,7 +12,7 @@ from heliostat.cli.options import DATA, MODELS, Embedder, Reranker, TextDataset,
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
-    from heliostat.apps.search.search import SearchIndex
+    from heliostat.apps.search.search import Passage, SearchIndex
 
 SHOWN = 600  # characters of a passage that are printed; --json has all
 
@@ -105,7 +105,7 @@ def ask(
     answering = model_folder(model, mlflow) if model else None
     way, orders = mode or "bm25", reranking.Reranker(ordering) if ordering else None
     found = reranking.best(opened, orders, question, way, top)
-    passages = [{**passage, "columns": opened.columns(passage["document"])} for passage in found]
+    passages: list[Passage] = [{**passage, "columns": opened.columns(passage["document"])} for passage in found]
     told = {"index": index, "dataset": opened.record["dataset"], "mode": way, "question": question, "passages": passages}
     told |= {"reranker": orders.facts()} if orders else {}
     if answering is not None and passages:

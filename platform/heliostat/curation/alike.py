@@ -145,9 +145,9 @@ def settle(folder: Location, part: int, parts: int, names: list[str], messages: 
 
     `messages` say which nodes stay and which go. Also spilled are the edges of nodes that are left, and by whom others go.
     """
-    keys = spill.share(part, parts)
-    u, v, u_rank, v_rank, images = spill.arrays(folder, names, *keys, **EDGES)
-    source, stays = spill.arrays(folder, messages, *keys, source=np.uint64, stays=np.int64)
+    low, high = spill.share(part, parts)
+    u, v, u_rank, v_rank, images = spill.arrays(folder, names, low, high, **EDGES)
+    source, stays = spill.arrays(folder, messages, low, high, source=np.uint64, stays=np.int64)
     source, place = np.unique(source, return_index=True)
     before = (v_rank < u_rank) | ((v_rank == u_rank) & (v < u))
     at = np.minimum(np.searchsorted(source, v), max(0, len(source) - 1))

@@ -44,7 +44,7 @@ class TextEmbedder(Reader[np.ndarray]):
         self.pooling, self.folder = pooling(folder), folder
         super().__init__(folder, "a text encoder", max_tokens, batch)
 
-    def load(self, folder: str, **options: object) -> PreTrainedModel:
+    def load(self, folder: str, **options: Any) -> PreTrainedModel:
         from heliostat.recipes.text import encoder
 
         return encoder.load("model", folder, **options)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -19,6 +20,24 @@ _WORD = re.compile(r"[^\W_]+|[^\w\s]")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 MOST_WORDS, LONG_WORD = 1 << 20, 64  # whose hashes are remembered, and the characters of one whose is not
 ABOUT, WEIGHTS = "classifier.json", "weights.safetensors"
+
+
+class ThresholdScores(TypedDict):
+    """Holds how well a threshold chooses the good ones of the held-out documents. `precision` is None if it chooses none."""
+
+    precision: float | None
+    recall: float
+
+
+class TrainingReport(TypedDict):
+    """Counts a classifier's examples. `held_out`: scores by threshold; `left_out`: documents that can't be read, by reason."""
+
+    held_out: dict[str, ThresholdScores]
+    trained_good: int
+    trained_bad: int
+    held_out_good: int
+    held_out_bad: int
+    left_out: NotRequired[dict[str, int]]
 
 
 class NgramCounter:
@@ -62,7 +81,7 @@ class LinearScorer:
         logit = self.bias + (float(self.weights[buckets].mean(dtype=np.float64)) if len(buckets) else 0.0)
         return 1 / (1 + float(np.exp(-np.clip(logit, -500, 500))))
 
-    def save(self, folder: Path, report: dict[str, object]) -> None:
+    def save(self, folder: Path, report: Mapping[str, object]) -> None:
         """Writes the folder: the weights, and what they were made with and from."""
         from safetensors.numpy import save_file
 
@@ -94,7 +113,7 @@ def load(folder: Path) -> LinearScorer:
 
 def train(
     good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2
-) -> tuple[LinearScorer, dict[str, object]]:
+) -> tuple[LinearScorer, TrainingReport]:
     """Trains on examples of both kinds: the classifier, and a report with precision and recall on held-out documents.
 
     Which are held out follows from the texts' hashes; equal texts count once. ConfigError if there are too few.
@@ -127,14 +146,13 @@ def train(
     return linear, _report(scores, labels[test], labels[~test])
 
 
-def _report(scores: np.ndarray, held: np.ndarray, trained: np.ndarray) -> dict[str, object]:
+def _report(scores: np.ndarray, held: np.ndarray, trained: np.ndarray) -> TrainingReport:
     """Reports precision and recall of the good documents at a number of thresholds."""
-    at = {}
+    at = dict[str, ThresholdScores]()
     for threshold in (0.1, 0.25, 0.5, 0.75, 0.9):
         chosen = scores >= threshold
         hits = int((chosen & (held == 1)).sum())
         precision = round(hits / int(chosen.sum()), 4) if chosen.any() else None
         at[str(threshold)] = {"precision": precision, "recall": round(hits / int((held == 1).sum()), 4)}
-    counts = {"trained_good": int(trained.sum()), "trained_bad": int((trained == 0).sum()), "held_out_good": int(held.sum()),
-              "held_out_bad": int((held == 0).sum())}  # fmt: skip
-    return {"held_out": at, **counts}
+    return {"held_out": at, "trained_good": int(trained.sum()), "trained_bad": int((trained == 0).sum()),
+            "held_out_good": int(held.sum()), "held_out_bad": int((held == 0).sum())}  # fmt: skip

@@ -214,7 +214,7 @@ class Making:
 
 def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: object) -> list[str]:
     """Lists so many documents that were left out, in as many files as ranges of hashes; returns their paths."""
-    work = by_parts(flow, "listed", reasons.parts(rows), names, output=output.uri, **also)
+    work = by_parts(flow, "listed", reasons.parts(rows), names, {}, output=output.uri, **also)
     made = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
     return [record["listed"] for record in made]
 

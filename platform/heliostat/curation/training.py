@@ -14,7 +14,7 @@ from heliostat.errors import ConfigError
 
 def train(
     good: Path, bad: Path, to: Path, ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2
-) -> dict[str, object]:
+) -> linear.TrainingReport:
     """Trains a classifier on the documents of two folders, writes it to a third, and returns its report.
 
     The report has precision and recall on held-out documents, and the number of documents that could not be read, by reason.

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from heliostat.checkpoint.agreement import first
 from heliostat.config.train_section import Parallel
 from heliostat.parallel import sequence_attention
+from heliostat.parallel.document_attention import Core
 from heliostat.recipes.protocol import Batch, CutsSamples, Recipe
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class SampleGroup:
 
     def share(self, work: Callable[[], T]) -> T:
         """Does the work on the replica's first worker; returns the result, or raises the error, on all of it."""
-        return first(self._control, work) if self.workers > 1 else work()
+        return first(self._control, work) if self._control else work()
 
     def cut(self, recipe: Recipe, batch: Batch) -> Batch:
         """Cuts this worker's stretch of a batch."""
@@ -61,15 +62,13 @@ class SampleGroup:
 
     def join(self, recipe: Recipe, model: torch.nn.Module) -> None:
         """Makes the model exchange what its tokens need of the other stretches."""
-        if self.cuts:
+        if self.group:
             assert isinstance(recipe, CutsSamples)
             with sequence_attention.exchanging(exchange_heads):
                 recipe.exchange(model, self.group)
 
 
-def exchange_heads(
-    attention: Callable[..., torch.Tensor], group: dist.ProcessGroup, micro_batch: int, sizes: tuple[int, int, int], layers: int
-) -> Callable[..., torch.Tensor]:
+def exchange_heads(attention: Core, group: dist.ProcessGroup, micro_batch: int, sizes: tuple[int, int, int], layers: int) -> Core:
     """Makes an attention of all tokens for some heads out of one of some tokens for all heads, by DeepSpeed's Ulysses; `sizes` as
     `sequence_attention.sizes` returns them."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF

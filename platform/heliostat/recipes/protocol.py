@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from heliostat.config.fields import Json
 from heliostat.config.spec import Job
@@ -27,6 +27,7 @@ from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:  # torch takes a second to import, and a faulty job is found without it
     import numpy as np
+    import pyarrow as pa
     import torch
     import torch.distributed as dist
     from mlflow.models import ModelSignature
@@ -145,7 +146,7 @@ class Recipe(ABC):
         """Describes one sample, given as the content of a batch of one, for people to read."""
         if self.kind == "tokens":
             return " ".join(map(str, content[0].tolist()))
-        row = content.to_pylist()[0]
+        row = cast("pa.Table", content).to_pylist()[0]
         return ", ".join(f"{k} {f'({len(v)} bytes)' if isinstance(v, bytes) else v}" for k, v in row.items())
 
 

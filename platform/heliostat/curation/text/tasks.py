@@ -186,7 +186,7 @@ def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun]
     return {"shards": made, "ends": files, "files": files}
 
 
-def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: TextSharding) -> dict[str, object] | None:
+def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: TextSharding) -> dict[str, Any] | None:
     table, duplicates = _gathered(folder, runs, *bounds(shard, plan.shards), plan)
     if table is None:
         return None

@@ -52,7 +52,7 @@ class ImageCanvas:
         blocks = json.loads((folder / "vae/config.json").read_text())["block_out_channels"] if self.latent else [0]
         self.factor = 2 ** (len(blocks) - 1)
         samples = self.model.samples
-        self.defaults: dict[str, float] = {"steps": samples.steps, "guidance": samples.guidance}
+        self.defaults: dict[str, object] = {"steps": samples.steps, "guidance": samples.guidance}
 
     @cached_property
     def pipeline(self) -> Any:
