@@ -12,12 +12,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import xxhash
-from typing_extensions import TypedDict
 
 from heliostat.curation import careful, tally
 from heliostat.curation.careful import Careful
