@@ -8,14 +8,11 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from heliostat.curation.stage import Document, Dropped
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 REASONS = {
     "unknown_kind": "a suffix that nothing reads",
@@ -155,7 +152,7 @@ class _Blocks(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         if not self._left:
             if self._total > self._most:
                 raise LeftOutError("too_large", f"more than {self._most:,} bytes, unpacked")

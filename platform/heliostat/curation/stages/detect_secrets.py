@@ -64,7 +64,7 @@ _BODY = re.compile(rf"(?:{_HEADER}){{0,4}}+(?:{_GAP}[A-Za-z0-9+/=]{{40,}}+)++(?:
 Span = tuple[int, int]
 
 
-class Detector(Protocol):
+class SecretDetector(Protocol):
     """Finds secrets in a line, as detect-secrets' detectors do; those that do it by patterns have a `denylist` of them."""
 
     secret_type: str
@@ -109,7 +109,7 @@ class DetectSecrets(Stage):
         self.check()
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
-        found_classes: list[type[Detector]] = list(get_mapping_from_secret_type_to_class().values())
+        found_classes: list[type[SecretDetector]] = list(get_mapping_from_secret_type_to_class().values())
         classes = {found.__name__: found for found in [*found_classes, ServiceTokenDetector]}
         detectors = [classes[name]() for name in self.detectors]
         near = _ANY if any(name in WIDE for name in self.detectors) else _NEAR
@@ -126,7 +126,7 @@ class DetectSecrets(Stage):
         return outcome
 
 
-def _masked(text: str, detectors: list[Detector], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:
+def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:
     """Masks private keys, and the secrets of each line that may have one; returns the text, their number and their kinds."""
     out, at, count, kinds = list[str](), 0, 0, set[str]()
     for kind in (d.secret_type for d in detectors if type(d).__name__ == KEYS):
@@ -202,7 +202,7 @@ def _pieces(line: str) -> Iterator[tuple[int, str]]:
         yield start, line[start : start + PIECE].rstrip("\n")
 
 
-def _secrets(line: str, detectors: list[Detector]) -> Iterator[tuple[Span, str]]:
+def _secrets(line: str, detectors: list[SecretDetector]) -> Iterator[tuple[Span, str]]:
     """Finds the places of a line's secrets, and their kinds: of patterns the match, or the group that is the secret in it."""
     for detector in detectors:
         told = set(detector.analyze_string(line))
@@ -212,7 +212,7 @@ def _secrets(line: str, detectors: list[Detector]) -> Iterator[tuple[Span, str]]
         yield from ((span, detector.secret_type) for span in spans if line[slice(*span)].strip())
 
 
-def _matched(line: str, detector: Detector, told: set[str]) -> Iterator[Span]:
+def _matched(line: str, detector: SecretDetector, told: set[str]) -> Iterator[Span]:
     whole, alone = (type(detector).__name__ in some for some in (WHOLE, ALONE))
     for pattern in getattr(detector, "denylist", ()):
         for found in pattern.finditer(line):
