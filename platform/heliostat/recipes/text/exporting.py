@@ -7,11 +7,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from heliostat.config.spec import Job
@@ -20,9 +19,6 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import DataError, StorageError
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import infilling, vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def write(

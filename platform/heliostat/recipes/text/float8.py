@@ -9,17 +9,15 @@ A CPU computes the same from the same rounded numbers, by products in fp32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import FunctionCtx
 
 from heliostat.errors import ConfigError
 from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.text import checkpointing
-
-if TYPE_CHECKING:
-    from torch.autograd.function import FunctionCtx
 
 KEY = "train.fp8"
 CAPABILITY = (8, 9)  # of GPUs that multiply in float8: Ada, Hopper, and what came behind them

@@ -6,11 +6,12 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import transformers
 from pydantic import Field, ValidationError, model_validator
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from heliostat.config.fields import Count, Json, divisors
@@ -19,9 +20,6 @@ from heliostat.recipes import exported, pretrained
 from heliostat.recipes.text import expert_keys, initial
 from heliostat.schema import Float, Strict, explain, nearest
 from heliostat.text import brief
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 class ModelKind(NamedTuple):

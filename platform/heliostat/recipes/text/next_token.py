@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from heliostat.parallel import experts
 from heliostat.recipes.batches import segments
 from heliostat.recipes.protocol import IGNORED, Batch, Loss, Part
 from heliostat.recipes.text import expert_keys, tiled_loss
-
-if TYPE_CHECKING:
-    from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 
 class Outputs(Protocol):
