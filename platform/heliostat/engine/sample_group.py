@@ -50,7 +50,7 @@ class SampleGroup:
 
     def share(self, work: Callable[[], T]) -> T:
         """Does the work on the replica's first worker; returns the result, or raises the error, on all of it."""
-        return first(self._control, work) if self.workers > 1 else work()
+        return first(self._control, work) if self._control else work()
 
     def cut(self, recipe: Recipe, batch: Batch) -> Batch:
         """Cuts this worker's stretch of a batch."""
