@@ -58,8 +58,9 @@ def test_threads_and_pools_choose_the_gpu_before_their_work(chosen: list[tuple[s
 
 def test_an_attempt_chooses_its_gpu_for_all_threads(chosen: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **named: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: None)
-    monkeypatch.setattr(process_group, "bind_near", lambda properties: None)
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=1, pci_device_id=2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: gpu)
+    monkeypatch.setattr(process_group, "bind_near", lambda *place: None)
     monkeypatch.setattr(process_group.os, "environ", {})
     process_group.join(process_group.WorkerPlace(5, 8, 1, 4, "file:///nowhere", "nccl", ("a", "b", "c", "d")))
     device_threads.thread(lambda: None, "later").join()

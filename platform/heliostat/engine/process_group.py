@@ -12,7 +12,6 @@ import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
 
 from heliostat.data import device_threads
 from heliostat.errors import PeerLostError
@@ -61,8 +60,8 @@ def join(place: WorkerPlace) -> None:
     if place.gpus:  # all of the node's, so that NCCL reaches the others' memory; before CUDA starts
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
         device_threads.use(place.local_rank)
-        gpu: Any = torch.cuda.get_device_properties(place.local_rank)  # whose stub lacks the place on the bus
-        bind_near(gpu)
+        gpu = torch.cuda.get_device_properties(place.local_rank)
+        bind_near(gpu.pci_domain_id, gpu.pci_bus_id, gpu.pci_device_id)
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect to those who are talked to, not to all
     dist.init_process_group(place.backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
 
@@ -128,30 +127,22 @@ def _abort(given: threading.Event) -> None:
             distributed_c10d._abort_process_group()
 
 
-class PciDevice(Protocol):
-    """Describes where a GPU is on the PCI bus, as torch's properties do."""
-
-    pci_domain_id: int
-    pci_bus_id: int
-    pci_device_id: int
-
-
-def bind_near(gpu: PciDevice, devices: Path = DEVICES) -> set[int]:
+def bind_near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> set[int]:
     """Binds this thread, and those that it starts from now on, to the cores near a GPU (on Linux alone); returns them, none if
     they are not known or none of them may be used.
 
     Copies between host and device, and kernels that are launched, otherwise cross the processors' link on machines with two of
     them. What the worker was confined to before it stays so.
     """
-    cores = near(gpu, devices) & _allowed() if hasattr(os, "sched_setaffinity") else set()
+    cores = near(domain, bus, device, devices) & _allowed() if hasattr(os, "sched_setaffinity") else set()
     if cores:
         os.sched_setaffinity(0, cores)
     return cores
 
 
-def near(gpu: PciDevice, devices: Path = DEVICES) -> set[int]:
-    """Reads which cores are near a GPU, as Linux lists them (`0-3,8-11`); none if it does not."""
-    place = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"  # on the PCI bus
+def near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> set[int]:
+    """Reads which cores are near a GPU on the PCI bus, as Linux lists them (`0-3,8-11`); none if it does not."""
+    place = f"{domain:04x}:{bus:02x}:{device:02x}.0"  # as Linux names its folder
     try:
         ranges = (devices / place / "local_cpulist").read_text()
     except OSError:
