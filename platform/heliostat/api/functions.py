@@ -87,7 +87,7 @@ def train(
 
 
 @overload
-def generate(
+def generate(  # type: ignore[overload-overlap]
     model: Place, prompts: str, *, seed: int = 0, out: str | None = None, tracking_uri: str | None = None, **options: object
 ) -> Generated: ...
 

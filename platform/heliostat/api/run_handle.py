@@ -132,7 +132,7 @@ class Run:
         return folder
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self, prompts: str, *, step: int | None = None, seed: int = 0, out: str | None = None, **options: object
     ) -> Generated: ...
 
