@@ -3,8 +3,7 @@
     driver = commands.start("train", "job.yaml", log=folder / "log")  # then as subprocess.Popen
     driver = commands.call("module:function", "argument", log=...)    # which gets the list of arguments, and returns the code
 
-A process leads a session of its own, and has this process's environment as it is then. It starts a Ray of its own as any does;
-that one's zygote is a fork too, made before the command does anything.
+A process leads a session of its own, and has this process's environment as it is then. It starts a Ray of its own as any does.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.fork_server import Process
-from tests.integration import forked_zygote
 from tests.integration.forks import SERVER
 
 call = SERVER.call
@@ -34,7 +32,6 @@ def run(*arguments: str, log: Path, timeout: float = 300, **options: Any) -> Pro
 
 def command(arguments: list[str]) -> int:
     """Runs the command line, in its process."""
-    forked_zygote.wait()
     sys.argv = ["heliostat", *arguments]
     from heliostat.cli.main import main
 

@@ -14,6 +14,7 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from identify.vendor.licenses import LICENSES
 
+from tests.integration.pipelines import write_pipeline
 from tests.unit.test_repositories import git
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -56,13 +57,9 @@ def yaml(tmp_path: Path) -> Path:
             archive.write(path, path.relative_to(tmp_path / "made"))
     (top / "cut.tar.gz").write_bytes((top / "two.tar.gz").read_bytes()[:100])
     (top / "note.md").write_text("not looked at\n")
-    config = {
-        "name": "code", "pipeline": "heliostat.pipelines:TextPipeline", "repositories": True, "input": str(top),
-        "output": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300}, "columns": ["path", "license"],
-        "stages": [{"stage": "code", "max_data_lines": 100}, {"stage": "license"}],
-    }  # fmt: skip
-    (tmp_path / "code.yaml").write_text(json.dumps(config))
-    return tmp_path / "code.yaml"
+    stages = [{"stage": "code", "max_data_lines": 100}, {"stage": "license"}]
+    return write_pipeline(tmp_path, file="code", name="code", repositories=True, tokenizer={"vocab_size": 300},
+                          columns=["path", "license"], stages=stages)  # fmt: skip
 
 
 def ends(folder: Path) -> dict[str, tuple[str, str]]:

@@ -34,7 +34,7 @@ from mlflow import MlflowClient
 from tests.integration import commands
 from tests.integration.conftest import curve, tiny_job
 from tests.integration.paced import PACED
-from tests.integration.test_survival import saved
+from tests.integration.strikes import saved
 
 pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(1800)]
 

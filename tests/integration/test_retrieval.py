@@ -4,11 +4,9 @@ killed driver; and a document that has to go."""
 import json
 import os
 import signal
-import time
 
 import boto3
 import pytest
-import yaml
 from heliostat.apps.search import build
 from heliostat.cli.main import app
 from heliostat.curation.prepare import prepare
@@ -16,6 +14,7 @@ from heliostat.data import manifest
 from heliostat.storage.locations import Location
 
 from tests.integration import commands
+from tests.integration.pipelines import write_pipeline
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
 
@@ -41,13 +40,8 @@ def dataset(ray_session, tmp_path_factory):
     (folder / "in").mkdir()
     rows = [{"text": text(i), "url": f"https://example.org/{i}"} for i in range(64)]
     (folder / "in" / "tools.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pipeline = {
-        "name": "tools", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(folder / "in"),
-        "output": str(folder / "data"), "tokenizer": {"vocab_size": 512}, "chunk_tokens": 1024, "shard_bytes": 50_000,
-        "columns": ["url"], "stages": [{"stage": "length", "min_words": 10}],
-    }  # fmt: skip
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
-    prepare(folder / "pipeline.yaml", [])
+    prepare(write_pipeline(folder, output=str(folder / "data"), tokenizer={"vocab_size": 512}, chunk_tokens=1024,
+                           shard_bytes=50_000, columns=["url"], stages=[{"stage": "length", "min_words": 10}]), [])  # fmt: skip
     return folder / "data"
 
 
@@ -84,24 +78,11 @@ def test_from_an_answers_source_to_its_shard_and_record_and_without_it_once_it_i
 def test_a_driver_that_is_killed_goes_on_and_answers_by_meaning(dataset, tmp_path, monkeypatch, capsys):
     """By SIGKILL after its first units, with the embedder; what was finished is not done again, each passage is there once."""
     model, out = write_model(tmp_path, BASE["model"], 64), tmp_path / "index"
-    words = [
-        "index-documents",
-        str(dataset),
-        "--out",
-        str(out),
-        "--embedder",
-        str(model),
-        "--chunk-tokens",
-        "128",
-        "--workers",
-        "1",
-    ]
+    words = ["index-documents", str(dataset), "--out", str(out), "--embedder", str(model), "--chunk-tokens", "128"]
+    words += ["--workers", "1"]
     driver = commands.start(*words, log=tmp_path / "driver.log", RAY_ADDRESS="")
-    deadline = time.monotonic() + 120
     try:
-        while len(list((out / build.WORK).glob("done/passages/*.json"))) < 1:
-            assert time.monotonic() < deadline and driver.poll() is None, (tmp_path / "driver.log").read_text()
-            time.sleep(0.02)
+        driver.until(lambda: list((out / build.WORK).glob("done/passages/*.json")), "unit", 120)
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait(60)

@@ -18,7 +18,7 @@ from heliostat.tune.driver import tune
 from typer.testing import CliRunner
 
 from tests.integration.paced import PACED
-from tests.integration.test_tune import _wait, grid, sweep_file
+from tests.integration.test_tune import grid, sweep_file
 from tests.integration.test_tune import start as started
 
 start = started  # the fixture
@@ -43,7 +43,7 @@ def test_a_stopped_sweep_goes_on_its_failed_trial_is_tried_again_and_the_best_jo
     base_of(tmp_path, train={"grad_clip": 0}, checkpoint={"every": 2}, **PACED)
     folder, log = Location(f"{tmp_path}/runs/halted"), tmp_path / "log"
     process = start(path, log)
-    _wait(lambda: [r.status for r in trial_record.read(folder)[:2]] == ["failed", "running"], process, log)
+    process.until(lambda: [r.status for r in trial_record.read(folder)[:2]] == ["failed", "running"], "second trial", 450)
     stopped = heliostat("sweep", str(folder), "--stop")
     assert process.wait(60) == 130, log.read_text()[-3000:]
     assert not stopped["running"] and stopped["best"] is None

@@ -11,6 +11,8 @@ from heliostat.storage.locations import Location
 
 os.environ["HELIOSTAT_CACHE"] = ""  # a test that changes how models are counted must not meet what was counted before
 LOOK_S, LOOKS = 0.02, 10
+COUNTED_ONCE = ("test_auto", "test_plan", "test_plan_layouts", "test_plan_memory_savers", "test_plan_muon", "test_plan_selective",
+                "test_cli_errors", "test_cli_next", "test_cli_reports", "test_dry_run")  # fmt: skip
 
 
 def _computes() -> bool:
@@ -27,11 +29,15 @@ def nothing_computes_on() -> Iterator[None]:
     assert not all(_computes() for _ in range(LOOKS)), "a thread that this file has started computes on; end it"
 
 
-@pytest.fixture(scope="module")
-def counted_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Lets the planner keep its counts of models for a file whose tests do not change how it counts."""
+@pytest.fixture(autouse=True, scope="module")
+def counted_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets the planner keep its counts of models, for the whole session, in files whose tests do not change how it counts."""
+    if request.module.__name__.rpartition(".")[2] not in COUNTED_ONCE:
+        yield
+        return
+    base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HELIOSTAT_CACHE", str(tmp_path_factory.mktemp("counts")))
+        patch.setenv("HELIOSTAT_CACHE", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "counts"))
         yield
 
 

@@ -12,9 +12,8 @@ import uvicorn
 from heliostat.apps.play.run import Server, application
 from heliostat.apps.serve.options import Options
 from heliostat.apps.serve.served import served
+from heliostat.chaos.process import free_port
 from heliostat.web import keys
-
-from tests.integration.endpoint import free_port
 
 KEY = "sk-a-key-of-the-tests"
 
