@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -35,11 +36,22 @@ def run_folder(path: Path) -> Location:
 
 
 def actors(name: str) -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith(f"ray::{name}"[:15])]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+            if process.name().startswith(f"ray::{name}"[:15]):
+                found.append(process)
+    return found
 
 
 def workers() -> list[psutil.Process]:
     return actors("TrainWorker")
+
+
+def kill(*processes: psutil.Process) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def complete(folder: Location, step: int) -> bool:

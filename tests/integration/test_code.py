@@ -1,6 +1,5 @@
 """Archives of code and git clones through `prepare`: licences reach the record, and a document answers for itself."""
 
-import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from identify.vendor.licenses import LICENSES
 
+from tests.integration.answers import ask
 from tests.integration.pipelines import write_pipeline
 from tests.unit.test_repositories import git
 
@@ -82,9 +82,7 @@ def test_code_with_licences_from_archives_and_clones(yaml, tracking, capsys):
     assert found["cut.tar.gz"][0] == "corrupt" and first["dropped"]["corrupt"] == 1
     assert first["dropped"]["1 license: unknown"] >= 2 and first["dropped"]["link"] == 2
     assert not any("note.md" in id for id in found)
-    app(["trace", str(folder / "out"), "--id", f"{at}src/one.py", "--json", "--mlflow", tracking], standalone_mode=False)
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    (document,) = told["documents"]
+    (document,) = ask(capsys, "trace", str(folder / "out"), "--id", f"{at}src/one.py", "--mlflow", tracking)["documents"]
     assert document["read"] == {"file": "own/one/.git", "path": "src/one.py"} and document["columns"]["license"] == "MIT"
     assert [stage["did"] for stage in document["stages"]] == ["kept", "kept", "kept"], "read, code, license"
     app(["trace", str(folder / "out"), "--id", "two.tar.gz#two/src/two.py", "--mlflow", tracking], standalone_mode=False)

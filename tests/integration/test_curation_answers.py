@@ -26,6 +26,7 @@ from heliostat.training.run import train
 from heliostat.validation.check import check, load_job
 from mlflow import MlflowClient
 
+from tests.integration.answers import ask
 from tests.integration.conftest import tiny_job
 from tests.integration.paced import PLAIN
 from tests.integration.pipelines import write_pipeline
@@ -65,13 +66,6 @@ def run(story: dict[str, Any]) -> str:
     path = story["folder"] / "job.yaml"
     path.write_text(yaml.safe_dump(job | {"name": "first"} | PLAIN))
     return train(path, [f"train.steps={STEPS}", f"checkpoint.every={STEPS}"])["run_id"]
-
-
-def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    """What a command prints with --json."""
-    capsys.readouterr()
-    app([*arguments, "--json"], standalone_mode=False)
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def ended(story: dict[str, Any], reason: str) -> list[dict[str, Any]]:

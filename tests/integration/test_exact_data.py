@@ -29,7 +29,7 @@ def settings(workers: int, **changes: Any) -> list[str]:
 def train_and_kill(path: Path, after: int, options: list[str]) -> None:
     """Trains until a checkpoint of step `after` or later is there, then kills every worker at once."""
     folder = run_folder(path)
-    thread = strikes.when((lambda: saved(folder) >= after, lambda: [process.kill() for process in strikes.workers()]))
+    thread = strikes.when((lambda: saved(folder) >= after, lambda: strikes.kill(*strikes.workers())))
     with pytest.raises(HeliostatError):
         train(path, options, resume=True)
     thread.join(5)

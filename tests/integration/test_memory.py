@@ -20,7 +20,7 @@ from heliostat.training.run import train
 
 from tests.integration.conftest import curve
 from tests.integration.paced import PACED_PLAIN, PLAIN
-from tests.integration.strikes import STEPS, actors, run_folder, settings, when, workers
+from tests.integration.strikes import STEPS, actors, kill, run_folder, settings, when, workers
 from tests.unit.build_job import job
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -40,11 +40,6 @@ def test_a_killed_worker_costs_no_more_steps_than_between_two_copies_in_memory(j
     monkeypatch.setattr("heliostat.runs.time_ledger.EVERY_S", 0.1)
     path = job_file("remembered")
     folder = run_folder(path)
-
-    def kill(*processes: Any) -> None:
-        for process in processes:
-            process.kill()
-
     strike = when((lambda: reached(folder) >= 27, lambda: kill(*workers()[-1:])),
                   (lambda: reached(folder) >= 48, lambda: kill(*actors("MemoryKeeper"), *workers()[-1:])))  # fmt: skip
     result = train(path, settings(**PACED_PLAIN, **{"checkpoint.every": 20, "checkpoint.memory_every": 3}))

@@ -8,25 +8,18 @@ import signal
 import boto3
 import pytest
 from heliostat.apps.search import build
-from heliostat.cli.main import app
 from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
 from heliostat.storage.locations import Location
 
 from tests.integration import commands
+from tests.integration.answers import ask
 from tests.integration.pipelines import write_pipeline
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
 
 pytestmark = pytest.mark.timeout(400)
 TOPICS = ("astrolabe", "barometer", "chronograph", "dynamometer", "eudiometer", "fluxgate", "gyroscope", "hydrometer")
-
-
-def said(capsys, *arguments: str) -> dict:
-    """What a command prints with --json."""
-    capsys.readouterr()
-    app([*arguments, "--json"], standalone_mode=False)
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def text(number: int) -> str:
@@ -53,23 +46,23 @@ def test_from_an_answers_source_to_its_shard_and_record_and_without_it_once_it_i
     client = boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1")
     client.create_bucket(Bucket="retrieval")
     out = f"s3://retrieval/tools?endpoint_override={s3_server}&scheme=http"
-    made = said(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")
+    made = ask(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")
     assert (made["documents"], made["added"], made["deleted"]) == (64, 64, 0) and made["passages"] > 128
-    assert said(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")["new"] == 0
+    assert ask(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")["new"] == 0
 
     asked = ("Who built gyroscope number 38?", "--mode", "bm25")
-    best = said(capsys, "ask", out, *asked)["passages"][0]
+    best = ask(capsys, "ask", out, *asked)["passages"][0]
     assert best["columns"] == {"url": "https://example.org/38"} and text(38)[best["begin"] : best["end"]] == best["text"]
-    told = said(capsys, "trace", str(dataset), "--id", best["document"], "--mlflow", tracking)["documents"][0]
+    told = ask(capsys, "trace", str(dataset), "--id", best["document"], "--mlflow", tracking)["documents"][0]
     assert told["columns"] == best["columns"] and told["read"]["line"] == 39
     assert told["shard"]["path"] == best["shard"] and told["shard"]["pieces"][0]["row_group"] == best["row_group"]
 
     without = str(tmp_path / "without")
-    said(capsys, "forget", str(dataset), "--id", best["document"], "--out", without, "--mlflow", tracking)
-    after = said(capsys, "index-documents", without, "--out", out, "--chunk-tokens", "128", "--overlap", "16")
+    ask(capsys, "forget", str(dataset), "--id", best["document"], "--out", without, "--mlflow", tracking)
+    after = ask(capsys, "index-documents", without, "--out", out, "--chunk-tokens", "128", "--overlap", "16")
     assert (after["added"], after["deleted"], after["kept"]) == (0, 1, 63)
     assert after["new"] < len(set(manifest.read(Location(without)).paths))
-    found = said(capsys, "ask", out, *asked, "--top", "50")["passages"]
+    found = ask(capsys, "ask", out, *asked, "--top", "50")["passages"]
     assert found and best["document"] not in {passage["document"] for passage in found}
     assert {passage["shard"] for passage in found} <= set(manifest.read(Location(without)).paths)
 
@@ -87,9 +80,9 @@ def test_a_driver_that_is_killed_goes_on_and_answers_by_meaning(dataset, tmp_pat
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait(60)
     assert not (out / "index.json").exists()
-    made = said(capsys, *words)
+    made = ask(capsys, *words)
     units = len(list((out / build.WORK).glob("done/passages/*.json")))
     assert made["new"] < units and made["unembedded"] == 0
-    found = said(capsys, "ask", str(out), "the fluxgate", "--mode", "hybrid", "--top", "500")["passages"]
+    found = ask(capsys, "ask", str(out), "the fluxgate", "--mode", "hybrid", "--top", "500")["passages"]
     places = [(passage["document"], passage["number"]) for passage in found]
     assert len(places) == len(set(places)) and "fluxgate" in found[0]["text"]

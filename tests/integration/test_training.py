@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from heliostat.checkpoint import saver
-from heliostat.cli.main import app
 from heliostat.data import manifest
 from heliostat.data.dataset import DataPlan, open_dataset
 from heliostat.errors import ConfigError, NonFiniteError
@@ -24,9 +23,9 @@ from heliostat.tracking import registry
 from heliostat.tracking.models import models_of, resolve
 from heliostat.training.run import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from tests.integration import late
+from tests.integration.answers import ask
 from tests.integration.conftest import curve, tiny_job
 from tests.integration.paced import SET_PLAIN
 from tests.integration.reference import plain_losses
@@ -71,7 +70,7 @@ def _continued(tracking: str, run_id: str) -> list[float]:
 
 
 @pytest.mark.ci
-def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, tracking, tmp_path) -> None:
+def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, tracking, tmp_path, capsys) -> None:
     """The same worker count in fp32; and no C++ compiler on PATH, with nothing compiled before."""
     settings = _stopped_at_10(finished, tmp_path)
     (tmp_path / "bin").mkdir()
@@ -91,7 +90,7 @@ def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, track
     assert result["eval"] == finished[2]["eval"]
     run = mlflow.MlflowClient(tracking_uri=tracking).get_run(result["run_id"])
     assert run.data.metrics["train/time/lost_s"] > 0
-    _every_second_is_told(tmp_path / "runs" / "whole", run.info.end_time / 1000 - began)
+    _every_second_is_told(capsys, tmp_path / "runs" / "whole", run.info.end_time / 1000 - began)
     chains = [json.loads(Location(s).join("receipts", "step-00000020.json").read())["chain"]
               for s in (f"{finished[0]}/runs/whole", f"{tmp_path}/runs/whole")]  # fmt: skip
     assert chains[0] == chains[1]
@@ -139,9 +138,9 @@ def test_a_result_of_an_earlier_end_is_not_taken_for_that_of_a_longer_training(f
     assert train(finished[1], settings, resume=True) == json.loads((folder / "result.json").read_text())
 
 
-def _every_second_is_told(run: Path, wall_s: float) -> None:
+def _every_second_is_told(capsys: pytest.CaptureFixture[str], run: Path, wall_s: float) -> None:
     """The run's second attempt took `wall_s`, and went on from step 10, where the first had reached 20."""
-    told = json.loads(CliRunner().invoke(app, ["goodput", str(run), "--json"]).stdout.splitlines()[-1])
+    told = ask(capsys, "goodput", str(run))
     first, second = told["attempts"]
     assert told["attributed"] >= 0.99
     assert sum(told["parts"].values()) == pytest.approx(told["total_s"], rel=0.01)
