@@ -17,6 +17,7 @@ from heliostat.recipes.images import rows as image_rows
 from heliostat.storage.locations import Location
 from PIL import Image
 
+from tests import stores
 from tests.integration.pipelines import write_pipeline
 from tests.unit.build_images import image
 from tests.unit.test_text_to_image import autoencoder, clip
@@ -85,10 +86,9 @@ def test_a_folder_on_s3_gives_the_digest_of_the_same_folder_on_disk(tmp_path, s3
     (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(lines))
     for i in range(12):
         (tmp_path / "in" / f"{i}.png").write_bytes(image(20, 20, i))
-    query = f"endpoint_override={s3_server}&scheme=http"
-    fs = pafs.S3FileSystem(endpoint_override=s3_server, scheme="http", region="us-east-1", allow_bucket_creation=True)
-    fs.create_dir("images")
-    pafs.copy_files(str(tmp_path / "in"), "images/in", destination_filesystem=fs)
+    query = stores.bucket(s3_server, "images")
+    place = Location(f"s3://images/in?{query}")
+    pafs.copy_files(str(tmp_path / "in"), place.path, destination_filesystem=place.fs)
     yaml = make_yaml(tmp_path, buckets=None, resolution=16)
     there = prepare(yaml, [f"input=s3://images/in?{query}", f"output=s3://images/out?{query}"])
     assert there["documents"] == 12 and there["digest"] == prepare(yaml, [])["digest"]

@@ -17,6 +17,7 @@ from heliostat.data import manifest
 from heliostat.errors import DataError, HeliostatError, StorageError
 from heliostat.storage.locations import Location
 
+from tests import stores
 from tests.integration.pipelines import write_pipeline
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -150,10 +151,9 @@ def test_nothing_left_is_an_error(tmp_path):
 
 def test_a_folder_on_s3_gives_the_digest_of_the_same_folder_on_disk(tmp_path, s3_server):
     make_input(tmp_path / "in")
-    query = f"endpoint_override={s3_server}&scheme=http"
-    fs = pafs.S3FileSystem(endpoint_override=s3_server, scheme="http", region="us-east-1", allow_bucket_creation=True)
-    fs.create_dir("prepare")
-    pafs.copy_files(str(tmp_path / "in"), "prepare/in", destination_filesystem=fs)
+    query = stores.bucket(s3_server, "prepare")
+    place = Location(f"s3://prepare/in?{query}")
+    pafs.copy_files(str(tmp_path / "in"), place.path, destination_filesystem=place.fs)
     here, there = f"s3://prepare/in?{query}", f"s3://prepare/out/x?{query}"
     first = prepare(write_pipeline(tmp_path, **KEYS, input=here, output=there), [])
     assert first["digest"] == prepare(write_pipeline(tmp_path, **KEYS), [])["digest"]

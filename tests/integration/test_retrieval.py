@@ -5,13 +5,13 @@ import json
 import os
 import signal
 
-import boto3
 import pytest
 from heliostat.apps.search import build
 from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
 from heliostat.storage.locations import Location
 
+from tests import stores
 from tests.integration import commands
 from tests.integration.answers import ask
 from tests.integration.pipelines import write_pipeline
@@ -43,9 +43,7 @@ def test_from_an_answers_source_to_its_shard_and_record_and_without_it_once_it_i
 ):
     """The id, the shard and the row group that `ask` gives are those that `trace` tells; after `forget` the index, brought up
     to date, has all the others."""
-    client = boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1")
-    client.create_bucket(Bucket="retrieval")
-    out = f"s3://retrieval/tools?endpoint_override={s3_server}&scheme=http"
+    out = f"s3://retrieval/tools?{stores.bucket(s3_server, 'retrieval')}"
     made = ask(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")
     assert (made["documents"], made["added"], made["deleted"]) == (64, 64, 0) and made["passages"] > 128
     assert ask(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")["new"] == 0

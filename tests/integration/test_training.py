@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import boto3
 import mlflow
 import pytest
 import torch
@@ -23,6 +22,7 @@ from heliostat.tracking.models import models_of, resolve
 from heliostat.training.run import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import stores
 from tests.integration import late
 from tests.integration.answers import ask
 from tests.integration.conftest import curve, tiny_job
@@ -226,9 +226,8 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step_and_samples(job_file
 
 @pytest.mark.ci
 def test_dataset_and_storage_on_s3_give_the_same_run(finished, s3_server, corpus, tracking, tmp_path) -> None:
-    query = f"?endpoint_override={s3_server}&scheme=http"
+    query = f"?{stores.bucket(s3_server, 'heliostat')}"
     bucket = Location(f"s3://heliostat{query}")
-    boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1").create_bucket(Bucket="heliostat")
     source = Location(corpus)
     for name, _ in source.files():
         bucket.join("data", name).upload(Path(source.path) / name)

@@ -1,13 +1,14 @@
 """What every unit test is held to."""
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from heliostat.storage.locations import Location
+
+from tests import stores
 
 os.environ["HELIOSTAT_CACHE"] = ""  # a test that changes how models are counted must not meet what was counted before
 LOOK_S, LOOKS = 0.02, 10
@@ -43,23 +44,9 @@ def counted_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """HOST:PORT of an S3 server in this process. It answers one request after another: moto's threads look and put in two steps,
-    where S3 makes a conditional put one."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]: pip install heliostat[s3-test]")
-    from werkzeug.serving import make_server
-
-    app, one = server_module.DomainDispatcherApplication(server_module.create_backend_app), threading.Lock()
-
-    def in_turn(environment, start_response):
-        with one:
-            return app(environment, start_response)
-
-    server = make_server("127.0.0.1", 0, in_turn, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
+    """HOST:PORT of an S3 server in this process."""
+    with stores.s3() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -67,15 +54,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     """A folder that is not there yet."""
     if request.param == "disk":
         return Location(str(tmp_path / "run"))
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "testing"),
-        ("AWS_SECRET_ACCESS_KEY", "testing"),
-        ("AWS_EC2_METADATA_DISABLED", "true"),
-    ):
+    for name, value in stores.AWS.items():
         monkeypatch.setenv(name, value)
-    import boto3
-
-    host = request.getfixturevalue("s3")
     bucket = f"bucket-{abs(hash(request.node.name)) % 10**8}"
-    boto3.client("s3", endpoint_url=f"http://{host}", region_name="us-east-1").create_bucket(Bucket=bucket)
-    return Location(f"s3://{bucket}/run?endpoint_override={host}&scheme=http")
+    return Location(f"s3://{bucket}/run?{stores.bucket(request.getfixturevalue('s3'), bucket)}")
