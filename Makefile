@@ -29,7 +29,7 @@ run-diffusion: .venv/.installed  ## prepare handwritten digits, train a model th
 
 test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself without a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal --durations 10
-	$(BIN)/python -m pytest tests/integration tests/gpu --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+	$(BIN)/python -m pytest tests/integration tests/gpu --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 test-ci: .venv/.installed  ## what `make test` leaves to CI: the grids of stage, precision, layout and optimizer whole, and dear runs
 	$(BIN)/python -m pytest tests/unit tests/integration -m ci --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10

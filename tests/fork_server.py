@@ -21,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from heliostat.cluster.fork_server import server as worker_forks
+
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 300.0
@@ -76,10 +77,7 @@ class Process:
 
     def until(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
         """Waits until the condition holds; fails if the process ends first, or it takes longer."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.poll() is None and time.monotonic() < deadline, f"no {what}: {self.err[-3000:]}"
-            time.sleep(0.02)
+        until(condition, what, seconds, lambda: self.poll() is None, lambda: self.err)
 
     @property
     def out(self) -> str:

@@ -27,17 +27,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-import boto3
 from heliostat.chaos.servers import s3_server
 from heliostat.storage.locations import Location
 
+from tests import stores
 from tests.benchmarks import harness
 from tests.benchmarks.ingest_contenders import samples
 from tests.benchmarks.ingest_contenders.contenders import CONTENDERS
 from tests.benchmarks.ingest_contenders.measure import measure
 from tests.benchmarks.ingest_contenders.task import Task
 
-AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 BUCKET = "ingest"
 BATCH, LENGTH = 32, 512
 WINDOW_BYTES = 32 << 20  # heliostat's default
@@ -67,7 +66,7 @@ def run(options: argparse.Namespace, scratch: Path) -> Results:
     with ExitStack() as stack:
         endpoint = stack.enter_context(s3_server(scratch)).endpoint if "s3" in options.store else None
         if endpoint:
-            boto3.client("s3", endpoint_url=f"http://{endpoint}", region_name="us-east-1").create_bucket(Bucket=BUCKET)
+            stores.bucket(endpoint, BUCKET)
         plans = []
         for kind in options.kind:
             count = options.samples // (1 if kind == "tokens" else 4)
@@ -158,7 +157,7 @@ def main() -> None:
         save={"type": Path, "help": "also write every run's numbers to this JSON file"},
         figure={"type": Path, "help": "also draw the rates to this file (SVG or PNG)"},
     )  # fmt: skip
-    os.environ.update(AWS)
+    os.environ.update(stores.AWS)
     with tempfile.TemporaryDirectory(prefix="ingest-") as scratch:
         results = run(options, Path(scratch))
     if options.save:

@@ -22,9 +22,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from heliostat.storage.locations import Location
 
+from tests import stores
 from tests.benchmarks import harness
 
-AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 PAGE, END = 1000, "\U0010ffff"
 
 
@@ -95,7 +95,7 @@ def measured(store: Connection, uri: str, way: str) -> tuple[float, float, float
 
 def main() -> None:
     given = harness.arguments(__doc__, objects=200_000, folders=[200, 20, 1], delay=0.05, times=3)
-    os.environ.update(AWS)
+    os.environ.update(stores.AWS)
     of = ("requests", "CPU s", "MiB")
     harness.head("folders", "objects", "one stream", *of, "many at a time", *of)
     for folders in given.folders:

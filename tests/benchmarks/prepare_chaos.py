@@ -33,20 +33,19 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.fs as pafs
 from heliostat.chaos import faults
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.proxy import FaultProxy, ProxyFault
 from heliostat.chaos.servers import ServerProcess, s3_server
 from heliostat.storage.locations import Location
 
+from tests import stores
 from tests.benchmarks import harness
 from tests.benchmarks.broken.rounds import Round, at_work
 from tests.unit.build_curation import spelled
 
 KILLS = 3  # of a round
 PUBLISHED = ("shards", "listed", "ends")
-AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 
 
 def make_input(folder: Path, documents: int) -> None:
@@ -125,8 +124,7 @@ class Bench:
     def __init__(self, folder: Path, store: ServerProcess, documents: int) -> None:
         self.folder, self.store = folder, store
         make_input(folder / "in", documents)
-        fs = pafs.S3FileSystem(endpoint_override=store.endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
-        fs.create_dir("chaos")
+        stores.bucket(store.endpoint, "chaos")
         self.pipeline: dict[str, object] = {
             "name": "chaos", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(folder / "in"), "keep_work": True,
             "tokenizer": {"vocab_size": 400, "train_bytes": 20_000}, "stages": [{"stage": "minhash"}],
@@ -178,7 +176,7 @@ class Bench:
 def main() -> None:
     kinds = ["driver", "machine", "worker", "node", "disk", "s3"]
     given = harness.arguments(__doc__, kinds=kinds, rounds=4, first=0, seed=0, documents=4000)
-    os.environ.update(AWS)
+    os.environ.update(stores.AWS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that disks and clusters end with it
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, s3_server(Path(name)) as store:
         bench = Bench(Path(name), store, given.documents)

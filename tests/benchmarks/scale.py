@@ -1,6 +1,6 @@
 """CPU seconds and MB of the control plane at 64, 1,024 and 16,384 ranks, simulated in one process.
 
-    python -m tests.benchmarks.scale [--ranks 64 1024 16384] [--stage 3] [--chunks 1000000]
+    python -m tests.benchmarks.scale [--ranks 64 1024 16384] [--stage 3]
 
 The functions are the real ones that ranks, mailbox and driver call, with as many ranks, heartbeats and files; what stands between
 them is pickled as on the wire. Nothing trains: the tensors (Llama 3 8B with AdamW, 873 of them) have shapes and no memory. The
@@ -17,13 +17,11 @@ import json
 import math
 import operator
 import pickle
-import resource
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +85,7 @@ class Ranks:
     def owned(self, rank: int) -> list[zero_layout.Slice]:
         if self._owned:
             return self._owned[rank]
-        return [s for n in self.shapes if (s := zero_layout._own(n, self.sizes[n], rank, self.world))[2]]
+        return [s for n in self.shapes if (s := zero_layout._own(n, self.sizes[n], rank, self.world, 1))[2]]
 
     def state(self, rank: int) -> dict[str, torch.Tensor]:
         return {
@@ -275,22 +273,6 @@ def step(world: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def manifest(chunks: int, folder: Path) -> dict[str, Any]:
-    """Opens the data of a run with that many chunks, as a worker does, and finds a step's samples."""
-    from heliostat.data.dataset import open_dataset
-
-    from tests.benchmarks import large_order
-
-    with ProcessPoolExecutor(1) as other:  # whose memory is not this one's
-        digest = other.submit(large_order.write, folder, chunks).result()
-    plan = large_order.plan(folder, digest)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    opening, dataset = timed(lambda: open_dataset(plan))
-    finding, _ = timed(lambda: dataset.order.locate(dataset.order.step(1000).ravel()), 3)
-    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"open, s": opening, "a step's samples, s": finding, "memory, MB": more / 1e3}
-
-
 def simulate(world: int, stage: int, rounds: int, folder: Path) -> dict[str, Any]:
     ranks, run = Ranks(world, stage), Location(str(folder / f"run-{world}-{stage}"))
     saved, root = save(ranks, rounds)
@@ -327,7 +309,7 @@ def table(columns: dict[int, dict[str, Any]]) -> None:
 
 def main() -> None:
     ranks_ = {"type": int, "nargs": "+", "default": []}
-    options = harness.arguments(__doc__, ranks=ranks_, stage=3, rounds=5, chunks=0, votes=0)
+    options = harness.arguments(__doc__, ranks=ranks_, stage=3, rounds=5, votes=0)
     if options.votes:
         from tests.integration import ranks
 
@@ -335,8 +317,6 @@ def main() -> None:
         print(json.dumps(row))
         return
     with tempfile.TemporaryDirectory(prefix="heliostat-scale-") as folder:
-        if options.chunks:
-            print(json.dumps(manifest(options.chunks, Path(folder))), flush=True)
         columns = {}
         for world in options.ranks:
             columns[world] = simulate(world, options.stage, options.rounds, Path(folder))

@@ -18,12 +18,13 @@ from heliostat.curation.prepare import prepare
 from heliostat.training.run import train
 from mlflow import MlflowClient
 
+from tests import stores
 from tests.integration.paced import PLAIN
+from tests.integration.pipelines import write_pipeline
 
 # before Ray starts: its workers inherit them
-os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
-os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testing")
-os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+for name, value in stores.AWS.items():
+    os.environ.setdefault(name, value)
 os.environ["HELIOSTAT_CACHE"] = ""  # what earlier code counted is nothing to a test
 SESSION = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 if os.environ.get("HELIOSTAT_TEST_SESSION") != SESSION:  # Ray's workers import this module too
@@ -36,10 +37,10 @@ if os.environ.get("HELIOSTAT_TEST_SESSION") != SESSION:  # Ray's workers import 
 
 # Files that take longest, the longest first: with the others behind them, processes that run files one by one end together
 LONGEST = (
-    "test_cluster_local", "test_numerics", "test_diffusion", "test_lineage", "test_serving", "test_sequence_parallel",
-    "test_checkpoint_matrix", "test_tune", "test_training", "test_optimizers", "test_survival", "test_golden_curves",
-    "test_benchmark", "test_expert_parallel", "test_curation", "test_recheck", "test_engine", "test_curation_answers",
-    "test_exact_data", "test_reform",
+    "test_cluster_local", "test_numerics", "test_lineage", "test_checkpoint_matrix", "test_tune", "test_training",
+    "test_layout_runs", "test_benchmark", "test_serving", "test_diffusion", "test_storage_faults", "test_examples",
+    "test_survival", "test_optimizers", "test_golden_curves", "test_exact_data", "test_connect", "test_sequence_parallel",
+    "test_recheck", "test_images", "test_first_weights", "test_infer", "test_curation_answers", "test_engine", "test_reform",
 )  # fmt: skip
 
 
@@ -81,12 +82,8 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """HOST:PORT of an embedded S3 server, for `?endpoint_override=HOST:PORT&scheme=http`."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]: pip install heliostat[s3-test]")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"{host}:{port}"
-    server.stop()
+    with stores.s3() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(scope="session")
@@ -99,16 +96,8 @@ def _corpus(folder: Path) -> str:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for package in ("json", "http", "email", "asyncio"):
         shutil.copytree(stdlib / package, folder / "raw" / package, ignore=shutil.ignore_patterns("__pycache__"))
-    pipeline = {
-        "name": "corpus",
-        "pipeline": "heliostat.pipelines:TextPipeline",
-        "input": str(folder / "raw"),
-        "output": str(folder / "data"),
-        "tokenizer": {"vocab_size": 512},
-        "chunk_tokens": 8192,
-    }
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
-    prepare(folder / "pipeline.yaml", [])
+    keys = {"input": str(folder / "raw"), "output": str(folder / "data"), "tokenizer": {"vocab_size": 512}, "chunk_tokens": 8192}
+    prepare(write_pipeline(folder, name="corpus", **keys), [])
     return str(folder / "data")
 
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,53 +17,43 @@ from heliostat.cluster.processes import free_port
 
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
+from tests.waiting import until
 
 NAME, KEY, OTHER = "tiny", "sk-a-key-of-the-tests", "sk-another-key-of-them"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 
 
-class Running:
-    """A command of heliostat in a process of its own, with no Ray to join; FOLDER/log has what it prints."""
-
-    def __init__(self, folder: Path, *command: str) -> None:
-        self.folder, self.log = folder, folder / "log"
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+def started(folder: Path, said: str, *command: str) -> tuple[subprocess.Popen, Path]:
+    """Starts a command of heliostat in a session of its own, and waits until it says something; returns it, and its log."""
+    log = folder / "log"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with log.open("w") as out:
         words = [sys.executable, "-m", "heliostat", *command]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-    def said(self, words: str, seconds: float = 300.0) -> str:
-        """Waits until the command has printed some words; returns all that it has printed."""
-        self.until(lambda: words in self.log.read_text(), seconds)
-        return self.log.read_text()
-
-    def until(self, what, seconds: float = 120.0):
-        deadline = time.monotonic() + seconds
-        while not (found := what()):
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.1)
-        return found
-
-    def processes(self) -> list[psutil.Process]:
-        root = psutil.Process(self.process.pid)
-        return [root, *root.children(recursive=True)]
-
-    def stop(self) -> int:
-        """Asks the command to stop; returns its exit code, when none of its processes is left."""
-        left = self.processes() if self.process.poll() is None else []
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            code = self.process.wait(90)
-            assert not [p for p in psutil.wait_procs(left, timeout=20)[1] if p.status() != psutil.STATUS_ZOMBIE]
-        finally:
-            for process in left:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-        return code
+        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True)
+    until(lambda: said in log.read_text(), said, 300, lambda: process.poll() is None, log.read_text)
+    return process, log
 
 
-class Endpoint(Running):
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    root = psutil.Process(process.pid)
+    return [root, *root.children(recursive=True)]
+
+
+def stopped(process: subprocess.Popen) -> int:
+    """Asks a command to stop; returns its exit code, when none of its processes is left."""
+    left = family(process) if process.poll() is None else []
+    process.send_signal(signal.SIGTERM)
+    try:
+        code = process.wait(90)
+        assert not [p for p in psutil.wait_procs(left, timeout=20)[1] if p.status() != psutil.STATUS_ZOMBIE]
+    finally:
+        for one in left:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
+    return code
+
+
+class Endpoint:
     """`heliostat serve models:/tiny@champion`, of two versions with different weights; version 1 is the champion."""
 
     def __init__(self, folder: Path, *options: str) -> None:
@@ -76,8 +65,8 @@ class Endpoint(Running):
         keys = folder / "keys"
         keys.write_text(f"alice {KEY}\nbob {OTHER}\n")
         keys.chmod(0o600)
-        command = ["serve", f"models:/{NAME}@champion", "--mlflow", self.store]
-        super().__init__(folder, *command, "--port", str(self.port), "--keys", str(keys), "--poll", "0.5", *options)
+        command = ["serve", f"models:/{NAME}@champion", "--mlflow", self.store, "--port", str(self.port), "--keys", str(keys)]
+        self.process, self.log = started(folder, "is served at", *command, "--poll", "0.5", *options)
 
     def _register(self) -> None:
         made = write_model(self.folder, BASE["model"], 512)
@@ -99,6 +88,12 @@ class Endpoint(Running):
     def move(self, version: int) -> None:
         self.client.set_registered_model_alias(NAME, "champion", str(version))
 
+    def until(self, condition, seconds: float = 120.0):
+        return until(condition, "such an endpoint", seconds, lambda: self.process.poll() is None, self.log.read_text)
+
+    def processes(self) -> list[psutil.Process]:
+        return family(self.process)
+
     def replicas(self, version: int) -> list[psutil.Process]:
         """The processes of a version's replicas."""
         found = []
@@ -108,12 +103,14 @@ class Endpoint(Running):
                     found.append(process)
         return found
 
+    def stop(self) -> int:
+        return stopped(self.process)
+
 
 @contextlib.contextmanager
 def serving(folder: Path, *options: str) -> Iterator[Endpoint]:
     endpoint = Endpoint(folder, *options)
     try:
-        endpoint.said("is served at")
         yield endpoint
     finally:
         endpoint.stop()

@@ -1,22 +1,24 @@
-"""Hosts of our own on this machine: network namespaces on a bridge, each a Ray node that can be killed, cut off or drained.
+"""Hosts of our own, each a Ray node that can be killed, cut off or drained.
 
-`/proc` and the disks are shared, so runs' folders are the same on all. Needs root and iproute2 (`why_not` says what is missing).
+`/proc` and the disks are shared, so runs' folders are the same on all (`network.why_not` says what is missing here).
 """
+
+from __future__ import annotations
 
 import os
 import secrets
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from heliostat.chaos.process import workers
 from heliostat.cluster.private_ray import SILENT, worker_environment
 from heliostat.cluster.processes import end_tree
 
-NET = f"10.{77 + os.getpid() % 100}.0"  # runs beside each other must not meet
-MARK = f"{os.getpid() % 10**6}"
+from tests.integration.network import Network
+from tests.waiting import until
+
+MARK = f"{os.getpid() % 10**6}"  # runs on the same machine must not meet
 FAST = {  # a node that does not answer is dead after seconds, not a minute
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -24,59 +26,31 @@ FAST = {  # a node that does not answer is dead after seconds, not a minute
 }
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-def why_not() -> str | None:
-    try:
-        ip("netns", "add", f"hp{MARK}")
-        ip("netns", "del", f"hp{MARK}")
-        ip("link", "add", f"bp{MARK}", "type", "bridge")
-        ip("link", "del", f"bp{MARK}")
-    except FileNotFoundError:
-        return "needs iproute2"
-    except subprocess.CalledProcessError as e:
-        return f"network namespaces are not allowed here ({e.stderr.strip()})"
-    return None
-
-
 class Host:
-    def __init__(self, number: int, token: Path, folder: Path) -> None:
-        self.number, self.name, self.address, self.folder = number, f"hh{MARK}n{number}", f"{NET}.{number}", folder
+    def __init__(self, number: int, network: Network, token: Path, folder: Path) -> None:
+        self.number, self.network, self.address, self.folder = number, network, network.address(number), folder
         self.process: subprocess.Popen | None = None
         self.environment = {
             **os.environ, **SILENT, **FAST, **worker_environment(0),
-            "RAY_ADDRESS": f"{NET}.1:6379", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ADDRESS": f"{network.address(1)}:6379", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
             "GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": f"{Path.cwd()}:{os.environ.get('PYTHONPATH', '')}",
         }  # fmt: skip
         self.starts = 0
 
-    def plug_in(self) -> None:
-        ip("netns", "add", self.name)
-        ip("link", "add", f"v{MARK}{self.number}", "type", "veth", "peer", "name", "eth0", "netns", self.name)
-        ip("link", "set", f"v{MARK}{self.number}", "master", f"br{MARK}", "up")
-        ip("-n", self.name, "addr", "add", f"{self.address}/24", "dev", "eth0")
-        ip("-n", self.name, "link", "set", "eth0", "up")
-        ip("-n", self.name, "link", "set", "lo", "up")
-
     def run(self, command: list[str], **options) -> subprocess.Popen:
-        return subprocess.Popen(["ip", "netns", "exec", self.name, *command], env=self.environment, **options)
+        return subprocess.Popen([*self.network.inside(self.number), *command], env=self.environment, **options)
 
     def start(self, cpus: int) -> None:
         """A Ray node; returns when the cluster has it."""
         self.starts += 1
-        log = self.folder / f"node{self.number}.{self.starts}.log"
-        where = ["--head", "--port=6379", "--include-dashboard=false"] if self.number == 1 else [f"--address={NET}.1:6379"]
+        log, head = self.folder / f"node{self.number}.{self.starts}.log", f"{self.network.address(1)}:6379"
+        where = ["--head", "--port=6379", "--include-dashboard=false"] if self.number == 1 else [f"--address={head}"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *where, f"--node-ip-address={self.address}", "--block",
                    f"--num-cpus={cpus}", "--object-store-memory=150000000",
                    f"--temp-dir=/tmp/hh{MARK}/{self.number}.{self.starts}"]  # fmt: skip
         with log.open("w") as out:
-            self.process = self.run(command, stdout=out, stderr=out)
-        deadline = time.monotonic() + 90
-        while "Ray runtime started" not in log.read_text():
-            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
-            time.sleep(0.1)
+            process = self.process = self.run(command, stdout=out, stderr=out)
+        until(lambda: "Ray runtime started" in log.read_text(), "node", 90, lambda: process.poll() is None, log.read_text)
 
     def kill(self) -> None:
         if self.process:
@@ -84,12 +58,9 @@ class Host:
             self.process.wait()
 
     def cut_off(self) -> None:
-        ip("-n", self.name, "link", "set", "eth0", "down")
+        self.network.cut_off(self.number)
 
-    def works(self) -> bool:
-        return bool(self.process and workers(self.process.pid))
-
-    def console(self) -> "Console":
+    def console(self) -> Console:
         return Console(self)
 
 
@@ -120,10 +91,10 @@ for line in sys.stdin:
         assert self.process.stdout
         return self.process.stdout.readline().strip()
 
-    def drain(self, host: Host, seconds: int) -> None:
+    def drain(self, address: str, seconds: int) -> None:
         """What a provider's notice of preemption becomes."""
         assert self.process.stdin
-        print(host.address, seconds, file=self.process.stdin, flush=True)
+        print(address, seconds, file=self.process.stdin, flush=True)
         answer = self._answer()
         assert answer.startswith("(True"), answer
 
@@ -132,25 +103,17 @@ for line in sys.stdin:
         self.process.wait()
 
 
-class Hosts:
+class Hosts(Network):
     """`with Hosts(folder, 3) as hosts:` hosts.all[0] is the head's; none runs Ray yet."""
 
     def __init__(self, folder: Path, count: int) -> None:
+        super().__init__(f"10.{77 + os.getpid() % 100}.0", f"h{MARK}n", count)
         token = folder / "token"
         token.write_text(secrets.token_hex(32))
-        self.all = [Host(number, token, folder) for number in range(1, count + 1)]
+        self.all = [Host(number, self, token, folder) for number in self.numbers]
 
-    def __enter__(self) -> "Hosts":
-        ip("link", "add", f"br{MARK}", "type", "bridge")
-        ip("addr", "add", f"{NET}.254/24", "dev", f"br{MARK}")
-        ip("link", "set", f"br{MARK}", "up")
-        for host in self.all:
-            host.plug_in()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for host in self.all:
             host.kill()
-            subprocess.run(["ip", "netns", "del", host.name], check=False)
-        subprocess.run(["ip", "link", "del", f"br{MARK}"], check=False)
+        super().__exit__(*error)
         shutil.rmtree(f"/tmp/hh{MARK}", ignore_errors=True)

@@ -1,5 +1,6 @@
-"""Hosts of our own on one machine: network namespaces on a bridge, each with its own processes, /root, /tmp/ray and /dev/shm, and
-an sshd. Needs root, iproute2, util-linux and openssh-server; `missing()` says what is not there.
+"""Hosts of our own, each with its own processes, /root, /tmp/ray and /dev/shm, and an sshd.
+
+Needs root, iproute2, util-linux and openssh-server; `missing()` says what is not there.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
-BRIDGE, PREFIX = "brheliostat", "hel"
-PROBE = f"helprobe{os.getpid()}"  # of test processes beside each other
+from tests.integration.network import Network, why_not
+from tests.waiting import until
+
 SUBNET = "10.78.0"
 MASTER = f"{SUBNET}.254"  # this machine, as the hosts see it
 START = """
@@ -36,70 +37,54 @@ def missing() -> str:
     tools = [t for t in ("ip", "unshare", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd") if not shutil.which(t)]
     if tools:
         return f"not on this machine: {', '.join(tools)} (Debian: iproute2, util-linux, openssh-server, openssh-client, rsync)"
-    done = subprocess.run(["ip", "netns", "add", PROBE], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "del", PROBE], capture_output=True, check=False)
-    return f"no network namespaces here: {done.stderr.strip()}" if done.returncode else ""
+    return why_not()
 
 
-def _ip(*arguments: str, check: bool = True) -> None:
-    subprocess.run(["ip", *arguments], check=check, capture_output=True)
-
-
-class Hosts:
+class Hosts(Network):
     """`addresses` 1 to `count`; `key` logs into all of them as root."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        self.folder, self.count = folder, count
-        self.addresses = [f"{SUBNET}.{i}" for i in range(1, count + 1)]
-        self.key = folder / "key"
+        super().__init__(SUBNET, "hel", count)
+        self.folder, self.key = folder, folder / "key"
+        self.addresses = [self.address(number) for number in self.numbers]
         self._sshd: dict[str, subprocess.Popen] = {}
 
     def __enter__(self) -> Hosts:
-        self._remove()
         for name in ("key", "host-key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name)], check=True)
-        _ip("link", "add", BRIDGE, "type", "bridge")
-        _ip("addr", "add", f"{MASTER}/24", "dev", BRIDGE)
-        _ip("link", "set", BRIDGE, "up")
-        for number, address in enumerate(self.addresses, 1):
-            self._host(number, address)
+        super().__enter__()
+        for number, address in zip(self.numbers, self.addresses, strict=True):
+            self._serve(number, address)
         for address in self.addresses:
-            _until_open(address, 22)
+            until(lambda at=address: _opens(at), f"sshd on {address}", 20)
         return self
 
-    def _host(self, number: int, address: str) -> None:
-        name, home = f"{PREFIX}{number}", self.folder / f"home{number}"
+    def _serve(self, number: int, address: str) -> None:
+        home = self.folder / f"home{number}"
         (home / ".ssh").mkdir(parents=True)
         shutil.copy(self.folder / "key.pub", home / ".ssh" / "authorized_keys")
-        _ip("netns", "add", name)
-        _ip("link", "add", f"v{name}", "type", "veth", "peer", "name", "eth0", "netns", name)
-        _ip("link", "set", f"v{name}", "master", BRIDGE, "up")
-        _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-        _ip("-n", name, "link", "set", "eth0", "up")
-        _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", name, "route", "add", "default", "via", MASTER)  # Ray takes the address that leads out as its own
         script = START.format(home=home, key=self.folder / "host-key", address=address)
-        command = ["ip", "netns", "exec", name, "unshare", "-m", "-p", "-f", "-u", "-i", "--mount-proc", "--kill-child"]
+        command = [
+            *self.inside(number),
+            "unshare",
+            "-m",
+            "-p",
+            "-f",
+            "-u",
+            "-i",
+            "--mount-proc",
+            "--kill-child",
+            "bash",
+            "-c",
+            script,
+        ]
         with (self.folder / f"sshd{number}.log").open("wb") as log:
-            self._sshd[address] = subprocess.Popen(
-                [*command, "bash", "-c", script], stdout=log, stderr=log, start_new_session=True
-            )
+            self._sshd[address] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def run(self, address: str, command: str) -> str:
-        options = [
-            "-i",
-            str(self.key),
-            "-o",
-            "StrictHostKeyChecking=no",
-            "-o",
-            "UserKnownHostsFile=/dev/null",
-            "-o",
-            "LogLevel=ERROR",
-        ]
-        done = subprocess.run(
-            ["ssh", *options, f"root@{address}", command], capture_output=True, text=True, timeout=60, check=True
-        )
-        return done.stdout
+        options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR")
+        words = ["ssh", "-i", str(self.key), *(word for one in options for word in ("-o", one)), f"root@{address}", command]
+        return subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
 
     def lose(self, address: str) -> None:
         """The host is off at once: all of its processes are killed."""
@@ -110,20 +95,12 @@ class Hosts:
         for process in self._sshd.values():
             process.kill()
             process.wait(20)
-        self._remove()
-
-    def _remove(self) -> None:
-        for number in range(1, self.count + 1):
-            _ip("netns", "del", f"{PREFIX}{number}", check=False)
-        _ip("link", "del", BRIDGE, check=False)
+        super().__exit__(*error)
 
 
-def _until_open(address: str, port: int) -> None:
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=2).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline, f"{address}:{port} does not open"
-            time.sleep(0.1)
+def _opens(address: str) -> bool:
+    try:
+        socket.create_connection((address, 22), timeout=2).close()
+    except OSError:
+        return False
+    return True

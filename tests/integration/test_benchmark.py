@@ -12,7 +12,6 @@ import time
 from itertools import islice
 from pathlib import Path
 
-import boto3
 import pytest
 import torch
 import transformers
@@ -36,6 +35,7 @@ from heliostat.storage.locations import Location
 from heliostat.tracking import tags
 from mlflow import MlflowClient
 
+from tests import stores
 from tests.integration import commands
 from tests.unit import build_checkpoint, build_pages
 from tests.unit.build_job import job
@@ -350,8 +350,7 @@ def test_a_job_has_its_checkpoints_scored_while_it_trains(place, tmp_path):
 
 def test_task_files_and_data_sets_of_a_store_are_those_of_the_folder(place, tmp_path, s3_server):
     folder, _, _, _ = place
-    boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1").create_bucket(Bucket="suites")
-    store = Location(f"s3://suites/held-out?endpoint_override={s3_server}&scheme=http")
+    store = Location(f"s3://suites/held-out?{stores.bucket(s3_server, 'suites')}")
     for file in (folder / "suite").rglob("*.*"):
         store.join(*file.relative_to(folder / "suite").parts).write(file.read_bytes())
     told = {"name": "far", "tasks": list(held_out.TASKS), "folder": store.uri}

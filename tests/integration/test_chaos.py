@@ -1,13 +1,11 @@
 """`heliostat chaos` on a real job: what it breaks is broken, and its row says what that cost and that nothing was lost."""
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
-from heliostat.cli.main import app
-from typer.testing import CliRunner
 
+from tests.integration.answers import ask
 from tests.integration.conftest import tiny_job
 
 
@@ -28,26 +26,22 @@ MIXTURE = {"arch": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4}
 @pytest.mark.parametrize(("model", "train"), [
     ({}, {"parallel": {"sequence": 2}}), (MIXTURE, {"parallel": {"expert": 2}, "zero": {"stage": 3}}),
 ], ids=["samples", "experts"])  # fmt: skip
-def test_a_group_that_shares_samples_or_experts_and_loses_a_worker_loses_nothing(chaos_job, model, train):
+def test_a_group_that_shares_samples_or_experts_and_loses_a_worker_loses_nothing(chaos_job, model, train, capsys):
     """One of two workers with a part each is killed: both begin again from the checkpoint, with the unbroken run's losses."""
     job = yaml.safe_load(chaos_job.read_text())
     job["model"] |= model
     job["train"] |= {"steps": 30, **train}
     chaos_job.write_text(yaml.safe_dump(job))
-    result = CliRunner().invoke(app, ["chaos", str(chaos_job), "--faults", "kill-worker", "--json"])
-    assert result.exit_code == 0, result.output
-    (row,) = json.loads(result.stdout.splitlines()[-1])["faults"]
+    (row,) = ask(capsys, "chaos", str(chaos_job), "--faults", "kill-worker")["faults"]
     assert (row["fault"], row["lost"], row["repeated"]) == ("kill-worker", 0, 0)
     assert row["loss_difference"] < 1e-5 and row["recovered_s"] > row["detected_s"] > 0
 
 
 @pytest.mark.slow
-def test_a_torn_checkpoint_a_damaged_shard_and_a_driver_killed_behind_the_last_step_lose_nothing(chaos_job):
+def test_a_torn_checkpoint_a_damaged_shard_and_a_driver_killed_behind_the_last_step_lose_nothing(chaos_job, capsys):
     """One costs a restart from the checkpoint before the torn one, one the samples of a chunk, one a command, and none more."""
-    given = ["chaos", str(chaos_job), "--faults", "torn-checkpoint,corrupt-shard,kill-driver-late", "--json"]
-    result = CliRunner().invoke(app, given)
-    assert result.exit_code == 0, result.output
-    torn, corrupt, late = json.loads(result.stdout.splitlines()[-1])["faults"]
+    faults = "torn-checkpoint,corrupt-shard,kill-driver-late"
+    torn, corrupt, late = ask(capsys, "chaos", str(chaos_job), "--faults", faults)["faults"]
     assert (late["lost"], late["repeated"], late["recomputed_steps"], late["loss_difference"]) == (0, 0, 0, 0)
     assert [torn["fault"], corrupt["fault"]] == ["torn-checkpoint", "corrupt-shard"]
     assert {key: torn[key] for key in ("lost", "repeated")} == {key: corrupt[key] for key in ("lost", "repeated")} == {

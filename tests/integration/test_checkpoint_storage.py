@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +27,7 @@ from heliostat.training.stops import FAILED, RUN
 from heliostat.training.worker.heartbeat import StopConsensus
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from tests import stores
 from tests.integration import ranks
 from tests.unit import build_index
 from tests.unit.build_checkpoint import age
@@ -267,7 +267,7 @@ def slow(group: Any, everyone: Any, uri: str) -> Iterator[dict[str, Any]]:
 def test_a_slow_upload_that_gets_on_is_no_stall(s3_server: str, tmp_path: Path) -> None:
     """Every part that reaches the store is a pulse while the save is waited for, so that the longest silence is a part's; and
     loading gives a pulse for each request."""
-    boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1").create_bucket(Bucket="slow")
+    stores.bucket(s3_server, "slow")
     with FaultProxy(s3_server, [ProxyFault("delay", seconds=1.0, key="/slow/*shard*")]) as proxy:
         uri = f"s3://slow/run?endpoint_override={proxy.endpoint}&scheme=http"
         (row,) = ranks.run(f"{__name__}:slow", (1,), uri)

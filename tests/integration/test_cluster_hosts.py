@@ -8,19 +8,19 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import yaml
+from heliostat.chaos.servers import ServerProcess
 from heliostat.cluster import dashboard as http
+from heliostat.cluster.processes import free_port
 
 from tests.integration import ssh_hosts as hosts
 from tests.integration.conftest import tiny_job
-from tests.integration.endpoint import free_port
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -30,15 +30,8 @@ QUICK = {"RAY_UP_enable_autoscaler_v2": "0", "OMP_NUM_THREADS": "1"}
 
 
 def heliostat(folder: Path, env: dict[str, str], *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "heliostat", *arguments],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    command = [sys.executable, "-m", "heliostat", *arguments]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, f"{arguments}: exit code {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -47,36 +40,14 @@ def living(url: str, token: str) -> int:
     return sum(n["alive"] for n in http.node_table(url, token))
 
 
-def until(what: str, condition: Callable[[], Any], seconds: float) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what}: not in {seconds} s"
-        time.sleep(0.5)
-    return found
-
-
 @pytest.fixture
 def server(tracking: str, tmp_path: Path) -> Iterator[str]:
     """MLflow over HTTP, on an address that the hosts reach."""
-    port = free_port()
     command = [str(BIN / "mlflow"), "server", "--backend-store-uri", tracking, "--workers", "1", "--allowed-hosts", "*"]
-    command += ["--host", "0.0.0.0", "--port", str(port), "--artifacts-destination", str(tmp_path / "artifacts")]
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    until("MLflow", lambda: http.get(f"http://127.0.0.1:{port}/version")[0] == 200 or _healthy(port), 90)
-    yield str(port)
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.kill()
-
-
-def _healthy(port: int) -> bool:
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=3) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+    command += ["--host", "0.0.0.0", "--port", "PORT", "--artifacts-destination", str(tmp_path / "artifacts")]
+    off = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with ServerProcess(command, "/health", tmp_path / "mlflow.log", off) as running:
+        yield str(running.port)
 
 
 def test_ray_up_over_ssh_trains_across_hosts_and_nodes_come_and_go(tmp_path, corpus, server) -> None:
@@ -108,7 +79,7 @@ def test_ray_up_over_ssh_trains_across_hosts_and_nodes_come_and_go(tmp_path, cor
 
                 return there_are
 
-            until("two workers join", alive(3), 180)
+            until(alive(3), "third node", 180)
             job = {**tiny_job(corpus, "", tmp_path), "name": "hosts", "workers": {"count": 2, "cpus": 2}}
             job["train"] |= {"steps": 6}
             job |= {"checkpoint": {"every": 6}, "evaluate": {"every": 6, "samples": 8, "fraction": 0.05}}
@@ -122,9 +93,9 @@ def test_ray_up_over_ssh_trains_across_hosts_and_nodes_come_and_go(tmp_path, cor
             raw["provider"]["worker_ips"], raw["max_workers"] = workers, 3
             file.write_text(yaml.safe_dump(raw))
             heliostat(tmp_path, env, "cluster", "up", "hosts.yaml", "--restart")  # the autoscaler has read its hosts at its start
-            until("a third worker joins", alive(4), 180)
+            until(alive(4), "fourth node", 180)
             there.lose(workers[0])
-            until("the lost node is seen", alive(3), 180)
+            until(alive(3), "news of the lost node", 180)
         finally:
             heliostat(tmp_path, env, "cluster", "down", "hosts.yaml")
         assert [there.run(a, "pgrep -c raylet || true").strip() for a in there.addresses if a != workers[0]] == ["0"] * 3
@@ -164,14 +135,13 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
     port, dashboard = free_port(), free_port()
     (tmp_path / "scaled.yaml").write_text(AUTOSCALE.replace("PORT", str(port)))
     (tmp_path / "token").write_text("fedcba9876543210" * 4)
-    env = {
-        **os.environ,
-        **QUICK,
-        "PYTHONPATH": str(ROOT / "platform"),
-        "PATH": f"{BIN}:{os.environ['PATH']}",
+    env = {**os.environ, **QUICK, "PYTHONPATH": str(ROOT / "platform"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env |= {
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        "HELIOSTAT_NODE_DIR": str(tmp_path),
     }
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "HELIOSTAT_NODE_DIR": str(tmp_path)}
     heliostat(tmp_path, env, "cluster", "check", "scaled.yaml")
     temp = Path("/tmp") / f"hel-{os.getpid()}"
     command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=0"]
@@ -186,17 +156,17 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
         head = subprocess.Popen(command, env={**env, **scaling}, stdout=log, stderr=log, start_new_session=True)
     url, token = f"http://127.0.0.1:{dashboard}", (tmp_path / "token").read_text()
     try:
-        until("the head", lambda: living(url, token) == 1, 60)
+        until(lambda: living(url, token) == 1, "head", 60)
         job = {**tiny_job(corpus, tracking, tmp_path), "name": "scaled"}
         job["workers"] = {"count": 2, "cpus": 2, "labels": {"heliostat-pool": "train"}}  # one on each of two nodes
         job["train"] |= {"steps": 6}
         job |= {"checkpoint": {"every": 6}, "evaluate": {"every": 6, "samples": 8, "fraction": 0.05}}
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
         heliostat(tmp_path, env, "submit", "job.yaml", "-c", url)
-        until("two nodes more", lambda: living(url, token) == 3, 120)
+        until(lambda: living(url, token) == 3, "two nodes more")
         log_ = heliostat(tmp_path, env, "logs", "scaled", "--follow")
         assert "step 6/6" in log_
-        until("they go when idle", lambda: living(url, token) == 1, 120)
+        until(lambda: living(url, token) == 1, "end of what is idle")
     finally:
         mine = [p for p in psutil.process_iter() if _is_of(p, tmp_path)]
         # Ray's agents have put their titles over their environment

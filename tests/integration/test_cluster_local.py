@@ -24,6 +24,7 @@ from heliostat.chaos.servers import s3_server
 from heliostat.cli.main import app
 from heliostat.cluster import dashboard, local
 from heliostat.cluster.endpoint import Endpoint, _answering
+from heliostat.cluster.processes import free_port
 from heliostat.errors import ClusterError, HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.submit import jobs, progress
@@ -36,11 +37,11 @@ from tests.integration.conftest import curve, tiny_job
 from tests.integration.endpoint import free_port
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
+from tests.waiting import until
 
 pytestmark = pytest.mark.ci
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-HELIOSTAT = [sys.executable, "-m", "heliostat"]
 
 
 @dataclass
@@ -59,6 +60,33 @@ class Workspace:
 
     def json(self, *arguments: str, code: int = 0) -> Any:
         return json.loads(self.heliostat(*arguments, "--json", code=code).splitlines()[-1])
+
+    def run(self, log: Path, *arguments: str) -> int:
+        """Runs a command as a process; returns its exit code."""
+        with self.started(log, *arguments) as process:
+            return process.wait(240)
+
+    def started(self, log: Path, *arguments: str) -> subprocess.Popen:
+        environment = {**os.environ, "RAY_ADDRESS": ""}
+        with log.open("a") as out:
+            words = [sys.executable, "-m", "heliostat", *arguments]
+            return subprocess.Popen(words, cwd=self.folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+    def served(self, model: Path, port: int, log: Path) -> subprocess.Popen:
+        """Serves a model on the cluster, as `tiny`."""
+        words = ("serve", str(model), "--cluster", "test", "--port", str(port), "--no-keys", "--name", "tiny")
+        process = self.started(log, *words)
+        until(lambda: "tiny is served at" in log.read_text(), "endpoint", 240, lambda: process.poll() is None, log.read_text)
+        return process
+
+    def trains(self, name: str, run: Location, least: int = 1) -> None:
+        """Waits until a run has got to a step."""
+        until(lambda: (progress.of_run(run, STEPS)["step"] or 0) >= least, f"step {least}", 150,
+              said=lambda: self.heliostat("logs", name))  # fmt: skip
+
+    @property
+    def token(self) -> str:
+        return (self.folder / ".heliostat" / "clusters" / "test" / "token").read_text()
 
     @property
     def state(self) -> local.ClusterState:
@@ -110,10 +138,7 @@ def test_a_job_is_submitted_stopped_at_half_and_resumed_to_one_finished_run(work
     assert work.json("submit", "onto.yaml", "-c", "cluster.yaml")["id"] == "onto"  # the same job: the same submission
     work.heliostat("submit", "onto.yaml", "-c", "cluster.yaml", "--set", "train.seed=2", code=2)  # another: refused
 
-    deadline = time.monotonic() + 150
-    while not (step := progress.of_run(run, STEPS)["step"]) or step < 10:
-        assert time.monotonic() < deadline, work.heliostat("logs", "onto")
-        time.sleep(0.3)
+    work.trains("onto", run, 10)
     seen = work.json("status", "onto")
     assert seen["status"] == "RUNNING" and 10 <= seen["progress"]["step"] < STEPS and seen["progress"]["eta_s"] > 0
     stopped = work.json("stop", "onto")
@@ -143,8 +168,7 @@ def test_a_bad_job_ends_with_its_own_exit_code(work) -> None:
 def test_up_starts_the_worker_that_died_and_leaves_what_runs(work) -> None:
     """A job goes on, on the head and the other worker; only --restart would end them."""
     head, first, second = before = work.state.nodes
-    token = (work.folder / ".heliostat" / "clusters" / "test" / "token").read_text()
-    client = jobs.Jobs(Endpoint(work.state.url, token, True)).client
+    client = jobs.Jobs(Endpoint(work.state.url, work.token, True)).client
     client.submit_job(entrypoint="sleep 600", submission_id="sleeper")
     for process in family(local.ClusterState("", "", "", [second])):
         process.kill()
@@ -169,10 +193,7 @@ def test_a_job_whose_store_is_dead_is_stopped_now(work, tmp_path) -> None:
         urllib.request.urlopen(urllib.request.Request(f"http://{store.endpoint}/bucket", method="PUT"), timeout=10).close()
         (work.folder / "dead.yaml").write_text(yaml.safe_dump(raw))
         run = Location(work.json("submit", "dead.yaml", "-c", "cluster.yaml")["run_folder"])
-        deadline = time.monotonic() + 150
-        while not progress.of_run(run, STEPS)["step"]:
-            assert time.monotonic() < deadline, work.heliostat("logs", "dead")
-            time.sleep(0.3)
+        work.trains("dead", run)
     began = time.monotonic()
     assert work.json("stop", "dead", "--now")["status"] == "STOPPED"
     assert time.monotonic() - began < 60
@@ -191,10 +212,9 @@ def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
     refused = work.heliostat("tune", "rates.yaml", "-c", "cluster.yaml", "--set", wrong, code=2)
     assert "train.optimizer.rl: unknown key; valid: betas, eps, lr" in refused
     sent = work.json("tune", "rates.yaml", "-c", "cluster.yaml")
-    folder, deadline = Location(sent["run_folder"]), time.monotonic() + 150
-    while [r.status for r in trial_record.read(folder)][:1] != ["running"]:
-        assert time.monotonic() < deadline, work.heliostat("logs", "rates")
-        time.sleep(0.3)
+    folder = Location(sent["run_folder"])
+    until(lambda: [r.status for r in trial_record.read(folder)][:1] == ["running"], "trial", 150,
+          said=lambda: work.heliostat("logs", "rates"))  # fmt: skip
     assert work.json("stop", "rates")["status"] == "STOPPED"
     assert not work.json("sweep", sent["run_folder"])["running"]
     done = work.json("resume", "rates", "--follow")
@@ -273,30 +293,18 @@ def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
     """By its file and by its name; both are drivers of that Ray, and leave it as it was."""
     model, answers, port = write_model(tmp_path, BASE["model"], 64), tmp_path / "out", free_port()
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": f"word {i}"}) for i in range(8)))
-    common = {"cwd": work.folder, "stderr": subprocess.STDOUT, "env": {**os.environ, "RAY_ADDRESS": ""}}
-
-    token = (work.folder / ".heliostat" / "clusters" / "test" / "token").read_text()
 
     def drivers() -> int:
-        status, jobs = dashboard.get(f"{work.state.url}/api/jobs/", token)
+        status, jobs = dashboard.get(f"{work.state.url}/api/jobs/", work.token)
         assert status == 200
         return sum(job["type"] == "DRIVER" for job in jobs)
 
     before = drivers()
     words = ["--input", str(tmp_path / "in.jsonl"), "--out", str(answers), "--max-tokens", "2", "--cluster", "cluster.yaml"]
-    with (tmp_path / "infer.log").open("w") as log:
-        done = subprocess.run([*HELIOSTAT, "infer", str(model), *words], stdout=log, timeout=240, **common)
-    assert done.returncode == 0, (tmp_path / "infer.log").read_text()
+    assert work.run(tmp_path / "infer.log", "infer", str(model), *words) == 0, (tmp_path / "infer.log").read_text()
     assert json.loads((answers / "inference.json").read_text())["answers"] == 8 and drivers() == before + 1
-    log = tmp_path / "serve.log"
-    words = ["--cluster", "test", "--port", str(port), "--no-keys", "--name", "tiny"]
-    with log.open("w") as out:
-        served = subprocess.Popen([*HELIOSTAT, "serve", str(model), *words], stdout=out, **common)
+    served = work.served(model, port, log := tmp_path / "serve.log")
     try:
-        end = time.monotonic() + 240
-        while "tiny is served at" not in log.read_text():
-            assert served.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.1)
         asked = {"model": "tiny", "prompt": "word", "max_tokens": 3}
         got = requests.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60)
         assert got.status_code == 200 and got.json()["usage"]["completion_tokens"] <= 3
@@ -309,36 +317,24 @@ def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
 
 def test_an_endpoint_whose_command_was_killed_is_stopped_by_another(work, tmp_path) -> None:
     """Its proxy answers on, though nothing at its own paths, until `serve --stop`; which finds nothing the second time."""
-    model, port, log = write_model(tmp_path, BASE["model"], 64), free_port(), tmp_path / "serve.log"
-    common = {"cwd": work.folder, "stderr": subprocess.STDOUT, "env": {**os.environ, "RAY_ADDRESS": ""}}
-    words = ["--cluster", "test", "--port", str(port), "--no-keys", "--name", "tiny"]
-    with log.open("w") as out:
-        served = subprocess.Popen([*HELIOSTAT, "serve", str(model), *words], stdout=out, **common)
+    port, log, stop = free_port(), tmp_path / "serve.log", ("serve", "--cluster", "test", "--stop")
+    served = work.served(write_model(tmp_path, BASE["model"], 64), port, log)
     try:
-        end = time.monotonic() + 240
-        while "tiny is served at" not in log.read_text():
-            assert served.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.1)
-        with log.open("a") as out:
-            busy = subprocess.run([*HELIOSTAT, "serve", "--cluster", "test", "--stop"], stdout=out, timeout=240, **common)
-        assert busy.returncode == 2 and "its command is still running" in log.read_text()
+        assert work.run(log, *stop) == 2 and "its command is still running" in log.read_text()
     finally:
         served.kill()
         served.wait(60)
     assert requests.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
     assert requests.get(f"http://127.0.0.1:{port}/-/routes", timeout=60).status_code == 404
     for said in ("the endpoint is ended", "there is no endpoint on this cluster"):
-        with log.open("a") as out:
-            done = subprocess.run([*HELIOSTAT, "serve", "--cluster", "test", "--stop"], stdout=out, timeout=240, **common)
-        assert done.returncode == 0 and log.read_text().rstrip().endswith(said), log.read_text()
+        assert work.run(log, *stop) == 0 and log.read_text().rstrip().endswith(said), log.read_text()
     with pytest.raises(requests.ConnectionError):
         requests.get(f"http://127.0.0.1:{port}/health", timeout=60)
 
 
 def test_without_the_token_every_port_of_the_cluster_refuses(work) -> None:
     """Every listening port of every process: gRPC services, and the dashboard's paths. What is left open is metrics."""
-    state, services, paths = work.state, set(), set()
-    token = (work.folder / ".heliostat" / "clusters" / "test" / "token").read_text()
+    state, services, paths, token = work.state, set(), set(), work.token
     ports = _listening(state)
     for host, port in ports:
         for method in RPC:

@@ -1,6 +1,5 @@
 """Archives of code and git clones through `prepare`: licences reach the record, and a document answers for itself."""
 
-import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,6 +13,8 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from identify.vendor.licenses import LICENSES
 
+from tests.integration.answers import ask
+from tests.integration.pipelines import write_pipeline
 from tests.unit.test_repositories import git
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -56,13 +57,9 @@ def yaml(tmp_path: Path) -> Path:
             archive.write(path, path.relative_to(tmp_path / "made"))
     (top / "cut.tar.gz").write_bytes((top / "two.tar.gz").read_bytes()[:100])
     (top / "note.md").write_text("not looked at\n")
-    config = {
-        "name": "code", "pipeline": "heliostat.pipelines:TextPipeline", "repositories": True, "input": str(top),
-        "output": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300}, "columns": ["path", "license"],
-        "stages": [{"stage": "code", "max_data_lines": 100}, {"stage": "license"}],
-    }  # fmt: skip
-    (tmp_path / "code.yaml").write_text(json.dumps(config))
-    return tmp_path / "code.yaml"
+    stages = [{"stage": "code", "max_data_lines": 100}, {"stage": "license"}]
+    return write_pipeline(tmp_path, file="code", name="code", repositories=True, tokenizer={"vocab_size": 300},
+                          columns=["path", "license"], stages=stages)  # fmt: skip
 
 
 def ends(folder: Path) -> dict[str, tuple[str, str]]:
@@ -85,9 +82,7 @@ def test_code_with_licences_from_archives_and_clones(yaml, tracking, capsys):
     assert found["cut.tar.gz"][0] == "corrupt" and first["dropped"]["corrupt"] == 1
     assert first["dropped"]["1 license: unknown"] >= 2 and first["dropped"]["link"] == 2
     assert not any("note.md" in id for id in found)
-    app(["trace", str(folder / "out"), "--id", f"{at}src/one.py", "--json", "--mlflow", tracking], standalone_mode=False)
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    (document,) = told["documents"]
+    (document,) = ask(capsys, "trace", str(folder / "out"), "--id", f"{at}src/one.py", "--mlflow", tracking)["documents"]
     assert document["read"] == {"file": "own/one/.git", "path": "src/one.py"} and document["columns"]["license"] == "MIT"
     assert [stage["did"] for stage in document["stages"]] == ["kept", "kept", "kept"], "read, code, license"
     app(["trace", str(folder / "out"), "--id", "two.tar.gz#two/src/two.py", "--mlflow", tracking], standalone_mode=False)

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pytest
 import ray
 from heliostat.curation import pieces, reasons
-from heliostat.curation.prepare import dry_run, prepare
+from heliostat.curation.prepare import prepare
 from heliostat.curation.stages import minhash
 from heliostat.data import manifest
-from heliostat.errors import DataError, HeliostatError, StorageError
+from heliostat.errors import HeliostatError, StorageError
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, flow, merging, pool
 from heliostat.tasks.flow import Task
@@ -25,7 +25,9 @@ from heliostat.tasks.work import Work
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from tests.integration import commands
+from tests.integration.pipelines import write_pipeline
 from tests.unit.build_curation import spelled
+from tests.waiting import until
 
 
 def make_input(folder: Path, documents: int = 300, seed: int = 0) -> dict[str, str]:
@@ -48,20 +50,8 @@ def make_input(folder: Path, documents: int = 300, seed: int = 0) -> dict[str, s
 
 
 def make_yaml(tmp_path: Path, **more: object) -> Path:
-    path = tmp_path / "pipeline.yaml"
-    config = {
-        "name": "curated",
-        "pipeline": "heliostat.pipelines:TextPipeline",
-        "input": str(tmp_path / "in"),
-        "output": str(tmp_path / "out"),
-        "tokenizer": {"vocab_size": 400, "train_bytes": 20_000},
-        "columns": ["url"],
-        "stages": [{"stage": "minhash"}],
-        "chunk_tokens": 4000,
-        "shard_bytes": 30_000,
-    }
-    path.write_text(json.dumps(config | more))
-    return path
+    keys = {"columns": ["url"], "stages": [{"stage": "minhash"}], "chunk_tokens": 4000, "shard_bytes": 30_000}
+    return write_pipeline(tmp_path, tokenizer={"vocab_size": 400, "train_bytes": 20_000}, **keys | more)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -92,21 +82,6 @@ def test_every_document_has_a_reason(tmp_path):
     assert set(reasons.seconds(made)) == {"read", "0 minhash", "shard"}
     assert report["dropped"] == {"0 minhash: near_duplicate": told["0 minhash"]["dropped"]["near_duplicate"], "invalid_json": 6}
     assert prepare(make_yaml(tmp_path), [])["up_to_date"]
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_a_dry_run_leaves_nothing(tmp_path):
-    texts = make_input(tmp_path / "in", 1500)
-    yaml = make_yaml(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    found, again = dry_run(yaml, [], 0.3), dry_run(yaml, [], 0.3)
-    assert sorted(tmp_path.rglob("*")) == before
-    assert [row["kept"] for row in found["funnel"]] == [row["kept"] for row in again["funnel"]]
-    assert found["tokens"] == again["tokens"] and found["cpu_hours"] > 0 and found["cpus"] >= 2
-    assert found["funnel"][0]["documents"] == pytest.approx(len(texts) + 30, rel=0.1)
-    with pytest.raises(DataError, match="nothing is left of the sample"):
-        dry_run(yaml, ["min_chars=100000"], 0.3)
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def once(folder: Location, number: int, mark: str) -> dict[str, object]:
@@ -187,6 +162,7 @@ def test_actors_that_find_no_place_are_not_waited_for(tmp_path, monkeypatch, cap
         remove_placement_group(others)
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("ray_session")
 def test_kept_work_is_gone_on_with(tmp_path):
     """A changed tokenizer or new input does not read again what was read; the digest is that of a dataset made at once."""
@@ -237,9 +213,7 @@ def test_killed_at_any_moment_the_same_digest(tmp_path):
     for more in (1, 4, 8):
         run = commands.start(*command, log=log)
         try:
-            deadline = time.monotonic() + 120
-            while len(records(done)) < finished + more and run.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
+            until(lambda least=finished + more, run=run: len(records(done)) >= least or run.poll() is not None, "records")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)

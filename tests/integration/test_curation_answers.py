@@ -1,7 +1,7 @@
 """A curated dataset of real text answers for a document: its way, the steps that it trained, and a dataset without it.
 
 One story: sources of the standard library with planted duplicates are curated, a model is trained on them, one document is traced
-to the samples that it was in, and then forgotten, and another model is trained on what is left.
+to the samples that it was in, and then forgotten, and a job for another model takes what is left.
 """
 
 import json
@@ -23,10 +23,13 @@ from heliostat.runs.samples import samples
 from heliostat.storage.locations import Location
 from heliostat.tracking.models import find_run
 from heliostat.training.run import train
+from heliostat.validation.check import check, load_job
 from mlflow import MlflowClient
 
+from tests.integration.answers import ask
 from tests.integration.conftest import tiny_job
 from tests.integration.paced import PLAIN
+from tests.integration.pipelines import write_pipeline
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(900)]
 STEPS, LENGTH = 24, 64
@@ -48,13 +51,9 @@ def story(tracking: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     rows = [{"text": t, "url": f"https://example.org/{i}", "date": f"{2015 + i % 5}-01-01"} for i, t in enumerate(texts())]
     rows += [rows[0] | {"text": rows[0]["text"].replace("def ", "async def ") + rows[3]["text"]}]  # an url twice
     (folder / "in" / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pipeline = {
-        "name": "answers", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(folder / "in"),
-        "output": str(folder / "data"), "tokenizer": {"vocab_size": 512}, "chunk_tokens": 8192, "shard_bytes": 100_000,
-        "columns": ["url", "date"], "stages": [{"stage": "length", "min_words": 300}, {"stage": "minhash", "keep": "first"}],
-    }  # fmt: skip
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
-    prepare(folder / "pipeline.yaml", [])
+    stages = [{"stage": "length", "min_words": 300}, {"stage": "minhash", "keep": "first"}]
+    prepare(write_pipeline(folder, output=str(folder / "data"), tokenizer={"vocab_size": 512}, chunk_tokens=8192,
+                           shard_bytes=100_000, columns=["url", "date"], stages=stages), [])  # fmt: skip
     made = manifest.read(Location(str(folder / "data")))
     ends = [row for table in reasons.ends(made) for row in table.to_pylist()]
     return {"folder": folder, "data": str(folder / "data"), "made": made, "ends": ends, "rows": rows, "tracking": tracking}
@@ -67,13 +66,6 @@ def run(story: dict[str, Any]) -> str:
     path = story["folder"] / "job.yaml"
     path.write_text(yaml.safe_dump(job | {"name": "first"} | PLAIN))
     return train(path, [f"train.steps={STEPS}", f"checkpoint.every={STEPS}"])["run_id"]
-
-
-def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    """What a command prints with --json."""
-    capsys.readouterr()
-    app([*arguments, "--json"], standalone_mode=False)
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def ended(story: dict[str, Any], reason: str) -> list[dict[str, Any]]:
@@ -151,7 +143,8 @@ def test_a_forgotten_document_is_in_no_part_of_the_new_dataset(story, run, seen,
     assert after["shard"] is None and [r["run_id"] for r in after["runs"]] == [run], "the earlier dataset's runs saw it"
     job = tiny_job(str(tmp_path / "less"), story["tracking"], tmp_path)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"name": "second"} | PLAIN))
-    assert train(tmp_path / "job.yaml", ["train.steps=6", "checkpoint.every=6", "evaluate.every=6"])["steps"] == 6
+    checked = check(load_job(tmp_path / "job.yaml"))
+    assert [source.digest for source in checked.manifests] == [less.digest], "it can be trained on"
 
 
 def test_a_document_that_was_dropped_goes_from_the_record(story, capsys, tmp_path):

@@ -1,4 +1,7 @@
-"""Text to image in whole runs and in process groups: losses, averages, restarts, buckets, latents, exports and what they draw."""
+"""Text to image in whole runs: losses, averages, restarts, buckets, latents, exports and what they draw.
+
+Every ZeRO stage and worker count is held by the golden curves, averages at every layout by test_optimizers.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from heliostat.checkpoint import saver as checkpoint
-from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
-from heliostat.data.dataset import open_dataset, plan
-from heliostat.engine import deepspeed_engine, zero_state
-from heliostat.engine.ema import AveragedWeights
+from heliostat.engine import deepspeed_engine
 from heliostat.errors import ConfigError
 from heliostat.evaluation.losses import evaluate
 from heliostat.inference.generate import generate
@@ -31,13 +30,12 @@ from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.tracking.models import resolve
 from heliostat.training.run import train
-from heliostat.training.worker.micro_batches import BatchPlan
 from PIL import Image
 
 from tests.integration import ranks
 from tests.integration.conftest import curve
 from tests.integration.reference import plain_losses
-from tests.unit import build_images, build_index
+from tests.unit import build_images
 from tests.unit.build_images import TEXT, UNET
 from tests.unit.test_text_to_image import clip
 
@@ -75,119 +73,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_images.digits(tmp_path_factory.mktemp("digits") / "data")
 
 
-# every ZeRO stage and worker count, in process groups ----------------------------------------------------------------
-
-STAGES, WORKERS, STEPS, AFTER = (0, 1, 2, 3), (1, 2, 4), 3, 2
-ONE_LEVEL = UNET | {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-
-
-def _engine(job: Job) -> tuple[Any, TextToImage, AveragedWeights]:
+def _module(job: Job) -> torch.nn.Module:
     recipe = TextToImage(job)
     recipe.bind([manifest.read(location) for location in job.sources])
-    engine = deepspeed_engine.build_engine(job, recipe)
-    zero_state.init_optimizer_state(engine)
-    return engine, recipe, AveragedWeights(engine, 0.9)
-
-
-def _play(engine: Any, recipe: TextToImage, ema: AveragedWeights, job: Job, first: int, steps: int) -> list[float]:
-    """Trains as the loop does, without Ray; each step's loss over the global batch."""
-    made = plan(job, [manifest.read(location) for location in job.sources])
-    dataset, draws, losses = open_dataset(made), BatchPlan(job, made), []
-    rank, world, batch = dist.get_rank(), dist.get_world_size(), job.train.global_batch
-    lanes = range(rank, made.shape.lanes, world)
-    for step in range(first, first + steps):
-        content = dataset.read(dataset.order.locate(dataset.order.step(step)[list(lanes)].ravel()))
-        keys, micro, total = draws.keys(step, lanes), job.train.micro_batch, torch.zeros(())
-        for i in range(0, len(content), micro):
-            loss = recipe.loss(engine, recipe.batch(content.slice(i, micro), keys[i : i + micro])).sum
-            engine.backward(loss * (len(content) // micro * world / batch))
-            if i + micro == len(content) and not engine.zero_optimization_stage():
-                deepspeed_engine.gradient_norm(engine, job.train.grad_clip)  # which clips
-            engine.step()
-            total += loss.detach()
-        ema.update(step + 1)
-        dist.all_reduce(total)
-        losses.append(float(total) / batch)
-    return losses
-
-
-def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Runs in every rank of three process groups: each trains at every stage and saves, then goes on from another's state."""
-    world = dist.get_world_size()
-    jobs = {}
-    for stage in STAGES:
-        raw = yaml.safe_load((Path(folder) / "job.yaml").read_text())
-        raw["train"]["zero"], raw["workers"] = {"stage": stage}, {"count": world}
-        jobs[stage] = Job.model_validate(raw)
-    engines = {stage: _engine(job) for stage, job in jobs.items()}
-    for stage, (engine, recipe, ema) in engines.items():
-        losses = _play(engine, recipe, ema, jobs[stage], 0, STEPS)
-        saver = checkpoint.Saver(Location(f"{folder}/{stage}-{world}"), spec.Checkpoint(every=1), group)
-        saver.attach(zero_state.inner_optimizer(engine))
-        state = zero_state.state(engine) | ema.state()
-        saver.save(STEPS, state, build_index.facts(optimizer_steps=STEPS))
-        losses += _play(engine, recipe, ema, jobs[stage], STEPS, AFTER)
-        saver.wait()
-        batch = recipe.batch(open_dataset(plan(jobs[stage], recipe.sources)).read(
-            open_dataset(plan(jobs[stage], recipe.sources)).order.held_out(4)), np.arange(4))  # fmt: skip
-        with torch.no_grad():
-            engine.eval()
-            own = float(recipe.evaluate(engine, batch)["loss"].sum())
-            with ema.applied():
-                averaged = float(recipe.evaluate(engine, batch)["loss"].sum())
-            back = float(recipe.evaluate(engine, batch)["loss"].sum())
-            engine.train()
-        if dist.get_rank() == 0:
-            yield {"stage": stage, "losses": losses, "own": own, "averaged": averaged, "back": back}
-    everyone.wait(ranks.DEADLINE_S)
-    for stage, (engine, recipe, ema) in engines.items():
-        saved = f"{(stage + 1) % 4}-{WORKERS[(WORKERS.index(world) + 1) % 3]}"  # another stage and another worker count
-        found = checkpoint.open_checkpoint(Location(f"{folder}/{saved}"), STEPS)
-        checkpoint.load(found, zero_state.state(engine, whole=True) | ema.state(whole=True), group)
-        zero_state.after_load(engine, STEPS)
-        losses = _play(engine, recipe, ema, jobs[stage], STEPS, AFTER)
-        if dist.get_rank() == 0:
-            yield {"stage": stage, "from": saved, "continued": losses}
-
-
-@pytest.fixture(scope="module")
-def told(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("stages")
-    job = tiny_job(digits, "sqlite:////dev/null", folder, backbone=ONE_LEVEL)
-    write(folder / "job.yaml", job)
-    return folder, ranks.run(f"{__name__}:stages", WORKERS, str(folder))
-
-
-@pytest.mark.ci
-def test_every_stage_and_worker_count_gives_the_same_losses_and_averages(told) -> None:
-    """ZeRO 0 to 3 on 1, 2 and 4 workers, fp32: losses within 1e-4; what the average scores, and its every element, too."""
-    folder, rows = told
-    first = [r for r in rows if "losses" in r]
-    assert len(first) == len(STAGES) * len(WORKERS)
-    for row in first:
-        assert row["losses"] == pytest.approx(first[0]["losses"], abs=1e-4)
-        assert row["averaged"] == pytest.approx(first[0]["averaged"], abs=1e-3)
-        assert row["back"] == row["own"] != row["averaged"], "the weights come back bit by bit, and the average is another"
-    found = {p.name: checkpoint.open_checkpoint(Location(str(p)), STEPS) for p in folder.iterdir() if p.is_dir()}
-    reference = found["0-1"]
-    names = reference.names("ema")
-    assert names == reference.names("master") and len(found) == 12
-    for name in names:
-        whole = reference.read(f"ema.{name}")
-        for other in found.values():
-            assert torch.allclose(other.read(f"ema.{name}"), whole, atol=2e-4), name
-    assert any(not torch.allclose(reference.read(f"ema.{n}"), reference.read(f"master.{n}"), atol=1e-4) for n in names)
-
-
-@pytest.mark.ci
-def test_a_run_goes_on_from_another_stage_and_worker_counts_state(told) -> None:
-    """Masters, moments and averages are resharded: the next losses are the unbroken run's."""
-    _, rows = told
-    unbroken = next(r for r in rows if "losses" in r)["losses"][STEPS:]
-    continued = [r for r in rows if "continued" in r]
-    assert len(continued) == 12
-    for row in continued:
-        assert row["continued"] == pytest.approx(unbroken, abs=1e-4), row["from"]
+    return deepspeed_engine.build_engine(job, recipe).module
 
 
 def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
@@ -197,13 +86,12 @@ def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
     for backbone in ("UNET", "PIXART"):
         raw = yaml.safe_load((Path(folder) / "job.yaml").read_text())
         raw["model"]["backbone"] = getattr(build_images, backbone)
-        whole, divided = (
-            _engine(Job.model_validate({**raw, "train": {**raw["train"], "zero": {"stage": s}}}))[0] for s in (0, 3)
-        )
-        with deepspeed.zero.GatheredParameters(list(divided.module.parameters())):
-            pairs = zip(whole.module.named_parameters(), divided.module.parameters(), strict=True)
+        jobs = (Job.model_validate({**raw, "train": {**raw["train"], "zero": {"stage": s}}}) for s in (0, 3))
+        whole, divided = map(_module, jobs)
+        with deepspeed.zero.GatheredParameters(list(divided.parameters())):
+            pairs = zip(whole.named_parameters(), divided.parameters(), strict=True)
             far = {name: float((a - b.view_as(a)).abs().max()) for (name, a), b in pairs}
-        zeros = sum(not p.any() for n, p in whole.module.named_parameters() if n.endswith("weight"))
+        zeros = sum(not p.any() for n, p in whole.named_parameters() if n.endswith("weight"))
         yield {"backbone": backbone, "far": max(far.values()), "parameters": len(far), "zeros": zeros}
 
 

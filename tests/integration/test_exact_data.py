@@ -2,16 +2,11 @@
 
 import json
 import shutil
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
-import yaml
-from heliostat.checkpoint import layout
 from heliostat.data import manifest
 from heliostat.data.index import index
 from heliostat.errors import ConfigError, DataError, HeliostatError
@@ -19,47 +14,25 @@ from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.training.run import train
 
-from tests.integration.conftest import UNBROKEN_STEPS, curve
-from tests.integration.paced import PACED_PLAIN, PLAIN
+from tests.integration import strikes
+from tests.integration.conftest import curve
+from tests.integration.paced import PACED_PLAIN
+from tests.integration.strikes import STEPS, run_folder, saved
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-STEPS = UNBROKEN_STEPS
-
 
 def settings(workers: int, **changes: Any) -> list[str]:
-    made = {**PLAIN, "workers.count": workers, "train.steps": STEPS, "checkpoint.every": 5, "evaluate.every": STEPS}
-    return [f"{k}={json.dumps(v)}" for k, v in {**made, **changes}.items()]
-
-
-def run_folder(path: Path) -> Location:
-    job = yaml.safe_load(path.read_text())
-    return Location(job["storage"]).join(job["name"])
+    return strikes.settings(**{"workers.count": workers, "checkpoint.every": 5, **changes})
 
 
 def train_and_kill(path: Path, after: int, options: list[str]) -> None:
     """Trains until a checkpoint of step `after` or later is there, then kills every worker at once."""
-
-    def killer() -> None:
-        deadline = time.monotonic() + 150
-        while not any(s >= after and complete(folder, s) for s in layout.steps(folder)):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.02)
-        for process in psutil.Process().children(recursive=True):
-            if process.name().startswith("ray::TrainWorke"):
-                process.kill()
-
     folder = run_folder(path)
-    thread = threading.Thread(target=killer, daemon=True)
-    thread.start()
+    thread = strikes.when((lambda: saved(folder) >= after, lambda: strikes.kill(*strikes.workers())))
     with pytest.raises(HeliostatError):
         train(path, options, resume=True)
     thread.join(5)
-
-
-def complete(folder: Location, step: int) -> bool:
-    return layout.folder(folder, step).join(layout.INDEX).exists()
 
 
 def test_a_run_killed_and_resized_again_and_again_trains_on_the_same_samples(job_file, tracking, unbroken):

@@ -14,6 +14,7 @@ from heliostat.curation import reasons
 from heliostat.data import manifest
 from heliostat.storage.locations import Location
 
+from tests.integration.pipelines import write_pipeline
 from tests.unit.build_images import image
 from tests.unit.build_tls import NAMED, UNNAMED, Secure, signed
 from tests.unit.test_fetching import running
@@ -64,10 +65,9 @@ def test_a_list_is_fetched_over_tls_on_two_nodes_and_goes_on_where_its_driver_wa
              {"url": server.url("/1.png", UNNAMED), "caption": "of a host that the certificate does not name"}]  # fmt: skip
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pipeline = {"name": "x", "pipeline": "heliostat.pipelines:ImagePipeline", "input": str(tmp_path / "in"),
-                "output": str(tmp_path / "out"), "resolution": 16, "stages": [{"stage": "length", "min_chars": 1}],
-                "columns": {"others": ["url"]}, "fetch": {"per_second": 15, "private": True, "retries": 0}}  # fmt: skip
-    (tmp_path / "pipeline.yaml").write_text(json.dumps(pipeline))
+    fetch = {"per_second": 15, "private": True, "retries": 0}
+    write_pipeline(tmp_path, "ImagePipeline", resolution=16, stages=[{"stage": "length", "min_chars": 1}],
+                   columns={"others": ["url"]}, fetch=fetch)  # fmt: skip
     (tmp_path / "cluster").mkdir()
     with LocalNodes(tmp_path / "cluster", 2, 1) as nodes:
         assert prepared(tmp_path, server, nodes, killed_after=150) == {}

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,10 +15,12 @@ from heliostat.inference.batch import run
 from heliostat.inference.batch.tasks import BatchSettings
 
 from tests.integration import commands
+from tests.unit import command_line
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
 from tests.unit.build_model import texts
 from tests.unit.test_batch_tasks import ask, clip, png, write_classifier, write_writer  # noqa: F401 (a fixture)
+from tests.waiting import until
 
 COUNT = 1000
 OPTIONS = {"max_tokens": 4, "temperature": 0.7}
@@ -28,14 +29,6 @@ OPTIONS = {"max_tokens": 4, "temperature": 0.7}
 def answers(out: Path) -> list[dict]:
     record = json.loads((out / run.RECORD).read_text())
     return [row for one in record["answers_in"] for row in pq.read_table(out / one["file"]).to_pylist()]
-
-
-def wait_for(what, seconds: float = 120.0):
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.05)
-    return found
 
 
 def test_a_killed_driver_and_a_killed_worker_change_no_answer(ray_session, tmp_path):
@@ -50,7 +43,7 @@ def test_a_killed_driver_and_a_killed_worker_change_no_answer(ray_session, tmp_p
     words = ["infer", str(model), "--input", str(asked), "--out", str(out), "--keep", "n", "--max-tokens", "4"]
     driver = commands.start(*words, "--temperature", "0.7", log=tmp_path / "driver.log", RAY_ADDRESS="")
     try:
-        wait_for(lambda: len(list((out / run.WORK).glob("done/infer/*.json"))) >= 2)
+        until(lambda: len(list((out / run.WORK).glob("done/infer/*.json"))) >= 2, "two pieces")
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait(60)
@@ -94,13 +87,7 @@ def test_chats_classes_and_images_are_answered_once_by_workers_of_which_one_is_k
     listed = [json.dumps({"file_name": f"{i:02d}.png", "text": ""}) for i in range(21)]
     (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(listed))
     asked = {
-        "chat": (
-            write_writer(tmp_path / "writer"),
-            "chats.jsonl",
-            BatchSettings(task="chat", keep=["n"], options=OPTIONS),
-            COUNT,
-            1,
-        ),
+        "chat": (write_writer(tmp_path / "writer"), "chats.jsonl", BatchSettings("chat", keep=["n"], options=OPTIONS), COUNT, 1),
         "classify": (write_classifier(tmp_path / "classifier"), "texts.jsonl", BatchSettings(task="classify"), 60, 0),
         "embed-images": (clip, "images", BatchSettings(task="embed-images"), 20, 1),
     }
@@ -128,16 +115,16 @@ def test_chats_classes_and_images_are_answered_once_by_workers_of_which_one_is_k
         assert len(written) / 2 < read["documents"] <= len(written), task  # of equal texts one is kept
 
 
-def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path):
+def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     """One line each, before Ray starts: an option of another task, and an output that is not empty."""
     model = write_model(tmp_path, BASE["model"])
     asked = tmp_path / "in.jsonl"
     asked.write_text('{"text": "a"}\n')
 
     def said(*more: str) -> str:
-        done = commands.run("infer", str(model), "--input", str(asked), *more, log=tmp_path / "log")
-        assert done.returncode == 2 and len(done.err.strip().splitlines()) == 1
-        return done.err
+        code, _, error = command_line.run(monkeypatch, capsys, "infer", str(model), "--input", str(asked), *more)
+        assert code == 2 and len(error.strip().splitlines()) == 1
+        return error
 
     assert "--max-tokens: goes with --task continue or chat, not with score" in said(
         "--out", str(tmp_path / "out"), "--task", "score", "--max-tokens", "3"

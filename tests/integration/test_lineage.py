@@ -4,7 +4,6 @@ One story, told once: a model is trained on a dataset of several shards; a worke
 resumed on fewer workers, and registers its model. Another model is fine-tuned from it, and then trained again from its record.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import pytest
 import yaml
 from heliostat.chaos.process import workers
 from heliostat.checkpoint import layout
-from heliostat.cli.main import app
 from heliostat.cluster.processes import end_tree
 from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
@@ -33,9 +31,10 @@ from heliostat.training.run import train
 from mlflow import MlflowClient
 
 from tests.integration import commands
+from tests.integration.answers import ask
 from tests.integration.conftest import curve, tiny_job
 from tests.integration.paced import PACED
-from tests.integration.test_survival import saved
+from tests.integration.strikes import saved
 
 pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(1800)]
 
@@ -53,13 +52,6 @@ class Story:
     killed: dict[str, Any]  # the row of `heliostat runs` after the driver's death
     base: dict[str, Any]
     tuned: dict[str, Any]
-
-
-def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    """What a command prints with --json."""
-    capsys.readouterr()
-    app([*arguments, "--json"], standalone_mode=False)
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def write(folder: Path, tracking: str, data: str, name: str, **changes: Any) -> Path:

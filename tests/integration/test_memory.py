@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import threading
-import time
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 from heliostat.config.spec import Workers
@@ -22,40 +18,20 @@ from heliostat.training.driver.pool import WorkerPool
 from heliostat.training.memory_keeper import CopyFacts, summed
 from heliostat.training.run import train
 
-from tests.integration.conftest import UNBROKEN_STEPS, curve
+from tests.integration.conftest import curve
 from tests.integration.paced import PACED_PLAIN, PLAIN
-from tests.integration.test_exact_data import run_folder
-from tests.integration.test_survival import actors, settings, workers
+from tests.integration.strikes import STEPS, actors, kill, run_folder, settings, when, workers
 from tests.unit.build_job import job
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-class Strike(threading.Thread):
-    """Kills processes each time that the run has got to a step, as its ledger tells."""
-
-    def __init__(self, folder: Location, at: dict[int, Any]) -> None:
-        super().__init__(daemon=True)
-        self.folder, self.at = folder, at
-        self.start()
-
-    def run(self) -> None:
-        for step, victims in self.at.items():
-            deadline = time.monotonic() + 150
-            while self.reached() < step and time.monotonic() < deadline:
-                time.sleep(0.05)
-            for process in victims():
-                process.send_signal(signal.SIGKILL)
-
-    def reached(self) -> int:
-        try:
-            return max((a.reached for a in goodput.read(self.folder)), default=0)
-        except Exception:  # noqa: BLE001 (a file that is just being written)
-            return 0
-
-
-def keepers() -> list[psutil.Process]:
-    return actors("MemoryKeeper")
+def reached(folder: Location) -> int:
+    """The step that a run has got to, as its ledger says."""
+    try:
+        return max((a.reached for a in goodput.read(folder)), default=0)
+    except Exception:  # noqa: BLE001 (a file that is just being written)
+        return 0
 
 
 @pytest.mark.ci
@@ -64,13 +40,14 @@ def test_a_killed_worker_costs_no_more_steps_than_between_two_copies_in_memory(j
     monkeypatch.setattr("heliostat.runs.time_ledger.EVERY_S", 0.1)
     path = job_file("remembered")
     folder = run_folder(path)
-    strike = Strike(folder, {27: lambda: workers()[-1:], 48: lambda: [*keepers(), *workers()[-1:]]})
+    strike = when((lambda: reached(folder) >= 27, lambda: kill(*workers()[-1:])),
+                  (lambda: reached(folder) >= 48, lambda: kill(*actors("MemoryKeeper"), *workers()[-1:])))  # fmt: skip
     result = train(path, settings(**PACED_PLAIN, **{"checkpoint.every": 20, "checkpoint.memory_every": 3}))
     strike.join(10)
-    assert result["restarts"] == 2 and result["steps"] == UNBROKEN_STEPS
+    assert result["restarts"] == 2 and result["steps"] == STEPS
     assert curve(tracking, result["run_id"]) == unbroken[1], "to the last bit"
     report = verify(folder)
-    assert report["ok"] and report["steps"] == UNBROKEN_STEPS and report["lost"] == report["repeated"] == 0
+    assert report["ok"] and report["steps"] == STEPS and report["lost"] == report["repeated"] == 0
     first, second, third = goodput.read_report(folder)["attempts"]
     assert second["start_step"] % 3 == 0 and second["start_step"] > 20
     assert 0 <= first["reached"] - second["start_step"] <= 3 + 1  # the copy of the last multiple may be on its way

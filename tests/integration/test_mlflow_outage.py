@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mlflow import MlflowClient
 
 from tests.integration import commands
 from tests.integration.conftest import curve, empty_store
+from tests.waiting import until
 
 REPORT: dict[str, Any] = {"total_s": 1.0, "goodput": 1.0, "worker_hours": 0.1}
 
@@ -81,13 +81,6 @@ def ended(first: int, last: int) -> dict[str, Any]:
     bar = {"parts": dict.fromkeys(PARTS, 1.0), "before": {}, "reached": last, "start_step": first - 1, "started": time.time(),
            "seconds": 1.0, "workers": 2, "outcome": "finished", "reason": "", "restart": False}  # fmt: skip
     return {**REPORT, "parts": dict.fromkeys(PARTS, 1.0), "attempts": [bar]}
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 def run_of(folder: Location) -> str:

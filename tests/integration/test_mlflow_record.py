@@ -165,6 +165,13 @@ def save(run: Location, step: int, written: float = 1.0) -> None:
     folder(run, step).join(INDEX).write(encode(facts))
 
 
+def opened(tmp_path: Path, tracking: str, name: str, told: dict[str, str] | None = None) -> tuple[Any, Location, str, str]:
+    """(client, folder, experiment, run id) of a new run."""
+    client = MlflowClient(tracking_uri=tracking)
+    experiment = mlflow_client.experiment(client, tracking, name)
+    return client, Location(str(tmp_path / "run")), experiment, client.create_run(experiment, tags=told).info.run_id
+
+
 def shown(client: Any, experiment: str, run_id: str) -> list[str]:
     """Names of the logged models that the UI lists."""
     found = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
@@ -172,9 +179,7 @@ def shown(client: Any, experiment: str, run_id: str) -> list[str]:
 
 
 def test_a_checkpoint_that_retention_removed_is_not_listed_any_more_and_still_known(tmp_path, tracking):
-    client, run = MlflowClient(tracking_uri=tracking), Location(str(tmp_path / "run"))
-    experiment = mlflow_client.experiment(client, tracking, "pruned")
-    run_id = client.create_run(experiment, tags={tags.SOURCE_NAME: "jobs/mine.yaml"}).info.run_id
+    client, run, experiment, run_id = opened(tmp_path, tracking, "pruned", {tags.SOURCE_NAME: "jobs/mine.yaml"})
     one = Checkpoints(run_id, experiment, run)
     for step in (10, 20, 30):
         save(run, step)
@@ -198,9 +203,7 @@ def test_a_checkpoint_that_retention_removed_is_not_listed_any_more_and_still_kn
 
 def test_where_nobody_may_delete_a_gone_checkpoint_is_marked_once_and_the_run_goes_on(tmp_path, tracking, caplog):
     """As on a server with logins, in an experiment that somebody else has made."""
-    client, run = MlflowClient(tracking_uri=tracking), Location(str(tmp_path / "run"))
-    experiment = mlflow_client.experiment(client, tracking, "denied")
-    run_id = client.create_run(experiment).info.run_id
+    client, run, experiment, run_id = opened(tmp_path, tracking, "denied")
     asked = []
 
     def refused(model_id: str) -> None:
@@ -223,9 +226,7 @@ def test_where_nobody_may_delete_a_gone_checkpoint_is_marked_once_and_the_run_go
 
 
 def test_a_checkpoint_that_was_made_again_is_another_one_and_takes_the_first_ones_place(tmp_path, tracking):
-    client, run = MlflowClient(tracking_uri=tracking), Location(str(tmp_path / "run"))
-    experiment = mlflow_client.experiment(client, tracking, "again")
-    run_id = client.create_run(experiment).info.run_id
+    client, run, experiment, run_id = opened(tmp_path, tracking, "again")
     one = Checkpoints(run_id, experiment, run)
     save(run, 10)
     one.sync(client)
@@ -239,9 +240,7 @@ def test_a_checkpoint_that_was_made_again_is_another_one_and_takes_the_first_one
 
 def test_checkpoints_of_a_run_that_an_earlier_version_recorded_are_read_and_tidied(tmp_path, tracking):
     """It marked what was gone with a tag, and called other tags and the scores otherwise."""
-    client, run = MlflowClient(tracking_uri=tracking), Location(str(tmp_path / "run"))
-    experiment = mlflow_client.experiment(client, tracking, "older")
-    run_id = client.create_run(experiment).info.run_id
+    client, run, experiment, run_id = opened(tmp_path, tracking, "older")
     save(run, 20)
     for step, deleted in ((10, "true"), (20, "false")):
         told = {"step": str(step), "uri": str(folder(run, step)), "written": "1.0", "deleted": deleted, "logged": "true",

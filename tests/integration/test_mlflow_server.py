@@ -25,6 +25,7 @@ from heliostat.training.run import train
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from tests import stores
 from tests.integration.conftest import curve
 
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
@@ -88,7 +89,7 @@ def server(
 ) -> Iterator[ServerProcess]:
     """`mlflow server` as the docs start it."""
     folder = tmp_path_factory.mktemp("server")
-    boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1").create_bucket(Bucket="mlflow")
+    stores.bucket(s3_server, "mlflow")
     config = configparser.ConfigParser()
     config["mlflow"] = {
         "default_permission": "NO_PERMISSIONS",

@@ -9,7 +9,6 @@ HELIOSTAT_SCREENSHOTS, or pytest's folder.
 import getpass
 import io
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +27,9 @@ from heliostat.tune.driver import tune
 from mlflow import MlflowClient
 from PIL import Image
 
-from tests.integration.browser import MISSING, chromium
+from tests.integration.browser import MISSING, chromium, shots
 from tests.integration.test_tune import grid, sweep_file
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,7 +75,7 @@ def server(tracking: str, browser: Any, tmp_path: Path) -> Iterator[ServerProces
     told = ui.environment(tracking, "127.0.0.1", keys)
     with ServerProcess(ui.command("127.0.0.1", "PORT"), "/health", tmp_path / "ui.log", told) as running:
         browser.get(f"http://{running.endpoint}/#key={KEY}")
-        until(lambda: "Enter a key" not in said(browser, None), "the UI behind the key", lambda: said(browser, None))
+        until(lambda: "Enter a key" not in said(browser, None), "the UI behind the key", said=lambda: said(browser, None))
         yield running
 
 
@@ -83,18 +83,9 @@ def server(tracking: str, browser: Any, tmp_path: Path) -> Iterator[ServerProces
 def look(server: ServerProcess, browser: Any, tmp_path: Path) -> Callable[..., None]:
     """Opens a page, presses a button or searches for charts there, waits for the texts that it must show, sees that it shows
     none of others, and keeps a picture of it under the name."""
-    shots = Path(os.environ.get("HELIOSTAT_SCREENSHOTS", tmp_path))
 
-    def look_(
-        path: str,
-        name: str,
-        *texts: str,
-        absent: tuple[str, ...] = (),
-        frame: str | None = None,
-        picture: bool = False,
-        press: str = "",
-        charts: str = "",
-    ) -> None:
+    def look_(path: str, name: str, *texts: str, absent: tuple[str, ...] = (), frame: str | None = None, picture: bool = False,
+              press: str = "", charts: str = "") -> None:  # fmt: skip
         browser.get("about:blank")
         browser.get(f"http://{server.endpoint}/#{path}")
         if press:
@@ -102,15 +93,16 @@ def look(server: ServerProcess, browser: Any, tmp_path: Path) -> Callable[..., N
         if charts:
             there(browser, "input[placeholder='Search metric charts']").send_keys(charts)
         for text in texts:
-            until(lambda t=text: t.lower() in said(browser, frame).lower(), f"{text!r} at {path}", lambda: said(browser, frame))
+            shown = lambda t=text: t.lower() in said(browser, frame).lower()  # noqa: E731
+            until(shown, f"{text!r} at {path}", said=lambda: said(browser, frame))
         if picture:
-            until(lambda: any(w and w >= 32 for w in picture_widths(browser)), "a picture", lambda: str(picture_widths(browser)))
+            until(lambda: any(w and w >= 32 for w in widths(browser)), "picture", said=lambda: str(widths(browser)))
         time.sleep(1.0)  # charts are drawn late, and so is the assistant
         for shut in browser.find_elements("css selector", "button[data-component-id='mlflow.assistant.chat_panel.close']"):
             shut.click()
             time.sleep(1.0)
         assert [text for text in absent if text.lower() in said(browser, frame).lower()] == []
-        file = shots / f"mlflow-{name}.png"
+        file = shots(tmp_path) / f"mlflow-{name}.png"
         browser.save_screenshot(str(file))
         Image.open(file).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(file, optimize=True)
 
@@ -162,7 +154,7 @@ def test_the_ui_shows_a_sweep_its_trials_its_plots_and_their_comparison(look, co
 
 
 def there(browser: Any, selector: str) -> Any:
-    until(lambda: bool(browser.find_elements("css selector", selector)), selector, lambda: said(browser, None))
+    until(lambda: browser.find_elements("css selector", selector), selector, said=lambda: said(browser, None))
     return browser.find_element("css selector", selector)
 
 
@@ -182,12 +174,5 @@ def said(browser: Any, frame: str | None) -> str:
         browser.switch_to.default_content()
 
 
-def picture_widths(browser: Any) -> list[int]:
+def widths(browser: Any) -> list[int]:
     return browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
-
-
-def until(condition: Callable[[], bool], what: str, state: Callable[[], str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} is not there; the page says {state()[:2000]}"
-        time.sleep(0.3)

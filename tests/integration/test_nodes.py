@@ -5,7 +5,6 @@ Chaos on the same machine cannot cut a network; here each node is a network name
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +18,16 @@ from heliostat.training.run import train
 
 from tests.integration import hosts
 from tests.integration.conftest import curve, tiny_job
+from tests.integration.network import why_not
+from tests.waiting import until
 
 STEPS = 300  # some 60 are made while a node starts on a fast machine
 TRAIN = [sys.executable, "-c", "from heliostat.cli.main import main; main()", "train"]
+WHY = why_not()
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(hosts.why_not()), reason=str(hosts.why_not())),
+    pytest.mark.skipif(bool(WHY), reason=WHY),
     pytest.mark.timeout(1800),  # minutes, on a machine that is not busy
 ]
 
@@ -55,11 +57,7 @@ class Driver:
         return self.log.read_text()
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 150
-        while not condition():
-            assert self.process.poll() is None, f"ended before {what}: {self.text()[-3000:]}"
-            assert time.monotonic() < deadline, f"no {what}: {self.text()[-3000:]}"
-            time.sleep(0.1)
+        until(condition, what, 150, lambda: self.process.poll() is None, self.text)
 
     def steps_made(self) -> list[int]:
         return [int(found) for found in STEP.findall(self.text())]
@@ -90,7 +88,7 @@ def test_a_run_outlives_a_drained_a_killed_and_a_cut_off_node(job, tracking, tmp
         driver = Driver(first, path, tmp_path / "driver.log")
         try:
             driver.gets_on(8)
-            console.drain(third, 60)
+            console.drain(third.address, 60)
             driver.until(lambda: (2, None) in attempts(run), "an attempt of two workers")
             third.kill()  # its provider takes it
             driver.gets_on()

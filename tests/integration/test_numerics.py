@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import torch
 from heliostat.config.spec import Job
 
 from tests.golden import data
-from tests.integration import selection, trials
+from tests.integration import commands, selection, trials
 from tests.unit import build_job
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {  # most as wide as their classes' defaults: the check itself cuts them
@@ -47,15 +44,9 @@ def made(name: str, documents: Path, **changes: Any) -> Job:
 
 @pytest.fixture(scope="module")
 def concluded(request, documents, tmp_path_factory) -> dict[str, dict[str, Any]]:
-    jobs = [
-        made(
-            arch.replace("_", "-"),
-            documents,
-            **{"model": {"arch": arch, "num_hidden_layers": 2, **EXTRA.get(arch, {})}, **changes},
-        )
-        for arch, changes in ARCHITECTURES.items()
-        if arch in selection.asked(request, "arch")
-    ]
+    asked = selection.asked(request, "arch")
+    models = {arch: {"arch": arch, "num_hidden_layers": 2, **EXTRA.get(arch, {})} for arch in asked}
+    jobs = [made(arch.replace("_", "-"), documents, model=model, **ARCHITECTURES[arch]) for arch, model in models.items()]
     return trials.run(jobs, tmp_path_factory.mktemp("architectures"))
 
 
@@ -212,21 +203,13 @@ def test_an_optimizer_that_errs_is_found_by_its_updates_alone(faulty) -> None:
 
 
 def test_the_command_prints_one_object_and_leaves_no_process_behind(documents, tmp_path) -> None:
-    path = build_job.write(
-        tmp_path,
-        **{
-            "data.sources": [{"path": str(documents)}],
-            "train.precision": "fp32",
-            "workers.count": 2,
-            "storage": str(tmp_path / "runs"),
-            "mlflow.uri": f"sqlite:///{tmp_path}/mlflow.db",
-        },
-    )
+    changes = {"train.precision": "fp32", "workers.count": 2, "mlflow.uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    changes |= {"data.sources": [{"path": str(documents)}], "storage": str(tmp_path / "runs")}
+    path = build_job.write(tmp_path, **changes)
     (spool := tmp_path / "tmp").mkdir()
-    command = [sys.executable, "-m", "heliostat", "check", str(path), "--numerics", "--json"]
-    env = {**os.environ, "TMPDIR": str(spool), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])["numerics"]
+    env = {"TMPDIR": str(spool), "OMP_NUM_THREADS": "1"}
+    done = commands.run("check", str(path), "--numerics", "--json", log=tmp_path / "log", **env)
+    assert done.returncode == 0, done.err
+    found = json.loads(done.out.splitlines()[-1])["numerics"]
     assert found["ok"] and {row["faults"] for row in found["rows"]} == {0}
     assert not list(spool.glob("heliostat-numerics-*")) and not (tmp_path / "runs").exists()

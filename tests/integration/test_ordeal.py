@@ -32,8 +32,8 @@ UNTIL_S = 150.0
 class Here:
     """This machine, as a host from which the cluster is told what is to come."""
 
-    def __init__(self, environment: dict[str, str], address: str) -> None:
-        self._environment, self.address = environment, address
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._environment = environment
 
     def run(self, command: list[str], **options: Any) -> subprocess.Popen:
         return subprocess.Popen(command, env={**os.environ, **self._environment}, **options)
@@ -64,7 +64,7 @@ class Ordeal:
 
     def drain(self, console: Console) -> None:
         leaving = next(node for node in self.nodes.nodes if node.workers())
-        console.drain(Here({}, leaving.address), 60)  # type: ignore[arg-type]
+        console.drain(leaving.address, 60)
         self.has(2)
         leaving.kill()
         self.nodes.nodes.remove(leaving)
@@ -83,7 +83,7 @@ def test_a_run_resized_five_times_without_three_workers_a_node_and_its_driver_ve
     elastic = {"workers": {"count": [2, 3], "placement": "strict_spread"}, **PACED}
     path.write_text(yaml.safe_dump({**job, "name": "ordeal", **elastic}))
     with LocalNodes(tmp_path, 3, 3) as nodes, Command([str(path)], tmp_path / "log", nodes.environment) as command:
-        console = Console(Here(nodes.environment, nodes.address))  # type: ignore[arg-type]
+        console = Console(Here(nodes.environment))  # type: ignore[arg-type]
         ordeal = Ordeal(command, run, nodes)
         command.until(lambda: command.step > 5, UNTIL_S, "the first steps")
         ordeal.kill_worker()

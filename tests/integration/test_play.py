@@ -1,29 +1,27 @@
 """`heliostat play` as a command, and the endpoint on real Ray Serve with a model that draws beside an index."""
 
-import subprocess
-import sys
-
 import openai
 import psutil
 import pytest
 import requests
+from heliostat.cluster.processes import free_port
 
-from tests.integration.endpoint import Running, free_port
+from tests.integration.endpoint import family, started
+from tests.unit import command_line
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
 from tests.unit.test_play import documents, painter  # noqa: F401 (fixtures)
 
 
-def test_the_command_opens_a_page_on_loopback_with_a_key_of_its_owner_alone(tmp_path):
+def test_the_command_opens_a_page_on_loopback_with_a_key_of_its_owner_alone(tmp_path, monkeypatch, capsys):
     model, port = write_model(tmp_path, BASE["model"], 64), free_port()
-    page = Running(tmp_path, "play", str(model), "--port", str(port))
+    process, log = started(tmp_path, "the page is at", "play", str(model), "--port", str(port))
     try:
-        told = page.said("the page is at")
         keys = tmp_path / ".heliostat/play/keys"
         key = keys.read_text().strip()
-        assert keys.stat().st_mode & 0o777 == 0o600 and key not in told  # its output is a file
-        assert f"http://127.0.0.1:{port}/; it asks for a key, one of those in .heliostat/play/keys" in told
-        processes = page.processes()
+        assert keys.stat().st_mode & 0o777 == 0o600 and key not in log.read_text()  # its output is a file
+        assert f"http://127.0.0.1:{port}/; it asks for a key, one of those in .heliostat/play/keys" in log.read_text()
+        processes = family(process)
         listening = {c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
         assert listening == {"127.0.0.1"} and len(processes) == 1
         assert "<title>heliostat play</title>" in requests.get(f"http://127.0.0.1:{port}/", timeout=60).text
@@ -31,20 +29,20 @@ def test_the_command_opens_a_page_on_loopback_with_a_key_of_its_owner_alone(tmp_
         stream = client.completions.create(model="model", prompt="a", max_tokens=5, stream=True, temperature=0)
         assert "".join(piece.choices[0].text for piece in stream)
     finally:
-        code = page.stop()
+        code = stopped(process)
     assert code == 130
-    again = [sys.executable, "-m", "heliostat", "play", *("--port", str(port))]
-    done = subprocess.run(again, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert (done.returncode, done.stderr.strip()) == (2, "error: MODEL: give a model, an index with --index, or both")
+    capsys.readouterr()
+    code, _, error = command_line.run(monkeypatch, capsys, "play", "--port", str(port))
+    assert (code, error.strip()) == (2, "error: MODEL: give a model, an index with --index, or both")
 
 
 @pytest.mark.slow
 def test_the_endpoint_on_ray_draws_and_searches(painter, documents, tmp_path):  # noqa: F811
     port = free_port()
     command = ["serve", str(painter), "--index", str(documents), "--port", str(port), "--no-keys", "--name", "digits"]
-    served = Running(tmp_path, *command)
+    process, log = started(tmp_path, "is served at", *command)
     try:
-        assert "digits and code-index is served at" in served.said("is served at")
+        assert "digits and code-index is served at" in log.read_text()
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
         assert [one.id for one in client.models.list()] == ["digits", "code-index"]
         asked = {"model": "digits", "prompt": "the digit two", "extra_body": {"seed": 3, "steps": 2}}
@@ -57,5 +55,5 @@ def test_the_endpoint_on_ray_draws_and_searches(painter, documents, tmp_path):  
         told = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
         assert 'heliostat_images_total{key="anybody"} 3.0' in told
     finally:
-        code = served.stop()
+        code = stopped(process)
     assert code == 130

@@ -3,15 +3,10 @@
 Debian: chromium, chromium-driver; pip: heliostat[browser-test]. Pictures go to HELIOSTAT_SCREENSHOTS, or pytest's folder.
 """
 
-import base64
-import os
-import time
-from pathlib import Path
-
 import pytest
 import transformers
 
-from tests.integration.browser import MISSING, chromium
+from tests.integration.browser import MISSING, loaded, picture, screen, shots
 from tests.integration.endpoint import TEMPLATE
 from tests.unit.build_document_index import CORPUS, index, write_dataset
 from tests.unit.page import KEY, client, opened
@@ -19,6 +14,7 @@ from tests.unit.test_filling import PREFIX, SUFFIX, export
 from tests.unit.test_infilling import KEYS as ARRANGED
 from tests.unit.test_infilling import make, pages, published  # noqa: F401 (a fixture)
 from tests.unit.test_play import painter  # noqa: F401 (a fixture)
+from tests.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
@@ -41,29 +37,26 @@ def able(pages, tmp_path_factory):  # noqa: F811
 @pytest.fixture
 def open_(request, tmp_path):
     """Opens a page on a screen so wide, light or dark; at the end a picture is taken, and nothing may have gone wrong in it."""
-    shots, screens = Path(os.environ.get("HELIOSTAT_SCREENSHOTS", tmp_path)), []
+    screens = []
 
     def look(url: str, width: int, scheme: str) -> Screen:
         screens.append(Screen(url, width, scheme))
         return screens[-1]
 
     yield look
-    for number, screen in enumerate(screens):
+    for number, one in enumerate(screens):
         try:
-            screen.picture(shots / f"{request.node.name}-{number}.png")
+            picture(one.driver, shots(tmp_path) / f"{request.node.name}-{number}.png")
+            assert not [name for name in loaded(one.driver) if not name.startswith(one.url.partition("#")[0])]
         finally:
-            screen.driver.quit()
+            one.driver.quit()
 
 
 class Screen:
     """A browser, and what a person does with it."""
 
     def __init__(self, url: str, width: int, scheme: str) -> None:
-        self.driver, self.width, self.url = chromium(width, 900), width, url
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        self.driver, self.url = screen(width, scheme), url
         self.driver.get(url)
 
     def one(self, selector: str):
@@ -72,12 +65,8 @@ class Screen:
     def all(self, selector: str) -> list:
         return self.driver.find_elements("css selector", selector)
 
-    def until(self, what, seconds: float = 60):
-        deadline = time.monotonic() + seconds
-        while not (found := what()):
-            assert time.monotonic() < deadline, self.one("body").text
-            time.sleep(0.05)
-        return found
+    def until(self, condition):
+        return until(condition, "such page", 60, said=lambda: self.one("body").text)
 
     def tabs(self) -> list[str]:
         self.until(lambda: self.all("[role=tab]"))
@@ -101,18 +90,6 @@ class Screen:
 
     def error(self, section: str) -> str:
         return self.until(lambda: self.one(f"#{section} .error").text)
-
-    def loaded(self) -> set[str]:
-        script = "return performance.getEntriesByType('resource').map(e => e.name)"
-        return {name for name in self.driver.execute_script(script) if not name.startswith("data:")}
-
-    def picture(self, place: Path) -> None:
-        height = self.driver.execute_script("return document.documentElement.scrollHeight")
-        clip = {"x": 0, "y": 0, "width": self.width, "height": height, "scale": 1}
-        taken = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-        place.write_bytes(base64.b64decode(taken["data"]))
-        assert self.driver.execute_script("return document.documentElement.scrollWidth") <= self.width
-        assert not [name for name in self.loaded() if not name.startswith(self.url.partition("#")[0])]
 
 
 @pytest.mark.parametrize(("width", "scheme"), SIZES)

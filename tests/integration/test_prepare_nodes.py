@@ -16,6 +16,7 @@ from heliostat.curation import linear
 
 from tests.benchmarks.broken.rounds import at_work
 from tests.benchmarks.prepare_chaos import make_input
+from tests.integration.pipelines import write_pipeline
 
 pytestmark = pytest.mark.ci
 
@@ -41,11 +42,8 @@ def prepared(folder: Path, given: Path, nodes: LocalNodes, lose, stages=STAGES) 
     """Prepares the input; as soon as the last node runs a task, loses something of it. Returns (digest, addresses of the nodes
     that ran tasks, whether something was lost)."""
     folder.mkdir()
-    pipeline = {"name": "nodes", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(given), "output": f"{folder}/out",
-                "stages": stages, "memory_limit": 100_000_000,
-                "tokenizer": {"vocab_size": 400, "train_bytes": 50_000}, "chunk_tokens": 2000,
-                "shard_bytes": 5_000_000}  # fmt: skip
-    (folder / "pipeline.yaml").write_text(json.dumps(pipeline))
+    write_pipeline(folder, input=str(given), stages=stages, memory_limit=100_000_000, chunk_tokens=2000, shard_bytes=5_000_000,
+                   tokenizer={"vocab_size": 400, "train_bytes": 50_000})  # fmt: skip
     worked, lost, end = set[str](), False, time.monotonic() + LIMIT_S
     with (folder / "said").open("w") as said, (folder / "log").open("w") as log:
         command = [sys.executable, "-m", "heliostat", "prepare", str(folder / "pipeline.yaml"), "--json"]

@@ -3,9 +3,6 @@
 Debian: chromium, chromium-driver; pip: heliostat[browser-test]. Pictures go to HELIOSTAT_SCREENSHOTS, or pytest's folder.
 """
 
-import base64
-import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,10 @@ import pytest
 from heliostat.runs import goodput
 from heliostat.tracking.report import curation, page
 
-from tests.integration.browser import MISSING, chromium
+from tests.integration.browser import MISSING, loaded, picture, screen, shots
 from tests.unit.test_curation_page import told
 from tests.unit.test_page import FACTS
+from tests.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 
@@ -38,22 +36,14 @@ PARTS = {part: 10.0 + 7 * i for i, part in enumerate(goodput.PARTS)}
 @pytest.fixture
 def open_(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Opens the page on a screen so wide, light or dark, and takes a picture of all of it."""
-    shots, opened = Path(os.environ.get("HELIOSTAT_SCREENSHOTS", tmp_path)), list[Any]()
+    opened = list[Any]()
     file = tmp_path / "report.html"
     file.write_text(page.page({**FACTS, "curves": CURVES, "goodput": {**FACTS["goodput"], "parts": PARTS}}), encoding="utf-8")
 
     def look(width: int, scheme: str) -> Any:
-        driver = chromium(width, 900)
-        opened.append(driver)
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        opened.append(driver := screen(width, scheme))
         driver.get(file.as_uri())
-        height = driver.execute_script("return document.documentElement.scrollHeight")
-        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-        taken = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-        (shots / f"report-{width}-{scheme}.png").write_bytes(base64.b64decode(taken["data"]))
+        picture(driver, shots(tmp_path) / f"report-{width}-{scheme}.png")
         return driver
 
     yield look
@@ -87,7 +77,6 @@ return [...document.querySelectorAll("text, td, dd, dt, pre, .legend, .parts spa
 @pytest.mark.parametrize(("width", "columns"), [(1280, 2), (400, 1)])
 def test_the_report_is_readable_on_a_wide_screen_and_a_phone_by_day_and_by_night(open_, width, columns, scheme):
     browser = open_(width, scheme)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script(OVERLAPS) == [] and min(browser.execute_script(SIZES)) >= 12
     tops = browser.execute_script(
         "return [...document.querySelectorAll('.grid2 .chart')].map(c => c.getBoundingClientRect().top)"
@@ -97,8 +86,7 @@ def test_the_report_is_readable_on_a_wide_screen_and_a_phone_by_day_and_by_night
     text = browser.execute_script("return getComputedStyle(document.body).color.match(/\\d+/g).map(Number)")
     assert (sum(back) < 100 < 500 < sum(text)) if scheme == "dark" else (sum(text) < 150 < 700 < sum(back))
     assert not browser.get_log("browser")  # neither an error, nor something that the page's policy refused
-    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
-    assert [name for name in loaded if not name.startswith("data:")] == []
+    assert not loaded(browser)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -126,9 +114,7 @@ def test_the_values_below_the_pointer_are_shown(open_):
     assert not tip.is_displayed()
     for share in (0.22, 0.87):
         ActionChains(browser).move_to_element_with_offset(plot, round((share - 0.5) * plot.size["width"]), 0).perform()
-        deadline = time.monotonic() + 20
-        while not tip.is_displayed() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(tip.is_displayed, "tip", 20)
         head, loss, held_out, spike = tip.text.splitlines()
         step = int(head.removeprefix("step ").replace(",", ""))
         assert abs(step - share * STEPS) < 0.01 * STEPS

@@ -4,30 +4,22 @@ killed driver; and a document that has to go."""
 import json
 import os
 import signal
-import time
 
-import boto3
 import pytest
-import yaml
-from heliostat.cli.main import app
+from heliostat.apps.search import build
 from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
-from heliostat.inference.batch.run import WORK
 from heliostat.storage.locations import Location
 
+from tests import stores
 from tests.integration import commands
+from tests.integration.answers import ask
+from tests.integration.pipelines import write_pipeline
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
 
 pytestmark = pytest.mark.timeout(400)
 TOPICS = ("astrolabe", "barometer", "chronograph", "dynamometer", "eudiometer", "fluxgate", "gyroscope", "hydrometer")
-
-
-def said(capsys, *arguments: str) -> dict:
-    """What a command prints with --json."""
-    capsys.readouterr()
-    app([*arguments, "--json"], standalone_mode=False)
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def text(number: int) -> str:
@@ -41,13 +33,8 @@ def dataset(ray_session, tmp_path_factory):
     (folder / "in").mkdir()
     rows = [{"text": text(i), "url": f"https://example.org/{i}"} for i in range(64)]
     (folder / "in" / "tools.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pipeline = {
-        "name": "tools", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(folder / "in"),
-        "output": str(folder / "data"), "tokenizer": {"vocab_size": 512}, "chunk_tokens": 1024, "shard_bytes": 50_000,
-        "columns": ["url"], "stages": [{"stage": "length", "min_words": 10}],
-    }  # fmt: skip
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
-    prepare(folder / "pipeline.yaml", [])
+    prepare(write_pipeline(folder, output=str(folder / "data"), tokenizer={"vocab_size": 512}, chunk_tokens=1024,
+                           shard_bytes=50_000, columns=["url"], stages=[{"stage": "length", "min_words": 10}]), [])  # fmt: skip
     return folder / "data"
 
 
@@ -56,26 +43,24 @@ def test_from_an_answers_source_to_its_shard_and_record_and_without_it_once_it_i
 ):
     """The id, the shard and the row group that `ask` gives are those that `trace` tells; after `forget` the index, brought up
     to date, has all the others."""
-    client = boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1")
-    client.create_bucket(Bucket="retrieval")
-    out = f"s3://retrieval/tools?endpoint_override={s3_server}&scheme=http"
-    made = said(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")
+    out = f"s3://retrieval/tools?{stores.bucket(s3_server, 'retrieval')}"
+    made = ask(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")
     assert (made["documents"], made["added"], made["deleted"]) == (64, 64, 0) and made["passages"] > 128
-    assert said(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")["new"] == 0
+    assert ask(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")["new"] == 0
 
     asked = ("Who built gyroscope number 38?", "--mode", "bm25")
-    best = said(capsys, "ask", out, *asked)["passages"][0]
+    best = ask(capsys, "ask", out, *asked)["passages"][0]
     assert best["columns"] == {"url": "https://example.org/38"} and text(38)[best["begin"] : best["end"]] == best["text"]
-    told = said(capsys, "trace", str(dataset), "--id", best["document"], "--mlflow", tracking)["documents"][0]
+    told = ask(capsys, "trace", str(dataset), "--id", best["document"], "--mlflow", tracking)["documents"][0]
     assert told["columns"] == best["columns"] and told["read"]["line"] == 39
     assert told["shard"]["path"] == best["shard"] and told["shard"]["pieces"][0]["row_group"] == best["row_group"]
 
     without = str(tmp_path / "without")
-    said(capsys, "forget", str(dataset), "--id", best["document"], "--out", without, "--mlflow", tracking)
-    after = said(capsys, "index-documents", without, "--out", out, "--chunk-tokens", "128", "--overlap", "16")
+    ask(capsys, "forget", str(dataset), "--id", best["document"], "--out", without, "--mlflow", tracking)
+    after = ask(capsys, "index-documents", without, "--out", out, "--chunk-tokens", "128", "--overlap", "16")
     assert (after["added"], after["deleted"], after["kept"]) == (0, 1, 63)
     assert after["new"] < len(set(manifest.read(Location(without)).paths))
-    found = said(capsys, "ask", out, *asked, "--top", "50")["passages"]
+    found = ask(capsys, "ask", out, *asked, "--top", "50")["passages"]
     assert found and best["document"] not in {passage["document"] for passage in found}
     assert {passage["shard"] for passage in found} <= set(manifest.read(Location(without)).paths)
 
@@ -84,31 +69,18 @@ def test_from_an_answers_source_to_its_shard_and_record_and_without_it_once_it_i
 def test_a_driver_that_is_killed_goes_on_and_answers_by_meaning(dataset, tmp_path, monkeypatch, capsys):
     """By SIGKILL after its first units, with the embedder; what was finished is not done again, each passage is there once."""
     model, out = write_model(tmp_path, BASE["model"], 64), tmp_path / "index"
-    words = [
-        "index-documents",
-        str(dataset),
-        "--out",
-        str(out),
-        "--embedder",
-        str(model),
-        "--chunk-tokens",
-        "128",
-        "--workers",
-        "1",
-    ]
+    words = ["index-documents", str(dataset), "--out", str(out), "--embedder", str(model), "--chunk-tokens", "128"]
+    words += ["--workers", "1"]
     driver = commands.start(*words, log=tmp_path / "driver.log", RAY_ADDRESS="")
-    deadline = time.monotonic() + 120
     try:
-        while len(list((out / WORK).glob("done/passages/*.json"))) < 1:
-            assert time.monotonic() < deadline and driver.poll() is None, (tmp_path / "driver.log").read_text()
-            time.sleep(0.02)
+        driver.until(lambda: list((out / build.WORK).glob("done/passages/*.json")), "unit", 120)
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait(60)
     assert not (out / "index.json").exists()
-    made = said(capsys, *words)
-    units = len(list((out / WORK).glob("done/passages/*.json")))
+    made = ask(capsys, *words)
+    units = len(list((out / build.WORK).glob("done/passages/*.json")))
     assert made["new"] < units and made["unembedded"] == 0
-    found = said(capsys, "ask", str(out), "the fluxgate", "--mode", "hybrid", "--top", "500")["passages"]
+    found = ask(capsys, "ask", str(out), "the fluxgate", "--mode", "hybrid", "--top", "500")["passages"]
     places = [(passage["document"], passage["number"]) for passage in found]
     assert len(places) == len(set(places)) and "fluxgate" in found[0]["text"]

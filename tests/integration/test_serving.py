@@ -11,17 +11,16 @@ import psutil
 import pytest
 import requests
 
-from tests.integration import commands
 from tests.integration.endpoint import KEY, NAME, OTHER, Endpoint, serving
+from tests.unit import command_line
 
 ASKED = {"model": NAME, "prompt": "a b", "max_tokens": 12, "seed": 3, "temperature": 0.9}
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
-    with serving(
-        tmp_path_factory.mktemp("serving"), "--replicas", "2", "--max-tokens", "450", "--max-body", "20000", "--concurrent", "12"
-    ) as made:
+    limits = ("--max-tokens", "450", "--max-body", "20000", "--concurrent", "12")
+    with serving(tmp_path_factory.mktemp("serving"), "--replicas", "2", *limits) as made:
         yield made
 
 
@@ -186,11 +185,13 @@ def test_the_command_ends_with_all_its_processes(endpoint):
     assert endpoint.stop() == 130
 
 
-def test_the_command_says_in_a_line_what_is_wrong(tmp_path, endpoint):
+def test_the_command_says_in_a_line_what_is_wrong(tmp_path, endpoint, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
     def said(*more: str) -> str:
-        done = commands.run("serve", *more, log=tmp_path / "log", timeout=120, cwd=tmp_path)
-        assert done.returncode == 2 and len(done.err.strip().splitlines()) == 1, done.err
-        return done.err
+        code, _, error = command_line.run(monkeypatch, capsys, "serve", *more)
+        assert code == 2 and len(error.strip().splitlines()) == 1, error
+        return error
 
     model = str(endpoint.folder / "model")
     assert "--replicas: '3..1' is no number" in said(model, "--replicas", "3..1")

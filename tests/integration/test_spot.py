@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,8 @@ from typing import Any
 import pytest
 from heliostat.chaos.nodes import LocalNodes
 from heliostat.cluster import spot
+
+from tests.unit.build_peer import peer
 
 LEAVING = """
 import json, ray
@@ -133,16 +134,5 @@ def test_a_spot_notice_drains_the_node_and_no_other(
 
 def test_an_answer_that_is_none_does_not_end_the_watch():
     """It counts as no answer, is said once, and asked for again."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def cut_off() -> None:
-            client, _ = server.accept()
-            with client:
-                client.recv(65536)
-                client.sendall(b"nonsense\r\n\r\n")
-
-        thread = threading.Thread(target=cut_off)
-        thread.start()
-        with pytest.raises(OSError, match="BadStatusLine"):
-            spot.get(f"http://127.0.0.1:{server.getsockname()[1]}/x")
-        thread.join()
+    with peer(b"nonsense\r\n\r\n") as url, pytest.raises(OSError, match="BadStatusLine"):
+        spot.get(f"{url}/x")

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from heliostat.chaos.proxy import FaultProxy, ProxyFault
@@ -17,6 +16,8 @@ from heliostat.errors import StorageError
 from heliostat.storage import retries
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
+
+from tests import stores
 
 SMALL, LARGE = (np.random.default_rng(0).bytes(n) for n in (100_000, 12 << 20))  # LARGE is uploaded in parts
 TOKENS = pa.array([[(i * j) % 300 for j in range(100)] for i in range(800)], pa.list_(pa.int32()))
@@ -32,9 +33,7 @@ BROKEN = {
 @pytest.fixture(scope="module")
 def bucket(s3_server: str) -> str:
     """A bucket with a small object, a large one and a Parquet file below `x`; the endpoint is the server's own."""
-    fs = pafs.S3FileSystem(endpoint_override=s3_server, scheme="http", region="us-east-1", allow_bucket_creation=True)
-    fs.create_dir("faults")
-    root = Location(f"s3://faults/x?endpoint_override={s3_server}&scheme=http")
+    root = Location(f"s3://faults/x?{stores.bucket(s3_server, 'faults')}")
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"tokens": TOKENS}), sink, row_group_size=100, write_page_checksum=True)
     for name, data in (("small", SMALL), ("large", LARGE), ("a.parquet", sink.getvalue().to_pybytes())):

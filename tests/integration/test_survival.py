@@ -5,11 +5,9 @@ import os
 import re
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -30,48 +28,11 @@ from heliostat.validation.check import check, load_job
 from mlflow import MlflowClient
 
 from tests.integration import commands
-from tests.integration.conftest import UNBROKEN_STEPS, curve
-from tests.integration.paced import PACED_PLAIN, PLAIN, Plain
-from tests.integration.test_exact_data import complete, run_folder
+from tests.integration.conftest import curve
+from tests.integration.paced import PACED_PLAIN, Plain
+from tests.integration.strikes import STEPS, actors, complete, run_folder, saved, settings, when, workers
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-
-STEPS = UNBROKEN_STEPS
-
-
-def settings(**changes: Any) -> list[str]:
-    made = {**PLAIN, "train.steps": STEPS, "evaluate.every": STEPS, "checkpoint.every": 10, "train.log_every": 1}
-    made["retries.backoff"] = 0.1
-    return [f"{k}={json.dumps(v)}" for k, v in {**made, **changes}.items()]
-
-
-def actors(name: str) -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith(f"ray::{name}"[:15])]
-
-
-def workers() -> list[psutil.Process]:
-    return actors("TrainWorker")
-
-
-def saved(folder: Location) -> int:
-    """The newest whole checkpoint's step."""
-    return max((s for s in saver.steps(folder) if complete(folder, s)), default=0)
-
-
-def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
-    """A thread that acts once the condition holds, or never."""
-
-    def watch() -> None:
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline:
-            if condition():
-                act()
-                return
-            time.sleep(0.05)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
 
 
 @pytest.mark.ci
@@ -79,18 +40,13 @@ def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file
     """A worker is killed, then one is frozen, then one gets SIGTERM: three restarts in one command, and the unbroken curve."""
     path = job_file("battered")
     folder = run_folder(path)
-    kills = [(10, signal.SIGKILL), (20, signal.SIGSTOP), (30, signal.SIGTERM)]
 
-    def strike() -> None:
-        for step, number in kills:
-            deadline = time.monotonic() + 120
-            while saved(folder) < step and time.monotonic() < deadline:
-                time.sleep(0.05)
-            time.sleep(0.7)  # into the steps behind the checkpoint
-            workers()[-1].send_signal(number)
+    def strike(number: int) -> None:
+        time.sleep(0.7)  # into the steps after the checkpoint
+        workers()[-1].send_signal(number)
 
-    thread = threading.Thread(target=strike, daemon=True)
-    thread.start()
+    kills = ((10, signal.SIGKILL), (20, signal.SIGSTOP), (30, signal.SIGTERM))
+    thread = when(*((lambda s=step: saved(folder) >= s, lambda n=number: strike(n)) for step, number in kills))
     result = train(path, settings(**PACED_PLAIN, **{"watchdog.stall": 8}))
     thread.join(10)
     assert result["restarts"] == 3 and result["steps"] == STEPS
@@ -118,7 +74,7 @@ def test_a_run_shrinks_to_the_room_there_is_and_grows_behind_a_checkpoint(job_fi
     others = ray.util.placement_group([{"CPU": 1}] * (total - 3), strategy="PACK")
     assert others.wait(30)
     folder = run_folder(path)
-    giving = when(lambda: saved(folder) >= 10, lambda: ray.util.remove_placement_group(others))
+    giving = when((lambda: saved(folder) >= 10, lambda: ray.util.remove_placement_group(others)))
     result = train(path, settings(**PACED_PLAIN, **{"workers.count": [1, 4]}))
     giving.join(10)
     assert curve(tracking, result["run_id"]) == pytest.approx(unbroken[1], abs=1e-5)
@@ -134,7 +90,7 @@ def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_
     folder = run_folder(path)
     words = [word for setting in settings(**PACED_PLAIN) for word in ("--set", setting)]
     driver = commands.start("train", str(path), "--resume", *words, log=tmp_path / "driver.log")
-    when(lambda: saved(folder) >= 10, driver.terminate)
+    when((lambda: saved(folder) >= 10, driver.terminate))
     assert driver.wait(300) == 130, driver.err[-3000:]
     assert "error: stopped at step" in driver.err and "Traceback" not in driver.err
     newest = saver.latest(folder)

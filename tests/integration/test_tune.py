@@ -159,13 +159,6 @@ def start() -> Iterator[Callable[..., commands.Process]]:
                 child.kill()
 
 
-def _wait(condition, process: commands.Process, log: Path, seconds: float = 450) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.1)
-
-
 def _descendants(process: commands.Process) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
@@ -181,7 +174,7 @@ def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_fail
     def second_trial_has_begun() -> bool:
         return [r.status for r in trial_record.read(folder)[:2]] == ["finished", "running"]
 
-    _wait(second_trial_has_begun, first, tmp_path / "first.log")
+    first.until(second_trial_has_begun, "second trial", 450)
     # Ray's agents of a node, which hold nothing of ours, take a minute to see that their raylet is gone
     others = [p for p in _descendants(first) if not p.name().endswith("Agent")]
     before = trial_record.read(folder)

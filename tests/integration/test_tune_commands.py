@@ -2,33 +2,25 @@
 big job; Optuna's trials under median stopping; HyperBand's brackets and PB2's model. `make test-slow` runs it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from heliostat.cli.main import app
 from heliostat.config import spec
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
 from heliostat.storage.locations import Location
 from heliostat.tune import trial_record
 from heliostat.tune.driver import tune
-from typer.testing import CliRunner
 
+from tests.integration.answers import ask
 from tests.integration.paced import PACED
-from tests.integration.test_tune import _wait, grid, sweep_file
+from tests.integration.test_tune import grid, sweep_file
 from tests.integration.test_tune import start as started
 
 start = started  # the fixture
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
-
-
-def heliostat(*arguments: str) -> dict[str, Any]:
-    done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def base_of(folder: Path, **changes: Any) -> None:
@@ -38,13 +30,15 @@ def base_of(folder: Path, **changes: Any) -> None:
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
 
 
-def test_a_stopped_sweep_goes_on_its_failed_trial_is_tried_again_and_the_best_job_is_trained(start, corpus, tracking, tmp_path):
+def test_a_stopped_sweep_goes_on_its_failed_trial_is_tried_again_and_the_best_job_is_trained(
+    start, corpus, tracking, tmp_path, capsys
+):
     path = sweep_file(corpus, tracking, tmp_path, name="halted", space=grid(1e30, 1e-3, 1e-4), concurrency=1)
     base_of(tmp_path, train={"grad_clip": 0}, checkpoint={"every": 2}, **PACED)
     folder, log = Location(f"{tmp_path}/runs/halted"), tmp_path / "log"
     process = start(path, log)
-    _wait(lambda: [r.status for r in trial_record.read(folder)[:2]] == ["failed", "running"], process, log)
-    stopped = heliostat("sweep", str(folder), "--stop")
+    process.until(lambda: [r.status for r in trial_record.read(folder)[:2]] == ["failed", "running"], "second trial", 450)
+    stopped = ask(capsys, "sweep", str(folder), "--stop")
     assert process.wait(60) == 130, log.read_text()[-3000:]
     assert not stopped["running"] and stopped["best"] is None
     assert {t["trial"]: t["status"] for t in stopped["trials"]} == {0: "failed", 1: "stopped"}
@@ -53,12 +47,12 @@ def test_a_stopped_sweep_goes_on_its_failed_trial_is_tried_again_and_the_best_jo
     assert {t["trial"]: t["status"] for t in result["trials"]} == {0: "failed", 1: "finished", 2: "finished"}
     tries = [len(goodput.read(folder.join("trials", f"halted-000{n}"))) for n in range(3)]
     assert tries[0] == 2 and tries[2] == 1
-    best = heliostat("train", "--from-sweep", str(folder), "--best")
+    best = ask(capsys, "train", "--from-sweep", str(folder), "--best")
     rate = spec.load(tmp_path / "runs/halted/halted-best.yaml").train.optimizer.lr
     assert (rate, best["steps"]) == (result["best"]["params"]["train.optimizer.lr"], 8)
 
 
-def test_the_rate_of_two_small_widths_is_carried_to_a_big_job(corpus, tracking, tmp_path):
+def test_the_rate_of_two_small_widths_is_carried_to_a_big_job(corpus, tracking, tmp_path, capsys):
     rates = {"train.optimizer.lr": {"grid": [1e-4, 1e-3, 1e-2]}}
     path = sweep_file(corpus, tracking, tmp_path, name="widths", space=rates, register_best=False)
     raw, base = yaml.safe_load(path.read_text()), yaml.safe_load((tmp_path / "base.yaml").read_text())
@@ -66,7 +60,7 @@ def test_the_rate_of_two_small_widths_is_carried_to_a_big_job(corpus, tracking, 
     path.write_text(yaml.safe_dump({**raw, "space": {**rates, "model": {"grid": widths}}}))
     big = tmp_path / "big.yaml"
     big.write_text(yaml.safe_dump({**base, "name": "big", "model": {**base["model"], "hidden_size": 256}}))
-    found = heliostat("tune", str(path), "--transfer", str(big))
+    found = ask(capsys, "tune", str(path), "--transfer", str(big))
     assert {t["status"] for t in found["trials"]} == {"finished"} and len(found["trials"]) == 6
     told = found["transfer"]
     assert set(map(int, told["rates"])) == {32, 64} and told["measured"] and told["width"] == 256

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +11,16 @@ from typing import TYPE_CHECKING
 import pytest
 from heliostat.storage.locations import Location
 
+from tests import stores
+
 if TYPE_CHECKING:
     from heliostat.apps.search.search import SearchIndex
     from heliostat.data.manifest import Manifest
 
 os.environ["HELIOSTAT_CACHE"] = ""  # a test that changes how models are counted must not meet what was counted before
 LOOK_S, LOOKS = 0.02, 10
+COUNTED_ONCE = ("test_auto", "test_plan", "test_plan_layouts", "test_plan_memory_savers", "test_plan_muon", "test_plan_selective",
+                "test_cli_errors", "test_cli_next", "test_cli_reports", "test_dry_run")  # fmt: skip
 
 
 def _computes() -> bool:
@@ -34,33 +37,23 @@ def nothing_computes_on() -> Iterator[None]:
     assert not all(_computes() for _ in range(LOOKS)), "a thread that this file has started computes on; end it"
 
 
-@pytest.fixture(scope="module")
-def counted_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Lets the planner keep its counts of models for a file whose tests do not change how it counts."""
+@pytest.fixture(autouse=True, scope="module")
+def counted_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lets the planner keep its counts of models, for the whole session, in files whose tests do not change how it counts."""
+    if request.module.__name__.rpartition(".")[2] not in COUNTED_ONCE:
+        yield
+        return
+    base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HELIOSTAT_CACHE", str(tmp_path_factory.mktemp("counts")))
+        patch.setenv("HELIOSTAT_CACHE", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "counts"))
         yield
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """HOST:PORT of an S3 server in this process. It answers one request after another: moto's threads look and put in two steps,
-    where S3 makes a conditional put one."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]: pip install heliostat[s3-test]")
-    from werkzeug.serving import make_server
-
-    app, one = server_module.DomainDispatcherApplication(server_module.create_backend_app), threading.Lock()
-
-    def in_turn(environment, start_response):
-        with one:
-            return app(environment, start_response)
-
-    server = make_server("127.0.0.1", 0, in_turn, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
+    """HOST:PORT of an S3 server in this process."""
+    with stores.s3() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -68,18 +61,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     """A folder that is not there yet."""
     if request.param == "disk":
         return Location(str(tmp_path / "run"))
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "testing"),
-        ("AWS_SECRET_ACCESS_KEY", "testing"),
-        ("AWS_EC2_METADATA_DISABLED", "true"),
-    ):
+    for name, value in stores.AWS.items():
         monkeypatch.setenv(name, value)
-    import boto3
-
-    host = request.getfixturevalue("s3")
     bucket = f"bucket-{abs(hash(request.node.name)) % 10**8}"
-    boto3.client("s3", endpoint_url=f"http://{host}", region_name="us-east-1").create_bucket(Bucket=bucket)
-    return Location(f"s3://{bucket}/run?endpoint_override={host}&scheme=http")
+    return Location(f"s3://{bucket}/run?{stores.bucket(request.getfixturevalue('s3'), bucket)}")
 
 
 @pytest.fixture(scope="session")

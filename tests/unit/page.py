@@ -11,9 +11,8 @@ import openai
 import uvicorn
 from heliostat.apps.play.app import Server, application
 from heliostat.apps.serve.served import Options, served
+from heliostat.cluster.processes import free_port
 from heliostat.web import keys
-
-from tests.integration.endpoint import free_port
 
 KEY = "sk-a-key-of-the-tests"
 

@@ -22,6 +22,7 @@ from heliostat.submit import jobs, logs, progress, submission
 from heliostat.submit.entrypoint import Again, Driver, before
 
 from tests.unit.build_job import ROOT, write
+from tests.unit.build_peer import peer
 
 THERE, HERE = Endpoint("http://x", None, here=False), Endpoint("http://x", None, here=True)
 
@@ -425,18 +426,8 @@ def test_a_followed_log_begins_with_the_submission_and_not_with_earlier_ones_of_
 
 
 def test_a_port_that_speaks_no_http_does_not_answer():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def answer() -> None:
-            peer, _ = server.accept()
-            with peer:
-                peer.recv(1000)
-                peer.sendall(b"\x00\x00\x12\x04\x00\x00\n")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        assert dashboard.probe(f"http://127.0.0.1:{server.getsockname()[1]}") == 0
-        thread.join()
+    with peer(b"\x00\x00\x12\x04\x00\x00\n") as url:
+        assert dashboard.probe(url) == 0
 
 
 def test_a_job_file_that_the_supervisor_cannot_read_is_one_clear_line(tmp_path):
