@@ -34,7 +34,6 @@ from typer.testing import CliRunner
 
 from tests.integration import paced
 from tests.integration.conftest import curve, tiny_job
-from tests.integration.endpoint import free_port
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
 from tests.waiting import until

@@ -6,7 +6,7 @@ import pytest
 import requests
 from heliostat.cluster.processes import free_port
 
-from tests.integration.endpoint import family, started
+from tests.integration.endpoint import family, started, stopped
 from tests.unit import command_line
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model

@@ -11,13 +11,12 @@ import pytest
 import uvicorn
 from heliostat.apps.play.app import Server
 from heliostat.apps.serve.front import Front, FrontSettings
+from heliostat.cluster.processes import free_port
 from heliostat.web import deadlines
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
-
-from tests.integration.endpoint import free_port
 
 PERIOD_S = 0.4
 HEAD = b"POST /body HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"

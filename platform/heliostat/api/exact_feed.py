@@ -148,7 +148,7 @@ class Feed(Iterator[Batch]):
             self.group, lambda: ray.get(ray.get_actor(name).parts.remote(), timeout=START_S)
         )
         for desk in kept:  # now that all have their parts
-            ray.kill(desk)  # type: ignore[arg-type]
+            ray.kill(desk)
         return parts
 
     def _dataset(self) -> RayDataset:

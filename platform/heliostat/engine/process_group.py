@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from heliostat.data import device_threads
 from heliostat.errors import PeerLostError
@@ -60,7 +61,7 @@ def join(place: WorkerPlace) -> None:
     if place.gpus:  # all of the node's, so that NCCL reaches the others' memory; before CUDA starts
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
         device_threads.use(place.local_rank)
-        gpu = torch.cuda.get_device_properties(place.local_rank)
+        gpu: Any = torch.cuda.get_device_properties(place.local_rank)  # whose stub lacks the place on the bus
         bind_near(gpu.pci_domain_id, gpu.pci_bus_id, gpu.pci_device_id)
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect to those who are talked to, not to all
     dist.init_process_group(place.backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
