@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -39,7 +40,8 @@ def _steps(folder: str, stage: int, precision: str, **model: Any) -> curves.Step
 
 def _recheck(steps: curves.Steps, group: Any) -> CorruptionCheck:
     where = f"node-{steps.rank}", f"10.0.0.{steps.rank}"
-    return CorruptionCheck(steps.job, steps.engine, steps.recipe, steps.dataset, steps.batch_plan, group, where)
+    context: Any = SimpleNamespace(job=steps.job, control=group)
+    return CorruptionCheck(context, steps.engine, steps.recipe, steps.dataset, steps.batch_plan, where)
 
 
 def _flip(p: torch.Tensor) -> None:
