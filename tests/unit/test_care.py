@@ -313,7 +313,7 @@ def test_the_bound_of_crashed_documents_grows_with_the_input():
 
 def test_a_trace_does_not_take_a_document_that_crashed_through_the_stages_again(monkeypatch):
     """It would end the command's process."""
-    monkeypatch.setattr(trace.replay, "read_again", lambda *given: pytest.fail("read again"))
+    monkeypatch.setattr(trace, "read_again", lambda *given: pytest.fail("read again"))
     monkeypatch.setattr(trace.reasons, "made_by", lambda made: {"input": "in", "rules": {"columns": []}, "stages": STAGES})
     dropped = {"what": {"crashed": care.MEANING}}
     monkeypatch.setattr(trace.reasons, "funnel", lambda made: {"read": {}, "0 plain": {}, "1 fragile": dropped, "shard": {}})
