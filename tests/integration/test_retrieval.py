@@ -6,9 +6,9 @@ import os
 import signal
 
 import pytest
-from heliostat.apps.search import build
 from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
+from heliostat.inference.batch.run import WORK
 from heliostat.storage.locations import Location
 
 from tests import stores
@@ -73,13 +73,13 @@ def test_a_driver_that_is_killed_goes_on_and_answers_by_meaning(dataset, tmp_pat
     words += ["--workers", "1"]
     driver = commands.start(*words, log=tmp_path / "driver.log", RAY_ADDRESS="")
     try:
-        driver.until(lambda: list((out / build.WORK).glob("done/passages/*.json")), "unit", 120)
+        driver.until(lambda: list((out / WORK).glob("done/passages/*.json")), "unit", 120)
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait(60)
     assert not (out / "index.json").exists()
     made = ask(capsys, *words)
-    units = len(list((out / build.WORK).glob("done/passages/*.json")))
+    units = len(list((out / WORK).glob("done/passages/*.json")))
     assert made["new"] < units and made["unembedded"] == 0
     found = ask(capsys, "ask", str(out), "the fluxgate", "--mode", "hybrid", "--top", "500")["passages"]
     places = [(passage["document"], passage["number"]) for passage in found]
