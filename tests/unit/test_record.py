@@ -9,7 +9,7 @@ from heliostat.cluster import source_code
 from heliostat.cluster.workspace_package import CODE_FILE
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
-from heliostat.tracking import card
+from heliostat.tracking import card, run_facts
 from heliostat.tracking.card import parents
 from heliostat.tracking.run_facts import flatten
 from heliostat.training import reproduce
@@ -164,3 +164,13 @@ def test_curves_are_compared_step_by_step_to_the_last_bit():
     assert reproduce.compare(curve, curve | {3: math.nan}, 3)["first_difference"] == 3
     with pytest.raises(ConfigError, match="step 4: one of the two runs has no loss"):
         reproduce.compare(curve, curve, 4)
+
+
+def test_the_changes_of_a_resumed_run_are_those_of_its_job_not_of_the_version(monkeypatch):
+    now = job(**{"train.steps": 7})
+    first = job().dump()
+    first["train"]["cpu_kernels"] = True  # as jobs had before
+    monkeypatch.setattr(run_facts, "read_json", lambda *_: first)
+    record = object.__new__(run_facts.RunRecord)
+    record.client, record.run_id, record.job = None, "", now
+    assert record._changes() == {"train.steps": (str(first["train"]["steps"]), "7")}

@@ -308,3 +308,11 @@ def test_keys_of_earlier_versions_are_taken_and_have_no_effect(workspace, caplog
     assert [r.getMessage() for r in caplog.records] == ["train.cpu_kernels: has no effect any more. Remove it"]
     assert "cpu_kernels" not in job(**{"train.cpu_kernels": True}).dump()["train"]  # as in every recorded job, without a word
     assert len(caplog.records) == 1
+
+
+def test_what_an_earlier_version_recorded_is_no_change_of_the_job():
+    """Neither a key that is gone nor one that came since; what is no job any more stays as it is."""
+    now = job(**{"train.steps": 7}).dump()
+    then = {**now, "train": {k: v for k, v in now["train"].items() if k != "fp8"} | {"cpu_kernels": True}}
+    assert spec.renewed(then) == now != then
+    assert spec.renewed({"train": {}}) == {"train": {}}

@@ -8,7 +8,7 @@ from heliostat.config.spec import Workers
 from heliostat.errors import ConfigError
 from heliostat.tune import driver, report
 from heliostat.tune.sweep import Sweep, SweepPlan, holds, load
-from heliostat.tune.trial_record import TrialRecord, best, ranked
+from heliostat.tune.trial_record import KeptTrial, TrialRecord, best, ranked
 
 from tests.unit import build_job
 from tests.unit.build_job import ROOT
@@ -217,3 +217,13 @@ def test_every_sweep_file_that_is_handed_out_is_right(path, monkeypatch):
     made = load(path)
     assert made.sweep.name.startswith(path.stem) and made.trials
     assert all(rung % made.base["evaluate"]["every"] == 0 for rung in holds(made.sweep, made.job(0, {}), 0))
+
+
+def test_a_sweep_of_an_earlier_version_goes_on_and_a_changed_one_is_refused(tmp_path):
+    """Jobs held `train.cpu_kernels` then."""
+    made = plan(tmp_path)
+    then = {**made.base, "train": {**made.base["train"], "cpu_kernels": True}}
+    driver._same(made, KeptTrial(sweep=made.sweep.dump(), job=then, run_id="", seconds=0.0))
+    then["train"]["steps"] += 1
+    with pytest.raises(ConfigError, match=r"job\.train: was .* when the sweep began"):
+        driver._same(made, KeptTrial(sweep=made.sweep.dump(), job=then, run_id="", seconds=0.0))

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from heliostat import schema
 from heliostat.config import rules, workspace
@@ -128,6 +128,15 @@ def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     if sums_on_host(job):
         value = "same"
     return job.model_copy(update={"train": job.train.model_copy(update={"accumulate": value})})
+
+
+def renewed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recorded job in the keys of this version: without those that are gone, and with the defaults of new ones. A job
+    that isn't valid in this version is returned as it is."""
+    try:
+        return Job.model_validate(recorded).dump()
+    except ValidationError:
+        return recorded
 
 
 def changed_keys(recorded: object, now: object, key: str = "") -> list[str]:

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from heliostat.cluster import source_code
 from heliostat.cluster.capacity import LivingNode
+from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.runs import consumed
@@ -112,7 +113,7 @@ class RunRecord:
     def _changes(self) -> dict[str, tuple[str | None, str | None]]:
         """Compares this command's job with the one that the run began with: [was, is] by key."""
         first = read_json(self.client, self.run_id, "job.json", dict[str, Json]) or {}
-        was, now = flatten(first), flatten(self.job.dump())
+        was, now = flatten(spec.renewed(first)), flatten(self.job.dump())
         return {k: (was.get(k), now.get(k)) for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)}
 
     def _log_inputs(self, manifests: list[Manifest], data_version: int) -> None:

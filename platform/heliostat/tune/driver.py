@@ -92,7 +92,7 @@ def _same(plan: SweepPlan, before: KeptTrial) -> None:
     """Checks that a resumed sweep is the one that was begun; ConfigError if not. Its budget and concurrency may change."""
     free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
-    then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": before["job"]}
+    then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": spec.renewed(before["job"])}
     for part in ("sweep", "job"):
         keys = [k for k in {*now[part], *then[part]} if now[part].get(k) != then[part].get(k)]
         if keys:
