@@ -1,20 +1,24 @@
 """Filters decide as their papers say: a document on either side of each limit, whatever the batch."""
 
+import hashlib
 import random
 import time
+from typing import ClassVar
 
 import pytest
-from heliostat.curation.stage import Document
+from heliostat import extras
+from heliostat.curation.stage import Document, Stage
 from heliostat.curation.stages.bad_words import BadWords
 from heliostat.curation.stages.c4 import C4
 from heliostat.curation.stages.code import Code
 from heliostat.curation.stages.fineweb import FineWeb
 from heliostat.curation.stages.gopher_quality import GopherQuality
 from heliostat.curation.stages.gopher_repetition import GopherRepetition
+from heliostat.curation.stages.image_size import ImageSize
 from heliostat.curation.stages.length import Length
 from heliostat.curation.stages.lines import Lines
 from heliostat.curation.stages.urls import Urls
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, MissingExtraError
 from pydantic import ValidationError
 
 PROSE = (
@@ -310,3 +314,31 @@ def test_hostile_text_takes_linear_time(text, tmp_path):
         start = time.process_time()
         work([Document("a", text, {"url": text, "path": text}), Document("b", f"4 {text}", {"url": f"http://{text}/"})])
         assert time.process_time() - start < 4, type(stage).__name__
+
+
+def test_a_node_without_a_library_is_told_so_and_drops_nothing(monkeypatch):
+    """`image_size` would find that every image is damaged, since what decodes it is missing."""
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="stage image_size"):
+        ImageSize().open()
+
+
+def test_stages_of_users_that_were_written_for_an_earlier_version_still_work(tmp_path):
+    """They import the helpers from the earlier module, and put digests of the files that keys name into their identity."""
+    from heliostat.curation.files import digests
+    from heliostat.curation.filtering import by_text, first_failed
+
+    class Banned(Stage):
+        words: list[str] = []
+        reasons: ClassVar[dict[str, str]] = {"banned": "a word of `words`"}
+
+        def identity(self) -> dict[str, object]:
+            return digests(super().identity(), self, "words")
+
+        def open(self):
+            return by_text(lambda text: (first_failed(("bad" in text, "banned")), {}))
+
+    (tmp_path / "words.txt").write_text("bad\n")
+    stage = Banned(words=[str(tmp_path / "words.txt")])
+    assert stage.identity()["words"] == [hashlib.sha256(b"bad\n").hexdigest()]
+    assert (reason(stage, "a bad one"), reason(stage, "a good one")) == ("banned", "")

@@ -2,15 +2,17 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from heliostat.errors import DataError
 from heliostat.runs import segments
-from heliostat.runs.events import Evaluation, LossSpike, Steps
+from heliostat.runs.events import AttemptStarted, Evaluation, LossSpike, Saved, Steps
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.tracking import local_curves
+from heliostat.tracking.logger import RunOwner
 from heliostat.tracking.metrics import Point
 from heliostat.tracking.outbox import Outbox
 
@@ -41,6 +43,25 @@ def test_only_files_that_end_behind_the_last_known_step_are_read(run):
     assert [p.step for p in found if p.key == "train/loss"] == list(range(11, 21))
     assert [p.step for p in found if p.key == "eval/loss"] == [20]
     assert local_curves.missing(run, {"train/loss": 20}) == []
+
+
+def test_a_score_that_an_earlier_version_could_not_measure_has_no_point(run):
+    told = [{"kind": "evaluation", "at": 1e9, "step": 30, "scores": {"loss": None, "accuracy": 0.5}}]
+    run.join(run_folder.CURVES, "step-00000030.json").write(json.dumps(told).encode())
+    assert local_curves.missing(run, {"train/loss": 20}) == [Point("eval/accuracy", 0.5, 1e9, 30)]
+
+
+def test_checkpoints_are_looked_up_after_the_start_that_went_back_before_them():
+    """While MLflow is away: the start forgets which checkpoints are known, so that those that were made again are read."""
+    owner, order = RunOwner.__new__(RunOwner), list[str]()
+    owner._facts = {}
+    owner._record = SimpleNamespace(attempt=lambda event: order.append("start"), sync=lambda step: order.append(str(step)))
+    saved, start = Saved(step=10, blocked_s=0.0), AttemptStarted(start_step=5, workers=1, nodes=[])
+    for told in (saved, start, saved):
+        owner._take(told, Outbox(Location("unused"), lambda points: None, dict))
+    for write in owner._facts.values():
+        write()
+    assert order == ["start", "10"]
 
 
 @pytest.mark.parametrize("had", [0, 3, 10, 14, 20, 22])

@@ -147,6 +147,9 @@ def test_what_is_no_captioner_is_refused(tmp_path, captioner):
     (folder / "config.json").write_text(json.dumps(config))
     before = image_models.digests(str(folder))
     assert {"model.safetensors", "tokenizer.json", "generation_config.json", "config.json"} <= before.keys()
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"cannot be loaded as a captioner \(tokenizer\.json: "):
+        image_models.Captioner(str(folder), 8, 4)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
         parse({"stage": "recaption", "model": str(folder)}).check()

@@ -80,7 +80,10 @@ class ImageModel(Generic[Value]):
     def tokenizer(self) -> Tokenizer:
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(Path(self.folder) / TOKENIZER))
+        try:
+            return Tokenizer.from_file(str(Path(self.folder) / TOKENIZER))
+        except Exception as e:  # the library raises nothing narrower
+            raise ConfigError(f"model: {self.folder!r} cannot be loaded as {self.what} ({TOKENIZER}: {e})") from e
 
     def __call__(self, images: list[bytes], captions: list[str] | None = None) -> list[Value]:
         """Returns what the model makes of each image."""

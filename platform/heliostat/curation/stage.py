@@ -99,6 +99,11 @@ def by_text(judge: Judge) -> Work:
     return work
 
 
+def first_failed(*rules: tuple[bool, str]) -> str:
+    """Returns the reason of the first rule that failed; "" if none did."""
+    return next((reason for failed, reason in rules if failed), "")
+
+
 class Stage(Strict):
     """Defines a stage by the keys that a pipeline file may give it; subclasses say what it does."""
 
@@ -152,7 +157,7 @@ class Stage(Strict):
 
     def digests(self) -> dict[str, object]:
         """Returns what its identity has for the keys of `paths`: a digest for each file. Stages with a folder override it."""
-        return {key: _mapped(getattr(self, key), partial(_digest, key)) for key in self.paths}
+        return {key: files.mapped(getattr(self, key), partial(_digest, key)) for key in self.paths}
 
     def named_paths(self) -> Iterator[tuple[str, str]]:
         """Yields each key that names files, and a path that it holds: one, a list of them, or a mapping of names to them."""
@@ -163,7 +168,7 @@ class Stage(Strict):
 
     def located(self, places: Mapping[str, str]) -> Self:
         """Returns the stage with the places of this node for the paths that it names."""
-        return self.model_copy(update={key: _mapped(getattr(self, key), places.__getitem__) for key in self.paths})
+        return self.model_copy(update={key: files.mapped(getattr(self, key), places.__getitem__) for key in self.paths})
 
     def follows(self) -> dict[str, object]:
         """Returns what its tasks follow from: its identity, and the versions of the libraries that it uses."""
@@ -217,6 +222,7 @@ class Stage(Strict):
 
     def loaded(self) -> Callable[[Document], Outcome]:
         """Loads what the stage needs and returns its function of one document; `open` is for those that take several at once."""
+        Stage.check(self)  # on this node: `decide` may take a module that is missing for bad data
         return self.decide
 
     def decide(self, document: Document) -> Outcome:
@@ -224,18 +230,8 @@ class Stage(Strict):
         raise NotImplementedError
 
 
-Paths = str | list[str] | dict[str, str] | None
-
-
 def _digest(key: str, path: str) -> str:
     return path if Path(path).is_dir() else files.digest(key, path)
-
-
-def _mapped(paths: Paths, change: Callable[[str], str]) -> Paths:
-    """Changes each path that a key holds: one, a list of them, or a mapping of names to them."""
-    if isinstance(paths, dict):
-        return {name: change(path) for name, path in paths.items()}
-    return change(paths) if isinstance(paths, str) else paths and [change(path) for path in paths]
 
 
 class GlobalStage(Stage):

@@ -6,9 +6,13 @@ A stage lists such keys, and those that name models, in `Stage.paths`: `shipping
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from heliostat.errors import ConfigError
+
+Paths = str | list[str] | dict[str, str] | None
 
 _digests: dict[tuple[str, int, int, int, int], str] = {}  # of files, by their paths and states
 
@@ -46,6 +50,18 @@ def digest(key: str, path: str) -> str:
     except OSError as e:
         raise _unreadable(key, path, e) from e
     return _digests[state]
+
+
+def digests(identity: Mapping[str, object], stage: object, *keys: str) -> dict[str, object]:
+    """Puts digests in place of the paths that the keys hold, for stages that don't list these keys in `Stage.paths`."""
+    return {**identity, **{key: mapped(getattr(stage, key), partial(digest, key)) for key in keys}}
+
+
+def mapped(paths: Paths, change: Callable[[str], str]) -> Paths:
+    """Changes each path that a key holds: one, a list of them, or a mapping of names to them."""
+    if isinstance(paths, dict):
+        return {name: change(path) for name, path in paths.items()}
+    return change(paths) if isinstance(paths, str) else paths and [change(path) for path in paths]
 
 
 def _state(path: str) -> tuple[str, int, int, int, int]:

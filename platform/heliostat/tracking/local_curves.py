@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import NotRequired
 
 from typing_extensions import TypedDict
 
@@ -30,6 +31,7 @@ FIX = "delete it to go without these steps' curves"
 class RecordedEvent(TypedDict):
     kind: str
     at: Number
+    scores: NotRequired[dict[str, float | None]]  # null: what an earlier version could not measure
 
 
 def _fault(event: events.Event) -> str | None:
@@ -67,5 +69,7 @@ def read(run: Location, last: int = 0) -> list[Point]:
                         "%s: an event of kind %r is of another version of heliostat; it is not logged", name, event["kind"]
                     )
                     continue
+                if scores := event.get("scores"):
+                    event["scores"] = {name: score for name, score in scores.items() if score is not None}
                 out += points(recorded.build(event, f"{place}: {number}"))
     return out

@@ -204,6 +204,7 @@ class RunOwner:
                 self._bad_nodes.append(event.text)
                 self._facts["its bad nodes"] = lambda: self._tag(tags.BAD_NODES, "\n".join(self._bad_nodes))
             case Saved():
+                self._facts.pop(SAVED, None)  # goes after a start that went back: that start forgets which checkpoints are known
                 self._facts[SAVED] = lambda: self._record.sync(event.step)
 
     def _gather(self, pause: float) -> list[Event]:

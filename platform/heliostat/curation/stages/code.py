@@ -20,7 +20,7 @@ from pydantic import Field
 
 from heliostat.curation import code_languages
 from heliostat.curation.slices import LINE_END, slices
-from heliostat.curation.stage import Document, Outcome, Stage, text_of
+from heliostat.curation.stage import Document, Outcome, Stage, first_failed, text_of
 from heliostat.schema import Float
 
 LONG_LINES = {"HTML", "JSON", "Markdown", "Roff", "SMT", "TeX", "Text", "XML"}  # may have long lines
@@ -92,7 +92,7 @@ class Code(Stage):
             return Outcome(None, "empty")
         said = document.columns.get("language")
         language = said if isinstance(said, str) and said in KNOWN else code_languages.language_of(path, text)
-        reason = _first(
+        reason = first_failed(
             (self.vendored and code_languages.is_vendored(path), "vendored"),
             (self.generated and code_languages.is_generated(path, text), "generated"),
             (self.minified and code_languages.is_minified(path), "minified"),
@@ -116,7 +116,7 @@ class Code(Stage):
             "encoded": sum(runs) / len(text),
         }
         prose = language in LONG_LINES
-        return _first(
+        return first_failed(
             (m["lines"] > self.max_lines, "many_lines"),
             (not prose and m["mean_line"] > self.max_mean_line, "long_lines"),
             (m["longest_line"] > (self.max_text_line if prose else self.max_line), "long_line"),
@@ -130,10 +130,6 @@ class Code(Stage):
     def _invisible(self, text: str) -> bool:
         visible = len("".join(_TAG.sub("", text).split()))
         return visible < 100 or visible < self.min_visible * len(text)
-
-
-def _first(*rules: tuple[bool, str]) -> str:
-    return next((reason for failed, reason in rules if failed), "")
 
 
 def _alphanumeric(text: str) -> int:
