@@ -1,12 +1,15 @@
 """Over a resume: Optuna knows what was tried, the schedulers what was reported, and the budget what was promised."""
 
+import json
 import os
+import threading
 from typing import Any
 
 import pytest
 import yaml
 from heliostat.errors import ConfigError
 from heliostat.storage import lease
+from heliostat.storage.locations import Location
 from heliostat.tune import listing, schedulers, searchers
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import SweepState
@@ -123,3 +126,12 @@ def test_a_sweep_runs_while_its_lease_is_held(plan) -> None:
         with pytest.raises(ConfigError, match=f"is being driven by process {os.getpid()}"):
             lease.take(folder, "driven")
     assert not listing.running(folder)
+
+
+def test_drivers_that_died_on_other_machines_are_waited_for_together(tmp_path, monkeypatch) -> None:
+    waits = threading.Barrier(3)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.json").write_text(json.dumps({"sweep": {}, "job": {}, "run_id": "", "seconds": 0.0}))
+    monkeypatch.setattr(listing, "running", lambda folder: waits.wait(10) is None)
+    assert [(row["name"], row["running"]) for row in listing.sweeps(Location(str(tmp_path)))] == [(n, False) for n in "abc"]
