@@ -1,5 +1,6 @@
 """Over a resume: Optuna knows what was tried, the schedulers what was reported, and the budget what was promised."""
 
+import copy
 import json
 import os
 import threading
@@ -10,7 +11,7 @@ import yaml
 from heliostat.errors import ConfigError
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
-from heliostat.tune import listing, schedulers, searchers
+from heliostat.tune import driver, listing, schedulers, searchers
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import SweepState
 from heliostat.tune.sweep import SweepPlan, bracket, load
@@ -126,6 +127,17 @@ def test_a_sweep_runs_while_its_lease_is_held(plan) -> None:
         with pytest.raises(ConfigError, match=f"is being driven by process {os.getpid()}"):
             lease.take(folder, "driven")
     assert not listing.running(folder)
+
+
+def test_a_sweep_that_an_earlier_version_began_goes_on_unless_its_job_was_changed(plan) -> None:
+    made = plan()
+    recorded = copy.deepcopy(made.base)
+    recorded["train"]["cpu_kernels"] = True  # a key that is no more
+    before = {"sweep": made.sweep.dump(), "job": recorded, "run_id": "", "seconds": 0.0}
+    driver._same(made, before)
+    recorded["train"]["seed"] = 3
+    with pytest.raises(ConfigError, match=r"job\.train: was .* when the sweep began"):
+        driver._same(made, before)
 
 
 def test_drivers_that_died_on_other_machines_are_waited_for_together(tmp_path, monkeypatch) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
+from pydantic import ValidationError
 
 from heliostat.cluster.capacity import FETCHING, fits
 from heliostat.config import spec
@@ -92,7 +93,7 @@ def _same(plan: SweepPlan, before: KeptTrial) -> None:
     """Checks that a resumed sweep is the one that was begun; ConfigError if not. Its budget and concurrency may change."""
     free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
-    then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": before["job"]}
+    then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": _as_now(before["job"])}
     for part in ("sweep", "job"):
         keys = [k for k in {*now[part], *then[part]} if now[part].get(k) != then[part].get(k)]
         if keys:
@@ -101,6 +102,14 @@ def _same(plan: SweepPlan, before: KeptTrial) -> None:
                 f"{part}.{key}: was {json.dumps(then[part].get(key))} when the sweep began, and is "
                 f"{json.dumps(now[part].get(key))}; undo this, or use another name"
             )
+
+
+def _as_now(job: dict[str, Json]) -> dict[str, Json]:
+    """Writes a recorded job with the keys of today; as it is if it is not valid any more."""
+    try:
+        return Job.model_validate(job).dump()
+    except ValidationError:
+        return job
 
 
 class _Tuning:
