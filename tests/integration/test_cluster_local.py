@@ -80,7 +80,7 @@ class Workspace:
 
     def trains(self, name: str, run: Location, least: int = 1) -> None:
         """Waits until a run has got to a step."""
-        until(lambda: (progress.of_run(run, STEPS)["step"] or 0) >= least, f"step {least}", 150,
+        until(lambda: (progress.of_run(run, STEPS)["step"] or 0) >= least, f"step {least}", 300,
               said=lambda: self.heliostat("logs", name))  # fmt: skip
 
     @property
@@ -212,7 +212,7 @@ def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
     assert "train.optimizer.rl: unknown key; valid: betas, eps, lr" in refused
     sent = work.json("tune", "rates.yaml", "-c", "cluster.yaml")
     folder = Location(sent["run_folder"])
-    until(lambda: [r.status for r in trial_record.read(folder)][:1] == ["running"], "trial", 150,
+    until(lambda: [r.status for r in trial_record.read(folder)][:1] == ["running"], "trial", 300,
           said=lambda: work.heliostat("logs", "rates"))  # fmt: skip
     assert work.json("stop", "rates")["status"] == "STOPPED"
     assert not work.json("sweep", sent["run_folder"])["running"]

@@ -86,8 +86,9 @@ def test_chats_classes_and_images_are_answered_once_by_workers_of_which_one_is_k
     (tmp_path / "images" / "20.png").write_bytes(b"no image")
     listed = [json.dumps({"file_name": f"{i:02d}.png", "text": ""}) for i in range(21)]
     (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(listed))
+    chat = BatchSettings(task="chat", keep=["n"], options=OPTIONS)
     asked = {
-        "chat": (write_writer(tmp_path / "writer"), "chats.jsonl", BatchSettings("chat", keep=["n"], options=OPTIONS), COUNT, 1),
+        "chat": (write_writer(tmp_path / "writer"), "chats.jsonl", chat, COUNT, 1),
         "classify": (write_classifier(tmp_path / "classifier"), "texts.jsonl", BatchSettings(task="classify"), 60, 0),
         "embed-images": (clip, "images", BatchSettings(task="embed-images"), 20, 1),
     }

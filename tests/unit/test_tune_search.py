@@ -1,13 +1,17 @@
 """Over a resume: Optuna knows what was tried, the schedulers what was reported, and the budget what was promised."""
 
+import copy
+import json
 import os
+import threading
 from typing import Any
 
 import pytest
 import yaml
 from heliostat.errors import ConfigError
 from heliostat.storage import lease
-from heliostat.tune import listing, schedulers, searchers
+from heliostat.storage.locations import Location
+from heliostat.tune import driver, listing, schedulers, searchers
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import SweepState
 from heliostat.tune.sweep import SweepPlan, bracket, load
@@ -123,3 +127,23 @@ def test_a_sweep_runs_while_its_lease_is_held(plan) -> None:
         with pytest.raises(ConfigError, match=f"is being driven by process {os.getpid()}"):
             lease.take(folder, "driven")
     assert not listing.running(folder)
+
+
+def test_a_sweep_that_an_earlier_version_began_goes_on_unless_its_job_was_changed(plan) -> None:
+    made = plan()
+    recorded = copy.deepcopy(made.base)
+    recorded["train"]["cpu_kernels"] = True  # a key that is no more
+    before = {"sweep": made.sweep.dump(), "job": recorded, "run_id": "", "seconds": 0.0}
+    driver._same(made, before)
+    recorded["train"]["seed"] = 3
+    with pytest.raises(ConfigError, match=r"job\.train: was .* when the sweep began"):
+        driver._same(made, before)
+
+
+def test_drivers_that_died_on_other_machines_are_waited_for_together(tmp_path, monkeypatch) -> None:
+    waits = threading.Barrier(3)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.json").write_text(json.dumps({"sweep": {}, "job": {}, "run_id": "", "seconds": 0.0}))
+    monkeypatch.setattr(listing, "running", lambda folder: waits.wait(10) is None)
+    assert [(row["name"], row["running"]) for row in listing.sweeps(Location(str(tmp_path)))] == [(n, False) for n in "abc"]

@@ -19,6 +19,7 @@ import psutil
 
 MARK = "HELIOSTAT_NODE_DIR"
 STOP_S, KILL_S = 4.0, 20.0  # raylets do not end by SIGTERM alone while others of the cluster end
+LOOK_S = 0.1  # between two looks at who has ended
 
 
 def alive(pid: int, created: float) -> psutil.Process | None:
@@ -58,8 +59,10 @@ def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: f
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-        if wait_s:
-            _, left = psutil.wait_procs(left, timeout=wait_s)
+        deadline = time.monotonic() + wait_s
+        while left and time.monotonic() < deadline:
+            _, left = psutil.wait_procs(left, timeout=LOOK_S)
+            left = [process for process in left if _runs(process)]  # in a container a process may stay a zombie that none reaps
 
 
 def end_tree(root: int, patience_s: float = 0.0, kill_s: float = KILL_S) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from heliostat.config.fields import Json
 from heliostat.config.spec import Job
@@ -17,19 +18,24 @@ from heliostat.tune.sweep import Sweep, SweepPlan, count, place
 from heliostat.tune.trial_record import KeptTrial
 
 STOP_S = 600.0
+ASKED = 32  # sweeps at a time whose drivers' signs of life are waited for
 
 
 def sweeps(storage: Location) -> list[dict[str, Json]]:
     """Lists every sweep below the storage, by name."""
+    folders = {name: storage.join(name) for name in storage.folders()}
+    known = {
+        name: kept for name, folder in folders.items() if (kept := records.read_json(folder.join("sweep.json"), records.KEPT))
+    }
+    with ThreadPoolExecutor(ASKED) as pool:  # a driver that died on another machine takes seconds to know
+        alive = dict(zip(known, pool.map(running, [folders[name] for name in known]), strict=True))
     rows = []
-    for name in storage.folders():
-        folder = storage.join(name)
-        if (kept := records.read_json(folder.join("sweep.json"), records.KEPT)) is None:
-            continue
-        all_records, given = records.read(folder), kept["sweep"]
+    for name, kept in known.items():
+        folder, given = folders[name], kept["sweep"]
+        all_records = records.read(folder)
         best = records.best(all_records, given.get("mode", "min"))
         rows.append({"name": name, "folder": str(folder), "run_id": kept["run_id"], "metric": given.get("metric", "loss"),
-                      "running": running(folder), "states": dict(Counter(r.status for r in all_records)),
+                      "running": alive[name], "states": dict(Counter(r.status for r in all_records)),
                       "best": best.value if best else None})  # fmt: skip
     return rows
 
