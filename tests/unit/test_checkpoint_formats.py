@@ -119,6 +119,17 @@ def _forge(run: Location, data: bytes) -> None:
     place.join(layout.INDEX).write(layout.encode(root))
 
 
+def test_places_in_an_index_whose_format_lists_none_are_refused(run: Location) -> None:
+    """They are not those that the shard's own index has, which is checked."""
+    place = Location(str(_save(run, 10))).join(layout.INDEX)
+    root = layout.decode(place.read())
+    del root["crc32"]
+    root["tensors"]["ema.one"]["chunks"] = [{"shard": 0, "start": 0, "numel": 1, "offset": 1 << 40, "crc32": []}]
+    place.write(layout.encode(root))
+    with pytest.raises(CheckpointError, match=r"tensors: 'ema\.one': lists chunks, which formats 2 and 3 do"):
+        layout.open_checkpoint(run, 10)
+
+
 def test_a_format_of_a_newer_version_is_named(run: Location) -> None:
     folder = _save(run, 10)
     root = layout.decode((folder / "checkpoint.json").read_bytes())
