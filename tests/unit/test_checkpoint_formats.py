@@ -119,14 +119,24 @@ def _forge(run: Location, data: bytes) -> None:
     place.join(layout.INDEX).write(layout.encode(root))
 
 
-def test_places_in_an_index_whose_format_lists_none_are_refused(run: Location) -> None:
-    """They are not those that the shard's own index has, which is checked."""
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"chunks": [{"shard": 0, "start": 0, "numel": 12, "offset": 1 << 40, "crc32": []}]},
+            "lists chunks, which formats 2 and 3 do",
+        ),
+        ({"columns": [2, -4]}, "it has no 2 blocks of columns in rows of -4 elements"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused(run: Location, change: dict[str, object], said: str) -> None:
+    """Such as places that its shard's own index, which is checked, does not have."""
     place = Location(str(_save(run, 10))).join(layout.INDEX)
     root = layout.decode(place.read())
     del root["crc32"]
-    root["tensors"]["ema.one"]["chunks"] = [{"shard": 0, "start": 0, "numel": 1, "offset": 1 << 40, "crc32": []}]
+    root["tensors"]["exp_avg.w"] |= change
     place.write(layout.encode(root))
-    with pytest.raises(CheckpointError, match=r"tensors: 'ema\.one': lists chunks, which formats 2 and 3 do"):
+    with pytest.raises(CheckpointError, match=f"tensors: 'exp_avg.w': {said}"):
         layout.open_checkpoint(run, 10)
 
 
