@@ -226,6 +226,73 @@ def test_an_average_that_the_optimizer_keeps_is_shown_to_evaluations_and_put_bac
     assert all(row["shown"] and row["back"] for rows in told.values() for row in rows)
 
 
+FP32 = [layout for layout in LAYOUTS if layout.precision == "fp32"]
+DECAY, LAST = 0.9, TRAINED + 1
+
+
+def averages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """In every rank: each layout trains with an average and saves; another loads that, saves it again, and goes on."""
+    mine = {number: layout for number, layout in enumerate(FP32) if layout.workers == dist.get_world_size()}
+
+    def begin(layout: Layout) -> tuple[Any, ema.AveragedWeights]:
+        engine = deepspeed_engine.build_engine(_job("adamw", layout), Around(Model))
+        zero_state.init_optimizer_state(engine)
+        return engine, ema.AveragedWeights(engine, DECAY)
+
+    def save(name: str, step: int, engine: Any, average: ema.AveragedWeights) -> None:
+        saver = checkpoint.Saver(Location(f"{folder}/{name}"), spec.Checkpoint(every=1), group)
+        saver.save(step, zero_state.state(engine) | average.state(), build_index.facts(optimizer_steps=step))
+        saver.wait()
+
+    for number, layout in mine.items():
+        engine, average = begin(layout)
+        for step in range(TRAINED):
+            _play(engine, step, 1)
+            average.update(step + 1)
+        save(f"first-{number}", TRAINED, engine, average)
+    everyone.wait(ranks.DEADLINE_S)
+    for number, layout in mine.items():
+        engine, average = begin(layout)
+        state = zero_state.state(engine, whole=True) | average.state(whole=True)
+        for tensor in state.values():
+            getattr(tensor, "local", tensor).fill_(float("nan"))
+        other = (number + 3) % len(FP32)  # of another stage and of another number of workers
+        checkpoint.load(checkpoint.open_checkpoint(Location(f"{folder}/first-{other}"), TRAINED), state, group)
+        zero_state.after_load(engine, TRAINED)
+        save(f"again-{other}", TRAINED, engine, average)
+        _play(engine, TRAINED, 1)
+        average.update(LAST)
+        save(f"last-{other}", LAST, engine, average)
+        yield {"layout": number}
+
+
+@pytest.mark.ci
+def test_averages_are_those_of_torch_alone_at_every_stage_and_go_on_at_any_other(tmp_path) -> None:
+    """`train.ema`, on one and two workers; what another stage and number of workers has loaded is the same to the last bit."""
+    assert len(ranks.run(f"{__name__}:averages", WORKERS, str(tmp_path))) == sum(layout.workers for layout in FP32)
+    made = _job("adamw", FP32[0])
+    torch.manual_seed(made.train.seed)
+    model = Model()
+    optimizer = made.train.optimizer.build(building.parameter_groups(model, 0.5, Around(Model)))
+    expected, right = {n: p.detach().clone() for n, p in model.named_parameters()}, {}
+    for step in range(1, LAST + 1):
+        model(_data(step - 1)[:, :8], _data(step - 1)[:, 8:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, p in model.named_parameters():
+            expected[name] += (p.detach() - expected[name]) * (1 - min(DECAY, (1 + step) / (10 + step)))
+        right[step] = {name: average.flatten().clone() for name, average in expected.items()}
+    for number, layout in enumerate(FP32):
+        kinds = {"first": TRAINED, "again": TRAINED, "last": LAST}
+        first, again, last = (checkpoint.open_checkpoint(Location(f"{tmp_path}/{k}-{number}"), at) for k, at in kinds.items())
+        assert sorted(first.names("ema")) == sorted(expected), layout
+        for name in expected:
+            assert torch.equal(first.read(f"ema.{name}"), again.read(f"ema.{name}")), (layout, name)
+            assert torch.allclose(first.read(f"ema.{name}"), right[TRAINED][name], atol=1e-5), (layout, name)
+            assert torch.allclose(last.read(f"ema.{name}"), right[LAST][name], atol=1e-5), (layout, name)
+    assert any(not torch.allclose(right[LAST][n], p.detach().flatten(), atol=1e-3) for n, p in model.named_parameters())
+
+
 def exchange(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     """In every rank: matrices of several shapes, cut anywhere, of some ranks nothing."""
     rank, world = dist.get_rank(), dist.get_world_size()

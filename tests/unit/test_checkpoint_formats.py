@@ -119,6 +119,27 @@ def _forge(run: Location, data: bytes) -> None:
     place.join(layout.INDEX).write(layout.encode(root))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"chunks": [{"shard": 0, "start": 0, "numel": 12, "offset": 1 << 40, "crc32": []}]},
+            "lists chunks, which formats 2 and 3 do",
+        ),
+        ({"columns": [2, -4]}, "it has no 2 blocks of columns in rows of -4 elements"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused(run: Location, change: dict[str, object], said: str) -> None:
+    """Such as places that its shard's own index, which is checked, does not have."""
+    place = Location(str(_save(run, 10))).join(layout.INDEX)
+    root = layout.decode(place.read())
+    del root["crc32"]
+    root["tensors"]["exp_avg.w"] |= change
+    place.write(layout.encode(root))
+    with pytest.raises(CheckpointError, match=f"tensors: 'exp_avg.w': {said}"):
+        layout.open_checkpoint(run, 10)
+
+
 def test_a_format_of_a_newer_version_is_named(run: Location) -> None:
     folder = _save(run, 10)
     root = layout.decode((folder / "checkpoint.json").read_bytes())

@@ -124,5 +124,10 @@ def test_a_plan_without_a_version_is_of_version_1_and_keeps_its_digest():
     assert old.version == 1 and DataPlan.parse(old.dump()) == old and old.digest == PLAN
     new = dataclasses.replace(old, version=2)
     assert new.digest != old.digest and old.differences(new) == ["the version of the data plan: 1 -> 2"]
-    with pytest.raises(DataError, match="it is of version 3, and this heliostat knows 1 to 2"):
-        DataPlan.parse({**raw, "version": 3})
+    for newer in ({"version": 3}, {"version": 3, "stride": 7, "skips": "none"}):  # whatever keys it has
+        with pytest.raises(DataError, match=r"x: is of version 3, and this heliostat knows 1 to 2; use a newer one"):
+            DataPlan.parse(raw | newer, "x")
+    with pytest.raises(DataError, match=r"x: is a data plan of another version of heliostat \('stride'\)"):
+        DataPlan.parse({**raw, "stride": 7}, "x")
+    with pytest.raises(DataError, match=r"x: is no data plan, or damaged \(version: 0\)"):
+        DataPlan.parse({**raw, "version": 0}, "x")

@@ -100,11 +100,11 @@ def _fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
     """Finds what is wrong with a tensor; empty if nothing is."""
     if tensor.dtype not in BYTES:
         return f"dtype {tensor.dtype[:20]!r} is none"
-    if listed and tensor.chunks is None:
-        return "has no chunks"
+    if listed != (tensor.chunks is not None):  # only those of a format that lists them are checked, and used
+        return "has no chunks" if listed else f"lists chunks, which formats {LISTED[0]} and {LISTED[1]} do"
     if tensor.columns != ROWS:
         parts, width = tensor.columns
-        if parts < 2 or not width or width % parts or math.prod(tensor.shape) % width:
+        if parts < 2 or width < 1 or width % parts or math.prod(tensor.shape) % width:
             return f"it has no {parts} blocks of columns in rows of {width} elements"
     if fault := placement.fault(_in_runs(tensor), len(shards)):
         return fault

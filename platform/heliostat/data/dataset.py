@@ -6,6 +6,7 @@ fetch tasks, which rebuild the rest (`Dataset`) from the manifests.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ from heliostat.errors import ConfigError, DataError
 from heliostat.storage import wire
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, Number, Whole, closed
+from heliostat.text import printable
 
 
 @closed
@@ -68,7 +70,14 @@ class DataPlan:
     @staticmethod
     def parse(raw: object, where: object = "the data plan") -> DataPlan:
         """Builds the plan that was dumped as `raw`; DataError that names `where` if it is no valid plan."""
-        return PLAN.build({"version": 1, **raw} if isinstance(raw, dict) else raw, where)  # the first runs name no version
+        if isinstance(raw, dict):
+            raw = {"version": 1, **raw}  # the first runs name none
+            version, others = raw["version"], sorted(raw.keys() - {f.name for f in dataclasses.fields(DataPlan)})
+            if isinstance(version, int) and version > NEWEST:  # before its keys, which may be other ones
+                raise DataError(f"{where}: is of version {version}, and this heliostat knows 1 to {NEWEST}; use a newer one")
+            if others:
+                raise DataError(f"{where}: is a data plan of another version of heliostat ({printable(others[0])[:100]!r})")
+        return PLAN.build(raw, where)
 
     @staticmethod
     def read(place: Location) -> DataPlan:
@@ -104,8 +113,8 @@ class DataPlan:
 def _fault(plan: DataPlan) -> str | None:
     shape, sources, steps = plan.shape, len(plan.uris), [step for step, _ in plan.mix]
     per_lane, rest = divmod(shape.batch, shape.lanes)
-    if not 1 <= plan.version <= NEWEST:
-        return f"it is of version {plan.version}, and this heliostat knows 1 to {NEWEST}; use a newer one"
+    if plan.version < 1:
+        return f"version: {plan.version}"
     if not sources or {len(plan.digests), len(plan.max_epochs), *(len(weights) for _, weights in plan.mix)} != {sources}:
         return "uris, digests, max_epochs and weights are not one for each source"
     if not steps or any(a >= b for a, b in itertools.pairwise(steps)):
