@@ -160,7 +160,10 @@ def _unpack_record(data: bytes) -> object:
     name, values = unpack(data)
     if name not in _records:
         raise ValueError(f"{name!r} is not a type that may be sent between processes")
-    return _records[name](*values)
+    kind = _records[name]
+    if not dataclasses.is_dataclass(kind):
+        return kind(*values)
+    return kind(**dict(zip((f.name for f in dataclasses.fields(kind)), values, strict=True)))
 
 
 _PLAIN: tuple[Any, ...] = (dict, list, str, bytes, int, float)  # of which subclasses are sent as plain values

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import NotRequired
 
 from typing_extensions import TypedDict
@@ -47,7 +48,7 @@ LIST = Format(list[RecordedEvent], "list of a run's curves", fix=FIX)
 KINDS = {kind: Format(cls, "event of a run", check=_fault, fix=FIX) for kind, cls in events.RECORDED.items()}
 
 
-def write(run: Location, done: int, reported: list[events.Event]) -> None:
+def write(run: Location, done: int, reported: Sequence[events.Event]) -> None:
     """Writes the events of the steps up to `done` that no earlier file of the run's curves holds."""
     run_folder.curves(run, done).write(json.dumps([events.dump(event) for event in reported]).encode())
 

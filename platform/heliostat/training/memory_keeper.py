@@ -72,8 +72,8 @@ def summed(data: np.ndarray, start: int) -> Sum:
 
 @dataclass
 class Copy:
-    """Holds a copy. Once it is sealed: its `facts`, its `layout`, and `own`, what else its worker alone has (pickled, because a
-    keeper does not import its classes)."""
+    """Holds a copy. Once it is sealed: its `facts`, its `layout`, and `own`, what else its worker alone has (encoded by `wire`:
+    a keeper doesn't import its classes)."""
 
     data: np.ndarray
     arrived: list[Sum] = field(default_factory=list)

@@ -19,11 +19,16 @@ from ray.actor import ActorHandle
 
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
-from heliostat.runs.events import Event, Notice, Phase
+from heliostat.runs.events import Evaluation, Event, LossSpike, Notice, Phase, Steps
 from heliostat.runs.time_ledger import Ledger
+from heliostat.storage import wire
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
 from heliostat.training.mailbox import MailboxState
+
+Told = Steps | LossSpike | Evaluation  # which copies in memory hold
+for kind in (Steps, LossSpike, Evaluation):
+    wire.travels(kind)
 
 
 class Posts:
@@ -35,13 +40,13 @@ class Posts:
 
     def __init__(self, mailbox: ActorHandle[MailboxState] | None, rank: int) -> None:
         self.mailbox, self.rank = mailbox, rank
-        self.told: list[Event] = []
+        self.told: list[Told] = []
 
     def post(self, event: Event) -> None:
         if self.rank == 0:
             self._send(event)
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: Told) -> None:
         """Posts an event that must not be lost."""
         self.told.append(event)
         self.post(event)

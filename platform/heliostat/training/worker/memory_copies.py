@@ -11,7 +11,6 @@ waits for one too long, all workers agree to keep no more: generations without t
 from __future__ import annotations
 
 import logging
-import pickle
 import threading
 import time
 from collections import deque
@@ -32,6 +31,7 @@ from heliostat.checkpoint.flat_copy import CopiedBytes, CopyStream, FlatRange
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.data import device_threads
 from heliostat.errors import TrainingError
+from heliostat.storage import wire
 from heliostat.text import brief
 from heliostat.training.memory_keeper import CopyFacts, CopySource, Layout, MemoryPlan, Sum, summed
 
@@ -72,7 +72,7 @@ class MemoryCopies:
     def keep(self, facts: CopyFacts, own: object, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
         """Copies the state after a step. All workers call this, and `wait` before it, at the same steps.
 
-        `facts`: the same for all of them; `own`: what else is this worker's, pickled in the thread. Collective.
+        `facts`: the same for all of them; `own`: what else is this worker's, encoded in the thread. Collective.
         """
         if self._off or self._agree_off(group):
             return
@@ -165,7 +165,7 @@ class MemoryCopies:
         while in_flight:
             self._answers(in_flight.popleft())
         layout = [astuple(r) for r in ranges]
-        self._answers([keeper.seal.remote(id, self._rank, sums, facts, layout, pickle.dumps(own)) for keeper in keepers])
+        self._answers([keeper.seal.remote(id, self._rank, sums, facts, layout, wire.pack(own)) for keeper in keepers])
 
     def _answers(self, calls: list[ray.ObjectRef[None]]) -> None:
         """Waits for the keepers; TimeoutError when they do not answer, or when the attempt has ended."""

@@ -11,7 +11,6 @@ the state, wait until it is copied.
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from heliostat.checkpoint.agreement import Channel
 from heliostat.engine import ema, zero_state
 from heliostat.errors import AccessError, StorageError
 from heliostat.runs.events import Saved
+from heliostat.storage import wire
 from heliostat.tracking import local_curves
 from heliostat.training.memory_keeper import CopyFacts, CopySource
 from heliostat.training.worker import memory_copies
@@ -200,7 +200,7 @@ class TrainingState(Hook):
             self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
         self._complete(facts.optimizer_steps, facts.loss_scale)
         if context.rank == 0:
-            parts, events = zip(*map(pickle.loads, own), strict=True)  # of this run's own workers
+            parts, events = zip(*map(wire.unpack, own), strict=True)
             self.unsealed.take_up(list(parts))
             context.posts.told = events[0]
 

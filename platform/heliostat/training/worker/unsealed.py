@@ -33,13 +33,14 @@ from heliostat.data.order import Order
 from heliostat.data.stream import StepSamples
 from heliostat.errors import DataError
 from heliostat.runs.consumed import ConsumedPlace, Replaced
-from heliostat.storage import run_folder
+from heliostat.storage import run_folder, wire
 from heliostat.storage.locations import Location
 
 BadOfStep = tuple[int, Bad]  # with the step, counted from 0
 Share = tuple[list[np.ndarray], list[BadOfStep], int]  # of some workers: digests of lanes, replaced samples, how many in the run
 
 
+@wire.travels
 class SealedSteps(NamedTuple):
     """Describes a receipt that is written: the chain after it, and how many samples were replaced in the run up to there."""
 
@@ -47,6 +48,7 @@ class SealedSteps(NamedTuple):
     replaced: int
 
 
+@wire.travels
 @dataclass
 class UnsealedPart:
     """Holds this worker's share of what one receipt covers: the steps since the last one, up to step `done`. `sealed`: once the
