@@ -38,8 +38,12 @@ from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
 from tests.waiting import until
 
-pytestmark = pytest.mark.ci
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.timeout(1500),
+]  # whose workers and drivers are new processes: a job starts in a minute or more
 ROOT = Path(__file__).parents[2]
+LONG_S = 600.0  # for a job, a trial, or an endpoint to start
 STEPS = 40
 
 
@@ -63,7 +67,7 @@ class Workspace:
     def run(self, log: Path, *arguments: str) -> int:
         """Runs a command as a process; returns its exit code."""
         with self.started(log, *arguments) as process:
-            return process.wait(240)
+            return process.wait(LONG_S)
 
     def started(self, log: Path, *arguments: str) -> subprocess.Popen:
         environment = {**os.environ, "RAY_ADDRESS": ""}
@@ -75,12 +79,12 @@ class Workspace:
         """Serves a model on the cluster, as `tiny`."""
         words = ("serve", str(model), "--cluster", "test", "--port", str(port), "--no-keys", "--name", "tiny")
         process = self.started(log, *words)
-        until(lambda: "tiny is served at" in log.read_text(), "endpoint", 240, lambda: process.poll() is None, log.read_text)
+        until(lambda: "tiny is served at" in log.read_text(), "endpoint", LONG_S, lambda: process.poll() is None, log.read_text)
         return process
 
     def trains(self, name: str, run: Location, least: int = 1) -> None:
         """Waits until a run has got to a step."""
-        until(lambda: (progress.of_run(run, STEPS)["step"] or 0) >= least, f"step {least}", 300,
+        until(lambda: (progress.of_run(run, STEPS)["step"] or 0) >= least, f"step {least}", LONG_S,
               said=lambda: self.heliostat("logs", name))  # fmt: skip
 
     @property
@@ -168,7 +172,8 @@ def test_up_starts_the_worker_that_died_and_leaves_what_runs(work) -> None:
     """A job goes on, on the head and the other worker; only --restart would end them."""
     head, first, second = before = work.state.nodes
     client = jobs.Jobs(Endpoint(work.state.url, work.token, True)).client
-    client.submit_job(entrypoint="sleep 600", submission_id="sleeper")
+    client.submit_job(entrypoint="sleep 1200", submission_id="sleeper")
+    until(lambda: client.get_job_status("sleeper") == "RUNNING", "the job", LONG_S)
     for process in family(local.ClusterState("", "", "", [second])):
         process.kill()
     found = work.json("cluster", "up", "cluster.yaml")
@@ -212,7 +217,7 @@ def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
     assert "train.optimizer.rl: unknown key; valid: betas, eps, lr" in refused
     sent = work.json("tune", "rates.yaml", "-c", "cluster.yaml")
     folder = Location(sent["run_folder"])
-    until(lambda: [r.status for r in trial_record.read(folder)][:1] == ["running"], "trial", 300,
+    until(lambda: [r.status for r in trial_record.read(folder)][:1] == ["running"], "trial", LONG_S,
           said=lambda: work.heliostat("logs", "rates"))  # fmt: skip
     assert work.json("stop", "rates")["status"] == "STOPPED"
     assert not work.json("sweep", sent["run_folder"])["running"]
