@@ -1,7 +1,8 @@
 """Generates from prompts in this process (`many` does it on Ray, over as many workers as are asked for).
 
-The recipe of the export (`exports`) defines how: `generator(folder, options)` loads the model once and answers requests. The
-answer to a request follows from it and the options alone, so it is the same in whatever batch and on whichever worker it is made.
+The recipe of the export (`recipes.exported`) defines how: `generator(folder, options)` loads the model once and answers requests.
+The answer to a request follows from it and the options alone, so it is the same in whatever batch and on whichever worker it is
+made.
 """
 
 from __future__ import annotations

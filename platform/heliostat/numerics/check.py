@@ -2,7 +2,7 @@
 
     found = check(checked)          # {"ok", "rows", "faults", "trial", "seconds", "losses"}
 
-What is compared, each against a limit of the job's precision (`thresholds`): the initial weights; the weights in use against the
+What is compared, each against a limit of the job's precision (`rows.LIMITS`): the initial weights; the weights in use against the
 masters; each step's loss, every parameter's gradient and update; the state that another layout reads from a checkpoint, and its
 next losses; and the receipts.
 """

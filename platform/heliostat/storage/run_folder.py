@@ -14,7 +14,7 @@ stacks/TIME.txt              the stacks of the workers when they stalled
 run.json                     which MLflow run this is (`runs.mlflow_id`)
 attempts.json                each start of the workers: code, machines (`tracking.run_facts`)
 unlogged.jsonl               points that MLflow has not taken yet (`tracking.outbox`)
-clone.json                   the last checkpoint that population based training put here (`tune.clone`)
+clone.json                   the last checkpoint that population based training put here (`tune.trial`)
 summary.json, result.json    the end: of training, and of everything (`runs.summary`)
 probe                        empty; the driver writes it to see whether it may write (`training.driver.suspects`)
 """

@@ -3,8 +3,8 @@
     from heliostat.tune.driver import tune
     result = tune(Path("jobs/sweeps/quickstart.yaml"))
 
-The sweep's folder (`record`) is all that a resume needs. Ray Tune's own state lies in `ray/` there while the sweep runs; it is
-never read, and goes at the end.
+The sweep's folder (`trial_record`) is all that a resume needs. Ray Tune's own state lies in `ray/` there while the sweep runs; it
+is never read, and goes at the end.
 """
 
 from __future__ import annotations

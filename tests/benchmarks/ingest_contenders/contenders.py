@@ -48,7 +48,7 @@ def planned(task: Task) -> tuple[Any, Any, Any, int]:
 
 
 def our_split(task: Task) -> list[Any]:
-    """The run's own plan, fetch tasks, split and worker-side stream, as `training/worker/loop.py` puts them together."""
+    """The run's own plan, fetch tasks, split and worker-side stream, as `training/worker/build.py` puts them together."""
     from heliostat.data import stream
 
     job, plan, order, size = planned(task)

@@ -289,7 +289,7 @@ def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
 def require_unchanged(base: Location, part: FilePart) -> None:
     """Raises DataError if a file is not as it was when the input was listed; nothing if that is not known, or it is a folder.
 
-    Nothing also of an object with an ETag: each of its reads is conditional (`blocks`, `fetch`).
+    Nothing also of an object with an ETag: each of its reads is conditional (`_of_object`).
     """
     place = base.join(part.path) if part.path else base
     info = place.info() if part.modified and not part.etag else None

@@ -4,7 +4,7 @@ A step follows from its number alone: its samples, its micro-batches (`micro_bat
 needs no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are computed on any
 number of workers. Its loss is the sum of all its loss terms over their number, whatever the micro-batches held (`objective`).
 
-What a run does around its steps are hooks (`hooks`). The workers agree at every step whether to stop after it (`heartbeat`).
+What a run does around its steps are hooks (`context`). The workers agree at every step whether to stop after it (`heartbeat`).
 """
 
 from __future__ import annotations
