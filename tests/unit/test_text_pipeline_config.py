@@ -23,7 +23,10 @@ tokenizer: {{vocab_size: 300}}
     [
         (["pipeline=pipelines.text"], "must look like package.module:Class"),
         (["pipeline=heliostat.curation.text.pipeline:TextPipelin"], "did you mean 'TextPipeline'"),
-        (["pipeline=heliostat.curation.text.pipeline:TokenizerConfig"], "must be a subclass of heliostat.prepare.Pipeline"),
+        (
+            ["pipeline=heliostat.curation.text.pipeline:TokenizerConfig"],
+            "must be a subclass of heliostat.curation.prepare.Pipeline",
+        ),
         (["pipeline=null"], "must name a class"),
         (["chunk_token=5"], "chunk_token: unknown key; did you mean 'chunk_tokens'"),
         (["normalise=NFD"], "normalise: 'NFD' is not a choice"),
