@@ -27,8 +27,8 @@ from heliostat.engine import deepspeed_engine, zero_state
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.recipes.loading import load
 from heliostat.runs.time_ledger import Ledger
-from heliostat.training.worker.batch_plan import BatchPlan
-from heliostat.training.worker.stepper import Stepper
+from heliostat.training.worker.micro_batches import BatchPlan
+from heliostat.training.worker.step import Stepper
 
 from tests.golden import data
 from tests.integration import ranks
@@ -42,7 +42,7 @@ DEADLINE_S = 540
 WORKERS = (1, 2)
 STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}  # a bf16 job at stage 0 is refused
 VERSIONS = ("torch", "deepspeed", "transformers", "diffusers", "numpy")  # of what computes
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative, in another environment; AVX2 for AVX-512: 3e-7, 7e-3
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative, in another environment; AVX2 for AVX-512: 6e-7, 3e-2
 ALIKE = {"fp32": 1e-5, "bf16": 2e-2}  # relative, between stages and worker counts in one environment
 
 
