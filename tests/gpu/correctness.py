@@ -134,7 +134,7 @@ def save() -> Iterator[Row]:
 
 def ahead() -> Iterator[Row]:
     """Micro-batches that are copied to the device while it computes, beside the same on the CPU."""
-    from heliostat.training.worker.micro_batches import on_device
+    from heliostat.data.device_streams import on_device
 
     micros = [{"tokens": torch.randint(0, 1 << 30, (8, 4096), generator=torch.Generator().manual_seed(i))} for i in range(16)]
     load = torch.randn(512, 512, device=setting.DEVICE)

@@ -7,14 +7,14 @@ copy. For GPUs it is pinned, and filled on a stream of its own during training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from heliostat.checkpoint.checksums import as_bytes
 from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.data.device_streams import CopyStream
 from heliostat.errors import TrainingError
 
 ALIGNED = 64  # bytes, so that each slice of a buffer can be viewed in its type
@@ -128,44 +128,6 @@ def _view(buffer: torch.Tensor, place: FlatRange, like: torch.Tensor) -> torch.T
 
 def as_buffer(nbytes: int, pinned: bool) -> torch.Tensor:
     return as_bytes(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned))
-
-
-class CopyStream:
-    """Queues copies from a GPU on a stream of its own, after what another thread has queued for training; else does nothing."""
-
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._ready: torch.cuda.Event | None = None
-        self._done: torch.cuda.Event | None = None
-
-    def mark(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Marks the moment whose state is to be copied; called in the thread that trains, behind what it has queued on a GPU."""
-        device = next((t.device for t in tensors.values() if t.is_cuda), None)
-        if device is None:
-            return
-        self._stream = self._stream or torch.cuda.Stream(device)
-        self._ready = torch.cuda.current_stream(device).record_event()
-
-    @contextmanager
-    def queue(self) -> Iterator[None]:
-        """Queues the copies that are made inside, as of the last `mark`; `wait` waits for them."""
-        if self._stream is None or self._ready is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._ready)
-            yield
-            self._done = self._stream.record_event()
-
-    def hold_back(self) -> None:
-        """Lets what is queued next on the GPU wait until the queued copies are done; the calling thread does not wait."""
-        if self._stream is not None and self._done is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._done)
-
-    def wait(self) -> None:
-        """Waits until the queued copies are in host memory."""
-        if self._done is not None:
-            self._done.synchronize()
 
 
 class HostCopy(CopyStream):

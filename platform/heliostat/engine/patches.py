@@ -90,8 +90,14 @@ def import_without_mlflow() -> None:
 
     DeepSpeed 0.19.8. Without it a worker's imports take 11 s instead of 8 s.
     """
-    with _without("mlflow"):
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
         importlib.import_module("deepspeed")
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
 
 
 @_patch
@@ -100,8 +106,15 @@ def import_muon_without_compiler() -> None:
 
     DeepSpeed 0.19.8. Without it the module decorates a function with the compiler, whose import takes 1 s.
     """
-    with _without_compiler():
+
+    def same(function: Callable[..., object] | None = None, **_: object) -> Callable[..., object]:
+        return function or same
+
+    compiler, torch.compile = torch.compile, same  # type: ignore[assignment]
+    try:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compiler
 
 
 @_patch
@@ -138,33 +151,6 @@ def skip_shared_memory_kernel() -> None:
 
 def _nothing(*_: object, **__: object) -> None:
     """Does nothing."""
-
-
-@contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Makes importing the module fail inside, unless it was imported before."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-
-
-@contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Makes `torch.compile` return what it is given inside."""
-
-    def same(function: Callable[..., object] | None = None, **_: object) -> Callable[..., object]:
-        return function or same
-
-    compiler, torch.compile = torch.compile, same  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compiler
 
 
 # process groups ------------------------------------------------------------------------------------------------------
@@ -345,6 +331,28 @@ def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) 
         return bool(found)
 
     zero.step, zero._get_norm_groups, zero.has_overflow = averaged, alike, overflow
+
+
+@_patch
+def read_norms(at_once: bool) -> None:
+    """Makes ZeRO's optimizers look at the gradient norm before every step (`at_once`), as fp16's loss scale needs it, or not at
+    all: the loop judges it a step later, and ends the attempt.
+
+    DeepSpeed 0.19.8. Without it stages 1 to 3 wait for the device before every step, and with clipping once more.
+    """
+    known: Any = importlib.import_module("deepspeed.runtime.utils")
+    for name in ("bf16_optimizer", "zero.stage_1_and_2", "zero.stage3"):
+        module = importlib.import_module(f"deepspeed.runtime.{name}")
+        _replace(module, "is_invalid_grad_norm", known.is_invalid_grad_norm if at_once else _nothing)
+        if name == "bf16_optimizer":
+            _replace(module, "clip_tensors_by_global_norm", _clip)
+
+
+def _clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: object = None) -> None:
+    """Clips on the device: by the factor that DeepSpeed reads on the host, or by 1."""
+    factor = (max_norm / (global_norm + 1e-6)).clamp(max=1)
+    for tensor in input_tensors:
+        tensor.detach().mul_(factor)
 
 
 @_patch

@@ -117,8 +117,8 @@ def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:
         raise TrainingError(f"train.parallel.tensor: DeepSpeed has divided other matrices than the recipe names: {some}")
 
 
-def clipped_norm(engine: DeepSpeedEngine, limit: float) -> float:
-    """Clips the gradients of an engine at stage 0 by their global norm; returns that. Collective."""
+def clipped_norm(engine: DeepSpeedEngine, limit: float) -> torch.Tensor:
+    """Clips the gradients of an engine at stage 0 by their global norm; returns that, on the device. Collective."""
     trained = [p for p in engine.module.parameters() if p.grad is not None]
     squares = [
         torch.nn.utils.get_total_norm([p.grad for p in trained if (of(p).parts > 1) == divided]).double().square()
@@ -127,4 +127,4 @@ def clipped_norm(engine: DeepSpeedEngine, limit: float) -> float:
     dist.all_reduce(squares[0], group=engine.mpu.get_tensor_model_parallel_group())
     norm = torch.stack(squares).sum().sqrt().float()
     torch.nn.utils.clip_grads_with_norm_(trained, limit or float("inf"), norm)
-    return float(norm)
+    return norm

@@ -83,7 +83,7 @@ class Player:
         begun = len(self.stepper.losses)
         for step in range(first, last):
             mine = self.sharing.share(self._read)
-            self.stepper.step(step, mine)
+            self.stepper.step(step, self.stepper.prepare(step, mine))
             self.unsealed.add(step, mine)
         sums = torch.stack(self.stepper.losses[begun:]).double()
         dist.all_reduce(sums)

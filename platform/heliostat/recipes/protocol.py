@@ -102,7 +102,8 @@ class Recipe(ABC):
         """Makes CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table for rows.
 
         `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample, on any number of workers; what
-        is drawn at random for a sample should follow from it. `heliostat.recipes.batches` has helpers.
+        is drawn at random for a sample should follow from it. A thread calls this for the next step while the present one
+        computes, never twice at a time. `heliostat.recipes.batches` has helpers.
         """
 
     @abstractmethod

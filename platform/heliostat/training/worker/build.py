@@ -25,6 +25,7 @@ from heliostat.training.mailbox import MailboxState
 from heliostat.training.memory_keeper import MemoryPlan
 from heliostat.training.stops import RUN
 from heliostat.training.worker import collector
+from heliostat.training.worker.batches_ahead import BatchesAhead
 from heliostat.training.worker.collector import Collector
 from heliostat.training.worker.context import Context, Hook, Posts
 from heliostat.training.worker.evaluation import Evaluations
@@ -80,6 +81,7 @@ class Worker:
         first_of_node = os.environ["LOCAL_RANK"] == "0"
         self.monitor = NodeMonitor(mailbox, ray.util.get_node_ip_address(), _nodes()) if first_of_node else None
         self.memory: MemoryCopies | None = None
+        self.ahead: BatchesAhead | None = None
         try:
             self._build(config)
         except BaseException:
@@ -126,9 +128,8 @@ class Worker:
             assert samples
             return samples.next_step()
 
-        self.loop = Loop(
-            context, stepper, state, unsealed, self.reports, self.heartbeat, hooks, config["pauses"], lambda: sharing.share(read)
-        )
+        self.ahead = BatchesAhead(lambda: sharing.share(read), stepper.prepare, posts.notice)
+        self.loop = Loop(context, stepper, state, unsealed, self.reports, self.heartbeat, hooks, config["pauses"], self.ahead)
 
     def run(self) -> WorkerSummary:
         """Trains to the last step, or until the workers stop; returns the summary."""
@@ -147,8 +148,11 @@ class Worker:
             }
 
     def end(self) -> None:
-        """Ends the threads that report to the driver and that copy into memory. On a broken device the last may not end."""
+        """Ends the threads that report to the driver, that make batches, and that copy into memory. On a broken device the last
+        may not end."""
         self.heartbeat.end()
+        if self.ahead:
+            self.ahead.end()
         if self.monitor:
             self.monitor.end()
         if self.memory:
@@ -156,8 +160,8 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Tells whether a save goes on in its thread."""
-        return self.state.saver.busy
+        """Tells whether a save, or the making of batches, goes on in its thread."""
+        return self.state.saver.busy or (self.ahead is not None and self.ahead.busy)
 
     def _progressed(self) -> None:
         """Counts progress, for the watchdog; PeerLostError once the workers were ordered to abort."""

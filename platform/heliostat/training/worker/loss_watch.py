@@ -17,7 +17,7 @@ from heliostat.config.sections import Spike
 from heliostat.data.dataset import Dataset
 from heliostat.errors import LossSpikeError, NonFiniteError
 from heliostat.runs.events import LossSpike
-from heliostat.training.worker.context import Context, Due, Hook
+from heliostat.training.worker.context import Context, Hook
 
 NAMED = 8  # samples that an error names
 NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
@@ -76,10 +76,10 @@ class LossWatch(Hook):
                 if spike.action == "rollback":
                     self._roll_back(step, spike.text)
 
-    def after_step(self, done: int, norm: float, due: Due) -> None:
+    def on_norm(self, step: int, norm: float) -> None:
         """Checks a step's gradient norm; fp16's loss scaler skips such steps itself."""
         if self.job.train.precision != "fp16" and not math.isfinite(norm):
-            self._fail(done - 1, f"gradient norm {norm}")
+            self._fail(step, f"gradient norm {norm}")
 
     def _roll_back(self, step: int, what: str) -> None:
         self.saved()

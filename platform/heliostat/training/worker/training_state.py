@@ -61,7 +61,7 @@ class TrainingState(Hook):
     def tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
         return zero_state.state(self.engine, whole) | (self.average.state(whole) if self.average else {})
 
-    def after_step(self, done: int, norm: float, due: Due) -> None:
+    def after_step(self, done: int, due: Due) -> None:
         """Waits for the last copy before the step is reported: once a step is, all copies of earlier ones have arrived."""
         if self.memory and due.keeps:
             with self.context.ledger("checkpoint"):
