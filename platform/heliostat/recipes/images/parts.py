@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from heliostat.config.fields import Json
+from heliostat.data.device_streams import Constant
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.images import config, diffusers_folder, rows
@@ -212,14 +213,14 @@ class Parts:
         return diffusers_folder.tokenizer(definition, self.facts.end, self.model.text.length)
 
     @cached_property
-    def empty(self) -> dict[str, torch.Tensor]:
+    def empty(self) -> dict[str, Constant]:
         """Encodes the empty caption as `text` and `mask`: token ids [length], or the stored embedding [length, width]."""
         assert self.facts
         if self.facts.text:
             raw = self.sources[0].file("empty_caption.bin").read()
-            return {"text": torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.facts.text).copy()).float()}
+            return {"text": Constant(torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.facts.text).copy()).float())}
         tokens = tokenize(self.tokenizer, [""])
-        return {"text": tokens.input_ids[0], "mask": tokens.attention_mask[0]}
+        return {"text": Constant(tokens.input_ids[0]), "mask": Constant(tokens.attention_mask[0])}
 
     @torch.no_grad()
     def conditioning(self, text: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

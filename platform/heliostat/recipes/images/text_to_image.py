@@ -118,7 +118,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
         for key, empty in self.parts.empty.items():
             dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
-            captions[key] = torch.where(dropped, empty.to(dropped.device), captions[key])
+            captions[key] = torch.where(dropped, empty.on(dropped.device), captions[key])
         return Loss((self._errors(model, batch | captions, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.autograd.graph import save_on_cpu
 
 from heliostat.config.train_section import SELECTIVE
+from heliostat.data.device_streams import HostTensors
 from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
 from heliostat.parallel.language_model import LanguageModel
@@ -38,10 +38,11 @@ def use(model: PreTrainedModel, which: Which, offload: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **how})
     if (which is True and not offload) or isinstance(which, str):
         return
+    host = HostTensors()
     for place, layer in enumerate(layers(model)):
         layer.gradient_checkpointing = which is True or place < which
         if offload:
-            layer._gradient_checkpointing_func = OnHost(layer._gradient_checkpointing_func)
+            layer._gradient_checkpointing_func = OnHost(layer._gradient_checkpointing_func, host)
 
 
 def layers(model: torch.nn.Module) -> list[Any]:
@@ -52,16 +53,17 @@ def layers(model: torch.nn.Module) -> list[Any]:
 
 
 class OnHost:
-    """Checkpoints as `checkpoint` does, with the layer's input in host memory, pinned where there is a GPU. What the layer keeps
-    inside is not kept at all, so the input is all that is copied. The same on a CPU, as a copy beside the original."""
+    """Checkpoints as `checkpoint` does, with the layer's input in host memory. What the layer keeps inside is not kept at all, so
+    the input is all that is copied. The same on a CPU, as a copy next to the original."""
 
-    def __init__(self, checkpoint: Callable[..., object]) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Callable[..., object], host: HostTensors) -> None:
+        """Prepares it. `host`: the same for all layers of a model, in whose order they are copied."""
+        self.checkpoint, self.host = checkpoint, host
         self.copied = 0
 
     def __call__(self, layer: Callable[..., object], *given: object) -> object:
         self.copied += sum(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
-        with save_on_cpu(pin_memory=True):
+        with self.host:
             return self.checkpoint(layer, *given)
 
 
