@@ -85,3 +85,26 @@ def test_what_a_graph_has_saved_goes_with_it():
     del loss
     gc.collect()
     assert kept() is None
+
+
+class Product(torch.autograd.Function):
+    """Saves both factors; the backward pass asks for the first one first."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        return gradient * b, gradient * a
+
+
+def test_what_was_brought_back_is_not_copied_again(order):
+    a, b = (torch.tensor(value, requires_grad=True) for value in (2.0, 3.0))
+    with HostTensors():
+        made = Product.apply(a, b)
+    made.backward()
+    assert (a.grad, b.grad) == (3.0, 2.0)
+    assert order == [("restore", 2.0), ("fetch", 2.0), ("restore", 3.0), ("fetch", 3.0)]

@@ -113,16 +113,17 @@ class HostTensors(saved_tensors_hooks):
 
     def _restore(self, saved: _Saved) -> torch.Tensor:
         tensor = saved.restore()
-        if saved.before and (before := saved.before()):
+        if saved.before and (before := saved.before()) and not before.restored:
             before.fetch()
         return tensor
 
 
 class _Saved:
-    """Holds a tensor in host memory; `before`: the one that was saved before it, as long as that is needed."""
+    """Holds a tensor in host memory. `before`: the one that was saved before it, as long as that is needed; `restored`: whether
+    it was brought back, mostly for its only use."""
 
     def __init__(self, tensor: torch.Tensor, before: weakref.ref[_Saved] | None) -> None:
-        self.device, self.before = tensor.device, before
+        self.device, self.before, self.restored = tensor.device, before, False
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self._fetched: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._arrived: torch.cuda.Event | None = None
@@ -148,6 +149,7 @@ class _Saved:
     def restore(self) -> torch.Tensor:
         """Returns the tensor on its device; what is queued there next waits for it."""
         self.fetch()
+        self.restored = True
         if self._fetched is None:
             return self._host.to(self.device)
         (tensor, ready), self._fetched = self._fetched, None
