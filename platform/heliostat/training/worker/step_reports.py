@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from heliostat.cluster.peak_flops import peak_flops
-from heliostat.config import schedules
 from heliostat.data.dataset import Dataset
 from heliostat.engine import zero_state
 from heliostat.recipes.protocol import Recipe
@@ -97,7 +96,6 @@ class StepReports:
         }
 
     def _post(self, first: int, done: int, seconds: float, wait: float, replaced: int) -> None:
-        train = self.job.train
         results = self.sums(self.context.control, replaced)
         self.context.progressed()  # before a number of them is judged, or logged
         unsealed.check_budget(results.replaced, done, self.job, self.dataset.order)
@@ -112,7 +110,7 @@ class StepReports:
                 added=results.added,
                 experts=results.experts,
                 grad_norm=results.norms,
-                lr=[train.optimizer.lr * schedules.factor(train.schedule, s, train.steps) for s in range(first, done)],
+                lr=[self.job.train.lr(s) for s in range(first, done)],
                 seconds=seconds,
                 tokens_per_second=self._per_second(done - first, seconds),
                 data_wait=wait / seconds,
