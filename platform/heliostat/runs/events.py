@@ -59,7 +59,7 @@ class Steps(Event):
     data_wait: float | None = None  # a fraction of the seconds
     mfu: float | None = None
     bad_samples: float | None = None  # replaced so far in the run
-    added: dict[str, list[float]] = field(default_factory=dict)  # what is in the objective beside the loss, by name
+    added: dict[str, list[float]] = field(default_factory=dict)  # of each step, by name: parts of the objective, other metrics
     experts: dict[str, list[float]] = field(default_factory=dict)  # their load, of a mixture of experts, by name
     skipped_steps: float | None = None  # so far, in fp16
     loss_scale: float | None = None
