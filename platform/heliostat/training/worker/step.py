@@ -226,7 +226,7 @@ class Loop:
         for hook in self.hooks:
             hook.after_step(done, norm, due)
         if due.reports:
-            self.reports.report(done, self.unsealed.replaced)
+            self.reports.report(done)
         with self.reports.aside():
             for hook in self.hooks:
                 hook.on_save(done, due)
