@@ -30,10 +30,11 @@ class Spike(Strict):
 
 
 class Excess(NamedTuple):
-    """Describes why a loss is a spike: the usual loss, and the limit that it is above."""
+    """Describes why a loss is a spike, and what follows: the usual loss, the limit that it is above, and the action."""
 
     usual: float
     limit: float
+    action: Literal["warn", "rollback"]
 
 
 class SpikeDetector:
@@ -52,12 +53,12 @@ class SpikeDetector:
         A finite loss can only be a spike once half a window is filled.
         """
         if not math.isfinite(loss):
-            return Excess(math.nan, math.inf)
+            return Excess(math.nan, math.inf, self.policy.action)
         if len(self._window) >= self.policy.window // 2:
             middle = statistics.median(self._window)
             spread = NORMAL * statistics.median(abs(x - middle) for x in self._window)
             limit = middle + self.policy.threshold * max(spread, FLOOR * abs(middle))
             if loss > limit:
-                return Excess(middle, limit)
+                return Excess(middle, limit, self.policy.action)
         self._window.append(loss)
         return None

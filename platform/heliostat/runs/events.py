@@ -7,7 +7,6 @@ field that is new has a default, so that older runs can be read.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -84,8 +83,6 @@ class LossSpike(Event):
 
     @property
     def text(self) -> str:
-        if not math.isfinite(self.loss):
-            return f"loss {self.loss}"
         return f"loss {self.loss:.4g}, where {self.usual:.4g} is usual and {self.limit:.4g} the limit"
 
 

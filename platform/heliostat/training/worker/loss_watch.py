@@ -35,11 +35,10 @@ class LossWatch(Hook):
             excess = self.detector.excess(loss) if self.detector else None
             if not math.isfinite(loss):
                 self._fail(step, f"loss {loss}")
-            elif self.detector and excess:
-                action = self.detector.policy.action
-                spike = LossSpike(step=step + 1, loss=loss, usual=excess.usual, limit=excess.limit, action=action)
+            elif excess:
+                spike = LossSpike(step=step + 1, loss=loss, **excess._asdict())
                 self.posts.tell(spike)
-                if action == "rollback":
+                if spike.action == "rollback":
                     self._roll_back(step, spike.text)
 
     def after_step(self, done: int, norm: float, due: Due) -> None:
