@@ -179,7 +179,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
             time.sleep(0.5)
         yield url, token
     finally:
-        processes.end_tree(process.pid, END_S)
+        processes.end_tree(process, END_S)
         process.wait()
 
 

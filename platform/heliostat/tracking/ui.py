@@ -55,7 +55,7 @@ def serve(
         ready(f"http://{f'[{host}]' if ':' in host else host}:{bound}/")
         code = server.wait()
     finally:
-        processes.end_tree(server.pid, END_S)
+        processes.end_tree(server, END_S)
     if code:
         raise HeliostatError(f"`mlflow server` ended with exit code {code}; what it said is above")
 
