@@ -135,6 +135,17 @@ def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_nex
     assert str(error).endswith("). Start it with `mlflow server`, or pass another store: --mlflow URI")
 
 
+def test_mlflow_draws_no_bars_for_scripts_either_unless_they_ask_for_them(monkeypatch):
+    """The command line hid them, and `heliostat.train` in a script drew one for every file."""
+    shown = mlflow.environment_variables.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+    for chosen in (None, "true"):
+        monkeypatch.setenv(shown.name, chosen or "true")
+        if not chosen:
+            monkeypatch.delenv(shown.name)
+        mlflow_client.connect("http://127.0.0.1:9")
+        assert shown.get() is bool(chosen)
+
+
 def test_mlflows_own_client_is_bounded_by_the_commands_too(monkeypatch):
     """A proxy answers for a server that is down, and each request to it was tried seven times."""
     for name in [*mlflow_client.CLIENT, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"]:

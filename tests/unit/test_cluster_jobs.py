@@ -74,6 +74,26 @@ def test_a_queue_is_worked_off_in_the_order_of_submission():
     assert before("missing", "q", all_) is None
 
 
+@pytest.mark.parametrize("steps", [100, 101])
+def test_a_job_that_an_earlier_version_submitted_is_found_again(tmp_path, monkeypatch, steps):
+    """That version knew fewer keys, so it computed another digest; other settings are still another job. Twice, as people do."""
+    monkeypatch.chdir(tmp_path)
+    earlier = submission.SubmissionRecord.of(submission.load(write(tmp_path), [], HERE), None, None)
+    del earlier.job["train"]["ema"]
+    earlier.write()
+    there = {"status": "RUNNING", "metadata": {"digest": earlier.digest}}
+    known = jobs.Jobs.__new__(jobs.Jobs)
+    monkeypatch.setattr(known, "find", lambda _: there)
+    wanted = submission.load(write(tmp_path), [f"train.steps={steps}"], HERE)
+    for _ in range(2):
+        record = submission.SubmissionRecord.of(wanted, None, None)
+        if steps == earlier.steps:
+            assert record.digest != earlier.digest and known.submit(record) == record.id
+        else:
+            with pytest.raises(ConfigError, match="a job with other settings"):
+                known.submit(record)
+
+
 def test_paths_of_this_machine_do_not_travel_elsewhere(tmp_path, monkeypatch):
     """Relative paths and SQLite files mean this machine; a cluster on it takes them, made absolute."""
     monkeypatch.chdir(tmp_path)

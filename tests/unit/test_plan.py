@@ -326,6 +326,18 @@ def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(
     assert code == 2 and len(lines) == 1 and "each worker needs" in lines[0] and "it fits with" in lines[0]
 
 
+def test_without_the_datasets_plan_and_dry_run_say_which_vocabulary_they_assume(tmp_path):
+    """The dataset's vocabulary replaces the default one, and with it the number of parameters; one that is set stays."""
+    from heliostat.plan.dryrun import dry_run
+
+    missing = {"data.sources.0.path": str(tmp_path / "nothing")}
+    given = write(tmp_path, **missing)
+    assert "vocab" not in planner.prepare(given, [])[2] and "vocab" not in dry_run(given, [])["note"]
+    assumed = write(tmp_path, **missing, **{"model.vocab_size": None})
+    for note in (planner.prepare(assumed, [])[2], dry_run(assumed, [])["note"]):
+        assert "counted with 32,000 tokens" in note and "model.vocab_size" in note
+
+
 def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():
     """The 8B job: 64 shards of 291 tensors with two moments, and the bytes of the whole state; 48 ranks are refused."""
     from heliostat.plan.dryrun import dry_run

@@ -59,7 +59,7 @@ def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]
     except (DataError, StorageError) as e:
         if recipe.kind != "tokens":  # the model's shape follows from the data
             raise type(e)(f"data.sources: a plan of {job.recipe} needs the dataset: {e}") from e
-        return job, recipe, str(e)
+        return job, recipe, "; ".join(filter(None, (str(e), recipe.assumed())))
     return job, recipe, ""
 
 

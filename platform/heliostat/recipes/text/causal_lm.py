@@ -160,6 +160,14 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if not self.pretrained:
             self._bind(bos_token_id=self.end, eos_token_id=self.end, pad_token_id=None)
 
+    def assumed(self) -> str:
+        if self.vocabulary_given:
+            return ""
+        return (
+            f"the model is counted with {self.config.vocab_size:,} tokens, the default vocabulary of its configuration, until "
+            "the dataset gives its own; model.vocab_size sets it"
+        )
+
     def _bind(self, **values: int | None) -> None:
         """Sets keys of the configuration, now or when it is made."""
         self._bound |= values
