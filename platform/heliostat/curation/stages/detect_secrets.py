@@ -87,6 +87,7 @@ class DetectSecrets(Stage):
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
     version: ClassVar[int] = 4
     needs: ClassVar = ("curation", "detect_secrets")
+    libraries: ClassVar[tuple[str, ...]] = ("detect-secrets",)
 
     detectors: list[str] = Field(FORMS + OWN, min_length=1)
     """The detectors that are used, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub

@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from heliostat.recipes.text.generator import TextGenerator
+BUILT_IN = {"CausalLM": ("transformers",)}
 
 
 class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
