@@ -66,7 +66,7 @@ class Command:
         for reader in self._readers:
             reader.start()
 
-    def _listen(self, process: subprocess.Popen) -> None:
+    def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr
         with self.log.open("a") as copy:
             for line in process.stderr:
@@ -74,7 +74,7 @@ class Command:
                 copy.write(line)
                 copy.flush()
 
-    def _take(self, process: subprocess.Popen) -> None:
+    def _take(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout
         for line in process.stdout:
             self.said = line

@@ -152,7 +152,7 @@ class Trials(SearchAlgorithm):
             self.searcher.told(record)
         return None
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, object] | None = None, error: bool = False) -> None:
         record = self.state.ended(trial_id, error)
         if record.over:
             self.searcher.told(record)
