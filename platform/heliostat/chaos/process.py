@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from heliostat.cluster import processes
 from heliostat.config import workspace
-from heliostat.config.fields import Json
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Command:
         """Returns the highest step in the output so far; 0 if there is none."""
         return max((int(match[1]) for _, line in list(self.lines) if (match := STEP.search(line))), default=0)
 
-    def result(self) -> dict[str, Json]:
+    def result(self) -> dict[str, Any]:
         try:
             return json.loads(self.said)
         except ValueError as e:

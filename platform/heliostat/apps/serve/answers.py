@@ -7,15 +7,14 @@ import secrets
 import struct
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from heliostat.apps.serve.asks import UNFINISHED, AnswerPiece, Logprobs
-from heliostat.config.fields import Json
 
 if TYPE_CHECKING:
     from heliostat.apps.search.search import Passage
 
-Body = dict[str, Json]
+Body = dict[str, Any]
 
 
 class AnswerShape:
@@ -79,7 +78,7 @@ def usage(pieces: Sequence[AnswerPiece]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-def embeddings(model: str, rows: Sequence[dict[str, Json]], encoding: str) -> Body:
+def embeddings(model: str, rows: Sequence[dict[str, Any]], encoding: str) -> Body:
     """Writes embeddings, as numbers or as base64 of little-endian float32."""
     data = [{"object": "embedding", "index": i, "embedding": _encoded(one["embedding"], encoding)} for i, one in enumerate(rows)]
     tokens = sum(one["tokens"] for one in rows)

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.requests import ClientDisconnect, Request
@@ -26,7 +26,6 @@ from heliostat.apps.serve import answers, requests
 from heliostat.apps.serve.answers import AnswerShape
 from heliostat.apps.serve.asks import EMBEDDINGS, IMAGES, TEXT, AnswerPiece, Ask, Item, PictureRequest, Search
 from heliostat.apps.serve.backend import Backend
-from heliostat.config.fields import Json
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
 
@@ -361,7 +360,7 @@ class Measures:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ours: dict[str, Json] = {"registry": self.registry, "namespace": "heliostat"}
+        ours: dict[str, Any] = {"registry": self.registry, "namespace": "heliostat"}
         self.requests = Counter("requests", "Requests that were answered", ["path", "status"], **ours)
         self.seconds = Histogram("request_seconds", "From a request to the end of its answer", ["path"], buckets=SECONDS, **ours)
         self.tokens = Counter("tokens", "Tokens of prompts and of answers", ["key", "kind"], **ours)

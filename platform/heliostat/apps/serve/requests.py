@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from heliostat.config.fields import Json
 from heliostat.inference.sampling import MOST_LOGPROBS
 from heliostat.recipes.text.chat import Message
 from heliostat.schema import Float, Strict
@@ -73,7 +72,7 @@ class Sampled(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def _prompts(given: object) -> list[object]:
+def _prompts(given: object) -> list[str | list[int]]:
     """Lists prompts: a text or a list of tokens stands for a list of it."""
     if isinstance(given, str) or (isinstance(given, list) and given and _is_token(given[0])):
         given = [given]
@@ -95,7 +94,7 @@ class Completion(Sampled):
     """Describes a request to continue prompts, or to fill in what stands between each of them and a suffix."""
 
     neutral = {**COMMON, "best_of": 1, "echo": False}
-    prompt: Annotated[list[Json], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
     """Texts, or lists of tokens."""
     suffix: Whole = ""
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -177,7 +176,7 @@ class Images(Body):
     sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None
 
     @property
-    def options(self) -> dict[str, Json]:
+    def options(self) -> dict[str, Any]:
         """Returns those options of the drawing that are given."""
         given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
         if self.size != "auto":
@@ -185,7 +184,7 @@ class Images(Body):
         return {name: value for name, value in given.items() if value is not None}
 
 
-def _object(raw: bytes) -> dict[str, Json]:
+def _object(raw: bytes) -> dict[str, object]:
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as e:
