@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from heliostat.checkpoint import checksums, index, layout, placement
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.placement import BYTES, ChunkPlace, Shard, Tensor
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import DataError, StorageError
@@ -32,7 +32,7 @@ def kinds(job: Job, hidden: bool = False) -> list[str]:
     return ["master", *job.train.optimizer.kept(hidden), *([layout.EMA] if job.train.ema else [])]
 
 
-def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Json]:
+def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:
     from heliostat.engine import deepspeed_engine
 
     started = time.perf_counter()

@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import yaml
 
 from heliostat import schema
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 
 GIB = 1 << 30
 DEFAULT_GPU = "H100"
-Machine = dict[str, Json]  # the entry of a device in the price table
+Machine = dict[str, Any]  # the entry of a device in the price table
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def names(device: str, known: Machine) -> list[str]:
     return listed
 
 
-def cost(used: list[dict[str, Json]], prices: Prices) -> float | None:
+def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
     """Computes what devices cost in the `seconds` that each was at work; None if one is not in the price table.
 
     `name`: `cpu`, by the core, or a GPU's as CUDA tells it, with its bytes of `memory`.

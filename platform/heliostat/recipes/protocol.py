@@ -17,9 +17,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data.content import Content
 from heliostat.data.manifest import Manifest
@@ -233,7 +232,7 @@ class Exports(ABC):
         return []
 
     @staticmethod
-    def exported(folder: Path, model: dict[str, object]) -> dict[str, object]:
+    def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         """Derives `job.model` for an exported folder from the `job.model` that it was trained with."""
         return {"pretrained": str(folder)}
 
@@ -399,4 +398,4 @@ class Generated:
 
     prompt: str
     shown: str
-    facts: dict[str, Json]
+    facts: Mapping[str, object]

@@ -31,9 +31,9 @@ class Handles:
     """Keeps a handle for each version: it knows the version's replicas, and how busy they are."""
 
     def __init__(self) -> None:
-        self.known: dict[str, DeploymentHandle] = {}
+        self.known: dict[str, DeploymentHandle[Replica]] = {}
 
-    def _of(self, version: str) -> DeploymentHandle:
+    def _of(self, version: str) -> DeploymentHandle[Replica]:
         if version not in self.known:
             self.known = {name: handle for name, handle in self.known.items() if name == version}
             self.known[version] = serve.get_app_handle(version)
@@ -57,7 +57,7 @@ class Handles:
                 items.cancel()
 
 
-async def _answered(response: DeploymentResponse) -> Item:
+async def _answered(response: DeploymentResponse[Item]) -> Item:
     """Waits for an answer; ends the replica's work on it if nobody waits any more."""
     try:
         return await response

@@ -7,14 +7,13 @@ import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from heliostat.apps.serve.asks import EMBEDDINGS, IMAGES, TEXT, Item
 from heliostat.apps.serve.backend import Backend
 from heliostat.apps.serve.replica import Replica
-from heliostat.config.fields import Json
 from heliostat.web.refusals import Refusal
 
 MINUTE = 60.0
@@ -118,7 +117,7 @@ class Measures:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ours: dict[str, Json] = {"registry": self.registry, "namespace": "heliostat"}
+        ours: dict[str, Any] = {"registry": self.registry, "namespace": "heliostat"}
         self.requests = Counter("requests", "Requests that were answered", ["path", "status"], **ours)
         self.seconds = Histogram("request_seconds", "From a request to the end of its answer", ["path"], buckets=SECONDS, **ours)
         self.tokens = Counter("tokens", "Tokens of prompts and of answers", ["key", "kind"], **ours)

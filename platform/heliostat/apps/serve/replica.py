@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from heliostat.apps.serve.asks import IMAGES, Holds, Item, PictureRequest, kind_of
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Paints
@@ -100,7 +99,7 @@ class Painter:
             raise Refusal(500, f"the model failed: {type(e).__name__}: {brief(e)}") from e
         return [{"b64_json": base64.b64encode(png).decode(), "seed": seed} for png, seed in zip(pictures, seeds, strict=True)]
 
-    def _require_size(self, options: dict[str, Json]) -> None:
+    def _require_size(self, options: dict[str, int]) -> None:
         width, height = self.size
         w, h = options.get("width", width), options.get("height", height)
         if w * h > MOST_AREA * width * height:

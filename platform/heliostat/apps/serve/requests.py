@@ -11,7 +11,6 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from heliostat.config.fields import Json
 from heliostat.schema import Strict
 from heliostat.text import brief
 from heliostat.web.refusals import Refusal
@@ -42,7 +41,7 @@ class Body(Strict):
 B = TypeVar("B", bound=Body)
 
 
-def parse(raw: bytes) -> dict[str, Json]:
+def parse(raw: bytes) -> dict[str, object]:
     """Parses a body; Refusal if it is no JSON object."""
     try:
         body = json.loads(raw)

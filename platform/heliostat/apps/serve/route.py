@@ -15,9 +15,8 @@ from heliostat.apps.serve import requests
 from heliostat.apps.serve.asks import Item
 from heliostat.apps.serve.gateway import FrontSettings, Gateway, Measures
 from heliostat.apps.serve.replica import Replica
-from heliostat.config.fields import Json
 
-Answer = dict[str, Json]
+Answer = dict[str, object]
 B = TypeVar("B", bound=requests.Body)
 A = TypeVar("A")
 
@@ -46,8 +45,8 @@ class Route(Generic[B, A]):
 
     def count(self, measures: Measures, key: str, body: B, answer: Answer) -> None:
         """Counts what was done for a key: the tokens, of an answer that has their numbers."""
-        if "usage" in answer:
-            measures.counted(key, answer["usage"])
+        if isinstance(usage := answer.get("usage"), dict):
+            measures.counted(key, usage)
 
     async def respond(self, gateway: Gateway, raw: bytes, key: str) -> Response:
         """Answers a request's body, for the key of this name."""

@@ -30,7 +30,6 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from heliostat import extras
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
@@ -205,7 +204,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return gallery.demonstrate(folder) if gallery else []
 
     @staticmethod
-    def exported(folder: Path, model: dict[str, Json]) -> dict[str, object]:
+    def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         part = "unet" if (folder / "unet").is_dir() else "transformer"
         out = {**model, "backbone": {"pretrained": str(folder / part)}}
         if model.get("autoencoder"):

@@ -348,7 +348,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         continued = self.generator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in self.prompts])
-        return [(answer.prompt, answer.facts["text"]) for answer in continued]
+        return [(answer.prompt, str(answer.facts["text"])) for answer in continued]
 
     @staticmethod
     def generator(folder: Path, options: dict[str, object]) -> TextGenerator:

@@ -10,7 +10,6 @@ from ray.actor import ActorHandle
 from ray.data import DataIterator
 from typing_extensions import TypedDict
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
@@ -48,8 +47,8 @@ class WorkerConfig(TypedDict):
     None if the job wants none.
     """
 
-    job: dict[str, Json]
-    plan: dict[str, Json]
+    job: dict[str, object]
+    plan: dict[str, object]
     start_step: int
     pauses: list[int]
     fence: Fence

@@ -12,7 +12,6 @@ from heliostat.apps.serve.gateway import FrontSettings
 from heliostat.apps.serve.requests import MOST_INPUTS, Whole, whole
 from heliostat.apps.serve.route import Answer
 from heliostat.apps.serve.writing import COMMON, Sampled, WritingRoute
-from heliostat.config.fields import Json
 
 PROMPTS = "is no text, no list of tokens, and no list of these"
 DEFAULT_TOKENS = 16  # as OpenAI has it
@@ -40,7 +39,7 @@ class Completion(Sampled):
     """Describes a request to continue prompts, or to fill in what stands between each of them and a suffix."""
 
     neutral = {**COMMON, "best_of": 1, "echo": False}
-    prompt: Annotated[list[Json], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
     """Texts, or lists of tokens."""
     suffix: Whole = ""
     logprobs: int | None = Field(None, ge=0, le=5)

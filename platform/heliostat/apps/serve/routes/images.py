@@ -12,7 +12,6 @@ from heliostat.apps.serve.gateway import FrontSettings, Measures
 from heliostat.apps.serve.replica import Replica
 from heliostat.apps.serve.requests import Body, Whole
 from heliostat.apps.serve.route import Answer, Route, seed
-from heliostat.config.fields import Json
 from heliostat.schema import Float
 
 MOST_IMAGES = 10  # of one request, as OpenAI has it
@@ -37,7 +36,7 @@ class Images(Body):
     sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None
 
     @property
-    def options(self) -> dict[str, Json]:
+    def options(self) -> dict[str, object]:
         """Returns those options of the drawing that are given."""
         given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
         if self.size != "auto":
