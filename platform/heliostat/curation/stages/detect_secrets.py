@@ -137,9 +137,9 @@ def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Patt
     while found := near.search(text, at):
         start = text.rfind("\n", at, found.start()) + 1 or at
         end = text.find("\n", found.start()) + 1 or len(text)
-        line = text[start:end]
+        line, tails = text[start:end], dict[str, Span]()
         secrets = {
-            (first + offset, _end(line, last + offset, kind)): kind
+            (first + offset, _end(line, last + offset, kind, tails)): kind
             for offset, piece in _pieces(line)
             for (first, last), kind in _secrets(piece, others)
             if piece[first:last] != mask
@@ -152,10 +152,14 @@ def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Patt
     return "".join([*out, text[at:]]), count, kinds
 
 
-def _end(line: str, end: int, kind: str) -> int:
-    """Returns where a secret ends that was found up to `end`."""
+def _end(line: str, end: int, kind: str, tails: dict[str, Span]) -> int:
+    """Returns where a secret ends that was found up to `end`; `tails`: the line's last tail of each kind, matched once."""
+    first, last = tails.get(kind, (-1, -1))
+    if first <= end <= last:
+        return last
     tail = TAILS[kind].match(line, end) if kind in TAILS else None
-    return tail.end() if tail else end
+    tails[kind] = tail.span() if tail else (end, end)
+    return tails[kind][1]
 
 
 def _keys(text: str) -> Iterator[Span]:
