@@ -148,21 +148,22 @@ def test_the_dataset_is_the_same_however_the_work_is_cut(tmp_path, monkeypatch):
     assert ["merge" in flow.done for _, flow in made] == [False, False, False, True]
 
 
-def test_new_input_is_only_its_own_work(tmp_path):
+def test_new_input_is_only_its_own_work(tmp_path, monkeypatch):
     """And the dataset is that of a run without the work of the one before."""
-    rows = [(f"{i:04d}.png", image(16, 16, seed=i % 300), {"caption": f"number {i}"}) for i in range(1100)]
-    folder_of(tmp_path / "in", rows[:1024])
+    monkeypatch.setattr(sources, "FILES_PER_TASK", 32)
+    rows = [(f"{i:04d}.png", image(16, 16, seed=i), {"caption": f"number {i}"}) for i in range(70)]
+    folder_of(tmp_path / "in", rows[:64])
     given = keys(tmp_path, buckets=None, resolution=16, columns={}, tokenizer=None, keep_work=True)
     _, first = prepared(given, again=0)
     assert first.done["read"] == 2
-    for name, data, _ in rows[1024:]:
+    for name, data, _ in rows[64:]:
         (tmp_path / "in" / name).write_bytes(data)
     lines = [json.dumps({"file_name": name, **columns}) for name, _, columns in rows]
     (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(lines))
     made, second = prepared(given, again=0)
     assert second.kept["read"] == 2 and second.done["read"] == 1
     assert made.digest == prepared(keys(tmp_path, "other", buckets=None, resolution=16, columns={}, tokenizer=None))[0].digest
-    (tmp_path / "in" / "0003.png").write_bytes(rows[700][1])  # another image of the same name
+    (tmp_path / "in" / "0003.png").write_bytes(rows[50][1])  # another image of the same name
     _, third = prepared(given, again=0)
     assert third.kept["read"] == 2 and third.done["read"] == 1
 

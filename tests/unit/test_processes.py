@@ -17,7 +17,7 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("patience_s", [0.0, 20.0])
+@pytest.mark.parametrize("patience_s", [0.0, 600.0])
 def test_a_zombie_that_its_parent_does_not_reap_is_not_waited_for(patience_s: float) -> None:
     """As where the first process of a container reaps nothing."""
     with subprocess.Popen([sys.executable, "-c", NEGLECTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
@@ -25,7 +25,7 @@ def test_a_zombie_that_its_parent_does_not_reap_is_not_waited_for(patience_s: fl
         child = psutil.Process(int(parent.stdout.readline()))
         began = time.monotonic()
         processes.stop([child], patience_s)
-        assert time.monotonic() - began < 10 and child.status() == psutil.STATUS_ZOMBIE
+        assert time.monotonic() - began < 300 and child.status() == psutil.STATUS_ZOMBIE
         parent.stdin.close()
 
 

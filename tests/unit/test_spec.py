@@ -73,10 +73,10 @@ def test_lanes_divide_the_batch_and_are_divided_by_the_workers(seed):
 
 def test_a_huge_batch_is_checked_at_once(workspace):
     """A number with too many zeros is an error, not a search through all the smaller ones."""
-    start = time.monotonic()
+    start = time.process_time()
     assert faults(**{"train.global_batch": 10**12 + 1, "train.micro_batch": 2})
     assert faults(**{"train.global_batch": 10**12, "train.micro_batch": 1, "data.lanes": 7})
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(
