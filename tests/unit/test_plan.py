@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from dataclasses import astuple, replace
 
@@ -258,8 +259,17 @@ def test_slices_are_every_element_once(stage, workers):
     assert all(set(counts) == {1} for counts in seen.values())
 
 
+def test_networks_of_machine_types_are_those_of_their_cards():
+    """Google's a3-highgpu-8g has four cards of 200 Gb/s for eight GPUs, a3-megagpu-8g eight; AWS's p5 3,200 Gb/s."""
+    j = job(**{"workers.gpus": 1})
+    rates = {name: hardware.resolve(j, hardware.table(), instance=name).network for name in hardware.table()["instances"]}
+    gigabits = {name: round(rate * 8 / 1e9) for name, rate in rates.items()}
+    assert (gigabits["a3-highgpu-8g"], gigabits["a3-megagpu-8g"], gigabits["p5.48xlarge"]) == (800, 1600, 3200)
+
+
 def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
-    """Parameters, state and checkpoint by arithmetic; FLOPs by Kaplan's formula; one H100 is refused with the reason."""
+    """Parameters, state and checkpoint by arithmetic; FLOPs by Kaplan's formula; one H100 is refused with the reason, its sums in
+    fp32, and the speed."""
     path = ROOT / "jobs" / "llama3-8b.yaml"
     j, recipe, _ = planner.prepare(path, ["data.sources=[{path: nowhere}]"])
     p = planner.plan(j, recipe)
@@ -272,8 +282,11 @@ def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     assert p["run"]["tokens"] == 240_000 * 4_194_304
     alone = ["data.sources=[{path: nowhere}]", "workers.count=1", "train.zero.stage=1", "train.micro_batch=1"]
     j, recipe, _ = planner.prepare(path, alone)
-    with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*and H100 has 80; "):
+    with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*and H100 has 80; ") as refused:
         planner.plan(j, recipe)
+    said = str(refused.value)
+    assert "gradients 44.9 (29.9 of them sums in fp32)" in said and "train.accumulate: same needs no sums in fp32" in said
+    assert re.search(r"with room for it a step would take \d+ s \(MFU \d\d\.\d%\)$", said)
 
 
 @pytest.mark.parametrize(
