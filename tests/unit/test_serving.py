@@ -7,10 +7,14 @@ import pickle
 import struct
 
 import pytest
-from heliostat.apps.serve import writing
+from heliostat.apps.play.app import Local
+from heliostat.apps.serve import front, requests, writing
+from heliostat.apps.serve.asks import Holds
 from heliostat.apps.serve.backend import TRIES, Backend
 from heliostat.apps.serve.gateway import FrontSettings, RequestLimits
+from heliostat.apps.serve.replica import Replica
 from heliostat.apps.serve.requests import read
+from heliostat.apps.serve.route import Route
 from heliostat.apps.serve.routes import ROUTES
 from heliostat.apps.serve.routes.chat import ChatRequest, ChatRoute, of_chat
 from heliostat.apps.serve.routes.completions import Completion, CompletionsRoute
@@ -23,6 +27,7 @@ from heliostat.apps.serve.served import replica_range
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
+from starlette.requests import Request
 
 
 def refusal(kind, **body) -> Refusal:
@@ -248,6 +253,47 @@ def test_logprobs_of_a_chat_are_by_token_and_only_whole_characters_have_bytes():
     assert of_chat({**columns, "top_logprobs": None})["content"][0]["top_logprobs"] == []
     assert of_chat(None) is None
     assert CompletionsRoute().text(piece, streamed=False)["logprobs"] == columns
+
+
+class Echo(requests.Body):
+    text: str
+
+
+class EchoRoute(Route[Echo, str]):
+    path, body = "/v1/echo", Echo
+
+    def asked(self, settings, body):
+        return body.text
+
+    async def answer(self, replica, asked):
+        if asked == "no":
+            raise Refusal(400, "text: no", "text")
+        return {"echo": f"{replica.writer} {asked}"}
+
+    def shape(self, settings, body, version, item):
+        return {"version": version, **item, "usage": {"prompt_tokens": 2}}
+
+
+def test_a_route_and_its_line_in_the_table_are_all_that_a_path_needs(monkeypatch):
+    monkeypatch.setitem(ROUTES, "/v1/echo", EchoRoute())
+    monkeypatch.setitem(front.PATHS, "/v1/echo", "POST")
+    replica = Replica(Holds(None))
+    one = front.Front(FrontSettings(None, None, None, 0, None, 99, 1, 0, 0, 9.0), Local(replica), ())
+
+    async def post(body: dict) -> tuple[int, dict]:
+        async def receive() -> dict:
+            return {"type": "http.request", "body": json.dumps(body).encode()}
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/echo", "headers": [], "query_string": b"", "server": ("here", 1)}
+        await one.use("v-1")
+        response = await one(Request(scope, receive))
+        return response.status_code, json.loads(response.body)
+
+    wanted = {"version": "v-1", "echo": "None hello", "usage": {"prompt_tokens": 2}}
+    assert asyncio.run(post({"text": "hello"})) == (200, wanted)
+    assert asyncio.run(post({"text": "no"}))[1]["error"]["message"] == "text: no"
+    assert asyncio.run(post({"texts": "a"}))[1]["error"]["code"] == "unknown_parameter"
+    assert b'tokens_total{key="anybody",kind="prompt"} 2.0' in one.gateway.measures.text({}, 0)
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=lambda route: route.path)

@@ -66,7 +66,8 @@ class Front:
         if request.method != PATHS[path]:
             raise Refusal(405, f"{path}: takes {PATHS[path]}, not {request.method}", code="method_not_allowed")
         if path == "/metrics":
-            return Response(self.gateway.metrics(), media_type=CONTENT_TYPE)
+            backend = self.gateway.backend
+            return Response(self.gateway.measures.text(backend.open, backend.retried), media_type=CONTENT_TYPE)
         if path == "/v1/models":
             return JSONResponse({"object": "list", "data": [self._described(one) for one in self.settings.names]})
         return await self._work(request, path, name)

@@ -156,7 +156,3 @@ class Gateway:
     def stream(self, pieces: Pieces[A], asked: A) -> AsyncGenerator[tuple[str, Item]]:
         """Yields the version that answers, and each item of its answer."""
         return self.backend.stream(lambda version: self.replicas.stream(version, pieces, asked))
-
-    def metrics(self) -> bytes:
-        """Writes all measures in Prometheus' format of text."""
-        return self.measures.text(self.backend.open, self.backend.retried)
