@@ -178,7 +178,7 @@ def looped(ahead: Any, steps: int, stop: int, order: list[str], **changes: Any) 
     loop.heartbeat, loop.ahead, loop.pauses = SimpleNamespace(stop=0), ahead, ()
     loop.state = SimpleNamespace(blocked_s=0.0, saver=SimpleNamespace(failed=False), memory=None)
     loop.reports = SimpleNamespace(begin=lambda: None, aside=lambda: loop.ledger("idle"))
-    loop.reports.report = lambda done, bad: order.append(f"report {done}")
+    loop.reports.report = lambda done: order.append(f"report {done}")
     counted: list[int] = []
     loop.unsealed = SimpleNamespace(steps=counted, replaced=0, add=lambda step, samples: counted.append(samples))
     loop.consensus = SimpleNamespace(ask=lambda code: None, result=lambda: INTERRUPTED if len(counted) == stop else RUN)

@@ -24,7 +24,6 @@ from heliostat.chaos.measure import FaultEffect
 from heliostat.chaos.process import ChaosError, Command
 from heliostat.checkpoint import layout
 from heliostat.config import workspace
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
@@ -72,7 +71,7 @@ def chaos(
     rate: float = 0.2,
     work: Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
-) -> tuple[list[dict[str, Json]], list[str]]:
+) -> tuple[list[dict[str, object]], list[str]]:
     """Runs the job once without faults and once per fault; returns (a row per fault, what is wrong).
 
     `tell` is called with a description of each stage. ConfigError before anything starts.
@@ -134,7 +133,7 @@ def _unbroken(it: Chaos) -> Unbroken:
     return Unbroken(result["train_loss"], max(sizes), max(late))
 
 
-def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Json], list[str]]:
+def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, object], list[str]]:
     """Runs the job with a fault; returns the fault's row, and what is wrong with the run."""
     job, folder = it.checked.job, it.work / fault.name
     folder.mkdir(exist_ok=True)
@@ -164,7 +163,7 @@ def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Json], 
         return _compare(it, fault, scene, command, whole)
 
 
-def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unbroken) -> tuple[dict[str, Json], list[str]]:
+def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unbroken) -> tuple[dict[str, object], list[str]]:
     result, report = command.result(), verify(scene.run)
     if fault.name == "corrupt-shard" and not report["replaced"]:
         raise ChaosError("the run did not come upon the damaged shard")

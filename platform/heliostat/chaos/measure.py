@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from heliostat.chaos.process import STEP
-from heliostat.config.fields import Json
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.runs.verify import VerifyReport
 
@@ -66,7 +66,7 @@ def recomputed_steps(attempts: Iterable[RecordedAttempt]) -> int:
     return sum(max(0, before.reached - after.start_step) for before, after in pairwise(ordered))
 
 
-def row(fault: str, found: FaultEffect, report: VerifyReport, loss: float, expected: float, goodput: float) -> dict[str, Json]:
+def row(fault: str, found: FaultEffect, report: VerifyReport, loss: float, expected: float, goodput: float) -> dict[str, Any]:
     """Builds the fault's row of the table.
 
     `report`: the result of `verify`; `loss` and `expected`: the last step's loss, of this run and of the unbroken one.
@@ -87,13 +87,13 @@ def rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 2)
 
 
-def broken(fault: str) -> dict[str, Json]:
+def broken(fault: str) -> dict[str, object]:
     """Builds the row of a fault whose run did not finish."""
     keys = ("detected_s", "recovered_s", "recomputed_steps", "lost", "repeated", "loss_difference", "goodput")
     return {"fault": fault, **dict.fromkeys(keys)}
 
 
-def problems(row: dict[str, Json], report: VerifyReport, curve: list[int], steps: int) -> list[str]:
+def problems(row: dict[str, Any], report: VerifyReport, curve: list[int], steps: int) -> list[str]:
     """Lists what is wrong with a finished run; empty if it is as good as the unbroken one.
 
     `curve`: the steps whose loss MLflow holds; `steps`: how many the job has.

@@ -43,7 +43,7 @@ def generate(
 
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
              "sampler": sampler, "grid": grid, "width": width, "height": height}  # fmt: skip
-    options = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, object] = {name: value for name, value in given.items() if value is not None}
     if [prompt, prompts, prefix].count(None) != 2:
         raise ConfigError("--prompt: give either one prompt, or a file of them with --prompts, or --prefix and --suffix")
     if (prefix is None) != (suffix is None):

@@ -32,22 +32,6 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pinned(tensor, device).to(device, non_blocking=True)
 
 
-class Constant:
-    """Holds a tensor of the CPU that never changes, and its copies on devices."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-        self._copies: dict[torch.device, torch.Tensor] = {}
-
-    def on(self, device: torch.device) -> torch.Tensor:
-        """Returns the tensor on a device, to which it is copied once."""
-        if (copy := self._copies.get(device)) is None:
-            copy = self.values.to(device)
-            if type(copy) is torch.Tensor:  # a plan computes with tensors without values
-                self._copies[device] = copy
-        return copy
-
-
 def on_device(batches: Sequence[Tensors], device: torch.device) -> Iterator[Tensors]:
     """Yields batches, which are on the CPU, on the device: a GPU gets the next one while it computes the one before."""
     if device.type != "cuda":

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from heliostat.config import workspace
-from heliostat.config.fields import Json
 from heliostat.curation import decontamination
 from heliostat.curation.decontamination import NgramIndex
 from heliostat.data.manifest import Manifest
@@ -94,7 +93,7 @@ class Examples:
         return [float(np.isin(grams, self.found).mean()) if len(grams) else None for grams in self.grams[task]]
 
 
-def summary(shares: Sequence[float | None], values: Sequence[Json], score: float) -> dict[str, object]:
+def summary(shares: Sequence[float | None], values: Sequence[float], score: float) -> dict[str, object]:
     """Sums up a task: the share of the compared examples that have an n-gram of the training data, and the score of the rest;
     what is too short to be compared is in neither.
 

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
-from heliostat.config.fields import Json
 from heliostat.errors import CheckpointError, ConfigError, DataError, HeliostatError, TrackingError
 from heliostat.evaluation import recording
 from heliostat.evaluation.run import Benchmark
@@ -43,11 +43,11 @@ REMOVED = "retention has removed its checkpoint before it was scored"
 class KeptResult(TypedDict):
     """Describes what is read of a result that was kept. `written`: when its checkpoint was."""
 
-    suite: dict[str, Json]
+    suite: dict[str, object]
     written: float
-    tasks: list[dict[str, Json]]
-    average: dict[str, Json]
-    recorded: dict[str, Json]
+    tasks: list[dict[str, Any]]
+    average: dict[str, Any]
+    recorded: dict[str, Any]
 
 
 KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")

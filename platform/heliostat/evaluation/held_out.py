@@ -19,10 +19,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import yaml
 
-from heliostat.config.fields import Json
 from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
@@ -152,11 +152,22 @@ def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) 
 DOCUMENTS = 8  # that are read for each question that is asked for
 MIDDLE_TOKENS = 48  # that a model may write for a middle
 CHARS = 100_000  # of a document that is looked at
-GREEDY = {"do_sample": False, "until": ["\n\n"], "max_gen_toks": 24}
+GREEDY: dict[str, object] = {"do_sample": False, "until": ["\n\n"], "max_gen_toks": 24}
 FIRST_TWO = {"function": "regex", "regex_pattern": r"^\s*(\S+\s+\S+)"}
-TWO_WORDS = {"name": "two_words", "filter": [FIRST_TWO, {"function": "take_first"}]}
-Shape = dict[str, Json]  # keys of a task file
-TASKS: dict[str, tuple[Ask, Shape]] = {  # `metric_list`: by what their values are put together
+TWO_WORDS: dict[str, object] = {"name": "two_words", "filter": [FIRST_TWO, {"function": "take_first"}]}
+
+
+class TaskShape(TypedDict):
+    """Holds keys of a task file; `metric_list`: by what the values of each metric are put together."""
+
+    output_type: str
+    metric_list: dict[str, str]
+    doc_to_choice: NotRequired[str]
+    generation_kwargs: NotRequired[dict[str, object]]
+    filter_list: NotRequired[list[dict[str, object]]]
+
+
+TASKS: dict[str, tuple[Ask, TaskShape]] = {
     "held_out_choice": (
         choice,
         {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": {"acc": "mean", "acc_norm": "mean"}},
@@ -199,14 +210,14 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
     return {**facts, "suite": str(to / "suite.yaml")}
 
 
-def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, Shape]]:
+def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, TaskShape]]:
     """Makes the task of a dataset that is rearranged for filling in the middle: the model writes it, to the document's end."""
     if FACT not in prepared.meta:
         return {}
     end = documents.Documents(prepared).token(prepared.fact("end_of_document"))
     ask = asking_for_middles(prepared.meta[FACT]["names"], prepared.meta[FACT]["spm_rate"] == 1)
     greedy = {"do_sample": False, "until": [end], "max_gen_toks": MIDDLE_TOKENS}
-    shape = {"output_type": "generate_until", "generation_kwargs": greedy, "metric_list": {"exact_match": "mean"}}
+    shape: TaskShape = {"output_type": "generate_until", "generation_kwargs": greedy, "metric_list": {"exact_match": "mean"}}
     return {"held_out_middle": (ask, shape)}
 
 
@@ -223,7 +234,7 @@ def _texts(prepared: Manifest, fraction: float, most: int, seed: int) -> list[Wo
     return [text for text in kept if len(text.words) >= LEAST][:most]
 
 
-def _write(to: Path, name: str, shape: Shape, asked: list[Question]) -> None:
+def _write(to: Path, name: str, shape: TaskShape, asked: list[Question]) -> None:
     """Writes a task: its questions, and its file."""
     for folder in ("tasks", "data"):
         (to / folder).mkdir(parents=True, exist_ok=True)

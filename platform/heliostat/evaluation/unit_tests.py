@@ -31,9 +31,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.evaluation import measures
 from heliostat.evaluation.suite import Row
@@ -70,7 +69,7 @@ def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[st
                     "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
 
 
-def require_one_answer(config: dict[str, Json], where: object) -> None:
+def require_one_answer(config: dict[str, Any], where: object) -> None:
     """Raises ConfigError if a chain of filters leaves a list of answers to each question: one of them is run."""
     for chain in config.get("filter_list") or []:
         if [step["function"] for step in chain["filter"] or []][-1:] != [LAST]:

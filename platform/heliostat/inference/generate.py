@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Generated, Request
@@ -20,7 +19,7 @@ RESULTS = "results.jsonl"
 BATCH = 16
 
 
-def generate(folder: Path, prompt: str, options: dict[str, Json], seed: int, out: str | None) -> Generated:
+def generate(folder: Path, prompt: str, options: dict[str, object], seed: int, out: str | None) -> Generated:
     """Generates the answer to one prompt in this process; a text is written to `out` as it is shown.
 
     AccessError or StorageError before the model is loaded if nothing can be written there.
@@ -35,7 +34,7 @@ def generate(folder: Path, prompt: str, options: dict[str, Json], seed: int, out
 
 
 def answer(
-    folder: Path, prompts: str | Sequence[str], options: dict[str, Json], seed: int, out: str | None
+    folder: Path, prompts: str | Sequence[str], options: dict[str, object], seed: int, out: str | None
 ) -> Generated | list[Generated]:
     """Answers a prompt, or many in order, the i-th with seed + i, all in this process; files of many go into the folder `out`."""
     if isinstance(prompts, str):

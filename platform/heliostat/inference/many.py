@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from heliostat.config.fields import Json
 from heliostat.curation import segment
 from heliostat.errors import HeliostatError
 from heliostat.inference.batch.run import claim, flow_on_ray, model_digest
@@ -34,7 +33,7 @@ from heliostat.text import brief
 
 
 def generate_many(
-    folder: Path, prompts: list[str], options: dict[str, Json], seed: int, out: str, workers: int, quiet: bool = False
+    folder: Path, prompts: list[str], options: dict[str, object], seed: int, out: str, workers: int, quiet: bool = False
 ) -> int:
     """Answers all prompts, the i-th with seed + i, with so many models side by side on a Ray of its own; returns their number.
 
@@ -66,7 +65,7 @@ def generate_many(
 
 
 def answered(
-    flow: Flow, folder: Path, prompts: list[str], options: dict[str, Json], seed: int, out: str, follows: str
+    flow: Flow, folder: Path, prompts: list[str], options: dict[str, object], seed: int, out: str, follows: str
 ) -> list[str]:
     """Answers prompts by tasks of a flow; returns a line of JSON for each, in their order.
 
@@ -84,7 +83,14 @@ def answered(
 
 
 def answer_batch(
-    folder: Location, first: int, prompts: list[str], model: Shipment, options: dict[str, Json], seed: int, out: str, follows: str
+    folder: Location,
+    first: int,
+    prompts: list[str],
+    model: Shipment,
+    options: dict[str, object],
+    seed: int,
+    out: str,
+    follows: str,
 ) -> dict[str, object]:
     """Answers prompts, of which the first has the number `first`; returns where their answers are, and what was drawn."""
     place = Location(out)

@@ -10,12 +10,11 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from heliostat.config.fields import Json
 from heliostat.parallel.language_model import CHOSEN, EXPERTS, LanguageModel
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def parameters(build: Callable[[], torch.nn.Module]) -> int:
 class _Small:
     """Shrinks a configuration, and those nested in it, to at most `heads` heads and `layers` layers: the result is `made`."""
 
-    def __init__(self, given: dict[str, Json], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
+    def __init__(self, given: dict[str, Any], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
         self.made, self.names, self.length = copy.deepcopy(given), names, length
         for name, part in given.items():
             if isinstance(part, dict) and "model_type" in part:
@@ -155,7 +154,7 @@ class _Small:
         if layers:
             self._layers(layers)
 
-    def _get(self, name: str) -> Json:
+    def _get(self, name: str) -> Any:
         return self.made.get(self.names.get(name, name))
 
     def _set(self, name: str, value: object) -> None:

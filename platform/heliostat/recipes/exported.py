@@ -15,7 +15,6 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from heliostat.config import workspace
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.recipes.conformance import require_class
@@ -33,10 +32,10 @@ class TrainedFacts(TypedDict):
 
     name: str
     model: dict[str, object]
-    data: dict[str, Json]
-    train: dict[str, Json]
-    evaluate: NotRequired[dict[str, Json] | None]
-    card: NotRequired[dict[str, Json]]
+    data: dict[str, Any]
+    train: dict[str, object]
+    evaluate: NotRequired[dict[str, Any] | None]
+    card: NotRequired[dict[str, object]]
 
 
 @open_

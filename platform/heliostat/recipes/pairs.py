@@ -12,13 +12,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import xxhash
 from pydantic import ValidationError
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes import tokenizing
@@ -171,7 +170,7 @@ def _own_keys(kind: type[K], model: dict[str, object]) -> K:
         raise ConfigError("\n  ".join(explain(e, kind, "model"))) from e
 
 
-def present(content: pa.Table, column: str) -> list[Json]:
+def present(content: pa.Table, column: str) -> list[Any]:
     """Returns a column's values; DataError if a row has none."""
     if nulls := content[column].null_count:
         raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}; leave such rows out of the dataset")

@@ -17,9 +17,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data.content import Content
 from heliostat.data.manifest import Manifest
@@ -92,6 +91,10 @@ class Recipe(ABC):
 
     def bind(self, sources: list[Manifest]) -> None:  # noqa: B027
         """Takes what the datasets determine (a tokenizer, a vocabulary size); ConfigError if they do not fit the model."""
+
+    def assumed(self) -> str:
+        """Describes what a plan without the datasets assumes of the model, such as its vocabulary size; empty: nothing."""
+        return ""
 
     @abstractmethod
     def build(self) -> torch.nn.Module:
@@ -230,7 +233,7 @@ class Exports(ABC):
         return []
 
     @staticmethod
-    def exported(folder: Path, model: dict[str, object]) -> dict[str, object]:
+    def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         """Derives `job.model` for an exported folder from the `job.model` that it was trained with."""
         return {"pretrained": str(folder)}
 
@@ -396,4 +399,4 @@ class Generated:
 
     prompt: str
     shown: str
-    facts: dict[str, Json]
+    facts: Mapping[str, object]

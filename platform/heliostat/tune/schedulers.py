@@ -181,7 +181,7 @@ class Pbt(Within, PopulationBasedTraining):
             return super().choose_trial_to_run(tune_controller)
         return chosen
 
-    def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, object], dict]:
+    def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, object], dict[str, object]]:
         record, donor = self.watched.of(trial.trial_id), self.watched.of(trial_to_clone.trial_id)
         step = int(self._trial_state[trial_to_clone].last_train_time)
         rng = np.random.default_rng([self.watched.plan.sweep.searcher.seed, record.number, step])

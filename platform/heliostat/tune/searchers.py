@@ -95,14 +95,14 @@ def require_optuna() -> None:
 def _distribution(domain: Domain) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    values = domain.values
     if domain.listed:
-        return CategoricalDistribution(values)
-    if "int" in domain.kind:
-        return IntDistribution(values[0], values[1], step=values[2] if len(values) == 3 else 1)
-    if domain.kind == "quniform":
-        return FloatDistribution(values[0], values[1], step=values[2])
-    return FloatDistribution(values[0], values[1], log="log" in domain.kind)
+        return CategoricalDistribution(domain.values)  # type: ignore[arg-type]
+    if whole := domain.randint or domain.qrandint:
+        return IntDistribution(whole[0], whole[1], step=whole[2] if domain.qrandint else 1)
+    low, high, *step = domain.numbers
+    if domain.quniform:
+        return FloatDistribution(low, high, step=step[0])
+    return FloatDistribution(low, high, log="log" in domain.kind)
 
 
 class Trials(SearchAlgorithm):
@@ -152,7 +152,7 @@ class Trials(SearchAlgorithm):
             self.searcher.told(record)
         return None
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, object] | None = None, error: bool = False) -> None:
         record = self.state.ended(trial_id, error)
         if record.over:
             self.searcher.told(record)

@@ -31,7 +31,7 @@ from heliostat.tracking.tags import PRUNED
 from heliostat.training.driver.signals import Signals
 from heliostat.training.stops import PausePoints
 from heliostat.tune.state import Result
-from heliostat.tune.trial_record import ANY, Clone, Config, read_json
+from heliostat.tune.trial_record import CLONE, Clone, Config, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -181,7 +181,7 @@ def clone(wanted: Clone, run: Location) -> bool:
     A checkpoint's step is the run's step, and all trials of a PBT sweep have the same data plan. So the clone goes on with the
     samples after the donor's, and the receipts up to there, which are copied, are its own: `heliostat verify` holds.
     """
-    if (read_json(run.join(run_folder.CLONE), ANY) or {}).get("id") == wanted["id"]:
+    if (read_json(run.join(run_folder.CLONE), CLONE) or {}).get("id") == wanted["id"]:
         return False
     donor, step = Location(wanted["folder"]), wanted["step"]
     cloned = layout.open_checkpoint(donor, step)

@@ -40,7 +40,7 @@ def main() -> None:
         content = dataset.read(dataset.order.locate(dataset.order.step(step).ravel()))
         mine = content.slice(accelerator.process_index * per_rank, per_rank)
         batches.append((rows.pixels(mine), tokenize(recipe.parts.tokenizer, mine["caption"].to_pylist()).input_ids))
-    empty = recipe.parts.empty["text"].values
+    empty = recipe.parts.empty["text"]
     model, optimizer = accelerator.prepare(model, optimizer)
     micro = job.train.micro_batch
     for clean, text in itertools.chain.from_iterable(itertools.repeat(batches)):

@@ -17,7 +17,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from pydantic import Field, model_validator
 
-from heliostat.data.device_streams import Constant
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
 
@@ -66,7 +65,7 @@ class Process:
     def __init__(self, objective: NoiseObjective) -> None:
         self.objective = objective
         self.flow = objective.prediction == "flow"
-        self._alphas = None if self.flow else Constant(self.scheduler("ddpm").alphas_cumprod.double())
+        self._alphas: torch.Tensor | None = None if self.flow else self.scheduler("ddpm").alphas_cumprod.double()
 
     def scheduler(self, name: str, clip: bool = False) -> Any:
         """Makes diffusers' scheduler for a sampler; ConfigError if it does not fit. `clip`: x_0 is known to lie in [-1, 1]."""
@@ -110,7 +109,7 @@ class Process:
         if self.flow:
             return (1 - t).float(), t.float()
         assert self._alphas is not None
-        a = self._alphas.on(t.device)[t]
+        a = self._alphas.to(t.device)[t]
         return a.sqrt().float(), (1 - a).sqrt().float()
 
     def noisy(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from heliostat.config.fields import Json
-from heliostat.data.device_streams import Constant
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.images import config, diffusers_folder, rows
@@ -85,7 +83,7 @@ class Parts:
                 self._try(config.BACKBONES[self.arch].from_config(given))
 
     @cached_property
-    def vae_config(self) -> dict[str, Json] | None:
+    def vae_config(self) -> config.Keys | None:
         folder = self.model.autoencoder
         return config.folder_config("model.autoencoder.pretrained", folder.pretrained) if folder else None
 
@@ -100,19 +98,19 @@ class Parts:
         given = self._given().get(config.TEXT_WIDTHS[self.arch][0])
         return given if self.facts is None and given else self.width
 
-    def _given(self) -> dict[str, Json]:
+    def _given(self) -> config.Keys:
         """Returns the backbone's keys, or its folder's configuration."""
         keys = self.model.backbone
         return config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
 
-    def _answers(self, given: dict[str, Json]) -> int:
+    def _answers(self, given: config.Keys) -> int:
         """Returns the number of channels of the backbone's output."""
         written = "pretrained" in self.model.backbone or "out_channels" in given
         default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # of the classes; None there means as many as go in
         said = given.get("out_channels", default) if written else None
         return self.shape()[0] if said is None else said
 
-    def _conditioned(self, given: dict[str, Json]) -> bool:
+    def _conditioned(self, given: config.Keys) -> bool:
         """Tells whether a PixArt needs resolutions and aspect ratios: as its key is set or, where that is None, if its side is
         128 latents, as its class decides."""
         said = given.get("use_additional_conditions")
@@ -143,9 +141,9 @@ class Parts:
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         return self.vae_config["latent_channels"], height // factor, width // factor
 
-    def _defaults(self) -> dict[str, Json]:
+    def _defaults(self) -> dict[str, object]:
         """Derives the backbone's keys that follow from the data and the text encoder."""
-        out: dict[str, Json] = {}
+        out: dict[str, object] = {}
         keys = self.model.backbone
         if self.facts:
             out |= dict.fromkeys(config.TEXT_WIDTHS[self.arch], self.width)
@@ -213,14 +211,14 @@ class Parts:
         return diffusers_folder.tokenizer(definition, self.facts.end, self.model.text.length)
 
     @cached_property
-    def empty(self) -> dict[str, Constant]:
+    def empty(self) -> dict[str, torch.Tensor]:
         """Encodes the empty caption as `text` and `mask`: token ids [length], or the stored embedding [length, width]."""
         assert self.facts
         if self.facts.text:
             raw = self.sources[0].file("empty_caption.bin").read()
-            return {"text": Constant(torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.facts.text).copy()).float())}
+            return {"text": torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.facts.text).copy()).float()}
         tokens = tokenize(self.tokenizer, [""])
-        return {"text": Constant(tokens.input_ids[0]), "mask": Constant(tokens.attention_mask[0])}
+        return {"text": tokens.input_ids[0], "mask": tokens.attention_mask[0]}
 
     @torch.no_grad()
     def conditioning(self, text: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -30,7 +30,6 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from heliostat import extras
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
@@ -46,6 +45,7 @@ from heliostat.schema import validate
 if TYPE_CHECKING:
     from heliostat.recipes.images.generator import ImageCanvas, ImageGenerator
 
+BUILT_IN = {"TextToImage": ("diffusers",)}
 QUARTERS = 4
 GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly
 
@@ -118,7 +118,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
         for key, empty in self.parts.empty.items():
             dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
-            captions[key] = torch.where(dropped, empty.on(dropped.device), captions[key])
+            captions[key] = torch.where(dropped, empty.to(dropped.device), captions[key])
         return Loss((self._errors(model, batch | captions, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
@@ -204,7 +204,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return gallery.demonstrate(folder) if gallery else []
 
     @staticmethod
-    def exported(folder: Path, model: dict[str, Json]) -> dict[str, object]:
+    def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         part = "unet" if (folder / "unet").is_dir() else "transformer"
         out = {**model, "backbone": {"pretrained": str(folder / part)}}
         if model.get("autoencoder"):

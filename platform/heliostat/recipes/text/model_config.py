@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from heliostat.config.fields import Count, Json, divisors
+from heliostat.config.fields import Count, divisors
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported, pretrained
 from heliostat.recipes.text import expert_keys, initial
@@ -33,7 +33,7 @@ class ModelKind(NamedTuple):
 CAUSAL_LM = ModelKind("causal language model", tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "llama, gpt2, qwen3")
 
 
-def from_keys(model: Mapping[str, Json], wanted: ModelKind = CAUSAL_LM) -> PreTrainedConfig:
+def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTrainedConfig:
     keys = {k: v for k, v in model.items() if k not in ("arch", initial.KEY, *expert_keys.KEYS)}
     arch = str(model.get("arch"))
     if arch not in wanted.archs:
@@ -79,13 +79,13 @@ def _check_activation(name: str) -> None:
         raise ConfigError(f"model.hidden_act: {name!r} is no activation{nearest(name, list(ACT2FN))}")
 
 
-def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Json]) -> None:
+def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
     """Raises ConfigError if the heads must divide the width and do not; a head size of its own, or an architecture whose defaults
     break the rule, lifts it."""
     field, default = kind.__dataclass_fields__.get("head_dim"), kind()
     if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
         return
-    usual: list[Json] = [getattr(default, name, None) for name in ("hidden_size", "num_attention_heads")]
+    usual: list[Any] = [getattr(default, name, None) for name in ("hidden_size", "num_attention_heads")]
     names = [(name, kind.attribute_map.get(name, name)) for name in ("hidden_size", "num_attention_heads")]
     width, heads = [next((keys[n] for n in both if n in keys), u) for both, u in zip(names, usual, strict=True)]
     if all(type(n) is int and n > 0 for n in (*usual, width, heads)) and usual[0] % usual[1] == 0 and width % heads:

@@ -11,11 +11,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 
 STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pre-tokenizers"}
@@ -107,7 +107,7 @@ def sizes(tokenizer: Tokenizer, count: int) -> tuple[list[int], list[int]]:
     return inside, opening
 
 
-def _kinds(decoder: dict[str, Json] | None) -> Iterator[str]:
+def _kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
     if decoder:
         yield decoder["type"]
         for part in decoder.get("decoders", []):

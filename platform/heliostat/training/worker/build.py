@@ -10,7 +10,6 @@ from ray.actor import ActorHandle
 from ray.data import DataIterator
 from typing_extensions import TypedDict
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
@@ -49,8 +48,8 @@ class WorkerConfig(TypedDict):
     None if the job wants none.
     """
 
-    job: dict[str, Json]
-    plan: dict[str, Json]
+    job: dict[str, object]
+    plan: dict[str, object]
     start_step: int
     pauses: list[int]
     fence: Fence
@@ -121,7 +120,7 @@ class Worker:
         if job.evaluate:
             hooks.append(Evaluations(context, state, recipe, dataset, sharing))  # before a save, which holds the scores
         hooks += [state, Collector()]
-        self.reports = StepReports(context, engine, recipe, dataset, hooks, stepper.report)
+        self.reports = StepReports(context, engine, recipe, unsealed, hooks, stepper.report)
 
         def read() -> stream.StepSamples:
             """Takes the next step's samples, on the worker that reads for those that share them."""

@@ -22,7 +22,6 @@ import ray
 import torch
 import torch.distributed as dist
 
-from heliostat.config import schedules
 from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.device_streams import LateRead, pinned, upload
@@ -106,7 +105,7 @@ class Stepper:
     def step(self, step: int, batches: StepBatches) -> None:
         """Makes a step, counted from 0. Doesn't wait for the device."""
         engine, train, micros = self.engine, self.job.train, batches.micros
-        deepspeed_engine.set_lr(engine, train.optimizer.lr * schedules.factor(train.schedule, step, train.steps))
+        deepspeed_engine.set_lr(engine, train.lr(step))
         terms = self._terms(batches)
         total = torch.zeros((), device=engine.device)
         added: torch.Tensor | None = None
@@ -225,18 +224,18 @@ class Loop:
         if stop == FAILED:
             self.state.settle()  # raises on every worker, or on none
             return RUN
-        if stop == RESIZE and (step + 1) % self.job.checkpoint.every:
+        if stop == RESIZE and not self.job.checkpoint.due(step + 1):
             return RUN  # a resize waits for the next checkpoint
         return stop
 
     def _due(self, done: int, stop: int) -> Due:
         job, last = self.job, done == self.job.last_step
         holds = done in self.pauses and not last
-        saves = last or stop != RUN or holds or done % job.checkpoint.every == 0
-        keeps = self.state.memory is not None and not last and (saves or done % (job.checkpoint.memory_every or 1) == 0)
-        evaluates = job.evaluate is not None and (last or done % job.evaluate.every == 0)
+        saves = last or stop != RUN or holds or job.checkpoint.due(done)
+        keeps = self.state.memory is not None and not last and (saves or job.checkpoint.copy_due(done))
+        evaluates = job.evaluate is not None and (last or job.evaluate.due(done))
         # before a save, too: a run that resumes from there has lost no step's loss
-        reports = done % job.train.log_every == 0 or saves or keeps or done == self.context.start_step + 1
+        reports = job.train.log_due(done) or saves or keeps or done == self.context.start_step + 1
         return Due(last, reports, evaluates, saves, keeps, holds and stop == RUN)
 
     def _judge(self, but: int) -> None:
@@ -256,7 +255,7 @@ class Loop:
         for hook in self.hooks:
             hook.after_step(done, due)
         if due.reports:
-            self.reports.report(done, self.unsealed.replaced)
+            self.reports.report(done)
         with self.reports.aside():
             for hook in self.hooks:
                 hook.on_save(done, due)
