@@ -103,8 +103,8 @@ class Job(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Job:
-        if found := rules.faults(self):
-            raise ValueError("\n  ".join(found))
+        if faults := rules.faults(self):
+            raise ValueError("\n  ".join(faults))
         return self
 
 
@@ -146,7 +146,7 @@ def changed_keys(recorded: object, now: object, key: str = "") -> list[str]:
         return [] if recorded == now else [key]
     names = recorded.keys() | now.keys() if key.startswith("model") else recorded.keys() & now.keys()
     below = ((name, f"{key}.{name}" if key else name) for name in sorted(names))
-    return [found for name, path in below for found in changed_keys(recorded.get(name), now.get(name), path)]
+    return [changed for name, path in below for changed in changed_keys(recorded.get(name), now.get(name), path)]
 
 
 def resolve(job: Job) -> Job:
