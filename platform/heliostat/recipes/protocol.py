@@ -161,11 +161,11 @@ class CouplesSamples(Recipe):
         random numbers. Gradients flow through floating-point numbers."""
 
     @abstractmethod
-    def couple(self, found: dict[str, torch.Tensor]) -> Loss:
+    def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
         """Computes the loss of the samples of a step from what `represent` gave of them, in their order. Every worker computes
         it of all samples, unless there is `couple_some`."""
 
-    def couple_some(self, found: dict[str, torch.Tensor], some: slice) -> Loss:
+    def couple_some(self, vectors: dict[str, torch.Tensor], some: slice) -> Loss:
         """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives.
         Optional: with it, workers share large steps (`SHARED_FROM` in `training.worker.coupled`)."""
         raise NotImplementedError
@@ -345,8 +345,8 @@ class Serves(Exports):
         from mlflow.models import infer_signature
 
         assert isinstance(self, Generates)
-        code, asked = Path(__file__).with_name("served.py"), list(self.prompts[:1])
-        return Serving(code, asked, infer_signature(asked, ["answer"], {"seed": 0}), ("mlflow", "torch", "heliostat"))
+        code, examples = Path(__file__).with_name("served.py"), list(self.prompts[:1])
+        return Serving(code, examples, infer_signature(examples, ["answer"], {"seed": 0}), ("mlflow", "torch", "heliostat"))
 
 
 class Draws(ABC):

@@ -38,15 +38,15 @@ class DatasetFacts:
 
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
     """Finds what the datasets have in common; ConfigError if they cannot be trained on together."""
-    found = [_facts(m) for m in sources]
+    each = [_facts(m) for m in sources]
     names = {"content": "hold different things", "channels": "have other channels", "tokenizer": "have different tokenizers",
              "models": "were computed by different encoders"}  # fmt: skip
     for key, what in names.items():
-        if len({str(getattr(f, key)) for f in found}) > 1:
+        if len({str(getattr(f, key)) for f in each}) > 1:
             raise ConfigError(f"data.sources: the datasets {what}; prepare them with one pipeline")
-    if len({f.size for f in found}) > 1 and not one_source:
+    if len({f.size for f in each}) > 1 and not one_source:
         raise ConfigError("data.one_source_batches: must be true, because the datasets hold images of different sizes")
-    return found[0]
+    return each[0]
 
 
 def _facts(m: Manifest) -> DatasetFacts:

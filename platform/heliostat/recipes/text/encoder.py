@@ -44,8 +44,8 @@ def _options(config: PreTrainedConfig) -> dict[str, bool]:
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Returns the class of a configuration's model without a head; of several the first."""
-    found: Any = transformers.MODEL_MAPPING[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    mapped: Any = transformers.MODEL_MAPPING[type(config)]
+    return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
 def places(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> int | None:

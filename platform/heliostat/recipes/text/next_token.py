@@ -28,12 +28,12 @@ def batch(content: np.ndarray, end: int | None) -> Batch:
     tokens = torch.from_numpy(np.ascontiguousarray(content)).long()
     labels = tokens.clone()
     labels[:, 0] = IGNORED
-    made = {"input_ids": tokens, "labels": labels}
+    batch_tensors = {"input_ids": tokens, "labels": labels}
     if end is not None:
         documents = segments(tokens, end)
         labels[documents.starts] = IGNORED
-        made["position_ids"] = documents.positions
-    return made
+        batch_tensors["position_ids"] = documents.positions
+    return batch_tensors
 
 
 def cut(batch: Batch, part: int, parts: int) -> Batch:
