@@ -73,20 +73,20 @@ class Submitted(TypedDict):
 class Jobs:
     """Manages the jobs of one cluster."""
 
-    def __init__(self, there: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         from ray.job_submission import JobSubmissionClient
 
         class Client(JobSubmissionClient):
             def _do_request(self, *args: Any, **options: Any) -> Any:  # Ray's own requests have no deadline
                 return super()._do_request(*args, **{"timeout": 60, **options})
 
-        self.there = there
+        self.there = endpoint
         logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
         logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
         try:
-            self.client = Client(there.url, headers=dashboard.headers(there.token))
+            self.client = Client(endpoint.url, headers=dashboard.headers(endpoint.token))
         except (RuntimeError, ConnectionError) as e:
-            raise ClusterError(f"{there.url}: {e}") from e
+            raise ClusterError(f"{endpoint.url}: {e}") from e
 
     # submitting ------------------------------------------------------------------------------------------------------
 
@@ -297,8 +297,8 @@ def _beginning(text: str, attempt: str, over: bool) -> int | None:
 
     A submission that is over without that line never reached its entrypoint: then the whole log is its part.
     """
-    _, found, behind = text.rpartition(attempt)
-    if found and "\n" in behind:
+    _, separator, behind = text.rpartition(attempt)
+    if separator and "\n" in behind:
         return len(text) - len(behind) + behind.index("\n") + 1
     return 0 if over else None
 
