@@ -143,18 +143,18 @@ def _registered(client: MlflowClient, name: str, run_id: str, uri: str) -> Model
 
 
 def _describe(
-    client: MlflowClient, job: Job, made: ModelVersion, step: int, license: str, text: str, scores: dict[str, float]
+    client: MlflowClient, job: Job, registered: ModelVersion, step: int, license: str, text: str, scores: dict[str, float]
 ) -> None:
     """Sets the registered version's tags, card and alias.
 
     The alias is set only once, because it may have been moved to another version since.
     """
-    name, version = str(job.mlflow.register_as), str(made.version)
+    name, version = str(job.mlflow.register_as), str(registered.version)
     written = {tags.LICENSE: license, tags.STEP: str(step), **{f"{tags.SCORE}eval/{k}": repr(v) for k, v in scores.items()}}
     for key, value in written.items():
         client.set_model_version_tag(name, version, key, value)
     client.update_model_version(name, version, description=text.split("---\n", 2)[-1][:5000])
-    if job.mlflow.alias and not any(entry["event"] == "registered" for entry in registry.history(made)):
+    if job.mlflow.alias and not any(entry["event"] == "registered" for entry in registry.history(registered)):
         client.set_registered_model_alias(name, job.mlflow.alias, version)
         at = round(time.time(), 3)
         registry.record(client, name, version, {"alias": job.mlflow.alias, "at": at, "event": "registered"})
