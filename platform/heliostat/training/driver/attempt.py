@@ -203,13 +203,13 @@ class Attempt:
                 self._fault = StoppedError(f"stopped by {self.signals.name} before the first step; nothing was lost")
                 return
             self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
-        held = Counter(p["node"] for p in self._heartbeats.values())
+        beating = Counter(p["node"] for p in self._heartbeats.values())
         if self.pool.waiting:
             self._say(self._placing.told())
         if self._phase == "data" and not self._starved:
-            self._starved = self._say(self._too_little_to_read(held))
+            self._starved = self._say(self._too_little_to_read(beating))
         if self._ordered < PREEMPTED and self._phase == "stepped":
-            if gone := held.keys() & nodes.draining():
+            if gone := beating.keys() & nodes.draining():
                 self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
             elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
                 self._grow_at = now + GROW_S
@@ -223,9 +223,9 @@ class Attempt:
         elif self._phase not in ("placing", "ended"):
             self._watch(now)
 
-    def _too_little_to_read(self, held: Mapping[str, int]) -> str | None:
+    def _too_little_to_read(self, beating: Mapping[str, int]) -> str | None:
         limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for one"
-        if nodes.starved_now(self.job, held):
+        if nodes.starved_now(self.job, beating):
             short = f"workers.cpus: {self.job.workers.cpus:g} a worker leave no node the CPU that reading the data needs"
             return f"{short}; {limit}: lower workers.cpus, or add a node"
         waited = time.monotonic() - self._reading > nodes.SAY_S
@@ -292,7 +292,7 @@ class Attempt:
         """Puts the workers to work; returns how they have ended, once none works any more."""
         self._mailbox.post.remote(Phase(phase="placing"))
         try:
-            members, given = self._places()
+            members, placed = self._places()
             self._members = members
             copies = self.start.memory.plan(members, self.start.source)
         except ray.exceptions.RayError as e:
@@ -300,7 +300,7 @@ class Attempt:
         ended = self._gather(
             {
                 member.actor.run.remote(place, self._config(part, copies)): member
-                for member, place, part in zip(members, given, self._dealt(), strict=True)
+                for member, place, part in zip(members, placed, self._dealt(), strict=True)
             }
         )
         for failure in ended.failures:
@@ -316,10 +316,10 @@ class Attempt:
         """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made anew."""
         while True:
             members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
-            given = places(members)
-            unfit = [member for member, place in zip(members, given, strict=True) if not self.pool.sees(member, place.gpus)]
+            placed = places(members)
+            unfit = [member for member, place in zip(members, placed, strict=True) if not self.pool.sees(member, place.gpus)]
             if not unfit:
-                return members, given
+                return members, placed
             for member in unfit:
                 self.pool.drop(member)
 
