@@ -62,7 +62,7 @@ class DataError(HeliostatError):
 
 
 class MissingDataError(DataError):
-    """Reports that there is no dataset at the place that is named."""
+    """Reports that there is no dataset at the place that is named, or that it was made without what is asked for."""
 
     exit_code = 2
 

@@ -124,7 +124,7 @@ def save() -> Iterator[Row]:
             on = setting.engine(made, its := setting.recipe(made))
             found = checkpoint.open_checkpoint(saver.run, 3)
             checkpoint.load(found, zero_state.state(on, whole=True), group)
-            zero_state.after_load(on, found.index.optimizer_steps)
+            zero_state.after_load(on, found.index.resume["optimizer_steps"])
             loaded = play.state(on)
             unequal = sum(not torch.equal(held[name], loaded[name]) for name in held)
             yield _row(f"tensors unequal, saved beside training at {at}, loaded at ZeRO-{to}", unequal, 0)

@@ -99,9 +99,9 @@ def test_numbers_of_an_aborted_report_are_neither_judged_nor_logged():
     reports: Any = object.__new__(StepReports)
     reports.sums, reports.job = report, job()
     reports.context = SimpleNamespace(control=None, progressed=process_group.check, posts=Never(), latest=Never())
-    reports.dataset = reports.hooks = Never()
+    reports.hooks, reports.unsealed = Never(), SimpleNamespace(replaced=0, dataset=Never())
     with pytest.raises(PeerLostError):
-        reports._post(0, 1, 1.0, 0.0, 0)
+        reports._post(0, 1, 1.0, 0.0)
 
 
 def test_after_an_abort_no_checkpoint_no_receipt_and_no_copy_is_made():

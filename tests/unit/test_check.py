@@ -130,9 +130,20 @@ def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_nex
         uri, begun = f"http://127.0.0.1:{port}", time.monotonic()
         result = CliRunner().invoke(cli_app, ["runs", "--mlflow", uri])
     error = result.exception
-    assert isinstance(error, TrackingError) and time.monotonic() - begun < 20
+    assert isinstance(error, TrackingError) and time.monotonic() - begun < 45
     assert str(error).startswith(f"MLflow at {uri}: no answer within 2 s (") and "\n" not in str(error)
     assert str(error).endswith("). Start it with `mlflow server`, or pass another store: --mlflow URI")
+
+
+def test_mlflow_draws_no_bars_for_scripts_either_unless_they_ask_for_them(monkeypatch):
+    """The command line hid them, and `heliostat.train` in a script drew one for every file."""
+    shown = mlflow.environment_variables.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+    for chosen in (None, "true"):
+        monkeypatch.setenv(shown.name, chosen or "true")
+        if not chosen:
+            monkeypatch.delenv(shown.name)
+        mlflow_client.connect("http://127.0.0.1:9")
+        assert shown.get() is bool(chosen)
 
 
 def test_mlflows_own_client_is_bounded_by_the_commands_too(monkeypatch):
@@ -144,7 +155,7 @@ def test_mlflows_own_client_is_bounded_by_the_commands_too(monkeypatch):
         mlflow.MlflowClient(tracking_uri=uri).get_run("0" * 32)
     with server(200, "OK") as uri, mlflow_client.asking(uri.replace("http://", "http://me:password@") + "/"):
         pass
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 45
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ import pytest
 from heliostat.cluster import cluster_file, idle, local
 
 from tests.unit.build_job import ROOT
+from tests.waiting import until
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def test_the_time_without_a_job_is_counted_from_the_last_one_and_no_answer_count
 
 def _lives(process: psutil.Process) -> bool:
     """Waits some seconds for a killed process to end."""
-    return bool(psutil.wait_procs([process], timeout=10)[1])
+    return bool(psutil.wait_procs([process], timeout=120)[1])
 
 
 def test_up_starts_what_watches_replaces_it_and_down_ends_it(tmp_path: Path, monkeypatch):
@@ -91,9 +91,7 @@ def test_up_starts_what_watches_replaces_it_and_down_ends_it(tmp_path: Path, mon
     cluster.raw["idle_timeout_minutes"] = 240
     read = local._watched(cluster, stored)
     local.down(cluster.name)
-    deadline = time.monotonic() + 10
-    while local._watcher(read) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not local._watcher(read) and not state.folder.exists()
+    until(lambda: not local._watcher(read), "end of the watcher")
+    assert not state.folder.exists()
     del cluster.raw["idle_timeout_minutes"]
     assert local._watched(cluster, local.ClusterState("other", "", "")).watcher is None

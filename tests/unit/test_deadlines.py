@@ -2,15 +2,19 @@
 
 import asyncio
 import contextlib
+import heapq
 import http.client
+import select
 import socket
 import threading
-import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import uvicorn
 from heliostat.apps.play.app import Server
-from heliostat.apps.serve.front import Front, FrontSettings
+from heliostat.apps.serve.front import Front
+from heliostat.apps.serve.gateway import FrontSettings
 from heliostat.cluster.processes import free_port
 from heliostat.web import deadlines
 from starlette.applications import Starlette
@@ -18,64 +22,110 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-PERIOD_S = 0.4
 HEAD = b"POST /body HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
+STEP = 1 / 8  # of a period
 
 
-async def slow(request: Request) -> PlainTextResponse:
-    await asyncio.sleep(4 * PERIOD_S)
-    return PlainTextResponse("answered")
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock can be set forward, and that runs its timers before it reads, as uvloop does."""
+
+    skipped = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.skipped
+
+    def _process_events(self, event_list: Any) -> None:
+        loop: Any = self
+        while loop._scheduled and loop._scheduled[0]._when <= self.time():
+            timer = heapq.heappop(loop._scheduled)
+            timer._scheduled = False
+            if timer._cancelled:
+                loop._timer_cancelled_count -= 1
+            else:
+                loop._ready.append(timer)
+        super()._process_events(event_list)  # type: ignore[misc]
 
 
-async def refused(request: Request) -> PlainTextResponse:
-    return PlainTextResponse("refused", 401)
+class Site:
+    """A server in a thread; the clock of its loop passes as the test says."""
 
+    def __init__(self, http: str) -> None:
+        self.loop, self.port = SkippingLoop(), free_port()
+        self.busy, self.go_on = threading.Event(), threading.Event()
+        ready = threading.Event()
+        routes = [Route(f"/{one.__name__}", one) for one in (self.slow, self.keeps_the_loop)]
+        routes += [Route(f"/{one.__name__}", one, methods=["POST"]) for one in (self.body, self.refused, self.waited)]
+        config = uvicorn.Config(
+            Starlette(routes=routes), port=self.port, log_config=None, lifespan="off", http=http, timeout_keep_alive=3600
+        )
+        self.server = Server(config, ready.set)
+        self.thread = threading.Thread(target=self.loop.run_until_complete, args=(self.server.serve(),), daemon=True)
+        self.thread.start()
+        assert ready.wait(60)
 
-async def waited(request: Request) -> PlainTextResponse:
-    await asyncio.sleep(4 * PERIOD_S)
-    return await body(request)
+    async def slow(self, request: Request) -> PlainTextResponse:
+        await asyncio.sleep(4 * deadlines.PERIOD_S)
+        return PlainTextResponse("answered")
 
+    async def refused(self, request: Request) -> PlainTextResponse:
+        return PlainTextResponse("refused", 401)
 
-async def busy(request: Request) -> PlainTextResponse:
-    time.sleep(3 * PERIOD_S)  # the loop stands still
-    return PlainTextResponse("answered")
+    async def waited(self, request: Request) -> PlainTextResponse:
+        await asyncio.sleep(4 * deadlines.PERIOD_S)
+        return await self.body(request)
 
+    async def keeps_the_loop(self, request: Request) -> PlainTextResponse:
+        self.busy.set()
+        self.go_on.wait(60)
+        self.loop.skipped += 3 * deadlines.PERIOD_S
+        return PlainTextResponse("answered")
 
-async def body(request: Request) -> PlainTextResponse:
-    return PlainTextResponse(str(len(await request.body())))
+    async def body(self, request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(len(await request.body())))
+
+    def passes(self, periods: float) -> None:
+        """Lets time pass in steps; after each the loop does what there is to do."""
+
+        async def step() -> None:
+            self.loop.skipped += STEP * deadlines.PERIOD_S
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        for _ in range(round(periods / STEP)):
+            asyncio.run_coroutine_threadsafe(step(), self.loop).result(60)
+
+    def until_answer(self, one: socket.socket) -> None:
+        """Lets time pass until there is something to read."""
+        for _ in range(100):
+            self.passes(STEP)
+            if select.select([one], [], [], 0.01)[0]:
+                return
+        raise TimeoutError("no answer, and no end of the connection")
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+    def until_closed(self, sent: bytes, drop: bytes, periods: float) -> None:
+        """Sends `drop` again and again, with so many periods between; TimeoutError if the connection is not closed."""
+        with self.connect() as one, contextlib.suppress(ConnectionError):
+            one.sendall(sent)
+            for _ in range(100):
+                if select.select([one], [], [], 0.01)[0] and one.recv(100) == b"":
+                    return
+                one.sendall(drop)
+                self.passes(periods)
+            raise TimeoutError
 
 
 @pytest.fixture(params=["h11", "httptools"])
-def port(request, monkeypatch):
-    monkeypatch.setattr(deadlines, "PERIOD_S", PERIOD_S)
-    monkeypatch.setattr(deadlines, "LEAST_BYTES", 1000)
-    posts = [Route(f"/{one.__name__}", one, methods=["POST"]) for one in (body, refused, waited)]
-    app = Starlette(routes=[Route("/slow", slow), Route("/busy", busy), *posts])
-    place, ready = free_port(), threading.Event()
-    config = uvicorn.Config(app, port=place, log_config=None, lifespan="off", http=request.param, timeout_keep_alive=60)
-    server = Server(config, ready.set)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    assert ready.wait(30)
-    yield place
-    server.should_exit = True
-    thread.join(30)
-
-
-def closed_after(port: int, sent: bytes, drop: bytes = b"", every: float = 0.05) -> float:
-    """How long a connection lives on which `drop` is sent again and again; TimeoutError if it is not closed."""
-    began = time.monotonic()
-    with socket.create_connection(("127.0.0.1", port), timeout=every) as one:
-        one.sendall(sent)
-        while time.monotonic() < began + 20:
-            with contextlib.suppress(TimeoutError):
-                if one.recv(1) == b"":
-                    return time.monotonic() - began
-            try:
-                one.sendall(drop)
-            except OSError:
-                return time.monotonic() - began
-    raise TimeoutError
+def site(request: pytest.FixtureRequest) -> Iterator[Site]:
+    made = Site(request.param)
+    yield made
+    made.server.should_exit = True
+    made.loop.skipped += 1
+    made.loop.call_soon_threadsafe(lambda: None)
+    made.thread.join(30)
+    made.loop.close()
 
 
 @pytest.mark.parametrize(
@@ -83,69 +133,71 @@ def closed_after(port: int, sent: bytes, drop: bytes = b"", every: float = 0.05)
     [(b"", b""), (b"GET /slow HT", b""), (b"GET /slow HTTP/1.1\r\nX-A: ", b"a"), (b"GET /slow HTTP/1.1\r\n", b"X-A: a\r\n"),
      (HEAD + b"\r\n", b""), (HEAD + b"\r\n", b"a"), (HEAD + b"Expect: 100-continue\r\n\r\n", b"a")],
 )  # fmt: skip
-def test_a_request_that_comes_too_slowly_is_closed(port, sent, drop):
-    with contextlib.suppress(ConnectionResetError):
-        closed_after(port, sent, drop)
+def test_a_request_that_comes_too_slowly_is_closed(site, sent, drop):
+    site.until_closed(sent, drop, STEP)
 
 
-def test_headers_without_end_are_closed_at_once(port, monkeypatch):
-    monkeypatch.setattr(deadlines, "PERIOD_S", 60.0)
-    with contextlib.suppress(ConnectionResetError):
-        closed_after(port, b"GET /slow HTTP/1.1\r\n", b"X-A: " + b"a" * 4000 + b"\r\n", every=0.001)
+@pytest.mark.parametrize(
+    "sent",
+    [b"GET /slow HTTP/1.1\r\n",
+     b"POST /refused HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\naGET / HTTP/1.1\r\n"],
+    ids=["at once", "behind a refused body"],
+)  # fmt: skip
+def test_headers_without_end_are_closed_at_once(site, sent):
+    site.until_closed(sent, b"X-A: " + b"a" * 4000 + b"\r\n", 0)
 
 
-def test_a_slow_answer_a_steady_body_and_many_requests_of_one_connection_are_answered(port):
-    one = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+STEADY_BYTES = 20 * deadlines.LEAST_BYTES
+
+
+def steady(site):
+    """A body that takes two and a half periods."""
+    for _ in range(10):
+        yield b"a" * (STEADY_BYTES // 10)
+        site.passes(1 / 4)
+
+
+def test_a_slow_answer_a_steady_body_and_many_requests_of_one_connection_are_answered(site):
+    one = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
     for _ in range(2):
         one.request("GET", "/slow")
+        site.until_answer(one.sock)
         assert one.getresponse().read() == b"answered"
 
-    def steady():
-        for _ in range(10):
-            yield b"a" * 2000
-            time.sleep(PERIOD_S / 4)
-
-    one.request("POST", "/body", body=steady(), headers={"Content-Length": "20000"})
-    assert one.getresponse().read() == b"20000"
-    time.sleep(4 * PERIOD_S)  # idle, as clients keep connections
+    one.request("POST", "/body", body=steady(site), headers={"Content-Length": str(STEADY_BYTES)})
+    assert one.getresponse().read() == b"%d" % STEADY_BYTES
+    site.passes(4)  # idle, as clients keep connections
     for _ in range(20):
         one.request("POST", "/body", body=b"a")
         assert one.getresponse().read() == b"1"
-        time.sleep(PERIOD_S / 8)
+        site.passes(1 / 8)
 
 
-def test_a_large_body_that_is_refused_before_its_end_gets_the_answer(port, monkeypatch):
-    monkeypatch.setattr(deadlines, "PERIOD_S", 10.0)
-    one = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    for size in (20_000_000, 1000):
-        one.request("POST", "/refused", body=b"a" * size)
+def test_a_large_body_that_is_refused_before_its_end_gets_the_answer(site):
+    one = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
+    for size, body in ((20_000_000, b"a" * 20_000_000), (1000, b"a" * 1000), (STEADY_BYTES, steady(site))):
+        one.request("POST", "/refused", body=body, headers={"Content-Length": str(size)})
         assert one.getresponse().read() == b"refused"
 
 
-def test_headers_behind_a_refused_body_are_bounded_too(port):
-    sent = b"POST /refused HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\naGET / HTTP/1.1\r\n"
-    with contextlib.suppress(ConnectionResetError):
-        closed_after(port, sent, b"X-A: " + b"a" * 4000 + b"\r\n", every=0.001)
-
-
-def test_a_client_that_sends_no_body_before_it_is_asked_for_is_not_slow(port):
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as one:
+def test_a_client_that_sends_no_body_before_it_is_asked_for_is_not_slow(site):
+    with site.connect() as one:
         one.sendall(b"POST /waited HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")
+        site.until_answer(one)
         assert one.recv(100).startswith(b"HTTP/1.1 100 ")
         one.sendall(b"aaaa")
         assert one.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_request_that_came_while_the_server_was_busy_is_answered(port):
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as one:
+def test_a_request_that_came_while_the_server_was_busy_is_answered(site):
+    with site.connect() as one, site.connect() as other:
         one.sendall(b"POST /body HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n")
-        time.sleep(PERIOD_S / 4)
-        busy = threading.Thread(target=lambda: http.client.HTTPConnection("127.0.0.1", port).request("GET", "/busy"))
-        busy.start()
-        time.sleep(PERIOD_S / 4)
+        site.passes(1 / 4)
+        other.sendall(b"GET /keeps_the_loop HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert site.busy.wait(60)
         one.sendall(b"\r\naaaa")
+        site.go_on.set()
         assert one.recv(100).startswith(b"HTTP/1.1 200 ")
-        busy.join()
 
 
 def test_a_body_that_does_not_end_is_refused_and_holds_no_place_of_its_key():

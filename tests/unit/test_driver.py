@@ -10,6 +10,8 @@ import pytest
 from heliostat.runs import liveness
 from heliostat.runs.goodput import RecordedAttempt
 
+from tests.waiting import until
+
 
 def attempt(**facts: object) -> RecordedAttempt:
     now = time.time()
@@ -24,10 +26,7 @@ def test_a_process_lives_until_it_is_gone_or_only_waits_for_its_parent():
     try:
         assert liveness.lives(attempt(pid=other.pid, started=time.time() + 1))
         other.kill()
-        deadline = time.monotonic() + 10
-        while liveness.lives(attempt(pid=other.pid, started=time.time() + 1)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not liveness.lives(attempt(pid=other.pid, started=time.time() + 1))
+        until(lambda: not liveness.lives(attempt(pid=other.pid, started=time.time() + 1)), "end of the process")
     finally:
         other.kill()
         other.wait()

@@ -19,10 +19,10 @@ def server(tmp_path, monkeypatch):
 
 
 def drip(handler: Handler) -> None:
-    """Answers a byte each tenth of a second, for four seconds."""
+    """Answers a byte each tenth of a second, for a minute."""
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(40):
+    for _ in range(600):
         handler.wfile.write(b"x")
         handler.wfile.flush()
         time.sleep(0.1)
@@ -30,15 +30,15 @@ def drip(handler: Handler) -> None:
 
 def test_what_drips_over_tls_ends_in_time(server):
     """In the body, in the headers, and before hands are shaken."""
-    server.pages |= {"/drip": drip, "/slow": lambda h: [h.wfile.write(b"H") and time.sleep(0.1) for _ in range(40)],
+    server.pages |= {"/drip": drip, "/slow": lambda h: [h.wfile.write(b"H") and time.sleep(0.1) for _ in range(600)],
                      "/good": b"body"}  # fmt: skip
     silent = socket.create_server(("127.0.0.1", 0))
     assert client.get(server.url("/good"), Bounds(1 << 20, 5.0, private=True)) == b"body"
     for url in (server.url("/drip"), server.url("/slow"), f"https://127.0.0.1:{silent.getsockname()[1]}/"):
         start = time.monotonic()
         with pytest.raises(FetchError, match="unreachable"):
-            client.get(url, Bounds(1 << 20, 1.0, private=True))
-        assert time.monotonic() - start < 2.5
+            client.get(url, Bounds(1 << 20, 0.5, private=True))
+        assert time.monotonic() - start < 30
     silent.close()
 
 

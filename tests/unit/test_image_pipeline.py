@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,21 +148,22 @@ def test_the_dataset_is_the_same_however_the_work_is_cut(tmp_path, monkeypatch):
     assert ["merge" in flow.done for _, flow in made] == [False, False, False, True]
 
 
-def test_new_input_is_only_its_own_work(tmp_path):
+def test_new_input_is_only_its_own_work(tmp_path, monkeypatch):
     """And the dataset is that of a run without the work of the one before."""
-    rows = [(f"{i:04d}.png", image(16, 16, seed=i % 300), {"caption": f"number {i}"}) for i in range(1100)]
-    folder_of(tmp_path / "in", rows[:1024])
+    monkeypatch.setattr(sources, "FILES_PER_TASK", 32)
+    rows = [(f"{i:04d}.png", image(16, 16, seed=i), {"caption": f"number {i}"}) for i in range(70)]
+    folder_of(tmp_path / "in", rows[:64])
     given = keys(tmp_path, buckets=None, resolution=16, columns={}, tokenizer=None, keep_work=True)
     _, first = prepared(given, again=0)
     assert first.done["read"] == 2
-    for name, data, _ in rows[1024:]:
+    for name, data, _ in rows[64:]:
         (tmp_path / "in" / name).write_bytes(data)
     lines = [json.dumps({"file_name": name, **columns}) for name, _, columns in rows]
     (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(lines))
     made, second = prepared(given, again=0)
     assert second.kept["read"] == 2 and second.done["read"] == 1
     assert made.digest == prepared(keys(tmp_path, "other", buckets=None, resolution=16, columns={}, tokenizer=None))[0].digest
-    (tmp_path / "in" / "0003.png").write_bytes(rows[700][1])  # another image of the same name
+    (tmp_path / "in" / "0003.png").write_bytes(rows[50][1])  # another image of the same name
     _, third = prepared(given, again=0)
     assert third.kept["read"] == 2 and third.done["read"] == 1
 
@@ -192,6 +193,28 @@ def test_an_image_that_a_metadata_file_names_by_dots_is_still_outside(tmp_path):
     (task,) = sources.tasks(str(tmp_path / "in"), sources.listing(str(tmp_path / "in")), ImageColumns())
     (left,) = sources.read(str(tmp_path / "in"), task, ImageColumns())
     assert isinstance(left, Dropped) and left.reason == "outside"
+
+
+@pytest.mark.parametrize("form", ["archives", "a folder"])
+def test_images_that_were_read_without_etags_are_not_read_again(tmp_path, monkeypatch, form):
+    """Versions before ETags named the tasks that read a store by sizes and times; a changed object is read again."""
+    if form == "archives":
+        make_input(tmp_path / "in")
+    else:
+        folder_of(tmp_path / "in", [(f"{i}.png", image(40, 40, seed=i), {"caption": "a caption"}) for i in range(3)])
+    (before, first), real = prepared(keys(tmp_path, tokenizer=None, keep_work=True)), Here.inputs
+    monkeypatch.setattr(Here, "inputs", lambda self: [replace(file, etag="abc") for file in real(self)])
+    after, again = prepared(keys(tmp_path, tokenizer=None, keep_work=True))
+    assert first.done["read"] > 0 and again.done.get("read", 0) == 0 and after.digest == before.digest
+
+    def named(**changes: object) -> set[str]:
+        files = [replace(file, **changes) for file in sources.listing(str(tmp_path / "in"))]
+        parts = [
+            sources.spilled(first.work.spill, task, {}) for task in sources.tasks(str(tmp_path / "in"), files, ImageColumns())
+        ]
+        return {part.path_by_time or part.path for part in parts}
+
+    assert named() == named(etag="abc") and not named() & named(etag="abc", modified=7)
 
 
 def test_what_became_of_every_image_is_told(tmp_path):

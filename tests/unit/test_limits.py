@@ -24,6 +24,7 @@ from heliostat.training.stops import INTERRUPTED
 from heliostat.tune import sweep
 
 from tests.unit.build_job import job
+from tests.waiting import until
 
 HOUR = 3600.0
 
@@ -153,9 +154,7 @@ def test_a_ledger_that_cannot_be_read_at_first_is_read_again_and_said_to_be_miss
         f"the run's ledger can't be read; until it is, goodput and limits count this command only: {error}"
     ]
     store.error = None
-    until = time.monotonic() + 10
-    while not watched.check() and time.monotonic() < until:
-        time.sleep(0.01)
+    until(watched.check, "limit")
     assert watched.reached == "limits.hours: 4 h are used up (5.00 h over all commands)"
     assert len(caplog.records) == 2 and "count all commands" in caplog.text
 

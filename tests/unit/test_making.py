@@ -40,19 +40,20 @@ KNOWN_ROWS = "33fd2c14e3d6725e"  # of the dataset of make_input with STAGES
 STAGES = [{"stage": "length", "min_words": 20}, {"stage": "minhash"}, {"stage": "length", "max_words": 118}]
 
 
-def make_input(folder: Path) -> None:
+def make_input(folder: Path, count: int = 150) -> None:
+    """So many texts of which some are alike: half in a file of lines, a sixth in files of their own, the others packed."""
     rng, texts = random.Random(0), list[str]()
     folder.mkdir()
-    for i in range(300):
+    for i in range(count):
         words = [f"w{spelled(rng.randrange(900))}" for _ in range(10 + i % 110)]
         texts.append(
             " ".join([*rng.choice(texts).split(), "end"] if i % 9 == 8 else words) if i % 13 else rng.choice(texts or ["a"])
         )
-    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts[:150]))
-    for i in range(150, 200):
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts[: count // 2]))
+    for i in range(count // 2, 2 * count // 3):
         (folder / f"{i}.txt").write_text(texts[i])
     with gzip.open(folder / "c.jsonl.gz", "wt") as f:
-        f.write("\n".join(json.dumps({"text": t}) for t in texts[200:]) + "\n{bad")
+        f.write("\n".join(json.dumps({"text": t}) for t in texts[2 * count // 3 :]) + "\n{bad")
     (folder / "d.csv").write_text("url,text\nhttp://a," + " ".join(f"v{i}" for i in range(40)) + "\n")
 
 
@@ -103,7 +104,7 @@ def test_a_making_that_ends_after_any_task_goes_on(tmp_path):
 
 def test_shards_that_are_done_stay_right_under_another_memory_limit(tmp_path, monkeypatch):
     """A task then writes other shards than the recorded ones: none is in the dataset twice, and none is missing."""
-    make_input(tmp_path / "in")
+    make_input(tmp_path / "in", 300)
     monkeypatch.setattr(pieces, "size", lambda total: 3000)  # so that the spilled runs are the same
     monkeypatch.setattr(making, "ALONE", 1)
     (tmp_path / "in" / "c.jsonl.gz").unlink()  # which is read as a whole
@@ -236,7 +237,7 @@ def test_the_funnel_counts_what_came_to_the_shards_with_and_without_the_key(tmp_
 
 def test_without_the_key_a_dataset_is_what_it_was(tmp_path):
     """Known digests of its shards, as they were before there was the key."""
-    make_input(tmp_path / "in")
+    make_input(tmp_path / "in", 300)
     (rows, meta), _ = make(tmp_path, "out", STAGES)
     assert "together" not in meta and known(rows) == KNOWN_ROWS
 

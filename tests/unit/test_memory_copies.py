@@ -75,7 +75,7 @@ class Workers:
             one.wait()
         for rank, one in enumerate(self.all):
             state = {"weights": torch.full((SIZE,), float(step + rank)), "buffer": torch.arange(10)}
-            one.keep(CopyFacts(step, len(self.all), "plan", step), b"", state, None)  # type: ignore[arg-type]
+            one.keep(CopyFacts(step, len(self.all), "plan", {}), b"", state, None)  # type: ignore[arg-type]
 
     def end(self) -> None:
         for one in self.all:
@@ -108,13 +108,13 @@ def test_a_keeper_checks_pieces_while_they_arrive_and_seals_at_once(monkeypatch)
     for start in (50, 0):
         keeper.write("a:1", 0, start, data[start : start + 50])
     assert read == [50, 50]
-    keeper.seal("a:1", 0, [summed(data[:50], 0), summed(data[50:], 50)], CopyFacts(1, 1, "plan", 1), [], b"")
+    keeper.seal("a:1", 0, [summed(data[:50], 0), summed(data[50:], 50)], CopyFacts(1, 1, "plan", {}), [], b"")
     assert read == [50, 50] and keeper.intact("a:1") == [0]
 
 
 def test_pieces_of_several_workers_are_taken_at_the_same_time(monkeypatch):
     """While one piece is checked, other threads of the keeper take others."""
-    keeper, both = MemoryKeeper(), threading.Barrier(2, timeout=10)
+    keeper, both = MemoryKeeper(), threading.Barrier(2, timeout=120)
     monkeypatch.setattr(memory_keeper, "summed", lambda data, start: both.wait())
     data = torch.zeros(100, dtype=torch.uint8).numpy()
     threads = []
@@ -154,12 +154,12 @@ def test_all_workers_stop_together_when_a_copy_of_one_fails(monkeypatch):
 def test_copies_that_training_waits_too_long_for_are_switched_off(monkeypatch):
     """With a deadline for the whole copy, not for each answer alone."""
     monkeypatch.setattr(memory_copies, "WAIT_S", 0.05)
-    slow, go = Remote(lambda name: go.wait(10) if name == "write" else None), threading.Event()
+    slow, go = Remote(lambda name: go.wait(300) if name == "write" else None), threading.Event()
     workers = Workers(monkeypatch, Remote(), slow)
     workers.step(1)
     began = time.monotonic()
     workers.step(2)
-    assert time.monotonic() - began < 5 and [one._off for one in workers.all] == [True, True]
+    assert time.monotonic() - began < 120 and [one._off for one in workers.all] == [True, True]
     assert workers.notices[0].endswith("worker 1: training waited 0 s for a copy; raise checkpoint.memory_every")
     go.set()
     workers.end()
@@ -181,7 +181,7 @@ DATA = np.arange(1000, dtype=np.uint8)
 
 
 def facts(step: int, **other: Any) -> CopyFacts:
-    return CopyFacts(step, world=2, data="plan", optimizer_steps=step, **other)
+    return CopyFacts(step, world=2, data="plan", resume={"optimizer_steps": step, **other})
 
 
 def sums() -> list[Sum]:
@@ -304,7 +304,7 @@ def test_copies_of_a_gpu_go_by_a_stream_of_their_own_and_only_kernels_wait_for_t
     workers = Workers(monkeypatch, Remote())
     (copies,) = workers.all
     state = {"weights": torch.arange(8.0).as_subclass(OnGpu), "host": torch.ones(4)}
-    copies.keep(CopyFacts(1, 1, "plan", 1), b"", state, None)  # type: ignore[arg-type]
+    copies.keep(CopyFacts(1, 1, "plan", {}), b"", state, None)  # type: ignore[arg-type]
     copies.before_change()
     workers.end()
     here = threading.current_thread().name

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import io
 import shutil
-import time
+import threading
 
 import numpy as np
 import openai
@@ -243,13 +243,13 @@ def test_an_embedder_is_asked_for_embeddings_alone_and_has_no_page(writer, tmp_p
 
 def test_a_drawing_that_nobody_waits_for_any_more_ends_before_the_next_begins(painter):
     """They share one pipeline."""
-    drawing, open_ = Painter(painter), list[int]()
+    drawing, open_, go_on = Painter(painter), list[int](), threading.Event()
     draw = drawing.canvas.draw
 
     def counted(*asked):
         open_.append(1)
         assert len(open_) == 1
-        time.sleep(0.3)
+        assert go_on.wait(120)
         made = draw(*asked)
         open_.pop()
         return made
@@ -259,7 +259,10 @@ def test_a_drawing_that_nobody_waits_for_any_more_ends_before_the_next_begins(pa
         asked = PictureRequest("a", 1, 0, {"steps": 1})
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(drawing.draw(asked), 0.1)
-        assert len(await drawing.draw(asked)) == 1
+        second = asyncio.create_task(drawing.draw(asked))
+        await asyncio.sleep(0.1)
+        go_on.set()
+        assert len(await second) == 1
 
     asyncio.run(run())
 

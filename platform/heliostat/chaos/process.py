@@ -52,7 +52,7 @@ class Command:
 
     def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGCONT)
-        processes.end_tree(self.process.pid)
+        processes.end_tree(self.process)
         for reader in self._readers:
             reader.join(ENDING_S)
 
@@ -106,7 +106,7 @@ class Command:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             log.warning("the command was still there %.0f s after it had lost its cluster, and was killed", seconds)
-            processes.end_tree(self.process.pid)
+            processes.end_tree(self.process)
 
     def heard(self, words: str, since: float) -> float | None:
         """Finds when the words first appeared in the output at or after `since`, in any case of letters; None if they did not."""

@@ -56,7 +56,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         if self._process:
-            processes.end_tree(self._process.pid)
+            processes.end_tree(self._process)
             self._process.wait()
             self._process = None
 

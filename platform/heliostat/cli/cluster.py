@@ -89,7 +89,7 @@ def status_(
     """Show a cluster's nodes, what they have, and its jobs."""
     from heliostat.cluster import dashboard
 
-    with jobs_on(target) as known:
+    with jobs_on(target, field="CLUSTER") as known:
         endpoint = known.there
         nodes, jobs = dashboard.node_table(endpoint.url, endpoint.token), known.list()
     out.print(f"{endpoint.url}: {plural(sum(n['alive'] for n in nodes), 'node')}")

@@ -38,12 +38,12 @@ def recorded(job_id: str) -> SubmissionRecord | None:
 
 
 @contextmanager
-def jobs_on(cluster: str | None, record: SubmissionRecord | None = None) -> Iterator[Jobs]:
-    """Connects to the jobs of a cluster: the one that is named, or else the one of the record."""
+def jobs_on(cluster: str | None, record: SubmissionRecord | None = None, field: str = "--cluster") -> Iterator[Jobs]:
+    """Connects to the jobs of a cluster: the one that `field` names, or else the one of the record."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
 
-    with endpoint(cluster or (record.cluster if record else None)) as endpoint_:
+    with endpoint(cluster or (record.cluster if record else None), field) as endpoint_:
         yield Jobs(endpoint_)
 
 

@@ -40,7 +40,6 @@ from heliostat.cli import retrieval, serving, runs, tune, cluster, jobs  # noqa:
 UsageError: Any = typer.BadParameter.__base__  # typer exports only its subclass
 STAMP = "%Y-%m-%d %H:%M:%S"  # of log lines
 QUIET = {  # other libraries' progress bars and notices, so that ours can be read
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",

@@ -45,16 +45,18 @@ class Endpoint:
 
 
 @contextlib.contextmanager
-def endpoint(target: str | None) -> Iterator[Endpoint]:
+def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]:
     """Opens the way to a cluster's Jobs API; `target` None means the only local cluster that runs.
 
-    ClusterError if nothing answers there; ConfigError if `target` names no cluster.
+    `field`: the option or argument that holds `target`. ClusterError if nothing answers there; ConfigError if `target` names no
+    cluster.
     """
     if target is None:
         states = local.known()
         if len(states) != 1:
-            have = f"there are {', '.join(s.name for s in states)}" if states else "none runs here"
-            raise ConfigError(f"--cluster: say which ({have}); a cluster file, an address, or a name of `heliostat cluster list`")
+            have = f"{len(states)} run here: {', '.join(s.name for s in states)}" if states else "no cluster runs here"
+            start = "" if states else ", or start one: heliostat cluster up clusters/local.yaml"
+            raise ConfigError(f"{field}: none is given ({have}). Pass a cluster file, an address, or a cluster's name{start}")
         target = states[0].name
     file = target.endswith((".yaml", ".yml"))
     if state := local.read(target) if workspace.NAME.fullmatch(target) and not file else None:
@@ -78,12 +80,12 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
                 yield Endpoint(url, token, False, cluster)
     else:
         if carries_secret(target if "://" in target else f"http://{target}"):
-            raise ConfigError("--cluster: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
+            raise ConfigError(f"{field}: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
         if url != target and not re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):\d+/?", target):
             names = [s.name for s in local.known()]
             raise ConfigError(
-                f"--cluster: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file "
+                f"{field}: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file "
                 "(FILE.yaml) and no address (HOST:PORT or http://HOST:PORT)"
             )
         here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
@@ -177,7 +179,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
             time.sleep(0.5)
         yield url, token
     finally:
-        processes.end_tree(process.pid, END_S)
+        processes.end_tree(process, END_S)
         process.wait()
 
 

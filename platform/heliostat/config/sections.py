@@ -78,6 +78,10 @@ class Evaluate(Strict):
     benchmarks: Benchmarks | None = None
     """Scores checkpoints on tasks, beside the training. Unset: none. See docs/benchmark.md#while-a-run-trains"""
 
+    def due(self, done: int) -> bool:
+        """Tells whether the model is scored after `done` steps."""
+        return done % self.every == 0
+
 
 class Best(Strict):
     metric: str = "loss"
@@ -109,6 +113,14 @@ class Checkpoint(Strict):
     failure; it loses at most so many steps. Unset: none, only checkpoints. See docs/reliability.md#copies-in-memory"""
     memory_limit: ByteSize = ByteSize(8 << 30)
     """Bytes (`8GiB`) of each node's memory for these copies. Where they need more, none are kept, and the run says so."""
+
+    def due(self, done: int) -> bool:
+        """Tells whether the state is saved after `done` steps."""
+        return done % self.every == 0
+
+    def copy_due(self, done: int) -> bool:
+        """Tells whether the state is copied into memory after `done` steps."""
+        return self.memory_every is not None and done % self.memory_every == 0
 
 
 def _count(value: object) -> object:
@@ -164,15 +176,6 @@ class Watchdog(Strict):
     """Seconds in which some worker must make progress: a micro-batch, or a batch of an evaluation."""
     start: Annotated[Float, Field(gt=0)] = 1800.0
     """The same before the first step is done."""
-
-
-class Spike(Strict):
-    window: Annotated[int, Field(ge=4)] = 50
-    """Steps whose losses say what is usual."""
-    threshold: Annotated[Float, Field(gt=0)] = 8.0
-    """Robust standard deviations above their median, from which on a loss is a spike."""
-    action: Literal["warn", "rollback"] = "warn"
-    """`warn`: say so and go on; `rollback`: go back to the checkpoint before it, and leave the samples at fault out."""
 
 
 class Mlflow(Strict):

@@ -16,7 +16,8 @@ from heliostat import schema
 from heliostat.config import rules, workspace
 from heliostat.config.fields import Name
 from heliostat.config.rules import sums_on_host
-from heliostat.config.sections import Card, Checkpoint, Data, Evaluate, Limits, Mlflow, Retries, Spike, Watchdog, Workers
+from heliostat.config.sections import Card, Checkpoint, Data, Evaluate, Limits, Mlflow, Retries, Watchdog, Workers
+from heliostat.config.spikes import Spike
 from heliostat.config.train_section import RETIRED, Train
 from heliostat.errors import ConfigError
 from heliostat.optim import optimizers

@@ -51,7 +51,7 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
     """
     module_name, mark, attribute = path.partition(":")
     if not mark or not module_name or not attribute or module_name.startswith("."):
-        raise ConfigError(f"{field}: {path!r} must look like package.module:Class")
+        raise ConfigError(f"{field}: {path!r} must look like package.module:Class{nearest(path, _built_in(field))}")
     if str(root()) not in sys.path:
         sys.path.insert(0, str(root()))
     if module_name in BUILT_IN and not _there(module_name):
@@ -64,7 +64,7 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
     except ModuleNotFoundError as e:
         if e.name and (module_name == e.name or module_name.startswith(e.name + ".")):
             here = [f"{f}.{p.stem}" for f in ("jobs", "pipelines") for p in (root() / f).glob("*.py")]
-            near = nearest(module_name, [*here, *BUILT_IN, "heliostat.recipes", "heliostat.pipelines"])
+            near = nearest(path, [*here, *_built_in(field)])
             raise ConfigError(f"{field}: no module {module_name!r} in {root()}{near}") from e
         if extra := extras.bringing(e.name or ""):
             raise MissingExtraError(f"{field}: {path} needs {extras.advice(extra)} (there is no module {e.name!r})") from e
@@ -76,6 +76,12 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
         names = list(getattr(module, "__all__", own))
         raise ConfigError(f"{field}: {module_name} has no {attribute!r}{nearest(attribute, names)}")
     return target
+
+
+def _built_in(field: str) -> list[str]:
+    """Lists what the package has for a field that ends in `recipe` or `pipeline`, each by its import path of today."""
+    package = f"heliostat.{field.rpartition(' ')[2]}s"
+    return [f"{package}:{name}" for name in importlib.import_module(package).__all__]
 
 
 def _refuse_foreign(field: str, module_name: str, record: Path) -> None:

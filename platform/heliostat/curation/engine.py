@@ -98,7 +98,7 @@ class StageEngine:
 
     def _begun(self, pieces: Iterable[list[FilePart]], stages: list[Stage]) -> Iterator[list[FilePart]]:
         """Yields the pieces; records the libraries when the first is there, before which the work folder is claimed."""
-        used = {name for stage in stages for name in libraries.OF.get(stage.named(), ())}
+        used = {name for stage in stages for name in stage.libraries}
         for number, piece in enumerate(pieces):
             if not number:
                 self.flow.work.made_with(libraries.versions([*libraries.READING, *used]))

@@ -21,7 +21,7 @@ class FilePart:
     """Describes what is read of one file, of `bytes` bytes and modified when it was: all, or the records that begin in a range.
 
     `first` is the number of the range's first record, from 1; 0 where the reader finds that out. `etag`: of an object, where its
-    store gives one.
+    store gives one. `path_by_time`: the path that a spilled task would have without ETags, if it is another.
     """
 
     path: str
@@ -31,6 +31,7 @@ class FilePart:
     stop: int | None = None
     first: int = 1
     etag: str = ""
+    path_by_time: str = ""
 
     @property
     def length(self) -> int:
@@ -40,18 +41,18 @@ class FilePart:
     @property
     def identity(self) -> list[object]:
         """Returns what the part's documents follow from, as JSON values."""
-        *fields, etag = astuple(self)
+        *fields, etag, _ = astuple(self)
         return [*fields, etag] if etag else fields
 
     @property
     def identity_by_time(self) -> list[object]:
         """Returns the identity without the ETag, which versions before it gave to the same part."""
-        return replace(self, etag="").identity
+        return replace(self, path=self.path_by_time or self.path, etag="").identity
 
     @property
     def fields(self) -> dict[str, object]:
         """Returns the part as JSON values by its fields' names; those of a part without an ETag are as they always were."""
-        return {name: value for name, value in asdict(self).items() if name != "etag" or value}
+        return {name: value for name, value in asdict(self).items() if name not in ("etag", "path_by_time") or value}
 
 
 def size(total: int) -> int:

@@ -26,7 +26,7 @@ from heliostat.curation.segment import key_of, packed
 from heliostat.curation.stage import Stage
 from heliostat.data import versions
 from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
-from heliostat.errors import DataError
+from heliostat.errors import MissingDataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, spill
 
@@ -36,7 +36,9 @@ __all__ = ["END", "end_of", "ends", "funnel", "kept_as", "made_by", "seconds", "
 
 
 def funnel(dataset: Manifest) -> dict[str, dict[str, Any]]:
-    """Reads what each stage did, by `NUMBER NAME`, in order, with `read` first and `shard` last (DataError: made without stages).
+    """Reads what each stage did, by `NUMBER NAME`, in order, with `read` first and `shard` last.
+
+    MissingDataError if the dataset was made without stages.
 
     Of each: `documents` and `bytes` that came, `kept` and `kept_bytes`, `dropped` by reason, `counts`, `histograms` (of each
     measure: value -> [kept, dropped]), `sizes` (of clusters: documents -> how many), `examples` (of each rule: [hash, id, text,
@@ -76,11 +78,11 @@ def kept_as(dataset: Manifest, digest: str) -> list[dict[str, Any]]:
 
 
 def with_column(dataset: Manifest, name: str, value: str) -> list[dict[str, Any]]:
-    """Finds what became of documents whose column has this value; reads all ends (DataError: they have no columns)."""
+    """Finds what became of documents whose column has this value; reads all ends (MissingDataError: they do not have it)."""
     part, rows = json.dumps(value), []
     for table in ends(dataset):
         if "columns" not in table.column_names:
-            raise DataError(
+            raise MissingDataError(
                 f"{dataset.location}: does not keep the column {name!r} of its documents; prepare it with `columns: [{name}]`"
             )
         near = _rows(table.filter(pc.match_substring(table["columns"].fill_null(""), part)))
@@ -113,7 +115,10 @@ def _listed(dataset: Manifest) -> Iterator[tuple[int, int, str]]:
 
 def _named(dataset: Manifest) -> dict[str, Any]:
     if "curation" not in dataset.meta:
-        raise DataError(f"{dataset.location}: was made without stages, so it holds no reasons; see its quarantine.parquet")
+        raise MissingDataError(
+            f"{dataset.location}: was made without `stages`, so it does not record what became of documents. Add `stages` to its "
+            "pipeline, and run `heliostat prepare`; what could not be read is in its quarantine.parquet"
+        )
     return dataset.meta["curation"]
 
 

@@ -40,7 +40,7 @@ from heliostat.curation.segment import (
 from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
 from heliostat.schema import Float
 from heliostat.storage.locations import Location
-from heliostat.tasks import libraries, spill
+from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
@@ -223,7 +223,7 @@ class RepeatingStage(GlobalStage):
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs, parts = f"repeated-{number}", curated.runs, self.signing()
-        identity = [self.named(), self.version, vars(parts), libraries.of(self.named())]
+        identity = [self.named(), self.version, vars(parts), self.library_versions()]
         signing = (Task(key(run.name, run.decided, identity), {"run": run, "parts": parts}, bytes=run.bytes) for run in runs)
         signed = flow.all(f"{kind}-sign", sign, signing)
         shares = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))

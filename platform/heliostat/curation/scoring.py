@@ -18,6 +18,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, Work
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, nearest
 from heliostat.tasks import files
+from heliostat.tasks.libraries import MODELS
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -108,6 +109,7 @@ def check_length(config: Config, max_tokens: int) -> None:
 class ModelStage(Stage):
     """Runs documents through a folder's model: of texts, where a subclass says nothing else."""
 
+    libraries: ClassVar[tuple[str, ...]] = MODELS
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)

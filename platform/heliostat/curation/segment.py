@@ -307,7 +307,16 @@ def _table(rows: list[Row]) -> pa.Table:
 
 def store(folder: Location, value: object) -> str:
     """Writes JSON values to the spill folder under the name of their content."""
-    return spill.put(folder, json.dumps(value, sort_keys=True).encode(), ".json")
+    return spill.put(folder, _encoded(value), ".json")
+
+
+def name_of(value: object) -> str:
+    """Returns the name under which `store` writes JSON values."""
+    return spill.named(_encoded(value), ".json")
+
+
+def _encoded(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
 
 
 def load(folder: Location, name: str) -> Any:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from heliostat import extras
 from heliostat.errors import ConfigError
 from heliostat.schema import Strict
-from heliostat.tasks import files, libraries
+from heliostat.tasks import files
+from heliostat.tasks.libraries import versions
 
 if TYPE_CHECKING:
     from heliostat.tasks.flow import Flow
@@ -119,6 +120,8 @@ class Stage(Strict):
     """
     needs: ClassVar[tuple[str, ...]] = ()
     """An extra, and the modules of it that the stage needs."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """The distributions that its result follows from: with another version of one, its tasks are done again."""
     gpu: ClassVar[bool] = False
     """Whether it runs by itself in tasks that each hold a GPU, where the cluster has any."""
     of_images: ClassVar[bool] = False
@@ -172,7 +175,12 @@ class Stage(Strict):
 
     def follows(self) -> dict[str, object]:
         """Returns what its tasks follow from: its identity, and the versions of the libraries that it uses."""
-        return {**self.identity(), "libraries": libraries.of(self.named())}
+        return {**self.identity(), "libraries": self.library_versions()}
+
+    @classmethod
+    def library_versions(cls) -> dict[str, str]:
+        """Returns the versions of its libraries, and of Python's Unicode data."""
+        return versions(cls.libraries)
 
     def entry(self) -> dict[str, object]:
         """Returns its entry in a pipeline file, with all keys."""

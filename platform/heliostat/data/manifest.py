@@ -333,10 +333,13 @@ def read_shared(location: Location, digest: str) -> Manifest:
 
 def share(get: Callable[[], Manifest]) -> Manifest:
     """Gets a manifest and, if its table is large, moves that to where all processes of this machine share it."""
-    own = get()
-    version = own if len(own.chunks) < mapped.LARGE else _shared(own.location, own.digest, lambda: own)
-    pa.default_memory_pool().release_unused()  # else Arrow keeps what the table took
+    version = _moved(get())
+    pa.default_memory_pool().release_unused()  # else Arrow keeps what the table took; the table itself is freed by now
     return version
+
+
+def _moved(own: Manifest) -> Manifest:
+    return own if len(own.chunks) < mapped.LARGE else _shared(own.location, own.digest, lambda: own)
 
 
 def _shared(location: Location, digest: str, get: Callable[[], Manifest]) -> Manifest:

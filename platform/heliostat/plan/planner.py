@@ -21,7 +21,7 @@ from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
 from heliostat.data.content import Content, part
 from heliostat.errors import ConfigError, DataError, StorageError
-from heliostat.plan import count_cache, hardware
+from heliostat.plan import count_cache, hardware, memory
 from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
 from heliostat.plan.hardware import GIB, Device, Prices
@@ -59,7 +59,7 @@ def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]
     except (DataError, StorageError) as e:
         if recipe.kind != "tokens":  # the model's shape follows from the data
             raise type(e)(f"data.sources: a plan of {job.recipe} needs the dataset: {e}") from e
-        return job, recipe, str(e)
+        return job, recipe, "; ".join(filter(None, (str(e), recipe.assumed())))
     return job, recipe, ""
 
 
@@ -157,13 +157,8 @@ def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
 
 def _refusal(job: Job, device: Device, chosen: Candidate, best: Candidate | None) -> str:
     need = chosen.memory
-    parts = ", ".join(
-        f"{k} {need[k] / GIB:.1f}"
-        for k in ("weights", "gradients", "optimizer", "working", "activations", "frozen", "margin")
-        if need[k] or k != "frozen"
-    )
     if need["total"] > device.memory:
-        what = f"needs {need['total'] / GIB:.1f} GiB ({parts}), and {device.name} has {device.memory / GIB:.0f}"
+        what = f"needs {need['total'] / GIB:.1f} GiB ({memory.parts(need)}), and {device.name} has {device.memory / GIB:.0f}"
     else:
         share = f"a worker's share is {device.host_memory / GIB:.0f}"
         what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload, and {share}"
@@ -177,4 +172,7 @@ def _refusal(job: Job, device: Device, chosen: Candidate, best: Candidate | None
         if fitting
         else f"no stage and micro-batch fits on {job.workers.most} workers; use {more}more workers, offload, or a smaller model"
     )
-    return f"train.zero.stage {chosen.layout.stage}, train.micro_batch {chosen.layout.micro_batch}: each worker {what}; {way}"
+    sums = "; train.accumulate: same needs no sums in fp32" if need["summed"] and need["total"] > device.memory else ""
+    speed = f"with room for it a step would take {chosen.speed['step_s']:.3g} s (MFU {chosen.speed['mfu']:.1%})"
+    where = f"train.zero.stage {chosen.layout.stage}, train.micro_batch {chosen.layout.micro_batch}"
+    return f"{where}: each worker {what}; {way}{sums}; {speed}"

@@ -92,6 +92,10 @@ class Recipe(ABC):
     def bind(self, sources: list[Manifest]) -> None:  # noqa: B027
         """Takes what the datasets determine (a tokenizer, a vocabulary size); ConfigError if they do not fit the model."""
 
+    def assumed(self) -> str:
+        """Describes what a plan without the datasets assumes of the model, such as its vocabulary size; empty: nothing."""
+        return ""
+
     @abstractmethod
     def build(self) -> torch.nn.Module:
         """Builds the model in fp32 with its initial weights; the engine has seeded the RNG and, at ZeRO-3, set the stage."""

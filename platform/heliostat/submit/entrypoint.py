@@ -203,7 +203,7 @@ class Driver:
         while (code := child.poll()) is None:
             if self.stopping.wait(POLL_S):
                 if self._now():
-                    processes.end_tree(child.pid, kill_s=0)
+                    processes.end_tree(child, kill_s=0)
                     self._killed = True
                 time.sleep(POLL_S)
         reader.join(10)

@@ -29,6 +29,7 @@ from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
 from heliostat.storage.retries import Backoff, FailedAttempts, retry
+from heliostat.submit import submission
 from heliostat.submit.entrypoint import ENDS
 from heliostat.submit.submission import SubmissionRecord
 
@@ -96,16 +97,17 @@ class Jobs:
         Submitting the same job again returns the same submission. ConfigError if another job has this name, or this job ended
         before and no flag lets it resume or start anew.
         """
-        digest, queue = record.digest, record.queue
+        queue = record.queue
         if earlier := self.find(record.id):
             status = earlier["status"]
             if status not in OVER or (status == "SUCCEEDED" and not flags):
-                if earlier["metadata"].get("digest") != digest:
+                same = submission.standing(record, earlier["metadata"].get("digest"))
+                if same is None:
                     raise ConfigError(
                         f"name: {record.id!r} is a job with other settings on this cluster ({status.lower()}); use another name"
                     )
                 log.info("job %s is there already: %s", record.id, status.lower())
-                record.write()
+                same.write()
                 return record.id
             if not flags:
                 raise ConfigError(
@@ -115,7 +117,7 @@ class Jobs:
             self._forget(record.id)
         record.write()
         attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-        metadata = {"run": record.run_folder, "steps": str(record.steps), "digest": digest, "attempt": attempt}
+        metadata = {"run": record.run_folder, "steps": str(record.steps), "digest": record.digest, "attempt": attempt}
         metadata |= {"queue": queue} if queue else {}
         metadata |= {"kind": "sweep"} if record.sweep else {}
         command = ["python", "-m", "heliostat.submit.entrypoint", JOB_FILE, "--attempt", attempt]

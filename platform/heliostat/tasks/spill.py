@@ -46,10 +46,15 @@ def write_sorted(folder: Location, table: pa.Table) -> str:
 
 def put(folder: Location, data: bytes, suffix: str) -> str:
     """Writes a file under the name of its content and size, which it returns."""
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"{digest[:2]}/{digest[:32]}-{len(data)}{suffix}"
+    name = named(data, suffix)
     folder.join(name).write(data, synced=True)
     return name
+
+
+def named(data: bytes, suffix: str) -> str:
+    """Returns the name of a file with this content."""
+    digest = hashlib.sha256(data).hexdigest()
+    return f"{digest[:2]}/{digest[:32]}-{len(data)}{suffix}"
 
 
 def size_of(name: str) -> int | None:

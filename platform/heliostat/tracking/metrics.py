@@ -1,10 +1,12 @@
 """Declares every metric of a run, once: its name in MLflow, which events it comes from, and how the report draws it.
 
 What MLflow gets (`points`) and what the report shows (`page`) follow from METRICS: to add a metric of what events hold already,
-add a line there. MLflow's UI shows charts in sections, which are the names up to their last slash in alphabetical order, and
-system metrics behind them: so held-out scores (`eval/`) come first, the training's own curves (`train/`) next, and what is looked
-at less often is below `train/` (`train/data/corpus/epochs`). A metric that had another name in runs recorded before has it in
-`formerly`.
+add a line there. A new value of each step needs no field of its own. `training.worker.step` puts it into `Steps.added`; a line in
+METRICS draws it and reserves its name (`RESERVED`).
+
+MLflow's UI shows charts in sections, which are the names up to their last slash in alphabetical order, and system metrics behind
+them: so held-out scores (`eval/`) come first, the training's own curves (`train/`) next, and what is looked at less often
+is below `train/` (`train/data/corpus/epochs`). A metric that had another name in runs recorded before has it in `formerly`.
 """
 
 from __future__ import annotations
@@ -109,6 +111,10 @@ METRICS = (
     Metric(SYSTEM + "*", NodeSample, lambda e: {f"{key} {e.node}": value for key, value in e.values.items()}),
     Metric("train/*", Steps, _of("added"), "{}"),  # the recipe's terms beside the loss
 )  # fmt: skip
+
+# of `train/NAME`, those that metrics have, or had in runs recorded before: a part of a recipe's loss takes another name
+_NAMES = (name.removeprefix("train/") for metric in METRICS for name in (metric.name, metric.formerly))
+RESERVED = tuple(name for name in _NAMES if name.isidentifier())
 
 
 def points(event: Event) -> list[Point]:

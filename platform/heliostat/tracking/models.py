@@ -174,8 +174,7 @@ def resolve(model: str, tracking_uri: str) -> Path:
 def _download(model: str, tracking_uri: str) -> Path:
     import mlflow
 
-    mlflow.set_tracking_uri(tracking_uri)
-    client = mlflow.MlflowClient()
+    client = mlflow_client.connect(tracking_uri)
     try:
         uri = model
         if not model.startswith("models:/"):
@@ -194,9 +193,7 @@ def find_run(run: str, tracking_uri: str) -> Location:
     if "/" in run or Path(run).exists():
         place = Location(run)
     else:
-        import mlflow
-
-        known = mlflow_client.find(mlflow.MlflowClient(tracking_uri=tracking_uri), run, tracking_uri)
+        known = mlflow_client.find(mlflow_client.connect(tracking_uri), run, tracking_uri)
         place = Location(known.data.tags[tags.FOLDER])
     if not {run_folder.CHECKPOINTS, run_folder.RECEIPTS, run_folder.LEDGER} & set(place.folders()):
         raise ConfigError(f"{place}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME")

@@ -19,15 +19,16 @@ from typing import Any
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.cluster import private_ray
-from heliostat.cluster.fork_server import preloads
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import ConfigError
+from heliostat.recipes import built_in
 from heliostat.runs import summary as endings
 from heliostat.storage import lease
 from heliostat.storage.run_folder import require_one_way
 from heliostat.tracking.tags import SOURCE_NAME
+from heliostat.training import AHEAD
 from heliostat.training.driver.run import DrivenRun, RunHooks
 from heliostat.validation import check
 from heliostat.validation.check import Checked
@@ -70,7 +71,7 @@ def train_job(
     if resume:
         job.run_folder.wait_for_store()
     if not (resume and job.last_step in layout.steps(job.run_folder)):  # what follows the last step takes no workers
-        private_ray.ahead(job.workers.gpus, preloads.modules(job.recipe, job.model))
+        private_ray.ahead(job.workers.gpus, [*AHEAD, *built_in.modules(job.recipe, job.model)])
     job, recipe = check.check_setup(job, resume=resume)
     with lease.take(job.run_folder) as taken:
         last = None if overwrite else _last_checkpoint(job, resume)

@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from heliostat import training
 from heliostat.cluster.capacity import FETCHING, fits
 from heliostat.config import spec
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.recipes import built_in
 from heliostat.storage import lease
 from heliostat.storage.lease import Lease
 from heliostat.storage.run_folder import require_one_way
 from heliostat.training.driver.signals import Signals
-from heliostat.tune import report
+from heliostat.tune import AHEAD, report
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import SweepState
 from heliostat.tune.sweep import SweepPlan, load
@@ -157,13 +159,13 @@ class _Tuning:
         """Joins or starts Ray, and returns how many trials run side by side."""
         from heliostat.cluster import nodes, private_ray, ray_internals
         from heliostat.cluster.connect import connect
-        from heliostat.cluster.fork_server import preloads
 
         workers = self.base.workers
         wanted = self.plan.sweep.concurrency
         os.environ.update(ENVIRONMENT)
         if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-            private_ray.ahead(workers.gpus, [*preloads.modules(self.base.recipe, self.base.model), *preloads.TRIALS])
+            modules = built_in.modules(self.base.recipe, self.base.model)
+            private_ray.ahead(workers.gpus, [*training.AHEAD, *modules, *AHEAD])
             count = wanted or here(workers, os.cpu_count() or 1)
             cpus = count * (workers.most * workers.cpus + FETCHING + 1)
             connect(max(os.cpu_count() or 1, round(cpus) + 1), round(count * workers.most * workers.gpus), self.verbose)

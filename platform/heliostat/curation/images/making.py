@@ -98,8 +98,7 @@ class ImageMaking(Making):
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         sizes, planned = {f.path: f.bytes for f in inputs}, self._tasks(inputs)
         for task in sampling.sampled(planned, inputs, self.sample) if self.sample else planned:
-            paths = [part["path"] for part in task.get("parts", [])] or [e["path"] for e in task.get("entries", [])]
-            yield [FilePart(segment.store(self.flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
+            yield [image_sources.spilled(self.flow.work.spill, task, sizes)]
 
     def _tasks(self, inputs: list[InputFile]) -> Iterator[dict[str, Any]]:
         read = self.source

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from heliostat.curation import pieces
+from heliostat.curation import pieces, segment
 from heliostat.curation.images.pictures import Dropped, Raw, encode
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
@@ -126,6 +126,20 @@ def tasks(
         for first in range(0, len(entries), FILES_PER_TASK):
             some = entries[first : first + FILES_PER_TASK]
             yield {"kind": "files", "path": path, "entries": some, "state": [present.get(e["path"]) for e in some]}
+
+
+def spilled(folder: Location, task: dict[str, Any], sizes: Mapping[str, int]) -> FilePart:
+    """Spills a read task, and describes it as a part of the input; `sizes`: the bytes of each file."""
+    paths = [one["path"] for one in task.get("parts") or task.get("entries", [])]
+    name, by_time = segment.store(folder, task), segment.name_of(_without_etags(task))
+    return FilePart(name, sum(sizes.get(path, 0) for path in paths), 0, path_by_time=by_time if by_time != name else "")
+
+
+def _without_etags(task: dict[str, Any]) -> dict[str, Any]:
+    """Returns a read task as versions before ETags described it."""
+    if "parts" in task:
+        return {**task, "parts": [{key: part[key] for key in part if key != "etag"} for part in task["parts"]]}
+    return {**task, "state": [one and one[:2] for one in task["state"]]} if "state" in task else task
 
 
 def _ranged(path: str) -> bool:

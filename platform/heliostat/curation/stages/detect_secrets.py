@@ -87,6 +87,7 @@ class DetectSecrets(Stage):
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
     version: ClassVar[int] = 4
     needs: ClassVar = ("curation", "detect_secrets")
+    libraries: ClassVar[tuple[str, ...]] = ("detect-secrets",)
 
     detectors: list[str] = Field(FORMS + OWN, min_length=1)
     """The detectors that are used, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub
@@ -138,8 +139,9 @@ def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Patt
         start = text.rfind("\n", at, match.start()) + 1 or at
         end = text.find("\n", match.start()) + 1 or len(text)
         line = text[start:end]
+        tails = Tails(line)
         secrets = {
-            (first + offset, _end(line, last + offset, kind)): kind
+            (first + offset, tails.end(last + offset, kind)): kind
             for offset, piece in _pieces(line)
             for (first, last), kind in _secrets(piece, others)
             if piece[first:last] != mask
@@ -152,10 +154,21 @@ def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Patt
     return "".join([*out, text[at:]]), count, kinds
 
 
-def _end(line: str, end: int, kind: str) -> int:
-    """Returns where a secret ends that was found up to `end`."""
-    tail = TAILS[kind].match(line, end) if kind in TAILS else None
-    return tail.end() if tail else end
+class Tails:
+    """Finds the ends of a line's secrets. A tail is read once, however many secrets begin in it: it may have megabytes."""
+
+    def __init__(self, line: str) -> None:
+        self._line = line
+        self._read = dict[str, Span]()  # the last tail of each kind
+
+    def end(self, end: int, kind: str) -> int:
+        """Returns where a secret ends that was found up to `end`."""
+        first, last = self._read.get(kind, (0, -1))
+        if not first <= end <= last:
+            tail = TAILS[kind].match(self._line, end) if kind in TAILS else None
+            last = tail.end() if tail else end
+            self._read[kind] = end, last
+        return last
 
 
 def _keys(text: str) -> Iterator[Span]:

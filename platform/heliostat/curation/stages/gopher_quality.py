@@ -22,6 +22,7 @@ from heliostat.schema import Float
 
 
 class GopherQuality(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"empty": "no word in it"}
     limits: ClassVar = {
         "few_words": ("words", "min_words", "fewer words than {}"),

@@ -25,6 +25,7 @@ TOP, DUPLICATE = range(2, 5), range(5, 11)
 
 
 class GopherRepetition(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"empty": "no character in it"}
     limits: ClassVar = {
         "paragraphs": ("paragraphs", "max_duplicate_paragraphs", "more paragraphs that were there before than {}"),

@@ -22,6 +22,7 @@ PERMISSIVE = [
 
 
 class License(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("identify",)
     reasons: ClassVar[dict[str, str]] = {
         "not_allowed": "a licence that is not in `allow`",
         "unknown": "a licence that is not known, or no column `license`",

@@ -24,7 +24,6 @@ from heliostat.curation.minhash.keep import Rule, candidates, choose, decide, me
 from heliostat.curation.minhash.signatures import Parameters, sign
 from heliostat.curation.segment import SpilledRun, store
 from heliostat.curation.stage import GlobalStage
-from heliostat.tasks import libraries
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
@@ -36,6 +35,7 @@ class MinHash(GlobalStage):
     version: ClassVar = 2  # words are those of `comparable`, as FineWeb compares them: accents and numbers don't count
     compares: ClassVar = ("column", "within")
     needs: ClassVar = ("curation", "rensa")
+    libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")
     reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
 
     bands: int = Field(14, ge=1, le=1000)
@@ -65,7 +65,7 @@ class MinHash(GlobalStage):
         name, runs = tally.label(number, self), curated.runs
         kind = f"minhash-{number}"
         parameters = Parameters(self.bands, self.rows, self.ngram, self.seed, self.within)
-        follows = [self.version, vars(parameters), libraries.of(self.named())]
+        follows = [self.version, vars(parameters), self.library_versions()]
         signing = (Task(key(run.name, run.decided, follows), {"run": run, "parameters": parameters}, bytes=run.bytes)
                    for run in runs)  # fmt: skip
         signed = flow.all(f"{kind}-sign", sign, signing)

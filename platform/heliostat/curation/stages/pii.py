@@ -33,6 +33,7 @@ ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # the
 
 
 class Pii(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("phonenumbers",)
     reasons: ClassVar[dict[str, str]] = {"pii": "more of it than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
     version: ClassVar[int] = 4

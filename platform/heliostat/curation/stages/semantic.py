@@ -23,7 +23,7 @@ from heliostat.curation.segment import SpilledRun
 from heliostat.curation.semantic import cells
 from heliostat.curation.stage import GlobalStage
 from heliostat.schema import Float
-from heliostat.tasks import libraries, shipping
+from heliostat.tasks import shipping
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
@@ -72,7 +72,7 @@ class Semantic(scoring.ModelStage, GlobalStage):
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         files, most = embedding.identity(self.model), memory_limit // VECTORS
         model = cells.EmbeddingModel(shipping.describe("model", self.model), self.max_tokens, self.batch)
-        follows = [files, self.max_tokens, self.batch, libraries.of(self.named())]
+        follows = [files, self.max_tokens, self.batch, self.library_versions()]
         embeddings = (Task(key("embed", run.name, run.decided, follows, most), {"run": run, "model": model, "most": most},
                            bytes=run.bytes) for run in curated.runs)  # fmt: skip
         embedded = flow.all(f"semantic-{number}-embed", cells.embed, embeddings, pooled=True)

@@ -47,16 +47,14 @@ def listing(uri: str) -> list[InputFile]:
 def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list[str], limit: int) -> Iterator[dict[str, Any]]:
     """Yields the tasks that fetch: `of` says how many share a host's pace."""
     about = {"uri": uri, "column": column, "wanted": wanted, "limit": limit}
-    reading = (
-        Task(
-            key("list", about, f.path, f.bytes, f.modified, *([f.etag] if f.etag else [])),
-            {"part": f.part, **about},
-            bytes=f.bytes,
-        )
-        for f in files
-    )
+
+    def task(file: InputFile) -> Task:
+        by_time = "list", about, file.path, file.bytes, file.modified
+        name, before = key(*by_time, *([file.etag] if file.etag else [])), key(*by_time)
+        return Task(name, {"part": file.part, **about}, bytes=file.bytes, before=before)
+
     counts, names = Counter[int](), list[str]()
-    for record in flow.all("lists", listed, reading):
+    for record in flow.all("lists", listed, map(task, files)):
         counts.update({int(group): number for group, number in record["groups"].items()})
         names += record["files"]
     place = store(flow.work.spill, names)

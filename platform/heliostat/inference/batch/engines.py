@@ -29,7 +29,7 @@ from heliostat.recipes import pretrained
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import chat, encoder, sentence_folder
-from heliostat.recipes.text.generator import Sampling, ends, whole
+from heliostat.recipes.text.generator import Sampling, ends, prompt_tokens, whole
 from heliostat.schema import validate
 from heliostat.text import brief
 
@@ -226,7 +226,7 @@ class Continue(BatchEngine):
             self.model.generation_config = transformers.GenerationConfig()
 
     def encode(self, text: str) -> list[int]:
-        return super().encode(text or self.tokenizer.bos_token or "")
+        return prompt_tokens(self.tokenizer, text)
 
     def refusal(self, tokens: list[int]) -> Answer | None:
         if not tokens:

@@ -38,6 +38,7 @@ from heliostat.recipes.protocol import Batch, Draws, Evaluates, Loss, Recipe, Se
 from heliostat.schema import nearest
 from heliostat.text import brief
 
+BUILT_IN = {"Autoencoder": ("diffusers",)}
 SHOWN = 8  # images in the grid, each beside its reconstruction
 SCALED = 256  # images that the scaling factor is measured on
 

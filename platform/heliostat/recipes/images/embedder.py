@@ -44,6 +44,7 @@ from heliostat.recipes.text.model_config import ModelKind
 from heliostat.schema import Float, nearest
 from heliostat.text import brief
 
+BUILT_IN = {"ImageEmbedder": ("transformers",)}
 CLIP = ModelKind("model of images and texts", ("clip",), "clip")
 PARTS: dict[str, type[PreTrainedConfig]] = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
 OLD_END = 2  # the end of a text by which CLIP's class takes a folder for one of the first, whose end it did not know

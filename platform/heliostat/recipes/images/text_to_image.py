@@ -45,6 +45,7 @@ from heliostat.schema import validate
 if TYPE_CHECKING:
     from heliostat.recipes.images.generator import ImageCanvas, ImageGenerator
 
+BUILT_IN = {"TextToImage": ("diffusers",)}
 QUARTERS = 4
 GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly
 

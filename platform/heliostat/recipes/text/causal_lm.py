@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from heliostat.recipes.text.generator import TextGenerator
+BUILT_IN = {"CausalLM": ("transformers",)}
 
 
 class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
@@ -159,6 +160,14 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
             self._bind(vocab_size=-(-size // 64) * 64)  # a multiple that matrix units like
         if not self.pretrained:
             self._bind(bos_token_id=self.end, eos_token_id=self.end, pad_token_id=None)
+
+    def assumed(self) -> str:
+        if self.vocabulary_given:
+            return ""
+        return (
+            f"the model is counted with {self.config.vocab_size:,} tokens, the default vocabulary of its configuration, until "
+            "the dataset gives its own; model.vocab_size sets it"
+        )
 
     def _bind(self, **values: int | None) -> None:
         """Sets keys of the configuration, now or when it is made."""

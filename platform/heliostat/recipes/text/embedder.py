@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+BUILT_IN = {"Embedder": ("heliostat.recipes.text.encoder", "transformers")}
 
 
 class EmbedderKeys(PairKeys):

@@ -17,6 +17,8 @@ from heliostat.recipes.text import infilling
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.schema import Float, Strict, validate
 
+EMPTY = "is empty, and the tokenizer has no token that begins a document"
+
 
 def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:
     """Loads the language model in a folder; ConfigError if a weight is missing."""
@@ -28,6 +30,11 @@ def ends(tokenizer: PreTrainedTokenizerBase, config: object) -> list[int]:
     named = getattr(config, "eos_token_id", None)
     tokens = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return sorted({token for token in tokens if token is not None})
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the tokens of a prompt. An empty one begins a document: it has no token if the tokenizer has none for that."""
+    return tokenizer(text or tokenizer.bos_token or "", verbose=False)["input_ids"]
 
 
 class Sampling(Strict):
@@ -70,7 +77,9 @@ class TextGenerator:
         if self.infilling is not None and self.suffix is not None:
             tokens, ends = self.infilling.prompt(request.prompt, self.suffix), [*self.ends, *self.infilling.ends]
         else:
-            tokens, ends = self.tokenizer(request.prompt or self.tokenizer.bos_token)["input_ids"], self.ends
+            tokens, ends = prompt_tokens(self.tokenizer, request.prompt), self.ends
+            if not tokens:
+                raise ConfigError(f"prompt: {EMPTY}. Give it at least one character")
         text = continue_tokens(self.model, self.tokenizer, tokens, **self.options, seed=request.seed, ends=ends)
         facts = {"text": text} if self.suffix is None else {"text": text, "suffix": self.suffix}
         return Generated(request.prompt, request.prompt + text + (self.suffix or ""), facts)

@@ -118,7 +118,7 @@ class Worker:
         if job.evaluate:
             hooks.append(Evaluations(context, state, recipe, dataset, sharing))  # before a save, which holds the scores
         hooks += [state, Collector()]
-        self.reports = StepReports(context, engine, recipe, dataset, hooks, stepper.report)
+        self.reports = StepReports(context, engine, recipe, unsealed, hooks, stepper.report)
 
         def read() -> stream.StepSamples:
             """Takes the next step's samples, on the worker that reads for those that share them."""

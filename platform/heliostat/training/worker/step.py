@@ -17,7 +17,6 @@ import ray
 import torch
 import torch.distributed as dist
 
-from heliostat.config import schedules
 from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.stream import StepSamples
@@ -74,7 +73,7 @@ class Stepper:
     def step(self, step: int, mine: StepSamples) -> float:
         """Makes a step, counted from 0, and returns the norm of its gradient."""
         engine, train = self.engine, self.job.train
-        deepspeed_engine.set_lr(engine, train.optimizer.lr * schedules.factor(train.schedule, step, train.steps))
+        deepspeed_engine.set_lr(engine, train.lr(step))
         micros = self._micros(step, mine)
         terms = self._terms(micros)
         total = torch.zeros((), device=engine.device)
@@ -207,18 +206,18 @@ class Loop:
         if stop == FAILED:
             self.state.settle()  # raises on every worker, or on none
             return RUN
-        if stop == RESIZE and (step + 1) % self.job.checkpoint.every:
+        if stop == RESIZE and not self.job.checkpoint.due(step + 1):
             return RUN  # a resize waits for the next checkpoint
         return stop
 
     def _due(self, done: int, stop: int) -> Due:
         job, last = self.job, done == self.job.last_step
         holds = done in self.pauses and not last
-        saves = last or stop != RUN or holds or done % job.checkpoint.every == 0
-        keeps = self.state.memory is not None and not last and (saves or done % (job.checkpoint.memory_every or 1) == 0)
-        evaluates = job.evaluate is not None and (last or done % job.evaluate.every == 0)
+        saves = last or stop != RUN or holds or job.checkpoint.due(done)
+        keeps = self.state.memory is not None and not last and (saves or job.checkpoint.copy_due(done))
+        evaluates = job.evaluate is not None and (last or job.evaluate.due(done))
         # before a save, too: a run that resumes from there has lost no step's loss
-        reports = done % job.train.log_every == 0 or saves or keeps or done == self.context.start_step + 1
+        reports = job.train.log_due(done) or saves or keeps or done == self.context.start_step + 1
         return Due(last, reports, evaluates, saves, keeps, holds and stop == RUN)
 
     def _follow(self, done: int, norm: float, stop: int) -> int:
@@ -227,7 +226,7 @@ class Loop:
         for hook in self.hooks:
             hook.after_step(done, norm, due)
         if due.reports:
-            self.reports.report(done, self.unsealed.replaced)
+            self.reports.report(done)
         with self.reports.aside():
             for hook in self.hooks:
                 hook.on_save(done, due)
