@@ -37,11 +37,11 @@ class PodKind:
 
     name: str
     template: Section
-    made: dict[str, str] = field(default_factory=dict)  # labels that KubeRay adds
+    added_labels: dict[str, str] = field(default_factory=dict)  # labels that KubeRay adds
 
     @property
     def labels(self) -> dict[str, str]:
-        return {**self.made, **((self.template.get("metadata") or {}).get("labels") or {})}
+        return {**self.added_labels, **((self.template.get("metadata") or {}).get("labels") or {})}
 
 
 def warnings(cluster: ClusterFile) -> Iterator[str]:

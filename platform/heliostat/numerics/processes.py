@@ -143,7 +143,7 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
     train, other = trial.job.train, small.elsewhere(trial.job)
     return {
         "run": str(trial.job.run_folder),
-        "model": trial.told,
+        "model": trial.description,
         "workers": small.WORKERS,
         "gpus": bool(trial.job.workers.gpus),
         "stage": train.zero.stage,

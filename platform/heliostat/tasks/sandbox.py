@@ -238,10 +238,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    given = int(sys.argv[1])
-    if given != RESULT:
-        os.dup2(given, RESULT)
-        os.close(given)
+    result_descriptor = int(sys.argv[1])
+    if result_descriptor != RESULT:
+        os.dup2(result_descriptor, RESULT)
+        os.close(result_descriptor)
     os.set_inheritable(RESULT, True)
     try:
         code = main()

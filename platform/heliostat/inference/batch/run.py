@@ -141,8 +141,8 @@ def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Loc
 
     def task(piece: list[FilePart]) -> Task:
         name, before = (
-            key("infer", model["digest"], settings, input, read.identity, told)
-            for told in ([part.identity for part in piece], [part.identity_by_time for part in piece])
+            key("infer", model["digest"], settings, input, read.identity, identity)
+            for identity in ([part.identity for part in piece], [part.identity_by_time for part in piece])
         )
         return Task(name, {"piece": piece, "name": name, **shared}, bytes=sum(part.length for part in piece), before=before)
 

@@ -100,11 +100,11 @@ class Attempt:
         self._mailbox = mailbox.make()
         self._parts = self._stream()
         self._heartbeats: dict[int, mailbox.Pulse] = {}
-        self._told: dict[int, HeliostatError] = {}  # each worker's own error, by rank
+        self._reported: dict[int, HeliostatError] = {}  # each worker's own error, by rank
         self._members: list[Member] = []  # the workers' processes, in order of their ranks
         self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
         self._ordered = 0
-        self._held: int | None = None  # the step behind which the workers wait
+        self._paused_at: int | None = None  # the step behind which the workers wait
         self._stop_by: float | None = None  # when those who were told to stop must have ended
         self._look_at = self._grow_at = 0.0
         self._starved = False  # said to be
@@ -134,7 +134,7 @@ class Attempt:
         thread = threading.Thread(target=train, name="train", daemon=True)
         thread.start()
         while thread.is_alive():
-            thread.join(POLL_S if self._held is None else HELD_POLL_S)
+            thread.join(POLL_S if self._paused_at is None else HELD_POLL_S)
             try:
                 self._beat()
             except (LeaseError, ConfigError) as e:  # ConfigError: what a worker costs is not known
@@ -151,7 +151,7 @@ class Attempt:
         ended = outcome.result()
         if ended.summary is not None:
             return ended.summary
-        raise explain([replace(f, told=self._told.get(f.rank)) for f in ended.failures])
+        raise explain([replace(f, told=self._reported.get(f.rank)) for f in ended.failures])
 
     # the watch -------------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class Attempt:
                 if event.phase in ("model", "stepped"):
                     self._since = time.monotonic()
             elif isinstance(event, Paused):
-                self._held = event.step
+                self._paused_at = event.step
             self._take(event)
 
     def _drained(self) -> list[Event]:
@@ -184,14 +184,14 @@ class Attempt:
         self._heartbeats = mailbox.by_other_clock(heartbeats, now)
         for event in events:
             if isinstance(event, WorkerFailed):
-                self._told.setdefault(event.rank, event.error)
+                self._reported.setdefault(event.rank, event.error)
         return [event for event in events if not isinstance(event, WorkerFailed)]
 
     def _release(self) -> None:
         """Releases workers that wait at a pause point, as soon as it is decided whether they go on."""
-        if self._held is not None and (stop := self.start.pauses.get(self._held)) is not None:
-            self._mailbox.decide.remote(self._held, stop)
-            self._held = None
+        if self._paused_at is not None and (stop := self.start.pauses.get(self._paused_at)) is not None:
+            self._mailbox.decide.remote(self._paused_at, stop)
+            self._paused_at = None
 
     def _look(self) -> None:
         """Orders the workers to stop, or sets the attempt's fault, where there is a reason to."""
@@ -335,9 +335,9 @@ class Attempt:
             done, waiting = ray.wait(waiting, timeout=min(POLL_S, max(0.0, until - time.monotonic())))
             for one in done:
                 ended.add(ranks[one], working[one], one)
-            if until == math.inf and (done or self._told):
+            if until == math.inf and (done or self._reported):
                 until = time.monotonic() + SETTLE_S
-            if not aborted and (ended.failures or self._told):
+            if not aborted and (ended.failures or self._reported):
                 aborted, until = True, until + mailbox.interval(len(working))  # until they hear of it
                 self._abort()
             if not done and time.monotonic() >= until:
