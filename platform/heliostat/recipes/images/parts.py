@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.recipes.constants import Constant
 from heliostat.recipes.images import config, diffusers_folder, rows
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.pipeline import embed, predict, tokenize
@@ -219,6 +220,14 @@ class Parts:
             return {"text": torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.facts.text).copy()).float()}
         tokens = tokenize(self.tokenizer, [""])
         return {"text": tokens.input_ids[0], "mask": tokens.attention_mask[0]}
+
+    def empty_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Returns `empty` on a device, where it stays."""
+        return {name: constant.on(device) for name, constant in self._empty.items()}
+
+    @cached_property
+    def _empty(self) -> dict[str, Constant]:
+        return {name: Constant(values) for name, values in self.empty.items()}
 
     @torch.no_grad()
     def conditioning(self, text: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
