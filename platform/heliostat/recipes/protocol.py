@@ -64,8 +64,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Companion:
-    """Describes another model on the device, such as a frozen encoder. The recipe puts it there, and the plan counts its memory.
-    It is in no checkpoint."""
+    """Describes another model, such as a frozen encoder: the recipe puts it on the device, the plan counts it, it isn't saved."""
 
     bytes: int
     every_step: bool = True  # False: it is there in evaluations only
@@ -95,6 +94,9 @@ class Recipe(ABC):
     def assumed(self) -> str:
         """Describes what a plan without the datasets assumes of the model, such as its vocabulary size; empty: nothing."""
         return ""
+
+    def presume(self, rows: int) -> Content | None:  # noqa: B027
+        """Returns samples of datasets that don't exist yet, by the job's sizes; None if it is bound, or lacks them."""
 
     @abstractmethod
     def build(self) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -82,6 +83,22 @@ class Parts:
             self.build()  # what makes no sense is found here
             if "pretrained" in self.model.backbone:
                 self._try(config.BACKBONES[self.arch].from_config(keys))
+
+    def presume(self, count: int) -> pa.Table | None:
+        """Takes the backbone's sizes for those of datasets that don't exist yet, and returns samples of them: latents and
+        embeddings where the job has models for them. None if the job doesn't state sizes, or trains its own text encoder, whose
+        vocabulary is the dataset's."""
+        if not self.model.text.pretrained or "sample_size" not in self._given():
+            return None
+        if self.facts is None:
+            channels, height, width = self.shape()
+            latents, text = self.vae_config is not None, (self.model.text.length, self.width)
+            factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1) if self.vae_config else 1
+            size = width * factor, height * factor
+            content, of_image = ("latents", 3) if latents else ("images", channels)
+            self.facts = rows.DatasetFacts(content, of_image, size, None, 0, 0, text, {})
+            self.empty = {"text": torch.zeros(text)}
+        return rows.blank(self.facts, self.shape(), count)
 
     @cached_property
     def vae_config(self) -> config.Keys | None:

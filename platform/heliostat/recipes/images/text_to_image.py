@@ -78,6 +78,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         self.sources = sources
         self.parts.bind(sources, self.one_source)
 
+    def presume(self, rows: int) -> pa.Table | None:
+        return None if hasattr(self, "sources") else self.parts.presume(rows)
+
     def build(self) -> nn.Module:
         return self.parts.build()
 
