@@ -186,11 +186,11 @@ def unwrapped() -> Iterator[None]:
 
 def innermost(error: BaseException | None) -> HeliostatError | None:
     """Finds the HeliostatError under Ray's wrappers, if one is the cause: it is what the person should read."""
-    found, seen = None, set()
+    inner, seen = None, set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         # Ray makes classes that are both RayTaskError and the cause's class; their text is a traceback: look inside
         if isinstance(error, HeliostatError) and not hasattr(error, "cause"):
-            found = error
+            inner = error
         error = getattr(error, "cause", None) or error.__cause__
-    return found
+    return inner

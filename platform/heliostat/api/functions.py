@@ -50,8 +50,8 @@ def check(job: Job | Place, cluster: Place | None = None) -> Checked:
     """
     from heliostat.plan import auto
 
-    there = Path(cluster) if cluster is not None else None
-    return checks.check(auto.settled(_job(job), there), there)
+    cluster_file = Path(cluster) if cluster is not None else None
+    return checks.check(auto.settled(_job(job), cluster_file), cluster_file)
 
 
 def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> dict[str, object]:

@@ -77,12 +77,12 @@ def chaos(
     `tell` is called with a description of each stage. ConfigError before anything starts.
     """
     faults = choose(names)
-    given = check.load_job(path, settings)
-    if given.train.parallel.auto:
+    job_given = check.load_job(path, settings)
+    if job_given.train.parallel.auto:
         raise ConfigError(
             "train.parallel: auto may be another layout after each fault; set what `heliostat plan JOB --rank` finds"
         )
-    checked = check.check(given)
+    checked = check.check(job_given)
     job = checked.job
     if job.train.steps < 4 * job.checkpoint.every:
         raise ConfigError(

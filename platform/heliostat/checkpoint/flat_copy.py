@@ -50,13 +50,13 @@ class CopiedBytes:
 
 def layout(state: Mapping[str, torch.Tensor]) -> list[FlatRange]:
     """Lays the slices out in a buffer, by name."""
-    found, offset = list[FlatRange](), 0
+    ranges, offset = list[FlatRange](), 0
     for name in sorted(state):
         local, start = _local(state[name])
         if local.numel():
-            found.append(FlatRange(name, start, local.numel(), local.element_size(), offset))
-            offset += -(-found[-1].size // ALIGNED) * ALIGNED
-    return found
+            ranges.append(FlatRange(name, start, local.numel(), local.element_size(), offset))
+            offset += -(-ranges[-1].size // ALIGNED) * ALIGNED
+    return ranges
 
 
 def size(ranges: Iterable[FlatRange]) -> int:
@@ -93,29 +93,29 @@ def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> li
     for rank, ranges in copies.items():
         for r in ranges:
             by_name.setdefault(r.name, []).append((r.start, r.numel, rank, r))
-    found = list[CopiedBytes]()
+    copied = list[CopiedBytes]()
     for want in wanted:
         at, end = want.start, want.start + want.numel
         for start, numel, rank, r in sorted(by_name.get(want.name, []), key=lambda c: c[:3]):
             if start <= at < min(start + numel, end) and r.itemsize == want.itemsize:
                 stop = min(start + numel, end)
                 source, target = r.offset + (at - start) * r.itemsize, want.offset + (at - want.start) * r.itemsize
-                _append(found, CopiedBytes(rank, source, target, (stop - at) * r.itemsize))
+                _append(copied, CopiedBytes(rank, source, target, (stop - at) * r.itemsize))
                 at = stop
         if at < end:
             raise TrainingError(f"the copies in memory lack elements {at} to {end} of {want.name!r}")
-    return found
+    return copied
 
 
-def _append(found: list[CopiedBytes], piece: CopiedBytes) -> None:
+def _append(copied: list[CopiedBytes], piece: CopiedBytes) -> None:
     """Appends a piece, as a part of the one before where the bytes between them are padding in both buffers."""
-    if found and found[-1].rank == piece.rank:
-        last = found[-1]
+    if copied and copied[-1].rank == piece.rank:
+        last = copied[-1]
         gap = piece.source - last.source - last.size
         if gap == piece.target - last.target - last.size and 0 <= gap < ALIGNED:
-            found[-1] = CopiedBytes(last.rank, last.source, last.target, last.size + gap + piece.size)
+            copied[-1] = CopiedBytes(last.rank, last.source, last.target, last.size + gap + piece.size)
             return
-    found.append(piece)
+    copied.append(piece)
 
 
 def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:

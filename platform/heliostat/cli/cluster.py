@@ -90,9 +90,9 @@ def status_(
     from heliostat.cluster import dashboard
 
     with jobs_on(target, field="CLUSTER") as known:
-        there = known.there
-        nodes, jobs = dashboard.node_table(there.url, there.token), known.list()
-    out.print(f"{there.url}: {plural(sum(n['alive'] for n in nodes), 'node')}")
+        endpoint = known.there
+        nodes, jobs = dashboard.node_table(endpoint.url, endpoint.token), known.list()
+    out.print(f"{endpoint.url}: {plural(sum(n['alive'] for n in nodes), 'node')}")
     for n in nodes:
         labels = ", ".join(f"{k}={v}" for k, v in sorted(n["labels"].items()) if k != "ray.io/node-id")
         role, life = "head" if n["head"] else "worker", "alive" if n["alive"] else "dead"
@@ -100,7 +100,7 @@ def status_(
                   f"{labels}")  # fmt: skip
     for j in jobs:
         out.print(f"  job {j['id']}: {j['status'].lower()}")
-    finish({"url": there.url, "nodes": nodes, "jobs": jobs})
+    finish({"url": endpoint.url, "nodes": nodes, "jobs": jobs})
 
 
 @cluster_app.command("list", cls=Reporting)

@@ -46,8 +46,8 @@ QUIET = {  # other libraries' progress bars and notices, so that ours can be rea
 }
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(wanted: bool) -> None:
+    if wanted:
         out.print(f"heliostat {heliostat.__version__}")
         raise typer.Exit
 
@@ -95,12 +95,12 @@ def _run(json_: bool, verbose: bool) -> int:
         return 2
     if verbose and isinstance(ended, HeliostatError):
         logging.getLogger("heliostat").error("traceback", exc_info=ended)
-    told = described(ended)
-    line = told["message"] if told["type"] == "Interrupted" else f"error: {told['message']}"
+    description = described(ended)
+    line = description["message"] if description["type"] == "Interrupted" else f"error: {description['message']}"
     sys.stderr.write(f"{printable(line, lines=True)}\n")
     if json_:
-        write_json({**getattr(ended, "found", {}), "error": told})
-    return told["exit_code"]
+        write_json({**getattr(ended, "found", {}), "error": description})
+    return description["exit_code"]
 
 
 class DescribedCommand(TypedDict):

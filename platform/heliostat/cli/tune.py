@@ -53,7 +53,7 @@ def tune(
                 "--transfer: not with --cluster; when the sweep is over, run this with --resume and without --cluster"
             )
         flags = {"--resume": resume, "--retry-failed": retry_failed, "--overwrite": overwrite}
-        _submit(sweep, setting or [], cluster, queue, tuple(f for f, given in flags.items() if given), follow)
+        _submit(sweep, setting or [], cluster, queue, tuple(f for f, is_set in flags.items() if is_set), follow)
         return
     if transfer:
         from heliostat.tune.sweep import load

@@ -173,10 +173,10 @@ def _complete(cluster: ClusterFile, state: ClusterState, alive: list[Node]) -> C
     dead = [n for n in state.nodes if n not in alive]
     processes.end(dead)
     state.nodes = [n for n in state.nodes if n in alive]
-    there = {n.address for n in state.nodes}
+    addresses = {n.address for n in state.nodes}
     if more := [n.address for n in state.nodes if n.address not in cluster.addresses]:
         log.warning("%s: nodes %s run, and are not in %s; `--restart` starts what the file says", state.name, more, cluster.path)
-    missing = [a for a in cluster.addresses[1:] if a not in there]
+    missing = [a for a in cluster.addresses[1:] if a not in addresses]
     log.info("cluster %s runs already at %s%s", state.name, state.url, f"; starting {', '.join(missing)}" if missing else "")
     _start(cluster, state, "worker", missing)
     return state

@@ -131,8 +131,8 @@ def _folder(process: psutil.Process, folders: set[str]) -> str | None:
         return mark if mark in folders else None
     if not process.name().startswith("ray"):
         return None
-    held = [Path(f.path) for f in process.open_files()]
-    return next((f for f in folders if any(Path(f) in path.parents for path in held)), None)
+    paths = [Path(f.path) for f in process.open_files()]
+    return next((f for f in folders if any(Path(f) in path.parents for path in paths)), None)
 
 
 def living(nodes: list[Node]) -> list[Node]:

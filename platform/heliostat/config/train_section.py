@@ -217,7 +217,7 @@ class Train(Strict):
         for key in (key for key in GROWING if key in value):
             why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
             raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
-        return {key: given for key, given in value.items() if key not in RETIRED}
+        return {key: setting for key, setting in value.items() if key not in RETIRED}
 
     def worker_counts(self, lanes: int, least: int, most: int) -> list[int]:
         """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches.

@@ -32,9 +32,9 @@ def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
     beside, gone = Location((place or ("/" if base.startswith("/") else ".")) + mark + query), list[str]()
     for folder in beside.folders():
         if folder.startswith(name) and SAMPLE.fullmatch(folder[len(name) :]):
-            there = beside.join(folder)
-            if (time.time() if now is None else now) - _written(there) >= OLD_S:
-                there.delete()
+            samples = beside.join(folder)
+            if (time.time() if now is None else now) - _written(samples) >= OLD_S:
+                samples.delete()
                 gone.append(folder)
     if gone:
         log.info("%s: removed what killed dry runs have left: %s", beside, ", ".join(gone))
@@ -45,7 +45,7 @@ def _written(folder: Location) -> float:
     """Returns when something in the folder was last written, in seconds since 1970; now, if that is not known."""
     selector = pafs.FileSelector(folder.path, recursive=True, allow_not_found=True)
     try:
-        found = folder.attempt(lambda: [folder.fs.get_file_info(folder.path), *folder.fs.get_file_info(selector)])
+        infos = folder.attempt(lambda: [folder.fs.get_file_info(folder.path), *folder.fs.get_file_info(selector)])
     except (FileNotFoundError, StorageError):
         return time.time()
-    return max((i.mtime_ns / 1e9 for i in found if i.mtime_ns), default=time.time())
+    return max((i.mtime_ns / 1e9 for i in infos if i.mtime_ns), default=time.time())

@@ -43,15 +43,15 @@ def reader(keys: dict[str, int]) -> Callable[[dict[str, object], bytes], Answer]
             if size > TEXT_BYTES:
                 return {"error": "too_large", "detail": f"more than {TEXT_BYTES:,} characters in {number + 1:,} pages"}, b""
         title = (document.get_metadata_value("Title") or "").replace("\0", "").strip()
-        told = {"pages": pages, "failed": failed, "empty": sum(not text for text in texts), "title": title}
-        return told, "\n\n".join(filter(None, texts)).encode("utf-8", "replace")
+        facts = {"pages": pages, "failed": failed, "empty": sum(not text for text in texts), "title": title}
+        return facts, "\n\n".join(filter(None, texts)).encode("utf-8", "replace")
 
     return work
 
 
 def _text(page: PdfPage) -> str:
-    found = page.get_textpage()
-    text = found.get_text_range()
-    found.close()
+    textpage = page.get_textpage()
+    text = textpage.get_text_range()
+    textpage.close()
     page.close()
     return text.translate(JOINED).replace("\r\n", "\n").strip()

@@ -41,8 +41,8 @@ class FilePart:
     @property
     def identity(self) -> list[object]:
         """Returns what the part's documents follow from, as JSON values."""
-        *told, etag, _ = astuple(self)
-        return [*told, etag] if etag else told
+        *fields, etag, _ = astuple(self)
+        return [*fields, etag] if etag else fields
 
     @property
     def identity_by_time(self) -> list[object]:
@@ -70,17 +70,17 @@ def cut(files: Iterable[FilePart], target: int, ranged: Callable[[str], bool]) -
 
     `ranged` says of a path whether such a file can be read from the middle. Ranges of a file are pieces of their own.
     """
-    piece, held = list[FilePart](), 0
+    piece, size = list[FilePart](), 0
     for file in files:
         if file.bytes > 2 * target and ranged(file.path):
             yield from ([replace(file, start=a, stop=b, first=0 if a else 1)] for a, b in ranges(file.bytes, target))
             continue
         piece.append(file)
         cost = file.bytes + FILE_BYTES
-        held += cost
-        if xxhash.xxh64_intdigest(file.path.encode()) * target < cost << 64 or held >= 2 * target or len(piece) >= MOST_FILES:
+        size += cost
+        if xxhash.xxh64_intdigest(file.path.encode()) * target < cost << 64 or size >= 2 * target or len(piece) >= MOST_FILES:
             yield piece
-            piece, held = [], 0
+            piece, size = [], 0
     if piece:
         yield piece
 

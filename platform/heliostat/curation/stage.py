@@ -166,8 +166,8 @@ class Stage(Strict):
         """Yields each key that names files, and a path that it holds: one, a list of them, or a mapping of names to them."""
         for key in self.paths:
             value = getattr(self, key)
-            held = value.values() if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
-            yield from ((key, path) for path in held)
+            paths = value.values() if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
+            yield from ((key, path) for path in paths)
 
     def located(self, places: Mapping[str, str]) -> Self:
         """Returns the stage with the places of this node for the paths that it names."""
@@ -245,9 +245,9 @@ def _digest(key: str, path: str) -> str:
 class GlobalStage(Stage):
     """Defines a stage that compares documents, in tasks of its own between the others': it has no function over a batch."""
 
-    def compare(self, flow: Flow, found: Any, number: int, memory_limit: int) -> list[SpilledRun]:
-        """Compares the documents of the runs in `found`, and returns the runs without those that were decided against.
+    def compare(self, flow: Flow, curated: Any, number: int, memory_limit: int) -> list[SpilledRun]:
+        """Compares the documents of the runs in `curated`, and returns the runs without those that were decided against.
 
-        It is stage `number`; what it leaves out, and its tally, it adds to `found`.
+        It is stage `number`; what it leaves out, and its tally, it adds to `curated`.
         """
         raise NotImplementedError

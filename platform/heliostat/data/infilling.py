@@ -114,8 +114,8 @@ def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
     before, alone, behind = (tokenizer.encode(text, add_special_tokens=False).ids for text in (ANCHOR, PROBE, ANCHOR + PROBE))
     anchor = "" if behind == before + alone else ANCHOR
     before = before if anchor else []
-    asked = [anchor + piece for piece in (PROBE, *pieces)]
-    encoded = [one.ids for one in tokenizer.encode_batch_fast(asked, add_special_tokens=False)]
+    texts = [anchor + piece for piece in (PROBE, *pieces)]
+    encoded = [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     probe, *rest = [ids[len(before) :] for ids in encoded]
     apart = tokenizer.decode(probe).removeprefix(" ") == PROBE and all(ids[: len(before)] == before for ids in encoded)
     if anchor and not apart:

@@ -295,9 +295,9 @@ def read_version(location: Location, name: str) -> Manifest:
     return _read(location, VERSIONS, name)
 
 
-def _encode(made: Manifest) -> bytes:
+def _encode(manifest: Manifest) -> bytes:
     buffer = io.BytesIO()
-    chunks = made.chunks.cast(SCHEMA).replace_schema_metadata({"heliostat": json.dumps(made.meta)})
+    chunks = manifest.chunks.cast(SCHEMA).replace_schema_metadata({"heliostat": json.dumps(manifest.meta)})
     pq.write_table(chunks, buffer, compression="zstd")
     return buffer.getvalue()
 
@@ -315,12 +315,12 @@ def read(location: Location, digest: str | None = None) -> Manifest:
         return newest
     changed = f"{location}: the dataset changed under the run (digest {newest.digest[:12]}, was {digest[:12]})"
     try:
-        found = _read(location, VERSIONS, version_name(digest))
+        manifest = _read(location, VERSIONS, version_name(digest))
     except FileNotFoundError as e:
         raise DataError(f"{changed}, and that version was not kept") from e
-    if found.digest != digest:
-        raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} is {found.digest}, not {digest}")
-    return found
+    if manifest.digest != digest:
+        raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} is {manifest.digest}, not {digest}")
+    return manifest
 
 
 def read_shared(location: Location, digest: str) -> Manifest:

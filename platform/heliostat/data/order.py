@@ -254,10 +254,10 @@ class Order:
 
     def held_out(self, count: int) -> SamplePlaces:
         """Chooses at most `count` held-out samples, spread evenly over each source's, sources in proportion to their weights."""
-        parts, asked = [], self.held_shares(count)
+        parts, counts = [], self.held_shares(count)
         for s, split in enumerate(self.splits):
             total = int(split.held.sum())
-            take = min(total, asked[s])
+            take = min(total, counts[s])
             flat = np.arange(take) * total // max(1, take)
             ends = np.cumsum(split.held)
             chunk = np.searchsorted(ends, flat, side="right")

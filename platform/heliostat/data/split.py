@@ -53,9 +53,9 @@ class Split:
 
     def train_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
         """Maps numbers of the chunks' training samples to their rows."""
-        samples, held, start = self.samples[chunk], self.held[chunk], self.start[chunk]
-        row = number + np.maximum(start + held - samples, 0)
-        return np.where(row >= start, row + held, row)
+        samples, held_rows, start = self.samples[chunk], self.held[chunk], self.start[chunk]
+        row = number + np.maximum(start + held_rows - samples, 0)
+        return np.where(row >= start, row + held_rows, row)
 
     def held_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
         """Maps numbers of the chunks' held-out samples to their rows."""
@@ -84,8 +84,8 @@ def _split(source: Manifest, sequence_length: int | None, fraction: float, versi
     known = source.places >= 0
     places = source.places / PLACES
     if source.kind == "rows" and not known.all():
-        told, grown = whole(samples, places, fraction), growing_runs(samples, _identity(source), fraction)
-        return Split(grown.samples, np.where(known, told.held, grown.held), np.where(known, told.start, grown.start))
+        rows, grown = whole(samples, places, fraction), growing_runs(samples, _identity(source), fraction)
+        return Split(grown.samples, np.where(known, rows.held, grown.held), np.where(known, rows.start, grown.start))
     if not known.all():
         places[~known] = hash64(_identity(source))[~known] / 2.0**64
     return whole(samples, places, fraction)

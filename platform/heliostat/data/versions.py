@@ -214,10 +214,10 @@ def remove(location: Location, path: str) -> int:
     return info.size or 0
 
 
-def publish(location: Location, made: Manifest) -> None:
+def publish(location: Location, dataset: Manifest) -> None:
     """Puts what a version needs beside its shards also under its plain name (`tokenizer.json`), for people and other tools."""
-    for folder in [location, *(location.join(part) for part in made.meta.get("parts", {}))]:
-        for name, path in made.meta.get("files", {}).items():
+    for folder in [location, *(location.join(part) for part in dataset.meta.get("parts", {}))]:
+        for name, path in dataset.meta.get("files", {}).items():
             folder.join(name).write(folder.join(path).read())
 
 

@@ -62,10 +62,10 @@ def _patch(function: Callable[P, T]) -> Callable[P, T]:
     """Guards a function that reaches into DeepSpeed by its version, and lists it in `PATCHES`."""
 
     @functools.wraps(function)
-    def guarded(*given: P.args, **named: P.kwargs) -> T:
+    def guarded(*args: P.args, **named: P.kwargs) -> T:
         require_version()
         try:
-            return function(*given, **named)
+            return function(*args, **named)
         except (AttributeError, ImportError, LookupError, TypeError) as e:
             if isinstance(e, ImportError) and not (e.name or "").startswith("deepspeed."):
                 raise
@@ -197,13 +197,13 @@ def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.Proc
 
 
 @_patch
-def place_expert(parameter: Any, name: str, alike: dist.ProcessGroup) -> None:
+def place_expert(parameter: Any, name: str, same_experts: dist.ProcessGroup) -> None:
     """Marks a parameter as one that ZeRO-3 partitions within the workers of a group that have the same experts.
 
     DeepSpeed 0.19.8. Without it ZeRO-3 partitions it over all workers, and so mixes different experts.
     """
     parameter.ds_zero_placement_family = "autoep_expert"  # DeepSpeed's word for what each group of workers has all of
-    parameter.ds_zero_partition_group_name, parameter.ds_zero_partition_process_group = name, alike
+    parameter.ds_zero_partition_group_name, parameter.ds_zero_partition_process_group = name, same_experts
 
 
 @_patch
@@ -314,21 +314,21 @@ def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) 
     step, norms, within = zero.step, zero._get_norm_groups, zero.has_overflow
 
     def alike() -> list[torch.Tensor]:  # a group that adds up in another order would clip by another norm
-        found = [norm.reshape(1) for norm in norms()]
-        for norm in found:
+        overflowed = [norm.reshape(1) for norm in norms()]
+        for norm in overflowed:
             equalize(norm)
-        return [norm[0] for norm in found]
+        return [norm[0] for norm in overflowed]
 
-    def averaged(*given: object, **named: object) -> object:
+    def averaged(*args: object, **named: object) -> object:
         average(zero.grad_partitions_flat_buffer)
         if (reducing := zero.reduce_and_partition_stream) is not None:  # on which DeepSpeed looks for an overflow
             reducing.wait_stream(torch.cuda.current_stream())
-        return step(*given, **named)
+        return step(*args, **named)
 
-    def overflow(*given: object, **named: object) -> bool:
-        found = torch.tensor(float(within(*given, **named)), device=zero.grad_partitions_flat_buffer.device)
-        agree(found)
-        return bool(found)
+    def overflow(*args: object, **named: object) -> bool:
+        overflowed = torch.tensor(float(within(*args, **named)), device=zero.grad_partitions_flat_buffer.device)
+        agree(overflowed)
+        return bool(overflowed)
 
     zero.step, zero._get_norm_groups, zero.has_overflow = averaged, alike, overflow
 

@@ -55,11 +55,11 @@ KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="delete it, an
 
 @dataclass
 class Followed:
-    """Follows a run. `told`: called with each result; `removed`, `torn`, `failed`: the steps without one, and why."""
+    """Follows a run. `show`: called with each result; `removed`, `torn`, `failed`: the steps without one, and why."""
 
     run: Location
     benchmark: Benchmark
-    told: Callable[[int, Result], None]
+    show: Callable[[int, Result], None]
     every: int = 1  # of the steps, and the last
     results: dict[int, Result] = field(default_factory=dict)
     removed: dict[int, str] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class Followed:
         result["model"]["folder"] = str(checkpoint.location)
         self.results[step] = {**result, "written": checkpoint.index.written, "recorded": recording.unrecorded("not sent yet")}
         self._keep(step)
-        self.told(step, self.results[step])
+        self.show(step, self.results[step])
 
     def _lost(self, step: int) -> bool:
         """Tells whether a checkpoint is gone, and counts it then."""

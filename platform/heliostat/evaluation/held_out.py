@@ -136,16 +136,16 @@ def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
 
 def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) -> Iterator[Question]:
     """Yields up to so many questions, at most TRIES of a document, documents by turns."""
-    rng, asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
+    rng, count_asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
     for _ in range(TRIES):
         for number in rng.sample(range(len(texts)), len(texts)):
-            if asked == count:
+            if count_asked == count:
                 return
             others = [texts[i] for i in rng.sample(range(len(texts)), min(len(texts), 4 * CHOICES))]
             question = ask(texts[number], rng, others)
             if question is not None and question["context"] not in known:
                 known.add(question["context"])
-                asked += 1
+                count_asked += 1
                 yield question
 
 
@@ -194,10 +194,10 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
         )
     counts = {}
     for name, (ask, shape) in {**TASKS, **_of_middles(prepared)}.items():
-        asked = list(questions(ask, texts, count, seed))
-        if asked:
-            _write(to, name, shape, asked)
-        counts[name] = len(asked)
+        written = list(questions(ask, texts, count, seed))
+        if written:
+            _write(to, name, shape, written)
+        counts[name] = len(written)
     if not any(counts.values()):
         raise ConfigError(
             f"{dataset}: its held-out documents are too short to ask about; give a larger --fraction, or another dataset"
@@ -205,7 +205,7 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
     facts = {"dataset": dataset, "digest": prepared.digest, "fraction": fraction, "seed": seed, "documents": len(texts),
              "tasks": counts}  # fmt: skip
     (to / "made.json").write_text(json.dumps(facts, indent=1) + "\n")
-    suite = {"name": "held-out", "folder": ".", "tasks": [name for name, asked in counts.items() if asked]}
+    suite = {"name": "held-out", "folder": ".", "tasks": [name for name, written in counts.items() if written]}
     (to / "suite.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
     return {**facts, "suite": str(to / "suite.yaml")}
 
@@ -234,11 +234,11 @@ def _texts(prepared: Manifest, fraction: float, most: int, seed: int) -> list[Wo
     return [text for text in kept if len(text.words) >= LEAST][:most]
 
 
-def _write(to: Path, name: str, shape: TaskShape, asked: list[Question]) -> None:
+def _write(to: Path, name: str, shape: TaskShape, questions: list[Question]) -> None:
     """Writes a task: its questions, and its file."""
     for folder in ("tasks", "data"):
         (to / folder).mkdir(parents=True, exist_ok=True)
-    (to / "data" / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
+    (to / "data" / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions), encoding="utf-8")
     metrics = [
         {"metric": one, "aggregation": way, "higher_is_better": way == "mean"} for one, way in shape["metric_list"].items()
     ]

@@ -72,17 +72,17 @@ class Benchmark:
 
     def _contamination(self, folder: Path, watch: PipelineWatch) -> dict[str, object] | None:
         """Looks the examples up in the training data, of the first model; None if the suite says not to."""
-        asked = self.suite.contamination
-        if not asked.measure or self._seen:
+        settings = self.suite.contamination
+        if not settings.measure or self._seen:
             return self._seen or None
-        self._examples = Examples(asked.n)
+        self._examples = Examples(settings.n)
         with sandbox.held():
             for task in self.tasks:
                 self._examples.add(task.name, scoring.texts(task, self.suite))
         self._seen = contamination.measured(
             self._examples,
             folder,
-            asked.data,
+            settings.data,
             lambda done, all_: watch.show("data", f"reading the training data, {done:,} of {all_:,}"),
         )
         return self._seen

@@ -130,9 +130,9 @@ def _cut(model: HFLM, kind: str, args: tuple[object, ...]) -> bool:
 def texts(task: EvalTask, suite: Suite) -> Iterator[str]:
     """Yields the text of each example: its question and its right answer, without solved examples before it."""
     for doc in itertools.islice(task.task.eval_docs, suite.examples):
-        asked, target = task.task.doc_to_text(doc), task.task.doc_to_target(doc)
+        question, target = task.task.doc_to_text(doc), task.task.doc_to_target(doc)
         known = task.task.doc_to_choice(doc) if task.task.config.doc_to_choice is not None else None
-        asked = known[asked] if isinstance(asked, int) and known else asked
+        question = known[question] if isinstance(question, int) and known else question
         target = target[0] if isinstance(target, list) and target else target
         target = known[target] if isinstance(target, int) and known and target < len(known) else target
-        yield f"{asked} {target}"
+        yield f"{question} {target}"

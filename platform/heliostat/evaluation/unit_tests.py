@@ -64,8 +64,8 @@ def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[st
         require_sandbox()
     except ConfigError as e:
         raise ConfigError(f"{where}: {KEY}: {e}") from e
-    asked = {key: value for key, value in config.items() if key != KEY}
-    return asked | {"output_type": "generate_until", "doc_to_target": template, "num_fewshot": 0,
+    keys = {key: value for key, value in config.items() if key != KEY}
+    return keys | {"output_type": "generate_until", "doc_to_target": template, "num_fewshot": 0,
                     "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
 
 
@@ -181,8 +181,8 @@ def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
         try:
             end = time.monotonic() + limits.seconds
             assert process.stdin is not None and process.stdout is not None
-            with contextlib.suppress(BrokenPipeError), process.stdin as given:
-                given.write(task)
+            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+                stdin.write(task)
             said, ended = _read(process.stdout, end, limits.output)
             if not ended and not _waited(process, end):
                 ended = TIMED_OUT

@@ -45,15 +45,15 @@ def generate_many(
     place.require_writable()
     with exported.using(folder):
         exported.generator(folder, options)  # what is wrong is found before Ray starts
-    asked = {"model": model_digest(folder), "options": options, "seed": seed,
+    identity = {"model": model_digest(folder), "options": options, "seed": seed,
              "set of prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}  # fmt: skip
-    claim(place, asked, "answers", "answers of `heliostat generate --prompts`")
+    claim(place, identity, "answers", "answers of `heliostat generate --prompts`")
     import torch
 
     with lease.take(place, "written", "wait for it, or stop it", field="--out") as lease_:
         with flow_on_ray(place, "answering prompts", workers, torch.cuda.device_count(), quiet) as flow:
             try:
-                results = answered(flow, folder, prompts, options, seed, out, key(asked))
+                results = answered(flow, folder, prompts, options, seed, out, key(identity))
             except HeliostatError:
                 raise
             except Exception as e:  # such as too little memory for a model
@@ -94,10 +94,10 @@ def answer_batch(
 ) -> dict[str, object]:
     """Answers prompts, of which the first has the number `first`; returns where their answers are, and what was drawn."""
     place = Location(out)
-    asked = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
+    requests = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
     used = shipping.here(folder, model)
     with exported.using(Path(used)):
-        answers = _generator(used, json.dumps(options, sort_keys=True), follows)(asked)
+        answers = _generator(used, json.dumps(options, sort_keys=True), follows)(requests)
     results = segment.store(folder, [json.dumps({"prompt": g.prompt, **g.facts}) for g in answers])
     return {"results": results, "files": [results], "drawn": [g.facts["file"] for g in answers if "file" in g.facts]}
 

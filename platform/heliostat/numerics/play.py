@@ -152,8 +152,8 @@ def _watch(player: Player, folder: Path) -> None:
     """Keeps each step's gradient behind its last backward pass, reduced and summed, before it is clipped."""
     engine, backward = player.engine, player.engine.backward
 
-    def kept(*given: object, **named: object) -> object:
-        result = backward(*given, **named)
+    def kept(*args: object, **named: object) -> object:
+        result = backward(*args, **named)
         if engine.is_gradient_accumulation_boundary():
             _keep(folder / f"gradients-{player.step}", gradients(engine))
         return result

@@ -40,7 +40,7 @@ class SmallTrial:
 
     job: Job
     recipe: Recipe
-    told: str
+    description: str
 
 
 def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallTrial:

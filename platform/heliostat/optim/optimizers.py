@@ -261,11 +261,11 @@ def require_resumable(optimizer: Optimizer, recorded: dict[str, object]) -> None
     """Checks that a run whose checkpoints were made with the `recorded` keys can go on with this optimizer; ConfigError if not.
     The state that it keeps of every parameter must be what the checkpoints hold. Its other keys may change."""
     kind = REGISTRY.get(name := str(recorded.get("name", DEFAULT)))
-    held = kind.model_validate(recorded).state if kind else None
-    if held == optimizer.state:
+    recorded_state = kind.model_validate(recorded).state if kind else None
+    if recorded_state == optimizer.state:
         return
     keeps = ", ".join(optimizer.state) or "nothing"
-    holds = "what this heliostat does not know" if held is None else ", ".join(held) or "nothing"
+    holds = "what this heliostat does not know" if recorded_state is None else ", ".join(recorded_state) or "nothing"
     raise ConfigError(
         f"train.optimizer: {optimizer.name!r} keeps {keeps} of every parameter, and the run's checkpoints, made with {name!r}, "
         f"hold {holds}; keep {name!r} as it was, or start another run"

@@ -45,12 +45,12 @@ class UntriedError(Exception):
 def shrunk(config: PreTrainedConfig, length: int, heads: int = 2) -> Iterator[PreTrainedConfig]:
     """Yields smaller configurations, of so many heads at most, of a model whose samples have `length` tokens, the likeliest to be
     valid first."""
-    given = config.to_dict()
+    keys = config.to_dict()
     names = config.attribute_map
     for most, layers in ((heads, LAYERS), (heads, None), (None, None)):
-        made = _Small(given, names, length, most, layers).made
+        smaller = _Small(keys, names, length, most, layers).made
         try:
-            small = type(config).from_dict(made)
+            small = type(config).from_dict(smaller)
         except Exception:  # noqa: BLE001  a rule of this architecture's own: the next may keep it
             continue
         small.use_cache = small.get_text_config(decoder=True).use_cache = False
@@ -142,9 +142,9 @@ def parameters(build: Callable[[], torch.nn.Module]) -> int:
 class _Small:
     """Shrinks a configuration, and those nested in it, to at most `heads` heads and `layers` layers: the result is `made`."""
 
-    def __init__(self, given: dict[str, Any], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
-        self.made, self.names, self.length = copy.deepcopy(given), names, length
-        for name, part in given.items():
+    def __init__(self, keys: dict[str, Any], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
+        self.made, self.names, self.length = copy.deepcopy(keys), names, length
+        for name, part in keys.items():
             if isinstance(part, dict) and "model_type" in part:
                 self.made[name] = _Small(part, {}, length, heads, layers).made
         self._tokens()

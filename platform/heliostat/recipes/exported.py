@@ -80,11 +80,11 @@ def read(folder: Path) -> Export:
     place = folder / RECORD
     if not place.is_file():
         return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL, folder), None)
-    found = record(folder)
-    recipe = workspace.import_path(f"{place}: recipe", found["recipe"], folder)
-    if not issubclass(recipe := require_class(f"{place}: recipe", printable(found["recipe"]), recipe), Exports):
-        raise ConfigError(f"{place}: recipe: {printable(found['recipe'])!r} is not exported ({GUIDE})")
-    return Export(folder, recipe, found["job"], found.get("origin", {}).get("data_version", 1))
+    record_read = record(folder)
+    recipe = workspace.import_path(f"{place}: recipe", record_read["recipe"], folder)
+    if not issubclass(recipe := require_class(f"{place}: recipe", printable(record_read["recipe"]), recipe), Exports):
+        raise ConfigError(f"{place}: recipe: {printable(record_read['recipe'])!r} is not exported ({GUIDE})")
+    return Export(folder, recipe, record_read["job"], record_read.get("origin", {}).get("data_version", 1))
 
 
 def record(folder: Path) -> Exported:

@@ -64,8 +64,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Companion:
-    """Describes another model on the device, such as a frozen encoder. The recipe puts it there, and the plan counts its memory.
-    It is in no checkpoint."""
+    """Describes another model, such as a frozen encoder: the recipe puts it on the device, the plan counts it, it isn't saved."""
 
     bytes: int
     every_step: bool = True  # False: it is there in evaluations only
@@ -95,6 +94,9 @@ class Recipe(ABC):
     def assumed(self) -> str:
         """Describes what a plan without the datasets assumes of the model, such as its vocabulary size; empty: nothing."""
         return ""
+
+    def presume(self, rows: int) -> Content | None:  # noqa: B027
+        """Returns samples of datasets that don't exist yet, by the job's sizes; None if it is bound, or lacks them."""
 
     @abstractmethod
     def build(self) -> torch.nn.Module:
@@ -166,11 +168,11 @@ class CouplesSamples(Recipe):
         random numbers. Gradients flow through floating-point numbers."""
 
     @abstractmethod
-    def couple(self, found: dict[str, torch.Tensor]) -> Loss:
+    def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
         """Computes the loss of the samples of a step from what `represent` gave of them, in their order. Every worker computes
         it of all samples, unless there is `couple_some`."""
 
-    def couple_some(self, found: dict[str, torch.Tensor], some: slice) -> Loss:
+    def couple_some(self, vectors: dict[str, torch.Tensor], some: slice) -> Loss:
         """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives.
         Optional: with it, workers share large steps (`SHARED_FROM` in `training.worker.coupled`)."""
         raise NotImplementedError
@@ -350,8 +352,8 @@ class Serves(Exports):
         from mlflow.models import infer_signature
 
         assert isinstance(self, Generates)
-        code, asked = Path(__file__).with_name("served.py"), list(self.prompts[:1])
-        return Serving(code, asked, infer_signature(asked, ["answer"], {"seed": 0}), ("mlflow", "torch", "heliostat"))
+        code, examples = Path(__file__).with_name("served.py"), list(self.prompts[:1])
+        return Serving(code, examples, infer_signature(examples, ["answer"], {"seed": 0}), ("mlflow", "torch", "heliostat"))
 
 
 class Draws(ABC):

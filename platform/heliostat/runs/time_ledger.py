@@ -206,8 +206,8 @@ class LedgerRecorder:
         attempts = [*earlier, *self.attempts]
         hours = [(a.seen - a.started) / 3600 for a in earlier]
         hours += [(end - begun) / 3600 for begun, end in zip(self._begun, ends, strict=True)]
-        held = [a.workers * max(0.0, h - a.parts.get("queued", 0.0) / 3600) for a, h in zip(attempts, hours, strict=True)]
-        return sum(hours), sum(held)
+        worker_hours = [a.workers * max(0.0, h - a.parts.get("queued", 0.0) / 3600) for a, h in zip(attempts, hours, strict=True)]
+        return sum(hours), sum(worker_hours)
 
     @property
     def complete(self) -> bool:

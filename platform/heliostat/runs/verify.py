@@ -219,8 +219,8 @@ def explain(report: VerifyReport) -> str:
     first = report["first_difference"]
     if not first:
         return f"{report['repeated']:,} samples come twice within an epoch; the order of samples is at fault"
-    step, where, expected, found = (first[k] for k in ("step", "where", "expected", "found"))
+    step, where, expected, actual = (first[k] for k in ("step", "where", "expected", "found"))
     if first["what"] == "receipt":
         return f"step {step} is the first that no receipt covers, with {report['lost']:,} samples in all; a file is missing"
     names = {"digest": "its samples' digest", "chain": "the chain after it", "data plan": "its data plan"}
-    return f"step {step} is the first that differs: {names[str(first['what'])]} is {expected}, {where} says {found}"
+    return f"step {step} is the first that differs: {names[str(first['what'])]} is {expected}, {where} says {actual}"

@@ -139,13 +139,13 @@ def take(
     """
     for _ in range(TRIES):
         number = newest_number(folder)
-        if number and (held := holder(folder, number)):
-            raise ConfigError(f"{field}: {folder} is being {doing} by process {held.pid} on {held.host}; {instead}")
+        if number and (other := holder(folder, number)):
+            raise ConfigError(f"{field}: {folder} is being {doing} by process {other.pid} on {other.host}; {instead}")
         mine = Holder.me()
         place = _place(folder, number + 1)
         if not place.create(mine.dump()):
-            there = _read(folder, number + 1)
-            if there is None or there.id != mine.id:  # else it is ours, and the answer was lost
+            newer = _read(folder, number + 1)
+            if newer is None or newer.id != mine.id:  # else it is ours, and the answer was lost
                 continue
         if newest_number(folder) == number + 1:
             return Lease(folder, number + 1, mine)
@@ -154,18 +154,18 @@ def take(
 
 def holder(folder: Location, number: int) -> Holder | None:
     """Finds who holds this lease; None if it was given back, or its holder is dead."""
-    held = _read(folder, number)
-    if held is None or held.released:
+    own = _read(folder, number)
+    if own is None or own.released:
         return None
-    if held.machine == _machine():
-        return held if held.alive else None
-    log.info("waiting up to %.0f s to see whether process %d on %s, which has %s, lives", SILENCE_S, held.pid, held.host, folder)
-    deadline, before = time.monotonic() + SILENCE_S, held
+    if own.machine == _machine():
+        return own if own.alive else None
+    log.info("waiting up to %.0f s to see whether process %d on %s, which has %s, lives", SILENCE_S, own.pid, own.host, folder)
+    deadline, before = time.monotonic() + SILENCE_S, own
     while time.monotonic() < deadline:
         time.sleep(LOOK_S)
-        held = _read(folder, number)
-        if held != before:
-            return held if held and not held.released else None
+        own = _read(folder, number)
+        if own != before:
+            return own if own and not own.released else None
     return None
 
 

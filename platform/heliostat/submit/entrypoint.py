@@ -83,14 +83,14 @@ class Again:
         """Returns the seconds to wait before the restart; TrainingError if the retries are used up."""
         return self.budget.spend(TrainingError(f"the driver died without a word, {how}"), self._progress())
 
-    def flags(self, given: list[str], pid: int) -> list[str]:
+    def flags(self, flags: list[str], pid: int) -> list[str]:
         """Returns the successor's flags: it resumes what the dead command has begun, but never an earlier run.
 
         Raises a HeliostatError if it cannot be read whether the command has begun.
         """
         if not self._has_begun(pid):
-            return given
-        return [*(f for f in given if f not in ("--overwrite", "--resume")), "--resume"]
+            return flags
+        return [*(f for f in flags if f not in ("--overwrite", "--resume")), "--resume"]
 
     def _attempt(self, pid: int) -> RecordedAttempt | None:
         """Finds this process's newest attempt in the run's ledger; None if there is none."""
@@ -292,14 +292,14 @@ def main() -> int:
     parser.add_argument("--sweep", type=Path)
     parser.add_argument("--queue")
     parser.add_argument("--flag", action="append", default=[])
-    given = parser.parse_args()
+    options = parser.parse_args()
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     sys.excepthook = excepthook
-    sweep = given.sweep and given.sweep.absolute()
+    sweep = options.sweep and options.sweep.absolute()
     try:
-        return Driver(given.job.absolute(), sweep, given.attempt, given.flag).run(given.queue)
+        return Driver(options.job.absolute(), sweep, options.attempt, options.flag).run(options.queue)
     except HeliostatError as e:
         log.error(e)
         return e.exit_code

@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name for it
 JOB_FILE, SWEEP_FILE = "heliostat-job.json", "heliostat-sweep.yaml"
+RAYS_LOGS = (  # of Ray's client, two of which set their own level
+    "ray._private.runtime_env", "ray.dashboard", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk",
+)  # fmt: skip
 RETRY_S = 60.0
 BACKOFF = Backoff(0.5, 8.0)
 STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
@@ -74,20 +77,20 @@ class Submitted(TypedDict):
 class Jobs:
     """Manages the jobs of one cluster."""
 
-    def __init__(self, there: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         from ray.job_submission import JobSubmissionClient
 
         class Client(JobSubmissionClient):
             def _do_request(self, *args: Any, **options: Any) -> Any:  # Ray's own requests have no deadline
                 return super()._do_request(*args, **{"timeout": 60, **options})
 
-        self.there = there
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
-        logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
+        self.there = endpoint
+        for name in RAYS_LOGS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         try:
-            self.client = Client(there.url, headers=dashboard.headers(there.token))
+            self.client = Client(endpoint.url, headers=dashboard.headers(endpoint.token))
         except (RuntimeError, ConnectionError) as e:
-            raise ClusterError(f"{there.url}: {e}") from e
+            raise ClusterError(f"{endpoint.url}: {e}") from e
 
     # submitting ------------------------------------------------------------------------------------------------------
 
@@ -299,8 +302,8 @@ def _beginning(text: str, attempt: str, over: bool) -> int | None:
 
     A submission that is over without that line never reached its entrypoint: then the whole log is its part.
     """
-    _, found, behind = text.rpartition(attempt)
-    if found and "\n" in behind:
+    _, separator, behind = text.rpartition(attempt)
+    if separator and "\n" in behind:
         return len(text) - len(behind) + behind.index("\n") + 1
     return 0 if over else None
 

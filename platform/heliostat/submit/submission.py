@@ -78,13 +78,13 @@ def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord |
     return replace(earlier, cluster=record.cluster) if today.digest == record.digest else None
 
 
-def load(path: Path, settings: list[str], there: Endpoint) -> Job:
+def load(path: Path, settings: list[str], endpoint: Endpoint) -> Job:
     """Loads a job for a cluster.
 
     ConfigError if it has paths of this machine's workspace, and the cluster, being elsewhere, does not see them.
     """
     written = schema.load(Job, "job", path, settings)
-    if not there.here:
+    if not endpoint.here:
         paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
         if isinstance(written.model.get("pretrained"), str):
             paths["model.pretrained"] = written.model["pretrained"]

@@ -154,8 +154,8 @@ class Crew:
                 self.pool.ended(reference)
             if started.trouble.attempt:
                 self.work.note(self.kind, started.task.key).delete()
-            told = record.get("examples", {})
-            if crashed := told.get(care.CRASHED) or told.get(care.UNREAD):
+            examples = record.get("examples", {})
+            if crashed := examples.get(care.CRASHED) or examples.get(care.UNREAD):
                 self.last = crashed[0]
             yield started, record
 
@@ -216,10 +216,10 @@ class Crew:
                 raise error
         lost = _is_lost(error)
         trouble.count += 1
-        if lost and task.careful and (found := trouble.learn(self.work.note(self.kind, task.key), error)):
-            self.last = found.id
+        if lost and task.careful and (crash := trouble.learn(self.work.note(self.kind, task.key), error)):
+            self.last = crash.id
             log.warning(
-                "%s: %s ends its process at %s and is left out (%s)", self.kind, printable(found.id), found.stage, found.detail
+                "%s: %s ends its process at %s and is left out (%s)", self.kind, printable(crash.id), crash.stage, crash.detail
             )
             if self.pool:  # what waited behind it in its actor has died with it each time
                 for other in [*self.under_way.values(), *self.later]:

@@ -38,8 +38,8 @@ class ActorPool:
     """
 
     def __init__(self, execute: TaskFunction, size: int, **options: object) -> None:
-        made: Any = ray.remote(_Worker)
-        actor = made.options(max_restarts=-1, max_task_retries=0, **options)
+        actor_class: Any = ray.remote(_Worker)
+        actor = actor_class.options(max_restarts=-1, max_task_retries=0, **options)
         self.actors: dict[int, Any] = dict(enumerate(_placed([actor.remote(execute) for _ in range(size)])))
         self.under_way: dict[object, int] = {}
         self.away: dict[int, _Away] = {}

@@ -59,8 +59,8 @@ def named(data: bytes, suffix: str) -> str:
 
 def size_of(name: str) -> int | None:
     """Returns the size that a spill's name tells; None if the file is none."""
-    found = NAMED.fullmatch(name)
-    return int(found[2]) if found else None
+    match = NAMED.fullmatch(name)
+    return int(match[2]) if match else None
 
 
 @contextmanager

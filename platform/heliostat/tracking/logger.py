@@ -328,8 +328,8 @@ class RunOwner:
         """Creates the MLflow run, unless an earlier try has created it already, and returns its id."""
         experiment_id = mlflow_client.experiment(self._client, self.job.mlflow.uri, self.job.mlflow.experiment)
         for name in (tags.TOKEN, tags.FORMERLY[tags.TOKEN]):
-            if made := self._client.search_runs([experiment_id], f"tags.`{name}` = '{token}'"):
-                return str(made[0].info.run_id)
+            if runs := self._client.search_runs([experiment_id], f"tags.`{name}` = '{token}'"):
+                return str(runs[0].info.run_id)
         written = {**_tags(self.job, self.manifests), **self._tags, tags.TOKEN: token}
         return str(self._client.create_run(experiment_id, run_name=self.job.name, tags=written).info.run_id)
 

@@ -73,7 +73,7 @@ def _of(key: str) -> Callable[[Event], Values]:
 
 
 def _of_source(key: str) -> Callable[[Steps], Values]:
-    return lambda event: {source: given.get(key) for source, given in event.sources.items()}
+    return lambda event: {source: counts.get(key) for source, counts in event.sources.items()}
 
 
 def _of_experts(key: str) -> Callable[[Steps], Values]:
@@ -181,5 +181,5 @@ def _star(pattern: str, name: str) -> str | None:
     before, star, behind = pattern.partition("*")
     if not star:
         return "" if name == pattern else None
-    found = re.fullmatch(f"{re.escape(before)}(.+){re.escape(behind)}", name)
-    return found[1] if found else None
+    match = re.fullmatch(f"{re.escape(before)}(.+){re.escape(behind)}", name)
+    return match[1] if match else None

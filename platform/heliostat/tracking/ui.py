@@ -96,8 +96,8 @@ def _answering(server: subprocess.Popen[bytes], host: str, port: int, place: Pat
                 f"--port: `mlflow server` ended before it answered on {host}:{port} (exit code {code}). {_read(place)}. If "
                 f"another program has taken the port, pass --port {other}"
             )
-        if (found := _listening(server.pid)) and _answers(host, found):
-            return found
+        if (listening := _listening(server.pid)) and _answers(host, listening):
+            return listening
         time.sleep(POLL_S)
     raise HeliostatError(f"--port: `mlflow server` didn't answer on {host}:{port} within {START_S:.0f} s. {_read(place)}")
 
@@ -114,14 +114,14 @@ def _listening(root: int) -> int | None:
 
 def _answers(host: str, port: int) -> bool:
     """Tells whether an HTTP server answers, whatever the answer is."""
-    asked = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
+    connection = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
     try:
-        asked.request("GET", "/health")
-        asked.getresponse()
+        connection.request("GET", "/health")
+        connection.getresponse()
     except (OSError, http.client.HTTPException):
         return False
     finally:
-        asked.close()
+        connection.close()
     return True
 
 

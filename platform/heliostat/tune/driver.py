@@ -72,7 +72,7 @@ def tune(
         from heliostat.tune.searchers import require_optuna
 
         require_optuna()
-    with lease.take(plan.folder, "driven", f"wait for it, or stop it with `heliostat sweep {plan.folder} --stop`") as held:
+    with lease.take(plan.folder, "driven", f"wait for it, or stop it with `heliostat sweep {plan.folder} --stop`") as lease_:
         before = records.read_json(plan.folder.join("sweep.json"), records.KEPT)
         if before and not overwrite and not resume:
             raise ConfigError(
@@ -86,7 +86,7 @@ def tune(
             before = None
         if before:
             _same(plan, before)
-        return _Tuning(plan, before, retry_failed, verbose, held).go()
+        return _Tuning(plan, before, retry_failed, verbose, lease_).go()
 
 
 def _same(plan: SweepPlan, before: KeptTrial) -> None:
@@ -105,8 +105,8 @@ def _same(plan: SweepPlan, before: KeptTrial) -> None:
 
 
 class _Tuning:
-    def __init__(self, plan: SweepPlan, before: KeptTrial | None, retry_failed: bool, verbose: bool, held: Lease) -> None:
-        self.plan, self.verbose, self.lease = plan, verbose, held
+    def __init__(self, plan: SweepPlan, before: KeptTrial | None, retry_failed: bool, verbose: bool, lease: Lease) -> None:
+        self.plan, self.verbose, self.lease = plan, verbose, lease
         self.before = before or KeptTrial(sweep={}, job={}, run_id="", seconds=0.0)
         self.base = Job.model_validate(plan.base)
         self.records = records.read(plan.folder)

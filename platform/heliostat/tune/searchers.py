@@ -74,15 +74,15 @@ class Optuna:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space = {key: _distribution(domain) for key, domain in sweep.space.items()}
         self.search = OptunaSearch(space=self.space, metric="value", mode=sweep.mode, seed=sweep.searcher.seed)
-        self._asked: set[int] = set()
+        self._suggested: set[int] = set()
 
     def draw(self, number: int) -> Params | None:
-        self._asked.add(number)
+        self._suggested.add(number)
         return self.search.suggest(str(number))
 
     def told(self, record: TrialRecord) -> None:
         failed = record.status == "failed" or record.value is None
-        if record.number in self._asked:
+        if record.number in self._suggested:
             self.search.on_trial_complete(str(record.number), None if failed else {"value": record.value}, error=failed)
         else:
             self.search.add_evaluated_point(record.drawn, record.value or 0.0, error=failed)

@@ -71,10 +71,10 @@ class Domain(Strict):
 
     @model_validator(mode="after")
     def _sound(self) -> Domain:
-        given = [k for k in KINDS if getattr(self, k) is not None]
-        if len(given) != 1:
+        kinds = [k for k in KINDS if getattr(self, k) is not None]
+        if len(kinds) != 1:
             raise ValueError(
-                f"give one of {', '.join(KINDS)}; {'there are ' + ' and '.join(given) if given else 'there is none'}"
+                f"give one of {', '.join(KINDS)}; {'there are ' + ' and '.join(kinds) if kinds else 'there is none'}"
             )
         values, numbers = self.values, self.numbers
         if self.listed:

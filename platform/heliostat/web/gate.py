@@ -89,8 +89,8 @@ class Gate:
 
     def _has_cookie(self, request: Request) -> bool:
         """Tells whether a page of this server sent the request, from a browser that has shown a key."""
-        given = request.cookies.get(_cookie(request))  # whatever the cookies of this host's other servers look like
-        return given is not None and hmac.compare_digest(given.encode(), self.session.encode()) and _same_origin(request)
+        cookie = request.cookies.get(_cookie(request))  # whatever the cookies of this host's other servers look like
+        return cookie is not None and hmac.compare_digest(cookie.encode(), self.session.encode()) and _same_origin(request)
 
 
 def _host(header: str) -> str:

@@ -137,5 +137,5 @@ class Encoder:
 
         tokens = tokenize(self.tokenizer, captions)
         with torch.no_grad():
-            found = embed(self.text, tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
-        return found.cpu().numpy().astype(np.float16)
+            vectors = embed(self.text, tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
+        return vectors.cpu().numpy().astype(np.float16)

@@ -87,18 +87,18 @@ def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
     """
     if uri == DIGITS:
         return [InputFile("digits", 1797 * 64, 0)]
-    base, found = sources.find(uri)
-    tables = {p for p, _ in found if p.rsplit("/", 1)[-1] in METADATA}
+    base, listed = sources.find(uri)
+    tables = {p for p, _ in listed if p.rsplit("/", 1)[-1] in METADATA}
     wanted = (*METADATA, *IMAGES) if tables else ARCHIVES
-    others = {p for p, _ in found if tables and not p.lower().endswith(wanted)}
+    others = {p for p, _ in listed if tables and not p.lower().endswith(wanted)}
     named = (
         {entry["path"] for path in tables for entry in _entries(base, path, ImageColumns(), limit)} & others if others else others
     )
     files = [
-        InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in found if (p or base.path).lower().endswith(wanted) or p in named
+        InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(wanted) or p in named
     ]
     if not files:
-        seen = f"{len(found)} files, none" if found else "no file there"
+        seen = f"{len(listed)} files, none" if listed else "no file there"
         raise ConfigError(f"input: {uri!r}: {seen} of {', '.join(METADATA)}, *.tar or *.parquet")
     return sorted(files, key=lambda f: f.path)
 
@@ -120,12 +120,12 @@ def tasks(
         for piece in pieces.cut((f.part for f in files), target, _ranged):
             yield {"kind": "archives", "parts": [part.fields for part in piece]}
         return
-    base, there = sources.root(uri), {f.path: [f.bytes, f.modified, *([f.etag] if f.etag else [])] for f in files}
+    base, present = sources.root(uri), {f.path: [f.bytes, f.modified, *([f.etag] if f.etag else [])] for f in files}
     for path in tables:
         entries = _entries(base, path, columns, limit)
         for first in range(0, len(entries), FILES_PER_TASK):
             some = entries[first : first + FILES_PER_TASK]
-            yield {"kind": "files", "path": path, "entries": some, "state": [there.get(e["path"]) for e in some]}
+            yield {"kind": "files", "path": path, "entries": some, "state": [present.get(e["path"]) for e in some]}
 
 
 def spilled(folder: Location, task: dict[str, Any], sizes: Mapping[str, int]) -> FilePart:
@@ -155,8 +155,8 @@ def _entry(row: dict[str, Any], folder: str, path: str, columns: ImageColumns) -
     if not isinstance(row, dict):
         raise ConfigError(f"input: {printable(path)}: {str(row)[:40]!r} is no object with a 'file_name'; a line is one")
     if "file_name" not in row:
-        found = printable(", ".join(map(str, row)))
-        raise ConfigError(f"input: {printable(path)}: has no column 'file_name'; its columns: {found}")
+        columns_present = printable(", ".join(map(str, row)))
+        raise ConfigError(f"input: {printable(path)}: has no column 'file_name'; its columns: {columns_present}")
     name, caption = str(row["file_name"]), row.get(columns.caption)
     lost = name.startswith("/") or not name  # what is joined to a folder would lie inside it
     joined = f"{folder}/{name}" if folder and not lost else name
@@ -183,8 +183,8 @@ def read(uri: str, task: dict[str, Any], columns: ImageColumns, limits: ImageLim
     elif task["kind"] == "files":
         yield from _files(sources.root(uri), task["entries"], task.get("state") or [], limits)
     else:
-        for told in task["parts"]:
-            yield from _archive(sources.root(uri), FilePart(**told), columns, limits)
+        for fields in task["parts"]:
+            yield from _archive(sources.root(uri), FilePart(**fields), columns, limits)
 
 
 def _files(
@@ -225,8 +225,8 @@ def _archive(base: Location, part: FilePart, columns: ImageColumns, limits: Imag
 def digits() -> Iterator[Raw]:
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    for number, (pixels, digit) in enumerate(zip(found.images, found.target.tolist(), strict=True)):
+    data = load_digits()
+    for number, (pixels, digit) in enumerate(zip(data.images, data.target.tolist(), strict=True)):
         image = Image.fromarray((255 - pixels * (255 / 16)).round().astype(np.uint8))  # black on white
         yield Raw(f"digits#{number}", encode(image, "png", 0), digit_caption(number, digit), WORDS[digit])
 
@@ -294,14 +294,14 @@ def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimi
                 if (part := suffix.lower()) not in PARTS:
                     parts[""] = b""
                     continue
-                held = sum(len(other or b"") for name, other in parts.items() if name != part)
-                if member.size + held > limit:
+                others_bytes = sum(len(other or b"") for name, other in parts.items() if name != part)
+                if member.size + others_bytes > limit:
                     parts[part] = None
                     continue
                 body = tar.extractfile(member)
                 assert body is not None
-                parts[part] = found = body.read()
-                if len(found) != member.size:
+                parts[part] = content = body.read()
+                if len(content) != member.size:
                     raise tarfile.ReadError("cut short")
             file.seek(tar.offset)  # where it stopped: it passes over a head that is none
             end = file.read(tarfile.BLOCKSIZE)
@@ -315,13 +315,13 @@ def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimi
         yield Dropped(path, "corrupt", "what follows a file is no file")
 
 
-def _sample(path: str, key: str, found: dict[str, bytes | None], columns: ImageColumns) -> Iterable[Raw | Dropped]:
-    if not found:
+def _sample(path: str, key: str, contents: dict[str, bytes | None], columns: ImageColumns) -> Iterable[Raw | Dropped]:
+    if not contents:
         return ()
     id = f"{path}/{key}"
-    parts = {suffix: body for suffix, body in found.items() if body is not None}
-    if len(parts) < len(found):
-        return (Dropped(id, "too_large", f"the part .{next(s for s in found if s not in parts)}"),)
+    parts = {suffix: body for suffix, body in contents.items() if body is not None}
+    if len(parts) < len(contents):
+        return (Dropped(id, "too_large", f"the part .{next(s for s in contents if s not in parts)}"),)
     try:
         row = json.loads(parts["json"]) if "json" in parts else {}
         caption = parts["txt"].decode() if "txt" in parts else row.get(columns.caption)

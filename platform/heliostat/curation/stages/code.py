@@ -107,7 +107,7 @@ class Code(Stage):
 
     def _judge(self, text: str, language: str) -> tuple[str, dict[str, float]]:
         lengths = np.array(array("q", (len(line) for part in slices(text, LINE_END) for line in part.splitlines())))
-        runs = [found.end() - found.start() for found in _ENCODED.finditer(text)]
+        runs = [match.end() - match.start() for match in _ENCODED.finditer(text)]
         m = {
             "lines": len(lengths),
             "mean_line": int(lengths.sum()) / len(lengths),

@@ -91,9 +91,9 @@ class GopherQuality(Stage):
 
 
 def _share(text: str, matches: Callable[[str], bool]) -> float:
-    total = found = 0
+    total = matching = 0
     for part in slices(text, LINE_END):
         lines = part.splitlines()
         total += len(lines)
-        found += sum(map(matches, lines))
-    return found / total
+        matching += sum(map(matches, lines))
+    return matching / total

@@ -55,9 +55,9 @@ def expression(value: object) -> str:
 def allows(said: str, allowed: set[str]) -> bool | None:
     """Evaluates an SPDX expression; None if it is none."""
     tokens, at = list[str](), 0
-    while at < len(said) <= MOST and (found := _TOKEN.match(said, at)):
-        tokens.append(found[1])
-        at = found.end()
+    while at < len(said) <= MOST and (match := _TOKEN.match(said, at)):
+        tokens.append(match[1])
+        at = match.end()
     if at < len(said) or not tokens or tokens.count("(") > DEEP:
         return None
     try:

@@ -61,8 +61,8 @@ class MinHash(GlobalStage):
             raise ValueError(f"keep: {self.keep!r} {'needs a column' if not self.column else 'compares no column'}")
         return self
 
-    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
-        name, runs = tally.label(number, self), found.runs
+    def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
+        name, runs = tally.label(number, self), curated.runs
         kind = f"minhash-{number}"
         parameters = Parameters(self.bands, self.rows, self.ngram, self.seed, self.within)
         follows = [self.version, vars(parameters), self.library_versions()]
@@ -82,8 +82,8 @@ class MinHash(GlobalStage):
         named = flow.all(f"{kind}-candidates", candidates, naming)
         chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [r["candidates"] for r in named]))
         groups = zip(by_runs(flow, kind, runs, [r["chosen"] for r in chosen], memory_limit, stage=name), named, strict=True)
-        _, left = settled(flow, found, kind, decide, (adding(task, belonging=r["belonging"]) for task, r in groups))
-        part = comparing.told(flow, kind, runs, left, chosen)
+        _, left = settled(flow, curated, kind, decide, (adding(task, belonging=r["belonging"]) for task, r in groups))
+        part = comparing.stage_tally(flow, kind, runs, left, chosen)
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}
-        found.tallies.append(store(flow.work.spill, {name: part}))
+        curated.tallies.append(store(flow.work.spill, {name: part}))
         return left

@@ -69,34 +69,34 @@ class Semantic(scoring.ModelStage, GlobalStage):
         scoring.check_length(config, self.max_tokens)
         embedding.pooling(self.model)
 
-    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
+    def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         files, most = embedding.identity(self.model), memory_limit // VECTORS
         model = cells.EmbeddingModel(shipping.describe("model", self.model), self.max_tokens, self.batch)
         follows = [files, self.max_tokens, self.batch, self.library_versions()]
         embeddings = (Task(key("embed", run.name, run.decided, follows, most), {"run": run, "model": model, "most": most},
-                           bytes=run.bytes) for run in found.runs)  # fmt: skip
+                           bytes=run.bytes) for run in curated.runs)  # fmt: skip
         embedded = flow.all(f"semantic-{number}-embed", cells.embed, embeddings, pooled=True)
-        return self.decided(flow, found, number, memory_limit, embedded)
+        return self.decided(flow, curated, number, memory_limit, embedded)
 
     def decided(
-        self, flow: Flow, found: Curated, number: int, memory_limit: int, embedded: list[dict[str, Any]]
+        self, flow: Flow, curated: Curated, number: int, memory_limit: int, embedded: list[dict[str, Any]]
     ) -> list[SpilledRun]:
         """Compares the runs' documents by their vectors, which are embedded; returns the runs that are left."""
-        kind, runs = f"semantic-{number}", found.runs
-        made = [(i, name) for i, r in enumerate(embedded) for name in r["vectors"]]
+        kind, runs = f"semantic-{number}", curated.runs
+        files = [(i, name) for i, r in enumerate(embedded) for name in r["vectors"]]
         rows, size = sum(r["rows"] for r in embedded), max((r["size"] for r in embedded), default=0)
         many = max(1, -(-rows // self.cell_documents))
-        centres = self._centres(flow, kind, [n for _, n in made], many, cells.sampled(rows, many, size)) if many > 1 else None
+        centres = self._centres(flow, kind, [n for _, n in files], many, cells.sampled(rows, many, size)) if many > 1 else None
         rule = {"rule": self.keep, "column": self.column, "centres": centres}
         dealing = (Task(key("deal", i, runs[i].name, runs[i].decided, name, rule),
-                        {"number": i, "run": runs[i], "made": name, **rule}) for i, name in made)  # fmt: skip
+                        {"number": i, "run": runs[i], "vectors_name": name, **rule}) for i, name in files)  # fmt: skip
         dealt = [r["dealt"] for r in flow.all(f"{kind}-deal", cells.deal, dealing)]
-        held = max(1, memory_limit // 2 // (NUMBER_BYTES * max(1, size)))
+        capacity = max(1, memory_limit // 2 // (NUMBER_BYTES * max(1, size)))
         shares = min(many, parts(rows * (size * NUMBER_BYTES + ROW_BYTES), memory_limit))
-        judging = by_parts(flow, kind, shares, dealt, least=self.min_similarity, held=held)
+        judging = by_parts(flow, kind, shares, dealt, least=self.min_similarity, capacity=capacity)
         judged = flow.all(f"{kind}-judge", cells.judge, judging)
         cut = sum(r["cut"] for r in embedded)
-        return conclude(flow, found, self, number, kind, judged, memory_limit, histograms={"similarity": _summed(judged)},
+        return conclude(flow, curated, self, number, kind, judged, memory_limit, histograms={"similarity": _summed(judged)},
                         counts={"cut_to_max_tokens": cut} if cut else {})  # fmt: skip
 
     def _centres(self, flow: Flow, kind: str, names: list[str], many: int, limit: int) -> str:

@@ -85,8 +85,8 @@ class LoadedModel:
         limits = (how.max_tokens if how else None, encoder.places(self.config, self.model), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
         own = self.config.get_text_config().pad_token_id if head else None  # a head that finds a text's end goes by this one
-        given = (own, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        self.pad = next(token for token in given if token is not None)
+        candidates = (own, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        self.pad = next(token for token in candidates if token is not None)
 
     def _load(self, folder: Path, head: type | None) -> Any:
         if head:
@@ -204,13 +204,13 @@ class BatchEngine:
 
 def sampling(options: dict[str, object], longest: int | None) -> Sampling:
     """Reads how text is written by a model that takes so many tokens; ConfigError if that cannot be, or leaves no room."""
-    asked = validate(Sampling, options, "options")
-    if longest is not None and asked.max_tokens >= longest:
+    keys = validate(Sampling, options, "options")
+    if longest is not None and keys.max_tokens >= longest:
         raise ConfigError(
-            f"max_tokens: {asked.max_tokens:,} leave no room for a prompt: the model takes {longest:,} tokens with its answer; "
+            f"max_tokens: {keys.max_tokens:,} leave no room for a prompt: the model takes {longest:,} tokens with its answer; "
             f"give --max-tokens below {longest:,}"
         )
-    return asked
+    return keys
 
 
 class Continue(BatchEngine):
@@ -317,10 +317,10 @@ class Score(BatchEngine):
         nats = (lost.double() * mask[:, 1:]).sum(-1).tolist()
         return [self.read(*row) for row in zip(nats, cut, tokens, inputs, strict=True)]
 
-    def read(self, nats: float, cut: list[int], tokens: list[int], given: Input) -> Answer:
+    def read(self, nats: float, cut: list[int], tokens: list[int], source: Input) -> Answer:
         """Makes an answer of what the tokens that fit have lost."""
         truncated = len(cut) < len(tokens)
-        text = self.tokenizer.decode(cut, skip_special_tokens=True) if truncated else given.text
+        text = self.tokenizer.decode(cut, skip_special_tokens=True) if truncated else source.text
         size = max(1, len(text.encode("utf-8", "replace")))
         bits = nats / math.log(2) / size
         return Answer({"nats": nats, "tokens": len(cut) - 1, "bits_per_byte": bits, "truncated": truncated})

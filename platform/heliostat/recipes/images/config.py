@@ -219,9 +219,9 @@ def frozen_bytes(config: Keys | str) -> int:
         if isinstance(config, dict):
             model: torch.nn.Module = AutoencoderKL.from_config(config)
         else:
-            found = from_folder("model.text.pretrained", AutoConfig, config)
-            kind = T5EncoderModel if "t5" in found.model_type else CLIPTextModel
-            model = kind(found if "t5" in found.model_type else getattr(found, "text_config", found))
+            text = from_folder("model.text.pretrained", AutoConfig, config)
+            kind = T5EncoderModel if "t5" in text.model_type else CLIPTextModel
+            model = kind(text if "t5" in text.model_type else getattr(text, "text_config", text))
     return 4 * sum(p.numel() for p in model.parameters())  # fp32
 
 

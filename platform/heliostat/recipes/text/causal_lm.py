@@ -112,15 +112,15 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         """Returns a copy that computes what a CPU can, by the kernels' twins: trials and the plain process use it."""
         from heliostat.recipes.text import attention
 
-        found = copy.copy(self)
-        found.attention, found.fp8 = attention.twin(self.attention), False
-        return found
+        plain_recipe = copy.copy(self)
+        plain_recipe.attention, plain_recipe.fp8 = attention.twin(self.attention), False
+        return plain_recipe
 
     def small(self, config: PreTrainedConfig, length: int, end: int) -> CausalLM:
         """Returns a plain copy with first weights of another configuration, for samples of so many tokens."""
-        made = self.plainly()
-        made.config, made.length, made.pretrained, made.end = config, length, None, end
-        return made
+        small_recipe = self.plainly()
+        small_recipe.config, small_recipe.length, small_recipe.pretrained, small_recipe.end = config, length, None, end
+        return small_recipe
 
     def probe(self) -> None:
         from heliostat.recipes.text import probing
@@ -153,9 +153,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if self.pretrained:
             self._check_tokenizer(Path(self.pretrained), sources[0])
         if self.vocabulary_given:
-            given = (self.plain or self.config).vocab_size
-            if given < size:
-                raise ConfigError(f"model.vocab_size: {given} is below the tokenizer's {size}")
+            vocab_size = (self.plain or self.config).vocab_size
+            if vocab_size < size:
+                raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's {size}")
         else:
             self._bind(vocab_size=-(-size // 64) * 64)  # a multiple that matrix units like
         if not self.pretrained:
@@ -183,12 +183,12 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         its = vocabulary.of_folder(folder)
         if its == self.tokenizer_json:
             return
-        whose = f"model.pretrained: {str(folder)!r}"
+        field = f"model.pretrained: {str(folder)!r}"
         ids = [self.end, *source.meta.get(FACT, {}).get("markers", [])]
-        what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, whose), ids)
+        what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, field), ids)
         if what:
             raise ConfigError(
-                f"{whose} has another tokenizer than data.sources.0.path {str(source.location)!r} ({what}); prepare the dataset "
+                f"{field} has another tokenizer than data.sources.0.path {str(source.location)!r} ({what}); prepare the dataset "
                 f"with the model's own, `tokenizer: {{path: {folder}}}` in its pipeline's file"
             )
 

@@ -61,10 +61,10 @@ class OnHost:
         self.checkpoint, self.host = checkpoint, host
         self.copied = 0
 
-    def __call__(self, layer: Callable[..., object], *given: object) -> object:
-        self.copied += sum(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+    def __call__(self, layer: Callable[..., object], *args: object) -> object:
+        self.copied += sum(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
         with self.host:
-            return self.checkpoint(layer, *given)
+            return self.checkpoint(layer, *args)
 
 
 # can it be done in this architecture? ---------------------------------------------------------------------------------
@@ -79,15 +79,15 @@ def require(recipe: LanguageModel) -> None:
     whole = copy.copy(recipe)
     whole.checkpointing = False  # which transformers refuses of some
     with torch.device("meta"):
-        there = len(layers(whole.build()))
+        count = len(layers(whole.build()))
     key = OFFLOAD if which is True else SOME
-    if not there:
+    if not count:
         raise ConfigError(f"{key}: transformers does not checkpoint the layers of {kind!r} one by one; set {_plainly(key)}")
     if which == SELECTIVE:
         if fault := tiny.tried(recipe, _differs):
             raise ConfigError(f"{SOME}: layers of {kind!r} cannot be played again in part: {fault}; set {_plainly(key)}")
-    elif isinstance(which, int) and which is not True and which > there:
-        raise ConfigError(f"{SOME}: {which} of the {there} layers of {kind!r}; set it to true, or to {there - 1} or fewer")
+    elif isinstance(which, int) and which is not True and which > count:
+        raise ConfigError(f"{SOME}: {which} of the {count} layers of {kind!r}; set it to true, or to {count - 1} or fewer")
     if recipe.offload and (fault := tiny.tried(recipe, _fault)):
         raise ConfigError(f"{OFFLOAD}: layers of {kind!r} cannot leave their input to the host: {fault}; set it to false")
 
@@ -98,15 +98,15 @@ def _plainly(key: str) -> str:
 
 def _differs(small: LanguageModel) -> str:
     """Compares the loss and the gradient of a small model with those of one whose layers are kept whole, bit by bit."""
-    found = []
+    wrong = []
     ways: tuple[Which, ...] = (False, "selective")
     for small.checkpointing in ways:
         torch.manual_seed(0)
         model = small.build()
         loss = small.loss(model, small.batch(tiny.tokens(small))).sum
         loss.backward()
-        found.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
-    return "" if torch.equal(*found) else "the gradient is another one"
+        wrong.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
+    return "" if torch.equal(*wrong) else "the gradient is another one"
 
 
 def _fault(small: LanguageModel) -> str:

@@ -28,8 +28,8 @@ def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:
 def ends(tokenizer: PreTrainedTokenizerBase, config: object) -> list[int]:
     """Returns the tokens that end an answer: the tokenizer's, and those that a model's generation config names."""
     named = getattr(config, "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return sorted({token for token in found if token is not None})
+    tokens = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return sorted({token for token in tokens if token is not None})
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -55,8 +55,8 @@ class TextGenerator:
     """Continues prompts with an exported model, or fills in what stands between them and a suffix."""
 
     def __init__(self, folder: Path, options: Mapping[str, object]) -> None:
-        asked = validate(Writing, options, "generate")
-        self.suffix, self.options = asked.suffix, asked.model_dump(exclude={"suffix"})
+        settings = validate(Writing, options, "generate")
+        self.suffix, self.options = settings.suffix, settings.model_dump(exclude={"suffix"})
         self.tokenizer = pretrained.from_folder("model", transformers.AutoTokenizer, folder)
         self.infilling = Infilling.of(self.tokenizer) if self.suffix is not None else None
         if self.suffix is not None and self.infilling is None:

@@ -26,12 +26,12 @@ NONE = "the model's tokenizer has no tokens for a prefix, a suffix and a middle,
 
 def write(folder: Path, sources: list[Manifest]) -> None:
     """Writes into an export's tokenizer configuration how its data was rearranged, if some was."""
-    made = [source.meta[FACT] for source in sources if FACT in source.meta]
-    if not made:
+    facts = [source.meta[FACT] for source in sources if FACT in source.meta]
+    if not facts:
         return
     place = folder / CONFIG
     config = json.loads(place.read_text())
-    config[FACT] = {"tokens": made[0]["names"], "suffix_first": all(one["spm_rate"] == 1 for one in made)}
+    config[FACT] = {"tokens": facts[0]["names"], "suffix_first": all(one["spm_rate"] == 1 for one in facts)}
     place.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -36,8 +36,8 @@ def is_dear(operation: Operation, args: Sequence[object] = (), kwargs: Mapping[s
     if not (kind := _kind(operation)) or kind == PRODUCT:
         return bool(kind)
     assert isinstance(operation, torch._ops.OpOverload)  # as all are that have a kind
-    given = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | dict(kwargs or {})
-    return not given.get("dropout_p")
+    arguments = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | dict(kwargs or {})
+    return not arguments.get("dropout_p")
 
 
 @cache
@@ -150,8 +150,8 @@ def written(func: Operation, args: Sequence[object], kwargs: Mapping[str, object
     """Lists the storages that an operation writes into."""
     if not (schema := getattr(func, "_schema", None)) or not schema.is_mutable:
         return []
-    given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(schema.arguments)]
-    return [_storage(t) for a, value in given if a.alias_info and a.alias_info.is_write for t in _tensors(value)]
+    arguments = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(schema.arguments)]
+    return [_storage(t) for a, value in arguments if a.alias_info and a.alias_info.is_write for t in _tensors(value)]
 
 
 def _tensors(value: object) -> list[torch.Tensor]:

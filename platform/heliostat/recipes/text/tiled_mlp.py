@@ -69,15 +69,15 @@ def inside(mlp: Any, width: int, meter: ByteMeter) -> tuple[int, int]:
 
 def modules(model: torch.nn.Module) -> list[Any]:
     """Lists the MLPs of a model's layers; Unfit if a layer has none."""
-    found = []
+    layers = []
     for layer in checkpointing.layers(model):
         own = [child for name, child in layer.named_children() if name in NAMES and not _sparse(child)]
         if len(own) != 1:
             raise UnfitForTiles("there are layers without an MLP that is a module of its own")
-        found += own
-    if not found:
+        layers += own
+    if not layers:
         raise UnfitForTiles("transformers has no list of its layers")
-    return found
+    return layers
 
 
 def _sparse(module: torch.nn.Module) -> bool:
@@ -136,8 +136,8 @@ class TiledMlp(torch.autograd.Function):
         for tile, gradient, out in zip(*(_tiles(x, ctx.rows) for x in (hidden, upstream[0], of_hidden)), strict=True):
             tile = tile.detach().requires_grad_()
             with torch.enable_grad():
-                made = ctx.compute(tile)
-            first, *rest = torch.autograd.grad(made, [tile, *ctx.weights], gradient)
+                output = ctx.compute(tile)
+            first, *rest = torch.autograd.grad(output, [tile, *ctx.weights], gradient)
             out.copy_(first)
             for total, part in zip(totals, rest, strict=True):
                 total += part

@@ -27,19 +27,19 @@ def of_folder(folder: Path) -> bytes:
     if file.is_file():
         return file.read_bytes()
     try:
-        made = transformers.AutoTokenizer.from_pretrained(folder)
-        return made.backend_tokenizer.to_str().encode()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return tokenizer.backend_tokenizer.to_str().encode()
     except Exception as e:
         raise ConfigError(
             f"model.pretrained: {str(folder)!r} holds no tokenizer that can be read; put its tokenizer.json there"
         ) from e
 
 
-def load(definition: bytes, whose: str) -> Tokenizer:
+def load(definition: bytes, owner: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(definition.decode())
     except Exception as e:  # the library raises bare Exception
-        raise ConfigError(f"{whose}: its tokenizer.json is none of the tokenizers library ({e})") from e
+        raise ConfigError(f"{owner}: its tokenizer.json is none of the tokenizers library ({e})") from e
 
 
 def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:

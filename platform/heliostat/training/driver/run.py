@@ -83,14 +83,14 @@ class DrivenRun:
     def __init__(
         self,
         checked: Checked,
-        held: Lease,
+        lease: Lease,
         start_step: int,
         started: float,
         verbose: bool = False,
         tags: dict[str, str] | None = None,
         hooks: RunHooks | None = None,
     ) -> None:
-        self.job, self.checked, self.lease, self.tags = checked.job, checked, held, tags or {}
+        self.job, self.checked, self.lease, self.tags = checked.job, checked, lease, tags or {}
         self.plan, self.order = checked.plan, checked.order
         self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
         self.start_step, self.started, self.verbose = start_step, started, verbose
