@@ -8,7 +8,6 @@ import math
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -269,15 +268,16 @@ class OnDevice(torch.Tensor):
 
 
 @pytest.fixture
-def optimizers(groups: Any) -> Iterator[Any]:
-    """DeepSpeed's modules of optimizers, which look at norms again afterwards."""
-    from deepspeed.runtime import bf16_optimizer
+def optimizers(groups: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """DeepSpeed's modules of optimizers, as they were again afterwards."""
+    from deepspeed.runtime import bf16_optimizer, utils
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
-    clip = bf16_optimizer.clip_tensors_by_global_norm
-    yield SimpleNamespace(bf16=bf16_optimizer, zero=stage_1_and_2, stage3=stage3)
-    patches.read_norms(True)
-    bf16_optimizer.clip_tensors_by_global_norm = clip
+    for module in (bf16_optimizer, utils, stage3, stage_1_and_2):
+        for name in ("is_invalid_grad_norm", "mask_nan_or_inf_with_val_inplace", "clip_tensors_by_global_norm"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, getattr(module, name))
+    return SimpleNamespace(bf16=bf16_optimizer, zero=stage_1_and_2, stage3=stage3)
 
 
 @pytest.mark.parametrize("norm", [0.5, 7.0, math.inf])
@@ -307,3 +307,15 @@ def test_norms_are_looked_at_before_the_step_for_a_loss_scale_alone(optimizers):
         patches.read_norms(at_once)
         for module in vars(optimizers).values():
             assert bool(module.is_invalid_grad_norm(bad)) is at_once
+
+
+@pytest.mark.parametrize("norm", [0.5, math.inf, -math.inf, math.nan])
+def test_norms_that_are_not_finite_are_marked_as_deepspeed_marks_them(optimizers, norm):
+    from deepspeed.runtime import utils
+
+    theirs, mine = torch.tensor(norm), torch.tensor(norm)
+    utils.mask_nan_or_inf_with_val_inplace(theirs, device=theirs.device)
+    patches.read_norms(False)
+    for module in (utils, optimizers.zero, optimizers.stage3):
+        module.mask_nan_or_inf_with_val_inplace(mine, device=mine.device)
+        assert torch.equal(mine, theirs)

@@ -90,13 +90,11 @@ def import_without_mlflow() -> None:
 
     DeepSpeed 0.19.8. Without it a worker's imports take 11 s instead of 8 s.
     """
-    hidden = "mlflow" not in sys.modules
-    if hidden:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    imported = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
     try:
         importlib.import_module("deepspeed")
     finally:
-        if hidden:
+        if imported is None:
             del sys.modules["mlflow"]
 
 
@@ -253,9 +251,6 @@ def stop_input_check(engine: DeepSpeedEngine) -> None:
         engine.first_dataloader_check = None
 
 
-# leaving -------------------------------------------------------------------------------------------------------------
-
-
 @_patch
 def release_modules() -> None:
     """Empties the stack of modules and the cache of ZeRO-3's coordinator, which are out of the collector's sight.
@@ -340,12 +335,19 @@ def read_norms(at_once: bool) -> None:
 
     DeepSpeed 0.19.8. Without it stages 1 to 3 wait for the device before every step, and with clipping once more.
     """
-    known: Any = importlib.import_module("deepspeed.runtime.utils")
-    for name in ("bf16_optimizer", "zero.stage_1_and_2", "zero.stage3"):
-        module = importlib.import_module(f"deepspeed.runtime.{name}")
-        _replace(module, "is_invalid_grad_norm", known.is_invalid_grad_norm if at_once else _nothing)
-        if name == "bf16_optimizer":
-            _replace(module, "clip_tensors_by_global_norm", _clip)
+    utils: Any = importlib.import_module("deepspeed.runtime.utils")
+    names = ("bf16_optimizer", "zero.stage_1_and_2", "zero.stage3")
+    bf16, *zero = (importlib.import_module(f"deepspeed.runtime.{name}") for name in names)
+    for module in (bf16, *zero):
+        _replace(module, "is_invalid_grad_norm", utils.is_invalid_grad_norm if at_once else _nothing)
+    for module in (utils, *zero):
+        _replace(module, "mask_nan_or_inf_with_val_inplace", _mark)
+    _replace(bf16, "clip_tensors_by_global_norm", _clip)
+
+
+def _mark(norm: torch.Tensor, device: object = None) -> None:
+    """Marks a norm that isn't finite by -1, as DeepSpeed does with a number that it uploads."""
+    norm.masked_fill_(~norm.isfinite(), -1.0)
 
 
 def _clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: object = None) -> None:
