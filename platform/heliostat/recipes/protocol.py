@@ -1,8 +1,6 @@
 """Defines the protocol between the engine and a recipe: what a recipe must implement for its model to be trained, and what else
 it can (docs/guides/recipe.md).
 
-    class Mine(Recipe, Evaluates, Generates, Serves): ...
-
 `Recipe` is the base of every recipe, which must implement `build`, `batch` and `loss`; the rest has a default. The other base
 classes are abilities: to be scored, exported, prompted and served, and to draw pictures. A job that asks for an ability that its
 recipe lacks is rejected before the first step (`heliostat.recipes.conformance`).
@@ -169,8 +167,7 @@ class CouplesSamples(Recipe):
 
     @abstractmethod
     def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
-        """Computes the loss of the samples of a step from what `represent` gave of them, in their order. Every worker computes
-        it of all samples, unless there is `couple_some`."""
+        """Computes a step's loss from its samples' vectors, in their order; on every worker unless there is `couple_some`."""
 
     def couple_some(self, vectors: dict[str, torch.Tensor], some: slice) -> Loss:
         """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives.
