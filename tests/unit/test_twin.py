@@ -10,7 +10,7 @@ import pytest
 from tests.twin import cases, passes, rules
 from tests.unit.forked import SERVER
 
-NEAR = {"text embedder": 1e-5}  # differences that attention in another order of sums makes, where they are above 1e-6
+NEAR = {"text embedder": 1e-5, "autoencoder": 1e-5}  # another order of sums in attention; elsewhere below 1e-6
 
 
 def _lines(function: str) -> list[dict[str, Any]]:
