@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from heliostat.config.spec import Job
+from transformers import T5Config, T5EncoderModel
 
 from tests.golden import data
 from tests.unit import build_images, build_pairs
 from tests.unit.build_job import BASE, job
+from tests.unit.test_text_to_image import autoencoder, clip
 
 EXPERTS = {**BASE["model"], "arch": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "router_z_loss_coef": 1e-3}
 FLOW = {"backbone": build_images.SD3, "objective": {"prediction": "flow", "timesteps": "logit_normal"}}
@@ -21,6 +24,26 @@ def prepare(folder: Path) -> None:
     """Makes the datasets of all cases."""
     data.build(folder)
     build_pairs.dataset(folder / "pairs")
+    autoencoder(folder / "vae", 1)
+    clip(folder / "t5", folder / "text_to_image")  # for its tokenizer
+    torch.manual_seed(5)
+    T5EncoderModel(T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).save_pretrained(
+        folder / "t5"
+    )
+
+
+def _frozen(folder: Path, **changes: Any) -> Job:
+    text = {"pretrained": str(folder / "t5"), "length": 8}
+    return _images(folder, {"text": text, "autoencoder": {"pretrained": str(folder / "vae")}}, **changes)
+
+
+def _autoencoder(folder: Path, **changes: Any) -> Job:
+    model = {
+        "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2, "latent_channels": 4, "norm_num_groups": 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    }  # fmt: skip
+    images = build_images.job(folder / "text_to_image")
+    return job(**{**images, "recipe": "heliostat.recipes:Autoencoder", "model": model, **changes})
 
 
 def _text(folder: Path, **changes: Any) -> Job:
@@ -43,6 +66,8 @@ CASES: dict[str, Case] = {
     "text embedder": lambda folder, **c: build_pairs.embedder(folder / "pairs", **c),
     "image embedder": lambda folder, **c: build_images.embedder(folder / "text_to_image", **c),
     "diffusion": lambda folder, **c: _images(folder, {"objective": {"prediction": "v", "min_snr": 5.0}}, **c),
+    "frozen encoders": _frozen,
+    "autoencoder": _autoencoder,
     "flow matching": lambda folder, **c: _images(folder, FLOW, **c),
 }
 

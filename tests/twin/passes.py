@@ -16,22 +16,25 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.device_streams import on_device
 from heliostat.data.manifest import read as read_manifest
 from heliostat.numerics.play import dealt
+from heliostat.recipes import building
 from heliostat.recipes.loading import load
 from heliostat.recipes.protocol import Draws, Evaluates, Recipe
 from heliostat.training.worker.micro_batches import BatchPlan
 
 from tests.twin import cases, device, traffic
+from tests.unit.build_job import job
+from tests.unit.build_recipe import Around
 
 WAITS = ("read", "synchronization", "blocking upload", "unpinned upload")
 
 
-def batches(job: Job) -> tuple[Recipe, list[dict[str, torch.Tensor]]]:
+def batches(given: Job) -> tuple[Recipe, list[dict[str, torch.Tensor]]]:
     """The recipe and the micro-batches of the first step."""
-    sources = [read_manifest(location) for location in job.sources]
-    data_plan, recipe = plan(job, sources), load(job, sources)
+    sources = [read_manifest(location) for location in given.sources]
+    data_plan, recipe = plan(given, sources), load(given, sources)
     open_dataset(data_plan)
     samples = dealt(data_plan, 0, 1, 0).next_step()
-    keys, size = BatchPlan(job, data_plan).keys(0, samples.lanes), job.train.micro_batch
+    keys, size = BatchPlan(given, data_plan).keys(0, samples.lanes), given.train.micro_batch
     parts = zip(content.split(samples.content, size), content.split(keys, size), strict=True)
     return recipe, [recipe.batch(part, numbers) for part, numbers in parts]
 
@@ -88,12 +91,43 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     return told | {"waits": step.places(*WAITS), "counts": {kind: step.count(kind) for kind in traffic.MEANING}}
 
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {}, "sgd": {"momentum": 0.8}, "rmsprop": {}, "lion": {}, "schedule_free": {}, "muon": {"adamw_lr": 0.02}
+}  # fmt: skip
+
+
+def optimized(name: str) -> dict[str, Any]:
+    """An optimizer's difference between the CPU and the twin after three steps, and what crosses in the third."""
+    keys = {"name": name, "lr": 0.02, "weight_decay": 0.1, **OPTIMIZERS[name]}
+    settings = job(**{"train.optimizer": keys, "train.schedule": {"name": "constant", "warmup_steps": 2}}).train.optimizer
+    weights: list[dict[str, torch.Tensor]] = []
+    waits = ""
+    for place in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+        recipe = Around(lambda model=model: model)
+        groups = building.parameter_groups(model, settings.weight_decay, recipe, settings.orthogonalizes)
+        model.to(place)
+        optimizer = settings.build([{**group, "warmup": 2} for group in groups])
+        for number in range(3):
+            values = torch.randn(32, 8, generator=torch.Generator().manual_seed(number)).to(place)
+            optimizer.zero_grad()
+            model(values).square().mean().backward()
+            with traffic.recorded() as seen:
+                optimizer.step()
+        waits = seen.places(*WAITS)
+        weights.append(dict(model.named_parameters()))
+    return {"optimizer": name, "weights": difference(*weights), "waits": waits}
+
+
 def main(arguments: list[str]) -> int:
-    """Prints a line of JSON for each case."""
+    """Prints a line of JSON for each case, or those named, and for each optimizer."""
     torch.set_num_threads(1)
     device.start()
     with tempfile.TemporaryDirectory() as folder:
         cases.prepare(Path(folder))
         for name in arguments or cases.CASES:
             sys.stdout.write(json.dumps(compared(name, Path(folder))) + "\n")
+    for name in () if arguments else OPTIMIZERS:
+        sys.stdout.write(json.dumps(optimized(name)) + "\n")
     return 0

@@ -1,15 +1,17 @@
-"""Trains jobs through DeepSpeed on the twin and on the CPU: steps, evaluation, a save, and a resume."""
+"""Trains jobs through DeepSpeed on the twin and on the CPU: steps, scores of averaged weights, a save, and a resume."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine.ema import AveragedWeights
 from heliostat.numerics import play
 from heliostat.training.worker.evaluation import HeldOut
 
@@ -27,20 +29,26 @@ class Setup:
     stage: int
     offload: bool = False
     precision: str = "fp32"
-    changes: dict[str, Any] = field(default_factory=dict, hash=False)
+    optimizer: str = "adamw"
 
     def __str__(self) -> str:
         words = [self.case, f"ZeRO-{self.stage}", *(["offload"] if self.offload else []), self.precision]
-        return ", ".join([*words, *(str(value) for value in self.changes.values())])
+        return ", ".join([*words, *([self.optimizer] if self.optimizer != "adamw" else [])])
 
     def player(self, folder: Path, gpus: int) -> play.Player:
         """A worker of the job."""
         offload = {"optimizer": "cpu", "param": "cpu" if self.stage == 3 else None} if self.offload else {}
+        words = re.findall("[a-z0-9]+", f"{self} {'twin' if gpus else 'cpu'} {dist.get_world_size()}".lower())
         changes = {
-            "workers.count": dist.get_world_size(), "workers.gpus": gpus, "train.zero.stage": self.stage,
-            "train.precision": self.precision, "train.zero.offload": offload, "train.steps": STEPS, **self.changes,
-            "train.deepspeed": layouts.SMALL_STAYS_DIVIDED if self.stage == 3 else None, "train.optimizer.eps": 1e-4,
+            "name": "-".join(words), "workers.count": dist.get_world_size(), "workers.gpus": gpus, "train.zero.stage": self.stage,
+            "train.precision": self.precision, "train.zero.offload": offload, "train.steps": STEPS,
+            "train.optimizer": {"name": "adamw", "lr": 1e-3, "eps": 1e-4},
         }  # fmt: skip
+        if self.optimizer != "adamw":
+            changes["train.optimizer"] = {"name": self.optimizer, "lr": 1e-3}
+            changes["train.schedule"] = {"name": "constant", "warmup_steps": 1}  # which schedule_free wants
+        if self.stage == 3:
+            changes["train.deepspeed"] = layouts.SMALL_STAYS_DIVIDED
         return layouts.player(cases.made(self.case, folder, **changes))
 
 
@@ -61,9 +69,13 @@ def trained(setup: Setup, folder: Path, on_twin: bool) -> dict[str, Any]:
         step(one, 1)
     saved = play.state(one.engine)
     one.save(SAVED)
+    average = AveragedWeights(one.engine, 0.5)
     step(one, 2)
+    average.update(STEPS)
     one.engine.eval()
-    scores = HeldOut(one.job, one.dataset, one.recipe, one.sharing).scores(one.engine, one.device, one.control, lambda: None)
+    held_out = HeldOut(one.job, one.dataset, one.recipe, one.sharing)
+    with average.applied():
+        scores = held_out.scores(one.engine, one.device, one.control, lambda: None)
     one.engine.train()
     one.load(one.job.run_folder, SAVED)
     restored = play.state(one.engine)

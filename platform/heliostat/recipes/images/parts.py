@@ -21,6 +21,7 @@ from heliostat.recipes.images import config, diffusers_folder, rows
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.pipeline import embed, predict, tokenize
 from heliostat.recipes.protocol import Companion
+from heliostat.recipes.text import masks
 
 
 class Denoiser(nn.Module):
@@ -254,7 +255,8 @@ class Parts:
         if not self.model.text.pretrained:
             return text
         assert mask is not None
-        return embed(self.text_encoder.to(text.device), text, mask).to(dtype)
+        with masks.unread(whole=True):
+            return embed(self.text_encoder.to(text.device), text, mask).to(dtype)
 
     @torch.no_grad()
     def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
