@@ -293,7 +293,7 @@ def test_a_route_and_its_line_in_the_table_are_all_that_a_path_needs(monkeypatch
     assert asyncio.run(post({"text": "hello"})) == (200, wanted)
     assert asyncio.run(post({"text": "no"}))[1]["error"]["message"] == "text: no"
     assert asyncio.run(post({"texts": "a"}))[1]["error"]["code"] == "unknown_parameter"
-    assert b'tokens_total{key="anybody",kind="prompt"} 2.0' in one.gateway.measures.text({}, 0)
+    assert b'tokens_total{key="anybody",kind="prompt"} 2.0' in one.measures.text({}, 0)
 
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=lambda route: route.path)

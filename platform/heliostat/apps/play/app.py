@@ -182,5 +182,5 @@ def application(served: ServedModels, keys: Callable[[], dict[str, str] | None],
     version = served.source.wanted()
     replica = Replica(served.holds(served.source.folder(version), options.batch))
     front = Front(served.settings(served.kind(), keys(), options), Local(replica), ())
-    front.gateway.backend.use(version)
+    front.backend.use(version)
     return app(front, abilities(served, replica, version, options))

@@ -13,7 +13,7 @@ import time
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from heliostat.apps.serve.gateway import FAILED, FrontSettings, Gateway, Replicas
+from heliostat.apps.serve.gateway import FAILED, Gateway
 from heliostat.apps.serve.routes import ROUTES
 from heliostat.apps.serve.writing import Stream
 from heliostat.web import keys
@@ -25,15 +25,12 @@ PATHS = {**dict.fromkeys(("/health", "/metrics", "/v1/models"), "GET"), **dict.f
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Front:
+class Front(Gateway):
     """Answers requests; `use` says which version's replicas do the work."""
-
-    def __init__(self, settings: FrontSettings, replicas: Replicas, lost: tuple[type[BaseException], ...]) -> None:
-        self.settings, self.gateway = settings, Gateway(settings, replicas, lost)
 
     async def use(self, version: str) -> dict[str, int]:
         """Sends what comes from now on to a version; returns how many requests each has under way."""
-        return self.gateway.backend.use(version)
+        return self.backend.use(version)
 
     async def __call__(self, request: Request) -> Response:
         began, path = time.monotonic(), request.url.path
@@ -47,14 +44,14 @@ class Front:
         except Exception:
             log.exception("a request to %s failed", shown)
             response = JSONResponse(FAILED.body(), FAILED.status)
-        self.gateway.measures.requests.labels(shown, response.status_code).inc()
+        self.measures.requests.labels(shown, response.status_code).inc()
         if not isinstance(response, Stream):
-            self.gateway.measures.seconds.labels(shown).observe(time.monotonic() - began)
+            self.measures.seconds.labels(shown).observe(time.monotonic() - began)
         return response
 
     async def _answer(self, request: Request, path: str) -> Response:
         if path == "/health":
-            up = self.gateway.backend.ready.is_set()
+            up = self.backend.ready.is_set()
             return JSONResponse({"status": "ok" if up else "starting"}, 200 if up else 503)
         name = self.owner(request)
         if path.startswith("/v1/models/") and request.method == "GET":
@@ -66,8 +63,7 @@ class Front:
         if request.method != PATHS[path]:
             raise Refusal(405, f"{path}: takes {PATHS[path]}, not {request.method}", code="method_not_allowed")
         if path == "/metrics":
-            backend = self.gateway.backend
-            return Response(self.gateway.measures.text(backend.open, backend.retried), media_type=CONTENT_TYPE)
+            return Response(self.measures.text(self.backend.open, self.backend.retried), media_type=CONTENT_TYPE)
         if path == "/v1/models":
             return JSONResponse({"object": "list", "data": [self._described(one) for one in self.settings.names]})
         return await self._work(request, path, name)
@@ -83,7 +79,7 @@ class Front:
 
     async def _work(self, request: Request, path: str, name: str) -> Response:
         """Answers what is for the model, within the key's limits until its last byte."""
-        self.gateway.limits.enter(name)
+        self.limits.enter(name)
         response: Response | None = None
         try:
             try:
@@ -91,11 +87,11 @@ class Front:
                     raw = await self._body(request)
             except TimeoutError as e:
                 raise Refusal(408, f"the body did not come within {self.settings.deadline_s:g} s", code="timeout") from e
-            response = await ROUTES[path].respond(self.gateway, raw, name)
+            response = await ROUTES[path].respond(self, raw, name)
             return response
         finally:
             if not isinstance(response, Stream):  # a stream leaves at its own end
-                self.gateway.limits.leave(name)
+                self.limits.leave(name)
 
     async def _body(self, request: Request) -> bytes:
         """Reads the body, and no more of it than is allowed."""
