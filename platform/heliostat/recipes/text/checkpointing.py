@@ -53,7 +53,7 @@ def layers(model: torch.nn.Module) -> list[Any]:
 
 class OnHost:
     """Checkpoints as `checkpoint` does, with the layer's input in host memory, pinned where there is a GPU. What the layer keeps
-    inside is not kept at all, so the input is all that is copied. The same on a CPU, as a copy beside the original."""
+    inside is not kept at all, so the input is all that is copied. The same on a CPU, as a copy next to the original."""
 
     def __init__(self, checkpoint: Callable[..., object]) -> None:
         self.checkpoint = checkpoint
@@ -69,7 +69,7 @@ class OnHost:
 
 
 def require(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can be played again in part, or
+    """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can be recomputed in part, or
     leave their input, as the job asks."""
     which, kind = recipe.checkpointing, recipe.config.model_type
     if which is True and not recipe.offload:
