@@ -37,6 +37,9 @@ def _number(value: object) -> object:
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 SHOWN = 200  # characters of a wrong value
 KINDS: dict[object, str] = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}  # what stands for a value in a fix
+WANTED = {  # what pydantic says of its own classes, in words of YAML
+    "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping", "list_type": "a list",
+}  # fmt: skip
 NODES = 2_000_000  # values that a file may hold, those that it repeats by name counted each time
 M = TypeVar("M", bound=BaseModel)
 
@@ -70,7 +73,8 @@ def documents(path: Path) -> list[Any]:
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read ({e})") from e
     except BROKEN as e:
-        fault = str(e) if isinstance(e, ConfigError) else f"not valid YAML: {brief(' '.join(str(e).split()))}"
+        why = "it is nested too deeply" if isinstance(e, RecursionError) else brief(" ".join(str(e).split()))
+        fault = str(e) if isinstance(e, ConfigError) else f"not valid YAML: {why}"
         raise ConfigError(f"{path}: {fault}") from e
     if bounded(sections) > NODES:
         raise ConfigError(f"{path}: holds more than {NODES:,} values, or repeats itself (with & and *) without end")
@@ -211,7 +215,10 @@ def explain(error: ValidationError, model: type[BaseModel], within: str = "") ->
             lines.append(f"{key}: {_shown(fault['input'])} is not a choice{near}")
         else:
             message, value = fault["msg"], _shown(fault["input"])
-            if message.startswith("Input should be "):
+            if wanted := WANTED.get(fault["type"]):
+                fix = f". Write {key}: {_example(owner, str(path[-1]))}" if path else ""
+                need = f"expected {wanted}, got {value}{fix}"
+            elif message.startswith("Input should be "):
                 need = f"{value} {message.removeprefix('Input ')}"
             else:
                 need = message.removeprefix("Value error, ") if fault["type"] == "value_error" else f"{value}: {message}"

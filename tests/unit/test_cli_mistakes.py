@@ -46,6 +46,10 @@ BOTH = "--overwrite: deletes what --resume goes on from; give one of the two"
             "AccessError",
             "--out: /proc/x: /proc is not a folder that can be",
         ),
+        (["runs", "--mlflow", "foo://x", "--json"], "ConfigError", "--mlflow: 'foo://x' is no MLflow store; use sqlite:///FILE"),
+        (["runs", "--mlflow", "sqlite:///README.md", "--json"], "ConfigError", "README.md is not an SQLite database"),
+        (["runs", "--mlflow", "sqlite:///jobs", "--json"], "ConfigError", "jobs is not an SQLite database"),
+        (["jobs", "--cluster", "127.0.0.1:99999", "--json"], "ConfigError", "and no address (HOST:PORT"),
         (["runs", "--mlflow", "http://u:p@h", "--json"], "ConfigError", "--mlflow: carries a password"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else None,
@@ -75,6 +79,15 @@ def test_without_a_cluster_the_error_names_what_takes_one(monkeypatch, capsys, t
     for words, field in ((["jobs"], "--cluster: "), (["cluster", "status"], "CLUSTER: ")):
         code, _, err = run(monkeypatch, capsys, *words)
         assert code == 2 and err.startswith(f"error: {field}none is given") and "heliostat cluster up" in err
+
+
+def test_a_store_of_the_environment_that_is_no_database_is_one_line(monkeypatch, capsys, tmp_path):
+    """For a run's id and for a model: both ended with a traceback of SQLAlchemy."""
+    (tmp_path / "x.db").write_text("no database")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/x.db")
+    for words in (["checkpoints", "0" * 32], ["generate", "models:/a/1", "--prompt", "x"]):
+        code, _, err = run(monkeypatch, capsys, *words)
+        assert code == 1 and err.startswith("error: MLflow at sqlite:///") and err.count("\n") == 1
 
 
 def test_without_json_nothing_of_an_error_is_on_standard_output(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import pytest
 from heliostat.cluster import dashboard
 from heliostat.cluster.endpoint import Endpoint
 from heliostat.config.spec import Retries
-from heliostat.errors import ConfigError, StorageError
+from heliostat.errors import ClusterError, ConfigError, StorageError
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 from heliostat.submit import jobs, logs, progress, submission
@@ -93,6 +94,15 @@ def test_a_job_that_an_earlier_version_submitted_is_found_again(tmp_path, monkey
         else:
             with pytest.raises(ConfigError, match="a job with other settings"):
                 known.submit(record)
+
+
+def test_rays_client_logs_no_notices_between_heliostats_lines():
+    """Two of its modules set their own level when they are imported."""
+    with pytest.raises(ClusterError, match="127"):
+        jobs.Jobs(Endpoint("http://127.0.0.1:9", None, here=True))
+    assert all(
+        logging.getLogger(f"ray.dashboard.modules.{name}").level == logging.WARNING for name in ("dashboard_sdk", "job.sdk")
+    )
 
 
 def test_paths_of_this_machine_do_not_travel_elsewhere(tmp_path, monkeypatch):

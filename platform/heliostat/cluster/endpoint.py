@@ -82,7 +82,7 @@ def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]
         if carries_secret(target if "://" in target else f"http://{target}"):
             raise ConfigError(f"{field}: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
-        if url != target and not re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):\d+/?", target):
+        if url != target and not _is_address(target):
             names = [s.name for s in local.known()]
             raise ConfigError(
                 f"{field}: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file "
@@ -93,6 +93,12 @@ def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]
             yield _local(state, None)
         else:
             yield _answering(Endpoint(url.rstrip("/"), dashboard.own_token(), here))
+
+
+def _is_address(text: str) -> bool:
+    """Tells whether a text is HOST:PORT."""
+    found = re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):(\d+)/?", text)
+    return found is not None and int(found[1]) < 1 << 16
 
 
 def _local(state: local.ClusterState, cluster: ClusterFile | None) -> Endpoint:

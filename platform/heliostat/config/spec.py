@@ -171,9 +171,14 @@ def resolve(job: Job) -> Job:
     uri = job.mlflow.uri
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
-    elif not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
-        raise ConfigError(f"mlflow.uri: {uri!r} is no MLflow store; use sqlite:///FILE or http://HOST:PORT")
+    require_store("mlflow.uri", uri)
     return schema.validate(Job, raw, job.name)  # again, because two ways to write a path are now one
+
+
+def require_store(key: str, uri: str) -> None:
+    """Raises ConfigError that names the key if a URI is not that of an MLflow store which heliostat uses."""
+    if not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
+        raise ConfigError(f"{key}: {uri!r} is no MLflow store; use sqlite:///FILE or http://HOST:PORT")
 
 
 def _pretrained(model: object, root: Path) -> object:

@@ -32,6 +32,7 @@ from heliostat.validation import check
 if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before needs none
     import torch
 
+ALONE = "Prepare it first; with model.text.pretrained and model.backbone.sample_size an image model is planned without it"
 CHOICES = ("stage", "micro_batch", "activation_checkpointing", "offload_optimizer", "speed")
 
 
@@ -48,6 +49,7 @@ def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]
     if job.train.activation_checkpointing:
         recipe = type(recipe)(job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})}))
     if unread:
+        recipe.presume(1)
         return job, recipe, unread
     try:
         for location in job.sources:
@@ -57,8 +59,8 @@ def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]
             recipe = type(recipe)(job)
         recipe.bind([manifest.read(location) for location in job.sources])
     except (DataError, StorageError) as e:
-        if recipe.kind != "tokens":  # the model's shape follows from the data
-            raise type(e)(f"data.sources: a plan of {job.recipe} needs the dataset: {e}") from e
+        if recipe.kind != "tokens" and recipe.presume(1) is None:  # the model's shape follows from the data
+            raise type(e)(f"data.sources: a plan of {job.recipe} needs the dataset: {e}. {ALONE}") from e
         return job, recipe, "; ".join(filter(None, (str(e), recipe.assumed())))
     return job, recipe, ""
 
@@ -147,6 +149,8 @@ def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
     """Returns what `recipe.batch` takes for so many samples: zeros for tokens, else the dataset's first row."""
     if recipe.kind == "tokens":
         return np.zeros((rows, job.data.sequence_length or 1), dtype=np.int32)
+    if (presumed := recipe.presume(rows)) is not None:
+        return presumed
     import pyarrow as pa
 
     from heliostat.data.chunks import Chunks

@@ -1,8 +1,6 @@
 """Defines the protocol between the engine and a recipe: what a recipe must implement for its model to be trained, and what else
 it can (docs/guides/recipe.md).
 
-    class Mine(Recipe, Evaluates, Generates, Serves): ...
-
 `Recipe` is the base of every recipe, which must implement `build`, `batch` and `loss`; the rest has a default. The other base
 classes are abilities: to be scored, exported, prompted and served, and to draw pictures. A job that asks for an ability that its
 recipe lacks is rejected before the first step (`heliostat.recipes.conformance`).
@@ -64,8 +62,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Companion:
-    """Describes another model on the device, such as a frozen encoder. The recipe puts it there, and the plan counts its memory.
-    It is in no checkpoint."""
+    """Describes another model, such as a frozen encoder: the recipe puts it on the device, the plan counts it, it isn't saved."""
 
     bytes: int
     every_step: bool = True  # False: it is there in evaluations only
@@ -95,6 +92,9 @@ class Recipe(ABC):
     def assumed(self) -> str:
         """Describes what a plan without the datasets assumes of the model, such as its vocabulary size; empty: nothing."""
         return ""
+
+    def presume(self, rows: int) -> Content | None:  # noqa: B027
+        """Returns samples of datasets that don't exist yet, by the job's sizes; None if it is bound, or lacks them."""
 
     @abstractmethod
     def build(self) -> torch.nn.Module:
@@ -166,8 +166,7 @@ class CouplesSamples(Recipe):
 
     @abstractmethod
     def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
-        """Computes the loss of the samples of a step from what `represent` gave of them, in their order. Every worker computes
-        it of all samples, unless there is `couple_some`."""
+        """Computes the loss of a step from its samples' vectors, in their order; on every worker, unless there is `couple_some`."""
 
     def couple_some(self, vectors: dict[str, torch.Tensor], some: slice) -> Loss:
         """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives.

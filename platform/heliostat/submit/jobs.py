@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name for it
 JOB_FILE, SWEEP_FILE = "heliostat-job.json", "heliostat-sweep.yaml"
+RAYS_LOGS = (  # of Ray's client, two of which set their own level
+    "ray._private.runtime_env", "ray.dashboard", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk",
+)  # fmt: skip
 RETRY_S = 60.0
 BACKOFF = Backoff(0.5, 8.0)
 STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
@@ -82,8 +85,8 @@ class Jobs:
                 return super()._do_request(*args, **{"timeout": 60, **options})
 
         self.there = endpoint
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
-        logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
+        for name in RAYS_LOGS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         try:
             self.client = Client(endpoint.url, headers=dashboard.headers(endpoint.token))
         except (RuntimeError, ConnectionError) as e:

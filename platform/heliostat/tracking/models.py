@@ -168,7 +168,8 @@ def resolve(model: str, tracking_uri: str) -> Path:
         return Path(model)
     if not model.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", model):
         raise ConfigError(f"{model!r} is no model: give models:/NAME/VERSION, a run id (32 hex digits) or a folder")
-    return _download(model, tracking_uri)
+    with mlflow_client.asking(tracking_uri):
+        return _download(model, tracking_uri)
 
 
 def _download(model: str, tracking_uri: str) -> Path:
@@ -193,7 +194,8 @@ def find_run(run: str, tracking_uri: str) -> Location:
     if "/" in run or Path(run).exists():
         place = Location(run)
     else:
-        known = mlflow_client.find(mlflow_client.connect(tracking_uri), run, tracking_uri)
+        with mlflow_client.asking(tracking_uri):
+            known = mlflow_client.find(mlflow_client.connect(tracking_uri), run, tracking_uri)
         place = Location(known.data.tags[tags.FOLDER])
     if not {run_folder.CHECKPOINTS, run_folder.RECEIPTS, run_folder.LEDGER} & set(place.folders()):
         raise ConfigError(f"{place}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME")

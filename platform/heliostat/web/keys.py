@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, str]:
     try:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--keys: {path} cannot be read ({type(e).__name__})") from e
+        raise ConfigError(f"--keys: {path} cannot be read ({getattr(e, 'strerror', None) or type(e).__name__})") from e
     if mode & 0o077:
         raise ConfigError(f"--keys: {path} can be read by other users of this machine; make new keys behind `chmod 600 {path}`")
     keys: dict[str, str] = {}

@@ -83,12 +83,12 @@ def own_ids() -> Iterator[None]:
 
     kind = ray.actor.ActorClassID
 
-    class Drawn:
+    class DrawnId:
         @staticmethod
         def from_random() -> object:
             return kind(os.urandom(kind.size()))
 
-    ray.actor.ActorClassID = Drawn  # type: ignore[misc, assignment]
+    ray.actor.ActorClassID = DrawnId  # type: ignore[misc, assignment]
     try:
         yield
     finally:

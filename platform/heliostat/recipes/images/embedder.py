@@ -39,7 +39,7 @@ from heliostat.recipes.images import rows
 from heliostat.recipes.pairs import SCORES, EmbedsPairs, PairKeys, named, present
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.recipes.protocol import Batch
-from heliostat.recipes.text import encoder, model_config
+from heliostat.recipes.text import encoder, masks, model_config
 from heliostat.recipes.text.model_config import ModelKind
 from heliostat.schema import Float, nearest
 from heliostat.text import brief
@@ -176,7 +176,8 @@ class ImageEmbedder(EmbedsPairs):
         return {"input_ids": tokens.ids, "attention_mask": tokens.mask, "pixel_values": pixels, "names": names, "cut": cut}
 
     def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        out = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})
+        with masks.unread(whole=True):
+            out = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})
         sides = {"caption": out.text_embeds, "image": out.image_embeds}
         embedded = {side: F.normalize(vectors.float(), dim=-1) for side, vectors in sides.items()}
         return {**embedded, "names": batch["names"], "cut": batch["cut"]}

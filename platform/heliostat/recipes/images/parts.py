@@ -9,12 +9,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.recipes.constants import Constant
 from heliostat.recipes.images import config, diffusers_folder, rows
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.pipeline import embed, predict, tokenize
@@ -81,6 +83,22 @@ class Parts:
             self.build()  # what makes no sense is found here
             if "pretrained" in self.model.backbone:
                 self._try(config.BACKBONES[self.arch].from_config(keys))
+
+    def presume(self, count: int) -> pa.Table | None:
+        """Takes the backbone's sizes for those of datasets that don't exist yet, and returns samples of them: latents and
+        embeddings where the job has models for them. None if the job doesn't state sizes, or trains its own text encoder, whose
+        vocabulary is the dataset's."""
+        if not self.model.text.pretrained or "sample_size" not in self._given():
+            return None
+        if self.facts is None:
+            channels, height, width = self.shape()
+            latents, text = self.vae_config is not None, (self.model.text.length, self.width)
+            factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1) if self.vae_config else 1
+            size = width * factor, height * factor
+            content, of_image = ("latents", 3) if latents else ("images", channels)
+            self.facts = rows.DatasetFacts(content, of_image, size, None, 0, 0, text, {})
+            self.empty = {"text": torch.zeros(text)}
+        return rows.blank(self.facts, self.shape(), count)
 
     @cached_property
     def vae_config(self) -> config.Keys | None:
@@ -219,6 +237,14 @@ class Parts:
             return {"text": torch.from_numpy(np.frombuffer(raw, np.float16).reshape(self.facts.text).copy()).float()}
         tokens = tokenize(self.tokenizer, [""])
         return {"text": tokens.input_ids[0], "mask": tokens.attention_mask[0]}
+
+    def empty_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Returns `empty` on a device, where it stays."""
+        return {name: constant.on(device) for name, constant in self._empty.items()}
+
+    @cached_property
+    def _empty(self) -> dict[str, Constant]:
+        return {name: Constant(values) for name, values in self.empty.items()}
 
     @torch.no_grad()
     def conditioning(self, text: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

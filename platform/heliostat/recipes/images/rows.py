@@ -8,6 +8,7 @@ key is the engine's: another one for every place of every step, so a sample meet
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +82,21 @@ def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tens
     """Converts a column of float16 bytes to fp32 [n, *shape]."""
     rows = [np.frombuffer(value, np.float16).reshape(shape) for value in content[column].to_pylist()]
     return torch.from_numpy(np.stack(rows)).float()
+
+
+def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Table:
+    """Makes rows of a dataset: black images, or latents of zeros [channels, height, width]; with embeddings of zeros."""
+    width, height = facts.size
+    columns: dict[str, list[object]] = {"width": [width] * count, "height": [height] * count}
+    if facts.content == "latents":
+        columns["latent"] = [bytes(2 * 2 * math.prod(shape))] * count  # of each the mean and the variance, in float16
+    else:
+        file = io.BytesIO()
+        Image.new("L" if facts.channels == 1 else "RGB", (width, height)).save(file, "png")
+        columns["image"] = [file.getvalue()] * count
+    if facts.text:
+        columns["embedding"] = [bytes(2 * math.prod(facts.text))] * count
+    return pa.table(columns)
 
 
 @dataclass(frozen=True)

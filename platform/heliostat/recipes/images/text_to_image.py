@@ -78,6 +78,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         self.sources = sources
         self.parts.bind(sources, self.one_source)
 
+    def presume(self, rows: int) -> pa.Table | None:
+        return None if hasattr(self, "sources") else self.parts.presume(rows)
+
     def build(self) -> nn.Module:
         return self.parts.build()
 
@@ -116,9 +119,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         t = self.process.times(batch["time"])
         captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
-        for key, empty in self.parts.empty.items():
+        for key, empty in self.parts.empty_on(t.device).items():
             dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
-            captions[key] = torch.where(dropped, empty.to(dropped.device), captions[key])
+            captions[key] = torch.where(dropped, empty, captions[key])
         return Loss((self._errors(model, batch | captions, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 from heliostat.parallel import experts
 from heliostat.recipes.batches import segments
 from heliostat.recipes.protocol import IGNORED, Batch, Loss, Part
-from heliostat.recipes.text import expert_keys, tiled_loss
+from heliostat.recipes.text import expert_keys, masks, tiled_loss
 
 
 class Outputs(Protocol):
@@ -110,7 +110,8 @@ def evaluate(
 
 
 def _outputs(model: torch.nn.Module, batch: Batch) -> Outputs:
-    return model(**{k: v for k, v in batch.items() if k not in ("labels", "targets")})
+    with masks.unread(whole="position_ids" not in batch):
+        return model(**{k: v for k, v in batch.items() if k not in ("labels", "targets")})
 
 
 def _flat(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
