@@ -166,7 +166,7 @@ class CouplesSamples(Recipe):
 
     @abstractmethod
     def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
-        """Computes the loss of a step from its samples' vectors, in their order; on every worker, unless `couple_some` exists."""
+        """Computes a step's loss from its samples' vectors, in their order; on every worker unless there is `couple_some`."""
 
     def couple_some(self, vectors: dict[str, torch.Tensor], some: slice) -> Loss:
         """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives.
