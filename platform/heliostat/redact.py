@@ -1,7 +1,7 @@
 """Hides secrets in text: passwords and keys in URIs, and values of keys that are named after what they hold.
 
 Errors and logs pass through `redact`, so no URI shows its password there. Files are searched with `secret_lines`, before they
-travel or are kept. Better a word too much hidden than a password shown: what cannot be told apart is taken for a secret.
+travel or are kept. Better a word too much hidden than a password shown: what cannot be distinguished is taken for a secret.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _continued(lines: list[str]) -> set[int]:
         values = _values(line)
         if not values:
             continue
-        open_value = bool(line[values[-1] :].strip())  # a scalar that goes on; without one a mapping or a list may follow
+        open_value = bool(line[values[-1] :].strip())  # a scalar that continues; without one a mapping or a list may follow
         for j in range(i + 1, len(lines)):
             text = lines[j].strip()
             deeper = _indent(lines[j]) > _indent(line) or (not open_value and text.startswith("- "))
@@ -147,7 +147,7 @@ def _continued(lines: list[str]) -> set[int]:
 
 
 def _environment(lines: list[str]) -> set[int]:
-    """Finds each `value` beside a `name` that is named like a secret, as Kubernetes writes environment variables."""
+    """Finds each `value` next to a `name` that is named like a secret, as Kubernetes writes environment variables."""
     numbers = set[int]()
     for i, line in enumerate(lines):
         if ENVIRONMENT.match(line):

@@ -65,7 +65,7 @@ def documents(path: Path) -> list[Any]:
             sections = [d for d in yaml.load_all(f, _UniqueKeys) if d is not None]
     except FileNotFoundError as e:
         others = {p.stem: p.name for p in path.parent.glob("*.y*ml")}
-        close = difflib.get_close_matches(path.stem, [*others], n=1)  # without their endings, by which all files are alike
+        close = difflib.get_close_matches(path.stem, [*others], n=1)  # without their endings, by which all files are the same
         near = f"; did you mean {others[close[0]]!r}?" if close else nearest("", list(others.values()))
         raise ConfigError(f"{path}: no such file{near}") from e
     except IsADirectoryError as e:

@@ -74,7 +74,7 @@ def train(
 ) -> Run:
     """Trains a job to its last step, exports and registers its model, and returns the run.
 
-    `resume`: goes on from the run's last checkpoint, if there is one; `overwrite`: deletes the run of this name first;
+    `resume`: continues from the run's last checkpoint, if there is one; `overwrite`: deletes the run of this name first;
     `allow_data_change`: resumes with other data, as a new segment. Blocks; progress goes to standard error. StoppedError after
     Ctrl-C or SIGTERM, behind a checkpoint.
     """

@@ -70,11 +70,11 @@ def chaos(
     seed: int = 0,
     rate: float = 0.2,
     work: Path | None = None,
-    tell: Callable[[str], None] = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, object]], list[str]]:
     """Runs the job once without faults and once per fault; returns (a row per fault, what is wrong).
 
-    `tell` is called with a description of each stage. ConfigError before anything starts.
+    `report` is called with a description of each stage. ConfigError before anything starts.
     """
     faults = choose(names)
     job_given = check.load_job(path, settings)
@@ -95,17 +95,17 @@ def chaos(
     work = (work or workspace.root() / ".heliostat" / "chaos").absolute() / job.name
     work.mkdir(parents=True, exist_ok=True)
     it = Chaos(path, checked, settings or [], work, seed, rate)
-    tell("the unbroken run")
+    report("the unbroken run")
     whole = _unbroken(it)
     rows, wrong = [], []
     for number, fault in enumerate(faults, 1):
-        tell(f"{fault.name} ({number} of {len(faults)}): {fault.what}")
+        report(f"{fault.name} ({number} of {len(faults)}): {fault.what}")
         try:
             row, faulty = _broken(it, fault, whole)
         except (ChaosError, HeliostatError) as e:
             row, faulty = measure.broken(fault.name), [str(e)]
         rows.append(row)
-        tell(json.dumps(row))
+        report(json.dumps(row))
         wrong += [f"{fault.name}: {text}" for text in faulty]
     return rows, wrong
 

@@ -1,4 +1,4 @@
-"""Computes how many workers fit on nodes, beside the tasks that read the data.
+"""Computes how many workers fit on nodes, next to the tasks that read the data.
 
 Pure arithmetic: the plan applies it to cluster files, the driver and sweeps to running nodes.
 """
@@ -53,14 +53,14 @@ def room(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, i
 def spots(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, int], count: int) -> list[str] | None:
     """Chooses a node for each of `count` workers, as `workers.placement` wishes; None if they do not all fit.
 
-    `free`: by node, the resources that nobody uses; `in_use`: by node, how many of this run's workers are on it already.
+    `free`: by node, the free resources; `in_use`: by node, how many of this run's workers are on it already.
     """
     most = 1 if workers.placement == "strict_spread" else 1 << 30
     left = {n: min(most - in_use.get(n, 0), fits(workers, node)) for n, node in free.items()}
     placed, chosen = {n: in_use.get(n, 0) for n in free}, list[str]()
     for _ in range(count):
         fewest = -1 if workers.placement == "pack" else 1
-        # packed: beside others, else where most fit; spread: where the fewest are
+        # packed: next to others, else where most fit; spread: where the fewest are
         best = min((n for n in left if left[n] > 0), key=lambda n: (fewest * placed[n], -left[n], n), default=None)
         if best is None:
             return None
@@ -72,7 +72,7 @@ def spots(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, 
 def starved(workers: Workers, cpus: Mapping[str, float], in_use: Mapping[str, int]) -> bool:
     """Checks whether the workers leave no node that may read data the CPU that a data task needs.
 
-    `cpus`: total CPUs by node, whoever uses them; `in_use`: by node, how many of the workers are on it.
+    `cpus`: total CPUs by node, free or not; `in_use`: by node, how many of the workers are on it.
     """
     return all(total - in_use.get(n, 0) * workers.cpus < FETCHING - 1e-6 for n, total in cpus.items())
 
@@ -95,7 +95,7 @@ def missing(
 ) -> str:
     """Explains in numbers why `count` workers wait for resources.
 
-    `all_`: by node, the total resources of the nodes that may take the workers; `free`: by node, the resources that nobody uses.
+    `all_`: by node, the total resources of the nodes that may take the workers; `free`: by node, the free resources.
     """
     need = f"{count} workers of {_amount(workers.cpus, workers.gpus)}"
     need += "" if apart else f", and {FETCHING:g} CPU for reading the data"
@@ -134,7 +134,7 @@ def _meets(condition: str, value: str | None) -> bool:
 
 
 def check_pools(job: Job, cluster: ClusterFile) -> None:
-    """Raises ConfigError if the cluster, at its largest, cannot hold all workers, or cannot read data beside them."""
+    """Raises ConfigError if the cluster, at its largest, cannot hold all workers, or cannot read data next to them."""
     need = job.workers
     train, data = _pools(cluster, "workers.labels", need.labels), _pools(cluster, "data.labels", job.data.labels)
     if not train or any(p.cpus is None for p in [*train, *data]):

@@ -3,7 +3,7 @@
 Ray's launcher accepts such files; what is wrong shows when machines are already paid for. The rules come from the providers'
 documentation and from reading Ray 2.60's launcher; none of them was tried on a cloud by us.
 
-Whoever reaches Ray's ports runs code on the cluster (CVE-2023-48022), unless Ray requires a token.
+A process that reaches Ray's ports runs code on the cluster (CVE-2023-48022), unless Ray requires a token.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `RAY_ADDRESS` (set in every Ray job) names a cluster; otherwise a local Ray starts, with no dashboard, and more logical CPUs than
 cores, because the data tasks that feed the workers mostly wait for I/O. It is this user's alone: it listens on loopback, requires
-a token that is made for it, and keeps its files, sockets and the token in a folder that nobody else may enter.
+a token that is made for it, and keeps its files, sockets and the token in a folder that only this user may enter.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
         if ray.available_resources().get("CPU", 0.0) < 1:
             log.warning("none of the cluster's %g CPUs is free; its tasks wait for one", ray.cluster_resources().get("CPU", 0.0))
         return
-    gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray would hand out as many as it is told of
+    gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray would hand out as many as it sees
     with _confined(gpus), _without_monitors(verbose), _in_own_groups():
         init(
             address="local",  # never what another user says in /tmp/ray that runs here

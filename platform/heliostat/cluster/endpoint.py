@@ -97,8 +97,8 @@ def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]
 
 def _is_address(text: str) -> bool:
     """Tells whether a text is HOST:PORT."""
-    found = re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):(\d+)/?", text)
-    return found is not None and int(found[1]) < 1 << 16
+    match = re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):(\d+)/?", text)
+    return match is not None and int(match[1]) < 1 << 16
 
 
 def _local(state: local.ClusterState, cluster: ClusterFile | None) -> Endpoint:

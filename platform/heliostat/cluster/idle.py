@@ -45,7 +45,7 @@ def wait(look: Callable[[], bool | None], idle_s: float, gone_s: float = GONE_S,
             answered = now
         if state is False and now - used >= idle_s:
             return True
-        if state is not False:  # or nobody knows
+        if state is not False:  # or it is unknown
             used = now
         time.sleep(poll_s)
 

@@ -79,7 +79,7 @@ def missing_now(job: Job) -> str | None:
 
 
 def carrying(labels: Mapping[str, str]) -> dict[str, float]:
-    """Maps the living nodes that a label selector takes to their total CPUs, whoever uses them."""
+    """Maps the living nodes that a label selector takes to their total CPUs, free or not."""
     return {n["NodeID"]: n["Resources"].get("CPU", 0.0) for n in ray.nodes()
             if n["Alive"] and selects(labels, n.get("Labels") or {})}  # fmt: skip
 
@@ -87,7 +87,7 @@ def carrying(labels: Mapping[str, str]) -> dict[str, float]:
 def except_on(lost: Collection[str], labels: Mapping[str, str]) -> dict[str, str]:
     """Returns these labels and, where other nodes with them can read data, that it is none of the lost ones.
 
-    Ray takes a lost node for living, and gives it tasks that nobody begins, until it has missed some health checks.
+    Ray takes a lost node for living, and gives it tasks that no process begins, until it has missed some health checks.
     """
     labeled = carrying(labels)
     others = any(cpus >= FETCHING for node, cpus in labeled.items() if node not in lost)
@@ -96,7 +96,7 @@ def except_on(lost: Collection[str], labels: Mapping[str, str]) -> dict[str, str
 
 
 def free(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Maps the living nodes with these labels to the resources that nobody uses."""
+    """Maps the living nodes with these labels to the free resources."""
     available, labeled = ray_internals.free_resources(), carrying(labels)
     return {node: resources for node, resources in available.items() if node in labeled}
 

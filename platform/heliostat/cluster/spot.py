@@ -3,7 +3,7 @@
 Ray has no watcher for spot notices on EC2 and GCE. A node that is drained gets no new work, and a run that has workers on it
 stops after a checkpoint and continues elsewhere (`train.attempt`).
 
-    python -m heliostat.cluster.spot aws          # beside `ray start`, in the background; EC2 gives some two minutes
+    python -m heliostat.cluster.spot aws          # next to `ray start`, in the background; EC2 gives some two minutes
     python -m heliostat.cluster.spot gcp          # likewise; Google Cloud gives 30 seconds
     python -m heliostat.cluster.spot now --seconds 90    # a Kubernetes preStop hook: drains, returns when no worker is left
 """

@@ -202,7 +202,7 @@ def judge(folder: Location, part: int, parts: int, names: list[str], named: list
     for looks, node, of_equal_pixels, first in zip(*columns, strict=True):
         if not of_equal_pixels:
             rows.append({"key": node, "reason": "duplicate", "detail": first})
-        elif row := stays.get(looks):  # none where groups are of equal pixels: their hashes begin alike by chance
+        elif row := stays.get(looks):  # none where groups are of equal pixels: their hashes begin the same by chance
             detail = f"{row['id']} (one of {row['size']})"
             rows.append({"key": node, "reason": "near_duplicate", "detail": detail})
     judged = spill.write(folder, pa.Table.from_pylist(rows, JUDGED), ("reason",))

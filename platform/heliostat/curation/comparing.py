@@ -23,7 +23,7 @@ from heliostat.tasks.merging import exchanged
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
-LARGEST = 20  # clusters that are told
+LARGEST = 20  # clusters that are listed
 DOCUMENT_BYTES = 4000  # of memory for what a task knows of a document: its id, who stays, its columns, each some times
 RUNS = 16  # about which a task reads
 JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("reason", "detail", "measures"))])

@@ -22,7 +22,7 @@ PRESCAN, HEADER = 1024, 300  # bytes of a page, and characters of a header, that
 
 
 def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
-    """Returns a page's encoding, by Python's name, and what it was told by: mark, header, meta, utf-8, looks."""
+    """Returns a page's encoding, by Python's name, and what it was detected by: mark, header, meta, utf-8, looks."""
     from resiliparse.parse.encoding import detect_encoding
 
     for mark, known in _MARKS:

@@ -68,10 +68,10 @@ def duplicates_by_place(
     a file, and then by documents, of which each place in it shows the share `rate`.
 
     `groups` counts what a cluster has in one place, two documents and more, by their number; `places` counts clusters by the
-    number of places, two and more. Neighbours are often alike, as pages of a site are: both of a pair in one place are in the
-    sample with the place, of two places with the square of that probability. So what is alike in a place is estimated by `rate`,
-    and what is left of each place as documents that were drawn one by one. The bounds of both are multiplied, and those of the
-    places' own share are widened by chance (`wilson`).
+    number of places, two and more. Neighbours are often similar, as pages of a site are: both of a pair in one place are in the
+    sample with the place, of two places with the square of that probability. So what is similar in a place is estimated by
+    `rate`, and what is left of each place as documents that were drawn one by one. The bounds of both are multiplied, and those
+    of the places' own share are widened by chance (`wilson`).
     """
     dropped = sum((size - 1) * number for size, number in groups.items())
     within, left, (least, most) = duplicates(documents, groups, 1 / rate), documents - dropped, wilson(dropped, documents)

@@ -1,8 +1,8 @@
 """Makes a dataset without a document, or an image: what a shard, the record of its making and the manifest say of it is left out.
 
-The other shards are copied as they are. A run goes on with the old dataset; a new one takes the other. What stays is what nobody
-can take out: what a tokenizer that was trained on the document has learned, and who stayed of the clusters that it was in. Of a
-collection, the parts' manifests follow.
+The other shards are copied as they are. A run continues with the old dataset; a new one takes the other. What stays is what no
+person can take out: what a tokenizer that was trained on the document has learned, and who stayed of the clusters that it was in.
+Of a collection, the parts' manifests follow.
 """
 
 from __future__ import annotations

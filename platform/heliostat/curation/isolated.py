@@ -226,7 +226,7 @@ def _serve(function: str, keys: dict[str, object], seconds: float, megabytes: in
             answer, out = work(about, data)
         except MemoryError:
             answer, out = {"error": "memory", "detail": f"more than {megabytes:,} MiB"}, b""
-        except Exception as e:  # noqa: BLE001 - whatever a parser raises is the item's fault, and told with it
+        except Exception as e:  # noqa: BLE001 - whatever a parser raises is the item's fault, and reported with it
             answer, out = {"error": "failed", "detail": f"{type(e).__name__}: {str(e)[:200]}"}, b""
         signal.setitimer(signal.ITIMER_PROF, 0)
         _send(sock, {**answer, TAKEN: time.process_time() - start}, out, None)

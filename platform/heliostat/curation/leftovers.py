@@ -19,15 +19,15 @@ OLD_S = 86_400.0  # since anything in a folder was written: until then, it may b
 
 
 def sample_folder(output: Location) -> Location:
-    """Returns a folder for a dry run, beside the output."""
+    """Returns a folder for a dry run, next to the output."""
     return output.ending(f".sample-{secrets.token_hex(4)}")
 
 
 def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
-    """Removes the folders of dry runs beside the output in which nothing was written for a day; returns their names."""
+    """Removes the folders of dry runs next to the output in which nothing was written for a day; returns their names."""
     base, mark, query = output.uri.partition("?") if output.is_s3 else (output.uri, "", "")
     place, _, name = base.rstrip("/").rpartition("/")
-    if output.is_s3 and place == "s3:/":  # a bucket has none beside it
+    if output.is_s3 and place == "s3:/":  # a bucket has none next to it
         return []
     beside, gone = Location((place or ("/" if base.startswith("/") else ".")) + mark + query), list[str]()
     for folder in beside.folders():

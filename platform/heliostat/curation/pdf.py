@@ -12,7 +12,7 @@ Answer = tuple[dict[str, object], bytes]
 HEAD = 1024  # bytes, within which a PDF's first line stands
 PASSWORD = 4  # PDFium's code of documents that want one
 TEXT_BYTES = 64 << 20  # of a document
-JOINED = str.maketrans({"\ufffe": None, "\0": None})  # U+FFFE: the hyphen of a word that goes on in the next line
+JOINED = str.maketrans({"\ufffe": None, "\0": None})  # U+FFFE: the hyphen of a word that continues in the next line
 
 
 def is_pdf(data: bytes) -> bool:
@@ -20,7 +20,7 @@ def is_pdf(data: bytes) -> bool:
 
 
 def reader(keys: dict[str, int]) -> Callable[[dict[str, object], bytes], Answer]:
-    """Builds the function from a PDF's bytes to its text, and what is told about it. `keys` are those of the stage."""
+    """Builds the function from a PDF's bytes to its text, and what is recorded about it. `keys` are those of the stage."""
     import pypdfium2
 
     def work(about: dict[str, object], data: bytes) -> Answer:

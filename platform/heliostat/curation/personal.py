@@ -80,7 +80,7 @@ def emails(text: str) -> Iterator[Span]:
 
 
 def addresses(text: str) -> Iterator[Span]:
-    """Finds IP addresses that are public: private, local, multicast and documentation ranges, and networks, are nobody's."""
+    """Finds IP addresses that are public, and not private, local, multicast, documentation ranges, or networks."""
     for match in _IPV4.finditer(text):
         groups = match[0].split(".")
         plain = sum(len(group) > 1 for group in groups) < LONG and match[0] not in RESOLVERS

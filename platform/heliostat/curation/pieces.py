@@ -11,7 +11,7 @@ from dataclasses import asdict, astuple, dataclass, replace
 
 import xxhash
 
-FILE_BYTES = 4096  # what a file costs beside its bytes
+FILE_BYTES = 4096  # what a file costs in addition to its bytes
 MOST_FILES = 2000  # of a piece
 LEAST, MOST = 1 << 20, 128 << 20  # bytes of a piece
 

@@ -232,7 +232,7 @@ def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
 def alike_of(
     flow: Flow, output: Location, ends: list[list[str]], funnel: dict[str, dict[str, Any]], sample: SampledParts
 ) -> dict[str, Alike]:
-    """Counts what the stages that compare documents found alike in a sample, by the places that it was drawn by."""
+    """Counts what the stages that compare documents found equal in a sample, by the places that it was drawn by."""
     compared = [name for name, part in funnel.items() if "clusters" in part["counts"]]
     stages, parts = [*compared, EXACT], max(1, sum(funnel[name]["documents"] for name in [*compared, "shard"]) // ROWS)
     arguments = {"output": output.uri, "paths": [path for _, path in ends], "stages": stages}

@@ -4,13 +4,13 @@ A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:T
 is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:
 
 - everything cheap is checked before Ray starts: the keys, the inputs, the output's store;
-- the dataset exists only when it is complete: a new version is written beside the old one and its manifest last, so a run
+- the dataset exists only when it is complete: a new version is written next to the old one and its manifest last, so a run
   that fails or is interrupted leaves what was there. What it had written itself it removes;
 - the version that it replaces stays for `keep_days`, for the runs that read it (`heliostat.data.versions`);
 - a folder that holds other things is refused, and nothing in it that is not ours is ever removed;
 - a finished dataset of the same configuration and input is kept (`up_to_date`), unless `force` is given;
 - the digest does not depend on where the input and output lie or when they were written. Those facts are kept in
-  `prepared.json`, beside the manifest.
+  `prepared.json`, next to the manifest.
 """
 
 from __future__ import annotations

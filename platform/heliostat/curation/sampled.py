@@ -86,7 +86,7 @@ class SampledParts:
 
     @property
     def unknown(self) -> float:
-        """Returns the share of the input, in bytes, of which nobody knows how many documents it holds."""
+        """Returns the share of the input, in bytes, whose number of documents is unknown."""
         return self.many_bytes / max(1, self.input_bytes)
 
     @property

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Value = TypeVar("Value")
-Config = dict[str, Any]  # a folder's JSON, as whoever saved it has it
+Config = dict[str, Any]  # a folder's JSON, as it was saved
 LEAST_TOKENS = 32  # that a text is padded to
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 

@@ -44,7 +44,7 @@ LEFT_OUT = pa.schema(
 READ = careful.READ  # the stage at which reading leaves something out
 FINISH = "finish"  # the one at which texts are left out that do not meet what is asked of them after the stages
 LEFT_OUT_ROWS, LEFT_OUT_BYTES = 20_000, 64 << 20  # that are held, as Python objects, before they are spilled
-EXAMPLES = 3  # ids that are told for each reason
+EXAMPLES = 3  # ids that are listed for each reason
 DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
 Row = tuple[Any, ...]  # of Arrow values
 
@@ -134,7 +134,7 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
             entry["kept"] += 1
             entry["kept_bytes"] += bytes_of(item)
         yield item
-    entry["bytes"] = entry["kept_bytes"]  # of what was left out nobody knows them
+    entry["bytes"] = entry["kept_bytes"]  # they are unknown for what was left out
 
 
 def documents_of(folder: Location, run: SpilledRun) -> Iterator[tuple[int, Document]]:

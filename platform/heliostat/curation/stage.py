@@ -58,7 +58,7 @@ class Document:
 class Outcome:
     """Holds what a stage made of one document: None, with one of the stage's reasons, where it is dropped.
 
-    `measures` are the numbers that the decision was made by, whether it was kept or dropped: the funnel draws them beside the
+    `measures` are the numbers that the decision was made by, whether it was kept or dropped: the funnel draws them next to the
     thresholds. `counts` are things done to a document that stays: lines removed, addresses masked.
     """
 

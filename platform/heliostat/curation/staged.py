@@ -26,7 +26,7 @@ from heliostat.tasks.work import Work
 
 
 class StagedPipeline(Pipeline):
-    """Defines a pipeline whose tasks are recorded as they finish, so that a run that was ended goes on."""
+    """Defines a pipeline whose tasks are recorded as they finish, so that a run that was ended continues."""
 
     _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
     _watch: PipelineWatch | None = PrivateAttr(default=None)
@@ -111,7 +111,7 @@ class StagedPipeline(Pipeline):
         return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def uncovered(self) -> dict[str, dict[str, Any]]:
-        """Returns what is kept beside a dataset with stages and no digest covers, by its name."""
+        """Returns what is kept next to a dataset with stages and no digest covers, by its name."""
         return {reasons.SECONDS: self._seconds} if self._seconds else {}
 
     def finish(self, dataset: Manifest) -> None:

@@ -7,7 +7,7 @@ manifest knows it; `prepare` ends a chunk at 1, 2 and 5 parts of ten, a hundred 
 the fraction are held out. Else the place is a hash of the chunk's content digest and number.
 
 Rows are samples, and a chunk of them need not be held out whole where no hash of them is known: then it gives a run of rows
-that starts at a hashed place, grows with the fraction, and goes on with the chunk's first row behind its last.
+that starts at a hashed place, grows with the fraction, and continues with the chunk's first row behind its last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def hash64(values: np.ndarray) -> np.ndarray:
 class Split:
     """Divides a source's chunks into training and held-out samples.
 
-    In each chunk a run of `held` rows from `start` is held out, which goes on at row 0 behind the chunk's last.
+    In each chunk a run of `held` rows from `start` is held out, which continues at row 0 behind the chunk's last.
     """
 
     samples: np.ndarray  # int64 [chunks], all samples

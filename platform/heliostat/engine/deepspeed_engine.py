@@ -197,7 +197,7 @@ def destroy_engines() -> None:
 
 
 def forget_groups() -> None:
-    """Forgets the process groups that DeepSpeed knows, and what it has counted: all ranks of a new group must count alike."""
+    """Forgets the process groups that DeepSpeed knows, and what it has counted: all ranks of a new group must count equally."""
     if "deepspeed" not in sys.modules:
         return
     patches.forget_groups()

@@ -2,7 +2,7 @@
 
 Ranks [0, n) are the first group, [n, 2n) the second, ... Of a weight that is cut by rows (column-parallel: by outputs) or by
 columns (row-parallel: by inputs) each has an equal part; everything else each has whole. ZeRO divides what a worker has among
-those with the same, one of each group. AutoTP is told every module: what it would find by names alone is not asked for.
+those with the same, one of each group. AutoTP gets every module by name: what it would find by names alone is not asked for.
 """
 
 from __future__ import annotations

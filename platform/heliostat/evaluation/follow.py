@@ -3,7 +3,7 @@
 Training does not wait, and knows nothing of it. Each checkpoint is exported to a folder of this machine first, so that retention
 may remove it meanwhile; one that it removes before that is counted, also one that came and went while another was scored: the
 run's receipts tell of it. A result is a file of the run's folder, which is written
-before MLflow is asked: the command goes on where it was when it is given again, and what MLflow did not take is sent again.
+before MLflow is asked: the command continues where it was when it is given again, and what MLflow did not take is sent again.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
 
 
 def _read(output: IO[bytes], end: float, most: int) -> tuple[bytes, str]:
-    """Reads up to `most` bytes, until nobody writes any more; returns also why it ended before that."""
+    """Reads up to `most` bytes, until no process writes any more; returns also why it ended before that."""
     written = bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)

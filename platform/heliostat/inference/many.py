@@ -5,7 +5,7 @@
     OUT/settings.json    what the folder is for
     OUT/work             what finished batches have answered
 
-Each prompt is answered once. A run that is killed goes on behind its last finished batch, on any number of workers; the answer
+Each prompt is answered once. A run that is killed continues after its last finished batch, on any number of workers; the answer
 to a prompt follows from it, its seed, the model and the options alone. One command at a time writes to the folder.
 """
 

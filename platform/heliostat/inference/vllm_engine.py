@@ -1,7 +1,7 @@
 """Answers with vLLM on a GPU: batches of texts, and requests that come and go.
 
 Tokens go in and tokens come out: prompts, chat templates, ends, stop strings and texts are the same code with either engine. An
-answer's noise is vLLM's own, of the input's seed; a probability that is told is the model's, before temperature and `top_p`.
+answer's noise is vLLM's own, of the input's seed; a reported probability is the model's, before temperature and `top_p`.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class OnVllm:
         self.longest = self.loaded.longest = self.llm.model_config.max_model_len
 
     def kind(self) -> dict[str, object]:
-        """Returns what vLLM is made with beside what all engines have."""
+        """Returns what vLLM is made with next to what all engines have."""
         return {}
 
     def rows(self, longest: int) -> int:

@@ -1,4 +1,4 @@
-"""Checks a job's numerics: plays a small copy of it on two workers, beside one plain process of torch, and compares.
+"""Checks a job's numerics: plays a small copy of it on two workers, next to one plain process of torch, and compares.
 
     found = check(checked)          # {"ok", "rows", "faults", "trial", "seconds", "losses"}
 

@@ -118,7 +118,7 @@ class PlainLoop:
 
 
 def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
-    """Plays all steps beside the workers, and writes the rows of the comparison."""
+    """Plays all steps next to the workers, and writes the rows of the comparison."""
     limits, plain = LIMITS[job.train.precision], PlainLoop(job, plan, recipe)
     begun, grads, updates = (
         DifferenceRow("initial weights", 0.0),

@@ -55,7 +55,7 @@ class Player:
 
     def __init__(self, job: Job, plan: DataPlan, recipe: Recipe, start_step: int = 0) -> None:
         self.job, self.recipe = job, recipe
-        self.step = start_step  # that is being played
+        self.step = start_step  # that is being run
         self.rank, self.control = dist.get_rank(), dist.new_group(backend="gloo")
         ledger, self.dataset = Ledger("computing"), open_dataset(plan)
         context = Context(
@@ -138,7 +138,7 @@ def play(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
 
 
 def resume(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
-    """Loads the checkpoint at another layout, and goes on from it to the last step."""
+    """Loads the checkpoint at another layout, and continues from it to the last step."""
     player = Player(job, plan, recipe, SAVED)
     row, saved = DifferenceRow("resumed state", 0.0), read(folder / "saved", 0.0)
     for name, loaded in state(player.engine).items():

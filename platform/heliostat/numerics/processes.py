@@ -158,7 +158,7 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
 
 
 def _ended(processes: list[ForkProcess], beside: ForkProcess | None = None) -> bool:
-    """Waits until all have ended; False as soon as one of them, or the one beside them, has failed."""
+    """Waits until all have ended; False as soon as one of them, or the one next to them, has failed."""
     watched = [*processes, *([beside] if beside else [])]
     while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in watched):
         time.sleep(POLL_S)

@@ -1,6 +1,6 @@
 """Brings matrices together that ZeRO cut into slices over the workers, each on one of them, and the slices of the results back.
 
-ZeRO gives a worker flat slices of parameters, cut anywhere. Which slices are whose is told once (`Matrix.spans`); after that
+ZeRO gives a worker flat slices of parameters, cut anywhere. Which slices are whose is exchanged once (`Matrix.spans`); after that
 every worker knows what it sends and receives. A batch of matrices travels in one all-to-all, each matrix to its owner, and the
 results in another: a worker holds its slices, and as many whole matrices as fall to it of a batch.
 """

@@ -1,7 +1,7 @@
 """Watches the routed experts of a model of transformers: the tokens that each is given, and what its routers say of them;
 balances them by the bias that a router chooses with.
 
-All architectures whose experts transformers computes through its interface (`use_experts_implementation`) are alike here: a
+All architectures whose experts transformers computes through its interface (`use_experts_implementation`) are the same here: a
 module of all experts is called with the experts that every token was sent to.
 """
 

@@ -59,7 +59,7 @@ def shrunk(config: PreTrainedConfig, length: int, heads: int = 2) -> Iterator[Pr
 
 def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: int = 2, largest: float | None = None) -> T:
     """Returns what comes of the first small version of the recipe, of so many heads at most, that can be computed;
-    UntriedError if none can. Its model is built anew on every `build`, and its kernels are those that a CPU can compute.
+    UntriedError if none can. Its model is built again on every `build`, and its kernels are those that a CPU can compute.
     `largest`: parameters at most; the default is LARGEST."""
     reason, most = "no small model of it can be made", LARGEST if largest is None else largest
     for config in shrunk(recipe.config, recipe.length, heads):
@@ -127,7 +127,7 @@ def loss_and_gradient(small: LanguageModel, model: torch.nn.Module) -> torch.Ten
 
 
 def same(right: torch.Tensor, mine: torch.Tensor, tolerance: float) -> bool:
-    """Tells whether two answers of `loss_and_gradient` are alike, the loss and the gradient."""
+    """Tells whether two answers of `loss_and_gradient` are the same, the loss and the gradient."""
     if right.shape != mine.shape:
         return False
     return bool(max(abs(mine[0] - right[0]) / right[0], (mine - right).norm() / right.norm()) <= tolerance)

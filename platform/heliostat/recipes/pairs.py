@@ -48,14 +48,14 @@ K = TypeVar("K", bound=PairKeys)
 class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     """Represents each sample as two embeddings of length 1, by the names of its `sides`: what asks, and what it is to find.
 
-    Beside them `represent` gives `names`, int64 [batch, 2], by which equal sides are known, and `cut`: where a text was too long.
-    """
+    In addition to them `represent` gives `names`, int64 [batch, 2], by which equal sides are known, and `cut`: where a text was
+    too long."""
 
     kind = "rows"
     sides: tuple[str, str]
     sources: list[Manifest]
     keys: PairKeys
-    own: type[PairKeys]  # defines the keys of `model` beside those of its architecture
+    own: type[PairKeys]  # defines the keys of `model` in addition to those of its architecture
     scores: tuple[str, ...] = ("loss", *SCORES)
 
     def __init__(self, job: Job) -> None:

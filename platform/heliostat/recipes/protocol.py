@@ -35,7 +35,7 @@ IGNORED = -100  # in a batch's `labels`, where nothing is asked: padding, and wh
 
 
 class Part(NamedTuple):
-    """Holds a value beside the loss, as a mean over the batch. `weight`: its factor in the objective; 0 only logs it."""
+    """Holds a value in addition to the loss, as a mean over the batch. `weight`: its factor in the objective; 0 only logs it."""
 
     value: torch.Tensor
     weight: float = 0.0
@@ -124,18 +124,18 @@ class Recipe(ABC):
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
     def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:  # noqa: B027
-        """Changes buffers that balance experts, alike on every worker. `routed`: as in `Loss`, of the step's global batch."""
+        """Changes buffers that balance experts, the same on every worker. `routed`: as in `Loss`, of the step's global batch."""
 
     def exact(self, model: torch.nn.Module) -> list[str]:
         """Lists the buffers that stay in fp32 whatever the precision, by names."""
         return []
 
     def companions(self) -> dict[str, Companion]:
-        """Lists, by name, the models on the device beside the one that is trained."""
+        """Lists, by name, the models on the device next to the one that is trained."""
         return {}
 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        """Lists the layers of a model that are alike, which `train.compile: blocks` compiles one by one; none if not known."""
+        """Lists the layers of a model that are the same, which `train.compile: blocks` compiles one by one; none if not known."""
         return []
 
     def active_parameters(self, model: torch.nn.Module) -> int | None:

@@ -1,7 +1,7 @@
 """Defines the events of a run, as the workers and the driver report them: a dataclass each, one home for their fields.
 
-Workers post them to the mailbox, the driver hands each to whoever wants it: the goodput ledger, MLflow, the terminal, a sweep.
-Those that curves are made of also lie beside the checkpoints (`dump`): what a field is called there never changes, and a
+Workers post them to the mailbox, the driver hands each to each reader: the goodput ledger, MLflow, the terminal, a sweep.
+Those that curves are made of also lie next to the checkpoints (`dump`): what a field is called there never changes, and a
 field that is new has a default, so that older runs can be read.
 """
 

@@ -87,7 +87,7 @@ class LedgerRecorder:
         """Begins the ledger with a first attempt; `started`: wall clock of the command's start."""
         self.run = run
         self.attempts = [self._attempt(started, start_step, workers)]
-        self._begun = [time.monotonic() - max(0.0, time.time() - started)]  # each attempt, by a clock that nobody sets
+        self._begun = [time.monotonic() - max(0.0, time.time() - started)]  # each attempt, by a clock that is never set
         self._earlier: list[RecordedAttempt] | None = None  # attempts of earlier commands, once they are read
         self._reading: Future[list[RecordedAttempt]] | None = None
         self._again = 0.0  # when they are to be read again; 0.0 before the first time

@@ -1,7 +1,7 @@
 """Verifies a run against its data: recomputes every receipt from the manifests and the shards alone.
 
 `verify` loads what every step had to train on, hashes it as training did, and compares: each step's digest, each link of the
-chain, and the chain that each checkpoint recorded. It goes on behind a difference, and recomputes steps that no receipt
+chain, and the chain that each checkpoint recorded. It continues after a difference, and recomputes steps that no receipt
 covers, so one fault does not hide the rest. Several windows are loaded at once, because object storage answers slowly; memory
 is bounded by them and by one bit for each sample of the epochs under way.
 """

@@ -7,9 +7,9 @@
 `lease/00000007.json` is the seventh lease of the folder, and the highest number rules. A lease is taken by a put that fails if
 its number is taken, so of drivers that start together one gets it. Its holder writes the file again every RENEW_S, and at the end
 marks it as released. The next number is taken once it is released, or the holder is dead: its process is gone, or, on another
-machine, it has been silent for SILENCE_S. Nobody's clock is compared with another's.
+machine, it has been silent for SILENCE_S. No machine's clock is compared with another's.
 
-The number is the fencing token: whoever was taken for dead, and lives, finds a higher one, and stops without writing. It is
+The number is the fencing token: a holder that was taken for dead, and lives, finds a higher one, and stops without writing. It is
 looked for again before each `checkpoint.json` is written and before anything is pruned.
 """
 
@@ -73,7 +73,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Fence:
-    """Holds the fencing token that a lease's holder hands to whoever writes for it."""
+    """Holds the fencing token that a lease's holder hands to those that write for it."""
 
     folder: Location
     number: int
@@ -180,7 +180,7 @@ def clear(folder: Location) -> None:
 
 
 def newest_number(folder: Location) -> int:
-    """Returns the number of the folder's newest lease; 0 if nobody has ever had one."""
+    """Returns the number of the folder's newest lease; 0 if it never had one."""
     names = (name.removesuffix(".json") for name, _ in folder.join(LEASE).files())
     return max((int(name) for name in names if name.isdigit()), default=0)
 
@@ -190,7 +190,7 @@ def _place(folder: Location, number: int) -> Location:
 
 
 def _read(folder: Location, number: int) -> Holder | None:
-    """Reads a lease's holder; None if the file is gone, or is no lease's: there is nobody to ask then."""
+    """Reads a lease's holder; None if the file is gone, or is no lease's: there is no process to ask then."""
     for wait in (0.1, 1.0, 0.0):  # where there are no links, a new file is empty for a moment
         try:
             return Holder(**json.loads(_place(folder, number).read()))

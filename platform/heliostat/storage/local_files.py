@@ -40,7 +40,7 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 @contextmanager
 def _locked(place: Path, how: int = 0) -> Iterator[os.stat_result]:
     """Locks a folder against other processes, and yields its status; OSError if it is a link or no folder, or, with LOCK_NB, if
-    one has it. Without, it waits: whoever looks how old a folder is lets go of a new one at once."""
+    one has it. Without, it waits: a process that looks how old a folder is lets go of a new one at once."""
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | how)

@@ -1,4 +1,4 @@
-"""Reads back the JSON that heliostat leaves beside a run, a sweep or a model: as what it was, or refused in one line.
+"""Reads back the JSON that heliostat leaves next to a run, a sweep or a model: as what it was, or refused in one line.
 
 A `Format` defines once what a record is; whatever reads one goes through it, so that a file that is cut, edited or foreign is one
 error that names the file and its first fault, and nothing behind it meets a value that it does not expect.

@@ -7,7 +7,7 @@ The query of an `s3://` URI says of its store: `?endpoint_override=HOST:PORT&sch
     scheme              https, or http with an endpoint
     region              else `AWS_REGION` or `AWS_DEFAULT_REGION`
     anonymous           true: requests are not signed, whatever credentials there are; for public buckets
-    request_payer       requester: the requests are paid by whoever asks; such a bucket is only read
+    request_payer       requester: the requests are paid by the caller; such a bucket is only read
 
 Another key is an error, lest one that is misspelt does nothing.
 """

@@ -9,7 +9,7 @@ waited for; MLflow is not needed to resume. A command that ends by itself record
 Retries count the deaths in a row: progress resets the count. A successor that fails before it has begun counts as one more death.
 
 The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which outlives the
-cluster. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this process waits for the
+cluster. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver; this process waits for the
 driver, which saves a checkpoint. It does not wait if the Jobs API lists a marker job that tells this attempt to end now (`stop
 --now`): storage may be what does not answer.
 """
@@ -49,7 +49,7 @@ from heliostat.training.driver.recovery import Budget
 log = logging.getLogger("heliostat")
 
 UPLOAD_S, POLL_S, QUEUE_S = 20.0, 1.0, 2.0
-NOW_S = 5.0  # for the end of the log to reach storage, where the driver was told to end now
+NOW_S = 5.0  # for the end of the log to reach storage, where the driver was asked to end now
 ENDS = "ends"  # in the metadata of the note: the attempt
 
 
@@ -147,7 +147,7 @@ class Driver:
             self._wait_for_turn(queue)
         if self.stopping.is_set():
             return 128 + signal.SIGTERM
-        sender = threading.Thread(target=self._send, daemon=True)  # a store that is away keeps nobody else waiting
+        sender = threading.Thread(target=self._send, daemon=True)  # a store that is away keeps no other thread waiting
         sender.start()
         try:
             return self._children()

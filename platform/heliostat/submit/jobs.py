@@ -98,7 +98,7 @@ class Jobs:
         """Submits a job and returns the submission's id.
 
         Submitting the same job again returns the same submission. ConfigError if another job has this name, or this job ended
-        before and no flag lets it resume or start anew.
+        before and no flag lets it resume or start from scratch.
         """
         queue = record.queue
         if earlier := self.find(record.id):

@@ -274,7 +274,7 @@ def _is_lost(error: Exception) -> bool:
 
 
 def _end(references: list[Any]) -> None:
-    """Ends tasks that are at work, so that nothing is written after an error was told.
+    """Ends tasks that are at work, so that nothing is written after an error was reported.
 
     What is about to end is let end: Ray aborts this process if a task that it is just completing is cancelled.
     """

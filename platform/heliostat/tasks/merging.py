@@ -94,7 +94,7 @@ def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
 
 
 def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
-    """Computes how often so many bytes in runs would be merged for so many shards, if all runs are alike."""
+    """Computes how often so many bytes in runs would be merged for so many shards, if all runs have the same size."""
     count = 0
     while _thin(runs, shards, bytes / runs / shards):
         parts, size = _divided(shards, bytes / runs, run_bytes)

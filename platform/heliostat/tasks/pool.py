@@ -105,7 +105,7 @@ def _is_alive(actor: Any) -> bool:
 
 
 def _placed(actors: list[Any]) -> list[Any]:
-    """Waits until the actors have a place; goes on with fewer where others hold what they need, HeliostatError with none."""
+    """Waits until the actors have a place; continues with fewer where others hold what they need, HeliostatError with none."""
     alive = {actor.alive.remote(): actor for actor in actors}
     ready, late = ray.wait(list(alive), num_returns=len(alive), timeout=PLACE_S)
     for reference in late:

@@ -97,7 +97,7 @@ def shut_in(root: Path, places: list[str], files: int, files_given: dict[str, by
     """Moves this process and its children into namespaces (of processes: the children alone) and a root folder of their own.
 
     It makes that folder at `root`, with these places, read-only, and an empty folder that holds the given files. A process of
-    root's becomes nobody's, unless it is to stay the `same_user`, who then has no rights beyond the box either.
+    root's becomes the user `nobody`'s, unless it is to stay the `same_user`, who then has no rights beyond the box either.
     """
     user, group = os.geteuid(), os.getegid()
     if user or same_user:

@@ -109,7 +109,7 @@ METRICS = (
     Metric("train/time/*_s", Goodput, lambda e: e.report["parts"], formerly="goodput/*_s"),
     Metric(CHECKPOINT + "*", Saved, lambda e: {"blocked_s": e.blocked_s, "failed": e.failed or None}, formerly="checkpoint/*"),
     Metric(SYSTEM + "*", NodeSample, lambda e: {f"{key} {e.node}": value for key, value in e.values.items()}),
-    Metric("train/*", Steps, _of("added"), "{}"),  # the recipe's terms beside the loss
+    Metric("train/*", Steps, _of("added"), "{}"),  # the recipe's terms in addition to the loss
 )  # fmt: skip
 
 # of `train/NAME`, those that metrics have, or had in runs recorded before: a part of a recipe's loss takes another name

@@ -62,7 +62,7 @@ def tune(
     overwrite: bool = False,
     verbose: bool = False,
 ) -> SweepResult:
-    """Runs a sweep to its end, or goes on with it; HeliostatError with one line for whatever stopped it."""
+    """Runs a sweep to its end, or continues with it; HeliostatError with one line for whatever stopped it."""
     require_one_way(resume, overwrite)
     plan = load(path, settings)
     base = Job.model_validate(plan.base)

@@ -63,7 +63,7 @@ def _cell(row: Row, name: str) -> str:
 
 
 def figures(plan: SweepPlan, records: list[TrialRecord]) -> dict[str, Figure]:
-    """Plots every trial's curve, and the parameters beside the metric: the figures by file name, none without a report."""
+    """Plots every trial's curve, and the parameters next to the metric: the figures by file name, none without a report."""
     reported = [r for r in records if r.reports]
     if not reported:
         return {}

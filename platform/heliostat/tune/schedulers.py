@@ -224,7 +224,7 @@ class Watch(Callback):
         self._base, self._idle = base, Shortage(base)
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
-        return Callback, ()  # Tune pickles its callbacks into a state that nobody reads
+        return Callback, ()  # Tune pickles its callbacks into a state that is never read
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
         self.state.trials = trials

@@ -1,7 +1,7 @@
 """Chooses the next trial for Ray Tune from the sweep's records, so that a resumed sweep repeats nothing and loses nothing.
 
-Random trials follow from the seed and their number, a grid from its order; Optuna is told of every trial that has ended, also of
-those that an earlier command ran. Not more trials are given to Tune than there is room for, so no workers wait half placed.
+Random trials follow from the seed and their number, a grid from its order; Optuna is informed of every trial that has ended, also
+of those that an earlier command ran. Not more trials are given to Tune than there is room for, so no workers wait half placed.
 """
 
 from __future__ import annotations

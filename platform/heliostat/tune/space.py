@@ -194,7 +194,7 @@ def corners(space: Space) -> list[Params]:
 
 
 def explore(space: Space, params: Params, rng: np.random.Generator, resample: float) -> Params:
-    """Perturbs `params`: draws each value anew with probability `resample`, else multiplies it by 0.8 or 1.2, or takes the next
+    """Perturbs `params`: draws each value again with probability `resample`, else multiplies it by 0.8 or 1.2, or takes the next
     or previous one of a list."""
     new = dict(params)
     for key in params:

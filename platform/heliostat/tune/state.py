@@ -126,7 +126,7 @@ class SweepState:
         return self._keep(record)
 
     def cloned(self, record: TrialRecord, donor: TrialRecord, step: int, params: Params) -> None:
-        """Notes in a trial's record that it goes on from the donor's checkpoint of the step, with these parameters."""
+        """Notes in a trial's record that it continues from the donor's checkpoint of the step, with these parameters."""
         folder = str(self.folder.join("trials", self.plan.name(donor.number)))
         record.clones.append({"from": donor.number, "step": step, "at_step": record.step, "folder": folder,
                               "old": record.params, "params": params, "at": time.time()})  # fmt: skip
@@ -177,7 +177,7 @@ class SweepState:
         return sum(r.seconds for r in self.records.values()) / 3600 * workers["gpus"] * workers["count"]
 
     def affords_another(self) -> bool:
-        """Tells whether a new trial could run to its end, beside those that run, within the budget of tokens."""
+        """Tells whether a new trial could run to its end, in parallel with those that run, within the budget of tokens."""
         limit = self.plan.sweep.budget.tokens
         if limit is None:
             return True

@@ -1,8 +1,8 @@
 """Runs a trial for Ray Tune: one of our own runs (`train_with_hooks`) in a thread of Tune's actor, with its own workers.
 
 `step` returns when the run waits behind a step that the scheduler wants to see, when it has ended, or after a second with how far
-it is. Asked for another step, the run goes on; stopped, it ends where it waits, or behind a checkpoint. `cleanup` returns when
-the run's workers, actors and placement group are gone. A trial always goes on from what its run's folder holds: what Tune keeps
+it is. Asked for another step, the run continues; stopped, it ends where it waits, or behind a checkpoint. `cleanup` returns when
+the run's workers, actors and placement group are gone. A trial always continues from what its run's folder holds: what Tune keeps
 as its checkpoint is empty.
 """
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0  # between two signs of progress
 ALONE_S = 60.0
-END_S = 240.0  # for a run that was told to end
+END_S = 240.0  # for a run that was asked to end
 
 
 @dataclass(kw_only=True)
@@ -178,7 +178,7 @@ class Trial(tune.Trainable):
 def clone(wanted: Clone, run: Location) -> bool:
     """Clones a trial for PBT: makes the donor's checkpoint the newest of the run; returns False if that was done before.
 
-    A checkpoint's step is the run's step, and all trials of a PBT sweep have the same data plan. So the clone goes on with the
+    A checkpoint's step is the run's step, and all trials of a PBT sweep have the same data plan. So the clone continues with the
     samples after the donor's, and the receipts up to there, which are copied, are its own: `heliostat verify` holds.
     """
     if (read_json(run.join(run_folder.CLONE), CLONE) or {}).get("id") == wanted["id"]:

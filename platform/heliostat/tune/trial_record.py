@@ -35,7 +35,7 @@ Clone = TypedDict(  # what a trial took over from another; `id`, in its configur
 @closed
 @dataclass
 class TrialRecord:
-    """Describes one trial. `status`: waiting, running, paused, stopped (a resume goes on with it), finished, pruned or failed."""
+    """Describes one trial. `status`: waiting, running, paused, stopped (a resume continues it), finished, pruned or failed."""
 
     number: int
     params: Params

@@ -66,7 +66,7 @@ class ConnectionWatch:
     def finishing(self) -> bool:
         """Tells whether the client is still sending a body that was answered before its end, such as one without a key.
 
-        Whoever sends a body reads the answer behind it: to close the connection would hide the answer.
+        A client that sends a body reads the answer behind it: to close the connection would hide the answer.
         """
         return self.arrived < self.end
 

@@ -65,7 +65,7 @@ class Gate:
         """Raises Refusal for the name of another site, which could lead here (DNS rebinding)."""
         name = _host(request.headers.get("host", ""))
         try:
-            ipaddress.ip_address(name)  # is no name, so that nobody can make it lead elsewhere
+            ipaddress.ip_address(name)  # is no name, so that it cannot lead elsewhere
         except ValueError:
             if name not in self.names:
                 said = f"host: {name[:100]!r} is not this server's name; use its address, or {', '.join(sorted(self.names))}"

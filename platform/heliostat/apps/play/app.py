@@ -48,7 +48,7 @@ HEADERS = {
 
 
 def app(front: Front, offered: dict[str, object]) -> Starlette:
-    """Makes the application of a front; `offered`: what the page is told when it has the key."""
+    """Makes the application of a front; `offered`: what the page gets when it has the key."""
 
     async def told(request: Request) -> Response:
         try:

@@ -5,7 +5,7 @@
     INDEX/index.json         written last: dataset, embedder, settings, counts, and the version that they are of
     INDEX/work               what finished units have done, by the keys of what their passages follow from
 
-A unit (row groups of a shard) is a task, whose fragments a version lists once. A run that is killed goes on behind its last
+A unit (row groups of a shard) is a task, whose fragments a version lists once. A run that is killed continues after its last
 finished unit; a new version of the dataset is the work of its new shards, where texts whose embeddings are known keep them. What
 is not in the new version of the dataset is not in the new version of the table.
 """
@@ -82,7 +82,7 @@ class Before:
 
 
 def what_was(place: Location) -> Before | None:
-    """Reads what the index was; None if there was none, or a part of it is lost: then all is built anew, as a warning says."""
+    """Reads what the index was; None if there was none, or a part of it is lost: then all is built again, as a warning says."""
     if not place.join(table.RECORD).exists():
         return None
     known = table.read_record(place)

@@ -1,7 +1,7 @@
 """Keeps an index's passages in a Lance table, in the index's folder: a version of it is a list of fragments, committed at once.
 
 Workers write fragments, which belong to no version until one lists them. A version is never changed, and a reader opens the one
-that `index.json` names, so that it sees a whole one, whatever is being written beside it. Lance is imported when it is used:
+that `index.json` names, so that it sees a whole one, whatever else is being written. Lance is imported when it is used:
 threads that it starts do not survive a fork.
 """
 

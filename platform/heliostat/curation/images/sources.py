@@ -83,7 +83,7 @@ def digit_caption(number: int, digit: int) -> str:
 def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
     """Lists every file that belongs to the input, sorted by path; ConfigError if there are none.
 
-    Beside images by their suffixes, those of any name that metadata files (of at most `limit` bytes) name.
+    In addition to images by their suffixes, those of any name that metadata files (of at most `limit` bytes) name.
     """
     if uri == DIGITS:
         return [InputFile("digits", 1797 * 64, 0)]
@@ -108,7 +108,7 @@ def tasks(
 ) -> Iterator[dict[str, Any]]:
     """Plans the read tasks: each reads an archive, a part of a table, or some hundred files that a metadata file names.
 
-    Of these, `state` says what they follow from beside their rows: the bytes of each, and when it was modified.
+    Of these, `state` says what they follow from in addition to their rows: the bytes of each, and when it was modified.
     `target`: bytes of a piece, by default by those of all files.
     """
     if uri == DIGITS:
@@ -211,7 +211,7 @@ def _archive(base: Location, part: FilePart, columns: ImageColumns, limits: Imag
     try:
         opened = sources.blocks(base, part.path, limits.file, part)
     except sources.LeftOutError as e:
-        if part.start == 0:  # told once
+        if part.start == 0:  # reported once
             yield Dropped(path, e.reason, e.detail)
         return
     with opened as file:
@@ -234,7 +234,7 @@ def digits() -> Iterator[Raw]:
 def read_parquet(
     path: str, file: pa.NativeFile, columns: ImageColumns, limits: ImageLimits, part: FilePart
 ) -> Iterator[Raw | Dropped]:
-    """Yields the rows of a Parquet file, or of a part of it. A broken footer is told once, a broken row group by its part."""
+    """Yields the rows of a Parquet file, or of a part of it. A broken footer is reported once, a broken row group by its part."""
     wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
         opened = parquet.opened(file, columns.image)

@@ -208,7 +208,7 @@ def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED)
 def without(file: pq.ParquetFile, id: str) -> tuple[bytes | None, int]:
     """Writes an open shard again without an image, and returns it with the image's and its caption's bytes; None if none is left.
 
-    Row groups keep their other images. Of latents nobody knows what the image took.
+    Row groups keep their other images. Of latents it is unknown what the image took.
     """
     left, size = list[pa.Table](), 0
     for group in range(file.num_row_groups):

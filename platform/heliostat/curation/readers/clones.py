@@ -1,7 +1,7 @@
 """Reads git clones, bare or with a working tree, by the program `git`: the files of one commit, as they were committed.
 
-A clone is untrusted: git is told to take no settings of the machine, to run no hook or monitor, to ask no remote, and to show no
-replaced objects; a clone that takes its objects from elsewhere is not read. Files in the working tree play no part.
+A clone is untrusted: git is configured to take no settings of the machine, to run no hook or monitor, to ask no remote, and to
+show no replaced objects; a clone that takes its objects from elsewhere is not read. Files in the working tree play no part.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class Archive:
             self._used = 0
 
     def _fill(self, count: int) -> bool:
-        """Makes at least so many plain bytes ready, of one member if it begins anew; False if there are not so many."""
+        """Makes at least so many plain bytes ready, of one member if it begins from scratch; False if there are not so many."""
         while len(self._plain) - self._used < count:
             if not self._packed:
                 data = self._source.read(PIECE)

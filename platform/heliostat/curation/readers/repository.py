@@ -63,7 +63,7 @@ def documents(path: str, members: Members, limits: ReadLimits, about: dict[str, 
 
 
 def _licenses(members: Members) -> Licenses:
-    """Reads the licence files; what cannot be read is told when all is read."""
+    """Reads the licence files; what cannot be read is reported when all is read."""
     licenses, count = Licenses(), 0
     try:
         for number, member in enumerate(members(), 1):

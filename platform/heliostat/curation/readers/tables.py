@@ -1,4 +1,4 @@
-"""Reads files of records: JSON lines, CSV, Arrow. What stands beside the text becomes the document's columns."""
+"""Reads files of records: JSON lines, CSV, Arrow. What stands next to the text becomes the document's columns."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Ite
             return
         except (csv.Error, LeftOutError) as e:
             yield Dropped(id, getattr(e, "reason", "corrupt"), f"line {source.line:,}: {e}")
-            rows, number = csv.reader(source, delimiter=mark), number + 1  # goes on behind what broke it
+            rows, number = csv.reader(source, delimiter=mark), number + 1  # continues after what broke it
             continue
         except UnicodeDecodeError:
             yield Dropped(id, "not_utf8", f"line {source.line:,}")

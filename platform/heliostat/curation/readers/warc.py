@@ -1,7 +1,7 @@
 """Reads web archives: pages of .warc, texts of .wet, metadata of .wat, packed record by record (.gz), as a whole, or not.
 
 A record's id is `path#offset`, the offset that its packed record has in the file (of other packings than .gz: in the unpacked). A
-record that is broken, does not end where it says, or is larger than a document may be, is dropped, and reading goes on at the
+record that is broken, does not end where it says, or is larger than a document may be, is dropped, and reading continues at the
 next that can be found behind its start. Libraries for this skip what they cannot read without a word; this one may not.
 """
 

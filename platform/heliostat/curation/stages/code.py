@@ -1,4 +1,4 @@
-"""Drops source files that nobody wrote: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et al.
+"""Drops source files that no person wrote: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et al.
 2024).
 
 Dropped are files of more than 100,000 lines, with lines of more than 100 characters in the mean or one of more than 1,000 (not

@@ -233,7 +233,7 @@ def _matched(line: str, detector: SecretDetector, secrets: set[str]) -> Iterator
                 start, end = match.span(0 if whole or not pattern.groups or match[1] is None else 1)
                 if alone and (line[:start][-1:].isalnum() or line[end:][:1].isalnum() or len({*line[start + 2 : end]}) == 1):
                     continue
-                secret = line[start:end].rstrip(' \t\r"')  # some patterns hold what stands beside it
+                secret = line[start:end].rstrip(' \t\r"')  # some patterns hold what stands next to it
                 yield end - len(line[start:end].lstrip(' \t\r"=:')), start + len(secret)
 
 

@@ -1,4 +1,4 @@
-"""Drops near duplicates: documents whose sets of word n-grams are much alike, found by MinHash and locality-sensitive hashing.
+"""Drops near duplicates: documents whose sets of word n-grams are very similar, found by MinHash and locality-sensitive hashing.
 
 (Broder, On the resemblance and containment of documents, 1997. The defaults are FineWeb's: Penedo et al., The FineWeb Datasets,
 2024: 14 bands of 8 rows over 5-grams of words.) Documents that share a band are candidates, and candidates of candidates one

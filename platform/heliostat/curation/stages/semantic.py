@@ -28,7 +28,7 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
-ROW_BYTES = 400  # of memory for each document of a cell, beside its vector
+ROW_BYTES = 400  # of memory for each document of a cell, next to its vector
 VECTORS = 16  # a file of vectors is one so many-th of `memory_limit`: it is sorted, encoded and read again
 NUMBER_BYTES = 16  # of memory for each number of a vector that is compared, with copies
 

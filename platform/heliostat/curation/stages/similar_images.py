@@ -49,7 +49,7 @@ class SimilarImages(GlobalStage):
 
     def _near(self, flow: Flow, kind: str, faces: list[str], parts: int, distance: int, images: int,
               memory_limit: int) -> list[str]:  # fmt: skip
-        """Finds the pairs that look alike and who of them stays; returns the spills that name them."""
+        """Finds the pairs that look the same and who of them stays; returns the spills that name them."""
         count = alike.blocks(distance, images)
         grouped = flow.all(f"{kind}-group", alike.group, by_parts(flow, kind, parts, faces, distance=distance, count=count))
         under, meeting = (

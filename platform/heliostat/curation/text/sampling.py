@@ -1,6 +1,6 @@
 """Chooses a sample of a text input: a pure function of the listing and the fraction.
 
-Files of one document are chosen by the hashes of their paths, large and small ones alike. Of files of many, first places are
+Files of one document are chosen by the hashes of their paths, large and small ones equally. Of files of many, first places are
 chosen in the same way (ranges of lines; whole files, where a range cannot be read), more of them the fewer there are, and then
 records within them by their hashes, so that every record has the same chance and only what is chosen is read. Order, the cluster
 and the cut into tasks play no part.

@@ -187,7 +187,7 @@ def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -
 def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
     """Writes a shard as the bytes of a Parquet file: the same documents in the same order give the same bytes.
 
-    A row that does not end with the end of its document goes on in the next, of the same name. The documents' places
+    A row that does not end with the end of its document continues in the next, of the same name. The documents' places
     (`manifest.place`) must descend.
     """
     lengths = np.array([len(t) for t in tokens], np.int64)

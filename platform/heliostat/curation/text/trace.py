@@ -200,8 +200,9 @@ def read_again(source: TextSource, id: str) -> Document | Dropped | None:
 
 
 def stages_again(made_by: dict[str, Any], document: Document) -> Iterator[tuple[dict[str, Any], Document | None]]:
-    """Yields what each stage does to a document, and the document behind it, up to the one that drops it, or of which nobody
-    knows what it cut out.
+    """Yields what each stage does to a document, and the document after it.
+
+    The last is the stage that drops it, or that cut out what is no longer known.
 
     Of each: `stage`, `did` (kept, changed, dropped; compared, where documents are compared with others; cut, where what they have
     in common is removed), `reason`, `detail`, `measures`, `counts`, and `bytes` before and behind it. ConfigError if the dataset

@@ -1,6 +1,6 @@
 """Answers batches of texts with a model's folder: continues them, scores them, embeds them, or classifies them.
 
-An answer follows from the text, its seed and the options. What is in a batch beside it changes the order of floating-point sums
+An answer follows from the text, its seed and the options. What is in a batch next to it changes the order of floating-point sums
 and nothing else: noise is drawn by each input's own seed, and prompts of several lengths share a batch only if the model is found
 to give the same logits behind padding.
 

@@ -1,4 +1,4 @@
-"""Reads the inputs of a batch inference: texts as a text pipeline does, chats beside them, images as an image pipeline does."""
+"""Reads the inputs of a batch inference: texts as a text pipeline does, chats next to them, images as an image pipeline does."""
 
 from __future__ import annotations
 

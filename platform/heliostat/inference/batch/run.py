@@ -6,7 +6,7 @@
     OUT/work                      what finished pieces have done, by the keys of what their answers follow from
 
 Each input is answered once: a piece's file has the name of what it follows from, and `inference.json` lists each file once. A run
-that is killed goes on behind its last finished piece, on any number of workers; new input is only its own work. Answers of what
+that is killed continues after its last finished piece, on any number of workers; new input is only its own work. Answers of what
 the input no longer holds are deleted, and counted. One command at a time writes to the folder, and of one input. Answers are a
 pure function of the input, the model and the settings, on machines of one kind. `prepare` reads OUT/answers as an input.
 """

@@ -46,7 +46,7 @@ COLUMN = {"chat": "messages", "embed-images": "image"}  # of the input, where no
 
 
 class BatchSettings(Strict):
-    """Describes a batch inference; all that an answer follows from, beside the model and the input itself."""
+    """Describes a batch inference; all that an answer follows from, next to the model and the input itself."""
 
     task: Task = "continue"
     column: str = Field("", validate_default=True)

@@ -39,7 +39,7 @@ from heliostat.schema import nearest
 from heliostat.text import brief
 
 BUILT_IN = {"Autoencoder": ("diffusers",)}
-SHOWN = 8  # images in the grid, each beside its reconstruction
+SHOWN = 8  # images in the grid, each next to its reconstruction
 SCALED = 256  # images that the scaling factor is measured on
 
 
@@ -209,7 +209,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
 
 class Reconstructions:
-    """Draws some of the images, each beside its reconstruction by the autoencoder."""
+    """Draws some of the images, each next to its reconstruction by the autoencoder."""
 
     def __init__(self, recipe: Autoencoder) -> None:
         self.recipe, self.count = recipe, SHOWN

@@ -46,7 +46,7 @@ TEXT_WIDTHS = {
     "pixart": ("caption_channels",),
     "sd3": ("joint_attention_dim", "pooled_projection_dim"),
 }
-VOCABULARIES = (".txt", ".model", ".tiktoken")  # of tokenizers, beside JSON: merges.txt, vocab.txt, spiece.model
+VOCABULARIES = (".txt", ".model", ".tiktoken")  # of tokenizers, in addition to JSON: merges.txt, vocab.txt, spiece.model
 
 Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
 
@@ -258,7 +258,7 @@ def folder_digest(folder: str) -> str:
 def tokenizer_digest(folder: str) -> str | None:
     """Computes a digest of the files of a frozen text encoder's tokenizer that the folder's own leaves out; None without any.
 
-    It stands beside the folder's, which the manifests of datasets name.
+    It stands next to the folder's, which the manifests of datasets name.
     """
     place = tokenizer_folder(folder)
     suffixes = (*VOCABULARIES, *(() if place == Path(folder) else (".json",)))

@@ -66,7 +66,7 @@ class Clip(CLIPModel):
 
 
 class ImageEmbedderKeys(PairKeys):
-    """Defines the keys of `model` beside those of its architecture."""
+    """Defines the keys of `model` in addition to those of its architecture."""
 
     temperature: Float = Field(0.07, gt=0)
     """Divides the cosines of the pairs in the loss."""

@@ -2,7 +2,7 @@
 
 Conditional accuracy: a classifier trained on the real images predicts the label of each picture; the score is the share of
 pictures with the label that their prompt asked for. The classifier's own accuracy on real images that it was not trained on, and
-the chance level, are reported beside it.
+the chance level, are reported next to it.
 """
 
 from __future__ import annotations

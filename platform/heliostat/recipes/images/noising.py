@@ -22,7 +22,7 @@ from heliostat.recipes.constants import Constant
 from heliostat.schema import Float, Strict
 
 SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
-FLOW_STEPS = 1000  # what the network is told of s: s x 1000
+FLOW_STEPS = 1000  # what the network gets of s: s x 1000
 
 
 class NoiseObjective(Strict):

@@ -6,7 +6,7 @@
     model: {pretrained: /models/llama-3-8b}            # from a folder in Hugging Face's format: weights and tokenizer must match
 
 A sample is `data.sequence_length` consecutive tokens of a chunk, documents end to end. Every token but the first of a sample is
-predicted; with `data.document_mask` attention and positions start anew at each document, and no document's first token is
+predicted; with `data.document_mask` attention and positions start from scratch at each document, and no document's first token is
 predicted; architectures in which packed documents attend to each other all the same are refused (`packing`).
 
 Held-out scores: loss (nats per token), perplexity, and bits per byte of the text that the tokens stand for.

@@ -71,7 +71,7 @@ class OnHost:
 
 
 def require(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can be played again in part, or
+    """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can be recomputed in part, or
     leave their input, as the job asks."""
     which, kind = recipe.checkpointing, recipe.config.model_type
     if which is True and not recipe.offload:

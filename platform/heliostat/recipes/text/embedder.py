@@ -32,7 +32,7 @@ BUILT_IN = {"Embedder": ("heliostat.recipes.text.encoder", "transformers")}
 
 
 class EmbedderKeys(PairKeys):
-    """Defines the keys of `model` beside those of its architecture."""
+    """Defines the keys of `model` in addition to those of its architecture."""
 
     pooling: Literal["mean", "last", "cls"] = "mean"
     """Makes one vector of a text's states: their mean, the last token's, or the first's."""

@@ -1,4 +1,4 @@
-"""Writes what is beside an exported language model's weights: configuration, tokenizer, and how it generates. Chooses prompts to
+"""Writes what is next to an exported language model's weights: configuration, tokenizer, and how it generates. Chooses prompts to
 show it with: the first words of documents that it has not been trained on.
 """
 

@@ -37,7 +37,7 @@ def write(folder: Path, sources: list[Manifest]) -> None:
 
 @dataclass(frozen=True)
 class Infilling:
-    """Makes prompts for middles. `ends`: tokens that end one, beside those that end a document."""
+    """Makes prompts for middles. `ends`: tokens that end one, in addition to those that end a document."""
 
     tokenizer: Tokenizer
     markers: Markers
@@ -64,6 +64,6 @@ class Infilling:
         return Infilling(raw, infilling.find(raw, names), bool(said.get("suffix_first")), list(opening), ends)
 
     def prompt(self, prefix: str, suffix: str) -> list[int]:
-        """Encodes what the model goes on from with the middle."""
+        """Encodes what the model continues from with the middle."""
         before, behind = infilling.encode(self.tokenizer, [prefix, suffix])
         return [*self.opening, *self.markers.prompt(before, behind, self.suffix_first)]

@@ -42,16 +42,16 @@ def _install() -> None:
 
     def find_packed_sequence_indices(position_ids: torch.Tensor) -> torch.Tensor | None:
         if not _applies(position_ids):
-            found: torch.Tensor | None = documents(position_ids)
-            return found
+            indices: torch.Tensor | None = documents(position_ids)
+            return indices
         if _whole.get():
             return None
         return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
     def padded(ignore: Callable[..., bool]) -> Callable[..., bool]:
         @functools.wraps(ignore)
-        def decided(padding_mask: torch.Tensor | None, *given: Any, **named: Any) -> bool:
-            return not _applies(padding_mask) and ignore(padding_mask, *given, **named)
+        def decided(padding_mask: torch.Tensor | None, *args: Any, **named: Any) -> bool:
+            return not _applies(padding_mask) and ignore(padding_mask, *args, **named)
 
         return decided
 

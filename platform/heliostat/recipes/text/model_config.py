@@ -96,7 +96,7 @@ def _divisor(number: int, near: int) -> str:
     return f"nearest that does: {min(divisors(number), key=lambda d: abs(d - near))}"
 
 
-ROUTER = "output_router_logits"  # which a job may give beside `pretrained`, as `expert_keys`: it is of the training
+ROUTER = "output_router_logits"  # which a job may give in addition to `pretrained`, as `expert_keys`: it is of the training
 
 
 def changed(model: Mapping[str, object]) -> dict[str, object]:

@@ -1,6 +1,6 @@
-"""Keeps what is dear of a checkpointed layer, for `train.activation_checkpointing: selective`: only the rest is played again.
+"""Keeps what is dear of a checkpointed layer, for `train.activation_checkpointing: selective`: only the rest is recomputed.
 
-Dear are products with weights and fused attention: nearly all of the time, in tensors that grow with the tokens alone. Played
+Dear are products with weights and fused attention: nearly all of the time, in tensors that grow with the tokens alone. Recomputed
 again are norms, activations, residuals, rotations, and attention that is written out, whose scores grow with the tokens' square.
 
 The forward pass notes the outputs, in the order of the operations; when autograd plays the layer again it meets the same
@@ -163,7 +163,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _detached(value: object) -> object:
-    """Detaches a tensor, which goes on to be counted as written into whenever that one is."""
+    """Detaches a tensor, which continues to be counted as written into whenever that one is."""
     if not isinstance(value, torch.Tensor):
         return value
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # beneath autograd that is not so

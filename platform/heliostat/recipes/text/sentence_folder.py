@@ -1,4 +1,4 @@
-"""Writes and reads what `sentence-transformers` keeps beside a model: how an embedding is made of its hidden states.
+"""Writes and reads what `sentence-transformers` keeps next to a model: how an embedding is made of its hidden states.
 
     modules.json                    the model, the pooling, and the normalisation, in their order
     1_Pooling/config.json           which pooling

@@ -106,7 +106,7 @@ def _tiles(whole: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
 
 class KeepForBackward(torch.autograd.Function):
     """Keeps a tensor for the backward pass of what is computed of it next. Before that is computed: a layer that is checkpointed
-    is played again as far as there is something to keep, and so not through its MLP, which plays its tiles itself."""
+    is recomputed as far as there is something to keep, and so not through its MLP, which plays its tiles itself."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:

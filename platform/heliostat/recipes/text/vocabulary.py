@@ -44,7 +44,7 @@ def load(definition: bytes, owner: str) -> Tokenizer:
 
 def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:
     """Describes how a model's tokenizer differs from the dataset's; None if it does not. `special`: the token that ends
-    documents, and others that the dataset has beside those of text."""
+    documents, and others that the dataset has in addition to those of text."""
     ours, theirs = (json.loads(t.to_str()) for t in (data, model))
     if ours["model"]["type"] != theirs["model"]["type"]:
         return f"the dataset's is {ours['model']['type']}, the model's {theirs['model']['type']}"

@@ -105,7 +105,7 @@ class Attempt:
         self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
         self._ordered = 0
         self._paused_at: int | None = None  # the step behind which the workers wait
-        self._stop_by: float | None = None  # when those who were told to stop must have ended
+        self._stop_by: float | None = None  # when those that were asked to stop must have ended
         self._look_at = self._grow_at = 0.0
         self._starved = False  # said to be
         self._placing, self._reading = nodes.Shortage(self.job), 0.0  # since when the stream is being opened
@@ -313,7 +313,7 @@ class Attempt:
         return ended
 
     def _places(self) -> tuple[list[Member], list[WorkerPlace]]:
-        """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made anew."""
+        """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made again."""
         while True:
             members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
             placed = places(members)

@@ -87,7 +87,7 @@ def unit(job: Job) -> str:
 
 
 class WarmUp:
-    """Imports, once it is told to, what exporting and logging a recipe's model takes."""
+    """Imports, once it is asked to, what exporting and logging a recipe's model takes."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe

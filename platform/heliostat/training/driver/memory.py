@@ -100,7 +100,7 @@ class Memory:
 def whole(by_node: Mapping[str, Iterable[Held]], data: str) -> list[tuple[str, int, int]]:
     """Finds the generations of which every rank's copy is held, as (id, step, world), the newest first.
 
-    `by_node`: by node. One whose copies do not agree in all that is the same for all workers is torn, and is none. `data`:
+    `by_node`: by node. One whose copies do not agree in all that is the same for all workers is incomplete, and is none. `data`:
     as in `Memory.newest`.
     """
     by_id: dict[str, list[tuple[int, CopyFacts]]] = {}

@@ -55,7 +55,7 @@ class Slots:
         self.held: dict[int, Slot] = {}
         self._numbers = itertools.count()
         self._avoided: dict[str, float] = {}
-        self._open: list[PlacementGroup] = []  # asked for, and in nobody's slot yet
+        self._open: list[PlacementGroup] = []  # asked for, and in no slot yet
 
     def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
         """Takes nodes for lost, for some time, before Ray knows that they are; or `for_good`, though they live."""
