@@ -261,8 +261,17 @@ def _literals(annotation: object) -> list[object]:
     return [c for n in nested for c in n] or list(get_args(annotation))
 
 
+def require_whole(model: type, key: str) -> None:
+    """Raises ConfigError that names the key if a class, such as a user's, lacks methods that its base requires."""
+    if missing := sorted(getattr(model, "__abstractmethods__", ())):
+        raise ConfigError(
+            f"{key}: {model.__module__}:{model.__qualname__} lacks {', '.join(missing)}. Implement what its base requires"
+        )
+
+
 def validate(model: type[M], raw: object, where: str) -> M:
     """Validates plain data as the model; one ConfigError with every fault, each on its own line after `where`."""
+    require_whole(model, where)
     try:
         return model.model_validate(raw)
     except ValidationError as e:

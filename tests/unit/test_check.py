@@ -107,6 +107,16 @@ def test_a_run_that_resumes_waits_for_a_store_that_is_away(tmp_path, monkeypatch
         check.check_services(wanted, resume=True)
 
 
+def test_a_file_that_is_no_database_is_found_before_the_run(tmp_path):
+    """MLflow would find it once the workers were placed. An empty file becomes a database."""
+    place = tmp_path / "x.db"
+    place.write_text("text")
+    with pytest.raises(ConfigError, match=r"^mlflow\.uri: .*x\.db is not an SQLite database"):
+        check._check_mlflow(f"sqlite:///{place}")
+    place.write_text("")
+    check._check_mlflow(f"sqlite:///{place}")
+
+
 @pytest.mark.parametrize("status", [500, 503])
 def test_the_cause_of_an_error_of_mlflows_client_is_not_cut_off(monkeypatch, status):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

@@ -48,7 +48,7 @@ BOTH = "--overwrite: deletes what --resume goes on from; give one of the two"
         ),
         (["runs", "--mlflow", "foo://x", "--json"], "ConfigError", "--mlflow: 'foo://x' is no MLflow store; use sqlite:///FILE"),
         (["runs", "--mlflow", "sqlite:///README.md", "--json"], "ConfigError", "README.md is not an SQLite database"),
-        (["runs", "--mlflow", "sqlite:///jobs", "--json"], "ConfigError", "jobs is not an SQLite database"),
+        (["runs", "--mlflow", "sqlite:///jobs", "--json"], "ConfigError", "--mlflow: jobs cannot be read (Is a directory)"),
         (["jobs", "--cluster", "127.0.0.1:99999", "--json"], "ConfigError", "and no address (HOST:PORT"),
         (["runs", "--mlflow", "http://u:p@h", "--json"], "ConfigError", "--mlflow: carries a password"),
     ],

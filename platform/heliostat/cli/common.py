@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 GAP = "  "  # between the columns of a table
 INDENT = "    "  # of a row's further lines
 Report = dict[str, Any]  # what a command has found, as `--json` prints it
-SQLITE = b"SQLite format 3\0"  # which every such file begins with
 HELP = {"help_option_names": ["--help", "-h"]}
 
 
@@ -173,6 +172,7 @@ def store_uri(uri: str | None) -> str:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     from heliostat.config.spec import require_store
+    from heliostat.storage.local_files import require_database
     from heliostat.tracking.mlflow_client import default_uri
 
     if not uri:
@@ -182,14 +182,8 @@ def store_uri(uri: str | None) -> str:
         place = Path(uri.removeprefix("sqlite:///").partition("?")[0])
         if not place.exists():
             raise ConfigError(f"--mlflow: {uri}: there is no such file")
-        if not place.is_file() or not _is_database(place):
-            raise ConfigError(f"--mlflow: {uri}: {place} is not an SQLite database. Name that of `mlflow.uri` in the job")
+        require_database("--mlflow", place)
     return uri
-
-
-def _is_database(place: Path) -> bool:
-    with place.open("rb") as file:
-        return file.read(len(SQLITE)) in (b"", SQLITE)
 
 
 def run_folder(run: str, mlflow: str | None) -> Location:

@@ -66,7 +66,7 @@ def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: f
             left = [process for process in left if _runs(process)]  # in a container a process may stay a zombie that none reaps
 
 
-class ProcessHandle(Protocol):
+class OwnProcess(Protocol):
     """Describes a process that this one has started, such as `subprocess.Popen`."""
 
     pid: int
@@ -74,7 +74,7 @@ class ProcessHandle(Protocol):
     def poll(self) -> int | None: ...
 
 
-def end_tree(root: ProcessHandle, patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
+def end_tree(root: OwnProcess, patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
     """Ends a process and all below it, as `stop` does: without patience as a machine that loses its power.
 
     Does nothing if the process has ended: its id may be another process's by now.

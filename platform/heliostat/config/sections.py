@@ -36,7 +36,7 @@ class Data(Strict):
     lanes: Count | None = None
     """Canonical data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one
     for each micro-batch of a step (`train.global_batch` / `train.micro_batch`)."""
-    window: Positive | None = None
+    window: Count | None = None
     """Samples that are shuffled together, and fetched by one task. Unset: 32 MB of them."""
     mix_schedule: list[MixChange] = []
     """A curriculum: other weights behind a step, in ascending order of steps. A source may start with weight 0."""
@@ -70,7 +70,7 @@ class Benchmarks(Strict):
 class Evaluate(Strict):
     every: Positive
     """Steps between two evaluations. The last step is always evaluated."""
-    samples: Positive = 256
+    samples: Count = 256
     """Held-out samples that are scored, at most; where there are fewer, the run says so."""
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
     """Share of the documents that is held out by the hash of their text, and never trained on. 1, 2 and 5 parts of ten to ten

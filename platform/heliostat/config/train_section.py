@@ -146,7 +146,7 @@ def _compiled(value: object) -> object:
 
 
 class Train(Strict):
-    steps: Positive
+    steps: Count
     """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
     stop_after: Positive | None = None
     """Training ends behind this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""

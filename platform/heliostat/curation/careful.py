@@ -7,6 +7,7 @@ is left out (`unread`).
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -145,16 +146,16 @@ def _row(last: str, count: int) -> str:
     return number if number.isdecimal() else str(count)
 
 
-class Through:
+class Through(ABC):
     """Takes documents through the stages; all of a batch, or nothing of it. A task defines how."""
 
+    @abstractmethod
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
         """Takes a batch; calls `about` before each stage."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave_out(self, document: Document, crash: Crash) -> None:
         """Records that a document crashed."""
-        raise NotImplementedError
 
 
 def count(counts: tally.Tally, stages: list[str], crash: Crash, size: int) -> None:

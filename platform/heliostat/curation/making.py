@@ -11,6 +11,7 @@ import hashlib
 import heapq
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class WrittenShards:
 
 
 @dataclass
-class Making:
+class Making(ABC):
     """Makes the dataset of one pipeline; the fields are its keys."""
 
     kind: ClassVar[str] = "rows"
@@ -72,9 +73,9 @@ class Making:
     """What the stages did, afterwards."""
 
     @property
+    @abstractmethod
     def identity(self) -> list[object]:
         """Returns what the documents follow from that `source` reads, as JSON values."""
-        raise NotImplementedError
 
     @property
     def columns(self) -> list[str]:
@@ -95,13 +96,13 @@ class Making:
         """Tells whether the dataset says what became of each document."""
         return self.recorded and (bool(self.stages) or self.sample is not None)
 
+    @abstractmethod
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
         """Cuts the input into pieces of work."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, curated: Curated) -> WrittenShards:
         """Writes the shards of what the stages have left."""
-        raise NotImplementedError
 
     def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, and returns its rows and metadata."""

@@ -20,6 +20,7 @@ import json
 import logging
 import re
 import time
+from abc import abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
@@ -85,13 +86,13 @@ class Pipeline(Strict):
     keep_days: Float = Field(7.0, ge=0)
     """Days that a version stays after it was replaced, for the runs that read it. See docs/prepare.md#versions"""
 
+    @abstractmethod
     def check(self) -> None:
         """Checks everything that can be checked without Ray and without reading the data; ConfigError if something is wrong."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self) -> list[InputFile]:
         """Lists the files to read, sorted by path; ConfigError if there are none."""
-        raise NotImplementedError
 
     def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
         """Returns which model wrote the input, and from what, where that is known: of answers of batch inference."""
@@ -102,13 +103,13 @@ class Pipeline(Strict):
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *self.beside, *usual})
 
+    @abstractmethod
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, on Ray, and returns the manifest's rows and metadata (with `kind`).
 
         Files are named after their content (`versions.store`), because an older version lies in the same folder. In the metadata,
         `files` lists the files that are also published under a plain name, and `listed` the files that list what was left out.
         """
-        raise NotImplementedError
 
     def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
         """Prepares a share of the input in a folder, on Ray, and returns what the whole would give and take, as JSON values."""

@@ -11,6 +11,7 @@ that two texts have in common holds one that both choose.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -213,13 +214,13 @@ class RepeatingStage(GlobalStage):
     max_removed_words: Float = Field(1.0, ge=0, le=1)
     """Documents with a larger share of their words in what is removed are dropped (`repeated`); 1 drops none."""
 
+    @abstractmethod
     def signing(self) -> Signing:
         """Returns what hashes the parts of texts that are compared."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cut(self, text: str, lost: set[int]) -> Cut:
         """Removes parts of a text by their places."""
-        raise NotImplementedError
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs, parts = f"repeated-{number}", curated.runs, self.signing()

@@ -9,6 +9,7 @@ models and lists are loaded.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -245,9 +246,9 @@ def _digest(key: str, path: str) -> str:
 class GlobalStage(Stage):
     """Defines a stage that compares documents, in tasks of its own between the others': it has no function over a batch."""
 
+    @abstractmethod
     def compare(self, flow: Flow, curated: Any, number: int, memory_limit: int) -> list[SpilledRun]:
         """Compares the documents of the runs in `curated`, and returns the runs without those that were decided against.
 
         It is stage `number`; what it leaves out, and its tally, it adds to `curated`.
         """
-        raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -91,9 +92,9 @@ class StagedPipeline(Pipeline):
     def begin_anew(self) -> None:
         self.worked.clear()
 
+    @abstractmethod
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> Making:
         """Returns what makes the dataset, or that of a sample."""
-        raise NotImplementedError
 
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         """Chooses a sample for a dry run."""

@@ -10,6 +10,7 @@ and a checkpoint of one cut is loaded at another. What looks at whole tensors mu
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -42,18 +43,18 @@ class Optimizer(Strict):
     """Has a rule of its own for hidden matrices, which are parameter groups apart (`orthogonal`)."""
 
     @property
+    @abstractmethod
     def state(self) -> tuple[str, ...]:
         """Returns the names, torch's own, of the optimizer state: fp32 tensors of a parameter's shape, kept for every parameter.
         Checkpoints hold them by these names."""
-        raise NotImplementedError
 
     def kept(self, hidden_matrix: bool) -> tuple[str, ...]:
         """Returns those names for a parameter, which is a hidden matrix or not."""
         return self.state
 
+    @abstractmethod
     def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         """Builds torch's optimizer for parameter groups, which hold `params` and `weight_decay`."""
-        raise NotImplementedError
 
 
 class AdamW(Optimizer):

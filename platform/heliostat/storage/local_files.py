@@ -18,7 +18,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from heliostat.errors import ConfigError
+
 DAY_S = 86_400
+SQLITE = b"SQLite format 3\0"  # which every file of a database begins with
 LOCK = ".lock"
 NEW_S = 60.0  # in which a folder that was just made is locked
 
@@ -119,3 +122,16 @@ def takes_files(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def require_database(key: str, place: Path) -> None:
+    """Raises ConfigError that names the key if a path holds something else than an SQLite database, which may still be empty."""
+    try:
+        with place.open("rb") as file:
+            begin = file.read(len(SQLITE))
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise ConfigError(f"{key}: {place} cannot be read ({e.strerror}). Name the file of an SQLite database") from e
+    if begin and begin != SQLITE:
+        raise ConfigError(f"{key}: {place} is not an SQLite database. Name another file")

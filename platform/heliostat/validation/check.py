@@ -34,6 +34,7 @@ from heliostat.errors import ConfigError, DataError, HeliostatError, StorageErro
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.loading import recipe_class
 from heliostat.recipes.protocol import Recipe
+from heliostat.storage.local_files import require_database
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 
@@ -249,11 +250,13 @@ def _check_mlflow(uri: str) -> None:
     if uri.startswith("postgresql+psycopg:"):
         extras.require("server", "psycopg", what="mlflow.uri: PostgreSQL")
     if uri.startswith("sqlite:///"):
-        parent = Path(uri.removeprefix("sqlite:///")).parent
+        place = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+        parent = place.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ConfigError(f"mlflow.uri: {uri}: the folder {parent} cannot be made ({e.strerror})") from e
+        require_database("mlflow.uri", place)
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()

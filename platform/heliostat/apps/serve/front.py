@@ -41,7 +41,7 @@ class Front(Gateway):
             response = JSONResponse(e.body(), e.status, e.headers())
         except ClientDisconnect:
             response = Response(status_code=499)
-        except Exception:
+        except Exception:  # whatever a handler raises: the client gets a 500, and the log the traceback
             log.exception("a request to %s failed", shown)
             response = JSONResponse(FAILED.body(), FAILED.status)
         self.measures.requests.labels(shown, response.status_code).inc()

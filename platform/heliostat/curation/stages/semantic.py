@@ -33,7 +33,7 @@ VECTORS = 16  # a file of vectors is one so many-th of `memory_limit`: it is sor
 NUMBER_BYTES = 16  # of memory for each number of a vector that is compared, with copies
 
 
-class Semantic(scoring.ModelStage, GlobalStage):
+class Semantic(scoring.NamesModel, GlobalStage):
     compares: ClassVar = ("column",)
     reasons: ClassVar = {"near_duplicate": "means much the same as another document, which stays"}
     thresholds: ClassVar = {"similarity": ("min_similarity",)}

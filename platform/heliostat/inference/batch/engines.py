@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +119,7 @@ class LoadedModel:
         return encoder.embed(self.model.base_model, ids, mask, self.pooling)
 
 
-class BatchEngine:
+class BatchEngine(ABC):
     """Answers inputs in batches of similar length, with a model that is loaded once; one that cannot be answered stops no other.
 
     HeliostatError if none of several can: then it is not the inputs.
@@ -187,9 +188,9 @@ class BatchEngine:
                 return [Answer(bad="failed", detail=f"{type(e).__name__}: {e}"[:500])]
         return [self._answered([t], [i])[0] for t, i in zip(tokens, inputs, strict=True)]
 
+    @abstractmethod
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
         """Answers a batch."""
-        raise NotImplementedError
 
     def padded(self, rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the rows as one tensor, and which of its places hold tokens."""
