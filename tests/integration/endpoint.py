@@ -45,7 +45,7 @@ def stopped(process: subprocess.Popen) -> int:
     process.send_signal(signal.SIGTERM)
     try:
         code = process.wait(90)
-        assert not [p for p in psutil.wait_procs(left, timeout=20)[1] if p.status() != psutil.STATUS_ZOMBIE]
+        assert not [p for p in psutil.wait_procs(left, timeout=120)[1] if p.status() != psutil.STATUS_ZOMBIE]
     finally:
         for one in left:
             with contextlib.suppress(psutil.Error):

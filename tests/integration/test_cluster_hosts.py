@@ -156,7 +156,7 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
         head = subprocess.Popen(command, env={**env, **scaling}, stdout=log, stderr=log, start_new_session=True)
     url, token = f"http://127.0.0.1:{dashboard}", (tmp_path / "token").read_text()
     try:
-        until(lambda: living(url, token) == 1, "head", 60)
+        until(lambda: living(url, token) == 1, "head", 180)
         job = {**tiny_job(corpus, tracking, tmp_path), "name": "scaled"}
         job["workers"] = {"count": 2, "cpus": 2, "labels": {"heliostat-pool": "train"}}  # one on each of two nodes
         job["train"] |= {"steps": 6}

@@ -105,7 +105,7 @@ def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_on
     began = time.monotonic()
     owner.post(steps(11, 16))
     owner.post(steps(13, 21))  # an attempt that went back
-    assert time.monotonic() - began < 0.1  # nobody waits for MLflow
+    assert time.monotonic() - began < 5  # nothing waits for MLflow, which its client asks for two minutes
     server.start()
     until(lambda: "MLflow answers again" in caplog.text, "word of the server's return")
     assert "MLflow takes no metrics" in caplog.text and has(tracking, run, 20)

@@ -10,6 +10,8 @@ import torch
 from heliostat.checkpoint import checksums
 from heliostat.checkpoint.checksums import Slice
 
+from tests.seeds import every_seed
+
 B = 64  # bytes a block, for the tests
 
 
@@ -42,7 +44,7 @@ def _parts(rng: random.Random, chunks) -> list[tuple[Slice, bytes]]:
     return out
 
 
-@pytest.mark.parametrize("seed", range(300))
+@every_seed(300)
 def test_any_parts_of_any_chunks_come_back_and_little_more_is_read(seed):
     """Less than a block too much at each end of a part; whole chunks cost exactly their bytes."""
     rng = random.Random(seed)
@@ -59,7 +61,7 @@ def test_any_parts_of_any_chunks_come_back_and_little_more_is_read(seed):
     assert all(checksums._size(r) <= checksums.RUN_BLOCKS * B for r in runs)
 
 
-@pytest.mark.parametrize("seed", range(300))
+@every_seed(300)
 def test_a_damaged_byte_is_found_exactly_if_its_block_is_needed(seed):
     """Its block is named, and the bytes of that block reach no target."""
     rng = random.Random(seed)
@@ -76,7 +78,7 @@ def test_a_damaged_byte_is_found_exactly_if_its_block_is_needed(seed):
         assert not damaged.target.any()
 
 
-@pytest.mark.parametrize("seed", range(50))
+@every_seed(50)
 def test_a_file_cut_short_is_found(seed):
     """Whatever an earlier read has left in memory, bytes that are not there are not taken for right."""
     rng = random.Random(seed)

@@ -12,6 +12,7 @@ from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.next_token import SummedCrossEntropy
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tests.seeds import every_seed
 from tests.unit.build_job import BASE, job
 
 LLAMA = BASE["model"]
@@ -180,7 +181,7 @@ def test_every_architecture_of_transformers_is_accepted_or_refused_in_one_line()
     assert len(refused) <= 5, refused
 
 
-@pytest.mark.parametrize("seed", range(10))
+@every_seed(10)
 def test_every_token_but_the_first_is_predicted(seed):
     """Without document_mask: labels are the tokens, the first ignored; terms is what a step's loss is divided by."""
     content = np.random.default_rng(seed).integers(0, 96, (3, 64)).astype(np.int32)
@@ -192,7 +193,7 @@ def test_every_token_but_the_first_is_predicted(seed):
     assert made.terms(batch) == 3 * made.terms_per_sample == 3 * 63
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every_seed(20)
 def test_document_mask_starts_anew_after_each_end_of_document(seed):
     """Positions and labels equal those that a plain loop over the documents gives."""
     rng = np.random.default_rng(seed)

@@ -6,12 +6,11 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import psutil
 import pytest
 from heliostat.cluster import dashboard
 from heliostat.cluster.endpoint import Endpoint
@@ -22,7 +21,8 @@ from heliostat.storage.locations import Location
 from heliostat.submit import jobs, logs, progress, submission
 from heliostat.submit.entrypoint import Again, Driver, before
 
-from tests.unit.build_job import ROOT, write
+from tests.unit import supervisor
+from tests.unit.build_job import write
 from tests.unit.build_peer import peer
 from tests.waiting import until
 
@@ -133,29 +133,13 @@ signal.signal(signal.SIGTERM, stop)
 print("training", flush=True)
 time.sleep(600)
 """
-RUN = """
-import os
-import sys
-import threading
-from pathlib import Path
-from heliostat.submit.entrypoint import Driver
-driver = Driver(Path(sys.argv[1]), None, "attempt-1", [])
-driver.command = [sys.executable, "-c", Path(sys.argv[2]).read_text(), *sys.argv[3:]]
-driver.jobs_url = lambda: os.environ.get("JOBS_URL", "")
-sys.exit(driver.run(None))
-"""
 
 
 def _driver(tmp_path, seconds, storage=None, jobs_url="http://127.0.0.1:1"):
-    """The driver around a stand-in for `heliostat train` that takes its time to stop; SIGTERM goes to both, as Ray sends it."""
-    (tmp_path / "job.json").write_text(json.dumps({"name": "r", "storage": storage or str(tmp_path / "runs")}))
-    (tmp_path / "train.py").write_text(TRAIN)
-    command = [sys.executable, "-c", RUN, str(tmp_path / "job.json"), str(tmp_path / "train.py"), str(seconds)]
-    environment = {**os.environ, "JOBS_URL": jobs_url}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-    assert process.stdout.readline() == "training\n"
-    import psutil
-
+    """The driver around a program that takes its time to stop; SIGTERM goes to both, as Ray sends it."""
+    job = {"storage": storage} if storage else {}
+    process = supervisor.start(tmp_path, TRAIN, str(seconds), jobs_url=jobs_url, **job)
+    until(lambda: (tmp_path / "err.out").exists() and process.out == "training\n", "training")
     for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children()]:
         one.send_signal(signal.SIGTERM)
     return process
@@ -163,8 +147,7 @@ def _driver(tmp_path, seconds, storage=None, jobs_url="http://127.0.0.1:1"):
 
 def test_a_stopped_driver_waits_for_the_checkpoint_and_its_log_is_in_storage(tmp_path):
     process = _driver(tmp_path, 0.5)
-    out, _ = process.communicate(timeout=120)
-    assert out == "saving a checkpoint\nsaved\n" and process.returncode == 143
+    assert process.wait(120) == 143 and process.out == "training\nsaving a checkpoint\nsaved\n"
     stored = logs.stored(Location(str(tmp_path / "runs" / "r")))
     assert stored == "training\nsaving a checkpoint\nsaved\n"
 
@@ -197,14 +180,12 @@ def test_a_driver_that_must_stop_now_does_not_wait_for_a_checkpoint_nor_for_a_st
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         process = _driver(tmp_path, 600, storage, f"http://127.0.0.1:{server.server_port}")
-        assert process.stdout.readline() == "saving a checkpoint\n"
-        until(lambda: Mailbox.asked > 1, "questions for a note")
+        process.until(lambda: Mailbox.asked > 1, "questions for a note")
         assert process.poll() is None  # without the note it waits
         Mailbox.noted.set()
-        process.communicate(timeout=120)
+        assert process.wait(120) == 128 + signal.SIGKILL
         server.shutdown()
         thread.join()
-    assert process.returncode == 128 + signal.SIGKILL
     if storage is None:
         assert logs.stored(Location(str(tmp_path / "runs" / "r"))).endswith("saving a checkpoint\n")
 
@@ -270,15 +251,10 @@ def test_a_full_disk_costs_a_stretch_of_the_logs_copy_and_nothing_else(tmp_path,
 
 def test_a_driver_outlives_a_standard_output_that_takes_nothing(tmp_path):
     """/dev/full is a disk without room. The child must not die of a broken pipe, and its log must be in storage."""
-    run = tmp_path / "runs" / "r"
-    run.mkdir(parents=True)
-    (tmp_path / "job.json").write_text(json.dumps({"name": "r", "storage": str(tmp_path / "runs")}))
-    (tmp_path / "train.py").write_text("for n in range(2000): print('step', n, flush=True)\nprint('saved', flush=True)")
-    with open("/dev/full", "wb") as full:  # noqa: PTH123
-        command = [sys.executable, "-c", RUN, str(tmp_path / "job.json"), str(tmp_path / "train.py")]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, cwd=ROOT, check=False)
-    assert done.returncode == 0 and done.stderr.count("standard output takes no more") == 1, done.stderr
-    stored = logs.stored(Location(str(run)))
+    program = "for n in range(2000): print('step', n, flush=True)\nprint('saved', flush=True)"
+    process = supervisor.start(tmp_path, program, out="/dev/full")
+    assert process.wait(120) == 0 and process.err.count("standard output takes no more") == 1, process.err
+    stored = logs.stored(Location(str(tmp_path / "runs" / "r")))
     assert stored.startswith("step 0\n") and stored.endswith("step 1999\nsaved\n")
 
 
@@ -340,17 +316,11 @@ def _supervised(folder, *how, retries=2, flags=("--overwrite",)):
     """(exit code, the flags of each start, the log) of a driver whose child ends in these ways, one after another."""
     run = folder / "runs" / "r"
     run.mkdir(parents=True)
-    job = {"name": "r", "storage": str(folder / "runs"), "retries": {"max": retries, "backoff": 0.01}}
-    (folder / "job.json").write_text(json.dumps(job))
-    (folder / "train.py").write_text(DIES)
-    command = RUN.replace("[])", f"{list(flags)})")
-    done = subprocess.run(
-        [sys.executable, "-c", command, str(folder / "job.json"), str(folder / "train.py"), str(run), json.dumps(how)],
-        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
-    )  # fmt: skip
+    process = supervisor.start(folder, DIES, str(run), json.dumps(how), flags=flags, retries={"max": retries, "backoff": 0.01})
+    code = process.wait(240)
     starts = [json.loads(line) for line in (run / "starts").read_text().splitlines()]
-    assert logs.stored(Location(str(run))) == done.stdout
-    return done.returncode, starts, done.stdout
+    assert logs.stored(Location(str(run))) == process.out
+    return code, starts, process.out
 
 
 def test_a_dead_driver_is_started_again_and_goes_on_where_it_was(tmp_path):
@@ -466,6 +436,5 @@ def test_a_job_file_that_the_supervisor_cannot_read_is_one_clear_line(tmp_path):
     """In a RayJob it is given the file as a person wrote it."""
     for text, words in (("name: x\n", "storage: None is none"), ("name: x\nstorage: y\nretries: {mx: 1}\n", "mx")):
         (tmp_path / "job.yaml").write_text(text)
-        command = [sys.executable, "-m", "heliostat.submit.entrypoint", str(tmp_path / "job.yaml")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+        done = supervisor.command(str(tmp_path / "job.yaml"))
+        assert done.code == 2 and words in done.err and "Traceback" not in done.err

@@ -11,11 +11,12 @@ from heliostat.data.coverage import Segment, counts, cut
 from heliostat.data.dataset import open_dataset
 from heliostat.runs import consumed
 
+from tests.seeds import every_seed
 from tests.unit.test_dataset import make_dataset, make_plan
 from tests.unit.test_order import random_order
 
 
-@pytest.mark.parametrize("seed", range(30))
+@every_seed(30)
 def test_counts_equal_looking_up_every_sample(seed):
     order = random_order(seed)
     steps = {0, 1, 2, 5, 17, 60, int(np.random.default_rng(seed).integers(1, 200))}
@@ -134,7 +135,7 @@ def test_ranges_join_what_is_consecutive_in_the_manifest(tmp_path: Path):
     assert list(coverage.ranges(a, {})) == []
 
 
-@pytest.mark.parametrize("seed", range(30))
+@every_seed(30)
 def test_a_position_leads_back_to_its_step(seed):
     order = random_order(seed)
     for step in {0, 1, 2, 5, 17, 60, int(np.random.default_rng(seed).integers(1, 200))}:

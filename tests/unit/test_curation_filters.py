@@ -21,6 +21,8 @@ from heliostat.curation.stages.urls import Urls
 from heliostat.errors import ConfigError, MissingExtraError
 from pydantic import ValidationError
 
+from tests.seeds import every_seed
+
 PROSE = (
     "The old lighthouse keeper walked down to the harbour every morning before the sun had risen. He carried a lamp and a rope, "
     "and he would wait for the first boats to return with their nets. Nobody in the village could remember a time when he had "
@@ -91,7 +93,7 @@ def test_gopher_repetition_finds_lines_paragraphs_and_n_grams():
     assert reason(GopherRepetition(), "") == "empty"
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every_seed(20)
 def test_duplicate_n_grams_are_those_of_the_definition(seed):
     """Counted by the definition, from the left, over words of few different lengths that repeat much."""
     draw = random.Random(seed)

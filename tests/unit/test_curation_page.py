@@ -10,10 +10,12 @@ from heliostat.curation.stages.gopher_quality import GopherQuality
 from heliostat.tracking.report import curation
 from heliostat.tracking.report.svg import BARS, axis, histogram
 
+from tests.seeds import every_seed
+
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>'\"&\x1b[2J\u202e"
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every_seed(20)
 def test_values_are_in_the_bar_whose_ends_are_around_them(seed):
     rng = random.Random(seed)
     values = [

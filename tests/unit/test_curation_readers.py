@@ -14,6 +14,7 @@ import pytest
 from heliostat.curation.readers import KINDS, REASONS, Limits, read, suffix_of
 from heliostat.curation.stage import Document, Dropped
 
+from tests.seeds import every_seed
 from tests.unit.bounded import arrow_peak, python_peak
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -280,7 +281,7 @@ def test_rows_that_share_a_value_are_not_held_together(kind):
     assert sum(kinds) == 2000
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every_seed(20)
 def test_noise_in_an_arrow_file_raises_nothing(seed):
     rng = random.Random(seed)
     table = pa.table({"text": ["abc" * 50] * 50, "kind": pa.array(["x", "y"] * 25).dictionary_encode()})

@@ -11,6 +11,7 @@ from heliostat.data.order import Order
 from heliostat.data.split import whole
 from heliostat.errors import ConfigError
 
+from tests.seeds import every_seed
 from tests.unit.test_order import WEIGHTS
 
 
@@ -36,7 +37,7 @@ def test_sources_are_mixed_exactly_over_a_period_and_within_one_percent_of_any_t
     assert np.abs(prefixes - np.arange(1, 50_001)[:, None] * share).max() <= len(weights)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@every_seed(60)
 def test_any_stretch_is_that_of_the_whole_and_counting_agrees_with_listing(seed):
     """Nothing depends on where a stretch begins or ends; a source's samples are numbered one after another."""
     rng, mixture = np.random.default_rng([seed, 1]), random_mixture(seed)
@@ -52,7 +53,7 @@ def test_any_stretch_is_that_of_the_whole_and_counting_agrees_with_listing(seed)
     assert mixture.counts(begin).sum() == begin
 
 
-@pytest.mark.parametrize("seed", range(60))
+@every_seed(60)
 def test_what_is_owed_is_the_share_less_what_was_taken(seed):
     """The account balances to a billionth of a sample, and stays within a few samples."""
     mixture, rng = random_mixture(seed), np.random.default_rng(seed)
@@ -128,7 +129,7 @@ def test_a_mix_whose_cap_ends_inside_a_round_is_planned():
     assert (taken(found, end, shape) <= caps).all()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@every_seed(40)
 def test_max_epochs_is_never_exceeded_and_what_is_left_is_less_than_a_step(seed):
     """By no sample at any step, with batches of one source too; the run goes on while one source can fill a step."""
     mix, caps, shape = random_run(seed)
@@ -173,7 +174,7 @@ def test_a_small_weight_that_changes_every_step_gets_its_samples():
     assert np.abs(counts - [1_022_208, 1024, 768]).max() <= 1
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every_seed(20)
 def test_a_curriculum_gives_the_sum_of_its_shares(seed):
     """To within a few samples at every change, however many there are; a source that pauses keeps what it is owed."""
     rng = np.random.default_rng(seed)

@@ -13,7 +13,8 @@ from heliostat.data.order import Order, SamplePlaces, permutation
 from heliostat.data.split import Split, growing_runs, hash64, runs, whole
 from heliostat.errors import ConfigError, DataError
 
-SEEDS = range(40)
+from tests.seeds import every_seed
+
 EPOCHS = 3
 WEIGHTS = ([1.0], [1.0, 1.0], [0.7, 0.3], [3.0, 2.0, 1.0], [0.05, 0.9, 0.05], [1.0, 1e-2], [0.123, 0.456, 0.421, 2.0])
 
@@ -77,7 +78,7 @@ def held_rows(split: Split) -> set[tuple[int, int]]:
     return {(c, (split.start[c] + i) % split.samples[c]) for c in range(len(split.samples)) for i in range(split.held[c])}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@every_seed(40)
 def test_every_sample_comes_exactly_once_an_epoch(seed):
     """Each finished epoch of each source is a permutation of its training samples, wherever windows end."""
     o, found = located(seed)
@@ -90,7 +91,7 @@ def test_every_sample_comes_exactly_once_an_epoch(seed):
             assert set(seen) == training_rows(split)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@every_seed(40)
 def test_held_out_samples_never_appear_in_training(seed):
     """Evaluation samples come from the held-out rows, and training never touches those."""
     o, found = located(seed)
@@ -104,7 +105,7 @@ def test_held_out_samples_never_appear_in_training(seed):
     assert set(evaluated) == held, "asked for more than there are, it gives them all"
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@every_seed(40)
 def test_global_batch_does_not_depend_on_the_number_of_workers(seed):
     """What N workers cut from their lanes' blocks is, together, step(t), for every N that divides the lanes."""
     o = random_order(seed)
@@ -121,7 +122,7 @@ def test_global_batch_does_not_depend_on_the_number_of_workers(seed):
             assert np.array_equal(played, o.step(step))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@every_seed(40)
 def test_envelopes_and_steps_both_tile_the_sequence(seed):
     """The blocks of S rounds, and their S * K steps, each hold the first S * K * G positions once."""
     o = random_order(seed)
@@ -133,7 +134,7 @@ def test_envelopes_and_steps_both_tile_the_sequence(seed):
     assert np.array_equal(np.sort(np.concatenate([s.ravel() for s in steps])), every)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@every_seed(40)
 def test_any_subset_is_located_as_in_the_whole(seed):
     """Random access: no position's sample depends on what else is asked for, in which order, or what was asked before."""
     fresh, whole = random_order(seed), located(seed)[1]
@@ -145,7 +146,7 @@ def test_any_subset_is_located_as_in_the_whole(seed):
         assert np.array_equal(rows(found), whole[subset])
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@every_seed(40)
 def test_a_window_holds_the_samples_of_its_stretch_of_the_stream(seed):
     """The shuffle stays inside a window: its chunks are those that the unshuffled stream has there, so reads stay few."""
     o = random_order(seed)
@@ -211,7 +212,7 @@ def test_the_order_is_the_one_that_it_always_was():
 
 def test_held_out_evaluation_does_not_depend_on_the_seed_or_the_shape():
     """The evaluation set is the same for every data seed, batch and number of lanes."""
-    for seed in SEEDS:
+    for seed in range(40):
         o = random_order(seed)
         other = Order(o.splits, [(0, WEIGHTS[seed % len(WEIGHTS)])], seed + 1000, Shape(7, 7, 3, 6))
         assert np.array_equal(rows(o.held_out(50)), rows(other.held_out(50)))
@@ -280,7 +281,7 @@ def last_step(o: Order) -> int:
     return step
 
 
-@pytest.mark.parametrize("seed", range(60))
+@every_seed(60)
 def test_steps_use_every_position_once_however_weights_change(seed):
     """Rounds tile the steps and the positions; blocks and windows tile the positions in order."""
     o = changing_order(seed)
@@ -301,7 +302,7 @@ def test_steps_use_every_position_once_however_weights_change(seed):
     assert [e for w in windows for e in w] == list(range(sum(len(w) for w in windows)))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@every_seed(60)
 def test_a_change_of_weights_falls_on_its_step_and_no_sample_is_lost_or_repeated(seed):
     """A step uses only sources that its weights name; each source's epochs are complete and exact; caps are kept."""
     o = changing_order(seed)
@@ -320,7 +321,7 @@ def test_a_change_of_weights_falls_on_its_step_and_no_sample_is_lost_or_repeated
             assert {tuple(r) for r in mine[mine[:, 1] == epoch][:, 2:].tolist()} == training_rows(split)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@every_seed(60)
 def test_a_capped_source_gives_its_epochs_and_no_more(seed):
     """Never above the cap; what a capped source leaves over is less than a step; the others go on."""
     rng = np.random.default_rng(seed)
@@ -338,7 +339,7 @@ def test_a_capped_source_gives_its_epochs_and_no_more(seed):
         both.step(both.runs_out)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@every_seed(30)
 def test_planning_more_never_changes_earlier_steps(seed):
     """A cap that is reached later, or a change of weights after them, leaves whole windows as they were."""
     splits = changing_order(seed).splits

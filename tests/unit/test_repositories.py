@@ -19,6 +19,7 @@ from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import repositories
 from heliostat.errors import ConfigError
 
+from tests.seeds import every_seed
 from tests.unit.bounded import python_peak
 
 LIMITS = Limits(max_document_bytes=1 << 16)
@@ -205,7 +206,7 @@ def test_every_cut_is_told():
         assert sum(reasons(items(path, b"")).values()) == sum(reasons(items(path, b"no archive" * 200)).values()) == 1
 
 
-@pytest.mark.parametrize("seed", range(40))
+@every_seed(40)
 def test_noise_in_an_archive_raises_nothing(seed):
     import random
 

@@ -15,6 +15,7 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from typer.testing import CliRunner
 
+from tests.seeds import every_seed
 from tests.unit.build_index import index
 from tests.unit.build_job import job
 
@@ -30,7 +31,7 @@ def _scores(rng: random.Random, whole: list[int]) -> dict[int, float]:
     return {s: rng.choice([math.nan, math.inf, rng.random(), 0.5]) for s in whole if rng.random() < 0.9}
 
 
-@pytest.mark.parametrize("seed", range(300))
+@every_seed(300)
 def test_what_stays_is_the_newest_every_so_many_and_the_best(seed):
     """Checked against each rule on its own; nothing else stays, and every reason that is given is true."""
     rng = random.Random(seed)
@@ -51,7 +52,7 @@ def test_what_stays_is_the_newest_every_so_many_and_the_best(seed):
         assert all((sign * finite[s], -s) < (sign * finite[other], -other) for s in best)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@every_seed(100)
 def test_pruning_after_every_save_keeps_what_pruning_at_the_end_would(seed):
     """No rule needs a checkpoint that an earlier prune has deleted: forgetting as the run goes loses nothing."""
     rng = random.Random(seed)

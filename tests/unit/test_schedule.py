@@ -7,6 +7,8 @@ import pytest
 from heliostat.config.schedules import REGISTRY, Schedule, factor
 from pydantic import ValidationError
 
+from tests.seeds import every_seed
+
 NAMES = tuple(REGISTRY)
 
 
@@ -22,7 +24,7 @@ def curve(schedule: Schedule, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("seed", range(30))
+@every_seed(30)
 def test_the_rate_rises_to_its_peak_and_then_never_rises(name, seed):
     """Warm-up is linear from 1/warmup to exactly 1; after it the factor falls or stays, between final_ratio and 1."""
     schedule, steps = random_case(seed, name)
@@ -35,7 +37,7 @@ def test_the_rate_rises_to_its_peak_and_then_never_rises(name, seed):
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-@pytest.mark.parametrize("seed", range(30))
+@every_seed(30)
 def test_the_last_step_has_the_final_ratio(name, seed):
     """Half of the fall is done half way, and the last step is exactly at final_ratio."""
     schedule, steps = random_case(seed, name)
@@ -54,7 +56,7 @@ def test_cosine_is_flat_at_both_ends_and_linear_is_straight():
     assert len({round(linear[t] - linear[t + 1], 12) for t in range(1000)}) == 1
 
 
-@pytest.mark.parametrize("seed", range(30))
+@every_seed(30)
 def test_wsd_stays_until_its_decay_and_ends_at_the_final_ratio(seed):
     """The factor is 1 before the last decay_fraction of the steps, and final_ratio at the last, if that is two steps or more."""
     schedule, steps = random_case(seed, "wsd")

@@ -11,6 +11,8 @@ from heliostat.data.mixing import Shape
 from heliostat.data.order import Order
 from heliostat.data.split import growing_runs
 
+from tests.seeds import every_seed
+
 STEPS = 60
 
 
@@ -28,7 +30,7 @@ def random_skips(seed: int) -> list[tuple[int, int]]:
     return [(step, int(rng.integers(1, 30))) for step in steps]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@every_seed(40)
 def test_a_step_takes_what_lies_behind_all_that_was_left_out_before_it(seed):
     """Step t is the whole sequence's step t plus the steps left out up to t; so earlier steps never change."""
     skips = random_skips(seed)
@@ -39,7 +41,7 @@ def test_a_step_takes_what_lies_behind_all_that_was_left_out_before_it(seed):
         assert np.array_equal(short.consumed(step), whole.consumed(step + later))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@every_seed(40)
 @pytest.mark.parametrize("start", [0, 7, 31])
 def test_the_stream_brings_each_round_that_is_trained_on_once_and_no_other(seed, start):
     made = order(seed, random_skips(seed))

@@ -13,6 +13,7 @@ from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 
+from tests.seeds import every_seed
 from tests.unit.build_job import job, raw, write
 
 
@@ -29,7 +30,7 @@ def workspace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("seed", range(200))
+@every_seed(200)
 def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do(seed):
     """A job is valid exactly if micro_batch x workers divides the batch, and every number that the message offers works."""
     rng = random.Random(seed)
@@ -51,7 +52,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do(seed):
         job(**{**changes, "workers.count": int(workers[1])})
 
 
-@pytest.mark.parametrize("seed", range(200))
+@every_seed(200)
 def test_lanes_divide_the_batch_and_are_divided_by_the_workers(seed):
     """Any other number of lanes is refused with the nearest that works."""
     rng = random.Random(seed)

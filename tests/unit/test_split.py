@@ -13,6 +13,8 @@ from heliostat.data.mixing import Shape
 from heliostat.data.split import growing_runs, hash64, runs, split, whole
 from heliostat.storage.locations import Location
 
+from tests.seeds import every_seed
+
 PARTS = (0.01, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -85,7 +87,7 @@ def test_a_document_stays_on_its_side_when_others_come_and_chunks_are_cut_otherw
         assert not train & more_held and not held & more_train
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every_seed(20)
 def test_what_a_fraction_holds_out_every_larger_one_does(seed):
     """For whole chunks and for runs of rows; and a larger fraction takes nothing out of what is trained on twice."""
     rng = np.random.default_rng(seed)

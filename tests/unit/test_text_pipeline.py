@@ -18,6 +18,8 @@ from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
+from tests.seeds import every_seed
+
 END = "<|endoftext|>"
 KNOWN_SHARD = "ad6595d68eed2d06"
 
@@ -330,7 +332,7 @@ def test_a_vanished_file_is_counted(tmp_path):
 # documents longer than a chunk ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(12))
+@every_seed(12)
 def test_no_chunk_is_longer_than_twice_the_target_and_no_token_is_lost(seed):
     """Whatever the documents: all tokens in order, and as many whole sequences as in chunks that end with documents."""
     rng = np.random.default_rng(seed)
@@ -347,7 +349,7 @@ def test_no_chunk_is_longer_than_twice_the_target_and_no_token_is_lost(seed):
     assert tokens.piece(1_000_000) == 983_040 and all(983_040 % n == 0 for n in (2048, 8192, 65_536, 1536, 3072, 2560))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@every_seed(6)
 def test_no_document_is_held_out_in_part_even_one_that_is_cut(seed):
     """Whatever fraction is held out: the documents of the chunks on both sides are others."""
     rng = np.random.default_rng(seed)

@@ -27,6 +27,7 @@ from heliostat.runs import segments, verify
 from heliostat.runs.history import History
 from heliostat.storage.locations import Location
 
+from tests.seeds import every_seed
 from tests.unit.build_index import index
 from tests.unit.test_dataset import LENGTH, make_dataset, make_plan, naive
 
@@ -333,7 +334,7 @@ def test_a_run_without_receipts_says_so(run):
 # every sample once an epoch ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every_seed(20)
 def test_repeated_samples_are_counted(seed):
     """As a plain count of each epoch's places says, however they are cut into units; the same sample in two epochs is none."""
     rng = np.random.default_rng(seed)
