@@ -104,9 +104,8 @@ class Recipe(ABC):
     def batch(self, content: Content, keys: np.ndarray) -> Batch:
         """Makes CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table for rows.
 
-        `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample, on any number of workers; what
-        is drawn at random for a sample should follow from it. A thread calls this for the next step while the present one
-        computes, never twice at a time. `heliostat.recipes.batches` has helpers.
+        `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample; draw what is random from it.
+        One thread calls this for the next step while the present one computes. `heliostat.recipes.batches` has helpers.
         """
 
     @abstractmethod

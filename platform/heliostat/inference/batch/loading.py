@@ -141,4 +141,5 @@ def engine(
         return EmbedImages(folder, batch)
     if task in WRITES:
         return {"continue": engines.Continue, "chat": engines.Chat}[task](folder, batch, options)
-    return {"score": engines.Score, "embed": engines.Embed, "classify": engines.Classify}[task](folder, batch)
+    kinds: dict[str, type[engines.BatchEngine]] = {"score": engines.Score, "embed": engines.Embed, "classify": engines.Classify}
+    return kinds[task](folder, batch)
