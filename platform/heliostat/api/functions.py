@@ -162,10 +162,10 @@ def settings(overrides: Overrides) -> list[str]:
     """Converts the overrides to settings as `--set` takes them."""
     if isinstance(overrides, Mapping):
         return [f"{key}={_json(key, value)}" for key, value in overrides.items()]
-    given = [overrides] if isinstance(overrides, str) else overrides
-    if not (isinstance(given, Sequence) and all(isinstance(one, str) for one in given)):
+    lines = [overrides] if isinstance(overrides, str) else overrides
+    if not (isinstance(lines, Sequence) and all(isinstance(one, str) for one in lines)):
         raise ConfigError(f'overrides: expected a mapping, or a list of "key.path=value", got {brief(repr(overrides))}')
-    return list(given)
+    return list(lines)
 
 
 def _json(key: str, value: object) -> str:
