@@ -139,18 +139,21 @@ def key_of(cells: np.ndarray) -> np.ndarray:
     return spill.mixed(cells.astype(np.uint64))
 
 
-def judge(folder: Location, part: int, parts: int, names: list[str], least: float, capacity: int) -> dict[str, object]:
-    """Spills which documents of the cells in this part go: those to which one before them, by the rule, is near that stays."""
+def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, object]:
+    """Spills which documents of the cells in this part go: those to which one before them, by the rule, is near that stays.
+
+    `held`: the most vectors that memory holds at once. The keys of tasks follow from its name.
+    """
     all_ = Dealt.read(folder, names, *spill.share(part, parts))
     judged, bins, largest, of_clusters = [JUDGED.empty_table()], dict[str, list[int]](), list[tuple[int, str]](), list[int]()
-    whole = all_.vectors(0, len(all_.nodes)) if 0 < len(all_.nodes) <= capacity else None
+    whole = all_.vectors(0, len(all_.nodes)) if 0 < len(all_.nodes) <= held else None
     for begin, end in all_.cells():
 
         def read(start: int, stop: int, begin: int = begin, end: int = end) -> np.ndarray:
             first, last = begin + start, min(begin + stop, end)
             return all_.vectors(first, last) if whole is None else whole[first:last]
 
-        near, best = vectors.sieve(read, end - begin, least, capacity)
+        near, best = vectors.sieve(read, end - begin, least, held)
         goes = best >= np.float32(least)
         gone, by = np.flatnonzero(goes) + begin, near[goes] + begin
         stayed, sizes = np.unique(by, return_counts=True)

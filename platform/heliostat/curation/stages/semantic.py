@@ -93,7 +93,7 @@ class Semantic(scoring.NamesModel, GlobalStage):
         dealt = [r["dealt"] for r in flow.all(f"{kind}-deal", cells.deal, dealing)]
         capacity = max(1, memory_limit // 2 // (NUMBER_BYTES * max(1, size)))
         shares = min(many, parts(rows * (size * NUMBER_BYTES + ROW_BYTES), memory_limit))
-        judging = by_parts(flow, kind, shares, dealt, least=self.min_similarity, capacity=capacity)
+        judging = by_parts(flow, kind, shares, dealt, least=self.min_similarity, held=capacity)
         judged = flow.all(f"{kind}-judge", cells.judge, judging)
         cut = sum(r["cut"] for r in embedded)
         return conclude(flow, curated, self, number, kind, judged, memory_limit, histograms={"similarity": _summed(judged)},
