@@ -318,6 +318,12 @@ c10::Storage storage_of(c10::Storage host) {
 
 void defer_copy(const at::Tensor& to, const at::Tensor& values) {
   Guard guard(lock);
+  auto* begin = static_cast<const char*>(to.data_ptr());
+  for (auto& [stream, all] : state().pending) // uploads of this memory come before the copy, in the device's order
+    std::erase_if(all, [&](const Pending& one) {
+      auto* place = static_cast<const char*>(one.pinned.data_ptr());
+      return !one.to_host && place < begin + to.nbytes() && begin < place + one.pinned.nbytes();
+    });
   std::memset(to.data_ptr(), 0xFF, to.nbytes());
   state().pending[current_stream()].push_back({to, values, true, state().streams[current_stream()][current_stream()]});
 }

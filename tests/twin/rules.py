@@ -154,6 +154,16 @@ def the_source_of_an_upload_must_stay() -> None:
 
 
 @rule
+def a_copy_to_the_source_of_an_upload_comes_after_it() -> None:
+    host = torch.zeros(4).pin_memory()
+    with traffic.recorded():
+        uploaded = host.to("cuda", non_blocking=True)
+        host.copy_(ones(4), non_blocking=True)
+        torch.cuda.synchronize()
+    assert host.tolist() == [1] * 4 and uploaded.tolist() == [0] * 4
+
+
+@rule
 def memory_that_another_stream_uses_must_be_recorded() -> None:
     for recorded in (False, True):
         stream = torch.cuda.Stream()

@@ -14,8 +14,6 @@ from tests.twin import cases
 from tests.twin.steps import Setup
 
 STAGES = [Setup("language model", stage, precision="bf16" if stage else "fp32") for stage in range(4)]
-OFFLOADED = [dataclasses.replace(setup, offload=True) for setup in STAGES[1:]]
-RECIPES = [Setup(case, 2, precision="bf16") for case in cases.CASES if case != "language model"]
 COLUMNS = {
     "host reads": ("read",), "deferred reads": ("deferred read",), "synchronizations": ("synchronization",),
     "pinned uploads": ("upload",), "other uploads": ("blocking upload", "unpinned upload"),
@@ -41,7 +39,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Prints the table, and then the places of each job."""
-    found = rows([*STAGES, *OFFLOADED, *RECIPES])
+    found = rows(STAGES)
     sys.stdout.write(table(found) + "\n")
     for row in found:
         sys.stdout.write(f"\n{row['setup']}\n{row['places']}\n")
