@@ -141,4 +141,6 @@ def engine(
         return EmbedImages(folder, batch)
     if task in WRITES:
         return {"continue": engines.Continue, "chat": engines.Chat}[task](folder, batch, options)
-    return {"score": engines.Score, "embed": engines.Embed, "classify": engines.Classify}[task](folder, batch)
+    others: dict[str, Callable[[Path, int], engines.BatchEngine]]
+    others = {"score": engines.Score, "embed": engines.Embed, "classify": engines.Classify}
+    return others[task](folder, batch)
