@@ -5,7 +5,7 @@ was stopped on request, 1 for everything else.
 
 The command line prints the line and exits with `exit_code`; a traceback means a bug. All of them pickle, because they travel from
 Ray workers to the driver, so what each takes are its `args`: the message, and what the driver must know. No message holds the
-password of a URI, whoever wrote it.
+password of a URI, in any message.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ class HeliostatError(Exception):
     """Serves as the base class of every error that heliostat raises on purpose."""
 
     exit_code = 1
-    found: Mapping[str, object] = {}  # what a command had found out before: `--json` prints it beside the error
+    found: Mapping[str, object] = {}  # what a command had found out before: `--json` prints it next to the error
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redact(a) if isinstance(a, str) else a for a in args))
@@ -62,17 +62,17 @@ class DataError(HeliostatError):
 
 
 class MissingDataError(DataError):
-    """Reports that there is no dataset at the place that is named."""
+    """Reports that there is no dataset at the place that is named, or that it was made without what is asked for."""
 
     exit_code = 2
 
 
 class CheckpointError(HeliostatError):
-    """Reports that a checkpoint is missing, torn, or does not fit the job."""
+    """Reports that a checkpoint is missing, incomplete, or does not fit the job."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """Reports that the checkpoint of `step` is torn, or its bytes are not those that were written: use the one before."""
+    """Reports that the checkpoint of `step` is incomplete, or its bytes are not those that were written: use the one before."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message, step)
@@ -186,11 +186,11 @@ def unwrapped() -> Iterator[None]:
 
 def innermost(error: BaseException | None) -> HeliostatError | None:
     """Finds the HeliostatError under Ray's wrappers, if one is the cause: it is what the person should read."""
-    found, seen = None, set()
+    inner, seen = None, set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         # Ray makes classes that are both RayTaskError and the cause's class; their text is a traceback: look inside
         if isinstance(error, HeliostatError) and not hasattr(error, "cause"):
-            found = error
+            inner = error
         error = getattr(error, "cause", None) or error.__cause__
-    return found
+    return inner

@@ -45,7 +45,7 @@ def advice(extra: str) -> str:
 
 def bringing(module: str) -> str | None:
     """Finds the extra that brings a module (or the package that it is in); None if none does."""
-    return next((extra for extra, found in _pairs() if module == found or module.startswith(f"{found}.")), None)
+    return next((extra for extra, brought in _pairs() if module == brought or module.startswith(f"{brought}.")), None)
 
 
 def _pairs() -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Hides secrets in text: passwords and keys in URIs, and values of keys that are named after what they hold.
 
 Errors and logs pass through `redact`, so no URI shows its password there. Files are searched with `secret_lines`, before they
-travel or are kept. Better a word too much hidden than a password shown: what cannot be told apart is taken for a secret.
+travel or are kept. Better a word too much hidden than a password shown: what cannot be distinguished is taken for a secret.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ SETTINGS = ("", ".cfg", ".conf", ".env", ".ini", ".json", ".properties", ".sh", 
 def secret_lines(lines: list[str], settings: bool) -> set[int]:
     """Finds the lines, numbered from 0, that hold a secret: in a file of settings (its suffix is one of SETTINGS) whatever value
     a key has that is named like one, with the lines that go on with it; in code only a literal."""
-    found = {i for i, line in enumerate(lines) if hide(line, settings) != line} | _keys(lines)
-    return found | (_continued(lines) | _environment(lines) if settings else set())
+    secret = {i for i, line in enumerate(lines) if hide(line, settings) != line} | _keys(lines)
+    return secret | (_continued(lines) | _environment(lines) if settings else set())
 
 
 def hide(line: str, settings: bool) -> str:
@@ -106,56 +106,56 @@ def hide(line: str, settings: bool) -> str:
 
 def _values(line: str) -> list[int]:
     """Finds where values begin that may be secrets; an empty one may have them on the lines behind."""
-    found = []
+    values = []
     for match in KEY.finditer(line):
         before, value = line[: match.start()], line[match.end() :].strip()
         colon = ":" in match[0]
         prose = colon and "#" in before and not COMMENT.fullmatch(before[before.index("#") :])
         known = REFERENCE.fullmatch(value if colon else value.partition(" ")[0])
         if not prose and (not known or not value):
-            found.append(match.end())
-    return found
+            values.append(match.end())
+    return values
 
 
 def _keys(lines: list[str]) -> set[int]:
     """Finds the lines of PEM blocks of private keys."""
-    found, inside = set[int](), False
+    numbers, inside = set[int](), False
     for i, line in enumerate(lines):
         inside = inside or bool(BEGIN.search(line))
         if inside:
-            found.add(i)
+            numbers.add(i)
         inside = inside and not END.search(line)
-    return found
+    return numbers
 
 
 def _continued(lines: list[str]) -> set[int]:
     """Finds the lines behind a key that belong to its value: all that are indented further, or a list's plain items."""
-    found = set[int]()
+    numbers = set[int]()
     for i, line in enumerate(lines):
         values = _values(line)
         if not values:
             continue
-        open_value = bool(line[values[-1] :].strip())  # a scalar that goes on; without one a mapping or a list may follow
+        open_value = bool(line[values[-1] :].strip())  # a scalar that continues; without one a mapping or a list may follow
         for j in range(i + 1, len(lines)):
             text = lines[j].strip()
             deeper = _indent(lines[j]) > _indent(line) or (not open_value and text.startswith("- "))
             if text and not deeper:
                 break
             if text and (open_value or not PAIR.match(lines[j])) and not REFERENCE.fullmatch(text.removeprefix("- ")):
-                found.add(j)
-    return found
+                numbers.add(j)
+    return numbers
 
 
 def _environment(lines: list[str]) -> set[int]:
-    """Finds each `value` beside a `name` that is named like a secret, as Kubernetes writes environment variables."""
-    found = set[int]()
+    """Finds each `value` next to a `name` that is named like a secret, as Kubernetes writes environment variables."""
+    numbers = set[int]()
     for i, line in enumerate(lines):
         if ENVIRONMENT.match(line):
             for j in (i - 1, i + 1):
                 value = VALUE.match(lines[j]) if 0 <= j < len(lines) else None
                 if value and not REFERENCE.fullmatch(value[2].strip()):
-                    found.add(j)
-    return found
+                    numbers.add(j)
+    return numbers
 
 
 def _indent(line: str) -> int:

@@ -37,6 +37,9 @@ def _number(value: object) -> object:
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 SHOWN = 200  # characters of a wrong value
 KINDS: dict[object, str] = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}  # what stands for a value in a fix
+WANTED = {  # what pydantic says of its own classes, in words of YAML
+    "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping", "list_type": "a list",
+}  # fmt: skip
 NODES = 2_000_000  # values that a file may hold, those that it repeats by name counted each time
 M = TypeVar("M", bound=BaseModel)
 
@@ -59,30 +62,31 @@ def documents(path: Path) -> list[Any]:
     """Reads the documents of a YAML file, empty ones left out; ConfigError that names the file and the line."""
     try:
         with path.open(encoding="utf-8") as f:
-            found = [d for d in yaml.load_all(f, _UniqueKeys) if d is not None]
+            sections = [d for d in yaml.load_all(f, _UniqueKeys) if d is not None]
     except FileNotFoundError as e:
-        there = {p.stem: p.name for p in path.parent.glob("*.y*ml")}
-        close = difflib.get_close_matches(path.stem, [*there], n=1)  # without their endings, by which all files are alike
-        near = f"; did you mean {there[close[0]]!r}?" if close else nearest("", list(there.values()))
+        others = {p.stem: p.name for p in path.parent.glob("*.y*ml")}
+        close = difflib.get_close_matches(path.stem, [*others], n=1)  # without their endings, by which all files are the same
+        near = f"; did you mean {others[close[0]]!r}?" if close else nearest("", list(others.values()))
         raise ConfigError(f"{path}: no such file{near}") from e
     except IsADirectoryError as e:
         raise ConfigError(f"{path}: is a folder; name a YAML file in it") from e
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read ({e})") from e
     except BROKEN as e:
-        fault = str(e) if isinstance(e, ConfigError) else f"not valid YAML: {brief(' '.join(str(e).split()))}"
+        why = "it is nested too deeply" if isinstance(e, RecursionError) else brief(" ".join(str(e).split()))
+        fault = str(e) if isinstance(e, ConfigError) else f"not valid YAML: {why}"
         raise ConfigError(f"{path}: {fault}") from e
-    if bounded(found) > NODES:
+    if bounded(sections) > NODES:
         raise ConfigError(f"{path}: holds more than {NODES:,} values, or repeats itself (with & and *) without end")
-    return found
+    return sections
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping; ConfigError if it holds anything else."""
-    found = documents(path)
-    if len(found) > 1:
-        raise ConfigError(f"{path}: holds {len(found)} documents; take out what begins at the second `---`")
-    raw = found[0] if found else None
+    sections = documents(path)
+    if len(sections) > 1:
+        raise ConfigError(f"{path}: holds {len(sections)} documents; take out what begins at the second `---`")
+    raw = sections[0] if sections else None
     if raw is None:
         raise ConfigError(f"{path}: is empty; it must be a mapping of keys to values")
     if not isinstance(raw, dict):
@@ -211,7 +215,10 @@ def explain(error: ValidationError, model: type[BaseModel], within: str = "") ->
             lines.append(f"{key}: {_shown(fault['input'])} is not a choice{near}")
         else:
             message, value = fault["msg"], _shown(fault["input"])
-            if message.startswith("Input should be "):
+            if wanted := WANTED.get(fault["type"]):
+                fix = f". Write {key}: {_example(owner, str(path[-1]))}" if path else ""
+                need = f"expected {wanted}, got {value}{fix}"
+            elif message.startswith("Input should be "):
                 need = f"{value} {message.removeprefix('Input ')}"
             else:
                 need = message.removeprefix("Value error, ") if fault["type"] == "value_error" else f"{value}: {message}"
@@ -254,8 +261,17 @@ def _literals(annotation: object) -> list[object]:
     return [c for n in nested for c in n] or list(get_args(annotation))
 
 
+def require_whole(model: type, key: str) -> None:
+    """Raises ConfigError that names the key if a class, such as a user's, lacks methods that its base requires."""
+    if missing := sorted(getattr(model, "__abstractmethods__", ())):
+        raise ConfigError(
+            f"{key}: {model.__module__}:{model.__qualname__} lacks {', '.join(missing)}. Implement what its base requires"
+        )
+
+
 def validate(model: type[M], raw: object, where: str) -> M:
     """Validates plain data as the model; one ConfigError with every fault, each on its own line after `where`."""
+    require_whole(model, where)
     try:
         return model.model_validate(raw)
     except ValidationError as e:
@@ -303,8 +319,8 @@ def kind_of(raw: object) -> str | None:
 
 def require_kind(wanted: str, path: Path, raw: object) -> None:
     """Raises ConfigError if the file is clearly of another kind than `wanted`; it names the command that takes it."""
-    found = kind_of(raw)
+    other = kind_of(raw)
     keys = set(raw) if isinstance(raw, dict) else set()
-    if found and found != wanted and not keys & set(KIND_KEYS[wanted]):
-        command = KIND_COMMANDS[found].format(path)
-        raise ConfigError(f"{path}: is {KIND_NAMES[found]}, and {KIND_NAMES[wanted]} is wanted here; use `{command}`")
+    if other and other != wanted and not keys & set(KIND_KEYS[wanted]):
+        command = KIND_COMMANDS[other].format(path)
+        raise ConfigError(f"{path}: is {KIND_NAMES[other]}, and {KIND_NAMES[wanted]} is wanted here; use `{command}`")

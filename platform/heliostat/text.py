@@ -14,7 +14,7 @@ def printable(text: str, lines: bool = False) -> str:
 
     `lines`: line breaks and tabs stay.
     """
-    return UNSAFE.sub(lambda found: found[0] if lines and found[0] in "\n\t" else _escape(found[0]), text)
+    return UNSAFE.sub(lambda match: match[0] if lines and match[0] in "\n\t" else _escape(match[0]), text)
 
 
 def _escape(character: str) -> str:

@@ -84,7 +84,7 @@ def load(made: Any, group: Any, folder: str) -> int:
     found = checkpoint.latest(Location(folder))
     assert found
     read = checkpoint.load(found, zero_state.state(made, whole=True), group)
-    zero_state.after_load(made, found.index.optimizer_steps)
+    zero_state.after_load(made, found.index.resume["optimizer_steps"])
     return read
 
 

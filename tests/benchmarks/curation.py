@@ -94,7 +94,7 @@ def made(folder: Path, memory_limit: int, shards: bool) -> tuple[Timed, int]:
     flow = Timed(Work(Location(f"{folder}/work")))
     flow.before = harness.memory("VmRSS")
     source, stages = TextSource(f"{folder}/in", TextRules()), [parse(entry) for entry in STAGES]
-    making = TextMaking(flow, source, Location(f"{folder}/out"), stages, memory_limit, tokenizer=BPE, given=None,
+    making = TextMaking(flow, source, Location(f"{folder}/out"), stages, memory_limit, tokenizer=BPE, given_tokenizer=None,
                         shard_bytes=memory_limit // 8, chunk_tokens=1_000_000)  # fmt: skip
     found = (making.run if shards else making.curated)(sources.listing(f"{folder}/in"))
     return flow, found[1]["documents"] if shards else sum(run.rows for run in found.runs)

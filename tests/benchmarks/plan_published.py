@@ -1,8 +1,8 @@
-"""Holds the plan to published runs, by hand: prints the table of docs/plan.md, counts the models again, fits the efficiencies.
+"""Holds the plan to published runs, by hand: prints the tables of docs/plan.md, counts the models again, fits the constants.
 
 python -m tests.benchmarks.plan_published            # every run, measured and planned, and the errors
 python -m tests.benchmarks.plan_published --count    # counts the operations of the table's models again (two minutes)
-python -m tests.benchmarks.plan_published --fit      # fits prices.yaml's efficiencies, and to all but each source in turn
+python -m tests.benchmarks.plan_published --fit      # fits the constants, and to all but each source in turn
 """
 
 from __future__ import annotations
@@ -13,33 +13,39 @@ import sys
 from typing import Any
 
 import numpy as np
-from heliostat.plan import hardware
 from scipy.optimize import least_squares
 
 from tests.unit import published
 
-# what is fitted: (keys in prices.yaml, least, most)
-FITTED = [
-    (("efficiency", "A100", "matmul"), 0.4, 0.95),
-    (("efficiency", "A100", "attention"), 0.2, 0.9),
-    (("efficiency", "A100", "convolution"), 0.1, 0.9),
-    (("efficiency", "A100", "memory"), 0.4, 0.95),
-    (("efficiency", "H100", "matmul"), 0.4, 0.95),
-    (("efficiency", "H100", "attention"), 0.15, 0.9),
-    (("efficiency", "H100", "memory"), 0.4, 0.95),
-    (("efficiency", "other", "fused"), 0.1, 1.0),
-    (("network", "overlap"), 0.5, 0.95),
+HOPPER = ("H100", "H200", "B200")  # planned with the same shares of their own peaks
+# what is fitted, by keys in prices.yaml and in runs.yaml's kernels, with the least and the most that can be
+CONSTANTS = [
+    ([("efficiency", "A100", "matmul")], 0.4, 0.95),
+    ([("efficiency", "A100", "attention")], 0.2, 0.65),
+    ([("efficiency", "A100", "convolution")], 0.1, 0.9),
+    ([("efficiency", "A100", "memory")], 0.4, 0.95),
+    ([("efficiency", d, "matmul") for d in HOPPER], 0.4, 0.95),
+    ([("efficiency", d, "attention") for d in HOPPER], 0.15, 0.65),
+    ([("efficiency", d, "memory") for d in HOPPER], 0.4, 0.95),
+    ([("efficiency", "other", "fused")], 0.1, 1.0),
+    ([("efficiency", "other", "launch")], 2e-6, 3e-5),
+    ([("efficiency", "other", "fp8")], 0.3, 0.95),
+    ([("network", "overlap")], 0.5, 1.0),
+    ([("network", "hop")], 3e-6, 4e-5),
+    ([("kernels", "triton A100"), ("kernels", "triton H100")], 0.2, 1.0),
+    ([("kernels", "flash2 H100"), ("kernels", "flash2 H200")], 0.3, 1.0),
 ]
 
 
 def at(prices: dict[str, Any], values: Any) -> dict[str, Any]:
     """The price table with other values of what is fitted."""
     made = copy.deepcopy(prices)
-    for (path, _, _), value in zip(FITTED, values, strict=True):
-        target = made
-        for key in path[:-1]:
-            target = target[key]
-        target[path[-1]] = float(value)
+    for (paths, _, _), value in zip(CONSTANTS, values, strict=True):
+        for *path, last in paths:
+            target = made
+            for key in path:
+                target = target[key]
+            target[last] = float(value)
     return made
 
 
@@ -49,15 +55,15 @@ def fit(prices: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     for run in runs:
         often[run["source"]] = often.get(run["source"], 0) + 1
     weights = np.array([often[run["source"]] ** -0.25 for run in runs])
-    start = [0.5 * (low + high) for _, low, high in FITTED]
+    low, high = (np.array([bounds[n] for bounds in CONSTANTS]) for n in (1, 2))
 
-    def residuals(values: Any) -> Any:
-        errors = np.array([np.log1p(published.error(run, at(prices, values))) for run in runs])
-        held = 0.02 * (values - start) / start  # what no run says stays in the middle
-        return np.concatenate([weights * errors, held])
+    def residuals(shares: Any) -> Any:
+        table = at(prices, low + (high - low) * shares)
+        wrong = np.array([np.log1p(published.error(run, table)) for run in runs])
+        return np.concatenate([weights * wrong, 0.02 * (shares - 0.5)])  # what no run says stays in the middle
 
-    bounds = ([low for _, low, _ in FITTED], [high for _, _, high in FITTED])
-    return at(prices, least_squares(residuals, start, bounds=bounds, loss="soft_l1", f_scale=0.1).x)
+    found = least_squares(residuals, np.full(len(CONSTANTS), 0.5), bounds=(0, 1), loss="soft_l1", f_scale=0.1).x
+    return at(prices, low + (high - low) * found)
 
 
 def errors(prices: dict[str, Any], runs: list[dict[str, Any]]) -> list[float]:
@@ -69,31 +75,35 @@ def line(name: str, found: list[float]) -> str:
     return f"| {name} | {len(found)} | {np.median(sizes):.1%} | {sizes.max():.1%} |"
 
 
-def show(prices: dict[str, Any]) -> None:
-    print("| source | model | length | device | workers | measured | planned | error |\n|---|---|---|---|---|---|---|---|")
-    for run in published.RUNS:
-        said, name = published.planned(run, prices), run["device"].partition(" of ")[0]
-        model = run["model"] + (", compiled" if run.get("compile") else "")
+def of(source: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run for run in runs if run["source"] == source]
+
+
+def show(prices: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    print("\n| source | model | length | device | workers | measured | planned | error |\n|---|---|---|---|---|---|---|---|")
+    for run in runs:
+        said, name = published.planned(run, prices), run["device"].partition(" ")[0]
+        more = [word for word, key in (("compiled", "compile"), ("fp8", "fp8")) if run.get(key)]
+        more += [f"{key} {run[key]}" for key in ("tensor", "expert") if key in run]
         print(
-            f"| {run['source']} | {model} | {run.get('length', '')} | {name} | "
+            f"| {run['source']} | {', '.join([run['model'], *more])} | {run.get('length', '')} | {name} | "
             f"{run['workers']} | {run['measured']:,.0f} | {said:,.0f} | {said / run['measured'] - 1:+.0%} |"
         )
     print("\n| source | runs | median error | worst |\n|---|---|---|---|")
-    sources = list(dict.fromkeys(run["source"] for run in published.RUNS))
-    for source in sources:
-        print(line(source, errors(prices, [r for r in published.RUNS if r["source"] == source])))
-    print(line("all", errors(prices, published.RUNS)))
+    for source in dict.fromkeys(run["source"] for run in runs):
+        print(line(source, errors(prices, of(source, runs))))
+    print(line("all", errors(prices, runs)))
 
 
-def held_out(prices: dict[str, Any]) -> None:
+def left_out(prices: dict[str, Any], runs: list[dict[str, Any]]) -> None:
     """Each source's errors under a fit to all the others."""
     print("\n| left out | runs | median error | worst |\n|---|---|---|---|")
     together: list[float] = []
-    for source in dict.fromkeys(run["source"] for run in published.RUNS):
-        rest = [r for r in published.RUNS if r["source"] != source]
-        left = errors(fit(prices, rest), [r for r in published.RUNS if r["source"] == source])
-        together += left
-        print(line(source, left))
+    for source in dict.fromkeys(run["source"] for run in runs):
+        mine = of(source, runs)
+        found = errors(fit(prices, [run for run in runs if run not in mine]), mine)
+        together += found
+        print(line(source, found))
     print(line("all", together))
 
 
@@ -106,13 +116,14 @@ def count() -> None:
 if __name__ == "__main__":
     if "--count" in sys.argv:
         count()
-    table = hardware.table()
+    table = published.table()
     if "--fit" in sys.argv:
-        table = fit(table, published.RUNS)
-        for path, _, _ in FITTED:
+        table = fit(table, published.FITTED)
+        for (path, *_), low, high in CONSTANTS:
             value: Any = table
             for key in path:
                 value = value[key]
-            print(".".join(path), round(value, 3))
-        held_out(table)
-    show(table)
+            print(f"{'.'.join(path)} {value:.3g} of {low:g} to {high:g}")
+        left_out(table, published.FITTED)
+    show(table, published.FITTED)
+    show(table, published.HELD_OUT)

@@ -104,7 +104,7 @@ class Steps(Stepper):
         """Losses and gradient norms of all steps."""
         samples = self.dealt()
         for step in range(STEPS):
-            self.step(step, samples.next_step())
+            self.step(step, self.prepare(step, samples.next_step()))
         losses = torch.stack(self.losses).double()
         dist.all_reduce(losses)
         return losses.tolist(), list(self.norms)

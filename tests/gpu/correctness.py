@@ -124,7 +124,7 @@ def save() -> Iterator[Row]:
             on = setting.engine(made, its := setting.recipe(made))
             found = checkpoint.open_checkpoint(saver.run, 3)
             checkpoint.load(found, zero_state.state(on, whole=True), group)
-            zero_state.after_load(on, found.index.optimizer_steps)
+            zero_state.after_load(on, found.index.resume["optimizer_steps"])
             loaded = play.state(on)
             unequal = sum(not torch.equal(held[name], loaded[name]) for name in held)
             yield _row(f"tensors unequal, saved beside training at {at}, loaded at ZeRO-{to}", unequal, 0)
@@ -134,7 +134,7 @@ def save() -> Iterator[Row]:
 
 def ahead() -> Iterator[Row]:
     """Micro-batches that are copied to the device while it computes, beside the same on the CPU."""
-    from heliostat.training.worker.micro_batches import on_device
+    from heliostat.data.device_streams import on_device
 
     micros = [{"tokens": torch.randint(0, 1 << 30, (8, 4096), generator=torch.Generator().manual_seed(i))} for i in range(16)]
     load = torch.randn(512, 512, device=setting.DEVICE)

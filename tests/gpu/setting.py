@@ -65,7 +65,7 @@ def micros(made: Any, its: Any, step: int) -> list[Any]:
 
 def losses(made: Any, its: Any, on: Any, first: int, steps: int) -> list[float]:
     """Trains an engine for steps [first, first + steps); each step's loss."""
-    from heliostat.training.worker.micro_batches import on_device
+    from heliostat.data.device_streams import on_device
 
     found = []
     for step in range(first, first + steps):

@@ -65,15 +65,16 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A private Ray of eight logical CPUs, started once."""
+    from heliostat import training, tune
     from heliostat.cluster import private_ray
     from heliostat.cluster.connect import connect, disconnect
-    from heliostat.cluster.fork_server import preloads
+    from heliostat.recipes import built_in
 
     text, images = (
-        preloads.modules("heliostat.recipes:CausalLM", {"arch": "llama"}),
-        preloads.modules("heliostat.recipes:TextToImage", {}),
+        built_in.modules("heliostat.recipes:CausalLM", {"arch": "llama"}),
+        built_in.modules("heliostat.recipes:TextToImage", {}),
     )
-    private_ray.ahead(torch.cuda.device_count(), [*text, *images, *preloads.TRIALS])
+    private_ray.ahead(torch.cuda.device_count(), [*training.AHEAD, *text, *images, *tune.AHEAD])
     connect(cpus=8, gpus=torch.cuda.device_count())
     yield
     disconnect()

@@ -54,7 +54,7 @@ class Host:
 
     def kill(self) -> None:
         if self.process:
-            end_tree(self.process.pid)
+            end_tree(self.process)
             self.process.wait()
 
     def cut_off(self) -> None:

@@ -159,7 +159,7 @@ def _load(saved: Case, engine: Any, folder: Path, group: Any, goes_on: bool) -> 
     state = zero_state.state(engine, whole=True) | zero_state.frozen(engine, whole=True)
     checkpoint.load(found, state, group)
     said = checkpoint.casts(found, state) or ""
-    zero_state.after_load(engine, found.index.optimizer_steps)
+    zero_state.after_load(engine, found.index.resume["optimizer_steps"])
     expected, got = load_file(folder / f"{saved}.safetensors"), _whole(engine)
     types = {n: (expected[n].dtype, got[n].dtype) for n in expected}
     unequal = [n for n in expected if not torch.equal(expected[n].to(got[n].dtype), got.pop(n))] + sorted(got)

@@ -56,7 +56,7 @@ def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         data_plan = plan(job, [read(location) for location in job.sources])
         steps = Steps(job, data_plan)
         kept = _watched(steps.engine)
-        steps.step(0, steps.dealt().next_step())
+        steps.step(0, steps.prepare(0, steps.dealt().next_step()))
         sums = torch.stack([steps.losses[0], *steps.added[0]]).double()
         dist.all_reduce(sums)
         if dist.get_rank() == 0:

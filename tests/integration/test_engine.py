@@ -182,7 +182,7 @@ def loss_scale(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
             checkpoint.load(found, zero_state.state(made[1], whole=True), group)
             zero_state.after_load(made[1], steps)
             anew = zero_state.write_loss_scale(made[1], None)
-            zero_state.write_loss_scale(made[1], found.index.loss_scale)
+            zero_state.write_loss_scale(made[1], found.index.resume["loss_scale"])
             for engine in made:
                 _train(engine, 3, 6)
             ends = [{"scale": zero_state.read_loss_scale(e), "steps": zero_state.optimizer_steps(e)} for e in made]

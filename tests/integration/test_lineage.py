@@ -90,7 +90,7 @@ def story(shards: str, corpus: str, tracking: str, tmp_path_factory: pytest.Temp
         workers(driver.pid)[-1].send_signal(signal.SIGKILL)
         driver.until(lambda: len(goodput.read(run)) == 2 and saved(run) >= 15, "checkpoint after the worker's death")
     finally:
-        end_tree(driver.pid)
+        end_tree(driver)
         driver.wait(30)
     from heliostat.tracking import mlflow_client, run_table
 

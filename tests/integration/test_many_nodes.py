@@ -62,7 +62,7 @@ def load(made: Any, run: Location, group: Any) -> tuple[dict[str, torch.Tensor],
     found = checkpoint.open_checkpoint(run, TRAINED)
     _poison(made)
     checkpoint.load(found, zero_state.state(made, whole=True) | zero_state.frozen(made, whole=True), group)
-    zero_state.after_load(made, found.index.optimizer_steps)
+    zero_state.after_load(made, found.index.resume["optimizer_steps"])
     return _whole(made), _play(made, TRAINED, AFTER)
 
 

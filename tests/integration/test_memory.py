@@ -75,7 +75,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def keep(plan: Any, step: int, rank: int, seal: bool = True) -> None:
     data, id = np.full(1000, rank, np.uint8), f"{plan.attempt}:{step}"
-    facts = CopyFacts(step, 2, "plan", step)
+    facts = CopyFacts(step, 2, "plan", {"optimizer_steps": step})
     for keeper in plan.keepers[rank]:
         ray.get(keeper.open.remote(id, rank, 1000))  # first: a keeper answers several calls at the same time
         ray.get(keeper.write.remote(id, rank, 0, data))

@@ -123,7 +123,7 @@ def _load(run: Location, engine: Any, group: Any) -> None:
     for tensor in state.values():
         getattr(tensor, "local", tensor).fill_(float("nan"))  # what a load does not write will be seen
     checkpoint.load(found, state, group)
-    zero_state.after_load(engine, found.index.optimizer_steps)
+    zero_state.after_load(engine, found.index.resume["optimizer_steps"])
 
 
 def _held(engine: Any) -> int:

@@ -97,7 +97,7 @@ def test_a_run_resized_five_times_without_three_workers_a_node_and_its_driver_ve
         ordeal.drain(console)
         nodes.add()
         ordeal.has(3)
-        end_tree(command.process.pid)
+        end_tree(command.process)
         command.arguments = [str(path), "--resume"]
         command.start()
         ordeal.has(3)

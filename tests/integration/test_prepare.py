@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+from heliostat.chaos.proxy import FaultProxy, ProxyFault
 from heliostat.curation.prepare import prepare
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
@@ -162,3 +164,33 @@ def test_a_folder_on_s3_gives_the_digest_of_the_same_folder_on_disk(tmp_path, s3
     assert some["documents"] == 60 and not some["up_to_date"]
     with pytest.raises(StorageError, match=r"output: .*there is no bucket 'nowhere'"):
         prepare(write_pipeline(tmp_path, **KEYS, output=f"s3://nowhere/x?{query}"), [])
+
+
+@pytest.mark.ci
+def test_a_store_that_answers_503_in_bursts_changes_nothing_of_a_dataset(tmp_path, s3_server):
+    """Each request of the driver and its tasks passes a proxy that rejects three of ten, and all of every third second."""
+    make_input(tmp_path / "in")
+    place = Location(f"s3://bursts/in?{stores.bucket(s3_server, 'bursts')}")
+    pafs.copy_files(str(tmp_path / "in"), place.path, destination_filesystem=place.fs)
+    over = threading.Event()
+    with FaultProxy(s3_server, seed=1) as proxy:
+        some = ProxyFault("status", rate=0.3)
+
+        def bursts() -> None:
+            while not over.wait(2.0):
+                proxy.faults = (ProxyFault("status"),)
+                over.wait(1.0)
+                proxy.faults = (some,)
+
+        proxy.faults, query = (some,), f"endpoint_override={proxy.endpoint}&scheme=http"
+        thread = threading.Thread(target=bursts)
+        thread.start()
+        try:
+            made = prepare(
+                write_pipeline(tmp_path, **KEYS, input=f"s3://bursts/in?{query}", output=f"s3://bursts/out?{query}"), []
+            )
+        finally:
+            over.set()
+            thread.join()
+        assert proxy.injected[some] > 20
+    assert made["digest"] == prepare(write_pipeline(tmp_path, **KEYS), [])["digest"]

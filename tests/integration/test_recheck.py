@@ -85,7 +85,7 @@ def _play(steps: curves.Steps, recheck: CorruptionCheck | None, fault: str = "")
         if recheck and recheck.due(step):
             said.append(recheck.look(step))
             looked.append(step)
-        steps.step(step, samples.next_step())
+        steps.step(step, steps.prepare(step, samples.next_step()))
     losses = torch.stack(steps.losses).double()
     dist.all_reduce(losses)
     return {"curve": [losses.tolist(), steps.norms], "at": looked, "said": said}

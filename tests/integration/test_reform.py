@@ -48,7 +48,7 @@ def _begin(folder: str, number: int, rank: int, world: int, stage: int, precisio
     if load:
         found = checkpoint.open_checkpoint(Location(str(load)), 3)
         checkpoint.load(found, zero_state.state(engine, whole=True), dist.new_group(backend="gloo"))
-        zero_state.after_load(engine, found.index.optimizer_steps)
+        zero_state.after_load(engine, found.index.resume["optimizer_steps"])
     return engine
 
 

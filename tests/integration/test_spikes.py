@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from heliostat.config.sections import Spike
+from heliostat.config.spikes import Spike
 from heliostat.errors import LossSpikeError
 from heliostat.runs.events import Event
 from heliostat.storage.locations import Location

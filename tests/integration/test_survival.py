@@ -85,12 +85,12 @@ def test_a_run_shrinks_to_the_room_there_is_and_grows_behind_a_checkpoint(job_fi
 
 
 def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_run(job_file, tracking, unbroken, tmp_path):
-    """SIGTERM to `heliostat train`: exit code 130, KILLED in MLflow, no step lost; the resumed run ends with the same curve."""
+    """SIGTERM to the process group of `heliostat train`: exit code 130, KILLED in MLflow, no step lost, and the same curve."""
     path = job_file("stopped")
     folder = run_folder(path)
     words = [word for setting in settings(**PACED_PLAIN) for word in ("--set", setting)]
     driver = commands.start("train", str(path), "--resume", *words, log=tmp_path / "driver.log")
-    when((lambda: saved(folder) >= 10, driver.terminate))
+    when((lambda: saved(folder) >= 10, lambda: os.killpg(driver.pid, signal.SIGTERM)))
     assert driver.wait(300) == 130, driver.err[-3000:]
     assert "error: stopped at step" in driver.err and "Traceback" not in driver.err
     newest = saver.latest(folder)

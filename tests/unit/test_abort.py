@@ -1,7 +1,7 @@
 """What a worker computes after the order to abort: an aborted collective returns unwritten buffers, so nothing of it counts."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,29 +66,37 @@ def test_the_heartbeat_hands_the_order_on(monkeypatch):
     assert process_group.ordered()
 
 
-def loop_in_step(norm: float, step: Any) -> Any:
+def loop_in_step(step: Callable[[], object]) -> Any:
     loop: Any = object.__new__(Loop)
     loop.ledger, loop.job, loop.hooks = Ledger("data"), job(), []
     loop.context = SimpleNamespace(start_step=0, progressed=process_group.check)
-    loop.read = lambda: None
+    loop.ahead = SimpleNamespace(take=lambda step: SimpleNamespace(samples="samples"), begin=lambda step: None)
     loop.heartbeat = SimpleNamespace(stop=0)
     loop.consensus = SimpleNamespace(ask=lambda code: None, result=lambda: 0)
     loop.state = SimpleNamespace(blocked_s=0.0, saver=SimpleNamespace(failed=False))
-    loop.stepper = SimpleNamespace(step=lambda *given: step() or norm)
+    loop.stepper = SimpleNamespace(step=lambda *given: step())
     loop.unsealed = Never()
     return loop
 
 
-def test_a_step_that_was_aborted_is_neither_judged_nor_counted_as_trained():
-    """Its norm is not finite: that would end the run, or with `rollback` leave good samples out."""
+def test_a_step_that_was_aborted_is_not_counted_as_trained():
     with pytest.raises(PeerLostError):
-        loop_in_step(math.nan, ordered)._make(5)
+        loop_in_step(ordered)._make(5)
+
+
+def test_a_norm_that_was_read_after_the_abort_is_not_judged():
+    """It is not finite: that would end the run, or with `rollback` leave good samples out."""
+    loop = loop_in_step(lambda: None)
+    loop.stepper.read_norms = lambda but: ordered() or [(4, math.nan)]
+    loop.hooks = [SimpleNamespace(on_norm=Never().__getattr__)]
+    with pytest.raises(PeerLostError):
+        loop._judge(1)
 
 
 def test_a_step_before_the_abort_counts():
-    loop, noted = loop_in_step(1.0, lambda: None), list[Any]()
+    loop, noted = loop_in_step(lambda: None), list[Any]()
     loop.unsealed = SimpleNamespace(add=lambda *given: noted.append(given))
-    assert loop._make(5) == (1.0, 0) and len(noted) == 1
+    assert loop._make(5) == 0 and noted == [(5, "samples")]
 
 
 def test_numbers_of_an_aborted_report_are_neither_judged_nor_logged():
@@ -99,9 +107,9 @@ def test_numbers_of_an_aborted_report_are_neither_judged_nor_logged():
     reports: Any = object.__new__(StepReports)
     reports.sums, reports.job = report, job()
     reports.context = SimpleNamespace(control=None, progressed=process_group.check, posts=Never(), latest=Never())
-    reports.dataset = reports.hooks = Never()
+    reports.hooks, reports.unsealed = Never(), SimpleNamespace(replaced=0, dataset=Never())
     with pytest.raises(PeerLostError):
-        reports._post(0, 1, 1.0, 0.0, 0)
+        reports._post(0, 1, 1.0, 0.0)
 
 
 def test_after_an_abort_no_checkpoint_no_receipt_and_no_copy_is_made():

@@ -166,6 +166,15 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
             lambda: heliostat.datasets(heliostat.load_job(raw()), steps=1, folder="f"),
             r"heliostat\.datasets: steps, global_batch and held_out are what the job says",
         ),
+        (lambda: heliostat.train(None), "job: expected a job file, its mapping, or a Job, got None"),
+        (lambda: heliostat.prepare(3), "pipeline: expected a pipeline file, got 3"),
+        (lambda: heliostat.load_job(raw(), None), "overrides: expected a mapping, or a list of .*, got None"),
+        (lambda: heliostat.load_job(raw(), [3]), r"overrides: expected a mapping, or a list of .*, got \[3\]"),
+        (lambda: heliostat.load_job(raw(), {"train.steps": {1}}), r"overrides: train\.steps: \{1\} is no value"),
+        (lambda: heliostat.generate("m", 3), "prompts: expected a text or a list of texts, got 3"),
+        (lambda: heliostat.generate("m", "x", seed="a"), "seed: expected an integer, got 'a'"),
+        (lambda: heliostat.generate(None, "x"), "model: expected a folder, models:/NAME/VERSION, or a run id, got None"),
+        (lambda: heliostat.datasets(None, steps=1, global_batch=8, folder="f"), "data: expected the keys"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(call, line, tmp_path, monkeypatch):

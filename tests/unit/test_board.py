@@ -165,7 +165,7 @@ def test_a_worker_tells_which_step_and_micro_batch_it_is_at(monkeypatch):
     beat._mailbox = SimpleNamespace(heartbeat=SimpleNamespace(remote=lambda *given: sent.append(given) or {}))
     monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
     worker: Any = Worker.__new__(Worker)
-    loop = loop_in_step(1.0, lambda: [worker._handed() for _ in range(3)] and None)
+    loop = loop_in_step(lambda: [worker._handed() for _ in range(3)] and None)
     loop.unsealed, loop.context.progressed = SimpleNamespace(add=lambda *given: None), worker._progressed
     loop.heartbeat = worker.heartbeat = beat
     monkeypatch.setattr(Heartbeat, "stop", 0)

@@ -107,6 +107,16 @@ def test_a_run_that_resumes_waits_for_a_store_that_is_away(tmp_path, monkeypatch
         check.check_services(wanted, resume=True)
 
 
+def test_a_file_that_is_no_database_is_found_before_the_run(tmp_path):
+    """MLflow would find it once the workers were placed. An empty file becomes a database."""
+    place = tmp_path / "x.db"
+    place.write_text("text")
+    with pytest.raises(ConfigError, match=r"^mlflow\.uri: .*x\.db is not an SQLite database"):
+        check._check_mlflow(f"sqlite:///{place}")
+    place.write_text("")
+    check._check_mlflow(f"sqlite:///{place}")
+
+
 @pytest.mark.parametrize("status", [500, 503])
 def test_the_cause_of_an_error_of_mlflows_client_is_not_cut_off(monkeypatch, status):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -133,6 +143,17 @@ def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_nex
     assert isinstance(error, TrackingError) and time.monotonic() - begun < 45
     assert str(error).startswith(f"MLflow at {uri}: no answer within 2 s (") and "\n" not in str(error)
     assert str(error).endswith("). Start it with `mlflow server`, or pass another store: --mlflow URI")
+
+
+def test_mlflow_draws_no_bars_for_scripts_either_unless_they_ask_for_them(monkeypatch):
+    """The command line hid them, and `heliostat.train` in a script drew one for every file."""
+    shown = mlflow.environment_variables.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+    for chosen in (None, "true"):
+        monkeypatch.setenv(shown.name, chosen or "true")
+        if not chosen:
+            monkeypatch.delenv(shown.name)
+        mlflow_client.connect("http://127.0.0.1:9")
+        assert shown.get() is bool(chosen)
 
 
 def test_mlflows_own_client_is_bounded_by_the_commands_too(monkeypatch):

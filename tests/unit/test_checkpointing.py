@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from heliostat.data.device_streams import HostTensors
 from heliostat.errors import ConfigError
 from heliostat.plan.model_stats import Meter
 from heliostat.recipes.conformance import require_abilities
@@ -48,16 +49,16 @@ def test_losses_and_gradients_are_the_same_to_the_bit_and_take_less():
 def test_only_a_layers_input_goes_to_the_host(monkeypatch):
     """A copy of it, whose bytes come back: what lies there is what the backward pass computes with."""
     seen = []
-    monkeypatch.setattr(checkpointing, "save_on_cpu", lambda pin_memory: Spied(seen))
+    monkeypatch.setattr(checkpointing, "HostTensors", lambda: Spied(seen))
     mine, _ = played(**{WHICH: 3, OFFLOAD: True})
     assert [t.shape for t in seen if t.requires_grad] == [(2, 64, 32)] * 3
     monkeypatch.undo()
     assert torch.equal(mine, played()[0])
 
 
-class Spied(torch.autograd.graph.save_on_cpu):
+class Spied(HostTensors):
     def __init__(self, seen: list[torch.Tensor]) -> None:
-        super().__init__(pin_memory=True)
+        super().__init__()
         packed = self.pack_hook
         self.pack_hook = lambda tensor: (seen.append(tensor), packed(tensor))[1]
 

@@ -3,9 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from heliostat import schema
 from heliostat.cli import common, main
+from heliostat.cluster import local
+from heliostat.curation.text import tokens
+from heliostat.data import manifest
 from heliostat.errors import AccessError, ConfigError, TrainingError
 from heliostat.storage.locations import Location
 
@@ -42,6 +46,10 @@ BOTH = "--overwrite: deletes what --resume goes on from; give one of the two"
             "AccessError",
             "--out: /proc/x: /proc is not a folder that can be",
         ),
+        (["runs", "--mlflow", "foo://x", "--json"], "ConfigError", "--mlflow: 'foo://x' is no MLflow store; use sqlite:///FILE"),
+        (["runs", "--mlflow", "sqlite:///README.md", "--json"], "ConfigError", "README.md is not an SQLite database"),
+        (["runs", "--mlflow", "sqlite:///jobs", "--json"], "ConfigError", "--mlflow: jobs cannot be read (Is a directory)"),
+        (["jobs", "--cluster", "127.0.0.1:99999", "--json"], "ConfigError", "and no address (HOST:PORT"),
         (["runs", "--mlflow", "http://u:p@h", "--json"], "ConfigError", "--mlflow: carries a password"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else None,
@@ -53,6 +61,33 @@ def test_a_users_mistake_is_one_line_one_object_and_exit_code_2(monkeypatch, cap
     assert code == 2 and set(told) == {"error"} and set(told["error"]) == {"type", "message", "exit_code"}
     assert told["error"]["type"] == kind and told["error"]["exit_code"] == 2 and words in told["error"]["message"]
     assert err == f"error: {told['error']['message']}\n" and out.count("\n") == 1
+
+
+def test_a_dataset_without_stages_names_what_to_change(monkeypatch, capsys, tmp_path):
+    """`trace`, `forget` and the report of the curation: exit code 2, because a person must prepare it differently."""
+    location = Location(str(tmp_path))
+    location.join("shards/00000/x.parquet").write(tokens.shard(["a"], [np.zeros(9, np.int32)], 100, np.zeros(1, np.int64)))
+    manifest.write(location, manifest.read_footer(location, "shards/00000/x.parquet", "tokens"), {"kind": "tokens"})
+    for words in (["trace", "--id", "a"], ["forget", "--id", "a", "--out", str(tmp_path / "b")], ["curate", "report"]):
+        code, _, err = run(monkeypatch, capsys, *words, str(tmp_path))
+        assert code == 2 and "was made without `stages`" in err and err.count("\n") == 1
+
+
+def test_without_a_cluster_the_error_names_what_takes_one(monkeypatch, capsys, tmp_path):
+    """An option of `jobs`, an argument of `cluster status`."""
+    monkeypatch.setattr(local, "known", list)
+    for words, field in ((["jobs"], "--cluster: "), (["cluster", "status"], "CLUSTER: ")):
+        code, _, err = run(monkeypatch, capsys, *words)
+        assert code == 2 and err.startswith(f"error: {field}none is given") and "heliostat cluster up" in err
+
+
+def test_a_store_of_the_environment_that_is_no_database_is_one_line(monkeypatch, capsys, tmp_path):
+    """For a run's id and for a model: both ended with a traceback of SQLAlchemy."""
+    (tmp_path / "x.db").write_text("no database")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/x.db")
+    for words in (["checkpoints", "0" * 32], ["generate", "models:/a/1", "--prompt", "x"]):
+        code, _, err = run(monkeypatch, capsys, *words)
+        assert code == 1 and err.startswith("error: MLflow at sqlite:///") and err.count("\n") == 1
 
 
 def test_without_json_nothing_of_an_error_is_on_standard_output(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 from heliostat.cluster import dashboard
 from heliostat.cluster.endpoint import Endpoint
 from heliostat.config.spec import Retries
-from heliostat.errors import ConfigError, StorageError
+from heliostat.errors import ClusterError, ConfigError, StorageError
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 from heliostat.submit import jobs, logs, progress, submission
@@ -73,6 +74,35 @@ def test_a_queue_is_worked_off_in_the_order_of_submission():
     assert before("a", "q", all_) == []
     assert before("c", "q", all_) == ["a", "b"]
     assert before("missing", "q", all_) is None
+
+
+@pytest.mark.parametrize("steps", [100, 101])
+def test_a_job_that_an_earlier_version_submitted_is_found_again(tmp_path, monkeypatch, steps):
+    """That version knew fewer keys, so it computed another digest; other settings are still another job. Twice, as people do."""
+    monkeypatch.chdir(tmp_path)
+    earlier = submission.SubmissionRecord.of(submission.load(write(tmp_path), [], HERE), None, None)
+    del earlier.job["train"]["ema"]
+    earlier.write()
+    there = {"status": "RUNNING", "metadata": {"digest": earlier.digest}}
+    known = jobs.Jobs.__new__(jobs.Jobs)
+    monkeypatch.setattr(known, "find", lambda _: there)
+    wanted = submission.load(write(tmp_path), [f"train.steps={steps}"], HERE)
+    for _ in range(2):
+        record = submission.SubmissionRecord.of(wanted, None, None)
+        if steps == earlier.steps:
+            assert record.digest != earlier.digest and known.submit(record) == record.id
+        else:
+            with pytest.raises(ConfigError, match="a job with other settings"):
+                known.submit(record)
+
+
+def test_rays_client_logs_no_notices_between_heliostats_lines():
+    """Two of its modules set their own level when they are imported."""
+    with pytest.raises(ClusterError, match="127"):
+        jobs.Jobs(Endpoint("http://127.0.0.1:9", None, here=True))
+    assert all(
+        logging.getLogger(f"ray.dashboard.modules.{name}").level == logging.WARNING for name in ("dashboard_sdk", "job.sdk")
+    )
 
 
 def test_paths_of_this_machine_do_not_travel_elsewhere(tmp_path, monkeypatch):

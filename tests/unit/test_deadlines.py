@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import uvicorn
 from heliostat.apps.play.app import Server
-from heliostat.apps.serve.front import Front, FrontSettings
+from heliostat.apps.serve.front import Front
+from heliostat.apps.serve.gateway import FrontSettings
 from heliostat.cluster.processes import free_port
 from heliostat.web import deadlines
 from starlette.applications import Starlette

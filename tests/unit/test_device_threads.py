@@ -6,7 +6,6 @@ import ast
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import heliostat
 import pytest
@@ -46,14 +45,6 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     monkeypatch.setattr(device_threads, "_gpu", None)
     device_threads.use(3)
     return found
-
-
-def test_threads_and_pools_choose_the_gpu_before_their_work(chosen: list[tuple[str, int]]) -> None:
-    seen: list[Any] = []
-    device_threads.thread(lambda: seen.append(chosen[-1]), "alone").join()
-    with device_threads.pool(1, "pool") as pool:
-        pool.submit(lambda: seen.append(chosen[-1])).result()
-    assert seen == [("alone", 3), ("pool_0", 3)] and chosen[0] == (threading.current_thread().name, 3)
 
 
 def test_an_attempt_chooses_its_gpu_for_all_threads(chosen: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """The documentation says what is: its keys, paths, commands, options and names exist, and every page is in the navigation."""
 
+import ast
 import importlib
 import re
 import shlex
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +158,70 @@ def resolves(name: str) -> bool:
             found = getattr(found, part)
         return True
     return False
+
+
+def blocks(text: str, language: str) -> Iterator[str]:
+    """Yield the code of a page's blocks in a language, without the indentation of lists."""
+    yield from (textwrap.dedent(code) for code in re.findall(rf"^ *```(?:{language})\b.*\n(.*?)^ *```", text, re.M | re.S))
+
+
+def imported(code: str) -> Iterator[str]:
+    """Yield the names that code imports of this repository, with their modules."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_import_in_a_pages_code_exists(page):
+    names = {name for code in blocks(TEXTS[page], "python|py") for name in imported(code)}
+    ours = {name for name in names if name.split(".")[0] in ("heliostat", "tests", "docs")}
+    assert sorted(name for name in ours if not resolves(name)) == []
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_python_file_and_module_that_a_page_runs_exists(page):
+    lines = [line for code in blocks(TEXTS[page], "sh|bash") for line in code.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", TEXTS[page]) + re.findall(r"^ {4,}(.*python .*)$", TEXTS[page], re.M)
+    wrong = []
+    for line in lines:
+        for module, path in re.findall(r"(?:^|[\s/])python3? (?:-m ((?:heliostat|tests|docs)[\w.]*)|([\w/.-]+\.py)\b)", line):
+            place = (
+                ROOT / "platform" / module.replace(".", "/")
+                if module.startswith("heliostat")
+                else ROOT / module.replace(".", "/")
+            )
+            if module and not (place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()):
+                wrong.append(line)
+            if path and path not in MADE and not (ROOT / path).is_file():
+                wrong.append(line)
+    assert wrong == []
+
+
+def written(name: str) -> bool:
+    """Tell whether the package has a module of this name, or one that writes the name's next part, without importing it."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        place = (ROOT / "platform" / "heliostat").joinpath(*parts[:end])
+        place = next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), place)
+        if place.is_file():
+            return end == len(parts) or re.search(rf"\b{parts[end]}\b", place.read_text(encoding="utf-8")) is not None
+    return False
+
+
+def test_every_module_that_a_docstring_names_exists():
+    """A dotted name that begins with a room is a module or what it defines, a key of a job, or a file."""
+    package, wrong = ROOT / "platform" / "heliostat", []
+    rooms = "|".join(p.name for p in package.iterdir() if p.is_dir() and p.name.isidentifier())
+    job_keys = {f"{section.path}.{name}" for section in keys.sections(Job) for name in section.model.model_fields}
+    for path in package.rglob("*.py"):
+        for text in re.findall(r'"""(.*?)"""', path.read_text(encoding="utf-8"), re.S):
+            named = re.findall(rf"`(?:heliostat\.)?((?:{rooms})(?:\.\w+)+)`", text)
+            wrong += [f"{path.relative_to(ROOT)}: {n}" for n in named
+                      if not n.endswith((".json", ".py")) and n not in job_keys and not written(n)]  # fmt: skip
+    assert wrong == []
 
 
 def spoken(text: str) -> Iterator[str]:

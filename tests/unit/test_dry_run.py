@@ -173,10 +173,10 @@ def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
     assert not plain and "merge" in whole.done and "merge" not in made.flow.done
     assert sum("merges its runs" in note and "of the sample's" in note for note in found["notes"]) == 1
     again = Prediction(made.sample, made.stages, funnel_of(made), made.flow, made.counted, 0.0, {}, shards_drop_duplicates=True)
-    told = again.told(1)
+    told = again.report(1)
     merge, _ = (counts.pop("merge") for counts in (made.flow.seconds, made.flow.walls))
     more = merge * made.sample.of_bytes * again.factors[0][""] / 3600
-    assert merge > 0 and told["cpu_hours"] - again.told(1)["cpu_hours"] == pytest.approx(more)
+    assert merge > 0 and told["cpu_hours"] - again.report(1)["cpu_hours"] == pytest.approx(more)
     assert "merging" not in made.flow.seconds, "what was merged to see how long it takes"
 
 

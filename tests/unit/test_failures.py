@@ -235,13 +235,13 @@ def test_a_reported_error_ends_the_attempt_though_no_worker_ever_ends(monkeypatc
     monkeypatch.setattr(attempt.ray, "wait", lambda waiting, timeout: time.sleep(timeout) or ([], waiting))
     monkeypatch.setattr(attempt.stream, "end", lambda parts: ordered.append("end of the stream"))
     running: Any = object.__new__(Attempt)
-    running._told, running._parts = {}, []
+    running._reported, running._parts = {}, []
     running._mailbox = SimpleNamespace(order=SimpleNamespace(remote=ordered.extend))
     members = {f"result {rank}": SimpleNamespace(node="n", address="a", gpus=(str(rank),)) for rank in (0, 1)}
-    threading.Timer(0.2, lambda: running._told.update({1: WorkerError(ECC)})).start()
+    threading.Timer(0.2, lambda: running._reported.update({1: WorkerError(ECC)})).start()
     began = time.monotonic()
     ended = running._gather(members)
     assert time.monotonic() - began > 0.2, "a worker that has reported nothing is waited for"
     assert ordered == ["abort", "end of the stream"] and ended.summary is None
-    found = explain([replace(failure, told=running._told.get(failure.rank)) for failure in ended.failures])
+    found = explain([replace(failure, told=running._reported.get(failure.rank)) for failure in ended.failures])
     assert type(found) is DeviceError and str(found).startswith("worker 1 on a (node n, GPU 1): CUDA error: uncorrectable ECC")

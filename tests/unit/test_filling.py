@@ -8,6 +8,7 @@ import pytest
 import torch
 from heliostat.apps.serve.asks import Ask, Holds
 from heliostat.apps.serve.replica import Replica
+from heliostat.apps.serve.routes.completions import CompletionsRoute
 from heliostat.curation.text import infilling as arranging
 from heliostat.curation.text.infilling import Arranged, FillInTheMiddle, arrange
 from heliostat.errors import ConfigError
@@ -82,12 +83,13 @@ def test_a_prompt_has_the_tokens_that_the_data_had_before_its_middle(folders, na
 def test_the_command_and_the_endpoint_write_the_same_middle(folders, name):
     folder = folders / name
     asked, replica = Infilling.of(AutoTokenizer.from_pretrained(folder)), Replica(Holds(str(folder), 4))
+    answer = CompletionsRoute().answer
     written = set()
     for prefix, suffix in ((PREFIX, SUFFIX), (PREFIX, ") * 7\n"), *((t[:60], t[80:140]) for t in build_pages.texts()[:3])):
         made = generate(folder, prefix, {"suffix": suffix, "max_tokens": MOST, "temperature": 0.0}, 0, None)
         text = plain(folder, asked.prompt(prefix, suffix))
         assert (made.facts, made.shown) == ({"text": text, "suffix": suffix}, prefix + text + suffix)
-        (found,) = asyncio.run(replica.answer(Ask([prefix], None, MOST, MOST, 0.0, 1.0, [0], [], suffix=suffix)))["answers"]
+        (found,) = asyncio.run(replica.ask(answer, Ask([prefix], None, MOST, MOST, 0.0, 1.0, [0], [], suffix=suffix)))["answers"]
         assert (found["text"], found["prompt_tokens"]) == (text, len(asked.prompt(prefix, suffix)))
         written.add(text)
     assert len(written) > 2
@@ -98,11 +100,11 @@ def test_a_tokenizer_without_the_tokens_is_one_clear_error(folders):
     assert "fill_in_the_middle" not in json.loads((folder / "tokenizer_config.json").read_text())
     with pytest.raises(ConfigError, match="suffix: the model's tokenizer has no tokens for a prefix, a suffix and a middle"):
         generate(folder, PREFIX, {"suffix": SUFFIX}, 0, None)
-    replica = Replica(Holds(str(folder), 4))
-    made = asyncio.run(replica.ask("answer", Ask([PREFIX], None, MOST, MOST, 0.0, 1.0, [0], [], suffix=SUFFIX)))
+    replica, answer = Replica(Holds(str(folder), 4)), CompletionsRoute().answer
+    made = asyncio.run(replica.ask(answer, Ask([PREFIX], None, MOST, MOST, 0.0, 1.0, [0], [], suffix=SUFFIX)))
     status, message, param, code, _ = made["refused"]
     assert (status, param, code) == (400, "suffix", "no_fill_in_the_middle") and "has no tokens for a prefix" in message
-    plain_one = asyncio.run(replica.answer(Ask([PREFIX], None, MOST, MOST, 0.0, 1.0, [0], [])))
+    plain_one = asyncio.run(replica.ask(answer, Ask([PREFIX], None, MOST, MOST, 0.0, 1.0, [0], [])))
     assert (
         plain_one["answers"][0]["text"]
         == generate(folder, PREFIX, {"max_tokens": MOST, "temperature": 0.0}, 0, None).facts["text"]

@@ -117,14 +117,3 @@ def test_a_copy_leaves_the_interpreter_to_others() -> None:
         turns += 1
         time.sleep(0)
     assert turns > 20, (turns, time.perf_counter() - began)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_copy_is_of_the_marked_moment_though_the_training_goes_on() -> None:
-    host, shards = HostCopy(), {"master.w": FlatShard(torch.ones(50_000_000, device="cuda"), 0, 50_000_000)}
-    host.mark(shards)
-    copies = host.copy(shards, lambda: None)
-    host.hold_back()
-    shards["master.w"].local.fill_(2)
-    host.wait()
-    assert copies["master.w"].local.is_pinned() and torch.equal(copies["master.w"].local, torch.ones(50_000_000))

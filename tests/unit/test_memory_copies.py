@@ -75,7 +75,7 @@ class Workers:
             one.wait()
         for rank, one in enumerate(self.all):
             state = {"weights": torch.full((SIZE,), float(step + rank)), "buffer": torch.arange(10)}
-            one.keep(CopyFacts(step, len(self.all), "plan", step), b"", state, None)  # type: ignore[arg-type]
+            one.keep(CopyFacts(step, len(self.all), "plan", {}), b"", state, None)  # type: ignore[arg-type]
 
     def end(self) -> None:
         for one in self.all:
@@ -108,7 +108,7 @@ def test_a_keeper_checks_pieces_while_they_arrive_and_seals_at_once(monkeypatch)
     for start in (50, 0):
         keeper.write("a:1", 0, start, data[start : start + 50])
     assert read == [50, 50]
-    keeper.seal("a:1", 0, [summed(data[:50], 0), summed(data[50:], 50)], CopyFacts(1, 1, "plan", 1), [], b"")
+    keeper.seal("a:1", 0, [summed(data[:50], 0), summed(data[50:], 50)], CopyFacts(1, 1, "plan", {}), [], b"")
     assert read == [50, 50] and keeper.intact("a:1") == [0]
 
 
@@ -181,7 +181,7 @@ DATA = np.arange(1000, dtype=np.uint8)
 
 
 def facts(step: int, **other: Any) -> CopyFacts:
-    return CopyFacts(step, world=2, data="plan", optimizer_steps=step, **other)
+    return CopyFacts(step, world=2, data="plan", resume={"optimizer_steps": step, **other})
 
 
 def sums() -> list[Sum]:
@@ -304,7 +304,7 @@ def test_copies_of_a_gpu_go_by_a_stream_of_their_own_and_only_kernels_wait_for_t
     workers = Workers(monkeypatch, Remote())
     (copies,) = workers.all
     state = {"weights": torch.arange(8.0).as_subclass(OnGpu), "host": torch.ones(4)}
-    copies.keep(CopyFacts(1, 1, "plan", 1), b"", state, None)  # type: ignore[arg-type]
+    copies.keep(CopyFacts(1, 1, "plan", {}), b"", state, None)  # type: ignore[arg-type]
     copies.before_change()
     workers.end()
     here = threading.current_thread().name

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from heliostat.data.device_streams import on_device
 from heliostat.recipes.protocol import Loss
 from heliostat.training.worker import coupled
-from heliostat.training.worker.micro_batches import Micro, on_device
+from heliostat.training.worker.micro_batches import Micro
 from heliostat.training.worker.objective import Objective
 
 

@@ -138,7 +138,7 @@ def make(tmp_path: Path, name: str, **keys: Any) -> tuple[list[dict[str, Any]], 
     here: flow.Flow = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), **keys)
     output = Location(f"{tmp_path}/{name}")
     making = PairMaking(
-        here, source(tmp_path / "in"), output, [], 1 << 30, tokenizer=BPE, given=None, shard_bytes=1500, chunk_pairs=8
+        here, source(tmp_path / "in"), output, [], 1 << 30, tokenizer=BPE, given_tokenizer=None, shard_bytes=1500, chunk_pairs=8
     )
     return *making.run(sources.listing(str(tmp_path / "in"), ("extract", "pdf"))), output
 

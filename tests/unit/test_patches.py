@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import subprocess
 import sys
 import tomllib
@@ -255,3 +256,66 @@ def test_weights_are_taken_from_the_partitions_again_and_second_copies_are_dropp
     patches.reassign_parameters(zero, [p])
     assert asked == ["all", 0, 1] and p.ds_secondary_tensor is None
     assert patches.partition_state(zero, p, "exp_avg") == "exp_avg"
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of a device that must not be waited for: nothing reads its value."""
+
+    def __bool__(self) -> bool:
+        raise AssertionError("the host waits for the device")
+
+    __float__ = item = tolist = cpu = __bool__  # type: ignore[assignment]
+
+
+@pytest.fixture
+def optimizers(groups: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """DeepSpeed's modules of optimizers, as they were again afterwards."""
+    from deepspeed.runtime import bf16_optimizer, utils
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (bf16_optimizer, utils, stage3, stage_1_and_2):
+        for name in ("is_invalid_grad_norm", "mask_nan_or_inf_with_val_inplace", "clip_tensors_by_global_norm"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, getattr(module, name))
+    return SimpleNamespace(bf16=bf16_optimizer, zero=stage_1_and_2, stage3=stage3)
+
+
+@pytest.mark.parametrize("norm", [0.5, 7.0, math.inf])
+def test_gradients_are_clipped_on_the_device_by_the_same_factor(optimizers, norm):
+    from deepspeed.runtime.utils import clip_tensors_by_global_norm
+
+    zero = SimpleNamespace(clip_grad=1.0, loss_scale=1.0, device="cpu")
+    gradient = torch.tensor([3.0, -1e-7, 0.1])
+    clips = {
+        "zero": lambda given, norm: optimizers.zero.DeepSpeedZeroOptimizer.unscale_and_clip_grads(zero, [given], norm),
+        "bf16": lambda given, norm: optimizers.bf16.clip_tensors_by_global_norm([given], max_norm=1.0, global_norm=norm),
+    }
+    expected = {"zero": gradient.clone(), "bf16": gradient.clone()}
+    patches.read_norms(True)
+    clips["zero"](expected["zero"], torch.tensor(norm))
+    clip_tensors_by_global_norm([expected["bf16"]], max_norm=1.0, global_norm=torch.tensor(norm))
+    patches.read_norms(False)
+    for name, clip in clips.items():
+        mine = gradient.clone()
+        clip(mine, torch.tensor(norm).as_subclass(OnDevice))
+        assert torch.equal(mine, expected[name])
+
+
+def test_norms_are_looked_at_before_the_step_for_a_loss_scale_alone(optimizers):
+    bad = torch.tensor(math.nan)
+    for at_once in (False, True, False):
+        patches.read_norms(at_once)
+        for module in vars(optimizers).values():
+            assert bool(module.is_invalid_grad_norm(bad)) is at_once
+
+
+@pytest.mark.parametrize("norm", [0.5, math.inf, -math.inf, math.nan])
+def test_norms_that_are_not_finite_are_marked_as_deepspeed_marks_them(optimizers, norm):
+    from deepspeed.runtime import utils
+
+    theirs, mine = torch.tensor(norm), torch.tensor(norm)
+    utils.mask_nan_or_inf_with_val_inplace(theirs, device=theirs.device)
+    patches.read_norms(False)
+    for module in (utils, optimizers.zero, optimizers.stage3):
+        module.mask_nan_or_inf_with_val_inplace(mine, device=mine.device)
+        assert torch.equal(mine, theirs)

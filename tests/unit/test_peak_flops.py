@@ -62,7 +62,8 @@ def test_the_price_tables_gpus_are_found_by_their_exact_names():
     devices = hardware.table()["devices"]
     found = {name: hardware.find(name, 1e12, devices) for name in (*(name for name, _ in PEAKS), *UNKNOWN)}
     assert {name: device for name, device in found.items() if device} == {
-        "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA L4": "L4"
+        "NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200", "NVIDIA B200": "B200",
+        "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA L4": "L4",
     }  # fmt: skip
     for name, device in found.items():
         if device:  # both tables say the same

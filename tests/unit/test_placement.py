@@ -15,8 +15,6 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from tests.unit import build_index
-
 ROUNDS = 40
 
 
@@ -152,11 +150,3 @@ def test_every_rank_is_reached_by_the_tree_and_none_has_many_neighbours() -> Non
         above = {child: rank for rank in range(world) for child in agreement.children(rank, world)}
         assert sorted(above) == list(range(1, world)) and all(agreement.parent(c) == r < c for c, r in above.items())
         assert max(len(agreement.children(rank, world)) for rank in range(world)) <= world.bit_length()
-
-
-def test_an_index_with_the_loss_scale_of_fp16_is_read():
-    """What it holds is what the engine keeps of its dynamic scale; without fp16 it has none."""
-    scale = {"cur_scale": 2048.0, "cur_iter": 12, "last_overflow_iter": 10, "cur_hysteresis": 1}
-    for held in ({"loss_scale": scale}, {"loss_scale": None}, {}):
-        read = index.build(build_index.index(3, **held), 3)
-        assert repr(read.loss_scale) == repr(held.get("loss_scale")), "counts stay whole numbers"

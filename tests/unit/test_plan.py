@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from dataclasses import astuple, replace
 
@@ -224,6 +225,38 @@ def test_an_operation_takes_its_arithmetic_and_its_bytes():
     assert step_time.operation(tiny, 1, DEVICE) == 1e-5 > step_time.operation(tiny, 1, DEVICE, compiled=True)
 
 
+def test_a_ring_takes_longer_the_more_ranks_it_has():
+    """However little it moves: three passes over 33 messages of 1,024 GPUs add seconds, of 8 in a node a millisecond."""
+    network = hardware.Network(0.8, 1.0, hop=2e-5, hop_inside=3e-6)
+    calls = traffic.calls(3, 1, 33, 1)
+    waits = {}
+    for ranks in (8, 64, 256, 1024):
+        setting = step_time.Setting(ranks, 3, 1, 1)
+        waits[ranks] = step_time.step(0.0, traffic.Traffic(0, ranks, calls=calls), 0.0, setting, DEVICE, network).exposed
+    assert waits == pytest.approx({ranks: 99 * (ranks - 1) * (3e-6 if ranks == 8 else 2e-5) for ranks in waits})
+    parts = step_time.hops(1024, DEVICE, network, 8)  # of matrices in eight parts, each part has a ring of its own
+    assert parts == pytest.approx(127 * 2e-5)
+    assert (traffic.calls(1, 4, 33, 2), traffic.calls(2, 4, 33, 2), traffic.calls(3, 4, 33, 2, copied=True)) == (4, 10, 165)
+
+
+def test_an_optimizer_on_the_cpu_takes_its_share_of_the_hosts_memory():
+    """30 bytes of each of a billion parameters at 45 % of an eighth of 400 GB/s; on the device half a second less."""
+    device = replace(DEVICE, host_bandwidth=50e9)
+    assert step_time.updating(1e9, 2, device, on_host=True) == pytest.approx(30 / (0.45 * 50))
+    assert step_time.updating(1e9, 2, device) == pytest.approx(30e9 / 1e12)
+
+
+def test_float8_multiplies_faster_in_layers_and_not_in_the_head():
+    device = replace(DEVICE, peaks={"fp8": 2e15})
+    forward, head = (
+        OperationWork("matmul", 1, 1e15, 0.0, fixed, replayed, True) for fixed, replayed in ((8.0, ALWAYS), (0.0, 0))
+    )
+    backward = replace(forward, count=2, replayed=0)
+    plain = step_time.Setting(1, 1, 1, 1)
+    took = [step_time.computing([forward, backward, head], replace(plain, fp8=fp8), device) for fp8 in (False, True)]
+    assert took == pytest.approx([4 / 0.5, 3 / (2 * 0.8) + 1 / 0.5])
+
+
 def test_checkpointing_plays_again_what_is_in_layers():
     inside, outside, last = (OperationWork("matmul", 3, 1e12, 0.0, 0.0, replayed, True) for replayed in (ALWAYS, 0, AT_STAGE_3))
     plain = step_time.Setting(1, 1, 1, 1)
@@ -258,8 +291,17 @@ def test_slices_are_every_element_once(stage, workers):
     assert all(set(counts) == {1} for counts in seen.values())
 
 
+def test_networks_of_machine_types_are_those_of_their_cards():
+    """Google's a3-highgpu-8g has four cards of 200 Gb/s for eight GPUs, a3-megagpu-8g eight; AWS's p5 3,200 Gb/s."""
+    j = job(**{"workers.gpus": 1})
+    rates = {name: hardware.resolve(j, hardware.table(), instance=name).network for name in hardware.table()["instances"]}
+    gigabits = {name: round(rate * 8 / 1e9) for name, rate in rates.items()}
+    assert (gigabits["a3-highgpu-8g"], gigabits["a3-megagpu-8g"], gigabits["p5.48xlarge"]) == (800, 1600, 3200)
+
+
 def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
-    """Parameters, state and checkpoint by arithmetic; FLOPs by Kaplan's formula; one H100 is refused with the reason."""
+    """Parameters, state and checkpoint by arithmetic; FLOPs by Kaplan's formula; one H100 is refused with the reason, its sums in
+    fp32, and the speed."""
     path = ROOT / "jobs" / "llama3-8b.yaml"
     j, recipe, _ = planner.prepare(path, ["data.sources=[{path: nowhere}]"])
     p = planner.plan(j, recipe)
@@ -272,8 +314,11 @@ def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     assert p["run"]["tokens"] == 240_000 * 4_194_304
     alone = ["data.sources=[{path: nowhere}]", "workers.count=1", "train.zero.stage=1", "train.micro_batch=1"]
     j, recipe, _ = planner.prepare(path, alone)
-    with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*and H100 has 80; "):
+    with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*and H100 has 80; ") as refused:
         planner.plan(j, recipe)
+    said = str(refused.value)
+    assert "gradients 44.9 (29.9 of them sums in fp32)" in said and "train.accumulate: same needs no sums in fp32" in said
+    assert re.search(r"with room for it a step would take \d+ s \(MFU \d\d\.\d%\)$", said)
 
 
 @pytest.mark.parametrize(
@@ -300,13 +345,13 @@ def test_the_plan_of_a_mixture_tells_what_is_active(name, active):
 def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):
     """A user's table changes what it names and keeps the rest; a new device needs all that the plan reads."""
     file = tmp_path / "prices.yaml"
-    file.write_text("{devices: {H100: {hour: 2.5}, B200: {memory_gib: 180}}, date: 2026-01-01}")
+    file.write_text("{devices: {H100: {hour: 2.5}, B300: {memory_gib: 180}}, date: 2026-01-01}")
     table = hardware.table(file)
     assert table["devices"]["H100"]["hour"] == 2.5 and table["devices"]["H100"]["memory_gib"] == 80
     gpu = job(**{"workers.gpus": 1})
     assert hardware.resolve(gpu, table).hour == 2.5
-    with pytest.raises(ConfigError, match=r"--prices: devices\.B200: lacks 'tflops'"):
-        hardware.resolve(gpu, table, "B200")
+    with pytest.raises(ConfigError, match=r"--prices: devices\.B300: lacks 'tflops'"):
+        hardware.resolve(gpu, table, "B300")
     with pytest.raises(ConfigError, match=r"device 'H10' is not in the price table; did you mean 'H100'"):
         hardware.resolve(gpu, table, "H10")
     file.write_text("{storage: {nodes: 1}}")
@@ -324,6 +369,18 @@ def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(
     huge = ["--set", "train.micro_batch=16777216", "--set", "train.global_batch=16777216", "--set", "train.precision=fp32"]
     code, _, lines, _ = run("plan", path, *huge)
     assert code == 2 and len(lines) == 1 and "each worker needs" in lines[0] and "it fits with" in lines[0]
+
+
+def test_without_the_datasets_plan_and_dry_run_say_which_vocabulary_they_assume(tmp_path):
+    """The dataset's vocabulary replaces the default one, and with it the number of parameters; one that is set stays."""
+    from heliostat.plan.dryrun import dry_run
+
+    missing = {"data.sources.0.path": str(tmp_path / "nothing")}
+    given = write(tmp_path, **missing)
+    assert "vocab" not in planner.prepare(given, [])[2] and "vocab" not in dry_run(given, [])["note"]
+    assumed = write(tmp_path, **missing, **{"model.vocab_size": None})
+    for note in (planner.prepare(assumed, [])[2], dry_run(assumed, [])["note"]):
+        assert "counted with 32,000 tokens" in note and "model.vocab_size" in note
 
 
 def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():

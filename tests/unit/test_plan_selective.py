@@ -113,7 +113,7 @@ def counted(j, which) -> int:
 
 @pytest.fixture
 def wide() -> Planner:
-    sizes = {"model.hidden_size": 1024, "model.intermediate_size": 4096, "model.num_hidden_layers": 4}
+    sizes = {"model.hidden_size": 4096, "model.intermediate_size": 16384, "model.num_hidden_layers": 4}
     j = job(**LONG | sizes | {"workers.gpus": 1, "workers.count": 4, "train.precision": "bf16", "data.sequence_length": 2048})
     return planner.planners(j, CausalLM(j), None, None, hardware.table())[-1]
 
@@ -126,7 +126,8 @@ def test_it_lies_between_none_and_all_in_memory_and_in_time(wide):
 
 
 def test_the_cheapest_that_fits_is_found_by_memory(wide):
-    """None, selective, of few layers, of all: the less memory, the more is played again."""
+    """None, selective, of few layers: the less memory, the more is played again. Of four layers three take no more memory than
+    all, because one is whole while it is computed again, and less time."""
     layout, chosen = Layout(3, 2, True, False), {}
     given = {which: wide.candidate(replace(layout, checkpointing=which)) for which in (False, SELECTIVE, 3, True)}
     for which, one in given.items():
@@ -134,7 +135,8 @@ def test_the_cheapest_that_fits_is_found_by_memory(wide):
         kinds = [replace(layout, checkpointing=kind) for kind in (False, SELECTIVE, True)]
         fitting = [wide.candidate(each) for kind in kinds for each in (kind, *wide.partly(kind))]
         chosen[which] = min(fitting, key=layouts.order).layout.checkpointing
-    assert chosen == {which: which for which in given}
+    assert chosen == {False: False, SELECTIVE: SELECTIVE, 3: 3, True: 3}
+    assert given[3].memory["total"] <= given[True].memory["total"] and given[3].speed["step_s"] < given[True].speed["step_s"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from heliostat.runs.events import Evaluation, Goodput, LossSpike, NodeSample, Saved, Steps
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.tracking import outbox, tags
-from heliostat.tracking.metrics import METRICS, Point, latest, metric_of, points, renamed
+from heliostat.tracking import metrics, outbox, tags
+from heliostat.tracking.metrics import METRICS, RESERVED, Metric, Point, latest, metric_of, points, renamed
 
 SOURCE = Path(heliostat.__file__).parent
 
@@ -69,6 +69,24 @@ def test_a_runs_first_points_come_in_the_order_in_which_metrics_are_declared():
     event = Steps(first=0, loss=[3.0, 2.0], lr=[0.1, 0.2], grad_norm=[1.0, 1.5], seconds=4.0, at=10.0, tokens_per_second=7.0)
     keys = [p.key for p in points(event)]
     assert keys == ["train/loss", "train/lr", "train/grad_norm"] * 2 + ["train/tokens_per_second"]
+
+
+def test_a_value_of_each_step_needs_one_declaration(monkeypatch):
+    """What is measured in a step travels with the recipe's parts: a line in METRICS draws it, and it isn't logged twice."""
+    weight = Metric("train/weight_norm", Steps, lambda e: e.added.get("weight_norm"), "Weight norm", section="Optimizer")
+    monkeypatch.setattr(metrics, "METRICS", (weight, *METRICS))
+    added = {"router_loss": [3.0, 4.0], "weight_norm": [1.0, 2.0]}
+    event = Steps(first=4, loss=[3.0, 2.0], lr=[0.1, 0.2], grad_norm=[1.0, 1.5], seconds=4.0, at=10.0, added=added)
+    assert [p.value for p in points(event) if p.key == "train/weight_norm"] == [1.0, 2.0]
+    assert [p.value for p in points(event) if p.key == "train/router_loss"] == [3.0, 4.0]
+    assert metric_of("train/weight_norm") is weight
+
+
+def test_the_names_of_all_metrics_of_a_step_are_reserved():
+    """Else a part of a recipe's loss would be logged under the name of a metric, or of one in recorded runs, and be lost."""
+    names = {name for metric in METRICS for name in (metric.name, metric.formerly)}
+    of_steps = {name.removeprefix("train/") for name in names if re.fullmatch(r"train/\w+", name)}
+    assert set(RESERVED) == of_steps and {"loss", "grad_norm", "spike_limit", "data_wait", "bad_samples"} <= of_steps
 
 
 def test_what_an_earlier_version_could_not_log_is_logged_under_the_names_of_today(tmp_path):

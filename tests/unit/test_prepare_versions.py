@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat import schema
 from heliostat.curation import prepare as preparing
 from heliostat.curation.prepare import InputFile, Pipeline
 from heliostat.data import manifest, versions
@@ -427,3 +428,14 @@ def test_the_list_of_what_was_left_out_is_replaced_when_the_new_one_is_complete(
     preparing._list(output, listed)
     assert there() == ({b"new"} if now else set())
     assert sorted(p.name for p in tmp_path.iterdir()) == ([preparing.LISTED] if now else [])
+
+
+def test_a_pipeline_of_a_users_own_that_lacks_a_method_is_found_when_it_is_loaded():
+    """It was found, with a traceback, when the method was called: `write`, once the input was listed."""
+
+    class Half(Pipeline):
+        def inputs(self) -> list[InputFile]:
+            return []
+
+    with pytest.raises(ConfigError, match=r"^p\.yaml: .*:.*Half lacks check, write\. Implement"):
+        schema.validate(Half, {"name": "a", "output": "out"}, "p.yaml")

@@ -34,5 +34,15 @@ def test_a_process_that_ignores_the_request_to_end_is_killed_after_the_patience(
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as stubborn:
         assert stubborn.stdout and stubborn.stdout.readline()
         began = time.monotonic()
-        processes.end_tree(stubborn.pid, 0.5)
+        processes.end_tree(stubborn, 0.5)
         assert time.monotonic() - began > 0.5 and not psutil.pid_exists(stubborn.pid)
+
+
+def test_no_other_process_is_ended_in_the_place_of_one_that_was_reaped() -> None:
+    """Its id is free then, and may be a stranger's."""
+    with subprocess.Popen(["true"]) as ended, subprocess.Popen(["sleep", "600"]) as stranger:
+        ended.wait()
+        ended.pid = stranger.pid
+        processes.end_tree(ended)
+        assert stranger.poll() is None
+        stranger.kill()

@@ -103,7 +103,7 @@ def test_a_store_with_a_password_is_no_option_of_a_command_and_no_argument_of_th
 
     monkeypatch.setattr(ui.subprocess, "Popen", start)
     monkeypatch.setattr(ui.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(ui, "_answering", lambda server, host, port: port)
+    monkeypatch.setattr(ui, "_answering", lambda server, host, port, place: port)
     ui.serve("postgresql://u:hunter2@h/db", "127.0.0.1", 59871, tmp_path / "keys", lambda url: None)
     ((command, env),) = started
     assert "hunter2" not in " ".join(command) and env["MLFLOW_BACKEND_STORE_URI"] == "postgresql://u:hunter2@h/db"

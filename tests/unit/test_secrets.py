@@ -1,5 +1,7 @@
 """Secrets in text are masked where they are, to their end, and nothing else is."""
 
+import re
+
 import pytest
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 from heliostat.curation.stage import Document
@@ -113,6 +115,23 @@ def test_a_token_is_masked_to_its_end(token):
     for form in ('key = "{}"  # comment', "export TOKEN={}\n", "{}", "x " * 2040 + "{} y", "a: {}, b"):
         outcome = one(DetectSecrets(), form.format(token))
         assert outcome.document.text == form.format("<secret>") and outcome.counts == {"masked_secrets": 1}
+
+
+def test_a_token_of_many_others_is_not_read_to_its_end_for_each(monkeypatch):
+    """Each of them was followed to the end: a line of a megabyte took minutes."""
+    read, tail = list[int](), detect_secrets.TAILS["JSON Web Token"]
+
+    class Counting:
+        def match(self, line: str, at: int) -> re.Match[str]:
+            found = tail.match(line, at)
+            read.append(found.end() - at)
+            return found
+
+    monkeypatch.setitem(detect_secrets.TAILS, "JSON Web Token", Counting())
+    token = f"{JWT}." * 500 + "end"
+    outcome = one(DetectSecrets(), f"a = {token}; b = {token};")
+    assert outcome.document.text == "a = <secret>; b = <secret>;" and outcome.counts == {"masked_secrets": 2}
+    assert sum(read) <= 4 * len(token)
 
 
 def test_what_stands_in_quotes_is_masked_there_alone():

@@ -3,19 +3,31 @@
 import asyncio
 import base64
 import json
+import pickle
 import struct
 
 import pytest
-from heliostat.apps.serve import answers, front
+from heliostat.apps.play.app import Local
+from heliostat.apps.serve import front, requests, writing
+from heliostat.apps.serve.asks import Holds
 from heliostat.apps.serve.backend import TRIES, Backend
-from heliostat.apps.serve.front import RequestLimits
-from heliostat.apps.serve.requests import ChatRequest, Completion, Embeddings, Images, SearchRequest, chat, read
+from heliostat.apps.serve.gateway import FrontSettings, RequestLimits
+from heliostat.apps.serve.replica import Replica
+from heliostat.apps.serve.requests import read
+from heliostat.apps.serve.route import Route
+from heliostat.apps.serve.routes import ROUTES
+from heliostat.apps.serve.routes.chat import ChatRequest, ChatRoute, of_chat
+from heliostat.apps.serve.routes.completions import Completion, CompletionsRoute
+from heliostat.apps.serve.routes.embeddings import Embeddings, EmbeddingsRoute
+from heliostat.apps.serve.routes.images import Images
+from heliostat.apps.serve.routes.search import SearchRequest
 from heliostat.apps.serve.row import Stopping
 from heliostat.apps.serve.run import Versions
 from heliostat.apps.serve.served import replica_range
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
+from starlette.requests import Request
 
 
 def refusal(kind, **body) -> Refusal:
@@ -100,8 +112,9 @@ def test_half_a_character_is_refused_wherever_a_text_is_read(text):
             "surrogates not allowed" in found.message or "unicode" in found.message
         )
     message = json.dumps({"model": "m", "messages": [{"role": "user", "content": text}]}).encode()
+    of_index = FrontSettings(None, None, "m", 0, None, 1, 1, 0, 0, 1.0)
     with pytest.raises(Refusal, match="surrogates not allowed") as found:
-        chat(message, "m")
+        ChatRoute().read(of_index, message)
     assert (found.value.status, found.value.param) == (400, "messages")
     assert read(Images, b'{"model": "m", "prompt": "\\ud83d\\ude00"}').prompt == "\N{GRINNING FACE}"
 
@@ -209,15 +222,21 @@ def test_a_key_file_that_is_wrong_is_named_without_its_keys(tmp_path, text, said
 
 
 def test_an_event_is_one_line_whatever_the_text_holds():
-    framed = front.event({"text": "a\n\ndata: b\u2028\r"})
+    framed = writing.event({"text": "a\n\ndata: b\u2028\r"})
     assert framed.startswith(b"data: {") and framed.endswith(b"}\n\n") and framed.count(b"\n") == 2
     assert json.loads(framed[6:]) == {"text": "a\n\ndata: b\u2028\r"}
 
 
 def test_embeddings_are_written_as_numbers_and_as_base64():
-    made = [{"embedding": [0.5, -1.0], "tokens": 3}]
-    assert answers.embeddings("m", made, "float")["data"][0]["embedding"] == [0.5, -1.0]
-    coded = answers.embeddings("m", made, "base64")
+    item, settings = (
+        {"answers": [{"embedding": [0.5, -1.0], "tokens": 3}]},
+        FrontSettings("m", None, None, 0, None, 1, 1, 0, 0, 1.0),
+    )
+    plain, coded = (
+        EmbeddingsRoute().shape(settings, Embeddings(model="m", input=["a"], encoding_format=form), "v", item)
+        for form in ("float", "base64")
+    )
+    assert plain["data"][0]["embedding"] == [0.5, -1.0]
     assert struct.unpack("<2f", base64.b64decode(coded["data"][0]["embedding"])) == (0.5, -1.0)
     assert coded["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
 
@@ -225,16 +244,63 @@ def test_embeddings_are_written_as_numbers_and_as_base64():
 def test_logprobs_of_a_chat_are_by_token_and_only_whole_characters_have_bytes():
     columns = {"tokens": ["é", "\ufffd"], "token_logprobs": [-0.5, -1.0], "text_offset": [0, 1],
                "top_logprobs": [{"b": -2.0, "é": -0.5}, {"\ufffd": -1.0}]}  # fmt: skip
-    made = answers.AnswerShape("m", "v", True).whole([{"text": "é", "logprobs": columns, "finish": "stop"}])["choices"][0][
-        "logprobs"
-    ]
+    piece = {"text": "é", "logprobs": columns, "finish": "stop"}
+    made = ChatRoute().text(piece, streamed=False)["logprobs"]
     first, second = made["content"]
     assert (first["token"], first["logprob"], first["bytes"]) == ("é", -0.5, [195, 169])
     assert [(one["token"], one["bytes"]) for one in first["top_logprobs"]] == [("é", [195, 169]), ("b", [98])]
     assert second["bytes"] is None and made["refusal"] is None
-    assert answers.of_chat({**columns, "top_logprobs": None})["content"][0]["top_logprobs"] == []
-    assert answers.of_chat(None) is None
-    assert answers.AnswerShape("m", "v", False).whole([{"text": "é", "logprobs": columns}])["choices"][0]["logprobs"] == columns
+    assert of_chat({**columns, "top_logprobs": None})["content"][0]["top_logprobs"] == []
+    assert of_chat(None) is None
+    assert CompletionsRoute().text(piece, streamed=False)["logprobs"] == columns
+
+
+class Echo(requests.Body):
+    text: str
+
+
+class EchoRoute(Route[Echo, str]):
+    path, body = "/v1/echo", Echo
+
+    def asked(self, settings, body):
+        return body.text
+
+    async def answer(self, replica, asked):
+        if asked == "no":
+            raise Refusal(400, "text: no", "text")
+        return {"echo": f"{replica.writer} {asked}"}
+
+    def shape(self, settings, body, version, item):
+        return {"version": version, **item, "usage": {"prompt_tokens": 2}}
+
+
+def test_a_route_and_its_line_in_the_table_are_all_that_a_path_needs(monkeypatch):
+    monkeypatch.setitem(ROUTES, "/v1/echo", EchoRoute())
+    monkeypatch.setitem(front.PATHS, "/v1/echo", "POST")
+    replica = Replica(Holds(None))
+    one = front.Front(FrontSettings(None, None, None, 0, None, 99, 1, 0, 0, 9.0), Local(replica), ())
+
+    async def post(body: dict) -> tuple[int, dict]:
+        async def receive() -> dict:
+            return {"type": "http.request", "body": json.dumps(body).encode()}
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/echo", "headers": [], "query_string": b"", "server": ("here", 1)}
+        await one.use("v-1")
+        response = await one(Request(scope, receive))
+        return response.status_code, json.loads(response.body)
+
+    wanted = {"version": "v-1", "echo": "None hello", "usage": {"prompt_tokens": 2}}
+    assert asyncio.run(post({"text": "hello"})) == (200, wanted)
+    assert asyncio.run(post({"text": "no"}))[1]["error"]["message"] == "text: no"
+    assert asyncio.run(post({"texts": "a"}))[1]["error"]["code"] == "unknown_parameter"
+    assert b'tokens_total{key="anybody",kind="prompt"} 2.0' in one.measures.text({}, 0)
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=lambda route: route.path)
+def test_what_a_route_does_in_a_replica_reaches_another_process(route):
+    for work in (route.answer, getattr(route, "pieces", route.answer)):
+        sent = pickle.loads(pickle.dumps(work))  # noqa: S301 (our own)
+        assert sent.__func__ is work.__func__ and type(sent.__self__) is type(route)
 
 
 def test_replicas_are_a_number_or_a_range():

@@ -11,6 +11,7 @@ import torch
 from heliostat.apps.serve import group
 from heliostat.apps.serve.engine import ServingEngine
 from heliostat.apps.serve.row import Row, Stopping, Telling
+from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Continue, Embed, Input, LoadedModel
 from heliostat.inference.sampling import Draw
 from heliostat.recipes.protocol import Request
@@ -80,6 +81,14 @@ def test_infer_serve_generate_and_mlflow_write_the_same_whatever_the_folder_says
     written = inferred.values["answer"]
     assert written and first.values["answer"].startswith(written) and written != first.values["answer"]
     assert [collected(pieces)["text"], generated.facts["text"], logged] == [written] * 3
+
+
+def test_an_empty_prompt_that_no_token_begins_is_an_error_line_of_the_command():
+    generator = TextGenerator.__new__(TextGenerator)
+    generator.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+    generator.infilling, generator.suffix, generator.ends = None, None, []
+    with pytest.raises(ConfigError, match=r"^prompt: is empty, and the tokenizer has no token that begins a document"):
+        generator([Request("", 0, None)])
 
 
 def test_each_answer_is_that_of_batch_inference_though_rows_come_while_others_are_under_way(folder, engine):

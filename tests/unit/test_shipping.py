@@ -248,12 +248,44 @@ def test_the_driver_copies_what_a_task_asks_for_once_and_starts_it_again(tmp_pat
     made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), "read", flow.execute, print, 1, 0, 0.0)
     started = crew.Started(0, flow.Task("k", {}))
     made._judge(started, NotHereError("x", described))
-    assert made.later == [started] and not made.failed and started.trouble.count == 0
+    assert made.later == [started] and not made.failed and started.trouble.count == 0 and started.copy
+    started.copy.result(10)
     assert len(list(Path(spill.path, shipping.SHIPPED).iterdir())) == 3
     made._judge(started, NotHereError("x", described))
     assert len(made.failed) == 1
     shipping.withdraw(spill)
     assert not Path(spill.path, shipping.SHIPPED).exists()
+
+
+def test_other_tasks_end_and_start_while_the_driver_copies(tmp_path, model, monkeypatch):
+    """The copy of a model was made between two looks at the tasks, and nothing else was started for as long as it took."""
+    described, slow, begun = describe("model", str(model)), threading.Event(), list[crew.Started]()
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(crew, "AWAY_S", 0.01)
+    monkeypatch.setattr(shipping, "offer", lambda *_: slow.wait(10) and None)
+    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), "read", flow.execute, print, 1, 0, 0.0)
+    lacking, other = (crew.Started(n, flow.Task(f"{n}", {})) for n in range(2))
+    made._judge(lacking, NotHereError("x", described))
+    made.later.append(other)
+    monkeypatch.setattr(crew.Crew, "start", lambda self, started: begun.append(started))
+    assert 0 < made._start_due() <= crew.AWAY_S and begun == [other] and made.busy
+    slow.set()
+    assert lacking.copy
+    lacking.copy.result(10)
+    made._start_due()
+    assert begun == [other, lacking] and not made.busy
+
+
+def test_a_copy_that_fails_ends_the_run_by_its_error(tmp_path, model, monkeypatch):
+    described = describe("model", str(model))
+    monkeypatch.setattr(ray, "nodes", list)
+    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), "read", flow.execute, print, 1, 0, 0.0)
+    (model / "config.json").write_text("other")
+    started = crew.Started(0, flow.Task("k", {}))
+    made._judge(started, NotHereError("x", described))
+    assert started.copy and isinstance(started.copy.exception(10), ConfigError)
+    with pytest.raises(ConfigError, match="changed during the run"):
+        made._start_due()
 
 
 @pytest.mark.parametrize("apart", [False, True])

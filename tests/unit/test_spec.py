@@ -317,3 +317,23 @@ def test_what_an_earlier_version_recorded_is_no_change_of_the_job():
     then = {**now, "train": {k: v for k, v in now["train"].items() if k != "fp8"} | {"cpu_kernels": True}}
     assert spec.renewed(then) == now != then
     assert spec.renewed({"train": {}}) == {"train": {}}
+
+
+def test_the_sections_say_what_is_due_after_which_step():
+    """The loop asks the section that declares a key, so a key that changes when something is done is read there alone."""
+    made = job(**{
+        "train.log_every": 4, "train.recheck": {"every": 5}, "evaluate.every": 10, "checkpoint.every": 20,
+        "checkpoint.memory_every": 3,
+    })  # fmt: skip
+    assert made.evaluate and made.train.recheck
+    train, checkpoint = made.train, made.checkpoint
+    due = {
+        "log": train.log_due, "evaluate": made.evaluate.due, "save": checkpoint.due, "copy": checkpoint.copy_due,
+        "recheck": lambda done: made.train.recheck.due(done - 1, first=False),  # it looks before the step
+    }  # fmt: skip
+    steps = {name: [done for done in range(1, 21) if asked(done)] for name, asked in due.items()}
+    assert steps == {
+        "log": [4, 8, 12, 16, 20], "evaluate": [10, 20], "save": [20], "copy": [3, 6, 9, 12, 15, 18], "recheck": [5, 10, 15, 20],
+    }  # fmt: skip
+    assert train.recheck.due(0, first=True), "the first step after every start is looked at"
+    assert not any(job().checkpoint.copy_due(done) for done in range(1, 21)), "no copies unless the job wants them"

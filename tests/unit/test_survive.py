@@ -7,10 +7,10 @@ import pytest
 from heliostat import errors
 from heliostat.cluster.capacity import missing, room, starved
 from heliostat.config import spec
+from heliostat.config.spikes import SpikeDetector
 from heliostat.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, TrainingError, WorkerError
 from heliostat.training.driver.recovery import Budget, choose, classify
 from heliostat.training.driver.watchdog import stalled
-from heliostat.training.worker.loss_watch import SpikeDetector
 
 from tests.unit.build_job import job
 
@@ -148,14 +148,14 @@ def test_a_spike_is_found_and_nothing_else(seed):
     losses = [2 + 6 * math.exp(-i / 40) + rng.gauss(0, 0.05) for i in range(400)]
     raised = set(rng.sample(range(150, 400), 6))
     detector = SpikeDetector(spec.Spike(window=50, threshold=8))
-    found = {i for i, x in enumerate(losses) if detector.spike(i, x + 4 if i in raised else x)}
+    found = {i for i, x in enumerate(losses) if detector.excess(x + 4 if i in raised else x)}
     assert found == raised
 
 
 def test_nan_is_a_spike_from_the_first_step_and_a_constant_loss_is_none():
     detector = SpikeDetector(spec.Spike(window=8))
-    assert [spike.text for x in (math.nan, math.inf) if (spike := detector.spike(0, x))] == ["loss nan", "loss inf"]
-    assert not any(detector.spike(i, 1.0 + 1e-6 * (i % 2)) for i in range(100))
+    assert all(detector.excess(x) for x in (math.nan, math.inf))
+    assert not any(detector.excess(1.0 + 1e-6 * (i % 2)) for i in range(100))
 
 
 def test_errors_keep_what_the_driver_must_know_when_they_travel():

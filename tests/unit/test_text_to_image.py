@@ -285,6 +285,26 @@ def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_
     assert moved == {"text_encoder": "cpu", "vae": "cpu"}
 
 
+@pytest.mark.parametrize("latents", [True, False])
+def test_a_job_is_planned_before_its_dataset_exists(latents, dataset, tmp_path):
+    """By the sizes of its backbone, as if the dataset held latents and embeddings, or images and embeddings."""
+    from heliostat.errors import DataError
+    from heliostat.plan import planner
+
+    text = {"pretrained": str(clip(tmp_path / "clip", dataset)), "length": 8}
+    channels = 4 if latents else 1
+    sized = {**build_images.UNET, "sample_size": 8, "in_channels": channels, "out_channels": channels}
+    vae = {"autoencoder": {"pretrained": str(autoencoder(tmp_path / "vae"))}} if latents else {}
+    wanted = job(**build_images.job(tmp_path / "nowhere", backbone=sized, text=text, **vae))
+    j, made, unread = planner.bound(wanted, TextToImage(wanted))
+    found = planner.plan(j, made)
+    assert "nowhere" in unread and found["parameters"]["total"] == sum(p.numel() for p in made.build().parameters())
+    assert made.parts.facts.size == ((16, 16) if latents else (8, 8)) and found["memory"]["activations"] > 0
+    wanted = job(**build_images.job(tmp_path / "nowhere", backbone=build_images.UNET, text=text))
+    with pytest.raises(DataError, match=r"needs the dataset: .*model\.backbone\.sample_size"):
+        planner.bound(wanted, TextToImage(wanted))
+
+
 # the pipeline --------------------------------------------------------------------------------------------------------
 
 

@@ -6,11 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.cluster.capacity import LivingNode
 from heliostat.curation.text import tokens
 from heliostat.curation.text.trace import origin
 from heliostat.data import documents, manifest
 from heliostat.data.manifest import PLACES_KEY
 from heliostat.storage.locations import Location
+from heliostat.tracking.lineage import node_line
 from heliostat.tracking.lineage_of_documents import with_replaced
 
 
@@ -88,3 +90,10 @@ def test_a_shard_without_a_document_keeps_the_others_in_their_chunks_and_places(
         assert new.metadata.metadata[b"content"] != old.metadata.metadata[b"content"]
     alone = pq.ParquetFile(pa.BufferReader(tokens.shard(["a"], [encoded[0]], 100)))
     assert tokens.without(alone, {"a"})[0] is None and tokens.without(alone, {"b"})[1].tolist() == []
+
+
+def test_the_lineage_does_not_take_rays_logical_cpus_for_the_machines():
+    node: LivingNode = {"host": "h", "address": "127.0.0.1", "cpus": 7.0, "gpus": 0.0, "accelerators": [], "memory_gib": 1.0,
+                        "labels": {}}  # fmt: skip
+    assert node_line(node) == "node h (127.0.0.1), 7 logical CPUs in Ray"
+    assert node_line({**node, "gpus": 2.0, "accelerators": ["H100"]}).endswith("in Ray, 2 GPUs H100")

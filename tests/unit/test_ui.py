@@ -82,7 +82,9 @@ http.server.HTTPServer(("127.0.0.1", {port}), Answer).handle_request()
 """
 
 
-def served(monkeypatch: pytest.MonkeyPatch, folder: Path, port: int, code: str) -> tuple[list[str], list[str]]:
+def served(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, port: int, code: str, verbose: bool = False
+) -> tuple[list[str], list[str]]:
     """Runs the command with this program as MLflow's server; what it did, in order, and the links."""
     done, links = list[str](), list[str]()
 
@@ -94,7 +96,7 @@ def served(monkeypatch: pytest.MonkeyPatch, folder: Path, port: int, code: str) 
     monkeypatch.setattr(ui.signal, "signal", lambda *given: None)
     answers = ui._answers
     monkeypatch.setattr(ui, "_answers", lambda *given: answers(*given) and not done.append("answered"))
-    serve(f"sqlite:///{folder}/mlflow.db", "127.0.0.1", port, keys_in(folder), ready, lambda: done.append("keys"))
+    serve(f"sqlite:///{folder}/mlflow.db", "127.0.0.1", port, keys_in(folder), ready, lambda: done.append("keys"), verbose)
     return done, links
 
 
@@ -108,6 +110,17 @@ def test_the_link_is_printed_once_the_server_answers(monkeypatch, tmp_path):
     port = free()
     done, links = served(monkeypatch, tmp_path, port, LISTENING.format(late=0.5, port=port))
     assert done == ["keys", "answered", "link"] and links == [f"http://127.0.0.1:{port}/"]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_output_of_mlflows_server_is_in_a_file_unless_it_is_asked_for(monkeypatch, tmp_path, capfd, verbose):
+    """Its notices came between heliostat's lines; an error names the file."""
+    code = "import sys; print('notice', flush=True); sys.exit('fault')"
+    with pytest.raises(HeliostatError, match="Its output is above" if verbose else "Read its output in .*server.log") as e:
+        served(monkeypatch, tmp_path, free(), code, verbose)
+    said = "".join(capfd.readouterr()) if verbose else (tmp_path / "server.log").read_text()
+    assert said == "notice\nfault\n" and "\n" not in str(e.value)
+    assert verbose or capfd.readouterr() == ("", "")
 
 
 def test_a_port_that_the_system_chooses_is_in_the_link(monkeypatch, tmp_path):

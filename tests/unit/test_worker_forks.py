@@ -17,9 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
-from heliostat import recipes
+from heliostat import recipes, training, tune
 from heliostat.cluster import private_ray
-from heliostat.cluster.fork_server import preloads, server, start
+from heliostat.cluster.fork_server import server, start
+from heliostat.recipes import built_in
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are taken on Linux alone")
 
@@ -137,12 +138,12 @@ def test_the_fork_server_is_used_with_tested_versions_of_ray_unless_switched_off
 def test_all_modules_that_are_imported_ahead_are_there():
     """One that has moved would be imported by each worker again."""
     archs = {"CausalLM": "llama", "Embedder": "bert", "ImageEmbedder": "clip"}
-    jobs: list[tuple[str, dict[str, Any]]] = [(name, {"arch": archs.get(name)}) for name in recipes.__all__]
-    names = {*preloads.TRIALS}.union(*(preloads.modules(f"heliostat.recipes:{recipe}", model) for recipe, model in jobs))
+    of_recipes = (built_in.modules(f"heliostat.recipes:{name}", {"arch": archs.get(name)}) for name in recipes.__all__)
+    names = {*training.AHEAD, *tune.AHEAD}.union(*of_recipes)
     assert [name for name in sorted(names) if importlib.util.find_spec(name) is None] == []
 
 
 def test_only_recipes_of_the_package_are_imported_ahead():
-    assert set(preloads.OF) == set(recipes.__all__)
-    assert "transformers.models.qwen3.modeling_qwen3" in preloads.modules("heliostat.recipes:CausalLM", {"arch": "qwen3"})
-    assert preloads.modules("jobs.causal_lm:CausalLM", {}) != preloads.modules("jobs.mine:Recipe", {}) == [*preloads.TRAINING]
+    assert all(built_in.modules(f"heliostat.recipes:{name}", {}) for name in recipes.__all__)
+    assert "transformers.models.qwen3.modeling_qwen3" in built_in.modules("heliostat.recipes:CausalLM", {"arch": "qwen3"})
+    assert built_in.modules("jobs.causal_lm:CausalLM", {}) and not built_in.modules("jobs.mine:Recipe", {})

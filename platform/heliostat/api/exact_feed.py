@@ -1,7 +1,7 @@
 """Feeds a worker from an `ExactStream`: with its share of every step's samples, for which it writes the receipts.
 
 Rank 0 starts the Ray Dataset, in the worker itself, because only there it is known at which step the checkpoint stands; the
-others get their parts from it. The stream ends with the workers, and begins anew wherever the next ones start.
+others get their parts from it. The stream ends with the workers, and begins from scratch wherever the next ones start.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Feed(Iterator[Batch]):
     def receipt(self) -> Sealed:
         """Seals the steps that came since the last receipt, and returns what the run's receipts say so far. Collective.
 
-        Call it before the checkpoint of these steps is reported: a run goes on only from a step that has one. DataError if more
+        Call it before the checkpoint of these steps is reported: a run continues only from a step that has one. DataError if more
         bad samples were replaced than `data.max_bad_fraction` allows.
         """
         done = self.done

@@ -66,7 +66,7 @@ class ExactStream:
         """Opens this worker's share of the steps behind `step`, up to the last. Collective: all call it, with the same step.
 
         ConfigError if the number of workers does not divide the lanes, or if no receipt ends at the step. What the folder holds
-        of later steps is removed: they come anew.
+        of later steps is removed: they come again.
         """
         from heliostat.api.exact_feed import Feed
 
@@ -74,7 +74,7 @@ class ExactStream:
 
 
 def plan_stream(job: Job, folder: str) -> ExactStream:
-    """Plans a job's data; where the folder has a plan, goes on by that: ConfigError if the samples would be others."""
+    """Plans a job's data; where the folder has a plan, continues by that: ConfigError if the samples would be others."""
     place = Location(folder).absolute(workspace.root())
     place.probe()
     recorded = next(reversed(segments.read(place)), None)

@@ -23,6 +23,7 @@ from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.recipes.protocol import Generated
+from heliostat.text import brief
 from heliostat.validation import check as checks
 from heliostat.validation.check import Checked
 
@@ -40,7 +41,7 @@ def load_job(job: Place | Mapping[str, object], overrides: Overrides = ()) -> Jo
     """
     if isinstance(job, Mapping):
         return spec.resolve(schema.validate(Job, schema.apply(dict(job), settings(overrides)), "job"))
-    return spec.load(Path(job), settings(overrides))
+    return spec.load(_path("job", job, "a job file, its mapping, or a Job"), settings(overrides))
 
 
 def check(job: Job | Place, cluster: Place | None = None) -> Checked:
@@ -50,8 +51,8 @@ def check(job: Job | Place, cluster: Place | None = None) -> Checked:
     """
     from heliostat.plan import auto
 
-    there = Path(cluster) if cluster is not None else None
-    return checks.check(auto.settled(_job(job), there), there)
+    cluster_file = Path(cluster) if cluster is not None else None
+    return checks.check(auto.settled(_job(job), cluster_file), cluster_file)
 
 
 def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> dict[str, object]:
@@ -61,7 +62,7 @@ def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> 
     """
     from heliostat.curation.prepare import prepare as run
 
-    return run(Path(pipeline), settings(overrides), force=force)
+    return run(_path("pipeline", pipeline, "a pipeline file"), settings(overrides), force=force)
 
 
 def train(
@@ -74,7 +75,7 @@ def train(
 ) -> Run:
     """Trains a job to its last step, exports and registers its model, and returns the run.
 
-    `resume`: goes on from the run's last checkpoint, if there is one; `overwrite`: deletes the run of this name first;
+    `resume`: continues from the run's last checkpoint, if there is one; `overwrite`: deletes the run of this name first;
     `allow_data_change`: resumes with other data, as a new segment. Blocks; progress goes to standard error. StoppedError after
     Ctrl-C or SIGTERM, behind a checkpoint.
     """
@@ -122,7 +123,12 @@ def generate(
     from heliostat.tracking.mlflow_client import default_uri
     from heliostat.tracking.models import resolve
 
-    return answer(resolve(os.fspath(model), tracking_uri or default_uri()), prompts, options, seed, out)
+    if not isinstance(prompts, str) and not (isinstance(prompts, Sequence) and all(isinstance(p, str) for p in prompts)):
+        raise ConfigError(f"prompts: expected a text or a list of texts, got {brief(repr(prompts))}")
+    if not isinstance(seed, int):
+        raise ConfigError(f"seed: expected an integer, got {brief(repr(seed))}")
+    place = model if isinstance(model, str) else str(_path("model", model, "a folder, models:/NAME/VERSION, or a run id"))
+    return answer(resolve(place, tracking_uri or default_uri()), prompts, options, seed, out)
 
 
 def datasets(
@@ -141,6 +147,8 @@ def datasets(
     """
     from heliostat.api.exact_stream import data_job, plan_stream
 
+    if not isinstance(data, Job | Mapping):
+        raise ConfigError(f"data: expected the keys of a job's data, or a Job, got {brief(repr(data))}")
     if isinstance(data, Job):
         if steps is not None or global_batch is not None or held_out:
             raise ConfigError("heliostat.datasets: steps, global_batch and held_out are what the job says; leave them out")
@@ -153,8 +161,25 @@ def datasets(
 def settings(overrides: Overrides) -> list[str]:
     """Converts the overrides to settings as `--set` takes them."""
     if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return [overrides] if isinstance(overrides, str) else list(overrides)
+        return [f"{key}={_json(key, value)}" for key, value in overrides.items()]
+    given = [overrides] if isinstance(overrides, str) else overrides
+    if not (isinstance(given, Sequence) and all(isinstance(one, str) for one in given)):
+        raise ConfigError(f'overrides: expected a mapping, or a list of "key.path=value", got {brief(repr(overrides))}')
+    return list(given)
+
+
+def _json(key: str, value: object) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"overrides: {key}: {brief(repr(value))} is no value that YAML has ({e})") from e
+
+
+def _path(key: str, value: object, wanted: str) -> Path:
+    """Returns a path that a person gave; ConfigError that names the argument if it is of another kind."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{key}: expected {wanted}, got {brief(repr(value))}")
+    return Path(value)
 
 
 def _job(job: Job | Place) -> Job:

@@ -158,7 +158,7 @@ class Run:
                 have = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
                 raise CheckpointError(f"step: {self._place} has no checkpoint of step {step}; {have}")
             return layout.open_checkpoint(self._place, step)
-        found = layout.latest(self._place)
-        if found is None:
+        saved = layout.latest(self._place)
+        if saved is None:
             raise CheckpointError(f"{self._place}: holds no complete checkpoint")
-        return found
+        return saved

@@ -24,7 +24,6 @@ from heliostat.chaos.measure import FaultEffect
 from heliostat.chaos.process import ChaosError, Command
 from heliostat.checkpoint import layout
 from heliostat.config import workspace
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.runs import goodput
 from heliostat.runs.verify import verify
@@ -71,19 +70,19 @@ def chaos(
     seed: int = 0,
     rate: float = 0.2,
     work: Path | None = None,
-    tell: Callable[[str], None] = lambda text: None,
-) -> tuple[list[dict[str, Json]], list[str]]:
+    report: Callable[[str], None] = lambda text: None,
+) -> tuple[list[dict[str, object]], list[str]]:
     """Runs the job once without faults and once per fault; returns (a row per fault, what is wrong).
 
-    `tell` is called with a description of each stage. ConfigError before anything starts.
+    `report` is called with a description of each stage. ConfigError before anything starts.
     """
     faults = choose(names)
-    given = check.load_job(path, settings)
-    if given.train.parallel.auto:
+    job_given = check.load_job(path, settings)
+    if job_given.train.parallel.auto:
         raise ConfigError(
             "train.parallel: auto may be another layout after each fault; set what `heliostat plan JOB --rank` finds"
         )
-    checked = check.check(given)
+    checked = check.check(job_given)
     job = checked.job
     if job.train.steps < 4 * job.checkpoint.every:
         raise ConfigError(
@@ -96,17 +95,17 @@ def chaos(
     work = (work or workspace.root() / ".heliostat" / "chaos").absolute() / job.name
     work.mkdir(parents=True, exist_ok=True)
     it = Chaos(path, checked, settings or [], work, seed, rate)
-    tell("the unbroken run")
+    report("the unbroken run")
     whole = _unbroken(it)
     rows, wrong = [], []
     for number, fault in enumerate(faults, 1):
-        tell(f"{fault.name} ({number} of {len(faults)}): {fault.what}")
+        report(f"{fault.name} ({number} of {len(faults)}): {fault.what}")
         try:
             row, faulty = _broken(it, fault, whole)
         except (ChaosError, HeliostatError) as e:
             row, faulty = measure.broken(fault.name), [str(e)]
         rows.append(row)
-        tell(json.dumps(row))
+        report(json.dumps(row))
         wrong += [f"{fault.name}: {text}" for text in faulty]
     return rows, wrong
 
@@ -134,7 +133,7 @@ def _unbroken(it: Chaos) -> Unbroken:
     return Unbroken(result["train_loss"], max(sizes), max(late))
 
 
-def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Json], list[str]]:
+def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, object], list[str]]:
     """Runs the job with a fault; returns the fault's row, and what is wrong with the run."""
     job, folder = it.checked.job, it.work / fault.name
     folder.mkdir(exist_ok=True)
@@ -164,7 +163,7 @@ def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, Json], 
         return _compare(it, fault, scene, command, whole)
 
 
-def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unbroken) -> tuple[dict[str, Json], list[str]]:
+def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unbroken) -> tuple[dict[str, object], list[str]]:
     result, report = command.result(), verify(scene.run)
     if fault.name == "corrupt-shard" and not report["replaced"]:
         raise ChaosError("the run did not come upon the damaged shard")

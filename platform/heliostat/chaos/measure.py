@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from heliostat.chaos.process import STEP
-from heliostat.config.fields import Json
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.runs.verify import VerifyReport
 
@@ -34,22 +34,22 @@ def first_end(attempts: Iterable[RecordedAttempt], since: float) -> float | None
     return min((a.seen for a in attempts if a.outcome != "finished" and a.seen >= since), default=None)
 
 
-def detected_s(found: FaultEffect) -> float | None:
+def detected_s(effect: FaultEffect) -> float | None:
     """Computes the seconds from the fault to the first sign that it was noticed; None if it was not."""
-    at = found.seen if found.seen is not None else first_end(found.attempts, found.struck)
-    return None if at is None else max(0.0, at - found.struck)
+    at = effect.seen if effect.seen is not None else first_end(effect.attempts, effect.struck)
+    return None if at is None else max(0.0, at - effect.struck)
 
 
-def recovered_s(found: FaultEffect) -> float | None:
+def recovered_s(effect: FaultEffect) -> float | None:
     """Computes the seconds from the fault to the first step that the run had not made before, after all restarts it cost."""
-    if found.cured is not None:
-        return found.cured - found.struck
-    ends = [a.seen for a in found.attempts if a.outcome != "finished" and a.seen >= found.struck]
-    since = max([found.struck, *ends])
-    steps = [(at, int(match[1])) for at, line in found.lines if (match := STEP.search(line))]
+    if effect.cured is not None:
+        return effect.cured - effect.struck
+    ends = [a.seen for a in effect.attempts if a.outcome != "finished" and a.seen >= effect.struck]
+    since = max([effect.struck, *ends])
+    steps = [(at, int(match[1])) for at, line in effect.lines if (match := STEP.search(line))]
     before = max((step for at, step in steps if at <= since), default=0)
     after = next((at for at, step in steps if at > since and step > before), None)
-    return None if after is None else after - found.struck
+    return None if after is None else after - effect.struck
 
 
 def pace_s(lines: Lines) -> float:
@@ -66,16 +66,16 @@ def recomputed_steps(attempts: Iterable[RecordedAttempt]) -> int:
     return sum(max(0, before.reached - after.start_step) for before, after in pairwise(ordered))
 
 
-def row(fault: str, found: FaultEffect, report: VerifyReport, loss: float, expected: float, goodput: float) -> dict[str, Json]:
+def row(fault: str, effect: FaultEffect, report: VerifyReport, loss: float, expected: float, goodput: float) -> dict[str, Any]:
     """Builds the fault's row of the table.
 
     `report`: the result of `verify`; `loss` and `expected`: the last step's loss, of this run and of the unbroken one.
     """
     return {
         "fault": fault,
-        "detected_s": rounded(detected_s(found)),
-        "recovered_s": rounded(recovered_s(found)),
-        "recomputed_steps": recomputed_steps(found.attempts),
+        "detected_s": rounded(detected_s(effect)),
+        "recovered_s": rounded(recovered_s(effect)),
+        "recomputed_steps": recomputed_steps(effect.attempts),
         "lost": report["lost"],
         "repeated": report["repeated"],
         "loss_difference": abs(loss - expected),
@@ -87,13 +87,13 @@ def rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 2)
 
 
-def broken(fault: str) -> dict[str, Json]:
+def broken(fault: str) -> dict[str, object]:
     """Builds the row of a fault whose run did not finish."""
     keys = ("detected_s", "recovered_s", "recomputed_steps", "lost", "repeated", "loss_difference", "goodput")
     return {"fault": fault, **dict.fromkeys(keys)}
 
 
-def problems(row: dict[str, Json], report: VerifyReport, curve: list[int], steps: int) -> list[str]:
+def problems(row: dict[str, Any], report: VerifyReport, curve: list[int], steps: int) -> list[str]:
     """Lists what is wrong with a finished run; empty if it is as good as the unbroken one.
 
     `curve`: the steps whose loss MLflow holds; `steps`: how many the job has.

@@ -27,7 +27,7 @@ SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short: Ray's sock
 
 
 class ChaosNode:
-    def __init__(self, address: str, process: subprocess.Popen) -> None:
+    def __init__(self, address: str, process: subprocess.Popen[bytes]) -> None:
         self.address, self.process = address, process
 
     def workers(self) -> list[psutil.Process]:
@@ -35,7 +35,7 @@ class ChaosNode:
 
     def kill(self) -> None:
         """Kills everything that runs on the node, at once."""
-        processes.end_tree(self.process.pid)
+        processes.end_tree(self.process)
         self.process.wait()
 
 

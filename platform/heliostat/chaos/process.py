@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from heliostat.cluster import processes
 from heliostat.config import workspace
-from heliostat.config.fields import Json
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Command:
 
     def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGCONT)
-        processes.end_tree(self.process.pid)
+        processes.end_tree(self.process)
         for reader in self._readers:
             reader.join(ENDING_S)
 
@@ -66,7 +66,7 @@ class Command:
         for reader in self._readers:
             reader.start()
 
-    def _listen(self, process: subprocess.Popen) -> None:
+    def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr
         with self.log.open("a") as copy:
             for line in process.stderr:
@@ -74,7 +74,7 @@ class Command:
                 copy.write(line)
                 copy.flush()
 
-    def _take(self, process: subprocess.Popen) -> None:
+    def _take(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout
         for line in process.stdout:
             self.said = line
@@ -84,7 +84,7 @@ class Command:
         """Returns the highest step in the output so far; 0 if there is none."""
         return max((int(match[1]) for _, line in list(self.lines) if (match := STEP.search(line))), default=0)
 
-    def result(self) -> dict[str, Json]:
+    def result(self) -> dict[str, Any]:
         try:
             return json.loads(self.said)
         except ValueError as e:
@@ -106,7 +106,7 @@ class Command:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             log.warning("the command was still there %.0f s after it had lost its cluster, and was killed", seconds)
-            processes.end_tree(self.process.pid)
+            processes.end_tree(self.process)
 
     def heard(self, words: str, since: float) -> float | None:
         """Finds when the words first appeared in the output at or after `since`, in any case of letters; None if they did not."""

@@ -24,7 +24,7 @@ class ServerProcess:
         self.endpoint = f"127.0.0.1:{self.port}"
         self._command = [word.replace("PORT", str(self.port)) for word in command]
         self._health, self._log, self._environment = health, log, {**os.environ, **(environment or {})}
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ServerProcess:
         self.start()
@@ -43,7 +43,7 @@ class ServerProcess:
                 raise ChaosError(f"{self._command[2]} did not start; see {self._log}")
             time.sleep(0.1)
 
-    def _launch(self) -> subprocess.Popen:
+    def _launch(self) -> subprocess.Popen[bytes]:
         with self._log.open("a") as log:
             return subprocess.Popen(self._command, stdout=log, stderr=log, env=self._environment)
 
@@ -56,7 +56,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         if self._process:
-            processes.end_tree(self._process.pid)
+            processes.end_tree(self._process)
             self._process.wait()
             self._process = None
 

@@ -7,14 +7,14 @@ copy. For GPUs it is pinned, and filled on a stream of its own during training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from heliostat.checkpoint.checksums import as_bytes
 from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.data.device_streams import CopyStream
 from heliostat.errors import TrainingError
 
 ALIGNED = 64  # bytes, so that each slice of a buffer can be viewed in its type
@@ -50,13 +50,13 @@ class CopiedBytes:
 
 def layout(state: Mapping[str, torch.Tensor]) -> list[FlatRange]:
     """Lays the slices out in a buffer, by name."""
-    found, offset = list[FlatRange](), 0
+    ranges, offset = list[FlatRange](), 0
     for name in sorted(state):
         local, start = _local(state[name])
         if local.numel():
-            found.append(FlatRange(name, start, local.numel(), local.element_size(), offset))
-            offset += -(-found[-1].size // ALIGNED) * ALIGNED
-    return found
+            ranges.append(FlatRange(name, start, local.numel(), local.element_size(), offset))
+            offset += -(-ranges[-1].size // ALIGNED) * ALIGNED
+    return ranges
 
 
 def size(ranges: Iterable[FlatRange]) -> int:
@@ -93,29 +93,29 @@ def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> li
     for rank, ranges in copies.items():
         for r in ranges:
             by_name.setdefault(r.name, []).append((r.start, r.numel, rank, r))
-    found = list[CopiedBytes]()
+    copied = list[CopiedBytes]()
     for want in wanted:
         at, end = want.start, want.start + want.numel
         for start, numel, rank, r in sorted(by_name.get(want.name, []), key=lambda c: c[:3]):
             if start <= at < min(start + numel, end) and r.itemsize == want.itemsize:
                 stop = min(start + numel, end)
                 source, target = r.offset + (at - start) * r.itemsize, want.offset + (at - want.start) * r.itemsize
-                _append(found, CopiedBytes(rank, source, target, (stop - at) * r.itemsize))
+                _append(copied, CopiedBytes(rank, source, target, (stop - at) * r.itemsize))
                 at = stop
         if at < end:
             raise TrainingError(f"the copies in memory lack elements {at} to {end} of {want.name!r}")
-    return found
+    return copied
 
 
-def _append(found: list[CopiedBytes], piece: CopiedBytes) -> None:
+def _append(copied: list[CopiedBytes], piece: CopiedBytes) -> None:
     """Appends a piece, as a part of the one before where the bytes between them are padding in both buffers."""
-    if found and found[-1].rank == piece.rank:
-        last = found[-1]
+    if copied and copied[-1].rank == piece.rank:
+        last = copied[-1]
         gap = piece.source - last.source - last.size
         if gap == piece.target - last.target - last.size and 0 <= gap < ALIGNED:
-            found[-1] = CopiedBytes(last.rank, last.source, last.target, last.size + gap + piece.size)
+            copied[-1] = CopiedBytes(last.rank, last.source, last.target, last.size + gap + piece.size)
             return
-    found.append(piece)
+    copied.append(piece)
 
 
 def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -128,44 +128,6 @@ def _view(buffer: torch.Tensor, place: FlatRange, like: torch.Tensor) -> torch.T
 
 def as_buffer(nbytes: int, pinned: bool) -> torch.Tensor:
     return as_bytes(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned))
-
-
-class CopyStream:
-    """Queues copies from a GPU on a stream of its own, after what another thread has queued for training; else does nothing."""
-
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._ready: torch.cuda.Event | None = None
-        self._done: torch.cuda.Event | None = None
-
-    def mark(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Marks the moment whose state is to be copied; called in the thread that trains, behind what it has queued on a GPU."""
-        device = next((t.device for t in tensors.values() if t.is_cuda), None)
-        if device is None:
-            return
-        self._stream = self._stream or torch.cuda.Stream(device)
-        self._ready = torch.cuda.current_stream(device).record_event()
-
-    @contextmanager
-    def queue(self) -> Iterator[None]:
-        """Queues the copies that are made inside, as of the last `mark`; `wait` waits for them."""
-        if self._stream is None or self._ready is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._ready)
-            yield
-            self._done = self._stream.record_event()
-
-    def hold_back(self) -> None:
-        """Lets what is queued next on the GPU wait until the queued copies are done; the calling thread does not wait."""
-        if self._stream is not None and self._done is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._done)
-
-    def wait(self) -> None:
-        """Waits until the queued copies are in host memory."""
-        if self._done is not None:
-            self._done.synchronize()
 
 
 class HostCopy(CopyStream):

@@ -13,7 +13,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from heliostat.checkpoint import placement
@@ -51,7 +51,8 @@ class TensorIndex:
 @wire.travels
 @dataclass(frozen=True)
 class CheckpointIndex(TensorIndex):
-    """Describes the checkpoint of a step."""
+    """Describes the checkpoint of a step. `resume`: all keys that this doesn't declare. The worker that resumes from it declares
+    and checks them (`training.worker.training_state.ResumeFacts`)."""
 
     step: Whole
     receipt: CheckpointReceipt
@@ -63,10 +64,9 @@ class CheckpointIndex(TensorIndex):
     written: Number
     world_size: Whole
     zero_stage: Whole
-    optimizer_steps: Whole
     bad_samples: Whole
-    loss_scale: dict[str, int | float] | None = None
     frozen: Name | None = None
+    resume: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,13 @@ class ShardIndex:
 
 TENSORS, INDEX = Format(TensorIndex, "index"), Format(CheckpointIndex, "index")
 SHARD_INDEX = Format(ShardIndex, "index of a shard")
+DECLARED = frozenset(f.name for f in fields(CheckpointIndex)) - {"resume"}
 
 
 def build(raw: object, step: int | None) -> TensorIndex:
     """Builds the index of a step's checkpoint, or (None) of a folder of frozen parameters; DataError with its fault."""
+    if step is not None and isinstance(raw, dict):
+        raw = {**raw, "resume": {key: value for key, value in raw.items() if key not in DECLARED}}
     index = (TENSORS if step is None else INDEX).build(raw, "it")
     if isinstance(index, CheckpointIndex):
         DataPlan.parse(index.data, "data")

@@ -7,7 +7,7 @@ of another size, does not exist; a damaged index and damaged bytes are found whe
 are a CorruptCheckpointError, and the checkpoint before is the one to use.
 
 Parameters that are not trained are in a folder of their own, `checkpoints/frozen-<digest>`, of the same form, which every
-checkpoint of the run names. No other checkpoint helps where that folder is torn: a CheckpointError, which ends the run.
+checkpoint of the run names. No other checkpoint helps where that folder is incomplete: a CheckpointError, which ends the run.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def _open(location: Location, step: int | None) -> SavedCheckpoint:
         raise CheckpointError(f"{location}: {what} ({', '.join(map(str, READABLE))}); use a newer one")
     try:
         index, places = indexes.upgrade(indexes.build(raw, step))
-    except DataError as e:  # its checksum holds: not torn, but foreign, or of a newer heliostat
+    except DataError as e:  # its checksum holds: not incomplete, but foreign, or of a newer heliostat
         raise CheckpointError(f"{location.join(INDEX)}: is no index that this version of heliostat reads ({e})") from e
     present = dict(location.files())
     for file, size in files(index):
@@ -313,7 +313,7 @@ def files(index: TensorIndex) -> Iterator[tuple[str, int]]:
 
 
 def latest(run: Location, before: int | None = None) -> SavedCheckpoint | None:
-    """Finds the newest complete checkpoint, of a step before `before` if that is given; warns of torn ones and skips them."""
+    """Finds the newest complete checkpoint, of a step before `before` if given; warns of incomplete ones and skips them."""
     for step in reversed(steps(run)):
         if before is None or step < before:
             try:

@@ -1,8 +1,8 @@
-"""Saves checkpoints beside the training: `Saver.save` returns at once where it follows the optimizer.
+"""Saves checkpoints in parallel with the training: `Saver.save` returns at once where it follows the optimizer.
 
-The copy to host memory runs beside the next forward and backward pass, and only the next optimizer step waits for it (on a GPU:
-its kernels do). Writing and uploading run in the same background thread (`writing`); `failed` tells whether that has failed, and
-the next call raises why, on all workers. At most one save is in flight: the next one waits for it.
+The copy to host memory runs in parallel with the next forward and backward pass, and only the next optimizer step waits for it
+(on a GPU: its kernels do). Writing and uploading run in the same background thread (`writing`); `failed` tells whether that has
+failed, and the next call raises why, on all workers. At most one save is in flight: the next one waits for it.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Saver:
     ) -> None:
         """Prepares a worker's saver.
 
-        `group`: a gloo process group, of which this uses a channel of its own, because saving runs beside training; `progressed`
-        is called while this waits for a save that makes progress; `notice` reports old checkpoints that could not be removed.
-        """
+        `group`: a gloo process group, of which this uses a channel of its own, because saving runs in parallel with training;
+        `progressed` is called while this waits for a save that makes progress; `notice` reports old checkpoints that could not be
+        removed."""
         self.run, self.policy, self.group, self.fence = run, policy, group, fence
         self.channel = Channel(group, TAG, LONGEST)
         self.blocked_s = 0.0
@@ -112,7 +112,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Tells whether a save goes on in the thread."""
+        """Tells whether a save continues in the thread."""
         return self._started is not None and not self._started.done()
 
     @property
@@ -212,8 +212,8 @@ class Keeper:
     """Saves one worker's parameters that are not trained, once per run; all workers make the same calls in the same order.
 
     Their folder is `checkpoints/frozen-<digest>`, by the content that each rank holds, and the checkpoints name it. Every save
-    checks their content again: if it has changed, they are written anew, under another name. A resumed run keeps using the folder
-    of the checkpoint that it loaded, on any number of workers and in any precision, as long as they are what was loaded.
+    checks their content again: if it has changed, they are written again, under another name. A resumed run keeps using the
+    folder of the checkpoint that it loaded, on any number of workers and in any precision, as long as they are what was loaded.
     """
 
     def __init__(self, run: Location, group: Group, write: Callable[[Location, dict[str, FlatShard]], None]) -> None:

@@ -35,10 +35,10 @@ def benchmark(
     from heliostat.storage.locations import Location
 
     require_file(Location(to))
-    asked, folder = load(suite)
+    suite_, folder = load(suite)
     if every != 1 and not follow:
         raise ConfigError("--every: goes with --follow")
-    with contextlib.closing(run.Benchmark(asked, folder, out.quiet)) as tasks:
+    with contextlib.closing(run.Benchmark(suite_, folder, out.quiet)) as tasks:
         if follow:
             _follow(tasks, model, every, to, mlflow)
         else:
@@ -49,9 +49,9 @@ def _once(tasks: Benchmark, model: str, to: str, mlflow: str | None) -> None:
     from heliostat.evaluation import recording, run, scoring, shown
     from heliostat.storage.locations import Location
 
-    found, fault = model_folder(model, mlflow), None
-    scoring.require_language_model(found)
-    result = tasks.score(found)
+    folder, fault = model_folder(model, mlflow), None
+    scoring.require_language_model(folder)
+    result = tasks.score(folder)
     run.write(result, Location(to))
     try:
         result["recorded"] = recording.record(store_uri(mlflow), result)
@@ -75,13 +75,13 @@ def _follow(tasks: Benchmark, model: str, every: int, to: str, mlflow: str | Non
 
     followed = Followed(run_folder(model, mlflow), tasks, told, every)
     followed.follow()
-    made = summary(followed)
-    run.write(made, Location(to))
-    for line in shown.missed(made):
+    totals = summary(followed)
+    run.write(totals, Location(to))
+    for line in shown.missed(totals):
         out.print(line)
-    unknown = sum(one["recorded"]["run_id"] is None for one in made["steps"])
-    out.print(f"{len(made['steps']):,} checkpoints are scored" + (f", {unknown:,} of them not in MLflow" if unknown else ""))
-    finish({**made, "file": to})
+    unknown = sum(one["recorded"]["run_id"] is None for one in totals["steps"])
+    out.print(f"{len(totals['steps']):,} checkpoints are scored" + (f", {unknown:,} of them not in MLflow" if unknown else ""))
+    finish({**totals, "file": to})
 
 
 @command(MODELS, "make-suite")

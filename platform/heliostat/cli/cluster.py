@@ -89,10 +89,10 @@ def status_(
     """Show a cluster's nodes, what they have, and its jobs."""
     from heliostat.cluster import dashboard
 
-    with jobs_on(target) as known:
-        there = known.there
-        nodes, jobs = dashboard.node_table(there.url, there.token), known.list()
-    out.print(f"{there.url}: {plural(sum(n['alive'] for n in nodes), 'node')}")
+    with jobs_on(target, field="CLUSTER") as known:
+        endpoint = known.there
+        nodes, jobs = dashboard.node_table(endpoint.url, endpoint.token), known.list()
+    out.print(f"{endpoint.url}: {plural(sum(n['alive'] for n in nodes), 'node')}")
     for n in nodes:
         labels = ", ".join(f"{k}={v}" for k, v in sorted(n["labels"].items()) if k != "ray.io/node-id")
         role, life = "head" if n["head"] else "worker", "alive" if n["alive"] else "dead"
@@ -100,7 +100,7 @@ def status_(
                   f"{labels}")  # fmt: skip
     for j in jobs:
         out.print(f"  job {j['id']}: {j['status'].lower()}")
-    finish({"url": there.url, "nodes": nodes, "jobs": jobs})
+    finish({"url": endpoint.url, "nodes": nodes, "jobs": jobs})
 
 
 @cluster_app.command("list", cls=Reporting)

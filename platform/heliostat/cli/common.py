@@ -60,8 +60,8 @@ out = Printer(highlight=False, soft_wrap=True, markup=False)
 REPORTING = typer.Typer(add_completion=False)
 
 
-def _be_quiet(asked: bool) -> None:
-    out.quiet = asked
+def _be_quiet(quiet: bool) -> None:
+    out.quiet = quiet
 
 
 @REPORTING.command()
@@ -154,28 +154,36 @@ def _lines(row: Sequence[str], widths: list[int], left: Collection[int], width: 
 
 def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
     """Groups the columns into bands [begin, end) that stand side by side: as many as fit into `width`, at least one."""
-    found, begin, used = list[tuple[int, int]](), 0, 0
+    columns, begin, used = list[tuple[int, int]](), 0, 0
     for i, one in enumerate(widths):
         if width is not None and i > begin and used + len(GAP) + one > width:
-            found.append((begin, i))
+            columns.append((begin, i))
             begin, used = i, len(INDENT) + one
         else:
             used += one + (len(GAP) if i > begin else 0)
-    return [*found, (begin, len(widths))]
+    return [*columns, (begin, len(widths))]
 
 
-def store_uri(given: str | None) -> str:
+def store_uri(uri: str | None) -> str:
     """Finds the MLflow store that a command is to ask: as given, of the environment, or the quickstart's."""
-    if given and carries_secret(given):
+    if uri and carries_secret(uri):
         raise ConfigError(
             "--mlflow: carries a password, which every user of this machine can see; set MLFLOW_TRACKING_URI instead, or "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
-    if given and given.startswith("sqlite:///") and not Path(given.removeprefix("sqlite:///").partition("?")[0]).exists():
-        raise ConfigError(f"--mlflow: {given}: there is no such file")
+    from heliostat.config.spec import require_store
+    from heliostat.storage.local_files import require_database
     from heliostat.tracking.mlflow_client import default_uri
 
-    return given or default_uri()
+    if not uri:
+        return default_uri()
+    require_store("--mlflow", uri)
+    if uri.startswith("sqlite:///"):
+        place = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+        if not place.exists():
+            raise ConfigError(f"--mlflow: {uri}: there is no such file")
+        require_database("--mlflow", place)
+    return uri
 
 
 def run_folder(run: str, mlflow: str | None) -> Location:

@@ -39,8 +39,8 @@ def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> 
         raw = text.read_bytes() if text else None
     except OSError as e:
         raise ConfigError(f"--text: {text} cannot be read ({e.strerror})") from e
-    made = manifest.read(Location(dataset))
-    return made, find(made, id=id, url=url, text=raw)
+    dataset_ = manifest.read(Location(dataset))
+    return dataset_, find(dataset_, id=id, url=url, text=raw)
 
 
 curate_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="What curation did, and decides by.")
@@ -60,17 +60,17 @@ def report(
     from heliostat.tracking.report import curation
 
     table = hardware.table(prices)
-    made = manifest.read(Location(dataset))
-    told = curation.gather(made, table["devices"]["cpu"]["hour"], table["currency"])
-    write_page(to, lambda: curation.page(told))
-    finish({"file": str(to), "dataset": str(made.location), "digest": made.digest, **_stages(told)})
+    prepared = manifest.read(Location(dataset))
+    facts = curation.gather(prepared, table["devices"]["cpu"]["hour"], table["currency"])
+    write_page(to, lambda: curation.page(facts))
+    finish({"file": str(to), "dataset": str(prepared.location), "digest": prepared.digest, **_stages(facts)})
 
 
-def _stages(told: Report) -> Report:
+def _stages(facts: Report) -> Report:
     """Sums up the funnel: of each stage what came, was kept and dropped, and its seconds."""
     names = ("documents", "bytes", "kept", "kept_bytes", "dropped", "counts")
-    parts = {name: {k: part[k] for k in names if k in part} for name, part in told["funnel"].items()}
-    return {"stages": {n: p | {"seconds": told["seconds"].get(n)} for n, p in parts.items()}}
+    parts = {name: {k: part[k] for k in names if k in part} for name, part in facts["funnel"].items()}
+    return {"stages": {n: p | {"seconds": facts["seconds"].get(n)} for n, p in parts.items()}}
 
 
 @command(DATA)
@@ -87,16 +87,16 @@ def trace(
     """Tell a document's way: where it was read, what each stage did to it, who stayed instead, its shard, and its steps."""
     from heliostat.curation.text import trace as tracing
 
-    made, ends = _found(dataset, url, id, text)
-    told = [tracing.trace(made, end) for end in ends]
-    for one in told:
-        held = one["shard"] or one["end"]["reason"] == "forgotten"
-        one["runs"] = _runs(made, one["kept"] or one["id"], run, mlflow) if held else []
-    for one in told[:MOST]:
+    prepared, ends = _found(dataset, url, id, text)
+    traces = [tracing.trace(prepared, end) for end in ends]
+    for one in traces:
+        has_copy = one["shard"] or one["end"]["reason"] == "forgotten"
+        one["runs"] = _runs(prepared, one["kept"] or one["id"], run, mlflow) if has_copy else []
+    for one in traces[:MOST]:
         _print(one)
-    if len(told) > MOST:
-        out.print(f"and {len(told) - MOST:,} more documents; --json has them")
-    finish({"dataset": str(made.location), "digest": made.digest, "documents": told})
+    if len(traces) > MOST:
+        out.print(f"and {len(traces) - MOST:,} more documents; --json has them")
+    finish({"dataset": str(prepared.location), "digest": prepared.digest, "documents": traces})
 
 
 @command(DATA)
@@ -114,79 +114,79 @@ def forget(
     from heliostat.curation import forget as forgetting
     from heliostat.storage.locations import Location
 
-    made, ends = _found(dataset, url, id, text)
-    target, found = forgetting.one(ends, "--url" if url else "--text" if text else "--id")
+    prepared, ends = _found(dataset, url, id, text)
+    target, rows = forgetting.one(ends, "--url" if url else "--text" if text else "--id")
     output = Location(to)
-    forgetting.check(made, output)
-    told = _ways(made, target, mlflow)
-    new = forgetting.forget(made, target, found, output)
-    result = {"dataset": str(output), "digest": new.digest, "previous": made.digest, "documents": new.meta["documents"],
-              "tokens": new.tokens, "forgotten": sorted({target, *(row["id"] for row in found)}), **told}  # fmt: skip
+    forgetting.check(prepared, output)
+    report = _ways(prepared, target, mlflow)
+    new = forgetting.forget(prepared, target, rows, output)
+    result = {"dataset": str(output), "digest": new.digest, "previous": prepared.digest, "documents": new.meta["documents"],
+              "tokens": new.tokens, "forgotten": sorted({target, *(row["id"] for row in rows)}), **report}  # fmt: skip
     _print_forgotten(result)
     finish(result)
 
 
-def _ways(made: Manifest, id: str, mlflow: str | None) -> Report:
+def _ways(dataset: Manifest, id: str, mlflow: str | None) -> Report:
     """Tells where a document lies, who stayed in its place, and who trained on it."""
     from heliostat.curation import reasons
     from heliostat.curation.text import trace as tracing
 
-    told = tracing.trace(made, reasons.end_of(made, id)[0])
-    if told["kept"] != id:
-        return {"shard": None, "instead": told["instead"], "runs": []}
-    return {"shard": told["shard"], "instead": told["instead"], "runs": _runs(made, id, None, mlflow)}
+    traced = tracing.trace(dataset, reasons.end_of(dataset, id)[0])
+    if traced["kept"] != id:
+        return {"shard": None, "instead": traced["instead"], "runs": []}
+    return {"shard": traced["shard"], "instead": traced["instead"], "runs": _runs(dataset, id, None, mlflow)}
 
 
-def _print_forgotten(told: Report) -> None:
-    tokens = f", {told['tokens']:,} tokens" if told["tokens"] else ""
-    out.print(f"dataset {told['dataset']} is ready: {told['documents']:,} documents{tokens}, digest {told['digest'][:12]}, "
-              f"without {', '.join(told['forgotten'])}")  # fmt: skip
-    if told["shard"]:
-        out.print(f"  it was in shard {told['shard']['path']} of {told['previous'][:12]}")
+def _print_forgotten(report: Report) -> None:
+    tokens = f", {report['tokens']:,} tokens" if report["tokens"] else ""
+    out.print(f"dataset {report['dataset']} is ready: {report['documents']:,} documents{tokens}, digest {report['digest'][:12]}, "
+              f"without {', '.join(report['forgotten'])}")  # fmt: skip
+    if report["shard"]:
+        out.print(f"  it was in shard {report['shard']['path']} of {report['previous'][:12]}")
     else:
         out.print("  it was in no shard: what the dataset kept of it was its record")
-    for hop in told["instead"]:
+    for hop in report["instead"]:
         out.print(f"  a document much like it is in the dataset: {hop['id']}; forget that one by --id")
-    _print_runs(told)
+    _print_runs(report)
     out.print("  the dataset that it was in, that one's earlier versions, the input and the runs' models still hold it")
 
 
-def _runs(made: Manifest, id: str, run: str | None, mlflow: str | None) -> list[Reached]:
+def _runs(dataset: Manifest, id: str, run: str | None, mlflow: str | None) -> list[Reached]:
     """Finds the runs that have trained on a document."""
     from heliostat.tracking import mlflow_client
     from heliostat.tracking.lineage_of_documents import TrainedOnDocument
 
     with tracking(mlflow) as (client, uri):
         only = mlflow_client.find(client, run, uri).info.run_id if run else None
-        return TrainedOnDocument(client, made, id).runs(only)
+        return TrainedOnDocument(client, dataset, id).runs(only)
 
 
-def _print(told: Report) -> None:
-    out.print(told["id"], style="bold")
-    read = dict(told["read"])
+def _print(traced: Report) -> None:
+    out.print(traced["id"], style="bold")
+    read = dict(traced["read"])
     where = "".join(
         f", {name} {at:,}" if isinstance(at, int) else f", {name} {at}" for name, at in read.items() if name != "file"
     )
     out.print(f"  read from {read['file']}{where}")
-    for name, value in told["columns"].items():
+    for name, value in traced["columns"].items():
         out.print(f"  {name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
-    for stage in told["stages"]:
+    for stage in traced["stages"]:
         out.print(f"  {stage['stage']}: {_did(stage)}")
-    if not any(stage["did"] == "dropped" for stage in told["stages"]):
-        end = told["end"]
+    if not any(stage["did"] == "dropped" for stage in traced["stages"]):
+        end = traced["end"]
         out.print(f"  {end['stage']}: {end['reason']}" + (f" ({end['what']})" if end["what"] else "") + f", {end['detail']}")
-    for hop in told["instead"]:
+    for hop in traced["instead"]:
         cluster = f", one of {hop['cluster']:,} in the cluster" if hop["cluster"] else ""
         out.print(f"  in its place stayed {hop['id']} ({hop['by']}{cluster})")
-    if told["shard"]:
-        place = "row {first:,}" if told["images"] else "{tokens:,} tokens from {first:,}"
-        pieces = [f"row group {p['row_group']}, {place.format(**p)}" for p in told["shard"]["pieces"]]
-        out.print(f"  in shard {told['shard']['path']}: {'; '.join(pieces)}")
+    if traced["shard"]:
+        place = "row {first:,}" if traced["images"] else "{tokens:,} tokens from {first:,}"
+        pieces = [f"row group {p['row_group']}, {place.format(**p)}" for p in traced["shard"]["pieces"]]
+        out.print(f"  in shard {traced['shard']['path']}: {'; '.join(pieces)}")
     else:
-        out.print("  in no shard" + ("" if told["end"]["reason"] == "forgotten" else ": nothing has trained on it"))
-    for note in told["notes"]:
+        out.print("  in no shard" + ("" if traced["end"]["reason"] == "forgotten" else ": nothing has trained on it"))
+    for note in traced["notes"]:
         out.print(f"  note: {note}")
-    _print_runs(told)
+    _print_runs(traced)
 
 
 def _did(stage: Report) -> str:
@@ -202,8 +202,8 @@ def _did(stage: Report) -> str:
     return text + (f"; {', '.join(figures)}" if figures else "")
 
 
-def _print_runs(told: Report) -> None:
-    for row in told["runs"]:
+def _print_runs(report: Report) -> None:
+    for row in report["runs"]:
         steps = ", ".join(f"{step:,}" for step in row["steps"][:MOST]) + (" ..." if len(row["steps"]) > MOST else "")
         how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "none by itself"
         how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
@@ -217,7 +217,7 @@ def _print_runs(told: Report) -> None:
                 else "lane {lane}, place {place}, epoch {epoch}".format(**sample)
             )
             out.print(f"    step {sample['step']:,}: {lane}; row group {sample['row_group']}, sample {sample['row']}")
-    if told["shard"] and not told["runs"]:
+    if report["shard"] and not report["runs"]:
         out.print("  no recorded run has trained on it")
 
 
@@ -235,9 +235,9 @@ def train_classifier(
     from heliostat.curation import training
 
     report = training.train(good, bad, to)
-    held = f"{report['held_out_good']:,} good and {report['held_out_bad']:,} bad ones that were held out"
+    held_out = f"{report['held_out_good']:,} good and {report['held_out_bad']:,} bad ones that were held out"
     out.print(
-        f"classifier {to}: trained on {report['trained_good']:,} good and {report['trained_bad']:,} bad documents; of {held}:"
+        f"classifier {to}: trained on {report['trained_good']:,} good and {report['trained_bad']:,} bad documents; of {held_out}:"
     )
     cells = [["min_score", "precision", "recall"]]
     for threshold, at in report["held_out"].items():

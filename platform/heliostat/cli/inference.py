@@ -41,9 +41,9 @@ def generate(
     """Let a model write or draw."""
     import heliostat.inference.generate as generating
 
-    given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
+    flags = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
              "sampler": sampler, "grid": grid, "width": width, "height": height}  # fmt: skip
-    options = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, object] = {name: value for name, value in flags.items() if value is not None}
     if [prompt, prompts, prefix].count(None) != 2:
         raise ConfigError("--prompt: give either one prompt, or a file of them with --prompts, or --prefix and --suffix")
     if (prefix is None) != (suffix is None):
@@ -55,8 +55,8 @@ def generate(
             raise ConfigError("--out: is needed with --prompts; give a folder or an s3:// prefix")
         from heliostat.inference.many import generate_many
 
-        asked = generating.read_prompts(prompts)
-        count = generate_many(model_folder(model, mlflow), asked, options, seed, to, workers, out.quiet)
+        texts = generating.read_prompts(prompts)
+        count = generate_many(model_folder(model, mlflow), texts, options, seed, to, workers, out.quiet)
         out.print(f"{count:,} answers are in {to}/{generating.RESULTS}")
         finish({"count": count, "results": f"{to}/{generating.RESULTS}"})
         return
@@ -103,19 +103,19 @@ def infer(
     options = {k: v for k, v in {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}.items() if v is not None}
     if options and task not in WRITES:
         raise ConfigError(f"--{next(iter(options)).replace('_', '-')}: goes with --task {' or '.join(WRITES)}, not with {task}")
-    asked = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
-    made = run(model_folder(model, mlflow), input_, to, validate(BatchSettings, asked, "infer"), workers, out.quiet, engine)
+    settings = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
+    run_ = run(model_folder(model, mlflow), input_, to, validate(BatchSettings, settings, "infer"), workers, out.quiet, engine)
     prices = hardware.table()
-    made |= {"cost": hardware.cost(made["devices"], prices), "currency": prices["currency"]}
-    told = f", {made['bad']:,} without one (bad.parquet)" if made["bad"] else ""
-    cut = f", {made['truncated']:,} of them of a text that was cut" if made["truncated"] else ""
-    many, what = (made["answers"], "images") if task == "embed-images" else (made["tokens"], "tokens")
-    pace = f"{many:,} {what}, {many / max(made['seconds'], 0.1):,.0f} a second"
-    cost = "a GPU that is not in the plan's price table" if made["cost"] is None else f"{made['cost']:,.2f} {made['currency']}"
-    out.print(f"{made['answers']:,} answers are in {to}/answers{cut}{told}; {pace}; cost {cost}")
-    if made["deleted"]:
-        out.print(f"{made['deleted']:,} answers are deleted: the input does not hold any more, as it was, what they are of")
-    finish(made)
+    run_ |= {"cost": hardware.cost(run_["devices"], prices), "currency": prices["currency"]}
+    without = f", {run_['bad']:,} without one (bad.parquet)" if run_["bad"] else ""
+    cut = f", {run_['truncated']:,} of them of a text that was cut" if run_["truncated"] else ""
+    many, what = (run_["answers"], "images") if task == "embed-images" else (run_["tokens"], "tokens")
+    pace = f"{many:,} {what}, {many / max(run_['seconds'], 0.1):,.0f} a second"
+    cost = "a GPU that is not in the plan's price table" if run_["cost"] is None else f"{run_['cost']:,.2f} {run_['currency']}"
+    out.print(f"{run_['answers']:,} answers are in {to}/answers{cut}{without}; {pace}; cost {cost}")
+    if run_["deleted"]:
+        out.print(f"{run_['deleted']:,} answers are deleted: the input does not hold any more, as it was, what they are of")
+    finish(run_)
 
 
 @command(MODELS)
@@ -150,8 +150,8 @@ def export(
     from heliostat.tracking.logger import record
 
     place = run_folder(run, mlflow)
-    if step is not None and step not in (there := layout.steps(place)):
-        have = f"there are {', '.join(map(str, there))}" if there else "there is none"
+    if step is not None and step not in (steps := layout.steps(place)):
+        have = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
         raise ConfigError(f"--step {step}: {place} has no checkpoint of it; {have}")
     checkpoint = layout.open_checkpoint(place, step) if step is not None else layout.latest(place)
     if checkpoint is None:

@@ -38,13 +38,13 @@ def recorded(job_id: str) -> SubmissionRecord | None:
 
 
 @contextmanager
-def jobs_on(cluster: str | None, record: SubmissionRecord | None = None) -> Iterator[Jobs]:
-    """Connects to the jobs of a cluster: the one that is named, or else the one of the record."""
+def jobs_on(cluster: str | None, record: SubmissionRecord | None = None, field: str = "--cluster") -> Iterator[Jobs]:
+    """Connects to the jobs of a cluster: the one that `field` names, or else the one of the record."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
 
-    with endpoint(cluster or (record.cluster if record else None)) as there:
-        yield Jobs(there)
+    with endpoint(cluster or (record.cluster if record else None), field) as endpoint_:
+        yield Jobs(endpoint_)
 
 
 @command(JOBS)
@@ -68,7 +68,7 @@ def submit(
         send(jobs, SubmissionRecord.of(wanted, cluster, queue), tuple(flags), follow)
 
 
-def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = False) -> Job:
+def checked(file: Path, settings: list[str], endpoint_: Endpoint, resume: bool = False) -> Job:
     """Loads a job and checks everything that can be checked from here: its paths, its plan on the cluster, its services.
 
     It is then in the layout that it trains in.
@@ -78,12 +78,12 @@ def checked(file: Path, settings: list[str], there: Endpoint, resume: bool = Fal
     from heliostat.submit import submission
     from heliostat.validation.check import check_job, check_services
 
-    wanted = submission.load(file, settings, there)
-    device = None if there.here or there.file or not wanted.workers.gpus else auto.elsewhere()
-    wanted = auto.settled(wanted, there.file, resume, device)
+    wanted = submission.load(file, settings, endpoint_)
+    device = None if endpoint_.here or endpoint_.file or not wanted.workers.gpus else auto.elsewhere()
+    wanted = auto.settled(wanted, endpoint_.file, resume, device)
     planned, recipe, _ = planning.bound(*check_job(wanted))
-    planning.plan(planned, recipe, there.file)
-    if there.here:
+    planning.plan(planned, recipe, endpoint_.file)
+    if endpoint_.here:
         check_services(wanted)
     return wanted
 

@@ -40,15 +40,14 @@ from heliostat.cli import retrieval, serving, runs, tune, cluster, jobs  # noqa:
 UsageError: Any = typer.BadParameter.__base__  # typer exports only its subclass
 STAMP = "%Y-%m-%d %H:%M:%S"  # of log lines
 QUIET = {  # other libraries' progress bars and notices, so that ours can be read
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(wanted: bool) -> None:
+    if wanted:
         out.print(f"heliostat {heliostat.__version__}")
         raise typer.Exit
 
@@ -96,12 +95,12 @@ def _run(json_: bool, verbose: bool) -> int:
         return 2
     if verbose and isinstance(ended, HeliostatError):
         logging.getLogger("heliostat").error("traceback", exc_info=ended)
-    told = described(ended)
-    line = told["message"] if told["type"] == "Interrupted" else f"error: {told['message']}"
+    description = described(ended)
+    line = description["message"] if description["type"] == "Interrupted" else f"error: {description['message']}"
     sys.stderr.write(f"{printable(line, lines=True)}\n")
     if json_:
-        write_json({**getattr(ended, "found", {}), "error": told})
-    return told["exit_code"]
+        write_json({**getattr(ended, "found", {}), "error": description})
+    return description["exit_code"]
 
 
 class DescribedCommand(TypedDict):

@@ -52,7 +52,7 @@ def show_ranking(p: Report) -> None:
     for one in p["layouts"]:
         keys = one["layout"]
         offload = [k for k in ("optimizer", "param") if keys[f"train.zero.offload.{k}"]]
-        speed = [f"{one['speed']['step_s']:.3f}", f"{one['speed']['mfu']:.1%}"] if one["fits"] else ["", ""]
+        speed = [f"{one['speed']['step_s']:.3f}", f"{one['speed']['mfu']:.1%}"]
         checkpointing = replayed(one["activation_checkpointing"])
         rows.append(
             [str(one["stage"]), degrees(one["parallel"]), str(one["micro_batch"]), checkpointing, " ".join(offload),
@@ -93,13 +93,13 @@ def _checkpointing(which: bool | int | str) -> str:
 
 def lines(p: Report) -> list[str]:
     """Writes the plan as a person reads it."""
+    from heliostat.plan import memory
+
     m, s, r, c, link = p["memory"], p["speed"], p["run"], p["checkpoint"], p["communication"]
     name = p["device"]["name"]
-    names = ("weights", "gradients", "optimizer", "working", "activations", *(["frozen"] if m["frozen"] else []), "margin")
-    parts = ", ".join(f"{k} {m[k] / GIB:.2f}" for k in names)
     text = [
         f"{p['name']}: {parameters(p)} on {p['workers']} workers of {name} (estimates, but for counts)",
-        f"memory     {m['total'] / GIB:.2f} GiB a worker of {m['device'] / GIB:.0f}: {parts}"
+        f"memory     {m['total'] / GIB:.2f} GiB a worker of {m['device'] / GIB:.0f}: {memory.parts(m, 2)}"
         + (f"; on the host {m['host'] / GIB:.1f}" if m["host"] else ""),
         "compute    "
         + (f"{p['flops']['per_token']:.3g} FLOPs a token, " if r["tokens"] else "")

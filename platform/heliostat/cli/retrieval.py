@@ -104,16 +104,16 @@ def ask(
         raise ConfigError(f"question: {question[:80]!r} is no text in UTF-8")
     answering = model_folder(model, mlflow) if model else None
     way, orders = mode or "bm25", reranking.Reranker(ordering) if ordering else None
-    found = reranking.best(opened, orders, question, way, top)
-    passages: list[Passage] = [{**passage, "columns": opened.columns(passage["document"])} for passage in found]
-    told = {"index": index, "dataset": opened.record["dataset"], "mode": way, "question": question, "passages": passages}
-    told |= {"reranker": orders.facts()} if orders else {}
+    passages_found = reranking.best(opened, orders, question, way, top)
+    passages: list[Passage] = [{**passage, "columns": opened.columns(passage["document"])} for passage in passages_found]
+    report = {"index": index, "dataset": opened.record["dataset"], "mode": way, "question": question, "passages": passages}
+    report |= {"reranker": orders.facts()} if orders else {}
     if answering is not None and passages:
         from heliostat.apps.search.answering import answer
 
-        told["answer"] = answer(answering, question, passages, max_tokens)
-    _print_found(told)
-    finish(told)
+        report["answer"] = answer(answering, question, passages, max_tokens)
+    _print_found(report)
+    finish(report)
 
 
 def _print_found(result: Report) -> None:

@@ -160,11 +160,12 @@ def ui(
     keys: Keys = Path(".heliostat/ui/keys"),
     host: Annotated[str, typer.Option(help="The address to listen on; on a network, keys are sent unencrypted")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on")] = 5000,
+    verbose: Annotated[bool, flag("--verbose", "-v", help="Show the output of MLflow's server")] = False,
 ) -> None:
     """Open MLflow's UI on the runs' store, for those who have a key, and print its address."""
     from heliostat.tracking.ui import serve
 
-    serve(store_uri(mlflow), host, port, keys, lambda url: print_page(url, keys), keys_of(keys))
+    serve(store_uri(mlflow), host, port, keys, lambda url: print_page(url, keys), keys_of(keys), verbose)
 
 
 @command(RUNS)

@@ -64,10 +64,10 @@ def serve(
     if stop:
         out.print("the endpoint is ended" if run.stop() else "there is no endpoint on this cluster")
         return
-    given = {"port": port, "replicas": replica_range(replicas), "engine": engine, "batch": batch, "max_tokens": max_tokens,
+    flags = {"port": port, "replicas": replica_range(replicas), "engine": engine, "batch": batch, "max_tokens": max_tokens,
              "poll_s": poll, "body_bytes": max_body, "at_once": concurrent, "a_minute": per_minute,
              "deadline_s": deadline}  # fmt: skip
-    asked = validate(Options, given, "serve")
+    options = validate(Options, flags, "serve")
     if open_ and keys != Path(".heliostat/serve/keys"):
         raise ConfigError("--no-keys: goes without --keys")
     served = _served(model, name, index, embedder, reranker, mlflow).with_adapters(adapter or [])
@@ -76,7 +76,7 @@ def serve(
     def ready(url: str) -> None:
         out.print(f"{called} is served at {url}" + ("" if open_ else f"; the keys are in {keys}"))
 
-    run.serve(served, keys_of(None if open_ else keys), asked, ready)
+    run.serve(served, keys_of(None if open_ else keys), options, ready)
     raise typer.Exit(130)
 
 
@@ -102,7 +102,7 @@ def play(
 
     if open_ and keys != Path(".heliostat/play/keys"):
         raise ConfigError("--no-keys: goes without --keys")
-    asked = validate(Options, {"port": port, "max_tokens": max_tokens, "at_once": 64, "batch": 8}, "play")
+    options = validate(Options, {"port": port, "max_tokens": max_tokens, "at_once": 64, "batch": 8}, "play")
     served = _served(model, None, index, embedder, reranker, mlflow)
 
     def ready(url: str) -> None:
@@ -111,7 +111,7 @@ def play(
         else:
             print_page(url, keys)
 
-    page.play(served, keys_of(None if open_ else keys), asked, ready)
+    page.play(served, keys_of(None if open_ else keys), options, ready)
     raise typer.Exit(130)
 
 

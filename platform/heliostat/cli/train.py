@@ -220,7 +220,7 @@ def chaos(
     from heliostat.chaos.experiment import chaos as run
 
     names = [name.strip() for name in faults.split(",") if name.strip()]
-    rows, wrong = run(job, names, setting, seed, rate, tell=log.info)
+    rows, wrong = run(job, names, setting, seed, rate, report=log.info)
     print_table(chaos_table(rows))
     fault = VerifyError("\n  ".join(["not every run ended as the unbroken one did:", *wrong])) if wrong else None
     finish({"faults": rows}, fault)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import Report, command, finish, out, print_table, program
+from heliostat.cli.common import command, finish, out, print_table, program
 from heliostat.cli.jobs import checked, jobs_on, send
 from heliostat.cli.options import SWEEPS, Follow, Queue, Settings, Target, Verbose, flag
 from heliostat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from heliostat.tune.trial_record import SweepProgress
 
 DEFAULT_STORAGE = ".heliostat/runs"
 Storage = Annotated[str, typer.Option(help="Where runs and sweeps live: a folder or s3:// prefix")]
@@ -50,7 +53,7 @@ def tune(
                 "--transfer: not with --cluster; when the sweep is over, run this with --resume and without --cluster"
             )
         flags = {"--resume": resume, "--retry-failed": retry_failed, "--overwrite": overwrite}
-        _submit(sweep, setting or [], cluster, queue, tuple(f for f, given in flags.items() if given), follow)
+        _submit(sweep, setting or [], cluster, queue, tuple(f for f, is_set in flags.items() if is_set), follow)
         return
     if transfer:
         from heliostat.tune.sweep import load
@@ -59,9 +62,7 @@ def tune(
         check(load(sweep, setting), transfer)
     result = run(sweep, setting, resume or retry_failed, retry_failed, overwrite, verbose)
     _print(result, len(result["trials"]))
-    if transfer:
-        result["transfer"] = _carry(result["folder"], transfer)
-    finish(result)
+    finish({**result, "transfer": _carry(result["folder"], transfer)} if transfer else result)
 
 
 @command(SWEEPS)
@@ -111,7 +112,7 @@ def _submit(path: Path, setting: list[str], cluster: str, queue: str | None, fla
         send(jobs, record, flags, follow)
 
 
-def _carry(folder: str, big: Path) -> Report:
+def _carry(folder: str, big: Path) -> dict[str, object]:
     from dataclasses import asdict
 
     from heliostat.storage.locations import Location
@@ -145,7 +146,7 @@ def write_best(sweep: str) -> Path:
     return path
 
 
-def _print(result: Report, top: int) -> None:
+def _print(result: SweepProgress, top: int) -> None:
     from heliostat.tune import report
 
     print_table(report.cells(result["trials"][:top]), left=())

@@ -41,18 +41,18 @@ def _refuse(folder: Path, paths: list[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is no folder; give another name")
     blocking = {p for path in paths for p in Path(path).parents if (folder / p).exists() and not (folder / p).is_dir()}
-    there = sorted(map(str, blocking)) + [path for path in paths if path != IGNORED and (folder / path).exists()]
-    if there:
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise ConfigError(f"{folder}: has {there[0]}{more} already; nothing was written; give another folder, or move them away")
+    here = sorted(map(str, blocking)) + [path for path in paths if path != IGNORED and (folder / path).exists()]
+    if here:
+        more = f" and {len(here) - 1} more" if len(here) > 1 else ""
+        raise ConfigError(f"{folder}: has {here[0]}{more} already; nothing was written; give another folder, or move them away")
 
 
 def _files(folder: Traversable, below: str) -> list[tuple[str, Traversable]]:
-    found = []
+    files = []
     for entry in folder.iterdir():
         path = f"{below}{entry.name}"
-        found += _files(entry, f"{path}/") if entry.is_dir() else [(path, entry)]
-    return found
+        files += _files(entry, f"{path}/") if entry.is_dir() else [(path, entry)]
+    return files
 
 
 def _with_lines(text: str, wanted: str) -> str:

@@ -1,4 +1,4 @@
-"""Computes how many workers fit on nodes, beside the tasks that read the data.
+"""Computes how many workers fit on nodes, next to the tasks that read the data.
 
 Pure arithmetic: the plan applies it to cluster files, the driver and sweeps to running nodes.
 """
@@ -34,14 +34,14 @@ def fits(workers: Workers, node: Resources, taken: float = 0.0) -> int:
     return min(count, int(node.get("GPU", 0.0) / workers.gpus + 1e-6)) if workers.gpus else count
 
 
-def room(workers: Workers, free: Mapping[str, Resources], held: Mapping[str, int], apart: bool = False) -> int:
+def room(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, int], apart: bool = False) -> int:
     """Computes how many workers fit on the nodes, with a data task on one of them.
 
-    With `apart`, the data is read on other nodes, and no data task is counted here. `free`: free resources by node; `held`: by
+    With `apart`, the data is read on other nodes, and no data task is counted here. `free`: free resources by node; `in_use`: by
     node, how many of this run's workers are on it already.
     """
-    nodes = [{"CPU": r.get("CPU", 0.0) + held.get(n, 0) * workers.cpus,
-              "GPU": r.get("GPU", 0.0) + held.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
+    nodes = [{"CPU": r.get("CPU", 0.0) + in_use.get(n, 0) * workers.cpus,
+              "GPU": r.get("GPU", 0.0) + in_use.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
     most = 1 if workers.placement == "strict_spread" else 1 << 30
     fit = [min(most, fits(workers, node)) for node in nodes]
     if apart:
@@ -50,40 +50,40 @@ def room(workers: Workers, free: Mapping[str, Resources], held: Mapping[str, int
     return sum(fit) - min(lost) if lost else 0
 
 
-def spots(workers: Workers, free: Mapping[str, Resources], held: Mapping[str, int], count: int) -> list[str] | None:
+def spots(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, int], count: int) -> list[str] | None:
     """Chooses a node for each of `count` workers, as `workers.placement` wishes; None if they do not all fit.
 
-    `free`: by node, the resources that nobody uses; `held`: by node, how many of this run's workers are on it already.
+    `free`: by node, the free resources; `in_use`: by node, how many of this run's workers are on it already.
     """
     most = 1 if workers.placement == "strict_spread" else 1 << 30
-    left = {n: min(most - held.get(n, 0), fits(workers, node)) for n, node in free.items()}
-    there, found = {n: held.get(n, 0) for n in free}, list[str]()
+    left = {n: min(most - in_use.get(n, 0), fits(workers, node)) for n, node in free.items()}
+    placed, chosen = {n: in_use.get(n, 0) for n in free}, list[str]()
     for _ in range(count):
         fewest = -1 if workers.placement == "pack" else 1
-        # packed: beside others, else where most fit; spread: where the fewest are
-        best = min((n for n in left if left[n] > 0), key=lambda n: (fewest * there[n], -left[n], n), default=None)
+        # packed: next to others, else where most fit; spread: where the fewest are
+        best = min((n for n in left if left[n] > 0), key=lambda n: (fewest * placed[n], -left[n], n), default=None)
         if best is None:
             return None
-        there[best], left[best] = there[best] + 1, left[best] - 1
-        found.append(best)
-    return found
+        placed[best], left[best] = placed[best] + 1, left[best] - 1
+        chosen.append(best)
+    return chosen
 
 
-def starved(workers: Workers, cpus: Mapping[str, float], held: Mapping[str, int]) -> bool:
+def starved(workers: Workers, cpus: Mapping[str, float], in_use: Mapping[str, int]) -> bool:
     """Checks whether the workers leave no node that may read data the CPU that a data task needs.
 
-    `cpus`: total CPUs by node, whoever uses them; `held`: by node, how many of the workers are on it.
+    `cpus`: total CPUs by node, free or not; `in_use`: by node, how many of the workers are on it.
     """
-    return all(total - held.get(n, 0) * workers.cpus < FETCHING - 1e-6 for n, total in cpus.items())
+    return all(total - in_use.get(n, 0) * workers.cpus < FETCHING - 1e-6 for n, total in cpus.items())
 
 
 def require_gpus(wanted: float) -> int:
     """Counts this machine's GPUs; ConfigError if the workers together ask for more."""
     import torch
 
-    if (found := torch.cuda.device_count()) >= wanted:
-        return found
-    have = f"{found} that can be used" if found else "none that can be used"
+    if (count := torch.cuda.device_count()) >= wanted:
+        return count
+    have = f"{count} that can be used" if count else "none that can be used"
     raise ConfigError(
         f"workers.gpus: the workers ask for {wanted:g} GPUs, but this machine has {have}, and no cluster is named; use "
         "`heliostat submit`, name the cluster's file with `heliostat check --cluster`, or lower workers.gpus or workers.count"
@@ -95,7 +95,7 @@ def missing(
 ) -> str:
     """Explains in numbers why `count` workers wait for resources.
 
-    `all_`: by node, the total resources of the nodes that may take the workers; `free`: by node, the resources that nobody uses.
+    `all_`: by node, the total resources of the nodes that may take the workers; `free`: by node, the free resources.
     """
     need = f"{count} workers of {_amount(workers.cpus, workers.gpus)}"
     need += "" if apart else f", and {FETCHING:g} CPU for reading the data"
@@ -104,11 +104,11 @@ def missing(
         return f"no living node{f' with the labels {labels}' if labels else ''} may take {need}; waiting for one"
     have = [sum(node.get(kind, 0.0) for node in all_.values()) for kind in ("CPU", "GPU")]
     left = [sum(free.get(name, {}).get(kind, 0.0) for name in all_) for kind in ("CPU", "GPU")]
-    held = _amount(have[0] - left[0], have[1] - left[1] if workers.gpus else 0)
+    used = _amount(have[0] - left[0], have[1] - left[1] if workers.gpus else 0)
     now, empty = room(workers, free, {}, apart), room(workers, all_, {}, apart)
     text = (
         f"no room for {need}: the {len(all_)} nodes that may take them have "
-        f"{_amount(have[0], have[1] if workers.gpus else 0)}, of which others hold {held}; "
+        f"{_amount(have[0], have[1] if workers.gpus else 0)}, of which others hold {used}; "
         f"as they lie there is room for {now} workers now, and for {empty} with nobody else there"
     )
     return f"{text}; {'waiting' if empty >= count else 'waiting for more nodes: else lower workers.count or workers.cpus'}"
@@ -134,7 +134,7 @@ def _meets(condition: str, value: str | None) -> bool:
 
 
 def check_pools(job: Job, cluster: ClusterFile) -> None:
-    """Raises ConfigError if the cluster, at its largest, cannot hold all workers, or cannot read data beside them."""
+    """Raises ConfigError if the cluster, at its largest, cannot hold all workers, or cannot read data next to them."""
     need = job.workers
     train, data = _pools(cluster, "workers.labels", need.labels), _pools(cluster, "data.labels", job.data.labels)
     if not train or any(p.cpus is None for p in [*train, *data]):
@@ -156,8 +156,8 @@ def check_pools(job: Job, cluster: ClusterFile) -> None:
 
 def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[NodePool]:
     """Selects the pools whose nodes the labels select; ConfigError if pools have labels, but none has these."""
-    found = [p for p in cluster.pools if selects(labels, p.labels)]
-    if labels and not found and any(p.labels for p in cluster.pools):
+    pools = [p for p in cluster.pools if selects(labels, p.labels)]
+    if labels and not pools and any(p.labels for p in cluster.pools):
         have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})
         raise ConfigError(f"{field}: no pool of {cluster.path} carries {dict(labels)}; there are {', '.join(have)}")
-    return found
+    return pools

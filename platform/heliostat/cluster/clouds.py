@@ -3,7 +3,7 @@
 Ray's launcher accepts such files; what is wrong shows when machines are already paid for. The rules come from the providers'
 documentation and from reading Ray 2.60's launcher; none of them was tried on a cloud by us.
 
-Whoever reaches Ray's ports runs code on the cluster (CVE-2023-48022), unless Ray requires a token.
+A process that reaches Ray's ports runs code on the cluster (CVE-2023-48022), unless Ray requires a token.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def _image(cluster: ClusterFile) -> Iterator[str]:
 def _registry(cluster: ClusterFile) -> Iterator[str]:
     """Warns of images in a private registry that no command logs in to: Ray pulls with a plain `docker pull`."""
     nodes = (cluster.raw.get("available_node_types") or {}).values()
-    given = [
+    registries = [
         *(cluster.raw.get("initialization_commands") or []),
         *(c for n in nodes for c in n.get("initialization_commands") or []),
     ]
     for image in sorted({pool.image for pool in cluster.pools if pool.image}):
         host = image.partition("/")[0]
-        if PRIVATE_REGISTRY.search(host) and not any("docker" in c and host in c for c in given):
+        if PRIVATE_REGISTRY.search(host) and not any("docker" in c and host in c for c in registries):
             yield f"initialization_commands: nothing logs in to {host}, so the nodes cannot pull {image}"
 
 

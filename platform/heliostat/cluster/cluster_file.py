@@ -133,10 +133,10 @@ def read(path: Path) -> ClusterFile:
 
 
 def _documents(path: Path) -> list[Section]:
-    found = documents(path)
-    if not found or not all(isinstance(d, dict) for d in found):
+    sections = documents(path)
+    if not sections or not all(isinstance(d, dict) for d in sections):
         raise ConfigError(f"{path}: must hold mappings of keys to values")
-    return found
+    return sections
 
 
 def _launcher_pools(raw: Section) -> Iterator[NodePool]:
@@ -190,7 +190,7 @@ def _kuberay_pools(spec: Section) -> Iterator[NodePool]:
         )
 
 
-def quantity(given: object) -> float:
+def quantity(value: object) -> float:
     """Parses a Kubernetes quantity of CPUs or GPUs: 8, "8" or "500m"."""
-    text = str(given)
+    text = str(value)
     return float(text[:-1]) / 1000 if text.endswith("m") else float(text)

@@ -2,13 +2,14 @@
 
 `RAY_ADDRESS` (set in every Ray job) names a cluster; otherwise a local Ray starts, with no dashboard, and more logical CPUs than
 cores, because the data tasks that feed the workers mostly wait for I/O. It is this user's alone: it listens on loopback, requires
-a token that is made for it, and keeps its files, sockets and the token in a folder that nobody else may enter.
+a token that is made for it, and keeps its files, sockets and the token in a folder that only this user may enter.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -49,8 +50,8 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
         if ray.available_resources().get("CPU", 0.0) < 1:
             log.warning("none of the cluster's %g CPUs is free; its tasks wait for one", ray.cluster_resources().get("CPU", 0.0))
         return
-    gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray would hand out as many as it is told of
-    with _confined(gpus), _without_monitors(verbose):
+    gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray would hand out as many as it sees
+    with _confined(gpus), _without_monitors(verbose), _in_own_groups():
         init(
             address="local",  # never what another user says in /tmp/ray that runs here
             num_cpus=cpus,
@@ -102,6 +103,21 @@ def _forking(launcher: Path) -> Iterator[None]:
     absent = ImportError("a private Ray has no dashboard")
     executable = patch.object(sys, "executable", str(launcher))
     with executable, patch.object(ray._private.utils, "get_dashboard_dependency_error", lambda: absent):
+        yield
+
+
+@contextlib.contextmanager
+def _in_own_groups() -> Iterator[None]:
+    """Keeps signals to this process's group from a Ray that starts inside, which would end before a last checkpoint.
+
+    Only where the kernel ends them with this process: elsewhere Ray itself ends the whole group.
+    """
+    from ray._private import services, utils
+
+    if not utils.detect_fate_sharing_support():
+        yield
+        return
+    with patch.object(services, "ConsolePopen", functools.partial(services.ConsolePopen, process_group=0)):
         yield
 
 

@@ -45,16 +45,18 @@ class Endpoint:
 
 
 @contextlib.contextmanager
-def endpoint(target: str | None) -> Iterator[Endpoint]:
+def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]:
     """Opens the way to a cluster's Jobs API; `target` None means the only local cluster that runs.
 
-    ClusterError if nothing answers there; ConfigError if `target` names no cluster.
+    `field`: the option or argument that holds `target`. ClusterError if nothing answers there; ConfigError if `target` names no
+    cluster.
     """
     if target is None:
         states = local.known()
         if len(states) != 1:
-            have = f"there are {', '.join(s.name for s in states)}" if states else "none runs here"
-            raise ConfigError(f"--cluster: say which ({have}); a cluster file, an address, or a name of `heliostat cluster list`")
+            have = f"{len(states)} run here: {', '.join(s.name for s in states)}" if states else "no cluster runs here"
+            start = "" if states else ", or start one: heliostat cluster up clusters/local.yaml"
+            raise ConfigError(f"{field}: none is given ({have}). Pass a cluster file, an address, or a cluster's name{start}")
         target = states[0].name
     file = target.endswith((".yaml", ".yml"))
     if state := local.read(target) if workspace.NAME.fullmatch(target) and not file else None:
@@ -78,12 +80,12 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
                 yield Endpoint(url, token, False, cluster)
     else:
         if carries_secret(target if "://" in target else f"http://{target}"):
-            raise ConfigError("--cluster: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
+            raise ConfigError(f"{field}: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
-        if url != target and not re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):\d+/?", target):
+        if url != target and not _is_address(target):
             names = [s.name for s in local.known()]
             raise ConfigError(
-                f"--cluster: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file "
+                f"{field}: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file "
                 "(FILE.yaml) and no address (HOST:PORT or http://HOST:PORT)"
             )
         here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
@@ -91,6 +93,12 @@ def endpoint(target: str | None) -> Iterator[Endpoint]:
             yield _local(state, None)
         else:
             yield _answering(Endpoint(url.rstrip("/"), dashboard.own_token(), here))
+
+
+def _is_address(text: str) -> bool:
+    """Tells whether a text is HOST:PORT."""
+    match = re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):(\d+)/?", text)
+    return match is not None and int(match[1]) < 1 << 16
 
 
 def _local(state: local.ClusterState, cluster: ClusterFile | None) -> Endpoint:
@@ -101,13 +109,13 @@ def _local(state: local.ClusterState, cluster: ClusterFile | None) -> Endpoint:
     return _answering(Endpoint(state.url, state.token or None, True, cluster))
 
 
-def _answering(there: Endpoint) -> Endpoint:
-    status = dashboard.probe(there.url, there.token)
+def _answering(endpoint_given: Endpoint) -> Endpoint:
+    status = dashboard.probe(endpoint_given.url, endpoint_given.token)
     if status in (401, 403):
-        raise ClusterError(f"{there.url}: refuses our token; give the cluster's in RAY_AUTH_TOKEN_PATH")
+        raise ClusterError(f"{endpoint_given.url}: refuses our token; give the cluster's in RAY_AUTH_TOKEN_PATH")
     if status != 200:
-        raise ClusterError(f"{there.url}: no Ray cluster answers here ({status or 'no connection'})")
-    return there
+        raise ClusterError(f"{endpoint_given.url}: no Ray cluster answers here ({status or 'no connection'})")
+    return endpoint_given
 
 
 def _port(cluster: ClusterFile) -> str:
@@ -130,8 +138,8 @@ def kube_name(cluster: ClusterFile) -> str:
 
 def kube_service(cluster: ClusterFile, name: str) -> str:
     """Returns the name of the Kubernetes service of the head."""
-    given = (cluster.spec["headGroupSpec"].get("headService") or {}).get("metadata") or {}
-    return given.get("name") or f"{name}-head-svc"
+    metadata = (cluster.spec["headGroupSpec"].get("headService") or {}).get("metadata") or {}
+    return metadata.get("name") or f"{name}-head-svc"
 
 
 def kube_token(cluster: ClusterFile, name: str) -> str | None:
@@ -141,15 +149,15 @@ def kube_token(cluster: ClusterFile, name: str) -> str | None:
     return base64.b64decode(tool(command, f"reading the token of {name}")).decode() or None
 
 
-def tool(command: list[str], what: str, timeout: float = 600.0, given: str | None = None) -> str:
+def tool(command: list[str], what: str, timeout: float = 600.0, stdin: str | None = None) -> str:
     """Runs ray or kubectl and returns its output; ClusterError with its last line if it fails, or is not installed.
 
-    `given`: the text for its standard input.
+    `stdin`: the text for its standard input.
     """
     if not shutil.which(command[0]):
         raise ClusterError(f"{what} needs `{command[0]}`, which is not on the PATH")
     try:
-        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as e:
         raise ClusterError(f"{what}: `{' '.join(command[:3])}` did not end in {timeout:.0f} s") from e
     if done.returncode:
@@ -177,7 +185,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
             time.sleep(0.5)
         yield url, token
     finally:
-        processes.end_tree(process.pid, END_S)
+        processes.end_tree(process, END_S)
         process.wait()
 
 
@@ -193,8 +201,8 @@ def join(target: str | None) -> None:
         return
     if named := os.environ.get("RAY_ADDRESS"):
         raise ConfigError(f"--cluster: RAY_ADDRESS names a cluster, too ({named}); unset it, or leave --cluster out")
-    with endpoint(target) as there:
-        file = there.file
+    with endpoint(target) as cluster:
+        file = cluster.file
         state = local.read(file.name) if file and file.local else None
         if file is None or state is None:
             raise ConfigError(

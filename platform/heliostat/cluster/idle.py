@@ -38,14 +38,14 @@ def wait(look: Callable[[], bool | None], idle_s: float, gone_s: float = GONE_S,
     """
     used = answered = time.monotonic()
     while True:
-        found, now = look(), time.monotonic()
-        if found is None and now - answered > gone_s:
+        state, now = look(), time.monotonic()
+        if state is None and now - answered > gone_s:
             return False
-        if found is not None:
+        if state is not None:
             answered = now
-        if found is False and now - used >= idle_s:
+        if state is False and now - used >= idle_s:
             return True
-        if found is not False:  # or nobody knows
+        if state is not False:  # or it is unknown
             used = now
         time.sleep(poll_s)
 
@@ -54,19 +54,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="heliostat.cluster.idle")
     parser.add_argument("name")
     parser.add_argument("minutes", type=float)
-    given = parser.parse_args()
+    options = parser.parse_args()
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    state = local.read(given.name)
+    state = local.read(options.name)
     if state is None:
         return 0
     token = state.token
-    if not wait(lambda: busy(state.url, token), given.minutes * 60):
-        log.info("cluster %s does not answer any more", given.name)
+    if not wait(lambda: busy(state.url, token), options.minutes * 60):
+        log.info("cluster %s does not answer any more", options.name)
         return 0
-    log.info("cluster %s had no job for %g minutes (idle_timeout_minutes): ending it", given.name, given.minutes)
-    local.down(given.name)
+    log.info("cluster %s had no job for %g minutes (idle_timeout_minutes): ending it", options.name, options.minutes)
+    local.down(options.name)
     return 0
 
 

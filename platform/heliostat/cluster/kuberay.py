@@ -130,8 +130,8 @@ def _create(cluster: ClusterFile) -> None:
         tool(["kubectl", "apply", "-f", str(cluster.path)], what)
         return
     if cluster.others:
-        tool(["kubectl", "apply", "-f", "-"], what, given=yaml.safe_dump_all(cluster.others))
-    tool(["kubectl", "create", "-f", "-"], what, given=yaml.safe_dump(cluster.raw))
+        tool(["kubectl", "apply", "-f", "-"], what, stdin=yaml.safe_dump_all(cluster.others))
+    tool(["kubectl", "create", "-f", "-"], what, stdin=yaml.safe_dump(cluster.raw))
 
 
 def _note(cluster: ClusterFile, status: Section) -> str | None:

@@ -32,7 +32,7 @@ class LaunchResult(TypedDict):
 
 
 def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
-    """Starts a cluster, or joins a running one; only with `restart` is Ray started anew where it runs, which ends jobs."""
+    """Starts a cluster, or joins a running one; only with `restart` is Ray restarted where it runs, which ends jobs."""
     if cluster.local:
         state = local.up(cluster, restart)
         note = (

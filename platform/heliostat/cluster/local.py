@@ -2,7 +2,7 @@
 
 Every node is a `ray start --block` of the file's own commands, in a session of its own, with token authentication on. What was
 started is recorded in `.heliostat/clusters/NAME/` (`state.json`, `token`, `logs/`), so that `down` ends just these processes and
-what they started. `up` leaves running nodes alone: it restarts nodes that died beside those that run, and joins a cluster that
+what they started. `up` leaves running nodes alone: it restarts nodes that died next to those that run, and joins a cluster that
 already answers at the file's address, which `down` leaves running. With `idle_timeout_minutes` in the file a process
 (`idle`) ends a cluster that has no job for so long.
 """
@@ -173,10 +173,10 @@ def _complete(cluster: ClusterFile, state: ClusterState, alive: list[Node]) -> C
     dead = [n for n in state.nodes if n not in alive]
     processes.end(dead)
     state.nodes = [n for n in state.nodes if n in alive]
-    there = {n.address for n in state.nodes}
+    addresses = {n.address for n in state.nodes}
     if more := [n.address for n in state.nodes if n.address not in cluster.addresses]:
         log.warning("%s: nodes %s run, and are not in %s; `--restart` starts what the file says", state.name, more, cluster.path)
-    missing = [a for a in cluster.addresses[1:] if a not in there]
+    missing = [a for a in cluster.addresses[1:] if a not in addresses]
     log.info("cluster %s runs already at %s%s", state.name, state.url, f"; starting {', '.join(missing)}" if missing else "")
     _start(cluster, state, "worker", missing)
     return state
@@ -221,7 +221,7 @@ def _start(cluster: ClusterFile, state: ClusterState, role: str, addresses: list
     taken = {n.folder for n in state.nodes}
     free = (f for i in range(1000) if str(f := _node_folder(state.name, i)) not in taken)
     for address, folder in zip(addresses, free, strict=False):
-        private.folder(folder.parent)  # logs and sockets are nobody else's business
+        private.folder(folder.parent)  # logs and sockets are for this user alone
         shutil.rmtree(folder, ignore_errors=True)  # of a node that died
         folder.mkdir(mode=0o700)
         logs = state.folder / "logs"
@@ -260,7 +260,7 @@ def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) ->
         for node in state.nodes:
             if node.address in addresses and not node.process:
                 raise ClusterError(f"{state.name}: the {node.role} {node.address} did not start: {_tail(state, node)}")
-        if private.ours(state.url):  # nobody who took the port meanwhile gets the token
+        if private.ours(state.url):  # a process that took the port meanwhile must not get the token
             table = dashboard.node_table(state.url, state.token)
             if {n["address"] for n in table if n["alive"] and n["id"] not in before} >= set(addresses):
                 return

@@ -37,11 +37,11 @@ class PodKind:
 
     name: str
     template: Section
-    made: dict[str, str] = field(default_factory=dict)  # labels that KubeRay adds
+    added_labels: dict[str, str] = field(default_factory=dict)  # labels that KubeRay adds
 
     @property
     def labels(self) -> dict[str, str]:
-        return {**self.made, **((self.template.get("metadata") or {}).get("labels") or {})}
+        return {**self.added_labels, **((self.template.get("metadata") or {}).get("labels") or {})}
 
 
 def warnings(cluster: ClusterFile) -> Iterator[str]:
@@ -70,8 +70,8 @@ def _kinds(cluster: ClusterFile) -> list[PodKind]:
     head, *workers = groups(cluster.spec)
     kinds = [PodKind("head", head[1]["template"], {**MADE, **named, "ray.io/node-type": "head", "ray.io/group": "headgroup"})]
     for name, group in workers:
-        made = {**MADE, **named, "ray.io/node-type": "worker", "ray.io/group": name}
-        kinds.append(PodKind(name, group["template"], made))
+        labels = {**MADE, **named, "ray.io/node-type": "worker", "ray.io/group": name}
+        kinds.append(PodKind(name, group["template"], labels))
     job: Section = cluster.raw["spec"] if cluster.kind == "RayJob" else {"submissionMode": ""}
     if job.get("submissionMode", "K8sJobMode") == "K8sJobMode":
         kinds.append(PodKind(SUBMITTER, job.get("submitterPodTemplate") or {}))
@@ -86,13 +86,13 @@ def _policies(cluster: ClusterFile) -> Iterator[Section]:
 
 
 def _rules(cluster: ClusterFile, kind: PodKind) -> PodRules:
-    given: dict[str, list[Rule] | None] = {"Ingress": None, "Egress": None}
+    rules: dict[str, list[Rule] | None] = {"Ingress": None, "Egress": None}
     for policy in _policies(cluster):
         if not _selects(policy.get("podSelector"), kind.labels):
             continue
         for direction in policy.get("policyTypes") or (["Ingress", "Egress"] if "egress" in policy else ["Ingress"]):
-            given[direction] = [*(given[direction] or []), *(policy.get(direction.lower()) or [])]
-    return PodRules(given["Ingress"], given["Egress"])
+            rules[direction] = [*(rules[direction] or []), *(policy.get(direction.lower()) or [])]
+    return PodRules(rules["Ingress"], rules["Egress"])
 
 
 def _selects(selector: Section | None, labels: dict[str, str]) -> bool:
@@ -102,9 +102,9 @@ def _selects(selector: Section | None, labels: dict[str, str]) -> bool:
         return False
     for one in selector.get("matchExpressions") or []:
         key, values, operator = one.get("key"), one.get("values") or [], one.get("operator")
-        found = {"In": labels.get(key) in values, "NotIn": labels.get(key) not in values,
+        results = {"In": labels.get(key) in values, "NotIn": labels.get(key) not in values,
                  "Exists": key in labels, "DoesNotExist": key not in labels}  # fmt: skip
-        if not found.get(operator, False):
+        if not results.get(operator, False):
             return False
     return True
 

@@ -24,31 +24,31 @@ SAY_S, AGAIN_S = 4.0, 60.0
 NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 
-def room_now(job: Job, held: Mapping[str, int], avoided: Collection[str] = ()) -> int:
-    """Computes how many workers fit on the cluster as it is; `held`: by node, how many of the run's own are on it already.
+def room_now(job: Job, in_use: Mapping[str, int], avoided: Collection[str] = ()) -> int:
+    """Computes how many workers fit on the cluster as it is; `in_use`: by node, how many of the run's own are on it already.
 
     Nodes that drain, lack the workers' labels, or are `avoided` take none.
     """
     free, leaving = ray_internals.free_resources(), draining().union(avoided)
     train, data = carrying(job.workers.labels), carrying(job.data.labels)
     apart = any(cpus >= FETCHING for n, cpus in data.items() if n not in train and n not in leaving)
-    return room(job.workers, {n: r for n, r in free.items() if n in train and n not in leaving}, held, apart)
+    return room(job.workers, {n: r for n, r in free.items() if n in train and n not in leaving}, in_use, apart)
 
 
-def starved_now(job: Job, held: Mapping[str, int]) -> bool:
+def starved_now(job: Job, in_use: Mapping[str, int]) -> bool:
     """Checks whether the run's workers leave no node the CPU that reading its data needs."""
-    return starved(job.workers, carrying(job.data.labels), held)
+    return starved(job.workers, carrying(job.data.labels), in_use)
 
 
 def crowded_now(job: Job) -> str | None:
     """Explains, in numbers, that no node has the CPU free that reading the run's data needs; None if one has."""
-    there, free = carrying(job.data.labels), ray_internals.free_resources()
-    left = {n: free.get(n, {}).get("CPU", 0.0) for n in there}
+    labeled, free = carrying(job.data.labels), ray_internals.free_resources()
+    left = {n: free.get(n, {}).get("CPU", 0.0) for n in labeled}
     if any(cpus >= FETCHING - 1e-6 for cpus in left.values()):
         return None
-    total = sum(there.values())
+    total = sum(labeled.values())
     return (
-        f"no node has the {FETCHING:g} CPU free that reading the data needs: {len(there)} nodes have {total:g} CPUs, of which "
+        f"no node has the {FETCHING:g} CPU free that reading the data needs: {len(labeled)} nodes have {total:g} CPUs, of which "
         f"{total - sum(left.values()):g} are held, by this run's workers, its reading, and others"
     )
 
@@ -79,7 +79,7 @@ def missing_now(job: Job) -> str | None:
 
 
 def carrying(labels: Mapping[str, str]) -> dict[str, float]:
-    """Maps the living nodes that a label selector takes to their total CPUs, whoever uses them."""
+    """Maps the living nodes that a label selector takes to their total CPUs, free or not."""
     return {n["NodeID"]: n["Resources"].get("CPU", 0.0) for n in ray.nodes()
             if n["Alive"] and selects(labels, n.get("Labels") or {})}  # fmt: skip
 
@@ -87,18 +87,18 @@ def carrying(labels: Mapping[str, str]) -> dict[str, float]:
 def except_on(lost: Collection[str], labels: Mapping[str, str]) -> dict[str, str]:
     """Returns these labels and, where other nodes with them can read data, that it is none of the lost ones.
 
-    Ray takes a lost node for living, and gives it tasks that nobody begins, until it has missed some health checks.
+    Ray takes a lost node for living, and gives it tasks that no process begins, until it has missed some health checks.
     """
-    there = carrying(labels)
-    others = any(cpus >= FETCHING for node, cpus in there.items() if node not in lost)
-    here = sorted(there.keys() & set(lost)) if others else []
+    labeled = carrying(labels)
+    others = any(cpus >= FETCHING for node, cpus in labeled.items() if node not in lost)
+    here = sorted(labeled.keys() & set(lost)) if others else []
     return {**labels, **({NODE_ID: f"!in({','.join(here)})"} if here else {})}
 
 
 def free(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Maps the living nodes with these labels to the resources that nobody uses."""
-    found, there = ray_internals.free_resources(), carrying(labels)
-    return {node: resources for node, resources in found.items() if node in there}
+    """Maps the living nodes with these labels to the free resources."""
+    available, labeled = ray_internals.free_resources(), carrying(labels)
+    return {node: resources for node, resources in available.items() if node in labeled}
 
 
 def inventory() -> list[LivingNode]:

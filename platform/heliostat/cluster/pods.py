@@ -107,8 +107,8 @@ def _hook_seconds(pod: Section) -> float | None:
     """Returns the seconds that the preStop hook gives the workers; None if there is no hook."""
     for container in pod["containers"]:
         command = (((container.get("lifecycle") or {}).get("preStop") or {}).get("exec") or {}).get("command") or []
-        if found := HOOK.search(" ".join(map(str, command))):
-            return float(found[1]) if found[1] else HOOK_S
+        if match := HOOK.search(" ".join(map(str, command))):
+            return float(match[1]) if match[1] else HOOK_S
     return None
 
 

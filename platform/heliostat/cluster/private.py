@@ -25,8 +25,8 @@ def folder(path: Path) -> Path:
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
-        found = path.lstat()  # a link would lead to wherever its owner says
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        status = path.lstat()  # a link would lead to wherever its owner says
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise ConfigError(f"{path}: is not a folder of this user; remove it, or set TMPDIR to another place") from None
         path.chmod(0o700)
     return path
@@ -44,11 +44,11 @@ def write_token(path: Path, token: str | None = None) -> str:
 def tighten(path: Path) -> None:
     """Removes other users' permissions from a file of this user, as ~/.ray/auth_token, which Ray leaves readable by everybody."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return
-    if found.st_uid == os.getuid() and found.st_mode & 0o077:
-        path.chmod(found.st_mode & 0o700)
+    if status.st_uid == os.getuid() and status.st_mode & 0o077:
+        path.chmod(status.st_mode & 0o700)
         log.warning(
             "%s could be read by other users of this machine, and no longer can; if there are any, make a new one: "
             "`ray get-auth-token --generate` behind `rm %s`", path, path,
@@ -60,8 +60,8 @@ def ours(url: str) -> bool:
     parts = urllib.parse.urlsplit(url)
     host = {"localhost": "127.0.0.1"}.get(parts.hostname or "", parts.hostname)
     try:
-        found = [pid for ip, pid in _listeners(parts.port) if ip.removeprefix("::ffff:") in (host, *WILDCARDS)]
-        return bool(found) and all(pid is not None and psutil.Process(pid).uids().effective == os.getuid() for pid in found)
+        pids = [pid for ip, pid in _listeners(parts.port) if ip.removeprefix("::ffff:") in (host, *WILDCARDS)]
+        return bool(pids) and all(pid is not None and psutil.Process(pid).uids().effective == os.getuid() for pid in pids)
     except psutil.Error:
         return False
 
@@ -69,10 +69,10 @@ def ours(url: str) -> bool:
 def _listeners(port: int | None) -> list[tuple[str, int | None]]:
     """Lists the addresses that listen on a port, each with its process id, or None where that is not visible."""
     try:
-        there = [(c, c.pid) for c in psutil.net_connections("tcp")]
+        connections = [(c, c.pid) for c in psutil.net_connections("tcp")]
     except psutil.AccessDenied:  # as on macOS, where only those of this user's own processes can be seen
-        there = []
+        connections = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                there += [(c, process.pid) for c in process.net_connections("tcp")]
-    return [(c.laddr.ip, pid) for c, pid in there if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
+                connections += [(c, process.pid) for c in process.net_connections("tcp")]
+    return [(c.laddr.ip, pid) for c, pid in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == port]

@@ -1,7 +1,7 @@
 """Prepares a private Ray: its environment, the folder of its files, and the fork server of its workers.
 
-    private_ray.ahead(gpus, modules)    # as early as a command knows what its workers need: imports run beside the command's own
-    connect(...)                        # starts Ray; its workers are forks
+    private_ray.ahead(gpus, modules)    # as early as a command knows its workers' needs: imports run in parallel with the
+    command's own connect(...)                        # starts Ray; its workers are forks
 
 Imports neither Ray nor torch.
 """
@@ -26,7 +26,7 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELI
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30), "MALLOC_ARENA_MAX": "1"}
 # torch's memory on GPUs in blocks that grow, rather than in blocks of sizes that later tensors do not fit
 GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-GPU_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the names by which torch is told
+GPU_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the names that torch reads
 # A private Ray has no dashboard to read these, and twenty processes that report them cost two cores 5 % of their time
 SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
 # Ray Data would start an actor, and ask a Prometheus on this machine, to report how it is used

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -65,9 +66,21 @@ def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: f
             left = [process for process in left if _runs(process)]  # in a container a process may stay a zombie that none reaps
 
 
-def end_tree(root: int, patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
-    """Ends a process and all below it, as `stop` does: without patience as a machine that loses its power."""
-    stop(family(root), patience_s, kill_s)
+class OwnProcess(Protocol):
+    """Describes a process that this one has started, such as `subprocess.Popen`."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+
+def end_tree(root: OwnProcess, patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
+    """Ends a process and all below it, as `stop` does: without patience as a machine that loses its power.
+
+    Does nothing if the process has ended: its id may be another process's by now.
+    """
+    if root.poll() is None:
+        stop(family(root.pid), patience_s, kill_s)
 
 
 def detached(command: Sequence[str], log: Path, folder: Path | None = None, environment: Mapping[str, str] | None = None) -> int:
@@ -118,8 +131,8 @@ def _folder(process: psutil.Process, folders: set[str]) -> str | None:
         return mark if mark in folders else None
     if not process.name().startswith("ray"):
         return None
-    held = [Path(f.path) for f in process.open_files()]
-    return next((f for f in folders if any(Path(f) in path.parents for path in held)), None)
+    paths = [Path(f.path) for f in process.open_files()]
+    return next((f for f in folders if any(Path(f) in path.parents for path in paths)), None)
 
 
 def living(nodes: list[Node]) -> list[Node]:

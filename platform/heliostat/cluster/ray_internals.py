@@ -11,11 +11,11 @@ from typing import Any
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """Maps the living nodes to the resources that nobody uses. Ray's public `available_resources` is of the whole cluster."""
+    """Maps the living nodes to the free resources. Ray's public `available_resources` is of the whole cluster."""
     import ray
 
-    found: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
-    return found
+    resources: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    return resources
 
 
 def draining_nodes() -> set[str]:

@@ -57,8 +57,8 @@ def _impossible(cluster: ClusterFile) -> Iterator[str]:
     raw = cluster.raw
     heads = [p for p in cluster.pools if p.head]
     if cluster.kind == "launcher" and raw.get("available_node_types") and not heads:
-        given, known = str(raw.get("head_node_type")), list(raw["available_node_types"])
-        yield f"head_node_type: {given!r} is no node type{nearest(given, known)}"
+        head, known = str(raw.get("head_node_type")), list(raw["available_node_types"])
+        yield f"head_node_type: {head!r} is no node type{nearest(head, known)}"
     for pool in cluster.pools:
         if pool.least > pool.most:
             yield f"pool {pool.name}: at least {pool.least} nodes, but at most {pool.most}"

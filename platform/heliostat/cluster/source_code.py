@@ -48,8 +48,8 @@ class SourceCode:
     @property
     def digest(self) -> str:
         """Identifies the difference by a hash; empty where there is none."""
-        told = f"{self.diff}\0{self.untracked}" + (f"\0{self.left_out}" if self.left_out else "")
-        return hashlib.sha256(told.encode()).hexdigest()[:12] if self.dirty else ""
+        changes = f"{self.diff}\0{self.untracked}" + (f"\0{self.left_out}" if self.left_out else "")
+        return hashlib.sha256(changes.encode()).hexdigest()[:12] if self.dirty else ""
 
     def text(self) -> str:
         """Formats the difference, after a list of what it lacks."""
@@ -94,9 +94,9 @@ def user() -> str:
 
 def environment() -> dict[str, str]:
     """Maps Python, the operating system and every installed package to its version."""
-    found = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in distributions()}
+    versions = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in distributions()}
     system = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()} {platform.machine()}"}
-    return system | {name: found[name] for name in sorted(found) if name}
+    return system | {name: versions[name] for name in sorted(versions) if name}
 
 
 # the difference -------------------------------------------------------------------------------------------------------
@@ -151,18 +151,18 @@ def _changed(root: Path) -> list[tuple[str, str]] | None:
 
     The origin is the path that it was copied or renamed from, or its own; a renamed file's old path is listed, too.
     """
-    told = git(root, "diff", "HEAD", "--name-status", "-z", "-M", "-C", "--relative")
-    if told is None:
+    output = git(root, "diff", "HEAD", "--name-status", "-z", "-M", "-C", "--relative")
+    if output is None:
         return None
-    fields, found = iter(told.split("\0")), list[tuple[str, str]]()
+    fields, changes = iter(output.split("\0")), list[tuple[str, str]]()
     for status in fields:
         if status[:1] in ("R", "C"):
             origin, path = next(fields), next(fields)
-            found += [(origin, origin)] * (status[0] == "R") + [(path, origin)]
+            changes += [(origin, origin)] * (status[0] == "R") + [(path, origin)]
         elif status:
             path = next(fields)
-            found.append((path, path))
-    return found
+            changes.append((path, path))
+    return changes
 
 
 def _secrets(root: Path, path: str) -> tuple[set[int], set[int]]:
@@ -196,5 +196,5 @@ def hide(text: str, was: set[int], now: set[int]) -> tuple[str, int]:
 
 
 def _without(line: str) -> str:
-    told = redact.hide(line, settings=True)
-    return told if told != line else line[: len(line) - len(line.lstrip())] + redact.HIDDEN
+    hidden = redact.hide(line, settings=True)
+    return hidden if hidden != line else line[: len(line) - len(line.lstrip())] + redact.HIDDEN

@@ -3,7 +3,7 @@
 Ray has no watcher for spot notices on EC2 and GCE. A node that is drained gets no new work, and a run that has workers on it
 stops after a checkpoint and continues elsewhere (`train.attempt`).
 
-    python -m heliostat.cluster.spot aws          # beside `ray start`, in the background; EC2 gives some two minutes
+    python -m heliostat.cluster.spot aws          # next to `ray start`, in the background; EC2 gives some two minutes
     python -m heliostat.cluster.spot gcp          # likewise; Google Cloud gives 30 seconds
     python -m heliostat.cluster.spot now --seconds 90    # a Kubernetes preStop hook: drains, returns when no worker is left
 """
@@ -151,9 +151,9 @@ def leave(seconds: float, drains: Callable[[float], str], busy: Callable[[], boo
     except ClusterError as e:
         log.warning("%s", e)
         return False
-    while (there := busy()) and time.monotonic() < deadline:
+    while (busy_workers := busy()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    return not there
+    return not busy_workers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,17 +163,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--url", default=METADATA, help=f"the metadata service ({METADATA})")
     parser.add_argument("--address", help="Ray's state server; the default is the one that this machine's Ray uses")
     parser.add_argument("--node-ip", help="the node's address; the default is the one that Ray takes")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
     def drains(seconds: float) -> str:
-        return drain(seconds, f"notice of {given.who}", given.address, given.node_ip)
+        return drain(seconds, f"notice of {options.who}", options.address, options.node_ip)
 
-    if given.who == "now":
-        leave(given.seconds, drains)
+    if options.who == "now":
+        leave(options.seconds, drains)
         return 0  # a hook that fails would only be logged by Kubernetes; what went wrong is said above
     try:
-        watch(lambda: NOTICES[given.who](given.url), drains)
+        watch(lambda: NOTICES[options.who](options.url), drains)
     except ClusterError as e:
         log.error("%s", e)
         return 1

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 LIMIT = 50 << 20
 CODE_FILE = "heliostat-code.json"  # of a workspace that has travelled: what git said of it before
 SHOWN = 8
-MACHINERY = GitIgnoreSpec.from_lines(  # nobody misses it
+MACHINERY = GitIgnoreSpec.from_lines(  # it is never missed
     [".git", ".gitignore", ".hg", ".svn", ".venv", "venv", ".heliostat", "node_modules", "__pycache__", "*.pyc", "*.egg-info",
      "mlruns"]
 )  # fmt: skip

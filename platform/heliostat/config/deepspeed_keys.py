@@ -194,10 +194,10 @@ INSTEAD = {
 
 def faults(job: Job) -> list[str]:
     """Lists one line for each key that `train.deepspeed` may not hold, or holds with a wrong value."""
-    given = job.train.deepspeed
-    lines = [f"train.deepspeed.{key}: is not taken here: {INSTEAD[key]}" for key in INSTEAD if _has(given, key)]
+    section = job.train.deepspeed
+    lines = [f"train.deepspeed.{key}: is not taken here: {INSTEAD[key]}" for key in INSTEAD if _has(section, key)]
     try:
-        Allowed.model_validate(_without(given, list(INSTEAD)))
+        Allowed.model_validate(_without(section, list(INSTEAD)))
     except ValidationError as e:
         lines += explain(e, Allowed, "train.deepspeed")
     offload = job.train.zero.offload
@@ -208,17 +208,17 @@ def faults(job: Job) -> list[str]:
         ("zero_optimization.offload_param", bool(offload.param), "train.zero.offload.param"),
     ]
     lines += [
-        f"train.deepspeed.{key}: would be ignored; it needs {need}" for key, met, need in needs if _has(given, key) and not met
+        f"train.deepspeed.{key}: would be ignored; it needs {need}" for key, met, need in needs if _has(section, key) and not met
     ]
     return lines
 
 
-def _has(given: object, key: str) -> bool:
+def _has(section: object, key: str) -> bool:
     head, _, rest = key.partition(".")
-    return isinstance(given, dict) and head in given and (not rest or _has(given[head], rest))
+    return isinstance(section, dict) and head in section and (not rest or _has(section[head], rest))
 
 
-def _without(given: dict[str, object], keys: list[str]) -> dict[str, object]:
+def _without(section: dict[str, object], keys: list[str]) -> dict[str, object]:
     """Copies the mapping without the keys that have an error line of their own."""
-    below = {k: [key.partition(".")[2] for key in keys if key.startswith(f"{k}.")] for k in given}
-    return {k: _without(v, below[k]) if isinstance(v, dict) else v for k, v in given.items() if k not in keys}
+    below = {k: [key.partition(".")[2] for key in keys if key.startswith(f"{k}.")] for k in section}
+    return {k: _without(v, below[k]) if isinstance(v, dict) else v for k, v in section.items() if k not in keys}

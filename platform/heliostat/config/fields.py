@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from heliostat.schema import Float
 from heliostat.text import printable
 
-Json = Any  # a value of JSON: what it is, only its reader knows
 LARGEST = 2**32  # of what is counted by the step; what is beyond it is a slip of the finger
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(gt=0, le=LARGEST)]

@@ -88,7 +88,7 @@ def _multiples(number: int, of: int) -> list[int]:
 
 def _untried(key: str, others: Mapping[str, object]) -> list[str]:
     """Lists those of the other settings, by name, that are made, and were never tried with a key."""
-    return [f"{key} with {other} is not tried; remove one of them" for other, made in others.items() if made]
+    return [f"{key} with {other} is not tried; remove one of them" for other, is_set in others.items() if is_set]
 
 
 def _expert_faults(job: Ruled) -> Iterator[str]:
@@ -132,14 +132,14 @@ def _unshared(train: Train) -> dict[str, object]:
 def _many_nodes_faults(job: Ruled) -> Iterator[str]:
     """Lists what is wrong with the ways in which fewer bytes travel between nodes."""
     train, zero = job.train, job.train.zero
-    asked = {"divide_within": zero.divide_within, "copy_within": zero.copy_within, "quantize_weights": zero.quantize_weights}
+    options = {"divide_within": zero.divide_within, "copy_within": zero.copy_within, "quantize_weights": zero.quantize_weights}
     untried = {
         "train.parallel": train.parallel.sharing > 1 or train.parallel.expert > 1,
         "train.zero.offload.param": zero.offload.param,
         "train.compile": train.compile,
         "train.recheck": train.recheck,
     }
-    for name, each in asked.items():
+    for name, each in options.items():
         key = f"train.zero.{name}: {str(each).lower()}"
         if not each:
             continue
@@ -163,8 +163,8 @@ def _many_nodes_faults(job: Ruled) -> Iterator[str]:
 def _memory_faults(job: Ruled) -> Iterator[str]:
     """Lists what is wrong with the ways to save memory that a job asks for."""
     train = job.train
-    asked = {"tiled_loss": train.tiled_loss, "tiled_mlp": train.tiled_mlp, "activation_offload": train.activation_offload}
-    for key, on in asked.items():
+    options = {"tiled_loss": train.tiled_loss, "tiled_mlp": train.tiled_mlp, "activation_offload": train.activation_offload}
+    for key, on in options.items():
         if on and train.compile:
             yield f"train.{key}: true with train.compile is not tried; set one of them to false"
     if train.activation_checkpointing == SELECTIVE:

@@ -36,7 +36,7 @@ class Data(Strict):
     lanes: Count | None = None
     """Canonical data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one
     for each micro-batch of a step (`train.global_batch` / `train.micro_batch`)."""
-    window: Positive | None = None
+    window: Count | None = None
     """Samples that are shuffled together, and fetched by one task. Unset: 32 MB of them."""
     mix_schedule: list[MixChange] = []
     """A curriculum: other weights behind a step, in ascending order of steps. A source may start with weight 0."""
@@ -70,13 +70,17 @@ class Benchmarks(Strict):
 class Evaluate(Strict):
     every: Positive
     """Steps between two evaluations. The last step is always evaluated."""
-    samples: Positive = 256
+    samples: Count = 256
     """Held-out samples that are scored, at most; where there are fewer, the run says so."""
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
     """Share of the documents that is held out by the hash of their text, and never trained on. 1, 2 and 5 parts of ten to ten
     thousand are exact, see docs/data-order.md#what-is-held-out"""
     benchmarks: Benchmarks | None = None
     """Scores checkpoints on tasks, beside the training. Unset: none. See docs/benchmark.md#while-a-run-trains"""
+
+    def due(self, done: int) -> bool:
+        """Tells whether the model is scored after `done` steps."""
+        return done % self.every == 0
 
 
 class Best(Strict):
@@ -109,6 +113,14 @@ class Checkpoint(Strict):
     failure; it loses at most so many steps. Unset: none, only checkpoints. See docs/reliability.md#copies-in-memory"""
     memory_limit: ByteSize = ByteSize(8 << 30)
     """Bytes (`8GiB`) of each node's memory for these copies. Where they need more, none are kept, and the run says so."""
+
+    def due(self, done: int) -> bool:
+        """Tells whether the state is saved after `done` steps."""
+        return done % self.every == 0
+
+    def copy_due(self, done: int) -> bool:
+        """Tells whether the state is copied into memory after `done` steps."""
+        return self.memory_every is not None and done % self.memory_every == 0
 
 
 def _count(value: object) -> object:
@@ -164,15 +176,6 @@ class Watchdog(Strict):
     """Seconds in which some worker must make progress: a micro-batch, or a batch of an evaluation."""
     start: Annotated[Float, Field(gt=0)] = 1800.0
     """The same before the first step is done."""
-
-
-class Spike(Strict):
-    window: Annotated[int, Field(ge=4)] = 50
-    """Steps whose losses say what is usual."""
-    threshold: Annotated[Float, Field(gt=0)] = 8.0
-    """Robust standard deviations above their median, from which on a loss is a spike."""
-    action: Literal["warn", "rollback"] = "warn"
-    """`warn`: say so and go on; `rollback`: go back to the checkpoint before it, and leave the samples at fault out."""
 
 
 class Mlflow(Strict):

@@ -16,7 +16,8 @@ from heliostat import schema
 from heliostat.config import rules, workspace
 from heliostat.config.fields import Name
 from heliostat.config.rules import sums_on_host
-from heliostat.config.sections import Card, Checkpoint, Data, Evaluate, Limits, Mlflow, Retries, Spike, Watchdog, Workers
+from heliostat.config.sections import Card, Checkpoint, Data, Evaluate, Limits, Mlflow, Retries, Watchdog, Workers
+from heliostat.config.spikes import Spike
 from heliostat.config.train_section import RETIRED, Train
 from heliostat.errors import ConfigError
 from heliostat.optim import optimizers
@@ -103,8 +104,8 @@ class Job(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Job:
-        if found := rules.faults(self):
-            raise ValueError("\n  ".join(found))
+        if faults := rules.faults(self):
+            raise ValueError("\n  ".join(faults))
         return self
 
 
@@ -146,7 +147,7 @@ def changed_keys(recorded: object, now: object, key: str = "") -> list[str]:
         return [] if recorded == now else [key]
     names = recorded.keys() | now.keys() if key.startswith("model") else recorded.keys() & now.keys()
     below = ((name, f"{key}.{name}" if key else name) for name in sorted(names))
-    return [found for name, path in below for found in changed_keys(recorded.get(name), now.get(name), path)]
+    return [changed for name, path in below for changed in changed_keys(recorded.get(name), now.get(name), path)]
 
 
 def resolve(job: Job) -> Job:
@@ -170,9 +171,14 @@ def resolve(job: Job) -> Job:
     uri = job.mlflow.uri
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
-    elif not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
-        raise ConfigError(f"mlflow.uri: {uri!r} is no MLflow store; use sqlite:///FILE or http://HOST:PORT")
+    require_store("mlflow.uri", uri)
     return schema.validate(Job, raw, job.name)  # again, because two ways to write a path are now one
+
+
+def require_store(key: str, uri: str) -> None:
+    """Raises ConfigError that names the key if a URI is not that of an MLflow store which heliostat uses."""
+    if not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
+        raise ConfigError(f"{key}: {uri!r} is no MLflow store; use sqlite:///FILE or http://HOST:PORT")
 
 
 def _pretrained(model: object, root: Path) -> object:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from heliostat.config import schedules
 from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed, divisors
 from heliostat.config.schedules import Schedule
 from heliostat.optim.optimizers import AnyOptimizer
@@ -112,6 +113,10 @@ class Recheck(Strict):
     every: Positive
     """Steps between two looks. The first step after every start is looked at, too."""
 
+    def due(self, step: int, first: bool) -> bool:
+        """Tells whether a step, counted from 0, is looked at; `first`: none was since the start."""
+        return first or (step + 1) % self.every == 0
+
 
 GROWING = dict.fromkeys(("batch_warmup", "batch_size_warmup", "global_batch_warmup"), "every step has train.global_batch samples")
 GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
@@ -141,7 +146,7 @@ def _compiled(value: object) -> object:
 
 
 class Train(Strict):
-    steps: Positive
+    steps: Count
     """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
     stop_after: Positive | None = None
     """Training ends behind this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""
@@ -195,6 +200,14 @@ class Train(Strict):
     log_every: Positive = 10
     """Steps between two lines of progress; every step's loss is recorded all the same."""
 
+    def lr(self, step: int) -> float:
+        """Computes the learning rate of a step, counted from 0."""
+        return self.optimizer.lr * schedules.factor(self.schedule, step, self.steps)
+
+    def log_due(self, done: int) -> bool:
+        """Tells whether there is a line of progress after `done` steps."""
+        return done % self.log_every == 0
+
     @model_validator(mode="before")
     @classmethod
     def _offered(cls, value: object) -> object:
@@ -204,7 +217,7 @@ class Train(Strict):
         for key in (key for key in GROWING if key in value):
             why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
             raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
-        return {key: given for key, given in value.items() if key not in RETIRED}
+        return {key: setting for key, setting in value.items() if key not in RETIRED}
 
     def worker_counts(self, lanes: int, least: int, most: int) -> list[int]:
         """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches.

@@ -51,7 +51,7 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
     """
     module_name, mark, attribute = path.partition(":")
     if not mark or not module_name or not attribute or module_name.startswith("."):
-        raise ConfigError(f"{field}: {path!r} must look like package.module:Class")
+        raise ConfigError(f"{field}: {path!r} must look like package.module:Class{nearest(path, _built_in(field))}")
     if str(root()) not in sys.path:
         sys.path.insert(0, str(root()))
     if module_name in BUILT_IN and not _there(module_name):
@@ -60,22 +60,28 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
         _refuse_foreign(field, module_name, record)
     try:
         module = importlib.import_module(module_name)
-        found = getattr(module, attribute, None)  # `heliostat.recipes` imports a name's module only now
+        target = getattr(module, attribute, None)  # `heliostat.recipes` imports a name's module only now
     except ModuleNotFoundError as e:
         if e.name and (module_name == e.name or module_name.startswith(e.name + ".")):
             here = [f"{f}.{p.stem}" for f in ("jobs", "pipelines") for p in (root() / f).glob("*.py")]
-            near = nearest(module_name, [*here, *BUILT_IN, "heliostat.recipes", "heliostat.pipelines"])
+            near = nearest(path, [*here, *_built_in(field)])
             raise ConfigError(f"{field}: no module {module_name!r} in {root()}{near}") from e
         if extra := extras.bringing(e.name or ""):
             raise MissingExtraError(f"{field}: {path} needs {extras.advice(extra)} (there is no module {e.name!r})") from e
         raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which is not installed") from e
     except Exception as e:  # whatever the module does as it is imported; --verbose shows where
         raise ConfigError(f"{field}: {module_name} cannot be imported ({type(e).__name__}: {brief(e)})") from e
-    if found is None:
+    if target is None:
         own = [n for n, o in vars(module).items() if isinstance(o, type) and o.__module__ == module_name]
         names = list(getattr(module, "__all__", own))
         raise ConfigError(f"{field}: {module_name} has no {attribute!r}{nearest(attribute, names)}")
-    return found
+    return target
+
+
+def _built_in(field: str) -> list[str]:
+    """Lists what the package has for a field that ends in `recipe` or `pipeline`, each by its import path of today."""
+    package = f"heliostat.{field.rpartition(' ')[2]}s"
+    return [f"{package}:{name}" for name in importlib.import_module(package).__all__]
 
 
 def _refuse_foreign(field: str, module_name: str, record: Path) -> None:
@@ -100,21 +106,21 @@ def _places(module_name: str) -> list[Path]:
     spec = _find(top)
     if spec is None:
         return []
-    search = [Path(found) for found in spec.submodule_search_locations or []]
+    search = [Path(base) for base in spec.submodule_search_locations or []]
     places = [*search, *([Path(spec.origin)] if spec.has_location and spec.origin else [])]
     for part in inner:
-        found = [place for folder in search for place in (folder / part, folder / part / "__init__.py", *folder.glob(f"{part}.*"))
+        base = [place for folder in search for place in (folder / part, folder / part / "__init__.py", *folder.glob(f"{part}.*"))
                  if place.exists()]  # fmt: skip
-        search = [place for place in found if place.is_dir()]
-        places += found
+        search = [place for place in base if place.is_dir()]
+        places += base
     return places
 
 
 def _find(name: str) -> ModuleSpec | None:
-    if (there := getattr(sys.modules.get(name), "__spec__", None)) is not None:
-        return there
-    found = (finder.find_spec(name, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
-    return next((spec for spec in found if spec is not None), None)
+    if (loaded := getattr(sys.modules.get(name), "__spec__", None)) is not None:
+        return loaded
+    specs = (finder.find_spec(name, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+    return next((spec for spec in specs if spec is not None), None)
 
 
 def _installed(place: Path) -> bool:

@@ -57,13 +57,13 @@ def masks(distance: int, count: int) -> list[int]:
 
 def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, object]:
     """Spills the perceptual hash of each image of a run, which has this number; if `exact`, the pixels' hash in its place."""
-    found = []
+    runs = []
     for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):
         looks = table["key"].to_numpy() if exact else table["looks"].to_numpy().view(np.uint64)
         node = (np.uint64(number) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)
         columns = [pa.array(spill.mixed(looks)), pa.array(looks), table["hash"], table["id"], pa.array(node)]
-        found.append(pa.Table.from_arrays(columns, schema=FACES))
-    table = pa.concat_tables([FACES.empty_table(), *found])
+        runs.append(pa.Table.from_arrays(columns, schema=FACES))
+    table = pa.concat_tables([FACES.empty_table(), *runs])
     name = spill.write(folder, table, ("hash", "id"))
     return {"faces": name, "rows": len(table), "files": [name]}
 
@@ -112,14 +112,14 @@ def pairs(folder: Location, part: int, parts: int, names: list[str], distance: i
     )
     order = np.lexsort((looks, keys))
     keys, seen = keys[order], looks[order]
-    here, there, step, place = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 1, np.arange(len(keys))
+    here, others, step, place = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 1, np.arange(len(keys))
     while len(place := place[place + step < len(keys)]) and len(place := place[keys[place] == keys[place + step]]):
         apart = np.bitwise_count(seen[place] ^ seen[place + step])
         near = place[(apart <= distance) & (apart > 0)]
         here.append(near)
-        there.append(near + step)
+        others.append(near + step)
         step += 1
-    a, b = order[np.concatenate(here)], order[np.concatenate(there)]
+    a, b = order[np.concatenate(here)], order[np.concatenate(others)]
     u, v = np.concatenate([a, b]), np.concatenate([b, a])
     name, rows = spilled(folder, (looks[u], looks[v], ranks[u], ranks[v], images[u]))
     return {"edges": name, "rows": rows, "files": [name]}
@@ -155,9 +155,9 @@ def settle(folder: Location, part: int, parts: int, names: list[str], messages: 
     drops = known & (stays[place][at] == 1) if len(source) else known
     gone, waits = np.isin(u, u[drops]), np.isin(u, u[before & ~known])
     left = ~gone & waits
-    tell = ~left & ~before
-    told = pa.table({"key": spill.mixed(v[tell]), "source": u[tell], "stays": (~gone[tell]).astype(np.int64)})
-    message = spill.write(folder, told, ("source",))
+    settled = ~left & ~before
+    verdicts = pa.table({"key": spill.mixed(v[settled]), "source": u[settled], "stays": (~gone[settled]).astype(np.int64)})
+    message = spill.write(folder, verdicts, ("source",))
     on = left & ~known
     name, rows = spilled(folder, tuple(column[on] for column in (u, v, u_rank, v_rank, images)))
     order = np.lexsort((v[drops], v_rank[drops], u[drops]))
@@ -182,30 +182,30 @@ def name(folder: Location, part: int, parts: int, names: list[str], fates: list[
     which = np.concatenate([own, at])
     columns = [spill.mixed(node), node, np.repeat([False, True], [len(own), len(at)]), table["id"].take(pa.array(starts[which])),
                sizes[which]]  # fmt: skip
-    told = pa.Table.from_arrays([c if isinstance(c, pa.ChunkedArray) else pa.array(c) for c in columns], schema=NAMES)
-    written = spill.write(folder, told, ("looks", "gone"))
+    names_of_places = pa.Table.from_arrays([c if isinstance(c, pa.ChunkedArray) else pa.array(c) for c in columns], schema=NAMES)
+    written = spill.write(folder, names_of_places, ("looks", "gone"))
     return {"names": written, "files": [written]}
 
 
-def judge(folder: Location, part: int, parts: int, names: list[str], told: list[str]) -> dict[str, object]:
+def judge(folder: Location, part: int, parts: int, names: list[str], named: list[str]) -> dict[str, object]:
     """Spills which images of this part go, by their places in runs, with the reason and who stays."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
-    about = spill.joined(folder, told, *spill.share(part, parts), NAMES).to_pylist()
+    about = spill.joined(folder, named, *spill.share(part, parts), NAMES).to_pylist()
     stays = {row["looks"]: row for row in sorted(about, key=lambda row: row["gone"])}  # who goes is no cluster of its own
     near = np.isin(table["looks"].to_numpy(), np.array([n for n, row in stays.items() if row["gone"]], np.uint64))
     same = np.maximum.accumulate(np.where(of_pixels, np.arange(len(table)), 0))
     places = np.flatnonzero(near | ~of_group)
     gone, firsts_of = table.take(pa.array(places)), table["id"].take(pa.array(same[places])).to_pylist()
-    found = []
+    rows = []
     columns = (gone["looks"].to_pylist(), gone["node"].to_pylist(), of_pixels[places].tolist(), firsts_of)
-    for looks, node, alike, first in zip(*columns, strict=True):
-        if not alike:
-            found.append({"key": node, "reason": "duplicate", "detail": first})
-        elif row := stays.get(looks):  # none where groups are of equal pixels: their hashes begin alike by chance
+    for looks, node, of_equal_pixels, first in zip(*columns, strict=True):
+        if not of_equal_pixels:
+            rows.append({"key": node, "reason": "duplicate", "detail": first})
+        elif row := stays.get(looks):  # none where groups are of equal pixels: their hashes begin the same by chance
             detail = f"{row['id']} (one of {row['size']})"
-            found.append({"key": node, "reason": "near_duplicate", "detail": detail})
-    judged = spill.write(folder, pa.Table.from_pylist(found, JUDGED), ("reason",))
+            rows.append({"key": node, "reason": "near_duplicate", "detail": detail})
+    judged = spill.write(folder, pa.Table.from_pylist(rows, JUDGED), ("reason",))
     clusters = [(-row["size"], row["id"]) for row in stays.values() if not row["gone"]]
     largest = [[-size, id] for size, id in heapq.nsmallest(LARGEST, clusters)]
     sizes = counted(-size for size, _ in clusters)

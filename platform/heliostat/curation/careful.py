@@ -7,6 +7,7 @@ is left out (`unread`).
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -53,17 +54,17 @@ class Careful:
             if why is None:
                 self._note_reading(care, part)
                 try:
-                    if (found := next(items, None)) is None:
+                    if (taken := next(items, None)) is None:
                         return
-                    item = found
+                    item = taken
                 except (HeliostatError, OSError):  # of the store
                     raise
                 except Exception as e:  # noqa: BLE001 - whatever a reader raises is the part's fault, and recorded with it
                     why = last_line(e)
             if why is not None:
-                told = f"{_range(part)} after row {_row(last, row)} could not be read: {why}"
-                self.unread.append(told)
-                item, items = Dropped(part.path or INPUT, UNREAD, told), iter(())
+                reason = f"{_range(part)} after row {_row(last, row)} could not be read: {why}"
+                self.unread.append(reason)
+                item, items = Dropped(part.path or INPUT, UNREAD, reason), iter(())
                 self._crashed(Crash(self.read, self.part, item.id, READ, why))
             assert item is not None
             self.read, last, row = self.read + 1, item.id, row + 1
@@ -79,8 +80,8 @@ class Careful:
     def note(self, place: TaskPlace) -> None:
         """Notes what comes next."""
         if self.care is not None:
-            told = {"attempt": self.care.attempt, "place": asdict(place)}
-            self.care.note.write(json.dumps(told).encode())
+            note = {"attempt": self.care.attempt, "place": asdict(place)}
+            self.care.note.write(json.dumps(note).encode())
 
     def take(self, batch: list[Document], through: Through) -> None:
         """Takes a batch through the stages, without the documents that crash."""
@@ -145,27 +146,27 @@ def _row(last: str, count: int) -> str:
     return number if number.isdecimal() else str(count)
 
 
-class Through:
+class Through(ABC):
     """Takes documents through the stages; all of a batch, or nothing of it. A task defines how."""
 
+    @abstractmethod
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
         """Takes a batch; calls `about` before each stage."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave_out(self, document: Document, crash: Crash) -> None:
         """Records that a document crashed."""
-        raise NotImplementedError
 
 
 def count(counts: tally.Tally, stages: list[str], crash: Crash, size: int) -> None:
     """Counts a document that crashed at one of the `stages`, to which it came through those before, or behind them all."""
     for name in stages:
-        found = tally.entry(counts, name)
-        found["documents"] += 1
-        found["bytes"] += size
+        entry = tally.entry(counts, name)
+        entry["documents"] += 1
+        entry["bytes"] += size
         if name == crash.stage:
             break
-        found["kept"] += 1
-        found["kept_bytes"] += size
+        entry["kept"] += 1
+        entry["kept_bytes"] += size
     dropped = tally.entry(counts, crash.stage)["dropped"]
     dropped[CRASHED] = dropped.get(CRASHED, 0) + 1

@@ -25,18 +25,18 @@ IMAGE_SHARE = 32  # bytes of an image that count as a character: an image is som
 
 def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Document], list[Dropped]]]:
     """Yields documents in batches, with what was left out between them."""
-    held, dropped, size = list[Document](), list[Dropped](), 0
+    waiting, dropped, size = list[Document](), list[Dropped](), 0
     for item in documents:
         if isinstance(item, Dropped):
             dropped.append(item)
         else:
-            held.append(item)
+            waiting.append(item)
             size += len(item.text) + (len(item.picture.data) // IMAGE_SHARE if item.picture else 0)
-        if size >= BATCH_CHARS or len(held) + len(dropped) >= BATCH:
-            yield held, dropped
-            held, dropped, size = [], [], 0
-    if held or dropped:
-        yield held, dropped
+        if size >= BATCH_CHARS or len(waiting) + len(dropped) >= BATCH:
+            yield waiting, dropped
+            waiting, dropped, size = [], [], 0
+    if waiting or dropped:
+        yield waiting, dropped
 
 
 class Chain:

@@ -49,10 +49,10 @@ _GENERATED_WORDS = re.compile(
 def language_of(path: str, text: str) -> str:
     """Tells the language by the file's name, then by an interpreter that its first line names; "" if neither says."""
     name = path.rpartition("/")[2].partition("#")[0].lower()
-    found = BY_NAME.get(name) or (BY_SUFFIX.get(name.rpartition(".")[2]) if "." in name else None)
-    if found is None and text.startswith("#!") and (said := _SHEBANG.match(text[:200])):
-        found = _INTERPRETERS[said[1]]
-    return found or ""
+    language = BY_NAME.get(name) or (BY_SUFFIX.get(name.rpartition(".")[2]) if "." in name else None)
+    if language is None and text.startswith("#!") and (said := _SHEBANG.match(text[:200])):
+        language = _INTERPRETERS[said[1]]
+    return language or ""
 
 
 def is_vendored(path: str) -> bool:

@@ -60,12 +60,12 @@ class ComparableWords:
 
     def spans(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """Hashes spans of words, given in ascending order: spans of numbers alone as written."""
-        found = hashed(self.hashes, starts, stops)
+        span_hashes = hashed(self.hashes, starts, stops)
         if self.numbers.any():
             others = np.concatenate([[0], np.cumsum(~self.numbers)])
             alone = others[starts] == others[stops]
-            found[alone] = hashed(self.exact, starts[alone], stops[alone])
-        return found
+            span_hashes[alone] = hashed(self.exact, starts[alone], stops[alone])
+        return span_hashes
 
     def ngrams(self, n: int, short: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Hashes every n-gram of the texts; returns (hashes, how many each text has).
@@ -89,42 +89,42 @@ def words(texts: Sequence[str]) -> ComparableWords:
     joined = plain[0] if len(plain) == 1 else "\n".join(plain)
     first, total = np.zeros(len(begins), np.int64), 0  # the number of each text's first word
     hashes, exact, numbers, at = list[np.ndarray](), list[np.ndarray](), list[np.ndarray](), 0
-    for starts, stops, *found in _blocks(joined):
+    for starts, stops, *columns in _blocks(joined):
         upto = int(np.searchsorted(begins, stops[-1])) if len(stops) else at
         first[at:upto] = total + np.searchsorted(starts, begins[at:upto])
         at, total = upto, total + len(starts)
-        for column, part in zip((hashes, exact, numbers), found, strict=True):
+        for column, part in zip((hashes, exact, numbers), columns, strict=True):
             column.append(part)
     first[at:] = total
     if not any(part.any() for part in numbers):
         exact.clear()  # as `hashes`
-    made = _joined(hashes)
-    return ComparableWords(np.diff(first), made, _joined(exact) if exact else made, _joined(numbers))
+    joined_hashes = _joined(hashes)
+    return ComparableWords(np.diff(first), joined_hashes, _joined(exact) if exact else joined_hashes, _joined(numbers))
 
 
 def edges(text: str) -> np.ndarray:
     """Returns where each word of a text begins and ends, a row each; as many as `words` finds, in NFC or not."""
-    found = _edges_of(text)
+    places = _edges_of(text)
     plain = text if text.isascii() else unicodedata.normalize("NFC", text)
-    return found if plain == text else _as_many(text, found, plain, _edges_of(plain))
+    return places if plain == text else _as_many(text, places, plain, _edges_of(plain))
 
 
 def _edges_of(text: str) -> np.ndarray:
     return _joined([np.stack([starts, stops], axis=1) for starts, stops, *_ in _blocks(text)])
 
 
-def _as_many(text: str, found: np.ndarray, plain: str, wanted: np.ndarray) -> np.ndarray:
+def _as_many(text: str, places: np.ndarray, plain: str, wanted: np.ndarray) -> np.ndarray:
     """Returns a text's words where it has as many as its NFC between two white spaces; else the NFC's, at the same share of it.
 
     Marks of several scripts in a row are put in another order by NFC, which may begin a word elsewhere.
     """
     cuts, plain_cuts = _gaps(text), _gaps(plain)
-    at, plain_at = np.searchsorted(found[:, 0], cuts), np.searchsorted(wanted[:, 0], plain_cuts)
+    at, plain_at = np.searchsorted(places[:, 0], cuts), np.searchsorted(wanted[:, 0], plain_cuts)
     if (at == plain_at).all():
-        return found
+        return places
     parts = list[np.ndarray]()
     for i in range(len(cuts) - 1):
-        own, other = found[at[i] : at[i + 1]], wanted[plain_at[i] : plain_at[i + 1]]
+        own, other = places[at[i] : at[i + 1]], wanted[plain_at[i] : plain_at[i + 1]]
         if len(own) != len(other):
             begin, length = plain_cuts[i], plain_cuts[i + 1] - plain_cuts[i]
             own = cuts[i] + (other - begin) * (cuts[i + 1] - cuts[i]) // length
@@ -134,20 +134,20 @@ def _as_many(text: str, found: np.ndarray, plain: str, wanted: np.ndarray) -> np
 
 def _gaps(text: str) -> np.ndarray:
     """Returns where a text begins, where each white space in it ends, and a place behind it."""
-    found = np.fromiter((gap.end() for gap in regex.finditer(r"\s", text)), np.int64)
-    return np.concatenate([[0], found, [len(text) + 1]])
+    gaps = np.fromiter((gap.end() for gap in regex.finditer(r"\s", text)), np.int64)
+    return np.concatenate([[0], gaps, [len(text) + 1]])
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     """Joins arrays, and empties their list."""
-    made = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts)
     parts.clear()
-    return made
+    return values
 
 
 def hashed(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """Hashes spans of values, given in ascending order: polynomials, from sums over all values, whose powers are divided out."""
-    found, at = np.empty(len(starts), np.uint64), 0
+    span_hashes, at = np.empty(len(starts), np.uint64), 0
     with np.errstate(over="ignore"):
         while at < len(starts):
             low = int(starts[at])
@@ -157,9 +157,9 @@ def hashed(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndar
             sums = np.zeros(size + 1, np.uint64)
             np.cumsum(values[low : low + size] * powers[:size], out=sums[1:])
             first = starts[at:upto] - low
-            found[at:upto] = spill.mixed((sums[stops[at:upto] - low] - sums[first]) * inverse[first])
+            span_hashes[at:upto] = spill.mixed((sums[stops[at:upto] - low] - sums[first]) * inverse[first])
             at = upto
-    return found
+    return span_hashes
 
 
 def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,11 +210,11 @@ def _every() -> list[tuple[int, str]]:
 
 def _having(properties: str) -> np.ndarray:
     """Returns which code points have one of some properties, or are among some characters."""
-    found = np.zeros(CODES, bool)
+    table = np.zeros(CODES, bool)
     for first, text in _every():
         for run in regex.finditer(rf"[{properties}]+", text):
-            found[first + run.start() : first + run.end()] = True
-    return found
+            table[first + run.start() : first + run.end()] = True
+    return table
 
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # starts, stops, and as in Words
@@ -235,8 +235,8 @@ def _blocks(text: str) -> Iterator[Block]:
 def _end(text: str, begin: int) -> int:
     """Finds where a part of a text ends: where a word does, or in one that is too long, so far from where that begins."""
     most = begin + BLOCK + LONGEST
-    if (found := END.search(text, begin + BLOCK, most)) is not None:
-        return found.start()
+    if (match := END.search(text, begin + BLOCK, most)) is not None:
+        return match.start()
     if most >= len(text):
         return len(text)
     last = LAST_END.search(text, begin + 1, begin + BLOCK)

@@ -23,7 +23,7 @@ from heliostat.tasks.merging import exchanged
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
-LARGEST = 20  # clusters that are told
+LARGEST = 20  # clusters that are listed
 DOCUMENT_BYTES = 4000  # of memory for what a task knows of a document: its id, who stays, its columns, each some times
 RUNS = 16  # about which a task reads
 JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("reason", "detail", "measures"))])
@@ -53,35 +53,35 @@ def about(
     firsts = list(accumulate((len(group) for group in groups), initial=0))
     ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
     for group, first, (follows, shared) in zip(groups, firsts, exchanged(flow, kind, names, ranges), strict=False):
-        told, bytes = [[run.name, run.decided] for run in group], sum(run.bytes for run in group)
-        yield Task(key(follows, also, first, told, more), {"first": first, "runs": group, **more}, {"names": shared}, bytes)
+        decisions, bytes = [[run.name, run.decided] for run in group], sum(run.bytes for run in group)
+        yield Task(key(follows, also, first, decisions, more), {"first": first, "runs": group, **more}, {"names": shared}, bytes)
 
 
-def conclude(flow: Flow, found: Curated, stage: GlobalStage, number: int, kind: str, judged: list[dict[str, Any]],
+def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind: str, judged: list[dict[str, Any]],
              memory_limit: int, **more: Any) -> list[SpilledRun]:  # fmt: skip
-    """Leaves out who goes, and adds the stage's tally to `found`; returns the runs that are left.
+    """Leaves out who goes, and adds the stage's tally to `curated`; returns the runs that are left.
 
     Records in `judged` name spills of JUDGED, and tell `clusters`, `largest` and `sizes`; `more` goes into the tally.
     """
-    label, runs, names = tally.label(number, stage), found.runs, [r["judged"] for r in judged]
-    decided, left = settled(flow, found, kind, decide, by_runs(flow, kind, runs, names, memory_limit, stage=label))
-    part = told(flow, kind, runs, left, judged)
+    label, runs, names = tally.label(number, stage), curated.runs, [r["judged"] for r in judged]
+    decided, left = settled(flow, curated, kind, decide, by_runs(flow, kind, runs, names, memory_limit, stage=label))
+    part = stage_tally(flow, kind, runs, left, judged)
     for reason in stage.reasons:
         gone = sum(r["reasons"].get(f"{label}: {reason}", 0) for r in decided)
         part["dropped"] |= {reason: gone} if gone else {}
     counts = {**part["counts"], **more.pop("counts", {})}
-    found.tallies.append(segment.store(flow.work.spill, {label: {**part, **more, "counts": counts}}))
+    curated.tallies.append(segment.store(flow.work.spill, {label: {**part, **more, "counts": counts}}))
     return left
 
 
-def settled(flow: Flow, found: Curated, kind: str, decide: TaskFunction,
+def settled(flow: Flow, curated: Curated, kind: str, decide: TaskFunction,
             tasks: Iterator[Task]) -> tuple[list[dict[str, Any]], list[SpilledRun]]:  # fmt: skip
     """Runs the tasks that tell each run which of its documents go; returns their records, and the runs that are left."""
     decided = flow.all(f"{kind}-decide", decide, tasks)
     for record in decided:
-        found.take({**record, "runs": []})
+        curated.take({**record, "runs": []})
     gone = [run for record in decided for run in record["decided"]]
-    return decided, [without(run, *out) for run, out in zip(found.runs, gone, strict=True)]
+    return decided, [without(run, *out) for run, out in zip(curated.runs, gone, strict=True)]
 
 
 def counted(sizes: Iterable[int]) -> dict[str, int]:
@@ -89,7 +89,7 @@ def counted(sizes: Iterable[int]) -> dict[str, int]:
     return {str(size): number for size, number in sorted(Counter(sizes).items())}
 
 
-def told(
+def stage_tally(
     flow: Flow, kind: str, before: list[SpilledRun], after: list[SpilledRun], clusters: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Returns a comparing stage's part of the tally, without reasons: what came, what stayed, and the largest clusters."""

@@ -15,8 +15,8 @@ from heliostat.errors import ConfigError
 
 def grams(texts: Sequence[str], n: int) -> list[np.ndarray]:
     """Returns the hash of each n-gram of each text's words, in their order."""
-    found, counts = words(texts).ngrams(n)
-    return np.split(found, np.cumsum(counts))[: len(texts)]
+    hashes, counts = words(texts).ngrams(n)
+    return np.split(hashes, np.cumsum(counts))[: len(texts)]
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, s
             record = json.loads(line)
         except (ValueError, RecursionError) as e:
             raise ConfigError(f"sets: {path!r}, line {number:,} is no JSON object; give one example a line") from e
-        found = list(_strings({k: record.get(k) for k in fields} if fields and isinstance(record, dict) else record))
-        if fields and not found:
+        strings = list(_strings({k: record.get(k) for k in fields} if fields and isinstance(record, dict) else record))
+        if fields and not strings:
             raise ConfigError(f"sets: {path!r}, line {number:,} has none of the fields {', '.join(fields)}")
-        yield number, "\n".join(found)
+        yield number, "\n".join(strings)
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -75,13 +75,13 @@ def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tupl
     parts, places, names, short = list[np.ndarray](), list[np.ndarray](), list[str](), dict[str, int]()
     for name, (path, data) in sorted(sets.items()):
         numbered = list(examples(path, data, fields))
-        for (number, _), found in zip(numbered, grams([text for _, text in numbered], n), strict=True):
-            if not len(found):
+        for (number, _), hashes_of_example in zip(numbered, grams([text for _, text in numbered], n), strict=True):
+            if not len(hashes_of_example):
                 short[name] = short.get(name, 0) + 1
                 continue
             names.append(f"{name}#{number}")
-            parts.append(found)
-            places.append(np.full(len(found), len(names) - 1, np.int32))
+            parts.append(hashes_of_example)
+            places.append(np.full(len(hashes_of_example), len(names) - 1, np.int32))
     if not parts:
         raise ConfigError(f"sets: no example has {n} words; lower `n`")
     hashes, first = np.unique(np.concatenate(parts), return_index=True)

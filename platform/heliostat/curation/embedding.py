@@ -32,8 +32,8 @@ def pooling(folder: str) -> str:
 def identity(folder: str) -> dict[str, str]:
     place = Path(folder)
     with naming("model"):
-        told = [place / sentence_folder.MODULES, sentence_folder.pooling_file(place)]
-    return digests(folder) | {str(p.relative_to(place)): files.digest("model", str(p)) for p in told if p.is_file()}
+        configurations = [place / sentence_folder.MODULES, sentence_folder.pooling_file(place)]
+    return digests(folder) | {str(p.relative_to(place)): files.digest("model", str(p)) for p in configurations if p.is_file()}
 
 
 class TextEmbedder(Reader[np.ndarray]):
@@ -52,10 +52,10 @@ class TextEmbedder(Reader[np.ndarray]):
     def values(self, output: Any, ids: Tensor, mask: Tensor) -> list[np.ndarray]:
         from heliostat.recipes.text import encoder
 
-        found = encoder.pool(output.last_hidden_state.float(), mask, self.pooling).cpu().numpy()
-        if not np.isfinite(found).all():
+        vectors = encoder.pool(output.last_hidden_state.float(), mask, self.pooling).cpu().numpy()
+        if not np.isfinite(vectors).all():
             raise ConfigError(f"model: {self.folder!r} gives vectors that are not finite; take another model")
-        return list(rounded(found))
+        return list(rounded(vectors))
 
 
 def rounded(vectors: np.ndarray) -> np.ndarray:

@@ -22,14 +22,14 @@ PRESCAN, HEADER = 1024, 300  # bytes of a page, and characters of a header, that
 
 
 def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
-    """Returns a page's encoding, by Python's name, and what it was told by: mark, header, meta, utf-8, looks."""
+    """Returns a page's encoding, by Python's name, and what it was detected by: mark, header, meta, utf-8, looks."""
     from resiliparse.parse.encoding import detect_encoding
 
     for mark, known in _MARKS:
         if data.startswith(mark):
             return known, "mark"
-    if content_type and (found := _CHARSET.search(content_type[:HEADER])) and (told := _named(found[1])):
-        return told, "header"
+    if content_type and (match := _CHARSET.search(content_type[:HEADER])) and (named := _named(match[1])):
+        return named, "header"
     for meta in _META.findall(_COMMENT.sub(b"", data[:PRESCAN])):
         if (said := _CHARSET.search(meta.decode("latin-1"))) and (encoding := _named(said[1])):
             return ("utf-8" if encoding.startswith("utf-16") else encoding), "meta"  # it reads as ASCII, so it is not UTF-16
@@ -44,8 +44,8 @@ def _named(label: str) -> str | None:
     """Returns the encoding that browsers take a label for, by Python's name; None if they know none."""
     from resiliparse.parse.encoding import map_encoding_to_html5
 
-    found = map_encoding_to_html5(label, False)
-    return _WIDER.get(found, found) if found else None
+    name = map_encoding_to_html5(label, False)
+    return _WIDER.get(name, name) if name else None
 
 
 def decode(data: bytes, content_type: str | None = None) -> tuple[str, str, int]:

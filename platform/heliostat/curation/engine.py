@@ -69,24 +69,24 @@ class StageEngine:
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
         """Takes the pieces through all stages; if `explained`, what was read is counted too."""
         first, *rest = segments(stages)
-        found = Curated(source=self.source, identity=self.identity)
-        found.runs = self._taken(
-            found, "read", segment.over_pieces, self._over_pieces(self._begun(pieces, stages), [s for _, s in first], explained)
+        curated = Curated(source=self.source, identity=self.identity)
+        curated.runs = self._taken(
+            curated, "read", segment.over_pieces, self._over_pieces(self._begun(pieces, stages), [s for _, s in first], explained)
         )
         for part in rest:
             number, head = part[0]
             if isinstance(head, GlobalStage):
-                found.runs = head.compare(self.flow, found, number, self.memory_limit)
+                curated.runs = head.compare(self.flow, curated, number, self.memory_limit)
             else:
                 chain = [s for _, s in part]
-                found.runs = self._taken(
-                    found, f"stages-{number}", segment.over_run, self._over_runs(found.runs, chain, number), pooled=head.gpu
+                curated.runs = self._taken(
+                    curated, f"stages-{number}", segment.over_run, self._over_runs(curated.runs, chain, number), pooled=head.gpu
                 )
-        return found
+        return curated
 
     def _taken(
         self,
-        found: Curated,
+        curated: Curated,
         kind: str,
         function: TaskFunction,
         tasks: Iterator[Task],
@@ -94,11 +94,11 @@ class StageEngine:
     ) -> list[SpilledRun]:
         """Runs the tasks of a segment; what they made is put in their order, whichever ended first."""
         records = self.flow.all(kind, function, tasks, pooled=pooled)
-        return [run for record in records for run in found.take(record)]
+        return [run for record in records for run in curated.take(record)]
 
     def _begun(self, pieces: Iterable[list[FilePart]], stages: list[Stage]) -> Iterator[list[FilePart]]:
         """Yields the pieces; records the libraries when the first is there, before which the work folder is claimed."""
-        used = {name for stage in stages for name in libraries.OF.get(stage.named(), ())}
+        used = {name for stage in stages for name in stage.libraries}
         for number, piece in enumerate(pieces):
             if not number:
                 self.flow.work.made_with(libraries.versions([*libraries.READING, *used]))
@@ -110,8 +110,8 @@ class StageEngine:
         for piece in pieces:
             entries = entries or self._entries(stages)
             follows_from, before = (
-                key("read", self.identity, read, follows, self.run_bytes, explained, told)
-                for told in ([part.identity for part in piece], [part.identity_by_time for part in piece])
+                key("read", self.identity, read, follows, self.run_bytes, explained, identities)
+                for identities in ([part.identity for part in piece], [part.identity_by_time for part in piece])
             )
             yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
                                       "explained": explained}, {}, sum(part.length for part in piece), careful=True,
@@ -127,11 +127,11 @@ class StageEngine:
 
     def _entries(self, stages: list[Stage]) -> list[Entry]:
         """Describes stages, and the files that they name, to their tasks."""
-        made = list[Entry]()
+        entries = list[Entry]()
         for stage in stages:
             shipments = (shipping.describe(name, path) for name, path in stage.named_paths())
-            made.append((stage.entry(), key(stage.follows()), tuple(shipments)))
-        return made
+            entries.append((stage.entry(), key(stage.follows()), tuple(shipments)))
+        return entries
 
     @property
     def run_bytes(self) -> int:
@@ -143,12 +143,12 @@ def segments(stages: list[Stage]) -> list[list[tuple[int, Stage]]]:
 
     The first segment has none of these.
     """
-    found = [list[tuple[int, Stage]]()]
+    groups = [list[tuple[int, Stage]]()]
     for number, stage in enumerate(stages):
-        if _alone(stage) or any(_alone(s) for _, s in found[-1]):
-            found.append([])
-        found[-1].append((number, stage))
-    return found
+        if _alone(stage) or any(_alone(s) for _, s in groups[-1]):
+            groups.append([])
+        groups[-1].append((number, stage))
+    return groups
 
 
 def _alone(stage: Stage) -> bool:
@@ -177,12 +177,12 @@ def groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 def filled(items: Iterable[Item], size: Callable[[Item], int], room: int, most: int = 1 << 60) -> Iterator[list[Item]]:
     """Yields the items in groups of `most` at most, whose sizes make `room` together at most or that are a single item."""
-    held, taken = list[Item](), 0
+    waiting, taken = list[Item](), 0
     for item in items:
-        if held and (taken + size(item) > room or len(held) == most):
-            yield held
-            held, taken = [], 0
-        held.append(item)
+        if waiting and (taken + size(item) > room or len(waiting) == most):
+            yield waiting
+            waiting, taken = [], 0
+        waiting.append(item)
         taken += size(item)
-    if held:
-        yield held
+    if waiting:
+        yield waiting

@@ -49,8 +49,8 @@ def duplicates(documents: int, sizes: dict[int, int], times: float) -> Duplicate
     the most pairs that a Poisson variable may stand for (95 %) would mean if no cluster were larger (pairs by f squared, capped
     by the lower bound of distinct documents by Chao and Lin, 2012).
     """
-    clusters, alike = sum(sizes.values()), sum(size * number for size, number in sizes.items())
-    dropped, single = alike - clusters, documents - alike
+    clusters, duplicate_documents = sum(sizes.values()), sum(size * number for size, number in sizes.items())
+    dropped, single = duplicate_documents - clusters, documents - duplicate_documents
     seen = dropped / documents if documents else 0.0
     if times <= 1 or not documents:
         return DuplicateShare(seen, seen, seen, seen)
@@ -68,10 +68,10 @@ def duplicates_by_place(
     a file, and then by documents, of which each place in it shows the share `rate`.
 
     `groups` counts what a cluster has in one place, two documents and more, by their number; `places` counts clusters by the
-    number of places, two and more. Neighbours are often alike, as pages of a site are: both of a pair in one place are in the
-    sample with the place, of two places with the square of that probability. So what is alike in a place is estimated by `rate`,
-    and what is left of each place as documents that were drawn one by one. The bounds of both are multiplied, and those of the
-    places' own share are widened by chance (`wilson`).
+    number of places, two and more. Neighbours are often similar, as pages of a site are: both of a pair in one place are in the
+    sample with the place, of two places with the square of that probability. So what is similar in a place is estimated by
+    `rate`, and what is left of each place as documents that were drawn one by one. The bounds of both are multiplied, and those
+    of the places' own share are widened by chance (`wilson`).
     """
     dropped = sum((size - 1) * number for size, number in groups.items())
     within, left, (least, most) = duplicates(documents, groups, 1 / rate), documents - dropped, wilson(dropped, documents)
@@ -98,22 +98,22 @@ def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
         return clusters, documents
     grid = _grid(2 * max(seen) / share)
     shown, counts = np.array(sorted(seen)), np.array([float(seen[m]) for m in sorted(seen)])
-    there = -np.expm1(grid * math.log1p(-share))
-    likely = np.array([[_binomial(int(k), int(m), share) for k in grid] for m in shown]) / there
-    weights = there / grid.astype(np.float64) ** 2
+    seen_share = -np.expm1(grid * math.log1p(-share))
+    likely = np.array([[_binomial(int(k), int(m), share) for k in grid] for m in shown]) / seen_share
+    weights = seen_share / grid.astype(np.float64) ** 2
     weights /= weights.sum()
     for _ in range(ROUNDS):
         weights = weights * (likely.T @ (counts / (likely @ weights))) / counts.sum()
-    found = counts.sum() * weights / there
-    return clusters + float(found.sum()), documents + float((found * grid).sum())
+    estimated = counts.sum() * weights / seen_share
+    return clusters + float(estimated.sum()), documents + float((estimated * grid).sum())
 
 
 def _grid(most: float) -> np.ndarray:
     """Lists sizes of clusters: the first eight, then each a third larger."""
-    found = list(range(1, 9))
-    while found[-1] < most:
-        found.append(found[-1] * 4 // 3)
-    return np.array(found)
+    sizes = list(range(1, 9))
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] * 4 // 3)
+    return np.array(sizes)
 
 
 def _binomial(count: int, hits: int, share: float) -> float:

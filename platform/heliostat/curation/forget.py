@@ -1,8 +1,8 @@
 """Makes a dataset without a document, or an image: what a shard, the record of its making and the manifest say of it is left out.
 
-The other shards are copied as they are. A run goes on with the old dataset; a new one takes the other. What stays is what nobody
-can take out: what a tokenizer that was trained on the document has learned, and who stayed of the clusters that it was in. Of a
-collection, the parts' manifests follow.
+The other shards are copied as they are. A run continues with the old dataset; a new one takes the other. What stays is what no
+person can take out: what a tokenizer that was trained on the document has learned, and who stayed of the clusters that it was in.
+Of a collection, the parts' manifests follow.
 """
 
 from __future__ import annotations
@@ -31,81 +31,81 @@ OF_GROUPS = ("groups", "documents")  # of documents that belong together, as the
 SAME = "duplicate"  # the reason of documents whose text is another's, which stayed
 
 
-def one(found: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, Any]]]:
+def one(rows: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, Any]]]:
     """Chooses the document that was meant, and all that are the same text; ConfigError that lists candidates if several are."""
-    targets = dict.fromkeys(row["detail"] if row["reason"] == SAME else row["id"] for row in found)
+    targets = dict.fromkeys(row["detail"] if row["reason"] == SAME else row["id"] for row in rows)
     if len(targets) > 1:
-        told = [f"{row['id']} ({row['stage']}: {row['reason']})" for row in found[:LISTED]]
-        more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
-        raise ConfigError(f"{option}: {len(targets)} documents match: {', '.join(told)}{more}; choose one by --id")
-    return next(iter(targets)), found
+        lines = [f"{row['id']} ({row['stage']}: {row['reason']})" for row in rows[:LISTED]]
+        more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
+        raise ConfigError(f"{option}: {len(targets)} documents match: {', '.join(lines)}{more}; choose one by --id")
+    return next(iter(targets)), rows
 
 
-def check(made: Manifest, output: Location) -> None:
+def check(dataset: Manifest, output: Location) -> None:
     """Checks that a document can be taken out, and the new dataset be written to `output`; ConfigError if not."""
-    here, there = made.location.path.rstrip("/"), output.path.rstrip("/")
-    if f"{there}/".startswith(f"{here}/") or f"{here}/".startswith(f"{there}/"):
-        raise ConfigError(f"--out: {output} and {made.location} lie in one another; name another folder")
+    here, target = dataset.location.path.rstrip("/"), output.path.rstrip("/")
+    if f"{target}/".startswith(f"{here}/") or f"{here}/".startswith(f"{target}/"):
+        raise ConfigError(f"--out: {output} and {dataset.location} lie in one another; name another folder")
     output.probe()
     foreign = [name for name, _ in output.files() if not versions.OURS.fullmatch(name)]
     if foreign:
         raise ConfigError(f"--out: {output}: is not empty (there is {min(foreign)!r}); name another folder")
 
 
-def forget(made: Manifest, id: str, found: list[dict[str, Any]], output: Location) -> Manifest:
-    """Makes the dataset without the document `id` and those in `found`, its duplicates; returns the new manifest."""
-    gone = {id, *(row["id"] for row in found)}
-    kept = [row for row in reasons.end_of(made, id) if row["reason"] == "kept"]
-    path = documents.current(made, kept[0]["detail"]) if kept else None
-    meta = {k: v for k, v in made.meta.items() if k not in OF_BEFORE}
-    chunks, told = made.chunks, {"documents": 0, "bytes": 0, "tokens": 0}
+def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], output: Location) -> Manifest:
+    """Makes the dataset without the document `id` and those in `document_rows`, its duplicates; returns the new manifest."""
+    gone = {id, *(row["id"] for row in document_rows)}
+    kept = [row for row in reasons.end_of(dataset, id) if row["reason"] == "kept"]
+    path = documents.current(dataset, kept[0]["detail"]) if kept else None
+    meta = {k: v for k, v in dataset.meta.items() if k not in OF_BEFORE}
+    chunks, removed = dataset.chunks, {"documents": 0, "bytes": 0, "tokens": 0}
     if path:
-        rows, told = _shard(made, path, id, output)
+        rows, removed = _shard(dataset, path, id, output)
         others = chunks.filter(pc.not_equal(chunks["path"].cast(pa.string()), path)).cast(manifest.SCHEMA)
         chunks = pa.concat_tables([others, pa.Table.from_pylist(rows, manifest.SCHEMA)])
         if not len(chunks):
-            raise ConfigError(f"{made.location}: {id!r} is its only document")
-    meta |= {name: meta[name] - told[name] for name in ("documents", "bytes") if name in meta}
+            raise ConfigError(f"{dataset.location}: {id!r} is its only document")
+    meta |= {name: meta[name] - removed[name] for name in ("documents", "bytes") if name in meta}
     if "together" in meta:
         meta["together"] = {name: value for name, value in meta["together"].items() if name not in OF_GROUPS}
     if COUNTS in meta:
-        meta[COUNTS] = {name: count - told.get(f"{COUNTS}.{name}", 0) for name, count in meta[COUNTS].items()}
-    record = _record(made, gone, told, output)
-    parts = made.meta.get("parts", {})
+        meta[COUNTS] = {name: count - removed.get(f"{COUNTS}.{name}", 0) for name, count in meta[COUNTS].items()}
+    record = _record(dataset, gone, removed, output)
+    parts = dataset.meta.get("parts", {})
     beside = [path for file in meta.get("files", {}).values() for path in (file, *(f"{part}/{file}" for part in parts))]
-    _copy(made.location, output, [*dict.fromkeys(chunks["path"].to_pylist()), *beside, *record["also"]])
-    before = made.meta.get("forgotten", [])
-    meta |= {**record, "forgotten": [*before, {"digest": made.digest, "ids": sorted(gone)}]}
+    _copy(dataset.location, output, [*dict.fromkeys(chunks["path"].to_pylist()), *beside, *record["also"]])
+    before = dataset.meta.get("forgotten", [])
+    meta |= {**record, "forgotten": [*before, {"digest": dataset.digest, "ids": sorted(gone)}]}
     if parts:
-        held = {name: manifest.read(made.location.join(name)).meta for name in parts}
-        own = {name: {k: v for k, v in part.items() if k not in meta and k not in OF_BEFORE} for name, part in held.items()}
-        kind = next(iter(held.values()))["kind"]
+        metas = {name: manifest.read(dataset.location.join(name)).meta for name in parts}
+        own = {name: {k: v for k, v in part.items() if k not in meta and k not in OF_BEFORE} for name, part in metas.items()}
+        kind = next(iter(metas.values()))["kind"]
         result = collection.write(output, chunks.to_pylist(), {**meta, "kind": kind, "parts": own})
     else:
         result = manifest.write_table(output, chunks, meta)
     for name in UNCOVERED:
-        source = made.location.join(kept_path(made.digest, name))
+        source = dataset.location.join(kept_path(dataset.digest, name))
         if source.exists():
             output.join(kept_path(result.digest, name)).write(source.read())
     versions.publish(output, result)
     return result
 
 
-def _shard(made: Manifest, path: str, id: str, output: Location) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _shard(dataset: Manifest, path: str, id: str, output: Location) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Writes a shard again without a document; returns its rows of the manifest, and what the document was."""
-    place = made.location.join(path)
-    if made.kind != "tokens":
+    place = dataset.location.join(path)
+    if dataset.kind != "tokens":
         with place.open() as source:
             data, bytes = place.attempt(lambda: images.without(pq.ParquetFile(source), id))
         return _rows(output, path, data, None), {"documents": 1, "bytes": bytes, "tokens": 0}
     with place.open() as source:
         data, ids = place.attempt(lambda: tokens.without(pq.ParquetFile(source), {id}))
-    tokenizer = tokens.load(made.file("tokenizer.json").read().decode())
-    markers = infilling.Markers.of(made.meta)
-    texts = tokenizer.decode_batch(infilling.texts(ids, made.fact("end_of_document"), markers), skip_special_tokens=False)
-    told = {"documents": 1, "bytes": sum(len(text.encode()) for text in texts), "tokens": len(ids)}
-    told |= {f"{COUNTS}.{name}": count for name, count in (markers.counted([ids]) if markers else {}).items()}
-    return _rows(output, path, data, "tokens"), told
+    tokenizer = tokens.load(dataset.file("tokenizer.json").read().decode())
+    markers = infilling.Markers.of(dataset.meta)
+    texts = tokenizer.decode_batch(infilling.texts(ids, dataset.fact("end_of_document"), markers), skip_special_tokens=False)
+    removed = {"documents": 1, "bytes": sum(len(text.encode()) for text in texts), "tokens": len(ids)}
+    removed |= {f"{COUNTS}.{name}": count for name, count in (markers.counted([ids]) if markers else {}).items()}
+    return _rows(output, path, data, "tokens"), removed
 
 
 def _rows(output: Location, path: str, data: bytes | None, column: str | None) -> list[dict[str, Any]]:
@@ -117,25 +117,25 @@ def _rows(output: Location, path: str, data: bytes | None, column: str | None) -
     return [{**row, "content": c} for row, c in zip(manifest.read_footer(output, new, column), contents, strict=True)]
 
 
-def _record(made: Manifest, gone: set[str], told: dict[str, int], output: Location) -> dict[str, Any]:
+def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: Location) -> dict[str, Any]:
     """Writes the record of the making without the documents' texts, columns and hashes; returns the manifest's part of it."""
-    funnel = reasons.funnel(made)
+    funnel = reasons.funnel(dataset)
     for part in funnel.values():
         for rule, examples in part.get("examples", {}).items():
             part["examples"][rule] = [e for e in examples if e[1] not in gone]
     last = funnel["shard"]
-    last["kept"] -= told["documents"]
-    last["kept_bytes"] -= told["bytes"]
-    last["counts"] |= {"tokens": last["counts"]["tokens"] - told["tokens"]} if "tokens" in last["counts"] else {}
-    if told["documents"]:
-        last["dropped"]["forgotten"] = last["dropped"].get("forgotten", 0) + told["documents"]
+    last["kept"] -= removed["documents"]
+    last["kept_bytes"] -= removed["bytes"]
+    last["counts"] |= {"tokens": last["counts"]["tokens"] - removed["tokens"]} if "tokens" in last["counts"] else {}
+    if removed["documents"]:
+        last["dropped"]["forgotten"] = last["dropped"].get("forgotten", 0) + removed["documents"]
     path = versions.store(output, f"{FILES}/funnel-", json.dumps(funnel).encode(), ".json")
-    ends = reasons.rewritten(made, gone, {"stage": "forget", "reason": "forgotten", "detail": made.digest[:12]}, output)
+    ends = reasons.rewritten(dataset, gone, {"stage": "forget", "reason": "forgotten", "detail": dataset.digest[:12]}, output)
     return {"curation": {"funnel": path, "ends": ends}, "also": sorted({path, *(name for _, name in ends)})}
 
 
 def _copy(source: Location, output: Location, paths: list[str]) -> None:
     """Copies the files that are not there yet: their names say what is in them."""
-    there = {name for name, _ in output.files()}
+    present = {name for name, _ in output.files()}
     with ThreadPoolExecutor(COPIERS) as pool:
-        list(pool.map(lambda path: output.join(path).write(source.join(path).read()), [p for p in paths if p not in there]))
+        list(pool.map(lambda path: output.join(path).write(source.join(path).read()), [p for p in paths if p not in present]))

@@ -20,7 +20,7 @@ Answer = tuple[dict[str, object], bytes]
 
 
 def extractor(keys: ExtractKeys) -> Callable[[dict[str, object], bytes], Answer]:
-    """Builds the function from a page's bytes to its text, and what is told about it. `keys` are those of the stage."""
+    """Builds the function from a page's bytes to its text, and what is recorded about it. `keys` are those of the stage."""
     extract = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}[keys["library"]](keys)
 
     def work(about: dict[str, object], data: bytes) -> Answer:

@@ -6,6 +6,7 @@ through the same kernels, and captions are decoded greedily.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -56,7 +57,7 @@ def digests(folder: str) -> dict[str, str]:
     return {path.name: files.digest("model", str(path)) for path in paths}
 
 
-class ImageModel(Generic[Value]):
+class ImageModel(ABC, Generic[Value]):
     """Runs images, with their captions where it needs them, through a folder's model, on a GPU if there is one."""
 
     what = "an image classifier or CLIP"
@@ -100,9 +101,9 @@ class ImageModel(Generic[Value]):
                 values += self.values(pixels, texts + texts[:1] * missing)[: len(part)]
         return values
 
+    @abstractmethod
     def values(self, pixels: Tensor, captions: list[str]) -> list[Value]:
         """Computes a value for each image of a batch, decoded to what the model takes, and its caption."""
-        raise NotImplementedError
 
 
 class ImageLabels(ImageModel[float]):

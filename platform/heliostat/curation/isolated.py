@@ -48,7 +48,7 @@ SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS"
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/fonts", "/usr/share/X11/fonts", "/usr/local/share/fonts")
 INSTALLED = ("site-packages", "dist-packages")
 BOX_BYTES = 1 << 20  # of the folder that it may write to
-_told = set[str]()  # what was logged of this machine
+_logged = set[str]()  # what was logged of this machine
 
 
 class IsolatedError(Exception):
@@ -116,8 +116,8 @@ class Isolated:
             started, _ = _receive(ours, time.monotonic() + START_SECONDS)
         except OSError:
             raise RuntimeError(f"{self._function}: its process did not start (exit code {self.close()})") from None
-        for lack in set(started["lacks"]) - _told:
-            _told.add(lack)
+        for lack in set(started["lacks"]) - _logged:
+            _logged.add(lack)
             log.warning("parsers of documents are not shut in on this machine: %s; what is left protects from less", lack)
 
     def close(self) -> int | None:
@@ -226,7 +226,7 @@ def _serve(function: str, keys: dict[str, object], seconds: float, megabytes: in
             answer, out = work(about, data)
         except MemoryError:
             answer, out = {"error": "memory", "detail": f"more than {megabytes:,} MiB"}, b""
-        except Exception as e:  # noqa: BLE001 - whatever a parser raises is the item's fault, and told with it
+        except Exception as e:  # noqa: BLE001 - whatever a parser raises is the item's fault, and reported with it
             answer, out = {"error": "failed", "detail": f"{type(e).__name__}: {str(e)[:200]}"}, b""
         signal.setitimer(signal.ITIMER_PROF, 0)
         _send(sock, {**answer, TAKEN: time.process_time() - start}, out, None)

@@ -19,22 +19,22 @@ OLD_S = 86_400.0  # since anything in a folder was written: until then, it may b
 
 
 def sample_folder(output: Location) -> Location:
-    """Returns a folder for a dry run, beside the output."""
+    """Returns a folder for a dry run, next to the output."""
     return output.ending(f".sample-{secrets.token_hex(4)}")
 
 
 def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
-    """Removes the folders of dry runs beside the output in which nothing was written for a day; returns their names."""
+    """Removes the folders of dry runs next to the output in which nothing was written for a day; returns their names."""
     base, mark, query = output.uri.partition("?") if output.is_s3 else (output.uri, "", "")
     place, _, name = base.rstrip("/").rpartition("/")
-    if output.is_s3 and place == "s3:/":  # a bucket has none beside it
+    if output.is_s3 and place == "s3:/":  # a bucket has none next to it
         return []
     beside, gone = Location((place or ("/" if base.startswith("/") else ".")) + mark + query), list[str]()
     for folder in beside.folders():
         if folder.startswith(name) and SAMPLE.fullmatch(folder[len(name) :]):
-            there = beside.join(folder)
-            if (time.time() if now is None else now) - _written(there) >= OLD_S:
-                there.delete()
+            samples = beside.join(folder)
+            if (time.time() if now is None else now) - _written(samples) >= OLD_S:
+                samples.delete()
                 gone.append(folder)
     if gone:
         log.info("%s: removed what killed dry runs have left: %s", beside, ", ".join(gone))
@@ -45,7 +45,7 @@ def _written(folder: Location) -> float:
     """Returns when something in the folder was last written, in seconds since 1970; now, if that is not known."""
     selector = pafs.FileSelector(folder.path, recursive=True, allow_not_found=True)
     try:
-        found = folder.attempt(lambda: [folder.fs.get_file_info(folder.path), *folder.fs.get_file_info(selector)])
+        infos = folder.attempt(lambda: [folder.fs.get_file_info(folder.path), *folder.fs.get_file_info(selector)])
     except (FileNotFoundError, StorageError):
         return time.time()
-    return max((i.mtime_ns / 1e9 for i in found if i.mtime_ns), default=time.time())
+    return max((i.mtime_ns / 1e9 for i in infos if i.mtime_ns), default=time.time())

@@ -54,8 +54,8 @@ def spdx_of(text: str) -> str | None:
     """Returns the SPDX id of a licence's text; None if it is none that is known, or not to the word."""
     words = normalised(text).split()
     for length, known in _by_length().items():
-        if length <= len(words) <= length + _TITLE_WORDS and (found := known.get(" ".join(words[-length:]))):
-            return found if set(words[:-length]) <= _TITLE else None
+        if length <= len(words) <= length + _TITLE_WORDS and (license := known.get(" ".join(words[-length:]))):
+            return license if set(words[:-length]) <= _TITLE else None
     return None
 
 
@@ -73,30 +73,30 @@ def _by_length() -> dict[int, dict[str, str]]:
     """Maps numbers of words to the licences whose text, without its title, has so many."""
     from identify.vendor.licenses import LICENSES
 
-    found: dict[int, dict[str, str]] = {}
+    by_length: dict[int, dict[str, str]] = {}
     for id, text in LICENSES:
         end = _END.search(text)
         for form in (text, *((text[: end.start()], text[: end.end()]) if end else ())):
             words = normalised(form).split()
             body = words[next(i for i, word in enumerate(words) if word not in _TITLE) :]
-            found.setdefault(len(body), {})[" ".join(body)] = id
-    return found
+            by_length.setdefault(len(body), {})[" ".join(body)] = id
+    return by_length
 
 
 class Licenses:
     """Collects the licence files of a repository, and finds those that hold for a file."""
 
     def __init__(self) -> None:
-        self._found: dict[str, set[str]] = {}
+        self._by_folder: dict[str, set[str]] = {}
 
     def add(self, path: str, text: str) -> None:
-        self._found.setdefault(path.rpartition("/")[0], set()).add(spdx_of(text) or UNKNOWN)
+        self._by_folder.setdefault(path.rpartition("/")[0], set()).add(spdx_of(text) or UNKNOWN)
 
     def of(self, path: str, text: str) -> str:
         if own := _OWN.search(text[:HEAD]):
             return own[1]
-        found: set[str] = next((self._found[folder] for folder in _above(path) if folder in self._found), set())
-        return UNKNOWN if UNKNOWN in found else " AND ".join(sorted(found)) or NONE
+        licenses: set[str] = next((self._by_folder[folder] for folder in _above(path) if folder in self._by_folder), set())
+        return UNKNOWN if UNKNOWN in licenses else " AND ".join(sorted(licenses)) or NONE
 
 
 def _above(path: str) -> Iterator[str]:

@@ -49,10 +49,10 @@ class NgramCounter:
 
     def _word(self, word: str) -> int:
         digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        found = int.from_bytes(digest, "little")
+        number = int.from_bytes(digest, "little")
         if len(word) <= LONG_WORD:
-            self._known[word] = found
-        return found
+            self._known[word] = number
+        return number
 
     def __call__(self, text: str) -> np.ndarray:
         """Returns the buckets of a text's n-grams; of its first `chars` characters only."""
@@ -100,7 +100,7 @@ def load(folder: Path) -> LinearScorer:
         about = json.loads((folder / ABOUT).read_text())
         weights = load_file(str(folder / WEIGHTS))["weights"]
         features = NgramCounter(int(about["ngrams"]), int(about["bits"]), int(about["chars"]))
-        made = LinearScorer(weights, float(about["bias"]), features)
+        scorer = LinearScorer(weights, float(about["bias"]), features)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ConfigError(
             f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}); train one by "
@@ -108,7 +108,7 @@ def load(folder: Path) -> LinearScorer:
         ) from e
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
         raise ConfigError(f"model: {str(folder)!r} holds weights {weights.dtype} {weights.shape} that do not fit its keys")
-    return made
+    return scorer
 
 
 def train(
@@ -140,19 +140,19 @@ def train(
     ends = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
     values = np.concatenate([np.full(len(r), 1 / max(len(r), 1)) for r in rows])
     matrix = csr_matrix((values, np.concatenate(rows), ends), shape=(len(rows), 1 << bits))
-    made = LogisticRegression(C=1e4, max_iter=300, class_weight="balanced").fit(matrix[~test], labels[~test])
-    linear = LinearScorer(made.coef_[0].astype(np.float32), float(made.intercept_[0]), features)
-    scores = np.array([linear.score(text) for text, held in zip(ordered, test, strict=True) if held])
+    regression = LogisticRegression(C=1e4, max_iter=300, class_weight="balanced").fit(matrix[~test], labels[~test])
+    linear = LinearScorer(regression.coef_[0].astype(np.float32), float(regression.intercept_[0]), features)
+    scores = np.array([linear.score(text) for text, is_held_out in zip(ordered, test, strict=True) if is_held_out])
     return linear, _report(scores, labels[test], labels[~test])
 
 
-def _report(scores: np.ndarray, held: np.ndarray, trained: np.ndarray) -> TrainingReport:
+def _report(scores: np.ndarray, held_out: np.ndarray, trained: np.ndarray) -> TrainingReport:
     """Reports precision and recall of the good documents at a number of thresholds."""
     at = dict[str, ThresholdScores]()
     for threshold in (0.1, 0.25, 0.5, 0.75, 0.9):
         chosen = scores >= threshold
-        hits = int((chosen & (held == 1)).sum())
+        hits = int((chosen & (held_out == 1)).sum())
         precision = round(hits / int(chosen.sum()), 4) if chosen.any() else None
-        at[str(threshold)] = {"precision": precision, "recall": round(hits / int((held == 1).sum()), 4)}
+        at[str(threshold)] = {"precision": precision, "recall": round(hits / int((held_out == 1).sum()), 4)}
     return {"held_out": at, "trained_good": int(trained.sum()), "trained_bad": int((trained == 0).sum()),
-            "held_out_good": int(held.sum()), "held_out_bad": int((held == 0).sum())}  # fmt: skip
+            "held_out_good": int(held_out.sum()), "held_out_bad": int((held_out == 0).sum())}  # fmt: skip

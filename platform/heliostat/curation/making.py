@@ -11,6 +11,7 @@ import hashlib
 import heapq
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class WrittenShards:
 
 
 @dataclass
-class Making:
+class Making(ABC):
     """Makes the dataset of one pipeline; the fields are its keys."""
 
     kind: ClassVar[str] = "rows"
@@ -72,9 +73,9 @@ class Making:
     """What the stages did, afterwards."""
 
     @property
+    @abstractmethod
     def identity(self) -> list[object]:
         """Returns what the documents follow from that `source` reads, as JSON values."""
-        raise NotImplementedError
 
     @property
     def columns(self) -> list[str]:
@@ -95,13 +96,13 @@ class Making:
         """Tells whether the dataset says what became of each document."""
         return self.recorded and (bool(self.stages) or self.sample is not None)
 
+    @abstractmethod
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
         """Cuts the input into pieces of work."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, curated: Curated) -> WrittenShards:
         """Writes the shards of what the stages have left."""
-        raise NotImplementedError
 
     def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, and returns its rows and metadata."""
@@ -142,10 +143,10 @@ class Making:
     def _explain(self, curated: Curated, written: WrittenShards) -> dict[str, Any]:
         """Writes the funnel and what became of each document; returns what the manifest says of them."""
         total = summed(self.flow, sorted(curated.tallies))
-        told = reasons.explained(self.all_stages, total, written.shard)
+        explained = reasons.explained(self.all_stages, total, written.shard)
         for name in (segment.READ, segment.FINISH) if self.what_read else ():
-            told |= {name: told[name] | {"what": self.meanings}} if name in told else {}
-        funnel = json.dumps({name: json.loads(json.dumps(told[name], sort_keys=True)) for name in told}).encode()
+            explained |= {name: explained[name] | {"what": self.meanings}} if name in explained else {}
+        funnel = json.dumps({name: json.loads(json.dumps(explained[name], sort_keys=True)) for name in explained}).encode()
         rows, ends = written.shard["documents"] + sum(curated.reasons.values()), sorted([*curated.left_out, *written.ends])
         work = by_parts(self.flow, "ends", reasons.parts(rows), ends, output=self.output.uri, columns=self.columns)
         records = self.flow.all("ends", reasons.write_ends, work, valid=lambda r: self.output.join(r["path"]).exists())
@@ -167,23 +168,23 @@ class Making:
 
     def shards(self, function: TaskFunction, work: Iterator[Task], cpus: int = 1) -> Iterator[dict[str, Any]]:
         """Writes the shards that are not there yet; yields the tasks' records as they finish."""
-        there = dict(self.output.files())
+        present = dict(self.output.files())
 
         def whole(record: dict[str, Any]) -> bool:
-            return all(there.get(shard["path"], 0) == shard["file_bytes"] for shard in record.get("shards", [record]))
+            return all(present.get(shard["path"], 0) == shard["file_bytes"] for shard in record.get("shards", [record]))
 
         return (record for _, record in self.flow.run("shards", function, work, cpus, whole))
 
     def tokenizer_facts(self, definition: str, end_of_document: str, folders: list[Location] | None = None) -> dict[str, Any]:
         """Stores a tokenizer, in each of the folders; returns what the manifest says of it."""
-        made = tokens.load(definition)
+        tokenizer = tokens.load(definition)
         (path,) = {versions.store(folder, f"{FILES}/tokenizer-", definition.encode(), ".json")
                    for folder in folders or [self.output]}  # fmt: skip
         return {
             "files": {"tokenizer.json": path},
             "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
-            "vocab_size": made.get_vocab_size(),
-            "end_of_document": tokens.end_id(made, end_of_document),
+            "vocab_size": tokenizer.get_vocab_size(),
+            "end_of_document": tokens.end_id(tokenizer, end_of_document),
         }
 
     def predicted(self, inputs: list[InputFile]) -> dict[str, Any]:
@@ -195,10 +196,10 @@ class Making:
             raise DataError(f"nothing is left of the sample ({meta.get('dropped')}); give a larger one")
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, curated.runs, self.sample.fraction)
-        alike = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)
-        made = Prediction(self.sample, self.all_stages, funnel, self.flow, self.counted, spread, alike, **self.of_prediction)
-        notes = self.refine(made, curated)
-        prediction = made.told(len(inputs))
+        shares = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)
+        estimate = Prediction(self.sample, self.all_stages, funnel, self.flow, self.counted, spread, shares, **self.of_prediction)
+        notes = self.refine(estimate, curated)
+        prediction = estimate.report(len(inputs))
         prediction["notes"] += notes
         return prediction
 
@@ -207,7 +208,7 @@ class Making:
         """Returns further fields of the prediction."""
         return {}
 
-    def refine(self, made: Prediction, curated: Curated) -> list[str]:
+    def refine(self, prediction: Prediction, curated: Curated) -> list[str]:
         """Adds to a prediction what follows from this kind of dataset; returns notes on it."""
         return []
 
@@ -215,8 +216,8 @@ class Making:
 def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: object) -> list[str]:
     """Lists so many documents that were left out, in as many files as ranges of hashes; returns their paths."""
     work = by_parts(flow, "listed", reasons.parts(rows), names, {}, output=output.uri, **also)
-    made = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
-    return [record["listed"] for record in made]
+    records = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
+    return [record["listed"] for record in records]
 
 
 def log_dropped(dropped: Counter[str], examples: dict[str, list[str]], meanings: dict[str, str], stages: list[Stage]) -> None:

@@ -12,7 +12,7 @@ Answer = tuple[dict[str, object], bytes]
 HEAD = 1024  # bytes, within which a PDF's first line stands
 PASSWORD = 4  # PDFium's code of documents that want one
 TEXT_BYTES = 64 << 20  # of a document
-JOINED = str.maketrans({"\ufffe": None, "\0": None})  # U+FFFE: the hyphen of a word that goes on in the next line
+JOINED = str.maketrans({"\ufffe": None, "\0": None})  # U+FFFE: the hyphen of a word that continues in the next line
 
 
 def is_pdf(data: bytes) -> bool:
@@ -20,7 +20,7 @@ def is_pdf(data: bytes) -> bool:
 
 
 def reader(keys: dict[str, int]) -> Callable[[dict[str, object], bytes], Answer]:
-    """Builds the function from a PDF's bytes to its text, and what is told about it. `keys` are those of the stage."""
+    """Builds the function from a PDF's bytes to its text, and what is recorded about it. `keys` are those of the stage."""
     import pypdfium2
 
     def work(about: dict[str, object], data: bytes) -> Answer:
@@ -43,15 +43,15 @@ def reader(keys: dict[str, int]) -> Callable[[dict[str, object], bytes], Answer]
             if size > TEXT_BYTES:
                 return {"error": "too_large", "detail": f"more than {TEXT_BYTES:,} characters in {number + 1:,} pages"}, b""
         title = (document.get_metadata_value("Title") or "").replace("\0", "").strip()
-        told = {"pages": pages, "failed": failed, "empty": sum(not text for text in texts), "title": title}
-        return told, "\n\n".join(filter(None, texts)).encode("utf-8", "replace")
+        facts = {"pages": pages, "failed": failed, "empty": sum(not text for text in texts), "title": title}
+        return facts, "\n\n".join(filter(None, texts)).encode("utf-8", "replace")
 
     return work
 
 
 def _text(page: PdfPage) -> str:
-    found = page.get_textpage()
-    text = found.get_text_range()
-    found.close()
+    textpage = page.get_textpage()
+    text = textpage.get_text_range()
+    textpage.close()
     page.close()
     return text.translate(JOINED).replace("\r\n", "\n").strip()

@@ -68,29 +68,29 @@ _IBAN_LENGTHS = {
 
 def emails(text: str) -> Iterator[Span]:
     """Finds e-mail addresses: of a domain that there is, and no login of a URL or a repository."""
-    for found in _EMAIL.finditer(text) if "@" in text else ():
-        local, at, host = found[0].partition("@")
+    for match in _EMAIL.finditer(text) if "@" in text else ():
+        local, at, host = match[0].partition("@")
         labels = host.split(".")
         while len(labels) > 1 and labels[-1].lower() not in top_level.NAMES:
             labels.pop()
-        end = found.start() + len(local) + len(at)
+        end = match.start() + len(local) + len(at)
         whole = local + at + ".".join(labels)
         if len(labels) > 1 and not _LOGIN.search(text, max(0, end - BEFORE), end) and not _NO_MAILBOX.match(whole):
-            yield found.start(), found.start() + len(whole)
+            yield match.start(), match.start() + len(whole)
 
 
 def addresses(text: str) -> Iterator[Span]:
-    """Finds IP addresses that are public: private, local, multicast and documentation ranges, and networks, are nobody's."""
-    for found in _IPV4.finditer(text):
-        groups = found[0].split(".")
-        plain = sum(len(group) > 1 for group in groups) < LONG and found[0] not in RESOLVERS
-        if not plain and _public(found[0], text, found.end()) and not found[0].endswith(".0.0"):
-            start = found.start()
+    """Finds IP addresses that are public, and not private, local, multicast, documentation ranges, or networks."""
+    for match in _IPV4.finditer(text):
+        groups = match[0].split(".")
+        plain = sum(len(group) > 1 for group in groups) < LONG and match[0] not in RESOLVERS
+        if not plain and _public(match[0], text, match.end()) and not match[0].endswith(".0.0"):
+            start = match.start()
             if not _NUMBERED.search(text, max(0, start - BEFORE), start):
-                yield found.span()
-    for found in _IPV6.finditer(text) if ":" in text else ():
-        if sum(map(bool, found[0].split(":"))) >= WRITTEN and _public(found[0], text, found.end()):
-            yield found.span()
+                yield match.span()
+    for match in _IPV6.finditer(text) if ":" in text else ():
+        if sum(map(bool, match[0].split(":"))) >= WRITTEN and _public(match[0], text, match.end()):
+            yield match.span()
 
 
 def _public(address: str, text: str, end: int) -> bool:
@@ -125,13 +125,13 @@ def _is_card(number: str, before: str) -> bool:
 def _first_valid(pattern: re.Pattern[str], text: str, valid: Callable[[str, str], bool]) -> Iterator[Span]:
     """Finds numbers that are valid, of a match as many of its groups of digits as can be: a date or a code may stand behind."""
     at = 0
-    while found := pattern.search(text, at):
-        at, number = found.end(), found[0]
+    while match := pattern.search(text, at):
+        at, number = match.end(), match[0]
         for end in range(len(number), 0, -1):
             whole = number[end - 1].isdecimal() and not number[end : end + 1].isdecimal()
-            if whole and valid(number[:end], text[max(0, found.start() - BEFORE) : found.start()]):
-                at = found.start() + end
-                yield found.start(), at
+            if whole and valid(number[:end], text[max(0, match.start() - BEFORE) : match.start()]):
+                at = match.start() + end
+                yield match.start(), at
                 break
 
 
@@ -143,11 +143,11 @@ def luhn(digits: str) -> bool:
 
 def ibans(text: str) -> Iterator[Span]:
     """Finds international account numbers: the country's length, and the checksum of ISO 7064."""
-    for found in _IBAN.finditer(text):
-        length = _IBAN_LENGTHS.get(found[0][:2])
+    for match in _IBAN.finditer(text):
+        length = _IBAN_LENGTHS.get(match[0][:2])
         if length is None:
             continue
-        at, characters = found.start(), list[str]()
+        at, characters = match.start(), list[str]()
         while at < len(text) and len(characters) < length:
             character = text[at]
             if character.isascii() and (character.isdigit() or character.isupper()):
@@ -157,7 +157,7 @@ def ibans(text: str) -> Iterator[Span]:
             at += 1
         whole = len(characters) == length and not (at < len(text) and text[at].isalnum())
         if whole and int("".join(str(int(c, 36)) for c in characters[4:] + characters[:4])) % 97 == 1:
-            yield found.start(), at
+            yield match.start(), at
 
 
 def require_region(region: str) -> None:
@@ -175,18 +175,18 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
     """Builds the function that finds phone numbers that are valid: in the international form, and in a region's own."""
     import phonenumbers
 
-    def valid(found: str, before: str) -> bool:
-        groups = _DIGITS.findall(found)
+    def valid(candidate: str, before: str) -> bool:
+        groups = _DIGITS.findall(candidate)
         digits = "".join(groups)
-        if len(digits) < FEWEST or (region is None and found[0] != "+") or not _apart(found) or _DECIMAL.search(before):
+        if len(digits) < FEWEST or (region is None and candidate[0] != "+") or not _apart(candidate) or _DECIMAL.search(before):
             return False
         try:
-            number = phonenumbers.parse("+" * (found[0] == "+") + digits, region)
+            number = phonenumbers.parse("+" * (candidate[0] == "+") + digits, region)
         except phonenumbers.NumberParseException:
             return False
         if not phonenumbers.is_valid_number(number):
             return False
-        if found[0] == "+" or (len(groups) == 1 and _SAID.search(before)):
+        if candidate[0] == "+" or (len(groups) == 1 and _SAID.search(before)):
             return True
         usual = phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.NATIONAL)
         own = groups[1:] if groups[0] == str(number.country_code) else groups
@@ -195,10 +195,10 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
     return lambda text: _first_valid(_PHONE, text, valid)
 
 
-def _apart(found: str) -> bool:
+def _apart(number: str) -> bool:
     """Tells whether parentheses are closed, and points are all that stands between groups: there are decimal numbers with one."""
-    between = {*found} - {*"0123456789+"}
-    return found.count("(") == found.count(")") and ("." not in between or (between == {"."} and found.count(".") > 1))
+    between = {*number} - {*"0123456789+"}
+    return number.count("(") == number.count(")") and ("." not in between or (between == {"."} and number.count(".") > 1))
 
 
 def _as_written(groups: list[str], usual: list[str]) -> bool:
@@ -213,7 +213,7 @@ def replaced(text: str, spans: dict[str, list[Span]], placeholders: dict[str, st
     order = {kind: i for i, kind in enumerate(spans)}
     chosen = list[tuple[int, int, str]]()
     for start, stop, kind in sorted(
-        ((a, b, kind) for kind, found in spans.items() for a, b in found), key=lambda s: (s[0], order[s[2]])
+        ((a, b, kind) for kind, places in spans.items() for a, b in places), key=lambda s: (s[0], order[s[2]])
     ):
         if not chosen or start >= chosen[-1][1]:
             chosen.append((start, stop, kind))

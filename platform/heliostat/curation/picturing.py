@@ -65,9 +65,9 @@ def _eight_bits(image: Image) -> Image:
     grey = (values.clip(0, 0xFFFF) >> 8).astype(np.uint8)
     if "transparency" in image.info:  # a value of 16 bits
         grey[values == image.info["transparency"]] = 255
-    made = pil.fromarray(grey)
-    made.info = {name: value for name, value in image.info.items() if name != "transparency"}
-    return made
+    eight_bits = pil.fromarray(grey)
+    eight_bits.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return eight_bits
 
 
 def thumbnail(data: bytes) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict, astuple, dataclass, replace
 
 import xxhash
 
-FILE_BYTES = 4096  # what a file costs beside its bytes
+FILE_BYTES = 4096  # what a file costs in addition to its bytes
 MOST_FILES = 2000  # of a piece
 LEAST, MOST = 1 << 20, 128 << 20  # bytes of a piece
 
@@ -21,7 +21,7 @@ class FilePart:
     """Describes what is read of one file, of `bytes` bytes and modified when it was: all, or the records that begin in a range.
 
     `first` is the number of the range's first record, from 1; 0 where the reader finds that out. `etag`: of an object, where its
-    store gives one.
+    store gives one. `path_by_time`: the path that a spilled task would have without ETags, if it is another.
     """
 
     path: str
@@ -31,6 +31,7 @@ class FilePart:
     stop: int | None = None
     first: int = 1
     etag: str = ""
+    path_by_time: str = ""
 
     @property
     def length(self) -> int:
@@ -40,18 +41,18 @@ class FilePart:
     @property
     def identity(self) -> list[object]:
         """Returns what the part's documents follow from, as JSON values."""
-        *told, etag = astuple(self)
-        return [*told, etag] if etag else told
+        *fields, etag, _ = astuple(self)
+        return [*fields, etag] if etag else fields
 
     @property
     def identity_by_time(self) -> list[object]:
         """Returns the identity without the ETag, which versions before it gave to the same part."""
-        return replace(self, etag="").identity
+        return replace(self, path=self.path_by_time or self.path, etag="").identity
 
     @property
     def fields(self) -> dict[str, object]:
         """Returns the part as JSON values by its fields' names; those of a part without an ETag are as they always were."""
-        return {name: value for name, value in asdict(self).items() if name != "etag" or value}
+        return {name: value for name, value in asdict(self).items() if name not in ("etag", "path_by_time") or value}
 
 
 def size(total: int) -> int:
@@ -69,17 +70,17 @@ def cut(files: Iterable[FilePart], target: int, ranged: Callable[[str], bool]) -
 
     `ranged` says of a path whether such a file can be read from the middle. Ranges of a file are pieces of their own.
     """
-    piece, held = list[FilePart](), 0
+    piece, size = list[FilePart](), 0
     for file in files:
         if file.bytes > 2 * target and ranged(file.path):
             yield from ([replace(file, start=a, stop=b, first=0 if a else 1)] for a, b in ranges(file.bytes, target))
             continue
         piece.append(file)
         cost = file.bytes + FILE_BYTES
-        held += cost
-        if xxhash.xxh64_intdigest(file.path.encode()) * target < cost << 64 or held >= 2 * target or len(piece) >= MOST_FILES:
+        size += cost
+        if xxhash.xxh64_intdigest(file.path.encode()) * target < cost << 64 or size >= 2 * target or len(piece) >= MOST_FILES:
             yield piece
-            piece, held = [], 0
+            piece, size = [], 0
     if piece:
         yield piece
 

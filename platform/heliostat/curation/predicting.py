@@ -59,7 +59,7 @@ class Prediction:
     counted: tally.Tally
     spread: float
     """The standard error of the bytes that are kept, as a share of them."""
-    alike: dict[str, Alike]
+    duplicates: dict[str, Alike]
     """What each stage that compares documents found, and of `exact` duplicates the shards."""
     rate: Rate | None = None
     most_trained: int | None = None
@@ -73,7 +73,7 @@ class Prediction:
         self.repeated = self._repeated()
         self.factors = [kept_factors(self.funnel, self.repeated, which) for which in WHICH]
 
-    def told(self, files: int) -> dict[str, Any]:
+    def report(self, files: int) -> dict[str, Any]:
         rows, hours = self._rows(), self._hours(self.factors[0], self.flow.seconds)
         total, cpus = sum(hours.values()), self.flow.cpus()
         last, spread = rows[-1], estimates.Z * self.spread
@@ -83,7 +83,7 @@ class Prediction:
         clock = self._hours(self.factors[0], waited)
         alone = clock.pop(TOKENIZER, 0.0)  # on all CPUs at once
         few, many = (sum(self._hours(self.factors[i], self.flow.seconds).values()) for i in (2, 1))  # many duplicates, few
-        found = {
+        report = {
             "sample": {"fraction": self.sample.fraction, "documents": self.funnel[segment.READ]["documents"],
                        "bytes": round(self.sample.taken_bytes), "read_bytes": self.sample.read_bytes},
             "input": {"files": files, "bytes": self.sample.input_bytes},
@@ -100,46 +100,46 @@ class Prediction:
         }  # fmt: skip
         least, most = (last["kept_bytes"] * self.factors[i][""] / self.factors[0][""] for i in (2, 1))
         least, most = least * max(0.0, 1 - spread), most * (1 + spread)
-        found |= {"bytes": last["kept_bytes"], "bytes_low": round(least), "bytes_high": round(most)}
+        report |= {"bytes": last["kept_bytes"], "bytes_low": round(least), "bytes_high": round(most)}
         if self.rate and last["tokens"] is not None:
-            found |= {"tokens_low": round(least * self.rate.low), "tokens_high": round(most * self.rate.high)}
-        return found
+            report |= {"tokens_low": round(least * self.rate.low), "tokens_high": round(most * self.rate.high)}
+        return report
 
     def _rows(self) -> list[dict[str, Any]]:
-        made = rows_of(self.funnel, self.sample, self.factors, self.rate.expected if self.rate else None)
-        for row in made:
+        rows = rows_of(self.funnel, self.sample, self.factors, self.rate.expected if self.rate else None)
+        for row in rows:
             row["cpu_hours"] = self._of_stage(row["stage"])
         first = [tally.label(*numbered) for numbered in segments(self.stages)[0]]
         reading = self._hours(self.factors[0], self.flow.seconds)[segment.READ]
-        made[0]["cpu_hours"] = max(0.0, reading - sum(row["cpu_hours"] for row in made if row["stage"] in first))
-        return made
+        rows[0]["cpu_hours"] = max(0.0, reading - sum(row["cpu_hours"] for row in rows if row["stage"] in first))
+        return rows
 
     def _repeated(self) -> dict[str, DuplicateShare]:
         """Estimates the duplicates of each stage that drops documents for others, and of shards that leave out exact ones."""
-        found = dict[str, DuplicateShare]()
+        shares = dict[str, DuplicateShare]()
         for name, part in self.funnel.items():
-            if "clusters" in part["counts"] or (name == SHARD and self.shards_drop_duplicates and not found):
+            if "clusters" in part["counts"] or (name == SHARD and self.shards_drop_duplicates and not shares):
                 # of shards only if no stage compares: an exact duplicate is a near one
-                groups, places = self.alike.get(EXACT if name == SHARD else name, ({}, {}))
+                groups, places = self.duplicates.get(EXACT if name == SHARD else name, ({}, {}))
                 rate = self.sample.taken_bytes / self.sample.read_bytes
-                found[name] = estimates.duplicates_by_place(part["documents"], groups, places, rate, self.sample.of_documents)
-        return found
+                shares[name] = estimates.duplicates_by_place(part["documents"], groups, places, rate, self.sample.of_documents)
+        return shares
 
     def _hours(self, factors: dict[str, float], taken: dict[str, float]) -> dict[str, float]:
         """Predicts the hours of each kind of task from the seconds of the sample; stages are opened as often as there."""
         before = {number: factors[tally.label(number, stage)] for number, stage in enumerate(self.stages)}
-        found, sample = {}, self.sample
+        hours, sample = {}, self.sample
         for kind, seconds in taken.items():
             opening, numbered = self.flow.opening.get(kind, 0.0), re.match(r"[a-z]+-(\d+)", kind)
             factor = before[int(numbered[1])] if numbered else 1.0 if kind == segment.READ else factors[""]
-            found[kind] = ((seconds - opening) * sample.of_bytes * factor + opening) / HOUR_S
+            hours[kind] = ((seconds - opening) * sample.of_bytes * factor + opening) / HOUR_S
         reading = self.counted[segment.READ]["seconds"]
-        found[segment.READ] += reading * (sample.input_bytes / sample.read_bytes - sample.of_bytes) / HOUR_S
-        if TOKENIZER in found and self.most_trained is not None:
+        hours[segment.READ] += reading * (sample.input_bytes / sample.read_bytes - sample.of_bytes) / HOUR_S
+        if TOKENIZER in hours and self.most_trained is not None:
             sampled = self.funnel[SHARD]["kept_bytes"]
             most, whole = self.most_trained, sampled * sample.of_bytes * factors[""]
-            found[TOKENIZER] = taken[TOKENIZER] * (min(most, whole) / min(most, sampled)) ** self.training_grows / HOUR_S
-        return found
+            hours[TOKENIZER] = taken[TOKENIZER] * (min(most, whole) / min(most, sampled)) ** self.training_grows / HOUR_S
+        return hours
 
     def _of_stage(self, name: str) -> float:
         seconds = self.flow.seconds["shards"] if name == SHARD else self.counted.get(name, {}).get("seconds", 0.0)
@@ -167,12 +167,12 @@ class Prediction:
 
 def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str = "expected") -> dict[str, float]:
     """Computes by what share of the sample's documents at each stage the whole has fewer, as it has more duplicates."""
-    found, factor = {}, 1.0
+    factors, factor = {}, 1.0
     for name in funnel:
-        found[name] = factor
+        factors[name] = factor
         if name in repeated and repeated[name].seen < 1:
             factor *= (1 - getattr(repeated[name], which)) / (1 - repeated[name].seen)
-    return found | {"": factor}  # behind the last
+    return factors | {"": factor}  # behind the last
 
 
 def rows_of(
@@ -183,14 +183,14 @@ def rows_of(
     `factors` are `kept_factors` for the expected share of duplicates, and the lowest and highest; `per_byte` are tokens.
     """
     expected, fewest, most = factors
-    read, found = funnel[segment.READ]["documents"], list[dict[str, Any]]()
+    read, rows = funnel[segment.READ]["documents"], list[dict[str, Any]]()
     pages = max((i for i, name in enumerate(funnel) if name.endswith(" extract")), default=0)
     spread = sample.unknown * estimates.Z * math.sqrt((1 - sample.fraction) / max(1, read))  # of the number read
     names = [name for name in funnel if name != segment.FINISH]
     for place, (name, after) in enumerate(zip(names, [*names[1:], ""], strict=True)):
         part, came, (low, high) = funnel[name], expected[name], estimates.wilson(funnel[name]["kept"], read)
         kept_bytes, times = part["kept_bytes"] * sample.of_bytes * expected[after], sample.of_documents * read
-        found.append({
+        rows.append({
             "stage": name,
             "documents": round(part["documents"] * sample.of_documents * came),
             "bytes": round(part["bytes"] * sample.of_bytes * came),
@@ -202,8 +202,8 @@ def rows_of(
             "dropped": {reason: round(n * sample.of_documents * came) for reason, n in part["dropped"].items()},
         })  # fmt: skip
         if len(part["dropped"]) == 1:  # for others: duplicates among them, of which there are more than the sample's
-            found[-1]["dropped"] = dict.fromkeys(part["dropped"], found[-1]["documents"] - found[-1]["kept"])
-    return found
+            rows[-1]["dropped"] = dict.fromkeys(part["dropped"], rows[-1]["documents"] - rows[-1]["kept"])
+    return rows
 
 
 def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
@@ -232,15 +232,15 @@ def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
 def alike_of(
     flow: Flow, output: Location, ends: list[list[str]], funnel: dict[str, dict[str, Any]], sample: SampledParts
 ) -> dict[str, Alike]:
-    """Counts what the stages that compare documents found alike in a sample, by the places that it was drawn by."""
+    """Counts what the stages that compare documents found equal in a sample, by the places that it was drawn by."""
     compared = [name for name, part in funnel.items() if "clusters" in part["counts"]]
     stages, parts = [*compared, EXACT], max(1, sum(funnel[name]["documents"] for name in [*compared, "shard"]) // ROWS)
-    told = {"output": output.uri, "paths": [path for _, path in ends], "stages": stages}
-    follows, shared = key(told, sample.places), {"places": flow.share(sample.places)}
-    work = (Task(key(follows, part, parts), {"part": part, "parts": parts, **told}, shared) for part in range(parts))
-    made = [record["alike"] for record in flow.all("alike", count_alike, work)]
+    arguments = {"output": output.uri, "paths": [path for _, path in ends], "stages": stages}
+    follows, shared = key(arguments, sample.places), {"places": flow.share(sample.places)}
+    work = (Task(key(follows, part, parts), {"part": part, "parts": parts, **arguments}, shared) for part in range(parts))
+    counts = [record["alike"] for record in flow.all("alike", count_alike, work)]
     flow.forget("alike")
-    return {name: (_summed(one[name][0] for one in made), _summed(one[name][1] for one in made)) for name in stages}
+    return {name: (_summed(one[name][0] for one in counts), _summed(one[name][1] for one in counts)) for name in stages}
 
 
 def _summed(counts: Iterable[dict[str, int]]) -> dict[int, int]:
@@ -252,7 +252,7 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
                 places: list[str]) -> dict[str, object]:  # fmt: skip
     """Counts, of what each stage dropped for another document, in a part of all clusters: documents of a cluster in one place by
     their number, and clusters by the number of their places, of two and more each."""
-    found: dict[str, tuple[set[int], list[tuple[int, int]]]] = {name: (set(), []) for name in stages}
+    by_stage: dict[str, tuple[set[int], list[tuple[int, int]]]] = {name: (set(), []) for name in stages}
     drawn = set(places)
     for path in paths:
         for table in spill.read(Location(output), path):
@@ -261,10 +261,10 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
             for id, stage, reason, detail in zip(*columns, strict=True):
                 who = detail if reason == "duplicate" else detail.rpartition(" (")[0]  # others also say of how many
                 if (cluster := _hash(who)) % parts == part:
-                    firsts, pairs = found[stage]
+                    firsts, pairs = by_stage[stage]
                     pairs += [(cluster, _hash(place_of(one, drawn))) for one in ((id,) if cluster in firsts else (who, id))]
                     firsts.add(cluster)
-    return {"alike": {name: _counted(pairs) for name, (_, pairs) in found.items()}, "files": []}
+    return {"alike": {name: _counted(pairs) for name, (_, pairs) in by_stage.items()}, "files": []}
 
 
 def place_of(id: str, drawn: set[str]) -> str:

@@ -11,21 +11,21 @@ HEAD = ["stage", "documents", "kept", "of what was read", "bytes", "tokens", "CP
 HOUR_S = 3600
 
 
-def fraction(given: str) -> float:
+def fraction(value: str) -> float:
     """Reads a share as `0.1%` or `0.001`; ConfigError if it is none between 0 and 1."""
-    text = given.strip()
+    text = value.strip()
     try:
-        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        found = 0.0
-    if not 0 < found < 1:
-        raise ConfigError(f"--sample: {given!r} is no share of the input; give one as 0.1% or 0.001, above 0 and below 1")
-    return found
+        number = 0.0
+    if not 0 < number < 1:
+        raise ConfigError(f"--sample: {value!r} is no share of the input; give one as 0.1% or 0.001, above 0 and below 1")
+    return number
 
 
-def table(found: dict[str, Any]) -> list[list[str]]:
-    read, rows = max(1, found["funnel"][0]["documents"]), [HEAD]
-    for row in found["funnel"]:
+def table(report: dict[str, Any]) -> list[list[str]]:
+    read, rows = max(1, report["funnel"][0]["documents"]), [HEAD]
+    for row in report["funnel"]:
         share = f"{row['kept'] / read:.1%} ({row['kept_low'] / read:.1%} to {row['kept_high'] / read:.1%})"
         hours = duration(row["cpu_hours"] * HOUR_S)
         tokens = "" if row["tokens"] is None else f"{row['tokens']:,}"
@@ -33,22 +33,22 @@ def table(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def explain(found: dict[str, Any]) -> list[str]:
-    sample, whole = found["sample"], found["input"]
-    cost = f"{found['cost']:,.2f} {found['currency']} by the plan's price table"
-    cpu, wall = duration(found["cpu_hours"] * HOUR_S), duration(found["wall_hours"] * HOUR_S)
-    few, many = duration(found["cpu_hours_low"] * HOUR_S), duration(found["cpu_hours_high"] * HOUR_S)
-    row = found["funnel"][-1]
-    size = f"{found['bytes']:,} bytes ({found['bytes_low']:,} to {found['bytes_high']:,}), "
+def explain(facts: dict[str, Any]) -> list[str]:
+    sample, whole = facts["sample"], facts["input"]
+    cost = f"{facts['cost']:,.2f} {facts['currency']} by the plan's price table"
+    cpu, wall = duration(facts["cpu_hours"] * HOUR_S), duration(facts["wall_hours"] * HOUR_S)
+    few, many = duration(facts["cpu_hours_low"] * HOUR_S), duration(facts["cpu_hours_high"] * HOUR_S)
+    row = facts["funnel"][-1]
+    size = f"{facts['bytes']:,} bytes ({facts['bytes_low']:,} to {facts['bytes_high']:,}), "
     tokens = ""
-    if found["tokens"] is not None:
-        tokens = f"{found['tokens']:,} tokens ({found['tokens_low']:,} to {found['tokens_high']:,}), "
+    if facts["tokens"] is not None:
+        tokens = f"{facts['tokens']:,} tokens ({facts['tokens_low']:,} to {facts['tokens_high']:,}), "
     return [
-        f"{found['name']}: predicted from {sample['documents']:,} documents, {sample['fraction']:.4g} of {whole['bytes']:,} bytes"
-        f" in {whole['files']:,} files, in {duration(found['seconds'])}",
-        f"the whole: {found['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {size}{tokens}"
-        f"{cpu} of CPU ({few} to {many}; {cost}), {wall} on {found['cpus']} CPUs",
+        f"{facts['name']}: predicted from {sample['documents']:,} documents, {sample['fraction']:.4g} of {whole['bytes']:,} bytes"
+        f" in {whole['files']:,} files, in {duration(facts['seconds'])}",
+        f"the whole: {facts['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {size}{tokens}"
+        f"{cpu} of CPU ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs",
         "in brackets: 95 %, as if documents were drawn one by one, with the fewest and the most duplicates that are possible; "
         "where neighbours are alike, more",
-        *(f"note: {note}" for note in found["notes"]),
+        *(f"note: {note}" for note in facts["notes"]),
     ]

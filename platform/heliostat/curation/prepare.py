@@ -4,13 +4,13 @@ A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:T
 is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:
 
 - everything cheap is checked before Ray starts: the keys, the inputs, the output's store;
-- the dataset exists only when it is complete: a new version is written beside the old one and its manifest last, so a run
+- the dataset exists only when it is complete: a new version is written next to the old one and its manifest last, so a run
   that fails or is interrupted leaves what was there. What it had written itself it removes;
 - the version that it replaces stays for `keep_days`, for the runs that read it (`heliostat.data.versions`);
 - a folder that holds other things is refused, and nothing in it that is not ours is ever removed;
 - a finished dataset of the same configuration and input is kept (`up_to_date`), unless `force` is given;
 - the digest does not depend on where the input and output lie or when they were written. Those facts are kept in
-  `prepared.json`, beside the manifest.
+  `prepared.json`, next to the manifest.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import logging
 import re
 import time
+from abc import abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
@@ -85,13 +86,13 @@ class Pipeline(Strict):
     keep_days: Float = Field(7.0, ge=0)
     """Days that a version stays after it was replaced, for the runs that read it. See docs/prepare.md#versions"""
 
+    @abstractmethod
     def check(self) -> None:
         """Checks everything that can be checked without Ray and without reading the data; ConfigError if something is wrong."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self) -> list[InputFile]:
         """Lists the files to read, sorted by path; ConfigError if there are none."""
-        raise NotImplementedError
 
     def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
         """Returns which model wrote the input, and from what, where that is known: of answers of batch inference."""
@@ -102,13 +103,13 @@ class Pipeline(Strict):
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *self.beside, *usual})
 
+    @abstractmethod
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, on Ray, and returns the manifest's rows and metadata (with `kind`).
 
         Files are named after their content (`versions.store`), because an older version lies in the same folder. In the metadata,
         `files` lists the files that are also published under a plain name, and `listed` the files that list what was left out.
         """
-        raise NotImplementedError
 
     def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
         """Prepares a share of the input in a folder, on Ray, and returns what the whole would give and take, as JSON values."""
@@ -120,7 +121,7 @@ class Pipeline(Strict):
     def begin_anew(self) -> None:
         """Forgets what an earlier run has left unfinished: `--force` was given."""
 
-    def finish(self, made: Manifest) -> None:
+    def finish(self, dataset: Manifest) -> None:
         """Removes what is of no use once the dataset is published, and adds what its digest does not cover."""
 
 
@@ -138,9 +139,9 @@ def sha256_json(value: object) -> str:
 
 def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     """Loads the pipeline's import path and the validated pipeline; ConfigError names every wrong key."""
-    given, path = path, path if path.is_absolute() else workspace.root() / path
+    name, path = path, path if path.is_absolute() else workspace.root() / path
     written = read_yaml(path)
-    schema.require_kind("pipeline", given, written)
+    schema.require_kind("pipeline", name, written)
     raw = apply(written, settings)
     if "pipeline" not in raw:
         raise ConfigError(f"{path}: {absent('pipeline', 'heliostat.pipelines:TextPipeline')}")
@@ -197,32 +198,32 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         record = {k: v for k, v in record.items() if k not in ("made", *wanted)}
         versions.write_record(output, record)  # so that a dataset whose publishing breaks off is not up to date
         write = collection.write if "parts" in meta else manifest.write
-        made = write(output, rows, {**meta, "name": pipeline.name, "config": config, "listing": listing})
+        dataset = write(output, rows, {**meta, "name": pipeline.name, "config": config, "listing": listing})
     except BaseException as e:
         _undo(output, before, record, e)
         raise
     _list(output, listed)
-    versions.publish(output, made)
+    versions.publish(output, dataset)
     also = {"stages": stages, "written_by": written_by}
-    record = versions.mark(output, made, record) | {"made": wanted | {k: v for k, v in also.items() if v}}
+    record = versions.mark(output, dataset, record) | {"made": wanted | {k: v for k, v in also.items() if v}}
     versions.release(output, record)
-    pipeline.finish(made)
+    pipeline.finish(dataset)
     pruned = versions.prune(output, record, pipeline.keep_days * DAY_S)
-    return _report(made, time.monotonic() - start, False, pruned, written_by)
+    return _report(dataset, time.monotonic() - start, False, pruned, written_by)
 
 
-def changed(made: dict[str, Any], wanted: dict[str, Any], before: dict[str, int] | None, stages: dict[str, int]) -> str:
+def changed(known: dict[str, Any], wanted: dict[str, Any], before: dict[str, int] | None, stages: dict[str, int]) -> str:
     """Says what is not as it was when the dataset was made; "" if nothing is, or there is no dataset.
 
     `before` and `stages` are versions of stages by `NUMBER NAME`; older records have none.
     """
-    if made["config"] is None or made == wanted:
+    if known["config"] is None or known == wanted:
         return ""
     newer = [f"{name} has version {stages[name]}, and had {was}" for name, was in (before or {}).items()
              if stages.get(name, was) != was]  # fmt: skip
     if newer:
         return f"its stages decide otherwise: {', '.join(newer)}"
-    return "its keys, or versions of its stages, have changed" if made["config"] != wanted["config"] else "its input has changed"
+    return "its keys, or versions of its stages, have changed" if known["config"] != wanted["config"] else "its input has changed"
 
 
 def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = False) -> dict[str, Any]:
@@ -314,38 +315,38 @@ def _check_output(output: Location) -> None:
 def _finished(output: Location) -> Manifest | None:
     """Returns the manifest of the dataset at `output` if it is complete, else None."""
     try:
-        found = manifest.read(output)
+        dataset = manifest.read(output)
     except DataError:
         return None
     sizes = dict(output.files())
-    if any(sizes.get(path) != size for path, size in zip(*_columns(found, "path", "file_bytes"), strict=True)):
+    if any(sizes.get(path) != size for path, size in zip(*_columns(dataset, "path", "file_bytes"), strict=True)):
         log.warning("%s: shards are missing or cut; preparing it again", output)
         return None
-    return found
+    return dataset
 
 
-def _columns(found: Manifest, *names: str) -> list[list[Any]]:
-    return [found.chunks[name].to_pylist() for name in names]
+def _columns(dataset: Manifest, *names: str) -> list[list[Any]]:
+    return [dataset.chunks[name].to_pylist() for name in names]
 
 
 def _report(
-    made: Manifest, seconds: float, up_to_date: bool, pruned: versions.Pruned, written_by: dict[str, Any] | None
+    dataset: Manifest, seconds: float, up_to_date: bool, pruned: versions.Pruned, written_by: dict[str, Any] | None
 ) -> dict[str, Any]:
-    meta = made.meta
+    meta = dataset.meta
     if pruned.until is not None:
         until = datetime.fromtimestamp(pruned.until).isoformat(" ", "minutes")
         log.info("%s: %d replaced versions stay for the runs that read them, the last until %s; a prepare after that removes "
-                 "them (keep_days)", made.location, pruned.kept, until)  # fmt: skip
+                 "them (keep_days)", dataset.location, pruned.kept, until)  # fmt: skip
     return {
-        "dataset": str(made.location),
-        "digest": made.digest,
-        "kind": made.kind,
-        "documents": meta.get("documents", made.rows),
-        "tokens": made.tokens,
-        "shards": len(set(made.paths)),
-        "chunks": made.chunks.num_rows,
+        "dataset": str(dataset.location),
+        "digest": dataset.digest,
+        "kind": dataset.kind,
+        "documents": meta.get("documents", dataset.rows),
+        "tokens": dataset.tokens,
+        "shards": len(set(dataset.paths)),
+        "chunks": dataset.chunks.num_rows,
         "dropped": meta.get("dropped", {}),
-        "listed": str(listed) if (listed := made.location.join(LISTED)).exists() else None,
+        "listed": str(listed) if (listed := dataset.location.join(LISTED)).exists() else None,
         "duplicates": meta.get("duplicates", 0),
         "rearranged": meta.get(COUNTS),
         "vocab_size": meta.get("vocab_size"),
@@ -366,20 +367,20 @@ def _plain(reason: str) -> str:
 def explain(report: dict[str, Any]) -> list[str]:
     """Explains the report in plain sentences: what the dataset holds, and what was left out."""
     state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
-    held = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
+    contents = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
     left_out = Counter(duplicate=report["duplicates"])
     for reason, count in report["dropped"].items():
         left_out[_plain(reason)] += count
-    told = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()) if n)
+    reasons_text = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()) if n)
     listed = f" (listed in {report['listed']})" if report["listed"] else ""
-    made = [
-        f"dataset {report['dataset']} {state}: {held}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
-        f"left out: {told or 'nothing'}{listed}",
+    lines = [
+        f"dataset {report['dataset']} {state}: {contents}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
+        f"left out: {reasons_text or 'nothing'}{listed}",
     ]
     if by := report["written_by"]:
         model = f"{by['model']['digest'][:12]} ({by['model']['folder']})"
-        made.append(f"written by model {model}: {by['answers']:,} answers to {by['input']}")
+        lines.append(f"written by model {model}: {by['answers']:,} answers to {by['input']}")
     if counts := report["rearranged"]:
-        made.append(f"rearranged for filling in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
+        lines.append(f"rearranged for filling in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
                     f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip
-    return made
+    return lines

@@ -26,7 +26,7 @@ from heliostat.curation.segment import key_of, packed
 from heliostat.curation.stage import Stage
 from heliostat.data import versions
 from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
-from heliostat.errors import DataError
+from heliostat.errors import MissingDataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, spill
 
@@ -35,8 +35,10 @@ END_ROWS = 200_000  # of a file, whose task takes 0.4 KB of memory for each
 __all__ = ["END", "end_of", "ends", "funnel", "kept_as", "made_by", "seconds", "with_column"]
 
 
-def funnel(made: Manifest) -> dict[str, dict[str, Any]]:
-    """Reads what each stage did, by `NUMBER NAME`, in order, with `read` first and `shard` last (DataError: made without stages).
+def funnel(dataset: Manifest) -> dict[str, dict[str, Any]]:
+    """Reads what each stage did, by `NUMBER NAME`, in order, with `read` first and `shard` last.
+
+    MissingDataError if the dataset was made without stages.
 
     Of each: `documents` and `bytes` that came, `kept` and `kept_bytes`, `dropped` by reason, `counts`, `histograms` (of each
     measure: value -> [kept, dropped]), `sizes` (of clusters: documents -> how many), `examples` (of each rule: [hash, id, text,
@@ -44,48 +46,48 @@ def funnel(made: Manifest) -> dict[str, dict[str, Any]]:
     means), and `largest` (clusters: [documents, id that stayed]). `finish`, if there: what was asked of texts after the stages,
     `dropped` alone.
     """
-    return json.loads(made.location.join(_named(made)["funnel"]).read())
+    return json.loads(dataset.location.join(_named(dataset)["funnel"]).read())
 
 
-def seconds(made: Manifest) -> dict[str, float]:
+def seconds(dataset: Manifest) -> dict[str, float]:
     """Reads the CPU seconds of each stage, by the funnel's names; empty where they are not known."""
-    return _uncovered(made, SECONDS)
+    return _uncovered(dataset, SECONDS)
 
 
-def made_by(made: Manifest) -> dict[str, Any]:
+def made_by(dataset: Manifest) -> dict[str, Any]:
     """Reads what made the dataset: `input`, `rules` and `stages` of its pipeline; empty where it is not known."""
-    return _uncovered(made, PIPELINE)
+    return _uncovered(dataset, PIPELINE)
 
 
-def _uncovered(made: Manifest, name: str) -> dict[str, Any]:
+def _uncovered(dataset: Manifest, name: str) -> dict[str, Any]:
     try:
-        return json.loads(made.location.join(kept_path(made.digest, name)).read())
+        return json.loads(dataset.location.join(kept_path(dataset.digest, name)).read())
     except FileNotFoundError:
         return {}
 
 
-def end_of(made: Manifest, id: str) -> list[dict[str, Any]]:
+def end_of(dataset: Manifest, id: str) -> list[dict[str, Any]]:
     """Finds what became of a document: rows of END, whose `detail` is its shard if `reason` is `kept`; none if no id is this."""
     wanted = key_of(id)
-    return [row for table in _tables(made, wanted, wanted + 1) for row in _rows(table) if row["id"] == id]
+    return [row for table in _tables(dataset, wanted, wanted + 1) for row in _rows(table) if row["id"] == id]
 
 
-def kept_as(made: Manifest, digest: str) -> list[dict[str, Any]]:
+def kept_as(dataset: Manifest, digest: str) -> list[dict[str, Any]]:
     """Finds what became of documents whose text, after all stages, has this SHA-256 (hex); reads all ends."""
-    return [row for table in ends(made) for row in _rows(table.filter(pc.equal(table["hash"], digest)))]
+    return [row for table in ends(dataset) for row in _rows(table.filter(pc.equal(table["hash"], digest)))]
 
 
-def with_column(made: Manifest, name: str, value: str) -> list[dict[str, Any]]:
-    """Finds what became of documents whose column has this value; reads all ends (DataError: they have no columns)."""
-    part, found = json.dumps(value), []
-    for table in ends(made):
+def with_column(dataset: Manifest, name: str, value: str) -> list[dict[str, Any]]:
+    """Finds what became of documents whose column has this value; reads all ends (MissingDataError: they do not have it)."""
+    part, rows = json.dumps(value), []
+    for table in ends(dataset):
         if "columns" not in table.column_names:
-            raise DataError(
-                f"{made.location}: does not keep the column {name!r} of its documents; prepare it with `columns: [{name}]`"
+            raise MissingDataError(
+                f"{dataset.location}: does not keep the column {name!r} of its documents; prepare it with `columns: [{name}]`"
             )
         near = _rows(table.filter(pc.match_substring(table["columns"].fill_null(""), part)))
-        found += [row for row in near if row["columns"].get(name) == value]
-    return found
+        rows += [row for row in near if row["columns"].get(name) == value]
+    return rows
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:
@@ -93,28 +95,31 @@ def _rows(table: pa.Table) -> list[dict[str, Any]]:
             for r in table.to_pylist()]  # fmt: skip
 
 
-def ends(made: Manifest) -> Iterator[pa.Table]:
+def ends(dataset: Manifest) -> Iterator[pa.Table]:
     """Yields what became of all documents, as tables of END."""
-    yield from _tables(made, 0, spill.ALL)
+    yield from _tables(dataset, 0, spill.ALL)
 
 
-def _tables(made: Manifest, low: int, high: int) -> Iterator[pa.Table]:
-    for begin, end, path in _listed(made):
+def _tables(dataset: Manifest, low: int, high: int) -> Iterator[pa.Table]:
+    for begin, end, path in _listed(dataset):
         if begin < high and end > low:
-            yield from spill.read(made.location, path, low, high)
+            yield from spill.read(dataset.location, path, low, high)
 
 
-def _listed(made: Manifest) -> Iterator[tuple[int, int, str]]:
+def _listed(dataset: Manifest) -> Iterator[tuple[int, int, str]]:
     """Yields (first hash, hash behind the last, path) of each file of ends."""
-    listed = _named(made)["ends"]
+    listed = _named(dataset)["ends"]
     for (begin, path), (end, _) in zip(listed, [*listed[1:], [f"{spill.ALL:x}", ""]], strict=True):
         yield int(begin, 16), int(end, 16), path
 
 
-def _named(made: Manifest) -> dict[str, Any]:
-    if "curation" not in made.meta:
-        raise DataError(f"{made.location}: was made without stages, so it holds no reasons; see its quarantine.parquet")
-    return made.meta["curation"]
+def _named(dataset: Manifest) -> dict[str, Any]:
+    if "curation" not in dataset.meta:
+        raise MissingDataError(
+            f"{dataset.location}: was made without `stages`, so it does not record what became of documents. Add `stages` to its "
+            "pipeline, and run `heliostat prepare`; what could not be read is in its quarantine.parquet"
+        )
+    return dataset.meta["curation"]
 
 
 # writing -------------------------------------------------------------------------------------------------------------
@@ -131,8 +136,8 @@ def write_ends(folder: Location, part: int, parts: int, names: list[str], output
     place = table.schema.get_field_index("columns")
     kept = table.remove_column(place)
     if columns:
-        told = [_chosen(held, columns) for held in table["columns"].to_pylist()]
-        kept = kept.append_column(END.field("columns"), pa.array(told, pa.large_string()))
+        chosen = [_chosen(packed_columns, columns) for packed_columns in table["columns"].to_pylist()]
+        kept = kept.append_column(END.field("columns"), pa.array(chosen, pa.large_string()))
     return {"begin": f"{low:x}", "path": store_ends(Location(output), kept)}
 
 
@@ -140,36 +145,36 @@ def store_ends(output: Location, table: pa.Table) -> str:
     return versions.store(output, f"{FILES}/ends-", spill.encode(table, ("id", "stage", "reason", "detail")), ".parquet")
 
 
-def rewritten(made: Manifest, ids: set[str], end: dict[str, str], output: Location) -> list[list[str]]:
+def rewritten(dataset: Manifest, ids: set[str], end: dict[str, str], output: Location) -> list[list[str]]:
     """Writes the ends again where these documents are: all that is left of them is their id, and `end`.
 
     Returns the list of all files of ends; those of other documents are not written.
     """
-    found, keys = list[list[str]](), sorted(key_of(id) for id in ids)
-    for begin, stop, path in _listed(made):
+    files, keys = list[list[str]](), sorted(key_of(id) for id in ids)
+    for begin, stop, path in _listed(dataset):
         if any(begin <= key < stop for key in keys):
-            table = pa.concat_tables(spill.read(made.location, path))
+            table = pa.concat_tables(spill.read(dataset.location, path))
             empty = dict.fromkeys(table.column_names)
             rows = [{**empty, "key": r["key"], "id": r["id"], **end} if r["id"] in ids else r for r in table.to_pylist()]
             path = store_ends(output, pa.Table.from_pylist(rows, table.schema))
-        found.append([f"{begin:x}", path])
-    return found
+        files.append([f"{begin:x}", path])
+    return files
 
 
-def _chosen(held: str | None, columns: list[str]) -> str | None:
-    found = json.loads(held) if held else {}
-    return packed({name: found[name] for name in columns if found.get(name) is not None})
+def _chosen(packed_columns: str | None, columns: list[str]) -> str | None:
+    values = json.loads(packed_columns) if packed_columns else {}
+    return packed({name: values[name] for name in columns if values.get(name) is not None})
 
 
 def explained(stages: list[Stage], total: tally.Tally, shard: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Puts the funnel together: what reading, the stages in their order, and the shards did, without seconds."""
-    told = {segment.READ: tally.entry(total, segment.READ)}
+    entries = {segment.READ: tally.entry(total, segment.READ)}
     for number, stage in enumerate(stages):
         limits = {m: [v for f in fields if (v := getattr(stage, f, None)) is not None] for m, fields in stage.thresholds.items()}
         name = tally.label(number, stage)
-        told[name] = tally.entry(total, name) | {"thresholds": limits, "what": stage.reasons}
-        if care.CRASHED in told[name]["dropped"]:
-            told[name]["what"] = stage.reasons | {care.CRASHED: care.MEANING}
-    told |= {segment.FINISH: total[segment.FINISH]} if segment.FINISH in total else {}
-    told["shard"] = tally.entry({}, "") | shard
-    return {name: {k: v for k, v in part.items() if k != "seconds"} for name, part in told.items()}
+        entries[name] = tally.entry(total, name) | {"thresholds": limits, "what": stage.reasons}
+        if care.CRASHED in entries[name]["dropped"]:
+            entries[name]["what"] = stage.reasons | {care.CRASHED: care.MEANING}
+    entries |= {segment.FINISH: total[segment.FINISH]} if segment.FINISH in total else {}
+    entries["shard"] = tally.entry({}, "") | shard
+    return {name: {k: v for k, v in part.items() if k != "seconds"} for name, part in entries.items()}

@@ -27,10 +27,10 @@ def find(name: str) -> type[Stage]:
     if name not in names():
         raise ValueError(f"{name!r} is not a stage{nearest(name, names())}")
     module = importlib.import_module(f"{STAGES}.{name}")
-    (found,) = (
+    (class_name,) = (
         c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Stage) and c.__module__ == module.__name__
     )
-    return found
+    return class_name
 
 
 def parse(raw: object) -> Stage:

@@ -11,6 +11,7 @@ that two texts have in common holds one that both choose.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
@@ -40,7 +41,7 @@ from heliostat.curation.segment import (
 from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
 from heliostat.schema import Float
 from heliostat.storage.locations import Location
-from heliostat.tasks import libraries, spill
+from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
@@ -71,12 +72,12 @@ class ComparedParts:
     def hashes(self, text: str) -> list[tuple[int, int]]:
         """Lists (place, hash of the content) of a text's parts that have enough words."""
         parts = text.split(BETWEEN[self.unit])
-        found = words(parts)
-        long = np.flatnonzero(found.counts >= self.min_words)
+        part_words = words(parts)
+        long = np.flatnonzero(part_words.counts >= self.min_words)
         if not self.normalise:
             return [(i, _hash(" ".join(parts[i].split()))) for i in long.tolist()]
-        ends = np.cumsum(found.counts)[long]
-        return list(zip(long.tolist(), found.spans(ends - found.counts[long], ends).tolist(), strict=True))
+        ends = np.cumsum(part_words.counts)[long]
+        return list(zip(long.tolist(), part_words.spans(ends - part_words.counts[long], ends).tolist(), strict=True))
 
 
 def _hash(text: str) -> int:
@@ -85,53 +86,53 @@ def _hash(text: str) -> int:
 
 def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]:
     """Spills (hash of the part, hash of the id, row, place) of the parts of a run's documents."""
-    found: list[tuple[int, int, int, int]] = []
+    signed: list[tuple[int, int, int, int]] = []
     for table in survivors(folder, run, columns=["id", "text"]):
         for row, id, text in zip(table["row"].to_pylist(), table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
             document = segment.key_of(id)
-            found += [(hash, document, row, place) for place, hash in parts.hashes(text)]
-    hashes, documents, rows, places = zip(*found, strict=True) if found else ((), (), (), ())
+            signed += [(hash, document, row, place) for place, hash in parts.hashes(text)]
+    hashes, documents, rows, places = zip(*signed, strict=True) if signed else ((), (), (), ())
     table = pa.table({"key": np.array(hashes, np.uint64), "document": np.array(documents, np.uint64),
                       "row": np.array(rows, np.uint32), "place": np.array(places, np.uint32)})  # fmt: skip
     name = spill.write(folder, table, ("document", "row", "place"))
-    return {"signed": name, "rows": len(found), "files": [name]}
+    return {"signed": name, "rows": len(signed), "files": [name]}
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
     """Spills the repeated parts of a part of all keys, by the documents that lose them: all but each one's first occurrence."""
     low, high = spill.share(part, parts)
     keys, documents, places = _firsts(folder, names, low, high)
-    held, size, files = list[pa.Table](), 0, list[str]()
+    waiting, size, files = list[pa.Table](), 0, list[str]()
     for name in names:
         for table in spill.read(folder, name, low, high):
             which = np.searchsorted(keys, table["key"].to_numpy())
             first = (documents[which] == table["document"].to_numpy()) & (places[which] == table["place"].to_numpy())
             lost = table.filter(pa.array(~first))
-            held.append(pa.table({"key": lost["node"], "place": lost["place"]}))
+            waiting.append(pa.table({"key": lost["node"], "place": lost["place"]}))
             size += len(lost)
             if size >= HELD:
-                files.append(spill.write(folder, pa.concat_tables(held), ("place",)))
-                held, size = [], 0
+                files.append(spill.write(folder, pa.concat_tables(waiting), ("place",)))
+                waiting, size = [], 0
     if size:
-        files.append(spill.write(folder, pa.concat_tables(held), ("place",)))
+        files.append(spill.write(folder, pa.concat_tables(waiting), ("place",)))
     return {"lost": files, "files": files}
 
 
 def _firsts(folder: Location, names: list[str], low: int, high: int) -> Rows:
     """Finds the first occurrence of each hash: in the document whose id has the least hash, and there the first."""
     none = (np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.uint32))
-    held, new = [none], 0
+    waiting, new = [none], 0
     for name in names:
         for table in spill.read(folder, name, low, high):
-            held.append((table["key"].to_numpy(), table["document"].to_numpy(), table["place"].to_numpy()))
+            waiting.append((table["key"].to_numpy(), table["document"].to_numpy(), table["place"].to_numpy()))
             new += len(table)
-            if new >= max(HELD, len(held[0][0])):
-                held, new = [_first(held)], 0
-    return _first(held)
+            if new >= max(HELD, len(waiting[0][0])):
+                waiting, new = [_first(waiting)], 0
+    return _first(waiting)
 
 
-def _first(held: list[Rows]) -> Rows:
-    keys, documents, places = (np.concatenate([rows[i] for rows in held]) for i in range(3))
+def _first(tables: list[Rows]) -> Rows:
+    keys, documents, places = (np.concatenate([rows[i] for rows in tables]) for i in range(3))
     order = np.lexsort((places, documents, keys))
     keys, documents, places = keys[order], documents[order], places[order]
     first = spill.starts(keys)
@@ -144,12 +145,12 @@ def lost_of(
     """Yields some runs, of which the first has the number `first`, with the places that each of their documents loses, by row."""
     lost = dict(by_run(folder, first, len(runs), names))
     for number, run in enumerate(runs, first):
-        found: dict[int, set[int]] = {}
+        lost_parts: dict[int, set[int]] = {}
         if table := lost.pop(number, None):
             rows = (table["key"].to_numpy() & np.uint64(0xFFFFFFFF)).tolist()
             for row, place in zip(rows, table["place"].to_pylist(), strict=True):
-                found.setdefault(row, set()).add(place)
-        yield run, found
+                lost_parts.setdefault(row, set()).add(place)
+        yield run, lost_parts
 
 
 @dataclass(frozen=True)
@@ -160,16 +161,16 @@ class WordWindows:
 
     def hashes(self, text: str) -> list[tuple[int, int]]:
         """Lists (number of its first word, hash) of the windows that are chosen; none of a text of fewer than two sizes."""
-        found, _ = words([text]).ngrams(self.size)
-        places = least(found, self.size)
-        return list(zip(places.tolist(), found[places].tolist(), strict=True))
+        windows, _ = words([text]).ngrams(self.size)
+        places = least(windows, self.size)
+        return list(zip(places.tolist(), windows[places].tolist(), strict=True))
 
 
-def least(found: np.ndarray, size: int) -> np.ndarray:
+def least(hashes: np.ndarray, size: int) -> np.ndarray:
     """Returns the places of the least hash of every `size` in a row, each once."""
     places = [np.zeros(0, np.int64)]
-    for start in range(0, len(found) - size + 1, BLOCK):
-        part = found[start : start + BLOCK + size - 1]
+    for start in range(0, len(hashes) - size + 1, BLOCK):
+        part = hashes[start : start + BLOCK + size - 1]
         rows = np.lib.stride_tricks.sliding_window_view(part, size)
         places.append(np.unique(rows.argmin(axis=1) + np.arange(len(rows))) + start)
     return np.unique(np.concatenate(places))
@@ -177,13 +178,13 @@ def least(found: np.ndarray, size: int) -> np.ndarray:
 
 def spans(lost: set[int], size: int) -> list[tuple[int, int]]:
     """Joins windows that overlap or touch: (first word, word behind the last) of each span."""
-    found: list[tuple[int, int]] = []
+    stretches: list[tuple[int, int]] = []
     for place in sorted(lost):
-        if found and place <= found[-1][1]:
-            found[-1] = (found[-1][0], place + size)
+        if stretches and place <= stretches[-1][1]:
+            stretches[-1] = (stretches[-1][0], place + size)
         else:
-            found.append((place, place + size))
-    return found
+            stretches.append((place, place + size))
+    return stretches
 
 
 ROW_BYTES = 120  # of memory for each occurrence that a task goes through, sorting included
@@ -213,18 +214,18 @@ class RepeatingStage(GlobalStage):
     max_removed_words: Float = Field(1.0, ge=0, le=1)
     """Documents with a larger share of their words in what is removed are dropped (`repeated`); 1 drops none."""
 
+    @abstractmethod
     def signing(self) -> Signing:
         """Returns what hashes the parts of texts that are compared."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cut(self, text: str, lost: set[int]) -> Cut:
         """Removes parts of a text by their places."""
-        raise NotImplementedError
 
-    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
-        kind, runs, parts = f"repeated-{number}", found.runs, self.signing()
-        told = [self.named(), self.version, vars(parts), libraries.of(self.named())]
-        signing = (Task(key(run.name, run.decided, told), {"run": run, "parts": parts}, bytes=run.bytes) for run in runs)
+    def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
+        kind, runs, parts = f"repeated-{number}", curated.runs, self.signing()
+        identity = [self.named(), self.version, vars(parts), self.library_versions()]
+        signing = (Task(key(run.name, run.decided, identity), {"run": run, "parts": parts}, bytes=run.bytes) for run in runs)
         signed = flow.all(f"{kind}-sign", sign, signing)
         shares = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))
         counts = [r["rows"] for r in signed]
@@ -234,28 +235,28 @@ class RepeatingStage(GlobalStage):
         room, numbered = memory_limit // 2 // ROW_BYTES, zip(runs, counts, strict=True)
         groups = [[run for run, _ in group] for group in filled(numbered, lambda one: one[1], room, REWRITTEN)]
         arguments = {"entry": self.entry(), "number": number, "memory_limit": memory_limit}
-        also, source = [self.identity(), found.identity], flow.share(found.source)
+        also, source = [self.identity(), curated.identity], flow.share(curated.source)
         removing = (
             replace(task, shared=task.shared | {"source": source}) for task in about(flow, kind, groups, names, also, **arguments)
         )
         records = flow.all(f"{kind}-remove", remove, removing)
         seconds = sum(s for name, s in flow.seconds.items() if name.startswith(f"{kind}-"))
-        found.tallies.append(store(flow.work.spill, {tally.label(number, self): tally.entry({}, "") | {"seconds": seconds}}))
-        return [run for record in records for run in found.take(record)]
+        curated.tallies.append(store(flow.work.spill, {tally.label(number, self): tally.entry({}, "") | {"seconds": seconds}}))
+        return [run for record in records for run in curated.take(record)]
 
     def outcome(self, document: Document, lost: set[int]) -> Outcome:
         """Removes parts of a document by their places, or drops it."""
         if not lost:
             return Outcome(document, measures={"removed_words": 0.0})
         assert isinstance(document.text, str)
-        made = self.cut(document.text, lost)
-        measures = {"removed_words": made.removed_words}
-        if not made.text.strip():
-            return Outcome(None, "empty", made.detail, measures, made.counts)
-        if made.removed_words > self.max_removed_words:
-            return Outcome(None, "repeated", made.detail, measures, made.counts)
-        left = Document(document.id, made.text, document.columns, document.picture)
-        return Outcome(left, measures=measures, counts=made.counts)
+        shortened = self.cut(document.text, lost)
+        measures = {"removed_words": shortened.removed_words}
+        if not shortened.text.strip():
+            return Outcome(None, "empty", shortened.detail, measures, shortened.counts)
+        if shortened.removed_words > self.max_removed_words:
+            return Outcome(None, "repeated", shortened.detail, measures, shortened.counts)
+        left = Document(document.id, shortened.text, document.columns, document.picture)
+        return Outcome(left, measures=measures, counts=shortened.counts)
 
 
 def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
@@ -273,11 +274,11 @@ def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str
             if outcome.document is None:
                 out.leave_out(document.id, name, outcome.reason, outcome.detail, outcome.measures, document.columns)
                 continue
-            made = source.finish(outcome.document) if source is not None and places else outcome.document
-            if isinstance(made, Dropped):
+            shortened = source.finish(outcome.document) if source is not None and places else outcome.document
+            if isinstance(shortened, Dropped):
                 dropped = tally.entry(counts, FINISH)["dropped"]
-                dropped[made.reason] = dropped.get(made.reason, 0) + 1
-                out.leave_out(made.id, FINISH, made.reason, f"after {name}", columns=document.columns)
+                dropped[shortened.reason] = dropped.get(shortened.reason, 0) + 1
+                out.leave_out(shortened.id, FINISH, shortened.reason, f"after {name}", columns=document.columns)
             else:
-                out.add(made)
+                out.add(shortened)
     return out.record(counts)

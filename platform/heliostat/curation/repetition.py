@@ -30,7 +30,7 @@ class Repeats:
         self.words = words
         self.ends = np.zeros(len(lengths) + 1, np.int32)  # where each word ends, if all are written without a space
         np.cumsum(lengths, out=self.ends[1:])
-        self._held, self._n = words.copy(), 1
+        self._words, self._n = words.copy(), 1
         self._twice: np.ndarray | None = None  # where the n-gram may be one that is there more than once; None: everywhere
 
     def _advance(self, n: int) -> np.ndarray:
@@ -38,12 +38,12 @@ class Repeats:
         while self._n < n:
             for start in range(0, len(self.words) - self._n, BLOCK):
                 stop = min(start + BLOCK, len(self.words) - self._n)
-                part = self._held[start:stop]
+                part = self._words[start:stop]
                 part *= _FACTOR
                 part += self.words[start + self._n : stop + self._n]
                 part ^= part >> np.uint64(29)
             self._n += 1
-        return self._held[: len(self.words) - n + 1]
+        return self._words[: len(self.words) - n + 1]
 
     def top_chars(self, n: int) -> int:
         """Counts the characters that the most frequent n-gram takes, with single spaces in it; of several, the first."""
@@ -95,9 +95,9 @@ def _first_of(hashes: np.ndarray, values: np.ndarray) -> int:
     for start in range(0, len(hashes), BLOCK):
         part = hashes[start : start + BLOCK]
         which = np.minimum(np.searchsorted(values, part), len(values) - 1)
-        found = np.flatnonzero(values[which] == part)
-        if len(found):
-            return start + int(found[0])
+        places = np.flatnonzero(values[which] == part)
+        if len(places):
+            return start + int(places[0])
     raise AssertionError("none of the values is among the hashes")
 
 

@@ -27,14 +27,14 @@ def evenly(parts: Iterable[FilePart], rate: float) -> list[FilePart]:
     its share is, by a lot of the class where that is no whole number. So each has the same chance, and within a class those of
     a pair are drawn almost as if by themselves.
     """
-    classes, found = dict[int, list[FilePart]](), list[FilePart]()
+    classes, sample = dict[int, list[FilePart]](), list[FilePart]()
     for part in parts:
         classes.setdefault(part.length.bit_length(), []).append(part)
     for size, of_size in sorted(classes.items()):
         of_size.sort(key=lambda part: _drawn(f"{part.path}\0{part.start}", OF_PLACES))
         lot = _drawn(f"{size} {of_size[0].path}\0{of_size[0].start}", OF_LOTS)
-        found += [part for rank, part in enumerate(of_size) if rank + lot < rate * len(of_size)]
-    return found
+        sample += [part for rank, part in enumerate(of_size) if rank + lot < rate * len(of_size)]
+    return sample
 
 
 def _drawn(what: str, seed: int) -> float:
@@ -86,7 +86,7 @@ class SampledParts:
 
     @property
     def unknown(self) -> float:
-        """Returns the share of the input, in bytes, of which nobody knows how many documents it holds."""
+        """Returns the share of the input, in bytes, whose number of documents is unknown."""
         return self.many_bytes / max(1, self.input_bytes)
 
     @property
@@ -96,12 +96,12 @@ class SampledParts:
 
     def pieces(self) -> Iterator[list[FilePart]]:
         """Yields the parts in pieces of work."""
-        target, held, piece = pieces.size(self.read_bytes), 0, list[FilePart]()
+        target, size, piece = pieces.size(self.read_bytes), 0, list[FilePart]()
         for part in self.parts:
             piece.append(part)
-            held += part.length + pieces.FILE_BYTES
-            if held >= target:
+            size += part.length + pieces.FILE_BYTES
+            if size >= target:
                 yield piece
-                held, piece = 0, []
+                size, piece = 0, []
         if piece:
             yield piece

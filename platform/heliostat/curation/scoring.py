@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -18,6 +19,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, Work
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, nearest
 from heliostat.tasks import files
+from heliostat.tasks.libraries import MODELS
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Value = TypeVar("Value")
-Config = dict[str, Any]  # a folder's JSON, as whoever saved it has it
+Config = dict[str, Any]  # a folder's JSON, as it was saved
 LEAST_TOKENS = 32  # that a text is padded to
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
@@ -105,9 +107,10 @@ def check_length(config: Config, max_tokens: int) -> None:
         raise ConfigError(f"max_tokens: {max_tokens:,} is more than the model can read; give at most {most:,}")
 
 
-class ModelStage(Stage):
-    """Runs documents through a folder's model: of texts, where a subclass says nothing else."""
+class NamesModel(Stage):
+    """Holds the folder of a model: of texts, where a subclass says nothing else."""
 
+    libraries: ClassVar[tuple[str, ...]] = MODELS
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
@@ -116,18 +119,22 @@ class ModelStage(Stage):
     def digests(self) -> dict[str, object]:
         return {"model": digests(self.model)}
 
+
+class ModelStage(NamesModel):
+    """Runs documents one by one through a folder's model."""
+
     def open(self) -> Work:
         self.check()
         compute = self.computing()
         return lambda documents: [self.outcome(d, *values) for d, values in zip(documents, compute(documents), strict=True)]
 
+    @abstractmethod
     def computing(self) -> Callable[[list[Document]], Sequence[tuple[object, ...]]]:
         """Loads the model, and returns what computes the values of documents that `outcome` takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outcome(self, document: Document, *values: Any, **none: Any) -> Outcome:
         """Decides on a document by its values."""
-        raise NotImplementedError
 
 
 class ScoringStage(ModelStage):
@@ -156,7 +163,7 @@ class ScoringStage(ModelStage):
         return self.judged(document, {"score": score}, {"cut_to_max_tokens": 1} if cut else {}, {self.column: score})
 
 
-class Reader(Generic[Value]):
+class Reader(ABC, Generic[Value]):
     """Runs texts, or pairs of them, through a folder's model, on a GPU if there is one; a subclass says which, and what of its
     output. Of a pair that is longer than `max_tokens` the second text is cut."""
 
@@ -180,9 +187,9 @@ class Reader(Generic[Value]):
         self.pad = model.config.pad_token_id or 0
         self.typed = self.pairs and getattr(model.config, "type_vocab_size", 1) > 1
 
+    @abstractmethod
     def load(self, folder: str, **options: object) -> PreTrainedModel:
         """Loads the folder's model, with these options of transformers."""
-        raise NotImplementedError
 
     def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Value, bool]]:
         """Returns (what is computed, whether the text, or the pair, was longer than max_tokens) of each."""
@@ -211,9 +218,9 @@ class Reader(Generic[Value]):
         with torch.inference_mode():
             return self.values(self.model(input_ids=ids, attention_mask=mask, **types), ids, mask)
 
+    @abstractmethod
     def values(self, output: Any, ids: Tensor, mask: Tensor) -> list[Value]:
         """Computes a value for each row of a batch from the model's output, the tokens and which of them count."""
-        raise NotImplementedError
 
 
 class SequenceClassifier(Reader[float]):

@@ -44,7 +44,7 @@ LEFT_OUT = pa.schema(
 READ = careful.READ  # the stage at which reading leaves something out
 FINISH = "finish"  # the one at which texts are left out that do not meet what is asked of them after the stages
 LEFT_OUT_ROWS, LEFT_OUT_BYTES = 20_000, 64 << 20  # that are held, as Python objects, before they are spilled
-EXAMPLES = 3  # ids that are told for each reason
+EXAMPLES = 3  # ids that are listed for each reason
 DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
 Row = tuple[Any, ...]  # of Arrow values
 
@@ -87,10 +87,10 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
     The rows' keys are places: (number of the run) << 32 | row.
     """
-    held = [t for name in names for t in spill.read(folder, name, first << 32, (first + count) << 32)]
-    if held:
-        table = pa.concat_tables(held).sort_by("key")
-        held.clear()
+    tables = [t for name in names for t in spill.read(folder, name, first << 32, (first + count) << 32)]
+    if tables:
+        table = pa.concat_tables(tables).sort_by("key")
+        tables.clear()
         numbers, starts = np.unique(table["key"].to_numpy() >> np.uint64(32), return_index=True)
         for number, start, stop in zip(numbers.tolist(), starts.tolist(), [*starts[1:].tolist(), len(table)], strict=True):
             yield number, table.slice(start, stop - start)
@@ -104,8 +104,8 @@ def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource,
     opening = cpu_time.now() - start
     taking = Careful(care)
     documents = taking.reading(piece, source.read)
-    made = _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes, taking)
-    return made | {"opening": opening}
+    runs = _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes, taking)
+    return runs | {"opening": opening}
 
 
 def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: list[Entry], first: int, run_bytes: int,
@@ -114,27 +114,27 @@ def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: 
     start = cpu_time.now()
     chain = Chain(folder, stages, first)
     opening = cpu_time.now() - start
-    made = _run(folder, (d for _, d in documents_of(folder, run)), source, chain, run_bytes, Careful(care))
-    return made | {"opening": opening}
+    runs = _run(folder, (d for _, d in documents_of(folder, run)), source, chain, run_bytes, Careful(care))
+    return runs | {"opening": opening}
 
 
 def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
     """Counts documents as they are read, and the seconds that reading takes."""
-    found, reading = tally.entry(counts, READ), iter(documents)
+    entry, reading = tally.entry(counts, READ), iter(documents)
     while True:
         start = cpu_time.now()
         item = next(reading, None)
-        found["seconds"] += cpu_time.now() - start
+        entry["seconds"] += cpu_time.now() - start
         if item is None:
             break
-        found["documents"] += 1
+        entry["documents"] += 1
         if isinstance(item, Dropped):
-            found["dropped"][item.reason] = found["dropped"].get(item.reason, 0) + 1
+            entry["dropped"][item.reason] = entry["dropped"].get(item.reason, 0) + 1
         else:
-            found["kept"] += 1
-            found["kept_bytes"] += bytes_of(item)
+            entry["kept"] += 1
+            entry["kept_bytes"] += bytes_of(item)
         yield item
-    found["bytes"] = found["kept_bytes"]  # of what was left out nobody knows them
+    entry["bytes"] = entry["kept_bytes"]  # they are unknown for what was left out
 
 
 def documents_of(folder: Location, run: SpilledRun) -> Iterator[tuple[int, Document]]:
@@ -176,16 +176,16 @@ class _Stages(careful.Through):
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
         kept, dropped = self.chain.run(documents, about)
         about(FINISH)
-        gone, rows = [left_out(*told) for told in dropped], list[Row]()
+        gone, rows = [left_out(*fields) for fields in dropped], list[Row]()
         for document, item in ((document, self._finished(document)) for document in kept):
             if isinstance(item, Dropped):
-                found = tally.entry(self.chain.tally, FINISH)["dropped"]
-                found[item.reason] = found.get(item.reason, 0) + 1
+                dropped_counts = tally.entry(self.chain.tally, FINISH)["dropped"]
+                dropped_counts[item.reason] = dropped_counts.get(item.reason, 0) + 1
                 gone.append(left_out(item.id, FINISH, item.reason, item.detail, columns=document.columns))
             else:
                 rows.append(row_of(item))
-        for told in gone:  # what a stage made of a document may be nothing that can be spilled: until here nothing is held
-            self.out.hold_left_out(told)
+        for fields in gone:  # what a stage made of a document may be nothing that can be spilled: until here nothing is held
+            self.out.hold_left_out(fields)
         for row in rows:
             self.out.hold(row)
 
@@ -221,8 +221,8 @@ def row_of(document: Document) -> Row:
 def left_out(id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None,
              columns: Mapping[str, object] | str | None = None) -> Row:  # fmt: skip
     """Returns what LEFT_OUT holds of a document that is left out."""
-    told, held = json.dumps(measures) if measures else None, columns if isinstance(columns, str) else packed(columns)
-    return key_of(id), id, stage, reason, detail, told, None, held
+    numbers, kept = json.dumps(measures) if measures else None, columns if isinstance(columns, str) else packed(columns)
+    return key_of(id), id, stage, reason, detail, numbers, None, kept
 
 
 @dataclass
@@ -233,7 +233,7 @@ class Spiller:
     run_bytes: int
     runs: list[SpilledRun] = field(default_factory=list)
     spilled: list[str] = field(default_factory=list)  # of what was left out
-    held: list[Row] = field(default_factory=list)  # (hash, id, bytes, columns, UTF-8 text), the image's columns
+    rows: list[Row] = field(default_factory=list)  # (hash, id, bytes, columns, UTF-8 text), the image's columns
     out: list[Row] = field(default_factory=list)  # as LEFT_OUT has it
     size: int = 0
     out_size: int = 0
@@ -245,7 +245,7 @@ class Spiller:
 
     def hold(self, row: Row) -> None:
         """Adds a document's row."""
-        self.held.append(row)
+        self.rows.append(row)
         self.size += row[2] + len(row[3] or "") + 200
         if self.size >= self.run_bytes:
             self.spill()
@@ -256,9 +256,9 @@ class Spiller:
 
     def hold_left_out(self, row: Row) -> None:
         """Adds the row of a document that is left out."""
-        _, id, stage, reason, detail, _, _, held = row
+        _, id, stage, reason, detail, _, _, columns = row
         self.out.append(row)
-        self.out_size += len(id) + len(detail) + len(held or "")
+        self.out_size += len(id) + len(detail) + len(columns or "")
         name = reason if stage in (READ, FINISH) or reason == care.CRASHED else f"{stage}: {reason}"
         self.reasons[name] += 1
         self.examples[name] = heapq.nsmallest(EXAMPLES, [*self.examples.get(name, []), id])
@@ -267,9 +267,9 @@ class Spiller:
 
     def spill(self) -> None:
         """Writes what is held as a run: sorted by hash, then id, and numbered in that order."""
-        self.held.sort(key=lambda row: (row[0], row[1]))
-        table, bytes = _table(self.held), sum(row[2] for row in self.held)
-        self.held, self.size = [], 0  # before the file is made, which takes as much again
+        self.rows.sort(key=lambda row: (row[0], row[1]))
+        table, bytes = _table(self.rows), sum(row[2] for row in self.rows)
+        self.rows, self.size = [], 0  # before the file is made, which takes as much again
         self.runs.append(SpilledRun(spill.write_sorted(self.folder, table), len(table), bytes))
 
     def spill_left_out(self) -> None:
@@ -281,33 +281,42 @@ class Spiller:
 
     def record(self, counts: tally.Tally) -> SegmentRecord:
         """Spills the rest and returns the task's record."""
-        if self.held:
+        if self.rows:
             self.spill()
         if self.out:
             self.spill_left_out()
-        told = store(self.folder, counts) if counts else None
+        stored_counts = store(self.folder, counts) if counts else None
         return {
             "runs": [(run.name, run.rows, run.bytes) for run in self.runs],
             "left_out": self.spilled,
             "reasons": dict(sorted(self.reasons.items())),
             "examples": dict(sorted(self.examples.items())),
-            "tally": told,
-            "files": [*(run.name for run in self.runs), *self.spilled, *([told] if told else [])],
+            "tally": stored_counts,
+            "files": [*(run.name for run in self.runs), *self.spilled, *([stored_counts] if stored_counts else [])],
         }
 
 
-def _table(held: list[Row]) -> pa.Table:
+def _table(rows: list[Row]) -> pa.Table:
     """Makes a run's table of its sorted rows."""
-    hashes, *others = zip(*held, strict=True)
+    hashes, *others = zip(*rows, strict=True)
     keys = np.frombuffer(b"".join(hashes), ">u8")[::4].astype(np.uint64)
     schema = PICTURES if len(others) > 4 else RUN
-    columns = (keys, range(len(held)), hashes, *others)
+    columns = (keys, range(len(rows)), hashes, *others)
     return pa.Table.from_arrays([pa.array(v, kind.type) for v, kind in zip(columns, schema, strict=True)], schema=schema)
 
 
 def store(folder: Location, value: object) -> str:
     """Writes JSON values to the spill folder under the name of their content."""
-    return spill.put(folder, json.dumps(value, sort_keys=True).encode(), ".json")
+    return spill.put(folder, _encoded(value), ".json")
+
+
+def name_of(value: object) -> str:
+    """Returns the name under which `store` writes JSON values."""
+    return spill.named(_encoded(value), ".json")
+
+
+def _encoded(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
 
 
 def load(folder: Location, name: str) -> Any:

@@ -9,6 +9,7 @@ models and lists are loaded.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from heliostat import extras
 from heliostat.errors import ConfigError
 from heliostat.schema import Strict
-from heliostat.tasks import files, libraries
+from heliostat.tasks import files
+from heliostat.tasks.libraries import versions
 
 if TYPE_CHECKING:
     from heliostat.tasks.flow import Flow
@@ -57,7 +59,7 @@ class Document:
 class Outcome:
     """Holds what a stage made of one document: None, with one of the stage's reasons, where it is dropped.
 
-    `measures` are the numbers that the decision was made by, whether it was kept or dropped: the funnel draws them beside the
+    `measures` are the numbers that the decision was made by, whether it was kept or dropped: the funnel draws them next to the
     thresholds. `counts` are things done to a document that stays: lines removed, addresses masked.
     """
 
@@ -119,6 +121,8 @@ class Stage(Strict):
     """
     needs: ClassVar[tuple[str, ...]] = ()
     """An extra, and the modules of it that the stage needs."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """The distributions that its result follows from: with another version of one, its tasks are done again."""
     gpu: ClassVar[bool] = False
     """Whether it runs by itself in tasks that each hold a GPU, where the cluster has any."""
     of_images: ClassVar[bool] = False
@@ -163,8 +167,8 @@ class Stage(Strict):
         """Yields each key that names files, and a path that it holds: one, a list of them, or a mapping of names to them."""
         for key in self.paths:
             value = getattr(self, key)
-            held = value.values() if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
-            yield from ((key, path) for path in held)
+            paths = value.values() if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
+            yield from ((key, path) for path in paths)
 
     def located(self, places: Mapping[str, str]) -> Self:
         """Returns the stage with the places of this node for the paths that it names."""
@@ -172,7 +176,12 @@ class Stage(Strict):
 
     def follows(self) -> dict[str, object]:
         """Returns what its tasks follow from: its identity, and the versions of the libraries that it uses."""
-        return {**self.identity(), "libraries": libraries.of(self.named())}
+        return {**self.identity(), "libraries": self.library_versions()}
+
+    @classmethod
+    def library_versions(cls) -> dict[str, str]:
+        """Returns the versions of its libraries, and of Python's Unicode data."""
+        return versions(cls.libraries)
 
     def entry(self) -> dict[str, object]:
         """Returns its entry in a pipeline file, with all keys."""
@@ -237,9 +246,9 @@ def _digest(key: str, path: str) -> str:
 class GlobalStage(Stage):
     """Defines a stage that compares documents, in tasks of its own between the others': it has no function over a batch."""
 
-    def compare(self, flow: Flow, found: Any, number: int, memory_limit: int) -> list[SpilledRun]:
-        """Compares the documents of the runs in `found`, and returns the runs without those that were decided against.
+    @abstractmethod
+    def compare(self, flow: Flow, curated: Any, number: int, memory_limit: int) -> list[SpilledRun]:
+        """Compares the documents of the runs in `curated`, and returns the runs without those that were decided against.
 
-        It is stage `number`; what it leaves out, and its tally, it adds to `found`.
+        It is stage `number`; what it leaves out, and its tally, it adds to `curated`.
         """
-        raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from heliostat.tasks.work import Work
 
 
 class StagedPipeline(Pipeline):
-    """Defines a pipeline whose tasks are recorded as they finish, so that a run that was ended goes on."""
+    """Defines a pipeline whose tasks are recorded as they finish, so that a run that was ended continues."""
 
     _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
     _watch: PipelineWatch | None = PrivateAttr(default=None)
@@ -60,12 +61,12 @@ class StagedPipeline(Pipeline):
 
     def check_places(self, input: str, here: str | None) -> None:
         """Checks that the input (its path `here`, if it has one), the output and the work lie apart; ConfigError if not."""
-        there = place(self.output, "output").path
-        if self.work and _overlap(self.worked.location.path, there):
+        output_path = place(self.output, "output").path
+        if self.work and _overlap(self.worked.location.path, output_path):
             raise ConfigError(f"work: {self.work!r} and the output {self.output!r} lie in one another; move the work away")
         if here is None:
             return
-        if _overlap(here, there):
+        if _overlap(here, output_path):
             raise ConfigError(f"output: {self.output!r} and the input {input!r} lie in one another; move the output away")
         if _overlap(here, self.worked.location.path):
             raise ConfigError(f"work: {self.worked.location} and the input {input!r} lie in one another; name another folder")
@@ -73,17 +74,17 @@ class StagedPipeline(Pipeline):
     def check_columns(self, known: Iterable[str], key: str) -> None:
         """Checks that documents can have the columns that stages compare: where none has it, all would be equal; ConfigError if
         not. `known` columns come with the documents, and `key` is the pipeline's that names more of them, if there is one."""
-        there = set(known)
+        available = set(known)
         for number, stage in enumerate(self.stages):
             if not type(stage).__module__.startswith("heliostat."):
                 return  # a stage of somebody's own may make any column
             for field in stage.compares:
-                if (name := getattr(stage, field)) and name not in there:
-                    hint, also = nearest(name, sorted(there)), f", or name it under `{key}` too" if key else ""
+                if (name := getattr(stage, field)) and name not in available:
+                    hint, also = nearest(name, sorted(available)), f", or name it under `{key}` too" if key else ""
                     fix = f"{hint}{'' if hint.endswith('?') else '.'} Correct it{also}"
-                    told = f"{name!r} is none of the documents' columns"
-                    raise ConfigError(f"stages.{number}: {stage.named()}: {field}: {told}{fix}")
-            there |= stage.made()
+                    problem = f"{name!r} is none of the documents' columns"
+                    raise ConfigError(f"stages.{number}: {stage.named()}: {field}: {problem}{fix}")
+            available |= stage.made()
 
     def watched(self, watch: PipelineWatch) -> None:
         self._watch = watch
@@ -91,9 +92,9 @@ class StagedPipeline(Pipeline):
     def begin_anew(self) -> None:
         self.worked.clear()
 
+    @abstractmethod
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> Making:
         """Returns what makes the dataset, or that of a sample."""
-        raise NotImplementedError
 
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         """Chooses a sample for a dry run."""
@@ -111,13 +112,13 @@ class StagedPipeline(Pipeline):
         return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def uncovered(self) -> dict[str, dict[str, Any]]:
-        """Returns what is kept beside a dataset with stages and no digest covers, by its name."""
+        """Returns what is kept next to a dataset with stages and no digest covers, by its name."""
         return {reasons.SECONDS: self._seconds} if self._seconds else {}
 
-    def finish(self, made: Manifest) -> None:
+    def finish(self, dataset: Manifest) -> None:
         """Writes what no digest covers, and removes the work."""
         for name, facts in self.uncovered().items() if self.stages else ():
-            made.location.join(kept_path(made.digest, name)).write(json.dumps(facts).encode())
+            dataset.location.join(kept_path(dataset.digest, name)).write(json.dumps(facts).encode())
         if self.keep_work:
             shipping.withdraw(self.worked.spill)
         else:

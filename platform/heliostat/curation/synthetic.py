@@ -52,17 +52,17 @@ def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
         return None
     record = _above(folder).join(RECORD)
     try:
-        told = TOLD.read(record)
+        facts = TOLD.read(record)
     except FileNotFoundError:
         return None
     except DataError as e:
         log.warning("the dataset does not say which model wrote it: %s", e)
         return None
-    listed = {PurePosixPath(one["file"]).name for one in told["answers_in"]}
+    listed = {PurePosixPath(one["file"]).name for one in facts["answers_in"]}
     if others := {PurePosixPath(file.path or root.name).name for file in files} - listed:
         log.warning("the dataset does not say which model wrote it: %s does not list %s", record, min(others))
         return None
-    return {name: value for name, value in told.items() if name in InferenceFacts.__annotations__ and name != "answers_in"}
+    return {name: value for name, value in facts.items() if name in InferenceFacts.__annotations__ and name != "answers_in"}
 
 
 def _above(place: Location) -> Location:

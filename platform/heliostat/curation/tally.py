@@ -37,32 +37,32 @@ def entry(tally: Tally, name: str) -> dict[str, Any]:
 
 def count(tally: Tally, name: str, stage: Stage, before: Document, outcome: Outcome, sizes: tuple[int, int]) -> None:
     """Counts what a stage made of a document, of `sizes` bytes before and after."""
-    found, kept = entry(tally, name), outcome.document is not None
-    found["documents"] += 1
-    found["bytes"] += sizes[0]
-    found["kept"] += kept
-    found["kept_bytes"] += sizes[1]
+    counts, kept = entry(tally, name), outcome.document is not None
+    counts["documents"] += 1
+    counts["bytes"] += sizes[0]
+    counts["kept"] += kept
+    counts["kept_bytes"] += sizes[1]
     if not kept:
-        found["dropped"][outcome.reason] = found["dropped"].get(outcome.reason, 0) + 1
-        example(found["examples"], f"dropped {outcome.reason}", before, outcome.detail, outcome.measures)
+        counts["dropped"][outcome.reason] = counts["dropped"].get(outcome.reason, 0) + 1
+        example(counts["examples"], f"dropped {outcome.reason}", before, outcome.detail, outcome.measures)
     for what, number in outcome.counts.items():
-        found["counts"][what] = found["counts"].get(what, 0) + number
+        counts["counts"][what] = counts["counts"].get(what, 0) + number
     for measure, value in outcome.measures.items():
-        bins = found["histograms"].setdefault(measure, {})
+        bins = counts["histograms"].setdefault(measure, {})
         bins.setdefault(f"{rounded(value):.6g}", [0, 0])[0 if kept else 1] += 1
     if kept and stage.thresholds:
         for measure in narrow(stage, outcome.measures):
-            example(found["examples"], f"kept {measure}", before, "", outcome.measures)
+            example(counts["examples"], f"kept {measure}", before, "", outcome.measures)
 
 
 def narrow(stage: Stage, measures: dict[str, float]) -> list[str]:
     """Lists the measures that are within a tenth of one of their thresholds."""
-    found = []
+    candidates = []
     for measure, fields in stage.thresholds.items():
         limits = [v for v in (getattr(stage, f, None) for f in fields) if isinstance(v, int | float) and not isinstance(v, bool)]
         if measure in measures and any(abs(measures[measure] - v) <= NEAR * abs(v) for v in limits):
-            found.append(measure)
-    return found
+            candidates.append(measure)
+    return candidates
 
 
 def rounded(value: float) -> float:
@@ -74,13 +74,13 @@ def rounded(value: float) -> float:
 
 def example(examples: dict[str, list[Any]], rule: str, document: Document, detail: str, measures: dict[str, float]) -> None:
     """Takes a document as an example of a rule if its hash is among the lowest."""
-    found, place = examples.setdefault(rule, []), xxhash.xxh64_intdigest(f"{rule}\0{document.id}".encode())
-    if len(found) < EXAMPLES or place < found[-1][0]:
+    kept_examples, place = examples.setdefault(rule, []), xxhash.xxh64_intdigest(f"{rule}\0{document.id}".encode())
+    if len(kept_examples) < EXAMPLES or place < kept_examples[-1][0]:
         text = document.text if isinstance(document.text, str) else document.text[: 4 * EXCERPT].decode("utf-8", "replace")
         picture = [thumbnail(document.picture.data)] if document.picture else []
-        found.append([place, document.id, text[:EXCERPT], detail, measures, *picture])
-        found.sort(key=lambda e: (e[0], e[1]))
-        del found[EXAMPLES:]
+        kept_examples.append([place, document.id, text[:EXCERPT], detail, measures, *picture])
+        kept_examples.sort(key=lambda e: (e[0], e[1]))
+        del kept_examples[EXAMPLES:]
 
 
 def merge(tallies: Iterable[Tally]) -> Tally:
@@ -116,6 +116,6 @@ def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
         known = total.setdefault("sizes", {})
         for size, number in part["sizes"].items():
             known[size] = known.get(size, 0) + number
-    for rule, found in part["examples"].items():
+    for rule, examples in part["examples"].items():
         known = total["examples"].get(rule, [])
-        total["examples"][rule] = list(heapq.merge(known, found, key=lambda e: (e[0], e[1])))[:EXAMPLES]
+        total["examples"][rule] = list(heapq.merge(known, examples, key=lambda e: (e[0], e[1])))[:EXAMPLES]

@@ -26,9 +26,9 @@ def train(
     extras.require("curation", "sklearn", "scipy", what="training a classifier")
     left_out = dict[str, int]()
     texts = [list(_texts(folder, left_out)) for folder in (good, bad)]
-    made, report = linear.train(texts[0], texts[1], ngrams=ngrams, bits=bits, chars=chars, held_out=held_out)
+    scorer, report = linear.train(texts[0], texts[1], ngrams=ngrams, bits=bits, chars=chars, held_out=held_out)
     report["left_out"] = left_out
-    made.save(to, report)
+    scorer.save(to, report)
     return report
 
 
@@ -45,8 +45,8 @@ def _texts(folder: Path, left_out: dict[str, int]) -> Iterator[str]:
                     stage = "pdf" if is_pdf(item.text) else "extract"
                     if stage not in opened:
                         opened[stage] = registry.parse({"stage": stage}).open()
-                    (made,) = opened[stage]([item])
-                    item = made.document or Dropped(item.id, made.reason)
+                    (document,) = opened[stage]([item])
+                    item = document.document or Dropped(item.id, document.reason)
                 if isinstance(item, Dropped):
                     left_out[item.reason] = left_out.get(item.reason, 0) + 1
                 else:

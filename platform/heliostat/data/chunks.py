@@ -96,14 +96,14 @@ class Chunks:
 
         try:
             table = location.attempt(get)
-            found = _tokens(table["tokens"]) if length else table
+            values = _tokens(table["tokens"]) if length else table
         except FileNotFoundError as e:
             raise DataError(f"{location}: the shard is missing; put it back, or prepare the dataset again") from e
         except (pa.ArrowException, OSError, IndexError, KeyError, ValueError) as e:
             raise DamagedError(f"{place}: cannot be read ({brief(e)})") from e
-        if len(found) != (expected := self._sizes[source][chunk]):
-            raise DamagedError(f"{place}: has {len(found)} {'tokens' if length else 'rows'}, not {expected}")
-        return found[: len(found) // length * length].reshape(-1, length) if length else found
+        if len(values) != (expected := self._sizes[source][chunk]):
+            raise DamagedError(f"{place}: has {len(values)} {'tokens' if length else 'rows'}, not {expected}")
+        return values[: len(values) // length * length].reshape(-1, length) if length else values
 
 
 def _tokens(column: pa.ChunkedArray) -> np.ndarray:
@@ -121,10 +121,10 @@ def _by_chunk(samples: SamplePlaces) -> list[np.ndarray]:
 
 def _arrange(parts: list[pa.Table | None], members: list[np.ndarray]) -> pa.Table:
     """Arranges the parts' rows at their members' indices, with nulls where a part is missing."""
-    good = [(mine, found) for mine, found in zip(members, parts, strict=True) if found is not None]
+    good = [(mine, part) for mine, part in zip(members, parts, strict=True) if part is not None]
     if not good:
         return pa.table({})
-    tables = [found for _, found in good]
+    tables = [part for _, part in good]
     blank = pa.table([pa.nulls(1, f.type) for f in tables[0].schema], schema=tables[0].schema)
     index = np.full(sum(map(len, members)), sum(map(len, tables)), dtype=np.int64)
     index[np.concatenate([mine for mine, _ in good])] = np.arange(sum(map(len, tables)))

@@ -26,12 +26,12 @@ class Piece:
         return range(self.first // length, (self.first + self.tokens - 1) // length + 1)
 
 
-def pieces(made: Manifest, path: str, id: str) -> list[Piece]:
+def pieces(dataset: Manifest, path: str, id: str) -> list[Piece]:
     """Finds a document in a shard, by its id: a piece for each chunk that holds some of it; an image's row counts as a token."""
-    chunks, column = made.chunks, "document" if made.kind == "tokens" else "id"
+    chunks, column = dataset.chunks, "document" if dataset.kind == "tokens" else "id"
     mine = np.flatnonzero(pc.equal(chunks["path"].cast("string"), path).to_numpy())
     groups = dict(zip(chunks["row_group"].to_numpy()[mine].tolist(), mine.tolist(), strict=True))
-    place, parts = made.location.join(path), list[Piece]()
+    place, parts = dataset.location.join(path), list[Piece]()
     with place.open() as source:
         file = place.attempt(partial(pq.ParquetFile, source))
         for group, chunk in groups.items():
@@ -47,7 +47,7 @@ def pieces(made: Manifest, path: str, id: str) -> list[Piece]:
     return parts
 
 
-def current(made: Manifest, path: str) -> str | None:
+def current(dataset: Manifest, path: str) -> str | None:
     """Returns the path of a version's shard of the same number as `path`, which an earlier version may have; None if none."""
     folder = path.rpartition("/")[0] + "/"
-    return next((p for p in made.paths if p.startswith(folder)), None)
+    return next((p for p in dataset.paths if p.startswith(folder)), None)

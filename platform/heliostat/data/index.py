@@ -91,12 +91,12 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     column = "tokens" if before.kind == "tokens" else None
     read = partial(manifest.read_footer, before.location, token_column=column, vocab_size=before.meta.get("vocab_size"))
     with device_threads.pool(READERS) as pool:
-        found = list(pool.map(read, paths))
-    for path, rows in zip(paths, found, strict=True):
+        tables = list(pool.map(read, paths))
+    for path, rows in zip(paths, tables, strict=True):
         if not rows:
             raise DataError(f"{before.location.join(path)}: holds no row group; take it away")
     # no data is read: `content` stays unknown
-    added = pa.Table.from_pylist([{**manifest.LATER, **row} for rows in found for row in rows], schema=manifest.SCHEMA)
+    added = pa.Table.from_pylist([{**manifest.LATER, **row} for rows in tables for row in rows], schema=manifest.SCHEMA)
     manifest.keep(before)
     chunks = pa.concat_tables([before.chunks.cast(manifest.SCHEMA), added])
     return manifest.write_table(before.location, chunks, _meta(before.meta, added))

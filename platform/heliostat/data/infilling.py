@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FACT = "fill_in_the_middle"  # in a dataset's metadata: the pipeline's keys, and the ids of `markers`
-COUNTS = "rearranged"  # beside it: how many
+COUNTS = "rearranged"  # next to it: how many
 OWN = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # of tokenizers that are trained here; also Qwen's and CodeGemma's
 KNOWN = (
     OWN,
@@ -49,7 +49,7 @@ class Markers:
         return Markers(*meta[FACT]["markers"]) if FACT in meta else None
 
     def prompt(self, prefix: Sequence[int], suffix: Sequence[int], suffix_first: bool) -> list[int]:
-        """Puts the tokens of a prefix and a suffix in the order in which a model goes on with the middle."""
+        """Puts the tokens of a prefix and a suffix in the order in which a model continues with the middle."""
         if suffix_first:
             return [self.prefix, self.suffix, *suffix, self.middle, *prefix]
         return [self.prefix, *prefix, self.suffix, *suffix, self.middle]
@@ -58,7 +58,7 @@ class Markers:
         """Puts the tokens of a text, without its end, in the order of the text, without markers."""
         begun = len(tokens) > 0 and tokens[0] == self.prefix
         suffix, middle = (np.flatnonzero(tokens == marker) for marker in (self.suffix, self.middle))
-        if not (begun and len(suffix) and len(middle)):  # as it is, or a piece of one that goes on in another chunk
+        if not (begun and len(suffix) and len(middle)):  # as it is, or a piece of one that continues in another chunk
             return tokens[~np.isin(tokens, [self.prefix, self.suffix, self.middle])]
         s, m = int(suffix[0]), int(middle[0])
         return np.concatenate([tokens[1:s], tokens[m + 1 :], tokens[s + 1 : m]])
@@ -114,8 +114,8 @@ def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
     before, alone, behind = (tokenizer.encode(text, add_special_tokens=False).ids for text in (ANCHOR, PROBE, ANCHOR + PROBE))
     anchor = "" if behind == before + alone else ANCHOR
     before = before if anchor else []
-    asked = [anchor + piece for piece in (PROBE, *pieces)]
-    encoded = [one.ids for one in tokenizer.encode_batch_fast(asked, add_special_tokens=False)]
+    texts = [anchor + piece for piece in (PROBE, *pieces)]
+    encoded = [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     probe, *rest = [ids[len(before) :] for ids in encoded]
     apart = tokenizer.decode(probe).removeprefix(" ") == PROBE and all(ids[: len(before)] == before for ids in encoded)
     if anchor and not apart:

@@ -1,12 +1,12 @@
 """Defines the manifest: a Parquet table per dataset with a row per chunk (Parquet row group), whose digest is its identity.
 
-A dataset is a folder: shards below `shards/`, whatever its kind needs beside them (`tokenizer.json`), and `manifest.parquet`,
-which is written last: a folder without it is no dataset. `manifests/` keeps every version under the first digits of its
-digest, so a run can go on with the shards that it began with after others were added or the dataset was prepared anew. The
-table's schema metadata holds one JSON object under `heliostat`: `kind` ("tokens": rows are documents in a `tokens` list
-column; "rows": a row is a sample), `digest`, `files` (plain name -> this version's own copy), `also` (paths of its other files),
-and what the pipeline adds (tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder is
-refused.
+A dataset is a folder: shards below `shards/`, whatever its kind needs in addition to them (`tokenizer.json`), and
+`manifest.parquet`, which is written last: a folder without it is no dataset. `manifests/` keeps every version under the first
+digits of its digest, so a run can continue with the shards that it began with after others were added or the dataset was prepared
+again. The table's schema metadata holds one JSON object under `heliostat`: `kind` ("tokens": rows are documents in a `tokens`
+list column; "rows": a row is a sample), `digest`, `files` (plain name -> this version's own copy), `also` (paths of its other
+files), and what the pipeline adds (tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder
+is refused.
 
 The digest is SHA-256 over the chunk table and the metadata, so it changes with any shard's bytes
 (`footer` hashes the Parquet footer: sizes, offsets, statistics and the content hash that the writer put there).
@@ -37,9 +37,9 @@ from heliostat.text import brief
 FILE = "manifest.parquet"
 VERSIONS = "manifests"
 SHARDS = "shards"
-FILES = "files"  # what versions need beside their shards, each named after its content
+FILES = "files"  # what versions need next to their shards, each named after its content
 BESIDE = ("tokenizer.json", "empty_caption.bin")  # which versions without `files` in their metadata may have
-UNCOVERED = ("seconds.json", "pipeline.json")  # beside the shards of versions with `also`: what no digest covers
+UNCOVERED = ("seconds.json", "pipeline.json")  # next to the shards of versions with `also`: what no digest covers
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # relative to the dataset's folder
@@ -122,7 +122,7 @@ class Manifest:
         return self.chunks["tokens"].to_numpy() // sequence_length
 
     def file(self, name: str) -> Location:
-        """Locates a file that this version needs beside its shards, such as `tokenizer.json`."""
+        """Locates a file that this version needs in addition to its shards, such as `tokenizer.json`."""
         if path := self.meta.get("files", {}).get(name):
             return self.location.join(path)
         kept = self.location.join(kept_path(self.digest, name))
@@ -286,7 +286,7 @@ def version_name(digest: str) -> str:
 
 
 def kept_path(digest: str, name: str) -> str:
-    """Returns the path to which a file beside the shards of a version without `files` is copied when the version is replaced."""
+    """Returns the path to which a file next to the shards of a version without `files` is copied when the version is replaced."""
     return f"{FILES}/{digest[:12]}-{name}"
 
 
@@ -295,9 +295,9 @@ def read_version(location: Location, name: str) -> Manifest:
     return _read(location, VERSIONS, name)
 
 
-def _encode(made: Manifest) -> bytes:
+def _encode(manifest: Manifest) -> bytes:
     buffer = io.BytesIO()
-    chunks = made.chunks.cast(SCHEMA).replace_schema_metadata({"heliostat": json.dumps(made.meta)})
+    chunks = manifest.chunks.cast(SCHEMA).replace_schema_metadata({"heliostat": json.dumps(manifest.meta)})
     pq.write_table(chunks, buffer, compression="zstd")
     return buffer.getvalue()
 
@@ -315,12 +315,12 @@ def read(location: Location, digest: str | None = None) -> Manifest:
         return newest
     changed = f"{location}: the dataset changed under the run (digest {newest.digest[:12]}, was {digest[:12]})"
     try:
-        found = _read(location, VERSIONS, version_name(digest))
+        manifest = _read(location, VERSIONS, version_name(digest))
     except FileNotFoundError as e:
         raise DataError(f"{changed}, and that version was not kept") from e
-    if found.digest != digest:
-        raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} is {found.digest}, not {digest}")
-    return found
+    if manifest.digest != digest:
+        raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} is {manifest.digest}, not {digest}")
+    return manifest
 
 
 def read_shared(location: Location, digest: str) -> Manifest:
@@ -333,10 +333,13 @@ def read_shared(location: Location, digest: str) -> Manifest:
 
 def share(get: Callable[[], Manifest]) -> Manifest:
     """Gets a manifest and, if its table is large, moves that to where all processes of this machine share it."""
-    own = get()
-    version = own if len(own.chunks) < mapped.LARGE else _shared(own.location, own.digest, lambda: own)
-    pa.default_memory_pool().release_unused()  # else Arrow keeps what the table took
+    version = _moved(get())
+    pa.default_memory_pool().release_unused()  # else Arrow keeps what the table took; the table itself is freed by now
     return version
+
+
+def _moved(own: Manifest) -> Manifest:
+    return own if len(own.chunks) < mapped.LARGE else _shared(own.location, own.digest, lambda: own)
 
 
 def _shared(location: Location, digest: str, get: Callable[[], Manifest]) -> Manifest:

@@ -32,12 +32,12 @@ def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
     `key` is JSON-like and names everything that the table depends on.
     """
     file = local_files.cache("tables") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
-    if (found := _open(file)) is not None:
-        return found
+    if (opened := _open(file)) is not None:
+        return opened
     try:
         with local_files.alone(file, WAIT_S):
-            if (found := _open(file)) is not None:
-                return found
+            if (opened := _open(file)) is not None:
+                return opened
             built = build()
             _write(file, built)
             return _open(file) or built
@@ -57,13 +57,13 @@ def _open(file: Path) -> pa.Table | None:
         return None
 
 
-def _write(file: Path, made: pa.Table) -> None:
+def _write(file: Path, table: pa.Table) -> None:
     """Writes the table whole or not at all, and removes files that have not been used for a day."""
     local_files.remove_unused(file)
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, made.schema) as writer:
-            writer.write_table(made.combine_chunks())
+        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)

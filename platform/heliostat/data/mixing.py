@@ -192,7 +192,7 @@ def sections(
     the round, the rest is a section of one shorter round, so that a change falls exactly on its step.
 
     What a source is owed is carried over every change, so its samples are the sum of its shares to within a few, however
-    often the weights change. Without `carry` each section begins anew: so it was in version 1 of the data plan.
+    often the weights change. Without `carry` each section begins from scratch: so it was in version 1 of the data plan.
     """
     out: list[Section] = []
     origin, base, owed = mix[0][0], np.zeros(len(caps), dtype=np.int64), None

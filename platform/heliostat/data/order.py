@@ -1,6 +1,6 @@
 """Orders the samples that every step trains on: pure functions of (chunk sizes, weights, seed, step). No I/O, no Ray.
 
-Terms. A *chunk* is a Parquet row group, the unit that storage reads well. Each source's chunks are permuted anew every
+Terms. A *chunk* is a Parquet row group, the unit that storage reads well. Each source's chunks are permuted again every
 epoch; their samples, one chunk after another, form the source's stream. Sources are interleaved by weight into the run's
 *global sequence*. A *window* is a fixed number of consecutive positions of the global sequence: the samples that each
 source brings to it are permuted (the shuffle buffer), and it is fetched by one task (the unit of I/O). Windows are cut on
@@ -254,10 +254,10 @@ class Order:
 
     def held_out(self, count: int) -> SamplePlaces:
         """Chooses at most `count` held-out samples, spread evenly over each source's, sources in proportion to their weights."""
-        parts, asked = [], self.held_shares(count)
+        parts, counts = [], self.held_shares(count)
         for s, split in enumerate(self.splits):
             total = int(split.held.sum())
-            take = min(total, asked[s])
+            take = min(total, counts[s])
             flat = np.arange(take) * total // max(1, take)
             ends = np.cumsum(split.held)
             chunk = np.searchsorted(ends, flat, side="right")

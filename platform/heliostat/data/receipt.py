@@ -5,7 +5,7 @@ over its samples' digests in lane order, through one digest a lane, so that each
 is h(t) = BLAKE2b-128(h(t-1) + step digest), from h(-1) = "". None of it depends on the number of workers.
 
 Receipts record the version of this scheme. Version 2 hashes the names, types and nulls of rows too; of tokens it is the same as
-version 1, whose receipts record none. A resumed run goes on with the newest: each receipt is checked by its own version.
+version 1, whose receipts record none. A resumed run continues with the newest: each receipt is checked by its own version.
 """
 
 from __future__ import annotations

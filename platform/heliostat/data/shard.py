@@ -104,9 +104,9 @@ class _Part:
         begin = self.at - self.start
         if begin < 0:
             raise pa.ArrowInvalid("its footer names places outside the row group")
-        found = self.raw.slice(begin, len(self.raw) - begin if size < 0 else min(size, max(0, len(self.raw) - begin)))
-        self.at += len(found)
-        return found
+        content = self.raw.slice(begin, len(self.raw) - begin if size < 0 else min(size, max(0, len(self.raw) - begin)))
+        self.at += len(content)
+        return content
 
     def close(self) -> None:
         self.closed = True

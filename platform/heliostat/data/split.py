@@ -7,7 +7,7 @@ manifest knows it; `prepare` ends a chunk at 1, 2 and 5 parts of ten, a hundred 
 the fraction are held out. Else the place is a hash of the chunk's content digest and number.
 
 Rows are samples, and a chunk of them need not be held out whole where no hash of them is known: then it gives a run of rows
-that starts at a hashed place, grows with the fraction, and goes on with the chunk's first row behind its last.
+that starts at a hashed place, grows with the fraction, and continues with the chunk's first row behind its last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def hash64(values: np.ndarray) -> np.ndarray:
 class Split:
     """Divides a source's chunks into training and held-out samples.
 
-    In each chunk a run of `held` rows from `start` is held out, which goes on at row 0 behind the chunk's last.
+    In each chunk a run of `held` rows from `start` is held out, which continues at row 0 behind the chunk's last.
     """
 
     samples: np.ndarray  # int64 [chunks], all samples
@@ -53,9 +53,9 @@ class Split:
 
     def train_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
         """Maps numbers of the chunks' training samples to their rows."""
-        samples, held, start = self.samples[chunk], self.held[chunk], self.start[chunk]
-        row = number + np.maximum(start + held - samples, 0)
-        return np.where(row >= start, row + held, row)
+        samples, held_rows, start = self.samples[chunk], self.held[chunk], self.start[chunk]
+        row = number + np.maximum(start + held_rows - samples, 0)
+        return np.where(row >= start, row + held_rows, row)
 
     def held_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
         """Maps numbers of the chunks' held-out samples to their rows."""
@@ -84,8 +84,8 @@ def _split(source: Manifest, sequence_length: int | None, fraction: float, versi
     known = source.places >= 0
     places = source.places / PLACES
     if source.kind == "rows" and not known.all():
-        told, grown = whole(samples, places, fraction), growing_runs(samples, _identity(source), fraction)
-        return Split(grown.samples, np.where(known, told.held, grown.held), np.where(known, told.start, grown.start))
+        rows, grown = whole(samples, places, fraction), growing_runs(samples, _identity(source), fraction)
+        return Split(grown.samples, np.where(known, rows.held, grown.held), np.where(known, rows.start, grown.start))
     if not known.all():
         places[~known] = hash64(_identity(source))[~known] / 2.0**64
     return whole(samples, places, fraction)

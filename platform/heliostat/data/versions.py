@@ -1,7 +1,7 @@
 """Manages the versions of a prepared dataset, which lie side by side in its folder, and removes the replaced ones when due.
 
 A shard is named after its content (`shards/00017/3f2a....parquet`: its number and the digest of its bytes), and so is a file
-that a version needs beside its shards (`files/tokenizer-9c01....json`). So a new version is written beside the old one
+that a version needs in addition to its shards (`files/tokenizer-9c01....json`). So a new version is written next to the old one
 without touching it, versions share what they have in common, and the same input gives the same names. Guarantees:
 
 - nothing is removed but files that a version's own manifest names, and files of these two forms which no version names: a
@@ -214,15 +214,15 @@ def remove(location: Location, path: str) -> int:
     return info.size or 0
 
 
-def publish(location: Location, made: Manifest) -> None:
-    """Puts what a version needs beside its shards also under its plain name (`tokenizer.json`), for people and other tools."""
-    for folder in [location, *(location.join(part) for part in made.meta.get("parts", {}))]:
-        for name, path in made.meta.get("files", {}).items():
+def publish(location: Location, dataset: Manifest) -> None:
+    """Copies what a version needs with its shards also to its plain name (`tokenizer.json`), for people and other tools."""
+    for folder in [location, *(location.join(part) for part in dataset.meta.get("parts", {}))]:
+        for name, path in dataset.meta.get("files", {}).items():
             folder.join(name).write(folder.join(path).read())
 
 
 def save_beside(location: Location) -> None:
-    """Copies the files beside the shards of a version from before they had names of their own, as a new version replaces them."""
+    """Copies the files next to the shards of a version without names of their own, as a new version replaces them."""
     try:
         newest = manifest.read(location)
     except DataError:

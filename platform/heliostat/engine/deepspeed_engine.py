@@ -145,6 +145,7 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     optimizer = settings.build(groups)
     config |= tensor_group.settings(recipe, model, train.parallel.tensor)
     patches.set_model_parallel_unit(group)
+    patches.read_norms(train.precision == "fp16")
     if group:
         group.equalize(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False, mpu=group)
@@ -196,7 +197,7 @@ def destroy_engines() -> None:
 
 
 def forget_groups() -> None:
-    """Forgets the process groups that DeepSpeed knows, and what it has counted: all ranks of a new group must count alike."""
+    """Forgets the process groups that DeepSpeed knows, and what it has counted: all ranks of a new group must count equally."""
     if "deepspeed" not in sys.modules:
         return
     patches.forget_groups()
@@ -209,13 +210,15 @@ def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def gradient_norm(engine: DeepSpeedEngine, clip: float) -> float:
-    """Computes the global gradient norm before clipping.
+def gradient_norm(engine: DeepSpeedEngine, clip: float) -> torch.Tensor:
+    """Computes the global gradient norm before clipping: a tensor without dimensions, on the device, infinite if a gradient isn't
+    finite. Doesn't wait for the device.
 
     Stages 1 to 3: of the step just made. Stage 0: clips too, and is to be called before the step.
     """
     if engine.zero_optimization_stage():
-        return float(engine.get_global_grad_norm())
+        norm = torch.as_tensor(engine.get_global_grad_norm())
+        return torch.where(norm < 0, torch.inf, norm)  # DeepSpeed's -1
     if engine.autotp_size() > 1:
         return tensor_group.clipped_norm(engine, clip)
-    return float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or float("inf")))
+    return torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or float("inf"))

@@ -34,7 +34,7 @@ class AveragedWeights:
         torch._foreach_lerp_(list(self._averages.values()), [s.local for s in self._masters.values()], rate)
 
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns this rank's slices of the averages, as views, to be saved beside those of `zero_state.state`."""
+        """Returns this rank's slices of the averages, as views, to be saved next to those of `zero_state.state`."""
         parameters = dict(self.engine.module.named_parameters())
         shards = {n: s.holding(self._averages[n]) for n, s in self._masters.items()}
         return {f"{EMA}.{n}": s if whole else zero_state.share(self.engine, parameters[n], s) for n, s in shards.items()}

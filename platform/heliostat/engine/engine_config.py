@@ -41,11 +41,14 @@ def engine_config(job: Job) -> dict[str, Any]:
         "gradient_clipping": train.grad_clip if train.zero.stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast and needs no compiler
+        "wall_clock_breakdown": False,
         "steps_per_print": 2**62,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per micro-batch; the ledger measures
     }
     if train.precision != "fp32":
         config[train.precision] = {"enabled": True}
+        if train.precision == "bf16":  # every step would wait for the device; the loop judges the norm, a step later
+            config["bf16"]["check_grad_overflow"] = False
         if spec.settle(job, None).train.accumulate == "fp32" and job.accumulation > 1:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(config, train.deepspeed)

@@ -26,7 +26,7 @@ def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
         return
     assert isinstance(recipe, DividesExperts)
     name = f"ep_size_{workers}"
-    group, alike = patches.expert_groups(name, workers)
+    group, same_experts = patches.expert_groups(name, workers)
     division = Division(dist.get_rank(group), workers, group)
     for module in recipe.stacked_experts(model):
         parameters: dict[str, Any] = dict(module.named_parameters(recurse=False))
@@ -34,7 +34,7 @@ def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
             if whole.ds_shape[0] % workers:
                 raise ConfigError(f"train.parallel.expert: {workers} does not divide the {whole.ds_shape[0]} experts of a layer")
             own = _part(whole, division)
-            patches.place_expert(own, name, alike)
+            patches.place_expert(own, name, same_experts)
             setattr(module, key, own)
             whole.convert_to_zero_parameters(param_list=[own])
     gc.collect()  # ZeRO's parameters are in circles, and this worker's part of the undivided ones would stay

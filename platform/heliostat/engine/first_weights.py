@@ -40,20 +40,20 @@ def build(job: Job, recipe: Recipe) -> torch.nn.Module:
     torch.manual_seed(job.train.seed)
     if not dist.is_initialized():
         return building.build(recipe)
-    made, group = _Making(job, recipe), dist.new_group(backend="gloo")
-    why = first(group, made.as_first)
+    making, group = _Making(job, recipe), dist.new_group(backend="gloo")
+    why = first(group, making.as_first)
     if why:
-        _in_turns(made, group, why)
+        _in_turns(making, group, why)
     else:
-        agreed(group, lambda: made.without_weights() if dist.get_rank() else None)
+        agreed(group, lambda: making.without_weights() if dist.get_rank() else None)
     dist.destroy_process_group(group)
-    if dist.get_world_size() > 1 or made.values:
-        with tensor_group.dividing(recipe, made.model, job.train.parallel.tensor):
-            made.send()
-    return made.model
+    if dist.get_world_size() > 1 or making.values:
+        with tensor_group.dividing(recipe, making.model, job.train.parallel.tensor):
+            making.send()
+    return making.model
 
 
-def _in_turns(made: _Making, group: dist.ProcessGroup, why: str) -> None:
+def _in_turns(making: _Making, group: dist.ProcessGroup, why: str) -> None:
     """Builds the model with weights on the other workers, one worker of a node at a time; none keeps its weights."""
     mine = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     turns = max(together(group, lambda: mine)) + 1
@@ -61,12 +61,12 @@ def _in_turns(made: _Making, group: dist.ProcessGroup, why: str) -> None:
         log.warning(
             "recipe: %s.build needs weights (%s): the workers of a node call it in %d turns, each with %.1f GB of host memory. "
             "See %s for what `build` may do without weights.",
-            type(made.recipe).__name__, why, turns, made.gigabytes, GUIDE,
+            type(making.recipe).__name__, why, turns, making.gigabytes, GUIDE,
         )  # fmt: skip
 
     def take(turn: int) -> None:
         if turn == mine and dist.get_rank():
-            made.with_weights()
+            making.with_weights()
 
     for turn in range(turns):
         agreed(group, partial(take, turn))
@@ -163,11 +163,11 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 def _copied(recipe: Recipe) -> Recipe:
     """Copies a recipe, and the lists, sets and dicts in its attributes: a `build` may add to them."""
-    found = copy.copy(recipe)
+    copied = copy.copy(recipe)
     for name, value in vars(recipe).items():
         if type(value) in (list, dict, set):
-            setattr(found, name, copy.copy(value))
-    return found
+            setattr(copied, name, copy.copy(value))
+    return copied
 
 
 def _device() -> torch.device:

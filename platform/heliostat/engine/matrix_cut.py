@@ -32,11 +32,11 @@ def tell(engine: DeepSpeedEngine, hidden: set[torch.nn.Parameter]) -> None:
     group = dist.new_group(backend="gloo")
     everyones = together(group, lambda: spans)
     dist.destroy_process_group(group)
-    told = {
+    matrices = {
         flat: list(_matrices(group, slices, [theirs[i] for theirs in everyones]))
         for i, ((flat, group), slices) in enumerate(zip(flats, ours, strict=True))
     }
-    optimizer.cut_as(told, engine.device)
+    optimizer.cut_as(matrices, engine.device)
 
 
 def _slice(place: zero_state.SlicePlace | None) -> Slice:

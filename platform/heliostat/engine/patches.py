@@ -62,10 +62,10 @@ def _patch(function: Callable[P, T]) -> Callable[P, T]:
     """Guards a function that reaches into DeepSpeed by its version, and lists it in `PATCHES`."""
 
     @functools.wraps(function)
-    def guarded(*given: P.args, **named: P.kwargs) -> T:
+    def guarded(*args: P.args, **named: P.kwargs) -> T:
         require_version()
         try:
-            return function(*given, **named)
+            return function(*args, **named)
         except (AttributeError, ImportError, LookupError, TypeError) as e:
             if isinstance(e, ImportError) and not (e.name or "").startswith("deepspeed."):
                 raise
@@ -90,8 +90,12 @@ def import_without_mlflow() -> None:
 
     DeepSpeed 0.19.8. Without it a worker's imports take 11 s instead of 8 s.
     """
-    with _without("mlflow"):
+    imported = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+    try:
         importlib.import_module("deepspeed")
+    finally:
+        if imported is None:
+            del sys.modules["mlflow"]
 
 
 @_patch
@@ -100,8 +104,15 @@ def import_muon_without_compiler() -> None:
 
     DeepSpeed 0.19.8. Without it the module decorates a function with the compiler, whose import takes 1 s.
     """
-    with _without_compiler():
+
+    def same(function: Callable[..., object] | None = None, **_: object) -> Callable[..., object]:
+        return function or same
+
+    compiler, torch.compile = torch.compile, same  # type: ignore[assignment]
+    try:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compiler
 
 
 @_patch
@@ -138,33 +149,6 @@ def skip_shared_memory_kernel() -> None:
 
 def _nothing(*_: object, **__: object) -> None:
     """Does nothing."""
-
-
-@contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Makes importing the module fail inside, unless it was imported before."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-
-
-@contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Makes `torch.compile` return what it is given inside."""
-
-    def same(function: Callable[..., object] | None = None, **_: object) -> Callable[..., object]:
-        return function or same
-
-    compiler, torch.compile = torch.compile, same  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compiler
 
 
 # process groups ------------------------------------------------------------------------------------------------------
@@ -211,13 +195,13 @@ def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.Proc
 
 
 @_patch
-def place_expert(parameter: Any, name: str, alike: dist.ProcessGroup) -> None:
+def place_expert(parameter: Any, name: str, same_experts: dist.ProcessGroup) -> None:
     """Marks a parameter as one that ZeRO-3 partitions within the workers of a group that have the same experts.
 
     DeepSpeed 0.19.8. Without it ZeRO-3 partitions it over all workers, and so mixes different experts.
     """
     parameter.ds_zero_placement_family = "autoep_expert"  # DeepSpeed's word for what each group of workers has all of
-    parameter.ds_zero_partition_group_name, parameter.ds_zero_partition_process_group = name, alike
+    parameter.ds_zero_partition_group_name, parameter.ds_zero_partition_process_group = name, same_experts
 
 
 @_patch
@@ -265,9 +249,6 @@ def stop_input_check(engine: DeepSpeedEngine) -> None:
     if engine.first_dataloader_check is not None:
         engine.first_dataloader_check.remove()
         engine.first_dataloader_check = None
-
-
-# leaving -------------------------------------------------------------------------------------------------------------
 
 
 @_patch
@@ -328,23 +309,52 @@ def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) 
     step, norms, within = zero.step, zero._get_norm_groups, zero.has_overflow
 
     def alike() -> list[torch.Tensor]:  # a group that adds up in another order would clip by another norm
-        found = [norm.reshape(1) for norm in norms()]
-        for norm in found:
+        overflowed = [norm.reshape(1) for norm in norms()]
+        for norm in overflowed:
             equalize(norm)
-        return [norm[0] for norm in found]
+        return [norm[0] for norm in overflowed]
 
-    def averaged(*given: object, **named: object) -> object:
+    def averaged(*args: object, **named: object) -> object:
         average(zero.grad_partitions_flat_buffer)
         if (reducing := zero.reduce_and_partition_stream) is not None:  # on which DeepSpeed looks for an overflow
             reducing.wait_stream(torch.cuda.current_stream())
-        return step(*given, **named)
+        return step(*args, **named)
 
-    def overflow(*given: object, **named: object) -> bool:
-        found = torch.tensor(float(within(*given, **named)), device=zero.grad_partitions_flat_buffer.device)
-        agree(found)
-        return bool(found)
+    def overflow(*args: object, **named: object) -> bool:
+        overflowed = torch.tensor(float(within(*args, **named)), device=zero.grad_partitions_flat_buffer.device)
+        agree(overflowed)
+        return bool(overflowed)
 
     zero.step, zero._get_norm_groups, zero.has_overflow = averaged, alike, overflow
+
+
+@_patch
+def read_norms(at_once: bool) -> None:
+    """Makes ZeRO's optimizers look at the gradient norm before every step (`at_once`), as fp16's loss scale needs it, or not at
+    all: the loop judges it a step later, and ends the attempt.
+
+    DeepSpeed 0.19.8. Without it stages 1 to 3 wait for the device before every step, and with clipping once more.
+    """
+    utils: Any = importlib.import_module("deepspeed.runtime.utils")
+    names = ("bf16_optimizer", "zero.stage_1_and_2", "zero.stage3")
+    bf16, *zero = (importlib.import_module(f"deepspeed.runtime.{name}") for name in names)
+    for module in (bf16, *zero):
+        _replace(module, "is_invalid_grad_norm", utils.is_invalid_grad_norm if at_once else _nothing)
+    for module in (utils, *zero):
+        _replace(module, "mask_nan_or_inf_with_val_inplace", _mark)
+    _replace(bf16, "clip_tensors_by_global_norm", _clip)
+
+
+def _mark(norm: torch.Tensor, device: object = None) -> None:
+    """Marks a norm that isn't finite by -1, as DeepSpeed does with a number that it uploads."""
+    norm.masked_fill_(~norm.isfinite(), -1.0)
+
+
+def _clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: object = None) -> None:
+    """Clips on the device: by the factor that DeepSpeed reads on the host, or by 1."""
+    factor = (max_norm / (global_norm + 1e-6)).clamp(max=1)
+    for tensor in input_tensors:
+        tensor.detach().mul_(factor)
 
 
 @_patch

@@ -105,10 +105,10 @@ def check() -> None:
         raise PeerLostError("this worker was ordered to abort, because another worker has failed")
 
 
-def obey(given: threading.Event) -> None:
+def obey(abort: threading.Event) -> None:
     """Carries out the driver's order to abort, from any thread. An order that was given to an earlier attempt does nothing."""
-    given.set()  # first: a collective that this aborts must not be taken for a complete one
-    _abort(given)
+    abort.set()  # first: a collective that this aborts must not be taken for a complete one
+    _abort(abort)
 
 
 def abort() -> None:
@@ -119,12 +119,12 @@ def abort() -> None:
     _abort(_order)
 
 
-def _abort(given: threading.Event) -> None:
+def _abort(abort: threading.Event) -> None:
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
     with _taking_apart:
-        if given is _order and dist.is_initialized() and dist.get_backend() == "nccl":
+        if abort is _order and dist.is_initialized() and dist.get_backend() == "nccl":
             distributed_c10d._abort_process_group()
 
 

@@ -57,8 +57,8 @@ class StateGroup:
         from deepspeed.accelerator import get_accelerator
 
         first, device = dist.get_global_rank(self.across, 0), get_accelerator().current_device_name()
-        held: list[Any] = [getattr(p, "ds_tensor", p) for p in model.parameters()]  # whole where it is not divided yet
-        for values in (one.data for one in held):
+        parts: list[Any] = [getattr(p, "ds_tensor", p) for p in model.parameters()]  # whole where it is not divided yet
+        for values in (one.data for one in parts):
             sent = values.reshape(-1).to(device)
             dist.broadcast(sent.view(torch.uint8), first, group=self.across)
             values.copy_(sent.view_as(values))

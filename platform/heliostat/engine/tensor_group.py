@@ -2,7 +2,7 @@
 
 Ranks [0, n) are the first group, [n, 2n) the second, ... Of a weight that is cut by rows (column-parallel: by outputs) or by
 columns (row-parallel: by inputs) each has an equal part; everything else each has whole. ZeRO divides what a worker has among
-those with the same, one of each group. AutoTP is told every module: what it would find by names alone is not asked for.
+those with the same, one of each group. AutoTP gets every module by name: what it would find by names alone is not asked for.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, 
 def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
     """Makes regular expressions of the modules' weights by what is done with them, one for all layers. Of modules whose gradients
     are summed, biases too: AutoTP looks after the others' itself."""
-    found: dict[str, set[str]] = {}
+    by_layout: dict[str, set[str]] = {}
     for name, kind in modules.items():
         layers = re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name))
-        found.setdefault(kind, set()).add(rf"^{layers}\.{'(weight|bias)' if kind == 'summed' else 'weight'}$")
-    return {kind: sorted(patterns) for kind, patterns in found.items()}
+        by_layout.setdefault(kind, set()).add(rf"^{layers}\.{'(weight|bias)' if kind == 'summed' else 'weight'}$")
+    return {kind: sorted(patterns) for kind, patterns in by_layout.items()}
 
 
 @contextmanager
@@ -90,13 +90,13 @@ def _mark(model: torch.nn.Module, group: dist.ProcessGroup, parts: int) -> None:
     rank = dist.get_rank(group)
     parameter: Any
     for parameter in model.parameters():
-        told = getattr(parameter, DS_AUTOTP_UC_META, None)
-        if not told or told["replicated"]:
+        meta = getattr(parameter, DS_AUTOTP_UC_META, None)
+        if not meta or meta["replicated"]:
             continue
-        whole, by = tuple(told["logical_shape"]), told["partition_dim"]
-        if len(set(told["partition_sizes"])) > 1:
+        whole, by = tuple(meta["logical_shape"]), meta["partition_dim"]
+        if len(set(meta["partition_sizes"])) > 1:
             raise TrainingError(
-                f"train.parallel.tensor: DeepSpeed has divided a matrix of {whole} unevenly: {told['partition_sizes']}"
+                f"train.parallel.tensor: DeepSpeed has divided a matrix of {whole} unevenly: {meta['partition_sizes']}"
             )
         parameter.division = Division(rank, parts, group, whole[1] if by == 1 else 0)
         parameter.whole_shape = whole
@@ -117,8 +117,8 @@ def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:
         raise TrainingError(f"train.parallel.tensor: DeepSpeed has divided other matrices than the recipe names: {some}")
 
 
-def clipped_norm(engine: DeepSpeedEngine, limit: float) -> float:
-    """Clips the gradients of an engine at stage 0 by their global norm; returns that. Collective."""
+def clipped_norm(engine: DeepSpeedEngine, limit: float) -> torch.Tensor:
+    """Clips the gradients of an engine at stage 0 by their global norm; returns that, on the device. Collective."""
     trained = [p for p in engine.module.parameters() if p.grad is not None]
     squares = [
         torch.nn.utils.get_total_norm([p.grad for p in trained if (of(p).parts > 1) == divided]).double().square()
@@ -127,4 +127,4 @@ def clipped_norm(engine: DeepSpeedEngine, limit: float) -> float:
     dist.all_reduce(squares[0], group=engine.mpu.get_tensor_model_parallel_group())
     norm = torch.stack(squares).sum().sqrt().float()
     torch.nn.utils.clip_grads_with_norm_(trained, limit or float("inf"), norm)
-    return float(norm)
+    return norm

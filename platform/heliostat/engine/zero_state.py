@@ -126,10 +126,10 @@ def place(engine: DeepSpeedEngine, p: torch.nn.Parameter) -> SlicePlace | None:
 def _slices(engine: DeepSpeedEngine, p: torch.nn.Parameter) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Yields (key, local values, their start in this worker's part of the parameter) for the master weight and each moment;
     nothing if this rank has none of them."""
-    if found := place(engine, p):
-        moments = inner_optimizer(engine).state[found.flat] if engine.moments[p] else {}
-        for key, tensor in [("master", found.flat), *((k, moments[k]) for k in engine.moments[p])]:
-            yield key, found.of(tensor), found.start
+    if slice_ := place(engine, p):
+        moments = inner_optimizer(engine).state[slice_.flat] if engine.moments[p] else {}
+        for key, tensor in [("master", slice_.flat), *((k, moments[k]) for k in engine.moments[p])]:
+            yield key, slice_.of(tensor), slice_.start
 
 
 def _at_stage_3(p: Any) -> tuple[int, int]:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from heliostat.config import workspace
-from heliostat.config.fields import Json
 from heliostat.curation import decontamination
 from heliostat.curation.decontamination import NgramIndex
 from heliostat.data.manifest import Manifest
@@ -63,11 +62,11 @@ def of_datasets(paths: Sequence[str]) -> Training:
 
 @dataclass
 class Examples:
-    """Holds the n-grams of all tasks' examples; `found`: those that training data has."""
+    """Holds the n-grams of all tasks' examples; `seen`: those that training data has."""
 
     n: int
     grams: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    found: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    seen: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     def add(self, task: str, texts: Iterable[str]) -> None:
         self.grams[task] = decontamination.grams(list(texts), self.n)
@@ -86,15 +85,15 @@ class Examples:
                 done += 1
                 shown(done, total)
             damaged += read.damaged
-        self.found = hashes[seen]
+        self.seen = hashes[seen]
         return damaged
 
     def shares(self, task: str) -> list[float | None]:
         """Returns the share of each example's n-grams that are in the training data; None of one that is too short."""
-        return [float(np.isin(grams, self.found).mean()) if len(grams) else None for grams in self.grams[task]]
+        return [float(np.isin(grams, self.seen).mean()) if len(grams) else None for grams in self.grams[task]]
 
 
-def summary(shares: Sequence[float | None], values: Sequence[Json], score: float) -> dict[str, object]:
+def summary(shares: Sequence[float | None], values: Sequence[float], score: float) -> dict[str, object]:
     """Sums up a task: the share of the compared examples that have an n-gram of the training data, and the score of the rest;
     what is too short to be compared is in neither.
 

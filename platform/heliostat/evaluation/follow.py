@@ -3,7 +3,7 @@
 Training does not wait, and knows nothing of it. Each checkpoint is exported to a folder of this machine first, so that retention
 may remove it meanwhile; one that it removes before that is counted, also one that came and went while another was scored: the
 run's receipts tell of it. A result is a file of the run's folder, which is written
-before MLflow is asked: the command goes on where it was when it is given again, and what MLflow did not take is sent again.
+before MLflow is asked: the command continues where it was when it is given again, and what MLflow did not take is sent again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import TypedDict
 
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
-from heliostat.config.fields import Json
 from heliostat.errors import CheckpointError, ConfigError, DataError, HeliostatError, TrackingError
 from heliostat.evaluation import recording
 from heliostat.evaluation.run import Benchmark
@@ -43,11 +43,11 @@ REMOVED = "retention has removed its checkpoint before it was scored"
 class KeptResult(TypedDict):
     """Describes what is read of a result that was kept. `written`: when its checkpoint was."""
 
-    suite: dict[str, Json]
+    suite: dict[str, object]
     written: float
-    tasks: list[dict[str, Json]]
-    average: dict[str, Json]
-    recorded: dict[str, Json]
+    tasks: list[dict[str, Any]]
+    average: dict[str, Any]
+    recorded: dict[str, Any]
 
 
 KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")
@@ -55,11 +55,11 @@ KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="delete it, an
 
 @dataclass
 class Followed:
-    """Follows a run. `told`: called with each result; `removed`, `torn`, `failed`: the steps without one, and why."""
+    """Follows a run. `show`: called with each result; `removed`, `torn`, `failed`: the steps without one, and why."""
 
     run: Location
     benchmark: Benchmark
-    told: Callable[[int, Result], None]
+    show: Callable[[int, Result], None]
     every: int = 1  # of the steps, and the last
     results: dict[int, Result] = field(default_factory=dict)
     removed: dict[int, str] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class Followed:
         result["model"]["folder"] = str(checkpoint.location)
         self.results[step] = {**result, "written": checkpoint.index.written, "recorded": recording.unrecorded("not sent yet")}
         self._keep(step)
-        self.told(step, self.results[step])
+        self.show(step, self.results[step])
 
     def _lost(self, step: int) -> bool:
         """Tells whether a checkpoint is gone, and counts it then."""

@@ -19,10 +19,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import yaml
 
-from heliostat.config.fields import Json
 from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
@@ -136,27 +136,38 @@ def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
 
 def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) -> Iterator[Question]:
     """Yields up to so many questions, at most TRIES of a document, documents by turns."""
-    rng, asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
+    rng, count_asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
     for _ in range(TRIES):
         for number in rng.sample(range(len(texts)), len(texts)):
-            if asked == count:
+            if count_asked == count:
                 return
             others = [texts[i] for i in rng.sample(range(len(texts)), min(len(texts), 4 * CHOICES))]
             question = ask(texts[number], rng, others)
             if question is not None and question["context"] not in known:
                 known.add(question["context"])
-                asked += 1
+                count_asked += 1
                 yield question
 
 
 DOCUMENTS = 8  # that are read for each question that is asked for
 MIDDLE_TOKENS = 48  # that a model may write for a middle
 CHARS = 100_000  # of a document that is looked at
-GREEDY = {"do_sample": False, "until": ["\n\n"], "max_gen_toks": 24}
+GREEDY: dict[str, object] = {"do_sample": False, "until": ["\n\n"], "max_gen_toks": 24}
 FIRST_TWO = {"function": "regex", "regex_pattern": r"^\s*(\S+\s+\S+)"}
-TWO_WORDS = {"name": "two_words", "filter": [FIRST_TWO, {"function": "take_first"}]}
-Shape = dict[str, Json]  # keys of a task file
-TASKS: dict[str, tuple[Ask, Shape]] = {  # `metric_list`: by what their values are put together
+TWO_WORDS: dict[str, object] = {"name": "two_words", "filter": [FIRST_TWO, {"function": "take_first"}]}
+
+
+class TaskShape(TypedDict):
+    """Holds keys of a task file; `metric_list`: by what the values of each metric are put together."""
+
+    output_type: str
+    metric_list: dict[str, str]
+    doc_to_choice: NotRequired[str]
+    generation_kwargs: NotRequired[dict[str, object]]
+    filter_list: NotRequired[list[dict[str, object]]]
+
+
+TASKS: dict[str, tuple[Ask, TaskShape]] = {
     "held_out_choice": (
         choice,
         {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": {"acc": "mean", "acc_norm": "mean"}},
@@ -183,10 +194,10 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
         )
     counts = {}
     for name, (ask, shape) in {**TASKS, **_of_middles(prepared)}.items():
-        asked = list(questions(ask, texts, count, seed))
-        if asked:
-            _write(to, name, shape, asked)
-        counts[name] = len(asked)
+        written = list(questions(ask, texts, count, seed))
+        if written:
+            _write(to, name, shape, written)
+        counts[name] = len(written)
     if not any(counts.values()):
         raise ConfigError(
             f"{dataset}: its held-out documents are too short to ask about; give a larger --fraction, or another dataset"
@@ -194,19 +205,19 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
     facts = {"dataset": dataset, "digest": prepared.digest, "fraction": fraction, "seed": seed, "documents": len(texts),
              "tasks": counts}  # fmt: skip
     (to / "made.json").write_text(json.dumps(facts, indent=1) + "\n")
-    suite = {"name": "held-out", "folder": ".", "tasks": [name for name, asked in counts.items() if asked]}
+    suite = {"name": "held-out", "folder": ".", "tasks": [name for name, written in counts.items() if written]}
     (to / "suite.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
     return {**facts, "suite": str(to / "suite.yaml")}
 
 
-def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, Shape]]:
+def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, TaskShape]]:
     """Makes the task of a dataset that is rearranged for filling in the middle: the model writes it, to the document's end."""
     if FACT not in prepared.meta:
         return {}
     end = documents.Documents(prepared).token(prepared.fact("end_of_document"))
     ask = asking_for_middles(prepared.meta[FACT]["names"], prepared.meta[FACT]["spm_rate"] == 1)
     greedy = {"do_sample": False, "until": [end], "max_gen_toks": MIDDLE_TOKENS}
-    shape = {"output_type": "generate_until", "generation_kwargs": greedy, "metric_list": {"exact_match": "mean"}}
+    shape: TaskShape = {"output_type": "generate_until", "generation_kwargs": greedy, "metric_list": {"exact_match": "mean"}}
     return {"held_out_middle": (ask, shape)}
 
 
@@ -223,11 +234,11 @@ def _texts(prepared: Manifest, fraction: float, most: int, seed: int) -> list[Wo
     return [text for text in kept if len(text.words) >= LEAST][:most]
 
 
-def _write(to: Path, name: str, shape: Shape, asked: list[Question]) -> None:
+def _write(to: Path, name: str, shape: TaskShape, questions: list[Question]) -> None:
     """Writes a task: its questions, and its file."""
     for folder in ("tasks", "data"):
         (to / folder).mkdir(parents=True, exist_ok=True)
-    (to / "data" / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
+    (to / "data" / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions), encoding="utf-8")
     metrics = [
         {"metric": one, "aggregation": way, "higher_is_better": way == "mean"} for one, way in shape["metric_list"].items()
     ]

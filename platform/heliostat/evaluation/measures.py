@@ -1,4 +1,4 @@
-"""Computes what stands beside a score: its confidence interval, what guessing gives, and the share of what is left to gain."""
+"""Computes what stands next to a score: its confidence interval, what guessing gives, and the share of what is left to gain."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from heliostat.config.fields import Json
 from heliostat.config.sections import BENCHMARK
 from heliostat.evaluation.suite import Result
 from heliostat.text import brief
@@ -36,7 +35,7 @@ def metrics(result: Result) -> dict[str, float]:
     return {name: float(value) for name, value in scores.items() if math.isfinite(value)}
 
 
-def record(uri: str, result: Result) -> dict[str, Json]:
+def record(uri: str, result: Result) -> dict[str, object]:
     """Records a result; says on which run, at which step and for which versions, or why it is not recorded.
 
     TrackingError if MLflow does not answer.
@@ -65,7 +64,7 @@ def tag(uri: str, run_id: str, results: Mapping[int, Result]) -> dict[int, list[
         return _versions(mlflow_client.connect(uri), run_id, {step: metrics(result) for step, result in results.items()})
 
 
-def unrecorded(why: str) -> dict[str, Json]:
+def unrecorded(why: str) -> dict[str, object]:
     """Returns the entry of a result that is not recorded."""
     return {"run_id": None, "step": None, "artifact": None, "versions": [], "why_not": why}
 

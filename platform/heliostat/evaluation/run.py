@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heliostat import extras
-from heliostat.config.fields import Json
 from heliostat.curation.watching import PipelineWatch
 from heliostat.evaluation import contamination, measures, sandbox, scoring
 from heliostat.evaluation.contamination import Examples
@@ -38,7 +37,7 @@ class Benchmark:
         extras.require("benchmark", "lm_eval", what="heliostat benchmark")
         self.suite, self.quiet = suite, quiet
         self._cache = tempfile.TemporaryDirectory(prefix="heliostat-benchmark-")
-        self._seen: dict[str, Json] = {}
+        self._seen: dict[str, object] = {}
         self._examples: Examples | None = None
         with sandbox.held():
             self.tasks: list[EvalTask] = build(suite, folder, Path(self._cache.name))
@@ -71,19 +70,19 @@ class Benchmark:
             return row | {"contamination": None}
         return row | {"contamination": contamination.summary(self._examples.shares(task.name), values, row["score"])}
 
-    def _contamination(self, folder: Path, watch: PipelineWatch) -> dict[str, Json] | None:
+    def _contamination(self, folder: Path, watch: PipelineWatch) -> dict[str, object] | None:
         """Looks the examples up in the training data, of the first model; None if the suite says not to."""
-        asked = self.suite.contamination
-        if not asked.measure or self._seen:
+        settings = self.suite.contamination
+        if not settings.measure or self._seen:
             return self._seen or None
-        self._examples = Examples(asked.n)
+        self._examples = Examples(settings.n)
         with sandbox.held():
             for task in self.tasks:
                 self._examples.add(task.name, scoring.texts(task, self.suite))
         self._seen = contamination.measured(
             self._examples,
             folder,
-            asked.data,
+            settings.data,
             lambda done, all_: watch.show("data", f"reading the training data, {done:,} of {all_:,}"),
         )
         return self._seen

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.evaluation import measures, unit_tests
 from heliostat.evaluation.suite import Row, Suite
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Sample = dict[str, Json]  # of lm-eval: an example, and what the model made of it
+Sample = dict[str, Any]  # of lm-eval: an example, and what the model made of it
 RESAMPLES = 1000  # of standard errors that have no formula: those of perplexity, BLEU
 
 
@@ -48,7 +47,7 @@ def load(folder: Path, suite: Suite) -> HFLM:
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=suite.batch)
 
 
-def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, list[Json]]:
+def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, Sequence[float]]:
     """Scores a model on a task; returns what is known of the score, and each example's own value."""
     from lm_eval.evaluator import evaluate
 
@@ -73,7 +72,7 @@ def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, list[Json]]:
     return unit_tests.row(row, ended), unit_tests.passed(ended)
 
 
-def _row(task: EvalTask, evaluated: dict[str, Json], samples: list[Sample], cut: int) -> Row:
+def _row(task: EvalTask, evaluated: Sample, samples: list[Sample], cut: int) -> Row:
     scores, name = evaluated["results"][task.name], task.name
     value, stderr = float(scores[f"{task.metric},{task.filter}"]), scores.get(f"{task.metric}_stderr,{task.filter}")
     stderr = float(stderr) if isinstance(stderr, int | float) else None
@@ -116,7 +115,7 @@ def truncated(model: HFLM, task: EvalTask) -> int:
     return len({one.doc_id for one in task.task.instances if _cut(model, one.request_type, one.args)})
 
 
-def _cut(model: HFLM, kind: str, args: tuple[Json, ...]) -> bool:
+def _cut(model: HFLM, kind: str, args: tuple[object, ...]) -> bool:
     if kind == "loglikelihood":
         before, behind = model._encode_pair(*args) if args[0] else ([0], model.tok_encode(args[1], add_special_tokens=False))
         return len(before) + len(behind) > model.max_length + 1
@@ -131,9 +130,9 @@ def _cut(model: HFLM, kind: str, args: tuple[Json, ...]) -> bool:
 def texts(task: EvalTask, suite: Suite) -> Iterator[str]:
     """Yields the text of each example: its question and its right answer, without solved examples before it."""
     for doc in itertools.islice(task.task.eval_docs, suite.examples):
-        asked, target = task.task.doc_to_text(doc), task.task.doc_to_target(doc)
+        question, target = task.task.doc_to_text(doc), task.task.doc_to_target(doc)
         known = task.task.doc_to_choice(doc) if task.task.config.doc_to_choice is not None else None
-        asked = known[asked] if isinstance(asked, int) and known else asked
+        question = known[question] if isinstance(question, int) and known else question
         target = target[0] if isinstance(target, list) and target else target
         target = known[target] if isinstance(target, int) and known and target < len(known) else target
-        yield f"{asked} {target}"
+        yield f"{question} {target}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from heliostat.config.fields import Json
 from heliostat.evaluation.suite import Result, Row
 
 HEAD = ["task", "metric", "score", "95 %", "chance", "centred", "n", "seen"]
@@ -71,7 +70,7 @@ def _of_programs(row: Row) -> str:
     return f"{row['task']}: {ended['passed']:,} of {row['examples']:,} programs passed their tests{others}"
 
 
-def _of_contamination(result: Result, seen: dict[str, Json] | None) -> list[str]:
+def _of_contamination(result: Result, seen: Row | None) -> list[str]:
     if seen is None:
         return ["seen: not measured (contamination.measure: false)"]
     if seen["unknown"]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from heliostat import schema
-from heliostat.config.fields import Json, Name, Positive, Seed
+from heliostat.config.fields import Name, Positive, Seed
 from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
 
-Result = dict[str, Json]  # of a model on a suite, as its file holds it
-Row = dict[str, Json]  # of a result: a task
+Result = dict[str, Any]  # of a model on a suite, as its file holds it
+Row = dict[str, Any]  # of a result: a task
 
 
 class SuiteEntry(Strict):

@@ -1,7 +1,7 @@
 """Reads lm-eval's task files (YAML) and their data sets from a folder or S3, as plain data: nothing in them is run.
 
 lm-eval itself calls what a task file names with `!function`, and loads whatever metric or class it names. From a folder or a
-store that would be foreign code, so such a file is refused, whoever it is by.
+store that would be foreign code, so such a file is rejected, also one of our own.
 """
 
 from __future__ import annotations

@@ -31,9 +31,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.evaluation import measures
 from heliostat.evaluation.suite import Row
@@ -65,12 +64,12 @@ def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[st
         require_sandbox()
     except ConfigError as e:
         raise ConfigError(f"{where}: {KEY}: {e}") from e
-    asked = {key: value for key, value in config.items() if key != KEY}
-    return asked | {"output_type": "generate_until", "doc_to_target": template, "num_fewshot": 0,
+    keys = {key: value for key, value in config.items() if key != KEY}
+    return keys | {"output_type": "generate_until", "doc_to_target": template, "num_fewshot": 0,
                     "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
 
 
-def require_one_answer(config: dict[str, Json], where: object) -> None:
+def require_one_answer(config: dict[str, Any], where: object) -> None:
     """Raises ConfigError if a chain of filters leaves a list of answers to each question: one of them is run."""
     for chain in config.get("filter_list") or []:
         if [step["function"] for step in chain["filter"] or []][-1:] != [LAST]:
@@ -182,8 +181,8 @@ def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
         try:
             end = time.monotonic() + limits.seconds
             assert process.stdin is not None and process.stdout is not None
-            with contextlib.suppress(BrokenPipeError), process.stdin as given:
-                given.write(task)
+            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+                stdin.write(task)
             said, ended = _read(process.stdout, end, limits.output)
             if not ended and not _waited(process, end):
                 ended = TIMED_OUT
@@ -193,7 +192,7 @@ def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
 
 
 def _read(output: IO[bytes], end: float, most: int) -> tuple[bytes, str]:
-    """Reads up to `most` bytes, until nobody writes any more; returns also why it ended before that."""
+    """Reads up to `most` bytes, until no process writes any more; returns also why it ended before that."""
     written = bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Generated, Request
@@ -20,7 +19,7 @@ RESULTS = "results.jsonl"
 BATCH = 16
 
 
-def generate(folder: Path, prompt: str, options: dict[str, Json], seed: int, out: str | None) -> Generated:
+def generate(folder: Path, prompt: str, options: dict[str, object], seed: int, out: str | None) -> Generated:
     """Generates the answer to one prompt in this process; a text is written to `out` as it is shown.
 
     AccessError or StorageError before the model is loaded if nothing can be written there.
@@ -35,29 +34,29 @@ def generate(folder: Path, prompt: str, options: dict[str, Json], seed: int, out
 
 
 def answer(
-    folder: Path, prompts: str | Sequence[str], options: dict[str, Json], seed: int, out: str | None
+    folder: Path, prompts: str | Sequence[str], options: dict[str, object], seed: int, out: str | None
 ) -> Generated | list[Generated]:
     """Answers a prompt, or many in order, the i-th with seed + i, all in this process; files of many go into the folder `out`."""
     if isinstance(prompts, str):
         return generate(folder, prompts, options, seed, out)
-    asked = [
+    requests = [
         Request(prompt, seed + i, None if out is None else Location(out).join(f"{i:05d}").uri) for i, prompt in enumerate(prompts)
     ]
     with exported.using(folder):
         ask = exported.read(folder).recipe.generator(folder, options)
-        return [answer for i in range(0, len(asked), BATCH) for answer in ask(asked[i : i + BATCH])]
+        return [answer for i in range(0, len(requests), BATCH) for answer in ask(requests[i : i + BATCH])]
 
 
-def read_text(option: str, given: str) -> str:
+def read_text(option: str, value: str) -> str:
     """Reads the file that is named, as it is; what names no file is the text itself."""
     try:
-        if "\0" in given or not Path(given).is_file():
-            return given
-        return Path(given).read_bytes().decode()
+        if "\0" in value or not Path(value).is_file():
+            return value
+        return Path(value).read_bytes().decode()
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{option}: {given} is no UTF-8 text ({e})") from e
+        raise ConfigError(f"{option}: {value} is no UTF-8 text ({e})") from e
     except OSError:  # such as a name that is too long
-        return given
+        return value
 
 
 def read_prompts(path: Path) -> list[str]:

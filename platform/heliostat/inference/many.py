@@ -5,7 +5,7 @@
     OUT/settings.json    what the folder is for
     OUT/work             what finished batches have answered
 
-Each prompt is answered once. A run that is killed goes on behind its last finished batch, on any number of workers; the answer
+Each prompt is answered once. A run that is killed continues after its last finished batch, on any number of workers; the answer
 to a prompt follows from it, its seed, the model and the options alone. One command at a time writes to the folder.
 """
 
@@ -17,7 +17,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from heliostat.config.fields import Json
 from heliostat.curation import segment
 from heliostat.errors import HeliostatError
 from heliostat.inference.batch.run import claim, flow_on_ray, model_digest
@@ -34,7 +33,7 @@ from heliostat.text import brief
 
 
 def generate_many(
-    folder: Path, prompts: list[str], options: dict[str, Json], seed: int, out: str, workers: int, quiet: bool = False
+    folder: Path, prompts: list[str], options: dict[str, object], seed: int, out: str, workers: int, quiet: bool = False
 ) -> int:
     """Answers all prompts, the i-th with seed + i, with so many models side by side on a Ray of its own; returns their number.
 
@@ -46,15 +45,15 @@ def generate_many(
     place.require_writable()
     with exported.using(folder):
         exported.generator(folder, options)  # what is wrong is found before Ray starts
-    asked = {"model": model_digest(folder), "options": options, "seed": seed,
+    identity = {"model": model_digest(folder), "options": options, "seed": seed,
              "set of prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}  # fmt: skip
-    claim(place, asked, "answers", "answers of `heliostat generate --prompts`")
+    claim(place, identity, "answers", "answers of `heliostat generate --prompts`")
     import torch
 
     with lease.take(place, "written", "wait for it, or stop it", field="--out") as lease_:
         with flow_on_ray(place, "answering prompts", workers, torch.cuda.device_count(), quiet) as flow:
             try:
-                results = answered(flow, folder, prompts, options, seed, out, key(asked))
+                results = answered(flow, folder, prompts, options, seed, out, key(identity))
             except HeliostatError:
                 raise
             except Exception as e:  # such as too little memory for a model
@@ -66,7 +65,7 @@ def generate_many(
 
 
 def answered(
-    flow: Flow, folder: Path, prompts: list[str], options: dict[str, Json], seed: int, out: str, follows: str
+    flow: Flow, folder: Path, prompts: list[str], options: dict[str, object], seed: int, out: str, follows: str
 ) -> list[str]:
     """Answers prompts by tasks of a flow; returns a line of JSON for each, in their order.
 
@@ -84,14 +83,21 @@ def answered(
 
 
 def answer_batch(
-    folder: Location, first: int, prompts: list[str], model: Shipment, options: dict[str, Json], seed: int, out: str, follows: str
+    folder: Location,
+    first: int,
+    prompts: list[str],
+    model: Shipment,
+    options: dict[str, object],
+    seed: int,
+    out: str,
+    follows: str,
 ) -> dict[str, object]:
     """Answers prompts, of which the first has the number `first`; returns where their answers are, and what was drawn."""
     place = Location(out)
-    asked = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
+    requests = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
     used = shipping.here(folder, model)
     with exported.using(Path(used)):
-        answers = _generator(used, json.dumps(options, sort_keys=True), follows)(asked)
+        answers = _generator(used, json.dumps(options, sort_keys=True), follows)(requests)
     results = segment.store(folder, [json.dumps({"prompt": g.prompt, **g.facts}) for g in answers])
     return {"results": results, "files": [results], "drawn": [g.facts["file"] for g in answers if "file" in g.facts]}
 

@@ -2,6 +2,18 @@
 
 The token is the largest of logits / temperature plus Gumbel noise (Gumbel 1954), within the likeliest `top_p`: distributed as a
 draw from the softmax. The noise is of the row's own generator, so that it is the same in whatever batch. Temperature 0 adds none.
+
+heliostat generates text in three ways. They share prompts, chat templates, ends, and (the last two) this module:
+
+- `heliostat generate` and a model that MLflow serves run `recipes/text/server.py`, one prompt at a time with the sampling of
+  `transformers`. Its draws come from torch's own generator: this module would give other texts for recorded seeds. MLflow copies
+  that file into the model, so it imports nothing of heliostat.
+- Batch inference (`inference/batch/engines.py`) runs `generate` of `transformers` with this module's noise. `generate` keeps the
+  states of models such as Mamba, so each token costs the same.
+- The endpoint (`apps/serve/engine.py`) steps rows itself, since they come and go between two tokens, which `generate` does not
+  allow. Where a cache does not hold keys and values alone, it computes a row's earlier tokens again: time grows with the square.
+
+vLLM replaces the last two on a GPU. It draws with its own noise.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Answers with vLLM on a GPU: batches of texts, and requests that come and go.
 
 Tokens go in and tokens come out: prompts, chat templates, ends, stop strings and texts are the same code with either engine. An
-answer's noise is vLLM's own, of the input's seed; a probability that is told is the model's, before temperature and `top_p`.
+answer's noise is vLLM's own, of the input's seed; a reported probability is the model's, before temperature and `top_p`.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ class VllmStream:
         import vllm
         from vllm.lora.request import LoRARequest
 
-        asked = engine_options(folder, loaded.config, loaded.longest, batch, [rank for _, rank in adapters.values()])
+        options = engine_options(folder, loaded.config, loaded.longest, batch, [rank for _, rank in adapters.values()])
         self.adapters = {name: LoRARequest(name, i, place) for i, (name, (place, _)) in enumerate(adapters.items(), 1)}
         self.params = vllm.SamplingParams
-        self.llm = vllm.AsyncLLMEngine.from_engine_args(vllm.AsyncEngineArgs(**asked))
+        self.llm = vllm.AsyncLLMEngine.from_engine_args(vllm.AsyncEngineArgs(**options))
         loaded.longest = self.llm.model_config.max_model_len
 
     async def tokens(
@@ -108,11 +108,11 @@ class VllmStream:
 
         HeliostatError if vLLM gives no more before one of `ends` or the last of `most` tokens was taken.
         """
-        asked = self.params(**sampling(most, draw.temperature, draw.top_p, draw.seed, ends, logprobs))
-        given: TokensPrompt = {"prompt_token_ids": prompt}
+        params = self.params(**sampling(most, draw.temperature, draw.top_p, draw.seed, ends, logprobs))
+        prompt_tokens: TokensPrompt = {"prompt_token_ids": prompt}
         lora = self.adapters[adapter] if adapter else None
         sent, said = 0, None
-        async with aclosing(self.llm.generate(given, asked, uuid.uuid4().hex, lora_request=lora)) as outputs:
+        async with aclosing(self.llm.generate(prompt_tokens, params, uuid.uuid4().hex, lora_request=lora)) as outputs:
             async for out in outputs:
                 written = out.outputs[0]  # all tokens so far
                 for place in range(sent, len(written.token_ids)):
@@ -137,7 +137,7 @@ class OnVllm:
         self.longest = self.loaded.longest = self.llm.model_config.max_model_len
 
     def kind(self) -> dict[str, object]:
-        """Returns what vLLM is made with beside what all engines have."""
+        """Returns what vLLM is made with next to what all engines have."""
         return {}
 
     def rows(self, longest: int) -> int:
@@ -146,12 +146,12 @@ class OnVllm:
     def apart(self, one: int, other: int) -> bool:
         return False
 
-    def run(self, tokens: Sequence[list[int]], asked: Sequence[dict[str, object]]) -> list[RequestOutput]:
+    def run(self, tokens: Sequence[list[int]], samplings: Sequence[dict[str, object]]) -> list[RequestOutput]:
         """Returns what vLLM says of each prompt."""
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": one} for one in tokens]
-        return self.llm.generate(prompts, [SamplingParams(**one) for one in asked], use_tqdm=False)
+        return self.llm.generate(prompts, [SamplingParams(**one) for one in samplings], use_tqdm=False)
 
 
 class Written(OnVllm):
@@ -161,8 +161,8 @@ class Written(OnVllm):
 
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
         s = self.sampling
-        asked = [sampling(s.max_tokens, s.temperature, s.top_p, one.seed, self.ends) for one in inputs]
-        return [self.read(list(out.outputs[0].token_ids)) for out in self.run(tokens, asked)]
+        samplings = [sampling(s.max_tokens, s.temperature, s.top_p, one.seed, self.ends) for one in inputs]
+        return [self.read(list(out.outputs[0].token_ids)) for out in self.run(tokens, samplings)]
 
 
 class VllmContinue(Written, Continue):

@@ -1,4 +1,4 @@
-"""Checks a job's numerics: plays a small copy of it on two workers, beside one plain process of torch, and compares.
+"""Checks a job's numerics: plays a small copy of it on two workers, next to one plain process of torch, and compares.
 
     found = check(checked)          # {"ok", "rows", "faults", "trial", "seconds", "losses"}
 
@@ -13,8 +13,8 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.numerics import processes
 from heliostat.numerics.rows import LIMITS, DifferenceRow, Thresholds
@@ -23,7 +23,7 @@ from heliostat.storage.locations import Location
 from heliostat.validation import check as checks
 
 
-def check(checked: checks.Checked) -> dict[str, Json]:
+def check(checked: checks.Checked) -> dict[str, Any]:
     """Plays the trial and compares; raises the error of a process that failed."""
     began, job = time.monotonic(), checked.job
     with tempfile.TemporaryDirectory(prefix="heliostat-numerics-") as name:
@@ -31,7 +31,7 @@ def check(checked: checks.Checked) -> dict[str, Json]:
         return {**conclude(Path(name)), "seconds": time.monotonic() - began}
 
 
-def conclude(folder: Path) -> dict[str, Json]:
+def conclude(folder: Path) -> dict[str, Any]:
     """Compares what the trial's processes have left in their folder."""
     files = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "played", "resumed", "plain")}
     rows = [*_rows(files, LIMITS[files["trial"]["precision"]]), _receipts(Location(files["trial"]["run"]))]
@@ -45,7 +45,7 @@ def conclude(folder: Path) -> dict[str, Json]:
     }
 
 
-def _rows(files: dict[str, Json], limits: Thresholds) -> list[DifferenceRow]:
+def _rows(files: dict[str, Any], limits: Thresholds) -> list[DifferenceRow]:
     played, plain, resumed = files["played"], files["plain"], files["resumed"]
     begun, gradients, updates = (DifferenceRow.parse(row) for row in plain["rows"])
     loss, behind = DifferenceRow("loss", limits.loss), DifferenceRow("resumed loss", limits.resumed)
@@ -57,7 +57,7 @@ def _rows(files: dict[str, Json], limits: Thresholds) -> list[DifferenceRow]:
     return [begun, _together(played["rows"]), loss, gradients, updates, DifferenceRow.parse(resumed["row"]), behind]
 
 
-def _together(parts: list[dict[str, Json]]) -> DifferenceRow:
+def _together(parts: list[dict[str, object]]) -> DifferenceRow:
     """Joins the rows of all workers: the first with the worst difference, and everybody's faults."""
     rows = [DifferenceRow.parse(part) for part in parts]
     worst = max(rows, key=lambda row: row.worst)

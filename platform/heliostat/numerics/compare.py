@@ -10,9 +10,9 @@ Tensors = Mapping[str, torch.Tensor]
 EXPLAINED = 0.1  # of a difference, at most, is left by a cause that explains it
 
 
-def relative(found: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> float:
+def relative(value: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> float:
     """Computes the norm of the difference over the right one's norm, or over `floor` if that is more; infinite for NaN."""
-    difference, base = float((found - right).norm()), max(float(right.norm()), floor)
+    difference, base = float((value - right).norm()), max(float(right.norm()), floor)
     if difference == 0.0:
         return 0.0
     return difference / base if base and difference == difference else float("inf")
@@ -26,43 +26,43 @@ def floors(gradients: Tensors, share: float) -> dict[str, float]:
 
 
 def explain_gradient(
-    found: torch.Tensor, right: torch.Tensor, parts: Sequence[torch.Tensor], before: torch.Tensor | None, limit: float
+    value: torch.Tensor, right: torch.Tensor, parts: Sequence[torch.Tensor], before: torch.Tensor | None, limit: float
 ) -> str:
     """Finds the cause of a wrong gradient.
 
     `parts`: each worker's share of the right one; `before`: the right one of the step before; `limit`: what rounding explains.
     """
-    size = float(found.norm())
+    size = float(value.norm())
     if not size:
         return "is zero: the parameter gets no gradient"
     tolerance = max(limit, EXPLAINED) * size
-    ratio = _ratio(found, right)
-    if float((found - ratio * right).norm()) <= limit * size:
+    ratio = _ratio(value, right)
+    if float((value - ratio * right).norm()) <= limit * size:
         return f"is {ratio:.4g} times the right one: a wrong scale"
     for scale in (1.0, float(len(parts))):
-        apart = torch.stack([(found - scale * part).abs() for part in parts]).amin(0)
+        apart = torch.stack([(value - scale * part).abs() for part in parts]).amin(0)
         if float(apart.norm()) <= tolerance:
             return "is a worker's own share: not reduced over the workers"
     if before is not None:
-        if float((found - _ratio(found, before) * before).norm()) <= tolerance:
+        if float((value - _ratio(value, before) * before).norm()) <= tolerance:
             return "is that of the step before: a stale buffer"
-        rest = found - right
+        rest = value - right
         if float((rest - _ratio(rest, before) * before).norm()) <= tolerance:
             return "holds that of the step before, too: a stale buffer, not cleared"
     return ""
 
 
-def explain_update(found: torch.Tensor, right: torch.Tensor, limit: float) -> str:
+def explain_update(value: torch.Tensor, right: torch.Tensor, limit: float) -> str:
     """Finds the cause of a wrong update."""
-    size = float(found.norm())
+    size = float(value.norm())
     if not size:
         return "the weights did not change"
-    ratio = _ratio(found, right)
-    if float((found - ratio * right).norm()) <= max(limit, EXPLAINED) * size:
+    ratio = _ratio(value, right)
+    if float((value - ratio * right).norm()) <= max(limit, EXPLAINED) * size:
         return f"is {ratio:.4g} times the right one: a wrong scale"
     return ""
 
 
-def _ratio(found: torch.Tensor, right: torch.Tensor) -> float:
-    """Fits the factor by which `right` is nearest to `found`."""
-    return float((found * right).sum()) / max(float(right.square().sum()), 1e-300)
+def _ratio(value: torch.Tensor, right: torch.Tensor) -> float:
+    """Fits the factor by which `right` is nearest to `value`."""
+    return float((value * right).sum()) / max(float(right.square().sum()), 1e-300)

@@ -66,13 +66,13 @@ class PlainLoop:
             self.model.zero_grad()
             for seed, micro in micros[replica::replicas]:
                 torch.manual_seed(seed)
-                made = self.recipe.loss(self.model, micro)
-                minimised = made.sum / terms
-                for part in made.parts.values():
+                loss = self.recipe.loss(self.model, micro)
+                minimised = loss.sum / terms
+                for part in loss.parts.values():
                     minimised = minimised + part.value * (part.weight / len(micros))
                 minimised.backward()
-                total += made.sum.item() / terms
-                routed += [] if made.routed is None else [made.routed]
+                total += loss.sum.item() / terms
+                routed += [] if loss.routed is None else [loss.routed]
             parts.append(self._kept())
         if self.recipe.balances:
             self.recipe.balance(self.model, torch.stack(routed).sum(0))
@@ -118,7 +118,7 @@ class PlainLoop:
 
 
 def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
-    """Plays all steps beside the workers, and writes the rows of the comparison."""
+    """Plays all steps next to the workers, and writes the rows of the comparison."""
     limits, plain = LIMITS[job.train.precision], PlainLoop(job, plan, recipe)
     begun, grads, updates = (
         DifferenceRow("initial weights", 0.0),
@@ -128,24 +128,24 @@ def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
     weights, before = play.read(folder / "weights-0", WAIT_S), None
     for name, right in plain.initial().items():
         begun.add(1, name, compare.relative(weights[name], right.to(plain.type).float()))
-    told = []
+    losses = []
     for step in range(STEPS):
         plain.put(weights)
         loss, parts = plain.gradients(plain.next_micros(step))
         whole = {n: torch.stack([part[n] for part in parts]).sum(0) for n in parts[0]}
-        found = play.read(folder / f"gradients-{step}", WAIT_S)
-        _gradients(grads, step + 1, found, whole, parts, before, limits.floor)
+        gradients = play.read(folder / f"gradients-{step}", WAIT_S)
+        _gradients(grads, step + 1, gradients, whole, parts, before, limits.floor)
         following = play.read(folder / f"weights-{step + 1}", WAIT_S)
-        _updates(updates, step + 1, weights, following, plain.step(weights, found))
+        _updates(updates, step + 1, weights, following, plain.step(weights, gradients))
         weights, before = following, whole
-        told.append(loss)
-    (folder / "plain.json").write_text(json.dumps({"losses": told, "rows": [row.dump() for row in (begun, grads, updates)]}))
+        losses.append(loss)
+    (folder / "plain.json").write_text(json.dumps({"losses": losses, "rows": [row.dump() for row in (begun, grads, updates)]}))
 
 
 def _gradients(
     row: DifferenceRow,
     step: int,
-    found: compare.Tensors,
+    gradients: compare.Tensors,
     right: compare.Tensors,
     parts: list[dict[str, torch.Tensor]],
     before: compare.Tensors | None,
@@ -154,12 +154,12 @@ def _gradients(
     least = compare.floors(right, floor)
     for name, one in right.items():
         old = before[name] if before else None
-        explained = partial(compare.explain_gradient, found[name], one, [part[name] for part in parts], old, row.limit)
-        row.add(step, name, compare.relative(found[name], one, least[name]), explained)
+        explained = partial(compare.explain_gradient, gradients[name], one, [part[name] for part in parts], old, row.limit)
+        row.add(step, name, compare.relative(gradients[name], one, least[name]), explained)
 
 
 def _updates(row: DifferenceRow, step: int, weights: compare.Tensors, following: compare.Tensors, right: compare.Tensors) -> None:
     for name, one in right.items():
-        found, least = following[name] - weights[name], float(weights[name].norm()) * 2**-23 / row.limit
-        explained = partial(compare.explain_update, found, one, row.limit)
-        row.add(step, name, compare.relative(found, one, least), explained)
+        update, least = following[name] - weights[name], float(weights[name].norm()) * 2**-23 / row.limit
+        explained = partial(compare.explain_update, update, one, row.limit)
+        row.add(step, name, compare.relative(update, one, least), explained)

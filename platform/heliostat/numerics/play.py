@@ -55,7 +55,7 @@ class Player:
 
     def __init__(self, job: Job, plan: DataPlan, recipe: Recipe, start_step: int = 0) -> None:
         self.job, self.recipe = job, recipe
-        self.step = start_step  # that is being played
+        self.step = start_step  # that is being run
         self.rank, self.control = dist.get_rank(), dist.new_group(backend="gloo")
         ledger, self.dataset = Ledger("computing"), open_dataset(plan)
         context = Context(
@@ -83,7 +83,7 @@ class Player:
         begun = len(self.stepper.losses)
         for step in range(first, last):
             mine = self.sharing.share(self._read)
-            self.stepper.step(step, mine)
+            self.stepper.step(step, self.stepper.prepare(step, mine))
             self.unsealed.add(step, mine)
         sums = torch.stack(self.stepper.losses[begun:]).double()
         dist.all_reduce(sums)
@@ -138,7 +138,7 @@ def play(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
 
 
 def resume(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
-    """Loads the checkpoint at another layout, and goes on from it to the last step."""
+    """Loads the checkpoint at another layout, and continues from it to the last step."""
     player = Player(job, plan, recipe, SAVED)
     row, saved = DifferenceRow("resumed state", 0.0), read(folder / "saved", 0.0)
     for name, loaded in state(player.engine).items():
@@ -152,8 +152,8 @@ def _watch(player: Player, folder: Path) -> None:
     """Keeps each step's gradient behind its last backward pass, reduced and summed, before it is clipped."""
     engine, backward = player.engine, player.engine.backward
 
-    def kept(*given: object, **named: object) -> object:
-        result = backward(*given, **named)
+    def kept(*args: object, **named: object) -> object:
+        result = backward(*args, **named)
         if engine.is_gradient_accumulation_boundary():
             _keep(folder / f"gradients-{player.step}", gradients(engine))
         return result

@@ -107,10 +107,10 @@ def host(folder: Path) -> int:
     from heliostat.data import manifest
     from heliostat.numerics import plain, play, small
 
-    given = json.loads((folder / "given.json").read_text())
-    job = Job.model_validate(given["job"])
-    sources = [manifest.read_shared(source, digest) for source, digest in zip(job.sources, given["digests"], strict=True)]
-    trial = small.trial(job, sources, folder / "run", given["gpus"])
+    arguments = json.loads((folder / "given.json").read_text())
+    job = Job.model_validate(arguments["job"])
+    sources = [manifest.read_shared(source, digest) for source, digest in zip(job.sources, arguments["digests"], strict=True)]
+    trial = small.trial(job, sources, folder / "run", arguments["gpus"])
     laid_out = plan(trial.job, sources)
     open_dataset(laid_out)
     (folder / "trial.json").write_text(json.dumps(_describe(trial)))
@@ -143,7 +143,7 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
     train, other = trial.job.train, small.elsewhere(trial.job)
     return {
         "run": str(trial.job.run_folder),
-        "model": trial.told,
+        "model": trial.description,
         "workers": small.WORKERS,
         "gpus": bool(trial.job.workers.gpus),
         "stage": train.zero.stage,
@@ -158,33 +158,33 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
 
 
 def _ended(processes: list[ForkProcess], beside: ForkProcess | None = None) -> bool:
-    """Waits until all have ended; False as soon as one of them, or the one beside them, has failed."""
+    """Waits until all have ended; False as soon as one of them, or the one next to them, has failed."""
     watched = [*processes, *([beside] if beside else [])]
     while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in watched):
         time.sleep(POLL_S)
     return not any(p.exitcode for p in watched)
 
 
-def _child(who: str, folder: Path, play_it: Callable[..., None], *given: object) -> None:
+def _child(who: str, folder: Path, play_it: Callable[..., None], *args: object) -> None:
     try:
-        play_it(*given)
+        play_it(*args)
     except BaseException as e:
         _tell(folder, who, e)
         raise
 
 
-def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *given: object) -> None:
+def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *args: object) -> None:
     """Plays in a process group of its own, as an attempt's workers do."""
     from heliostat.engine import deepspeed_engine, process_group
 
     gpus = job.workers.gpus
     deepspeed_engine.prepare_environment(gpus)
-    folder = cast(Path, given[-1])
+    folder = cast(Path, args[-1])
     names = tuple(map(str, range(world))) if gpus else ()
     meeting = f"file://{folder / f'group-{world}'}"
     process_group.join(process_group.WorkerPlace(rank, world, rank, world, meeting, "nccl" if gpus else "gloo", names))
     try:
-        play_it(job, *given)
+        play_it(job, *args)
     finally:
         process_group.leave()
 

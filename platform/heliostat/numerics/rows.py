@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-
-from heliostat.config.fields import Json
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,11 @@ class DifferenceRow:
         if not difference <= self.limit:
             self.faults.append(NumericFault(self.what, step, name, difference, cause()))
 
-    def dump(self) -> dict[str, Json]:
+    def dump(self) -> dict[str, object]:
         return asdict(self)
 
     @staticmethod
-    def parse(raw: dict[str, Json]) -> DifferenceRow:
+    def parse(raw: dict[str, Any]) -> DifferenceRow:
         return DifferenceRow(**{**raw, "faults": [NumericFault(**fault) for fault in raw["faults"]]})
 
 

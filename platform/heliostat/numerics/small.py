@@ -25,7 +25,7 @@ from heliostat.recipes.protocol import Batch, Recipe
 from heliostat.recipes.text import attention
 from heliostat.recipes.text.causal_lm import CausalLM
 
-STEPS, SAVED = 4, 2  # steps that are played, and the one behind which a checkpoint is saved
+STEPS, SAVED = 4, 2  # steps that are run, and the one behind which a checkpoint is saved
 WORKERS = 2
 LARGEST = 20_000_000  # parameters of a model that stays as it is
 LONGEST = 512  # tokens of a sample that stays as it is
@@ -36,15 +36,15 @@ ELSEWHERE: dict[int, Literal[1, 3]] = {0: 1, 1: 3, 2: 3, 3: 1}  # by stage, the 
 
 @dataclass(frozen=True)
 class SmallTrial:
-    """Holds the job that is played, its recipe, and what became of the model, for people."""
+    """Holds the job that is run, its recipe, and what became of the model, for people."""
 
     job: Job
     recipe: Recipe
-    told: str
+    description: str
 
 
 def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallTrial:
-    """Makes what is played of a job on two workers of this machine; ConfigError if its model is too large, and cannot be cut."""
+    """Makes what is run of a job on two workers of this machine; ConfigError if its model is too large, and cannot be cut."""
     size = tiny.parameters(loading.load(job, sources).build)
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
@@ -77,7 +77,7 @@ def unaided(recipe: Recipe) -> Recipe:
 
 
 def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
-    """Makes the job that is played, at its full learning rate; its run lies in `folder`, its samples have `longest` tokens at
+    """Makes the job that is run, at its full learning rate; its run lies in `folder`, its samples have `longest` tokens at
     most."""
     micro, batch = job.train.micro_batch, job.train.global_batch
     if batch > BATCH or batch % (WORKERS * micro):

@@ -10,6 +10,7 @@ and a checkpoint of one cut is loaded at another. What looks at whole tensors mu
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union, cast
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -42,18 +43,18 @@ class Optimizer(Strict):
     """Has a rule of its own for hidden matrices, which are parameter groups apart (`orthogonal`)."""
 
     @property
+    @abstractmethod
     def state(self) -> tuple[str, ...]:
         """Returns the names, torch's own, of the optimizer state: fp32 tensors of a parameter's shape, kept for every parameter.
         Checkpoints hold them by these names."""
-        raise NotImplementedError
 
     def kept(self, hidden_matrix: bool) -> tuple[str, ...]:
         """Returns those names for a parameter, which is a hidden matrix or not."""
         return self.state
 
+    @abstractmethod
     def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         """Builds torch's optimizer for parameter groups, which hold `params` and `weight_decay`."""
-        raise NotImplementedError
 
 
 class AdamW(Optimizer):
@@ -261,11 +262,11 @@ def require_resumable(optimizer: Optimizer, recorded: dict[str, object]) -> None
     """Checks that a run whose checkpoints were made with the `recorded` keys can go on with this optimizer; ConfigError if not.
     The state that it keeps of every parameter must be what the checkpoints hold. Its other keys may change."""
     kind = REGISTRY.get(name := str(recorded.get("name", DEFAULT)))
-    held = kind.model_validate(recorded).state if kind else None
-    if held == optimizer.state:
+    recorded_state = kind.model_validate(recorded).state if kind else None
+    if recorded_state == optimizer.state:
         return
     keeps = ", ".join(optimizer.state) or "nothing"
-    holds = "what this heliostat does not know" if held is None else ", ".join(held) or "nothing"
+    holds = "what this heliostat does not know" if recorded_state is None else ", ".join(recorded_state) or "nothing"
     raise ConfigError(
         f"train.optimizer: {optimizer.name!r} keeps {keeps} of every parameter, and the run's checkpoints, made with {name!r}, "
         f"hold {holds}; keep {name!r} as it was, or start another run"

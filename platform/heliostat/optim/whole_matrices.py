@@ -1,6 +1,6 @@
 """Brings matrices together that ZeRO cut into slices over the workers, each on one of them, and the slices of the results back.
 
-ZeRO gives a worker flat slices of parameters, cut anywhere. Which slices are whose is told once (`Matrix.spans`); after that
+ZeRO gives a worker flat slices of parameters, cut anywhere. Which slices are whose is exchanged once (`Matrix.spans`); after that
 every worker knows what it sends and receives. A batch of matrices travels in one all-to-all, each matrix to its owner, and the
 results in another: a worker holds its slices, and as many whole matrices as fall to it of a batch.
 """
@@ -55,30 +55,30 @@ def on_whole(work: Work, flat: torch.Tensor, matrices: list[Matrix], device: tor
         slices = [flat[m.offset : m.offset + m.spans[rank][1]] for m, _ in batch]
         out = [sum(m.spans[rank][1] for m, owner in batch if owner == to) for to in range(workers)]
         back = [sum(m.spans[source][1] for m in mine) for source in range(workers)]
-        there = _exchange(torch.cat(slices).to(device), out, back)
-        made = _each(work, there, mine, back)
-        here = _exchange(made, back, out).to(flat.device)
+        received = _exchange(torch.cat(slices).to(device), out, back)
+        results = _each(work, received, mine, back)
+        here = _exchange(results, back, out).to(flat.device)
         for place, result in zip(slices, here.split([s.numel() for s in slices]), strict=True):
             place.copy_(result)
 
 
 def _exchange(values: torch.Tensor, out: list[int], back: list[int]) -> torch.Tensor:
-    found = values.new_empty(sum(back))
-    dist.all_to_all_single(found, values, back, out)
-    return found
+    received = values.new_empty(sum(back))
+    dist.all_to_all_single(received, values, back, out)
+    return received
 
 
-def _each(work: Work, there: torch.Tensor, mine: list[Matrix], back: list[int]) -> torch.Tensor:
+def _each(work: Work, received: torch.Tensor, mine: list[Matrix], back: list[int]) -> torch.Tensor:
     """Computes the results of this worker's matrices from the workers' slices; the results, cut and ordered as those were."""
-    results, sources = torch.empty_like(there), there.split(back)
+    results, sources = torch.empty_like(received), received.split(back)
     targets = results.split(back)
     at = [0] * len(back)
     for matrix in mine:
-        whole = there.new_empty(matrix.numel)
+        whole = received.new_empty(matrix.numel)
         for source, (start, numel) in enumerate(matrix.spans):
             whole[start : start + numel] = sources[source][at[source] : at[source] + numel]
-        made = work(whole.view(matrix.rows, matrix.columns)).reshape(-1)
+        result = work(whole.view(matrix.rows, matrix.columns)).reshape(-1)
         for source, (start, numel) in enumerate(matrix.spans):
-            targets[source][at[source] : at[source] + numel] = made[start : start + numel]
+            targets[source][at[source] : at[source] + numel] = result[start : start + numel]
             at[source] += numel
     return results

@@ -94,14 +94,14 @@ def _put_together(model: PreTrainedModel, documents: bool) -> None:
         raise UnfitForCutting("its attention has no other implementation than 'eager', which is causal by a mask alone")
     core, (heads, shared, width) = sequence_attention.core(model), sequence_attention.sizes(model.config)
 
-    def exchanged(module: torch.nn.Module, *stretches: torch.Tensor, **given: object) -> Attended:
+    def exchanged(module: torch.nn.Module, *stretches: torch.Tensor, **options: object) -> Attended:
         *rows, documents_of = stretches
-        found = [(x.shape[1], x.shape[3]) for x in rows]
-        if found != [(heads, width), (shared, width), (shared, width)]:
-            raise UnfitForCutting(f"its layers have {found} heads and widths of queries, keys and values, and not all the same")
+        shapes = [(x.shape[1], x.shape[3]) for x in rows]
+        if shapes != [(heads, width), (shared, width), (shared, width)]:
+            raise UnfitForCutting(f"its layers have {shapes} heads and widths of queries, keys and values, and not all the same")
         whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in rows]
-        made, _ = core(module, *whole, documents_of, **given)
-        return made.unflatten(1, (PARTS, -1)).squeeze(0), None
+        attended, _ = core(module, *whole, documents_of, **options)
+        return attended.unflatten(1, (PARTS, -1)).squeeze(0), None
 
     sequence_attention.install(
         model, f"{sequence_attention.NAME}-rows", sequence_attention.Attention(exchanged, _joined if documents else None)

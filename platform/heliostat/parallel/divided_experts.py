@@ -66,8 +66,8 @@ def _forward(
     order = torch.sort(flat, stable=True).indices[: sum(sent)]
     arrived = Exchange.apply(hidden_states[order // each], sent, got, group)
     numbers = torch.arange(count, device=flat.device).repeat(workers).repeat_interleave(coming)
-    made = Exchange.apply(_computed(module, arrived, numbers), got, sent, group)
-    back = made.new_zeros((len(flat), made.shape[1])).index_copy(0, order, made).view(-1, each, made.shape[1])
+    computed = Exchange.apply(_computed(module, arrived, numbers), got, sent, group)
+    back = computed.new_zeros((len(flat), computed.shape[1])).index_copy(0, order, computed).view(-1, each, computed.shape[1])
     return (back * top_k_weights.reshape(-1, each, 1)).sum(1).to(hidden_states.dtype)
 
 

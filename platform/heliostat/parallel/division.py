@@ -55,6 +55,6 @@ def assembled(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     mine = of(parameter)
     if mine.parts == 1:
         return values
-    found = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(mine.parts)]
-    dist.all_gather(found, values.contiguous(), group=mine.group)
-    return torch.cat(found, dim=1 if mine.width else 0)
+    parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(mine.parts)]
+    dist.all_gather(parts, values.contiguous(), group=mine.group)
+    return torch.cat(parts, dim=1 if mine.width else 0)

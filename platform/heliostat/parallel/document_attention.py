@@ -47,19 +47,19 @@ def in_blocks(core: Core) -> Core:
         key: torch.Tensor,
         value: torch.Tensor,
         documents: torch.Tensor | None,
-        **given: object,
+        **options: object,
     ) -> Attended:
         if documents is None:
-            return core(module, query, key, value, None, **given)
+            return core(module, query, key, value, None, **options)
         if query.shape[2] <= ROWS:
-            return core(module, query, key, value, mask(documents, 0, query.shape[2]), **given)
+            return core(module, query, key, value, mask(documents, 0, query.shape[2]), **options)
 
         def block(some: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int) -> torch.Tensor:
             end = keys.shape[2]
-            return core(module, some, keys, values, mask(documents, first, end), **given)[0]
+            return core(module, some, keys, values, mask(documents, first, end), **options)[0]
 
-        made: torch.Tensor = Blocks.apply(block, bool(given.get("dropout")), query, key, value)
-        return made, None
+        attended: torch.Tensor = Blocks.apply(block, bool(options.get("dropout")), query, key, value)
+        return attended, None
 
     return attend
 
@@ -69,10 +69,10 @@ class Blocks(torch.autograd.Function):
     block. It keeps these alone for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, block: Callable[..., torch.Tensor], draws: bool, *given: torch.Tensor) -> torch.Tensor:
-        ctx.block, ctx.random = block, _random(given[0]) if draws else None
-        ctx.save_for_backward(*given)
-        query, key, value = given
+    def forward(ctx: Any, block: Callable[..., torch.Tensor], draws: bool, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.block, ctx.random = block, _random(tensors[0]) if draws else None
+        ctx.save_for_backward(*tensors)
+        query, key, value = tensors
         return torch.cat([block(query[:, :, a:b], key[:, :, :b], value[:, :, :b], a) for a, b in _spans(query)], dim=1)
 
     @staticmethod
@@ -85,8 +85,8 @@ class Blocks(torch.autograd.Function):
             for a, b in _spans(query):
                 leaves = [x.detach().requires_grad_() for x in (query[:, :, a:b], key[:, :, :b], value[:, :, :b])]
                 with torch.enable_grad():
-                    made = ctx.block(*leaves, a)
-                some, keys, values = torch.autograd.grad(made, leaves, upstream[0][:, a:b])
+                    output = ctx.block(*leaves, a)
+                some, keys, values = torch.autograd.grad(output, leaves, upstream[0][:, a:b])
                 of_query[:, :, a:b] = some
                 of_key[:, :, :b] += keys
                 of_value[:, :, :b] += values

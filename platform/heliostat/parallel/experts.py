@@ -1,7 +1,7 @@
 """Watches the routed experts of a model of transformers: the tokens that each is given, and what its routers say of them;
 balances them by the bias that a router chooses with.
 
-All architectures whose experts transformers computes through its interface (`use_experts_implementation`) are alike here: a
+All architectures whose experts transformers computes through its interface (`use_experts_implementation`) are the same here: a
 module of all experts is called with the experts that every token was sent to.
 """
 
@@ -30,8 +30,8 @@ class ExpertLayer(torch.nn.Module):
 
 def layers(model: torch.nn.Module) -> list[ExpertLayer]:
     """Lists the modules that hold all experts of a layer, in the model's order."""
-    found = (m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
-    return [cast(ExpertLayer, m) for m in found if isinstance(getattr(m, "num_experts", None), int)]
+    modules = (m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
+    return [cast(ExpertLayer, m) for m in modules if isinstance(getattr(m, "num_experts", None), int)]
 
 
 def number(layer: ExpertLayer) -> int:
@@ -41,9 +41,9 @@ def number(layer: ExpertLayer) -> int:
 
 def routers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
     """Lists the routers, in the model's order, with the place of the logits in what they return."""
-    found = [getattr(m, "_can_record_outputs", None) or {} for m in model.modules()]
-    told = [one["router_logits"] for one in found if "router_logits" in one]
-    kinds = {one.target_class: one.index for one in told if getattr(one, "target_class", None)}
+    outputs = [getattr(m, "_can_record_outputs", None) or {} for m in model.modules()]
+    logits = [one["router_logits"] for one in outputs if "router_logits" in one]
+    kinds = {one.target_class: one.index for one in logits if getattr(one, "target_class", None)}
     return [(m, kinds[type(m)]) for m in model.modules() if type(m) in kinds]
 
 
@@ -76,8 +76,8 @@ class RoutingWatch:
         sizes = {number(m) for m in experts}
         self.shape = (len(experts), max(sizes) + 1) if len(sizes) == 1 else None  # layers of several sizes are not counted
         self.on = False
-        for layer, held in enumerate(experts if self.shape else ()):
-            held.register_forward_pre_hook(partial(self._given, layer), with_kwargs=True)
+        for layer, experts_of_layer in enumerate(experts if self.shape else ()):
+            experts_of_layer.register_forward_pre_hook(partial(self._given, layer), with_kwargs=True)
         for module, place in routers(model):
             module.register_forward_hook(partial(self._said, place))
         self.end()
@@ -104,16 +104,16 @@ class RoutingWatch:
         places = chosen.detach().flatten().long().clamp(max=self.shape[1] - 1)
         self.routed[layer].scatter_add_(0, places, torch.ones_like(places))
 
-    def _said(self, place: int, module: torch.nn.Module, args: object, made: torch.Tensor | Sequence[torch.Tensor]) -> None:
+    def _said(self, place: int, module: torch.nn.Module, args: object, output: torch.Tensor | Sequence[torch.Tensor]) -> None:
         if self.on:
-            self.logits.append(made[place] if isinstance(made, Sequence) else made)
+            self.logits.append(output[place] if isinstance(output, Sequence) else output)
 
 
 @torch.no_grad()
 def balance(model: torch.nn.Module, routed: torch.Tensor, rate: float) -> None:
     """Raises by `rate` the bias of experts that were given fewer tokens than the mean of their layer, and lowers that of those
     with more (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
-    given = routed[:, :-1]
-    lacks = (given.sum(1, keepdim=True) - given * given.shape[1]).sign()  # integers: exact
+    chosen = routed[:, :-1]
+    lacks = (chosen.sum(1, keepdim=True) - chosen * chosen.shape[1]).sign()  # integers: exact
     for (_, bias), one in zip(biases(model), lacks, strict=True):
         bias.add_(one.to(bias.dtype).view_as(bias), alpha=rate)

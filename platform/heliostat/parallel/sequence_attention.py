@@ -81,13 +81,13 @@ class Attention:
         value: torch.Tensor,
         *_: object,
         position_ids: torch.Tensor,
-        **given: object,
+        **options: object,
     ) -> Attended:
         """Computes a layer's attention; the mask that the model makes is of a stretch alone, and not used."""
-        given.pop("attention_mask", None)
+        options.pop("attention_mask", None)
         if self.gathered and position_ids is not self._positions:
             self._positions, self._documents = position_ids, document_attention.numbers(self.gathered(position_ids))
-        return self.exchanged(module, query, key, value, self._documents, position_ids=position_ids, **given)
+        return self.exchanged(module, query, key, value, self._documents, position_ids=position_ids, **options)
 
 
 def install(model: PreTrainedModel, name: str, attention: Core) -> None:

@@ -10,12 +10,11 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from heliostat.config.fields import Json
 from heliostat.parallel.language_model import CHOSEN, EXPERTS, LanguageModel
 
 if TYPE_CHECKING:
@@ -46,12 +45,12 @@ class UntriedError(Exception):
 def shrunk(config: PreTrainedConfig, length: int, heads: int = 2) -> Iterator[PreTrainedConfig]:
     """Yields smaller configurations, of so many heads at most, of a model whose samples have `length` tokens, the likeliest to be
     valid first."""
-    given = config.to_dict()
+    keys = config.to_dict()
     names = config.attribute_map
     for most, layers in ((heads, LAYERS), (heads, None), (None, None)):
-        made = _Small(given, names, length, most, layers).made
+        smaller = _Small(keys, names, length, most, layers).made
         try:
-            small = type(config).from_dict(made)
+            small = type(config).from_dict(smaller)
         except Exception:  # noqa: BLE001  a rule of this architecture's own: the next may keep it
             continue
         small.use_cache = small.get_text_config(decoder=True).use_cache = False
@@ -60,7 +59,7 @@ def shrunk(config: PreTrainedConfig, length: int, heads: int = 2) -> Iterator[Pr
 
 def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: int = 2, largest: float | None = None) -> T:
     """Returns what comes of the first small version of the recipe, of so many heads at most, that can be computed;
-    UntriedError if none can. Its model is built anew on every `build`, and its kernels are those that a CPU can compute.
+    UntriedError if none can. Its model is built again on every `build`, and its kernels are those that a CPU can compute.
     `largest`: parameters at most; the default is LARGEST."""
     reason, most = "no small model of it can be made", LARGEST if largest is None else largest
     for config in shrunk(recipe.config, recipe.length, heads):
@@ -128,7 +127,7 @@ def loss_and_gradient(small: LanguageModel, model: torch.nn.Module) -> torch.Ten
 
 
 def same(right: torch.Tensor, mine: torch.Tensor, tolerance: float) -> bool:
-    """Tells whether two answers of `loss_and_gradient` are alike, the loss and the gradient."""
+    """Tells whether two answers of `loss_and_gradient` are the same, the loss and the gradient."""
     if right.shape != mine.shape:
         return False
     return bool(max(abs(mine[0] - right[0]) / right[0], (mine - right).norm() / right.norm()) <= tolerance)
@@ -143,9 +142,9 @@ def parameters(build: Callable[[], torch.nn.Module]) -> int:
 class _Small:
     """Shrinks a configuration, and those nested in it, to at most `heads` heads and `layers` layers: the result is `made`."""
 
-    def __init__(self, given: dict[str, Json], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
-        self.made, self.names, self.length = copy.deepcopy(given), names, length
-        for name, part in given.items():
+    def __init__(self, keys: dict[str, Any], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
+        self.made, self.names, self.length = copy.deepcopy(keys), names, length
+        for name, part in keys.items():
             if isinstance(part, dict) and "model_type" in part:
                 self.made[name] = _Small(part, {}, length, heads, layers).made
         self._tokens()
@@ -155,7 +154,7 @@ class _Small:
         if layers:
             self._layers(layers)
 
-    def _get(self, name: str) -> Json:
+    def _get(self, name: str) -> Any:
         return self.made.get(self.names.get(name, name))
 
     def _set(self, name: str, value: object) -> None:

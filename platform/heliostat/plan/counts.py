@@ -42,8 +42,14 @@ class ModelStats:
     def added(self) -> tuple[int, int]:
         """Counts the elements of a token that workers which divide matrices add up: in a forward pass, products of inputs; in a
         backward pass, gradients of inputs that all have."""
-        matrices = [(self.shapes[n], kind) for n, kind in self.divided.items() if len(self.shapes[n]) > 1]
-        return sum(s[0] for s, kind in matrices if kind == "row"), sum(s[1] for s, kind in matrices if kind == "column")
+        return sum(s[0] for s in self._divided("row")), sum(s[1] for s in self._divided("column"))
+
+    def sums(self) -> tuple[int, int]:
+        """Counts the sums of a forward pass and of a backward pass: one for each matrix of outputs, and for each of inputs."""
+        return len(self._divided("row")), len(self._divided("column"))
+
+    def _divided(self, kind: str) -> list[tuple[int, ...]]:
+        return [self.shapes[n] for n, way in self.divided.items() if way == kind and len(self.shapes[n]) > 1]
 
     def kept(self, optimizer: Optimizer) -> dict[str, tuple[str, ...]]:
         """Lists the optimizer state of every trained parameter, by names."""

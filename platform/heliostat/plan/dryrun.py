@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from heliostat.checkpoint import checksums, index, layout, placement
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.placement import BYTES, ChunkPlace, Shard, Tensor
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import DataError, StorageError
@@ -32,14 +32,14 @@ def kinds(job: Job, hidden: bool = False) -> list[str]:
     return ["master", *job.train.optimizer.kept(hidden), *([layout.EMA] if job.train.ema else [])]
 
 
-def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Json]:
+def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:
     from heliostat.engine import deepspeed_engine
 
     started = time.perf_counter()
-    job, recipe, _ = auto.prepared(path, settings + ([f"workers.count={workers}"] if workers else []))
+    job, recipe, unread = auto.prepared(path, settings + ([f"workers.count={workers}"] if workers else []))
     job = job.on(job.worker_counts()[-1])
     deepspeed_engine.require_config(job)
-    data, note = _data(job, recipe)
+    data, note = _data(job, recipe, unread)
     built = build(recipe)
     model = stats_of(recipe, built)
     planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
@@ -75,13 +75,13 @@ def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
     return zero_layout.slices(model.trained, stage, workers, groups, model.stacked, parallel.expert, replicas)
 
 
-def _data(job: Job, recipe: Recipe) -> tuple[dict[str, int], str]:
+def _data(job: Job, recipe: Recipe, unread: str) -> tuple[dict[str, int], str]:
     """Computes the numbers of the data plan, from the datasets if they can be read; else a note gives the reason."""
     note = ""
     try:
         shape = check.check_data(job, recipe).plan.shape
     except (DataError, StorageError) as e:
-        note = f"the datasets were not read ({e})"
+        note = f"the datasets were not read ({unread or e})"
         size = 4 * job.data.sequence_length if job.data.sequence_length else 1
         shape = mixing.choose_shape(job.train.global_batch, job.lanes, size, job.data.window)
     return {

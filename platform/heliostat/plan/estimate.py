@@ -49,6 +49,9 @@ class Planner:
         self.tensor = job.train.parallel.tensor
         self.alike = self.workers // self.tensor  # that have the same part of each matrix, and divide state among them
         self.shapes = counts.model.own(self.tensor)  # of a worker's parameters
+        if (parts := job.train.parallel.expert) > 1:
+            stacks = {memory.LOW[job.train.precision] * math.prod(counts.model.shapes[n]) for n in counts.model.stacked}
+            self.work = step_time.divided(counts.work, stacks, parts)
         self.network, self.selects = hardware.network(prices), selects
         self._micro: dict[tuple[int, int, bool, bool, int], tuple[float, float]] = {}
 
@@ -135,6 +138,11 @@ class Planner:
         experts = sum(math.prod(self.model.shapes[name]) for name in self.model.stacked) if parts > 1 else 0
         parameters = sum(map(math.prod, self.shapes.values())) - experts
         rest = traffic.of(train.zero, layout.stage, parameters, low, summed, self.alike, accumulation)
+        if rest.around:
+            layers, buckets = len(self.kept.layers) + 1, -(-parameters // memory.BUCKETS["reduce_bucket_size"])
+            rest = replace(
+                rest, calls=traffic.calls(layout.stage, accumulation, layers, buckets, train.zero.copy_within is not None)
+            )
         if self.tensor > 1:  # one ring for each part, over as many nodes as all workers
             rest = replace(rest, workers=self.workers, rings=min(self.tensor, self.device.per_node))
         return rest + traffic.volume(experts // parts, low, self.workers // parts, layout.stage, accumulation)
@@ -195,8 +203,10 @@ class Planner:
         micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))
         reducing = self.workers if self.alike > 1 else 1  # one of each group, so over as many nodes as all
-        compiled, selective = bool(self.job.train.compile), layout.checkpointing == SELECTIVE
-        setting = step_time.Setting(reducing, layout.stage, micro_batch, accumulation, replayed, compiled, selective)
+        train, selective = self.job.train, layout.checkpointing == SELECTIVE
+        setting = step_time.Setting(
+            reducing, layout.stage, micro_batch, accumulation, replayed, bool(train.compile), selective, train.fp8
+        )
         low = memory.LOW[self.job.train.precision]
         elements = self.exchanged[layout.sequence]
         handed, handing = step_time.exchanging(elements, layout.sequence, low, setting, self.device, self.network)
@@ -207,7 +217,9 @@ class Planner:
             handed, handing = handed + tokens, handing + seconds
         if self.tensor > 1:
             forward, backward = (n * (self.job.data.sequence_length or 0) for n in self.model.added())
-            sums, seconds = step_time.adding((forward, backward), self.tensor, low, setting, self.device, self.network)
+            sums, seconds = step_time.adding(
+                (forward, backward), self.model.sums(), self.tensor, low, setting, self.device, self.network
+            )
             handed, handing = handed + sums, handing + seconds
         whole, gathering, orthogonal = self._orthogonalizing(layout.stage)
         handed, handing = handed + whole, handing + gathering
@@ -219,7 +231,8 @@ class Planner:
         trained = sum(math.prod(s) for s in self.model.trained.values())
         moments = self._moments() / trained if trained else 0.0
         mine = sum(math.prod(self.shapes[n]) for n in self.model.trained)
-        updated = orthogonal + step_time.updating(mine / (self._dividing(layout) if layout.stage else 1), moments, self.device)
+        share = mine / (self._dividing(layout) if layout.stage else 1)
+        updated = orthogonal + step_time.updating(share, moments, self.device, layout.offload_optimizer)
         copied = 2 * on_host / (self.prices["storage"]["host_copy"] * 1e9)
         took = step_time.step(micro, moved, updated, setting, self.device, self.network, copied, handing)
         return took, replaying * accumulation, handed

@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import yaml
 
 from heliostat import schema
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 
 GIB = 1 << 30
 DEFAULT_GPU = "H100"
-Machine = dict[str, Json]  # the entry of a device in the price table
+HOST_BANDWIDTH = 200  # GB/s of a node's memory, for devices of a price table that don't say
+Machine = dict[str, Any]  # the entry of a device in the price table
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,19 @@ class Efficiency:
     memory: float
     fused: float  # the share of other operations' memory traffic that torch.compile leaves
     launch: float  # seconds that any operation takes at least, uncompiled
+    fp8: float = 0.8  # of the peak in float8, by linear layers with `train.fp8`
+    host: float = 0.45  # of the host memory's bandwidth, by an optimizer on the CPU
 
 
 @dataclass(frozen=True)
 class Network:
-    """Holds the share of a link's rate that large messages reach, and the share that hides of what can run beside computing."""
+    """Holds what communication reaches: of a link's rate by large messages, the share that hides of what can run during
+    computing, and the seconds in which any message passes from one worker to the next, between nodes and in a node."""
 
     rate: float
     overlap: float
+    hop: float = 0.0
+    hop_inside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Device:
     bandwidth: float  # of its memory
     efficiency: Efficiency
     peaks: Mapping[str, float] = field(default_factory=dict)  # by precision
+    host_bandwidth: float = 25e9  # of its share of the node's memory
 
 
 class Prices(TypedDict):
@@ -134,6 +140,7 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
             bandwidth=raw["bandwidth"] * 1e9 * units,
             efficiency=efficiency(prices, name),
             peaks={precision: peak * 1e12 * units for precision, peak in raw["tflops"].items()},
+            host_bandwidth=raw.get("host_bandwidth", HOST_BANDWIDTH) * 1e9 / raw["per_node"] * units,
         )
     except (KeyError, TypeError) as e:
         raise ConfigError(f"--prices: devices.{name}: lacks {e}, or it is no number") from e
@@ -155,7 +162,7 @@ def names(device: str, known: Machine) -> list[str]:
     return listed
 
 
-def cost(used: list[dict[str, Json]], prices: Prices) -> float | None:
+def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
     """Computes what devices cost in the `seconds` that each was at work; None if one is not in the price table.
 
     `name`: `cpu`, by the core, or a GPU's as CUDA tells it, with its bytes of `memory`.

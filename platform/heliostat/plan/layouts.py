@@ -192,5 +192,6 @@ PARTS = {
 def _lacks(memory: dict[str, int]) -> str:
     if memory["total"] > memory["device"]:
         largest = max(("weights", "gradients", "optimizer", "working", "activations", "frozen"), key=lambda k: memory[k])
-        return f"{(memory['total'] - memory['device']) / GIB:.1f} GiB too much, {largest} {memory[largest] / GIB:.1f}"
+        sums = f" ({memory['summed'] / GIB:.1f} of them sums in fp32)" if largest == "gradients" and memory["summed"] else ""
+        return f"{(memory['total'] - memory['device']) / GIB:.1f} GiB too much, {largest} {memory[largest] / GIB:.1f}{sums}"
     return f"{memory['host'] / GIB:.1f} GiB of host memory a worker, more than its share"

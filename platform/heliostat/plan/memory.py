@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 
 from heliostat.optim.optimizers import STATE_BYTES
 from heliostat.plan import zero_layout
+from heliostat.plan.hardware import GIB
 
 LOW = {"fp32": 4, "bf16": 2, "fp16": 2}
 FRAGMENTATION = 0.08  # of everything allocated: blocks that the allocator keeps and cannot use
-CONTEXT = 1.5 * (1 << 30)  # CUDA's and NCCL's own memory on a GPU
+CONTEXT = 1.5 * GIB  # CUDA's and NCCL's own memory on a GPU
 BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000,
            "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 1_000_000_000}  # fmt: skip
 # DeepSpeed's defaults (deepspeed/runtime/zero/config.py); elements
@@ -35,6 +36,7 @@ class StateBytes:
     moments: int
     host: int
     disk: int
+    summed: int = 0  # of the gradients: sums of micro-batches in fp32
 
     @property
     def device(self) -> int:
@@ -84,20 +86,21 @@ def state(
         weights = low * (sum(partition(n, workers) for n in sizes.values()) + small + again)
     else:
         weights = low * sum(sizes.values())
-    gradients = low * (trained if stage == 1 else share)
+    gradients, summed = low * (trained if stage == 1 else share), 0
     if accumulates and sums_fp32 and low < 4 and not (offload_optimizer and stage < 3):
-        gradients = (low + 4) * trained if stage == 1 else 4 * share  # at stage 1 beside those of the micro-batch
+        summed = 4 * (trained if stage == 1 else share)
+        gradients = low * trained + summed if stage == 1 else summed  # at stage 1 also those of the micro-batch
     elif stage == 2 and accumulates:
         gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
     masters, host, disk = 4 * share * (1 + ema), 0, 0
     if offload_optimizer:  # the masters' gradients go there too, in fp32
         host, masters, kept = masters + kept + 4 * share, 0, 0
-        gradients = gradients if stage == 1 else 0
+        gradients, summed = (gradients, summed) if stage == 1 else (0, 0)
     if offload_param:
         moved = low * sum(partition(n, workers) for n in sizes.values())
         weights -= moved
         host, disk = (host + moved, 0) if offload_param == "cpu" else (host, moved)
-    return StateBytes(weights, gradients, masters, kept, host, disk)
+    return StateBytes(weights, gradients, masters, kept, host, disk, summed)
 
 
 def _share(sizes: Iterable[int], workers: int, stage: int) -> int:
@@ -142,6 +145,7 @@ class Need:
     margin: int
     host: int
     disk: int
+    summed: int  # of the gradients: sums of micro-batches in fp32
 
     @property
     def total(self) -> int:
@@ -170,5 +174,15 @@ def need(
     margin = int(FRAGMENTATION * taken + (CONTEXT if gpu else 0))
     return Need(
         held.weights, held.gradients, held.masters + held.moments, working_bytes, activation_bytes, frozen, margin,
-        held.host + on_host, held.disk,
+        held.host + on_host, held.disk, held.summed,
     )  # fmt: skip
+
+
+PURPOSES = ("weights", "gradients", "optimizer", "working", "activations", "frozen", "margin")
+
+
+def parts(need: Mapping[str, int], digits: int = 1) -> str:
+    """Writes what a worker's device holds (`Need.dump`), in GiB by purpose, and how much of the gradients is fp32 sums."""
+    sums = f" ({need['summed'] / GIB:.{digits}f} of them sums in fp32)" if need["summed"] else ""
+    shown = [name for name in PURPOSES if need[name] or name != "frozen"]
+    return ", ".join(f"{name} {need[name] / GIB:.{digits}f}{sums * (name == 'gradients')}" for name in shown)

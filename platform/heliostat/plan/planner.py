@@ -21,7 +21,7 @@ from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
 from heliostat.data.content import Content, part
 from heliostat.errors import ConfigError, DataError, StorageError
-from heliostat.plan import count_cache, hardware
+from heliostat.plan import count_cache, hardware, memory
 from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
 from heliostat.plan.hardware import GIB, Device, Prices
@@ -32,6 +32,7 @@ from heliostat.validation import check
 if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before needs none
     import torch
 
+ALONE = "Prepare it first; with model.text.pretrained and model.backbone.sample_size an image model is planned without it"
 CHOICES = ("stage", "micro_batch", "activation_checkpointing", "offload_optimizer", "speed")
 
 
@@ -48,6 +49,7 @@ def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]
     if job.train.activation_checkpointing:
         recipe = type(recipe)(job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})}))
     if unread:
+        recipe.presume(1)
         return job, recipe, unread
     try:
         for location in job.sources:
@@ -57,9 +59,9 @@ def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]
             recipe = type(recipe)(job)
         recipe.bind([manifest.read(location) for location in job.sources])
     except (DataError, StorageError) as e:
-        if recipe.kind != "tokens":  # the model's shape follows from the data
-            raise type(e)(f"data.sources: a plan of {job.recipe} needs the dataset: {e}") from e
-        return job, recipe, str(e)
+        if recipe.kind != "tokens" and recipe.presume(1) is None:  # the model's shape follows from the data
+            raise type(e)(f"data.sources: a plan of {job.recipe} needs the dataset: {e}. {ALONE}") from e
+        return job, recipe, "; ".join(filter(None, (str(e), recipe.assumed())))
     return job, recipe, ""
 
 
@@ -147,6 +149,8 @@ def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
     """Returns what `recipe.batch` takes for so many samples: zeros for tokens, else the dataset's first row."""
     if recipe.kind == "tokens":
         return np.zeros((rows, job.data.sequence_length or 1), dtype=np.int32)
+    if (presumed := recipe.presume(rows)) is not None:
+        return presumed
     import pyarrow as pa
 
     from heliostat.data.chunks import Chunks
@@ -157,13 +161,8 @@ def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
 
 def _refusal(job: Job, device: Device, chosen: Candidate, best: Candidate | None) -> str:
     need = chosen.memory
-    parts = ", ".join(
-        f"{k} {need[k] / GIB:.1f}"
-        for k in ("weights", "gradients", "optimizer", "working", "activations", "frozen", "margin")
-        if need[k] or k != "frozen"
-    )
     if need["total"] > device.memory:
-        what = f"needs {need['total'] / GIB:.1f} GiB ({parts}), and {device.name} has {device.memory / GIB:.0f}"
+        what = f"needs {need['total'] / GIB:.1f} GiB ({memory.parts(need)}), and {device.name} has {device.memory / GIB:.0f}"
     else:
         share = f"a worker's share is {device.host_memory / GIB:.0f}"
         what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload, and {share}"
@@ -177,4 +176,7 @@ def _refusal(job: Job, device: Device, chosen: Candidate, best: Candidate | None
         if fitting
         else f"no stage and micro-batch fits on {job.workers.most} workers; use {more}more workers, offload, or a smaller model"
     )
-    return f"train.zero.stage {chosen.layout.stage}, train.micro_batch {chosen.layout.micro_batch}: each worker {what}; {way}"
+    sums = "; train.accumulate: same needs no sums in fp32" if need["summed"] and need["total"] > device.memory else ""
+    speed = f"with room for it a step would take {chosen.speed['step_s']:.3g} s (MFU {chosen.speed['mfu']:.1%})"
+    where = f"train.zero.stage {chosen.layout.stage}, train.micro_batch {chosen.layout.micro_batch}"
+    return f"{where}: each worker {what}; {way}{sums}; {speed}"

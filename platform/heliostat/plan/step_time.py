@@ -8,15 +8,17 @@ by `heliostat plan --calibrate`. docs/plan.md has the formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 
-from heliostat.plan.counts import ALWAYS, AT_STAGE_3, MEMORY, ModelStats, OperationWork
+from heliostat.plan.counts import ALWAYS, AT_STAGE_3, MATMUL, MEMORY, ModelStats, OperationWork
 from heliostat.plan.hardware import Device, Network
 from heliostat.plan.traffic import Traffic, rate
 
 ITERATIONS = 5  # of Newton and Schulz, which orthogonalizes whole matrices (`heliostat.optim.whole_matrices`)
 MOMENTUM = 4  # bytes of an element on its way: momenta travel in fp32
+FP8 = "fp8"  # among a device's peaks
+ROUNDING = 1  # times the bytes of a product: its factors are rounded to float8 first
 BACKWARD = 2 / 3  # of a micro-batch's computing: what a reduction of gradients can hide behind
 
 
@@ -32,6 +34,7 @@ class Setting:
     replayed: float = 0.0
     compiled: bool = False
     selective: bool = False
+    fp8: bool = False  # linear layers inside the model's layers multiply in float8
 
     def again(self, work: OperationWork) -> float:
         """Computes how often an operation is played again."""
@@ -51,17 +54,17 @@ def exchanging(elements: int, parts: int, low: int, setting: Setting, device: De
 
 
 def adding(
-    added: tuple[float, float], parts: int, low: int, setting: Setting, device: Device, network: Network
+    added: tuple[float, float], sums: tuple[int, int], parts: int, low: int, setting: Setting, device: Device, network: Network
 ) -> tuple[int, float]:
     """Estimates the bytes and seconds in which each worker of those that divide matrices adds up products with the others.
 
-    `added`: elements of a sample, in a forward pass and in a backward pass. A ring's all-reduce moves each twice. Nothing hides
-    them. The result is of a step.
+    `added`: elements of a sample, in a forward pass and in a backward pass; `sums`: in how many all-reduces. A ring's all-reduce
+    moves each element twice, and goes around twice. Nothing hides them. The result is of a step.
     """
-    forward, backward = added
-    elements = forward * (1 + setting.replayed) + backward
+    elements, calls = (forward * (1 + setting.replayed) + backward for forward, backward in (added, sums))
     moved = int(2 * elements * low * (parts - 1) / parts * setting.micro_batch * setting.accumulation)
-    return moved, moved / (rate(parts, device) * network.rate)
+    around = 2 * calls * setting.accumulation * hops(parts, device, network)
+    return moved, moved / (rate(parts, device) * network.rate) + around
 
 
 @dataclass(frozen=True)
@@ -79,24 +82,53 @@ class StepSeconds:
         return self.computing + self.exposed + self.updating + self.copying
 
 
-def operation(work: OperationWork, micro: float, device: Device, compiled: bool = False) -> float:
-    """Estimates the seconds of one operation on a micro-batch: its arithmetic and its bytes, and never less than a launch."""
+def operation(work: OperationWork, micro: float, device: Device, compiled: bool = False, fp8: bool = False) -> float:
+    """Estimates the seconds of one operation on a micro-batch: its arithmetic and its bytes, and never less than a launch.
+
+    `fp8`: a product that rounds its factors first.
+    """
     efficiency, moved = device.efficiency, work.moved * micro + work.fixed
+    traffic = moved / (device.bandwidth * efficiency.memory)
     if work.kind == MEMORY:
-        traffic = moved / (device.bandwidth * efficiency.memory)
         return traffic * efficiency.fused if compiled else max(traffic, efficiency.launch)
-    arithmetic = work.flops * micro / (device.flops * getattr(efficiency, work.kind))
-    return max(arithmetic + moved / (device.bandwidth * efficiency.memory), 0.0 if compiled else efficiency.launch)
+    rate = device.flops * getattr(efficiency, work.kind)
+    if fp8 and FP8 in device.peaks:
+        rate = device.peaks[FP8] * efficiency.fp8
+        traffic *= 1 + ROUNDING
+    return max(work.flops * micro / rate + traffic, 0.0 if compiled else efficiency.launch)
 
 
-def computing(work: Iterable[OperationWork], setting: Setting, device: Device) -> float:
-    """Estimates the seconds that a micro-batch computes."""
-    return sum(w.count * (1 + setting.again(w)) * operation(w, setting.micro_batch, device, setting.compiled) for w in work)
+def computing(work: Collection[OperationWork], setting: Setting, device: Device) -> float:
+    """Estimates the seconds that a micro-batch computes. Products in float8 are those that equal one of the layers' forward pass,
+    so not the head's."""
+    inside = {(w.flops, w.fixed) for w in work if w.kind == MATMUL and w.replayed} if setting.fp8 else set()
+    return sum(
+        w.count
+        * (1 + setting.again(w))
+        * operation(w, setting.micro_batch, device, setting.compiled, w.kind == MATMUL and (w.flops, w.fixed) in inside)
+        for w in work
+    )
 
 
-def updating(numel: float, moments: float, device: Device) -> float:
-    """Estimates the seconds in which an optimizer reads and writes masters, moments, gradients and weights of its share."""
-    return numel * (8 + 8 * moments + 4 + 2) / (device.bandwidth * device.efficiency.memory)
+def divided(work: Iterable[OperationWork], stacks: Collection[int], parts: int) -> tuple[OperationWork, ...]:
+    """Divides the bytes of experts' weights, of which each of so many workers reads its own.
+
+    `stacks`: bytes of the weights of all experts of a layer, by which their products are found; the places of rows add a few.
+    """
+
+    def own(w: OperationWork) -> OperationWork:
+        stacked = w.kind == MATMUL and any(math.isclose(w.fixed, size, rel_tol=1e-3) for size in stacks)
+        return replace(w, fixed=w.fixed / parts) if stacked else w
+
+    return tuple(map(own, work))
+
+
+def updating(numel: float, moments: float, device: Device, on_host: bool = False) -> float:
+    """Estimates the seconds in which an optimizer reads and writes masters, moments, gradients and weights of its share, in the
+    device's memory, or in the worker's share of the host's."""
+    efficiency = device.efficiency
+    rate = device.host_bandwidth * efficiency.host if on_host else device.bandwidth * efficiency.memory
+    return numel * (8 + 8 * moments + 4 + 2) / rate
 
 
 def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, network: Network) -> tuple[float, float]:
@@ -109,12 +141,19 @@ def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, ne
     if setting.workers == 1:
         return 0.0, 0.0
     seconds, after = (peak / network.rate for peak in moved.seconds(device))
+    seconds += moved.calls * hops(moved.workers, device, network, moved.rings)
     if setting.stage == 3:
         beside, behind = seconds, micro_s * setting.accumulation
     else:
         passes = setting.accumulation if setting.stage == 2 else 1
         beside, behind = seconds * passes / (passes + 1), micro_s * BACKWARD * passes
     return seconds + after, seconds + after - min(beside * network.overlap, behind)
+
+
+def hops(workers: int, device: Device, network: Network, rings: int = 1) -> float:
+    """Estimates the seconds in which a message goes around a ring of all workers, or around each of so many rings of their parts,
+    however small it is."""
+    return (workers // rings - 1) * (network.hop_inside if workers <= device.per_node else network.hop)
 
 
 def step(

@@ -18,7 +18,8 @@ EIGHT_BITS = 1  # bytes; the scales beside them, 4 bytes for thousands, are left
 @dataclass(frozen=True)
 class Traffic:
     """Holds the bytes that each worker sends in a step: in a ring of all `workers`, or one of so many `rings` that leave a node
-    together where workers divide matrices; inside of its `group`; and across groups, once, before the optimizer's step."""
+    together where workers divide matrices; inside of its `group`; and across groups, once, before the optimizer's step. `calls`:
+    collectives that go around the ring of all workers."""
 
     around: int
     workers: int
@@ -26,6 +27,7 @@ class Traffic:
     across: int = 0
     group: int = 1
     rings: int = 1
+    calls: int = 0
 
     @property
     def total(self) -> int:
@@ -62,6 +64,16 @@ def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) ->
     """
     times = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[stage]
     return int(times * numel * low * (workers - 1) / workers)
+
+
+def calls(stage: int, accumulation: int, layers: int, buckets: int, copied: bool = False) -> int:
+    """Counts the collectives of an optimizer step: stage 3 gathers and reduces layer by layer, the others bucket by bucket.
+
+    `layers`: with one more for all outside of them; `copied`: only the first of stage 3's gathers goes around all workers.
+    """
+    if stage == 3:
+        return layers * (1 + accumulation if copied else 3 * accumulation)
+    return buckets * (accumulation + 1 if stage == 2 else 2)
 
 
 def of(zero: Zero, stage: int, numel: int, low: int, summed: int, workers: int, accumulation: int) -> Traffic:

@@ -3,28 +3,30 @@
 Start at `protocol`.
 May import: `checkpoint`, `config`, `data`, `parallel`, `storage`.
 
-A job file names a recipe as `recipe: heliostat.recipes:NAME`.
+A job file names a recipe as `recipe: heliostat.recipes:NAME`. `built_in` finds the names: a recipe is one file.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from heliostat import extras
+from heliostat.recipes import built_in
 
-if TYPE_CHECKING:
-    from heliostat.recipes.images.autoencoder import Autoencoder
-    from heliostat.recipes.images.embedder import ImageEmbedder
-    from heliostat.recipes.images.text_to_image import TextToImage
-    from heliostat.recipes.text.causal_lm import CausalLM
-    from heliostat.recipes.text.embedder import Embedder
+if TYPE_CHECKING:  # so that editors and type checkers know what a name is
+    from heliostat.recipes.images.autoencoder import Autoencoder as Autoencoder
+    from heliostat.recipes.images.embedder import ImageEmbedder as ImageEmbedder
+    from heliostat.recipes.images.text_to_image import TextToImage as TextToImage
+    from heliostat.recipes.text.causal_lm import CausalLM as CausalLM
+    from heliostat.recipes.text.embedder import Embedder as Embedder
 
-__all__ = ["Autoencoder", "CausalLM", "Embedder", "ImageEmbedder", "TextToImage"]
-__getattr__, __dir__ = extras.lazy_names(
-    __name__,
-    {
-        "Autoencoder": "heliostat.recipes.images.autoencoder",
-        "CausalLM": "heliostat.recipes.text.causal_lm",
-        "Embedder": "heliostat.recipes.text.embedder",
-        "ImageEmbedder": "heliostat.recipes.images.embedder",
-        "TextToImage": "heliostat.recipes.images.text_to_image",
-    },
-)
+
+def __getattr__(name: str) -> object:
+    recipes = built_in.find()
+    if name == "__all__":
+        return [*recipes]
+    if name not in recipes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(recipes[name].module), name)
+
+
+def __dir__() -> list[str]:
+    return [*built_in.find()]

@@ -67,7 +67,7 @@ class _Comparison:
         parts, its = _parts(right), _parts(other)
         if parts.keys() != its.keys():
             return where
-        return next((found for step in parts if (found := self.of(parts[step], its[step], where + step))), "")
+        return next((difference for step in parts if (difference := self.of(parts[step], its[step], where + step))), "")
 
 
 def _parts(thing: object) -> dict[str, object]:
@@ -86,8 +86,8 @@ def _parts(thing: object) -> dict[str, object]:
         return {".func": thing.func, ".args": thing.args, ".keywords": thing.keywords}
     if isinstance(thing, ModuleType):
         return {}
-    found = {f".{name}": value for name, value in getattr(thing, "__dict__", {}).items()}
+    attributes = {f".{name}": value for name, value in getattr(thing, "__dict__", {}).items()}
     if isinstance(thing, torch.nn.Module):  # keys of hooks are numbers that count all hooks of a process
-        hooks = {way: list(value.values()) for way, value in found.items() if HOOKS.search(way) and isinstance(value, dict)}
-        return found | hooks
-    return found
+        hooks = {way: list(value.values()) for way, value in attributes.items() if HOOKS.search(way) and isinstance(value, dict)}
+        return attributes | hooks
+    return attributes

@@ -81,7 +81,7 @@ def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
     experts; neither embeddings nor the output head that transformers tells nor convolutions. A recipe's `Group.hidden` overrules
     it; ConfigError where that is no matrix."""
     apart = {id(p) for m in _apart(model) for p in m.parameters(recurse=False)}
-    found = set()
+    names = set()
     for name, p in model.named_parameters():
         if p.requires_grad:
             dimensions, said = len(shape(p)), recipe.group(name, shape(p)).hidden
@@ -89,8 +89,8 @@ def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
                 raise ConfigError(f"recipe: {type(recipe).__name__}.group calls {name!r} hidden, which is no matrix ({GUIDE})")
             looks = id(p) not in apart and (dimensions == 2 or (dimensions == 3 and "experts" in name.split(".")))
             if looks if said is None else said:
-                found.add(name)
-    return frozenset(found)
+                names.add(name)
+    return frozenset(names)
 
 
 def _apart(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -106,11 +106,11 @@ def grouped(
 ) -> list[tuple[Group, list[str]]]:
     """Groups the names of trained parameters by the recipe's `group` for their shapes, in order, with `hidden` ones apart from
     others; ConfigError for a weight decay or a learning rate that is negative or not finite."""
-    found: dict[tuple[Group, bool], list[str]] = {}
+    groups: dict[tuple[Group, bool], list[str]] = {}
     for name, shape in shapes.items():
-        found.setdefault((recipe.group(name, shape), name in hidden), []).append(name)
-    for group, _ in found:
+        groups.setdefault((recipe.group(name, shape), name in hidden), []).append(name)
+    for group, _ in groups:
         for what, value in (("weight_decay", group.weight_decay), ("lr", group.lr)):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"recipe: {type(recipe).__name__}.group gives {what} {value!r}, which must be at least 0")
-    return sorted(((group, names) for (group, _), names in found.items()), key=lambda item: item[0].weight_decay is not None)
+    return sorted(((group, names) for (group, _), names in groups.items()), key=lambda item: item[0].weight_decay is not None)

@@ -39,41 +39,41 @@ MARKS = {  # the method that an ability is known by
 GONE = {"losses": "`loss` returns named parts", "added": "`loss` returns named parts", "frozen_bytes": "`companions` tells them"}
 
 
-def require_class(field: str, path: str, found: object) -> type[Recipe]:
+def require_class(field: str, path: str, target: object) -> type[Recipe]:
     """Returns the class if it is a complete recipe, else raises ConfigError; `path` is its import path, for the message."""
-    if not isinstance(found, type):
+    if not isinstance(target, type):
         raise ConfigError(f"{field}: {path!r} is not a class")
-    if not issubclass(found, Recipe):
-        if all(hasattr(found, name) for name in ("build", "batch", "loss")):
+    if not issubclass(target, Recipe):
+        if all(hasattr(target, name) for name in ("build", "batch", "loss")):
             raise ConfigError(
                 f"{field}: {path!r} is of the protocol's first form; derive it from {_named(Recipe)} and what it can do "
                 f'beside, and let `loss` return a Loss: {GUIDE}, "From the first form"'
             )
         raise ConfigError(f"{field}: {path!r} is no recipe: it does not derive from {_named(Recipe)} ({GUIDE})")
-    _refuse_gone(field, path, found)
-    if missing := sorted(found.__abstractmethods__):
+    _refuse_gone(field, path, target)
+    if missing := sorted(target.__abstractmethods__):
         raise ConfigError(f"{field}: {path!r} lacks {', '.join(f'`{name}`' for name in missing)} ({GUIDE})")
-    if getattr(found, "kind", None) not in KINDS:
+    if getattr(target, "kind", None) not in KINDS:
         raise ConfigError(f"{field}: {path!r} must say `kind`, the datasets it eats: {' or '.join(map(repr, KINDS))} ({GUIDE})")
     for name, ability in MARKS.items():
-        if hasattr(found, name) and not issubclass(found, ability):
+        if hasattr(target, name) and not issubclass(target, ability):
             raise ConfigError(
                 f"{field}: {path!r} has `{name}`, which nothing would call; derive it from {_named(ability)} ({GUIDE})"
             )
-    if issubclass(found, Evaluates) and found.gathered and found.measure is Evaluates.measure:
-        raise ConfigError(f"{field}: {path!r} gathers {', '.join(found.gathered)}, but has no `measure` that uses it ({GUIDE})")
-    if issubclass(found, Serves) and found.serving is Serves.serving and not issubclass(found, Generates):
+    if issubclass(target, Evaluates) and target.gathered and target.measure is Evaluates.measure:
+        raise ConfigError(f"{field}: {path!r} gathers {', '.join(target.gathered)}, but has no `measure` that uses it ({GUIDE})")
+    if issubclass(target, Serves) and target.serving is Serves.serving and not issubclass(target, Generates):
         raise ConfigError(
             f"{field}: {path!r} is served as its `generator` answers, and has none; derive it from {_named(Generates)}, or give "
             f"it `serving` ({GUIDE})"
         )
-    return found
+    return target
 
 
-def _refuse_gone(field: str, path: str, found: object) -> None:
+def _refuse_gone(field: str, path: str, target: object) -> None:
     """Raises ConfigError for names of the protocol's first form, in a class or set by its `__init__`."""
     for name, instead in GONE.items():
-        if hasattr(found, name):
+        if hasattr(target, name):
             raise ConfigError(f"{field}: {path!r} has `{name}`, which is not asked for any more: {instead} ({GUIDE})")
 
 

@@ -35,13 +35,13 @@ def contrast(
     """
     own = torch.arange(len(query), device=query.device)[some or slice(None)]
     mine = names if some is None else names[some]
-    alike = (mine[:, None, 0] == names[None, :, 0]) | (mine[:, None, 1] == names[None, :, 1])
-    alike[torch.arange(len(own), device=own.device), own] = False
+    same_names = (mine[:, None, 0] == names[None, :, 0]) | (mine[:, None, 1] == names[None, :, 1])
+    same_names[torch.arange(len(own), device=own.device), own] = False
     scores = (query if some is None else query[some]) @ text.T / temperature
-    scores = scores.masked_fill(alike, -torch.inf)
-    back = scores.T if some is None else (text[some] @ query.T / temperature).masked_fill(alike, -torch.inf)
+    scores = scores.masked_fill(same_names, -torch.inf)
+    back = scores.T if some is None else (text[some] @ query.T / temperature).masked_fill(same_names, -torch.inf)
     loss = (F.cross_entropy(scores, own, reduction="sum") + F.cross_entropy(back, own, reduction="sum")) / 2
-    return Contrast(loss, alike.sum(), (scores.argmax(1) == own).sum())
+    return Contrast(loss, same_names.sum(), (scores.argmax(1) == own).sum())
 
 
 def blocks(pairs: int, rows: int = BLOCK) -> list[slice | None]:
@@ -55,18 +55,18 @@ def ranks(query: np.ndarray, text: np.ndarray, names: np.ndarray) -> np.ndarray:
     """Returns for each pair the rank, from 1, of the nearest right text among all different texts, by its query. Right are the
     texts of all pairs with that query; of those at the same distance the wrong come first."""
     _, first, number = np.unique(names[:, 1], return_index=True, return_inverse=True)
-    _, asked = np.unique(names[:, 0], return_inverse=True)
-    order, texts = np.argsort(asked, kind="stable"), text[first]
-    begins = np.searchsorted(asked[order], np.arange(asked.max() + 2))  # of each query's pairs, in that order
-    found = []
+    _, query_of = np.unique(names[:, 0], return_inverse=True)
+    order, texts = np.argsort(query_of, kind="stable"), text[first]
+    begins = np.searchsorted(query_of[order], np.arange(query_of.max() + 2))  # of each query's pairs, in that order
+    positions = []
     for start in range(0, len(query), BLOCK):
         scores = query[start : start + BLOCK] @ texts.T
         known = np.zeros(scores.shape, dtype=bool)
-        for row, one in enumerate(asked[start : start + BLOCK]):
+        for row, one in enumerate(query_of[start : start + BLOCK]):
             known[row, number[order[begins[one] : begins[one + 1]]]] = True
         best = np.where(known, scores, -np.inf).max(1, keepdims=True)
-        found.append(1 + ((scores >= best) & ~known).sum(1))
-    return np.concatenate(found)
+        positions.append(1 + ((scores >= best) & ~known).sum(1))
+    return np.concatenate(positions)
 
 
 def recall(ranks: np.ndarray) -> dict[str, float]:

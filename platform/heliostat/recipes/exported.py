@@ -15,7 +15,6 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from heliostat.config import workspace
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.recipes.conformance import require_class
@@ -33,10 +32,10 @@ class TrainedFacts(TypedDict):
 
     name: str
     model: dict[str, object]
-    data: dict[str, Json]
-    train: dict[str, Json]
-    evaluate: NotRequired[dict[str, Json] | None]
-    card: NotRequired[dict[str, Json]]
+    data: dict[str, Any]
+    train: dict[str, object]
+    evaluate: NotRequired[dict[str, Any] | None]
+    card: NotRequired[dict[str, object]]
 
 
 @open_
@@ -81,11 +80,11 @@ def read(folder: Path) -> Export:
     place = folder / RECORD
     if not place.is_file():
         return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL, folder), None)
-    found = record(folder)
-    recipe = workspace.import_path(f"{place}: recipe", found["recipe"], folder)
-    if not issubclass(recipe := require_class(f"{place}: recipe", printable(found["recipe"]), recipe), Exports):
-        raise ConfigError(f"{place}: recipe: {printable(found['recipe'])!r} is not exported ({GUIDE})")
-    return Export(folder, recipe, found["job"], found.get("origin", {}).get("data_version", 1))
+    record_read = record(folder)
+    recipe = workspace.import_path(f"{place}: recipe", record_read["recipe"], folder)
+    if not issubclass(recipe := require_class(f"{place}: recipe", printable(record_read["recipe"]), recipe), Exports):
+        raise ConfigError(f"{place}: recipe: {printable(record_read['recipe'])!r} is not exported ({GUIDE})")
+    return Export(folder, recipe, record_read["job"], record_read.get("origin", {}).get("data_version", 1))
 
 
 def record(folder: Path) -> Exported:

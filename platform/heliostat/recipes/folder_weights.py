@@ -52,16 +52,16 @@ def find(model: torch.nn.Module, noted: list[Pretrained]) -> dict[int, Stored]:
     UnreadableError if a parameter has none."""
     if not noted:
         raise UnreadableError("its weights are drawn at random")
-    found: dict[int, Stored] = {}
+    stored: dict[int, Stored] = {}
     for pretrained in noted:
         try:
-            found |= _of_folder(pretrained)
+            stored |= _of_folder(pretrained)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UnreadableError(f"{pretrained.folder}: {type(e).__name__}: {e}") from e
     for name, parameter in model.named_parameters():
-        if id(parameter) not in found:
+        if id(parameter) not in stored:
             raise UnreadableError(f"{name!r} is not from a folder")
-    return found
+    return stored
 
 
 def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
@@ -76,7 +76,7 @@ def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
     named: dict[int, list[str]] = {}
     for name, tensor in pretrained.tensors.items():
         named.setdefault(id(tensor), []).append(name)
-    found, converts, prefix = {}, _conversions(module), getattr(module, "base_model_prefix", "")
+    weights, converts, prefix = {}, _conversions(module), getattr(module, "base_model_prefix", "")
     for names in named.values():
         tensor = pretrained.tensors[names[0]]
         keys = {key for name in names for key in _spellings(name, prefix) if key in stored}
@@ -88,8 +88,8 @@ def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
         one = stored[key]
         if one.shape != tuple(tensor.shape) or one.dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise UnreadableError(f"{folder}: {key!r} is {one.dtype} {list(one.shape)}, and the model has another")
-        found[id(tensor)] = one
-    return found
+        weights[id(tensor)] = one
+    return weights
 
 
 def _spellings(name: str, prefix: str) -> list[str]:
@@ -122,12 +122,12 @@ def _header(file: Path) -> dict[str, Stored]:
         if length > min(size, LONGEST_HEADER):
             raise ValueError(f"{file.name} isn't a safetensors file")
         listed = json.loads(f.read(length))
-    found = {}
-    for key, told in listed.items():
+    tensors = {}
+    for key, entry in listed.items():
         if key == "__metadata__":
             continue
-        dtype, shape, (begin, end) = DTYPES[told["dtype"]], tuple(told["shape"]), told["data_offsets"]
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         if not 0 <= begin <= end <= size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{file.name} is incomplete")
-        found[key] = Stored(file, dtype, shape, 8 + length + begin)
-    return found
+        tensors[key] = Stored(file, dtype, shape, 8 + length + begin)
+    return tensors

@@ -12,13 +12,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import xxhash
 from pydantic import ValidationError
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes import tokenizing
@@ -49,14 +48,14 @@ K = TypeVar("K", bound=PairKeys)
 class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     """Represents each sample as two embeddings of length 1, by the names of its `sides`: what asks, and what it is to find.
 
-    Beside them `represent` gives `names`, int64 [batch, 2], by which equal sides are known, and `cut`: where a text was too long.
-    """
+    In addition to them `represent` gives `names`, int64 [batch, 2], by which equal sides are known, and `cut`: where a text was
+    too long."""
 
     kind = "rows"
     sides: tuple[str, str]
     sources: list[Manifest]
     keys: PairKeys
-    own: type[PairKeys]  # defines the keys of `model` beside those of its architecture
+    own: type[PairKeys]  # defines the keys of `model` in addition to those of its architecture
     scores: tuple[str, ...] = ("loss", *SCORES)
 
     def __init__(self, job: Job) -> None:
@@ -125,28 +124,28 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     def exported(cls, folder: Path, model: dict[str, object]) -> dict[str, object]:
         return {"pretrained": str(folder), **{key: model[key] for key in cls.own.model_fields if key in model}}
 
-    def couple(self, found: dict[str, torch.Tensor]) -> Loss:
-        return self._coupled(found, None)
+    def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
+        return self._coupled(vectors, None)
 
-    def couple_some(self, found: dict[str, torch.Tensor], some: slice) -> Loss:
-        return self._coupled(found, some)
+    def couple_some(self, vectors: dict[str, torch.Tensor], some: slice) -> Loss:
+        return self._coupled(vectors, some)
 
-    def _coupled(self, found: dict[str, torch.Tensor], some: slice | None) -> Loss:
+    def _coupled(self, vectors: dict[str, torch.Tensor], some: slice | None) -> Loss:
         from heliostat.recipes.contrastive import contrast
 
-        asking, asked = self.sides
-        made, pairs, cut = (
-            contrast(found[asking], found[asked], found["names"], self.temperature, some),
-            len(found["names"]),
-            found["cut"],
+        asking, queries = self.sides
+        losses, pairs, cut = (
+            contrast(vectors[asking], vectors[queries], vectors["names"], self.temperature, some),
+            len(vectors["names"]),
+            vectors["cut"],
         )
         was_cut = cut.float().mean() if some is None else cut[some].float().sum() / cut.numel()
-        parts = {"accuracy": made.right / pairs, "masked": made.masked, "cut": was_cut}
-        return Loss(made.loss, {name: Part(value) for name, value in parts.items()})
+        parts = {"accuracy": losses.right / pairs, "masked": losses.masked, "cut": was_cut}
+        return Loss(losses.loss, {name: Part(value) for name, value in parts.items()})
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        found = self.represent(model, batch)
-        return {name: found[name] for name in self.gathered}
+        vectors = self.represent(model, batch)
+        return {name: vectors[name] for name in self.gathered}
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         return {}
@@ -156,11 +155,12 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
 
         from heliostat.recipes import contrastive
 
-        asking, asked, names = (arrays[name] for name in (*self.sides, "names"))
-        queries, documents, same = (torch.from_numpy(array) for array in (asking, asked, names))
-        made = [contrastive.contrast(queries, documents, same, self.temperature, some) for some in contrastive.blocks(len(names))]
-        loss = sum(float(one.loss) for one in made) / len(names)
-        return {"loss": loss, **contrastive.recall(contrastive.ranks(asking, asked, names))}
+        asking, queries_of, names = (arrays[name] for name in (*self.sides, "names"))
+        queries, documents, same = (torch.from_numpy(array) for array in (asking, queries_of, names))
+        blocks = contrastive.blocks(len(names))
+        parts = [contrastive.contrast(queries, documents, same, self.temperature, some) for some in blocks]
+        loss = sum(float(one.loss) for one in parts) / len(names)
+        return {"loss": loss, **contrastive.recall(contrastive.ranks(asking, queries_of, names))}
 
 
 def _own_keys(kind: type[K], model: dict[str, object]) -> K:
@@ -171,7 +171,7 @@ def _own_keys(kind: type[K], model: dict[str, object]) -> K:
         raise ConfigError("\n  ".join(explain(e, kind, "model"))) from e
 
 
-def present(content: pa.Table, column: str) -> list[Json]:
+def present(content: pa.Table, column: str) -> list[Any]:
     """Returns a column's values; DataError if a row has none."""
     if nulls := content[column].null_count:
         raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}; leave such rows out of the dataset")

@@ -29,9 +29,9 @@ def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
 
 def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
     """Loads a folder's model; ConfigError if a weight is missing, which transformers would draw at random."""
-    model, told = from_folder(key, auto, folder, output_loading_info=True, **options)
+    model, loading = from_folder(key, auto, folder, output_loading_info=True, **options)
     tied = getattr(model, "all_tied_weights_keys", {})
-    if absent := sorted(set(told["missing_keys"]) - set(tied)):
+    if absent := sorted(set(loading["missing_keys"]) - set(tied)):
         raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
     return model
 

@@ -1,8 +1,6 @@
 """Defines the protocol between the engine and a recipe: what a recipe must implement for its model to be trained, and what else
 it can (docs/guides/recipe.md).
 
-    class Mine(Recipe, Evaluates, Generates, Serves): ...
-
 `Recipe` is the base of every recipe, which must implement `build`, `batch` and `loss`; the rest has a default. The other base
 classes are abilities: to be scored, exported, prompted and served, and to draw pictures. A job that asks for an ability that its
 recipe lacks is rejected before the first step (`heliostat.recipes.conformance`).
@@ -17,9 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data.content import Content
 from heliostat.data.manifest import Manifest
@@ -38,7 +35,7 @@ IGNORED = -100  # in a batch's `labels`, where nothing is asked: padding, and wh
 
 
 class Part(NamedTuple):
-    """Holds a value beside the loss, as a mean over the batch. `weight`: its factor in the objective; 0 only logs it."""
+    """Holds a value in addition to the loss, as a mean over the batch. `weight`: its factor in the objective; 0 only logs it."""
 
     value: torch.Tensor
     weight: float = 0.0
@@ -65,8 +62,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Companion:
-    """Describes another model on the device, such as a frozen encoder. The recipe puts it there, and the plan counts its memory.
-    It is in no checkpoint."""
+    """Describes another model, such as a frozen encoder: the recipe puts it on the device, the plan counts it, it isn't saved."""
 
     bytes: int
     every_step: bool = True  # False: it is there in evaluations only
@@ -93,6 +89,13 @@ class Recipe(ABC):
     def bind(self, sources: list[Manifest]) -> None:  # noqa: B027
         """Takes what the datasets determine (a tokenizer, a vocabulary size); ConfigError if they do not fit the model."""
 
+    def assumed(self) -> str:
+        """Describes what a plan without the datasets assumes of the model, such as its vocabulary size; empty: nothing."""
+        return ""
+
+    def presume(self, rows: int) -> Content | None:  # noqa: B027
+        """Returns samples of datasets that don't exist yet, by the job's sizes; None if it is bound, or lacks them."""
+
     @abstractmethod
     def build(self) -> torch.nn.Module:
         """Builds the model in fp32 with its initial weights; the engine has seeded the RNG and, at ZeRO-3, set the stage."""
@@ -101,8 +104,8 @@ class Recipe(ABC):
     def batch(self, content: Content, keys: np.ndarray) -> Batch:
         """Makes CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table for rows.
 
-        `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample, on any number of workers; what
-        is drawn at random for a sample should follow from it. `heliostat.recipes.batches` has helpers.
+        `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample; draw what is random from it.
+        One thread calls this for the next step while the present one computes. `heliostat.recipes.batches` has helpers.
         """
 
     @abstractmethod
@@ -120,18 +123,18 @@ class Recipe(ABC):
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
     def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:  # noqa: B027
-        """Changes buffers that balance experts, alike on every worker. `routed`: as in `Loss`, of the step's global batch."""
+        """Changes buffers that balance experts, the same on every worker. `routed`: as in `Loss`, of the step's global batch."""
 
     def exact(self, model: torch.nn.Module) -> list[str]:
         """Lists the buffers that stay in fp32 whatever the precision, by names."""
         return []
 
     def companions(self) -> dict[str, Companion]:
-        """Lists, by name, the models on the device beside the one that is trained."""
+        """Lists, by name, the models on the device next to the one that is trained."""
         return {}
 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        """Lists the layers of a model that are alike, which `train.compile: blocks` compiles one by one; none if not known."""
+        """Lists the layers of a model that are the same, which `train.compile: blocks` compiles one by one; none if not known."""
         return []
 
     def active_parameters(self, model: torch.nn.Module) -> int | None:
@@ -162,11 +165,10 @@ class CouplesSamples(Recipe):
         random numbers. Gradients flow through floating-point numbers."""
 
     @abstractmethod
-    def couple(self, found: dict[str, torch.Tensor]) -> Loss:
-        """Computes the loss of the samples of a step from what `represent` gave of them, in their order. Every worker computes
-        it of all samples, unless there is `couple_some`."""
+    def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
+        """Computes a step's loss from its samples' vectors, in their order; on every worker unless there is `couple_some`."""
 
-    def couple_some(self, found: dict[str, torch.Tensor], some: slice) -> Loss:
+    def couple_some(self, vectors: dict[str, torch.Tensor], some: slice) -> Loss:
         """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives.
         Optional: with it, workers share large steps (`SHARED_FROM` in `training.worker.coupled`)."""
         raise NotImplementedError
@@ -229,7 +231,7 @@ class Exports(ABC):
         return []
 
     @staticmethod
-    def exported(folder: Path, model: dict[str, object]) -> dict[str, object]:
+    def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         """Derives `job.model` for an exported folder from the `job.model` that it was trained with."""
         return {"pretrained": str(folder)}
 
@@ -346,8 +348,8 @@ class Serves(Exports):
         from mlflow.models import infer_signature
 
         assert isinstance(self, Generates)
-        code, asked = Path(__file__).with_name("served.py"), list(self.prompts[:1])
-        return Serving(code, asked, infer_signature(asked, ["answer"], {"seed": 0}), ("mlflow", "torch", "heliostat"))
+        code, examples = Path(__file__).with_name("served.py"), list(self.prompts[:1])
+        return Serving(code, examples, infer_signature(examples, ["answer"], {"seed": 0}), ("mlflow", "torch", "heliostat"))
 
 
 class Draws(ABC):
@@ -395,4 +397,4 @@ class Generated:
 
     prompt: str
     shown: str
-    facts: dict[str, Json]
+    facts: Mapping[str, object]

@@ -36,13 +36,13 @@ def definition(sources: list[Manifest]) -> bytes:
     if "tokenizer" not in sources[0].meta:
         raise ConfigError(f"data.sources: {sources[0].location} has no tokenizer, and the model none of its own; give the "
                           "pipeline a `tokenizer`, or take model.pretrained")  # fmt: skip
-    made = sources[0].file("tokenizer.json")
+    file = sources[0].file("tokenizer.json")
     try:
-        content = made.read()
+        content = file.read()
     except FileNotFoundError as e:
-        raise DataError(f"{made}: is not there; prepare the dataset again") from e
+        raise DataError(f"{file}: is not there; prepare the dataset again") from e
     if hashlib.sha256(content).hexdigest() != sources[0].fact("tokenizer"):
-        raise ConfigError(f"{made}: is not the tokenizer that made the dataset")
+        raise ConfigError(f"{file}: is not the tokenizer that made the dataset")
     return content
 
 
@@ -52,19 +52,19 @@ def of_folder(folder: str) -> PreTrainedTokenizerBase:
 
     from heliostat.recipes.pretrained import from_folder
 
-    found = from_folder("model.pretrained", AutoTokenizer, folder)
-    if found.pad_token_id is None:
-        found.pad_token = found.eos_token
-    return found
+    tokenizer = from_folder("model.pretrained", AutoTokenizer, folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
-def fit_vocabulary(config: PreTrainedConfig, key: str, given: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a configuration of text the tokenizer's size and special tokens; ConfigError if `given`, from the job's `key`, is
+def fit_vocabulary(config: PreTrainedConfig, key: str, wanted: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a configuration of text the tokenizer's size and special tokens; ConfigError if `wanted`, from the job's `key`, is
     too small for them."""
     size = len(tokenizer)
-    if given is not None and given < size:
-        raise ConfigError(f"{key}: {given} is below the tokenizer's {size}")
-    config.vocab_size = given or -(-size // 64) * 64  # a multiple that matrix units like
+    if wanted is not None and wanted < size:
+        raise ConfigError(f"{key}: {wanted} is below the tokenizer's {size}")
+    config.vocab_size = wanted or -(-size // 64) * 64  # a multiple that matrix units like
     config.pad_token_id = tokenizer.pad_token_id
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
 

@@ -72,15 +72,15 @@ def empty_all(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, torc
             empty(param)
             yield param, values
         except RuntimeError:  # a graph of autograd refers to it
-            made = torch.nn.Parameter(values.to("meta"), requires_grad=param.requires_grad)
-            made.__dict__.update(param.__dict__)
+            placeholder = torch.nn.Parameter(values.to("meta"), requires_grad=param.requires_grad)
+            placeholder.__dict__.update(param.__dict__)
             for module in model.modules():
-                module._parameters.update({name: made for name, p in module._parameters.items() if p is param})
-            yield made, values
+                module._parameters.update({name: placeholder for name, p in module._parameters.items() if p is param})
+            yield placeholder, values
 
 
 def put(param: torch.nn.Parameter, values: torch.Tensor) -> None:
     """Gives a parameter values on any device, of any type and shape; hooks on its gradient are lost."""
-    made = torch.nn.Parameter(values.detach(), requires_grad=param.requires_grad)
-    made.__dict__.update(param.__dict__)
-    torch.utils.swap_tensors(param, made)
+    replacement = torch.nn.Parameter(values.detach(), requires_grad=param.requires_grad)
+    replacement.__dict__.update(param.__dict__)
+    torch.utils.swap_tensors(param, replacement)

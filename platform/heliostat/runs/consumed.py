@@ -94,8 +94,8 @@ LISTED = 200  # ranges of shards, and replaced samples, that are written out
 def record(run: Location, steps: int) -> Consumed:
     """Computes what a run has trained on, from its folder and its datasets' manifests."""
     lists = [run.join(run_folder.QUARANTINE, name) for name, _ in run.join(run_folder.QUARANTINE).files()]
-    found = (_from_1(bad) for place in lists for bad in REPLACED.read_lines(place))
-    replaced = list({json.dumps(bad, sort_keys=True): bad for bad in found}.values())  # lists overlap as receipts do
+    lines = (_from_1(bad) for place in lists for bad in REPLACED.read_lines(place))
+    replaced = list({json.dumps(bad, sort_keys=True): bad for bad in lines}.values())  # lists overlap as receipts do
     return {
         "steps": steps,
         "segments": [_segment(s) for s in coverage.cut(segments.read(run), steps)],

@@ -1,13 +1,12 @@
 """Defines the events of a run, as the workers and the driver report them: a dataclass each, one home for their fields.
 
-Workers post them to the mailbox, the driver hands each to whoever wants it: the goodput ledger, MLflow, the terminal, a sweep.
-Those that curves are made of also lie beside the checkpoints (`dump`): what a field is called there never changes, and a
+Workers post them to the mailbox, the driver hands each to each reader: the goodput ledger, MLflow, the terminal, a sweep.
+Those that curves are made of also lie next to the checkpoints (`dump`): what a field is called there never changes, and a
 field that is new has a default, so that older runs can be read.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,7 +58,7 @@ class Steps(Event):
     data_wait: float | None = None  # a fraction of the seconds
     mfu: float | None = None
     bad_samples: float | None = None  # replaced so far in the run
-    added: dict[str, list[float]] = field(default_factory=dict)  # what is in the objective beside the loss, by name
+    added: dict[str, list[float]] = field(default_factory=dict)  # of each step, by name: parts of the objective, other metrics
     experts: dict[str, list[float]] = field(default_factory=dict)  # their load, of a mixture of experts, by name
     skipped_steps: float | None = None  # so far, in fp16
     loss_scale: float | None = None
@@ -84,8 +83,6 @@ class LossSpike(Event):
 
     @property
     def text(self) -> str:
-        if not math.isfinite(self.loss):
-            return f"loss {self.loss}"
         return f"loss {self.loss:.4g}, where {self.usual:.4g} is usual and {self.limit:.4g} the limit"
 
 

@@ -1,4 +1,4 @@
-"""Keeps a run's segments: the data plans that it followed, one after another, beside its receipts.
+"""Keeps a run's segments: the data plans that it followed, one after another, next to its receipts.
 
 The first is written when the run starts; `--allow-data-change` adds one at the step where it resumes, and so does going back
 before a loss spike, whose samples the new plan leaves out. What was recorded of steps after the one that a run resumes from is
@@ -17,7 +17,7 @@ from heliostat.storage.locations import Location
 
 
 def begin(run: Location, plan: DataPlan, step: int) -> None:
-    """Marks in the run's folder that the run goes on from `step` with `plan`.
+    """Marks in the run's folder that the run continues from `step` with `plan`.
 
     Deletes whatever is recorded of later steps, because they are trained again.
     """

@@ -87,7 +87,7 @@ class LedgerRecorder:
         """Begins the ledger with a first attempt; `started`: wall clock of the command's start."""
         self.run = run
         self.attempts = [self._attempt(started, start_step, workers)]
-        self._begun = [time.monotonic() - max(0.0, time.time() - started)]  # each attempt, by a clock that nobody sets
+        self._begun = [time.monotonic() - max(0.0, time.time() - started)]  # each attempt, by a clock that is never set
         self._earlier: list[RecordedAttempt] | None = None  # attempts of earlier commands, once they are read
         self._reading: Future[list[RecordedAttempt]] | None = None
         self._again = 0.0  # when they are to be read again; 0.0 before the first time
@@ -206,8 +206,8 @@ class LedgerRecorder:
         attempts = [*earlier, *self.attempts]
         hours = [(a.seen - a.started) / 3600 for a in earlier]
         hours += [(end - begun) / 3600 for begun, end in zip(self._begun, ends, strict=True)]
-        held = [a.workers * max(0.0, h - a.parts.get("queued", 0.0) / 3600) for a, h in zip(attempts, hours, strict=True)]
-        return sum(hours), sum(held)
+        worker_hours = [a.workers * max(0.0, h - a.parts.get("queued", 0.0) / 3600) for a, h in zip(attempts, hours, strict=True)]
+        return sum(hours), sum(worker_hours)
 
     @property
     def complete(self) -> bool:

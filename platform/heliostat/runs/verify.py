@@ -1,7 +1,7 @@
 """Verifies a run against its data: recomputes every receipt from the manifests and the shards alone.
 
 `verify` loads what every step had to train on, hashes it as training did, and compares: each step's digest, each link of the
-chain, and the chain that each checkpoint recorded. It goes on behind a difference, and recomputes steps that no receipt
+chain, and the chain that each checkpoint recorded. It continues after a difference, and recomputes steps that no receipt
 covers, so one fault does not hide the rest. Several windows are loaded at once, because object storage answers slowly; memory
 is bounded by them and by one bit for each sample of the epochs under way.
 """
@@ -219,8 +219,8 @@ def explain(report: VerifyReport) -> str:
     first = report["first_difference"]
     if not first:
         return f"{report['repeated']:,} samples come twice within an epoch; the order of samples is at fault"
-    step, where, expected, found = (first[k] for k in ("step", "where", "expected", "found"))
+    step, where, expected, actual = (first[k] for k in ("step", "where", "expected", "found"))
     if first["what"] == "receipt":
         return f"step {step} is the first that no receipt covers, with {report['lost']:,} samples in all; a file is missing"
     names = {"digest": "its samples' digest", "chain": "the chain after it", "data plan": "its data plan"}
-    return f"step {step} is the first that differs: {names[str(first['what'])]} is {expected}, {where} says {found}"
+    return f"step {step} is the first that differs: {names[str(first['what'])]} is {expected}, {where} says {actual}"

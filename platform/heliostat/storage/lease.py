@@ -7,9 +7,9 @@
 `lease/00000007.json` is the seventh lease of the folder, and the highest number rules. A lease is taken by a put that fails if
 its number is taken, so of drivers that start together one gets it. Its holder writes the file again every RENEW_S, and at the end
 marks it as released. The next number is taken once it is released, or the holder is dead: its process is gone, or, on another
-machine, it has been silent for SILENCE_S. Nobody's clock is compared with another's.
+machine, it has been silent for SILENCE_S. No machine's clock is compared with another's.
 
-The number is the fencing token: whoever was taken for dead, and lives, finds a higher one, and stops without writing. It is
+The number is the fencing token: a holder that was taken for dead, and lives, finds a higher one, and stops without writing. It is
 looked for again before each `checkpoint.json` is written and before anything is pruned.
 """
 
@@ -73,7 +73,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Fence:
-    """Holds the fencing token that a lease's holder hands to whoever writes for it."""
+    """Holds the fencing token that a lease's holder hands to those that write for it."""
 
     folder: Location
     number: int
@@ -139,13 +139,13 @@ def take(
     """
     for _ in range(TRIES):
         number = newest_number(folder)
-        if number and (held := holder(folder, number)):
-            raise ConfigError(f"{field}: {folder} is being {doing} by process {held.pid} on {held.host}; {instead}")
+        if number and (other := holder(folder, number)):
+            raise ConfigError(f"{field}: {folder} is being {doing} by process {other.pid} on {other.host}; {instead}")
         mine = Holder.me()
         place = _place(folder, number + 1)
         if not place.create(mine.dump()):
-            there = _read(folder, number + 1)
-            if there is None or there.id != mine.id:  # else it is ours, and the answer was lost
+            newer = _read(folder, number + 1)
+            if newer is None or newer.id != mine.id:  # else it is ours, and the answer was lost
                 continue
         if newest_number(folder) == number + 1:
             return Lease(folder, number + 1, mine)
@@ -154,18 +154,18 @@ def take(
 
 def holder(folder: Location, number: int) -> Holder | None:
     """Finds who holds this lease; None if it was given back, or its holder is dead."""
-    held = _read(folder, number)
-    if held is None or held.released:
+    own = _read(folder, number)
+    if own is None or own.released:
         return None
-    if held.machine == _machine():
-        return held if held.alive else None
-    log.info("waiting up to %.0f s to see whether process %d on %s, which has %s, lives", SILENCE_S, held.pid, held.host, folder)
-    deadline, before = time.monotonic() + SILENCE_S, held
+    if own.machine == _machine():
+        return own if own.alive else None
+    log.info("waiting up to %.0f s to see whether process %d on %s, which has %s, lives", SILENCE_S, own.pid, own.host, folder)
+    deadline, before = time.monotonic() + SILENCE_S, own
     while time.monotonic() < deadline:
         time.sleep(LOOK_S)
-        held = _read(folder, number)
-        if held != before:
-            return held if held and not held.released else None
+        own = _read(folder, number)
+        if own != before:
+            return own if own and not own.released else None
     return None
 
 
@@ -180,7 +180,7 @@ def clear(folder: Location) -> None:
 
 
 def newest_number(folder: Location) -> int:
-    """Returns the number of the folder's newest lease; 0 if nobody has ever had one."""
+    """Returns the number of the folder's newest lease; 0 if it never had one."""
     names = (name.removesuffix(".json") for name, _ in folder.join(LEASE).files())
     return max((int(name) for name in names if name.isdigit()), default=0)
 
@@ -190,7 +190,7 @@ def _place(folder: Location, number: int) -> Location:
 
 
 def _read(folder: Location, number: int) -> Holder | None:
-    """Reads a lease's holder; None if the file is gone, or is no lease's: there is nobody to ask then."""
+    """Reads a lease's holder; None if the file is gone, or is no lease's: there is no process to ask then."""
     for wait in (0.1, 1.0, 0.0):  # where there are no links, a new file is empty for a moment
         try:
             return Holder(**json.loads(_place(folder, number).read()))

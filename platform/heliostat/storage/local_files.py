@@ -18,7 +18,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from heliostat.errors import ConfigError
+
 DAY_S = 86_400
+SQLITE = b"SQLite format 3\0"  # which every file of a database begins with
 LOCK = ".lock"
 NEW_S = 60.0  # in which a folder that was just made is locked
 
@@ -40,7 +43,7 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 @contextmanager
 def _locked(place: Path, how: int = 0) -> Iterator[os.stat_result]:
     """Locks a folder against other processes, and yields its status; OSError if it is a link or no folder, or, with LOCK_NB, if
-    one has it. Without, it waits: whoever looks how old a folder is lets go of a new one at once."""
+    one has it. Without, it waits: a process that looks how old a folder is lets go of a new one at once."""
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | how)
@@ -119,3 +122,16 @@ def takes_files(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def require_database(key: str, place: Path) -> None:
+    """Raises ConfigError that names the key if a path holds something else than an SQLite database, which may still be empty."""
+    try:
+        with place.open("rb") as file:
+            begin = file.read(len(SQLITE))
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise ConfigError(f"{key}: {place} cannot be read ({e.strerror}). Name the file of an SQLite database") from e
+    if begin and begin != SQLITE:
+        raise ConfigError(f"{key}: {place} is not an SQLite database. Name another file")

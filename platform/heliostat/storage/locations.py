@@ -231,8 +231,8 @@ class Location:
     def files(self) -> list[tuple[str, int]]:
         """Lists all files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = self._listing(selector)
-        return sorted((i.path[len(self.path) + 1 :], i.size) for i in found if i.type == pafs.FileType.File)
+        infos = self._listing(selector)
+        return sorted((i.path[len(self.path) + 1 :], i.size) for i in infos if i.type == pafs.FileType.File)
 
     def tree(self) -> list[Listed]:
         """Lists all files below this folder, sorted by path; of a store many folders at a time, which pays for large inputs."""
@@ -240,8 +240,8 @@ class Location:
             return s3_client.files_below(
                 self.path, lambda path, recursive: self.attempt(lambda: self._objects.listing(path, recursive))
             )
-        found = self._listing(pafs.FileSelector(self.path, recursive=True, allow_not_found=True))
-        return sorted((_listed(i) for i in found if i.type == pafs.FileType.File), key=lambda i: i.path)
+        infos = self._listing(pafs.FileSelector(self.path, recursive=True, allow_not_found=True))
+        return sorted((_listed(i) for i in infos if i.type == pafs.FileType.File), key=lambda i: i.path)
 
     def info(self) -> Listed | None:
         """Describes the file here, or the folder on a disk; None if there is none."""
@@ -250,8 +250,8 @@ class Location:
                 return self.attempt(lambda: self._objects.head(self.path))
             except FileNotFoundError:
                 return None
-        found = self.attempt(lambda: self.fs.get_file_info(self.path))
-        return None if found.type == pafs.FileType.NotFound else _listed(found)
+        info = self.attempt(lambda: self.fs.get_file_info(self.path))
+        return None if info.type == pafs.FileType.NotFound else _listed(info)
 
     def read_object(self, begin: int, end: int, etag: str) -> bytes:
         """Reads a range of an object of this `etag`; RewrittenError if the object was written again since."""
@@ -263,8 +263,8 @@ class Location:
 
     def folders(self) -> list[str]:
         """Lists the names of the folders directly below, sorted."""
-        found = self._listing(pafs.FileSelector(self.path, allow_not_found=True))
-        return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
+        infos = self._listing(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory)
 
     def _listing(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
         for _ in range(LISTINGS):
@@ -294,10 +294,10 @@ class Location:
             return
         try:
             budget_s = min(PROBE_S, retry_budget())
-            found = self.attempt(lambda: _s3(self.query, 1, 2.0).get_file_info(self._bucket), budget_s).type
+            kind = self.attempt(lambda: _s3(self.query, 1, 2.0).get_file_info(self._bucket), budget_s).type
         except FileNotFoundError as e:
             raise self._no_bucket() from e
-        if found == pafs.FileType.NotFound:
+        if kind == pafs.FileType.NotFound:
             raise self._no_bucket()
 
     def wait_for_store(self, sleep: Callable[[float], object] | None = None) -> None:
@@ -381,5 +381,5 @@ class Location:
         log.warning("%s: %s; retrying in %.1f s", self.uri, reason(failure.error), wait)
 
 
-def _listed(found: pafs.FileInfo) -> Listed:
-    return Listed(found.path, found.type, found.size or 0, found.mtime_ns or 0)
+def _listed(info: pafs.FileInfo) -> Listed:
+    return Listed(info.path, info.type, info.size or 0, info.mtime_ns or 0)

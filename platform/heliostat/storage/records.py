@@ -1,4 +1,4 @@
-"""Reads back the JSON that heliostat leaves beside a run, a sweep or a model: as what it was, or refused in one line.
+"""Reads back the JSON that heliostat leaves next to a run, a sweep or a model: as what it was, or refused in one line.
 
 A `Format` defines once what a record is; whatever reads one goes through it, so that a file that is cut, edited or foreign is one
 error that names the file and its first fault, and nothing behind it meets a value that it does not expect.
@@ -78,12 +78,12 @@ class Format(Generic[T]):
 
     def parse(self, data: bytes, where: object) -> T:
         try:
-            found = self._adapter.validate_json(data, strict=True)
+            record = self._adapter.validate_json(data, strict=True)
         except ValidationError as e:
             raise self._error(where, _first(e)) from e
-        if self.check and (fault := self.check(found)):
+        if self.check and (fault := self.check(record)):
             raise self._error(where, fault)
-        return found
+        return record
 
     def _error(self, where: object, fault: str) -> HeliostatError:
         return self.error(f"{where}: is no {self.what}, or damaged ({fault}){f'; {self.fix}' if self.fix else ''}")

@@ -66,12 +66,12 @@ def retry(
     backoff: Backoff,
     judge: Callable[[Exception], None],
     give_up: Callable[[FailedAttempts], NoReturn],
-    tell: Callable[[FailedAttempts, float], None] = lambda failure, wait: None,
+    report: Callable[[FailedAttempts, float], None] = lambda failure, wait: None,
     sleep: Callable[[float], object] | None = None,
 ) -> T:
     """Runs an action until it succeeds; it must be one that may be repeated from its start.
 
-    `judge` raises for an error that another attempt would not help, and `give_up` once the budget is used up; `tell` hears of
+    `judge` raises for an error that another attempt would not help, and `give_up` once the budget is used up; `report` hears of
     each wait, and `sleep` waits, if it is given. No attempt begins that would end beyond the budget if it took as long as the
     last; the last wait is cut, so that the budget is used up to its end.
     """
@@ -88,7 +88,7 @@ def retry(
             if left < backoff.shortest:
                 give_up(failure)
             wait = min(backoff.wait(count), left)
-        tell(failure, wait)
+        report(failure, wait)
         (sleep or time.sleep)(wait)
 
 

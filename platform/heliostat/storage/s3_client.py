@@ -7,7 +7,7 @@ The query of an `s3://` URI says of its store: `?endpoint_override=HOST:PORT&sch
     scheme              https, or http with an endpoint
     region              else `AWS_REGION` or `AWS_DEFAULT_REGION`
     anonymous           true: requests are not signed, whatever credentials there are; for public buckets
-    request_payer       requester: the requests are paid by whoever asks; such a bucket is only read
+    request_payer       requester: the requests are paid by the caller; such a bucket is only read
 
 Another key is an error, lest one that is misspelt does nothing.
 """
@@ -66,17 +66,17 @@ class S3Options:
 @lru_cache(maxsize=256)
 def given(query: str) -> dict[str, str]:
     """Parses a query; ConfigError for a key that is none, and a value that a key cannot have."""
-    found = {key: values[-1] for key, values in parse_qs(query, keep_blank_values=True).items()}
-    for key, value in found.items():
+    options = {key: values[-1] for key, values in parse_qs(query, keep_blank_values=True).items()}
+    for key, value in options.items():
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1)
             hint = f", did you mean {near[0]!r}?" if near else "; in an object's name write ? as %3F"
             raise ConfigError(f"s3://...?{key}: is no key of an S3 URI ({', '.join(KEYS)}){hint}")
         if value not in VALUES.get(key, (value,)):
             raise ConfigError(f"s3://...?{key}={value}: must be {' or '.join(VALUES[key])}")
-    if found.get("anonymous") == "true" and "request_payer" in found:
+    if options.get("anonymous") == "true" and "request_payer" in options:
         raise ConfigError("s3://...?anonymous=true&request_payer: nobody knows who is to pay; remove one of the two")
-    return found
+    return options
 
 
 def resolve(query: str) -> S3Options:
@@ -128,40 +128,40 @@ class Store:
         """Describes an object; FileNotFoundError if there is none."""
         bucket, _, key = path.partition("/")
         with worded():
-            found = self.client.head_object(Bucket=bucket, Key=key, **self.payer)
-        return _listed(path, found["ContentLength"], found)
+            answer = self.client.head_object(Bucket=bucket, Key=key, **self.payer)
+        return _listed(path, answer["ContentLength"], answer)
 
     def listing(self, path: str, recursive: bool) -> list[Listed]:
         """Lists what is directly in a folder, or all below it."""
-        base, found = path.rstrip("/"), list[Listed]()
+        base, entries = path.rstrip("/"), list[Listed]()
         bucket = base.partition("/")[0]
         for page in self.pages(base, recursive):
-            found += [Listed(f"{bucket}/{p['Prefix'].rstrip('/')}", pafs.FileType.Directory)
+            entries += [Listed(f"{bucket}/{p['Prefix'].rstrip('/')}", pafs.FileType.Directory)
                       for p in page.get("CommonPrefixes", [])]  # fmt: skip
-            found += [_listed(f"{bucket}/{o['Key']}", o["Size"], o)
+            entries += [_listed(f"{bucket}/{o['Key']}", o["Size"], o)
                       for o in page.get("Contents", []) if not o["Key"].endswith("/")]  # fmt: skip
-        return found
+        return entries
 
     def pages(self, path: str, recursive: bool, most: int = 1000) -> Iterator[dict[str, Any]]:
         """Yields the store's answers to the request for a listing."""
         bucket, _, key = path.partition("/")
-        asked = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": most, **self.payer}
-        asked |= {} if recursive else {"Delimiter": "/"}
+        request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": most, **self.payer}
+        request |= {} if recursive else {"Delimiter": "/"}
         while True:
             with worded():
-                page = self.client.list_objects_v2(**asked)
+                page = self.client.list_objects_v2(**request)
             yield page
             if not page.get("IsTruncated"):
                 return
-            asked["ContinuationToken"] = page["NextContinuationToken"]
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, path: str, begin: int, end: int, etag: str = "") -> bytes:
         """Reads a range of an object; RewrittenError if it has another `etag`, where one is given."""
         bucket, _, key = path.partition("/")
-        asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={begin}-{end - 1}", **({"IfMatch": f'"{etag}"'} if etag else {})}
+        ask = {"Bucket": bucket, "Key": key, "Range": f"bytes={begin}-{end - 1}", **({"IfMatch": f'"{etag}"'} if etag else {})}
         try:
             with worded():
-                data = self.client.get_object(**asked, **self.payer)["Body"].read()
+                data = self.client.get_object(**ask, **self.payer)["Body"].read()
         except OSError as e:
             if etag and SHORTER in str(e):  # of a store that looks at the range before the ETag
                 raise RewrittenError(str(e)) from e
@@ -186,8 +186,8 @@ class Store:
         return True
 
 
-def _listed(path: str, size: int, told: dict[str, Any]) -> Listed:
-    modified, etag = told["LastModified"], told.get("ETag", "").strip('"')
+def _listed(path: str, size: int, answer: dict[str, Any]) -> Listed:
+    modified, etag = answer["LastModified"], answer.get("ETag", "").strip('"')
     etag = "" if etag.startswith("W/") else etag  # a weak one, which no conditional read matches
     return Listed(path, pafs.FileType.File, size, round(modified.timestamp() * 1000) * 1_000_000, etag)
 
@@ -221,8 +221,8 @@ def _time(written: str) -> datetime:
     from botocore.utils import parse_timestamp
 
     with suppress(TypeError, ValueError):
-        if (found := datetime.fromisoformat(written)).tzinfo:
-            return found
+        if (moment := datetime.fromisoformat(written)).tzinfo:
+            return moment
     return parse_timestamp(written)
 
 
@@ -257,12 +257,12 @@ def files_below(path: str, listed: Callable[[str, bool], list[Listed]]) -> list[
     that a request for each would be more work, or there are none, everything is listed in one stream.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        found, folders = _split(listed(path, False))
+        direct, folders = _split(listed(path, False))
         for _ in range(LEVELS):
             if not 0 < len(folders) < ENOUGH:
                 break
             files, folders = _split(i for infos in pool.map(lambda f: listed(f, False), folders) for i in infos)
-            found += files
+            direct += files
         if not all(_plain(path, folder) for folder in folders):
             return _sorted(listed(path, True))
         first, rest = folders[:THREADS], folders[THREADS:]
@@ -270,13 +270,13 @@ def files_below(path: str, listed: Callable[[str, bool], list[Listed]]) -> list[
         if rest and len(below) * THREADS < PAGE * len(first):  # one stream has fewer answers than each thread would have
             return _sorted(listed(path, True))
         below += [i for infos in pool.map(lambda f: listed(f, True), rest) for i in infos]
-    return _sorted([*found, *below])
+    return _sorted([*direct, *below])
 
 
 def _split(infos: Iterable[Listed]) -> tuple[list[Listed], list[str]]:
     """Splits a listing into files and the paths of folders."""
-    held = list(infos)
-    return [i for i in held if i.type == pafs.FileType.File], [i.path for i in held if i.type == pafs.FileType.Directory]
+    entries = list(infos)
+    return [i for i in entries if i.type == pafs.FileType.File], [i.path for i in entries if i.type == pafs.FileType.Directory]
 
 
 def _plain(path: str, folder: str) -> bool:
@@ -323,10 +323,10 @@ class _Handler(pafs.FileSystemHandler):
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
         base = selector.base_dir.rstrip("/")
-        found = [_info(one) for one in self.store.listing(base, selector.recursive)]
-        if not found and not selector.allow_not_found and self._info(base).type == pafs.FileType.NotFound:
+        infos = [_info(one) for one in self.store.listing(base, selector.recursive)]
+        if not infos and not selector.allow_not_found and self._info(base).type == pafs.FileType.NotFound:
             raise FileNotFoundError(base)
-        return found
+        return infos
 
     def open_input_file(self, path: str) -> pa.NativeFile:
         info = self._info(path)
@@ -343,9 +343,9 @@ class _Handler(pafs.FileSystemHandler):
     open_append_stream = open_output_stream = _refuse
 
 
-def _info(found: Listed) -> pafs.FileInfo:
-    return pafs.FileInfo(found.path, found.type, size=found.size, mtime_ns=found.mtime_ns) if found.mtime_ns else pafs.FileInfo(
-        found.path, found.type)  # fmt: skip
+def _info(entry: Listed) -> pafs.FileInfo:
+    return pafs.FileInfo(entry.path, entry.type, size=entry.size, mtime_ns=entry.mtime_ns) if entry.mtime_ns else pafs.FileInfo(
+        entry.path, entry.type)  # fmt: skip
 
 
 class _Object(io.RawIOBase):

@@ -113,11 +113,11 @@ def _pack_tensor(value: object) -> bytes:
 def _unpack_tensor(data: bytes) -> torch.Tensor:
     import torch
 
-    name, shape, held = unpack(data)
+    name, shape, content = unpack(data)
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is not a type of tensors")
-    return torch.frombuffer(bytearray(held), dtype=dtype).reshape(shape) if held else torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
 
 
 def _pack_table(value: pa.Table) -> bytes:
@@ -144,16 +144,16 @@ def _pack_error(value: HeliostatError) -> bytes:
 
 
 def _unpack_error(data: bytes) -> HeliostatError:
-    name, args, held, text = unpack(data)
+    name, args, attributes, text = unpack(data)
     kind = getattr(errors, name, None)
     if not (isinstance(kind, type) and issubclass(kind, HeliostatError)):
         raise ValueError(f"{name!r} is not an error of heliostat's")
     try:
-        made = kind(*args)
+        error = kind(*args)
     except TypeError:  # of a subclass that took others
-        made = WorkerError(text)
-    vars(made).update(held)
-    return made
+        error = WorkerError(text)
+    vars(error).update(attributes)
+    return error
 
 
 def _unpack_record(data: bytes) -> object:

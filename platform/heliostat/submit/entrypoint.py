@@ -9,7 +9,7 @@ waited for; MLflow is not needed to resume. A command that ends by itself record
 Retries count the deaths in a row: progress resets the count. A successor that fails before it has begun counts as one more death.
 
 The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which outlives the
-cluster. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver alike; this process waits for the
+cluster. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver; this process waits for the
 driver, which saves a checkpoint. It does not wait if the Jobs API lists a marker job that tells this attempt to end now (`stop
 --now`): storage may be what does not answer.
 """
@@ -49,7 +49,7 @@ from heliostat.training.driver.recovery import Budget
 log = logging.getLogger("heliostat")
 
 UPLOAD_S, POLL_S, QUEUE_S = 20.0, 1.0, 2.0
-NOW_S = 5.0  # for the end of the log to reach storage, where the driver was told to end now
+NOW_S = 5.0  # for the end of the log to reach storage, where the driver was asked to end now
 ENDS = "ends"  # in the metadata of the note: the attempt
 
 
@@ -83,14 +83,14 @@ class Again:
         """Returns the seconds to wait before the restart; TrainingError if the retries are used up."""
         return self.budget.spend(TrainingError(f"the driver died without a word, {how}"), self._progress())
 
-    def flags(self, given: list[str], pid: int) -> list[str]:
+    def flags(self, flags: list[str], pid: int) -> list[str]:
         """Returns the successor's flags: it resumes what the dead command has begun, but never an earlier run.
 
         Raises a HeliostatError if it cannot be read whether the command has begun.
         """
         if not self._has_begun(pid):
-            return given
-        return [*(f for f in given if f not in ("--overwrite", "--resume")), "--resume"]
+            return flags
+        return [*(f for f in flags if f not in ("--overwrite", "--resume")), "--resume"]
 
     def _attempt(self, pid: int) -> RecordedAttempt | None:
         """Finds this process's newest attempt in the run's ledger; None if there is none."""
@@ -147,7 +147,7 @@ class Driver:
             self._wait_for_turn(queue)
         if self.stopping.is_set():
             return 128 + signal.SIGTERM
-        sender = threading.Thread(target=self._send, daemon=True)  # a store that is away keeps nobody else waiting
+        sender = threading.Thread(target=self._send, daemon=True)  # a store that is away keeps no other thread waiting
         sender.start()
         try:
             return self._children()
@@ -203,7 +203,7 @@ class Driver:
         while (code := child.poll()) is None:
             if self.stopping.wait(POLL_S):
                 if self._now():
-                    processes.end_tree(child.pid, kill_s=0)
+                    processes.end_tree(child, kill_s=0)
                     self._killed = True
                 time.sleep(POLL_S)
         reader.join(10)
@@ -292,14 +292,14 @@ def main() -> int:
     parser.add_argument("--sweep", type=Path)
     parser.add_argument("--queue")
     parser.add_argument("--flag", action="append", default=[])
-    given = parser.parse_args()
+    options = parser.parse_args()
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     sys.excepthook = excepthook
-    sweep = given.sweep and given.sweep.absolute()
+    sweep = options.sweep and options.sweep.absolute()
     try:
-        return Driver(given.job.absolute(), sweep, given.attempt, given.flag).run(given.queue)
+        return Driver(options.job.absolute(), sweep, options.attempt, options.flag).run(options.queue)
     except HeliostatError as e:
         log.error(e)
         return e.exit_code

@@ -29,6 +29,7 @@ from heliostat.config import workspace
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.redact import carries_secret
 from heliostat.storage.retries import Backoff, FailedAttempts, retry
+from heliostat.submit import submission
 from heliostat.submit.entrypoint import ENDS
 from heliostat.submit.submission import SubmissionRecord
 
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name for it
 JOB_FILE, SWEEP_FILE = "heliostat-job.json", "heliostat-sweep.yaml"
+RAYS_LOGS = (  # of Ray's client, two of which set their own level
+    "ray._private.runtime_env", "ray.dashboard", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk",
+)  # fmt: skip
 RETRY_S = 60.0
 BACKOFF = Backoff(0.5, 8.0)
 STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
@@ -73,20 +77,20 @@ class Submitted(TypedDict):
 class Jobs:
     """Manages the jobs of one cluster."""
 
-    def __init__(self, there: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         from ray.job_submission import JobSubmissionClient
 
         class Client(JobSubmissionClient):
             def _do_request(self, *args: Any, **options: Any) -> Any:  # Ray's own requests have no deadline
                 return super()._do_request(*args, **{"timeout": 60, **options})
 
-        self.there = there
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
-        logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
+        self.there = endpoint
+        for name in RAYS_LOGS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         try:
-            self.client = Client(there.url, headers=dashboard.headers(there.token))
+            self.client = Client(endpoint.url, headers=dashboard.headers(endpoint.token))
         except (RuntimeError, ConnectionError) as e:
-            raise ClusterError(f"{there.url}: {e}") from e
+            raise ClusterError(f"{endpoint.url}: {e}") from e
 
     # submitting ------------------------------------------------------------------------------------------------------
 
@@ -94,18 +98,19 @@ class Jobs:
         """Submits a job and returns the submission's id.
 
         Submitting the same job again returns the same submission. ConfigError if another job has this name, or this job ended
-        before and no flag lets it resume or start anew.
+        before and no flag lets it resume or start from scratch.
         """
-        digest, queue = record.digest, record.queue
+        queue = record.queue
         if earlier := self.find(record.id):
             status = earlier["status"]
             if status not in OVER or (status == "SUCCEEDED" and not flags):
-                if earlier["metadata"].get("digest") != digest:
+                same = submission.standing(record, earlier["metadata"].get("digest"))
+                if same is None:
                     raise ConfigError(
                         f"name: {record.id!r} is a job with other settings on this cluster ({status.lower()}); use another name"
                     )
                 log.info("job %s is there already: %s", record.id, status.lower())
-                record.write()
+                same.write()
                 return record.id
             if not flags:
                 raise ConfigError(
@@ -115,7 +120,7 @@ class Jobs:
             self._forget(record.id)
         record.write()
         attempt = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-        metadata = {"run": record.run_folder, "steps": str(record.steps), "digest": digest, "attempt": attempt}
+        metadata = {"run": record.run_folder, "steps": str(record.steps), "digest": record.digest, "attempt": attempt}
         metadata |= {"queue": queue} if queue else {}
         metadata |= {"kind": "sweep"} if record.sweep else {}
         command = ["python", "-m", "heliostat.submit.entrypoint", JOB_FILE, "--attempt", attempt]
@@ -297,8 +302,8 @@ def _beginning(text: str, attempt: str, over: bool) -> int | None:
 
     A submission that is over without that line never reached its entrypoint: then the whole log is its part.
     """
-    _, found, behind = text.rpartition(attempt)
-    if found and "\n" in behind:
+    _, separator, behind = text.rpartition(attempt)
+    if separator and "\n" in behind:
         return len(text) - len(behind) + behind.index("\n") + 1
     return 0 if over else None
 

@@ -61,13 +61,30 @@ class SubmissionRecord:
 SUBMITTED = Format(SubmissionRecord, "record of a submission", ConfigError, fix="delete it, and give --cluster")
 
 
-def load(path: Path, settings: list[str], there: Endpoint) -> Job:
+def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord | None:
+    """Finds the record of the submission of this id and digest, if it asks for the same job as `record`; None if it does not.
+
+    A heliostat with fewer keys computed another digest for the same job: the workspace's record of it is read with today's keys.
+    """
+    if digest == record.digest:
+        return record
+    earlier = SubmissionRecord.read(record.id)
+    if earlier is None or earlier.digest != digest:
+        return None
+    try:
+        today = replace(earlier, job=spec.resolve(schema.validate(Job, earlier.job, earlier.id)).dump())
+    except ConfigError:
+        return None
+    return replace(earlier, cluster=record.cluster) if today.digest == record.digest else None
+
+
+def load(path: Path, settings: list[str], endpoint: Endpoint) -> Job:
     """Loads a job for a cluster.
 
     ConfigError if it has paths of this machine's workspace, and the cluster, being elsewhere, does not see them.
     """
     written = schema.load(Job, "job", path, settings)
-    if not there.here:
+    if not endpoint.here:
         paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
         if isinstance(written.model.get("pretrained"), str):
             paths["model.pretrained"] = written.model["pretrained"]

@@ -102,15 +102,15 @@ class Trouble:
         self.blamed[place] += 1
         if self.blamed[place] != BLAMED:
             return None
-        found = Crash(place.number, place.part, place.id, place.stage, last_line(error))
-        self.crashed.append(found)
+        crash = Crash(place.number, place.part, place.id, place.stage, last_line(error))
+        self.crashed.append(crash)
         self.count = 0
-        return found
+        return crash
 
 
 def _noted(note: Location, attempt: int) -> TaskPlace | None:
     try:
-        told = json.loads(note.read())
-        return TaskPlace(**told["place"]) if told["attempt"] == attempt else None
+        note_read = json.loads(note.read())
+        return TaskPlace(**note_read["place"]) if note_read["attempt"] == attempt else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

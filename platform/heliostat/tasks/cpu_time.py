@@ -1,6 +1,6 @@
 """Counts the processor time of a worker, with that of the processes in which it has parsers run (`isolated`).
 
-What stages and tasks take is told in this time, so that a busy machine predicts the same hours as an idle one.
+What stages and tasks take is measured in this time, so that a busy machine predicts the same hours as an idle one.
 """
 
 from __future__ import annotations

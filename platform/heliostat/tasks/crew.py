@@ -9,8 +9,10 @@ started. Those that are under way end and are recorded, and the first error is r
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 TRIES, LOST, FAILED = 3, 8, 3
 PAUSE = Backoff(0.5, 10.0)  # before a task is run again whose process died: what is short of memory stays so for a while
 LOOK_S = 10.0  # between looks at the cluster's nodes
-AWAY_S = 0.5  # between looks at actors that are all lost
+AWAY_S = 0.5  # between looks at actors that are all lost, and at copies that tasks wait for
 ENDING_S = 2.0  # for tasks to end by themselves after the run is given up
 END_S = 60.0  # and when they are cancelled
 
@@ -76,6 +78,12 @@ class Started:
     due: float = 0.0
     offered: set[Shipment] = field(default_factory=set)
     """What its node lacked, and the driver has copied to the work folder."""
+    copy: Future[None] | None = None
+    """Such a copy, which may be under way: the task is started again behind it."""
+
+    @property
+    def waits(self) -> bool:
+        return self.copy is not None and not self.copy.done()
 
 
 class Crew:
@@ -90,6 +98,7 @@ class Crew:
         self.remote: Any = self.pool or ray.remote(execute)
         self.under_way: dict[Any, Started] = {}
         self.later: list[Started] = []
+        self.copies: dict[Shipment, Future[None]] = {}
         self.failed: list[BaseException] = []
         self.stopped = False
         self.size, self.looked, self.room, self.last, self.alone = size, -LOOK_S, 0, "", False
@@ -108,7 +117,9 @@ class Crew:
         return bool(self.under_way or self.later)
 
     def start(self, started: Started) -> None:
-        """Starts a task."""
+        """Starts a task; raises what went wrong with the copy that it waited for."""
+        if started.copy:
+            started.copy.result()
         task, trouble = started.task, started.trouble
         shared = dict(task.shared)
         if task.careful and (trouble.count or trouble.crashed):
@@ -143,8 +154,8 @@ class Crew:
                 self.pool.ended(reference)
             if started.trouble.attempt:
                 self.work.note(self.kind, started.task.key).delete()
-            told = record.get("examples", {})
-            if crashed := told.get(care.CRASHED) or told.get(care.UNREAD):
+            examples = record.get("examples", {})
+            if crashed := examples.get(care.CRASHED) or examples.get(care.UNREAD):
                 self.last = crashed[0]
             yield started, record
 
@@ -165,21 +176,38 @@ class Crew:
         _end(list(self.under_way))
 
     def _start_due(self) -> float:
-        """Starts the tasks whose pause is over; returns the seconds until another one's is, or the nodes are looked at."""
+        """Starts the tasks whose pause or copy is over; returns the seconds until another one is looked at, or the nodes are."""
         if self.pool and not self.pool.ready:
             return AWAY_S
         now, later = time.monotonic(), self.later
-        self.later = [one for one in later if one.due > now]
+        self.later = [one for one in later if one.due > now or one.waits]
         for started in later:
-            if started.due <= now:
+            if started not in self.later:
                 self.start(started)
-        return max(0.0, min([LOOK_S, *(one.due - now for one in self.later)]))
+        return max(0.0, min([LOOK_S, *(AWAY_S if one.waits else one.due - now for one in self.later)]))
+
+    def _copy(self, shipment: Shipment) -> Future[None]:
+        """Copies what a node lacks to the work folder, in a thread: other tasks end and start meanwhile."""
+        if (known := self.copies.get(shipment)) and not known.done():
+            return known
+        copy = self.copies[shipment] = Future[None]()
+
+        def run() -> None:
+            try:
+                shipping.offer(self.work.spill, shipment)
+            except Exception as e:  # noqa: BLE001 (raised where the task is started again)
+                copy.set_exception(e)
+            else:
+                copy.set_result(None)
+
+        threading.Thread(target=run, name="copy", daemon=True).start()
+        return copy
 
     def _judge(self, started: Started, error: Exception) -> None:
         """Decides whether a task that failed is run again; raises what a person must change."""
         cause, trouble, task = innermost(error), started.trouble, started.task
         if isinstance(cause, NotHereError) and not self.stopped and cause.shipment not in started.offered:
-            shipping.offer(self.work.spill, cause.shipment)
+            started.copy = self._copy(cause.shipment)
             started.offered.add(cause.shipment)
             self.later.append(started)
             return
@@ -188,10 +216,10 @@ class Crew:
                 raise error
         lost = _is_lost(error)
         trouble.count += 1
-        if lost and task.careful and (found := trouble.learn(self.work.note(self.kind, task.key), error)):
-            self.last = found.id
+        if lost and task.careful and (crash := trouble.learn(self.work.note(self.kind, task.key), error)):
+            self.last = crash.id
             log.warning(
-                "%s: %s ends its process at %s and is left out (%s)", self.kind, printable(found.id), found.stage, found.detail
+                "%s: %s ends its process at %s and is left out (%s)", self.kind, printable(crash.id), crash.stage, crash.detail
             )
             if self.pool:  # what waited behind it in its actor has died with it each time
                 for other in [*self.under_way.values(), *self.later]:
@@ -246,7 +274,7 @@ def _is_lost(error: Exception) -> bool:
 
 
 def _end(references: list[Any]) -> None:
-    """Ends tasks that are at work, so that nothing is written after an error was told.
+    """Ends tasks that are at work, so that nothing is written after an error was reported.
 
     What is about to end is let end: Ray aborts this process if a task that it is just completing is cancelled.
     """

@@ -31,10 +31,10 @@ def entries(key: str, path: str) -> list[str]:
         lines = read(key, path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
         raise ConfigError(f"{key}: {path!r} is not UTF-8 (byte {e.start:,}); convert it") from e
-    found = [entry for line in lines if (entry := line.strip()) and not entry.startswith("#")]
-    if not found:
+    listed = [entry for line in lines if (entry := line.strip()) and not entry.startswith("#")]
+    if not listed:
         raise ConfigError(f"{key}: {path!r} has no entry in it; give one a line")
-    return found
+    return listed
 
 
 def digest(key: str, path: str) -> str:
@@ -43,10 +43,10 @@ def digest(key: str, path: str) -> str:
         state = _state(path)
         if state not in _digests:
             with Path(path).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                hexdigest = hashlib.file_digest(file, "sha256").hexdigest()
             if _state(path) != state:
                 raise ConfigError(f"{key}: {path!r} changed while it was read. Leave it as it is, and start again")
-            _digests[state] = found
+            _digests[state] = hexdigest
     except OSError as e:
         raise _unreadable(key, path, e) from e
     return _digests[state]
@@ -65,8 +65,8 @@ def mapped(paths: Paths, change: Callable[[str], str]) -> Paths:
 
 
 def _state(path: str) -> tuple[str, int, int, int, int]:
-    found = Path(path).stat()
-    return str(Path(path).absolute()), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    stat = Path(path).stat()
+    return str(Path(path).absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _unreadable(key: str, path: str, error: OSError) -> ConfigError:

@@ -89,18 +89,18 @@ class Flow:
     def log_short_memory(self, cpus: int) -> None:
         """Logs, once, that tasks of so many CPUs each leave some of them idle, because nodes have too little memory for more."""
         nodes = [(have // cpus, memory) for have, memory in zip(self.nodes(), self.nodes("memory"), strict=True) if have >= cpus]
-        asked, room = self.memory_each(cpus), sum(tasks for tasks, _ in nodes)
+        need, room = self.memory_each(cpus), sum(tasks for tasks, _ in nodes)
 
         def at_once(each: int) -> int:
             return sum(min(tasks, memory // each) for tasks, memory in nodes)
 
-        if self.short or not asked or at_once(asked) >= room:
+        if self.short or not need or at_once(need) >= room:
             return
         self.short, better = True, max(LEAST_MEMORY, min(memory // tasks for tasks, memory in nodes) // MIB * MIB)
-        fix = f"Set memory_limit: {better // MIB}MiB to run {at_once(better)} at once, or" if better < asked else "To run more,"
+        fix = f"Set memory_limit: {better // MIB}MiB to run {at_once(better)} at once, or" if better < need else "To run more,"
         log.warning(
             "memory_limit: %.0f MiB for each task leaves room for %d at once, where the CPUs would run %d. %s give the nodes "
-            "more memory", self.memory / MIB, at_once(asked), room, fix,
+            "more memory", self.memory / MIB, at_once(need), room, fix,
         )  # fmt: skip
 
     def run(self, kind: str, function: TaskFunction, tasks: Iterator[Task], cpus: int = 1,
@@ -134,8 +134,8 @@ class Flow:
 
     def all(self, kind: str, function: TaskFunction, tasks: Iterator[Task], **more: Any) -> list[dict[str, Any]]:
         """Runs the tasks and returns their records in the tasks' order."""
-        found = dict(self.run(kind, function, tasks, **more))
-        return [found[number] for number in range(len(found))]
+        records = dict(self.run(kind, function, tasks, **more))
+        return [records[number] for number in range(len(records))]
 
     def forget(self, kind: str) -> None:
         """Forgets the seconds of a kind of tasks, such as one that only a prediction needs."""
@@ -172,8 +172,8 @@ class Flow:
         self.opening[kind] = self.opening.get(kind, 0.0) + record.get("opening", 0.0)
         self.passed += documents(record)
         self.crashed += sum(record.get("reasons", {}).get(reason, 0) for reason in (CRASHED, UNREAD))
-        for told in record.get("unread", []):
-            log.warning("%s: %s; the rest of it is missing from the dataset", kind, told)
+        for message in record.get("unread", []):
+            log.warning("%s: %s; the rest of it is missing from the dataset", kind, message)
 
 
 def most_each(nodes: list[int], tasks: int) -> int:
@@ -189,8 +189,8 @@ def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, a
         return known
     start, cpu = time.monotonic(), cpu_time.now()
     pa.set_memory_pool(pa.system_memory_pool())  # others keep what is freed, several times what a task holds
-    made = function(work.spill, **arguments, **shared)
-    record = {**made, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3), "run": run}
+    result = function(work.spill, **arguments, **shared)
+    record = {**result, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3), "run": run}
     pa.default_memory_pool().release_unused()
     work.finish(kind, key, record)
     return record

@@ -63,8 +63,8 @@ def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_
         records = iter(flow.all("merge", merge, iter(work)))
         whole = [one for one in ranges if not thin(one)]
         for one, size in cut:
-            found = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(records)["runs"]]
-            whole.append(ShardRange(one.first, one.stop, found))
+            merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(records)["runs"]]
+            whole.append(ShardRange(one.first, one.stop, merged_runs))
         ranges = sorted(whole, key=lambda one: one.first)
     return ranges
 
@@ -94,12 +94,12 @@ def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
 
 
 def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
-    """Computes how often so many bytes in runs would be merged for so many shards, if all runs are alike."""
-    found = 0
+    """Computes how often so many bytes in runs would be merged for so many shards, if all runs have the same size."""
+    count = 0
     while _thin(runs, shards, bytes / runs / shards):
         parts, size = _divided(shards, bytes / runs, run_bytes)
-        runs, bytes, shards, found = -(-runs // size), bytes / parts, -(-shards // parts), found + 1
-    return found
+        runs, bytes, shards, count = -(-runs // size), bytes / parts, -(-shards // parts), count + 1
+    return count
 
 
 def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
@@ -110,30 +110,30 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
 def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes: int) -> Task:
     """Makes the task that merges the range of some runs."""
     low, high = bounds(one.first, one.stop)
-    told = {"runs": runs, "low": low, "high": high, "run_bytes": run_bytes}
+    arguments = {"runs": runs, "low": low, "high": high, "run_bytes": run_bytes}
     bytes = int(one.part * (one.stop - one.first) * len(runs))
-    return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), told, bytes=bytes)
+    return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), arguments, bytes=bytes)
 
 
 def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
     """Writes the documents of a range of keys that some runs hold as one run, or as more where a key has very many."""
-    made, held, size = list[tuple[str, int, int]](), list[pa.Table](), 0
+    files, tables, size = list[tuple[str, int, int]](), list[pa.Table](), 0
     for run in runs:
         for table in survivors(folder, run, low, high):
-            held.append(table)
+            tables.append(table)
             size += table.nbytes
             if size > 2 * run_bytes:
-                made.append(_written(folder, held))
+                files.append(_written(folder, tables))
                 size = 0
-    if held:
-        made.append(_written(folder, held))
-    return {"runs": made, "files": [name for name, *_ in made]}
+    if tables:
+        files.append(_written(folder, tables))
+    return {"runs": files, "files": [name for name, *_ in files]}
 
 
-def _written(folder: Location, held: list[pa.Table]) -> tuple[str, int, int]:
+def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
     """Spills tables as one run, with rows of its own if they have any, and empties the list."""
-    table = pa.concat_tables(held)
-    held.clear()
+    table = pa.concat_tables(tables)
+    tables.clear()
     bytes = int(table["bytes"].to_numpy().sum()) if "bytes" in table.column_names else table.nbytes
     if "row" in table.column_names:
         rows = pa.array(np.arange(len(table)), table.schema.field("row").type)
@@ -145,18 +145,18 @@ def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, i
     """Yields for each of the ascending ranges of keys what its task is to read: what that follows from, and the spills' names,
     shared."""
     for some, count in _merged(flow, kind, names, ranges):
-        told = key(some), flow.share(some)
-        yield from (told for _ in range(count))
+        shared = key(some), flow.share(some)
+        yield from (shared for _ in range(count))
 
 
 def by_parts(flow: Flow, kind: str, parts: int, names: list[str], beside: Mapping[str, list[str]] = MappingProxyType({}),
              **more: object) -> Iterator[Task]:  # fmt: skip
     """Describes one task for each part of all keys, over spills; `beside`: other spills that it reads, by the argument's name."""
     spills, ranges = {"names": names, **beside}, [spill.share(part, parts) for part in range(parts)]
-    given = [exchanged(flow, kind, some, ranges) for some in spills.values()]
-    for part, told in enumerate(zip(*given, strict=True)):
-        shared = dict(zip(spills, (names for _, names in told), strict=True))
-        follows = [follows for follows, _ in told]
+    exchanged_spills = [exchanged(flow, kind, some, ranges) for some in spills.values()]
+    for part, names_of_part in enumerate(zip(*exchanged_spills, strict=True)):
+        shared = dict(zip(spills, (names for _, names in names_of_part), strict=True))
+        follows = [follows for follows, _ in names_of_part]
         yield Task(key(follows, part, parts, more), {"part": part, "parts": parts, **more}, shared)
 
 
@@ -171,18 +171,18 @@ def _merged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int
 
     def work() -> Iterator[Task]:
         for start, stop in edges:
-            told = {"low": ranges[start][0], "high": ranges[stop - 1][1]}
-            yield from (Task(key("merge", group, told), {"names": group, **told}) for group in parts_of)
+            bounds = {"low": ranges[start][0], "high": ranges[stop - 1][1]}
+            yield from (Task(key("merge", group, bounds), {"names": group, **bounds}) for group in parts_of)
 
-    made = [record["merged"] for record in flow.all(f"{kind}-merge", merge_spills, work())]
-    parts = (made[at : at + len(parts_of)] for at in range(0, len(made), len(parts_of)))
+    names_merged = [record["merged"] for record in flow.all(f"{kind}-merge", merge_spills, work())]
+    parts = (names_merged[at : at + len(parts_of)] for at in range(0, len(names_merged), len(parts_of)))
     return [([name for name in part if name], stop - start) for part, (start, stop) in zip(parts, edges, strict=True)]
 
 
 def merge_spills(folder: Location, names: list[str], low: int, high: int) -> dict[str, object]:
     """Spills what some spills have of a range of keys as one, if they have anything."""
-    held = [table for name in names for table in spill.read(folder, name, low, high)]
-    if not held:
+    tables = [table for name in names for table in spill.read(folder, name, low, high)]
+    if not tables:
         return {"merged": None, "files": []}
-    name = spill.write(folder, pa.concat_tables(held))
+    name = spill.write(folder, pa.concat_tables(tables))
     return {"merged": name, "files": [name]}

@@ -38,8 +38,8 @@ class ActorPool:
     """
 
     def __init__(self, execute: TaskFunction, size: int, **options: object) -> None:
-        made: Any = ray.remote(_Worker)
-        actor = made.options(max_restarts=-1, max_task_retries=0, **options)
+        actor_class: Any = ray.remote(_Worker)
+        actor = actor_class.options(max_restarts=-1, max_task_retries=0, **options)
         self.actors: dict[int, Any] = dict(enumerate(_placed([actor.remote(execute) for _ in range(size)])))
         self.under_way: dict[object, int] = {}
         self.away: dict[int, _Away] = {}
@@ -105,7 +105,7 @@ def _is_alive(actor: Any) -> bool:
 
 
 def _placed(actors: list[Any]) -> list[Any]:
-    """Waits until the actors have a place; goes on with fewer where others hold what they need, HeliostatError with none."""
+    """Waits until the actors have a place; continues with fewer where others hold what they need, HeliostatError with none."""
     alive = {actor.alive.remote(): actor for actor in actors}
     ready, late = ray.wait(list(alive), num_returns=len(alive), timeout=PLACE_S)
     for reference in late:

@@ -93,11 +93,11 @@ def call(function: Any, *arguments: object) -> None:
         raise OSError(code, f"{getattr(function, '__name__', 'a system call')}: {os.strerror(code)}")
 
 
-def shut_in(root: Path, places: list[str], files: int, given: dict[str, bytes], same_user: bool = False) -> None:
+def shut_in(root: Path, places: list[str], files: int, files_given: dict[str, bytes], same_user: bool = False) -> None:
     """Moves this process and its children into namespaces (of processes: the children alone) and a root folder of their own.
 
     It makes that folder at `root`, with these places, read-only, and an empty folder that holds the given files. A process of
-    root's becomes nobody's, unless it is to stay the `same_user`, who then has no rights beyond the box either.
+    root's becomes the user `nobody`'s, unless it is to stay the `same_user`, who then has no rights beyond the box either.
     """
     user, group = os.geteuid(), os.getegid()
     if user or same_user:
@@ -107,11 +107,11 @@ def shut_in(root: Path, places: list[str], files: int, given: dict[str, bytes], 
         call(libc.unshare, APART)
     _mount(root, places, files)
     box = root / "box"
-    for name, data in given.items():
+    for name, data in files_given.items():
         (box / name).write_bytes(data)
     os.chdir(root)
     if not user and not same_user:
-        for path in (box, *(box / name for name in given)):
+        for path in (box, *(box / name for name in files_given)):
             os.chown(path, NOBODY, NOBODY)
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -179,8 +179,8 @@ def rules(machine: str, alone: bool = False) -> list[bytes]:
 def forbid(alone: bool = False) -> None:
     """Forbids this process, for good, new rights and the system calls that `rules` refuses."""
     steps = rules(platform.machine(), alone)
-    held = ctypes.create_string_buffer(b"".join(steps))
-    program = ctypes.create_string_buffer(struct.pack("HQ", len(steps), ctypes.addressof(held)))
+    filter_bytes = ctypes.create_string_buffer(b"".join(steps))
+    program = ctypes.create_string_buffer(struct.pack("HQ", len(steps), ctypes.addressof(filter_bytes)))
     call(libc.prctl, NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     call(libc.prctl, SECCOMP, FILTER, ctypes.addressof(program), 0, 0)
 
@@ -194,12 +194,12 @@ def limit(cpu_s: int, memory: int, files: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def begin(told: dict[str, Any]) -> None:
+def begin(limits: dict[str, Any]) -> None:
     """Becomes the program; the first process of its namespace, with which all others there would end."""
     call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    limit(told["cpu_s"], told["memory"], told["files"])
+    limit(limits["cpu_s"], limits["memory"], limits["files"])
     forbid()
-    python, settings = told["executable"], {"PYTHONHASHSEED": "0"}  # the order of sets is always the same
+    python, settings = limits["executable"], {"PYTHONHASHSEED": "0"}  # the order of sets is always the same
     os.execve(python, [python, "-s", "-S", "-P", "-B", "-c", HARNESS], settings)
 
 
@@ -214,17 +214,17 @@ def over_time(status: int, used_s: float, cpu_s: int) -> bool:
 
 def main() -> int:
     """Runs the program that standard input describes, and waits for its end; returns the exit code."""
-    told = json.loads(sys.stdin.buffer.read())
+    limits = json.loads(sys.stdin.buffer.read())
     os.umask(0o022)
-    program = json.dumps({name: told[name] for name in ("program", "tests", "token")}).encode()
-    shut_in(Path(told["root"]), [*told["libraries"], told["executable"]], told["files"], {"program.json": program})
+    program = json.dumps({name: limits[name] for name in ("program", "tests", "token")}).encode()
+    shut_in(Path(limits["root"]), [*limits["libraries"], limits["executable"]], limits["files"], {"program.json": program})
     call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # behind the last change of user, which would undo it
-    if os.getppid() != told["parent"]:
+    if os.getppid() != limits["parent"]:
         raise OSError("who has started this has ended")
     reading, writing = os.pipe()  # closed by becoming the program
     if (child := os.fork()) == 0:
         try:
-            begin(told)
+            begin(limits)
         except BaseException as e:  # noqa: BLE001 (the other process says it)
             os.write(writing, f"{type(e).__name__}: {e}".encode())
         finally:
@@ -234,14 +234,14 @@ def main() -> int:
     if fault := os.read(reading, 4096):
         raise OSError(fault.decode())
     status, used = os.wait4(child, 0)[1:]
-    return OVER_TIME if over_time(status, used.ru_utime + used.ru_stime, told["cpu_s"]) else 0
+    return OVER_TIME if over_time(status, used.ru_utime + used.ru_stime, limits["cpu_s"]) else 0
 
 
 if __name__ == "__main__":
-    given = int(sys.argv[1])
-    if given != RESULT:
-        os.dup2(given, RESULT)
-        os.close(given)
+    result_descriptor = int(sys.argv[1])
+    if result_descriptor != RESULT:
+        os.dup2(result_descriptor, RESULT)
+        os.close(result_descriptor)
     os.set_inheritable(RESULT, True)
     try:
         code = main()

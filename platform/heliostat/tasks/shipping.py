@@ -72,8 +72,8 @@ class Shipment:
     @cached_property
     def digest(self) -> str:
         """Returns the digest of the name and the files: files of another name have a folder of their own in the cache."""
-        told = [self.name, *(astuple(item) for item in self.items)]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+        fields = [self.name, *(astuple(item) for item in self.items)]
+        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
 
     @property
     def bytes(self) -> int:
@@ -162,16 +162,16 @@ def _listed(root: Path, within: tuple[str, ...]) -> list[tuple[str, int]]:
     """Lists (name, bytes) of the files that a path holds and that are shipped, sorted."""
     if root.is_file():
         return [("", root.stat().st_size)]
-    found = [(p.relative_to(root), p) for part in within or ("",) for p in (root / part).rglob("*")]
-    there = {n.as_posix(): p.stat().st_size for n, p in found if not _hidden(n) and p.is_file()}
-    plain = {n: size for n, size in there.items() if Path(n).suffix not in RUNS_CODE}
-    return sorted((plain if any(n.endswith(PLAIN) for n in plain) else there).items())
+    paths = [(p.relative_to(root), p) for part in within or ("",) for p in (root / part).rglob("*")]
+    sizes = {n.as_posix(): p.stat().st_size for n, p in paths if not _hidden(n) and p.is_file()}
+    plain = {n: size for n, size in sizes.items() if Path(n).suffix not in RUNS_CODE}
+    return sorted((plain if any(n.endswith(PLAIN) for n in plain) else sizes).items())
 
 
 def _linked(root: Path, within: tuple[str, ...]) -> Path | None:
     """Returns a link to a folder, below those that are shipped, if there is one."""
-    found = (p for part in within or ("",) for p in (root / part).rglob("*"))
-    return next((p for p in found if p.is_symlink() and p.is_dir() and not _hidden(p.relative_to(root))), None)
+    paths = (p for part in within or ("",) for p in (root / part).rglob("*"))
+    return next((p for p in paths if p.is_symlink() and p.is_dir() and not _hidden(p.relative_to(root))), None)
 
 
 def _hidden(name: Path) -> bool:
@@ -227,16 +227,16 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> 
 def _write(source: Location, target: Path, item: Item, shipment: Shipment, until: float) -> None:
     """Copies a file to the disk; a copy whose digest is wrong is removed, and asked for again."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    told = hashlib.sha256()
+    hasher = hashlib.sha256()
     with target.open("wb") as out:
         for block in _blocks(source, item.bytes):
             if time.monotonic() > until:
                 raise HeliostatError(f"{source}: is read too slowly: {shipment.bytes:,} bytes did not come in time; start again")
-            told.update(block)
+            hasher.update(block)
             out.write(block)
         out.flush()
         os.fsync(out.fileno())
-    if told.hexdigest() != item.digest:
+    if hasher.hexdigest() != item.digest:
         source.delete()
         raise NotHereError(f"{source}: was damaged and is removed", shipment)
 

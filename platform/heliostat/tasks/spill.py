@@ -46,16 +46,21 @@ def write_sorted(folder: Location, table: pa.Table) -> str:
 
 def put(folder: Location, data: bytes, suffix: str) -> str:
     """Writes a file under the name of its content and size, which it returns."""
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"{digest[:2]}/{digest[:32]}-{len(data)}{suffix}"
+    name = named(data, suffix)
     folder.join(name).write(data, synced=True)
     return name
 
 
+def named(data: bytes, suffix: str) -> str:
+    """Returns the name of a file with this content."""
+    digest = hashlib.sha256(data).hexdigest()
+    return f"{digest[:2]}/{digest[:32]}-{len(data)}{suffix}"
+
+
 def size_of(name: str) -> int | None:
     """Returns the size that a spill's name tells; None if the file is none."""
-    found = NAMED.fullmatch(name)
-    return int(found[2]) if found else None
+    match = NAMED.fullmatch(name)
+    return int(match[2]) if match else None
 
 
 @contextmanager

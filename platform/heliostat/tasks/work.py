@@ -65,9 +65,9 @@ class Work:
 
     def found(self, kind: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Reads the records of those tasks that an earlier run has finished and whose files are there."""
-        there = [k for k in keys if f"{DONE}/{kind}/{k}.json" in self._sizes]
+        recorded = [k for k in keys if f"{DONE}/{kind}/{k}.json" in self._sizes]
         with ThreadPoolExecutor(READERS) as pool:
-            records = dict(zip(there, pool.map(lambda k: self._whole(kind, k), there), strict=True))
+            records = dict(zip(recorded, pool.map(lambda k: self._whole(kind, k), recorded), strict=True))
         return {k: record for k, record in records.items() if record is not None}
 
     def read(self, kind: str, key: str) -> dict[str, Any] | None:
@@ -90,8 +90,8 @@ class Work:
             before = json.loads(place.read())
         except (FileNotFoundError, ValueError):
             before = {}
-        if told := libraries.changed(before, versions):
-            log.warning("work: %s: what follows from these libraries is done again", ", ".join(told))
+        if difference := libraries.changed(before, versions):
+            log.warning("work: %s: what follows from these libraries is done again", ", ".join(difference))
         if before != before | versions:
             place.write(json.dumps(before | versions).encode())
 

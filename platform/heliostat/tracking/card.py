@@ -28,7 +28,7 @@ class ParentModel(TypedDict):
     key: str
     folder: str
     config: str  # a digest
-    changed: NotRequired[dict[str, Json]]  # what the job gives beside the folder; older records lack it
+    changed: NotRequired[dict[str, Json]]  # what the job gives in addition to the folder; older records lack it
     bytes: int  # of the weights
     name: str | None
     run_id: str | None

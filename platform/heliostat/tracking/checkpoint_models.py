@@ -51,7 +51,7 @@ class Checkpoints:
         self._settled: set[int] = set()  # steps whose logged model is that of the checkpoint in storage
 
     def back(self, step: int) -> None:
-        """Forgets the checkpoints after `step`, from which the run goes on: later ones will be made again."""
+        """Forgets the checkpoints after `step`, from which the run continues: later ones will be made again."""
         self._settled = {s for s in self._settled if s <= step}
 
     def sync(self, client: MlflowClient) -> None:

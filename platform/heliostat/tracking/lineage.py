@@ -280,9 +280,7 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
     for change in run["changes"]:
         what = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in ((k, v) for k, v in change.items() if k != "start_step"))
         out.append((below + 1, f"from step {change['start_step'] + 1:,}: {what}"))
-    for node in run["nodes"]:
-        gpus = f", {node['gpus']:g} GPUs {', '.join(node['accelerators'])}" if node["gpus"] else ""
-        out.append((below, f"node {node['host']} ({node['address']}), {node['cpus']:g} CPUs{gpus}"))
+    out += [(below, node_line(node)) for node in run["nodes"]]
     for number, a in enumerate(run["attempts"], 1):
         how = "restart" if a["restart"] else "command"
         why = f": {a['reason']}" if a["reason"] else ""
@@ -303,6 +301,12 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
         out.append((below, f"initialised from {parent['key']}: {parent['name'] or 'a folder'}{at} ({parent['folder']}){changed}"))
         out += _run_lines(parent["run"], below + 1) if parent["run"] else []
     return out
+
+
+def node_line(node: LivingNode) -> str:
+    """Describes a node by what Ray has there: a private Ray has more CPUs than the machine, because data tasks mostly wait."""
+    gpus = f", {node['gpus']:g} GPUs {', '.join(node['accelerators'])}" if node["gpus"] else ""
+    return f"node {node['host']} ({node['address']}), {node['cpus']:g} logical CPUs in Ray{gpus}"
 
 
 def _source_line(s: consumed.ConsumedSource) -> str:

@@ -53,17 +53,17 @@ class TrainedOnDocument:
     """Finds the runs that have trained on a document, which a dataset holds under `id`."""
 
     client: MlflowClient
-    made: Manifest
+    dataset: Manifest
     id: str
     places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)  # by a version's digest
-    found: dict[str, list[DocumentSample]] = field(default_factory=dict)  # samples, by run
+    samples: dict[str, list[DocumentSample]] = field(default_factory=dict)  # samples, by run
     faults: dict[str, str] = field(default_factory=dict)  # by run
 
     @property
     def digests(self) -> set[str]:
         """Returns the digests of the dataset, of a collection's parts, and of what it was made from by forgetting documents."""
-        parts = self.made.meta.get("digests", {}).values()
-        return {self.made.digest, *parts, *(earlier["digest"] for earlier in self.made.meta.get("forgotten", []))}
+        parts = self.dataset.meta.get("digests", {}).values()
+        return {self.dataset.digest, *parts, *(earlier["digest"] for earlier in self.dataset.meta.get("forgotten", []))}
 
     def runs(self, only: str | None = None) -> list[Reached]:
         """Finds each run, or `only` one, that has trained on the document, itself or through what it was initialised from."""
@@ -76,7 +76,7 @@ class TrainedOnDocument:
         return [self._reached(row) for row in rows]
 
     def _reached(self, row: Descendant) -> Reached:
-        samples, unsure = self.found.get(row["run_id"], []), 0
+        samples, unsure = self.samples.get(row["run_id"], []), 0
         if samples:
             data = data_of(self.client, self.client.get_run(row["run_id"]))
             unsure = data["replaced_count"] - len(data["replaced"])
@@ -86,18 +86,18 @@ class TrainedOnDocument:
     def _before(self, run: Run, before: int | None) -> list[DocumentSample]:
         """Finds the samples of a run in its steps up to `before`, as it was counted there, or in all."""
         run_id = run.info.run_id
-        if run_id not in self.found:
+        if run_id not in self.samples:
             try:
-                self.found[run_id] = self._samples(data_of(self.client, run))
+                self.samples[run_id] = self._samples(data_of(self.client, run))
             except DataError as e:
-                self.found[run_id], self.faults[run_id] = [], str(e)
-        return [s for s in self.found[run_id] if before is None or s["step"] <= before]
+                self.samples[run_id], self.faults[run_id] = [], str(e)
+        return [s for s in self.samples[run_id] if before is None or s["step"] <= before]
 
     def _samples(self, data: Consumed) -> list[DocumentSample]:
         samples, rows_of = list[DocumentSample](), dict[Chunk, range]()
         for segment, taken in zip(consumed.parse(data), data["segments"], strict=True):
             for number, source in enumerate(taken["sources"]):
-                if source["digest"] not in self.digests and not same_folder(source["uri"], str(self.made.location)):
+                if source["digest"] not in self.digests and not same_folder(source["uri"], str(self.dataset.location)):
                     continue
                 for shard, piece in self._pieces(open_dataset(segment.plan).sources[number]):
                     rows = piece.samples(segment.plan.sequence_length or 1)
@@ -109,8 +109,8 @@ class TrainedOnDocument:
     def _pieces(self, version: Manifest) -> list[tuple[str, Piece]]:
         """Locates the document in a version of the dataset; nowhere, if that one did not keep it."""
         if version.digest not in self.places:
-            part = next((name for name, digest in self.made.meta.get("digests", {}).items() if digest == version.digest), None)
-            whole, folder = (version, "") if part is None else (self.made, f"{part}/")
+            part = next((name for name, digest in self.dataset.meta.get("digests", {}).items() if digest == version.digest), None)
+            whole, folder = (version, "") if part is None else (self.dataset, f"{part}/")
             ends = reasons.end_of(whole, self.id) if "curation" in whole.meta else []
             kept = [row["detail"].removeprefix(folder) for row in ends
                     if row["reason"] == "kept" and row["detail"].startswith(folder)]  # fmt: skip

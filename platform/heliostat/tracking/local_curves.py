@@ -1,8 +1,8 @@
-"""Keeps a run's curves beside its checkpoints, so that a checkpoint never gets ahead of them.
+"""Keeps a run's curves next to its checkpoints, so that a checkpoint never gets ahead of them.
 
 Metrics travel to MLflow through the driver, and one that is killed takes with it what had not arrived. So rank 0 writes the
-events of all steps since the last checkpoint to `curves/step-00000100.json` before that checkpoint: whoever opens the run next
-logs from there what MLflow lacks.
+events of all steps since the last checkpoint to `curves/step-00000100.json` before that checkpoint: the process that opens the
+run next logs from there what MLflow lacks.
 """
 
 from __future__ import annotations

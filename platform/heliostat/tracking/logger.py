@@ -1,6 +1,6 @@
 """Logs one MLflow run: everything that a run leaves in MLflow goes through its owner here, in the driver's process.
 
-It writes through MlflowClient with an explicit run id, which is kept beside the checkpoints (`run.json`), so that a resumed
+It writes through MlflowClient with an explicit run id, which is kept next to the checkpoints (`run.json`), so that a resumed
 run continues the same MLflow run. Events are queued and written by one thread: a server that is slow, or away, never slows
 training. What it does not take waits (`outbox`) and is tried again; at the end for AWAY_S, and then by the run's next command.
 """
@@ -91,7 +91,7 @@ class RunOwner:
         self._end: End | None = None
         self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow has not got yet
         self._facts: dict[str, Callable[[], None]] = {}  # what writes those that MLflow has not got yet, by what they are
-        self._filled = False  # with what earlier commands left beside the checkpoints
+        self._filled = False  # with what earlier commands left next to the checkpoints
         self._bad_nodes: deque[str] = deque(maxlen=NODES_SHOWN)  # lines about them, of this command
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
@@ -328,8 +328,8 @@ class RunOwner:
         """Creates the MLflow run, unless an earlier try has created it already, and returns its id."""
         experiment_id = mlflow_client.experiment(self._client, self.job.mlflow.uri, self.job.mlflow.experiment)
         for name in (tags.TOKEN, tags.FORMERLY[tags.TOKEN]):
-            if made := self._client.search_runs([experiment_id], f"tags.`{name}` = '{token}'"):
-                return str(made[0].info.run_id)
+            if runs := self._client.search_runs([experiment_id], f"tags.`{name}` = '{token}'"):
+                return str(runs[0].info.run_id)
         written = {**_tags(self.job, self.manifests), **self._tags, tags.TOKEN: token}
         return str(self._client.create_run(experiment_id, run_name=self.job.name, tags=written).info.run_id)
 

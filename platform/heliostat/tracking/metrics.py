@@ -1,10 +1,12 @@
 """Declares every metric of a run, once: its name in MLflow, which events it comes from, and how the report draws it.
 
 What MLflow gets (`points`) and what the report shows (`page`) follow from METRICS: to add a metric of what events hold already,
-add a line there. MLflow's UI shows charts in sections, which are the names up to their last slash in alphabetical order, and
-system metrics behind them: so held-out scores (`eval/`) come first, the training's own curves (`train/`) next, and what is looked
-at less often is below `train/` (`train/data/corpus/epochs`). A metric that had another name in runs recorded before has it in
-`formerly`.
+add a line there. A new value of each step needs no field of its own. `training.worker.step` puts it into `Steps.added`; a line in
+METRICS draws it and reserves its name (`RESERVED`).
+
+MLflow's UI shows charts in sections, which are the names up to their last slash in alphabetical order, and system metrics behind
+them: so held-out scores (`eval/`) come first, the training's own curves (`train/`) next, and what is looked at less often
+is below `train/` (`train/data/corpus/epochs`). A metric that had another name in runs recorded before has it in `formerly`.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def _of(key: str) -> Callable[[Event], Values]:
 
 
 def _of_source(key: str) -> Callable[[Steps], Values]:
-    return lambda event: {source: given.get(key) for source, given in event.sources.items()}
+    return lambda event: {source: counts.get(key) for source, counts in event.sources.items()}
 
 
 def _of_experts(key: str) -> Callable[[Steps], Values]:
@@ -107,8 +109,12 @@ METRICS = (
     Metric("train/time/*_s", Goodput, lambda e: e.report["parts"], formerly="goodput/*_s"),
     Metric(CHECKPOINT + "*", Saved, lambda e: {"blocked_s": e.blocked_s, "failed": e.failed or None}, formerly="checkpoint/*"),
     Metric(SYSTEM + "*", NodeSample, lambda e: {f"{key} {e.node}": value for key, value in e.values.items()}),
-    Metric("train/*", Steps, _of("added"), "{}"),  # the recipe's terms beside the loss
+    Metric("train/*", Steps, _of("added"), "{}"),  # the recipe's terms in addition to the loss
 )  # fmt: skip
+
+# of `train/NAME`, those that metrics have, or had in runs recorded before: a part of a recipe's loss takes another name
+_NAMES = (name.removeprefix("train/") for metric in METRICS for name in (metric.name, metric.formerly))
+RESERVED = tuple(name for name in _NAMES if name.isidentifier())
 
 
 def points(event: Event) -> list[Point]:
@@ -175,5 +181,5 @@ def _star(pattern: str, name: str) -> str | None:
     before, star, behind = pattern.partition("*")
     if not star:
         return "" if name == pattern else None
-    found = re.fullmatch(f"{re.escape(before)}(.+){re.escape(behind)}", name)
-    return found[1] if found else None
+    match = re.fullmatch(f"{re.escape(before)}(.+){re.escape(behind)}", name)
+    return match[1] if match else None

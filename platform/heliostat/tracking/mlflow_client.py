@@ -40,8 +40,9 @@ ARTIFACT: Format[JsonValue] = Format(cast(type[JsonValue], JsonValue), "record i
 ANSWER_S = 5.0  # for a database to take a connection, or a server to answer; MLflow itself tries for 100
 BUDGET_S = 10.0  # for a server that doesn't answer, in all
 PAUSES = Backoff(0.5, 2.0)
-# MLflow's client by itself tries for minutes, in which nothing could be done
+# MLflow's client by itself tries for minutes, in which nothing could be done, and draws a bar for every file
 CLIENT = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is for results
@@ -49,7 +50,7 @@ CLIENT = {
 
 
 def set_client() -> None:
-    """Bounds how long MLflow's client tries, unless the environment says otherwise."""
+    """Bounds how long MLflow's client tries, and what it prints, unless the environment says otherwise."""
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
 
@@ -108,8 +109,8 @@ def connect(uri: str) -> MlflowClient:
     """
     import mlflow
 
+    set_client()
     _probe(uri)
-
     mlflow.set_tracking_uri(uri)
     return mlflow.MlflowClient(tracking_uri=uri)
 

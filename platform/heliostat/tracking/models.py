@@ -143,18 +143,18 @@ def _registered(client: MlflowClient, name: str, run_id: str, uri: str) -> Model
 
 
 def _describe(
-    client: MlflowClient, job: Job, made: ModelVersion, step: int, license: str, text: str, scores: dict[str, float]
+    client: MlflowClient, job: Job, registered: ModelVersion, step: int, license: str, text: str, scores: dict[str, float]
 ) -> None:
     """Sets the registered version's tags, card and alias.
 
     The alias is set only once, because it may have been moved to another version since.
     """
-    name, version = str(job.mlflow.register_as), str(made.version)
+    name, version = str(job.mlflow.register_as), str(registered.version)
     written = {tags.LICENSE: license, tags.STEP: str(step), **{f"{tags.SCORE}eval/{k}": repr(v) for k, v in scores.items()}}
     for key, value in written.items():
         client.set_model_version_tag(name, version, key, value)
     client.update_model_version(name, version, description=text.split("---\n", 2)[-1][:5000])
-    if job.mlflow.alias and not any(entry["event"] == "registered" for entry in registry.history(made)):
+    if job.mlflow.alias and not any(entry["event"] == "registered" for entry in registry.history(registered)):
         client.set_registered_model_alias(name, job.mlflow.alias, version)
         at = round(time.time(), 3)
         registry.record(client, name, version, {"alias": job.mlflow.alias, "at": at, "event": "registered"})
@@ -168,14 +168,14 @@ def resolve(model: str, tracking_uri: str) -> Path:
         return Path(model)
     if not model.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", model):
         raise ConfigError(f"{model!r} is no model: give models:/NAME/VERSION, a run id (32 hex digits) or a folder")
-    return _download(model, tracking_uri)
+    with mlflow_client.asking(tracking_uri):
+        return _download(model, tracking_uri)
 
 
 def _download(model: str, tracking_uri: str) -> Path:
     import mlflow
 
-    mlflow.set_tracking_uri(tracking_uri)
-    client = mlflow.MlflowClient()
+    client = mlflow_client.connect(tracking_uri)
     try:
         uri = model
         if not model.startswith("models:/"):
@@ -194,9 +194,8 @@ def find_run(run: str, tracking_uri: str) -> Location:
     if "/" in run or Path(run).exists():
         place = Location(run)
     else:
-        import mlflow
-
-        known = mlflow_client.find(mlflow.MlflowClient(tracking_uri=tracking_uri), run, tracking_uri)
+        with mlflow_client.asking(tracking_uri):
+            known = mlflow_client.find(mlflow_client.connect(tracking_uri), run, tracking_uri)
         place = Location(known.data.tags[tags.FOLDER])
     if not {run_folder.CHECKPOINTS, run_folder.RECEIPTS, run_folder.LEDGER} & set(place.folders()):
         raise ConfigError(f"{place}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME")

@@ -90,9 +90,9 @@ def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, fl
 
     Returns why the new one must not take the present one's place; empty if it may.
     """
-    for whose, scores in (("the new model", new), ("the present one", present)):
+    for model_name, scores in (("the new model", new), ("the present one", present)):
         if not math.isfinite(scores.get(metric, math.nan)):
-            return f"{whose} has no {metric}, so the two cannot be compared"
+            return f"{model_name} has no {metric}, so the two cannot be compared"
     worse = new[metric] > present[metric] if mode == "min" else new[metric] < present[metric]
     return f"its {metric} {new[metric]:.6g} is worse than the present model's {present[metric]:.6g}" if worse else ""
 
@@ -123,10 +123,10 @@ def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float
     data = {}
     if version.run_id:
         inputs = client.get_run(version.run_id).inputs
-        for given in inputs.dataset_inputs if inputs else ():
-            noted = {t.key: t.value for t in given.tags}
+        for dataset_input in inputs.dataset_inputs if inputs else ():
+            noted = {t.key: t.value for t in dataset_input.tags}
             how = f"{noted.get('held_out_fraction', '')}, version {noted.get('data_version', 1)}"
-            data[noted.get("digest", given.dataset.digest)] = how
+            data[noted.get("digest", dataset_input.dataset.digest)] = how
     return measured, data
 
 

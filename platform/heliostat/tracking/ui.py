@@ -31,12 +31,19 @@ KEYS, HOST = "HELIOSTAT_UI_KEYS", "HELIOSTAT_UI_HOST"  # of the server's environ
 
 
 def serve(
-    store: str, host: str, port: int, keys: Path, ready: Callable[[str], None], before: Callable[[], object] = lambda: None
+    store: str,
+    host: str,
+    port: int,
+    keys: Path,
+    ready: Callable[[str], None],
+    before: Callable[[], object] = lambda: None,
+    verbose: bool = False,
 ) -> None:
     """Runs `mlflow server` on the store for those who have a key, and calls `ready` with its URL once it answers.
 
-    If the store is a server already, logs its address. `before` is called before the server starts. ConfigError for a taken port,
-    HeliostatError for a server that doesn't come to answer.
+    If the store is a server already, logs its address. `before` is called before the server starts. The server's output goes to
+    `server.log` in the folder of the keys, or, if `verbose`, to this process's. ConfigError for a taken port, HeliostatError for
+    a server that doesn't come to answer.
     """
     if store.startswith(("http://", "https://")):
         log.info("MLflow's UI is at %s", redact(store))
@@ -49,31 +56,50 @@ def serve(
         signal.signal(number, _end)
     # in a session of its own: Ctrl-C is ours to pass on, or the server would answer it with a traceback
     variables = {**os.environ, **environment(store, host, keys)}
-    server = subprocess.Popen(command(host, port), env=variables, start_new_session=True)
+    place = None if verbose else _log(keys.with_name("server.log"))
+    with place.open("wb") if place else contextlib.nullcontext() as output:
+        server = subprocess.Popen(
+            command(host, port), env=variables, stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True
+        )
     try:
-        bound = _answering(server, host, port)
+        bound = _answering(server, host, port, place)
         ready(f"http://{f'[{host}]' if ':' in host else host}:{bound}/")
         code = server.wait()
     finally:
-        processes.end_tree(server.pid, END_S)
+        processes.end_tree(server, END_S)
     if code:
-        raise HeliostatError(f"`mlflow server` ended with exit code {code}; what it said is above")
+        raise HeliostatError(f"`mlflow server` ended with exit code {code}. {_read(place)}")
 
 
-def _answering(server: subprocess.Popen[bytes], host: str, port: int) -> int:
+def _log(place: Path) -> Path | None:
+    """Makes the file for the server's output, which only its owner reads; None, with a warning, if it cannot be written."""
+    try:
+        place.touch(mode=0o600)
+    except OSError as e:
+        log.warning("%s cannot be written (%s), so MLflow's output follows here", place, e.strerror)
+        return None
+    return place
+
+
+def _read(place: Path | None) -> str:
+    """Says where the server's output is."""
+    return f"Read its output in {place}" if place else "Its output is above"
+
+
+def _answering(server: subprocess.Popen[bytes], host: str, port: int, place: Path | None) -> int:
     """Waits until the server answers, and returns its port. Another process may have taken the port meanwhile, and answer."""
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         if (code := server.poll()) is not None:
             other = "another number" if not port else f"{port + 1}" if port < 65535 else "5000"
             raise HeliostatError(
-                f"--port: `mlflow server` ended before it answered on {host}:{port} (exit code {code}). If another program has "
-                f"taken the port, as the lines above say, pass --port {other}"
+                f"--port: `mlflow server` ended before it answered on {host}:{port} (exit code {code}). {_read(place)}. If "
+                f"another program has taken the port, pass --port {other}"
             )
-        if (found := _listening(server.pid)) and _answers(host, found):
-            return found
+        if (listening := _listening(server.pid)) and _answers(host, listening):
+            return listening
         time.sleep(POLL_S)
-    raise HeliostatError(f"--port: `mlflow server` didn't answer on {host}:{port} within {START_S:.0f} s. See the lines above")
+    raise HeliostatError(f"--port: `mlflow server` didn't answer on {host}:{port} within {START_S:.0f} s. {_read(place)}")
 
 
 def _listening(root: int) -> int | None:
@@ -88,14 +114,14 @@ def _listening(root: int) -> int | None:
 
 def _answers(host: str, port: int) -> bool:
     """Tells whether an HTTP server answers, whatever the answer is."""
-    asked = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
+    connection = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
     try:
-        asked.request("GET", "/health")
-        asked.getresponse()
+        connection.request("GET", "/health")
+        connection.getresponse()
     except (OSError, http.client.HTTPException):
         return False
     finally:
-        asked.close()
+        connection.close()
     return True
 
 

@@ -4,3 +4,6 @@ Start at `run`.
 May import: `checkpoint`, `cluster`, `config`, `data`, `engine`, `inference`, `recipes`, `runs`, `storage`, `tracking`,
 `validation`.
 """
+
+AHEAD = ("ray.data", "heliostat.training.worker.preload")
+"""Modules that the workers of every run import, so that a fork server can import them ahead."""

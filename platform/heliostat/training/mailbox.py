@@ -1,4 +1,4 @@
-"""Connects workers and driver through a mailbox: a small Ray actor on the driver's node, which nobody on the step path waits for.
+"""Connects workers and driver through a mailbox: a small Ray actor on the driver's node, which the step path never waits for.
 
 Rank 0 posts events (`runs.events`). Every worker's heartbeat reports that it is alive and how far it is, and returns what
 the driver has ordered: `stop` (a code of `stops`), `dump` (post the stacks of all threads) and `abort` (come back from
@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.runs.events import Event, NodeSample
 
-LIMIT = 100_000  # events; a driver that is away this long loses the oldest, and is told how many
+LIMIT = 100_000  # events; a driver that is away this long loses the oldest, and learns how many
 SYSTEM_LIMIT = 10_000  # of them what nodes are busy with: many nodes crowd nothing else out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -27,13 +27,13 @@ Layout = list[tuple[str, int, int, int, int]]  # the fields of each `checkpoint.
 
 @dataclass(frozen=True)
 class CopyFacts:
-    """Holds what is the same for all copies of a generation; `data`: digest of the data plan that the run follows."""
+    """Holds what is the same for all copies of a generation. `data`: digest of the data plan that the run follows; `resume`: what
+    the worker needs that resumes from it (`training.worker.training_state.ResumeFacts`, whose module a keeper doesn't import)."""
 
     step: int
     world: int
     data: str
-    optimizer_steps: int
-    loss_scale: dict[str, float] | None = None
+    resume: dict[str, Any]
 
 
 @dataclass(frozen=True)

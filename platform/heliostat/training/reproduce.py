@@ -47,8 +47,8 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
     """Trains the run's first `steps` steps again (all of its first segment, if none are given), and reports what differs."""
     from heliostat.training.run import train
 
-    found = mlflow_client.find(client, run, uri)
-    recorded = read(client, found)
+    mlflow_run = mlflow_client.find(client, run, uri)
+    recorded = read(client, mlflow_run)
     count = min(steps or recorded.end, recorded.end)
     if steps and steps > recorded.end:
         raise ConfigError(f"--steps {steps}: the run's record goes to step {recorded.end}, where it ends or its data changed")
@@ -107,8 +107,8 @@ def differences(recorded: RecordedRun, source: source_code.SourceCode, environme
     if was["commit"] != now["commit"]:
         notes.append(f"code: commit {was['commit'] or 'unknown'} then, {now['commit'] or 'unknown'} now")
     if was["diff"] != now["diff"]:
-        there = f"code/{was['diff']}.diff in the run's artifacts" if was["diff"] else "none"
-        notes.append(f"code: changes beyond the commit differ (then: {there}; now: {now['diff'] or 'none'})")
+        diff_place = f"code/{was['diff']}.diff in the run's artifacts" if was["diff"] else "none"
+        notes.append(f"code: changes beyond the commit differ (then: {diff_place}; now: {now['diff'] or 'none'})")
     for name in sorted(recorded.environment.keys() | environment.keys()):
         before, here = recorded.environment.get(name, "absent"), environment.get(name, "absent")
         if before != here:

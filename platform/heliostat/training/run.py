@@ -19,15 +19,16 @@ from typing import Any
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.cluster import private_ray
-from heliostat.cluster.fork_server import preloads
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import ConfigError
+from heliostat.recipes import built_in
 from heliostat.runs import summary as endings
 from heliostat.storage import lease
 from heliostat.storage.run_folder import require_one_way
 from heliostat.tracking.tags import SOURCE_NAME
+from heliostat.training import AHEAD
 from heliostat.training.driver.run import DrivenRun, RunHooks
 from heliostat.validation import check
 from heliostat.validation.check import Checked
@@ -70,15 +71,15 @@ def train_job(
     if resume:
         job.run_folder.wait_for_store()
     if not (resume and job.last_step in layout.steps(job.run_folder)):  # what follows the last step takes no workers
-        private_ray.ahead(job.workers.gpus, preloads.modules(job.recipe, job.model))
+        private_ray.ahead(job.workers.gpus, [*AHEAD, *built_in.modules(job.recipe, job.model)])
     job, recipe = check.check_setup(job, resume=resume)
-    with lease.take(job.run_folder) as held:
-        found = None if overwrite else _last_checkpoint(job, resume)
-        checked = _plan(spec.settle(job, found.index.job if found else None), recipe, found, recorded, allow_data_change)
+    with lease.take(job.run_folder) as taken:
+        last = None if overwrite else _last_checkpoint(job, resume)
+        checked = _plan(spec.settle(job, last.index.job if last else None), recipe, last, recorded, allow_data_change)
         if overwrite:
-            held.fence.check()
+            taken.fence.check()
             lease.clear(job.run_folder)
-        return _carry_out(DrivenRun(checked, held, found.step if found else 0, started, verbose, tags), found)
+        return _carry_out(DrivenRun(checked, taken, last.step if last else 0, started, verbose, tags), last)
 
 
 def _require_settled(job: Job) -> None:
@@ -91,43 +92,43 @@ def _require_settled(job: Job) -> None:
 
 def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
     """Finds the run's newest checkpoint; ConfigError if the run has begun, and the command does not ask to resume it."""
-    found = layout.latest(job.run_folder)
-    if found and not resume:
+    checkpoint = layout.latest(job.run_folder)
+    if checkpoint and not resume:
         raise ConfigError(
-            f"name: run {job.name!r} already has checkpoints up to step {found.step} in {job.run_folder}; "
+            f"name: run {job.name!r} already has checkpoints up to step {checkpoint.step} in {job.run_folder}; "
             "use --resume to go on, --overwrite to start anew (resume=True, overwrite=True), or another name"
         )
-    return found
+    return checkpoint
 
 
-def _plan(job: Job, recipe: Any, found: SavedCheckpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
+def _plan(job: Job, recipe: Any, checkpoint: SavedCheckpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
     """Plans the job's data like the checkpoint, or the recorded plan; ConfigError if the samples would differ."""
-    recorded = DataPlan.parse(found.index.data) if found else recorded
+    recorded = DataPlan.parse(checkpoint.index.data) if checkpoint else recorded
     checked = check.check_data(job, recipe, recorded)
     changes = recorded.differences(checked.plan) if recorded else []
     if not changes:
         return checked
-    if found is None:
+    if checkpoint is None:
         raise ConfigError("the data is not what it was for the recorded run:\n  " + "\n  ".join(changes))
     if not allow_change:
         raise ConfigError(
             "the run's samples would change on resume; undo this, use another name, or start a new segment of the run with "
             "--allow-data-change:\n  " + "\n  ".join(changes)
         )
-    log.warning("the run's samples change behind step %d: %s", found.step, "; ".join(changes))
-    return check.check_data(job, recipe, recorded, change_at=found.step)
+    log.warning("the run's samples change behind step %d: %s", checkpoint.step, "; ".join(changes))
+    return check.check_data(job, recipe, recorded, change_at=checkpoint.step)
 
 
-def _carry_out(run: DrivenRun, found: SavedCheckpoint | None) -> dict[str, Any]:
+def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, Any]:
     """Trains from the checkpoint on and exports; if all steps are done, completes what is missing after the training."""
     job = run.job
-    if found is None or found.step < job.last_step:
+    if checkpoint is None or checkpoint.step < job.last_step:
         run.spending.require_left()
         return run.run()
-    log.info("run %s has finished: step %d of %d", job.name, found.step, job.last_step)
-    if (result := endings.result(job.run_folder, found.step)) is None:
-        return run.finalize(found)
-    recorded = found.index.job
+    log.info("run %s has finished: step %d of %d", job.name, checkpoint.step, job.last_step)
+    if (result := endings.result(job.run_folder, checkpoint.step)) is None:
+        return run.finalize(checkpoint)
+    recorded = checkpoint.index.job
     now = job.on(recorded["workers"]["count"]) if isinstance(job.workers.count, list) else job
     if changed := spec.changed_keys(recorded, now.dump()):
         log.warning("what the job now says otherwise changes nothing in it: %s; use another name", ", ".join(changed))
@@ -144,16 +145,16 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
     job, recipe = check.check_job(job)
     if job.evaluate and job.evaluate.benchmarks:
         log.warning("evaluate.benchmarks: is not done for trials; score the best with `heliostat benchmark`")
-    with lease.take(job.run_folder) as held:
-        found = layout.latest(job.run_folder)
-        job = spec.settle(job, found.index.job if found else None)
-        recorded = DataPlan.parse(found.index.data) if found else None
-        checked = check.check_stores(job, recipe, recorded, resume=found is not None)
-        run = DrivenRun(checked, held, found.step if found else 0, hooks.started, tags=hooks.tags, hooks=hooks)
-        if found is None or found.step < job.last_step:
+    with lease.take(job.run_folder) as taken:
+        checkpoint = layout.latest(job.run_folder)
+        job = spec.settle(job, checkpoint.index.job if checkpoint else None)
+        recorded = DataPlan.parse(checkpoint.index.data) if checkpoint else None
+        checked = check.check_stores(job, recipe, recorded, resume=checkpoint is not None)
+        run = DrivenRun(checked, taken, checkpoint.step if checkpoint else 0, hooks.started, tags=hooks.tags, hooks=hooks)
+        if checkpoint is None or checkpoint.step < job.last_step:
             return run.train_only()
         run.catch_up()
-        return endings.read(job.run_folder, found, job)
+        return endings.read(job.run_folder, checkpoint, job)
 
 
 def finalize(job: Job) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def finalize(job: Job) -> dict[str, Any]:
     job, recipe = check.check_job(job)
     if (result := endings.result(job.run_folder, job.last_step)) is not None:
         return result
-    with lease.take(job.run_folder) as held:
+    with lease.take(job.run_folder) as taken:
         last = layout.open_checkpoint(job.run_folder, job.last_step)
         checked = check.check_stores(spec.settle(job, last.index.job), recipe, DataPlan.parse(last.index.data), resume=True)
-        return DrivenRun(checked, held, job.last_step, time.time()).finalize(last)
+        return DrivenRun(checked, taken, job.last_step, time.time()).finalize(last)

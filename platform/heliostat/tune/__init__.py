@@ -3,3 +3,13 @@
 Start at `sweep`.
 May import: `checkpoint`, `cluster`, `config`, `recipes`, `runs`, `storage`, `tracking`, `training`, `validation`.
 """
+
+AHEAD = (
+    "heliostat.tune.trial",
+    "heliostat.training.run",
+    "heliostat.training.driver.attempt",
+    "heliostat.training.driver.progress",
+    "heliostat.tracking.logger",
+    "mlflow",
+)
+"""Modules that trials import in addition to those of training workers: each trial is the driver of a run."""

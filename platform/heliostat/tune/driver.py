@@ -20,20 +20,21 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from heliostat import training
 from heliostat.cluster.capacity import FETCHING, fits
 from heliostat.config import spec
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
+from heliostat.recipes import built_in
 from heliostat.storage import lease
 from heliostat.storage.lease import Lease
 from heliostat.storage.run_folder import require_one_way
 from heliostat.training.driver.signals import Signals
-from heliostat.tune import report
+from heliostat.tune import AHEAD, report
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import SweepState
 from heliostat.tune.sweep import SweepPlan, load
-from heliostat.tune.trial_record import KeptTrial, TrialRecord
+from heliostat.tune.trial_record import BestTrial, KeptTrial, SweepResult, TrialRecord
 from heliostat.validation import check
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def tune(
     retry_failed: bool = False,
     overwrite: bool = False,
     verbose: bool = False,
-) -> dict[str, Json]:
-    """Runs a sweep to its end, or goes on with it; HeliostatError with one line for whatever stopped it."""
+) -> SweepResult:
+    """Runs a sweep to its end, or continues with it; HeliostatError with one line for whatever stopped it."""
     require_one_way(resume, overwrite)
     plan = load(path, settings)
     base = Job.model_validate(plan.base)
@@ -71,7 +72,7 @@ def tune(
         from heliostat.tune.searchers import require_optuna
 
         require_optuna()
-    with lease.take(plan.folder, "driven", f"wait for it, or stop it with `heliostat sweep {plan.folder} --stop`") as held:
+    with lease.take(plan.folder, "driven", f"wait for it, or stop it with `heliostat sweep {plan.folder} --stop`") as lease_:
         before = records.read_json(plan.folder.join("sweep.json"), records.KEPT)
         if before and not overwrite and not resume:
             raise ConfigError(
@@ -85,7 +86,7 @@ def tune(
             before = None
         if before:
             _same(plan, before)
-        return _Tuning(plan, before, retry_failed, verbose, held).go()
+        return _Tuning(plan, before, retry_failed, verbose, lease_).go()
 
 
 def _same(plan: SweepPlan, before: KeptTrial) -> None:
@@ -104,8 +105,8 @@ def _same(plan: SweepPlan, before: KeptTrial) -> None:
 
 
 class _Tuning:
-    def __init__(self, plan: SweepPlan, before: KeptTrial | None, retry_failed: bool, verbose: bool, held: Lease) -> None:
-        self.plan, self.verbose, self.lease = plan, verbose, held
+    def __init__(self, plan: SweepPlan, before: KeptTrial | None, retry_failed: bool, verbose: bool, lease: Lease) -> None:
+        self.plan, self.verbose, self.lease = plan, verbose, lease
         self.before = before or KeptTrial(sweep={}, job={}, run_id="", seconds=0.0)
         self.base = Job.model_validate(plan.base)
         self.records = records.read(plan.folder)
@@ -114,7 +115,7 @@ class _Tuning:
                 record.status, record.reason = "waiting", ""
         self.signals = Signals()
 
-    def go(self) -> dict[str, Json]:
+    def go(self) -> SweepResult:
         from heliostat.tune.parent_run import Parent
 
         folder = self.plan.folder
@@ -125,7 +126,6 @@ class _Tuning:
                       "created": self.before.get("created", time.time()), "seconds": self.before["seconds"]}  # fmt: skip
         folder.join("sweep.json").write(json.dumps(kept).encode())
         self.state = SweepState(self.plan, self.records, concurrency, parent.run_id, kept["seconds"])
-        result: dict[str, Json] = {}
         status, reason = "FAILED", ""
         try:
             if not self._complete():
@@ -142,10 +142,10 @@ class _Tuning:
             for record in all_records:
                 records.write(folder, record)
             folder.join("sweep.json").write(json.dumps({**kept, "seconds": self.state.seconds}).encode())
-            result |= self._result(parent.run_id, all_records)
+            result = self._result(parent.run_id, all_records)
             if status == "FINISHED":
                 self._finalize(parent, result, all_records)
-            parent.close(status, reason, all_records, (result["best"] or {}).get("model_uri"))
+            parent.close(status, reason, all_records, result["best"] and result["best"].get("model_uri"))
             folder.join("result.json").write(json.dumps(result, indent=2).encode())
             folder.join("ray").delete()
             folder.join("stop").delete()
@@ -159,13 +159,13 @@ class _Tuning:
         """Joins or starts Ray, and returns how many trials run side by side."""
         from heliostat.cluster import nodes, private_ray, ray_internals
         from heliostat.cluster.connect import connect
-        from heliostat.cluster.fork_server import preloads
 
         workers = self.base.workers
         wanted = self.plan.sweep.concurrency
         os.environ.update(ENVIRONMENT)
         if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-            private_ray.ahead(workers.gpus, [*preloads.modules(self.base.recipe, self.base.model), *preloads.TRIALS])
+            modules = built_in.modules(self.base.recipe, self.base.model)
+            private_ray.ahead(workers.gpus, [*training.AHEAD, *modules, *AHEAD])
             count = wanted or here(workers, os.cpu_count() or 1)
             cpus = count * (workers.most * workers.cpus + FETCHING + 1)
             connect(max(os.cpu_count() or 1, round(cpus) + 1), round(count * workers.most * workers.gpus), self.verbose)
@@ -212,23 +212,22 @@ class _Tuning:
             )
             tuner.fit()
 
-    def _result(self, run_id: str, all_records: list[TrialRecord]) -> dict[str, Json]:
+    def _result(self, run_id: str, all_records: list[TrialRecord]) -> SweepResult:
         best = records.best(all_records, self.plan.sweep.mode)
         rows = report.rows(self.plan, all_records)
-        totals = {"steps": sum(r.step for r in all_records), "tokens": sum(r.tokens for r in all_records)}
         return {
             "sweep": self.plan.sweep.name,
             "folder": str(self.plan.folder),
             "run_id": run_id,
             "seconds": round(self.state.seconds, 1),
-            **totals,
+            "steps": sum(r.step for r in all_records),
+            "tokens": sum(r.tokens for r in all_records),
             "metric": self.plan.sweep.metric,
-            "best": best and {"trial": best.number, "value": best.value, "params": best.params, "run_id": best.run_id,
-                              "run_folder": str(self.plan.folder.join("trials", self.plan.name(best.number)))},
+            "best": _best(self.plan, best),
             "trials": rows,
         }  # fmt: skip
 
-    def _finalize(self, parent: Parent, result: dict[str, Json], all_records: list[TrialRecord]) -> None:
+    def _finalize(self, parent: Parent, result: SweepResult, all_records: list[TrialRecord]) -> None:
         """Exports the best trial's model, logs it to its run, and registers it if the job asks for that."""
         best = records.best(all_records, self.plan.sweep.mode)
         if best is None or not self.plan.sweep.register_best:
@@ -237,9 +236,17 @@ class _Tuning:
 
         log.info("trial %d is the best: %s %.4g", best.number, self.plan.sweep.metric, best.value)
         outcome = finalize(spec.resolve(self.plan.job(best.number, best.params)))
+        assert result["best"]
         result["best"]["model_uri"] = outcome["model_uri"]
         if outcome["model_uri"]:
             parent.mark_model(outcome["model_uri"], best.number)
+
+
+def _best(plan: SweepPlan, best: TrialRecord | None) -> BestTrial | None:
+    if best is None:
+        return None
+    folder = str(plan.folder.join("trials", plan.name(best.number)))
+    return {"trial": best.number, "value": best.value, "params": best.params, "run_id": best.run_id, "run_folder": folder}
 
 
 def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:

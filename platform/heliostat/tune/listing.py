@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypedDict
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.schema import validate
@@ -15,13 +15,25 @@ from heliostat.storage.locations import Location, is_inside
 from heliostat.tune import report
 from heliostat.tune import trial_record as records
 from heliostat.tune.sweep import Sweep, SweepPlan, count, place
-from heliostat.tune.trial_record import KeptTrial
+from heliostat.tune.trial_record import BestTrial, KeptBest, KeptTrial, SweepProgress
 
 STOP_S = 600.0
 ASKED = 32  # sweeps at a time whose drivers' signs of life are waited for
 
 
-def sweeps(storage: Location) -> list[dict[str, Json]]:
+class SweepRow(TypedDict):
+    """Describes a sweep in a list of sweeps; `states`: the number of its trials by state."""
+
+    name: str
+    folder: str
+    run_id: str
+    metric: str
+    running: bool
+    states: dict[str, int]
+    best: float | None
+
+
+def sweeps(storage: Location) -> list[SweepRow]:
     """Lists every sweep below the storage, by name."""
     folders = {name: storage.join(name) for name in storage.folders()}
     known = {
@@ -29,12 +41,12 @@ def sweeps(storage: Location) -> list[dict[str, Json]]:
     }
     with ThreadPoolExecutor(ASKED) as pool:  # a driver that died on another machine takes seconds to know
         alive = dict(zip(known, pool.map(running, [folders[name] for name in known]), strict=True))
-    rows = []
+    rows = list[SweepRow]()
     for name, kept in known.items():
-        folder, given = folders[name], kept["sweep"]
+        folder, swept = folders[name], kept["sweep"]
         all_records = records.read(folder)
-        best = records.best(all_records, given.get("mode", "min"))
-        rows.append({"name": name, "folder": str(folder), "run_id": kept["run_id"], "metric": given.get("metric", "loss"),
+        best = records.best(all_records, swept.get("mode", "min"))
+        rows.append({"name": name, "folder": str(folder), "run_id": kept["run_id"], "metric": swept.get("metric", "loss"),
                       "running": alive[name], "states": dict(Counter(r.status for r in all_records)),
                       "best": best.value if best else None})  # fmt: skip
     return rows
@@ -66,12 +78,16 @@ def _sweep(folder: Location, kept: KeptTrial) -> Sweep:
     return validate(Sweep, kept["sweep"], f"{folder.join('sweep.json')}: sweep")
 
 
-def show(folder: Location) -> dict[str, Json]:
+def show(folder: Location) -> SweepProgress:
     """Reports a sweep's progress: all its trials, the best first."""
     plan, kept = read(folder)
     all_records = records.read(folder)
     best = records.best(all_records, plan.sweep.mode)
-    done = (records.read_json(folder.join("result.json"), records.ANY) or {}).get("best") or {}
+    kept_result = records.read_json(folder.join("result.json"), records.RESULT)
+    done = (kept_result and kept_result.get("best")) or KeptBest()
+    model_uri = done.get("model_uri") if best and done.get("trial") == best.number else None
+    shown: BestTrial | None = None if best is None else {"trial": best.number, "value": best.value, "params": best.params,
+                                                         "run_id": best.run_id, "model_uri": model_uri}  # fmt: skip
     return {
         "sweep": plan.sweep.name,
         "folder": str(folder),
@@ -80,8 +96,7 @@ def show(folder: Location) -> dict[str, Json]:
         "seconds": kept["seconds"],
         "steps": sum(r.step for r in all_records),
         "metric": plan.sweep.metric,
-        "best": best and {"trial": best.number, "value": best.value, "params": best.params, "run_id": best.run_id,
-                          "model_uri": done.get("model_uri") if done.get("trial") == best.number else None},
+        "best": shown,
         "trials": report.rows(plan, all_records),
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from heliostat.tune.space import Domain, Params, Space, fit
+from heliostat.tune.space import Domain, Params, Space, fit, number
 from heliostat.tune.trial_record import TrialRecord
 
 
@@ -81,15 +81,15 @@ def suggest(
 
 
 def _units(space: Space, params: Params) -> list[float]:
-    return [_unit(domain, params[key]) for key, domain in space.items()]
+    return [_unit(domain, number(params[key])) for key, domain in space.items()]
 
 
 def _unit(domain: Domain, value: float) -> float:
-    low, high, value = (math.log(v) if "log" in domain.kind else v for v in (*domain.values[:2], value))
+    low, high, value = (math.log(v) if "log" in domain.kind else v for v in (*domain.numbers[:2], value))
     return (value - low) / (high - low)
 
 
 def _value(domain: Domain, unit: float) -> float:
-    low, high = (math.log(v) if "log" in domain.kind else v for v in domain.values[:2])
+    low, high = (math.log(v) if "log" in domain.kind else v for v in domain.numbers[:2])
     value = low + unit * (high - low)
     return fit(domain, math.exp(value) if "log" in domain.kind else value)

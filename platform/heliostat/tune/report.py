@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from heliostat.config.fields import Json
+from heliostat.tune.space import number
 from heliostat.tune.sweep import SweepPlan
 from heliostat.tune.trial_record import TrialRecord, ranked
 
@@ -63,7 +63,7 @@ def _cell(row: Row, name: str) -> str:
 
 
 def figures(plan: SweepPlan, records: list[TrialRecord]) -> dict[str, Figure]:
-    """Plots every trial's curve, and the parameters beside the metric: the figures by file name, none without a report."""
+    """Plots every trial's curve, and the parameters next to the metric: the figures by file name, none without a report."""
     reported = [r for r in records if r.reports]
     if not reported:
         return {}
@@ -118,14 +118,14 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)[:12]
 
 
-def position(plan: SweepPlan, key: str, value: Json) -> float:
+def position(plan: SweepPlan, key: str, value: object) -> float:
     """Computes a value's position on its axis, 0 to 1; -0.1, below the axis, if the key did not count."""
     domain = plan.sweep.space[key]
     if value is None:
         return -0.1
     if domain.listed:
         return domain.values.index(value) / max(1, len(domain.values) - 1)
-    low, high = domain.values[:2]
+    low, high, at = *domain.numbers[:2], number(value)
     if "log" in domain.kind:
-        low, high, value = math.log(low), math.log(high), math.log(value)
-    return (value - low) / (high - low)
+        low, high, at = math.log(low), math.log(high), math.log(at)
+    return (at - low) / (high - low)

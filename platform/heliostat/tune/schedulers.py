@@ -48,20 +48,20 @@ TRIES = 20  # at values near the donor's that make a valid job
 
 def make(state: SweepState) -> Within:
     """Creates the sweep's scheduler; its `controller` becomes Tune's own when Tune starts its first trial."""
-    given, steps = state.plan.sweep.scheduler, state.plan.base["train"]["steps"]
+    chosen, steps = state.plan.sweep.scheduler, state.plan.base["train"]["steps"]
     scheduler: Within
-    if given.halves:
+    if chosen.halves:
         scheduler = Halving(
             time_attr="step",
             max_t=steps,
-            grace_period=given.grace or 1,
-            reduction_factor=given.reduction,
+            grace_period=chosen.grace or 1,
+            reduction_factor=chosen.reduction,
             brackets=brackets(state.plan.sweep, steps),
         )
-    elif given.name == "median":
-        scheduler = Median(time_attr="step", grace_period=given.grace or 1, min_samples_required=given.min_trials)
-    elif given.exchanges:
-        scheduler = Pb2(state) if given.name == "pb2" else Pbt(state)
+    elif chosen.name == "median":
+        scheduler = Median(time_attr="step", grace_period=chosen.grace or 1, min_samples_required=chosen.min_trials)
+    elif chosen.exchanges:
+        scheduler = Pb2(state) if chosen.name == "pb2" else Pbt(state)
     else:
         scheduler = Fifo()
     scheduler.watched, scheduler.controller = state, None
@@ -135,13 +135,13 @@ class Pbt(Within, PopulationBasedTraining):
     """Schedules by Tune's PBT in its synchronous form: the whole population reports the same step before any exchange."""
 
     def __init__(self, state: SweepState) -> None:
-        given = state.plan.sweep.scheduler
-        assert given.interval
+        settings = state.plan.sweep.scheduler
+        assert settings.interval
         super().__init__(
             time_attr="step",
-            perturbation_interval=given.interval,
+            perturbation_interval=settings.interval,
             hyperparam_mutations={"params": {key: [0] for key in state.plan.sweep.space}},  # how, is said in _get_new_config
-            quantile_fraction=given.quantile,
+            quantile_fraction=settings.quantile,
             log_config=False,
             require_attrs=False,
             synch=True,
@@ -150,7 +150,7 @@ class Pbt(Within, PopulationBasedTraining):
         self._population = (state.plan.trials or 0) - sum(r.over for r in state.records.values())
         if len(left) == self._population:  # a resumed sweep: the slowest trial's next exchange
             self._next_perturbation_sync = (
-                min((r.step for r in left), default=0) // given.interval * given.interval + given.interval
+                min((r.step for r in left), default=0) // settings.interval * settings.interval + settings.interval
             )
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -181,7 +181,7 @@ class Pbt(Within, PopulationBasedTraining):
             return super().choose_trial_to_run(tune_controller)
         return chosen
 
-    def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, object], dict]:
+    def _get_new_config(self, trial: Trial, trial_to_clone: Trial) -> tuple[dict[str, object], dict[str, object]]:
         record, donor = self.watched.of(trial.trial_id), self.watched.of(trial_to_clone.trial_id)
         step = int(self._trial_state[trial_to_clone].last_train_time)
         rng = np.random.default_rng([self.watched.plan.sweep.searcher.seed, record.number, step])
@@ -218,13 +218,13 @@ class Pb2(Pbt):
 class Watch(Callback):
     """Connects Tune's callbacks to the sweep: keeps its state, stops it on request, and waits until the last workers are gone."""
 
-    def __init__(self, state: SweepState, scheduler: Within, signals: Signals, held: Lease, base: Job) -> None:
-        self.state, self.scheduler, self.signals, self.lease = state, scheduler, signals, held
+    def __init__(self, state: SweepState, scheduler: Within, signals: Signals, lease: Lease, base: Job) -> None:
+        self.state, self.scheduler, self.signals, self.lease = state, scheduler, signals, lease
         self._look_at = 0.0
         self._base, self._idle = base, Shortage(base)
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
-        return Callback, ()  # Tune pickles its callbacks into a state that nobody reads
+        return Callback, ()  # Tune pickles its callbacks into a state that is never read
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
         self.state.trials = trials

@@ -1,7 +1,7 @@
 """Chooses the next trial for Ray Tune from the sweep's records, so that a resumed sweep repeats nothing and loses nothing.
 
-Random trials follow from the seed and their number, a grid from its order; Optuna is told of every trial that has ended, also of
-those that an earlier command ran. Not more trials are given to Tune than there is room for, so no workers wait half placed.
+Random trials follow from the seed and their number, a grid from its order; Optuna is informed of every trial that has ended, also
+of those that an earlier command ran. Not more trials are given to Tune than there is room for, so no workers wait half placed.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ class Optuna:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space = {key: _distribution(domain) for key, domain in sweep.space.items()}
         self.search = OptunaSearch(space=self.space, metric="value", mode=sweep.mode, seed=sweep.searcher.seed)
-        self._asked: set[int] = set()
+        self._suggested: set[int] = set()
 
     def draw(self, number: int) -> Params | None:
-        self._asked.add(number)
+        self._suggested.add(number)
         return self.search.suggest(str(number))
 
     def told(self, record: TrialRecord) -> None:
         failed = record.status == "failed" or record.value is None
-        if record.number in self._asked:
+        if record.number in self._suggested:
             self.search.on_trial_complete(str(record.number), None if failed else {"value": record.value}, error=failed)
         else:
             self.search.add_evaluated_point(record.drawn, record.value or 0.0, error=failed)
@@ -95,14 +95,14 @@ def require_optuna() -> None:
 def _distribution(domain: Domain) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    values = domain.values
     if domain.listed:
-        return CategoricalDistribution(values)
-    if "int" in domain.kind:
-        return IntDistribution(values[0], values[1], step=values[2] if len(values) == 3 else 1)
-    if domain.kind == "quniform":
-        return FloatDistribution(values[0], values[1], step=values[2])
-    return FloatDistribution(values[0], values[1], log="log" in domain.kind)
+        return CategoricalDistribution(domain.values)  # type: ignore[arg-type]
+    if whole := domain.randint or domain.qrandint:
+        return IntDistribution(whole[0], whole[1], step=whole[2] if domain.qrandint else 1)
+    low, high, *step = domain.numbers
+    if domain.quniform:
+        return FloatDistribution(low, high, step=step[0])
+    return FloatDistribution(low, high, log="log" in domain.kind)
 
 
 class Trials(SearchAlgorithm):
@@ -152,7 +152,7 @@ class Trials(SearchAlgorithm):
             self.searcher.told(record)
         return None
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, object] | None = None, error: bool = False) -> None:
         record = self.state.ended(trial_id, error)
         if record.over:
             self.searcher.told(record)

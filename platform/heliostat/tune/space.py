@@ -17,15 +17,14 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, model_validator
 
-from heliostat.config.fields import Json
 from heliostat.schema import Float, Strict
 
 Range = Annotated[list[Float], Field(min_length=2, max_length=2)]
 Steps = Annotated[list[Float], Field(min_length=3, max_length=3)]
 Whole = Annotated[list[int], Field(min_length=2, max_length=2)]
 WholeSteps = Annotated[list[int], Field(min_length=3, max_length=3)]
-Values = Annotated[list[Json], Field(min_length=1)]
-Params = dict[str, Json]
+Values = Annotated[list[object], Field(min_length=1)]
+Params = dict[str, object]
 
 ALL = 4096  # corners that are checked one by one; of a larger space every pair of keys is
 
@@ -57,9 +56,14 @@ class Domain(Strict):
         return next(k for k in KINDS if getattr(self, k) is not None)
 
     @property
-    def values(self) -> list[Json]:
+    def values(self) -> list[object]:
         """Returns the bounds, or the choices, as written."""
         return getattr(self, self.kind)
+
+    @property
+    def numbers(self) -> list[float]:
+        """Returns the bounds, and the step if there is one, of a distribution of numbers."""
+        return [*(self.uniform or self.loguniform or self.quniform or self.qloguniform or self.randint or self.qrandint or ())]
 
     @property
     def listed(self) -> bool:
@@ -67,20 +71,20 @@ class Domain(Strict):
 
     @model_validator(mode="after")
     def _sound(self) -> Domain:
-        given = [k for k in KINDS if getattr(self, k) is not None]
-        if len(given) != 1:
+        kinds = [k for k in KINDS if getattr(self, k) is not None]
+        if len(kinds) != 1:
             raise ValueError(
-                f"give one of {', '.join(KINDS)}; {'there are ' + ' and '.join(given) if given else 'there is none'}"
+                f"give one of {', '.join(KINDS)}; {'there are ' + ' and '.join(kinds) if kinds else 'there is none'}"
             )
-        values = self.values
+        values, numbers = self.values, self.numbers
         if self.listed:
             if any(v in values[:i] for i, v in enumerate(values)):
                 raise ValueError(f"{self.kind} {values} names a value twice; keep one")
-        elif values[0] >= values[1]:
+        elif numbers[0] >= numbers[1]:
             raise ValueError(f"{self.kind} {values} is empty; the first number must be below the second")
-        elif "log" in self.kind and values[0] <= 0:
+        elif "log" in self.kind and numbers[0] <= 0:
             raise ValueError(f"{self.kind} {values} must begin above 0")
-        elif len(values) == 3 and not 0 < values[2] <= values[1] - values[0]:
+        elif len(numbers) == 3 and not 0 < numbers[2] <= numbers[1] - numbers[0]:
             raise ValueError(f"{self.kind} {values}: the step must be above 0, and fit between the bounds")
         return self
 
@@ -102,7 +106,7 @@ def faults(space: Space) -> list[str]:
     return lines
 
 
-def _listed(value: Json) -> list[Json]:
+def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 
@@ -124,22 +128,21 @@ def draw(space: Space, seed: int, number: int) -> Params:
     return params
 
 
-def sample(domain: Domain, rng: np.random.Generator) -> Json:
-    values = domain.values
+def sample(domain: Domain, rng: np.random.Generator) -> object:
     if domain.listed:
-        return values[int(rng.integers(len(values)))]
-    if domain.kind == "randint":
-        return int(rng.integers(values[0], values[1] + 1))
-    if domain.kind == "qrandint":
-        return fit(domain, int(rng.integers(values[0], values[1] + 1)))
+        return domain.values[int(rng.integers(len(domain.values)))]
+    low, high = domain.numbers[:2]
+    if whole := domain.randint or domain.qrandint:
+        number = int(rng.integers(whole[0], whole[1] + 1))
+        return fit(domain, number) if domain.qrandint else number
     if "log" in domain.kind:
-        return fit(domain, math.exp(rng.uniform(math.log(values[0]), math.log(values[1]))))
-    return fit(domain, float(rng.uniform(values[0], values[1])))
+        return fit(domain, math.exp(rng.uniform(math.log(low), math.log(high))))
+    return fit(domain, float(rng.uniform(low, high)))
 
 
 def fit(domain: Domain, value: float) -> float:
     """Rounds a number to the nearest one that the domain holds."""
-    low, high, *step = domain.values
+    low, high, *step = domain.numbers
     if step:
         count = math.floor((high - low) / step[0] + 1e-9)
         value = low + min(count, max(0, round((value - low) / step[0]))) * step[0]
@@ -148,12 +151,18 @@ def fit(domain: Domain, value: float) -> float:
     return round(value) if domain.kind in ("randint", "qrandint") else float(value)
 
 
+def number(value: object) -> float:
+    """Returns a parameter's value as the number that it is."""
+    assert isinstance(value, int | float)
+    return value
+
+
 def grid(space: Space) -> list[Params]:
     """Lists every combination of the listed values once, the last key changing fastest."""
     return _combinations(space, {key: domain.values for key, domain in space.items()})
 
 
-def _combinations(space: Space, values: dict[str, list[Json]]) -> list[Params]:
+def _combinations(space: Space, values: dict[str, list[object]]) -> list[Params]:
     points = [Params()]
     for key, domain in space.items():
         points = [p | chosen for p in points for chosen in ([{key: v} for v in values[key]] if holds(domain, p) else [{}])]
@@ -163,9 +172,9 @@ def _combinations(space: Space, values: dict[str, list[Json]]) -> list[Params]:
 # checking ------------------------------------------------------------------------------------------------------------
 
 
-def extremes(domain: Domain) -> list[Json]:
+def extremes(domain: Domain) -> list[object]:
     """Lists the values at the domain's edges, or all values of a listed domain."""
-    return list(domain.values) if domain.listed else [fit(domain, domain.values[0]), fit(domain, domain.values[1])]
+    return list(domain.values) if domain.listed else [fit(domain, bound) for bound in domain.numbers[:2]]
 
 
 def corners(space: Space) -> list[Params]:
@@ -185,7 +194,7 @@ def corners(space: Space) -> list[Params]:
 
 
 def explore(space: Space, params: Params, rng: np.random.Generator, resample: float) -> Params:
-    """Perturbs `params`: draws each value anew with probability `resample`, else multiplies it by 0.8 or 1.2, or takes the next
+    """Perturbs `params`: draws each value again with probability `resample`, else multiplies it by 0.8 or 1.2, or takes the next
     or previous one of a list."""
     new = dict(params)
     for key in params:
@@ -196,5 +205,5 @@ def explore(space: Space, params: Params, rng: np.random.Generator, resample: fl
             place = domain.values.index(params[key]) + int(rng.choice([-1, 1]))
             new[key] = domain.values[min(len(domain.values) - 1, max(0, place))]
         else:
-            new[key] = fit(domain, params[key] * float(rng.choice([0.8, 1.2])))
+            new[key] = fit(domain, number(params[key]) * float(rng.choice([0.8, 1.2])))
     return new

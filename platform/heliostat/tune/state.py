@@ -8,10 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from heliostat.config import workspace
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tracking.tags import PARENT_RUN, SOURCE_NAME, SWEEP, TRIAL
@@ -24,7 +23,7 @@ from heliostat.tune.trial_record import Config, TrialRecord
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
-Result = dict[str, Json]  # of a trial, with what Tune adds
+Result = dict[str, Any]  # of a trial, with what Tune adds
 log = logging.getLogger(__name__)
 
 
@@ -127,7 +126,7 @@ class SweepState:
         return self._keep(record)
 
     def cloned(self, record: TrialRecord, donor: TrialRecord, step: int, params: Params) -> None:
-        """Notes in a trial's record that it goes on from the donor's checkpoint of the step, with these parameters."""
+        """Notes in a trial's record that it continues from the donor's checkpoint of the step, with these parameters."""
         folder = str(self.folder.join("trials", self.plan.name(donor.number)))
         record.clones.append({"from": donor.number, "step": step, "at_step": record.step, "folder": folder,
                               "old": record.params, "params": params, "at": time.time()})  # fmt: skip
@@ -170,7 +169,7 @@ class SweepState:
     def _per_step(self, record: TrialRecord) -> float:
         batch = record.params.get("train.global_batch", self.plan.base["train"]["global_batch"])
         length = record.params.get("data.sequence_length", self.plan.base["data"].get("sequence_length"))
-        return float(batch * (length or 1))
+        return float(spaces.number(batch) * spaces.number(length or 1))
 
     @property
     def gpu_hours(self) -> float:
@@ -178,7 +177,7 @@ class SweepState:
         return sum(r.seconds for r in self.records.values()) / 3600 * workers["gpus"] * workers["count"]
 
     def affords_another(self) -> bool:
-        """Tells whether a new trial could run to its end, beside those that run, within the budget of tokens."""
+        """Tells whether a new trial could run to its end, in parallel with those that run, within the budget of tokens."""
         limit = self.plan.sweep.budget.tokens
         if limit is None:
             return True

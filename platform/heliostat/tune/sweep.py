@@ -10,14 +10,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
 from heliostat import schema
 from heliostat.config import spec, workspace
-from heliostat.config.fields import Fraction, Json, Name, Positive, Seed
+from heliostat.config.fields import Fraction, Name, Positive, Seed
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Evaluates
@@ -121,7 +121,7 @@ class Sweep(Strict):
             raise ValueError("\n  ".join(faults))
         return self
 
-    def dump(self) -> dict[str, Json]:
+    def dump(self) -> dict[str, object]:
         return json.loads(self.model_dump_json(by_alias=True, exclude_defaults=True))
 
 
@@ -158,7 +158,7 @@ class SweepPlan:
     """Holds a sweep that passed all checks: its file, the base job as plain data, and the number of trials, if that is known."""
 
     sweep: Sweep
-    base: dict[str, Json]
+    base: dict[str, Any]
     trials: int | None
 
     @property
@@ -184,7 +184,7 @@ class SweepPlan:
         return train["steps"] * train["global_batch"] * (self.base["data"].get("sequence_length") or 1)
 
 
-def place(raw: dict[str, Json], params: Params) -> dict[str, Json]:
+def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:
     """Sets the parameters in the job."""
     return schema.apply(raw, settings(params))
 
@@ -268,7 +268,7 @@ def base_file(sweep: Sweep) -> Path:
     return Path(sweep.job) if Path(sweep.job).is_absolute() else workspace.root() / sweep.job
 
 
-def make(sweep: Sweep, raw: dict[str, Json], where: str) -> SweepPlan:
+def make(sweep: Sweep, raw: dict[str, object], where: str) -> SweepPlan:
     """Plans a sweep from its file and its base job, both already read, and checks it."""
     base = spec.resolve(schema.validate(Job, raw, f"{where}: job {sweep.job} with set"))
     plan = SweepPlan(sweep, base.dump(), count(sweep))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -20,7 +21,7 @@ from heliostat import schema
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
-from heliostat.tune.space import Params
+from heliostat.tune.space import number
 from heliostat.tune.sweep import SweepPlan
 from heliostat.tune.trial_record import TrialRecord
 
@@ -73,9 +74,10 @@ def check(plan: SweepPlan, big: Path) -> Job:
     return job
 
 
-def _models(plan: SweepPlan) -> list[Params]:
+def _models(plan: SweepPlan) -> list[dict[str, Any]]:
     domain = plan.sweep.space.get("model")
-    return list(domain.values) if domain and domain.listed else [plan.base["model"]]
+    swept = [value for value in domain.values if isinstance(value, dict)] if domain and domain.listed else []
+    return swept or [plan.base["model"]]
 
 
 def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> tuple[Transfer, Path]:
@@ -85,7 +87,7 @@ def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> 
         value = record.value
         if record.status == "finished" and value is not None and math.isfinite(value):
             model = plan.job(record.number, record.params).model
-            scores.setdefault(model[WIDTH], {})[float(record.params[LR])] = value
+            scores.setdefault(model[WIDTH], {})[float(number(record.params[LR]))] = value
     if not scores:
         raise ConfigError("--transfer: no trial of the sweep has finished")
     carried = transfer({w: optimum(points, plan.sweep.mode) for w, points in sorted(scores.items())}, big.model[WIDTH])

@@ -1,8 +1,8 @@
 """Runs a trial for Ray Tune: one of our own runs (`train_with_hooks`) in a thread of Tune's actor, with its own workers.
 
 `step` returns when the run waits behind a step that the scheduler wants to see, when it has ended, or after a second with how far
-it is. Asked for another step, the run goes on; stopped, it ends where it waits, or behind a checkpoint. `cleanup` returns when
-the run's workers, actors and placement group are gone. A trial always goes on from what its run's folder holds: what Tune keeps
+it is. Asked for another step, the run continues; stopped, it ends where it waits, or behind a checkpoint. `cleanup` returns when
+the run's workers, actors and placement group are gone. A trial always continues from what its run's folder holds: what Tune keeps
 as its checkpoint is empty.
 """
 
@@ -31,7 +31,7 @@ from heliostat.tracking.tags import PRUNED
 from heliostat.training.driver.signals import Signals
 from heliostat.training.stops import PausePoints
 from heliostat.tune.state import Result
-from heliostat.tune.trial_record import ANY, Clone, Config, read_json
+from heliostat.tune.trial_record import CLONE, Clone, Config, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 1.0  # between two signs of progress
 ALONE_S = 60.0
-END_S = 240.0  # for a run that was told to end
+END_S = 240.0  # for a run that was asked to end
 
 
 @dataclass(kw_only=True)
@@ -57,10 +57,10 @@ class Trial(tune.Trainable):
     """Trains one trial of a sweep as Tune's trainable; `config` is what `SweepState.config` builds."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self.given = cast(Config, config)
+        self.sent = cast(Config, config)
         self._events: queue.Queue[Paused | Waiting | Over] = queue.Queue()
         self._thread: threading.Thread | None = None
-        self._held: int | None = None  # the step behind which the run waits
+        self._paused_at: int | None = None  # the step behind which the run waits
         self._step = 0
 
     # Tune's side -----------------------------------------------------------------------------------------------------
@@ -70,9 +70,9 @@ class Trial(tune.Trainable):
             if self._told_to_stop():
                 return {"step": self._step, "ended": "stopped", "done": True}
             self._begin()
-        elif self._held is not None:
-            self._hooks.pauses.answer(self._held, go_on=True)
-            self._held = None
+        elif self._paused_at is not None:
+            self._hooks.pauses.answer(self._paused_at, go_on=True)
+            self._paused_at = None
         return self._next()
 
     def save_checkpoint(self, checkpoint_dir: str) -> str:  # type: ignore[override]
@@ -85,27 +85,27 @@ class Trial(tune.Trainable):
     def cleanup(self) -> None:
         if self._thread is None:
             return
-        if self._held is not None:
-            if self.given["prunes"]:
-                self._hooks.closing[PRUNED] = f"step {self._held}"
-            self._hooks.pauses.answer(self._held, go_on=False)
+        if self._paused_at is not None:
+            if self.sent["prunes"]:
+                self._hooks.closing[PRUNED] = f"step {self._paused_at}"
+            self._hooks.pauses.answer(self._paused_at, go_on=False)
         else:
             self._hooks.signals.name = "the sweep"
         self._thread.join(END_S)
         if self._thread.is_alive():
-            log.error("run %s has not ended in %.0f s", self.given["job"]["name"], END_S)
+            log.error("run %s has not ended in %.0f s", self.sent["job"]["name"], END_S)
 
     # the run's side --------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         from heliostat.training.driver.run import RunHooks
 
-        os.chdir(self.given["root"])
-        if self.given["cluster"]:  # by this a run knows that Ray is not its own
-            os.environ["RAY_ADDRESS"] = self.given["cluster"]
-        self._job = Job.model_validate(self.given["job"])
+        os.chdir(self.sent["root"])
+        if self.sent["cluster"]:  # by this a run knows that Ray is not its own
+            os.environ["RAY_ADDRESS"] = self.sent["cluster"]
+        self._job = Job.model_validate(self.sent["job"])
         signals = Signals()
-        self._hooks = RunHooks(time.time(), signals, PausePoints(self.given["pauses"]), self._hear, self.given["tags"])
+        self._hooks = RunHooks(time.time(), signals, PausePoints(self.sent["pauses"]), self._hear, self.sent["tags"])
         self._thread = threading.Thread(target=self._run, name="trial", daemon=True)
         self._thread.start()
 
@@ -114,9 +114,9 @@ class Trial(tune.Trainable):
 
         try:
             with self._lease() as lease:
-                if self.given["clone"]:
+                if self.sent["clone"]:
                     lease.fence.check()
-                    clone(self.given["clone"], self._job.run_folder)
+                    clone(self.sent["clone"], self._job.run_folder)
             summary = train_with_hooks(self._job, self._hooks)
             self._events.put(Over(ended="finished", step=summary["steps"], scores=summary["eval"]))
         except StoppedError as e:
@@ -158,9 +158,9 @@ class Trial(tune.Trainable):
             return {"step": self._step, "waits": event.text}
         result: Result = {"step": self._step if event.step is None else event.step}
         if event.scores:
-            result |= {"value": float(event.scores[self.given["metric"]]), "scores": event.scores}
+            result |= {"value": float(event.scores[self.sent["metric"]]), "scores": event.scores}
         if isinstance(event, Paused):
-            self._held = event.step
+            self._paused_at = event.step
         else:
             result |= {"done": True, "ended": event.ended, "reason": event.reason}
             assert self._thread
@@ -169,7 +169,7 @@ class Trial(tune.Trainable):
 
     def _told_to_stop(self) -> bool:
         try:
-            return Location(self.given["stop"]).exists()
+            return Location(self.sent["stop"]).exists()
         except (HeliostatError, OSError) as e:
             log.warning("whether the sweep is to stop cannot be seen: %s", e)
             return False
@@ -178,10 +178,10 @@ class Trial(tune.Trainable):
 def clone(wanted: Clone, run: Location) -> bool:
     """Clones a trial for PBT: makes the donor's checkpoint the newest of the run; returns False if that was done before.
 
-    A checkpoint's step is the run's step, and all trials of a PBT sweep have the same data plan. So the clone goes on with the
+    A checkpoint's step is the run's step, and all trials of a PBT sweep have the same data plan. So the clone continues with the
     samples after the donor's, and the receipts up to there, which are copied, are its own: `heliostat verify` holds.
     """
-    if (read_json(run.join(run_folder.CLONE), ANY) or {}).get("id") == wanted["id"]:
+    if (read_json(run.join(run_folder.CLONE), CLONE) or {}).get("id") == wanted["id"]:
         return False
     donor, step = Location(wanted["folder"]), wanted["step"]
     cloned = layout.open_checkpoint(donor, step)

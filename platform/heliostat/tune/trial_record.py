@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import NotRequired, TypeVar
+from typing import Any, NotRequired, TypeVar
 
 from typing_extensions import TypedDict
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, Number, closed, open_
@@ -36,7 +35,7 @@ Clone = TypedDict(  # what a trial took over from another; `id`, in its configur
 @closed
 @dataclass
 class TrialRecord:
-    """Describes one trial. `status`: waiting, running, paused, stopped (a resume goes on with it), finished, pruned or failed."""
+    """Describes one trial. `status`: waiting, running, paused, stopped (a resume continues it), finished, pruned or failed."""
 
     number: int
     params: Params
@@ -63,8 +62,8 @@ class TrialRecord:
 
 @open_
 class KeptTrial(TypedDict):
-    sweep: Params
-    job: Params
+    sweep: dict[str, Any]
+    job: dict[str, Any]
     run_id: str
     seconds: Number
     created: NotRequired[Number]
@@ -76,10 +75,54 @@ def _fault(record: TrialRecord) -> str | None:
     return None
 
 
+class BestTrial(TypedDict):
+    """Describes the best trial in what a sweep reports."""
+
+    trial: int
+    value: float | None
+    params: Params
+    run_id: str
+    run_folder: NotRequired[str]
+    model_uri: NotRequired[str | None]
+
+
+class SweepProgress(TypedDict):
+    """Describes how far a sweep has come: its totals, its best trial, and all trials, the best first."""
+
+    sweep: str
+    folder: str
+    run_id: str
+    running: NotRequired[bool]
+    seconds: float
+    steps: int
+    metric: str
+    best: BestTrial | None
+    trials: list[dict[str, object]]
+
+
+class SweepResult(SweepProgress):
+    """Describes a sweep's outcome, as `result.json` holds it."""
+
+    tokens: float
+
+
+@open_
+class KeptBest(TypedDict, total=False):
+    trial: int
+    model_uri: str | None
+
+
+@open_
+class KeptOutcome(TypedDict, total=False):
+    """Holds what is read of `result.json`."""
+
+    best: KeptBest | None
+
+
 class Config(TypedDict):
     """Describes the configuration that Ray Tune gives to a trial's process."""
 
-    job: dict[str, Json]
+    job: dict[str, object]
     pauses: list[int]
     metric: str
     prunes: bool
@@ -93,7 +136,8 @@ class Config(TypedDict):
 
 TRIAL = Format(TrialRecord, "record of a trial", ConfigError, _fault)
 KEPT = Format(KeptTrial, "record of a sweep", ConfigError)
-ANY = Format(dict[str, Json], "record of a sweep", ConfigError)
+RESULT = Format(KeptOutcome, "record of a sweep", ConfigError)
+CLONE = Format(Clone, "record of a sweep", ConfigError)
 
 
 def place(folder: Location, number: int) -> Location:

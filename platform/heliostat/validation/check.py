@@ -34,6 +34,7 @@ from heliostat.errors import ConfigError, DataError, HeliostatError, StorageErro
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.loading import recipe_class
 from heliostat.recipes.protocol import Recipe
+from heliostat.storage.local_files import require_database
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 
@@ -90,12 +91,12 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
     return job, recipe
 
 
-def _check_benchmarks(asked: Benchmarks, recipe: Recipe) -> None:
+def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
     """Raises ConfigError if checkpoints cannot be scored on tasks; what is in the suite is found when it is read."""
     if recipe.kind != "tokens":
         raise ConfigError("evaluate.benchmarks: tasks are of text, and the model is no language model; remove it")
-    if not Path(asked.suite).is_file():
-        raise ConfigError(f"evaluate.benchmarks.suite: there is no file {asked.suite}; make one with `heliostat make-suite`")
+    if not Path(benchmarks.suite).is_file():
+        raise ConfigError(f"evaluate.benchmarks.suite: there is no file {benchmarks.suite}; make one with `heliostat make-suite`")
     extras.require("benchmark", "lm_eval", what="evaluate.benchmarks")
 
 
@@ -129,18 +130,18 @@ def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, chang
     for i, location in enumerate(job.sources):
         with _named(f"data.sources.{i}.path"):
             location.wait_for_store() if recorded else location.probe()
-    given, job = job, collection.expand(job, recorded if change_at is None else None)
-    if job is not given:
+    as_given, job = job, collection.expand(job, recorded if change_at is None else None)
+    if job is not as_given:
         recipe = type(recipe)(job)
     manifests = []
     versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
     for i, location in enumerate(job.sources):
         key = f"data.sources.{i}.path"
         with _named(key):
-            found = manifest.share(partial(_version, location, versions.get(str(location))))
-        if found.kind != recipe.kind:
-            raise ConfigError(f"{key}: {location} holds {found.kind!r}, but {job.recipe} trains on {recipe.kind!r}")
-        manifests.append(found)
+            shared = manifest.share(partial(_version, location, versions.get(str(location))))
+        if shared.kind != recipe.kind:
+            raise ConfigError(f"{key}: {location} holds {shared.kind!r}, but {job.recipe} trains on {recipe.kind!r}")
+        manifests.append(shared)
     recipe.bind(manifests)
     return Checked(job, recipe, manifests, *_ordered(job, manifests, recorded, change_at))
 
@@ -205,8 +206,8 @@ def _version(location: Location, digest: str | None) -> Manifest:
 
 
 def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None) -> tuple[DataPlan, Order]:
-    made = plan(job, manifests, recorded, change_at)
-    order = make_order(made, manifests)
+    data_plan = plan(job, manifests, recorded, change_at)
+    order = make_order(data_plan, manifests)
     if order.runs_out is not None and order.runs_out < order.data_step(job.last_step - 1) + 1:
         raise ConfigError(
             f"train.steps: {job.train.steps}, but with max_epochs the data lasts for {order.runs_out} steps; raise max_epochs "
@@ -215,19 +216,19 @@ def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, cha
     if job.evaluate:
         for line in held_out_faults(job, order, manifests):
             log.warning("%s", line)
-    return made, order
+    return data_plan, order
 
 
 def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[str]:
     """Lists what is held out otherwise than the job asks for, a line each; ConfigError if nothing at all is held out."""
     assert job.evaluate
     wanted, fraction, lines = job.evaluate.samples, job.evaluate.fraction, []
-    held, total = ([int(getattr(s, name).sum()) for s in order.splits] for name in ("held", "samples"))
-    told = [m.kind == "rows" or bool((m.places >= 0).all()) for m in manifests]
-    if not sum(held):
+    held_rows, total = ([int(getattr(s, name).sum()) for s in order.splits] for name in ("held", "samples"))
+    has_places = [m.kind == "rows" or bool((m.places >= 0).all()) for m in manifests]
+    if not sum(held_rows):
         fix = "raise it"
-        if not all(told):
-            number = told.index(False)
+        if not all(has_places):
+            number = has_places.index(False)
             fix = (
                 f"data.sources.{number} does not tell its documents apart, so only whole ones of its "
                 f"{len(order.splits[number].held):,} chunks can be; prepare it anew (`heliostat prepare --force`), or raise it"
@@ -236,9 +237,9 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
     if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):
         lines.append(
             f"evaluate.samples: {wanted:,} cannot be met, {count:,} are scored: evaluate.fraction {fraction:g} holds out "
-            f"{sum(held):,} of {sum(total):,} samples; raise it, or set evaluate.samples to {count}"
+            f"{sum(held_rows):,} of {sum(total):,} samples; raise it, or set evaluate.samples to {count}"
         )
-    for i, (mine, of, known) in enumerate(zip(held, total, told, strict=True)):
+    for i, (mine, of, known) in enumerate(zip(held_rows, total, has_places, strict=True)):
         if not fraction / 2 <= mine / of <= 2 * fraction:
             why = "documents are whole" if known else "the dataset does not tell its documents apart, so chunks are whole"
             lines.append(f"evaluate.fraction: {fraction:g}, but {mine / of:.2g} of data.sources.{i} is held out: {why}")
@@ -249,11 +250,13 @@ def _check_mlflow(uri: str) -> None:
     if uri.startswith("postgresql+psycopg:"):
         extras.require("server", "psycopg", what="mlflow.uri: PostgreSQL")
     if uri.startswith("sqlite:///"):
-        parent = Path(uri.removeprefix("sqlite:///")).parent
+        place = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+        parent = place.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ConfigError(f"mlflow.uri: {uri}: the folder {parent} cannot be made ({e.strerror})") from e
+        require_database("mlflow.uri", place)
     elif uri.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()

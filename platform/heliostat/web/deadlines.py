@@ -66,7 +66,7 @@ class ConnectionWatch:
     def finishing(self) -> bool:
         """Tells whether the client is still sending a body that was answered before its end, such as one without a key.
 
-        Whoever sends a body reads the answer behind it: to close the connection would hide the answer.
+        A client that sends a body reads the answer behind it: to close the connection would hide the answer.
         """
         return self.arrived < self.end
 
@@ -82,8 +82,8 @@ class ConnectionWatch:
         if self.asking and not self.finishing:
             slow = self.began is not None and self.loop.time() - self.began >= PERIOD_S
         else:
-            asked = now.more_body and not now.waiting_for_100_continue and not self.protocol.flow.read_paused
-            slow = (self.asking or asked) and now is self.seen and self.arrived - self.before < LEAST_BYTES
+            wants_body = now.more_body and not now.waiting_for_100_continue and not self.protocol.flow.read_paused
+            slow = (self.asking or wants_body) and now is self.seen and self.arrived - self.before < LEAST_BYTES
         if slow and self.doubted:
             self.close()
             return
@@ -103,14 +103,14 @@ class ConnectionWatch:
 def _body_bytes(scope: Mapping[str, Iterable[tuple[bytes, bytes]]]) -> int:
     """Returns the Content-Length of a request; 0 without one, or if the body comes in chunks."""
     headers = dict(scope["headers"])
-    told = headers.get(b"content-length", b"")
-    return int(told) if told.isdigit() and b"transfer-encoding" not in headers else 0
+    length = headers.get(b"content-length", b"")
+    return int(length) if length.isdigit() and b"transfer-encoding" not in headers else 0
 
 
-def _watching(made: Callable[..., None]) -> Callable[..., None]:
-    @wraps(made)
+def _watching(method: Callable[..., None]) -> Callable[..., None]:
+    @wraps(method)
     def connection_made(self: Any, transport: asyncio.Transport) -> None:
-        made(self, transport)
+        method(self, transport)
         self.heliostat_watch = ConnectionWatch(self)
 
     return connection_made

@@ -65,7 +65,7 @@ class Gate:
         """Raises Refusal for the name of another site, which could lead here (DNS rebinding)."""
         name = _host(request.headers.get("host", ""))
         try:
-            ipaddress.ip_address(name)  # is no name, so that nobody can make it lead elsewhere
+            ipaddress.ip_address(name)  # is no name, so that it cannot lead elsewhere
         except ValueError:
             if name not in self.names:
                 said = f"host: {name[:100]!r} is not this server's name; use its address, or {', '.join(sorted(self.names))}"
@@ -89,8 +89,8 @@ class Gate:
 
     def _has_cookie(self, request: Request) -> bool:
         """Tells whether a page of this server sent the request, from a browser that has shown a key."""
-        given = request.cookies.get(_cookie(request))  # whatever the cookies of this host's other servers look like
-        return given is not None and hmac.compare_digest(given.encode(), self.session.encode()) and _same_origin(request)
+        cookie = request.cookies.get(_cookie(request))  # whatever the cookies of this host's other servers look like
+        return cookie is not None and hmac.compare_digest(cookie.encode(), self.session.encode()) and _same_origin(request)
 
 
 def _host(header: str) -> str:

@@ -44,10 +44,10 @@ def read(path: Path) -> dict[str, str]:
     try:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--keys: {path} cannot be read ({type(e).__name__})") from e
+        raise ConfigError(f"--keys: {path} cannot be read ({getattr(e, 'strerror', None) or type(e).__name__})") from e
     if mode & 0o077:
         raise ConfigError(f"--keys: {path} can be read by other users of this machine; make new keys behind `chmod 600 {path}`")
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = _words(line)
         if not words:
@@ -57,12 +57,12 @@ def read(path: Path) -> dict[str, str]:
             raise ConfigError(f"--keys: {path}, line {number}: is no key; write KEY, or NAME KEY, without spaces in them")
         if len(words[-1]) < LEAST:
             raise ConfigError(f"--keys: {path}, line {number}: the key is shorter than {LEAST} characters, and could be guessed")
-        if name in found:
+        if name in keys:
             raise ConfigError(f"--keys: {path}, line {number}: the name {name!r} is given twice")
-        found[name] = digest(words[-1])
-    if not found:
+        keys[name] = digest(words[-1])
+    if not keys:
         raise ConfigError(f"--keys: {path} holds no key; write one a line, or name a file that is not there, to have one made")
-    return found
+    return keys
 
 
 def _words(line: str) -> list[str]:
@@ -80,8 +80,8 @@ def owner(header: str | None, known: dict[str, str]) -> str:
     kind, _, key = (header or "").partition(" ")
     if kind.lower() != "bearer" or not key.strip():
         raise Refusal(401, "no API key; send the header `Authorization: Bearer KEY`", None, "invalid_api_key")
-    given = digest(key.strip())
-    matches = [name for name, one in known.items() if hmac.compare_digest(given, one)]
+    key_digest = digest(key.strip())
+    matches = [name for name, one in known.items() if hmac.compare_digest(key_digest, one)]
     if not matches:
         raise Refusal(401, "the API key is not known", None, "invalid_api_key")
     return matches[0]

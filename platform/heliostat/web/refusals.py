@@ -28,5 +28,5 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        found = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
-        return found | ({"Retry-After": str(self.retry_after)} if self.retry_after is not None else {})
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return headers | ({"Retry-After": str(self.retry_after)} if self.retry_after is not None else {})

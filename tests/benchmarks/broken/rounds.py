@@ -70,7 +70,7 @@ class Round:
             run.wait(self.limit_s)
         except subprocess.TimeoutExpired:
             print(f"{self.folder}: did not end within {self.limit_s:.0f} s", flush=True)
-            end_tree(run.pid)
+            end_tree(run)
         with contextlib.suppress(ValueError, IndexError):
             said = json.loads((self.folder / "said").read_bytes().splitlines()[-1])
             self.result = None if "error" in said else said
@@ -103,7 +103,7 @@ class Round:
 
     def kill(self, run: subprocess.Popen[bytes], left: list[psutil.Process], everything: bool = False) -> None:
         """Kills the command, or all of its processes; waits until those that are `left` by it have gone."""
-        end_tree(run.pid) if everything else run.kill()
+        end_tree(run) if everything else run.kill()
         for process in psutil.wait_procs(left, timeout=END_S)[1]:
             print(f"{self.folder}: {process} outlived its driver by {END_S:.0f} s", flush=True)
             with contextlib.suppress(psutil.Error):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from heliostat.plan import hardware, model_stats, step_time, traffic
+from heliostat.config.spec import Job
+from heliostat.plan import hardware, memory, model_stats, step_time, traffic
 from heliostat.plan.counts import OperationWork
 from heliostat.recipes.protocol import Loss
 
@@ -21,6 +22,8 @@ from tests.unit.build_job import job
 HERE = Path(__file__).parent
 TABLE: dict[str, Any] = yaml.safe_load((HERE / "runs.yaml").read_text())
 RUNS: list[dict[str, Any]] = TABLE["runs"]
+FITTED = [run for run in RUNS if not TABLE["sources"][run["source"]].get("held_out")]
+HELD_OUT = [run for run in RUNS if run not in FITTED]
 COUNTED = HERE / "operations.json"  # made by `python -m tests.benchmarks.plan_published --count`
 
 
@@ -84,24 +87,70 @@ def counted() -> dict[str, tuple[int, tuple[OperationWork, ...]]]:
     return {name: (c["parameters"], tuple(OperationWork(*w) for w in c["work"])) for name, c in found.items()}
 
 
+@cache
+def _job() -> Job:
+    return job(**{"workers.gpus": 1, "train.precision": "bf16"})
+
+
+def table() -> dict[str, Any]:
+    """The plan's price table, and what attention of other kernels than torch's newest reaches of it."""
+    return {**hardware.table(), "kernels": TABLE["kernels"]}
+
+
 def machine(run: dict[str, Any], prices: dict[str, Any]) -> hardware.Device:
-    """The device of a run: the table's, with what its source says of memory and network."""
+    """The device of a run: the table's, with what its source says of memory, network, and attention's kernel."""
     said = dict(TABLE["machines"].get(run["device"], {"device": run["device"]}))
     name = said.pop("device")
     prices = {**prices, "devices": {**prices["devices"], name: {**prices["devices"][name], **said}}}
-    return hardware.resolve(job(**{"workers.gpus": 1, "train.precision": "bf16"}), prices, name)
+    device = hardware.resolve(_job(), prices, name)
+    kernel = prices["kernels"].get(f"{source(run).get('attention')} {name}", 1.0)
+    return replace(device, efficiency=replace(device.efficiency, attention=device.efficiency.attention * kernel))
+
+
+def source(run: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = TABLE["sources"][run["source"]]
+    return found
 
 
 def planned(run: dict[str, Any], prices: dict[str, Any]) -> float:
-    """What the plan says of a run: tokens or images a second and device."""
+    """What the plan says of a run: tokens or images a second and device.
+
+    Of matrices that workers divide, each has its part of all operations, as where samples are cut between them, too.
+    """
     numel, work = counted()[key(run)]
-    workers, accumulation, micro = run["workers"], math.ceil(run["accumulation"]), run["micro_batch"]
-    setting = step_time.Setting(workers, run["stage"], micro, accumulation, run["replayed"], run.get("compile", False))
-    device = machine(run, prices)
-    moved = traffic.Traffic(traffic.volume(numel, 2, workers, run["stage"], accumulation), workers)
-    updated = step_time.updating(numel / workers, 2, device)
-    took = step_time.step(step_time.computing(work, setting, device), moved, updated, setting, device, hardware.network(prices))
-    return micro * accumulation * run.get("length", 1) / took.total
+    model, said, length = TABLE["models"][run["model"]], source(run), run.get("length", 1)
+    workers, accumulation, stage, micro = run["workers"], math.ceil(run["accumulation"]), run["stage"], run["micro_batch"]
+    tensor, expert = run.get("tensor", 1), run.get("expert", 1)
+    layers, width = (model.get(a, model.get(b, 0)) for a, b in (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd")))
+    setting = step_time.Setting(
+        workers, stage, micro / tensor, accumulation, run["replayed"], run.get("compile", False), False, run.get("fp8", False)
+    )
+    device, network = machine(run, prices), hardware.network(prices)
+    handing = 0.0
+    if tensor > 1:
+        sums, gathered = said.get("sums", 2), model["vocab_size"] / 2 if said.get("gathers_logits") else 0
+        each = sums * width * layers * length
+        whole = replace(setting, micro_batch=micro)
+        calls = (2 * layers, 2 * layers)
+        handing += step_time.adding((each + gathered * length, each), calls, tensor, 2, whole, device, network)[1]
+    experts = 0
+    if expert > 1:  # of these runs all workers divide them, so that no expert is gathered
+        experts = layers * model["num_experts"] * 3 * width * model["moe_intermediate_size"]
+        sent = 2 * length * model["num_experts_per_tok"] * width * layers * (expert - 1) // expert
+        one = 2 * model["num_experts"] * width * model["moe_intermediate_size"]
+        work = step_time.divided(work, (one, 2 * one), expert)  # down, and gate with up
+        handing += step_time.exchanging(sent, expert, 2, replace(setting, micro_batch=micro / expert), device, network)[1]
+    numel, alike = (numel - experts) // tensor, workers // tensor
+    around = traffic.volume(numel, 2, alike, stage, accumulation)
+    if stage == 3:  # gradients in another precision than the weights
+        around += int(accumulation * numel * (said.get("summed", 2) - 2) * (alike - 1) / alike)
+    calls = traffic.calls(stage, accumulation, layers + 1, -(-numel // memory.BUCKETS["reduce_bucket_size"]))
+    moved = traffic.Traffic(around, workers, rings=min(tensor, device.per_node), calls=calls if alike > 1 else 0)
+    updated = step_time.updating((numel + experts) / alike, 2, device)
+    took = step_time.step(
+        step_time.computing(work, setting, device), moved, updated, setting, device, network, exchanging=handing
+    )
+    return micro * accumulation * length / took.total / tensor
 
 
 def error(run: dict[str, Any], prices: dict[str, Any]) -> float:

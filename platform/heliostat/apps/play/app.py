@@ -19,10 +19,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from heliostat.apps.serve import requests
-from heliostat.apps.serve.asks import EMBEDDINGS, Ask
+from heliostat.apps.serve.asks import EMBEDDINGS
 from heliostat.apps.serve.front import Front
+from heliostat.apps.serve.gateway import A, Pieces, Work
 from heliostat.apps.serve.replica import MOST_AREA, Replica
+from heliostat.apps.serve.requests import MOST_PASSAGES
+from heliostat.apps.serve.routes import images
 from heliostat.apps.serve.run import require_free
 from heliostat.apps.serve.served import Options, ServedModels
 from heliostat.cluster.private_ray import LOOPBACK
@@ -46,7 +48,7 @@ HEADERS = {
 
 
 def app(front: Front, offered: dict[str, object]) -> Starlette:
-    """Makes the application of a front; `offered`: what the page is told when it has the key."""
+    """Makes the application of a front; `offered`: what the page gets when it has the key."""
 
     async def told(request: Request) -> Response:
         try:
@@ -81,13 +83,13 @@ class Local:
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
 
-    async def call(self, version: str, what: str, asked: object) -> dict[str, object]:
-        """Asks for something as a whole: a method of `Replica`, by its name."""
-        return await self.replica.ask(what, asked)
+    async def call(self, version: str, answer: Work[A], asked: A) -> dict[str, object]:
+        """Asks the replica all at once."""
+        return await self.replica.ask(answer, asked)
 
-    def stream(self, version: str, ask: Ask) -> AsyncGenerator[dict[str, object]]:
-        """Answers prompts piece by piece."""
-        return self.replica.stream(ask)
+    def stream(self, version: str, pieces: Pieces[A], asked: A) -> AsyncGenerator[dict[str, object]]:
+        """Yields the answer piece by piece."""
+        return self.replica.stream(pieces, asked)
 
 
 NO_MODEL = "no model was given"
@@ -134,7 +136,7 @@ def _images(replica: Replica) -> dict[str, object] | None:
     if replica.painter is None:
         return None
     painter = replica.painter
-    bounds = {"most_images": requests.MOST_IMAGES, "most_steps": requests.MOST_STEPS, "most_area": MOST_AREA}
+    bounds = {"most_images": images.MOST_IMAGES, "most_steps": images.MOST_STEPS, "most_area": MOST_AREA}
     return {"size": list(painter.size), **painter.canvas.defaults, **bounds}
 
 
@@ -143,7 +145,7 @@ def _passages(replica: Replica) -> dict[str, object] | None:
         return None
     index = replica.shelf.index
     return {"modes": list(index.modes), "documents": index.record["documents"], "passages": index.record["passages"],
-            "most": requests.MOST_PASSAGES, "answers": replica.writer is not None}  # fmt: skip
+            "most": MOST_PASSAGES, "answers": replica.writer is not None}  # fmt: skip
 
 
 class Server(uvicorn.Server):

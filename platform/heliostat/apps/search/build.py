@@ -5,7 +5,7 @@
     INDEX/index.json         written last: dataset, embedder, settings, counts, and the version that they are of
     INDEX/work               what finished units have done, by the keys of what their passages follow from
 
-A unit (row groups of a shard) is a task, whose fragments a version lists once. A run that is killed goes on behind its last
+A unit (row groups of a shard) is a task, whose fragments a version lists once. A run that is killed continues after its last
 finished unit; a new version of the dataset is the work of its new shards, where texts whose embeddings are known keep them. What
 is not in the new version of the dataset is not in the new version of the table.
 """
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,6 @@ from heliostat import extras
 from heliostat.apps.search import table
 from heliostat.apps.search.tasks import IndexPlan, IndexSettings, index_unit
 from heliostat.apps.search.units import IndexUnit, open_text, units
-from heliostat.config.fields import Json
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
@@ -52,7 +51,7 @@ COUNTS = ("documents", "passages", "empty", "embedded", "truncated", "unembedded
 def index_documents(
     dataset: str, output: str, settings: IndexSettings, embedder: Path | None = None, batch: int = 16, workers: int = 2,
     quiet: bool = False,
-) -> dict[str, Json]:  # fmt: skip
+) -> dict[str, object]:  # fmt: skip
     """Builds the index, or brings it up to date; returns what `index.json` says, and `new`, the units that were done.
 
     ConfigError before anything starts if the dataset holds no text, the embedder embeds none, or the output holds
@@ -83,7 +82,7 @@ class Before:
 
 
 def what_was(place: Location) -> Before | None:
-    """Reads what the index was; None if there was none, or a part of it is lost: then all is built anew, as a warning says."""
+    """Reads what the index was; None if there was none, or a part of it is lost: then all is built again, as a warning says."""
     if not place.join(table.RECORD).exists():
         return None
     known = table.read_record(place)
@@ -99,7 +98,7 @@ def require() -> None:
     extras.require("retrieval", "lance", what="an index of documents")
 
 
-def describe(embedder: Path) -> dict[str, Json]:
+def describe(embedder: Path) -> dict[str, Any]:
     """Describes the embedder: folder, digest, origin, and `dims` of its embeddings; ConfigError if it embeds no text."""
     from transformers import AutoConfig
 
@@ -111,9 +110,9 @@ def describe(embedder: Path) -> dict[str, Json]:
 
 
 def build(
-    flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Json] | None,
+    flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Any] | None,
     before: Before | None, batch: int, before_commit: Callable[[], None] = lambda: None,
-) -> dict[str, Json]:  # fmt: skip
+) -> dict[str, object]:  # fmt: skip
     """Makes the passages by tasks of a flow, commits them as a version, and writes what it is to `index.json`.
 
     `before_commit`: raises if another command has taken the index over.
@@ -128,7 +127,7 @@ def build(
     version = table.build_indices(table.commit(place, columns, fragments), place)
     new, shards, ends = flow.done.get("passages", 0), set(prepared.paths), _ends(prepared, place)
     kept, gone = _replaced(place, ends, before)
-    record: dict[str, Json] = {
+    record: dict[str, object] = {
         "dataset": {"location": str(prepared.location), "digest": prepared.digest, "shards": len(shards)},
         "embedder": embedder,
         "settings": settings.model_dump(),
@@ -149,9 +148,9 @@ def build(
 
 
 def _passages(
-    flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Json] | None,
+    flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Any] | None,
     before: Before | None, batch: int,
-) -> list[dict[str, Json]]:  # fmt: skip
+) -> list[dict[str, Any]]:  # fmt: skip
     """Runs a task for each unit, and returns their records in the dataset's order."""
     target = flow.work.begin(max(LEAST, min(MOST, prepared.tokens // UNITS)))
     definition, known = prepared.file("tokenizer.json").read().decode(), embedder or {}
@@ -169,7 +168,7 @@ def _passages(
 
     present = {name for name, _ in place.join(table.NAME).files()}
 
-    def whole(record: dict[str, Json]) -> bool:
+    def whole(record: dict[str, Any]) -> bool:
         return all(name in present for fragment in record["fragments"] for name in table.files(fragment))
 
     return flow.all("passages", index_unit, (task(unit) for unit in units(prepared, target)), valid=whole, pooled=bool(embedder))

@@ -10,10 +10,10 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from heliostat.apps.search.reranking import Reranker, reordered
 from heliostat.apps.search.search import DEPTH, Passage, SearchIndex, fuse
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 
 CUTS = (1, 5, 10)
@@ -46,7 +46,7 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
     return pairs
 
 
-def judge(index: SearchIndex, asked: Sequence[tuple[str, set[str]]], reranker: Reranker | None = None) -> dict[str, Json]:
+def judge(index: SearchIndex, asked: Sequence[tuple[str, set[str]]], reranker: Reranker | None = None) -> dict[str, Any]:
     """Measures each way to search the index, and with a reranker each in its order too.
 
     `over_bm25`: mean differences to BM25, and halves of their 95 % intervals; `reranked`: of each mode to itself.

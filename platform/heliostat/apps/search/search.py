@@ -9,13 +9,12 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
 
 from heliostat.apps.search import table, tasks
-from heliostat.config.fields import Json
 from heliostat.curation import reasons
 from heliostat.data.manifest import SCHEMA, Manifest
 from heliostat.errors import ConfigError, DataError
@@ -45,7 +44,7 @@ class Passage(TypedDict):
     scored_by: NotRequired[str]
     rerank_score: NotRequired[float]
     rerank_cut: NotRequired[bool]
-    columns: NotRequired[dict[str, Json]]
+    columns: NotRequired[dict[str, object]]
     used: NotRequired[str]
 
 
@@ -94,7 +93,7 @@ class SearchIndex:
         with self._embedding:
             return tasks.longer(str(self.embedder), {question: question for question in questions}, BATCH)
 
-    def columns(self, document: str) -> dict[str, Json]:
+    def columns(self, document: str) -> dict[str, object]:
         """Returns the columns of a document, such as its url, that the dataset keeps; DataError if its record of them is gone."""
         if not self.record["ends"]:
             return {}
@@ -123,7 +122,7 @@ class SearchIndex:
         nearest = {"column": "embedding", "q": vector, "k": top, "metric": "cosine"}
         return self._ranked("_distance", lambda d: 1 - d, nearest=nearest)
 
-    def _ranked(self, column: str, score: Callable[[float], float], **search: Json) -> list[Passage]:
+    def _ranked(self, column: str, score: Callable[[float], float], **search: Any) -> list[Passage]:
         """Runs a search, and orders what it finds by score, then by place."""
         find: Callable[[], pa.Table] = partial(self.table.to_table, columns=[*table.PLACE, column], **search)
         rows = table.read(self.place, find).to_pylist()
@@ -144,7 +143,7 @@ class SearchIndex:
     @cached_property
     def embedder(self) -> Path:
         """Finds the embedder's folder; ConfigError if it is not there, or holds another model."""
-        known = self.record["embedder"]
+        known = self.record["embedder"] or {}
         folder = self._embedder or Path(known["folder"])
         if not folder.is_dir():
             raise ConfigError(f"--embedder: {folder}, which {self.place} was made with, is not there; name its folder")

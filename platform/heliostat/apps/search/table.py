@@ -1,7 +1,7 @@
 """Keeps an index's passages in a Lance table, in the index's folder: a version of it is a list of fragments, committed at once.
 
 Workers write fragments, which belong to no version until one lists them. A version is never changed, and a reader opens the one
-that `index.json` names, so that it sees a whole one, whatever is being written beside it. Lance is imported when it is used:
+that `index.json` names, so that it sees a whole one, whatever else is being written. Lance is imported when it is used:
 threads that it starts do not survive a fork.
 """
 
@@ -12,14 +12,13 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, NotRequired, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError, DataError, StorageError
 from heliostat.storage import s3_client
 from heliostat.storage.locations import Location
@@ -62,11 +61,11 @@ def schema(dims: int | None) -> pa.Schema:
 class IndexRecord(TypedDict):
     """Describes `index.json`. `ends`: the record of its documents, as datasets list it; `replaced`: earlier ones, since when."""
 
-    dataset: Json
-    embedder: Json
-    settings: Json
-    documents: Json
-    passages: Json
+    dataset: dict[str, Any]
+    embedder: dict[str, Any] | None
+    settings: object
+    documents: object
+    passages: object
     version: Whole
     ends: list[Annotated[list[Inside], Field(min_length=2, max_length=2)]]
     replaced: NotRequired[dict[Inside, Number]]
@@ -98,7 +97,7 @@ def address(index: Location) -> tuple[str, dict[str, str] | None]:
     return f"s3://{place.path}", options
 
 
-def write(index: Location, passages: pa.Table) -> list[dict[str, Json]]:
+def write(index: Location, passages: pa.Table) -> list[dict[str, Any]]:
     """Writes passages as fragments that belong to no version yet; returns their descriptions, JSON values."""
     from lance.fragment import write_fragments
 
@@ -110,12 +109,12 @@ def write(index: Location, passages: pa.Table) -> list[dict[str, Json]]:
     return [fragment.to_json() for fragment in fragments]
 
 
-def files(fragment: dict[str, Json]) -> list[str]:
+def files(fragment: dict[str, Any]) -> list[str]:
     """Lists the files of a fragment, as paths in the table's folder."""
     return [f"data/{file['path']}" for file in fragment["files"]]
 
 
-def commit(index: Location, columns: pa.Schema, fragments: list[dict[str, Json]]) -> lance.LanceDataset:
+def commit(index: Location, columns: pa.Schema, fragments: list[dict[str, Any]]) -> lance.LanceDataset:
     """Makes a version of these fragments and returns it, open."""
     import lance
 

@@ -6,7 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 
 from heliostat.apps.search import table
 from heliostat.apps.search.units import IndexUnit, documents
-from heliostat.config.fields import Json
 from heliostat.curation.text import tokens
 from heliostat.data import infilling
 from heliostat.data.infilling import Markers
@@ -29,7 +28,7 @@ from heliostat.tasks.shipping import Shipment
 if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Embed
 
-Row = dict[str, Json]  # of `table.FIELDS`
+Row = dict[str, Any]  # of `table.FIELDS`
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def _embed(rows: list[Row], index: Location, plan: IndexPlan, model: str) -> dic
     }
 
 
-def embed(model: str, texts: Sequence[str], batch: int, follows: str = "") -> list[dict[str, Json]]:
+def embed(model: str, texts: Sequence[str], batch: int, follows: str = "") -> list[dict[str, Any]]:
     """Embeds texts: of each the `embedding`, the `tokens` that the model has seen, and whether the text is `truncated`; nothing
     of those that the model cannot embed."""
     from heliostat.inference.batch.engines import Input

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from itertools import pairwise
+from typing import TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,18 @@ class RowGroup:
 
     number: int
     content: str
+
+
+class RowGroupRow(TypedDict):
+    """Holds the columns of a manifest's table of row groups that units need."""
+
+    path: str
+    row_group: int
+    footer: str
+    content: str
+    place: int
+    tokens: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,8 @@ def units(prepared: Manifest, target: int) -> Iterator[IndexUnit]:
 
     Row groups that share a document have one place; those whose places are not known stay together with all of their shard.
     """
-    rows = prepared.chunks.select(["path", "row_group", "footer", "content", "place", "tokens", "bytes"]).to_pylist()
-    waiting, tokens = list[dict](), 0
+    rows = cast("list[RowGroupRow]", prepared.chunks.select(list(RowGroupRow.__annotations__)).to_pylist())
+    waiting, tokens = list[RowGroupRow](), 0
     for row in rows:
         other = waiting and row["path"] != waiting[-1]["path"]
         if waiting and (other or (tokens >= target and row["place"] != waiting[-1]["place"] and row["place"] >= 0)):
@@ -76,7 +89,7 @@ def units(prepared: Manifest, target: int) -> Iterator[IndexUnit]:
         yield _unit(waiting)
 
 
-def _unit(rows: list[dict]) -> IndexUnit:
+def _unit(rows: list[RowGroupRow]) -> IndexUnit:
     groups = tuple(RowGroup(row["row_group"], row["content"]) for row in rows)
     return IndexUnit(rows[0]["path"], rows[0]["footer"], groups, sum(row["bytes"] for row in rows))
 

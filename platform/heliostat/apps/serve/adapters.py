@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.storage.records import Format
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SETTINGS = Format(dict[str, Json], "configuration of an adapter", ConfigError)
+SETTINGS = Format(dict[str, Any], "configuration of an adapter", ConfigError)
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 NEUTRAL: dict[str, tuple[object, ...]] = {  # keys by which an adapter is more than two matrices a layer, and their usual values
     "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "fan_in_fan_out": (False,), "modules_to_save": (None, []),
@@ -47,7 +46,7 @@ class Layer:
     up: torch.Tensor
 
 
-def require(name: str, folder: Path) -> dict[str, Json]:
+def require(name: str, folder: Path) -> dict[str, Any]:
     """Reads an adapter's configuration; ConfigError if it is none that is served, before a weight is read."""
     where = f"--adapter: {name}: {folder}"
     if not (folder / CONFIG).is_file():

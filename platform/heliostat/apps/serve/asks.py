@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.images import clip_folder
@@ -17,7 +16,7 @@ TEXT, IMAGES, EMBEDDINGS = "text", "images", "embeddings"
 UNFINISHED = "\ufffd"  # what a decoder puts for the first bytes of a character
 
 Messages = list[dict[str, str]]
-Item = dict[str, Json]  # of a replica's answer: `answers`, `piece` with its `index`, `images`, `passages`, or `refused`
+Item = dict[str, Any]  # of a replica's answer: `answers`, `piece` with its `index`, `images`, `passages`, or `refused`
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class PictureRequest:
     prompt: str
     count: int
     seed: int
-    options: dict[str, Json]
+    options: dict[str, Any]
 
 
 class Logprobs(TypedDict):

@@ -11,8 +11,9 @@ from ray.exceptions import ActorUnavailableError, NodeDiedError, OwnerDiedError,
 from ray.experimental import internal_kv
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
-from heliostat.apps.serve.asks import Ask, Holds, Item
-from heliostat.apps.serve.front import Front, FrontSettings
+from heliostat.apps.serve.asks import Holds, Item
+from heliostat.apps.serve.front import Front
+from heliostat.apps.serve.gateway import A, FrontSettings, Pieces, Work
 from heliostat.apps.serve.replica import Replica
 
 if TYPE_CHECKING:
@@ -30,33 +31,33 @@ class Handles:
     """Keeps a handle for each version: it knows the version's replicas, and how busy they are."""
 
     def __init__(self) -> None:
-        self.known: dict[str, DeploymentHandle] = {}
+        self.known: dict[str, DeploymentHandle[Replica]] = {}
 
-    def _of(self, version: str) -> DeploymentHandle:
+    def _of(self, version: str) -> DeploymentHandle[Replica]:
         if version not in self.known:
             self.known = {name: handle for name, handle in self.known.items() if name == version}
             self.known[version] = serve.get_app_handle(version)
         return self.known[version]
 
-    async def call(self, version: str, what: str, asked: object) -> Item:
-        """Asks for something as a whole: a method of `Replica`, by its name."""
-        return await _answered(cast("DeploymentResponse[Item]", self._of(version).ask.remote(what, asked)))
+    async def call(self, version: str, answer: Work[A], asked: A) -> Item:
+        """Asks a replica all at once."""
+        return await _answered(cast("DeploymentResponse[Item]", self._of(version).ask.remote(answer, asked)))
 
-    async def stream(self, version: str, ask: Ask) -> AsyncGenerator[Item]:
-        """Answers prompts piece by piece; ends the replica's work if nobody takes the pieces any more."""
+    async def stream(self, version: str, pieces: Pieces[A], asked: A) -> AsyncGenerator[Item]:
+        """Yields the answer piece by piece; ends the replica's work if nobody takes the pieces any more."""
         stream = self._of(version).options(stream=True).stream
-        pieces = cast("DeploymentResponseGenerator[Item]", stream.remote(ask))
+        items = cast("DeploymentResponseGenerator[Item]", stream.remote(pieces, asked))
         over = False
         try:
-            async for piece in pieces:
-                yield piece
+            async for item in items:
+                yield item
             over = True
         finally:
             if not over:
-                pieces.cancel()
+                items.cancel()
 
 
-async def _answered(response: DeploymentResponse) -> Item:
+async def _answered(response: DeploymentResponse[Item]) -> Item:
     """Waits for an answer; ends the replica's work on it if nobody waits any more."""
     try:
         return await response

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ray.serve import Application
     from ray.serve.handle import DeploymentHandle
 
+    from heliostat.apps.serve.front import Front
+
 log = logging.getLogger(__name__)
 
 FRONT = "heliostat-front"
@@ -195,7 +197,7 @@ class ServeEndpoint:
         import torch
 
         self.served, self.kind, self.options, self.signals = served, kind, options, Signals()
-        self.front: DeploymentHandle | None = None
+        self.front: DeploymentHandle[Front] | None = None
         self.driver: object = None
         self.gpus = torch.cuda.device_count()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from heliostat.apps.serve.asks import TEXT, Holds, kind_of
-from heliostat.apps.serve.front import FrontSettings
+from heliostat.apps.serve.gateway import FrontSettings
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location

@@ -14,6 +14,7 @@ from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import LoadedModel
 from heliostat.inference.sampling import Draw
 from heliostat.recipes.text import chat, infilling
+from heliostat.recipes.text.generator import EMPTY, prompt_tokens
 from heliostat.web.refusals import Refusal
 
 
@@ -109,9 +110,8 @@ class Writer:
             if self.engine.infilling is None:
                 raise Refusal(400, f"suffix: {infilling.NONE}", "suffix", "no_fill_in_the_middle")
             return self.engine.infilling.prompt(text, suffix)
-        tokenizer = self.engine.loaded.tokenizer
-        if not (tokens := tokenizer(text or tokenizer.bos_token or "", verbose=False)["input_ids"]):
-            raise Refusal(400, "prompt: is empty, and the tokenizer has no token that begins a document", "prompt")
+        if not (tokens := prompt_tokens(self.engine.loaded.tokenizer, text)):
+            raise Refusal(400, f"prompt: {EMPTY}", "prompt")
         return tokens
 
     def _tokens(self, given: list[int], suffix: str) -> list[int]:

@@ -14,10 +14,10 @@ LOOK_S = 1.0
 
 
 def main() -> None:
-    given = dict(word.removeprefix("--").partition("=")[::2] for word in sys.argv[1:])
+    options = dict(word.removeprefix("--").partition("=")[::2] for word in sys.argv[1:])
     raylet = os.getppid()
     for port in PORTS:
-        place = os.path.join(given["session-dir"], f"{port}_{given['node-id']}")  # noqa: PTH118 (pathlib takes 10 ms)
+        place = os.path.join(options["session-dir"], f"{port}_{options['node-id']}")  # noqa: PTH118 (pathlib takes 10 ms)
         with open(f"{place}.quiet", "w") as file:  # noqa: PTH123
             file.write(NONE)
         os.rename(f"{place}.quiet", place)  # noqa: PTH104

@@ -52,7 +52,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps what was forked
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(address)  # in a folder that nobody else may enter
+        listener.bind(address)  # in a folder that only this user may enter
         listener.listen()
         prepare(name for name in sys.argv[2].split(",") if name)
         request = _serve(listener)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def prepare(modules: Iterable[str]) -> None:
-    """Imports modules for all later forks; SystemExit if those could not be told apart, or would lose something."""
+    """Imports modules for all later forks; SystemExit if those could not be distinguished, or would lose something."""
     with own_ids():
         for module in modules:
             with contextlib.suppress(ImportError, ValueError):  # of an extra that is not installed
@@ -83,12 +83,12 @@ def own_ids() -> Iterator[None]:
 
     kind = ray.actor.ActorClassID
 
-    class Drawn:
+    class DrawnId:
         @staticmethod
         def from_random() -> object:
             return kind(os.urandom(kind.size()))
 
-    ray.actor.ActorClassID = Drawn  # type: ignore[misc, assignment]
+    ray.actor.ActorClassID = DrawnId  # type: ignore[misc, assignment]
     try:
         yield
     finally:

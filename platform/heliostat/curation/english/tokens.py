@@ -93,10 +93,10 @@ def _contractions() -> Iterator[tuple[str, str]]:
     """Yields contractions in small letters, and what they are split into at the spaces."""
     yield from _ODD.items()
     yield from _ODD_PLAIN.items()
-    found = [(verb, "nt", "n't") for verb in _NOT.split()] + [(verb, "nt ve", "n't 've") for verb in _NOT_HAVE.split()]
+    forms = [(verb, "nt", "n't") for verb in _NOT.split()] + [(verb, "nt ve", "n't 've") for verb in _NOT_HAVE.split()]
     for words, endings in _ENDINGS.items():
-        found += [(word, end, " ".join(f"'{part}" for part in end.split())) for word in words for end in endings]
-    for word, plain, marked in found:
+        forms += [(word, end, " ".join(f"'{part}" for part in end.split())) for word in words for end in endings]
+    for word, plain, marked in forms:
         yield f"{word}{marked.replace(' ', '')}", f"{word} {marked}"
         if (bare := f"{word}{plain.replace(' ', '')}") not in _PLAIN:
             yield bare, f"{word} {plain}"
@@ -132,8 +132,8 @@ def tokens(text: str) -> tuple[str, ...]:
         return (text,)
     if len(text) > LONGEST:
         return (text,)
-    found = _EXCEPTIONS.get(text) or _split(text, _EXCEPTIONS)
-    return tuple(_joined(list(found))) if len(found) > 1 else tuple(found)
+    parts = _EXCEPTIONS.get(text) or _split(text, _EXCEPTIONS)
+    return tuple(_joined(list(parts))) if len(parts) > 1 else tuple(parts)
 
 
 def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
@@ -175,8 +175,8 @@ def _suffix(text: str) -> int:
         return 2
     if last in _SINGLE or _SYMBOL.match(last):
         return 1
-    found = _MEASURE.search(text, len(text) - 8 if len(text) > 8 else 0)
-    return len(found[0]) if found else 0
+    match = _MEASURE.search(text, len(text) - 8 if len(text) > 8 else 0)
+    return len(match[0]) if match else 0
 
 
 def _middle(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
@@ -185,13 +185,13 @@ def _middle(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
     if _is_url(text):
         return [text]
     out, start = list[str](), 0
-    for found in _INFIX.finditer(text):
-        if found.start() == 0:
+    for match in _INFIX.finditer(text):
+        if match.start() == 0:
             continue
-        if found.start() != start:
-            out.append(text[start : found.start()])
-        out.append(found[0])
-        start = found.end()
+        if match.start() != start:
+            out.append(text[start : match.start()])
+        out.append(match[0])
+        start = match.end()
     return [*out, text[start:]] if start < len(text) else out
 
 
@@ -221,15 +221,15 @@ _FIRST = {parts[0] for parts in _SPLIT}
 _MOST = max(map(len, _SPLIT))
 
 
-def _joined(found: list[str]) -> list[str]:
-    if _FIRST.isdisjoint(found):
-        return found
+def _joined(parts: list[str]) -> list[str]:
+    if _FIRST.isdisjoint(parts):
+        return parts
     spans = [
         (stop - start, start)
-        for start, word in enumerate(found)
+        for start, word in enumerate(parts)
         if word in _FIRST
-        for stop in range(start + 2, min(start + _MOST, len(found)) + 1)
-        if tuple(found[start:stop]) in _SPLIT
+        for stop in range(start + 2, min(start + _MOST, len(parts)) + 1)
+        if tuple(parts[start:stop]) in _SPLIT
     ]
     taken, chosen = set[int](), dict[int, int]()
     for length, start in sorted(spans, key=lambda span: (-span[0], span[1])):
@@ -237,8 +237,8 @@ def _joined(found: list[str]) -> list[str]:
             chosen[start] = length
         taken.update(range(start, start + length))
     out, at = list[str](), 0
-    while at < len(found):
+    while at < len(parts):
         length = chosen.get(at, 1)
-        out += _EXCEPTIONS[_SPLIT[tuple(found[at : at + length])]] if length > 1 else found[at : at + 1]
+        out += _EXCEPTIONS[_SPLIT[tuple(parts[at : at + length])]] if length > 1 else parts[at : at + 1]
         at += length
     return out

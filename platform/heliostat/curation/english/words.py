@@ -65,13 +65,13 @@ class Words:
         if known is not None:
             return known
         parts = [self._of_slice(part) for part in slices(text)] or [self._of_slice("")]
-        found = parts[0] if len(parts) == 1 else Spoken(*(np.concatenate(a) for a in zip(*map(_arrays, parts), strict=True)))
+        spoken = parts[0] if len(parts) == 1 else Spoken(*(np.concatenate(a) for a in zip(*map(_arrays, parts), strict=True)))
         if len(self._recent) >= RECENT_TEXTS or self._recent_chars > RECENT_CHARS:
             self._recent, self._recent_chars = {}, 0
         if len(text) <= RECENT_CHARS:
-            self._recent[text] = found
+            self._recent[text] = spoken
             self._recent_chars += len(text)
-        return found
+        return spoken
 
     def _of_slice(self, text: str) -> Spoken:
         if len(self._numbers) > MOST_WORDS or self._chars > MOST_CHARS:
@@ -120,7 +120,7 @@ def sentences(text: str) -> int:
     if len(_parts) > MOST_PARTS:
         _parts.clear()
         _parts[""] = _PLAIN
-    found, ended = 1, False
+    count, ended = 1, False
     for part in parts:
         if part is None:
             continue
@@ -130,12 +130,12 @@ def sentences(text: str) -> int:
             if len(part) <= LONG_PART:
                 _parts[part] = effect
         if ended:
-            found += effect[2]
+            count += effect[2]
             ended = effect[3]
         else:
-            found += effect[0]
+            count += effect[0]
             ended = effect[1]
-    return found
+    return count
 
 
 def _effect(part: str) -> tuple[int, bool, int, bool]:

@@ -65,25 +65,25 @@ class Fetching:
 
     def read(self, folder: Location, task: dict[str, Any], names: list[str], columns: ImageColumns) -> Iterator[Raw | Dropped]:
         """Yields the images of a task's URLs, or why there is none."""
-        told = self.config
-        bounds = Bounds(self.bytes, told.seconds, told.private, told.agent)
-        fetcher = Fetcher(bounds, 1 / told.per_second, told.retries, told.robots, of=task["of"])
-        with ThreadPoolExecutor(told.threads) as pool:
+        config = self.config
+        bounds = Bounds(self.bytes, config.seconds, config.private, config.agent)
+        fetcher = Fetcher(bounds, 1 / config.per_second, config.retries, config.robots, of=task["of"])
+        with ThreadPoolExecutor(config.threads) as pool:
             waiting = deque[tuple[dict[str, Any], Future[bytes]]]()
             for row in lists.rows(folder, task, names):
                 waiting.append((row, pool.submit(fetcher, row["url"])))
-                if len(waiting) >= 2 * told.threads:
+                if len(waiting) >= 2 * config.threads:
                     yield _read(*waiting.popleft(), columns)
             while waiting:
                 yield _read(*waiting.popleft(), columns)
 
 
 def _read(row: dict[str, Any], answer: Future[bytes], columns: ImageColumns) -> Raw | Dropped:
-    held = json.loads(row["row"])
+    kept_columns = json.loads(row["row"])
     try:
         data = answer.result()
     except FetchError as e:
         return Dropped(row["id"], e.reason, f"{row['url'][:500]}: {e.detail}" if e.detail else row["url"][:500])
-    caption, label = held.get(columns.caption), held.get(columns.label) if columns.label else None
-    kept = {**columns.kept(held), "url": row["url"]} if "url" in columns.others else columns.kept(held)
+    caption, label = kept_columns.get(columns.caption), kept_columns.get(columns.label) if columns.label else None
+    kept = {**columns.kept(kept_columns), "url": row["url"]} if "url" in columns.others else columns.kept(kept_columns)
     return Raw(row["id"], data, caption if isinstance(caption, str) else None, "" if label is None else str(label), kept)

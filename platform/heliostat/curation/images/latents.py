@@ -1,7 +1,7 @@
 """Computes latents and text embeddings once, before training, in a pool of actors: frozen encoders never meet ZeRO.
 
 Each actor loads the encoders once, on a GPU if it has one. What is stored of an image is the distribution of its latents (mean
-and log variance, float16), so that training draws from it anew in every epoch, and of its caption the text encoder's last layer.
+and log variance, float16), so that training draws from it again in every epoch, and of its caption the text encoder's last layer.
 `empty_caption.bin` holds what the encoder makes of no caption. The digest of such a dataset follows from arithmetic whose last
 bits differ by machine and batch: the same images on other hardware may give another one.
 """
@@ -137,5 +137,5 @@ class Encoder:
 
         tokens = tokenize(self.tokenizer, captions)
         with torch.no_grad():
-            found = embed(self.text, tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
-        return found.cpu().numpy().astype(np.float16)
+            vectors = embed(self.text, tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
+        return vectors.cpu().numpy().astype(np.float16)

@@ -84,8 +84,8 @@ class ImageMaking(Making):
         sizes: dict[str, Any] = {bucket: {"size": [int(n) for n in bucket.split("x")]} for bucket in counts}
         facts |= {"parts": sizes} if self.buckets else next(iter(sizes.values()))
         if self.tokenizer:
-            made = self._tokenizer(curated.runs, self.tokenizer)
-            facts |= {**made, "files": {**facts.get("files", {}), **made["files"]}}
+            facts_of_tokens = self._tokenizer(curated.runs, self.tokenizer)
+            facts |= {**facts_of_tokens, "files": {**facts.get("files", {}), **facts_of_tokens["files"]}}
         if 0 < len(labels) <= tasks.CLASSES:
             facts["classes"] = labels
         images = sum(shard["images"] for shard in written)
@@ -98,8 +98,7 @@ class ImageMaking(Making):
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         sizes, planned = {f.path: f.bytes for f in inputs}, self._tasks(inputs)
         for task in sampling.sampled(planned, inputs, self.sample) if self.sample else planned:
-            paths = [part["path"] for part in task.get("parts", [])] or [e["path"] for e in task.get("entries", [])]
-            yield [FilePart(segment.store(self.flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
+            yield [image_sources.spilled(self.flow.work.spill, task, sizes)]
 
     def _tasks(self, inputs: list[InputFile]) -> Iterator[dict[str, Any]]:
         read = self.source
@@ -141,25 +140,25 @@ class ImageMaking(Making):
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None
         shipments = self.latents.shipments() if self.latents else []
-        given = {"shards": shards, "latents": latents, "shipments": shipments}
+        arguments = {"shards": shards, "latents": latents, "shipments": shipments}
         uses = libraries.versions(("diffusers", *libraries.MODELS) if self.latents else ())
-        dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **given}, bytes=run.bytes)
+        dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **arguments}, bytes=run.bytes)
                    for run in curated.runs)  # fmt: skip
         actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
         dealt = [SpilledRun(*record["dealt"]) for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
         ranges = self.ranges(dealt, total, lambda first, stop: (first, stop))
-        told = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
+        plan = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
         stored = dict.fromkeys(name for stage in self.stages for name in stage.stored())
-        told |= {"stored": tuple(stored)} if stored else {}
+        plan |= {"stored": tuple(stored)} if stored else {}
         places = [(bucket, i) for bucket, (_, number) in shards.items() for i in range(number)]
 
         def work() -> Iterator[Task]:
             for part in ranges:
                 names = [run.name for run in part.runs]
-                shared, base = {"names": self.flow.share(names)}, key("shards", names, told)
+                shared, base = {"names": self.flow.share(names)}, key("shards", names, plan)
                 for number in range(part.first, part.stop):
                     prefix = tasks.folder_of(*places[number], self.buckets)
-                    yield Task(key(base, number), {"number": number, "prefix": prefix, **told}, shared, curated.bytes // total)
+                    yield Task(key(base, number), {"number": number, "prefix": prefix, **plan}, shared, curated.bytes // total)
 
         return self.shards(tasks.write_shard, work())
 

@@ -2,7 +2,7 @@
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every image goes
 to the shard that its pixels' SHA-256 names; within a shard images lie by hash, an order that no scheduling can change. Of
-equal images, and of those that look alike if `duplicates: perceptual` asks for it, the one with the smallest hash and id
+equal images, and of those that look the same if `duplicates: perceptual` asks for it, the one with the smallest hash and id
 stays. What is left out is listed in `quarantine.parquet` (id, reason, detail), and never stops the job. With `buckets` the
 dataset is a collection: one part for each size, and every batch is of one of them. Neither images nor ids pass through the
 driver, which holds the input's list of files and a record of each task; a task holds a share of `memory_limit`, a shard's task

@@ -36,7 +36,7 @@ def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: Sa
         if task["kind"] == "files":
             yield from _files(task, sizes, sample)
         elif task["kind"] == "archives":
-            archives += [FilePart(**told) for told in task["parts"]]
+            archives += [FilePart(**fields) for fields in task["parts"]]
         else:  # images that come with a library
             whole = [f.part for f in inputs]
             sample.add(task["kind"], whole, whole, False, sample.fraction)
@@ -58,5 +58,5 @@ def _files(task: dict[str, Any], sizes: dict[str, InputFile], sample: SampledPar
     taken = evenly(parts, sample.fraction)
     sample.add(task["kind"], parts, taken, True, 1.0)
     if taken:
-        found = [entries[part.path] for part in taken]
-        yield {**task, "entries": [entry for entry, _ in found], "state": [state for _, state in found], RATE: 1.0}
+        pairs = [entries[part.path] for part in taken]
+        yield {**task, "entries": [entry for entry, _ in pairs], "state": [state for _, state in pairs], RATE: 1.0}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from heliostat.curation import pieces
+from heliostat.curation import pieces, segment
 from heliostat.curation.images.pictures import Dropped, Raw, encode
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
@@ -83,22 +83,22 @@ def digit_caption(number: int, digit: int) -> str:
 def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
     """Lists every file that belongs to the input, sorted by path; ConfigError if there are none.
 
-    Beside images by their suffixes, those of any name that metadata files (of at most `limit` bytes) name.
+    In addition to images by their suffixes, those of any name that metadata files (of at most `limit` bytes) name.
     """
     if uri == DIGITS:
         return [InputFile("digits", 1797 * 64, 0)]
-    base, found = sources.find(uri)
-    tables = {p for p, _ in found if p.rsplit("/", 1)[-1] in METADATA}
+    base, listed = sources.find(uri)
+    tables = {p for p, _ in listed if p.rsplit("/", 1)[-1] in METADATA}
     wanted = (*METADATA, *IMAGES) if tables else ARCHIVES
-    others = {p for p, _ in found if tables and not p.lower().endswith(wanted)}
+    others = {p for p, _ in listed if tables and not p.lower().endswith(wanted)}
     named = (
         {entry["path"] for path in tables for entry in _entries(base, path, ImageColumns(), limit)} & others if others else others
     )
     files = [
-        InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in found if (p or base.path).lower().endswith(wanted) or p in named
+        InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(wanted) or p in named
     ]
     if not files:
-        seen = f"{len(found)} files, none" if found else "no file there"
+        seen = f"{len(listed)} files, none" if listed else "no file there"
         raise ConfigError(f"input: {uri!r}: {seen} of {', '.join(METADATA)}, *.tar or *.parquet")
     return sorted(files, key=lambda f: f.path)
 
@@ -108,7 +108,7 @@ def tasks(
 ) -> Iterator[dict[str, Any]]:
     """Plans the read tasks: each reads an archive, a part of a table, or some hundred files that a metadata file names.
 
-    Of these, `state` says what they follow from beside their rows: the bytes of each, and when it was modified.
+    Of these, `state` says what they follow from in addition to their rows: the bytes of each, and when it was modified.
     `target`: bytes of a piece, by default by those of all files.
     """
     if uri == DIGITS:
@@ -120,12 +120,26 @@ def tasks(
         for piece in pieces.cut((f.part for f in files), target, _ranged):
             yield {"kind": "archives", "parts": [part.fields for part in piece]}
         return
-    base, there = sources.root(uri), {f.path: [f.bytes, f.modified, *([f.etag] if f.etag else [])] for f in files}
+    base, present = sources.root(uri), {f.path: [f.bytes, f.modified, *([f.etag] if f.etag else [])] for f in files}
     for path in tables:
         entries = _entries(base, path, columns, limit)
         for first in range(0, len(entries), FILES_PER_TASK):
             some = entries[first : first + FILES_PER_TASK]
-            yield {"kind": "files", "path": path, "entries": some, "state": [there.get(e["path"]) for e in some]}
+            yield {"kind": "files", "path": path, "entries": some, "state": [present.get(e["path"]) for e in some]}
+
+
+def spilled(folder: Location, task: dict[str, Any], sizes: Mapping[str, int]) -> FilePart:
+    """Spills a read task, and describes it as a part of the input; `sizes`: the bytes of each file."""
+    paths = [one["path"] for one in task.get("parts") or task.get("entries", [])]
+    name, by_time = segment.store(folder, task), segment.name_of(_without_etags(task))
+    return FilePart(name, sum(sizes.get(path, 0) for path in paths), 0, path_by_time=by_time if by_time != name else "")
+
+
+def _without_etags(task: dict[str, Any]) -> dict[str, Any]:
+    """Returns a read task as versions before ETags described it."""
+    if "parts" in task:
+        return {**task, "parts": [{key: part[key] for key in part if key != "etag"} for part in task["parts"]]}
+    return {**task, "state": [one and one[:2] for one in task["state"]]} if "state" in task else task
 
 
 def _ranged(path: str) -> bool:
@@ -141,8 +155,8 @@ def _entry(row: dict[str, Any], folder: str, path: str, columns: ImageColumns) -
     if not isinstance(row, dict):
         raise ConfigError(f"input: {printable(path)}: {str(row)[:40]!r} is no object with a 'file_name'; a line is one")
     if "file_name" not in row:
-        found = printable(", ".join(map(str, row)))
-        raise ConfigError(f"input: {printable(path)}: has no column 'file_name'; its columns: {found}")
+        columns_present = printable(", ".join(map(str, row)))
+        raise ConfigError(f"input: {printable(path)}: has no column 'file_name'; its columns: {columns_present}")
     name, caption = str(row["file_name"]), row.get(columns.caption)
     lost = name.startswith("/") or not name  # what is joined to a folder would lie inside it
     joined = f"{folder}/{name}" if folder and not lost else name
@@ -169,8 +183,8 @@ def read(uri: str, task: dict[str, Any], columns: ImageColumns, limits: ImageLim
     elif task["kind"] == "files":
         yield from _files(sources.root(uri), task["entries"], task.get("state") or [], limits)
     else:
-        for told in task["parts"]:
-            yield from _archive(sources.root(uri), FilePart(**told), columns, limits)
+        for fields in task["parts"]:
+            yield from _archive(sources.root(uri), FilePart(**fields), columns, limits)
 
 
 def _files(
@@ -197,7 +211,7 @@ def _archive(base: Location, part: FilePart, columns: ImageColumns, limits: Imag
     try:
         opened = sources.blocks(base, part.path, limits.file, part)
     except sources.LeftOutError as e:
-        if part.start == 0:  # told once
+        if part.start == 0:  # reported once
             yield Dropped(path, e.reason, e.detail)
         return
     with opened as file:
@@ -211,8 +225,8 @@ def _archive(base: Location, part: FilePart, columns: ImageColumns, limits: Imag
 def digits() -> Iterator[Raw]:
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    for number, (pixels, digit) in enumerate(zip(found.images, found.target.tolist(), strict=True)):
+    data = load_digits()
+    for number, (pixels, digit) in enumerate(zip(data.images, data.target.tolist(), strict=True)):
         image = Image.fromarray((255 - pixels * (255 / 16)).round().astype(np.uint8))  # black on white
         yield Raw(f"digits#{number}", encode(image, "png", 0), digit_caption(number, digit), WORDS[digit])
 
@@ -220,7 +234,7 @@ def digits() -> Iterator[Raw]:
 def read_parquet(
     path: str, file: pa.NativeFile, columns: ImageColumns, limits: ImageLimits, part: FilePart
 ) -> Iterator[Raw | Dropped]:
-    """Yields the rows of a Parquet file, or of a part of it. A broken footer is told once, a broken row group by its part."""
+    """Yields the rows of a Parquet file, or of a part of it. A broken footer is reported once, a broken row group by its part."""
     wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
         opened = parquet.opened(file, columns.image)
@@ -280,14 +294,14 @@ def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimi
                 if (part := suffix.lower()) not in PARTS:
                     parts[""] = b""
                     continue
-                held = sum(len(other or b"") for name, other in parts.items() if name != part)
-                if member.size + held > limit:
+                others_bytes = sum(len(other or b"") for name, other in parts.items() if name != part)
+                if member.size + others_bytes > limit:
                     parts[part] = None
                     continue
                 body = tar.extractfile(member)
                 assert body is not None
-                parts[part] = found = body.read()
-                if len(found) != member.size:
+                parts[part] = content = body.read()
+                if len(content) != member.size:
                     raise tarfile.ReadError("cut short")
             file.seek(tar.offset)  # where it stopped: it passes over a head that is none
             end = file.read(tarfile.BLOCKSIZE)
@@ -301,13 +315,13 @@ def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimi
         yield Dropped(path, "corrupt", "what follows a file is no file")
 
 
-def _sample(path: str, key: str, found: dict[str, bytes | None], columns: ImageColumns) -> Iterable[Raw | Dropped]:
-    if not found:
+def _sample(path: str, key: str, contents: dict[str, bytes | None], columns: ImageColumns) -> Iterable[Raw | Dropped]:
+    if not contents:
         return ()
     id = f"{path}/{key}"
-    parts = {suffix: body for suffix, body in found.items() if body is not None}
-    if len(parts) < len(found):
-        return (Dropped(id, "too_large", f"the part .{next(s for s in found if s not in parts)}"),)
+    parts = {suffix: body for suffix, body in contents.items() if body is not None}
+    if len(parts) < len(contents):
+        return (Dropped(id, "too_large", f"the part .{next(s for s in contents if s not in parts)}"),)
     try:
         row = json.loads(parts["json"]) if "json" in parts else {}
         caption = parts["txt"].decode() if "txt" in parts else row.get(columns.caption)

@@ -77,11 +77,11 @@ class ImageSource:
         if document.picture.hash:  # a stage may have changed its caption since
             caption = pictures.clean(raw, self.rules)
             return caption if isinstance(caption, Dropped) else Document(raw.id, caption, document.columns, document.picture)
-        made = pictures.prepare(raw, self.rules)
-        if isinstance(made, Dropped):
-            return made
-        picture = Picture(made.image, bytes.fromhex(made.hash), made.looks, made.size)
-        return Document(made.id, made.caption, document.columns, picture)
+        prepared = pictures.prepare(raw, self.rules)
+        if isinstance(prepared, Dropped):
+            return prepared
+        picture = Picture(prepared.image, bytes.fromhex(prepared.hash), prepared.looks, prepared.size)
+        return Document(prepared.id, prepared.caption, document.columns, picture)
 
 
 def count(folder: Location, run: SpilledRun) -> dict[str, object]:
@@ -91,7 +91,7 @@ def count(folder: Location, run: SpilledRun) -> dict[str, object]:
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
         buckets.update(f"{width}x{height}" for width, height in sizes)
         if len(labels) <= CLASSES:
-            labels |= {label for held in pc.unique(table["columns"]).to_pylist() if (label := _label(held))}
+            labels |= {label for columns in pc.unique(table["columns"]).to_pylist() if (label := _label(columns))}
     return {"buckets": dict(sorted(buckets.items())), "labels": sorted(labels)[: CLASSES + 1]}
 
 
@@ -117,8 +117,8 @@ def deal(
 
     `shipments`: the files of the models of the latents.
     """
-    found = [_dealt(table, shards) for table in survivors(folder, run)]
-    table = pa.concat_tables([DEALT.empty_table(), *found])
+    tables = [_dealt(table, shards) for table in survivors(folder, run)]
+    table = pa.concat_tables([DEALT.empty_table(), *tables])
     if latents is not None:
         table = _encoder(_located(folder, latents, shipments), tuple(shipments))(table)
     name = spill.write(folder, table, ("hash", "id"))
@@ -129,7 +129,7 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
     sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
     first, number = np.array([shards[f"{width}x{height}"] for width, height in sizes], np.uint64).reshape(-1, 2).T
     place = first + (table["key"].to_numpy() >> np.uint64(4)) % number  # by 60 bits of the hash
-    labels = [_label(held) for held in table["columns"].to_pylist()]
+    labels = [_label(packed_columns) for packed_columns in table["columns"].to_pylist()]
     columns = [pa.array(place), table["hash"], table["id"], table["text"], pa.array(labels, pa.large_string()),
                *(table[c] for c in ("width", "height", "image", "columns"))]  # fmt: skip
     return pa.Table.from_arrays(columns, schema=DEALT)
@@ -153,10 +153,10 @@ def _encoder(config: str, shipments: tuple[Shipment, ...]) -> Any:
 
 def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> dict[str, object]:
     """Spills what the text encoder makes of no caption."""
-    found = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments), tuple(shipments)).embeddings([""])[0]
-    data = found.tobytes()
+    embedding = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments), tuple(shipments)).embeddings([""])[0]
+    data = embedding.tobytes()
     name = spill.put(folder, data, ".bin")
-    return {"name": name, "shape": list(found.shape), "files": [name]}
+    return {"name": name, "shape": list(embedding.shape), "files": [name]}
 
 
 def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
@@ -178,7 +178,7 @@ def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, o
 def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
     """Appends columns that stages have made, as strings; "" where one has made none."""
     for name in stored:
-        values = [str(json.loads(held).get(name, "")) if held else "" for held in table["columns"].to_pylist()]
+        values = [str(json.loads(columns).get(name, "")) if columns else "" for columns in table["columns"].to_pylist()]
         table = table.append_column(name, pa.array(values, pa.large_string()))
     return table
 
@@ -208,7 +208,7 @@ def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED)
 def without(file: pq.ParquetFile, id: str) -> tuple[bytes | None, int]:
     """Writes an open shard again without an image, and returns it with the image's and its caption's bytes; None if none is left.
 
-    Row groups keep their other images. Of latents nobody knows what the image took.
+    Row groups keep their other images. Of latents it is unknown what the image took.
     """
     left, size = list[pa.Table](), 0
     for group in range(file.num_row_groups):

@@ -38,14 +38,14 @@ def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -
 
 def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
     """Spills what some runs, of which the first has the number `first`, have spilled, with the places of their rows."""
-    found = list[pa.Table]()
+    tables = list[pa.Table]()
     for run, name in enumerate(names, first):
         for table in spill.read(folder, name):
             node = (np.uint64(run) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)
-            found.append(table.set_column(table.schema.get_field_index("row"), "node", pa.array(node)))
-    if not found:  # no run has any
+            tables.append(table.set_column(table.schema.get_field_index("row"), "node", pa.array(node)))
+    if not tables:  # no run has any
         return {"gathered": None, "files": []}
-    name = spill.write(folder, pa.concat_tables(found), ("node",))
+    name = spill.write(folder, pa.concat_tables(tables), ("node",))
     return {"gathered": name, "files": [name]}
 
 

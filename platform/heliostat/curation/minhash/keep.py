@@ -55,16 +55,16 @@ def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: lis
 
     Also spills which documents of the runs, of which the first has the number `first`, belong to which cluster.
     """
-    held, new, belonging = [CANDIDATES.empty_table()], 0, [BELONGING.empty_table()]
+    waiting, new, belonging = [CANDIDATES.empty_table()], 0, [BELONGING.empty_table()]
     for number, run, rows, roots in _clusters(folder, first, runs, copies, names):
         nodes = (np.uint64(number) << np.uint64(32)) | rows.astype(np.uint64)
         belonging.append(pa.table({"key": nodes, "root": roots}))
         for part, which in _members(folder, run, rows, ["id", "bytes", "columns"]):
-            held.append(_compared(part, nodes[which], roots[which], rule, column))
+            waiting.append(_compared(part, nodes[which], roots[which], rule, column))
             new += len(part)
-        if new >= max(HELD, len(held[0])):
-            held, new = [_best(held)], 0
-    files = [spill.write(folder, _best(held), ("root", "node")), spill.write(folder, pa.concat_tables(belonging))]
+        if new >= max(HELD, len(waiting[0])):
+            waiting, new = [_best(waiting)], 0
+    files = [spill.write(folder, _best(waiting), ("root", "node")), spill.write(folder, pa.concat_tables(belonging))]
     return {"candidates": files[0], "belonging": files[1], "files": files}
 
 
@@ -106,10 +106,10 @@ def _compared(part: pa.Table, nodes: np.ndarray, roots: np.ndarray, rule: Rule, 
     )  # fmt: skip
 
 
-def _best(held: list[pa.Table]) -> pa.Table:
+def _best(tables: list[pa.Table]) -> pa.Table:
     """Returns of each cluster the candidate that comes first, with the number of documents of all."""
-    table = pa.concat_tables(held).sort_by(ORDER).combine_chunks()
-    held.clear()
+    table = pa.concat_tables(tables).sort_by(ORDER).combine_chunks()
+    tables.clear()
     if not len(table):
         return table
     starts = np.unique(table["root"].to_numpy(), return_index=True)[1]
@@ -165,8 +165,8 @@ def decide(
         for part, which in _members(folder, runs[number - first], rows, ["id", "bytes", "columns"]):
             stays = chosen.take(pa.array(at[which]))
             columns = (part["id"], part["columns"], stays["id"], stays["size"])
-            for id, about, kept, alike in zip(*(column.to_pylist() for column in columns), strict=True):
-                out.leave_out(id, stage, "near_duplicate", f"{kept} (one of {alike})", columns=about)
+            for id, about, kept, similarity in zip(*(column.to_pylist() for column in columns), strict=True):
+                out.leave_out(id, stage, "near_duplicate", f"{kept} (one of {similarity})", columns=about)
             size += int(part["bytes"].to_numpy().sum())
             gone.append(part.select(segment.DECIDED.names))
         if len(rows):

@@ -38,26 +38,26 @@ def keys(texts: list[str], parameters: Parameters) -> tuple[np.ndarray, np.ndarr
     """Computes (the keys of each text with words: texts x bands, uint64; which texts these are)."""
     from rensa import RMinHash  # when a pipeline asks for it
 
-    made, counts = words(texts).ngrams(parameters.ngram, short=True)
+    hashes, counts = words(texts).ngrams(parameters.ngram, short=True)
     which = np.flatnonzero(counts)
     if not len(which):
         return np.zeros((0, parameters.bands), np.uint64), which
     offsets = np.concatenate([[0], np.cumsum(counts[which])]).astype(np.uint64)
     permutations = parameters.bands * parameters.rows
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(made, offsets, permutations, parameters.seed)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, permutations, parameters.seed)
     return banded(np.array(matrix.to_rows(), np.uint64), parameters), which
 
 
 def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
     """Hashes each band of each signature, with its number, to 64 bits."""
-    made = np.empty((len(signatures), parameters.bands), np.uint64)
+    bands = np.empty((len(signatures), parameters.bands), np.uint64)
     with np.errstate(over="ignore"):
         for band in range(parameters.bands):
             h = np.full(len(signatures), band + 1, np.uint64)
             for row in range(parameters.rows):
                 h = spill.mixed(h * FACTOR + signatures[:, band * parameters.rows + row])
-            made[:, band] = h
-    return made
+            bands[:, band] = h
+    return bands
 
 
 def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str, object]:
@@ -66,14 +66,14 @@ def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str,
     Copies meet whomever the first meets, so they are compared no further. However many copies a run has of a document, each of
     the document's keys has one row.
     """
-    found, rows = [np.zeros((0, parameters.bands), np.uint64)], [np.zeros(0, np.uint32)]
+    bands, rows = [np.zeros((0, parameters.bands), np.uint64)], [np.zeros(0, np.uint32)]
     each = max(1, VALUES // (parameters.bands * parameters.rows))
     for whole in survivors(folder, run, columns=["text", *(["columns"] if parameters.within else [])]):
         for table in (whole.slice(first, each) for first in range(0, len(whole), each)):
-            made, which = _keys_of(table, parameters)
-            found.append(made)
+            signatures, which = _keys_of(table, parameters)
+            bands.append(signatures)
             rows.append(table["row"].to_numpy()[which])
-    signed, row = np.concatenate(found), np.concatenate(rows)
+    signed, row = np.concatenate(bands), np.concatenate(rows)
     first, group = np.unique(signed, axis=0, return_index=True, return_inverse=True)[1:]
     copies = np.flatnonzero(first[group.ravel()] != np.arange(len(row)))
     of = row[first[group.ravel()[copies]]]
@@ -88,14 +88,14 @@ def _keys_of(table: pa.Table, parameters: Parameters) -> tuple[np.ndarray, np.nd
     """Computes the keys of a run's documents, of equal texts once, and apart for each value of the column `within`."""
     texts = table["text"].to_pylist()
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    made, having = keys(list(numbers), parameters)
+    hashes, having = keys(list(numbers), parameters)
     place = np.full(len(numbers), -1)
     place[having] = np.arange(len(having))
     places = place[[numbers[text] for text in texts]]
     which = np.flatnonzero(places >= 0)
-    made = made[places[which]]
+    hashes = hashes[places[which]]
     if parameters.within:
-        told = table["columns"].take(pa.array(which)).to_pylist()
-        values = [json.dumps(json.loads(columns or "{}").get(parameters.within), sort_keys=True) for columns in told]
-        made = spill.mixed(made ^ np.array([xxhash.xxh64_intdigest(value.encode()) for value in values], np.uint64)[:, None])
-    return made, which
+        columns_of = table["columns"].take(pa.array(which)).to_pylist()
+        values = [json.dumps(json.loads(columns or "{}").get(parameters.within), sort_keys=True) for columns in columns_of]
+        hashes = spill.mixed(hashes ^ np.array([xxhash.xxh64_intdigest(value.encode()) for value in values], np.uint64)[:, None])
+    return hashes, which

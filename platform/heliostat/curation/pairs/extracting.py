@@ -57,22 +57,22 @@ def _without(lines: list[str], docstring: ast.stmt, begin: int, end: int) -> str
 
 def markdown(source: str) -> Iterator[Pair]:
     """Yields each title (`# ...`) with the text up to the next; titles in fenced code are code."""
-    title, begin, held, fence = "", 0, list[str](), ""
+    title, begin, section, fence = "", 0, list[str](), ""
     for number, line in enumerate(_lines(source), 1):
         if mark := FENCE.match(line):
             if not fence:
                 fence = mark[1]
             elif mark[1].startswith(fence) and not line[mark.end() :].strip():
                 fence = ""
-        found = None if fence else TITLE.match(line)
-        if found is None:
-            held.append(line)
+        match = None if fence else TITLE.match(line)
+        if match is None:
+            section.append(line)
             continue
         if title:
-            yield Pair(begin, title, "".join(held).strip("\n"))
-        title, begin, held = _titled(line[found.end() :]), number, []
+            yield Pair(begin, title, "".join(section).strip("\n"))
+        title, begin, section = _titled(line[match.end() :]), number, []
     if title:
-        yield Pair(begin, title, "".join(held).strip("\n"))
+        yield Pair(begin, title, "".join(section).strip("\n"))
 
 
 def _titled(rest: str) -> str:
@@ -88,7 +88,7 @@ def html(page: str) -> Iterator[Pair]:
     parser.feed(page)
     parser.close()
     parser.end()
-    yield from parser.found
+    yield from parser.pairs
 
 
 class _Sections(HTMLParser):
@@ -96,7 +96,7 @@ class _Sections(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.found: list[Pair] = []
+        self.pairs: list[Pair] = []
         self.title: list[str] | None = None
         self.text: list[str] = []
         self.line, self.unseen, self.inside = 0, list[str](), ""
@@ -132,5 +132,5 @@ class _Sections(HTMLParser):
         title = " ".join("".join(self.title or ()).split())
         if title:
             lines = (" ".join(line.split()) for line in "".join(self.text).split("\n"))
-            self.found.append(Pair(self.line, title, "\n".join(line for line in lines if line)))
+            self.pairs.append(Pair(self.line, title, "\n".join(line for line in lines if line)))
         self.title, self.text = None, []

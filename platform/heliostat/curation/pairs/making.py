@@ -75,32 +75,32 @@ class PairMaking(Reading):
         def work() -> Iterator[Task]:
             for part in ranges:
                 follows = key("pairs", identities(part.runs), vars(plan))
-                given = {"runs": self.flow.share(part.runs), "plan": shared}
+                shared_run = {"runs": self.flow.share(part.runs), "plan": shared}
                 for n in range(part.first, part.stop):
-                    yield Task(key(follows, n), {"first": n, "stop": n + 1}, given, each)
+                    yield Task(key(follows, n), {"first": n, "stop": n + 1}, shared_run, each)
 
         return self.shards(write_shards, work())
 
 
 def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: PairSharding) -> dict[str, object]:
     """Writes some shards, one after another; returns their counts and their part of the manifest."""
-    made = [one for number in range(first, stop) if (one := _write_shard(folder, runs, number, plan)) is not None]
-    return {"shards": made, "files": []}
+    records = [one for number in range(first, stop) if (one := _write_shard(folder, runs, number, plan)) is not None]
+    return {"shards": records, "files": []}
 
 
 def _write_shard(folder: Location, runs: list[SpilledRun], number: int, plan: PairSharding) -> dict[str, object] | None:
     low, high = bounds(number, plan.shards)
-    found = [row for run in runs for t in survivors(folder, run, low, high, ["hash", "id", "columns", "text"])
+    survived = [row for run in runs for t in survivors(folder, run, low, high, ["hash", "id", "columns", "text"])
              for row in t.to_pylist()]  # fmt: skip
-    if not found:
+    if not survived:
         return None
-    rows = unique([{**row, **json.loads(row["columns"])} for row in found])
+    rows = unique([{**row, **json.loads(row["columns"])} for row in survived])
     data, output = encoded(rows, plan.chunk_pairs), Location(plan.output)
     path = versions.store(output, f"{SHARDS}/{number:05d}/", data, ".parquet")
     contents = shard_file.content_digests(data, None)
     chunks = [{**row, "content": c} for row, c in zip(manifest.read_footer(output, path, None), contents, strict=True)]
     kinds, size = Counter(row[KIND] for row in rows), sum(len(row["text"].encode()) for row in rows)
-    return {"path": path, "file_bytes": len(data), "documents": len(rows), "duplicates": len(found) - len(rows),
+    return {"path": path, "file_bytes": len(data), "documents": len(rows), "duplicates": len(survived) - len(rows),
             "kinds": dict(kinds), "bytes": size, "chunks": chunks}  # fmt: skip
 
 

@@ -55,14 +55,14 @@ class PairPipeline(StagedPipeline):
     """Bytes of text in a shard, about; it bounds the memory of the task that writes it."""
 
     @cached_property
-    def given(self) -> str | None:
+    def given_tokenizer(self) -> str | None:
         return self.tokenizer.definition() if self.tokenizer else None
 
     def check(self) -> None:
         if self.query_column == self.text_column:
             raise ConfigError(f"query_column: {self.query_column!r} is the text_column, too; a query is no text about itself")
-        if self.tokenizer and self.given is not None:
-            tokens.end_id(tokens.load(self.given), self.tokenizer.end_of_document)
+        if self.tokenizer and self.given_tokenizer is not None:
+            tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         for stage in self.stages:
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} looks at images, which pairs of texts have none of; remove it")
@@ -77,8 +77,8 @@ class PairPipeline(StagedPipeline):
 
     def identity(self) -> dict[str, Any]:
         config = super().identity() | {"extracting": extracting.VERSION}
-        if self.given is not None:  # what it says, not where it lies
-            config["tokenizer"]["path"] = hashlib.sha256(self.given.encode()).hexdigest()
+        if self.given_tokenizer is not None:  # what it says, not where it lies
+            config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         config["stages"] = [stage.identity() for stage in self.stages]
         return config
 
@@ -87,6 +87,7 @@ class PairPipeline(StagedPipeline):
         return PairMaking(
             flow=flow, source=PairSource(self.input, rules, self.query_column, Least(self.min_query_words, self.min_text_words)),
             output=output, stages=self.stages, memory_limit=self.memory_limit,
-            tokenizer=self.tokenizer.model_dump() if self.tokenizer else {}, given=self.given, shard_bytes=self.shard_bytes,
+            tokenizer=self.tokenizer.model_dump() if self.tokenizer else {},
+            given_tokenizer=self.given_tokenizer, shard_bytes=self.shard_bytes,
             chunk_pairs=self.chunk_pairs,
         )  # fmt: skip

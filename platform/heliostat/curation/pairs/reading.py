@@ -13,7 +13,7 @@ from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import documents, sources
 from heliostat.curation.text.tasks import TextSource
 
-QUERY, KIND = "query", "kind"  # columns of a pair beside its text
+QUERY, KIND = "query", "kind"  # columns of a pair in addition to its text
 DOCSTRING, SECTION, RECORD = "docstring", "section", "record"  # kinds
 REASONS = {
     "unparsed": "code that this Python cannot parse, or a page that cannot be read",
@@ -49,7 +49,7 @@ class PairSource(TextSource):
             elif isinstance(item.text, str) and number != "":
                 yield self._record(item)
             else:
-                yield from self._made(item, suffix)
+                yield from self._paired(item, suffix)
 
     def finish(self, document: Document) -> Document | Dropped:
         return self._fit(document)
@@ -58,27 +58,27 @@ class PairSource(TextSource):
         query = item.columns.get(self.query_column)
         return self._pair(item.id, RECORD, query, item.text) if isinstance(query, str) else Dropped(item.id, "no_query")
 
-    def _made(self, item: Document, suffix: str) -> Iterator[Document | Dropped]:
+    def _paired(self, item: Document, suffix: str) -> Iterator[Document | Dropped]:
         """Yields the pairs of one document, or why there is none."""
         kind = DOCSTRING if suffix == ".py" else SECTION
         try:
-            found = list(_find(item.text, suffix))
+            pairs = list(_find(item.text, suffix))
         except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
             yield Dropped(item.id, "unparsed", f"{type(e).__name__}: {e}"[:200])
             return
-        if not found:
+        if not pairs:
             yield Dropped(item.id, "no_pairs")
-        for pair in found:
+        for pair in pairs:
             yield self._pair(f"{item.id}#{pair.line}", kind, pair.query, pair.text)
 
     def _pair(self, id: str, kind: str, query: str, text: str | bytes) -> Document | Dropped:
-        asked = documents.clean(id, query, documents.TextRules(normalise=self.rules.normalise))
-        made = documents.clean(id, text, self.rules)
-        if isinstance(asked, Dropped):
-            return Dropped(id, "short_query" if asked.reason == "empty" else asked.reason, "of the query")
-        if isinstance(made, Dropped):
-            return Dropped(id, "short_text") if made.reason == "empty" else made
-        return self._fit(Document(id, made.text, {QUERY: asked.text, KIND: kind}))
+        question = documents.clean(id, query, documents.TextRules(normalise=self.rules.normalise))
+        answer = documents.clean(id, text, self.rules)
+        if isinstance(question, Dropped):
+            return Dropped(id, "short_query" if question.reason == "empty" else question.reason, "of the query")
+        if isinstance(answer, Dropped):
+            return Dropped(id, "short_text") if answer.reason == "empty" else answer
+        return self._fit(Document(id, answer.text, {QUERY: question.text, KIND: kind}))
 
     def _fit(self, pair: Document) -> Document | Dropped:
         """Returns the pair, or why it is left out: too few words, or nothing to be found."""

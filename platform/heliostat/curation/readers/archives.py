@@ -70,15 +70,15 @@ def _members(plain: _Forward) -> Iterator[RepositoryFile]:
     plain.allow(HEAD)
     try:
         archive: Any = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
-        while (found := archive.next()) is not None:
+        while (member := archive.next()) is not None:
             archive.members = []  # it would hold all of them
-            name = name_of(found.name.encode("utf-8", "surrogateescape"))
-            kind = "link" if found.issym() or found.islnk() else "file" if found.isfile() else "special"
-            if not found.isdir():
-                yield RepositoryFile(name, found.size, kind, partial(_of_tar, archive, plain, found))  # type: ignore[arg-type]
+            name = name_of(member.name.encode("utf-8", "surrogateescape"))
+            kind = "link" if member.issym() or member.islnk() else "file" if member.isfile() else "special"
+            if not member.isdir():
+                yield RepositoryFile(name, member.size, kind, partial(_of_tar, archive, plain, member))  # type: ignore[arg-type]
             plain.allow(HEAD)
     except (*_BROKEN, OSError) as e:
-        raise _told(e) from e
+        raise _unreadable(e) from e
     if plain.last.strip(b"\0"):
         raise LeftOutError("corrupt", "what follows a file is no file")
     if not plain.last:
@@ -93,7 +93,7 @@ def _of_tar(archive: Any, plain: _Forward, member: tarfile.TarInfo) -> bytes:
         with archive.extractfile(member) as file:
             return bytes(file.read(member.size))
     except (*_BROKEN, OSError) as e:
-        raise _told(e) from e
+        raise _unreadable(e) from e
 
 
 class _Forward(io.RawIOBase):
@@ -144,18 +144,18 @@ def _zip(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Repository
     most, total, reads = _most(stream, limits), 0, _Reads(stream)
     try:
         with zipfile.ZipFile(reads) as archive:
-            for found in archive.infolist():
-                if found.is_dir():
+            for member in archive.infolist():
+                if member.is_dir():
                     continue
-                mode = found.external_attr >> 16
+                mode = member.external_attr >> 16
                 kind = "link" if stat.S_ISLNK(mode) else "file" if stat.S_ISREG(mode) or not stat.S_IFMT(mode) else "special"
-                total += min(found.file_size, limits.max_document_bytes)
+                total += min(member.file_size, limits.max_document_bytes)
                 if total > most:
                     raise _bomb(most)
-                name = name_of(found.filename.encode("utf-8", "surrogateescape"))
-                yield RepositoryFile(name, found.file_size, kind, partial(_of_zip, archive, found))  # type: ignore[arg-type]
+                name = name_of(member.filename.encode("utf-8", "surrogateescape"))
+                yield RepositoryFile(name, member.file_size, kind, partial(_of_zip, archive, member))  # type: ignore[arg-type]
     except (*_BROKEN, OSError) as e:
-        raise _told(reads.error or e) from e
+        raise _unreadable(reads.error or e) from e
 
 
 def _of_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -167,7 +167,7 @@ def _of_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
         for block in _unpacked_bz2(archive, member) if member.compress_type == zipfile.ZIP_BZIP2 else _blocks(archive, member):
             out += block
     except (*_BROKEN, OSError) as e:
-        broken = _told(e)
+        broken = _unreadable(e)
         raise MemberError(broken.reason, broken.detail) from e
     if len(out) != member.file_size:
         raise MemberError("truncated", f"{len(out):,} bytes, and {member.file_size:,} are said")
@@ -228,7 +228,7 @@ def _bomb(most: int) -> LeftOutError:
     return LeftOutError("bomb", f"more than {most:,} bytes, unpacked: {RATIO} times its size and {MUCH >> 20} MiB")
 
 
-def _told(error: Exception) -> LeftOutError:
+def _unreadable(error: Exception) -> LeftOutError:
     """Returns what is wrong with an archive; raises an error of the stream itself, which has a number."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error

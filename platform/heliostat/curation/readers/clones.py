@@ -1,7 +1,7 @@
 """Reads git clones, bare or with a working tree, by the program `git`: the files of one commit, as they were committed.
 
-A clone is untrusted: git is told to take no settings of the machine, to run no hook or monitor, to ask no remote, and to show no
-replaced objects; a clone that takes its objects from elsewhere is not read. Files in the working tree play no part.
+A clone is untrusted: git is configured to take no settings of the machine, to run no hook or monitor, to ask no remote, and to
+show no replaced objects; a clone that takes its objects from elsewhere is not read. Files in the working tree play no part.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _Output:
         assert process.stdout and process.stderr
         self._process, self._out = process, process.stdout.fileno()
         self._error: int | None = process.stderr.fileno()
-        self._held, self._said = bytearray(), b""
+        self._buffer, self._said = bytearray(), b""
 
     def ask(self, question: bytes) -> None:
         assert self._process.stdin
@@ -140,30 +140,30 @@ class _Output:
     def line(self, end: bytes) -> bytes:
         """Reads up to a mark, without it; b"" at the end of all."""
         at = -1
-        while (at := self._held.find(end, max(0, at))) < 0:
-            at = len(self._held)
+        while (at := self._buffer.find(end, max(0, at))) < 0:
+            at = len(self._buffer)
             if at > LINE or not self._more():
                 if at:
                     raise LeftOutError("corrupt", "git broke off")
                 return b""
-        found = bytes(self._held[:at])
-        del self._held[: at + len(end)]
-        return found
+        line_bytes = bytes(self._buffer[:at])
+        del self._buffer[: at + len(end)]
+        return line_bytes
 
     def exactly(self, size: int) -> bytes:
-        while len(self._held) < size:
+        while len(self._buffer) < size:
             if not self._more():
                 raise LeftOutError("corrupt", "git broke off")
-        found = bytes(self._held[:size])
-        del self._held[:size]
-        return found
+        content = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return content
 
     def _more(self) -> bool:
         """Reads some more; False at the end, if git says that all is well."""
         data = self._read()
         while data is None:
             data = self._read()
-        self._held += data
+        self._buffer += data
         if not data and self._wait() != 0:
             raise self._failed()
         return bool(data)

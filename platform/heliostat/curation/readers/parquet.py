@@ -32,16 +32,16 @@ def batches(
     Of a part of the file, the row groups that begin in it. LeftOutError before a row group is unpacked whose size in the footer
     is more than `limit` bytes.
     """
-    there = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
+    present = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
     roots = [file.metadata.schema.column(i).path.split(".")[0] for i in range(file.metadata.num_columns)]
     number = 1
     for group in range(file.metadata.num_row_groups):
         info = file.metadata.row_group(group)
         if part.stop is None or part.start <= _begins(info) < part.stop:
-            if sum(info.column(i).total_uncompressed_size for i, name in enumerate(roots) if name in there) > limit:
+            if sum(info.column(i).total_uncompressed_size for i, name in enumerate(roots) if name in present) > limit:
                 raise LeftOutError("too_large", f"a row group of more than {limit:,} bytes, unpacked")
             row = number
-            for batch in file.iter_batches(rows, row_groups=[group], columns=there):
+            for batch in file.iter_batches(rows, row_groups=[group], columns=present):
                 yield row, batch
                 row += len(batch)
         number += info.num_rows

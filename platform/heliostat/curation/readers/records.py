@@ -115,7 +115,7 @@ class Archive:
             self._used = 0
 
     def _fill(self, count: int) -> bool:
-        """Makes at least so many plain bytes ready, of one member if it begins anew; False if there are not so many."""
+        """Makes at least so many plain bytes ready, of one member if it begins from scratch; False if there are not so many."""
         while len(self._plain) - self._used < count:
             if not self._packed:
                 data = self._source.read(PIECE)
@@ -162,11 +162,11 @@ class Archive:
 
     def resume(self) -> bool:
         """Goes to the next place behind the start of the broken record where one may begin; False if there is none."""
-        found = self._source.find(GZIP if self._packed else START, self._start + 1)
-        if found is None:
+        place = self._source.find(GZIP if self._packed else START, self._start + 1)
+        if place is None:
             return False
         self._decoder, self._plain, self._used = None, bytearray(), 0
-        self._member, self._inner, self._start, self._current = found, 0, found, ""
+        self._member, self._inner, self._start, self._current = place, 0, place, ""
         return True
 
 
@@ -175,16 +175,16 @@ class _Source:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self._held, self._from, self.at = bytearray(), 0, 0  # bytes, the offset of their first, the offset that is read next
+        self._buffer, self._from, self.at = bytearray(), 0, 0  # bytes, the offset of their first, the offset that is read next
 
     def read(self, size: int) -> bytes:
         behind = self.at - self._from
-        if behind >= len(self._held):
-            self._held += self._stream.read(PIECE)
-            if len(self._held) > 2 * ROOM:
-                self.forget(self._from + len(self._held) - ROOM)
+        if behind >= len(self._buffer):
+            self._buffer += self._stream.read(PIECE)
+            if len(self._buffer) > 2 * ROOM:
+                self.forget(self._from + len(self._buffer) - ROOM)
                 behind = self.at - self._from
-        out = bytes(self._held[behind : behind + size])
+        out = bytes(self._buffer[behind : behind + size])
         self.at += len(out)
         return out
 
@@ -195,18 +195,18 @@ class _Source:
         """Drops what lies before an offset, once it is much."""
         size = min(before, self.at) - self._from
         if size > 4 * PIECE:
-            del self._held[:size]
+            del self._buffer[:size]
             self._from += size
 
     def find(self, what: bytes, offset: int) -> int | None:
         """Goes to the first place at or behind an offset that begins so, and returns it; None if there is none."""
         self.at = max(offset, self._from)
-        while (place := self._held.find(what, self.at - self._from)) < 0:
-            self.at = max(self.at, self._from + len(self._held) - len(what) + 1)
+        while (place := self._buffer.find(what, self.at - self._from)) < 0:
+            self.at = max(self.at, self._from + len(self._buffer) - len(what) + 1)
             block = self._stream.read(PIECE)
             if not block:
                 return None
-            self._held += block
+            self._buffer += block
             self.forget(self.at)
         self.at = self._from + place
         return self.at

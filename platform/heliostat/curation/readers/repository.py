@@ -63,18 +63,18 @@ def documents(path: str, members: Members, limits: ReadLimits, about: dict[str, 
 
 
 def _licenses(members: Members) -> Licenses:
-    """Reads the licence files; what cannot be read is told when all is read."""
-    found, count = Licenses(), 0
+    """Reads the licence files; what cannot be read is reported when all is read."""
+    licenses, count = Licenses(), 0
     try:
         for number, member in enumerate(members(), 1):
             if number > MEMBERS:
                 break
             if member.kind == "file" and _outside(member.name) is False and is_license_file(member.name):
                 count += 1
-                found.add(member.name, _text(member) if count <= LICENSE_FILES else "")  # "": not known
+                licenses.add(member.name, _text(member) if count <= LICENSE_FILES else "")  # "": not known
     except LeftOutError:
         pass
-    return found
+    return licenses
 
 
 def _text(member: RepositoryFile) -> str:

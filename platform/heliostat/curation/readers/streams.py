@@ -59,8 +59,8 @@ class ReadLimits:
 
     def texts_of(self, values: pa.Array) -> pa.Array | None:
         """Returns a column's texts, as a column of strings or a dictionary of them; None if it has none."""
-        held = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-        return values if pa.types.is_string(held) or pa.types.is_large_string(held) else None
+        value_type = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        return values if pa.types.is_string(value_type) or pa.types.is_large_string(value_type) else None
 
 
 class LeftOutError(Exception):
@@ -175,36 +175,36 @@ def lines(stream: BinaryIO, most: int, first: int = 0, stop: int | None = None) 
     Of a file that is read in ranges, yields the lines that begin in the range from `first` to `stop`; the stream begins at the
     byte before. So a line that is longer than many ranges is read as a whole by the range in which it begins alone.
     """
-    held, skipping, at = bytearray(), first > 0, max(0, first - 1)
+    buffer, skipping, at = bytearray(), first > 0, max(0, first - 1)
     read: Callable[[int], bytes] = getattr(stream, "read1", stream.read)
     try:
-        while (stop is None or held or at < stop) and (block := read(BLOCK)):
+        while (stop is None or buffer or at < stop) and (block := read(BLOCK)):
             start = 0
             while (end := block.find(b"\n", start) + 1) > 0:
                 if not skipping:
-                    if stop is not None and not held and at + start >= stop:
+                    if stop is not None and not buffer and at + start >= stop:
                         return
-                    yield _line(held, block[start:end], most)
-                held.clear()
+                    yield _line(buffer, block[start:end], most)
+                buffer.clear()
                 start, skipping = end, False
-            if not skipping and (held or stop is None or at + start < stop):
-                held += memoryview(block)[start:]
-                if len(held) > most:
+            if not skipping and (buffer or stop is None or at + start < stop):
+                buffer += memoryview(block)[start:]
+                if len(buffer) > most:
                     yield None
-                    held.clear()
+                    buffer.clear()
                     skipping = True
             at += len(block)
     except LeftOutError as e:
-        if held and e.complete:
-            yield bytes(held)
+        if buffer and e.complete:
+            yield bytes(buffer)
         raise
-    if held:
-        yield bytes(held)
+    if buffer:
+        yield bytes(buffer)
 
 
-def _line(held: bytearray, end: bytes, most: int) -> bytes | None:
+def _line(buffer: bytearray, end: bytes, most: int) -> bytes | None:
     """Joins a line; None if it is too long, its end not counted."""
-    return (bytes(held) + end if held else end) if len(held) + len(end) <= most + 1 else None
+    return (bytes(buffer) + end if buffer else end) if len(buffer) + len(end) <= most + 1 else None
 
 
 def whole(stream: BinaryIO, most: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Reads files of records: JSON lines, CSV, Arrow. What stands beside the text becomes the document's columns."""
+"""Reads files of records: JSON lines, CSV, Arrow. What stands next to the text becomes the document's columns."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Ite
             return
         except (csv.Error, LeftOutError) as e:
             yield Dropped(id, getattr(e, "reason", "corrupt"), f"line {source.line:,}: {e}")
-            rows, number = csv.reader(source, delimiter=mark), number + 1  # goes on behind what broke it
+            rows, number = csv.reader(source, delimiter=mark), number + 1  # continues after what broke it
             continue
         except UnicodeDecodeError:
             yield Dropped(id, "not_utf8", f"line {source.line:,}")
@@ -126,23 +126,23 @@ def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document 
 def _shares(kind: pa.DataType) -> bool:
     """Tells whether values of a type may be the same bytes, so that rows can be larger than what holds them."""
     types = pa.types
-    told = (types.is_dictionary, types.is_run_end_encoded, types.is_string_view, types.is_binary_view, types.is_list_view,
+    tests = (types.is_dictionary, types.is_run_end_encoded, types.is_string_view, types.is_binary_view, types.is_list_view,
             types.is_large_list_view)  # fmt: skip
-    return any(is_one(kind) for is_one in told) or any(_shares(kind.field(i).type) for i in range(kind.num_fields))
+    return any(is_one(kind) for is_one in tests) or any(_shares(kind.field(i).type) for i in range(kind.num_fields))
 
 
 class _Bounded:
     """Hands a stream on, message by message, but refuses one that has more bytes than a batch may have, stored or unpacked."""
 
     def __init__(self, stream: BinaryIO, most: int) -> None:
-        self._stream, self._most, self._held, self.closed = stream, most, b"", False
+        self._stream, self._most, self._buffer, self.closed = stream, most, b"", False
         self._pieces, self._dictionaries = list[bytes](), dict[int, int]()
 
     def skip_magic(self) -> None:
         """Skips what an Arrow file has before its stream."""
-        self._held = self._stream.read(8)
-        if self._held.startswith(b"ARROW1"):
-            self._held = b""
+        self._buffer = self._stream.read(8)
+        if self._buffer.startswith(b"ARROW1"):
+            self._buffer = b""
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= self._most:
@@ -183,7 +183,7 @@ class _Bounded:
         """Reads so many bytes, or fewer at the stream's end."""
         if not 0 <= size <= self._most:
             raise LeftOutError("too_large", f"a batch of more than {self._most:,} bytes")
-        out, self._held = self._held[:size], self._held[size:]
+        out, self._buffer = self._buffer[:size], self._buffer[size:]
         while len(out) < size and (piece := self._stream.read(size - len(out))):
             out += piece
         return out
@@ -226,8 +226,8 @@ def _field(data: bytes, table: int, number: int) -> int:
     names = table - _number("<i", data, table)
     if names < 0:
         raise IndexError("a table outside the message")
-    there = 4 + 2 * number < _number("<H", data, names)
-    offset = _number("<H", data, names + 4 + 2 * number) if there else 0
+    present = 4 + 2 * number < _number("<H", data, names)
+    offset = _number("<H", data, names + 4 + 2 * number) if present else 0
     return table + offset if offset else 0
 
 

@@ -1,7 +1,7 @@
 """Reads web archives: pages of .warc, texts of .wet, metadata of .wat, packed record by record (.gz), as a whole, or not.
 
 A record's id is `path#offset`, the offset that its packed record has in the file (of other packings than .gz: in the unpacked). A
-record that is broken, does not end where it says, or is larger than a document may be, is dropped, and reading goes on at the
+record that is broken, does not end where it says, or is larger than a document may be, is dropped, and reading continues at the
 next that can be found behind its start. Libraries for this skip what they cannot read without a word; this one may not.
 """
 
@@ -29,19 +29,19 @@ MEMBER, PIECE = b"\x1f\x8b", 1 << 14  # the mark of a member of gzip, and bytes 
 
 def _response(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits) -> Document | Dropped:
     try:
-        found = parse(block, limits.max_document_bytes)
+        response = parse(block, limits.max_document_bytes)
     except LeftOutError as e:
         return Dropped(id, e.reason, e.detail)
-    if found.status != 200:
-        return Dropped(id, "http_status", str(found.status))
-    if not found.body.strip():
+    if response.status != 200:
+        return Dropped(id, "http_status", str(response.status))
+    if not response.body.strip():
         return Dropped(id, "empty")
-    kind = found.content_type.partition(";")[0].strip().lower()
-    columns = columns | ({"content_type": found.content_type} if found.content_type else {})
+    kind = response.content_type.partition(";")[0].strip().lower()
+    columns = columns | ({"content_type": response.content_type} if response.content_type else {})
     if kind == "text/plain":
-        return Document(id, decode(found.body, found.content_type)[0], columns)
-    if kind in PAGES or (not kind and found.body.lstrip()[:1] == b"<"):
-        return Document(id, found.body, columns)
+        return Document(id, decode(response.body, response.content_type)[0], columns)
+    if kind in PAGES or (not kind and response.body.lstrip()[:1] == b"<"):
+        return Document(id, response.body, columns)
     return Dropped(id, "not_html", kind[:100])
 
 

@@ -52,33 +52,37 @@ def _opened(model: EmbeddingModel, place: str) -> TextEmbedder:
 def embed(folder: Location, run: SpilledRun, model: EmbeddingModel, most: int) -> dict[str, object]:
     """Spills the vectors of a run's documents under their hashes, `most` bytes of them together."""
     embedder = _opened(model, shipping.here(folder, model.files))
-    held, names, record = list[pa.Table](), list[str](), {"rows": 0, "size": 0, "cut": 0}
+    waiting, names, record = list[pa.Table](), list[str](), {"rows": 0, "size": 0, "cut": 0}
     for table in survivors(folder, run, columns=["text"]):
         for start in range(0, len(table), TEXTS):
             part = table.slice(start, TEXTS)
-            made = embedder(part["text"].to_pylist())
-            found = np.stack([vector for vector, _ in made])
-            held.append(pa.table({"key": part["key"], "row": part["row"], "vector": packed(found)}))
-            record = {"rows": record["rows"] + len(made), "size": found.shape[1], "cut": record["cut"] + sum(c for _, c in made)}
-            if sum(map(len, held)) * found.shape[1] >= most:
-                names.append(spill.write(folder, pa.concat_tables(held), ("row",)))
-                held = []
-    if held:
-        names.append(spill.write(folder, pa.concat_tables(held), ("row",)))
+            batch = embedder(part["text"].to_pylist())
+            vectors = np.stack([vector for vector, _ in batch])
+            waiting.append(pa.table({"key": part["key"], "row": part["row"], "vector": packed(vectors)}))
+            record = {
+                "rows": record["rows"] + len(batch),
+                "size": vectors.shape[1],
+                "cut": record["cut"] + sum(c for _, c in batch),
+            }
+            if sum(map(len, waiting)) * vectors.shape[1] >= most:
+                names.append(spill.write(folder, pa.concat_tables(waiting), ("row",)))
+                waiting = []
+    if waiting:
+        names.append(spill.write(folder, pa.concat_tables(waiting), ("row",)))
     return {"vectors": names, "files": names, **record}
 
 
-def packed(made: np.ndarray) -> pa.Array:
+def packed(values: np.ndarray) -> pa.Array:
     """Packs rows of 8-bit numbers as bytes of one length."""
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(made.shape[1]), len(made), [None, pa.py_buffer(made.tobytes())])
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(values.shape[1]), len(values), [None, pa.py_buffer(values.tobytes())])
 
 
 def unpacked(column: pa.ChunkedArray) -> np.ndarray:
     """Returns what `packed` was given."""
     size = column.type.byte_width
-    found = column.combine_chunks()
-    start = found.offset * size
-    return np.frombuffer(found.buffers()[1], np.int8)[start : start + len(found) * size].reshape(-1, size)
+    array = column.combine_chunks()
+    start = array.offset * size
+    return np.frombuffer(array.buffers()[1], np.int8)[start : start + len(array) * size].reshape(-1, size)
 
 
 def sampled(rows: int, cells: int, size: int) -> int:
@@ -92,15 +96,15 @@ def centres(folder: Location, names: list[str], limit: int, cells: int, seed: in
 
     Where no text has such a hash, because most are equal, there is one cell.
     """
-    held = [_once(t) for name in names for t in spill.read(folder, name, 0, limit, ["vector"])]
-    if not held:
-        held = [next(spill.read(folder, names[0], columns=["vector"])).slice(0, 1)]
+    samples = [_once(t) for name in names for t in spill.read(folder, name, 0, limit, ["vector"])]
+    if not samples:
+        samples = [next(spill.read(folder, names[0], columns=["vector"])).slice(0, 1)]
         cells = 1
-    sample = _once(pa.concat_tables(held))
+    sample = _once(pa.concat_tables(samples))
     with np.errstate(over="ignore"):
         order = np.argsort(spill.mixed(sample["key"].to_numpy() + np.uint64(seed)))
-    found = vectors.centres(unpacked(sample["vector"])[order], cells)
-    name = spill.write(folder, pa.table({"key": np.arange(len(found), dtype=np.uint64), "vector": packed(found)}))
+    centroids = vectors.centres(unpacked(sample["vector"])[order], cells)
+    name = spill.write(folder, pa.table({"key": np.arange(len(centroids), dtype=np.uint64), "vector": packed(centroids)}))
     return {"centres": name, "files": [name]}
 
 
@@ -110,22 +114,22 @@ def _once(table: pa.Table) -> pa.Table:
 
 
 def deal(
-    folder: Location, number: int, run: SpilledRun, made: str, rule: Rule, column: str, centres: str | None
+    folder: Location, number: int, run: SpilledRun, vectors_name: str, rule: Rule, column: str, centres: str | None
 ) -> dict[str, object]:
-    """Spills documents of a run, which has this number, of which `made` are vectors, by cells, with what the rule compares."""
-    whole = pa.concat_tables(spill.read(folder, made)).sort_by("row")
-    rows, found = whole["row"].to_numpy(), unpacked(whole["vector"])
+    """Spills documents of a run, which has this number, of which `vectors_name` are vectors, by cells, with what it compares."""
+    whole = pa.concat_tables(spill.read(folder, vectors_name)).sort_by("row")
+    rows, points = whole["row"].to_numpy(), unpacked(whole["vector"])
     middle = unpacked(pa.concat_tables(spill.read(folder, centres))["vector"]) if centres else None
-    cells = np.zeros(len(rows), np.int64) if middle is None else vectors.nearest(found, middle)
+    cells = np.zeros(len(rows), np.int64) if middle is None else vectors.nearest(points, middle)
     low, high, tables = pc.min(whole["key"]).as_py(), pc.max(whole["key"]).as_py() + 1, []
     for part in survivors(folder, run, low, high, ["id", "bytes", "columns"]):
         part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
         at = np.searchsorted(rows, part["row"].to_numpy())
         ranks, values = ranked(part, rule, column)
         node = (np.uint64(number) << np.uint64(32)) | part["row"].to_numpy().astype(np.uint64)
-        told = pa.array(values, pa.large_string())
-        tables.append(pa.table({"key": key_of(cells[at]), "rank": ranks, "value": told, "id": part["id"],
-                                "node": node, "vector": packed(found[at])}))  # fmt: skip
+        texts = pa.array(values, pa.large_string())
+        tables.append(pa.table({"key": key_of(cells[at]), "rank": ranks, "value": texts, "id": part["id"],
+                                "node": node, "vector": packed(points[at])}))  # fmt: skip
     name = spill.write(folder, pa.concat_tables(tables), ("node",))
     return {"dealt": name, "files": [name]}
 
@@ -135,29 +139,29 @@ def key_of(cells: np.ndarray) -> np.ndarray:
     return spill.mixed(cells.astype(np.uint64))
 
 
-def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, object]:
+def judge(folder: Location, part: int, parts: int, names: list[str], least: float, capacity: int) -> dict[str, object]:
     """Spills which documents of the cells in this part go: those to which one before them, by the rule, is near that stays."""
     all_ = Dealt.read(folder, names, *spill.share(part, parts))
     judged, bins, largest, of_clusters = [JUDGED.empty_table()], dict[str, list[int]](), list[tuple[int, str]](), list[int]()
-    whole = all_.vectors(0, len(all_.nodes)) if 0 < len(all_.nodes) <= held else None
+    whole = all_.vectors(0, len(all_.nodes)) if 0 < len(all_.nodes) <= capacity else None
     for begin, end in all_.cells():
 
         def read(start: int, stop: int, begin: int = begin, end: int = end) -> np.ndarray:
             first, last = begin + start, min(begin + stop, end)
             return all_.vectors(first, last) if whole is None else whole[first:last]
 
-        near, best = vectors.sieve(read, end - begin, least, held)
+        near, best = vectors.sieve(read, end - begin, least, capacity)
         goes = best >= np.float32(least)
         gone, by = np.flatnonzero(goes) + begin, near[goes] + begin
         stayed, sizes = np.unique(by, return_counts=True)
-        found = dict(zip(stayed.tolist(), zip(all_.ids(stayed), (sizes + 1).tolist(), strict=True), strict=True))
-        judged.append(_judged(all_.nodes[gone], [found[place] for place in by.tolist()], best[goes]))
-        of_clusters += [size for _, size in found.values()]
-        largest = heapq.nsmallest(LARGEST, [*largest, *((-size, id) for id, size in found.values())])
+        cluster_of = dict(zip(stayed.tolist(), zip(all_.ids(stayed), (sizes + 1).tolist(), strict=True), strict=True))
+        judged.append(_judged(all_.nodes[gone], [cluster_of[place] for place in by.tolist()], best[goes]))
+        of_clusters += [size for _, size in cluster_of.values()]
+        largest = heapq.nsmallest(LARGEST, [*largest, *((-size, id) for id, size in cluster_of.values())])
         _count(bins, best, goes)
     name = spill.write(folder, pa.concat_tables(judged), ("reason",))
-    told = [[-size, id] for size, id in largest]
-    return {"judged": name, "clusters": len(of_clusters), "largest": told, "sizes": counted(of_clusters), "bins": bins,
+    largest_rows = [[-size, id] for size, id in largest]
+    return {"judged": name, "clusters": len(of_clusters), "largest": largest_rows, "sizes": counted(of_clusters), "bins": bins,
             "files": [name]}  # fmt: skip
 
 
@@ -186,9 +190,9 @@ class Dealt:
 
     @classmethod
     def read(cls, folder: Location, names: list[str], low: int, high: int) -> Dealt:
-        held = [t.select(ABOUT.names) for name in names for t in spill.read(folder, name, low, high, ABOUT.names)]
+        tables = [t.select(ABOUT.names) for name in names for t in spill.read(folder, name, low, high, ABOUT.names)]
         order = [(name, "ascending") for name in ABOUT.names]
-        return cls(folder, names, pa.concat_tables([ABOUT.empty_table(), *held]).sort_by(order).combine_chunks())
+        return cls(folder, names, pa.concat_tables([ABOUT.empty_table(), *tables]).sort_by(order).combine_chunks())
 
     @cached_property
     def nodes(self) -> np.ndarray:
@@ -210,13 +214,13 @@ class Dealt:
         """Reads the vectors of some places in the order."""
         wanted = self.nodes[start:stop]
         order = np.argsort(wanted)
-        found = None
+        out = None
         for name in self.names:
             for table in spill.read(self.folder, name, int(self.keys[start]), int(self.keys[stop - 1]) + 1, ["node", "vector"]):
-                node, made = table["node"].to_numpy(), unpacked(table["vector"])
+                node, values = table["node"].to_numpy(), unpacked(table["vector"])
                 at = np.minimum(np.searchsorted(wanted, node, sorter=order), len(wanted) - 1)
                 place, here = order[at], wanted[order[at]] == node
-                found = np.zeros((len(wanted), made.shape[1]), np.int8) if found is None else found
-                found[place[here]] = made[here]
-        assert found is not None
-        return found
+                out = np.zeros((len(wanted), values.shape[1]), np.int8) if out is None else out
+                out[place[here]] = values[here]
+        assert out is not None
+        return out

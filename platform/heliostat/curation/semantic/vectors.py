@@ -34,10 +34,10 @@ def _whole(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Returns the number of the nearest centre of each vector; of equally near ones, the first."""
-    found = [np.zeros(0, np.int64)]
+    indices = [np.zeros(0, np.int64)]
     for start in range(0, len(vectors), TOGETHER):
-        found.append((products(vectors[start : start + TOGETHER], centres) / lengths(centres)).argmax(axis=1))
-    return np.concatenate(found)
+        indices.append((products(vectors[start : start + TOGETHER], centres) / lengths(centres)).argmax(axis=1))
+    return np.concatenate(indices)
 
 
 def centres(sample: np.ndarray, count: int) -> np.ndarray:
@@ -46,19 +46,19 @@ def centres(sample: np.ndarray, count: int) -> np.ndarray:
     (Lloyd 1982; Dhillon and Modha 2001.) A cell that loses all its vectors keeps its centre.
     """
     _, firsts = np.unique(sample, axis=0, return_index=True)
-    found = sample[np.sort(firsts)[:count]]
+    centroids = sample[np.sort(firsts)[:count]]
     unit = sample / lengths(sample)[:, None]
     for _ in range(ROUNDS):
-        cells = nearest(sample, found)
+        cells = nearest(sample, centroids)
         order = np.argsort(cells, kind="stable")
         used, starts = np.unique(cells[order], return_index=True)
         sums = np.add.reduceat(unit[order], starts, axis=0, dtype=np.float64)
-        moved = found.copy()
+        moved = centroids.copy()
         moved[used] = _rounded(sums)
-        if (moved == found).all():
+        if (moved == centroids).all():
             break
-        found = moved
-    return found
+        centroids = moved
+    return centroids
 
 
 def _rounded(sums: np.ndarray) -> np.ndarray:
@@ -92,18 +92,18 @@ class Rows:
         return products(self.vectors, others.vectors) / others.lengths / self.lengths[:, None]
 
 
-def sieve(vectors: Vectors, count: int, least: float, held: int) -> tuple[np.ndarray, np.ndarray]:
+def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Goes through `count` rows: one goes if its cosine with one before it that stays is at least `least`, which is above 0.
 
     Returns for each (the place of the nearest of those before it that stay, or -1; the cosine with it, or 0): it goes where that
-    is at least `least`. No more than twice `held` rows are in memory.
+    is at least `least`. No more than twice `capacity` rows are in memory.
     """
     near, best = np.full(count, -1, np.int64), np.zeros(count, np.float32)
-    for start in range(0, count, held):
-        rows = Rows.of(vectors(start, min(start + held, count)), start)
-        for before in range(0, start, held):
-            stay = np.flatnonzero(best[before : before + held] < np.float32(least))
-            _closer(near, best, rows, Rows.of(vectors(before, before + held), before)[stay])
+    for start in range(0, count, capacity):
+        rows = Rows.of(vectors(start, min(start + capacity, count)), start)
+        for before in range(0, start, capacity):
+            stay = np.flatnonzero(best[before : before + capacity] < np.float32(least))
+            _closer(near, best, rows, Rows.of(vectors(before, before + capacity), before)[stay])
         for first in range(0, len(rows), TOGETHER):
             stay = np.flatnonzero(best[start : start + first] < np.float32(least))
             part = rows[first : first + TOGETHER]
@@ -116,20 +116,20 @@ def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> Non
     """Takes note of those of the others, which stay, that are nearer to the rows."""
     for some in others.blocks(16 * TOGETHER):
         for part in rows.blocks(TOGETHER):
-            found = part.cosines(some)
-            place = found.argmax(axis=1)
-            value = found[np.arange(len(part)), place]
+            cosines = part.cosines(some)
+            place = cosines.argmax(axis=1)
+            value = cosines[np.arange(len(part)), place]
             closer = value > best[part.places]
             near[part.places[closer]], best[part.places[closer]] = some.places[place[closer]], value[closer]
 
 
 def _beside(near: np.ndarray, best: np.ndarray, part: Rows, least: float) -> None:
     """Compares rows with those of them before each that stay, one after another."""
-    found, stays = part.cosines(part), np.zeros(len(part), bool)
+    cosines, stays = part.cosines(part), np.zeros(len(part), bool)
     for i, at in enumerate(part.places.tolist()):
         before = np.flatnonzero(stays[:i])
         if len(before):
-            place = before[found[i, before].argmax()]
-            if found[i, place] > best[at]:
-                near[at], best[at] = part.places[place], found[i, place]
+            place = before[cosines[i, before].argmax()]
+            if cosines[i, place] > best[at]:
+                near[at], best[at] = part.places[place], cosines[i, place]
         stays[i] = best[at] < np.float32(least)

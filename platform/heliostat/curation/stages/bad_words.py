@@ -42,9 +42,9 @@ class BadWords(Stage):
         find = _whole_words(entries) if self.whole_words else lambda text: [e for e in entries for _ in range(text.count(e))]
 
         def outcome(document: Document) -> Outcome:
-            found = find(text_of(document).lower())
-            judged = self.judged(document, {"bad_words": float(len(found))})
-            judged.detail = ", ".join(sorted(set(found))[:3]) if judged.reason else ""
+            matches = find(text_of(document).lower())
+            judged = self.judged(document, {"bad_words": float(len(matches))})
+            judged.detail = ", ".join(sorted(set(matches))[:3]) if judged.reason else ""
             return judged
 
         return outcome
@@ -63,20 +63,20 @@ def _whole_words(entries: list[str]) -> Callable[[str], list[str]]:
     def find(text: str) -> list[str]:
         words = _WORD.findall(text)
         seen = set(words)
-        found = [w for w in words if w in single] if not single.isdisjoint(seen) else []
+        matches = [w for w in words if w in single] if not single.isdisjoint(seen) else []
         near = [p for first in seen & phrases.keys() for p in phrases[first]] + signs
-        return found + [p for p in near for _ in range(_count(text, p))]
+        return matches + [p for p in near for _ in range(_count(text, p))]
 
     return find
 
 
 def _count(text: str, phrase: str) -> int:
-    found, at = 0, text.find(phrase)
+    count, at = 0, text.find(phrase)
     while at >= 0:
         end = at + len(phrase)
-        found += not _joins(text[at - 1 : at]) and not _joins(text[end : end + 1])
+        count += not _joins(text[at - 1 : at]) and not _joins(text[end : end + 1])
         at = text.find(phrase, end)
-    return found
+    return count
 
 
 def _joins(character: str) -> bool:

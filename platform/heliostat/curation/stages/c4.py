@@ -26,6 +26,7 @@ _POLICIES = re.compile(r"terms of use|privacy policy|cookie policy|uses cookies|
 
 
 class C4(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {
         "lorem_ipsum": "a line with `lorem ipsum`",
         "curly_bracket": "a line with a curly bracket",
@@ -52,20 +53,20 @@ class C4(Stage):
     """Drops documents with `lorem ipsum` (`lorem_ipsum`)."""
 
     def decide(self, document: Document) -> Outcome:
-        kept, found, removed = list[str](), 0, Counter[str]()
+        kept, sentences_kept, removed = list[str](), 0, Counter[str]()
         for line in (line for part in slices(text_of(document), LINE_END) for line in part.splitlines()):
             line = line.strip()
             why, line = self._line(line)
             if why in self.reasons:
-                return Outcome(None, why, measures={"sentences": found})
+                return Outcome(None, why, measures={"sentences": sentences_kept})
             if why:
                 removed[why] += 1
                 continue
-            found += sentences(line)
+            sentences_kept += sentences(line)
             kept.append(line)
-        if found >= self.min_sentences:
+        if sentences_kept >= self.min_sentences:
             document.text = "\n".join(kept).strip()
-        return self.judged(document, {"sentences": found}, dict(removed))
+        return self.judged(document, {"sentences": sentences_kept}, dict(removed))
 
     def _line(self, line: str) -> tuple[str, str]:
         """Returns why a line is removed, or drops its document ("" if it stays), and the line."""

@@ -21,6 +21,7 @@ from heliostat.tasks import files
 
 
 class Classifier(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("scikit-learn", "scipy")
     limits: ClassVar = {"low_score": ("score", "min_score", "a score below {}")}
     paths: ClassVar[tuple[str, ...]] = ("model",)
 

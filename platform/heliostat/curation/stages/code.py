@@ -1,4 +1,4 @@
-"""Drops source files that nobody wrote: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et al.
+"""Drops source files that no person wrote: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et al.
 2024).
 
 Dropped are files of more than 100,000 lines, with lines of more than 100 characters in the mean or one of more than 1,000 (not
@@ -107,7 +107,7 @@ class Code(Stage):
 
     def _judge(self, text: str, language: str) -> tuple[str, dict[str, float]]:
         lengths = np.array(array("q", (len(line) for part in slices(text, LINE_END) for line in part.splitlines())))
-        runs = [found.end() - found.start() for found in _ENCODED.finditer(text)]
+        runs = [match.end() - match.start() for match in _ENCODED.finditer(text)]
         m = {
             "lines": len(lengths),
             "mean_line": int(lengths.sum()) / len(lengths),

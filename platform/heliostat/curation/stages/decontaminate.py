@@ -26,6 +26,7 @@ LISTED = 5  # hits that a document's detail names
 
 
 class Decontaminate(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"contaminated": "at least min_hits n-grams of an evaluation set"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"hits": ("min_hits",)}
     version: ClassVar[int] = 2  # words are those of `comparable`: accents and numbers don't count, Chinese has words

@@ -79,7 +79,7 @@ class ServiceTokenDetector:
     denylist = (_TOKENS,)
 
     def analyze_string(self, line: str) -> Iterator[str]:
-        yield from (found[0] for found in _TOKENS.finditer(line))
+        yield from (match[0] for match in _TOKENS.finditer(line))
 
 
 class DetectSecrets(Stage):
@@ -87,6 +87,7 @@ class DetectSecrets(Stage):
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
     version: ClassVar[int] = 4
     needs: ClassVar = ("curation", "detect_secrets")
+    libraries: ClassVar[tuple[str, ...]] = ("detect-secrets",)
 
     detectors: list[str] = Field(FORMS + OWN, min_length=1)
     """The detectors that are used, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub
@@ -110,18 +111,18 @@ class DetectSecrets(Stage):
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
         found_classes: list[type[SecretDetector]] = list(get_mapping_from_secret_type_to_class().values())
-        classes = {found.__name__: found for found in [*found_classes, ServiceTokenDetector]}
+        classes = {secrets_found.__name__: secrets_found for secrets_found in [*found_classes, ServiceTokenDetector]}
         detectors = [classes[name]() for name in self.detectors]
         near = _ANY if any(name in WIDE for name in self.detectors) else _NEAR
 
         def outcome(document: Document) -> Outcome:
-            text, found, kinds = _masked(text_of(document), detectors, self.mask, near)
-            if self.action == "drop" and found > self.max_found:
-                return Outcome(None, "secrets", ", ".join(sorted(kinds)), {"found": found})
+            text, secrets_found, kinds = _masked(text_of(document), detectors, self.mask, near)
+            if self.action == "drop" and secrets_found > self.max_found:
+                return Outcome(None, "secrets", ", ".join(sorted(kinds)), {"found": secrets_found})
             if self.action == "mask":
                 document.text = text
-            counts = {"masked_secrets": found} if found and self.action == "mask" else {}
-            return Outcome(document, measures={"found": found}, counts=counts)
+            counts = {"masked_secrets": secrets_found} if secrets_found and self.action == "mask" else {}
+            return Outcome(document, measures={"found": secrets_found}, counts=counts)
 
         return outcome
 
@@ -134,12 +135,13 @@ def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Patt
             text, count = _replaced(text, keys, mask), len(keys)
             kinds.add(kind)
     others = [d for d in detectors if type(d).__name__ != KEYS]
-    while found := near.search(text, at):
-        start = text.rfind("\n", at, found.start()) + 1 or at
-        end = text.find("\n", found.start()) + 1 or len(text)
-        line, tails = text[start:end], dict[str, Span]()
+    while match := near.search(text, at):
+        start = text.rfind("\n", at, match.start()) + 1 or at
+        end = text.find("\n", match.start()) + 1 or len(text)
+        line = text[start:end]
+        tails = Tails(line)
         secrets = {
-            (first + offset, _end(line, last + offset, kind, tails)): kind
+            (first + offset, tails.end(last + offset, kind)): kind
             for offset, piece in _pieces(line)
             for (first, last), kind in _secrets(piece, others)
             if piece[first:last] != mask
@@ -152,14 +154,21 @@ def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Patt
     return "".join([*out, text[at:]]), count, kinds
 
 
-def _end(line: str, end: int, kind: str, tails: dict[str, Span]) -> int:
-    """Returns where a secret ends that was found up to `end`; `tails`: the line's last tail of each kind, matched once."""
-    first, last = tails.get(kind, (-1, -1))
-    if first <= end <= last:
+class Tails:
+    """Finds the ends of a line's secrets. A tail is read once, however many secrets begin in it: it may have megabytes."""
+
+    def __init__(self, line: str) -> None:
+        self._line = line
+        self._read = dict[str, Span]()  # the last tail of each kind
+
+    def end(self, end: int, kind: str) -> int:
+        """Returns where a secret ends that was found up to `end`."""
+        first, last = self._read.get(kind, (0, -1))
+        if not first <= end <= last:
+            tail = TAILS[kind].match(self._line, end) if kind in TAILS else None
+            last = tail.end() if tail else end
+            self._read[kind] = end, last
         return last
-    tail = TAILS[kind].match(line, end) if kind in TAILS else None
-    tails[kind] = tail.span() if tail else (end, end)
-    return tails[kind][1]
 
 
 def _keys(text: str) -> Iterator[Span]:
@@ -209,27 +218,27 @@ def _pieces(line: str) -> Iterator[tuple[int, str]]:
 def _secrets(line: str, detectors: list[SecretDetector]) -> Iterator[tuple[Span, str]]:
     """Finds the places of a line's secrets, and their kinds: of patterns the match, or the group that is the secret in it."""
     for detector in detectors:
-        told = set(detector.analyze_string(line))
-        if not told:
+        secrets = set(detector.analyze_string(line))
+        if not secrets:
             continue
-        spans = _matched(line, detector, told) if hasattr(detector, "denylist") else _quoted(line, told)
+        spans = _matched(line, detector, secrets) if hasattr(detector, "denylist") else _quoted(line, secrets)
         yield from ((span, detector.secret_type) for span in spans if line[slice(*span)].strip())
 
 
-def _matched(line: str, detector: SecretDetector, told: set[str]) -> Iterator[Span]:
+def _matched(line: str, detector: SecretDetector, secrets: set[str]) -> Iterator[Span]:
     whole, alone = (type(detector).__name__ in some for some in (WHOLE, ALONE))
     for pattern in getattr(detector, "denylist", ()):
-        for found in pattern.finditer(line):
-            if not told.isdisjoint((found[0], *found.groups(""))):
-                start, end = found.span(0 if whole or not pattern.groups or found[1] is None else 1)
+        for match in pattern.finditer(line):
+            if not secrets.isdisjoint((match[0], *match.groups(""))):
+                start, end = match.span(0 if whole or not pattern.groups or match[1] is None else 1)
                 if alone and (line[:start][-1:].isalnum() or line[end:][:1].isalnum() or len({*line[start + 2 : end]}) == 1):
                     continue
-                secret = line[start:end].rstrip(' \t\r"')  # some patterns hold what stands beside it
+                secret = line[start:end].rstrip(' \t\r"')  # some patterns hold what stands next to it
                 yield end - len(line[start:end].lstrip(' \t\r"=:')), start + len(secret)
 
 
-def _quoted(line: str, told: set[str]) -> Iterator[Span]:
+def _quoted(line: str, secrets: set[str]) -> Iterator[Span]:
     """Finds what detectors tell of without its place: it stands in quotes."""
-    for secret in filter(None, told):
-        for found in re.finditer(rf"(?<=[\"'`]){re.escape(secret)}(?=[\"'`])", line):
-            yield found.span()
+    for secret in filter(None, secrets):
+        for match in re.finditer(rf"(?<=[\"'`]){re.escape(secret)}(?=[\"'`])", line):
+            yield match.span()

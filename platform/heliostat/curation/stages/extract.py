@@ -23,6 +23,7 @@ from heliostat.schema import Float
 
 
 class Extract(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("lxml_html_clean", "pypdfium2", "resiliparse", "trafilatura")
     makes: ClassVar[tuple[str, ...]] = ("encoding", "title")
     reasons: ClassVar[dict[str, str]] = {
         "no_text": "no text is left of the page",

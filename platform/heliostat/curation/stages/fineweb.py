@@ -21,6 +21,7 @@ from heliostat.schema import Float
 
 
 class FineWeb(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"empty": "no line with anything in it"}
     limits: ClassVar = {
         "few_terminal_marks": ("terminal_lines", "min_terminal_lines", "a smaller share of lines with a terminal mark than {}"),

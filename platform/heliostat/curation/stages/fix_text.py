@@ -22,6 +22,7 @@ _ODD = re.compile(r"[^\t\n\r -%'-~]")  # what ftfy may change something at
 
 class FixText(Stage):
     needs: ClassVar = ("curation", "ftfy")
+    libraries: ClassVar[tuple[str, ...]] = ("ftfy",)
 
     uncurl_quotes: bool = False
     """Makes curly quotes straight."""

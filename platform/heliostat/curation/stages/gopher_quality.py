@@ -22,6 +22,7 @@ from heliostat.schema import Float
 
 
 class GopherQuality(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"empty": "no word in it"}
     limits: ClassVar = {
         "few_words": ("words", "min_words", "fewer words than {}"),
@@ -90,9 +91,9 @@ class GopherQuality(Stage):
 
 
 def _share(text: str, matches: Callable[[str], bool]) -> float:
-    total = found = 0
+    total = matching = 0
     for part in slices(text, LINE_END):
         lines = part.splitlines()
         total += len(lines)
-        found += sum(map(matches, lines))
-    return found / total
+        matching += sum(map(matches, lines))
+    return matching / total

@@ -25,6 +25,7 @@ TOP, DUPLICATE = range(2, 5), range(5, 11)
 
 
 class GopherRepetition(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"empty": "no character in it"}
     limits: ClassVar = {
         "paragraphs": ("paragraphs", "max_duplicate_paragraphs", "more paragraphs that were there before than {}"),
@@ -71,10 +72,10 @@ class GopherRepetition(Stage):
         if not text:
             return "empty", {}
         size, measures = len(text), dict[str, float]()
-        parts, found, chars = duplicates(_parts(text.strip(), PARAGRAPHS))
-        measures |= {"paragraphs": found / parts, "paragraph_chars": chars / size}
-        parts, found, chars = duplicates(_parts(text, LINES))
-        measures |= {"lines": found / parts, "line_chars": chars / size}
+        parts, repeated, chars = duplicates(_parts(text.strip(), PARAGRAPHS))
+        measures |= {"paragraphs": repeated / parts, "paragraph_chars": chars / size}
+        parts, repeated, chars = duplicates(_parts(text, LINES))
+        measures |= {"lines": repeated / parts, "line_chars": chars / size}
         failed = self.failed(measures)
         if failed:
             return failed, measures

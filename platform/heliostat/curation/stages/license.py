@@ -22,6 +22,7 @@ PERMISSIVE = [
 
 
 class License(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("identify",)
     reasons: ClassVar[dict[str, str]] = {
         "not_allowed": "a licence that is not in `allow`",
         "unknown": "a licence that is not known, or no column `license`",
@@ -54,9 +55,9 @@ def expression(value: object) -> str:
 def allows(said: str, allowed: set[str]) -> bool | None:
     """Evaluates an SPDX expression; None if it is none."""
     tokens, at = list[str](), 0
-    while at < len(said) <= MOST and (found := _TOKEN.match(said, at)):
-        tokens.append(found[1])
-        at = found.end()
+    while at < len(said) <= MOST and (match := _TOKEN.match(said, at)):
+        tokens.append(match[1])
+        at = match.end()
     if at < len(said) or not tokens or tokens.count("(") > DEEP:
         return None
     try:

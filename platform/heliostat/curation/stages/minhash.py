@@ -1,4 +1,4 @@
-"""Drops near duplicates: documents whose sets of word n-grams are much alike, found by MinHash and locality-sensitive hashing.
+"""Drops near duplicates: documents whose sets of word n-grams are very similar, found by MinHash and locality-sensitive hashing.
 
 (Broder, On the resemblance and containment of documents, 1997. The defaults are FineWeb's: Penedo et al., The FineWeb Datasets,
 2024: 14 bands of 8 rows over 5-grams of words.) Documents that share a band are candidates, and candidates of candidates one
@@ -24,7 +24,6 @@ from heliostat.curation.minhash.keep import Rule, candidates, choose, decide, me
 from heliostat.curation.minhash.signatures import Parameters, sign
 from heliostat.curation.segment import SpilledRun, store
 from heliostat.curation.stage import GlobalStage
-from heliostat.tasks import libraries
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
@@ -36,6 +35,7 @@ class MinHash(GlobalStage):
     version: ClassVar = 2  # words are those of `comparable`, as FineWeb compares them: accents and numbers don't count
     compares: ClassVar = ("column", "within")
     needs: ClassVar = ("curation", "rensa")
+    libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")
     reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
 
     bands: int = Field(14, ge=1, le=1000)
@@ -61,11 +61,11 @@ class MinHash(GlobalStage):
             raise ValueError(f"keep: {self.keep!r} {'needs a column' if not self.column else 'compares no column'}")
         return self
 
-    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
-        name, runs = tally.label(number, self), found.runs
+    def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
+        name, runs = tally.label(number, self), curated.runs
         kind = f"minhash-{number}"
         parameters = Parameters(self.bands, self.rows, self.ngram, self.seed, self.within)
-        follows = [self.version, vars(parameters), libraries.of(self.named())]
+        follows = [self.version, vars(parameters), self.library_versions()]
         signing = (Task(key(run.name, run.decided, follows), {"run": run, "parameters": parameters}, bytes=run.bytes)
                    for run in runs)  # fmt: skip
         signed = flow.all(f"{kind}-sign", sign, signing)
@@ -82,8 +82,8 @@ class MinHash(GlobalStage):
         named = flow.all(f"{kind}-candidates", candidates, naming)
         chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [r["candidates"] for r in named]))
         groups = zip(by_runs(flow, kind, runs, [r["chosen"] for r in chosen], memory_limit, stage=name), named, strict=True)
-        _, left = settled(flow, found, kind, decide, (adding(task, belonging=r["belonging"]) for task, r in groups))
-        part = comparing.told(flow, kind, runs, left, chosen)
+        _, left = settled(flow, curated, kind, decide, (adding(task, belonging=r["belonging"]) for task, r in groups))
+        part = comparing.stage_tally(flow, kind, runs, left, chosen)
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}
-        found.tallies.append(store(flow.work.spill, {name: part}))
+        curated.tallies.append(store(flow.work.spill, {name: part}))
         return left

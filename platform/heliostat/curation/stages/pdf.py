@@ -37,6 +37,7 @@ class Pdf(Stage):
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"pages": ("max_pages",)}
     version: ClassVar[int] = 2  # texts are in NFC, as those of readers are
     needs: ClassVar = ("curation", "pypdfium2")
+    libraries: ClassVar[tuple[str, ...]] = ("pypdfium2",)
 
     max_pages: int = Field(5000, ge=1)
     """Documents of more pages are dropped (`too_many_pages`)."""

@@ -33,6 +33,7 @@ ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # the
 
 
 class Pii(Stage):
+    libraries: ClassVar[tuple[str, ...]] = ("phonenumbers",)
     reasons: ClassVar[dict[str, str]] = {"pii": "more of it than max_found, where `action` is drop"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"found": ("max_found",)}
     version: ClassVar[int] = 4
@@ -77,12 +78,12 @@ class Pii(Stage):
                 counts.update(more)
                 if not more:
                     break
-            found = sum(counts.values())
-            if self.action == "drop" and found > self.max_found:
-                return Outcome(None, "pii", ", ".join(f"{n} {kind}" for kind, n in counts.items()), {"found": found})
+            number = sum(counts.values())
+            if self.action == "drop" and number > self.max_found:
+                return Outcome(None, "pii", ", ".join(f"{n} {kind}" for kind, n in counts.items()), {"found": number})
             if self.action == "mask":
                 document.text = masked
             masks_put = {f"masked_{k}": n for k, n in counts.items()} if self.action == "mask" else {}
-            return Outcome(document, measures={"found": found}, counts=masks_put)
+            return Outcome(document, measures={"found": number}, counts=masks_put)
 
         return outcome

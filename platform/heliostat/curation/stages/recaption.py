@@ -26,6 +26,7 @@ class Recaption(ModelStage):
     of_images: ClassVar[bool] = True
     reasons: ClassVar[dict[str, str]] = {"no_caption": "an image of which the model wrote nothing"}
     needs: ClassVar = ("images", "PIL")
+    libraries: ClassVar[tuple[str, ...]] = ("pillow", *ModelStage.libraries)
 
     max_tokens: int = Field(64, ge=1)
     """The most tokens of a caption; those that are cut there are counted."""

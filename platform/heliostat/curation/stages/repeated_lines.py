@@ -12,6 +12,8 @@ near duplicate, it would leave the lines that differ.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from heliostat.curation.comparable import words
@@ -19,6 +21,8 @@ from heliostat.curation.repeated import BETWEEN, ComparedParts, Cut, RepeatingSt
 
 
 class RepeatedLines(RepeatingStage):
+    libraries: ClassVar[tuple[str, ...]] = ("regex",)
+
     unit: Unit = "line"
     """What is compared: every `line`, or every `paragraph`, which ends at an empty line."""
     min_words: int = Field(3, ge=1)

@@ -11,6 +11,8 @@ documents.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from heliostat.curation.comparable import edges
@@ -19,6 +21,8 @@ from heliostat.curation.repeated import Cut, RepeatingStage, WordWindows, spans
 
 class RepeatedSpans(RepeatingStage):
     """Removes spans of words that are in another document, or earlier in the same one."""
+
+    libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")
 
     words: int = Field(100, ge=10)
     """The words of a span that is always found."""

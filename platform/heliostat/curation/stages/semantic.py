@@ -23,17 +23,17 @@ from heliostat.curation.segment import SpilledRun
 from heliostat.curation.semantic import cells
 from heliostat.curation.stage import GlobalStage
 from heliostat.schema import Float
-from heliostat.tasks import libraries, shipping
+from heliostat.tasks import shipping
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
-ROW_BYTES = 400  # of memory for each document of a cell, beside its vector
+ROW_BYTES = 400  # of memory for each document of a cell, next to its vector
 VECTORS = 16  # a file of vectors is one so many-th of `memory_limit`: it is sorted, encoded and read again
 NUMBER_BYTES = 16  # of memory for each number of a vector that is compared, with copies
 
 
-class Semantic(scoring.ModelStage, GlobalStage):
+class Semantic(scoring.NamesModel, GlobalStage):
     compares: ClassVar = ("column",)
     reasons: ClassVar = {"near_duplicate": "means much the same as another document, which stays"}
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
@@ -69,34 +69,34 @@ class Semantic(scoring.ModelStage, GlobalStage):
         scoring.check_length(config, self.max_tokens)
         embedding.pooling(self.model)
 
-    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
+    def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         files, most = embedding.identity(self.model), memory_limit // VECTORS
         model = cells.EmbeddingModel(shipping.describe("model", self.model), self.max_tokens, self.batch)
-        follows = [files, self.max_tokens, self.batch, libraries.of(self.named())]
+        follows = [files, self.max_tokens, self.batch, self.library_versions()]
         embeddings = (Task(key("embed", run.name, run.decided, follows, most), {"run": run, "model": model, "most": most},
-                           bytes=run.bytes) for run in found.runs)  # fmt: skip
+                           bytes=run.bytes) for run in curated.runs)  # fmt: skip
         embedded = flow.all(f"semantic-{number}-embed", cells.embed, embeddings, pooled=True)
-        return self.decided(flow, found, number, memory_limit, embedded)
+        return self.decided(flow, curated, number, memory_limit, embedded)
 
     def decided(
-        self, flow: Flow, found: Curated, number: int, memory_limit: int, embedded: list[dict[str, Any]]
+        self, flow: Flow, curated: Curated, number: int, memory_limit: int, embedded: list[dict[str, Any]]
     ) -> list[SpilledRun]:
         """Compares the runs' documents by their vectors, which are embedded; returns the runs that are left."""
-        kind, runs = f"semantic-{number}", found.runs
-        made = [(i, name) for i, r in enumerate(embedded) for name in r["vectors"]]
+        kind, runs = f"semantic-{number}", curated.runs
+        files = [(i, name) for i, r in enumerate(embedded) for name in r["vectors"]]
         rows, size = sum(r["rows"] for r in embedded), max((r["size"] for r in embedded), default=0)
         many = max(1, -(-rows // self.cell_documents))
-        centres = self._centres(flow, kind, [n for _, n in made], many, cells.sampled(rows, many, size)) if many > 1 else None
+        centres = self._centres(flow, kind, [n for _, n in files], many, cells.sampled(rows, many, size)) if many > 1 else None
         rule = {"rule": self.keep, "column": self.column, "centres": centres}
         dealing = (Task(key("deal", i, runs[i].name, runs[i].decided, name, rule),
-                        {"number": i, "run": runs[i], "made": name, **rule}) for i, name in made)  # fmt: skip
+                        {"number": i, "run": runs[i], "vectors_name": name, **rule}) for i, name in files)  # fmt: skip
         dealt = [r["dealt"] for r in flow.all(f"{kind}-deal", cells.deal, dealing)]
-        held = max(1, memory_limit // 2 // (NUMBER_BYTES * max(1, size)))
+        capacity = max(1, memory_limit // 2 // (NUMBER_BYTES * max(1, size)))
         shares = min(many, parts(rows * (size * NUMBER_BYTES + ROW_BYTES), memory_limit))
-        judging = by_parts(flow, kind, shares, dealt, least=self.min_similarity, held=held)
+        judging = by_parts(flow, kind, shares, dealt, least=self.min_similarity, capacity=capacity)
         judged = flow.all(f"{kind}-judge", cells.judge, judging)
         cut = sum(r["cut"] for r in embedded)
-        return conclude(flow, found, self, number, kind, judged, memory_limit, histograms={"similarity": _summed(judged)},
+        return conclude(flow, curated, self, number, kind, judged, memory_limit, histograms={"similarity": _summed(judged)},
                         counts={"cut_to_max_tokens": cut} if cut else {})  # fmt: skip
 
     def _centres(self, flow: Flow, kind: str, names: list[str], many: int, limit: int) -> str:

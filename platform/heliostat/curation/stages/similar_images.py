@@ -36,20 +36,20 @@ class SimilarImages(GlobalStage):
     """Bits of 64 in which the perceptual hashes of two images that look alike may differ; null: only equal pixels go. Above 8,
     a large set takes long."""
 
-    def compare(self, flow: Flow, found: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
-        kind, runs = f"alike-{number}", found.runs
+    def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
+        kind, runs = f"alike-{number}", curated.runs
         exact, distance = self.distance is None, self.distance or 0
         facing = (Task(key("faces", i, run.name, run.decided, exact), {"number": i, "run": run, "exact": exact}, bytes=run.bytes)
                   for i, run in enumerate(runs))  # fmt: skip
         shown = flow.all(f"{kind}-faces", alike.faces, facing)
         faces, parts = [r["faces"] for r in shown], parts_of(sum(r["rows"] for r in shown) * IMAGE_BYTES, memory_limit)
         named = [] if exact else self._near(flow, kind, faces, parts, distance, sum(r["rows"] for r in shown), memory_limit)
-        judged = flow.all(f"{kind}-judge", alike.judge, by_parts(flow, kind, parts, faces, {"told": named}))
-        return conclude(flow, found, self, number, kind, judged, memory_limit)
+        judged = flow.all(f"{kind}-judge", alike.judge, by_parts(flow, kind, parts, faces, {"named": named}))
+        return conclude(flow, curated, self, number, kind, judged, memory_limit)
 
     def _near(self, flow: Flow, kind: str, faces: list[str], parts: int, distance: int, images: int,
               memory_limit: int) -> list[str]:  # fmt: skip
-        """Finds the pairs that look alike and who of them stays; returns the spills that name them."""
+        """Finds the pairs that look the same and who of them stays; returns the spills that name them."""
         count = alike.blocks(distance, images)
         grouped = flow.all(f"{kind}-group", alike.group, by_parts(flow, kind, parts, faces, distance=distance, count=count))
         under, meeting = (

@@ -78,8 +78,8 @@ class Urls(Stage):
             reason, detail = "domain", host
         elif _bare(url) in sets["urls"]:
             reason, detail = "url", url
-        elif found := words & sets["words"]:
-            reason, detail = "word", min(found)
+        elif listed_words := words & sets["words"]:
+            reason, detail = "word", min(listed_words)
         elif len(soft) > self.max_soft_words:
             reason, detail = "soft_words", ", ".join(sorted(soft)[:3])
         elif part := next((p for p in sorted(sets["parts"]) if p in url), ""):

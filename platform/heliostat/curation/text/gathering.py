@@ -56,17 +56,17 @@ def regroup(
     table, duplicates = gather(folder, runs, low, high, True)
     if table is None:
         return {"runs": [], "duplicates": 0, "ends": [], "files": []}
-    told = [json.loads(text) if text else {} for text in table["columns"].to_pylist()]
-    groups = [group(one.get(by["column"]), digest) for one, digest in zip(told, table["hash"].to_pylist(), strict=True)]
-    order = [_plain(value) if (value := one.get(by["order"])) is not None else "" for one in told]
+    columns = [json.loads(text) if text else {} for text in table["columns"].to_pylist()]
+    groups = [group(one.get(by["column"]), digest) for one, digest in zip(columns, table["hash"].to_pylist(), strict=True)]
+    order = [_plain(value) if (value := one.get(by["order"])) is not None else "" for one in columns]
     keys = np.frombuffer(b"".join(groups), ">u8")[::4].astype(np.uint64)
-    held = {name: table[name] for name in table.column_names} | {
+    values = {name: table[name] for name in table.column_names} | {
         "key": keys,
         "row": range(len(table)),
         "group": groups,
         "order": order,
     }
-    again = pa.Table.from_arrays([_array(held[kind.name], kind.type) for kind in RUN], schema=RUN)
+    again = pa.Table.from_arrays([_array(values[kind.name], kind.type) for kind in RUN], schema=RUN)
     name = spill.write(folder, again, ("group", "order", "id"))
     ends = list(spill_duplicates(folder, table, duplicates)) if explained else []
     return {"runs": [[name, len(table), int(table["bytes"].to_numpy().sum())]], "duplicates": duplicates.count,
@@ -91,10 +91,10 @@ def group(value: object, digest: bytes) -> bytes:
 
 def grouped(folder: Location, runs: list[SpilledRun], low: int, high: int) -> pa.Table | None:
     """Reads the documents of a range of keys of what `regroup` has spilled, those that belong together one after another."""
-    held = [table for run in runs for table in survivors(folder, run, low, high, TOLD)]
-    if not held:
+    tables = [table for run in runs for table in survivors(folder, run, low, high, TOLD)]
+    if not tables:
         return None
-    return pa.concat_tables(held).sort_by([(name, "ascending") for name in ("group", "order", "id")])
+    return pa.concat_tables(tables).sort_by([(name, "ascending") for name in ("group", "order", "id")])
 
 
 def largest(folder: Location, runs: list[SpilledRun], low: int, high: int, column: str) -> dict[str, object]:
@@ -113,8 +113,8 @@ def largest(folder: Location, runs: list[SpilledRun], low: int, high: int, colum
 def _value(folder: Location, runs: list[SpilledRun], digest: bytes, column: str) -> str:
     first = int.from_bytes(digest[:8], "big")
     tables = (table for run in runs for table in survivors(folder, run, first, first + 1, ["group", "columns"]))
-    told = (text for t in tables for text in t.filter(pc.equal(t["group"], pa.scalar(digest, t["group"].type)))["columns"])
-    return _plain(json.loads(next(told).as_py())[column])[:SHOWN]
+    texts = (text for t in tables for text in t.filter(pc.equal(t["group"], pa.scalar(digest, t["group"].type)))["columns"])
+    return _plain(json.loads(next(texts).as_py())[column])[:SHOWN]
 
 
 def _in_groups(table: pa.Table) -> pa.Table:
@@ -127,13 +127,13 @@ def counted(table: pa.Table) -> dict[str, int]:
     return {"groups": pc.count_distinct(apart["group"]).as_py(), "documents": len(apart)}
 
 
-def unique(held: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
+def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
     """Joins tables, sorts them by hash and keeps each hash once, with the smallest id; also returns the rows that this removes.
 
     The list is empty afterwards, so that no more than twice the rows are in memory.
     """
-    table = pa.concat_tables(held).combine_chunks()
-    held.clear()
+    table = pa.concat_tables(tables).combine_chunks()
+    tables.clear()
     order = pc.sort_indices(table.select(["hash", "id"]), [("hash", "ascending"), ("id", "ascending")])
     if not len(table):
         return table, table
@@ -146,25 +146,25 @@ def unique(held: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
 
 @dataclass
 class Duplicates:
-    """Counts exact duplicates; if `told`, also keeps what becomes of them to be told by, in spills where there are many."""
+    """Counts exact duplicates; if `listed`, also keeps rows that say what became of each, in spills where there are many."""
 
     folder: Location
-    told: bool
+    listed: bool
     count: int = 0
-    held: list[pa.Table] = field(default_factory=list)
+    rows: list[pa.Table] = field(default_factory=list)
     spilled: list[str] = field(default_factory=list)
 
     def add(self, table: pa.Table) -> None:
         self.count += len(table)
-        if self.told and len(table):
-            self.held.append(table.select(["key", "hash", "id", "columns"]))
-            if sum(part.nbytes for part in self.held) > HELD_BYTES:
-                self.spilled.append(spill.write(self.folder, pa.concat_tables(self.held), ("id",)))
-                self.held = []
+        if self.listed and len(table):
+            self.rows.append(table.select(["key", "hash", "id", "columns"]))
+            if sum(part.nbytes for part in self.rows) > HELD_BYTES:
+                self.spilled.append(spill.write(self.folder, pa.concat_tables(self.rows), ("id",)))
+                self.rows = []
 
     def tables(self) -> Iterator[pa.Table]:
         """Yields them in tables that have room in memory."""
-        yield from self.held
+        yield from self.rows
         for name in self.spilled:
             yield from spill.read(self.folder, name)
 
@@ -174,28 +174,28 @@ def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, column
 
     What it holds is no more than twice the texts that stay, with their columns if `columns`. The others are then kept, too.
     """
-    held, kept_bytes, new_bytes = list[pa.Table](), HELD_BYTES, 0
-    told = ["hash", "id", *(["columns"] if columns else [])]
+    waiting, kept_bytes, new_bytes = list[pa.Table](), HELD_BYTES, 0
+    wanted = ["hash", "id", *(["columns"] if columns else [])]
     duplicates = Duplicates(folder, columns)
     for run in runs:
-        for table in survivors(folder, run, low, high, [*told, "bytes", "text"]):
-            held.append(table)
+        for table in survivors(folder, run, low, high, [*wanted, "bytes", "text"]):
+            waiting.append(table)
             new_bytes += table.nbytes
         if new_bytes > kept_bytes:
-            table, gone = unique(held)
+            table, gone = unique(waiting)
             duplicates.add(gone)
-            held, kept_bytes, new_bytes = [table], max(HELD_BYTES, table.nbytes), 0
-    if not held:
+            waiting, kept_bytes, new_bytes = [table], max(HELD_BYTES, table.nbytes), 0
+    if not waiting:
         return None, duplicates
-    table, gone = unique(held)
+    table, gone = unique(waiting)
     duplicates.add(gone)
     return table, duplicates
 
 
 def spill_kept(folder: Location, path: str, kept: pa.Table, duplicates: Duplicates) -> list[str]:
     """Spills what became of a shard's documents, and of their exact duplicates."""
-    found = pa.concat_tables(_end(part, "shard", "kept", path) for part in _some(kept))
-    return [spill.write(folder, found, ENDS_ORDER), *spill_duplicates(folder, kept, duplicates)]
+    rows = pa.concat_tables(_end(part, "shard", "kept", path) for part in _some(kept))
+    return [spill.write(folder, rows, ENDS_ORDER), *spill_duplicates(folder, kept, duplicates)]
 
 
 def spill_duplicates(folder: Location, kept: pa.Table, duplicates: Duplicates) -> Iterator[str]:
@@ -204,14 +204,14 @@ def spill_duplicates(folder: Location, kept: pa.Table, duplicates: Duplicates) -
         return
     repeated = {digest for table in duplicates.tables() for digest, _ in _pairs(table)}
     stayed = {digest: id for digest, id in _pairs(kept) if digest in repeated}
-    held = list[pa.Table]()
+    waiting = list[pa.Table]()
     for part in (part for table in duplicates.tables() for part in _some(table)):
-        held.append(_end(part, "exact", "duplicate", [stayed[digest] for digest, _ in _pairs(part)]))
-        if sum(table.nbytes for table in held) > HELD_BYTES:
-            yield spill.write(folder, pa.concat_tables(held), ENDS_ORDER)
-            held = []
-    if held:
-        yield spill.write(folder, pa.concat_tables(held), ENDS_ORDER)
+        waiting.append(_end(part, "exact", "duplicate", [stayed[digest] for digest, _ in _pairs(part)]))
+        if sum(table.nbytes for table in waiting) > HELD_BYTES:
+            yield spill.write(folder, pa.concat_tables(waiting), ENDS_ORDER)
+            waiting = []
+    if waiting:
+        yield spill.write(folder, pa.concat_tables(waiting), ENDS_ORDER)
 
 
 def _some(table: pa.Table) -> Iterator[pa.Table]:
@@ -230,5 +230,5 @@ def _end(part: pa.Table, stage: str, reason: str, detail: str | list[str]) -> pa
     hashes = [digest.hex() for digest in part["hash"].to_pylist()]
     columns = [keys, part["id"], [stage] * rows, [reason] * rows, [detail] * rows if isinstance(detail, str) else detail,
                [None] * rows, hashes, part["columns"]]  # fmt: skip
-    made = [c if isinstance(c, pa.ChunkedArray) else pa.array(c, f.type) for c, f in zip(columns, segment.LEFT_OUT, strict=True)]
-    return pa.Table.from_arrays(made, schema=segment.LEFT_OUT)
+    out = [c if isinstance(c, pa.ChunkedArray) else pa.array(c, f.type) for c, f in zip(columns, segment.LEFT_OUT, strict=True)]
+    return pa.Table.from_arrays(out, schema=segment.LEFT_OUT)

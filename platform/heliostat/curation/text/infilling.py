@@ -98,24 +98,24 @@ def _joined(text: Arranged, pieces: Iterator[list[int]], end: int, markers: Mark
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str]:
     """Finds the markers of a tokenizer that is given; ConfigError if it has none that are known."""
-    found = infilling.names(tokenizer)
-    if found is None:
+    markers = infilling.names(tokenizer)
+    if markers is None:
         known = "; ".join(", ".join(one) for one in infilling.KNOWN)
         raise ConfigError(
             f"{FACT}: the tokenizer has none of the tokens that mark the pieces ({known}); take another, or train one"
         )
-    return found
+    return markers
 
 
 def marking(definition: str, named: tuple[str, ...]) -> str:
     """Returns a tokenizer's definition in which the markers are special tokens: a text that spells one is text, and they stand
     for no bytes. Some models' tokenizers have them as plain ones."""
-    made = json.loads(definition)
-    added: dict[str, dict[str, Any]] = {token["content"]: token for token in made.get("added_tokens") or []}
+    tokenizer_json = json.loads(definition)
+    added: dict[str, dict[str, Any]] = {token["content"]: token for token in tokenizer_json.get("added_tokens") or []}
     if missing := [name for name in named if name not in added]:
         raise ConfigError(f"{FACT}: {missing[0]!r} is no added token of the tokenizer; take another, or train one")
     if all(added[name]["special"] for name in named):
         return definition
     for name in named:
         added[name] |= {"special": True, "normalized": False}
-    return json.dumps(made, ensure_ascii=False)
+    return json.dumps(tokenizer_json, ensure_ascii=False)

@@ -45,7 +45,7 @@ class Reading(Making):
 
     source: TextSource
     tokenizer: dict[str, Any]
-    given: str | None
+    given_tokenizer: str | None
     shard_bytes: int
 
     @property
@@ -61,8 +61,8 @@ class Reading(Making):
     def definition(self, curated: Curated, markers: tuple[str, ...] = ()) -> str:
         """Returns the given tokenizer, or trains one on the documents of the lowest hashes, up to train_bytes: the same
         sample from any runs. `markers`: other special tokens."""
-        if self.given is not None:
-            return self.given
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
         parts = list(groups(curated.runs, max(1, -(-len(curated.runs) // SAMPLERS))))
         follows = [identities(part) for part in parts]
         measure = (Task(key("sizes", f), {"runs": part}) for f, part in zip(follows, parts, strict=True))
@@ -185,35 +185,35 @@ class TextMaking(Reading):
         def work() -> Iterator[Task]:
             for part in self.ranges(curated.runs, shards):
                 follows = key("shards", identities(part.runs), described, libraries.versions(["tokenizers"]))
-                given = {"runs": self.flow.share(part.runs), "plan": shared}
+                shared_run = {"runs": self.flow.share(part.runs), "plan": shared}
                 for first in range(part.first, part.stop, each):
                     stop = min(first + each, part.stop)
-                    yield Task(key(follows, first, stop), {"first": first, "stop": stop}, given, reads)
+                    yield Task(key(follows, first, stop), {"first": first, "stop": stop}, shared_run, reads)
 
         return self.shards(tasks.write_shards, work(), self.flow.cpus_each(shards))
 
     @property
     def of_prediction(self) -> dict[str, Any]:
-        most = None if self.given is not None else int(self.tokenizer["train_bytes"])
+        most = None if self.given_tokenizer is not None else int(self.tokenizer["train_bytes"])
         return {"most_trained": most, "shards_drop_duplicates": True}
 
-    def refine(self, made: Prediction, curated: Curated) -> list[str]:
+    def refine(self, report: Prediction, curated: Curated) -> list[str]:
         """Estimates the tokens a byte, and the time for merging runs and for training the tokenizer; returns notes."""
-        made.rate = rate = self._rate(made, curated)
-        notes = self._merged(made, curated)
+        report.rate = rate = self._rate(report, curated)
+        notes = self._merged(report, curated)
         if rate.high > rate.low * 1.01:
             notes.append(f"tokens: the sample's own tokenizer fits it better than that of the whole would: "
                          f"{rate.low:.4f} tokens a byte here, {rate.high:.4f} of text that did not train one, "
                          f"{rate.expected:.4f} expected of all")  # fmt: skip
         return notes
 
-    def _merged(self, made: Prediction, curated: Curated) -> list[str]:
+    def _merged(self, report: Prediction, curated: Curated) -> list[str]:
         """Adds what merging the whole's runs will take to the seconds of the sample's tasks, as that of some of the sample's runs
         takes; returns what is to be said of it."""
         runs, most, left = curated.runs, self.memory_limit // RUN_SHARE, curated.bytes
-        factor = made.factors[0]["" if self.together else SHARD]  # exact duplicates are left out with the shards, or regrouping
-        whole = left * made.sample.of_bytes * factor
-        least = 1 if self.together else pieces.number(made.sample.input_bytes, made.sample.files)
+        factor = report.factors[0]["" if self.together else SHARD]  # exact duplicates are left out with the shards, or regrouping
+        whole = left * report.sample.of_bytes * factor
+        least = 1 if self.together else pieces.number(report.sample.input_bytes, report.sample.files)
         many, shards = max(least, round(whole / most)), max(1, round(whole / self.shard_bytes))
         times = merging.passes(many, whole, shards, most)
         if not times:
@@ -227,24 +227,24 @@ class TextMaking(Reading):
             self.flow.all(what, merging.merge, iter([Task(key(what, identities(some)), arguments)]))
             more = times * left / max(1, sum(run.bytes for run in some))
         for counts in (self.flow.seconds, self.flow.walls):
-            counts["merge"] = counts[what] * more * factor / made.factors[0][""]
+            counts["merge"] = counts[what] * more * factor / report.factors[0][""]
         self.flow.forget("merging")
         how = "once" if times == 1 else f"{times} times"
         return [f"shards: the whole has about {many:,} runs for {shards:,} shards, and merges its runs {how} first; "
                 "the time for that is estimated from merging some of the sample's"]  # fmt: skip
 
-    def _rate(self, made: Prediction, curated: Curated) -> Rate:
+    def _rate(self, report: Prediction, curated: Curated) -> Rate:
         """Estimates the tokens a byte of the whole: those of the sample, if its tokenizer is the whole's."""
-        shard, config = made.funnel[SHARD], self.tokenizer
+        shard, config = report.funnel[SHARD], self.tokenizer
         seen = shard["counts"]["tokens"] / shard["kept_bytes"]
-        if self.given is not None:
+        if self.given_tokenizer is not None:
             return Rate(seen, seen, seen)
         task = Task(key("rates", identities(curated.runs), config), {"runs": curated.runs, "config": config})
         (halves,) = self.flow.all("rates", rates.halves, iter([task]))
         self.flow.forget("rates")
         trained = min(config["train_bytes"], shard["kept_bytes"])
-        made.training_grows = rates.training_grows(self.flow.seconds[TOKENIZER], trained, halves) if halves["trained"] else 1.0
-        whole = shard["kept_bytes"] * made.sample.of_bytes * made.factors[0][""]
+        report.training_grows = rates.training_grows(self.flow.seconds[TOKENIZER], trained, halves) if halves["trained"] else 1.0
+        whole = shard["kept_bytes"] * report.sample.of_bytes * report.factors[0][""]
         return rates.of_whole(seen, shard["kept_bytes"], halves, config["train_bytes"], whole)
 
 

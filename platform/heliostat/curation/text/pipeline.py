@@ -123,14 +123,14 @@ class TextPipeline(StagedPipeline):
                                self.normalise, self.min_chars, self.max_chars)  # fmt: skip
 
     @cached_property
-    def given(self) -> str | None:
+    def given_tokenizer(self) -> str | None:
         return self.tokenizer.definition()
 
     def check(self) -> None:
         if self.max_chars is not None and self.max_chars < self.min_chars:
             raise ConfigError(f"max_chars: {self.max_chars} is below min_chars {self.min_chars}; nothing would be kept")
-        if self.given is not None:
-            tokens.end_id(tokens.load(self.given), self.tokenizer.end_of_document)
+        if self.given_tokenizer is not None:
+            tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         if self.fill_in_the_middle:
             self._check_markers()
         for stage in self.stages:
@@ -162,15 +162,15 @@ class TextPipeline(StagedPipeline):
         known = {*self.columns, *(repositories.COLUMNS if self.repositories else ())}
         for key, name in together.model_dump(exclude_none=True).items():
             if name not in known:
-                told = f"; there are {', '.join(sorted(known))}" if known else ""
+                known_names = f"; there are {', '.join(sorted(known))}" if known else ""
                 raise ConfigError(
-                    f"together.{key}: {name!r} is none of the documents' columns{told}; name it under `columns` too"
+                    f"together.{key}: {name!r} is none of the documents' columns{known_names}; name it under `columns` too"
                 )
 
     def _check_markers(self) -> None:
         """Raises ConfigError if the tokenizer has no markers, or no room for them."""
-        if self.given is not None:
-            tokenizer = tokens.load(infilling.marking(self.given, infilling.names(tokens.load(self.given))))
+        if self.given_tokenizer is not None:
+            tokenizer = tokens.load(infilling.marking(self.given_tokenizer, infilling.names(tokens.load(self.given_tokenizer))))
             encode(tokenizer, [])
         elif self.tokenizer.vocab_size is not None and self.tokenizer.vocab_size < LEAST + len(OWN):
             raise ConfigError(
@@ -189,8 +189,8 @@ class TextPipeline(StagedPipeline):
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
-        if self.given is not None:  # what it says, not where it lies
-            config["tokenizer"]["path"] = hashlib.sha256(self.given.encode()).hexdigest()
+        if self.given_tokenizer is not None:  # what it says, not where it lies
+            config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         if self.stages:
             config["stages"] = [stage.identity() for stage in self.stages]
         return config
@@ -207,7 +207,7 @@ class TextPipeline(StagedPipeline):
             source = sampling.SampledTexts(self.input, self.rules, sample.name, sample.records)
         return TextMaking(
             flow=flow, source=source, output=output, stages=self.stages, memory_limit=self.memory_limit, sample=sample,
-            tokenizer=self.tokenizer.model_dump(), given=self.given, shard_bytes=self.shard_bytes,
+            tokenizer=self.tokenizer.model_dump(), given_tokenizer=self.given_tokenizer, shard_bytes=self.shard_bytes,
             chunk_tokens=self.chunk_tokens, infill=self.fill_in_the_middle, together=self.together,
         )  # fmt: skip
 

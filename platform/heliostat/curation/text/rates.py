@@ -28,14 +28,14 @@ def halves(folder: Location, runs: list[SpilledRun], config: dict[str, Any]) -> 
     definition = tokens.train(_texts(folder, runs, 0, limit), config["vocab_size"], config["end_of_document"])
     tokenizer, took = tokens.load(definition), cpu_time.now() - start
     end = tokens.end_id(tokenizer, config["end_of_document"])
-    found = []
+    rates = []
     for half, most in ((0, limit), (1, ENCODED)):
         count = bytes = 0
         for text in _texts(folder, runs, half, most):
             count += sum(len(ids) for ids in tokens.encode(tokenizer, [text], end))
             bytes += len(text.encode())
-        found.append((count, bytes))
-    (own, trained), (other, rest) = found
+        rates.append((count, bytes))
+    (own, trained), (other, rest) = rates
     return {"own": own / trained if trained else None, "other": other / rest if rest else None, "trained": trained, "took": took}
 
 

@@ -23,8 +23,8 @@ THREADS = 8
 
 def listing(uri: str) -> list[InputFile]:
     """Lists archives and clones, sorted by path; ConfigError if there are none, or a clone that cannot be read from there."""
-    base, found = sources.find(uri)
-    paths = {path for path, _ in found}
+    base, listed = sources.find(uri)
+    paths = {path for path, _ in listed}
     folders = _clones(base, paths)
     if folders and base.is_s3:
         place = base.join(folders[0]) if folders[0] else base
@@ -34,14 +34,14 @@ def listing(uri: str) -> list[InputFile]:
     inside = tuple(_worked_in(folder) for folder in folders)
     files = [
         InputFile(path, info.size, info.mtime_ns, info.etag)
-        for path, info in found
+        for path, info in listed
         if archives.is_archive(path or base.name) and not path.startswith(inside)
     ]
     with ThreadPoolExecutor(THREADS) as pool:
         files += pool.map(lambda folder: _listed(base, folder), folders)
     if not files:
         what = "no archive (.tar, .zip, also packed) and no git clone (a folder whose name ends in .git)"
-        raise ConfigError(f"input: {uri!r}: {len(found):,} files, {what}")
+        raise ConfigError(f"input: {uri!r}: {len(listed):,} files, {what}")
     return sorted(files, key=lambda f: f.path)
 
 

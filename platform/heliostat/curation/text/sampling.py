@@ -1,6 +1,6 @@
 """Chooses a sample of a text input: a pure function of the listing and the fraction.
 
-Files of one document are chosen by the hashes of their paths, large and small ones alike. Of files of many, first places are
+Files of one document are chosen by the hashes of their paths, large and small ones equally. Of files of many, first places are
 chosen in the same way (ranges of lines; whole files, where a range cannot be read), more of them the fewer there are, and then
 records within them by their hashes, so that every record has the same chance and only what is chosen is read. Order, the cluster
 and the cut into tasks play no part.
@@ -34,7 +34,7 @@ def kind(path: str) -> Kind:
 
 def choose(files: Iterable[InputFile], fraction: float, name: str) -> SampledParts:
     """Chooses a sample; `name` is the path of an input that is one file."""
-    found, by_kind = SampledParts(fraction, name), dict[str, list[InputFile]]()
+    sample, by_kind = SampledParts(fraction, name), dict[str, list[InputFile]]()
     for file in files:
         by_kind.setdefault(kind(file.path or name), []).append(file)
     for which, of_kind in sorted(by_kind.items()):
@@ -42,9 +42,9 @@ def choose(files: Iterable[InputFile], fraction: float, name: str) -> SampledPar
         block = max(BLOCK, 1 << max(0, (total // BLOCKS).bit_length()))
         parts = [part for f in of_kind for part in _places(f, which, block)]
         rate = fraction if which == "one" else min(1.0, max(fraction, PLACES / len(parts)))
-        found.add(which, parts, evenly(parts, rate), which == "one", fraction / rate)
-    found.parts.sort(key=lambda part: (part.path, part.start))
-    return found
+        sample.add(which, parts, evenly(parts, rate), which == "one", fraction / rate)
+    sample.parts.sort(key=lambda part: (part.path, part.start))
+    return sample
 
 
 def _places(file: InputFile, which: str, block: int) -> list[FilePart]:

@@ -101,13 +101,13 @@ def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
         return base, [("", info)]
     start = len(base.path.rstrip("/")) + 1
     try:
-        found = [(i.path[start:], i) for i in base.tree()]
+        files = [(i.path[start:], i) for i in base.tree()]
     except UnicodeDecodeError as e:
         raise ConfigError(f"input: {uri!r}: a file's name is not UTF-8 ({e.object!r}); rename it") from e
     if pattern:
         matches = glob_regex(pattern).fullmatch
-        found = [(path, i) for path, i in found if matches(path)]
-    return base, found
+        files = [(path, i) for path, i in files if matches(path)]
+    return base, files
 
 
 def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
@@ -115,11 +115,11 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
 
     Of the kinds that a stage makes text of, those whose stage is one of `stages`; how many others there are is logged.
     """
-    base, found = find(uri)
+    base, listed = find(uri)
     if uri == STDLIB:
-        found = [(p, i) for p, i in found if p.endswith(".py") and not STDLIB_SKIPS & set(p.split("/")[:-1])]
+        listed = [(p, i) for p, i in listed if p.endswith(".py") and not STDLIB_SKIPS & set(p.split("/")[:-1])]
     files, unread = list[InputFile](), Counter[str]()
-    for path, info in found:
+    for path, info in listed:
         if kind := readers.kind_of(path or base.name):
             if kind.stage and kind.stage not in stages:
                 unread[kind.stage] += 1
@@ -131,7 +131,7 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
             raise ConfigError(f"input: {uri!r}: {what} and nothing else; put {fix}")
         log.warning("%s: %s are not read; %s would", uri, what, fix)
     if not files:
-        seen = f"{len(found)} files, none" if found else "no file there"
+        seen = f"{len(listed)} files, none" if listed else "no file there"
         ends, packed = ", ".join(readers.KINDS), ", ".join(CODECS)
         raise ConfigError(f"input: {uri!r}: {seen} that ends in {ends} (or these with {packed})")
     return sorted(files, key=lambda f: f.path)
@@ -233,9 +233,9 @@ class _ReadAhead(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        found = self.read(len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
     def size(self) -> int:
         return self.length
@@ -254,9 +254,9 @@ class _ReadAhead(io.RawIOBase):
         if not (self.begin <= self.at and self.at + size <= self.begin + len(self.block)):
             self.begin, self.block = self.at, self._fetched(self.at, min(max(size, AHEAD), self.length - self.at))
         start = self.at - self.begin
-        found = self.block[start : start + size]
-        self.at += len(found)
-        return found
+        content = self.block[start : start + size]
+        self.at += len(content)
+        return content
 
     def _fetched(self, begin: int, size: int) -> bytes:
         if self.file is None:
@@ -271,11 +271,11 @@ def _as_listed(place: Location, part: FilePart) -> int:
 
     Where the store gives one in listings alone, its size is compared, and each read asks for the ETag.
     """
-    if (found := place.info()) is None:
+    if (info := place.info()) is None:
         raise FileNotFoundError(str(place))
-    if (found.etag or part.etag, found.size) != (part.etag, part.bytes):
-        raise changed(place, part, found.size)
-    return found.size
+    if (info.etag or part.etag, info.size) != (part.etag, part.bytes):
+        raise changed(place, part, info.size)
+    return info.size
 
 
 def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
@@ -283,7 +283,7 @@ def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
     try:
         return place.read_object(begin, end, part.etag) if begin < end else b""
     except RewrittenError as e:
-        raise changed(place, part, found.size if (found := place.info()) else part.bytes) from e
+        raise changed(place, part, info.size if (info := place.info()) else part.bytes) from e
 
 
 def require_unchanged(base: Location, part: FilePart) -> None:

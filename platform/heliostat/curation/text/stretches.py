@@ -40,9 +40,9 @@ def divisible(tokenizer: Tokenizer) -> bool:
 def parts(text: str, most: int) -> Iterator[str]:
     """Cuts a text where white space begins, as soon as it may behind `most` characters."""
     begin = 0
-    while len(text) - begin > most and (found := BEGINS.search(text, begin + most - 1)):
-        yield text[begin : found.start() + 1]
-        begin = found.start() + 1
+    while len(text) - begin > most and (match := BEGINS.search(text, begin + most - 1)):
+        yield text[begin : match.start() + 1]
+        begin = match.start() + 1
     yield text[begin:]
 
 
@@ -60,13 +60,13 @@ class Stretches:
         if len(self._known) + len(new) > REMEMBERED:
             self._known.clear()
             new = list(set().union(*cut))
-        made = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
-        self._known.update((stretch, array("i", one.ids).tobytes()) for stretch, one in zip(new, made, strict=True))
-        found = [b"".join(map(self._known.__getitem__, stretches)) for stretches in cut]
+        encodings = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
+        self._known.update((stretch, array("i", one.ids).tobytes()) for stretch, one in zip(new, encodings, strict=True))
+        token_bytes = [b"".join(map(self._known.__getitem__, stretches)) for stretches in cut]
         for stretch in new:
             if len(stretch) > LONG:
                 del self._known[stretch]
-        return found
+        return token_bytes
 
 
 @lru_cache(maxsize=2)

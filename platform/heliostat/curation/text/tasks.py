@@ -99,15 +99,15 @@ def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, objec
     base = sources.root(input)
     sources.require_unchanged(base, part)
     stop = part.bytes if part.stop is None else part.stop
-    found, at = int(part.start == 0), max(0, part.start - 1)
+    count, at = int(part.start == 0), max(0, part.start - 1)
     try:
         with sources.blocks(base, part.path, part.bytes, part) as file:
             file.seek(at)
             while block := file.read(min(8 * BLOCK, stop - 1 - at)) if at < stop - 1 else b"":
-                found, at = found + block.count(b"\n"), at + len(block)
+                count, at = count + block.count(b"\n"), at + len(block)
     except sources.LeftOutError:
-        found = 0
-    return {"lines": found}
+        count = 0
+    return {"lines": count}
 
 
 # the tokenizer's sample ------------------------------------------------------------------------------------------------
@@ -127,8 +127,8 @@ def prefix_sizes(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
 
 def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, object]:
     """Selects the documents whose hash prefix is at most `limit`."""
-    found = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
-    table = gathering.unique(found)[0] if found else None
+    tables = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
+    table = gathering.unique(tables)[0] if tables else None
     names = [] if table is None else [spill.write(folder, table, ("hash", "id"))]
     return {"sample": names, "files": names}
 
@@ -146,8 +146,8 @@ def selected(folder: Location, samples: list[str], limit: int, bytes: int, train
     prefixes, parts, taken = limit + 1, max(1, bytes // SELECTED_BYTES), 0
     for part in range(parts):
         low, high = part * prefixes // parts, (part + 1) * prefixes // parts
-        held = [t for name in samples for t in spill.read(folder, name, low << 48, high << 48)] if low < high else []
-        table = gathering.unique(held)[0] if held else segment.RUN.empty_table()
+        tables = [t for name in samples for t in spill.read(folder, name, low << 48, high << 48)] if low < high else []
+        table = gathering.unique(tables)[0] if tables else segment.RUN.empty_table()
         for size, text in zip(table["bytes"].to_pylist(), table["text"], strict=True):
             yield text.as_py()
             taken += size
@@ -181,9 +181,9 @@ def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
 
 def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: TextSharding) -> dict[str, object]:
     """Writes some shards, one after another; returns their counts and their part of the manifest."""
-    made = [one for shard in range(first, stop) if (one := _write_shard(folder, runs, shard, plan)) is not None]
-    files = [name for one in made for name in one.pop("ends")]
-    return {"shards": made, "ends": files, "files": files}
+    records = [one for shard in range(first, stop) if (one := _write_shard(folder, runs, shard, plan)) is not None]
+    files = [name for one in records for name in one.pop("ends")]
+    return {"shards": records, "ends": files, "files": files}
 
 
 def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: TextSharding) -> dict[str, Any] | None:
@@ -231,9 +231,9 @@ def _gathered(
 def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: TextSharding) -> tuple[list[np.ndarray], dict[str, int]]:
     """Encodes the texts of a table, rearranged if the plan says so; also counts the rearranged ones."""
     encoded: list[np.ndarray] = []
-    told = plan.infill or {}
-    keys = infilling.FillInTheMiddle(**{k: told[k] for k in infilling.FillInTheMiddle.model_fields}) if told else None
-    markers = Markers(*told["markers"]) if told else None
+    infill = plan.infill or {}
+    keys = infilling.FillInTheMiddle(**{k: infill[k] for k in infilling.FillInTheMiddle.model_fields}) if infill else None
+    markers = Markers(*infill["markers"]) if infill else None
     for start, stop in _slices(table["bytes"].to_numpy()):
         texts = table["text"].slice(start, stop - start).to_pylist()
         if keys is None or markers is None:
@@ -259,8 +259,8 @@ def list_left_out(folder: Location, part: int, parts: int, output: str, names: l
                   also: list[str] | None = None) -> dict[str, object]:  # fmt: skip
     """Writes the list of what reading, and `also` some stages, left out, of one part of all keys: sorted by reason
     and id."""
-    told, (low, high) = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string()), spill.share(part, parts)
-    tables = [_listed(t, told) for name in names for t in spill.read(folder, name, low, high)]
+    stages, (low, high) = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string()), spill.share(part, parts)
+    tables = [_listed(t, stages) for name in names for t in spill.read(folder, name, low, high)]
     table = pa.concat_tables([LISTED.empty_table(), *tables]).sort_by([("reason", "ascending"), ("id", "ascending")])
     sink = io.BytesIO()
     pq.write_table(spill.narrowed(table), sink, compression="zstd")

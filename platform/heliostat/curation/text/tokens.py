@@ -65,21 +65,21 @@ def load(definition: str) -> Tokenizer:
 
 
 def end_id(tokenizer: Tokenizer, end_of_document: str) -> int:
-    found = tokenizer.token_to_id(end_of_document)
-    if found is None:
+    number = tokenizer.token_to_id(end_of_document)
+    if number is None:
         added = ", ".join(sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())[:10])
         raise ConfigError(
             f"tokenizer.end_of_document: {end_of_document!r} is not in the vocabulary; its special tokens: {added or 'none'}"
         )
-    return found
+    return number
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]:
     """Encodes each text to token ids, int32, with `end` after them."""
     known, ended = stretches.of(tokenizer), np.int32(end).tobytes()
     if known is None:
-        made = (one for batch in batches(texts) for one in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
-        return [np.array([*encoding.ids, end], np.int32) for encoding in made]
+        encodings = (one for batch in batches(texts) for one in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+        return [np.array([*encoding.ids, end], np.int32) for encoding in encodings]
     ids = (one for batch in batches(texts) for one in _by_stretches(known, batch))
     return [np.frombuffer(one + ended, np.int32) for one in ids]
 
@@ -129,14 +129,14 @@ def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[i
     """Cuts documents into ranges, one per row group, that end at every one of `PARTS` too, and never between documents of one
     place; the documents' places must descend."""
     bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
-    found = list[tuple[int, int]]()
+    stretches = list[tuple[int, int]]()
     for a, b in itertools.pairwise(bounds):
         if a == b:
             continue
         firsts = np.flatnonzero(np.diff(places[a:b], prepend=-1))  # of each place
         edges = [*(a + firsts).tolist(), b]
-        found += [(edges[start], edges[stop]) for start, stop in cut(np.add.reduceat(lengths[a:b], firsts), target)]
-    return found
+        stretches += [(edges[start], edges[stop]) for start, stop in cut(np.add.reduceat(lengths[a:b], firsts), target)]
+    return stretches
 
 
 def piece(target: int) -> int:
@@ -174,9 +174,9 @@ def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -
     Row groups that share a document, or documents of one place, have one place, so that none of them is ever held out in part;
     without places it is -1.
     """
-    found = cut(lengths, target) if places is None else ranges(lengths, places, target)
+    bounds = cut(lengths, target) if places is None else ranges(lengths, places, target)
     out = []
-    for start, stop in found:
+    for start, stop in bounds:
         place = -1 if places is None else int(places[start:stop].max())
         together = places is not None and stop - start > 1 and places[start] == places[stop - 1]
         for a, b in cut(lengths[start:stop], target) if together else [(0, stop - start)]:
@@ -187,7 +187,7 @@ def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -
 def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
     """Writes a shard as the bytes of a Parquet file: the same documents in the same order give the same bytes.
 
-    A row that does not end with the end of its document goes on in the next, of the same name. The documents' places
+    A row that does not end with the end of its document continues in the next, of the same name. The documents' places
     (`manifest.place`) must descend.
     """
     lengths = np.array([len(t) for t in tokens], np.int64)
@@ -214,8 +214,8 @@ def _between(tokens: list[np.ndarray], ends: np.ndarray, start: int, stop: int) 
     """Returns a range of the tokens of all documents, which end at `ends`, without joining others."""
     first, last = (int(place) for place in np.searchsorted(ends, [start, stop - 1], side="right"))
     before = int(ends[first]) - len(tokens[first])
-    held = tokens[first] if first == last else np.concatenate(tokens[first : last + 1])
-    return held[start - before : stop - before]
+    values = tokens[first] if first == last else np.concatenate(tokens[first : last + 1])
+    return values[start - before : stop - before]
 
 
 def _sign(writer: pq.ParquetWriter, content: str, places: list[int] | None) -> None:

@@ -29,37 +29,37 @@ ENDS = {"kept": "is in the dataset", "duplicate": "the same text", "forgotten": 
 HOPS = 20  # from a duplicate to who stayed, who may be another's duplicate
 
 
-def find(made: Manifest, id: str | None = None, url: str | None = None, text: bytes | None = None) -> list[dict[str, Any]]:
+def find(dataset: Manifest, id: str | None = None, url: str | None = None, text: bytes | None = None) -> list[dict[str, Any]]:
     """Finds documents by one of the three: what became of each (`reasons.END`); ConfigError if there is none."""
     if id is not None:
-        found, what = reasons.end_of(made, id), f"--id: {id!r}: no document has this id"
+        rows, what = reasons.end_of(dataset, id), f"--id: {id!r}: no document has this id"
         what += "; it is the path in the input, with `#line`, `#row` or `#byte` where a file holds several"
     elif url is not None:
-        found, what = reasons.with_column(made, "url", url), f"--url: {url!r}: no document has this url"
+        rows, what = reasons.with_column(dataset, "url", url), f"--url: {url!r}: no document has this url"
     else:
         assert text is not None
-        if made.kind != "tokens":
+        if dataset.kind != "tokens":
             raise ConfigError("--text: the dataset holds images; find one by --id or --url")
-        hashes, fate = _hashes(made, text)
-        found = [row for digest in hashes for row in reasons.kept_as(made, digest)]
+        hashes, fate = _hashes(dataset, text)
+        rows = [row for digest in hashes for row in reasons.kept_as(dataset, digest)]
         what = f"--text: no document has this text, as it is or behind the stages{fate}"
-    if not found:
-        raise ConfigError(f"{what} ({made.location})")
-    return sorted(found, key=lambda row: row["id"])
+    if not rows:
+        raise ConfigError(f"{what} ({dataset.location})")
+    return sorted(rows, key=lambda row: row["id"])
 
 
-def _hashes(made: Manifest, raw: bytes) -> tuple[list[str], str]:
+def _hashes(dataset: Manifest, raw: bytes) -> tuple[list[str], str]:
     """Computes the hashes that a text may be kept under, and tells which stage would drop it, if one does."""
-    by, fate = reasons.made_by(made), ""
+    by, fate = reasons.made_by(dataset), ""
     document = documents.clean("--text", raw, source_of(by).rules if by else documents.TextRules())
     if isinstance(document, documents.Dropped):
         raise ConfigError(f"--text: no text: {document.reason} ({documents.REASONS[document.reason]})")
     hashes, last = [_hash(document)], document
-    for told, after in stages_again(by, last) if by else ():
-        if told["did"] == "cut":
-            fate = f"; behind stage {told['stage']} texts follow from all documents, and are not found: use --id or --url"
+    for step, after in stages_again(by, last) if by else ():
+        if step["did"] == "cut":
+            fate = f"; behind stage {step['stage']} texts follow from all documents, and are not found: use --id or --url"
         elif after is None:
-            fate = f"; stage {told['stage']} would drop it: {told['reason']}"
+            fate = f"; stage {step['stage']} would drop it: {step['reason']}"
         last = after or last
     finished = source_of(by).finish(last) if by and not fate else None
     if isinstance(finished, Document):
@@ -72,14 +72,14 @@ def _hash(document: Document) -> str:
     return hashlib.sha256(document.text.encode()).hexdigest()
 
 
-def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
+def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     """Tells the way of a document, from what became of it.
 
     Returns `id`, `columns`, `read`, `stages`, `end`, `instead` (the duplicates' way to who stayed), `kept` (the id that is in the
     dataset, or null), `shard` (its path and `pieces`), and `notes`.
     """
-    funnel, notes = reasons.funnel(made), list[str]()
-    by, steps = reasons.made_by(made), list[dict[str, Any]]()
+    funnel, notes = reasons.funnel(dataset), list[str]()
+    by, steps = reasons.made_by(dataset), list[dict[str, Any]]()
     try:
         steps = _again(by, end, funnel, notes) if by and end["reason"] not in (CRASHED, UNREAD) else []
     except HeliostatError as e:
@@ -87,25 +87,25 @@ def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     if not steps:
         if end["reason"] in (CRASHED, UNREAD):
             notes.append("it is not taken through the stages again, as it would end this process, too")
-        elif made.kind == "tokens":
+        elif dataset.kind == "tokens":
             notes.append("the input is not there as it was: what stages that kept the document did to it is not known")
         steps = _recorded(funnel, end)
     for step in steps:
         step |= {"what": _meaning(funnel, step), "thresholds": funnel.get(step["stage"], {}).get("thresholds", {})}
-    instead, last = _instead(made, end)
+    instead, last = _instead(dataset, end)
     kept = last["id"] if last["reason"] == "kept" else None
-    path = places.current(made, last["detail"]) if kept else None
-    held = places.pieces(made, path, last["id"]) if path else []
+    path = places.current(dataset, last["detail"]) if kept else None
+    pieces_held = places.pieces(dataset, path, last["id"]) if path else []
     return {
         "id": end["id"],
-        "images": made.kind != "tokens",
+        "images": dataset.kind != "tokens",
         "columns": end["columns"],
         "read": origin(end["id"]),
         "stages": steps,
         "end": {**{k: end[k] for k in ("stage", "reason", "detail", "measures")}, "what": _meaning(funnel, end)},
         "instead": instead,
         "kept": kept,
-        "shard": {"path": path, "pieces": [asdict(piece) for piece in held]} if held else None,
+        "shard": {"path": path, "pieces": [asdict(piece) for piece in pieces_held]} if pieces_held else None,
         "notes": notes,
     }
 
@@ -113,25 +113,25 @@ def trace(made: Manifest, end: dict[str, Any]) -> dict[str, Any]:
 def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
     """Takes the document through the stages again, up to where it ended, or to one that cut out what follows from all documents:
     from there on the record tells. Empty if it cannot be read."""
-    found = read_again(source_of(by), end["id"])
-    if found is None:
+    document = read_again(source_of(by), end["id"])
+    if document is None:
         return []
     read = {"stage": segment.READ, "did": "kept", "reason": "", "detail": "", "measures": {}, "counts": {}}
-    if isinstance(found, Dropped):
-        read |= {"did": "dropped", "reason": found.reason, "detail": found.detail}
+    if isinstance(document, Dropped):
+        read |= {"did": "dropped", "reason": document.reason, "detail": document.detail}
     steps = [read]
-    for told, _ in stages_again(by, found) if isinstance(found, Document) else ():
-        if told["did"] == "cut" and end["stage"] not in {step["stage"] for step in steps}:
-            notes.append(f"what {told['stage']} removed follows from all documents: from there on the record tells the way")
+    for again, _ in stages_again(by, document) if isinstance(document, Document) else ():
+        if again["did"] == "cut" and end["stage"] not in {step["stage"] for step in steps}:
+            notes.append(f"what {again['stage']} removed follows from all documents: from there on the record tells the way")
             recorded = _recorded(funnel, end)
-            return steps + recorded[next((i for i, step in enumerate(recorded) if step["stage"] == told["stage"]), None) :]
-        if told["did"] == "cut":  # it ended before, and would not today
+            return steps + recorded[next((i for i, step in enumerate(recorded) if step["stage"] == again["stage"]), None) :]
+        if again["did"] == "cut":  # it ended before, and would not today
             break
-        if told["did"] == "compared":
-            gone = told["stage"] == end["stage"]
-            told |= {"did": "dropped", "reason": end["reason"], "detail": end["detail"]} if gone else {"did": "kept"}
-        steps.append(told)
-        if told["did"] == "dropped":
+        if again["did"] == "compared":
+            gone = again["stage"] == end["stage"]
+            again |= {"did": "dropped", "reason": end["reason"], "detail": end["detail"]} if gone else {"did": "kept"}
+        steps.append(again)
+        if again["did"] == "dropped":
             break
     last = steps[-1]
     today = f"dropped by {last['stage']}: {last['reason']}" if last["did"] == "dropped" else "kept"
@@ -155,12 +155,12 @@ def _recorded(funnel: dict[str, Any], end: dict[str, Any]) -> list[dict[str, Any
     return steps
 
 
-def _instead(made: Manifest, end: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _instead(dataset: Manifest, end: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Follows a duplicate to the document that stayed: each on the way with its cluster, and what became of the last."""
     hops = list[dict[str, Any]]()
     while end["reason"] in ("duplicate", "near_duplicate") and len(hops) < HOPS:
         id, _, size = end["detail"].rpartition(" (one of ") if end["reason"] == "near_duplicate" else (end["detail"], "", "")
-        after = reasons.end_of(made, id)
+        after = reasons.end_of(dataset, id)
         hops.append({"id": id, "by": end["stage"], "cluster": int(size.rstrip(")")) if size else None})
         if not after:
             break
@@ -170,9 +170,9 @@ def _instead(made: Manifest, end: dict[str, Any]) -> tuple[list[dict[str, Any]],
 
 
 def _meaning(funnel: dict[str, Any], end: dict[str, Any]) -> str:
-    told = documents.REASONS if end["stage"] in (segment.READ, segment.FINISH) else {}
-    told = told | funnel.get(end["stage"], {}).get("what", {}) | ENDS
-    return told.get(end["reason"], "")
+    meanings = documents.REASONS if end["stage"] in (segment.READ, segment.FINISH) else {}
+    meanings = meanings | funnel.get(end["stage"], {}).get("what", {}) | ENDS
+    return meanings.get(end["reason"], "")
 
 
 def source_of(made_by: dict[str, Any]) -> TextSource:
@@ -183,8 +183,8 @@ def source_of(made_by: dict[str, Any]) -> TextSource:
 
 def origin(id: str) -> dict[str, Any]:
     """Tells where a document was read, from its id: the file, and `line`, `row`, `byte` or `path` in it, if it holds several."""
-    if found := MEMBER.match(id):
-        return {"file": found[1], "path": found[2]}
+    if match := MEMBER.match(id):
+        return {"file": match[1], "path": match[2]}
     path, _, number = id.rpartition("#")
     if not path or not number.isdecimal():
         return {"file": id}
@@ -200,8 +200,9 @@ def read_again(source: TextSource, id: str) -> Document | Dropped | None:
 
 
 def stages_again(made_by: dict[str, Any], document: Document) -> Iterator[tuple[dict[str, Any], Document | None]]:
-    """Yields what each stage does to a document, and the document behind it, up to the one that drops it, or of which nobody
-    knows what it cut out.
+    """Yields what each stage does to a document, and the document after it.
+
+    The last is the stage that drops it, or that cut out what is no longer known.
 
     Of each: `stage`, `did` (kept, changed, dropped; compared, where documents are compared with others; cut, where what they have
     in common is removed), `reason`, `detail`, `measures`, `counts`, and `bytes` before and behind it. ConfigError if the dataset
@@ -212,19 +213,19 @@ def stages_again(made_by: dict[str, Any], document: Document) -> Iterator[tuple[
             stage = registry.parse(entry)
         except ValueError as e:
             raise ConfigError(f"the dataset was made by a stage that this version does not have, or not so: {e}") from e
-        told: dict[str, Any] = {"stage": tally.label(number, stage), "reason": "", "detail": "", "measures": {}, "counts": {}}
+        step: dict[str, Any] = {"stage": tally.label(number, stage), "reason": "", "detail": "", "measures": {}, "counts": {}}
         if isinstance(stage, RepeatingStage):
-            yield {**told, "did": "cut"}, None
+            yield {**step, "did": "cut"}, None
             return
         if isinstance(stage, GlobalStage):
-            yield {**told, "did": "compared"}, document
+            yield {**step, "did": "compared"}, document
             continue
         text, size = document.text, bytes_of(document)
         (outcome,) = stage.open()([document])
         after = outcome.document
         did = "dropped" if after is None else "kept" if after.text == text else "changed"
-        told |= {"did": did, "reason": outcome.reason, "detail": outcome.detail, "measures": outcome.measures}
-        yield {**told, "counts": outcome.counts, "bytes": [size, bytes_of(after) if after else 0]}, after
+        step |= {"did": did, "reason": outcome.reason, "detail": outcome.detail, "measures": outcome.measures}
+        yield {**step, "counts": outcome.counts, "bytes": [size, bytes_of(after) if after else 0]}, after
         if after is None:
             return
         document = after

@@ -93,15 +93,15 @@ def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: No
 def _once(url: str, bounds: Bounds, end: float) -> bytes | str:
     """Asks once; returns the body, or where it has gone."""
     scheme, host, port, target = split(url)
-    found = addresses(host, port, bounds.private)
+    resolved = addresses(host, port, bounds.private)
     try:
         whole = URL(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{target}", encoded=True)
-        return asyncio.run(_asked(whole, found, bounds, end - time.monotonic()))
+        return asyncio.run(_requested(whole, resolved, bounds, end - time.monotonic()))
     except (aiohttp.ClientError, OSError, ValueError) as e:
         raise FetchError("unreachable", f"{type(e).__name__}: {e}"[:200], again=True) from e
 
 
-async def _asked(url: URL, found: list[Address], bounds: Bounds, seconds: float) -> bytes | str:
+async def _requested(url: URL, resolved: list[Address], bounds: Bounds, seconds: float) -> bytes | str:
     """Asks one of the addresses that were checked; the session ends with whatever happens within its seconds."""
     if seconds <= 0:
         raise TimeoutError("no more time")
@@ -109,7 +109,7 @@ async def _asked(url: URL, found: list[Address], bounds: Bounds, seconds: float)
     headers = {"User-Agent": bounds.agent, "Accept-Encoding": "identity", "Accept": "*/*"}
     async with (
         asyncio.timeout(seconds),
-        aiohttp.TCPConnector(resolver=_Checked(found), use_dns_cache=False, force_close=True, ssl=secure) as connector,
+        aiohttp.TCPConnector(resolver=_Checked(resolved), use_dns_cache=False, force_close=True, ssl=secure) as connector,
         aiohttp.ClientSession(
             connector=connector, headers=headers, auto_decompress=False, max_line_size=HEADER, max_field_size=HEADER
         ) as session,
@@ -131,48 +131,48 @@ def _refused(answer: aiohttp.ClientResponse) -> FetchError:
 async def _body(answer: aiohttp.ClientResponse, limit: int) -> bytes:
     if answer.content_length is not None and answer.content_length > limit:
         raise FetchError("too_large", f"{answer.content_length:,} bytes")
-    found = bytearray()
+    content = bytearray()
     async for block in answer.content.iter_any():
-        found += block
-        if len(found) > limit:
+        content += block
+        if len(content) > limit:
             raise FetchError("too_large", f"more than {limit:,} bytes")
-    return bytes(found)
+    return bytes(content)
 
 
 def addresses(host: str, port: int, private: bool) -> list[Address]:
     """Resolves a host; FetchError if it has no address, or one that is not public while `private` ones are refused."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as e:
         raise FetchError("unreachable", f"no address of {host!r} is known", again=True) from e
-    for *_, place in found:
+    for *_, place in infos:
         if not private and not public(str(place[0])):
             raise FetchError("private_address", f"{host} is at {place[0]}")
-    return [*found]
+    return [*infos]
 
 
 def public(address: str) -> bool:
     """Tells whether an address is one of the public internet, and of a single host."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
-        if inner is None and found in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address):
+        inner = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo[1] if parsed.teredo else None)
+        if inner is None and parsed in ipaddress.ip_network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
         if inner is not None:
             return public(str(inner))
-    return found.is_global and not found.is_multicast
+    return parsed.is_global and not parsed.is_multicast
 
 
 class _Checked(AbstractResolver):
     """Answers with the addresses that were checked, whatever is asked."""
 
-    def __init__(self, found: list[Address]) -> None:
-        self.found = found
+    def __init__(self, resolved: list[Address]) -> None:
+        self.resolved = resolved
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
         return [
             ResolveResult(hostname=host, host=str(place[0]), port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
-            for kind, _, _, _, place in self.found
+            for kind, _, _, _, place in self.resolved
         ]
 
     async def close(self) -> None:

@@ -36,25 +36,25 @@ URLS = 2000  # of a task, about
 
 def listing(uri: str) -> list[InputFile]:
     """Lists the lists of URLs, sorted by path; ConfigError if there are none."""
-    base, found = sources.find(uri)
-    files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in found if (p or base.path).lower().endswith(LISTS)]
+    base, listed = sources.find(uri)
+    files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(LISTS)]
     if not files:
-        seen = f"{len(found)} files, none" if found else "no file there"
+        seen = f"{len(listed)} files, none" if listed else "no file there"
         raise ConfigError(f"input: {uri!r}: {seen} that ends in {', '.join(LISTS)}, as lists of URLs do (fetch)")
     return sorted(files, key=lambda f: f.path)
 
 
 def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list[str], limit: int) -> Iterator[dict[str, Any]]:
     """Yields the tasks that fetch: `of` says how many share a host's pace."""
-    told = {"uri": uri, "column": column, "wanted": wanted, "limit": limit}
-    reading = (
-        Task(
-            key("list", told, f.path, f.bytes, f.modified, *([f.etag] if f.etag else [])), {"part": f.part, **told}, bytes=f.bytes
-        )
-        for f in files
-    )
+    about = {"uri": uri, "column": column, "wanted": wanted, "limit": limit}
+
+    def task(file: InputFile) -> Task:
+        by_time = "list", about, file.path, file.bytes, file.modified
+        name, before = key(*by_time, *([file.etag] if file.etag else [])), key(*by_time)
+        return Task(name, {"part": file.part, **about}, bytes=file.bytes, before=before)
+
     counts, names = Counter[int](), list[str]()
-    for record in flow.all("lists", listed, reading):
+    for record in flow.all("lists", listed, map(task, files)):
         counts.update({int(group): number for group, number in record["groups"].items()})
         names += record["files"]
     place = store(flow.work.spill, names)
@@ -65,20 +65,20 @@ def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list
 
 def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
     """Yields ranges of groups (first, behind the last), and the number of tasks for each."""
-    first, held, last = 0, 0, 0
+    first, size, last = 0, 0, 0
     for group in sorted(counts):
         if counts[group] > URLS:
-            if held:
+            if size:
                 yield first, last + 1, 1
             yield group, group + 1, -(-counts[group] // URLS)
-            held = 0
+            size = 0
             continue
-        if held + counts[group] > URLS:
+        if size + counts[group] > URLS:
             yield first, last + 1, 1
-            held = 0
-        first, last = (first if held else group), group
-        held += counts[group]
-    if held:
+            size = 0
+        first, last = (first if size else group), group
+        size += counts[group]
+    if size:
         yield first, last + 1, 1
 
 
@@ -96,12 +96,12 @@ def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list
 
 def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dict[str, object]:
     if not isinstance(row, dict) or column not in row:
-        found = printable(", ".join(map(str, row))) if isinstance(row, dict) else "it is no object"
-        raise ConfigError(f"input: {printable(path)}: has no column {column!r} of URLs (fetch.column); its columns: {found}")
+        row_text = printable(", ".join(map(str, row))) if isinstance(row, dict) else "it is no object"
+        raise ConfigError(f"input: {printable(path)}: has no column {column!r} of URLs (fetch.column); its columns: {row_text}")
     url = _whole(row[column]) if isinstance(row[column], str) else ""
-    held = {name: row[name] for name in wanted if row.get(name) is not None}
+    kept = {name: row[name] for name in wanted if row.get(name) is not None}
     return {"key": xxhash.xxh64_intdigest(host_of(url).encode("utf-8", "surrogatepass")), "id": id, "url": url,
-            "row": json.dumps(held, default=str)}  # fmt: skip
+            "row": json.dumps(kept, default=str)}  # fmt: skip
 
 
 def _whole(url: str) -> str:

@@ -52,15 +52,15 @@ class Fetcher:
 
     def __call__(self, url: str) -> bytes:
         """Returns what a URL has; FetchError, after so many retries, if it has nothing."""
-        asked = list[Host]()
+        hosts = list[Host]()
         for attempt in range(self.retries + 1):
             try:
-                return get(url, self.bounds, lambda hop: asked.append(self._admitted(hop)))
+                return get(url, self.bounds, lambda hop: hosts.append(self._admitted(hop)))
             except FetchError as e:
                 if not e.again or attempt == self.retries or e.wait > LONGEST_S:
                     raise
-                with asked[-1].lock:
-                    asked[-1].next = max(asked[-1].next, self.clock() + max(e.wait, self.pause * 2**attempt))
+                with hosts[-1].lock:
+                    hosts[-1].next = max(hosts[-1].next, self.clock() + max(e.wait, self.pause * 2**attempt))
         raise AssertionError("a loop that returns or raises")
 
     def _admitted(self, url: str) -> Host:

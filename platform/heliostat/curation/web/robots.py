@@ -36,10 +36,10 @@ class Rule:
         if not target.startswith(first):
             return False
         for piece in self.pieces[1:-1]:
-            found = target.find(piece, at)
-            if found < 0:
+            place = target.find(piece, at)
+            if place < 0:
                 return False
-            at = found + len(piece)
+            at = place + len(piece)
         return target.endswith(last) and len(target) - len(last) >= at
 
 
@@ -75,8 +75,8 @@ def parse(data: bytes, agent: str) -> RobotsRules:
 
 def token(agent: str) -> str:
     """Returns the name that an agent goes by in robots.txt: what is before a version or a comment, in small letters."""
-    found = TOKEN.match(agent.strip())
-    return found[0].lower() if found else ""
+    match = TOKEN.match(agent.strip())
+    return match[0].lower() if match else ""
 
 
 def normal(text: str) -> str:
@@ -84,9 +84,9 @@ def normal(text: str) -> str:
     return OCTET.sub(_octet, quote(text, safe=SAFE, errors="surrogateescape"))
 
 
-def _octet(found: re.Match[str]) -> str:
-    character = chr(int(found[1], 16))
-    return character if character in UNRESERVED else found[0].upper()
+def _octet(match: re.Match[str]) -> str:
+    character = chr(int(match[1], 16))
+    return character if character in UNRESERVED else match[0].upper()
 
 
 def _lines(data: bytes) -> Iterable[tuple[str, str]]:
@@ -107,7 +107,7 @@ def _rule(pattern: str, allow: bool) -> Rule:
 def _seconds(value: str) -> float:
     """Reads a delay, rounded up to seconds; 0 if it is none."""
     try:
-        found = float(value)
+        number = float(value)
     except ValueError:
         return 0.0
-    return float(math.ceil(min(found, MOST_S))) if found > 0 else 0.0
+    return float(math.ceil(min(number, MOST_S))) if number > 0 else 0.0

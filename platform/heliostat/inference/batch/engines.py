@@ -1,6 +1,6 @@
 """Answers batches of texts with a model's folder: continues them, scores them, embeds them, or classifies them.
 
-An answer follows from the text, its seed and the options. What is in a batch beside it changes the order of floating-point sums
+An answer follows from the text, its seed and the options. What is in a batch next to it changes the order of floating-point sums
 and nothing else: noise is drawn by each input's own seed, and prompts of several lengths share a batch only if the model is found
 to give the same logits behind padding.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from heliostat.recipes import pretrained
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import chat, encoder, sentence_folder
-from heliostat.recipes.text.generator import Sampling, ends, whole
+from heliostat.recipes.text.generator import Sampling, ends, prompt_tokens, whole
 from heliostat.schema import validate
 from heliostat.text import brief
 
@@ -85,8 +86,8 @@ class LoadedModel:
         limits = (how.max_tokens if how else None, encoder.places(self.config, self.model), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
         own = self.config.get_text_config().pad_token_id if head else None  # a head that finds a text's end goes by this one
-        given = (own, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        self.pad = next(token for token in given if token is not None)
+        candidates = (own, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        self.pad = next(token for token in candidates if token is not None)
 
     def _load(self, folder: Path, head: type | None) -> Any:
         if head:
@@ -118,7 +119,7 @@ class LoadedModel:
         return encoder.embed(self.model.base_model, ids, mask, self.pooling)
 
 
-class BatchEngine:
+class BatchEngine(ABC):
     """Answers inputs in batches of similar length, with a model that is loaded once; one that cannot be answered stops no other.
 
     HeliostatError if none of several can: then it is not the inputs.
@@ -187,9 +188,9 @@ class BatchEngine:
                 return [Answer(bad="failed", detail=f"{type(e).__name__}: {e}"[:500])]
         return [self._answered([t], [i])[0] for t, i in zip(tokens, inputs, strict=True)]
 
+    @abstractmethod
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
         """Answers a batch."""
-        raise NotImplementedError
 
     def padded(self, rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the rows as one tensor, and which of its places hold tokens."""
@@ -204,13 +205,13 @@ class BatchEngine:
 
 def sampling(options: dict[str, object], longest: int | None) -> Sampling:
     """Reads how text is written by a model that takes so many tokens; ConfigError if that cannot be, or leaves no room."""
-    asked = validate(Sampling, options, "options")
-    if longest is not None and asked.max_tokens >= longest:
+    keys = validate(Sampling, options, "options")
+    if longest is not None and keys.max_tokens >= longest:
         raise ConfigError(
-            f"max_tokens: {asked.max_tokens:,} leave no room for a prompt: the model takes {longest:,} tokens with its answer; "
+            f"max_tokens: {keys.max_tokens:,} leave no room for a prompt: the model takes {longest:,} tokens with its answer; "
             f"give --max-tokens below {longest:,}"
         )
-    return asked
+    return keys
 
 
 class Continue(BatchEngine):
@@ -226,7 +227,7 @@ class Continue(BatchEngine):
             self.model.generation_config = transformers.GenerationConfig()
 
     def encode(self, text: str) -> list[int]:
-        return super().encode(text or self.tokenizer.bos_token or "")
+        return prompt_tokens(self.tokenizer, text)
 
     def refusal(self, tokens: list[int]) -> Answer | None:
         if not tokens:
@@ -317,10 +318,10 @@ class Score(BatchEngine):
         nats = (lost.double() * mask[:, 1:]).sum(-1).tolist()
         return [self.read(*row) for row in zip(nats, cut, tokens, inputs, strict=True)]
 
-    def read(self, nats: float, cut: list[int], tokens: list[int], given: Input) -> Answer:
+    def read(self, nats: float, cut: list[int], tokens: list[int], source: Input) -> Answer:
         """Makes an answer of what the tokens that fit have lost."""
         truncated = len(cut) < len(tokens)
-        text = self.tokenizer.decode(cut, skip_special_tokens=True) if truncated else given.text
+        text = self.tokenizer.decode(cut, skip_special_tokens=True) if truncated else source.text
         size = max(1, len(text.encode("utf-8", "replace")))
         bits = nats / math.log(2) / size
         return Answer({"nats": nats, "tokens": len(cut) - 1, "bits_per_byte": bits, "truncated": truncated})

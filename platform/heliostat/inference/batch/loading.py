@@ -27,20 +27,20 @@ ENGINES = ("auto", "transformers", "vllm")
 OF_VLLM = ("continue", "chat", "score", "embed", "serve")
 
 
-def choose(asked: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
+def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
     """Returns the engine that answers, and why, or in what version; ConfigError if vLLM is asked for, and does not.
 
     `known`: lists the architectures that vLLM has; by default itself.
     """
-    if asked not in ENGINES:
-        raise ConfigError(f"--engine: {asked!r} is none of {', '.join(ENGINES)}")
-    if asked == "transformers":
-        return asked, version("transformers")
-    if asked == "vllm":
+    if name not in ENGINES:
+        raise ConfigError(f"--engine: {name!r} is none of {', '.join(ENGINES)}")
+    if name == "transformers":
+        return name, version("transformers")
+    if name == "vllm":
         extras.require("vllm", "vllm", what="--engine vllm")
     if not (lacks := _lacks(folder, task, gpus, known or _architectures)):
         return "vllm", version("vllm")
-    if asked == "vllm":
+    if name == "vllm":
         raise ConfigError(f"--engine vllm: {lacks}; give --engine transformers")
     return "transformers", lacks
 
@@ -141,4 +141,5 @@ def engine(
         return EmbedImages(folder, batch)
     if task in WRITES:
         return {"continue": engines.Continue, "chat": engines.Chat}[task](folder, batch, options)
-    return {"score": engines.Score, "embed": engines.Embed, "classify": engines.Classify}[task](folder, batch)
+    kinds: dict[str, type[engines.BatchEngine]] = {"score": engines.Score, "embed": engines.Embed, "classify": engines.Classify}
+    return kinds[task](folder, batch)

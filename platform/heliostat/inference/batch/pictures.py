@@ -39,8 +39,7 @@ class Pictures:
         target = flow.work.begin(pieces.size(sum(f.bytes for f in files)))
         sizes = {f.path: f.bytes for f in files}
         for task in sources.tasks(self.input, files, self.columns, target=target):
-            paths = [one["path"] for one in task.get("parts") or task.get("entries", [])]
-            yield [FilePart(segment.store(flow.work.spill, task), sum(sizes.get(path, 0) for path in paths), 0)]
+            yield [sources.spilled(flow.work.spill, task, sizes)]
 
     def source(self, flow: Flow) -> DocumentSource:
         return PictureSource(self.input, self.columns, flow.work.spill)

@@ -1,4 +1,4 @@
-"""Reads the inputs of a batch inference: texts as a text pipeline does, chats beside them, images as an image pipeline does."""
+"""Reads the inputs of a batch inference: texts as a text pipeline does, chats next to them, images as an image pipeline does."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class Texts:
         return TextSource(self.input, self.rules)
 
 
-def of(input: str, asked: BatchSettings) -> InputReading:
+def of(input: str, settings: BatchSettings) -> InputReading:
     """Returns how the inputs of a task are read; MissingExtraError if that needs a library that is not there."""
-    if asked.task == "embed-images":
+    if settings.task == "embed-images":
         extras.require("images", "PIL", what="embed-images")
         from heliostat.inference.batch.pictures import Pictures
 
-        return Pictures(input, asked.column, tuple(asked.keep))
-    rules = ChatRules if asked.task == "chat" else TextRules
-    return Texts(input, rules(text_column=asked.column, normalise="none", min_chars=0, columns=tuple(asked.keep)))
+        return Pictures(input, settings.column, tuple(settings.keep))
+    rules = ChatRules if settings.task == "chat" else TextRules
+    return Texts(input, rules(text_column=settings.column, normalise="none", min_chars=0, columns=tuple(settings.keep)))

@@ -6,7 +6,7 @@
     OUT/work                      what finished pieces have done, by the keys of what their answers follow from
 
 Each input is answered once: a piece's file has the name of what it follows from, and `inference.json` lists each file once. A run
-that is killed goes on behind its last finished piece, on any number of workers; new input is only its own work. Answers of what
+that is killed continues after its last finished piece, on any number of workers; new input is only its own work. Answers of what
 the input no longer holds are deleted, and counted. One command at a time writes to the folder, and of one input. Answers are a
 pure function of the input, the model and the settings, on machines of one kind. `prepare` reads OUT/answers as an input.
 """
@@ -133,16 +133,16 @@ def origin(folder: Path) -> dict[str, object]:
 
 def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location) -> list[Task]:
     """Lists the tasks of all pieces, in the input's order."""
-    asked, input = facts["settings"], facts["input"]
-    read = reading.of(input, BatchSettings(**asked))
+    settings, input = facts["settings"], facts["input"]
+    read = reading.of(input, BatchSettings(**settings))
     model = facts["model"]
     shared = {"source": read.source(flow), "output": place.uri, "model": shipping.describe("model", model["folder"]),
-              "follows": model["digest"], "settings": asked}  # fmt: skip
+              "follows": model["digest"], "settings": settings}  # fmt: skip
 
     def task(piece: list[FilePart]) -> Task:
         name, before = (
-            key("infer", model["digest"], asked, input, read.identity, told)
-            for told in ([part.identity for part in piece], [part.identity_by_time for part in piece])
+            key("infer", model["digest"], settings, input, read.identity, identity)
+            for identity in ([part.identity for part in piece], [part.identity_by_time for part in piece])
         )
         return Task(name, {"piece": piece, "name": name, **shared}, bytes=sum(part.length for part in piece), before=before)
 

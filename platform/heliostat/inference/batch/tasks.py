@@ -46,7 +46,7 @@ COLUMN = {"chat": "messages", "embed-images": "image"}  # of the input, where no
 
 
 class BatchSettings(Strict):
-    """Describes a batch inference; all that an answer follows from, beside the model and the input itself."""
+    """Describes a batch inference; all that an answer follows from, next to the model and the input itself."""
 
     task: Task = "continue"
     column: str = Field("", validate_default=True)
@@ -62,8 +62,8 @@ class BatchSettings(Strict):
 
     @field_validator("column")
     @classmethod
-    def _named(cls, given: str, info: ValidationInfo) -> str:
-        return given or COLUMN.get(info.data.get("task", ""), "text")
+    def _named(cls, value: str, info: ValidationInfo) -> str:
+        return value or COLUMN.get(info.data.get("task", ""), "text")
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -103,9 +103,9 @@ class PieceRecord(TypedDict):
     wall: NotRequired[float]
 
 
-def schema(asked: BatchSettings) -> pa.Schema:
+def schema(settings: BatchSettings) -> pa.Schema:
     """Returns the columns of a task's answers: the input's id and text, what was asked for of it, and the answer's."""
-    return pa.schema([("id", pa.string()), *((name, pa.large_string()) for name in asked.written), *COLUMNS[asked.task]])
+    return pa.schema([("id", pa.string()), *((name, pa.large_string()) for name in settings.written), *COLUMNS[settings.task]])
 
 
 def answer_piece(
@@ -120,20 +120,20 @@ def answer_piece(
     items = list(chain.from_iterable(source.read(part) for part in piece))
     read = [item for item in items if isinstance(item, Document)]
     bad = [[item.id, item.reason, item.detail] for item in items if isinstance(item, Dropped)]
-    asked = BatchSettings.model_validate(settings)
-    kept = [{column: _text(one.columns.get(column)) for column in asked.keep} for one in read]
+    keys = BatchSettings.model_validate(settings)
+    kept = [{column: _text(one.columns.get(column)) for column in keys.keep} for one in read]
     wrong = [_unwritable(one) for one in kept]
     bad += [[one.id, "not_utf8", f"the kept column {column!r}"] for one, column in zip(read, wrong, strict=True) if column]
     open_ = [(one, columns) for one, columns, column in zip(read, kept, wrong, strict=True) if not column]
     rows = []
-    held = shipping.here(spill, model)
-    for (document, columns), answer in zip(open_, _answers(held, asked, [one for one, _ in open_], follows), strict=True):
+    folder = shipping.here(spill, model)
+    for (document, columns), answer in zip(open_, _answers(folder, keys, [one for one, _ in open_], follows), strict=True):
         if answer.bad:
             bad.append([document.id, answer.bad, _spelt(answer.detail)])
         else:
-            rows.append({"id": document.id, asked.column: document.text, **columns, **answer.values})
+            rows.append({"id": document.id, keys.column: document.text, **columns, **answer.values})
     place = Location(output)
-    answered = _write(place.join(ANSWERS, f"{name}.parquet"), pa.Table.from_pylist(rows, schema(asked))) if rows else 0
+    answered = _write(place.join(ANSWERS, f"{name}.parquet"), pa.Table.from_pylist(rows, schema(keys))) if rows else 0
     listed = pa.Table.from_arrays([pa.array(values) for values in zip(*bad, strict=True)], schema=BAD_SCHEMA) if bad else None
     return {
         "name": name, "answers": len(rows), "bytes": answered, "bad": len(bad),
@@ -141,18 +141,18 @@ def answer_piece(
         "tokens": sum(row.get("tokens", 0) for row in rows),
         "truncated": sum(bool(row.get("truncated")) for row in rows),
         "inputs": _digest(read), "read": len(read), "gpu": _gpu(),
-        "kept": {column: sum(column in one.columns for one in read) for column in asked.keep},
+        "kept": {column: sum(column in one.columns for one in read) for column in keys.keep},
         "files": [],
     }  # fmt: skip
 
 
-def _answers(model: str, asked: BatchSettings, documents: list[Document], follows: str) -> list[Answer]:
+def _answers(model: str, settings: BatchSettings, documents: list[Document], follows: str) -> list[Answer]:
     """Answers documents; an engine that has died is kept for no task to come."""
     from heliostat.inference.batch.engines import DeadEngineError
 
-    engine = loaded(model, asked.task, asked.batch, json.dumps(asked.options, sort_keys=True), asked.engine, follows)
+    engine = loaded(model, settings.task, settings.batch, json.dumps(settings.options, sort_keys=True), settings.engine, follows)
     try:
-        return engine([_input(document, asked.seed) for document in documents])
+        return engine([_input(document, settings.seed) for document in documents])
     except DeadEngineError:
         loaded.cache_clear()
         raise

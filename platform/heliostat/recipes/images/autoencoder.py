@@ -38,7 +38,8 @@ from heliostat.recipes.protocol import Batch, Draws, Evaluates, Loss, Recipe, Se
 from heliostat.schema import nearest
 from heliostat.text import brief
 
-SHOWN = 8  # images in the grid, each beside its reconstruction
+BUILT_IN = {"Autoencoder": ("diffusers",)}
+SHOWN = 8  # images in the grid, each next to its reconstruction
 SCALED = 256  # images that the scaling factor is measured on
 
 
@@ -138,10 +139,10 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
     def _errors(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Computes three errors of each sample: mean absolute error, mean divergence, mean squared error."""
         dtype = next(model.parameters()).dtype
-        made, parameters = model(batch["pixels"].to(dtype), batch["noise"].to(dtype))
+        decoded, parameters = model(batch["pixels"].to(dtype), batch["noise"].to(dtype))
         mean, logvar = parameters.float().chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
-        difference = made.float() - batch["pixels"]
+        difference = decoded.float() - batch["pixels"]
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         return difference.abs().flatten(1).mean(1), divergence.flatten(1).mean(1), difference.square().flatten(1).mean(1)
 
@@ -208,19 +209,19 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
 
 class Reconstructions:
-    """Draws some of the images, each beside its reconstruction by the autoencoder."""
+    """Draws some of the images, each next to its reconstruction by the autoencoder."""
 
     def __init__(self, recipe: Autoencoder) -> None:
         self.recipe, self.count = recipe, SHOWN
-        found = [i for i in real_images(recipe.sources, 64)[0] if i.shape[:2] == recipe.facts.size[::-1]]
-        self.images = [found[n % len(found)] for n in range(SHOWN)]
+        pictures = [i for i in real_images(recipe.sources, 64)[0] if i.shape[:2] == recipe.facts.size[::-1]]
+        self.images = [pictures[n % len(pictures)] for n in range(SHOWN)]
 
     def draw(self, model: nn.Module, device: torch.device | str, numbers: list[int]) -> list[np.ndarray]:
         dtype = next(model.parameters()).dtype
         pixels = torch.from_numpy(np.stack([self.images[n] for n in numbers])).permute(0, 3, 1, 2).float() / 127.5 - 1
         shape = (len(numbers), self.recipe.config["latent_channels"], *(s // self.recipe.factor for s in pixels.shape[2:]))
-        made, _ = model(pixels.to(device, dtype), torch.zeros(shape, device=device, dtype=dtype))
-        after = ((made.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        decoded, _ = model(pixels.to(device, dtype), torch.zeros(shape, device=device, dtype=dtype))
+        after = ((decoded.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return [np.concatenate([self.images[n], after[i]], axis=1) for i, n in enumerate(numbers)]
 
     def judge(

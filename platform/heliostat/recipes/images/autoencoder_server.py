@@ -27,8 +27,8 @@ class AutoencoderServer(PythonModel):
     def _again(self, text: str) -> str:
         image = Image.open(io.BytesIO(base64.b64decode(text))).convert("L" if self.vae.config.in_channels == 1 else "RGB")
         pixels = torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-        made = self.vae.decode(self.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-        again = ((made[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        decoded = self.vae.decode(self.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+        again = ((decoded[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
         out = io.BytesIO()
         Image.fromarray(again.squeeze(2) if again.shape[2] == 1 else again).save(out, "PNG")
         return base64.b64encode(out.getvalue()).decode()

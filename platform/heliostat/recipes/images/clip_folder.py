@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def is_one(folder: Path) -> bool:
     """Tells whether a folder holds a CLIP."""
     try:
-        told = json.loads((folder / "config.json").read_text())
+        settings = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(told, dict) and told.get("model_type") == "clip"
+    return isinstance(settings, dict) and settings.get("model_type") == "clip"
 
 
 def of_texts(model: CLIPModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def of_images(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
     return _of_length_one(model.get_image_features(pixel_values=pixels))
 
 
-def _of_length_one(found: torch.Tensor | BaseModelOutputWithPooling) -> torch.Tensor:
-    vectors = found if isinstance(found, torch.Tensor) else found.pooler_output
+def _of_length_one(output: torch.Tensor | BaseModelOutputWithPooling) -> torch.Tensor:
+    vectors = output if isinstance(output, torch.Tensor) else output.pooler_output
     assert vectors is not None
     return F.normalize(vectors.float(), dim=-1)

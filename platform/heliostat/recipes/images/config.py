@@ -24,7 +24,6 @@ from transformers import (
     T5EncoderModel,
 )
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
@@ -35,7 +34,8 @@ from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.records import Format
 from heliostat.text import brief
 
-CONFIG = Format(dict[str, Json], "model's configuration", ConfigError)
+Keys = dict[str, Any]  # of a configuration of diffusers
+CONFIG = Format(Keys, "model's configuration", ConfigError)
 BACKBONES: dict[str, Any] = {
     "unet": UNet2DConditionModel,
     "pixart": PixArtTransformer2DModel,
@@ -46,7 +46,7 @@ TEXT_WIDTHS = {
     "pixart": ("caption_channels",),
     "sd3": ("joint_attention_dim", "pooled_projection_dim"),
 }
-VOCABULARIES = (".txt", ".model", ".tiktoken")  # of tokenizers, beside JSON: merges.txt, vocab.txt, spiece.model
+VOCABULARIES = (".txt", ".model", ".tiktoken")  # of tokenizers, in addition to JSON: merges.txt, vocab.txt, spiece.model
 
 Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
 
@@ -117,7 +117,7 @@ class Samples(Strict):
 
 
 class Model(Strict):
-    backbone: dict[str, Json]
+    backbone: Keys
     """`arch: unet`, `pixart` or `sd3` and that class's own keys in diffusers, or `pretrained: FOLDER`. Channels, sizes and
     the text's width follow from the data where they are left out."""
     text: Text = Text()
@@ -132,7 +132,7 @@ class Model(Strict):
     """What is drawn after every evaluation, and how `heliostat generate` draws unless it is told otherwise."""
 
 
-def backbone_class(keys: dict[str, Json]) -> tuple[str, Any]:
+def backbone_class(keys: Keys) -> tuple[str, Any]:
     """Finds the (name, class) of `model.backbone`; ConfigError if there is none, or for keys that the class does not have."""
     if "pretrained" in keys:
         if extra := sorted(set(keys) - {"pretrained"}):
@@ -152,7 +152,7 @@ def backbone_class(keys: dict[str, Json]) -> tuple[str, Any]:
     return name, BACKBONES[name]
 
 
-def folder_config(key: str, folder: str) -> dict[str, Json]:
+def folder_config(key: str, folder: str) -> Keys:
     try:
         return CONFIG.read(Path(folder) / "config.json")
     except OSError as e:
@@ -170,7 +170,7 @@ def load_or_build(cls: Any, folder: str | Path) -> Any:
     return cls.from_pretrained(folder, torch_dtype=torch.float32)
 
 
-def build_backbone(keys: dict[str, Json], defaults: dict[str, object]) -> Any:
+def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:
     """Builds the backbone from its keys, with `defaults` for those that are left out, or loads it from its folder."""
     name, cls = backbone_class(keys)
     if "pretrained" in keys:
@@ -213,15 +213,15 @@ def frozen_text_encoder(folder: str) -> torch.nn.Module:
     return kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def frozen_bytes(config: dict[str, Json] | str) -> int:
+def frozen_bytes(config: Keys | str) -> int:
     """Counts the bytes of a frozen autoencoder, from its configuration, or text encoder, from its folder; reads no weights."""
     with torch.device("meta"):
         if isinstance(config, dict):
             model: torch.nn.Module = AutoencoderKL.from_config(config)
         else:
-            found = from_folder("model.text.pretrained", AutoConfig, config)
-            kind = T5EncoderModel if "t5" in found.model_type else CLIPTextModel
-            model = kind(found if "t5" in found.model_type else getattr(found, "text_config", found))
+            text = from_folder("model.text.pretrained", AutoConfig, config)
+            kind = T5EncoderModel if "t5" in text.model_type else CLIPTextModel
+            model = kind(text if "t5" in text.model_type else getattr(text, "text_config", text))
     return 4 * sum(p.numel() for p in model.parameters())  # fp32
 
 
@@ -258,7 +258,7 @@ def folder_digest(folder: str) -> str:
 def tokenizer_digest(folder: str) -> str | None:
     """Computes a digest of the files of a frozen text encoder's tokenizer that the folder's own leaves out; None without any.
 
-    It stands beside the folder's, which the manifests of datasets name.
+    It stands next to the folder's, which the manifests of datasets name.
     """
     place = tokenizer_folder(folder)
     suffixes = (*VOCABULARIES, *(() if place == Path(folder) else (".json",)))

@@ -39,11 +39,12 @@ from heliostat.recipes.images import rows
 from heliostat.recipes.pairs import SCORES, EmbedsPairs, PairKeys, named, present
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.recipes.protocol import Batch
-from heliostat.recipes.text import encoder, model_config
+from heliostat.recipes.text import encoder, masks, model_config
 from heliostat.recipes.text.model_config import ModelKind
 from heliostat.schema import Float, nearest
 from heliostat.text import brief
 
+BUILT_IN = {"ImageEmbedder": ("transformers",)}
 CLIP = ModelKind("model of images and texts", ("clip",), "clip")
 PARTS: dict[str, type[PreTrainedConfig]] = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
 OLD_END = 2  # the end of a text by which CLIP's class takes a folder for one of the first, whose end it did not know
@@ -65,7 +66,7 @@ class Clip(CLIPModel):
 
 
 class ImageEmbedderKeys(PairKeys):
-    """Defines the keys of `model` beside those of its architecture."""
+    """Defines the keys of `model` in addition to those of its architecture."""
 
     temperature: Float = Field(0.07, gt=0)
     """Divides the cosines of the pairs in the loss."""
@@ -86,13 +87,13 @@ class ImageEmbedder(EmbedsPairs):
     @cached_property
     def config(self) -> PreTrainedConfig:
         """Makes the model's configuration; ConfigError for keys that make no sense."""
-        given = {k: v for k, v in self.job.model.items() if k not in OWN}
+        keys = {k: v for k, v in self.job.model.items() if k not in OWN}
         if self.pretrained:
-            if extra := sorted(given.keys() - {"pretrained"}):
+            if extra := sorted(keys.keys() - {"pretrained"}):
                 raise ConfigError(f"model.{extra[0]}: a pretrained model is as its folder says; remove it")
-            return model_config.read(given, CLIP)
-        _check_parts(given)
-        return model_config.from_keys(given, CLIP)
+            return model_config.read(keys, CLIP)
+        _check_parts(keys)
+        return model_config.from_keys(keys, CLIP)
 
     @property
     def max_tokens(self) -> int:
@@ -112,13 +113,13 @@ class ImageEmbedder(EmbedsPairs):
             raise ConfigError("data.sources: an embedder needs images, and these datasets hold latents")
         sizes = {(m.meta["size"][0], m.meta["size"][1]) for m in sources}
         if len(sizes) > 1 or facts.size[0] != facts.size[1]:
-            told = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
-            raise ConfigError(f"data.sources: the images are {told} pixels, and CLIP takes squares of one size; prepare them "
+            shown = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+            raise ConfigError(f"data.sources: the images are {shown} pixels, and CLIP takes squares of one size; prepare them "
                               "without `buckets`")  # fmt: skip
         self._fit(facts.channels, facts.size[0])
         if not self.pretrained:
-            given = self.job.model.get("text_config", {}).get("vocab_size")
-            tokenizing.fit_vocabulary(self.config.text_config, "model.text_config.vocab_size", given, self.tokenizer)
+            vocabulary = self.job.model.get("text_config", {}).get("vocab_size")
+            tokenizing.fit_vocabulary(self.config.text_config, "model.text_config.vocab_size", vocabulary, self.tokenizer)
             if self.config.text_config.eos_token_id == OLD_END:
                 raise ConfigError(f"data.sources: the tokenizer ends texts with token {OLD_END}, which CLIP does not read as an "
                                   "end; prepare them with another tokenizer")  # fmt: skip
@@ -127,13 +128,13 @@ class ImageEmbedder(EmbedsPairs):
 
     def _fit(self, channels: int, side: int) -> None:
         """Gives the configuration what follows from the images; ConfigError if they do not fit what is given."""
-        vision, given = self.config.vision_config, self.job.model.get("vision_config", {})
+        vision, keys = self.config.vision_config, self.job.model.get("vision_config", {})
         for key, value, what in (("num_channels", channels, "channels"), ("image_size", side, "pixels a side")):
             if self.pretrained and getattr(vision, key) != value:
                 raise ConfigError(f"model.pretrained: takes {getattr(vision, key)} {what}, and the images have {value}; prepare "
                                   "them for it (`resolution`, `channels`)")  # fmt: skip
-            if given.get(key, value) != value:
-                raise ConfigError(f"model.vision_config.{key}: {given[key]}, but the images have {value} {what}; remove it")
+            if keys.get(key, value) != value:
+                raise ConfigError(f"model.vision_config.{key}: {keys[key]}, but the images have {value} {what}; remove it")
             setattr(vision, key, value)
         patch = vision.patch_size
         if not isinstance(patch, int) or not 0 < patch <= side or side % patch:
@@ -169,13 +170,14 @@ class ImageEmbedder(EmbedsPairs):
 
     def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
         captions, images = (present(content, side) for side in self.sides)
-        found = tokenizing.tokens(self.tokenizer, captions, self.max_tokens)
+        tokens = tokenizing.tokens(self.tokenizer, captions, self.max_tokens)
         pixels = normalised(self.processor, rows.decoded(images))
-        names, cut = named([captions, images]), torch.from_numpy(found.cut).long()
-        return {"input_ids": found.ids, "attention_mask": found.mask, "pixel_values": pixels, "names": names, "cut": cut}
+        names, cut = named([captions, images]), torch.from_numpy(tokens.cut).long()
+        return {"input_ids": tokens.ids, "attention_mask": tokens.mask, "pixel_values": pixels, "names": names, "cut": cut}
 
     def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        out = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})
+        with masks.unread(whole=True):
+            out = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})
         sides = {"caption": out.text_embeds, "image": out.image_embeds}
         embedded = {side: F.normalize(vectors.float(), dim=-1) for side, vectors in sides.items()}
         return {**embedded, "names": batch["names"], "cut": batch["cut"]}
@@ -199,10 +201,10 @@ class ImageEmbedder(EmbedsPairs):
         self.processor.save_pretrained(folder)
 
 
-def _check_parts(given: dict[str, object]) -> None:
+def _check_parts(keys: dict[str, object]) -> None:
     """Raises ConfigError for a key of a part's configuration that there is not."""
     for name, kind in PARTS.items():
-        if not isinstance(part := given.get(name, {}), dict):
+        if not isinstance(part := keys.get(name, {}), dict):
             raise ConfigError(f"model.{name}: {brief(part)} must be keys and values of {kind.__name__}")
         known = {*kind.__dataclass_fields__, *kind.attribute_map}
         for key in part:
@@ -219,13 +221,13 @@ def processor_of_size(side: int, channels: int) -> CLIPImageProcessorPil:
 def processor_of_folder(folder: str) -> CLIPImageProcessorPil:
     """Loads the processor of a pretrained model; ConfigError if it does more than scale and shift pixels of the right size."""
     with exported.using(Path(folder)):
-        found = from_folder("model.pretrained", AutoImageProcessor, folder, backend="pil")
-    if not (found.do_rescale and found.do_normalize and abs(found.rescale_factor * 255 - 1) < 1e-6):
+        processor = from_folder("model.pretrained", AutoImageProcessor, folder, backend="pil")
+    if not (processor.do_rescale and processor.do_normalize and abs(processor.rescale_factor * 255 - 1) < 1e-6):
         raise ConfigError(
             f"model.pretrained: the image processor of {folder!r} does not scale pixels of 0 to 255 by their mean and deviation; "
             "take another model"
         )
-    return found
+    return processor
 
 
 def normalised(processor: CLIPImageProcessorPil, images: np.ndarray) -> torch.Tensor:

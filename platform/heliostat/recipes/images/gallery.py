@@ -2,7 +2,7 @@
 
 Conditional accuracy: a classifier trained on the real images predicts the label of each picture; the score is the share of
 pictures with the label that their prompt asked for. The classifier's own accuracy on real images that it was not trained on, and
-the chance level, are reported beside it.
+the chance level, are reported next to it.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class PromptGallery:
         scores: dict[str, float] = {}
         if self.samples.judge:
             wanted = [self.labels[i // self.samples.per_prompt] for i in range(self.count)]
-            asked = [i for i, label in enumerate(wanted) if label is not None]
-            said = self.judge_of().says([pictures[i] for i in asked])
-            scores["conditional_accuracy"] = float(np.mean([s == wanted[i] for s, i in zip(said, asked, strict=True)]))
+            labeled = [i for i, label in enumerate(wanted) if label is not None]
+            said = self.judge_of().says([pictures[i] for i in labeled])
+            scores["conditional_accuracy"] = float(np.mean([s == wanted[i] for s, i in zip(said, labeled, strict=True)]))
             scores["classifier_accuracy"] = self.judge_of().accuracy
             scores["chance"] = 1 / len(self.judge_of().labels)
         if self.samples.features:
@@ -108,10 +108,10 @@ class PromptGallery:
         pipeline = diffusers_folder.load(folder)
         draws = generators([self.samples.seed + i for i in range(len(self.prompts))])
         steps, guidance = self.samples.steps, self.samples.guidance
-        made = pipeline(self.prompts, num_inference_steps=steps, guidance_scale=guidance, generator=draws)
+        pictures = pipeline(self.prompts, num_inference_steps=steps, guidance_scale=guidance, generator=draws)
         if not self.samples.judge:
-            return [(p, f"  ({image.size[0]}x{image.size[1]})") for p, image in zip(self.prompts, made.images, strict=True)]
-        said = self.judge_of().says([np.asarray(image) for image in made.images])
+            return [(p, f"  ({image.size[0]}x{image.size[1]})") for p, image in zip(self.prompts, pictures.images, strict=True)]
+        said = self.judge_of().says([np.asarray(image) for image in pictures.images])
         return [(p, f"  (the classifier sees: {s})") for p, s in zip(self.prompts, said, strict=True)]
 
 

@@ -86,12 +86,12 @@ class ImageCanvas:
         self.pipeline.scheduler = self.scheduler(options) or own
         drawn: list[np.ndarray] = []
         for first in range(0, len(prompts), AT_ONCE):
-            made = self.pipeline(
+            output = self.pipeline(
                 prompts[first : first + AT_ONCE], options.height, options.width, options.steps or self.defaults["steps"],
                 self.defaults["guidance"] if options.guidance is None else options.guidance,
                 generators(seeds[first : first + AT_ONCE]),
             )  # fmt: skip
-            drawn += [np.asarray(image) for image in made.images]
+            drawn += [np.asarray(image) for image in output.images]
         return drawn
 
 
@@ -113,6 +113,6 @@ class ImageGenerator:
     def _answer(self, request: Request, images: list[np.ndarray]) -> Generated:
         place = Location(str(request.out)).ending(".png")
         place.write(png(grid(images, 4)))
-        told = {name: getattr(self.options, name) for name in self.canvas.defaults if getattr(self.options, name) is not None}
-        facts = {"file": place.uri, "seed": request.seed, **self.canvas.defaults, **told, "images": len(images)}
+        options = {name: getattr(self.options, name) for name in self.canvas.defaults if getattr(self.options, name) is not None}
+        facts = {"file": place.uri, "seed": request.seed, **self.canvas.defaults, **options, "images": len(images)}
         return Generated(request.prompt, f"{request.prompt!r} is in {place}", facts)

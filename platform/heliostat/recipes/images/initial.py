@@ -6,7 +6,7 @@ openai/guided-diffusion, which latent diffusion took over; Rombach et al. 2022, 
 PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426), which is DiT's (Peebles and Xie 2022, arXiv 2212.09748) with
 cross-attention that begins as zero. SD3's authors have published none, and it keeps diffusers'.
 
-Numbers are drawn on the CPU in the order of the modules, on every rank, so every ZeRO stage and device begins alike.
+Numbers are drawn on the CPU in the order of the modules, on every rank, so every ZeRO stage and device begins the same.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ class Judge:
             raise ConfigError("model.samples.judge: the datasets have no labels; name columns.label in the pipeline")
         known = [i for i, label in enumerate(labels) if label]
         pixels, names = features([images[i] for i in known]), np.array([labels[i] for i in known])
-        held = np.arange(len(known)) % HELD == 0
-        self.machine = SVC(C=10.0, gamma="scale").fit(pixels[~held], names[~held])
-        self.accuracy = float(np.mean(self._say(pixels[held]) == names[held]))
+        is_held_out = np.arange(len(known)) % HELD == 0
+        self.machine = SVC(C=10.0, gamma="scale").fit(pixels[~is_held_out], names[~is_held_out])
+        self.accuracy = float(np.mean(self._say(pixels[is_held_out]) == names[is_held_out]))
 
     def says(self, pictures: list[np.ndarray]) -> list[str]:
         """Predicts the label of each picture (uint8 [height, width, channels])."""

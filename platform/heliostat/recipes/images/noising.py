@@ -18,10 +18,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from pydantic import Field, model_validator
 
 from heliostat.errors import ConfigError
+from heliostat.recipes.constants import Constant
 from heliostat.schema import Float, Strict
 
 SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
-FLOW_STEPS = 1000  # what the network is told of s: s x 1000
+FLOW_STEPS = 1000  # what the network gets of s: s x 1000
 
 
 class NoiseObjective(Strict):
@@ -65,7 +66,7 @@ class Process:
     def __init__(self, objective: NoiseObjective) -> None:
         self.objective = objective
         self.flow = objective.prediction == "flow"
-        self._alphas: torch.Tensor | None = None if self.flow else self.scheduler("ddpm").alphas_cumprod.double()
+        self._alphas = None if self.flow else Constant(self.scheduler("ddpm").alphas_cumprod.double())
 
     def scheduler(self, name: str, clip: bool = False) -> Any:
         """Makes diffusers' scheduler for a sampler; ConfigError if it does not fit. `clip`: x_0 is known to lie in [-1, 1]."""
@@ -109,7 +110,7 @@ class Process:
         if self.flow:
             return (1 - t).float(), t.float()
         assert self._alphas is not None
-        a = self._alphas.to(t.device)[t]
+        a = self._alphas.on(t.device)[t]
         return a.sqrt().float(), (1 - a).sqrt().float()
 
     def noisy(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

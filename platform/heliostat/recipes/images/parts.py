@@ -9,17 +9,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from heliostat.config.fields import Json
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.recipes.constants import Constant
 from heliostat.recipes.images import config, diffusers_folder, rows
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.pipeline import embed, predict, tokenize
 from heliostat.recipes.protocol import Companion
+from heliostat.recipes.text import masks
 
 
 class Denoiser(nn.Module):
@@ -61,30 +63,46 @@ class Parts:
             raise ConfigError(f"model.text.length: {self.model.text.length}, but the datasets hold {f.text[0]}; set it to that")
         if not self.model.text.pretrained and f.tokenizer is None:
             raise ConfigError("model.text: the datasets have no tokenizer; prepare them with one, or give model.text.pretrained")
-        given, channels = self._given(), self.shape()[0]
-        if given.get("in_channels", channels) != channels:
-            raise ConfigError(f"model.backbone.in_channels: {given['in_channels']}, but the data has {channels}")
-        if (said := self._answers(given)) != channels:
+        keys, channels = self._given(), self.shape()[0]
+        if keys.get("in_channels", channels) != channels:
+            raise ConfigError(f"model.backbone.in_channels: {keys['in_channels']}, but the data has {channels}")
+        if (said := self._answers(keys)) != channels:
             more = "; it predicts the variance too, which is not trained here" if said == 2 * channels else ""
             raise ConfigError(f"model.backbone.out_channels: {said}, but what is to be predicted has {channels}{more}")
-        if self._conditioned(given):
+        if self._conditioned(keys):
             raise ConfigError(
                 "model.backbone.use_additional_conditions: the model wants each image's resolution and aspect ratio, which are "
                 "not given here; take one without (use_additional_conditions: false)"
             )
         for key in config.TEXT_WIDTHS[self.arch]:
-            if given.get(key, self.width) != self.width:
-                raise ConfigError(f"model.backbone.{key}: {given[key]}, but the text encoder's width is {self.width}")
-        for name, held in folders.items():
-            if held:
-                config.require_weights(f"model.{name}.pretrained", str(held.pretrained))
+            if keys.get(key, self.width) != self.width:
+                raise ConfigError(f"model.backbone.{key}: {keys[key]}, but the text encoder's width is {self.width}")
+        for name, weights in folders.items():
+            if weights:
+                config.require_weights(f"model.{name}.pretrained", str(weights.pretrained))
         with torch.device("meta"):
             self.build()  # what makes no sense is found here
             if "pretrained" in self.model.backbone:
-                self._try(config.BACKBONES[self.arch].from_config(given))
+                self._try(config.BACKBONES[self.arch].from_config(keys))
+
+    def presume(self, count: int) -> pa.Table | None:
+        """Takes the backbone's sizes for those of datasets that don't exist yet, and returns samples of them: latents and
+        embeddings where the job has models for them. None if the job doesn't state sizes, or trains its own text encoder, whose
+        vocabulary is the dataset's."""
+        if not self.model.text.pretrained or "sample_size" not in self._given():
+            return None
+        if self.facts is None:
+            channels, height, width = self.shape()
+            latents, text = self.vae_config is not None, (self.model.text.length, self.width)
+            factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1) if self.vae_config else 1
+            size = width * factor, height * factor
+            content, of_image = ("latents", 3) if latents else ("images", channels)
+            self.facts = rows.DatasetFacts(content, of_image, size, None, 0, 0, text, {})
+            self.empty = {"text": torch.zeros(text)}
+        return rows.blank(self.facts, self.shape(), count)
 
     @cached_property
-    def vae_config(self) -> dict[str, Json] | None:
+    def vae_config(self) -> config.Keys | None:
         folder = self.model.autoencoder
         return config.folder_config("model.autoencoder.pretrained", folder.pretrained) if folder else None
 
@@ -96,27 +114,27 @@ class Parts:
     def text_width(self) -> int:
         """Returns the width of the text's embeddings; without datasets, the backbone's own, if given, as the encoder's folder may
         not be at hand."""
-        given = self._given().get(config.TEXT_WIDTHS[self.arch][0])
-        return given if self.facts is None and given else self.width
+        width = self._given().get(config.TEXT_WIDTHS[self.arch][0])
+        return width if self.facts is None and width else self.width
 
-    def _given(self) -> dict[str, Json]:
+    def _given(self) -> config.Keys:
         """Returns the backbone's keys, or its folder's configuration."""
         keys = self.model.backbone
         return config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
 
-    def _answers(self, given: dict[str, Json]) -> int:
+    def _answers(self, keys: config.Keys) -> int:
         """Returns the number of channels of the backbone's output."""
-        written = "pretrained" in self.model.backbone or "out_channels" in given
+        written = "pretrained" in self.model.backbone or "out_channels" in keys
         default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # of the classes; None there means as many as go in
-        said = given.get("out_channels", default) if written else None
+        said = keys.get("out_channels", default) if written else None
         return self.shape()[0] if said is None else said
 
-    def _conditioned(self, given: dict[str, Json]) -> bool:
+    def _conditioned(self, keys: config.Keys) -> bool:
         """Tells whether a PixArt needs resolutions and aspect ratios: as its key is set or, where that is None, if its side is
         128 latents, as its class decides."""
-        said = given.get("use_additional_conditions")
-        known = "pretrained" in self.model.backbone or "use_additional_conditions" in given
-        return self.arch == "pixart" and known and bool(given.get("sample_size", 128) == 128 if said is None else said)
+        said = keys.get("use_additional_conditions")
+        known = "pretrained" in self.model.backbone or "use_additional_conditions" in keys
+        return self.arch == "pixart" and known and bool(keys.get("sample_size", 128) == 128 if said is None else said)
 
     @torch.no_grad()
     def _try(self, backbone: nn.Module) -> None:
@@ -134,17 +152,17 @@ class Parts:
         """Returns the channels, height and width of what is noised, for a `size` (width and height in pixels). Without datasets,
         it is the backbone's."""
         if self.facts is None:
-            given = self._given()
-            return given.get("in_channels", 4), given.get("sample_size", 64), given.get("sample_size", 64)
+            keys = self._given()
+            return keys.get("in_channels", 4), keys.get("sample_size", 64), keys.get("sample_size", 64)
         width, height = size or self.facts.size
         if self.vae_config is None:
             return self.facts.channels, height, width
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         return self.vae_config["latent_channels"], height // factor, width // factor
 
-    def _defaults(self) -> dict[str, Json]:
+    def _defaults(self) -> dict[str, object]:
         """Derives the backbone's keys that follow from the data and the text encoder."""
-        out: dict[str, Json] = {}
+        out: dict[str, object] = {}
         keys = self.model.backbone
         if self.facts:
             out |= dict.fromkeys(config.TEXT_WIDTHS[self.arch], self.width)
@@ -184,13 +202,13 @@ class Parts:
         """Lists the frozen encoders, on the device in every step or, where datasets hold their outputs, while pictures are
         drawn."""
         assert self.facts
-        found = {}
+        parts = {}
         if self.model.text.pretrained:
             size = config.frozen_bytes(str(self.model.text.pretrained))
-            found["text_encoder"] = Companion(size, self.facts.text is None)
+            parts["text_encoder"] = Companion(size, self.facts.text is None)
         if self.vae_config:
-            found["vae"] = Companion(config.frozen_bytes(self.vae_config), self.facts.content == "images")
-        return {name: c for name, c in found.items() if c.every_step or self.model.samples.prompts}
+            parts["vae"] = Companion(config.frozen_bytes(self.vae_config), self.facts.content == "images")
+        return {name: c for name, c in parts.items() if c.every_step or self.model.samples.prompts}
 
     def rest(self) -> None:
         """Moves off the device what was only needed to draw: encoders whose outputs the datasets hold."""
@@ -221,6 +239,14 @@ class Parts:
         tokens = tokenize(self.tokenizer, [""])
         return {"text": tokens.input_ids[0], "mask": tokens.attention_mask[0]}
 
+    def empty_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Returns `empty` on a device, where it stays."""
+        return {name: constant.on(device) for name, constant in self._empty.items()}
+
+    @cached_property
+    def _empty(self) -> dict[str, Constant]:
+        return {name: Constant(values) for name, values in self.empty.items()}
+
     @torch.no_grad()
     def conditioning(self, text: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Prepares captions for the model: token ids for the text encoder inside it, embeddings by the frozen one."""
@@ -229,16 +255,17 @@ class Parts:
         if not self.model.text.pretrained:
             return text
         assert mask is not None
-        return embed(self.text_encoder.to(text.device), text, mask).to(dtype)
+        with masks.unread(whole=True):
+            return embed(self.text_encoder.to(text.device), text, mask).to(dtype)
 
     @torch.no_grad()
-    def clean(self, given: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
+    def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
         """Returns what is noised: pixels, or latents drawn from their distribution (stored, or the autoencoder's for pixels)."""
         if self.vae_config is None:
-            return given
+            return content
         if self.facts and self.facts.content == "images":
-            given = self.vae.to(given.device).encode(given).latent_dist.parameters
+            content = self.vae.to(content.device).encode(content).latent_dist.parameters
         assert posterior is not None
-        mean, logvar = given.chunk(2, dim=1)
+        mean, logvar = content.chunk(2, dim=1)
         latents = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior
         return (latents - (self.vae_config.get("shift_factor") or 0.0)) * self.vae_config.get("scaling_factor", 0.18215)

@@ -91,7 +91,7 @@ def extract(folder: str, pictures: list[np.ndarray], progressed: Callable[[], No
     out = []
     for first in range(0, len(pictures), 32):
         three = [p.repeat(3, 2) if p.shape[2] == 1 else p for p in pictures[first : first + 32]]
-        found = model(**processor(images=three, return_tensors="pt").to(device))
-        out.append(found.pooler_output.flatten(1).float().cpu().numpy())
+        features = model(**processor(images=three, return_tensors="pt").to(device))
+        out.append(features.pooler_output.flatten(1).float().cpu().numpy())
         progressed()
     return np.concatenate(out)

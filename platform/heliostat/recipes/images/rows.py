@@ -8,6 +8,7 @@ key is the engine's: another one for every place of every step, so a sample meet
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,15 +39,15 @@ class DatasetFacts:
 
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
     """Finds what the datasets have in common; ConfigError if they cannot be trained on together."""
-    found = [_facts(m) for m in sources]
+    each = [_facts(m) for m in sources]
     names = {"content": "hold different things", "channels": "have other channels", "tokenizer": "have different tokenizers",
              "models": "were computed by different encoders"}  # fmt: skip
     for key, what in names.items():
-        if len({str(getattr(f, key)) for f in found}) > 1:
+        if len({str(getattr(f, key)) for f in each}) > 1:
             raise ConfigError(f"data.sources: the datasets {what}; prepare them with one pipeline")
-    if len({f.size for f in found}) > 1 and not one_source:
+    if len({f.size for f in each}) > 1 and not one_source:
         raise ConfigError("data.one_source_batches: must be true, because the datasets hold images of different sizes")
-    return found[0]
+    return each[0]
 
 
 def _facts(m: Manifest) -> DatasetFacts:
@@ -81,6 +82,21 @@ def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tens
     """Converts a column of float16 bytes to fp32 [n, *shape]."""
     rows = [np.frombuffer(value, np.float16).reshape(shape) for value in content[column].to_pylist()]
     return torch.from_numpy(np.stack(rows)).float()
+
+
+def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Table:
+    """Makes rows of a dataset: black images, or latents of zeros [channels, height, width]; with embeddings of zeros."""
+    width, height = facts.size
+    columns: dict[str, list[object]] = {"width": [width] * count, "height": [height] * count}
+    if facts.content == "latents":
+        columns["latent"] = [bytes(2 * 2 * math.prod(shape))] * count  # of each the mean and the variance, in float16
+    else:
+        file = io.BytesIO()
+        Image.new("L" if facts.channels == 1 else "RGB", (width, height)).save(file, "png")
+        columns["image"] = [file.getvalue()] * count
+    if facts.text:
+        columns["embedding"] = [bytes(2 * math.prod(facts.text))] * count
+    return pa.table(columns)
 
 
 @dataclass(frozen=True)

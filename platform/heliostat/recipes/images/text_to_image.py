@@ -30,7 +30,6 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from heliostat import extras
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
@@ -46,6 +45,7 @@ from heliostat.schema import validate
 if TYPE_CHECKING:
     from heliostat.recipes.images.generator import ImageCanvas, ImageGenerator
 
+BUILT_IN = {"TextToImage": ("diffusers",)}
 QUARTERS = 4
 GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly
 
@@ -77,6 +77,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def bind(self, sources: list[Manifest]) -> None:
         self.sources = sources
         self.parts.bind(sources, self.one_source)
+
+    def presume(self, rows: int) -> pa.Table | None:
+        return None if hasattr(self, "sources") else self.parts.presume(rows)
 
     def build(self) -> nn.Module:
         return self.parts.build()
@@ -116,9 +119,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         t = self.process.times(batch["time"])
         captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
-        for key, empty in self.parts.empty.items():
+        for key, empty in self.parts.empty_on(t.device).items():
             dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
-            captions[key] = torch.where(dropped, empty.to(dropped.device), captions[key])
+            captions[key] = torch.where(dropped, empty, captions[key])
         return Loss((self._errors(model, batch | captions, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
@@ -204,7 +207,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return gallery.demonstrate(folder) if gallery else []
 
     @staticmethod
-    def exported(folder: Path, model: dict[str, Json]) -> dict[str, object]:
+    def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         part = "unet" if (folder / "unet").is_dir() else "transformer"
         out = {**model, "backbone": {"pretrained": str(folder / part)}}
         if model.get("autoencoder"):

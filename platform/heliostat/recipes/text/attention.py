@@ -47,8 +47,8 @@ def require(recipe: LanguageModel) -> None:
     usual.attention = None
     with torch.device("meta"):
         model = usual.build()
-    there = ["eager", *(other for other, flag in SUPPORT.items() if getattr(model, flag, False))]
-    supported = [other for other in there if twin(other) in there]
+    choices = ["eager", *(other for other, flag in SUPPORT.items() if getattr(model, flag, False))]
+    supported = [other for other in choices if twin(other) in choices]
     if name not in supported:
         raise ConfigError(f"{KEY}: {name!r} is not what {kind!r} can compute its attention with; use {' or '.join(supported)}")
 

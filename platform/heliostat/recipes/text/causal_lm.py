@@ -6,7 +6,7 @@
     model: {pretrained: /models/llama-3-8b}            # from a folder in Hugging Face's format: weights and tokenizer must match
 
 A sample is `data.sequence_length` consecutive tokens of a chunk, documents end to end. Every token but the first of a sample is
-predicted; with `data.document_mask` attention and positions start anew at each document, and no document's first token is
+predicted; with `data.document_mask` attention and positions start from scratch at each document, and no document's first token is
 predicted; architectures in which packed documents attend to each other all the same are refused (`packing`).
 
 Held-out scores: loss (nats per token), perplexity, and bits per byte of the text that the tokens stand for.
@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from heliostat.recipes.text.generator import TextGenerator
+BUILT_IN = {"CausalLM": ("transformers",)}
 
 
 class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
@@ -111,15 +112,15 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         """Returns a copy that computes what a CPU can, by the kernels' twins: trials and the plain process use it."""
         from heliostat.recipes.text import attention
 
-        found = copy.copy(self)
-        found.attention, found.fp8 = attention.twin(self.attention), False
-        return found
+        plain_recipe = copy.copy(self)
+        plain_recipe.attention, plain_recipe.fp8 = attention.twin(self.attention), False
+        return plain_recipe
 
     def small(self, config: PreTrainedConfig, length: int, end: int) -> CausalLM:
         """Returns a plain copy with first weights of another configuration, for samples of so many tokens."""
-        made = self.plainly()
-        made.config, made.length, made.pretrained, made.end = config, length, None, end
-        return made
+        small_recipe = self.plainly()
+        small_recipe.config, small_recipe.length, small_recipe.pretrained, small_recipe.end = config, length, None, end
+        return small_recipe
 
     def probe(self) -> None:
         from heliostat.recipes.text import probing
@@ -152,13 +153,21 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if self.pretrained:
             self._check_tokenizer(Path(self.pretrained), sources[0])
         if self.vocabulary_given:
-            given = (self.plain or self.config).vocab_size
-            if given < size:
-                raise ConfigError(f"model.vocab_size: {given} is below the tokenizer's {size}")
+            vocab_size = (self.plain or self.config).vocab_size
+            if vocab_size < size:
+                raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's {size}")
         else:
             self._bind(vocab_size=-(-size // 64) * 64)  # a multiple that matrix units like
         if not self.pretrained:
             self._bind(bos_token_id=self.end, eos_token_id=self.end, pad_token_id=None)
+
+    def assumed(self) -> str:
+        if self.vocabulary_given:
+            return ""
+        return (
+            f"the model is counted with {self.config.vocab_size:,} tokens, the default vocabulary of its configuration, until "
+            "the dataset gives its own; model.vocab_size sets it"
+        )
 
     def _bind(self, **values: int | None) -> None:
         """Sets keys of the configuration, now or when it is made."""
@@ -174,12 +183,12 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         its = vocabulary.of_folder(folder)
         if its == self.tokenizer_json:
             return
-        whose = f"model.pretrained: {str(folder)!r}"
+        field = f"model.pretrained: {str(folder)!r}"
         ids = [self.end, *source.meta.get(FACT, {}).get("markers", [])]
-        what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, whose), ids)
+        what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, field), ids)
         if what:
             raise ConfigError(
-                f"{whose} has another tokenizer than data.sources.0.path {str(source.location)!r} ({what}); prepare the dataset "
+                f"{field} has another tokenizer than data.sources.0.path {str(source.location)!r} ({what}); prepare the dataset "
                 f"with the model's own, `tokenizer: {{path: {folder}}}` in its pipeline's file"
             )
 
@@ -339,7 +348,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         continued = self.generator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in self.prompts])
-        return [(answer.prompt, answer.facts["text"]) for answer in continued]
+        return [(answer.prompt, str(answer.facts["text"])) for answer in continued]
 
     @staticmethod
     def generator(folder: Path, options: dict[str, object]) -> TextGenerator:

@@ -47,11 +47,11 @@ MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 def read(text: str) -> list[dict[str, str]]:
     """Reads messages from JSON, as chat templates take them; ConfigError that says what is wrong with them."""
     try:
-        given = _filled(json.loads(text))  # a table's rows have all columns, many of them empty
+        messages = _filled(json.loads(text))  # a table's rows have all columns, many of them empty
     except (ValueError, RecursionError) as e:
         raise ConfigError("is no JSON list of messages") from e
     try:
-        return [message.plain() for message in MESSAGES.validate_python(given)]
+        return [message.plain() for message in MESSAGES.validate_python(messages)]
     except ValidationError as e:
         fault = e.errors(include_url=False)[0]
         where = ".".join(map(str, fault["loc"]))

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.autograd.graph import save_on_cpu
 
 from heliostat.config.train_section import SELECTIVE
+from heliostat.data.device_streams import HostTensors
 from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
 from heliostat.parallel.language_model import LanguageModel
@@ -38,10 +38,11 @@ def use(model: PreTrainedModel, which: Which, offload: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **how})
     if (which is True and not offload) or isinstance(which, str):
         return
+    host = HostTensors()
     for place, layer in enumerate(layers(model)):
         layer.gradient_checkpointing = which is True or place < which
         if offload:
-            layer._gradient_checkpointing_func = OnHost(layer._gradient_checkpointing_func)
+            layer._gradient_checkpointing_func = OnHost(layer._gradient_checkpointing_func, host)
 
 
 def layers(model: torch.nn.Module) -> list[Any]:
@@ -52,24 +53,25 @@ def layers(model: torch.nn.Module) -> list[Any]:
 
 
 class OnHost:
-    """Checkpoints as `checkpoint` does, with the layer's input in host memory, pinned where there is a GPU. What the layer keeps
-    inside is not kept at all, so the input is all that is copied. The same on a CPU, as a copy beside the original."""
+    """Checkpoints as `checkpoint` does, with the layer's input in host memory. What the layer keeps inside is not kept at all, so
+    the input is all that is copied. The same on a CPU, as a copy next to the original."""
 
-    def __init__(self, checkpoint: Callable[..., object]) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Callable[..., object], host: HostTensors) -> None:
+        """Prepares it. `host`: the same for all layers of a model, in whose order they are copied."""
+        self.checkpoint, self.host = checkpoint, host
         self.copied = 0
 
-    def __call__(self, layer: Callable[..., object], *given: object) -> object:
-        self.copied += sum(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
-        with save_on_cpu(pin_memory=True):
-            return self.checkpoint(layer, *given)
+    def __call__(self, layer: Callable[..., object], *args: object) -> object:
+        self.copied += sum(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+        with self.host:
+            return self.checkpoint(layer, *args)
 
 
 # can it be done in this architecture? ---------------------------------------------------------------------------------
 
 
 def require(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can be played again in part, or
+    """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can be recomputed in part, or
     leave their input, as the job asks."""
     which, kind = recipe.checkpointing, recipe.config.model_type
     if which is True and not recipe.offload:
@@ -77,15 +79,15 @@ def require(recipe: LanguageModel) -> None:
     whole = copy.copy(recipe)
     whole.checkpointing = False  # which transformers refuses of some
     with torch.device("meta"):
-        there = len(layers(whole.build()))
+        count = len(layers(whole.build()))
     key = OFFLOAD if which is True else SOME
-    if not there:
+    if not count:
         raise ConfigError(f"{key}: transformers does not checkpoint the layers of {kind!r} one by one; set {_plainly(key)}")
     if which == SELECTIVE:
         if fault := tiny.tried(recipe, _differs):
             raise ConfigError(f"{SOME}: layers of {kind!r} cannot be played again in part: {fault}; set {_plainly(key)}")
-    elif isinstance(which, int) and which is not True and which > there:
-        raise ConfigError(f"{SOME}: {which} of the {there} layers of {kind!r}; set it to true, or to {there - 1} or fewer")
+    elif isinstance(which, int) and which is not True and which > count:
+        raise ConfigError(f"{SOME}: {which} of the {count} layers of {kind!r}; set it to true, or to {count - 1} or fewer")
     if recipe.offload and (fault := tiny.tried(recipe, _fault)):
         raise ConfigError(f"{OFFLOAD}: layers of {kind!r} cannot leave their input to the host: {fault}; set it to false")
 
@@ -96,15 +98,15 @@ def _plainly(key: str) -> str:
 
 def _differs(small: LanguageModel) -> str:
     """Compares the loss and the gradient of a small model with those of one whose layers are kept whole, bit by bit."""
-    found = []
+    wrong = []
     ways: tuple[Which, ...] = (False, "selective")
     for small.checkpointing in ways:
         torch.manual_seed(0)
         model = small.build()
         loss = small.loss(model, small.batch(tiny.tokens(small))).sum
         loss.backward()
-        found.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
-    return "" if torch.equal(*found) else "the gradient is another one"
+        wrong.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
+    return "" if torch.equal(*wrong) else "the gradient is another one"
 
 
 def _fault(small: LanguageModel) -> str:

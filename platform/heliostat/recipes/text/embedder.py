@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+BUILT_IN = {"Embedder": ("heliostat.recipes.text.encoder", "transformers")}
 
 
 class EmbedderKeys(PairKeys):
-    """Defines the keys of `model` beside those of its architecture."""
+    """Defines the keys of `model` in addition to those of its architecture."""
 
     pooling: Literal["mean", "last", "cls"] = "mean"
     """Makes one vector of a text's states: their mean, the last token's, or the first's."""
@@ -55,11 +56,11 @@ class Embedder(EmbedsPairs):
         from heliostat.recipes.text import model_config
         from heliostat.recipes.text.encoder import ENCODER
 
-        given = {k: v for k, v in self.job.model.items() if k not in OWN}
+        keys = {k: v for k, v in self.job.model.items() if k not in OWN}
         if self.pretrained:
-            config = model_config.applied(model_config.read(given, ENCODER), model_config.changed(given))
+            config = model_config.applied(model_config.read(keys, ENCODER), model_config.changed(keys))
         else:
-            config = model_config.from_keys(given, ENCODER)
+            config = model_config.from_keys(keys, ENCODER)
         longest = getattr(config, "max_position_embeddings", None)
         if longest and 0 < longest < self.keys.max_tokens:
             raise ConfigError(
@@ -90,13 +91,13 @@ class Embedder(EmbedsPairs):
     def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
         import torch
 
-        made: Batch = {}
+        batch_tensors: Batch = {}
         columns = {side: present(content, side) for side in self.sides}
-        found = {side: tokenizing.tokens(self.tokenizer, texts, self.keys.max_tokens) for side, texts in columns.items()}
-        for side, tokens in found.items():
-            made |= {f"{side}_ids": tokens.ids, f"{side}_mask": tokens.mask}
-        cut = np.stack([tokens.cut for tokens in found.values()], axis=1)
-        return {**made, "names": named([*columns.values()]), "cut": torch.from_numpy(cut).long()}
+        sides = {side: tokenizing.tokens(self.tokenizer, texts, self.keys.max_tokens) for side, texts in columns.items()}
+        for side, tokens in sides.items():
+            batch_tensors |= {f"{side}_ids": tokens.ids, f"{side}_mask": tokens.mask}
+        cut = np.stack([tokens.cut for tokens in sides.values()], axis=1)
+        return {**batch_tensors, "names": named([*columns.values()]), "cut": torch.from_numpy(cut).long()}
 
     def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         from heliostat.recipes.text.encoder import embed

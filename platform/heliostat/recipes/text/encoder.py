@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from heliostat.recipes.pretrained import from_config, from_folder, whole
+from heliostat.recipes.text import masks
 from heliostat.recipes.text.model_config import ModelKind
 
 ENCODER = ModelKind(
@@ -44,8 +45,8 @@ def _options(config: PreTrainedConfig) -> dict[str, bool]:
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Returns the class of a configuration's model without a head; of several the first."""
-    found: Any = transformers.MODEL_MAPPING[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    mapped: Any = transformers.MODEL_MAPPING[type(config)]
+    return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
 def places(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> int | None:
@@ -58,7 +59,9 @@ def places(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> in
 
 def embed(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Embeds texts, fp32 [texts, width], each of length 1. `mask`: where tokens are."""
-    return F.normalize(pool(model(input_ids=ids, attention_mask=mask).last_hidden_state.float(), mask, pooling), dim=-1)
+    with masks.unread(whole=True):
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return F.normalize(pool(states.float(), mask, pooling), dim=-1)
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -62,15 +62,15 @@ def require(recipe: MixtureModel) -> None:
     from heliostat.parallel import experts
 
     keys, kind = recipe.experts, recipe.config.model_type
-    given = [k for k in KEYS if k in keys.model_fields_set]
-    if not given and not recipe.routes:
+    present = [k for k in KEYS if k in keys.model_fields_set]
+    if not present and not recipe.routes:
         return
     model = _small(recipe)
     if model is None:
         return  # of no size that can be tried: the first step will tell
     layers = experts.layers(model)
-    if given and not layers:
-        raise ConfigError(f"model.{given[0]}: {kind!r} has no experts that it could be about; remove this key")
+    if present and not layers:
+        raise ConfigError(f"model.{present[0]}: {kind!r} has no experts that it could be about; remove this key")
     if keys.router_z_loss_coef and len(experts.routers(model)) < len(layers):
         raise ConfigError(f"model.{Z_LOSS}: the routers of {kind!r} do not tell their logits; remove this key")
     biased = len(experts.biases(model)) == len(layers) > 0
@@ -81,7 +81,7 @@ def require(recipe: MixtureModel) -> None:
     if recipe.job.train.compile and (keys.router_bias_update_rate or keys.router_z_loss_coef):
         named = RATE if keys.router_bias_update_rate else Z_LOSS
         raise ConfigError(f"model.{named} with train.compile is not tried; set train.compile to false, or remove this key")
-    if biased and RATE not in given and not recipe.router_weight:
+    if biased and RATE not in present and not recipe.router_weight:
         log.warning(
             "model.%s: is not set, so the biases that %r chooses experts with stay as they are, and few experts may end with "
             "most tokens; set it (DeepSeek-V3 had 0.001), or to 0 if that is meant",

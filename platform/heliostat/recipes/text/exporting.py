@@ -1,4 +1,4 @@
-"""Writes what is beside an exported language model's weights: configuration, tokenizer, and how it generates. Chooses prompts to
+"""Writes what is next to an exported language model's weights: configuration, tokenizer, and how it generates. Chooses prompts to
 show it with: the first words of documents that it has not been trained on.
 """
 
@@ -23,13 +23,13 @@ from heliostat.recipes.text import infilling, vocabulary
 
 def write(
     folder: Path,
-    given: PreTrainedConfig,
+    as_pretrained: PreTrainedConfig,
     pretrained: str | None,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     sources: list[Manifest],
 ) -> None:
     """Writes them into the model's folder. Those of a pretrained model are copied; else `tokenizer` builds the tokenizer."""
-    config = type(given).from_dict(given.to_dict())
+    config = type(as_pretrained).from_dict(as_pretrained.to_dict())
     config.use_cache = True
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(folder)
@@ -60,11 +60,11 @@ PLAIN = "The"
 def of_held_out(job: Job, sources: list[Manifest], tokenizer: Tokenizer, end: int, count: int = 2) -> list[str]:
     """Chooses prompts from the held-out documents of a job's datasets; from what is trained on, where nothing is held out."""
     try:
-        found = _samples(job, open_dataset(plan(job, sources)))
+        samples = _samples(job, open_dataset(plan(job, sources)))
     except (DataError, StorageError, OSError) as e:
         log.warning("the datasets cannot be read, so the prompt is %r: %s", PLAIN, e)
         return [PLAIN]
-    starts = [opening(tokenizer.decode(_beginning(tokens, end).tolist(), skip_special_tokens=True)) for tokens in found]
+    starts = [opening(tokenizer.decode(_beginning(tokens, end).tolist(), skip_special_tokens=True)) for tokens in samples]
     return list(dict.fromkeys(filter(None, starts)))[:count] or [PLAIN]
 
 

@@ -34,9 +34,9 @@ class Float8Linear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1, self.in_features)
         spare = -len(rows) % MULTIPLE
-        made: torch.Tensor = Float8Product.apply(F.pad(rows, (0, 0, 0, spare)) if spare else rows, self.weight)
-        made = made[: len(rows)].reshape(*input.shape[:-1], self.out_features)
-        return made if self.bias is None else made + self.bias
+        product: torch.Tensor = Float8Product.apply(F.pad(rows, (0, 0, 0, spare)) if spare else rows, self.weight)
+        product = product[: len(rows)].reshape(*input.shape[:-1], self.out_features)
+        return product if self.bias is None else product + self.bias
 
 
 class Float8Product(torch.autograd.Function):
@@ -107,7 +107,7 @@ def require(recipe: LanguageModel) -> None:
 
 def require_device() -> None:
     """Raises ConfigError if this process's GPU does not multiply in float8."""
-    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < CAPABILITY:
-        needs, has = (".".join(map(str, version)) for version in (CAPABILITY, found))
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < CAPABILITY:
+        needs, has = (".".join(map(str, version)) for version in (CAPABILITY, capability))
         name = torch.cuda.get_device_name()
         raise ConfigError(f"{KEY}: needs GPUs of compute capability {needs} or later, and {name} has {has}; set it to false")

@@ -48,8 +48,8 @@ def multiplied(model: torch.nn.Module, config: PreTrainedConfig) -> float:
 def active(model: torch.nn.Module, config: PreTrainedConfig) -> int:
     """Counts the parameters that a token meets: all, but of routed experts those that it is sent to."""
     config = config.get_text_config(decoder=True)
-    found = ((name.rpartition(".")[0], math.prod(shape), shape) for name, shape in _shapes(model))
-    return round(sum(n * (_routed_share(config) if _routed(name, shape, config) else 1) for name, n, shape in found))
+    matrices = ((name.rpartition(".")[0], math.prod(shape), shape) for name, shape in _shapes(model))
+    return round(sum(n * (_routed_share(config) if _routed(name, shape, config) else 1) for name, n, shape in matrices))
 
 
 def _shapes(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...]]]:
@@ -86,4 +86,4 @@ def attended(model: torch.nn.Module, config: PreTrainedConfig) -> int:
 
 
 def _first(thing: object, names: tuple[str, ...]) -> int:
-    return next((found for name in names if (found := getattr(thing, name, None))), 0)
+    return next((value for name in names if (value := getattr(thing, name, None))), 0)

@@ -17,6 +17,8 @@ from heliostat.recipes.text import infilling
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.schema import Float, Strict, validate
 
+EMPTY = "is empty, and the tokenizer has no token that begins a document"
+
 
 def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:
     """Loads the language model in a folder; ConfigError if a weight is missing."""
@@ -26,8 +28,13 @@ def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:
 def ends(tokenizer: PreTrainedTokenizerBase, config: object) -> list[int]:
     """Returns the tokens that end an answer: the tokenizer's, and those that a model's generation config names."""
     named = getattr(config, "eos_token_id", None)
-    found = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return sorted({token for token in found if token is not None})
+    tokens = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return sorted({token for token in tokens if token is not None})
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the tokens of a prompt. An empty one begins a document: it has no token if the tokenizer has none for that."""
+    return tokenizer(text or tokenizer.bos_token or "", verbose=False)["input_ids"]
 
 
 class Sampling(Strict):
@@ -48,8 +55,8 @@ class TextGenerator:
     """Continues prompts with an exported model, or fills in what stands between them and a suffix."""
 
     def __init__(self, folder: Path, options: Mapping[str, object]) -> None:
-        asked = validate(Writing, options, "generate")
-        self.suffix, self.options = asked.suffix, asked.model_dump(exclude={"suffix"})
+        settings = validate(Writing, options, "generate")
+        self.suffix, self.options = settings.suffix, settings.model_dump(exclude={"suffix"})
         self.tokenizer = pretrained.from_folder("model", transformers.AutoTokenizer, folder)
         self.infilling = Infilling.of(self.tokenizer) if self.suffix is not None else None
         if self.suffix is not None and self.infilling is None:
@@ -70,7 +77,9 @@ class TextGenerator:
         if self.infilling is not None and self.suffix is not None:
             tokens, ends = self.infilling.prompt(request.prompt, self.suffix), [*self.ends, *self.infilling.ends]
         else:
-            tokens, ends = self.tokenizer(request.prompt or self.tokenizer.bos_token)["input_ids"], self.ends
+            tokens, ends = prompt_tokens(self.tokenizer, request.prompt), self.ends
+            if not tokens:
+                raise ConfigError(f"prompt: {EMPTY}. Give it at least one character")
         text = continue_tokens(self.model, self.tokenizer, tokens, **self.options, seed=request.seed, ends=ends)
         facts = {"text": text} if self.suffix is None else {"text": text, "suffix": self.suffix}
         return Generated(request.prompt, request.prompt + text + (self.suffix or ""), facts)

@@ -26,18 +26,18 @@ NONE = "the model's tokenizer has no tokens for a prefix, a suffix and a middle,
 
 def write(folder: Path, sources: list[Manifest]) -> None:
     """Writes into an export's tokenizer configuration how its data was rearranged, if some was."""
-    made = [source.meta[FACT] for source in sources if FACT in source.meta]
-    if not made:
+    facts = [source.meta[FACT] for source in sources if FACT in source.meta]
+    if not facts:
         return
     place = folder / CONFIG
     config = json.loads(place.read_text())
-    config[FACT] = {"tokens": made[0]["names"], "suffix_first": all(one["spm_rate"] == 1 for one in made)}
+    config[FACT] = {"tokens": facts[0]["names"], "suffix_first": all(one["spm_rate"] == 1 for one in facts)}
     place.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
 class Infilling:
-    """Makes prompts for middles. `ends`: tokens that end one, beside those that end a document."""
+    """Makes prompts for middles. `ends`: tokens that end one, in addition to those that end a document."""
 
     tokenizer: Tokenizer
     markers: Markers
@@ -64,6 +64,6 @@ class Infilling:
         return Infilling(raw, infilling.find(raw, names), bool(said.get("suffix_first")), list(opening), ends)
 
     def prompt(self, prefix: str, suffix: str) -> list[int]:
-        """Encodes what the model goes on from with the middle."""
+        """Encodes what the model continues from with the middle."""
         before, behind = infilling.encode(self.tokenizer, [prefix, suffix])
         return [*self.opening, *self.markers.prompt(before, behind, self.suffix_first)]

@@ -37,14 +37,14 @@ def read(model: Mapping[str, object]) -> Init:
 
 def output_projections(names: Iterable[str]) -> list[str]:
     """Chooses the parameters that are output projections; none at all if a layer lacks that of one of its branches."""
-    branches, found = defaultdict[str, set[str]](set), list[str]()
+    branches, projections = defaultdict[str, set[str]](set), list[str]()
     for name in names:
         if inside := re.match(r"(.*?\.\d+)\.(.+)", name):
             layer, parts = inside[1], inside[2].split(".")
             branches[layer] |= {parts[0]} if _writes(parts) else set()
             if _writes(parts):
-                found.append(name)
-    return found if all(len(known) >= BRANCHES for known in branches.values()) else []
+                projections.append(name)
+    return projections if all(len(known) >= BRANCHES for known in branches.values()) else []
 
 
 def _writes(parts: list[str]) -> bool:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from heliostat.config.fields import Count, Json, divisors
+from heliostat.config.fields import Count, divisors
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported, pretrained
 from heliostat.recipes.text import expert_keys, initial
@@ -33,7 +33,7 @@ class ModelKind(NamedTuple):
 CAUSAL_LM = ModelKind("causal language model", tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "llama, gpt2, qwen3")
 
 
-def from_keys(model: Mapping[str, Json], wanted: ModelKind = CAUSAL_LM) -> PreTrainedConfig:
+def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTrainedConfig:
     keys = {k: v for k, v in model.items() if k not in ("arch", initial.KEY, *expert_keys.KEYS)}
     arch = str(model.get("arch"))
     if arch not in wanted.archs:
@@ -79,13 +79,13 @@ def _check_activation(name: str) -> None:
         raise ConfigError(f"model.hidden_act: {name!r} is no activation{nearest(name, list(ACT2FN))}")
 
 
-def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Json]) -> None:
+def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
     """Raises ConfigError if the heads must divide the width and do not; a head size of its own, or an architecture whose defaults
     break the rule, lifts it."""
     field, default = kind.__dataclass_fields__.get("head_dim"), kind()
     if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
         return
-    usual: list[Json] = [getattr(default, name, None) for name in ("hidden_size", "num_attention_heads")]
+    usual: list[Any] = [getattr(default, name, None) for name in ("hidden_size", "num_attention_heads")]
     names = [(name, kind.attribute_map.get(name, name)) for name in ("hidden_size", "num_attention_heads")]
     width, heads = [next((keys[n] for n in both if n in keys), u) for both, u in zip(names, usual, strict=True)]
     if all(type(n) is int and n > 0 for n in (*usual, width, heads)) and usual[0] % usual[1] == 0 and width % heads:
@@ -96,7 +96,7 @@ def _divisor(number: int, near: int) -> str:
     return f"nearest that does: {min(divisors(number), key=lambda d: abs(d - near))}"
 
 
-ROUTER = "output_router_logits"  # which a job may give beside `pretrained`, as `expert_keys`: it is of the training
+ROUTER = "output_router_logits"  # which a job may give in addition to `pretrained`, as `expert_keys`: it is of the training
 
 
 def changed(model: Mapping[str, object]) -> dict[str, object]:
@@ -160,14 +160,14 @@ class RopeScaling(Strict):
         return self
 
 
-def applied(config: PreTrainedConfig, given: Mapping[str, object]) -> PreTrainedConfig:
+def applied(config: PreTrainedConfig, keys: Mapping[str, object]) -> PreTrainedConfig:
     """Returns a configuration with a job's keys in place of its own; ConfigError for a key that it does not have, or a value."""
-    if not given:
+    if not keys:
         return config
     inner = config.get_text_config(decoder=True)
-    changes = _changes(inner, {k: v for k, v in given.items() if k != SCALING})
-    if SCALING in given:
-        changes |= _extended(inner, given[SCALING], changes)
+    changes = _changes(inner, {k: v for k, v in keys.items() if k != SCALING})
+    if SCALING in keys:
+        changes |= _extended(inner, keys[SCALING], changes)
     whole = config.to_dict()
     part = whole if inner is config else next(whole[name] for name in whole if getattr(config, name, None) is inner)
     part.update(changes)
@@ -177,19 +177,19 @@ def applied(config: PreTrainedConfig, given: Mapping[str, object]) -> PreTrained
         raise ConfigError(f"model: {brief((str(e).splitlines() or [type(e).__name__])[-1])}") from e
 
 
-def _changes(config: PreTrainedConfig, given: Mapping[str, object]) -> dict[str, object]:
+def _changes(config: PreTrainedConfig, keys: Mapping[str, object]) -> dict[str, object]:
     known = {*type(config).__dataclass_fields__, *config.attribute_map}
-    for key in given:
+    for key in keys:
         if key not in known:
             near = nearest(key, sorted({*known, SCALING}))
             raise ConfigError(f"model.{key}: unknown key for the pretrained {config.model_type!r}{near}")
-    return {config.attribute_map.get(key, key): value for key, value in given.items()}
+    return {config.attribute_map.get(key, key): value for key, value in keys.items()}
 
 
-def _extended(config: PreTrainedConfig, given: object, changes: Mapping[str, object]) -> dict[str, object]:
+def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, object]) -> dict[str, object]:
     """Returns the keys that scale a configuration's rotary positions, and the longest sample that follows unless it is given."""
     try:
-        scaling = RopeScaling.model_validate(given)
+        scaling = RopeScaling.model_validate(rope)
     except ValidationError as e:
         raise ConfigError("\n  ".join(explain(e, RopeScaling, f"model.{SCALING}"))) from e
     old = getattr(config, "rope_parameters", None)
@@ -211,21 +211,21 @@ def _extended(config: PreTrainedConfig, given: object, changes: Mapping[str, obj
 
 
 def require_same_weights(
-    config: PreTrainedConfig, given: Mapping[str, object], build: Callable[[PreTrainedConfig], torch.nn.Module]
+    config: PreTrainedConfig, keys: Mapping[str, object], build: Callable[[PreTrainedConfig], torch.nn.Module]
 ) -> None:
     """Raises ConfigError, by the key, if a job's keys change which weights the pretrained model has. `build(config)`: a model."""
     own = _shapes(build(config))
-    if not given or own == _shapes(build(applied(config, given))):
+    if not keys or own == _shapes(build(applied(config, keys))):
         return
-    for key in given:
-        other = _shapes(build(applied(config, {key: given[key]})))
+    for key in keys:
+        other = _shapes(build(applied(config, {key: keys[key]})))
         if differ := sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name)):
             name = differ[0]
             raise ConfigError(
-                f"model.{key}: {brief(given[key])} does not fit the pretrained weights, whose {name!r} is "
+                f"model.{key}: {brief(keys[key])} does not fit the pretrained weights, whose {name!r} is "
                 f"{_size(own.get(name))} and would be {_size(other.get(name))}; remove this key"
             )
-    raise ConfigError(f"model: {', '.join(given)} together do not fit the pretrained weights; remove one of them")
+    raise ConfigError(f"model: {', '.join(keys)} together do not fit the pretrained weights; remove one of them")
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 from heliostat.parallel import experts
 from heliostat.recipes.batches import segments
 from heliostat.recipes.protocol import IGNORED, Batch, Loss, Part
-from heliostat.recipes.text import expert_keys, tiled_loss
+from heliostat.recipes.text import expert_keys, masks, tiled_loss
 
 
 class Outputs(Protocol):
@@ -28,12 +28,12 @@ def batch(content: np.ndarray, end: int | None) -> Batch:
     tokens = torch.from_numpy(np.ascontiguousarray(content)).long()
     labels = tokens.clone()
     labels[:, 0] = IGNORED
-    made = {"input_ids": tokens, "labels": labels}
+    batch_tensors = {"input_ids": tokens, "labels": labels}
     if end is not None:
         documents = segments(tokens, end)
         labels[documents.starts] = IGNORED
-        made["position_ids"] = documents.positions
-    return made
+        batch_tensors["position_ids"] = documents.positions
+    return batch_tensors
 
 
 def cut(batch: Batch, part: int, parts: int) -> Batch:
@@ -110,7 +110,8 @@ def evaluate(
 
 
 def _outputs(model: torch.nn.Module, batch: Batch) -> Outputs:
-    return model(**{k: v for k, v in batch.items() if k not in ("labels", "targets")})
+    with masks.unread(whole="position_ids" not in batch):
+        return model(**{k: v for k, v in batch.items() if k not in ("labels", "targets")})
 
 
 def _flat(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

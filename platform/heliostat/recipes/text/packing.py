@@ -63,8 +63,8 @@ def logits(small: LanguageModel) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = small.build()
     tiny.stir(model)
-    found = []
+    parts = []
     for tokens in packings():
         torch.manual_seed(1)  # the same dropout
-        found.append(model(**{k: v for k, v in small.batch(tokens).items() if k != "labels"}).logits)
-    return found
+        parts.append(model(**{k: v for k, v in small.batch(tokens).items() if k != "labels"}).logits)
+    return parts

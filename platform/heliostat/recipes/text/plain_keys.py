@@ -42,12 +42,12 @@ def read(model: dict[str, object]) -> Plain | None:
     """Reads the keys of a model that is right without a doubt; None for all others."""
     keys = {key: value for key, value in model.items() if key != initial.KEY}
     try:
-        found = Plain.model_validate(keys)
+        plain = Plain.model_validate(keys)
     except (ValidationError, TypeError):  # TypeError: a key that is no string
         return None
-    if found.head_dim is None:
-        divide = found.hidden_size % (2 * found.num_attention_heads) == 0  # rotary positions turn pairs
+    if plain.head_dim is None:
+        divide = plain.hidden_size % (2 * plain.num_attention_heads) == 0  # rotary positions turn pairs
     else:
-        divide = found.hidden_size % found.num_attention_heads == found.head_dim % 2 == 0 and found.arch not in WITHOUT_HEAD_DIM
-    share = found.num_attention_heads % found.num_key_value_heads == 0
-    return found if divide and share and None not in keys.values() else None
+        divide = plain.hidden_size % plain.num_attention_heads == plain.head_dim % 2 == 0 and plain.arch not in WITHOUT_HEAD_DIM
+    share = plain.num_attention_heads % plain.num_key_value_heads == 0
+    return plain if divide and share and None not in keys.values() else None

@@ -97,6 +97,6 @@ def _require_weights(recipe: ProbedModel) -> None:
 
     from heliostat.recipes.text import model_config
 
-    if given := model_config.changed(recipe.job.model):
+    if changed_keys := model_config.changed(recipe.job.model):
         with torch.device("meta"):
-            model_config.require_same_weights(model_config.read(recipe.job.model), given, AutoModelForCausalLM.from_config)
+            model_config.require_same_weights(model_config.read(recipe.job.model), changed_keys, AutoModelForCausalLM.from_config)

@@ -1,6 +1,6 @@
-"""Keeps what is dear of a checkpointed layer, for `train.activation_checkpointing: selective`: only the rest is played again.
+"""Keeps what is dear of a checkpointed layer, for `train.activation_checkpointing: selective`: only the rest is recomputed.
 
-Dear are products with weights and fused attention: nearly all of the time, in tensors that grow with the tokens alone. Played
+Dear are products with weights and fused attention: nearly all of the time, in tensors that grow with the tokens alone. Recomputed
 again are norms, activations, residuals, rotations, and attention that is written out, whose scores grow with the tokens' square.
 
 The forward pass notes the outputs, in the order of the operations; when autograd plays the layer again it meets the same
@@ -36,8 +36,8 @@ def is_dear(operation: Operation, args: Sequence[object] = (), kwargs: Mapping[s
     if not (kind := _kind(operation)) or kind == PRODUCT:
         return bool(kind)
     assert isinstance(operation, torch._ops.OpOverload)  # as all are that have a kind
-    given = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | dict(kwargs or {})
-    return not given.get("dropout_p")
+    arguments = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | dict(kwargs or {})
+    return not arguments.get("dropout_p")
 
 
 @cache
@@ -150,8 +150,8 @@ def written(func: Operation, args: Sequence[object], kwargs: Mapping[str, object
     """Lists the storages that an operation writes into."""
     if not (schema := getattr(func, "_schema", None)) or not schema.is_mutable:
         return []
-    given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(schema.arguments)]
-    return [_storage(t) for a, value in given if a.alias_info and a.alias_info.is_write for t in _tensors(value)]
+    arguments = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(schema.arguments)]
+    return [_storage(t) for a, value in arguments if a.alias_info and a.alias_info.is_write for t in _tensors(value)]
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
@@ -163,7 +163,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _detached(value: object) -> object:
-    """Detaches a tensor, which goes on to be counted as written into whenever that one is."""
+    """Detaches a tensor, which continues to be counted as written into whenever that one is."""
     if not isinstance(value, torch.Tensor):
         return value
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # beneath autograd that is not so

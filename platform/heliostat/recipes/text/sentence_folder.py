@@ -1,4 +1,4 @@
-"""Writes and reads what `sentence-transformers` keeps beside a model: how an embedding is made of its hidden states.
+"""Writes and reads what `sentence-transformers` keeps next to a model: how an embedding is made of its hidden states.
 
     modules.json                    the model, the pooling, and the normalisation, in their order
     1_Pooling/config.json           which pooling
@@ -97,7 +97,7 @@ def _pooling(place: Path) -> str:
     named = said.get(MODE)
     chosen = [named] if isinstance(named, str) else [key.removeprefix(f"{MODE}_") for key, on in said.items()
                                                      if key.startswith(f"{MODE}_") and on is True]  # fmt: skip
-    found = [WAYS.get(name, name) for name in chosen] or ["mean"]  # as sentence-transformers takes it where nothing is said
-    if len(found) != 1 or found[0] not in WAYS.values():
-        raise ConfigError(f"{place}: pools by {', '.join(found)}; known: one of {', '.join(WAYS.values())}")
-    return found[0]
+    ways = [WAYS.get(name, name) for name in chosen] or ["mean"]  # as sentence-transformers takes it where nothing is said
+    if len(ways) != 1 or ways[0] not in WAYS.values():
+        raise ConfigError(f"{place}: pools by {', '.join(ways)}; known: one of {', '.join(WAYS.values())}")
+    return ways[0]

@@ -47,7 +47,7 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temp
 
 def continue_tokens(model: Any, tokenizer: Any, prompt: list[int], max_tokens: int, temperature: float, top_p: float, seed: int,
                     ends: Sequence[int] = ()) -> str:  # fmt: skip
-    """Generates the continuation of tokens. `ends`: what ends it, beside the tokenizer's end."""
+    """Generates the continuation of tokens. `ends`: what ends it, in addition to the tokenizer's end."""
     ids = torch.tensor([prompt], device=model.device)
     torch.manual_seed(seed)
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}

@@ -121,8 +121,8 @@ def _fault(small: LanguageModel) -> str:
     model = small.build()
     if model.get_output_embeddings() is None:
         return "it has no layer of its own for them"
-    found = []
+    faults = []
     for small.tiled in (False, True):
-        found.append(tiny.loss_and_gradient(small, model))
-    whole, mine = found
+        faults.append(tiny.loss_and_gradient(small, model))
+    whole, mine = faults
     return "" if tiny.same(whole, mine, TOLERANCE) else "something is made of them behind the last layer, as a scale or a cap"

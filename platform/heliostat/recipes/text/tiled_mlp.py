@@ -69,15 +69,15 @@ def inside(mlp: Any, width: int, meter: ByteMeter) -> tuple[int, int]:
 
 def modules(model: torch.nn.Module) -> list[Any]:
     """Lists the MLPs of a model's layers; Unfit if a layer has none."""
-    found = []
+    layers = []
     for layer in checkpointing.layers(model):
         own = [child for name, child in layer.named_children() if name in NAMES and not _sparse(child)]
         if len(own) != 1:
             raise UnfitForTiles("there are layers without an MLP that is a module of its own")
-        found += own
-    if not found:
+        layers += own
+    if not layers:
         raise UnfitForTiles("transformers has no list of its layers")
-    return found
+    return layers
 
 
 def _sparse(module: torch.nn.Module) -> bool:
@@ -106,7 +106,7 @@ def _tiles(whole: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
 
 class KeepForBackward(torch.autograd.Function):
     """Keeps a tensor for the backward pass of what is computed of it next. Before that is computed: a layer that is checkpointed
-    is played again as far as there is something to keep, and so not through its MLP, which plays its tiles itself."""
+    is recomputed as far as there is something to keep, and so not through its MLP, which plays its tiles itself."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -136,8 +136,8 @@ class TiledMlp(torch.autograd.Function):
         for tile, gradient, out in zip(*(_tiles(x, ctx.rows) for x in (hidden, upstream[0], of_hidden)), strict=True):
             tile = tile.detach().requires_grad_()
             with torch.enable_grad():
-                made = ctx.compute(tile)
-            first, *rest = torch.autograd.grad(made, [tile, *ctx.weights], gradient)
+                output = ctx.compute(tile)
+            first, *rest = torch.autograd.grad(output, [tile, *ctx.weights], gradient)
             out.copy_(first)
             for total, part in zip(totals, rest, strict=True):
                 total += part

@@ -11,11 +11,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 
-from heliostat.config.fields import Json
 from heliostat.errors import ConfigError
 
 STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pre-tokenizers"}
@@ -27,24 +27,24 @@ def of_folder(folder: Path) -> bytes:
     if file.is_file():
         return file.read_bytes()
     try:
-        made = transformers.AutoTokenizer.from_pretrained(folder)
-        return made.backend_tokenizer.to_str().encode()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return tokenizer.backend_tokenizer.to_str().encode()
     except Exception as e:
         raise ConfigError(
             f"model.pretrained: {str(folder)!r} holds no tokenizer that can be read; put its tokenizer.json there"
         ) from e
 
 
-def load(definition: bytes, whose: str) -> Tokenizer:
+def load(definition: bytes, owner: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(definition.decode())
     except Exception as e:  # the library raises bare Exception
-        raise ConfigError(f"{whose}: its tokenizer.json is none of the tokenizers library ({e})") from e
+        raise ConfigError(f"{owner}: its tokenizer.json is none of the tokenizers library ({e})") from e
 
 
 def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:
     """Describes how a model's tokenizer differs from the dataset's; None if it does not. `special`: the token that ends
-    documents, and others that the dataset has beside those of text."""
+    documents, and others that the dataset has in addition to those of text."""
     ours, theirs = (json.loads(t.to_str()) for t in (data, model))
     if ours["model"]["type"] != theirs["model"]["type"]:
         return f"the dataset's is {ours['model']['type']}, the model's {theirs['model']['type']}"
@@ -107,7 +107,7 @@ def sizes(tokenizer: Tokenizer, count: int) -> tuple[list[int], list[int]]:
     return inside, opening
 
 
-def _kinds(decoder: dict[str, Json] | None) -> Iterator[str]:
+def _kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
     if decoder:
         yield decoder["type"]
         for part in decoder.get("decoders", []):

@@ -32,101 +32,101 @@ WORD = 120  # characters of an id, a value or a detail
 Told = dict[str, Any]
 
 
-def gather(made: Manifest, hour: float | None = None, currency: str = "") -> Told:
+def gather(dataset: Manifest, hour: float | None = None, currency: str = "") -> Told:
     """Collects what the page shows, as plain data; `hour` is the price of a core for an hour."""
     return {
-        "name": made.meta.get("name", made.location.name),
-        "dataset": str(made.location),
-        "digest": made.digest,
-        "shards": len(set(made.paths)),
-        "funnel": reasons.funnel(made),
-        "seconds": reasons.seconds(made),
+        "name": dataset.meta.get("name", dataset.location.name),
+        "dataset": str(dataset.location),
+        "digest": dataset.digest,
+        "shards": len(set(dataset.paths)),
+        "funnel": reasons.funnel(dataset),
+        "seconds": reasons.seconds(dataset),
         "hour": hour,
         "currency": currency,
-        "columns": columns(made),
+        "columns": columns(dataset),
     }
 
 
 def pages(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
     """Yields the pages of those datasets that were made with stages, each under the name that it has among a run's artifacts."""
-    for made in manifests:
-        if "curation" not in made.meta:
+    for dataset in manifests:
+        if "curation" not in dataset.meta:
             continue
         try:
-            text = page(gather(made))
+            text = page(gather(dataset))
         except (HeliostatError, OSError) as e:
-            log.warning("%s: what made it cannot be read, so the run has no page about it (%s)", made.location, e)
+            log.warning("%s: what made it cannot be read, so the run has no page about it (%s)", dataset.location, e)
             continue
-        yield f"data/{made.location.name}-{made.digest[:8]}.html", text
+        yield f"data/{dataset.location.name}-{dataset.digest[:8]}.html", text
 
 
-def columns(made: Manifest) -> Told:
+def columns(dataset: Manifest) -> Told:
     """Counts the values of known columns in a random sample: {sampled, counts: {what: {value: [kept, left out]}}}."""
-    seen, found = 0, dict[str, Counter[tuple[str, bool]]]()
-    for part in reasons.ends(made):
+    seen, shapes = 0, dict[str, Counter[tuple[str, bool]]]()
+    for part in reasons.ends(dataset):
         if "columns" not in part.column_names:
             break
         part = part.slice(0, SAMPLED - seen)
         for raw, reason in zip(part["columns"].to_pylist(), part["reason"].to_pylist(), strict=True):
             for what, value in facts(json.loads(raw) if raw else {}):
-                found.setdefault(what, Counter())[value, reason == "kept"] += 1
+                shapes.setdefault(what, Counter())[value, reason == "kept"] += 1
         seen += len(part)
         if seen >= SAMPLED:
             break
-    counts: dict[str, dict[str, list[int]]] = {what: {} for what in found}
-    for what, numbers in found.items():
+    counts: dict[str, dict[str, list[int]]] = {what: {} for what in shapes}
+    for what, numbers in shapes.items():
         for (value, kept), number in numbers.items():
             counts[what].setdefault(value, [0, 0])[0 if kept else 1] += number
     return {"sampled": seen, "counts": counts}
 
 
-def facts(held: Told) -> list[tuple[str, str]]:
+def facts(report: Told) -> list[tuple[str, str]]:
     """Extracts from a document's columns what is counted: languages, domains, licences, years and sources."""
-    out = [(f"{name}s", str(held[name])) for name in ("language", "license", "source") if held.get(name)]
+    out = [(f"{name}s", str(report[name])) for name in ("language", "license", "source") if report.get(name)]
     try:
-        host = urlsplit(str(held.get("url") or "")).hostname
+        host = urlsplit(str(report.get("url") or "")).hostname
     except ValueError:
         host = None
     out += [("domains", host)] if host else []
-    year = str(held.get("date") or "")[:4]
+    year = str(report.get("date") or "")[:4]
     return out + ([("years", year)] if len(year) == 4 and year.isdecimal() else [])
 
 
-def page(told: Told) -> str:
-    funnel = told["funnel"]
+def page(report: Told) -> str:
+    funnel = report["funnel"]
     parts = [
-        f"<h1>{escape(printable(told['name']))}</h1>",
-        f"<p class='muted'>{escape(printable(told['dataset']))}, digest {escape(told['digest'][:12])}</p>",
-        _summary(told),
+        f"<h1>{escape(printable(report['name']))}</h1>",
+        f"<p class='muted'>{escape(printable(report['dataset']))}, digest {escape(report['digest'][:12])}</p>",
+        _summary(report),
         "<h2>The funnel</h2>",
-        _funnel(told),
-        *_costs(told),
+        _funnel(report),
+        *_costs(report),
     ]
     for name, part in funnel.items():
         parts += _stage(name, part)
-    parts += _columns(told["columns"])
-    return document(told["name"], parts)
+    parts += _columns(report["columns"])
+    return document(report["name"], parts)
 
 
-def _summary(told: Told) -> str:
-    first, last = told["funnel"]["read"], told["funnel"]["shard"]
+def _summary(report: Told) -> str:
+    first, last = report["funnel"]["read"], report["funnel"]["shard"]
     facts = {
         "documents read": f"{first['documents']:,}",
         "documents kept": f"{last['kept']:,} ({_share(last['kept'], first['documents'])})",
         "bytes read": _bytes(first["bytes"]),
         "bytes kept": f"{_bytes(last['kept_bytes'])} ({_share(last['kept_bytes'], first['bytes'])})",
         **({"tokens": f"{last['counts']['tokens']:,}"} if "tokens" in last["counts"] else {}),
-        "shards": f"{told['shards']:,}",
+        "shards": f"{report['shards']:,}",
     }
-    if told["seconds"]:
-        spent = sum(told["seconds"].values())
+    if report["seconds"]:
+        spent = sum(report["seconds"].values())
         facts["processor time"] = _time(spent)
-        facts |= {"its price": _price(told, spent)} if told["hour"] else {}
+        facts |= {"its price": _price(report, spent)} if report["hour"] else {}
     return f"<dl>{boxes(facts)}</dl>"
 
 
-def _funnel(told: Told) -> str:
-    funnel, seconds = told["funnel"], told["seconds"]
+def _funnel(report: Told) -> str:
+    funnel, seconds = report["funnel"], report["seconds"]
     total = max(1, funnel["read"]["documents"])
     left, rows = total, list[list[str]]()
     shown = [("read", 1.0, f"{funnel['read']['documents']:,} documents")]
@@ -139,7 +139,7 @@ def _funnel(told: Told) -> str:
         left, gone, spent = part["kept"], part["documents"] - part["kept"], seconds.get(name)
         speed = f"{part['bytes'] / spent / 1e6:,.1f}" if spent else ""
         time = [f"{spent:,.1f}", speed] if spent is not None else ["", ""]
-        price = _price(told, spent) if spent is not None and told["hour"] else ""
+        price = _price(report, spent) if spent is not None and report["hour"] else ""
         rows.append([_cut(name), f"{part['documents']:,}", f"{part['kept']:,}", f"{gone:,}", _share(gone, part["documents"]),
                      f"{_bytes(part['bytes'])} to {_bytes(part['kept_bytes'])}", *time, price])  # fmt: skip
         shown.append(
@@ -153,11 +153,11 @@ def _funnel(told: Told) -> str:
     return svg.bars("documents that are left", [(_plain(n), s, t) for n, s, t in shown]) + table(head, rows)
 
 
-def _costs(told: Told) -> list[str]:
-    if not told["seconds"]:
+def _costs(report: Told) -> list[str]:
+    if not report["seconds"]:
         return []
-    note = f", at {told['hour']:g} {escape(told['currency'])} for a core and hour" if told["hour"] else ""
-    parts = [(_plain(name), told["seconds"][name]) for name in told["funnel"] if name in told["seconds"]]
+    note = f", at {report['hour']:g} {escape(report['currency'])} for a core and hour" if report["hour"] else ""
+    parts = [(_plain(name), report["seconds"][name]) for name in report["funnel"] if name in report["seconds"]]
     longest = max((spent for _, spent in parts), default=0.0) or 1.0
     rows = [
         (name, spent / longest, f"{_time(spent)}, {spent / max(1e-9, sum(s for _, s in parts)):.1%}") for name, spent in parts
@@ -171,8 +171,8 @@ def _stage(name: str, part: Told) -> list[str]:
     came = part.get("documents", 0)
     out = []
     if dropped:
-        found = sorted(dropped.items(), key=lambda kv: (-kv[1], kv[0]))
-        rows = [[_cut(reason), f"{n:,}", _share(n, came), _cut(what.get(reason, ""))] for reason, n in found]
+        reasons = sorted(dropped.items(), key=lambda kv: (-kv[1], kv[0]))
+        rows = [[_cut(reason), f"{n:,}", _share(n, came), _cut(what.get(reason, ""))] for reason, n in reasons]
         out.append(table(["dropped for", "documents", "of those that came", "meaning"], rows))
     if counts:
         out.append(f"<p class='muted'>{escape(', '.join(f'{_plain(k)} {n:,}' for k, n in sorted(counts.items())))}</p>")
@@ -190,24 +190,24 @@ def _stage(name: str, part: Told) -> list[str]:
     return [f"<h2>{_cut(name)}</h2>", *out] if out else []
 
 
-def _examples(rule: str, found: list[Any]) -> str:
+def _examples(rule: str, examples: list[Any]) -> str:
     """Renders examples of a rule, folded: ids, figures, thumbnails of images and the beginnings of their texts."""
     kind, _, subject = rule.partition(" ")
     title = f"dropped for {subject}" if kind == "dropped" else f"only just kept, by {subject}"
     shown = []
-    for _, id, text, detail, measures, *thumbnails in found[:EXAMPLES]:
+    for _, id, text, detail, measures, *thumbnails in examples[:EXAMPLES]:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
-        told = "; ".join(_cut(x, TEXT) for x in (detail, figures) if x)
+        line = "; ".join(_cut(x, TEXT) for x in (detail, figures) if x)
         more = " ..." if len(text) > TEXT else ""
         drawn = "".join(f'<p><img alt="" src="data:image/jpeg;base64,{escape(t)}"></p>' for t in thumbnails if t)
-        shown.append(f"<p><b>{_cut(id)}</b> <span class='muted'>{told}</span></p>{drawn}"
+        shown.append(f"<p><b>{_cut(id)}</b> <span class='muted'>{line}</span></p>{drawn}"
                      f"<pre>{escape(printable(text[:TEXT], lines=True))}{more}</pre>")  # fmt: skip
     return f"<details><summary>{len(shown)} {_cut(title)}</summary>{''.join(shown)}</details>"
 
 
-def _columns(told: Told) -> list[str]:
+def _columns(report: Told) -> list[str]:
     drawn = []
-    for what, counts in sorted(told["counts"].items()):
+    for what, counts in sorted(report["counts"].items()):
         most = sorted(counts.items(), key=lambda kv: (-kv[1][0], -kv[1][1], kv[0]))[:TOP]
         most = sorted(most) if what == "years" else most
         top = max(1, *(kept for _, (kept, _) in most))
@@ -215,7 +215,7 @@ def _columns(told: Told) -> list[str]:
         drawn.append(svg.bars(f"{what}: {len(counts):,}", rows))
     if not drawn:
         return []
-    note = f"Counted in {told['sampled']:,} documents" + (", a random sample." if told["sampled"] >= SAMPLED else ".")
+    note = f"Counted in {report['sampled']:,} documents" + (", a random sample." if report["sampled"] >= SAMPLED else ".")
     return ["<h2>What is in it</h2>", f"<p class='muted'>{note}</p>", side_by_side(drawn)]
 
 
@@ -236,9 +236,9 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.2%}" if whole else ""
 
 
-def _price(told: Told, seconds: float) -> str:
-    cost = seconds / 3600 * told["hour"]
-    return f"{cost:,.2f} {told['currency']}" if cost >= 0.01 else f"< 0.01 {told['currency']}"
+def _price(report: Told, seconds: float) -> str:
+    cost = seconds / 3600 * report["hour"]
+    return f"{cost:,.2f} {report['currency']}" if cost >= 0.01 else f"< 0.01 {report['currency']}"
 
 
 def _time(seconds: float) -> str:

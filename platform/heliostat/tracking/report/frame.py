@@ -21,9 +21,9 @@ def side_by_side(figures: list[str]) -> str:
     return f"<div class='grid2'>{''.join(figures)}</div>"
 
 
-def boxes(told: dict[str, str]) -> str:
+def boxes(facts: dict[str, str]) -> str:
     """Renders facts by name, each in a box; the values are escaped here."""
-    return "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in told.items())
+    return "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

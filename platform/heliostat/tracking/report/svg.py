@@ -115,8 +115,8 @@ def lines(title: str, curves: list[Curve], x_range: tuple[float, float], unit: s
             ]
         legend.append((ink, escape(curve.name), _value(curve.points[-1][1])))
     inner = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">{"".join(paths)}</svg>'
-    told = json.dumps([{"name": c.name, "points": [[x, float(f"{y:.7g}")] for x, y in c.points]} for c in kept])
-    data = f' data-curves="{escape(told)}" data-range="{x0:g} {x1:g}"'
+    payload = json.dumps([{"name": c.name, "points": [[x, float(f"{y:.7g}")] for x, y in c.points]} for c in kept])
+    data = f' data-curves="{escape(payload)}" data-range="{x0:g} {x1:g}"'
     unit = f" <span>{escape(unit)}</span>" if unit else ""
     return _chart(title, ", ".join(c.name for c in kept), legend, [*out, inner, *dots], unit, data)
 
@@ -226,13 +226,13 @@ def axis(values: list[float], limits: list[float]) -> Axis:
 
 def histogram(title: str, bins: Bins, limits: list[float]) -> str:
     """Draws a measure's bins, those that were kept below those that were dropped; empty if no value is finite."""
-    found = {float(value): pair for value, pair in bins.items() if math.isfinite(float(value))}
-    if not found:
+    values = {float(value): pair for value, pair in bins.items() if math.isfinite(float(value))}
+    if not values:
         return ""
     limits = sorted({float(v) for v in limits if math.isfinite(v)})
-    scale = axis(list(found), limits)
+    scale = axis(list(values), limits)
     kept, dropped = [0] * scale.bars, [0] * scale.bars
-    for value, (stayed, went) in found.items():
+    for value, (stayed, went) in values.items():
         kept[scale.bar(value)] += stayed
         dropped[scale.bar(value)] += went
     levels = ticks(0, max(k + d for k, d in zip(kept, dropped, strict=True)), 4, whole=True)

@@ -100,12 +100,12 @@ class Attempt:
         self._mailbox = mailbox.make()
         self._parts = self._stream()
         self._heartbeats: dict[int, mailbox.Pulse] = {}
-        self._told: dict[int, HeliostatError] = {}  # each worker's own error, by rank
+        self._reported: dict[int, HeliostatError] = {}  # each worker's own error, by rank
         self._members: list[Member] = []  # the workers' processes, in order of their ranks
         self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
         self._ordered = 0
-        self._held: int | None = None  # the step behind which the workers wait
-        self._stop_by: float | None = None  # when those who were told to stop must have ended
+        self._paused_at: int | None = None  # the step behind which the workers wait
+        self._stop_by: float | None = None  # when those that were asked to stop must have ended
         self._look_at = self._grow_at = 0.0
         self._starved = False  # said to be
         self._placing, self._reading = nodes.Shortage(self.job), 0.0  # since when the stream is being opened
@@ -134,7 +134,7 @@ class Attempt:
         thread = threading.Thread(target=train, name="train", daemon=True)
         thread.start()
         while thread.is_alive():
-            thread.join(POLL_S if self._held is None else HELD_POLL_S)
+            thread.join(POLL_S if self._paused_at is None else HELD_POLL_S)
             try:
                 self._beat()
             except (LeaseError, ConfigError) as e:  # ConfigError: what a worker costs is not known
@@ -151,7 +151,7 @@ class Attempt:
         ended = outcome.result()
         if ended.summary is not None:
             return ended.summary
-        raise explain([replace(f, told=self._told.get(f.rank)) for f in ended.failures])
+        raise explain([replace(f, told=self._reported.get(f.rank)) for f in ended.failures])
 
     # the watch -------------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class Attempt:
                 if event.phase in ("model", "stepped"):
                     self._since = time.monotonic()
             elif isinstance(event, Paused):
-                self._held = event.step
+                self._paused_at = event.step
             self._take(event)
 
     def _drained(self) -> list[Event]:
@@ -184,14 +184,14 @@ class Attempt:
         self._heartbeats = mailbox.by_other_clock(heartbeats, now)
         for event in events:
             if isinstance(event, WorkerFailed):
-                self._told.setdefault(event.rank, event.error)
+                self._reported.setdefault(event.rank, event.error)
         return [event for event in events if not isinstance(event, WorkerFailed)]
 
     def _release(self) -> None:
         """Releases workers that wait at a pause point, as soon as it is decided whether they go on."""
-        if self._held is not None and (stop := self.start.pauses.get(self._held)) is not None:
-            self._mailbox.decide.remote(self._held, stop)
-            self._held = None
+        if self._paused_at is not None and (stop := self.start.pauses.get(self._paused_at)) is not None:
+            self._mailbox.decide.remote(self._paused_at, stop)
+            self._paused_at = None
 
     def _look(self) -> None:
         """Orders the workers to stop, or sets the attempt's fault, where there is a reason to."""
@@ -203,13 +203,13 @@ class Attempt:
                 self._fault = StoppedError(f"stopped by {self.signals.name} before the first step; nothing was lost")
                 return
             self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
-        held = Counter(p["node"] for p in self._heartbeats.values())
+        beating = Counter(p["node"] for p in self._heartbeats.values())
         if self.pool.waiting:
             self._say(self._placing.told())
         if self._phase == "data" and not self._starved:
-            self._starved = self._say(self._too_little_to_read(held))
+            self._starved = self._say(self._too_little_to_read(beating))
         if self._ordered < PREEMPTED and self._phase == "stepped":
-            if gone := held.keys() & nodes.draining():
+            if gone := beating.keys() & nodes.draining():
                 self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
             elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
                 self._grow_at = now + GROW_S
@@ -223,9 +223,9 @@ class Attempt:
         elif self._phase not in ("placing", "ended"):
             self._watch(now)
 
-    def _too_little_to_read(self, held: Mapping[str, int]) -> str | None:
+    def _too_little_to_read(self, beating: Mapping[str, int]) -> str | None:
         limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for one"
-        if nodes.starved_now(self.job, held):
+        if nodes.starved_now(self.job, beating):
             short = f"workers.cpus: {self.job.workers.cpus:g} a worker leave no node the CPU that reading the data needs"
             return f"{short}; {limit}: lower workers.cpus, or add a node"
         waited = time.monotonic() - self._reading > nodes.SAY_S
@@ -292,7 +292,7 @@ class Attempt:
         """Puts the workers to work; returns how they have ended, once none works any more."""
         self._mailbox.post.remote(Phase(phase="placing"))
         try:
-            members, given = self._places()
+            members, placed = self._places()
             self._members = members
             copies = self.start.memory.plan(members, self.start.source)
         except ray.exceptions.RayError as e:
@@ -300,7 +300,7 @@ class Attempt:
         ended = self._gather(
             {
                 member.actor.run.remote(place, self._config(part, copies)): member
-                for member, place, part in zip(members, given, self._dealt(), strict=True)
+                for member, place, part in zip(members, placed, self._dealt(), strict=True)
             }
         )
         for failure in ended.failures:
@@ -313,13 +313,13 @@ class Attempt:
         return ended
 
     def _places(self) -> tuple[list[Member], list[WorkerPlace]]:
-        """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made anew."""
+        """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made again."""
         while True:
             members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
-            given = places(members)
-            unfit = [member for member, place in zip(members, given, strict=True) if not self.pool.sees(member, place.gpus)]
+            placed = places(members)
+            unfit = [member for member, place in zip(members, placed, strict=True) if not self.pool.sees(member, place.gpus)]
             if not unfit:
-                return members, given
+                return members, placed
             for member in unfit:
                 self.pool.drop(member)
 
@@ -335,9 +335,9 @@ class Attempt:
             done, waiting = ray.wait(waiting, timeout=min(POLL_S, max(0.0, until - time.monotonic())))
             for one in done:
                 ended.add(ranks[one], working[one], one)
-            if until == math.inf and (done or self._told):
+            if until == math.inf and (done or self._reported):
                 until = time.monotonic() + SETTLE_S
-            if not aborted and (ended.failures or self._told):
+            if not aborted and (ended.failures or self._reported):
                 aborted, until = True, until + mailbox.interval(len(working))  # until they hear of it
                 self._abort()
             if not done and time.monotonic() >= until:

@@ -80,7 +80,7 @@ class Failure:
 def explain(failures: Sequence[Failure]) -> HeliostatError:
     """Explains the workers' failures, given in order of arrival, in one line; Ray's error is chained."""
     cause = min(failures, key=lambda f: LIKELY[f.kind])
-    alike = [f for f in failures if f.kind == cause.kind]
+    same_kind = [f for f in failures if f.kind == cause.kind]
     lost = [f for f in failures if f.kind == "died" or (f.kind == "late" and f.own is None)]
     fault: HeliostatError
     match cause.kind:
@@ -89,8 +89,8 @@ def explain(failures: Sequence[Failure]) -> HeliostatError:
             fault.args = (str(fault).partition("\nFailed to apply UDF")[0], *fault.args[1:])  # Ray Data's addition
             return fault
         case "device":
-            fault = _suspecting(DeviceError(f"{_at_fault(cause, failures).place}: {cause.text}"), alike, failures)
-        case "unclear" if len({f.culprit for f in alike}) > 1:  # several devices at once: the program
+            fault = _suspecting(DeviceError(f"{_at_fault(cause, failures).place}: {cause.text}"), same_kind, failures)
+        case "unclear" if len({f.culprit for f in same_kind}) > 1:  # several devices at once: the program
             fault = WorkerError(f"{FAILED}{cause.text}")
         case "raised" if not any(f.kind == "died" for f in failures):
             fault = WorkerError(f"{FAILED}{cause.text}")
@@ -105,7 +105,7 @@ def explain(failures: Sequence[Failure]) -> HeliostatError:
         case _:
             fault = TrainingError(f"{FAILED}{_at_fault(cause, failures).place}: {cause.text}")
             if not any(word in f"{type(cause.error).__name__} {cause.error}".lower() for word in EXPLAINED):
-                fault = _suspecting(fault, alike, failures)
+                fault = _suspecting(fault, same_kind, failures)
     fault.__cause__ = cause.error
     return fault
 

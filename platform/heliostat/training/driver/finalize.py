@@ -43,7 +43,7 @@ LEFT = {  # what a run leaves whose model is not logged, by whether its recipe e
 
 
 def finalize(
-    checked: Checked, held: Lease, ledger: LedgerRecorder, owner: RunOwner, last: SavedCheckpoint, summary: Ending
+    checked: Checked, lease: Lease, ledger: LedgerRecorder, owner: RunOwner, last: SavedCheckpoint, summary: Ending
 ) -> Ending:
     """Exports the last checkpoint, logs and registers the model, and shows sample outputs; returns the run's result.
 
@@ -54,7 +54,7 @@ def finalize(
     from heliostat.tracking.models import log_model
 
     job = checked.job
-    held.fence.check()
+    lease.fence.check()
     owner.client()  # MLflow is there, and the run is open
     model_uri: str | None = None
     samples: list[tuple[str, str]] = []
@@ -76,7 +76,7 @@ def finalize(
     result["goodput"] = goodput.summary(ledger.report())
     result["unit"] = unit(job)
     result["samples"] = [{"prompt": p, "text": t} for p, t in samples]
-    held.fence.check()
+    lease.fence.check()
     job.run_folder.join(paths.RESULT).write(json.dumps(result, indent=2).encode())
     return result
 
@@ -87,7 +87,7 @@ def unit(job: Job) -> str:
 
 
 class WarmUp:
-    """Imports, once it is told to, what exporting and logging a recipe's model takes."""
+    """Imports, once it is asked to, what exporting and logging a recipe's model takes."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe

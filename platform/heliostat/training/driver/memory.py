@@ -54,11 +54,11 @@ class Memory:
         `data`: digest of the data plan that it must have followed.
         """
         keepers = {node: keeper for node, keeper in self._keepers.items() if node not in avoided}
-        held: Mapping[str, list[Held]] = self._answers({n: k.held.remote() for n, k in keepers.items()}, ANSWER_S)
-        for id, step, world in whole(held, data):
+        copies: Mapping[str, list[Held]] = self._answers({n: k.held.remote() for n, k in keepers.items()}, ANSWER_S)
+        for id, step, world in whole(copies, data):
             if step < at_least:
                 break
-            intact: dict[str, list[int]] = self._answers({n: keepers[n].intact.remote(id) for n in held}, CHECK_S)
+            intact: dict[str, list[int]] = self._answers({n: keepers[n].intact.remote(id) for n in copies}, CHECK_S)
             holders = {rank: [(n, keepers[n]) for n, ranks in intact.items() if rank in ranks] for rank in range(world)}
             damaged = [rank for rank in range(world) if not holders[rank]]
             if not damaged:
@@ -97,14 +97,14 @@ class Memory:
         return answers
 
 
-def whole(held: Mapping[str, Iterable[Held]], data: str) -> list[tuple[str, int, int]]:
+def whole(by_node: Mapping[str, Iterable[Held]], data: str) -> list[tuple[str, int, int]]:
     """Finds the generations of which every rank's copy is held, as (id, step, world), the newest first.
 
-    `held`: by node. One whose copies do not agree in all that is the same for all workers is torn, and is none. `data`:
+    `by_node`: by node. One whose copies do not agree in all that is the same for all workers is incomplete, and is none. `data`:
     as in `Memory.newest`.
     """
     by_id: dict[str, list[tuple[int, CopyFacts]]] = {}
-    for copies in held.values():
+    for copies in by_node.values():
         for id, rank, facts in copies:
             by_id.setdefault(id, []).append((rank, facts))
     generations = []

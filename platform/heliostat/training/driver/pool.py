@@ -234,9 +234,9 @@ def places_at(members: Sequence[Member], rendezvous: str) -> list[WorkerPlace]:
 def meeting(first: Member) -> str:
     """Finds a new rendezvous for the Ray that this process is connected to: an earlier group's would be taken for this one's.
 
-    A file in the session's folder on a private Ray, a TCP port of the first worker elsewhere. Whoever reaches that port can,
-    without a token, write what the workers read and pose as one of them: on a machine with other users even if it listens on
-    loopback. The workers of a private Ray are all on one machine, so a file, which nobody else can open, is enough.
+    A file in the session's folder on a private Ray, a TCP port of the first worker elsewhere. A process that reaches that port
+    can, without a token, write what the workers read and pose as one of them: on a machine with other users even if it listens on
+    loopback. The workers of a private Ray are all on one machine, so a file, which only this user can open, is enough.
     """
     if os.environ.get("RAY_ADDRESS"):
         return f"tcp://{first.address}:{ray.get(first.actor.free_port.remote(), timeout=PORT_S)}"

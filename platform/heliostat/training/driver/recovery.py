@@ -48,7 +48,7 @@ def classify(error: HeliostatError) -> Kind:
 
 @dataclass
 class Budget:
-    """Counts consecutive failures; a new checkpoint starts the count anew."""
+    """Counts consecutive failures; a new checkpoint starts the count again."""
 
     retries: Retries
     used: int = 0

@@ -83,14 +83,14 @@ class DrivenRun:
     def __init__(
         self,
         checked: Checked,
-        held: Lease,
+        lease: Lease,
         start_step: int,
         started: float,
         verbose: bool = False,
         tags: dict[str, str] | None = None,
         hooks: RunHooks | None = None,
     ) -> None:
-        self.job, self.checked, self.lease, self.tags = checked.job, checked, held, tags or {}
+        self.job, self.checked, self.lease, self.tags = checked.job, checked, lease, tags or {}
         self.plan, self.order = checked.plan, checked.order
         self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
         self.start_step, self.started, self.verbose = start_step, started, verbose
@@ -312,7 +312,7 @@ class DrivenRun:
         self._restart(RunState.RECOVERING, "failed", reason)
         self.start_step = self.saved_step = step
         if len(kept := tuple(skip for skip in self.plan.skips if skip[0] <= step)) < len(self.plan.skips):
-            self._follow(kept)  # what was left out from a later step on is decided anew
+            self._follow(kept)  # what was left out from a later step on is decided again
         if isinstance(error, LossSpikeError):
             self._leave_out(max(step, error.step - 1), error.step)
         self._pause(wait)
@@ -340,7 +340,7 @@ class DrivenRun:
             raise self._stopped("between two attempts", f"{fix} --resume to go on from step {self.start_step}")
 
     def _leave_out(self, first: int, last: int) -> None:
-        """Leaves the samples of steps [first, last] out of the training: the sequence goes on behind them."""
+        """Leaves the samples of steps [first, last] out of the training: the sequence continues after them."""
         self._follow((*self.plan.skips, (self.start_step, first, last - first + 1)))
         log.warning("the samples of steps %d to %d are left out", first + 1, last + 1)
 

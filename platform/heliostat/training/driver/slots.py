@@ -55,7 +55,7 @@ class Slots:
         self.held: dict[int, Slot] = {}
         self._numbers = itertools.count()
         self._avoided: dict[str, float] = {}
-        self._open: list[PlacementGroup] = []  # asked for, and in nobody's slot yet
+        self._open: list[PlacementGroup] = []  # asked for, and in no slot yet
 
     def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
         """Takes nodes for lost, for some time, before Ray knows that they are; or `for_good`, though they live."""
@@ -87,9 +87,9 @@ class Slots:
         """
         left, over = list(self.held.values()), list[int]()
         while len(left) > count:
-            there = Counter(s.node for s in left)
+            per_node = Counter(s.node for s in left)
             fewest = 1 if self.workers.placement == "pack" else -1
-            out = min(left, key=lambda s: (s.number in used, fewest * there[s.node], -s.number))
+            out = min(left, key=lambda s: (s.number in used, fewest * per_node[s.node], -s.number))
             left.remove(out)
             over.append(out.number)
         return over
@@ -105,14 +105,14 @@ class Slots:
 
     def _take_free(self, missing: int) -> bool:
         """Takes resources that are free now, if all that are missing are."""
-        held = Counter(s.node for s in self.held.values())
+        per_node = Counter(s.node for s in self.held.values())
         free, leaving = nodes.free(self.workers.labels), nodes.draining() | self.avoided()
-        found = spots(self.workers, {n: r for n, r in free.items() if n not in leaving}, held, missing)
-        return found is not None and self._pin(found)
+        spots_found = spots(self.workers, {n: r for n, r in free.items() if n not in leaving}, per_node, missing)
+        return spots_found is not None and self._pin(spots_found)
 
-    def _pin(self, found: list[str]) -> bool:
+    def _pin(self, nodes: list[str]) -> bool:
         """Holds a slot on each of the nodes, if all of them can be had within some seconds, else none."""
-        groups = self._open = [self._ask([node], 1) for node in found]
+        groups = self._open = [self._ask([node], 1) for node in nodes]
         until = time.monotonic() + AT_ONCE_S
         while not all(map(placed, groups)):
             self._go_on()
@@ -120,8 +120,8 @@ class Slots:
                 self._drop_open()
                 return False
             time.sleep(FAST_POLL_S)
-        made = [Slot(next(self._numbers), group, node) for group, node in zip(groups, found, strict=True)]
-        self.held |= {slot.number: slot for slot in made}
+        slots = [Slot(next(self._numbers), group, node) for group, node in zip(groups, nodes, strict=True)]
+        self.held |= {slot.number: slot for slot in slots}
         self._open = []
         return True
 
@@ -131,7 +131,7 @@ class Slots:
         while True:
             ticket, whole = self._ask(None, count - len(self.held)), not self.held
             self._open = [ticket]
-            while not (found := placed(ticket)):
+            while not (nodes := placed(ticket)):
                 self._go_on()
                 if time.monotonic() > until and not (whole and patient):
                     have = f"{len(self.held)} of {count} workers"
@@ -142,9 +142,9 @@ class Slots:
                     break
                 time.sleep(POLL_S)
             self._drop_open()
-            if found and self._pin(found):
+            if nodes and self._pin(nodes):
                 return
-            time.sleep(random.uniform(0, AGAIN_S) if found else 0)  # so that of two runs one is faster
+            time.sleep(random.uniform(0, AGAIN_S) if nodes else 0)  # so that of two runs one is faster
 
     def _ask(self, only: list[str] | None, count: int) -> PlacementGroup:
         """Asks for a placement group: on one of the nodes `only`, or on any that may be used."""
@@ -168,5 +168,5 @@ class Slots:
 
 def placed(group: PlacementGroup) -> list[str]:
     """Lists the nodes of a placement group's bundles, in their order; empty until all are placed."""
-    found: dict[int, str] = placement_group_table(group).get("bundles_to_node_id", {})
-    return [found[bundle] for bundle in sorted(found)] if found and all(found.values()) else []
+    nodes: dict[int, str] = placement_group_table(group).get("bundles_to_node_id", {})
+    return [nodes[bundle] for bundle in sorted(nodes)] if nodes and all(nodes.values()) else []

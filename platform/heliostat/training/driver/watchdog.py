@@ -96,13 +96,13 @@ def held_up(heartbeats: Mapping[int, Pulse], calls: Mapping[int, str], workers: 
     if behind := [rank for rank in reached if reached[rank] < last]:
         rank = min(behind, key=lambda r: (reached[r], heartbeats[r]["moved"]))
         return rank, f"is the slowest, {_where(reached[rank])}; the fastest is {_where(last)}"
-    alike = Counter(calls.values())
-    if len(alike) == 1:
+    per_call = Counter(calls.values())
+    if len(per_call) == 1:
         return (
             None,
-            f"all {workers} workers answer and wait in the same call, {min(alike) or 'outside of Python'}, {_where(last)}",
+            f"all {workers} workers answer and wait in the same call, {min(per_call) or 'outside of Python'}, {_where(last)}",
         )
-    rank = min(calls, key=lambda r: (alike[calls[r]], heartbeats[r]["moved"] if r in heartbeats else 0.0))
+    rank = min(calls, key=lambda r: (per_call[calls[r]], heartbeats[r]["moved"] if r in heartbeats else 0.0))
     return rank, f"is in another call than others, {calls[rank] or 'outside of Python'}, {_where(last)}"
 
 

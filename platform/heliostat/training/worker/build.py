@@ -10,7 +10,6 @@ from ray.actor import ActorHandle
 from ray.data import DataIterator
 from typing_extensions import TypedDict
 
-from heliostat.config.fields import Json
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
@@ -25,6 +24,7 @@ from heliostat.training.mailbox import MailboxState
 from heliostat.training.memory_keeper import MemoryPlan
 from heliostat.training.stops import RUN
 from heliostat.training.worker import collector
+from heliostat.training.worker.batches_ahead import BatchesAhead
 from heliostat.training.worker.collector import Collector
 from heliostat.training.worker.context import Context, Hook, Posts
 from heliostat.training.worker.evaluation import Evaluations
@@ -48,8 +48,8 @@ class WorkerConfig(TypedDict):
     None if the job wants none.
     """
 
-    job: dict[str, Json]
-    plan: dict[str, Json]
+    job: dict[str, object]
+    plan: dict[str, object]
     start_step: int
     pauses: list[int]
     fence: Fence
@@ -80,6 +80,7 @@ class Worker:
         first_of_node = os.environ["LOCAL_RANK"] == "0"
         self.monitor = NodeMonitor(mailbox, ray.util.get_node_ip_address(), _nodes()) if first_of_node else None
         self.memory: MemoryCopies | None = None
+        self.ahead: BatchesAhead | None = None
         try:
             self._build(config)
         except BaseException:
@@ -119,16 +120,15 @@ class Worker:
         if job.evaluate:
             hooks.append(Evaluations(context, state, recipe, dataset, sharing))  # before a save, which holds the scores
         hooks += [state, Collector()]
-        self.reports = StepReports(context, engine, recipe, dataset, hooks, stepper.report)
+        self.reports = StepReports(context, engine, recipe, unsealed, hooks, stepper.report)
 
         def read() -> stream.StepSamples:
             """Takes the next step's samples, on the worker that reads for those that share them."""
             assert samples
             return samples.next_step()
 
-        self.loop = Loop(
-            context, stepper, state, unsealed, self.reports, self.heartbeat, hooks, config["pauses"], lambda: sharing.share(read)
-        )
+        self.ahead = BatchesAhead(lambda: sharing.share(read), stepper.prepare, posts.notice)
+        self.loop = Loop(context, stepper, state, unsealed, self.reports, self.heartbeat, hooks, config["pauses"], self.ahead)
 
     def run(self) -> WorkerSummary:
         """Trains to the last step, or until the workers stop; returns the summary."""
@@ -147,8 +147,11 @@ class Worker:
             }
 
     def end(self) -> None:
-        """Ends the threads that report to the driver and that copy into memory. On a broken device the last may not end."""
+        """Ends the threads that report to the driver, that make batches, and that copy into memory. On a broken device the last
+        may not end."""
         self.heartbeat.end()
+        if self.ahead:
+            self.ahead.end()
         if self.monitor:
             self.monitor.end()
         if self.memory:
@@ -156,8 +159,8 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Tells whether a save goes on in its thread."""
-        return self.state.saver.busy
+        """Tells whether a save, or the making of batches, goes on in its thread."""
+        return self.state.saver.busy or (self.ahead is not None and self.ahead.busy)
 
     def _progressed(self) -> None:
         """Counts progress, for the watchdog; PeerLostError once the workers were ordered to abort."""

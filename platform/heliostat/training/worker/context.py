@@ -122,8 +122,12 @@ class Hook:
     def before_step(self, step: int) -> None:
         """Acts before a step, counted from 0."""
 
-    def after_step(self, done: int, norm: float, due: Due) -> None:
-        """Acts once `done` steps are made, before the last of them is reported; `norm`: of its gradient."""
+    def on_norm(self, step: int, norm: float) -> None:
+        """Acts on the norm of a step's gradient, once for each step, counted from 0: after the next step, or sooner, before
+        anything is reported, evaluated, or saved that depends on the step."""
+
+    def after_step(self, done: int, due: Due) -> None:
+        """Acts once `done` steps are made, before the last of them is reported."""
 
     def on_report(self, first: int, losses: list[float]) -> None:
         """Acts on the losses of steps `first`, `first` + 1, ..., counted from 0, before they are posted."""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from heliostat.data.device_streams import upload
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Part
 from heliostat.training.worker.micro_batches import Micro, seeded
@@ -44,7 +45,7 @@ class CoupledStep(NamedTuple):
 
     def product(self, found: Found, micro: Micro) -> torch.Tensor:
         """Computes the inner product of a micro-batch's representations with their gradients."""
-        places = torch.searchsorted(self.keys, torch.as_tensor(micro.keys, device=self.keys.device))
+        places = torch.searchsorted(self.keys, upload(torch.from_numpy(micro.keys), self.keys.device))
         return torch.stack([(found[name].float() * whole[places]).sum() for name, whole in self.gradients.items()]).sum()
 
 
@@ -72,7 +73,7 @@ def first_pass(
     collective. `terms`: the step's; `progressed` is called after each micro-batch."""
     with torch.no_grad():
         mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device, progressed)]
-        keys, order = _from_all(torch.from_numpy(np.concatenate([m.keys for m in micros])).to(engine.device)).sort()
+        keys, order = _from_all(upload(torch.from_numpy(np.concatenate([m.keys for m in micros])), engine.device)).sort()
         found = {name: _from_all(torch.cat([one[name] for one in mine]))[order] for name in sorted(mine[0])}
     leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in found.items()}
     if len(keys) > SHARED_FROM and recipe.shares_coupling():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from heliostat.data import content
 from heliostat.data.chunks import Gathered
 from heliostat.data.content import Content
 from heliostat.data.dataset import Dataset
+from heliostat.data.device_streams import LateRead, upload
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.errors import DataError
 from heliostat.recipes import building
@@ -99,19 +101,23 @@ class HeldOut:
         """
         names: list[str] = []
         totals = torch.zeros(0, dtype=torch.float64)
+        unread: deque[tuple[LateRead, torch.Tensor]] = deque()  # scores [names, batch], and a mask of the samples that count
         kept: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
         for i in range(self.batches):
             rows = slice(i * self.micro, (i + 1) * self.micro)
             whole = self.recipe.batch(content.part(self.content, rows), self.keys[rows])
-            batch = {k: v.to(device) for k, v in self.sharing.cut(self.recipe, whole).items()}
+            batch = {k: upload(v, device) for k, v in self.sharing.cut(self.recipe, whole).items()}
             scores = self.evaluates.evaluate(model, batch)
             if self.evaluates.gathered:
                 kept.append((self.keys[rows][self.counted[rows]], taken(scores, self.evaluates.gathered, self.counted[rows])))
             names = sorted(set(scores) - set(self.evaluates.gathered))
-            counted = torch.from_numpy(self.counted[rows])
-            sums = torch.stack([(scores[n].double().cpu() * counted).sum() for n in names]) if names else totals
-            totals = sums if not len(totals) else totals + sums
+            if names:
+                values = torch.stack([scores[n].double() for n in names])
+                unread.append((LateRead(values), torch.from_numpy(self.counted[rows])))
+            totals = _added(totals, unread, but=1)
             progressed()
+        totals = _added(totals, unread)
+        progressed()  # after the last number was read: after an abort none of them counts
         if len(totals):
             dist.all_reduce(totals, group=group)
         found = self.evaluates.metrics(dict(zip(names, totals.tolist(), strict=True)))
@@ -120,6 +126,15 @@ class HeldOut:
     def _measured(self, kept: list[tuple[np.ndarray, dict[str, np.ndarray]]], group: dist.ProcessGroup) -> dict[str, float]:
         parts = agreement.merged(group, lambda: [kept], operator.add)
         return agreement.first(group, lambda: self.evaluates.measure(in_order(parts or [])))
+
+
+def _added(totals: torch.Tensor, unread: deque[tuple[LateRead, torch.Tensor]], but: int = 0) -> torch.Tensor:
+    """Adds to the totals, float64 [names], the batches that aren't read yet, except the last `but`: the device computes those."""
+    while len(unread) > but:
+        scores, counted = unread.popleft()
+        sums = torch.stack([(values * counted).sum() for values in scores.values()])
+        totals = totals + sums if len(totals) else sums
+    return totals
 
 
 def whole(found: Gathered, micro: int, everything: Callable[[], Gathered]) -> Content:

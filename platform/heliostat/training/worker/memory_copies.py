@@ -27,9 +27,10 @@ import torch.distributed as dist
 
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.agreement import agreed, together
-from heliostat.checkpoint.flat_copy import CopiedBytes, CopyStream, FlatRange
+from heliostat.checkpoint.flat_copy import CopiedBytes, FlatRange
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.data import device_threads
+from heliostat.data.device_streams import CopyStream
 from heliostat.errors import TrainingError
 from heliostat.storage import wire
 from heliostat.text import brief

@@ -5,7 +5,6 @@ Keys and seeds follow from the step and a sample's place in the global batch, wh
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,8 @@ import torch
 
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
+from heliostat.data.device_streams import on_device
+from heliostat.data.stream import StepSamples
 from heliostat.recipes.protocol import Batch
 
 
@@ -45,6 +46,15 @@ class Micro(NamedTuple):
     batch: Batch
 
 
+class StepBatches(NamedTuple):
+    """Holds a worker's share of a step: its samples; the micro-batches made of them; and the number of loss terms in these, fp32
+    without dimensions, 0 where every sample has as many. Tensors are where a copy to the device needs no wait."""
+
+    samples: StepSamples
+    micros: list[Micro]
+    terms: torch.Tensor
+
+
 def seeded(micros: Sequence[Micro], device: torch.device, progressed: Callable[[], None]) -> Iterator[tuple[Micro, Batch]]:
     """Yields each with its batch on the device, and its random numbers begun; calls `progressed` after each.
 
@@ -54,31 +64,3 @@ def seeded(micros: Sequence[Micro], device: torch.device, progressed: Callable[[
         torch.manual_seed(micro.seed)
         yield micro, batch
         progressed()
-
-
-def on_device(micros: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yields micro-batches, which are on the CPU, on the device: a GPU gets the next one, from pinned memory, while it computes
-    the one before."""
-    if device.type != "cuda":
-        yield from ({name: values.to(device) for name, values in micro.items()} for micro in micros)
-        return
-    copying = _stream(device)
-    ahead = _copied(micros[0], device, copying)
-    for following in (*micros[1:], None):
-        now, computing = ahead, torch.cuda.current_stream(device)
-        computing.wait_stream(copying)
-        for values in now.values():
-            values.record_stream(computing)  # its memory is not given away before what computes with it is done
-        if following is not None:
-            ahead = _copied(following, device, copying)
-        yield now
-
-
-def _copied(micro: Batch, device: torch.device, copying: torch.cuda.Stream) -> Batch:
-    with torch.cuda.stream(copying):
-        return {name: values.pin_memory().to(device, non_blocking=True) for name, values in micro.items()}
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

@@ -17,15 +17,13 @@ import torch.distributed as dist
 from heliostat.checkpoint.agreement import together
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Recipe
+from heliostat.tracking.metrics import RESERVED
 from heliostat.training.worker import coupled
 from heliostat.training.worker.coupled import Terms
 from heliostat.training.worker.micro_batches import Micro, seeded
 
 if TYPE_CHECKING:
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine
-
-TAKEN = ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "mfu", "bad_samples", "skipped_steps", "loss_scale",
-         "spike", "spike_limit")  # what else is logged as `train/NAME`  # fmt: skip
 
 
 class LossShare(NamedTuple):
@@ -103,10 +101,10 @@ class Objective:
 
     def _check(self, names: list[str]) -> None:
         for name in names:
-            if name in TAKEN or not name.isidentifier():
+            if name in RESERVED or not name.isidentifier():
                 raise ConfigError(
                     f"recipe: {self._whose}.loss names a part {name!r}, which cannot be logged as train/{name}; take another "
-                    f"word, none of {', '.join(TAKEN)}"
+                    f"word, none of {', '.join(RESERVED)}"
                 )
 
 

@@ -87,7 +87,7 @@ class TrainWorker:
         finally:
             if worker is not None:
                 worker.end()  # only now: on a broken device it may wait for ever
-                self._spent |= worker.busy  # it would write into the next attempt's checkpoint
+                self._spent |= worker.busy  # its threads would write into the next attempt's checkpoint, or touch its device
             self._spent |= failed and place.backend == "nccl" and not process_group.reforms()
             del worker
             self._leave()

@@ -71,7 +71,7 @@ class CorruptionCheck(Hook):
         self.engine, self.recipe, self.dataset, self.plan = engine, recipe, dataset, plan
         self.where, self.kind, job = where, _kind(engine.device), self.job
         assert job.train.recheck
-        self.every: int | None = job.train.recheck.every
+        self.keys, self.off = job.train.recheck, False
         self.agreed = -1  # steps that were done when all last agreed
         self.compiled = bool(job.train.compile) or job.train.attention == "flex_attention"
         self.whole = engine.zero_optimization_stage() < 3  # does each worker hold all weights
@@ -83,8 +83,8 @@ class CorruptionCheck(Hook):
             self.context.progressed()
 
     def due(self, step: int) -> bool:
-        """Tells whether the step is looked at: each `every`-th, and the first after a start."""
-        return self.every is not None and dist.get_world_size() > 1 and (self.agreed < 0 or (step + 1) % self.every == 0)
+        """Tells whether the step is looked at."""
+        return not self.off and dist.get_world_size() > 1 and self.keys.due(step, first=self.agreed < 0)
 
     def look(self, step: int) -> str | None:
         """Compares the workers before a step; CorruptionError on all of them if they differ. Returns a notice for people."""
@@ -100,7 +100,7 @@ class CorruptionCheck(Hook):
         again = self._all(batch, seed, drawn)
         unsteady = [rank for rank, (a, b) in enumerate(zip(told, again, strict=True)) if a.digests != b.digests]
         if 2 * len(unsteady) > len(told):
-            self.every = None
+            self.off = True
             return (
                 f"step {step + 1}: train.recheck is off from here on: this model's kernels give other bits each time, so workers "
                 "cannot be compared"

@@ -5,11 +5,16 @@ needs no state but the checkpoint, and with the default lanes (one per micro-bat
 number of workers. Its loss is the sum of all its loss terms over their number, whatever the micro-batches held (`objective`).
 
 What a run does around its steps are hooks (`context`). The workers agree at every step whether to stop after it (`heartbeat`).
+
+The host never waits for the device between two steps. A thread makes the next step's batches (`batches_ahead`), and the norm of a
+step's gradient is read after the next step is queued, or before anything that depends on the step: a report, an evaluation, a
+save. So the host is at most one step ahead of the device.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,9 +22,9 @@ import ray
 import torch
 import torch.distributed as dist
 
-from heliostat.config import schedules
 from heliostat.config.spec import Job
 from heliostat.data import content
+from heliostat.data.device_streams import LateRead, pinned, upload
 from heliostat.data.stream import StepSamples
 from heliostat.engine import deepspeed_engine
 from heliostat.engine.ema import AveragedWeights
@@ -28,10 +33,11 @@ from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Paused
 from heliostat.runs.time_ledger import Ledger
 from heliostat.training.stops import FAILED, RESIZE, RUN
+from heliostat.training.worker.batches_ahead import BatchesAhead
 from heliostat.training.worker.context import Context, Due, Hook
 from heliostat.training.worker.coupled import Terms
 from heliostat.training.worker.heartbeat import Heartbeat, StopConsensus
-from heliostat.training.worker.micro_batches import BatchPlan, Micro
+from heliostat.training.worker.micro_batches import BatchPlan, Micro, StepBatches
 from heliostat.training.worker.objective import ExpertLoad, Objective
 from heliostat.training.worker.step_reports import StepReports, StepResults
 from heliostat.training.worker.training_state import TrainingState
@@ -47,8 +53,7 @@ class Stepper:
     """Makes steps: forward and backward passes and the optimizer's step over this worker's share of each global batch. Holds what
     they gave on this worker until it is reported.
 
-    `losses`: this worker's part of each step's loss; `added`: of what else is in the objective; `norms`: of all workers'
-    gradients, before clipping.
+    `losses`: this worker's part of each step's loss; `added`: of what else is in the objective.
     """
 
     def __init__(
@@ -68,15 +73,40 @@ class Stepper:
         self.objective, self.experts = Objective(recipe, sharing.averaged, progressed), ExpertLoad(recipe, engine)
         self.losses: list[torch.Tensor] = []
         self.added: list[torch.Tensor] = []
-        self.norms: list[float] = []
+        self._norms: list[float] = []
+        self._unread: deque[tuple[int, LateRead]] = deque()  # norms, by step, that are on their way to the host
         self._agreed = False
 
-    def step(self, step: int, mine: StepSamples) -> float:
-        """Makes a step, counted from 0, and returns the norm of its gradient."""
-        engine, train = self.engine, self.job.train
-        deepspeed_engine.set_lr(engine, train.optimizer.lr * schedules.factor(train.schedule, step, train.steps))
-        micros = self._micros(step, mine)
-        terms = self._terms(micros)
+    @property
+    def norms(self) -> list[float]:
+        """Reads the norms of all workers' gradients before clipping, of each step since the last report; waits for them."""
+        self.read_norms()
+        return self._norms
+
+    def read_norms(self, but: int = 0) -> list[tuple[int, float]]:
+        """Waits for the norms that aren't read yet, except those of the last `but` steps; returns them, with their steps."""
+        steps = [self._unread.popleft() for _ in range(len(self._unread) - but)]
+        norms = [(step, float(norm.values())) for step, norm in steps]
+        self._norms += [norm for _, norm in norms]
+        return norms
+
+    def prepare(self, step: int, mine: StepSamples) -> StepBatches:
+        """Makes this worker's batches of a step, counted from 0, from its samples, in any thread."""
+        keys, size, device = self.batch_plan.keys(step, mine.lanes), self.job.train.micro_batch, self.engine.device
+        micros, terms = list[Micro](), 0
+        for rows, numbers in zip(content.split(mine.content, size), content.split(keys, size), strict=True):
+            seed = self.batch_plan.seed(step, mine.lanes, len(micros), self.sharing.part)
+            batch = self.sharing.cut(self.recipe, self.recipe.batch(rows, numbers))
+            if not self.recipe.terms_per_sample:
+                terms += self.recipe.terms(batch) * self.sharing.counts
+            micros.append(Micro(seed, numbers, {name: pinned(values, device) for name, values in batch.items()}))
+        return StepBatches(mine, micros, pinned(torch.tensor(terms, dtype=torch.float32), device))
+
+    def step(self, step: int, batches: StepBatches) -> None:
+        """Makes a step, counted from 0. Doesn't wait for the device."""
+        engine, train, micros = self.engine, self.job.train, batches.micros
+        deepspeed_engine.set_lr(engine, train.lr(step))
+        terms = self._terms(batches)
         total = torch.zeros((), device=engine.device)
         added: torch.Tensor | None = None
         for i, share in enumerate(self.objective.shares(engine, micros, terms)):
@@ -86,38 +116,23 @@ class Stepper:
                 added = share.added if added is None else added + share.added
             self.experts.add(share.routed)
             if i + 1 == len(micros) and not engine.zero_optimization_stage():
-                self.norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
+                self._unread.append((step, LateRead(deepspeed_engine.gradient_norm(engine, train.grad_clip))))
             engine.step()
         if self.average and engine.was_step_applied():
             self.average.update(step + 1)
         if engine.zero_optimization_stage():
-            self.norms.append(deepspeed_engine.gradient_norm(engine, train.grad_clip))
+            self._unread.append((step, LateRead(deepspeed_engine.gradient_norm(engine, train.grad_clip))))
         with self.ledger("communicating"):
             self.experts.end_step()
         self.losses.append(self._counted(total / terms))
         if added is not None:
             self.added.append(self._counted(added))
-        return self.norms[-1]
 
-    def _micros(self, step: int, mine: StepSamples) -> list[Micro]:
-        """Makes this worker's micro-batches of a step."""
-        keys, size = self.batch_plan.keys(step, mine.lanes), self.job.train.micro_batch
-        parts = zip(content.split(mine.content, size), content.split(keys, size), strict=True)
-        return [
-            Micro(
-                self.batch_plan.seed(step, mine.lanes, i, self.sharing.part),
-                numbers,
-                self.sharing.cut(self.recipe, self.recipe.batch(rows, numbers)),
-            )
-            for i, (rows, numbers) in enumerate(parts)
-        ]
-
-    def _terms(self, micros: list[Micro]) -> Terms:
+    def _terms(self, batches: StepBatches) -> Terms:
         """Counts the loss terms in the global batch."""
         if self.recipe.terms_per_sample:
             return self.recipe.terms_per_sample * self.job.train.global_batch
-        count = sum(self.recipe.terms(micro.batch) for micro in micros) * self.sharing.counts
-        total = torch.tensor(count, dtype=torch.float32, device=self.engine.device)
+        total = batches.terms.to(self.engine.device, non_blocking=True, copy=True)
         with self.ledger("communicating"):
             dist.all_reduce(total)
         return total
@@ -133,7 +148,7 @@ class Stepper:
             self.objective.agree(group)
             self._agreed = True
         names, steps = self.objective.names or [], len(self.losses)
-        last = torch.tensor([replaced], dtype=torch.float32, device=self.engine.device)
+        last = upload(torch.tensor([replaced], dtype=torch.float32), self.engine.device)
         sums = torch.cat([torch.stack(self.losses), *self.added, last]).double()
         with self.ledger("communicating"):
             dist.all_reduce(sums)
@@ -142,7 +157,7 @@ class Stepper:
             experts = self.experts.report()
         added = {name: values[steps + i :: len(names)] for i, name in enumerate(names)}
         results = StepResults(values[:steps], self.norms, added, experts, int(bad))
-        self.losses, self.norms, self.added = [], [], []
+        self.losses, self._norms, self.added = [], [], []
         return results
 
 
@@ -159,47 +174,49 @@ class Loop:
         heartbeat: Heartbeat,
         hooks: Sequence[Hook],
         pauses: Sequence[int],
-        read: Callable[[], StepSamples],
+        ahead: BatchesAhead,
     ) -> None:
-        """Prepares it. `pauses`: steps after which the workers wait for a decision; `read`: takes the next step's samples."""
+        """Prepares it. `pauses`: steps after which the workers wait for a decision; `ahead`: makes the steps' batches."""
         self.context, self.job, self.ledger, self.stepper = context, context.job, context.ledger, stepper
         self.state, self.unsealed, self.reports, self.heartbeat = state, unsealed, reports, heartbeat
-        self.hooks, self.pauses, self.read = hooks, pauses, read
+        self.hooks, self.pauses, self.ahead = hooks, pauses, ahead
         self.consensus = StopConsensus(context.control)
 
     def run(self) -> tuple[int, int]:
         """Trains to the last step, or until the workers stop; returns the steps done, and the stop code."""
         done, stop = self.context.start_step, RUN
         while done < self.job.last_step and stop == RUN:
-            norm, stop = self._make(done)
+            stop = self._make(done)
             done += 1
-            stop = self._follow(done, norm, stop)
+            stop = self._follow(done, stop)
         return done, stop
 
-    def _make(self, step: int) -> tuple[float, int]:
-        """Makes a step, counted from 0; returns its gradient's norm, and the stop code that the workers agree on meanwhile."""
+    def _make(self, step: int) -> int:
+        """Makes a step, counted from 0; returns the stop code that the workers agree on meanwhile."""
         first = step == self.context.start_step
         with self.ledger("starting" if first else "data"):
-            mine = self.read()
+            batches = self.ahead.take(step)
         if first:
             self.ledger.switch("compiling" if self.job.train.compile else "computing")
             self.context.phase("step")
             self.reports.begin()
         for hook in self.hooks:
             hook.before_step(step)
+        if step + 1 < self.job.last_step:
+            self.ahead.begin(step + 1)
         blocked = self.state.blocked_s
         self.consensus.ask(FAILED if self.state.saver.failed else self.heartbeat.stop)
         self.heartbeat.step, self.heartbeat.micro = step + 1, 0
-        norm = self.stepper.step(step, mine)
+        self.stepper.step(step, batches)
         self.context.progressed()  # before the step counts
-        self.unsealed.add(step, mine)
+        self.unsealed.add(step, batches.samples)
         stop = self._agreed(step)
         self.ledger.move("computing", "checkpoint", self.state.blocked_s - blocked)
         if self.job.train.compile and step <= self.context.start_step + 1:
             self.ledger.compiled(first=first)
         if first:
             self.context.phase("stepped")
-        return norm, stop
+        return stop
 
     def _agreed(self, step: int) -> int:
         """Returns the stop code that the workers agree on, which counts after this step."""
@@ -207,27 +224,38 @@ class Loop:
         if stop == FAILED:
             self.state.settle()  # raises on every worker, or on none
             return RUN
-        if stop == RESIZE and (step + 1) % self.job.checkpoint.every:
+        if stop == RESIZE and not self.job.checkpoint.due(step + 1):
             return RUN  # a resize waits for the next checkpoint
         return stop
 
     def _due(self, done: int, stop: int) -> Due:
         job, last = self.job, done == self.job.last_step
         holds = done in self.pauses and not last
-        saves = last or stop != RUN or holds or done % job.checkpoint.every == 0
-        keeps = self.state.memory is not None and not last and (saves or done % (job.checkpoint.memory_every or 1) == 0)
-        evaluates = job.evaluate is not None and (last or done % job.evaluate.every == 0)
+        saves = last or stop != RUN or holds or job.checkpoint.due(done)
+        keeps = self.state.memory is not None and not last and (saves or job.checkpoint.copy_due(done))
+        evaluates = job.evaluate is not None and (last or job.evaluate.due(done))
         # before a save, too: a run that resumes from there has lost no step's loss
-        reports = done % job.train.log_every == 0 or saves or keeps or done == self.context.start_step + 1
+        reports = job.train.log_due(done) or saves or keeps or done == self.context.start_step + 1
         return Due(last, reports, evaluates, saves, keeps, holds and stop == RUN)
 
-    def _follow(self, done: int, norm: float, stop: int) -> int:
+    def _judge(self, but: int) -> None:
+        """Lets the hooks judge the gradient norms that they haven't seen yet, except those of the last `but` steps."""
+        if norms := self.stepper.read_norms(but):
+            self.context.progressed()  # before a number of them is judged
+        for step, norm in norms:
+            for hook in self.hooks:
+                hook.on_norm(step, norm)
+
+    def _follow(self, done: int, stop: int) -> int:
         """Does what is due after a step; returns the stop code, which a decision at a pause point may change."""
         due = self._due(done, stop)
+        self._judge(but=0 if due.reports or due.evaluates else 1)
+        if due.evaluates:
+            self.ahead.settle()  # an evaluation makes batches, too
         for hook in self.hooks:
-            hook.after_step(done, norm, due)
+            hook.after_step(done, due)
         if due.reports:
-            self.reports.report(done, self.unsealed.replaced)
+            self.reports.report(done)
         with self.reports.aside():
             for hook in self.hooks:
                 hook.on_save(done, due)

@@ -11,13 +11,11 @@ import torch
 import torch.distributed as dist
 
 from heliostat.cluster.peak_flops import peak_flops
-from heliostat.config import schedules
-from heliostat.data.dataset import Dataset
 from heliostat.engine import zero_state
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Steps
-from heliostat.training.worker import unsealed
 from heliostat.training.worker.context import Context, Hook
+from heliostat.training.worker.unsealed import Unsealed, check_budget
 
 if TYPE_CHECKING:
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine
@@ -53,13 +51,13 @@ class StepReports:
         context: Context,
         engine: DeepSpeedEngine,
         recipe: Recipe,
-        dataset: Dataset,
+        unsealed: Unsealed,
         hooks: Sequence[Hook],
         sums: Callable[[dist.ProcessGroup, int], StepResults],
     ) -> None:
         """Prepares it. `sums`: sums the steps since the last report over all workers (`step.Stepper.report`)."""
         self.context, self.job, self.ledger, self.engine, self.recipe = context, context.job, context.ledger, engine, recipe
-        self.dataset, self.hooks, self.sums = dataset, hooks, sums
+        self.unsealed, self.hooks, self.sums = unsealed, hooks, sums
         self.skipped = context.start_step - zero_state.optimizer_steps(engine)
         self._reported, self._since = context.start_step, time.perf_counter()
         self._waited = 0.0  # for data, up to the last report
@@ -77,15 +75,15 @@ class StepReports:
         yield
         self._since += time.perf_counter() - begun
 
-    def report(self, done: int, replaced: int) -> None:
-        """Posts what the steps up to `done` gave, summed over the workers; collective. `replaced`: samples, on this worker."""
+    def report(self, done: int) -> None:
+        """Posts what the steps up to `done` gave, summed over the workers; collective."""
         now, first = time.perf_counter(), self._reported
         waited = self.ledger.totals().get("data", 0.0)
         seconds, wait = now - self._since, waited - self._waited
         self._waited = waited
         if done > self.context.start_step + 1:  # the first step warms up
             self._steady_s, self._steady_wait = self._steady_s + seconds, self._steady_wait + wait
-        self._post(first, done, seconds, wait, replaced)
+        self._post(first, done, seconds, wait)
         self._reported, self._since = done, now
 
     def summary(self, done: int) -> StepsSummary:
@@ -96,11 +94,10 @@ class StepReports:
             "data_wait": self._steady_wait / self._steady_s if self._steady_s else 0.0,
         }
 
-    def _post(self, first: int, done: int, seconds: float, wait: float, replaced: int) -> None:
-        train = self.job.train
-        results = self.sums(self.context.control, replaced)
+    def _post(self, first: int, done: int, seconds: float, wait: float) -> None:
+        results = self.sums(self.context.control, self.unsealed.replaced)
         self.context.progressed()  # before a number of them is judged, or logged
-        unsealed.check_budget(results.replaced, done, self.job, self.dataset.order)
+        check_budget(results.replaced, done, self.job, self.unsealed.dataset.order)
         for hook in self.hooks:
             hook.on_report(first, results.losses)
         self.context.latest.loss = results.losses[-1]
@@ -112,7 +109,7 @@ class StepReports:
                 added=results.added,
                 experts=results.experts,
                 grad_norm=results.norms,
-                lr=[train.optimizer.lr * schedules.factor(train.schedule, s, train.steps) for s in range(first, done)],
+                lr=[self.job.train.lr(s) for s in range(first, done)],
                 seconds=seconds,
                 tokens_per_second=self._per_second(done - first, seconds),
                 data_wait=wait / seconds,

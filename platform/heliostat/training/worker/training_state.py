@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import ray
@@ -22,10 +23,12 @@ import torch
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.agreement import Channel
+from heliostat.checkpoint.layout import INDEX
 from heliostat.engine import ema, zero_state
-from heliostat.errors import AccessError, StorageError
+from heliostat.errors import AccessError, CheckpointError, StorageError
 from heliostat.runs.events import Saved
 from heliostat.storage import wire
+from heliostat.storage.records import Format, Whole
 from heliostat.tracking import local_curves
 from heliostat.training.memory_keeper import CopyFacts, CopySource
 from heliostat.training.worker import memory_copies
@@ -35,6 +38,27 @@ from heliostat.training.worker.unsealed import Unsealed, UnsealedPart
 
 if TYPE_CHECKING:
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class ResumeFacts:
+    """Holds what a resumed run needs of the engine in addition to its tensors. `checkpoint.json` and the in-memory copies hold
+    each field. To add one: declare it with a default, which older checkpoints need, read it in `of`, and use it in `apply`."""
+
+    optimizer_steps: Whole
+    loss_scale: dict[str, int | float] | None = None
+
+    @classmethod
+    def of(cls, engine: DeepSpeedEngine) -> ResumeFacts:
+        return cls(optimizer_steps=zero_state.optimizer_steps(engine), loss_scale=zero_state.read_loss_scale(engine))
+
+    def apply(self, engine: DeepSpeedEngine) -> str | None:
+        """Completes an engine whose tensors were loaded; returns a notice for the user, if there is one."""
+        zero_state.after_load(engine, self.optimizer_steps)
+        return zero_state.write_loss_scale(engine, self.loss_scale)
+
+
+RESUME = Format(ResumeFacts, "index that this version of heliostat resumes from", CheckpointError)
 
 
 class TrainingState(Hook):
@@ -61,7 +85,7 @@ class TrainingState(Hook):
     def tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
         return zero_state.state(self.engine, whole) | (self.average.state(whole) if self.average else {})
 
-    def after_step(self, done: int, norm: float, due: Due) -> None:
+    def after_step(self, done: int, due: Due) -> None:
         """Waits for the last copy before the step is reported: once a step is, all copies of earlier ones have arrived."""
         if self.memory and due.keeps:
             with self.context.ledger("checkpoint"):
@@ -146,8 +170,7 @@ class TrainingState(Hook):
             "name": context.job.name,
             "world_size": context.world,
             "zero_stage": context.job.train.zero.stage,
-            "optimizer_steps": zero_state.optimizer_steps(self.engine),
-            "loss_scale": zero_state.read_loss_scale(self.engine),
+            **asdict(ResumeFacts.of(self.engine)),
             "job": context.job.dump(),
             "data": context.plan.dump(),
             "data_digest": context.plan.digest,
@@ -163,8 +186,7 @@ class TrainingState(Hook):
         """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
         assert self.memory
         self.context.progressed()
-        steps, scale = zero_state.optimizer_steps(self.engine), zero_state.read_loss_scale(self.engine)
-        facts = CopyFacts(done, self.context.world, self.context.plan.digest, steps, scale)
+        facts = CopyFacts(done, self.context.world, self.context.plan.digest, asdict(ResumeFacts.of(self.engine)))
         own = self.unsealed.part(done), list(self.context.posts.told)
         self.memory.keep(facts, own, self.tensors(), self.context.control)
 
@@ -198,7 +220,7 @@ class TrainingState(Hook):
             found = checkpoint.open_together(context.run_folder, source.saved, context.control)
             checkpoint.load(found, dict(frozen), context.control, context.progressed)
             self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
-        self._complete(facts.optimizer_steps, facts.loss_scale)
+        context.posts.notice(ResumeFacts(**facts.resume).apply(self.engine))
         if context.rank == 0:
             parts, events = zip(*map(wire.unpack, own), strict=True)
             self.unsealed.take_up(list(parts))
@@ -207,6 +229,7 @@ class TrainingState(Hook):
     def _from_storage(self) -> None:
         context, notice = self.context, self.context.posts.notice
         found = checkpoint.open_together(context.run_folder, context.start_step, context.control)
+        facts = RESUME.build(found.index.resume, found.location.join(INDEX))
         state = self.tensors(whole=True)
         frozen = zero_state.frozen(self.engine, whole=True)
         if found.frozen:
@@ -216,11 +239,6 @@ class TrainingState(Hook):
         checkpoint.load(found, state, context.control, context.progressed)
         notice(checkpoint.casts(found, state))
         self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
-        self._complete(found.index.optimizer_steps, found.index.loss_scale)
+        notice(facts.apply(self.engine))
         self.unsealed.chain = found.index.receipt.chain
         self.unsealed.replaced = found.index.bad_samples if context.rank == 0 else 0
-
-    def _complete(self, optimizer_steps: int, scale: dict[str, float] | None) -> None:
-        """Completes the engine after its state was loaded."""
-        zero_state.after_load(self.engine, optimizer_steps)
-        self.context.posts.notice(zero_state.write_loss_scale(self.engine, scale))

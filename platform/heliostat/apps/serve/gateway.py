@@ -1,0 +1,158 @@
+"""Reaches the replicas for a route: what is served, how many requests each key may have, and what is counted."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from heliostat.apps.serve.asks import EMBEDDINGS, IMAGES, TEXT, Item
+from heliostat.apps.serve.backend import Backend
+from heliostat.apps.serve.replica import Replica
+from heliostat.web.refusals import Refusal
+
+MINUTE = 60.0
+FAILED = Refusal(500, "the endpoint failed; its log says why")
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+A = TypeVar("A")
+Work = Callable[[Replica, A], Awaitable[Item]]
+Pieces = Callable[[Replica, A], AsyncGenerator[Item]]
+DOES = {
+    TEXT: "writes, and draws nothing; ask it at /v1/completions",
+    IMAGES: "draws, and writes nothing; ask it at /v1/images/generations",
+    EMBEDDINGS: "embeds texts, and writes nothing; ask it at /v1/embeddings",
+}
+
+
+class Replicas(Protocol):
+    """Reaches the replicas of a version: each calls a function of a route with itself, and with what is asked."""
+
+    async def call(self, version: str, answer: Work[A], asked: A) -> Item: ...
+
+    def stream(self, version: str, pieces: Pieces[A], asked: A) -> AsyncGenerator[Item]: ...
+
+
+@dataclass(frozen=True)
+class FrontSettings:
+    """Holds what the front goes by. `keys`: digests by name; None lets everybody in.
+
+    `model`: what clients call it, None if there is an index only; `kind`: what it does; `index`: what clients call that;
+    `adapters`: what they call the model's adapters.
+    """
+
+    model: str | None
+    kind: str | None
+    index: str | None
+    since: int
+    keys: dict[str, str] | None
+    body_bytes: int
+    max_tokens: int
+    at_once: int
+    a_minute: int
+    deadline_s: float
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """Returns the names of all that is served."""
+        return [name for name in (self.model, *self.adapters, self.index) if name is not None]
+
+    def require_served(self, asked: str) -> None:
+        """Raises Refusal unless something of this name is served."""
+        if asked not in self.names:
+            served = f"{' and '.join(map(repr, self.names))} {'are' if self.names[1:] else 'is'}"
+            raise Refusal(404, f"model: {asked[:100]!r} is not served; {served}", "model", "model_not_found")
+
+    def require_model(self, asked: str, *fit: str) -> None:
+        """Raises Refusal unless a model of a kind that fits is asked, and is served."""
+        self.require_served(asked)
+        if asked in self.adapters:
+            if EMBEDDINGS not in fit and TEXT in fit:
+                return
+            raise Refusal(400, f"model: {asked!r} is an adapter, and writes alone", "model", "unsupported_by_model")
+        if asked != self.model:
+            said = f"model: {asked!r} is an index; ask it at /v1/search, or at /v1/chat/completions where a model answers from it"
+            raise Refusal(400, said, "model", "unsupported_by_model")
+        if self.kind not in fit:
+            raise Refusal(400, f"model: {asked!r} {DOES[str(self.kind)]}", "model", "unsupported_by_model")
+
+
+class RequestLimits:
+    """Counts the requests of each key, those of the last minute and those that are open; 0 is no limit."""
+
+    def __init__(self, at_once: int, a_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.at_once, self.a_minute, self.clock = at_once, a_minute, clock
+        self.open: defaultdict[str, int] = defaultdict(int)
+        self.began: defaultdict[str, deque[float]] = defaultdict(deque)
+
+    def enter(self, name: str) -> None:
+        """Begins a request; Refusal with 429 beyond a limit."""
+        now, began = self.clock(), self.began[name]
+        while began and began[0] <= now - MINUTE:
+            began.popleft()
+        if self.at_once and self.open[name] >= self.at_once:
+            raise self._refusal(f"{self.at_once} requests of this key are open", 1)
+        if self.a_minute and len(began) >= self.a_minute:
+            raise self._refusal(f"{self.a_minute} requests of this key came within a minute", began[0] + MINUTE - now)
+        self.open[name] += 1
+        if self.a_minute:
+            began.append(now)
+
+    def leave(self, name: str) -> None:
+        """Ends a request."""
+        self.open[name] -= 1
+
+    def _refusal(self, why: str, seconds: float) -> Refusal:
+        after = max(1, math.ceil(seconds))
+        return Refusal(429, f"{why}, which is the limit; try again in {after} s", None, "rate_limit_exceeded", after)
+
+
+class Measures:
+    """Holds the measures of one front, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ours: dict[str, Any] = {"registry": self.registry, "namespace": "heliostat"}
+        self.requests = Counter("requests", "Requests that were answered", ["path", "status"], **ours)
+        self.seconds = Histogram("request_seconds", "From a request to the end of its answer", ["path"], buckets=SECONDS, **ours)
+        self.tokens = Counter("tokens", "Tokens of prompts and of answers", ["key", "kind"], **ours)
+        self.images = Counter("images", "Pictures that were drawn", ["key"], **ours)
+        self.open = Gauge("open_requests", "Requests under way, by the version that answers them", ["version"], **ours)
+        self.retries = Gauge("retried_requests", "Requests that were sent again because a replica died", **ours)
+        self.broken = Counter("broken_streams", "Streams that ended in an error event", **ours)
+
+    def counted(self, key: str, usage: dict[str, int]) -> None:
+        """Adds the tokens of an answer."""
+        for kind in ("prompt", "completion"):
+            self.tokens.labels(key, kind).inc(usage.get(f"{kind}_tokens", 0))
+
+    def text(self, open_: dict[str, int], retried: int) -> bytes:
+        """Writes all measures in Prometheus' format of text."""
+        self.open.clear()
+        for version, count in open_.items():
+            self.open.labels(version).set(count)
+        self.retries.set(retried)
+        return generate_latest(self.registry)
+
+
+class Gateway:
+    """Holds what all requests of one front share, and asks the replicas of the version that `backend` knows."""
+
+    def __init__(self, settings: FrontSettings, replicas: Replicas, lost: tuple[type[BaseException], ...]) -> None:
+        self.settings, self.replicas = settings, replicas
+        self.limits = RequestLimits(settings.at_once, settings.a_minute)
+        self.backend = Backend(lost, settings.deadline_s)
+        self.measures = Measures()
+
+    async def ask(self, answer: Work[A], asked: A) -> tuple[str, Item]:
+        """Returns the version that answered, and its answer."""
+        return await self.backend.ask(lambda version: self.replicas.call(version, answer, asked))
+
+    def stream(self, pieces: Pieces[A], asked: A) -> AsyncGenerator[tuple[str, Item]]:
+        """Yields the version that answers, and each item of its answer."""
+        return self.backend.stream(lambda version: self.replicas.stream(version, pieces, asked))

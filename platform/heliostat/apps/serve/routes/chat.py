@@ -1,0 +1,123 @@
+"""Answers `/v1/chat/completions`: answers a chat, or a question from the index."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from heliostat.apps.serve import requests
+from heliostat.apps.serve.asks import TEXT, UNFINISHED, AnswerPiece, Ask, Item, Logprobs, Search
+from heliostat.apps.serve.gateway import FrontSettings
+from heliostat.apps.serve.replica import Replica
+from heliostat.apps.serve.requests import MOST_PASSAGES, Mode, whole
+from heliostat.apps.serve.route import Answer
+from heliostat.apps.serve.writing import COMMON, Sampled, WritingRoute
+from heliostat.inference.sampling import MOST_LOGPROBS
+from heliostat.recipes.text.chat import Message
+from heliostat.web.refusals import Refusal
+
+ANSWER_TOKENS = 128  # of an answer from the index
+
+
+class ChatRequest(Sampled):
+    """Describes a request to answer a chat."""
+
+    neutral = {
+        **COMMON, "tools": [], "tool_choice": "none", "functions": [], "function_call": "none",
+        "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"], "audio": {}, "prediction": {},
+        "reasoning_effort": "none", "store": False, "metadata": {}, "service_tier": "auto", "web_search_options": {},
+    }  # fmt: skip
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: goes with logprobs: true")
+        return self
+
+    @property
+    def told(self) -> int | None:
+        """Returns how many tokens' logprobs are told beside each that is chosen; None: none of any."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _asked(messages: list[Message]) -> list[Message]:
+    for message in messages:
+        whole(message.plain()["content"])
+    return messages
+
+
+class Question(ChatRequest):
+    """Describes a question that is answered from an index, with the likeliest words unless a temperature is given."""
+
+    messages: Annotated[list[Message], AfterValidator(_asked)] = Field(min_length=1, max_length=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top: int = Field(5, ge=1, le=MOST_PASSAGES)
+    mode: Mode | None = None
+
+
+def of_chat(columns: Logprobs | None) -> Answer | None:
+    """Writes logprobs as chats have them: by token, each with its likeliest, the best first."""
+    if columns is None:
+        return None
+    tops = columns["top_logprobs"] or [{} for _ in columns["tokens"]]
+    content = [
+        {**_of_token(token, value), "top_logprobs": [_of_token(*one) for one in sorted(best.items(), key=lambda pair: -pair[1])]}
+        for token, value, best in zip(columns["tokens"], columns["token_logprobs"], tops, strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _of_token(token: str, value: float) -> Answer:
+    """Describes a token; its bytes are not known where it is a piece of a character."""
+    return {"token": token, "logprob": value, "bytes": None if UNFINISHED in token else list(token.encode())}
+
+
+class ChatRoute(WritingRoute[ChatRequest]):
+    """Answers chats, and as a `Question` those whose model is the index."""
+
+    path, body = "/v1/chat/completions", ChatRequest
+    prefix, kind, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def read(self, settings: FrontSettings, raw: bytes) -> ChatRequest:
+        of_index = settings.index is not None and requests.parse(raw).get("model") == settings.index
+        return requests.read(Question if of_index else ChatRequest, raw)
+
+    def asked(self, settings: FrontSettings, body: ChatRequest) -> Ask:
+        if not isinstance(body, Question):
+            settings.require_model(body.model, TEXT)
+        elif settings.kind != TEXT:
+            raise Refusal(400, f"model: no model answers from {body.model!r}; ask /v1/search", "model", "unsupported_by_model")
+        elif body.messages[0].role != "user":
+            raise Refusal(400, "messages.0.role: an index takes one question, a message of the user", "messages", "invalid_value")
+        most, where = body.max_tokens, "max_tokens"
+        if body.max_completion_tokens is not None:
+            most, where = body.max_completion_tokens, "max_completion_tokens"
+        messages = [message.plain() for message in body.messages]
+        if not isinstance(body, Question):
+            return dataclasses.replace(body.ask(settings, most, where), messages=messages, logprobs=body.told)
+        ask = body.ask(settings, min(ANSWER_TOKENS, settings.max_tokens) if most is None else most, where)
+        return dataclasses.replace(ask, logprobs=body.told, search=Search(messages[0]["content"], body.top, body.mode))
+
+    async def pieces(self, replica: Replica, asked: Ask) -> AsyncGenerator[Item]:
+        first: Item = {}
+        if asked.search is not None:
+            assert replica.shelf
+            assert replica.writer
+            prompt, sources = await replica.shelf.prompt(asked.search, replica.writer.room(asked), replica.writer.count)
+            asked, first = dataclasses.replace(asked, prompts=[prompt], search=None), {"sources": sources}
+        async with aclosing(super().pieces(replica, asked)) as items:
+            async for item in items:
+                yield {**item, **first}
+                first = {}
+
+    def text(self, piece: AnswerPiece, streamed: bool) -> Answer:
+        message = {"role": "assistant", "content": piece["text"]}
+        return {"delta" if streamed else "message": message, "logprobs": of_chat(piece.get("logprobs"))}

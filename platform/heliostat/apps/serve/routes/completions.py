@@ -1,0 +1,61 @@
+"""Answers `/v1/completions`: continues prompts, or fills in what is between each of them and a suffix."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from heliostat.apps.serve.asks import TEXT, AnswerPiece, Ask
+from heliostat.apps.serve.gateway import FrontSettings
+from heliostat.apps.serve.requests import MOST_INPUTS, Whole, whole
+from heliostat.apps.serve.route import Answer
+from heliostat.apps.serve.writing import COMMON, Sampled, WritingRoute
+
+PROMPTS = "is no text, no list of tokens, and no list of these"
+DEFAULT_TOKENS = 16  # as OpenAI has it
+
+
+def _prompts(given: object) -> list[object]:
+    """Lists prompts: a text or a list of tokens stands for a list of it."""
+    if isinstance(given, str) or (isinstance(given, list) and given and _is_token(given[0])):
+        given = [given]
+    if not isinstance(given, list):
+        raise ValueError(PROMPTS)
+    for one in given:
+        if not (isinstance(one, str) or (isinstance(one, list) and one and all(_is_token(token) for token in one))):
+            raise ValueError(PROMPTS)
+        if isinstance(one, str):
+            whole(one)
+    return given
+
+
+def _is_token(given: object) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and given >= 0
+
+
+class Completion(Sampled):
+    """Describes a request to continue prompts, or to fill in what stands between each of them and a suffix."""
+
+    neutral = {**COMMON, "best_of": 1, "echo": False}
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
+    """Texts, or lists of tokens."""
+    suffix: Whole = ""
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+
+class CompletionsRoute(WritingRoute[Completion]):
+    """Answers requests for completions."""
+
+    path, body = "/v1/completions", Completion
+    prefix, kind, chunk = "cmpl", "text_completion", "text_completion"
+
+    def asked(self, settings: FrontSettings, body: Completion) -> Ask:
+        settings.require_model(body.model, TEXT)
+        most = min(DEFAULT_TOKENS, settings.max_tokens) if body.max_tokens is None else body.max_tokens
+        ask = body.ask(settings, most, prompts=len(body.prompt))
+        return dataclasses.replace(ask, prompts=body.prompt, logprobs=body.logprobs, suffix=body.suffix)
+
+    def text(self, piece: AnswerPiece, streamed: bool) -> Answer:
+        return {"text": piece["text"], "logprobs": piece.get("logprobs")}

@@ -1,0 +1,65 @@
+"""Answers `/v1/images/generations`: draws pictures."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from pydantic import Field
+
+from heliostat.apps.serve.asks import IMAGES, Item, PictureRequest
+from heliostat.apps.serve.gateway import FrontSettings, Measures
+from heliostat.apps.serve.replica import Replica
+from heliostat.apps.serve.requests import Body, Whole
+from heliostat.apps.serve.route import Answer, Route, seed
+from heliostat.schema import Float
+
+MOST_IMAGES = 10  # of one request, as OpenAI has it
+MOST_STEPS = 1000
+
+
+class Images(Body):
+    """Describes pictures to draw; what is left out is the model's own. `steps`, `guidance`, `sampler` and `seed` are ours."""
+
+    neutral = {
+        "quality": "auto", "style": "natural", "background": "auto", "moderation": "auto", "output_format": "png",
+        "stream": False, "output_compression": 100, "partial_images": 0,
+    }  # fmt: skip
+    model: str
+    prompt: Whole
+    n: int = Field(1, ge=1, le=MOST_IMAGES)
+    size: str = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")
+    response_format: Literal["b64_json"] = "b64_json"
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS)
+    guidance: Float | None = Field(None, ge=0)
+    sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Returns those options of the drawing that are given."""
+        given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
+        if self.size != "auto":
+            given["width"], given["height"] = map(int, self.size.split("x"))
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class ImagesRoute(Route[Images, PictureRequest]):
+    """Answers requests for pictures, each with its seed."""
+
+    path, body = "/v1/images/generations", Images
+
+    def asked(self, settings: FrontSettings, body: Images) -> PictureRequest:
+        settings.require_model(body.model, IMAGES)
+        return PictureRequest(body.prompt, body.n, seed(body.seed), body.options)
+
+    async def answer(self, replica: Replica, asked: PictureRequest) -> Item:
+        assert replica.painter
+        return {"images": await replica.painter.draw(asked)}
+
+    def shape(self, settings: FrontSettings, body: Images, version: str, item: Item) -> Answer:
+        head = {"created": int(time.time()), "model": body.model, "system_fingerprint": version, "output_format": "png"}
+        return {**head, "data": item["images"]}
+
+    def count(self, measures: Measures, key: str, body: Images, answer: Answer) -> None:
+        measures.images.labels(key).inc(body.n)

@@ -1,0 +1,64 @@
+"""Defines the section `spike` of the job file, and detects loss spikes by it.
+
+A loss spike is a step's loss far above the losses of the steps before it. Robust statistics, so that one spike does not hide the
+next: the median and the median absolute deviation of the window, scaled to a normal's standard deviation (Rousseeuw and Croux
+1993).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+
+from heliostat.schema import Float, Strict
+
+NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
+FLOOR = 0.01  # of the median: a window of all but equal losses must not make noise a spike
+
+
+class Spike(Strict):
+    window: Annotated[int, Field(ge=4)] = 50
+    """Steps whose losses say what is usual."""
+    threshold: Annotated[Float, Field(gt=0)] = 8.0
+    """Robust standard deviations above their median, from which on a loss is a spike."""
+    action: Literal["warn", "rollback"] = "warn"
+    """`warn`: say so and go on; `rollback`: go back to the checkpoint before it, and leave the samples at fault out."""
+
+
+class Excess(NamedTuple):
+    """Describes why a loss is a spike, and what follows: the usual loss, the limit that it is above, and the action."""
+
+    usual: float
+    limit: float
+    action: Literal["warn", "rollback"]
+
+
+class SpikeDetector:
+    """Detects spikes in the losses of successive steps; spikes do not enter the window.
+
+    The same losses give the same results on every worker.
+    """
+
+    def __init__(self, policy: Spike) -> None:
+        self.policy = policy
+        self._window: deque[float] = deque(maxlen=policy.window)
+
+    def excess(self, loss: float) -> Excess | None:
+        """Checks the loss of the next step; returns None unless it is a spike.
+
+        A finite loss can only be a spike once half a window is filled.
+        """
+        if not math.isfinite(loss):
+            return Excess(math.nan, math.inf, self.policy.action)
+        if len(self._window) >= self.policy.window // 2:
+            middle = statistics.median(self._window)
+            spread = NORMAL * statistics.median(abs(x - middle) for x in self._window)
+            limit = middle + self.policy.threshold * max(spread, FLOOR * abs(middle))
+            if loss > limit:
+                return Excess(middle, limit, self.policy.action)
+        self._window.append(loss)
+        return None

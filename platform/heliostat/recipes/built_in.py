@@ -1,0 +1,60 @@
+"""Finds the recipes of the package by reading their files, without importing one: a recipe imports torch.
+
+A module of `text` or `images` declares its recipe as `BUILT_IN = {"CausalLM": ("transformers",)}`: the name of the class, with
+the modules and libraries that it imports late.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = "heliostat.recipes"
+FOLDERS = ("text", "images")
+MARK = re.compile(r"^BUILT_IN = (\{.*?\})$", re.M | re.S)
+LIBRARIES = {  # the modules that a recipe with such a library imports when it builds its model
+    "transformers": (
+        "transformers.modeling_utils",
+        "transformers.models.{arch}.modeling_{arch}",
+        "transformers.integrations.deepspeed",
+    ),
+    "diffusers": ("diffusers.models.unets", "diffusers.models.transformers", "diffusers.models.autoencoders"),
+}
+
+
+class BuiltIn(NamedTuple):
+    """Holds a recipe's module, and the modules and libraries that it imports late."""
+
+    module: str
+    late: tuple[str, ...]
+
+
+@cache
+def find(folder: Path = Path(__file__).parent) -> dict[str, BuiltIn]:
+    """Finds the recipes in the subfolders of a folder; returns each by its name, in alphabetical order."""
+    recipes = dict[str, BuiltIn]()
+    for file in (file for kind in FOLDERS for file in (folder / kind).glob("*.py")):
+        if declared := MARK.search(file.read_text("utf-8")):
+            module = f"{PACKAGE}.{file.parent.name}.{file.stem}"
+            recipes |= {name: BuiltIn(module, late) for name, late in ast.literal_eval(declared[1]).items()}
+    return dict(sorted(recipes.items()))
+
+
+def modules(recipe: str, model: Mapping[str, object]) -> list[str]:
+    """Returns the modules that workers import for a job's `recipe` and `model`, so that a fork server can import them ahead.
+
+    There are none for a user's own recipe, whose import may do anything. A module in the list may be missing: the fork server
+    leaves out what it cannot import.
+    """
+    from heliostat.config import workspace  # whose import takes longer than that of all recipes' names
+
+    module, _, name = recipe.partition(":")
+    if workspace.BUILT_IN.get(module, module) != PACKAGE or name not in find():
+        return []
+    home, late = find()[name]
+    modules = [module for each in late for module in LIBRARIES.get(each, (each,))]
+    return [home, *(module.format(arch=model.get("arch", "auto")) for module in modules)]

@@ -1,0 +1,23 @@
+"""Keeps constants of recipes on the devices that compute with them."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Constant:
+    """Holds a CPU tensor that never changes, and one copy on each device that asks for it.
+
+    A copy in every micro-batch would come from memory that is not pinned, so the host would wait for the device.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        self._copies: dict[torch.device, torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """Returns the values on a device: the same tensor at every call."""
+        if device not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[device] = self.values.to(device)
+        return self._copies[device]

@@ -1,0 +1,85 @@
+"""Small jobs of every recipe, and of each way to save memory, which the twin is tried with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from heliostat.config.spec import Job
+from transformers import T5Config, T5EncoderModel
+
+from tests.golden import data
+from tests.unit import build_images, build_pairs
+from tests.unit.build_job import BASE, job
+from tests.unit.test_text_to_image import autoencoder, clip
+
+EXPERTS = {**BASE["model"], "arch": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "router_z_loss_coef": 1e-3}
+FLOW = {"backbone": build_images.SD3, "objective": {"prediction": "flow", "timesteps": "logit_normal"}}
+PROMPTS = {"prompts": [{"text": "a digit"}], "per_prompt": 1, "steps": 2, "judge": False}
+
+
+def prepare(folder: Path) -> None:
+    """Makes the datasets of all cases."""
+    data.build(folder)
+    build_pairs.dataset(folder / "pairs")
+    autoencoder(folder / "vae", 1)
+    clip(folder / "t5", folder / "text_to_image")  # for its tokenizer
+    torch.manual_seed(5)
+    T5EncoderModel(T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).save_pretrained(
+        folder / "t5"
+    )
+
+
+def _frozen(folder: Path, **changes: Any) -> Job:
+    text = {"pretrained": str(folder / "t5"), "length": 8}
+    return _images(folder, {"text": text, "autoencoder": {"pretrained": str(folder / "vae")}}, **changes)
+
+
+def _autoencoder(folder: Path, **changes: Any) -> Job:
+    model = {
+        "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2, "latent_channels": 4, "norm_num_groups": 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    }  # fmt: skip
+    images = build_images.job(folder / "text_to_image")
+    return job(**{**images, "recipe": "heliostat.recipes:Autoencoder", "model": model, **changes})
+
+
+def _text(folder: Path, **changes: Any) -> Job:
+    return job(**{"data.sources": [{"path": str(folder / "causal_lm")}], **changes})
+
+
+def _images(folder: Path, model: dict[str, Any], **changes: Any) -> Job:
+    return job(**{**build_images.job(folder / "text_to_image", caption_dropout=0.2, samples=PROMPTS, **model), **changes})
+
+
+Case = Callable[..., Job]
+CASES: dict[str, Case] = {
+    "language model": _text,
+    "separate documents": lambda folder, **c: _text(folder, **{"data.document_mask": True, **c}),
+    "experts": lambda folder, **c: _text(folder, **{"model": EXPERTS, **c}),
+    "tiled loss": lambda folder, **c: _text(folder, **{"train.tiled_loss": True, **c}),
+    "activation offload": lambda folder, **c: _text(
+        folder, **{"train.activation_checkpointing": True, "train.activation_offload": True, **c}
+    ),
+    "text embedder": lambda folder, **c: build_pairs.embedder(folder / "pairs", **c),
+    "image embedder": lambda folder, **c: build_images.embedder(folder / "text_to_image", **c),
+    "diffusion": lambda folder, **c: _images(folder, {"objective": {"prediction": "v", "min_snr": 5.0}}, **c),
+    "frozen encoders": _frozen,
+    "autoencoder": _autoencoder,
+    "flow matching": lambda folder, **c: _images(folder, FLOW, **c),
+}
+
+
+def made(name: str, folder: Path, **changes: Any) -> Job:
+    """The job of a case: fp32, ZeRO-0, a few steps of 8 samples in micro-batches of 2."""
+    usual = {
+        "name": name.replace(" ", "-"), "storage": str(folder), "train.precision": "fp32", "train.steps": 4, "data.lanes": 4,
+        "train.global_batch": 8, "train.micro_batch": 2, "data.window": 64, "train.zero.stage": 0,
+        "evaluate": {"every": 2, "samples": 4, "fraction": 0.1},
+    }  # fmt: skip
+    return CASES[name](folder, **{**usual, **changes})
+
+
+__all__ = ["CASES", "made", "prepare"]

@@ -1,0 +1,99 @@
+"""Trains jobs through DeepSpeed on the twin and on the CPU: steps, scores of averaged weights, a save, and a resume."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine.ema import AveragedWeights
+from heliostat.numerics import play
+from heliostat.training.worker.evaluation import HeldOut
+
+from tests.integration import layouts
+from tests.twin import cases, device, traffic
+
+SAVED, STEPS = 2, 3
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A job: a case of `cases`, a ZeRO stage, and what else it changes."""
+
+    case: str
+    stage: int
+    offload: bool = False
+    precision: str = "fp32"
+    optimizer: str = "adamw"
+
+    def __str__(self) -> str:
+        words = [self.case, f"ZeRO-{self.stage}", *(["offload"] if self.offload else []), self.precision]
+        return ", ".join([*words, *([self.optimizer] if self.optimizer != "adamw" else [])])
+
+    def player(self, folder: Path, gpus: int) -> play.Player:
+        """A worker of the job."""
+        offload = {"optimizer": "cpu", "param": "cpu" if self.stage == 3 else None} if self.offload else {}
+        words = re.findall("[a-z0-9]+", f"{self} {'twin' if gpus else 'cpu'} {dist.get_world_size()}".lower())
+        changes = {
+            "name": "-".join(words), "workers.count": dist.get_world_size(), "workers.gpus": gpus, "train.zero.stage": self.stage,
+            "train.precision": self.precision, "train.zero.offload": offload, "train.steps": STEPS,
+            "train.optimizer": {"name": "adamw", "lr": 1e-3, "eps": 1e-4},
+        }  # fmt: skip
+        if self.optimizer != "adamw":
+            changes["train.optimizer"] = {"name": self.optimizer, "lr": 1e-3}
+            changes["train.schedule"] = {"name": "constant", "warmup_steps": 1}  # which schedule_free wants
+        if self.stage == 3:
+            changes["train.deepspeed"] = layouts.SMALL_STAYS_DIVIDED
+        return layouts.player(cases.made(self.case, folder, **changes))
+
+
+def step(one: play.Player, number: int) -> None:
+    """Makes a step as the loop does."""
+    mine = one.sharing.share(one._read)
+    one.stepper.step(number, one.stepper.prepare(number, mine))
+    one.unsealed.add(number, mine)
+
+
+def trained(setup: Setup, folder: Path, on_twin: bool) -> dict[str, Any]:
+    """Trains, saves, evaluates, and resumes; returns the numbers, and what crosses in a step after the first."""
+    one = setup.player(folder, int(on_twin))
+    assert (one.device.type == "cuda") is on_twin
+    zero_state.init_optimizer_state(one.engine)
+    step(one, 0)
+    with traffic.recorded() as seen:
+        step(one, 1)
+    saved = play.state(one.engine)
+    one.save(SAVED)
+    average = AveragedWeights(one.engine, 0.5)
+    step(one, 2)
+    average.update(STEPS)
+    one.engine.eval()
+    held_out = HeldOut(one.job, one.dataset, one.recipe, one.sharing)
+    with average.applied():
+        scores = held_out.scores(one.engine, one.device, one.control, lambda: None)
+    one.engine.train()
+    one.load(one.job.run_folder, SAVED)
+    restored = play.state(one.engine)
+    different = [name for name in saved if not saved[name].cpu().equal(restored[name].cpu())]
+    step(one, 2)
+    losses = [float(loss) for loss in one.stepper.losses]
+    told = {"losses": losses, "norms": list(map(float, one.stepper.norms)), "scores": scores, "different": different}
+    return told | {"places": seen.places(*traffic.MEANING), "counts": {kind: seen.count(kind) for kind in traffic.MEANING}}
+
+
+def played(group: Any, everyone: Any, folder: str, on_twin: str, *setups: str) -> Iterator[dict[str, Any]]:
+    """In every rank: trains these setups, given as JSON of their fields, one after another."""
+    if on_twin == "twin":
+        device.start_deepspeed()
+    for described in setups:
+        setup = Setup(**json.loads(described))
+        try:
+            yield {"setup": str(setup), **trained(setup, Path(folder), on_twin == "twin")}
+        finally:
+            deepspeed_engine.destroy_engines()
+            deepspeed_engine.forget_groups()

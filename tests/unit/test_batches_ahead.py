@@ -1,0 +1,241 @@
+"""While a step computes, a thread makes the next one's batches, and what it does counts only once that step takes them; the norm
+of a gradient is read a step late, but before anything that depends on it."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from heliostat.data.device_streams import LateRead
+from heliostat.errors import DataError, NonFiniteError
+from heliostat.runs.time_ledger import Ledger
+from heliostat.training.stops import INTERRUPTED, RUN
+from heliostat.training.worker import batches_ahead
+from heliostat.training.worker.batches_ahead import BatchesAhead
+from heliostat.training.worker.context import Due, Hook
+from heliostat.training.worker.loss_watch import LossWatch
+from heliostat.training.worker.micro_batches import StepBatches
+from heliostat.training.worker.step import Loop, Stepper
+
+from tests.unit.build_job import job
+
+SOON_S = 20.0
+
+
+def batches(step: int, samples: Any) -> StepBatches:
+    return StepBatches(samples, [], torch.tensor(float(step)))
+
+
+class Samples:
+    """Reads samples, which are numbers in order; raises at `fails`."""
+
+    def __init__(self, fails: int = -1) -> None:
+        self.read, self.fails = 0, fails
+        self.threads = set[str]()
+
+    def __call__(self) -> Any:
+        self.threads.add(threading.current_thread().name)
+        self.read += 1
+        if self.read - 1 == self.fails:
+            raise DataError("the shard is gone")
+        return self.read - 1
+
+
+@pytest.fixture
+def made() -> Iterator[Callable[..., BatchesAhead]]:
+    """Makes what makes batches; all of it is ended."""
+    ones: list[BatchesAhead] = []
+
+    def make(*given: Any) -> BatchesAhead:
+        ones.append(BatchesAhead(*given))
+        return ones[-1]
+
+    yield make
+    for one in ones:
+        one.end()
+
+
+def settled(check: Callable[[], bool]) -> bool:
+    until = time.monotonic() + SOON_S
+    while not check() and time.monotonic() < until:
+        time.sleep(0.001)
+    return check()
+
+
+# the thread ----------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_made_in_order_in_one_other_thread_and_at_most_one_step_ahead(made):
+    samples = Samples()
+    ahead = made(samples, batches)
+    for step in range(5):
+        taken = ahead.take(step)
+        assert (taken.samples, float(taken.terms)) == (step, step) and samples.read == step + 1
+        ahead.begin(step + 1)
+        ahead.settle()
+        time.sleep(0.002)
+        assert samples.read == step + 2
+    assert samples.threads == {"batches"}
+
+
+def test_the_step_goes_on_while_the_next_ones_batches_are_made_and_waits_only_to_take_them(made):
+    may, at_work = threading.Event(), threading.Event()
+
+    def prepare(step: int, samples: Any) -> StepBatches:
+        if step:
+            at_work.set()
+            assert may.wait(SOON_S)
+        return batches(step, samples)
+
+    ahead = made(Samples(), prepare)
+    ahead.take(0)
+    ahead.begin(1)
+    assert at_work.wait(SOON_S)  # and this thread computes
+    threading.Timer(0.05, may.set).start()
+    assert ahead.take(1).samples == 1 and may.is_set()
+
+
+def test_an_error_is_raised_by_the_step_that_needs_the_samples_and_not_before(made):
+    ahead = made(Samples(fails=1), batches)
+    ahead.take(0)
+    ahead.begin(1)
+    ahead.settle()
+    with pytest.raises(DataError, match="the shard is gone"):
+        ahead.take(1)
+
+
+def test_the_thread_ends_with_the_attempt(made):
+    ahead = made(Samples(fails=1), batches)
+    ahead.take(0)
+    ahead.begin(1)
+    ahead.end()
+    assert not ahead.busy
+
+
+def test_a_thread_that_waits_for_samples_is_left_within_the_deadline_and_does_nothing_afterwards(made, monkeypatch):
+    """Its process isn't used again (`Worker.busy`). On a GPU a batch is pinned, by then perhaps in the next attempt's context."""
+    monkeypatch.setattr(batches_ahead, "DEADLINE_S", 0.02)
+    may, waits, prepared = threading.Event(), threading.Event(), list[int]()
+    reads = iter([lambda: 0, lambda: waits.set() or may.wait(SOON_S)])
+    ahead = made(lambda: next(reads)(), lambda step, samples: prepared.append(step) or batches(step, samples))
+    ahead.take(0)
+    ahead.begin(1)
+    assert waits.wait(SOON_S)
+    ahead.end()
+    assert ahead.busy
+    may.set()
+    assert settled(lambda: not ahead.busy) and prepared == [0]
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1).item(), lambda: np.random.random(), random.random])
+def test_a_recipe_that_draws_from_generators_of_the_process_makes_its_batches_where_nothing_else_draws(made, draw):
+    """Else a step's dropout and the next one's batches would draw from one generator in any order."""
+    threads, notices = list[str](), list[str]()
+
+    def prepare(step: int, samples: Any) -> StepBatches:
+        threads.append(threading.current_thread().name)
+        return batches(step, draw())
+
+    ahead = made(Samples(), prepare, notices.append)
+    for step in range(3):
+        assert isinstance(ahead.take(step).samples, float)
+        ahead.begin(step + 1)
+    assert threads == ["batches", *[threading.current_thread().name] * 2]
+    assert len(notices) == 1 and notices[0].startswith("recipe: `batch` draws") and "`keys`" in notices[0]
+
+
+# in the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Noted(Hook):
+    """Notes what happens in which order."""
+
+    def __init__(self, order: list[str]) -> None:
+        self.order = order
+
+    def on_norm(self, step: int, norm: float) -> None:
+        self.order.append(f"norm {step}: {norm:g}")
+
+    def on_save(self, done: int, due: Due) -> None:
+        self.order += [f"{what} {done}" for what in ("evaluates", "saves") if getattr(due, what)]
+
+
+def looped(ahead: Any, steps: int, stop: int, order: list[str], **changes: Any) -> Any:
+    """A loop whose workers agree to stop after `stop` steps. A step's norm is its number, from 1 on."""
+    loop: Any = object.__new__(Loop)
+    loop.job = job(**{"train.steps": steps, "checkpoint.every": 3, **changes})
+    loop.ledger, loop.hooks = Ledger("data"), [Noted(order)]
+    loop.context = SimpleNamespace(start_step=0, progressed=lambda: order.append("progress"), phase=lambda name: None)
+    loop.heartbeat, loop.ahead, loop.pauses = SimpleNamespace(stop=0), ahead, ()
+    loop.state = SimpleNamespace(blocked_s=0.0, saver=SimpleNamespace(failed=False), memory=None)
+    loop.reports = SimpleNamespace(begin=lambda: None, aside=lambda: loop.ledger("idle"))
+    loop.reports.report = lambda done: order.append(f"report {done}")
+    counted: list[int] = []
+    loop.unsealed = SimpleNamespace(steps=counted, replaced=0, add=lambda step, samples: counted.append(samples))
+    loop.consensus = SimpleNamespace(ask=lambda code: None, result=lambda: INTERRUPTED if len(counted) == stop else RUN)
+    loop.stepper = object.__new__(Stepper)
+    loop.stepper._norms, loop.stepper._unread = [], deque()
+    loop.stepper.step = lambda step, batches: loop.stepper._unread.append((step, LateRead(torch.tensor(step + 1.0))))
+    return loop
+
+
+def test_samples_that_were_read_ahead_of_a_stop_do_not_count(made):
+    samples = Samples()
+    loop = looped(made(samples, batches), 9, 4, [])
+    assert loop.run() == (4, INTERRUPTED)
+    loop.ahead.settle()
+    assert samples.read == 5 and loop.unsealed.steps == [0, 1, 2, 3]
+
+
+def test_nothing_is_read_ahead_of_the_last_step(made):
+    samples = Samples()
+    assert looped(made(samples, batches), 3, 0, []).run() == (3, RUN)
+    assert samples.read == 3
+
+
+def test_norms_are_judged_a_step_late_and_before_reports_saves_and_evaluations(made):
+    order: list[str] = []
+    changes = {"train.log_every": 100, "checkpoint.every": 5, "evaluate": {"every": 3, "samples": 2, "fraction": 0.5}}
+    looped(made(Samples(), batches), 6, 0, order, **changes).run()
+    assert [what for what in order if what != "progress"] == [
+        "norm 0: 1", "report 1",
+        "norm 1: 2", "norm 2: 3", "evaluates 3",
+        "norm 3: 4", "norm 4: 5", "report 5", "saves 5",
+        "norm 5: 6", "report 6", "evaluates 6", "saves 6",
+    ]  # fmt: skip
+    judged = [i for i, what in enumerate(order) if what.startswith("norm")]
+    assert all(order[i - 1].startswith(("progress", "norm")) for i in judged), "an abort would have garbage judged"
+
+
+def test_a_norm_between_two_reports_is_read_after_the_next_step(made):
+    order: list[str] = []
+    loop = looped(made(Samples(), batches), 5, 0, order, **{"train.log_every": 100, "checkpoint.every": 5})
+    step = loop.stepper.step
+    loop.stepper.step = lambda number, batches: (order.append(f"step {number}"), step(number, batches))
+    loop.run()
+    assert order.index("step 2") < order.index("norm 1: 2") < order.index("step 3")
+
+
+class Places:
+    source, chunk, row = [0], [0], [7]
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_an_error_names_the_step_whose_norm_is_not_finite():
+    watch: Any = object.__new__(LossWatch)
+    watch.job, watch.saved = job(), lambda: None
+    watch.dataset = SimpleNamespace(order=SimpleNamespace(step=lambda step: np.array([step]), locate=lambda positions: Places()))
+    watch.on_norm(3, 1.0)
+    with pytest.raises(NonFiniteError, match="step 4: gradient norm inf"):
+        watch.on_norm(3, math.inf)

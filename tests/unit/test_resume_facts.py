@@ -1,0 +1,73 @@
+"""What a resumed run needs of the engine is in `checkpoint.json` and in the in-memory copies, and is declared in one place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import pytest
+from heliostat.checkpoint import index
+from heliostat.engine import zero_state
+from heliostat.errors import CheckpointError
+from heliostat.storage.records import Format
+from heliostat.training.worker import training_state
+from heliostat.training.worker.training_state import RESUME, ResumeFacts
+
+from tests.unit import build_index
+
+SCALE = {"cur_scale": 2048.0, "cur_iter": 12, "last_overflow_iter": 10, "cur_hysteresis": 1}
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The part of an engine that facts are read from and applied to."""
+    of = {"steps": 7, "scale": SCALE}
+    monkeypatch.setattr(zero_state, "optimizer_steps", lambda engine: engine["steps"])
+    monkeypatch.setattr(zero_state, "read_loss_scale", lambda engine: engine["scale"])
+    monkeypatch.setattr(zero_state, "after_load", lambda engine, steps: engine.update(steps=steps))
+    monkeypatch.setattr(zero_state, "write_loss_scale", lambda engine, scale: engine.update(scale=scale))
+    return of
+
+
+def through_json(facts: object) -> dict[str, Any]:
+    """What a checkpoint with these facts holds of them when it is read again."""
+    saved = json.loads(index.encode(build_index.index(9, **asdict(facts))))  # type: ignore[call-overload]
+    found = index.build(saved, 9)
+    assert isinstance(found, index.CheckpointIndex)
+    return found.resume
+
+
+@pytest.mark.parametrize("scale", [SCALE, None])
+def test_an_engine_continues_with_what_the_checkpoint_holds_of_it(engine, scale):
+    engine["scale"] = scale
+    facts, other = ResumeFacts.of(engine), dict[str, Any]()
+    read = RESUME.build(through_json(facts), "checkpoint.json")
+    read.apply(other)  # type: ignore[arg-type]
+    assert repr(other) == repr(engine), "counts stay whole numbers"
+    assert ResumeFacts(**asdict(facts)) == facts, "as a copy in memory holds them"
+
+
+def test_the_keys_of_checkpoints_stay():
+    """Older versions read them, and read them at the top of `checkpoint.json`."""
+    assert {f.name for f in fields(ResumeFacts)} >= {"optimizer_steps", "loss_scale"}
+    saved = build_index.index(9, loss_scale=SCALE)
+    assert {"optimizer_steps", "loss_scale"} <= saved.keys() and through_json(ResumeFacts(9, SCALE))["optimizer_steps"] == 9
+
+
+def test_a_new_fact_needs_no_other_declaration():
+    """The index was a closed record: what only a resumed worker reads had to be declared there and for copies in memory, too."""
+
+    @dataclass(frozen=True)
+    class Newer(ResumeFacts):
+        tokens: int = 0
+
+    read = Format(Newer, "index")
+    assert read.build(through_json(Newer(9, None, 512)), "checkpoint.json") == Newer(9, None, 512)
+    assert read.build(through_json(ResumeFacts(9)), "checkpoint.json") == Newer(9), "an older checkpoint"
+
+
+@pytest.mark.parametrize("held", [{"optimizer_steps": -1}, {"optimizer_steps": "many"}, {"loss_scale": [1]}])
+def test_facts_that_are_none_are_one_error(held):
+    with pytest.raises(CheckpointError, match=rf"checkpoint.json: is no index .* \({next(iter(held))}"):
+        RESUME.build(index.build(build_index.index(9, **held), 9).resume, training_state.INDEX)  # type: ignore[attr-defined]

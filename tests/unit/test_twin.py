@@ -1,0 +1,55 @@
+"""A second device: it keeps a GPU's rules, and every recipe computes the CPU's numbers on it without making the host wait."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.twin import cases, passes, rules
+from tests.unit.forked import SERVER
+
+NEAR = {"text embedder": 1e-5, "autoencoder": 1e-5}  # another order of sums in attention; elsewhere below 1e-6
+
+
+def _lines(function: str) -> list[dict[str, Any]]:
+    done = SERVER.run(function, [])
+    assert done.code == 0, done.err[-5000:]
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def faults() -> dict[str, str]:
+    return _lines("tests.twin.rules:main")[0]
+
+
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_the_twin_keeps_a_gpus_rules(rule: str, faults: dict[str, str]) -> None:
+    assert not faults[rule], faults[rule]
+
+
+@pytest.fixture(scope="module")
+def compared() -> dict[str, dict[str, Any]]:
+    return {row.get("case") or row["optimizer"]: row for row in _lines("tests.twin.passes:main")}
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_a_recipe_computes_the_cpus_numbers_on_the_twin(case: str, compared: dict[str, dict[str, Any]]) -> None:
+    """Loss, gradients, scores, and pictures."""
+    row = compared[case]
+    assert row["gradients"] < NEAR.get(case, 1e-6) and row["scores"] < 1e-6, row
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_the_host_never_waits_in_a_micro_batch(case: str, compared: dict[str, dict[str, Any]]) -> None:
+    """No read, no synchronization, and uploads from pinned memory alone; once constants are on the device."""
+    row = compared[case]
+    assert not row["waits"], f"in {row['micro_batches']} micro-batches:\n{row['waits']}"
+    assert row["counts"]["upload"] >= row["micro_batches"]
+
+
+@pytest.mark.parametrize("optimizer", passes.OPTIMIZERS)
+def test_an_optimizer_makes_the_cpus_steps_on_the_twin_and_reads_nothing(optimizer: str, compared: Any) -> None:
+    row = compared[optimizer]
+    assert row["weights"] < 1e-6 and not row["waits"], row
