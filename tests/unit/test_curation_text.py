@@ -3,29 +3,22 @@
 import ast
 import ipaddress
 import random
-import re
-import socket
 import sysconfig
 import time
-from contextlib import closing
 from pathlib import Path
 
 import ftfy
 import numpy as np
 import pytest
-from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 from heliostat import extras
-from heliostat.curation import encodings, isolated, personal
-from heliostat.curation.isolated import Isolated, IsolatedError
+from heliostat.curation import encodings, personal
 from heliostat.curation.stage import Document
-from heliostat.curation.stages import detect_secrets
 from heliostat.curation.stages.detect_secrets import DetectSecrets
 from heliostat.curation.stages.extract import Extract
 from heliostat.curation.stages.fix_text import FixText
 from heliostat.curation.stages.language import Language, sample
 from heliostat.curation.stages.pii import Pii
 from heliostat.errors import ConfigError, MissingExtraError
-from heliostat.tasks import cpu_time
 from pydantic import ValidationError
 
 PAGE = (
@@ -104,91 +97,6 @@ def test_a_page_that_hangs_the_parser_is_dropped_and_the_next_one_read():
     outcomes = work([Document("a", PAGE % b"one"), Document("b", b"<div>" * 100_000 + b"deep"), Document("c", PAGE % b"two")])
     assert [o.reason for o in outcomes] == ["", "timeout", ""] and outcomes[2].document.text == "two"
     assert "1 s of processor time" in outcomes[1].detail and time.monotonic() - start < 60
-
-
-def test_what_another_process_computes_counts_and_what_is_waited_for_does_not():
-    with closing(Isolated("tests.unit.build_isolated:worst", {"mark": "!"}, 5, 1024)) as run:
-        run({"do": ""}, b"")
-        start = cpu_time.now()
-        run({"do": "compute"}, b"")
-        assert 0.19 < cpu_time.now() - start < 0.5
-        start = cpu_time.now()
-        time.sleep(0.3)
-        assert cpu_time.now() - start < 0.1
-
-
-@pytest.mark.parametrize(
-    ("what", "reason"),
-    [
-        ("crash", "crashed"),
-        ("hang", "timeout"),
-        ("sleep", "timeout"),
-        ("memory", "memory"),
-        ("raise", "failed"),
-        ("exit", "crashed"),
-    ],
-)
-def test_whatever_happens_to_an_isolated_process_has_a_reason_and_the_next_item_an_answer(what, reason, monkeypatch):
-    monkeypatch.setattr("heliostat.curation.isolated.WALL", 4)
-    with closing(Isolated("tests.unit.build_isolated:worst", {"mark": "!"}, 0.5, 1024)) as run:
-        assert run({"do": "echo"}, b"x" * 3_000_000) == ({"seen": 3_000_000}, b"!")
-        with pytest.raises(IsolatedError) as found:
-            run({"do": what}, b"")
-        assert found.value.reason == reason
-        assert run({"do": "echo"}, b"") == ({"seen": 0}, b"!")
-
-
-@pytest.fixture
-def taken_over():
-    with closing(Isolated("tests.unit.build_isolated:worst", {"mark": "!"}, 5, 1024)) as run:
-        yield lambda what, **about: run({"do": what, **about}, b"")[0]["seen"]
-
-
-def test_a_parser_has_none_of_the_keys_in_the_environment(monkeypatch, taken_over):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
-    found = set(taken_over("environment"))
-    assert found <= {*isolated.KEPT, *isolated.SINGLE, "PYTHONPATH", "LC_CTYPE"} and "AWS_SECRET_ACCESS_KEY" not in found
-
-
-@pytest.mark.parametrize("what", ["socket", "unix socket", "exec", "run", "fork", "signal"])
-def test_a_parser_opens_no_socket_and_starts_and_signals_no_process(what, taken_over):
-    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(IsolatedError, match="PermissionError") as found:
-        taken_over(what, port=server.getsockname()[1])
-    assert found.value.reason == "failed"
-    assert taken_over("import") == "colorsys"
-
-
-def test_a_parser_reads_the_data_of_libraries_wherever_they_are_installed(tmp_path, monkeypatch, taken_over):
-    """Those of `pip install --user` or `--target`, or of an environment on top of another: none is below Python's own folder."""
-    library = tmp_path / "site-packages" / "parser"
-    library.mkdir(parents=True)
-    (library / "settings.cfg").write_text("of the library")
-    monkeypatch.syspath_prepend(str(library.parent))
-    assert taken_over("file", path=str(library / "settings.cfg")) == "of the library"
-
-
-@pytest.mark.parametrize("what", ["file", "parent", "write"])
-def test_a_parser_reads_and_changes_no_file_of_its_user(what, tmp_path, taken_over):
-    (tmp_path / "credentials").write_text("aws_secret_access_key = hunter2")
-    taken_over("environment")
-    if any("no namespaces" in lack for lack in isolated._logged):
-        pytest.skip(f"this machine allows none: {isolated._logged}")
-    with pytest.raises(IsolatedError, match=r"FileNotFoundError|PermissionError|File too large"):
-        taken_over(what, path=str(tmp_path / "credentials"))
-    assert (tmp_path / "credentials").read_text() == "aws_secret_access_key = hunter2"
-
-
-def test_a_machine_without_namespaces_is_logged_once_and_the_filter_stays(monkeypatch, caplog):
-    """The folder that its root would be mounted on is missing."""
-    monkeypatch.setattr(isolated, "_logged", set())
-    for _ in range(2):
-        with closing(Isolated("tests.unit.build_isolated:worst", {"mark": "!"}, 5, 1024)) as run:
-            Path(run._root.name).rmdir()
-            assert run({"do": "import"}, b"")[0] == {"seen": "colorsys"}
-            with pytest.raises(IsolatedError, match="PermissionError"):
-                run({"do": "exec"}, b"")
-            Path(run._root.name).mkdir()
-    assert [message for message in caplog.messages if "no namespaces" in message] == caplog.messages[:1] and caplog.messages
 
 
 def test_fix_text_changes_what_ftfy_changes_in_the_whole_text():
@@ -381,154 +289,6 @@ def test_a_mask_that_could_be_masked_is_refused():
 
 def test_luhn():
     assert personal.luhn("4111111111111111") and not personal.luhn("4111111111111112")
-
-
-KEY = "gh" + "p_" + "Ab1" * 12
-CODE = (
-    f'import os\n\ntoken = "{KEY}"\nurl = "https://user:pa55word@host/x"\nname = "nothing_secret_here_at_all"\n'
-    "-----BEGIN RSA PRIVATE KEY-----\n"
-)
-
-
-def test_secrets():
-    outcome = one(DetectSecrets(), CODE)
-    assert (
-        KEY not in outcome.document.text
-        and "pa55word" not in outcome.document.text
-        and "nothing_secret_here" in outcome.document.text
-    )
-    assert outcome.counts == {"masked_secrets": 3} and outcome.document.text.count("\n") == CODE.count("\n")
-    assert one(DetectSecrets(), outcome.document.text).counts == {}
-    dropped = one(DetectSecrets(action="drop"), CODE)
-    assert dropped.reason == "secrets" and "GitHub Token" in dropped.detail and KEY not in dropped.detail
-    assert one(DetectSecrets(detectors=["KeywordDetector"]), 'password = "hunter2secret"').counts == {"masked_secrets": 1}
-    with pytest.raises(ValidationError, match="did you mean 'GitHubTokenDetector'"):
-        DetectSecrets(detectors=["GithubTokenDetector"])
-
-
-LINES = "".join(f"{chr(65 + i) * 64}\n" for i in range(9)) + "QUJD" * 3 + "\n"
-
-
-NO_TOKENS = [
-    "sk-learn-contrib-package",
-    "QAQAAAAAAAwAa" + "AK" + "IAAQAAAAAABAAHAM0AAQAAAAAABQA8AU8AAQ",  # base64
-    "# Account SID (AC" + "x" * 32 + ")",
-    "npm_config_registry",
-    "hf_hub_download_with_progress_and_more",
-    "AIza",
-    "def github_pat_is_valid(x)",
-    "https://example.com/eyJ",
-    "dapi_test",
-    "risk-proj-" + "abc-" * 9,
-]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected", "found"),
-    [
-        *((text, None, 0) for text in NO_TOKENS),
-        (f"a = 1\n-----BEGIN RSA PRIVATE KEY-----\n{LINES}-----END RSA PRIVATE KEY-----\nb\n", "a = 1\n<secret>\nb\n", 1),
-        ("-----BEGIN RSA PRIVATE KEY-----\nMIIEow...\n-----END RSA PRIVATE KEY-----\n", "<secret>\n", 1),
-        ('k = "-----BEGIN PRIVATE KEY-----\\nMIIE\\n-----END PRIVATE KEY-----\\n"', 'k = "<secret>\\n"', 1),
-        (f"-----BEGIN OPENSSH PRIVATE KEY-----\n{LINES}\nand then some words\n", "<secret>\n\nand then some words\n", 1),
-        (f"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES,00\n\n{LINES}", "<secret>\n", 1),
-        (f"-----BEGIN EC PRIVATE KEY-----\n{LINES}{'x y ' * 9000}-----END EC PRIVATE KEY-----",
-         f"<secret>\n{'x y ' * 9000}-----END EC PRIVATE KEY-----", 1),
-        ("-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nQUJD\n=ab\n-----END PGP PRIVATE KEY BLOCK-----", "<secret>", 1),
-        (f"PuTTY-User-Key-File-2: ssh-rsa\nPrivate-Lines: 9\n{LINES}Private-MAC: 0aF9\nx", "<secret>\nx", 1),
-        ('if "BEGIN RSA PRIVATE KEY" in text:\n    fail()', 'if "<secret>" in text:\n    fail()', 1),
-        ("-----BEGIN PUBLIC KEY-----\nQUJD\n-----END PUBLIC KEY-----", None, 0),
-        ("x = 'postgres://postgres:postgres@localhost/postgres'", "x = 'postgres://postgres:<secret>@localhost/postgres'", 1),
-        ("curl https://user:p@api.example.com/people/list", "curl https://user:<secret>@api.example.com/people/list", 1),
-        (f"{KEY} ghp {KEY}", "<secret> ghp <secret>", 2),
-        ("x" * 4000 + f" {KEY} " + "x" * 900, "x" * 4000 + " <secret> " + "x" * 900, 1),
-        ('key = "AKCabcdefghij1" # x', 'key = "<secret>" # x', 1),
-        ("t = 'glcbt-a1_" + "Ab1" * 8 + "'", "t = '<secret>'", 1),
-    ],
-)  # fmt: skip
-def test_a_secret_is_masked_where_it_stands_and_a_key_from_its_begin_to_its_end(text, expected, found):
-    outcome = one(DetectSecrets(), text)
-    assert outcome.document.text == (text if expected is None else expected)
-    assert outcome.counts == ({"masked_secrets": found} if found else {}) and outcome.measures == {"found": found}
-    assert one(DetectSecrets(), outcome.document.text).counts == {}
-
-
-LONG = "aB3" * 100
-JWT = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0"
-
-
-@pytest.mark.parametrize(
-    "token",
-    [
-        "github" + "_pat_" + LONG[:22] + "_" + LONG[:59],
-        "sk" + "-ant-api03-" + LONG[:40] + "_" + LONG[:40] + "-" + "AA",
-        "h" + "f_" + LONG[:34],
-        "AI" + "za" + LONG[:30] + "_-aB3",
-        "dop" + "_v1_" + "0f" * 32,
-        "np" + "m_" + LONG[:36],
-        "sk" + "-proj-" + LONG[:74] + "T3BlbkFJ" + LONG[:40] + "_-" + LONG[:32],
-        "sk" + "-" + LONG[:20] + "T3Blbk" + "FJ" + LONG[:20],
-        f"{JWT}.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
-        f"{JWT}.{LONG * 30}",
-        "sk" + "_live_" + LONG[:99],
-        "gh" + "s_" + LONG[:76],
-        "xox" + "b-1234-5678-" + LONG[:24],
-        "s" + "hpat_" + "0a" * 16,
-        "AK" + "IA" + "Q7W2" * 4,
-    ],
-    ids=lambda t: t[:8],
-)
-def test_a_token_is_masked_to_its_end(token):
-    for form in ('key = "{}"  # comment', "export TOKEN={}\n", "{}", "x " * 2040 + "{} y", "a: {}, b"):
-        outcome = one(DetectSecrets(), form.format(token))
-        assert outcome.document.text == form.format("<secret>") and outcome.counts == {"masked_secrets": 1}
-
-
-def test_a_token_of_many_others_is_not_read_to_its_end_for_each(monkeypatch):
-    """Each of them was followed to the end: a line of a megabyte took minutes."""
-    read, tail = list[int](), detect_secrets.TAILS["JSON Web Token"]
-
-    class Counting:
-        def match(self, line: str, at: int) -> re.Match[str]:
-            found = tail.match(line, at)
-            read.append(found.end() - at)
-            return found
-
-    monkeypatch.setitem(detect_secrets.TAILS, "JSON Web Token", Counting())
-    token = f"{JWT}." * 500 + "end"
-    outcome = one(DetectSecrets(), f"a = {token}; b = {token};")
-    assert outcome.document.text == "a = <secret>; b = <secret>;" and outcome.counts == {"masked_secrets": 2}
-    assert sum(read) <= 4 * len(token)
-
-
-def test_what_stands_in_quotes_is_masked_there_alone():
-    outcome = one(DetectSecrets(detectors=["KeywordDetector"]), 'page.password = "p"')
-    assert outcome.document.text == 'page.password = "<secret>"' and outcome.counts == {"masked_secrets": 1}
-
-
-def test_every_mark_of_a_private_key_that_the_library_knows_is_one():
-    (keys,) = (c for c in get_mapping_from_secret_type_to_class().values() if c.__name__ == detect_secrets.KEYS)
-    for pattern in keys.denylist:
-        assert one(DetectSecrets(), f"a\n{pattern.pattern}\nb\n").document.text == "a\n<secret>\nb\n"
-
-
-def test_lines_that_are_passed_over_hold_no_secret():
-    """The library's detectors find nothing more in whole texts than the stage does."""
-    classes = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
-    assert set(detect_secrets.FORMS) | set(detect_secrets.WIDE) == set(classes)
-    detectors = [classes[name]() for name in detect_secrets.FORMS]
-    short = [
-        "AKCabcdefghij1",
-        "AP1abcdefghij",
-        "https://u:p@h",
-        "xoxb-12-ab",
-        "//x/:_authToken=npm_x",
-        "PuTTY-User-Key-File-2",
-        "eyJhbGciOiJIUzI1NiJ9.e30",
-    ]
-    for line in [*short, *CODE.splitlines()]:
-        expected = {s for d in detectors for s in d.analyze_string(line)}
-        assert bool(one(DetectSecrets(), f"x\n{line}\ny\n").counts) == bool(expected), line
 
 
 HOSTILE = ["a@" * 25000, "1) " * 16500, "4 " * 20000, "2 1 2 7 3 6 5 0 0 0 " * 1250,

@@ -32,6 +32,7 @@ from tests.unit.build_job import job
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"heliostat", "jobs", "pipelines", "docs", "tests"}
+NOT_ASKED_FOR = OURS | set(sys.stdlib_module_names)
 MODULES = {  # where a distribution's module has another name, or it brings more than one
     "boto3": ("boto3", "botocore", "urllib3"),  # one goes with the other, version by version; urllib3's errors pass through
     "flask-wtf": ("flask_wtf",),
@@ -95,15 +96,11 @@ def modules(*names: str) -> set[str]:
 @cache
 def imports(path: Path) -> list[tuple[str, bool]]:
     """The top packages from elsewhere that a file imports, and whether at module level; imports for types are not."""
-    text = path.read_text()
-    tree, found = ast.parse(text), []
-    nodes = list(ast.walk(tree))
-    for node in nodes:
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and not node.level:
-            names = [str(node.module)]
-        for top in {name.partition(".")[0] for name in names} - OURS - set(sys.stdlib_module_names):
-            found.append((top, node in tree.body))
+    tree, found = ast.parse(path.read_text()), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+            names = [str(node.module)] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            found += [(top, node in tree.body) for top in {name.partition(".")[0] for name in names} - NOT_ASKED_FOR]
     return found
 
 

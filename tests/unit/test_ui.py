@@ -13,6 +13,8 @@ from heliostat.errors import ConfigError, HeliostatError
 from heliostat.tracking import ui
 from heliostat.tracking.ui import serve
 
+from tests.waiting import until
+
 KEY = "sk-a-key-of-the-tests"
 
 
@@ -28,15 +30,12 @@ def test_a_ui_that_is_told_to_end_leaves_no_server_behind(number, tmp_path):
     code = "from pathlib import Path; from heliostat.tracking.ui import serve; "
     code += f"serve('sqlite:///{tmp_path}/mlflow.db', '127.0.0.1', 0, Path('{keys_in(tmp_path)}'), print)"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    deadline, there = time.monotonic() + 30, []
-    while not there and time.monotonic() < deadline:
-        there = psutil.Process(process.pid).children(recursive=True)
-        time.sleep(0.05)
+    until(lambda: psutil.Process(process.pid).children(recursive=True), "server")
     time.sleep(1.0)
     there = psutil.Process(process.pid).children(recursive=True)
     assert any("mlflow" in word for word in there[0].cmdline())
     process.send_signal(number)
-    assert process.wait(30) != 0
+    assert process.wait(120) != 0
     assert [p for p in there if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
 
