@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from heliostat.config.spec import Job
-from heliostat.errors import CheckpointError
+from heliostat.errors import CheckpointError, ConfigError
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 
@@ -38,6 +38,8 @@ class Run:
         from heliostat.tracking.mlflow_client import default_uri
         from heliostat.tracking.models import find_run
 
+        if not isinstance(run, str | os.PathLike):
+            raise ConfigError(f"run: expected a run's folder or its MLflow id, got {run!r}")
         self._place: Location = find_run(os.fspath(run), tracking_uri or default_uri()).absolute(Path.cwd())
 
     def __repr__(self) -> str:
