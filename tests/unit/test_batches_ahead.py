@@ -240,6 +240,17 @@ def test_a_norm_between_two_reports_is_read_after_the_next_step(made):
     assert order.index("step 2") < order.index("norm 1: 2") < order.index("step 3")
 
 
+def test_norms_are_judged_before_workers_are_compared(made):
+    """Weights that aren't finite may differ in their bits, and no worker is at fault."""
+    order: list[str] = []
+    loop = looped(made(Samples(), batches), 5, 0, order, **{"train.log_every": 100, "checkpoint.every": 5})
+    (hook,) = loop.hooks
+    hook.looks, hook.before_step = lambda step: step == 3, lambda step: order.append(f"looks {step}")
+    loop.run()
+    assert order.index("norm 1: 2") < order.index("looks 3") and order.index("norm 2: 3") < order.index("looks 3")
+    assert order.index("looks 2") < order.index("norm 1: 2"), "other steps don't wait"
+
+
 class Places:
     source, chunk, row = [0], [0], [7]
 
