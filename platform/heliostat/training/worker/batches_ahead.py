@@ -139,7 +139,11 @@ def _noting_seeds() -> Iterator[list[str]]:
     seeded = list[str]()
 
     def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **named: (seeded.append(name), function(*args, **named))[1]
+        def noted(*args: object, **named: object) -> object:
+            seeded.append(name)
+            return function(*args, **named)
+
+        return noted
 
     with ExitStack() as stack:
         for owner, name in SETTERS:
