@@ -136,7 +136,22 @@ def test_a_thread_that_waits_for_samples_is_left_within_the_deadline_and_does_no
     assert settled(lambda: not ahead.busy) and prepared == [0]
 
 
-@pytest.mark.parametrize("draw", [lambda: torch.rand(1).item(), lambda: np.random.random(), random.random])
+def forked() -> float:
+    """Leaves torch's generator as it was, but not while it draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return torch.rand(1).item()
+
+
+def restored() -> float:
+    before = np.random.get_state()
+    np.random.seed(7)
+    drawn = np.random.random()
+    np.random.set_state(before)
+    return drawn
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1).item(), lambda: np.random.random(), random.random, forked, restored])
 def test_a_recipe_that_draws_from_generators_of_the_process_makes_its_batches_where_nothing_else_draws(made, draw):
     """Else a step's dropout and the next one's batches would draw from one generator in any order."""
     threads, notices = list[str](), list[str]()
@@ -223,6 +238,17 @@ def test_a_norm_between_two_reports_is_read_after_the_next_step(made):
     loop.stepper.step = lambda number, batches: (order.append(f"step {number}"), step(number, batches))
     loop.run()
     assert order.index("step 2") < order.index("norm 1: 2") < order.index("step 3")
+
+
+def test_norms_are_judged_before_workers_are_compared(made):
+    """Weights that aren't finite may differ in their bits, and no worker is at fault."""
+    order: list[str] = []
+    loop = looped(made(Samples(), batches), 5, 0, order, **{"train.log_every": 100, "checkpoint.every": 5})
+    (hook,) = loop.hooks
+    hook.looks, hook.before_step = lambda step: step == 3, lambda step: order.append(f"looks {step}")
+    loop.run()
+    assert order.index("norm 1: 2") < order.index("looks 3") and order.index("norm 2: 3") < order.index("looks 3")
+    assert order.index("looks 2") < order.index("norm 1: 2"), "other steps don't wait"
 
 
 class Places:

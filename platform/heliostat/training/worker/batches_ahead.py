@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -35,6 +37,10 @@ DRAWS = (
     "recipe: `batch` draws from a random generator of the whole process, so batches aren't made while a step computes. Derive "
     "what is random from `keys` (docs/guides/recipe.md)"
 )
+SETTERS: tuple[tuple[Any, str], ...] = (
+    (torch, "manual_seed"), (torch, "set_rng_state"), (torch.random, "manual_seed"), (torch.random, "set_rng_state"),
+    (np.random, "seed"), (np.random, "set_state"), (random, "seed"), (random, "setstate"),
+)  # fmt: skip
 
 
 class Begun(NamedTuple):
@@ -115,8 +121,9 @@ class BatchesAhead:
         if self._inline is not None:
             return self._prepare(step, samples)
         before = _generators()
-        batches = self._prepare(step, samples)
-        self._inline = before != _generators()
+        with _noting_seeds() as seeded:
+            batches = self._prepare(step, samples)
+        self._inline = bool(seeded) or before != _generators()
         return batches
 
 
@@ -124,3 +131,21 @@ def _generators() -> tuple[object, ...]:
     """Reads the states of the generators that all threads of the process share."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), kind, np.asarray(keys).tobytes(), *rest
+
+
+@contextmanager
+def _noting_seeds() -> Iterator[list[str]]:
+    """Notes what sets those states inside: `torch.random.fork_rng` leaves them as they were, but not meanwhile."""
+    seeded = list[str]()
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: object, **named: object) -> object:
+            seeded.append(name)
+            return function(*args, **named)
+
+        return noted
+
+    with ExitStack() as stack:
+        for owner, name in SETTERS:
+            stack.enter_context(patch.object(owner, name, noting(name, getattr(owner, name))))
+        yield seeded

@@ -119,12 +119,16 @@ class Due(NamedTuple):
 class Hook:
     """Does something around the steps; every worker calls all hooks at the same points, in the same order."""
 
+    def looks(self, step: int) -> bool:
+        """Tells whether `before_step` looks at what the steps before have made: their norms are judged first."""
+        return False
+
     def before_step(self, step: int) -> None:
         """Acts before a step, counted from 0."""
 
     def on_norm(self, step: int, norm: float) -> None:
         """Acts on the norm of a step's gradient, once for each step, counted from 0: after the next step, or sooner, before
-        anything is reported, evaluated, or saved that depends on the step."""
+        anything is reported, compared, evaluated, or saved that depends on the step."""
 
     def after_step(self, done: int, due: Due) -> None:
         """Acts once `done` steps are made, before the last of them is reported."""

@@ -76,6 +76,9 @@ class CorruptionCheck(Hook):
         self.compiled = bool(job.train.compile) or job.train.attention == "flex_attention"
         self.whole = engine.zero_optimization_stage() < 3  # does each worker hold all weights
 
+    def looks(self, step: int) -> bool:
+        return self.due(step)
+
     def before_step(self, step: int) -> None:
         """Compares the workers, if that is due; CorruptionError on all of them if they differ."""
         if self.due(step):

@@ -200,6 +200,8 @@ class Loop:
             self.ledger.switch("compiling" if self.job.train.compile else "computing")
             self.context.phase("step")
             self.reports.begin()
+        if any(hook.looks(step) for hook in self.hooks):
+            self._judge(but=0)
         for hook in self.hooks:
             hook.before_step(step)
         if step + 1 < self.job.last_step:
