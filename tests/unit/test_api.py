@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 
 import heliostat
+import numpy as np
 import pytest
 from heliostat.api import functions as api
 from heliostat.errors import ConfigError, MissingDataError
@@ -173,6 +174,7 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
         (lambda: heliostat.load_job(raw(), {"train.steps": {1}}), r"overrides: train\.steps: \{1\} is no value"),
         (lambda: heliostat.generate("m", 3), "prompts: expected a text or a list of texts, got 3"),
         (lambda: heliostat.generate("m", "x", seed="a"), "seed: expected an integer, got 'a'"),
+        (lambda: heliostat.generate("0" * 31, "x", seed=np.int64(1)), r"is no model"),
         (lambda: heliostat.generate(None, "x"), "model: expected a folder, models:/NAME/VERSION, or a run id, got None"),
         (lambda: heliostat.datasets(None, steps=1, global_batch=8, folder="f"), "data: expected the keys"),
     ],

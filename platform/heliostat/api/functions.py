@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import os
 import sys
 import traceback
@@ -125,10 +126,12 @@ def generate(
 
     if not isinstance(prompts, str) and not (isinstance(prompts, Sequence) and all(isinstance(p, str) for p in prompts)):
         raise ConfigError(f"prompts: expected a text or a list of texts, got {brief(repr(prompts))}")
-    if not isinstance(seed, int):
-        raise ConfigError(f"seed: expected an integer, got {brief(repr(seed))}")
+    try:
+        first = operator.index(seed)  # NumPy's integers too
+    except TypeError as e:
+        raise ConfigError(f"seed: expected an integer, got {brief(repr(seed))}") from e
     place = model if isinstance(model, str) else str(_path("model", model, "a folder, models:/NAME/VERSION, or a run id"))
-    return answer(resolve(place, tracking_uri or default_uri()), prompts, options, seed, out)
+    return answer(resolve(place, tracking_uri or default_uri()), prompts, options, first, out)
 
 
 def datasets(
