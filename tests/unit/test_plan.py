@@ -397,3 +397,12 @@ def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():
         dry_run(path, [], 48)
     with pytest.raises(ConfigError, match=r"train\.deepspeed\.zero_optimization\.reduce_bucket_size: 'big'"):
         dry_run(path, ["train.deepspeed.zero_optimization.reduce_bucket_size=big"], 64)
+
+
+def test_a_small_plan_shows_no_zeros():
+    """A run of seconds and a checkpoint of megabytes are written in those units; one layer is one layer."""
+    from heliostat.cli.plan import _checkpointing, _length, _size
+
+    assert (_length(21 / 86_400), _length(0.05), _length(30.4)) == ("21 s", "1 h 12 min", "30.40 days")
+    assert (_size(9_680_000), _size(96_360_000_000)) == ("9.68 MB", "96.36 GB")
+    assert [_checkpointing(n).split(" of ")[1] for n in (1, 2)] == ["1 layer", "2 layers"]

@@ -10,6 +10,8 @@ import typer
 from heliostat.cli.common import Report, command, finish, out, print_table, run_folder
 from heliostat.cli.options import TRAINING, JobFile, Prices, Settings, TrackingUri, flag
 from heliostat.errors import ConfigError
+from heliostat.terminal import duration
+from heliostat.text import plural
 
 GIB = 1 << 30
 
@@ -76,7 +78,7 @@ def replayed(which: bool | int | str) -> str:
     """Writes which layers' activations are computed again."""
     if isinstance(which, bool):
         return "yes" if which else "no"
-    return which if isinstance(which, str) else f"{which} layer{'s' * (which > 1)}"
+    return which if isinstance(which, str) else plural(which, "layer")
 
 
 def parameters(p: Report) -> str:
@@ -86,9 +88,19 @@ def parameters(p: Report) -> str:
 
 
 def _checkpointing(which: bool | int | str) -> str:
-    of = f" of {which} layers" if not isinstance(which, bool | str) else ""
+    of = f" of {plural(which, 'layer')}" if not isinstance(which, bool | str) else ""
     kind = f"{which} " if isinstance(which, str) else ""
     return f", {kind}activation checkpointing{of}" if which else ""
+
+
+def _size(n: float) -> str:
+    """Formats bytes: in GB, or in MB below 0.1 GB."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"
+
+
+def _length(days: float) -> str:
+    """Formats the length of a run: in days, or in hours, minutes, and seconds below a tenth of a day."""
+    return f"{days:.2f} days" if days >= 0.1 else duration(days * 86400)
 
 
 def lines(p: Report) -> list[str]:
@@ -97,24 +109,25 @@ def lines(p: Report) -> list[str]:
 
     m, s, r, c, link = p["memory"], p["speed"], p["run"], p["checkpoint"], p["communication"]
     name = p["device"]["name"]
+    digits = 2 if m["total"] >= GIB else 4
     text = [
         f"{p['name']}: {parameters(p)} on {p['workers']} workers of {name} (estimates, but for counts)",
-        f"memory     {m['total'] / GIB:.2f} GiB a worker of {m['device'] / GIB:.0f}: {memory.parts(m, 2)}"
+        f"memory     {m['total'] / GIB:.{digits}f} GiB a worker of {m['device'] / GIB:.0f}: {memory.parts(m, digits)}"
         + (f"; on the host {m['host'] / GIB:.1f}" if m["host"] else ""),
         "compute    "
         + (f"{p['flops']['per_token']:.3g} FLOPs a token, " if r["tokens"] else "")
         + f"{p['flops']['per_sample']:.3g} a sample",
-        f"network    {link['bytes_per_step'] / 1e9:.2f} GB a step and worker, {link['seconds_per_step']:.2f} s, of which "
+        f"network    {_size(link['bytes_per_step'])} a step and worker, {link['seconds_per_step']:.2f} s, of which "
         f"{link['exposed_s']:.2f} s do not hide"
-        + (f"; of weights and gradients {link['between_nodes'] / 1e9:.2f} GB leave each node" if link["between_nodes"] else ""),
+        + (f"; of weights and gradients {_size(link['between_nodes'])} leave each node" if link["between_nodes"] else ""),
         f"speed      {s['step_s']:.2f} s a step, "
         + (f"{s['tokens_per_second']:,.0f} tokens/s, " if r["tokens"] else "")
         + f"{s['samples_per_second']:,.2f} samples/s, MFU {s['mfu']:.1%}",
-        f"run        {r['days']:.2f} days at goodput {r['goodput']:.1%}, {r['failures']:.1f} failures expected, "
+        f"run        {_length(r['days'])} at goodput {r['goodput']:.1%}, {r['failures']:.1f} failures expected, "
         f"{r['energy_kwh']:,.1f} kWh, cost {r['cost']:,.2f} (prices of {p['device']['prices']}; energy alone "
         f"{r['energy_cost']:,.2f})",
-        f"checkpoint {c['bytes'] / 1e9:.2f} GB, {c['upload_s']:.1f} s to storage, training waits {c['blocked_s']:.2f} s; every "
-        f"{c['every']} steps, best every {c['recommended_every']} (one failure in {c['hours_between_failures']:,.0f} hours)",
+        f"checkpoint {_size(c['bytes'])}, {c['upload_s']:.1f} s to storage, training waits {c['blocked_s']:.2f} s; every "
+        f"{c['every']} steps, best every {c['recommended_every']:,} (one failure in {c['hours_between_failures']:,.0f} hours)",
     ]
     if best := p["recommended"]:
         text.append(

@@ -59,7 +59,7 @@ class Front(Gateway):
             self.settings.require_served(asked)
             return JSONResponse(self._described(asked))
         if path not in PATHS:
-            raise Refusal(404, f"{path[:100]}: there is no such path; there are {', '.join(PATHS)}", code="unknown_path")
+            raise Refusal(404, f"{path[:100]}: unknown path; use one of {', '.join(PATHS)}", code="unknown_path")
         if request.method != PATHS[path]:
             raise Refusal(405, f"{path}: takes {PATHS[path]}, not {request.method}", code="method_not_allowed")
         if path == "/metrics":

@@ -42,13 +42,13 @@ B = TypeVar("B", bound=Body)
 
 
 def parse(raw: bytes) -> dict[str, object]:
-    """Parses a body; Refusal if it is no JSON object."""
+    """Parses a body; Refusal if it isn't a JSON object."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as e:
-        raise Refusal(400, f"the body is no JSON: {brief(e)}", code="invalid_json") from e
+        raise Refusal(400, f"the body isn't valid JSON: {brief(e)}", code="invalid_json") from e
     if not isinstance(body, dict):
-        raise Refusal(400, "the body is no JSON object", code="invalid_json")
+        raise Refusal(400, "the body isn't a JSON object", code="invalid_json")
     return body
 
 

@@ -213,6 +213,8 @@ class ServeEndpoint:
 
     def connect(self) -> None:
         """Connects to Ray, and ends what a killed command has left; ConfigError if others use Serve there."""
+        import ray.serve  # noqa: F401  # sets its logger's level to INFO when it is imported, so that goes first
+
         from heliostat.cluster import private_ray
         from heliostat.cluster.connect import connect
 

@@ -59,7 +59,7 @@ class Sampled(Body):
         `most`: new tokens, None for as many as there is room for; `where`: the parameter that they are from.
         """
         if most is not None and most > settings.max_tokens:
-            raise Refusal(400, f"{where}: {most}: at most {settings.max_tokens} are given", where, "invalid_value")
+            raise Refusal(400, f"{where}: {most} is over the limit; give at most {settings.max_tokens}", where, "invalid_value")
         first = seed(self.seed)
         seeds = [(first + i) % 2**63 for i in range(prompts)]
         adapter = self.model if self.model in settings.adapters else None
