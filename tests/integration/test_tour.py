@@ -1,7 +1,7 @@
 """The tour (docs/tour.md) and then the README, command by command, in a fresh clone: what a newcomer types works, in that order.
 
 What a command is expected to do is what the page's comment behind it says: "what an error looks like" ends with one line and
-exit code 2; "press Ctrl-C when it trains" gets a SIGINT then; `heliostat ui` one as soon as its page answers. All others succeed.
+exit code 2; "press Ctrl-C while it trains" gets a SIGINT then; `heliostat ui` one when its page answers. All others succeed.
 The clone's `.venv` is the one that runs this test, with the clone's own code first. `make test-slow`; long.
 """
 
