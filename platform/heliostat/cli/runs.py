@@ -1,5 +1,5 @@
-"""Shows runs and models as MLflow and their folders keep them: runs, checkpoints, verify, goodput, samples, report, lineage,
-promote, reproduce, ui. docs/mlflow.md lists the records.
+"""Shows runs and models as MLflow and their folders keep them: runs, checkpoints, verify, goodput, samples, profile, report,
+lineage, promote, reproduce, ui. docs/mlflow.md lists the records.
 """
 
 from __future__ import annotations
@@ -130,6 +130,35 @@ def promote(
     for fault in done["overruled"]:
         out.print(f"  overruled: {fault}")
     finish(done)
+
+
+@command(RUNS)
+def profile(
+    run: Run,
+    rank: Annotated[int, typer.Option(min=0, help="The worker to profile")] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=100, help="Steps to profile, from the worker's next one on")] = 5,
+    mlflow: TrackingUri = None,
+) -> None:
+    """Profile a worker's next steps in a running job, and show the top operations and the longest gaps."""
+    from heliostat.runs import profile as profiles
+    from heliostat.runs import profile_table as table
+    from heliostat.storage.locations import Location
+    from heliostat.submit.submission import SubmissionRecord
+
+    record = None if "/" in run else SubmissionRecord.read(run)
+    folder = Location(record.run_folder) if record else run_folder(run, mlflow)
+    request, answer = profiles.take(folder, rank, steps)
+    place = profiles.place(folder, request)
+    summary = table.read(place.join(next(name for name in answer["files"] if name.endswith(profiles.TRACE))))
+    out.print(
+        f"worker {rank}, {answer['steps']} steps from step {answer['first']} on: {summary['seconds']:.3f} s, "
+        f"{summary['device']} busy {summary['busy']:.1%}"
+    )
+    print_table(table.operation_rows(summary))
+    print_table(table.gap_rows(summary), left=(2, 3))
+    out.print(f"{place}: {', '.join(answer['files'])}")
+    finish({"rank": rank, "first": answer["first"], "steps": answer["steps"], "folder": str(place), "files": answer["files"],
+            **summary})  # fmt: skip
 
 
 @command(RUNS)

@@ -144,6 +144,14 @@ class Stack(Event):
 
 
 @dataclass(kw_only=True)
+class Profiled(Event):
+    """Reports that a profile's files are in the run's folder. `id`: of the request (`runs.profile`)."""
+
+    id: str
+    files: list[str]
+
+
+@dataclass(kw_only=True)
 class WorkerFailed(Event):
     """Reports the error of a worker before the worker cleans up, which may never end on a broken device."""
 

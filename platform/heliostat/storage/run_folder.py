@@ -11,6 +11,7 @@ ledger/ATTEMPT.json          where the time of each attempt went (`runs.goodput`
 lease/00000001.json          who may write here (`lease`)
 logs/ATTEMPT.000000.log      of a submitted job (`submit.logs`)
 stacks/TIME.txt              the stacks of the workers when they stalled
+profiles/ID/                 traces of a worker's steps; `profiles/request.json` asks for one (`runs.profile`)
 run.json                     which MLflow run this is (`runs.mlflow_id`)
 attempts.json                each start of the workers: code, machines (`tracking.run_facts`)
 unlogged.jsonl               points that MLflow has not taken yet (`tracking.outbox`)
@@ -25,7 +26,7 @@ from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
 
 CHECKPOINTS, RECEIPTS, SEGMENTS, QUARANTINE, CURVES = "checkpoints", "receipts", "segments", "quarantine", "curves"
-LEDGER, LEASE, LOGS, STACKS, BENCHMARKS = "ledger", "lease", "logs", "stacks", "benchmarks"
+LEDGER, LEASE, LOGS, STACKS, BENCHMARKS, PROFILES = "ledger", "lease", "logs", "stacks", "benchmarks", "profiles"
 MLFLOW_RUN, ATTEMPTS, UNLOGGED, CLONE = "run.json", "attempts.json", "unlogged.jsonl", "clone.json"
 SUMMARY, RESULT, PROBE = "summary.json", "result.json", "probe"
 BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders of files that are named after the last step they tell of

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import queue
+import shutil
 import tempfile
 import threading
 import time
@@ -28,7 +29,18 @@ from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
 from heliostat.runs import goodput
-from heliostat.runs.events import AttemptStarted, BadNodes, Corruption, Evaluation, Event, Goodput, LossSpike, Saved, Steps
+from heliostat.runs.events import (
+    AttemptStarted,
+    BadNodes,
+    Corruption,
+    Evaluation,
+    Event,
+    Goodput,
+    LossSpike,
+    Profiled,
+    Saved,
+    Steps,
+)
 from heliostat.runs.mlflow_id import record
 from heliostat.storage import run_folder
 from heliostat.storage.retries import Backoff
@@ -203,6 +215,8 @@ class RunOwner:
             case BadNodes():
                 self._bad_nodes.append(event.text)
                 self._facts["its bad nodes"] = lambda: self._tag(tags.BAD_NODES, "\n".join(self._bad_nodes))
+            case Profiled():
+                self._facts[f"profile {event.id}"] = lambda: self._log_profile(event)
             case Saved():
                 self._facts.pop(SAVED, None)  # goes after a start that went back: that start forgets which checkpoints are known
                 self._facts[SAVED] = lambda: self._record.sync(event.step)
@@ -347,6 +361,14 @@ class RunOwner:
                 file.write_bytes(png)
                 self._client.log_artifact(self.run_id, str(file), f"images/{name}")
             self._images.popleft()
+
+    def _log_profile(self, event: Profiled) -> None:
+        source, target = self.job.run_folder.join(run_folder.PROFILES, event.id), f"profiles/{event.id}"
+        with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
+            for name in event.files:
+                with source.join(name).open() as stored, (Path(folder) / name).open("wb") as file:
+                    shutil.copyfileobj(stored, file)
+            self._client.log_artifacts(self.run_id, folder, target)
 
 
 def _tags(job: Job, manifests: list[Manifest]) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Connects workers and driver through a mailbox: a small Ray actor on the driver's node, which the step path never waits for.
 
 Rank 0 posts events (`runs.events`). Every worker's heartbeat reports that it is alive and how far it is, and returns what
-the driver has ordered: `stop` (a code of `stops`), `dump` (post the stacks of all threads) and `abort` (come back from
-NCCL's collectives: a worker has failed).
+the driver has ordered: `stop` (a code of `stops`), `dump` (post the stacks of all threads), `profile` (of one worker's steps)
+and `abort` (come back from NCCL's collectives: a worker has failed).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.runs.events import Event, NodeSample
+from heliostat.runs.profile import ProfileRequest
 
 LIMIT = 100_000  # events; a driver that is away this long loses the oldest, and learns how many
 SYSTEM_LIMIT = 10_000  # of them what nodes are busy with: many nodes crowd nothing else out
@@ -45,6 +46,7 @@ class Orders(TypedDict, total=False):
 
     stop: int
     dump: bool
+    profile: ProfileRequest
     abort: bool
 
 

@@ -37,6 +37,7 @@ from heliostat.training.driver import watchdog
 from heliostat.training.driver.failures import Failure, explain, survived
 from heliostat.training.driver.memory import Memory
 from heliostat.training.driver.pool import Member, WorkerPool, places
+from heliostat.training.driver.profiles import ProfileRequests
 from heliostat.training.driver.recovery import choose
 from heliostat.training.driver.signals import Signals
 from heliostat.training.memory_keeper import CopySource, MemoryPlan
@@ -116,9 +117,14 @@ class Attempt:
 
         Raises a HeliostatError if the attempt fails.
         """
+        profiles = ProfileRequests(
+            self.job.run_folder, self.job.workers.most, lambda asked: self._mailbox.order.remote({"profile": asked})
+        )
+        profiles.begin()
         try:
             return self._run()
         finally:
+            profiles.end()
             stream.end(self._parts)
             ray.kill(self._mailbox)
 

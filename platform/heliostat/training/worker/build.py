@@ -33,6 +33,7 @@ from heliostat.training.worker.loss_watch import LossWatch
 from heliostat.training.worker.memory_copies import MemoryCopies
 from heliostat.training.worker.micro_batches import BatchPlan
 from heliostat.training.worker.node_metrics import NodeMonitor
+from heliostat.training.worker.profiler import StepProfiler
 from heliostat.training.worker.recheck import CorruptionCheck
 from heliostat.training.worker.step import Loop, Stepper
 from heliostat.training.worker.step_reports import StepReports, StepsSummary
@@ -77,6 +78,7 @@ class Worker:
         self.job, self.rank, mailbox = Job.model_validate(config["job"]), dist.get_rank(), config["mailbox"]
         self.ledger, self.posts = Ledger("starting"), Posts(mailbox, self.rank)
         self.heartbeat = Heartbeat(mailbox, self.rank, dist.get_world_size())
+        self.profiler = StepProfiler(Location(config["run_folder"]), self.heartbeat, self.posts)
         first_of_node = os.environ["LOCAL_RANK"] == "0"
         self.monitor = NodeMonitor(mailbox, ray.util.get_node_ip_address(), _nodes()) if first_of_node else None
         self.memory: MemoryCopies | None = None
@@ -113,7 +115,7 @@ class Worker:
         if start_step:
             context.phase("restore")
             state.restore(copies.source if copies else None)
-        hooks: list[Hook] = [LossWatch(context, dataset, state.settle)]
+        hooks: list[Hook] = [self.profiler, LossWatch(context, dataset, state.settle)]
         if job.train.recheck:
             where = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
             hooks.append(CorruptionCheck(context, engine, recipe, dataset, batches, where))
@@ -135,6 +137,7 @@ class Worker:
         with collector.held_off():
             self.context.phase("data")
             done, stop = self.loop.run()
+            self.profiler.finish()
             with self.ledger("checkpoint"):
                 self.state.wait()
             self.context.phase("ended")
@@ -150,6 +153,7 @@ class Worker:
         """Ends the threads that report to the driver, that make batches, and that copy into memory. On a broken device the last
         may not end."""
         self.heartbeat.end()
+        self.profiler.end()
         if self.ahead:
             self.ahead.end()
         if self.monitor:

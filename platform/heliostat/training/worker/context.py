@@ -44,7 +44,7 @@ class Posts:
 
     def post(self, event: Event) -> None:
         if self.rank == 0:
-            self._send(event)
+            self.post_of_any(event)
 
     def tell(self, event: Told) -> None:
         """Posts an event that must not be lost."""
@@ -58,9 +58,10 @@ class Posts:
 
     def notice_of_any(self, text: str) -> None:
         """Posts a notice that is not rank 0's alone."""
-        self._send(Notice(text=text))
+        self.post_of_any(Notice(text=text))
 
-    def _send(self, event: Event) -> None:
+    def post_of_any(self, event: Event) -> None:
+        """Posts an event that is not rank 0's alone."""
         if self.mailbox is not None:
             self.mailbox.post.remote(event)
 

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import traceback
+from collections import deque
 from concurrent.futures import Future
 
 import ray
@@ -23,6 +24,7 @@ from heliostat.checkpoint.agreement import Channel
 from heliostat.data import device_threads
 from heliostat.engine import process_group
 from heliostat.runs.events import Stack
+from heliostat.runs.profile import ProfileRequest
 from heliostat.training.mailbox import Facts, MailboxState, Orders, interval
 from heliostat.training.stops import PREEMPTED, RUN
 from heliostat.training.worker import sigterm
@@ -38,6 +40,7 @@ class Heartbeat:
     def __init__(self, mailbox: ActorHandle[MailboxState], rank: int, workers: int) -> None:
         self.progress = 0  # a count of whatever shows that the loop gets on
         self.step = self.micro = 0  # the step that is being made, from 1 on, and its micro-batches so far
+        self.profiles = deque[ProfileRequest]()  # that this worker is to make, the oldest first
         self._mailbox, self._rank, self._ordered = mailbox, rank, RUN
         self._every = interval(workers)
         self._abort = process_group.order()
@@ -55,6 +58,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         dumped = aborted = False
+        profile = ""  # id of the last request for one
         while True:
             facts: Facts = {"pid": os.getpid(), "node": self._node, "step": self.step, "micro": self.micro}
             orders: Orders = {}
@@ -67,6 +71,9 @@ class Heartbeat:
             if orders.get("dump") and not dumped:
                 dumped = True
                 self._mailbox.post.remote(Stack(rank=self._rank, stack=stacks()))
+            if (asked := orders.get("profile")) and asked.rank == self._rank and asked.id != profile:
+                profile = asked.id
+                self.profiles.append(asked)
             if orders.get("abort") and not aborted:
                 aborted = True
                 process_group.obey(self._abort)  # here, because the main thread may be in a collective that does not end

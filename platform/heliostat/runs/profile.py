@@ -1,0 +1,145 @@
+"""Profiles some steps of one worker of a running job: the request and its answer, which travel through the run's folder.
+
+`heliostat profile` writes `profiles/request.json`. The driver (`training.driver.profiles`) orders the worker to profile its next
+steps; the worker (`training.worker.profiler`) writes its files to `profiles/ID/`, and `answer.json` last.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.runs import liveness
+from heliostat.storage import run_folder
+from heliostat.storage.locations import Location
+from heliostat.storage.records import Format, Inside, Whole, closed, open_
+
+STEPS = 100  # at most: a trace has thousands of events per step
+ANSWER = "answer.json"
+TRACE, MEMORY = ".trace.json.gz", ".memory.pickle"  # endings of file names
+POLL_S, LOOK_S = 0.5, 5.0  # seconds between two looks for the answer, and for the driver
+
+
+@closed
+@dataclass(frozen=True)
+class ProfileRequest:
+    """Requests a profile of the next `steps` steps of worker `rank`. `id`: also the name of its folder."""
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,40}$")]
+    rank: Whole
+    steps: Annotated[int, Field(ge=1, le=STEPS)]
+
+
+@open_
+class ProfileAnswer(TypedDict):
+    """Describes a profile: `steps` steps, the first of them number `first`, counted from 1; `files` are in its folder.
+
+    `problem`: why there is no profile; empty if there is one.
+    """
+
+    problem: str
+    first: Whole
+    steps: Whole
+    files: list[Inside]
+
+
+REQUEST = Format(ProfileRequest, "request for a profile")
+ANSWERED = Format(ProfileAnswer, "answer to a request for a profile")
+
+
+def place(run: Location, request: ProfileRequest) -> Location:
+    """Returns the folder of a profile."""
+    return run.join(run_folder.PROFILES, request.id)
+
+
+def requested(run: Location) -> ProfileRequest | None:
+    """Reads the run's request for a profile; None if there is none, or it has its answer. DataError if it is no request."""
+    try:
+        request = REQUEST.read(_request(run))
+    except FileNotFoundError:
+        return None
+    return None if answered(run, request) else request
+
+
+def discard(run: Location) -> None:
+    """Deletes the run's request for a profile."""
+    _request(run).delete()
+
+
+def answer(
+    run: Location, request: ProfileRequest, first: int = 0, steps: int = 0, files: Sequence[str] = (), problem: str = ""
+) -> None:
+    """Writes the answer to a request, whose files must be complete. `first`: the number of the first step, counted from 1."""
+    content: ProfileAnswer = {"problem": problem, "first": first, "steps": steps, "files": list(files)}
+    place(run, request).join(ANSWER).write(json.dumps(content).encode())
+
+
+def answered(run: Location, request: ProfileRequest) -> ProfileAnswer | None:
+    """Reads the answer to a request; None if there is none yet."""
+    try:
+        return ANSWERED.read(place(run, request).join(ANSWER))
+    except FileNotFoundError:
+        return None
+
+
+def take(
+    run: Location, rank: int, steps: int, sleep: Callable[[float], object] = time.sleep
+) -> tuple[ProfileRequest, ProfileAnswer]:
+    """Requests a profile and waits for it; returns the request and its answer.
+
+    ConfigError if the run isn't running, has no such worker, or is being profiled. HeliostatError if the run ends without an
+    answer, or the worker couldn't profile its steps.
+    """
+    workers = _workers(run)
+    if workers is None:
+        raise ConfigError(f"{run}: the run isn't running. Profile it while it trains: heliostat train JOB --resume")
+    if rank >= workers:
+        raise ConfigError(f"--rank: the run has {workers} workers ({rank}). Pass a rank from 0 to {workers - 1}")
+    request = ProfileRequest(time.strftime("%Y%m%d%H%M%S", time.gmtime()) + secrets.token_hex(3), rank, steps)
+    _send(run, request)
+    try:
+        look_at = time.monotonic() + LOOK_S
+        while (result := answered(run, request)) is None:
+            if time.monotonic() >= look_at:
+                if _workers(run) is None and answered(run, request) is None:
+                    raise HeliostatError(f"{run}: the run ended before worker {rank} was profiled. Resume it and try again")
+                look_at = time.monotonic() + LOOK_S
+            sleep(POLL_S)
+    finally:
+        discard(run)
+    if result["problem"]:
+        raise HeliostatError(f"{run}: worker {rank} wasn't profiled ({result['problem']})")
+    return request, result
+
+
+def _send(run: Location, request: ProfileRequest) -> None:
+    """Writes the request, unless another one has no answer yet."""
+    data = json.dumps(asdict(request)).encode()
+    if _request(run).create(data):
+        return
+    other = requested(run)
+    if other is None:  # a command that was killed left it, or has just deleted it
+        discard(run)
+        if _request(run).create(data):
+            return
+        other = requested(run)
+    if other != request:  # else the answer to this write was lost
+        raise ConfigError(f"{run}: a profile is under way. Wait for it, or if its command was killed, delete {_request(run)}")
+
+
+def _request(run: Location) -> Location:
+    return run.join(run_folder.PROFILES, "request.json")
+
+
+def _workers(run: Location) -> int | None:
+    """Counts the workers of a run that is running; None if it isn't running."""
+    attempt = liveness.last(run)
+    return attempt.workers if attempt and attempt.outcome is None and liveness.lives(attempt) else None

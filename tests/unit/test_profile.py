@@ -1,0 +1,186 @@
+"""Profiles of a running job: the table from a trace, and the way of a request from the run's folder to one worker and back."""
+
+import gzip
+import json
+import os
+import socket
+import time
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+from heliostat.errors import ConfigError, DataError, HeliostatError
+from heliostat.runs import profile, profile_table
+from heliostat.runs.goodput import RecordedAttempt
+from heliostat.runs.profile import ProfileRequest
+from heliostat.storage.locations import Location
+from heliostat.training.driver.profiles import ProfileRequests
+from heliostat.training.worker.context import Due
+from heliostat.training.worker.profiler import StepProfiler
+
+DUE = Due(False, False, False, False, False, False)
+
+
+def event(name, begin, dur, cat="cpu_op", tid=1):
+    return {"ph": "X", "name": name, "cat": cat, "pid": 7, "tid": tid, "ts": begin, "dur": dur}
+
+
+STEPS = [event("heliostat step 4", 0, 100, "user_annotation"), event("heliostat step 5", 120, 80, "user_annotation")]
+
+
+def summary(*events):
+    return profile_table.summarize(profile_table.spans([{"ph": "M", "name": "process_name"}, *STEPS, *events]))
+
+
+def by_name(result):
+    return {o["name"]: (o["calls"], round(o["total_s"] * 1e6), round(o["self_s"] * 1e6)) for o in result["operations"]}
+
+
+def test_the_time_of_a_call_counts_once_for_the_innermost_operation():
+    """A linear layer that calls a product twice, and one that calls itself."""
+    result = summary(event("linear", 10, 50), event("mm", 20, 10), event("mm", 35, 15), event("f", 130, 40), event("f", 140, 20))
+    assert by_name(result) == {"linear": (1, 50, 25), "mm": (2, 25, 25), "f": (2, 40, 40)}
+    assert result["operations"][0]["name"] == "f" and result["device"] == "cpu"
+
+
+def test_operations_of_other_threads_and_outside_of_the_steps():
+    """Threads nest apart; what runs before the first step and behind the last one is left out, and is no busy time."""
+    result = summary(event("a", 10, 50), event("b", 20, 10, tid=2), event("late", 300, 10))
+    assert by_name(result) == {"a": (1, 50, 50), "b": (1, 10, 10)}
+    assert result["busy"] == pytest.approx(50 / 200)
+
+
+def test_gaps_are_the_times_without_an_operation_and_add_up():
+    result = summary(event("a", 10, 50), event("b", 40, 30), event("c", 150, 40))
+    gaps = [(round(g["begin_s"] * 1e6), round(g["seconds"] * 1e6), g["after"], g["before"]) for g in result["gaps"]]
+    assert gaps == [(70, 80, "b", "c"), (0, 10, "the begin", "a"), (190, 10, "c", "the end")]
+    assert result["busy"] == pytest.approx(0.5) and result["seconds"] == pytest.approx(200e-6)
+
+
+def test_on_a_gpu_its_kernels_show_whether_it_waits():
+    """Though the CPU has an operation all the time."""
+    result = summary(event("launch", 0, 200), event("gemm", 50, 100, "kernel", 9), event("copy", 100, 60, "gpu_memcpy", 10))
+    assert result["device"] == "gpu" and result["busy"] == pytest.approx(110 / 200)
+    assert {o["name"]: o["device"] for o in result["operations"]} == {"launch": "cpu", "gemm": "gpu", "copy": "gpu"}
+    assert len(profile_table.operation_rows(result)) == 4 and len(profile_table.gap_rows(result)) == 3
+
+
+@pytest.mark.parametrize("data", [b"", b"no gzip", gzip.compress(b"{}"), gzip.compress(b'{"traceEvents": []}'),
+                                  gzip.compress(b'{"traceEvents": [{"ph": "X", "dur": "x"}]}')])  # fmt: skip
+def test_what_is_no_trace_is_rejected_in_one_line(tmp_path, data):
+    (tmp_path / "t").write_bytes(data)
+    with pytest.raises(DataError, match="isn't a trace") as e:
+        profile_table.read(Location(str(tmp_path / "t")))
+    assert "\n" not in str(e.value)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run with two workers, whose driver is this process."""
+    now = time.time()
+    attempt = RecordedAttempt("a1", now, now, now, 0, 2, host=socket.gethostname(), pid=os.getpid())
+    folder = Location(str(tmp_path / "run"))
+    folder.join("ledger", attempt.name).write(attempt.dump())
+    return folder
+
+
+def write_request(run, rank=0, steps=2):
+    run.join("profiles/request.json").write(json.dumps({"id": "0123456789ab", "rank": rank, "steps": steps}).encode())
+
+
+def test_a_run_that_is_not_running_and_an_unknown_rank_are_rejected(run, tmp_path):
+    with pytest.raises(ConfigError, match="isn't running"):
+        profile.take(Location(str(tmp_path / "other")), 0, 1)
+    with pytest.raises(ConfigError, match="--rank: the run has 2 workers \\(2\\)"):
+        profile.take(run, 2, 1)
+    assert not run.join("profiles/request.json").exists()
+
+
+def test_a_second_profile_waits_until_the_first_has_its_answer(run):
+    """A request without an answer is one under way; one with an answer is what a killed command left."""
+    write_request(run)
+    with pytest.raises(ConfigError, match="under way"):
+        profile.take(run, 0, 1)
+    first = profile.requested(run)
+    assert first
+    profile.answer(run, first, problem="none")
+
+    def respond(_: float) -> None:
+        second = profile.requested(run)
+        assert second and second.id != first.id
+        profile.answer(run, second, 3, 1, ["t"])
+
+    _, answer = profile.take(run, 1, 1, respond)
+    assert (answer["first"], answer["files"]) == (3, ["t"])
+    assert not run.join("profiles/request.json").exists()
+
+
+def test_the_command_ends_when_the_worker_could_not_be_profiled(run):
+    def respond(_: float) -> None:
+        request = profile.requested(run)
+        assert request
+        profile.answer(run, request, problem="no room")
+
+    with pytest.raises(HeliostatError, match="worker 1 wasn't profiled \\(no room\\)"):
+        profile.take(run, 1, 1, respond)
+
+
+def test_the_driver_orders_each_request_once_and_answers_for_workers_that_it_does_not_have(run):
+    ordered: list[ProfileRequest] = []
+    requests = ProfileRequests(run, 1, ordered.append)
+    requests.look()
+    write_request(run)
+    requests.look()
+    requests.look()
+    assert [r.rank for r in ordered] == [0]
+    write_request(run, rank=1)
+    ProfileRequests(run, 1, ordered.append).look()
+    answer = profile.answered(run, ProfileRequest("0123456789ab", 1, 2))
+    assert len(ordered) == 1 and answer and "1 workers" in answer["problem"]
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"id": "../x", "rank": 0, "steps": 1}', '{"id": "0123456789", "rank": 0, "steps": 101}']
+)
+def test_a_request_that_is_none_is_deleted(run, content):
+    """Such as one for too many steps, or whose files would lie elsewhere."""
+    run.join("profiles/request.json").write(content.encode())
+    ordered: list[ProfileRequest] = []
+    ProfileRequests(run, 1, ordered.append).look()
+    assert not ordered and not run.join("profiles/request.json").exists()
+
+
+@pytest.mark.ci  # the profiler imports torch's compiler, which takes seconds; workers have it already
+def test_a_worker_profiles_the_steps_and_leaves_a_trace(run):
+    """Two steps of real operations, the fifth and the sixth; no file before them, and nothing is left in its temporary folder."""
+    posted = []
+    heartbeat = SimpleNamespace(profiles=deque[ProfileRequest]())
+    hook = StepProfiler(run, heartbeat, SimpleNamespace(post_of_any=posted.append))  # type: ignore[arg-type]
+    request = ProfileRequest("0123456789ab", 0, 2)
+    for step in range(7):
+        if step == 4:
+            heartbeat.profiles.append(request)
+        hook.before_step(step)
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        hook.after_step(step + 1, DUE)
+    hook.end()
+    answer = profile.answered(run, request)
+    assert answer == {"problem": "", "first": 5, "steps": 2, "files": ["rank-00000.trace.json.gz"]}
+    result = profile_table.read(profile.place(run, request).join(answer["files"][0]))
+    assert next(o for o in result["operations"] if o["name"] == "aten::mm")["calls"] == 2
+    assert [e.id for e in posted] == [request.id]
+
+
+def test_a_profiler_that_fails_does_not_end_the_run(run, monkeypatch):
+    def broken(**_):
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(torch.profiler, "profile", broken)
+    request = ProfileRequest("0123456789ab", 0, 2)
+    hook = StepProfiler(run, SimpleNamespace(profiles=deque([request])), None)  # type: ignore[arg-type]
+    hook.before_step(0)
+    hook.after_step(1, DUE)
+    hook.end()
+    answer = profile.answered(run, request)
+    assert answer and answer["problem"] == "RuntimeError: no CUPTI"
