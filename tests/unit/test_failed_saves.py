@@ -89,20 +89,20 @@ def test_the_last_save_must_succeed():
 
 def test_a_step_after_which_a_save_has_failed_somewhere_is_followed_by_the_next():
     state, notices = saving(AWAY)
-    loop = loop_in_step(1.0, lambda: None)
+    loop = loop_in_step(lambda: None)
     loop.state = state
     loop.state.saver.blocked_s = 0.0
     asked: list[int] = []
     loop.consensus = SimpleNamespace(ask=asked.append, result=lambda: FAILED)
     loop.unsealed = SimpleNamespace(add=lambda *given: None)
-    assert loop._make(5) == (1.0, RUN) and asked == [FAILED] and len(notices) == 1
+    assert loop._make(5) == RUN and asked == [FAILED] and len(notices) == 1
 
 
 @pytest.mark.parametrize("failures", [0, 1, TOLERATED, TOLERATED + 1])
 def test_a_pause_point_waits_for_its_checkpoint_and_survives_as_many_failed_saves_as_a_step(monkeypatch, failures):
     """A sweep decides by that checkpoint: another trial may continue from it."""
     state, _ = saving(*[AWAY] * failures, True)
-    loop, again, posted = loop_in_step(1.0, lambda: None), list[int](), list[Any]()
+    loop, again, posted = loop_in_step(lambda: None), list[int](), list[Any]()
     state.save, loop.state = again.append, state
     decision = SimpleNamespace(remote=lambda step: RESIZE)
     loop.context.posts = SimpleNamespace(mailbox=SimpleNamespace(decision=decision), post=posted.append)
