@@ -1,7 +1,7 @@
 """Prepares a private Ray: its environment, the folder of its files, and the fork server of its workers.
 
-    private_ray.ahead(gpus, modules)    # as early as a command knows its workers' needs: imports run in parallel with the
-    command's own connect(...)                        # starts Ray; its workers are forks
+    private_ray.ahead(gpus, modules)    # as early as a command knows its workers' needs: imports run in parallel
+    connect(...)                        # starts Ray; its workers are forks
 
 Imports neither Ray nor torch.
 """
