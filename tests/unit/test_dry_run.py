@@ -360,9 +360,19 @@ def test_a_share_that_holds_nothing_is_refused_and_nothing_stays(tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "p.yaml"]
 
 
+class OwnPipeline(Pipeline):
+    def check(self): ...
+
+    def inputs(self):
+        return []
+
+    def write(self, output, inputs):
+        return [], {}
+
+
 def test_pipelines_without_a_dry_run_say_so(tmp_path):
-    with pytest.raises(ConfigError, match="--sample: Pipeline has no dry run"):
-        Pipeline.model_construct().predict(Location(str(tmp_path)), [], 0.5)
+    with pytest.raises(ConfigError, match="--sample: OwnPipeline has no dry run"):
+        OwnPipeline.model_construct().predict(Location(str(tmp_path)), [], 0.5)
 
 
 def test_a_sample_of_which_nothing_is_left_says_so(tmp_path):

@@ -193,7 +193,11 @@ def test_indexing_a_dataset_writes_no_file_outside_the_index(tmp_path):
 
 @pytest.mark.parametrize("change", [{"ends": [["0", "../../.bashrc"]]}, {"replaced": {"/etc/passwd": 1.0}}, {"ends": [["0"]]}])
 def test_an_index_whose_record_names_a_place_outside_is_refused(tmp_path, change):
-    record = dict.fromkeys(("dataset", "embedder", "settings", "documents", "passages")) | {"version": 1, "ends": []}
+    record = dict.fromkeys(("dataset", "embedder", "settings", "documents", "passages")) | {
+        "dataset": {},
+        "version": 1,
+        "ends": [],
+    }
     (tmp_path / "index.json").write_text(json.dumps(record))
     read_record(Location(str(tmp_path)))
     (tmp_path / "index.json").write_text(json.dumps(record | change))
