@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from tests.twin import cases, passes, rules
 from tests.unit.forked import SERVER
 
+pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler (g++, or CXX)")
 NEAR = {"text embedder": 1e-5, "autoencoder": 1e-5}  # another order of sums in attention; elsewhere below 1e-6
 
 
