@@ -22,7 +22,8 @@ from heliostat.cluster.private_ray import PATIENT, SILENT, URGENT
 from heliostat.cluster.processes import free_port
 from heliostat.config import workspace
 
-START_S = 90.0
+START_S = 90.0  # of one attempt
+STARTS = 3  # a port that was free when it was chosen may be taken for a moment
 SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short: Ray's sockets lie below, and a path has 107 characters
 
 
@@ -98,11 +99,22 @@ class LocalNodes:
         files = SESSIONS / host.rpartition(".")[2]
         command = [*self.inside, sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={host}",
                    *arguments, "--block", f"--temp-dir={files}", "--object-store-memory=200000000"]  # fmt: skip
-        with log.open("w") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=workspace.root())
-        self.nodes.append(ChaosNode(host, process))
-        deadline = time.monotonic() + START_S
-        while "Ray runtime started" not in log.read_text():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise ChaosError(f"the Ray node at {host} did not start; see {log}")
-            time.sleep(0.1)
+        for _ in range(STARTS):
+            with log.open("w") as out:
+                process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=workspace.root())
+            self.nodes.append(ChaosNode(host, process))
+            if _joined(process, log):
+                return
+            self.nodes.pop().kill()
+        last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise ChaosError(f"the Ray node at {host} did not start in {STARTS} attempts ({last[:200]}); see {log}")
+
+
+def _joined(process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Waits until a node has joined its cluster; False if it ends before, or takes too long."""
+    deadline = time.monotonic() + START_S
+    while "Ray runtime started" not in log.read_text(errors="replace"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
