@@ -6,6 +6,7 @@ The head (127.0.0.1) has no CPUs: it holds the driver and Ray's own services. Cl
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from heliostat.cluster import private, processes
 from heliostat.cluster.private_ray import PATIENT, SILENT, URGENT
 from heliostat.cluster.processes import free_port
 from heliostat.config import workspace
+
+logger = logging.getLogger(__name__)
 
 START_S = 90.0  # of one attempt
 STARTS = 3  # a port that was free when it was chosen may be taken for a moment
@@ -106,7 +109,8 @@ class LocalNodes:
             if _joined(process, log):
                 return
             self.nodes.pop().kill()
-        last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            logger.warning("the Ray node at %s did not start: %s", host, last[:200])
         raise ChaosError(f"the Ray node at {host} did not start in {STARTS} attempts ({last[:200]}); see {log}")
 
 
