@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from heliostat.cluster import cluster_file as files
-from heliostat.cluster import launch, local, private
+from heliostat.cluster import launch, local, private, processes
 from heliostat.cluster.endpoint import endpoint
 from heliostat.errors import ClusterError, ConfigError
 from heliostat.submit.submission import SubmissionRecord
@@ -132,6 +132,22 @@ def test_a_server_of_this_user_gets_the_token_and_a_free_port_belongs_to_nobody(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         assert not private.ours(f"http://127.0.0.1:{s.getsockname()[1]}")
+
+
+def test_a_port_that_a_connection_uses_is_named_before_any_node_starts(tmp_path, monkeypatch):
+    """Ray starts without its dashboard then, and `up` waited a minute and a half for it."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port of http://127.0.0.1:{port} is in use"):
+            launch.up(files.read(cluster_file(tmp_path, port=port)))
+
+
+def test_a_free_port_is_none_that_the_system_gives_to_connections():
+    start, end = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = {processes.free_port() for _ in range(50)}
+    assert len(ports) > 10 and not any(start <= port <= end for port in ports)
 
 
 def test_what_answers_but_is_no_ray_is_not_joined(tmp_path, monkeypatch):

@@ -120,6 +120,8 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     state.folder.mkdir(parents=True, exist_ok=True)
     if answer := dashboard.probe(state.url):
         return _join(state, answer)
+    if not processes.bindable(state.url):
+        raise ConfigError(f"{state.file}: the port of {state.url} is in use; end what uses it, or change --dashboard-port")
     private.write_token(state.token_file)
     try:
         _start(cluster, state, "head", cluster.addresses[:1])
@@ -265,8 +267,17 @@ def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) ->
             if {n["address"] for n in table if n["alive"] and n["id"] not in before} >= set(addresses):
                 return
         if time.monotonic() > deadline:
-            raise ClusterError(f"{state.name}: not all nodes came up in {START_S:.0f} s; look at {state.folder / 'logs'}")
+            raise ClusterError(f"{state.name}: after {START_S:.0f} s {_missing(state, addresses, before)}")
         time.sleep(0.3)
+
+
+def _missing(state: ClusterState, addresses: list[str], before: set[str]) -> str:
+    """Says what a start waits for, with the last line of the log that explains it."""
+    if not private.ours(state.url):
+        return f"no dashboard of this user answers at {state.url}; if its port is in use, change --dashboard-port in the file"
+    ready = {n["address"] for n in dashboard.node_table(state.url, state.token) if n["alive"] and n["id"] not in before}
+    late = [n for n in state.nodes if n.address in addresses and n.address not in ready]
+    return "; ".join(f"the {n.role} {n.address} has not joined: {_tail(state, n)}" for n in late) or "nodes joined too late"
 
 
 def _tail(state: ClusterState, node: Node) -> str:

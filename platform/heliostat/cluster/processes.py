@@ -7,10 +7,12 @@ workers) overwrite their environment with it; they are recognized by the logs be
 from __future__ import annotations
 
 import contextlib
+import secrets
 import signal
 import socket
 import subprocess
 import time
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,13 @@ from typing import Protocol
 
 import psutil
 
+from heliostat.errors import ClusterError
+
 MARK = "HELIOSTAT_NODE_DIR"
 STOP_S, KILL_S = 4.0, 20.0  # raylets do not end by SIGTERM alone while others of the cluster end
 LOOK_S = 0.1  # between two looks at who has ended
+PORTS = range(20_000, 32_768)  # above those that Ray gives its workers, below those that systems give to connections
+PORT_TRIES = 100
 
 
 def alive(pid: int, created: float) -> psutil.Process | None:
@@ -93,11 +99,28 @@ def detached(command: Sequence[str], log: Path, folder: Path | None = None, envi
     return process.pid
 
 
-def free_port() -> int:
-    """Returns a port of the loopback address on which no process listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(host: str = "") -> int:
+    """Finds a TCP port of an address, or of all addresses of this machine, that no process uses.
+
+    It isn't one of those that the system gives to connections: Ray opens hundreds while it starts, and one of them could take
+    the port before its server does.
+    """
+    for _ in range(PORT_TRIES):
+        port = PORTS.start + secrets.randbelow(len(PORTS))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise ClusterError(f"no free TCP port in {PORTS.start} to {PORTS.stop - 1} in {PORT_TRIES} attempts; end what uses them")
+
+
+def bindable(url: str) -> bool:
+    """Checks whether a server could listen at a URL's address; a connection of another process can use its port too."""
+    parts = urllib.parse.urlsplit(url)
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: an ended connection does not count
+        probe.bind((parts.hostname, parts.port))
+        return True
+    return False
 
 
 # the processes of Ray nodes ----------------------------------------------------------------------------------------------

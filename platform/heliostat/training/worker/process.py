@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import socket
 import traceback
 from typing import TYPE_CHECKING, TypedDict
 
 import ray
 
+from heliostat.cluster import processes
 from heliostat.engine import process_group
 from heliostat.engine.process_group import WorkerPlace
 from heliostat.errors import AccessError, HeliostatError, PeerLostError, WorkerError, innermost
@@ -55,11 +55,8 @@ class TrainWorker:
         }
 
     def free_port(self) -> int:
-        """Finds a TCP port of this node that nothing listens on."""
-        with socket.socket() as probe:
-            probe.bind((ray.util.get_node_ip_address(), 0))
-            port: int = probe.getsockname()[1]
-            return port
+        """Finds a TCP port of this node that no process uses."""
+        return processes.free_port(ray.util.get_node_ip_address())
 
     def run(self, place: WorkerPlace, config: WorkerConfig) -> WorkerSummary:
         """Runs one attempt's worker and returns its summary; whatever the attempt has left is gone when this ends."""
