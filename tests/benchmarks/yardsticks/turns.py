@@ -116,7 +116,7 @@ def compare(yardstick: str, more: list[Any], job: Path, stage: int, seconds: flo
     raw = yaml.safe_load(job.read_text())
     size = raw["train"]["global_batch"] * (raw["data"].get("sequence_length") or 1)
     logs = job.with_name("plain.log"), job.with_name("heliostat.log")
-    second = Contender(plain, logs[0], lambda text: len(_printed(text)) > 2)
+    second = Contender(plain, logs[0], lambda text: len(printed(text)) > 2)
     first = Contender(ours, logs[1], lambda text: " step 3/" in text)
     while not first.ended:
         first.turn(seconds)
@@ -128,12 +128,12 @@ def compare(yardstick: str, more: list[Any], job: Path, stage: int, seconds: flo
         first.fail()
     second.end()
     result = json.loads(logs[1].read_text().splitlines()[-1])
-    paces = _paces(first, _logged(result["run_id"], raw["mlflow"]["uri"], size)), _paces(second, _printed(logs[0].read_text()))
-    both = [(a, b) for a, b in zip(*paces, strict=True) if a and b]
+    both_paces = paces(first, _logged(result["run_id"], raw["mlflow"]["uri"], size)), paces(second, printed(logs[0].read_text()))
+    both = [(a, b) for a, b in zip(*both_paces, strict=True) if a and b]
     return Outcome([size / b for _, b in both], [size / a for a, _ in both], result)
 
 
-def _printed(text: str) -> list[Step]:
+def printed(text: str) -> list[Step]:
     whole = text[: text.rfind("\n") + 1]
     return [Step(*json.loads(line.removeprefix(MARK))) for line in whole.splitlines() if line.startswith(MARK)]
 
@@ -145,7 +145,7 @@ def _logged(run_id: str, uri: str, size: int) -> list[Step]:
     return [Step(m.timestamp / 1000, size / m.value) for m in history]
 
 
-def _paces(contender: Contender, steps: list[Step]) -> list[float | None]:
+def paces(contender: Contender, steps: list[Step]) -> list[float | None]:
     """For each turn the mean seconds of the steps that lay in it as a whole, or None where there were fewer than two."""
     out: list[float | None] = []
     for began, ended in contender.turns:

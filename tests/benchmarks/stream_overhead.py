@@ -1,0 +1,44 @@
+"""Steps per second of one loop over the exact stream, against the same loop over a bare loader, by turns.
+
+    python -m tests.benchmarks.stream_overhead [--pairs 40] [--turn 5]
+
+All processes of one contender stand still while the other trains (yardsticks/turns.py). A step has 1,024 tokens and takes a
+tenth of a second here, far less than a GPU's step of a real model: what a batch costs is a larger share of it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.benchmarks import harness
+from tests.benchmarks.yardsticks import turns
+
+STEPS = 1_000_000  # more than both train
+
+
+def main() -> None:
+    options = harness.arguments(__doc__, pairs=40, turn=5.0)
+    harness.heliostat("prepare", "pipelines/quickstart.yaml")
+    data = harness.ROOT / ".heliostat/data/quickstart"
+    with tempfile.TemporaryDirectory() as name:
+        both = {}
+        for kind in ("exact", "bare"):
+            folder = Path(name) / kind
+            folder.mkdir()
+            command = [sys.executable, "-m", "tests.benchmarks.yardsticks.one_loop", kind, data, folder, STEPS]
+            both[kind] = turns.Contender(command, folder / "log", lambda text: text.count(turns.MARK) > 20)
+        for _ in range(options.pairs):
+            for contender in both.values():
+                contender.turn(options.turn)
+        paces = [turns.paces(one, turns.printed(one.output.read_text())) for one in both.values()]
+        for contender in both.values():
+            contender.end()
+    harness.head("steps/s", *turns.HEADS)
+    pairs = [(1 / a, 1 / b) for a, b in zip(*paces, strict=True) if a and b]
+    harness.row("exact stream", *turns.Outcome([a for a, _ in pairs], [b for _, b in pairs], {}).cells)
+
+
+if __name__ == "__main__":
+    main()
