@@ -201,7 +201,7 @@ def test_an_outage_while_the_receipt_is_written_costs_one_checkpoint_and_nothing
     monkeypatch.setattr(Location, "write", failing)
     bad = 0, Bad(0, 0, 0, 0, "x", (0, 0, 1))
     monkeypatch.setattr(unsealed, "describe", lambda step, bad, dataset: {"step": step, **dataclasses.asdict(bad)})
-    state.unsealed._bad, state.context.posts.told = [bad], [Evaluation(step=1, scores={}, images={})]
+    state.unsealed._bad, state.context.posts.unsaved = [bad], [Evaluation(step=1, scores={}, images={})]
     train(state, 1, 2)
     state.save(2)
     train(state, 3)
@@ -212,7 +212,7 @@ def test_an_outage_while_the_receipt_is_written_costs_one_checkpoint_and_nothing
     state.settle()
     sealed = away == "checkpoints"
     assert len(state.unsealed._lanes) == (1 if sealed else 3)
-    assert len(state.context.posts.told) == len(state.unsealed._bad) == (0 if sealed else 1)
+    assert len(state.context.posts.unsaved) == len(state.unsealed._bad) == (0 if sealed else 1)
     down[0] = False
     state.save(3)
     state.wait()
@@ -225,7 +225,7 @@ def test_an_outage_while_the_receipt_is_written_costs_one_checkpoint_and_nothing
     assert last.chain == receipt.extend("", digests) == index["receipt"]["chain"]
     listed = [name for name, _ in run.join("quarantine").files()]
     assert listed == ["step-00000002.jsonl" if sealed else "step-00000003.jsonl"]
-    assert state.unsealed._lanes == state.unsealed._bad == state.context.posts.told == []
+    assert state.unsealed._lanes == state.unsealed._bad == state.context.posts.unsaved == []
 
 
 def test_outages_of_receipts_count_as_failed_saves_and_the_attempt_ends_behind_the_tolerated_ones(tmp_path, monkeypatch, alone):

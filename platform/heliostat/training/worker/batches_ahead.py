@@ -9,8 +9,8 @@ What is made ahead counts for nothing until its step takes it: neither its sampl
 at a time, because a recipe's `batch` needn't be safe to call in two.
 
 A recipe that draws a batch's random numbers from generators of the whole process, rather than from the samples' keys, would
-disturb those of the present step. The first batches, which nothing computes beside, show that; then all are made where they are
-taken.
+disturb those of the present step. The first batches, during which nothing else computes, show that; then all are made where
+they are taken.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Tells whether a save, or the making of batches, goes on in its thread."""
+        """Returns whether a save, or the making of batches, still runs in its thread."""
         return self.state.saver.busy or (self.ahead is not None and self.ahead.busy)
 
     def _progressed(self) -> None:

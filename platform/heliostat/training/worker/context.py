@@ -26,7 +26,7 @@ from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
 from heliostat.training.mailbox import MailboxState
 
-Told = Steps | LossSpike | Evaluation  # which copies in memory hold
+Kept = Steps | LossSpike | Evaluation  # that copies in memory hold
 for kind in (Steps, LossSpike, Evaluation):
     wire.travels(kind)
 
@@ -34,21 +34,21 @@ for kind in (Steps, LossSpike, Evaluation):
 class Posts:
     """Posts rank 0's events, which are the same on all workers.
 
-    `mailbox`: the driver's; None without a driver. `told`: events since the last checkpoint that must not be lost, even if the
+    `mailbox`: the driver's; None without a driver. `unsaved`: events since the last checkpoint that must not be lost, even if the
     driver dies before it has them.
     """
 
     def __init__(self, mailbox: ActorHandle[MailboxState] | None, rank: int) -> None:
         self.mailbox, self.rank = mailbox, rank
-        self.told: list[Told] = []
+        self.unsaved: list[Kept] = []
 
     def post(self, event: Event) -> None:
         if self.rank == 0:
             self.post_of_any(event)
 
-    def tell(self, event: Told) -> None:
+    def tell(self, event: Kept) -> None:
         """Posts an event that must not be lost."""
-        self.told.append(event)
+        self.unsaved.append(event)
         self.post(event)
 
     def notice(self, text: str | None) -> None:

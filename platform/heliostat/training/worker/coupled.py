@@ -28,7 +28,7 @@ from heliostat.training.worker.micro_batches import Micro, seeded
 if TYPE_CHECKING:
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
-Found = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 Terms = int | torch.Tensor  # how many loss terms a step has over all workers
 Checked = Callable[[object, str], Loss]  # returns what a recipe's method gave, if it is a loss; by the method's name
 
@@ -41,24 +41,25 @@ class CoupledStep(NamedTuple):
 
     loss: Loss
     keys: torch.Tensor
-    gradients: Found
+    gradients: Tensors
 
-    def product(self, found: Found, micro: Micro) -> torch.Tensor:
+    def product(self, representations: Tensors, micro: Micro) -> torch.Tensor:
         """Computes the inner product of a micro-batch's representations with their gradients."""
         places = torch.searchsorted(self.keys, upload(torch.from_numpy(micro.keys), self.keys.device))
-        return torch.stack([(found[name].float() * whole[places]).sum() for name, whole in self.gradients.items()]).sum()
+        products = [(representations[name].float() * whole[places]).sum() for name, whole in self.gradients.items()]
+        return torch.stack(products).sum()
 
 
-def represented(recipe: CouplesSamples, engine: DeepSpeedEngine, micro: Micro, batch: Batch) -> Found:
+def represented(recipe: CouplesSamples, engine: DeepSpeedEngine, micro: Micro, batch: Batch) -> Tensors:
     """Represents the samples of a micro-batch, which is on the device; ConfigError for what is not of each sample."""
-    found = recipe.represent(engine, batch)
-    for name, tensor in found.items():
+    representations = recipe.represent(engine, batch)
+    for name, tensor in representations.items():
         if tensor.dim() == 0 or len(tensor) != len(micro.keys):
             raise ConfigError(
                 f"recipe: {type(recipe).__name__}.represent gives {name!r} as {list(tensor.shape)} of {len(micro.keys)} samples; "
                 f"give [{len(micro.keys)}, ...] ({GUIDE})"
             )
-    return found
+    return representations
 
 
 def first_pass(
@@ -74,8 +75,8 @@ def first_pass(
     with torch.no_grad():
         mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device, progressed)]
         keys, order = _from_all(upload(torch.from_numpy(np.concatenate([m.keys for m in micros])), engine.device)).sort()
-        found = {name: _from_all(torch.cat([one[name] for one in mine]))[order] for name in sorted(mine[0])}
-    leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in found.items()}
+        representations = {name: _from_all(torch.cat([one[name] for one in mine]))[order] for name in sorted(mine[0])}
+    leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in representations.items()}
     if len(keys) > SHARED_FROM and recipe.shares_coupling():
         loss, gradients = _shared(recipe, leaves, checked, terms)
         return CoupledStep(loss, keys, gradients)
@@ -83,7 +84,7 @@ def first_pass(
     return CoupledStep(loss, keys, _gradients(recipe, leaves, loss, terms))
 
 
-def _gradients(recipe: CouplesSamples, leaves: Found, loss: Loss, terms: Terms) -> Found:
+def _gradients(recipe: CouplesSamples, leaves: Tensors, loss: Loss, terms: Terms) -> Tensors:
     if not loss.sum.requires_grad:
         raise ConfigError(
             f"recipe: {type(recipe).__name__}.couple makes no use of what is represented in floating point ({GUIDE})"
@@ -93,7 +94,7 @@ def _gradients(recipe: CouplesSamples, leaves: Found, loss: Loss, terms: Terms) 
     return {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
 
 
-def _shared(recipe: CouplesSamples, leaves: Found, checked: Checked, terms: Terms) -> tuple[Loss, Found]:
+def _shared(recipe: CouplesSamples, leaves: Tensors, checked: Checked, terms: Terms) -> tuple[Loss, Tensors]:
     """Computes the loss and its gradients with the other workers; collective. Each has a slice of the samples in their order."""
     number, rank, world = len(next(iter(leaves.values()))), dist.get_rank(), dist.get_world_size()
     begin, end = number * rank // world, number * (rank + 1) // world

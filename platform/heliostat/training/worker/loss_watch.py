@@ -1,6 +1,6 @@
 """Ends an attempt for a loss or a gradient that is not finite, or for a loss spike that the job wants undone.
 
-`config.spikes` tells which losses are spikes. Going back and leaving the samples out is what PaLM's training did by hand
+`config.spikes` defines which losses are spikes. Going back and leaving the samples out is what PaLM's training did by hand
 (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
 """
 
