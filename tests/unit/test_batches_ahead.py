@@ -19,11 +19,10 @@ from heliostat.data.device_streams import LateRead
 from heliostat.errors import DataError, NonFiniteError
 from heliostat.runs.time_ledger import Ledger
 from heliostat.training.stops import INTERRUPTED, RUN
-from heliostat.training.worker import batches_ahead
-from heliostat.training.worker.batches_ahead import BatchesAhead
+from heliostat.training.worker import micro_batches
 from heliostat.training.worker.context import Due, Hook
 from heliostat.training.worker.loss_watch import LossWatch
-from heliostat.training.worker.micro_batches import StepBatches
+from heliostat.training.worker.micro_batches import BatchesAhead, StepBatches
 from heliostat.training.worker.step import Loop, Stepper
 
 from tests.unit.build_job import job
@@ -123,7 +122,7 @@ def test_the_thread_ends_with_the_attempt(made):
 
 def test_a_thread_that_waits_for_samples_is_left_within_the_deadline_and_does_nothing_afterwards(made, monkeypatch):
     """Its process isn't used again (`Worker.busy`). On a GPU a batch is pinned, by then perhaps in the next attempt's context."""
-    monkeypatch.setattr(batches_ahead, "DEADLINE_S", 0.02)
+    monkeypatch.setattr(micro_batches, "DEADLINE_S", 0.02)
     may, waits, prepared = threading.Event(), threading.Event(), list[int]()
     reads = iter([lambda: 0, lambda: waits.set() or may.wait(SOON_S)])
     ahead = made(lambda: next(reads)(), lambda step, samples: prepared.append(step) or batches(step, samples))
@@ -164,8 +163,69 @@ def test_a_recipe_that_draws_from_generators_of_the_process_makes_its_batches_wh
     for step in range(3):
         assert isinstance(ahead.take(step).samples, float)
         ahead.begin(step + 1)
-    assert threads == ["batches", *[threading.current_thread().name] * 2]
+    assert threads[0] == "batches" and set(threads[1:]) == {threading.current_thread().name}
     assert len(notices) == 1 and notices[0].startswith("recipe: `batch` draws") and "`keys`" in notices[0]
+
+
+def attended(dropout: float) -> float:
+    """Attention draws only with dropout."""
+    states = torch.ones(1, 1, 4, 8)
+    return torch.nn.functional.scaled_dot_product_attention(states, states, states, dropout_p=dropout).sum().item()
+
+
+DRAWS = {
+    "torch": lambda: torch.rand(1).item(),
+    "dropout": lambda: torch.nn.functional.dropout(torch.ones(8)).sum().item(),
+    "attention": lambda: attended(0.5),
+    "numpy": lambda: np.random.random(),
+    "random": lambda: random.random(),
+    "fork_rng": forked,
+    "set_state": restored,
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_the_thread_stops_before_a_later_batch_draws_while_a_step_computes(made, name):
+    """A recipe may draw from its tenth batch on, or for some samples only: then the step under way has lost nothing."""
+    threads, notices = list[str](), list[str]()
+
+    def prepare(step: int, samples: Any) -> StepBatches:
+        threads.append(threading.current_thread().name)
+        return batches(step, DRAWS[name]() if step >= 2 else step)
+
+    def shared() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
+
+    ahead = made(Samples(), prepare, notices.append)
+    for step in range(4):
+        taken, before = ahead.take(step), shared()
+        ahead.begin(step + 1)
+        ahead.settle()
+        assert shared() == before, "the thread has drawn numbers of the step"
+    assert isinstance(taken.samples, float) and threads == ["batches"] * 3 + [threading.current_thread().name] * 2
+    assert len(notices) == 1
+
+
+def test_other_threads_draw_and_own_generators_are_free_while_batches_are_made(made):
+    at_work, may = threading.Event(), threading.Event()
+
+    def prepare(step: int, samples: Any) -> StepBatches:
+        own = torch.rand(1, generator=torch.Generator().manual_seed(step)), np.random.default_rng(step).random(), attended(0.0)
+        if step:
+            at_work.set()
+            assert may.wait(SOON_S)
+        return batches(step, own)
+
+    notices = list[str]()
+    ahead = made(Samples(), prepare, notices.append)
+    ahead.take(0)
+    ahead.begin(1)
+    assert at_work.wait(SOON_S)
+    torch.manual_seed(3)
+    drawn = torch.rand(1), random.random(), np.random.random()
+    may.set()
+    ahead.take(1)
+    assert len(drawn) == 3 and notices == []
 
 
 # in the loop ---------------------------------------------------------------------------------------------------------

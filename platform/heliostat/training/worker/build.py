@@ -24,14 +24,13 @@ from heliostat.training.mailbox import MailboxState
 from heliostat.training.memory_keeper import MemoryPlan
 from heliostat.training.stops import RUN
 from heliostat.training.worker import collector
-from heliostat.training.worker.batches_ahead import BatchesAhead
 from heliostat.training.worker.collector import Collector
 from heliostat.training.worker.context import Context, Hook, Posts
 from heliostat.training.worker.evaluation import Evaluations
 from heliostat.training.worker.heartbeat import Heartbeat
 from heliostat.training.worker.loss_watch import LossWatch
 from heliostat.training.worker.memory_copies import MemoryCopies
-from heliostat.training.worker.micro_batches import BatchPlan
+from heliostat.training.worker.micro_batches import BatchesAhead, BatchPlan
 from heliostat.training.worker.node_metrics import NodeMonitor
 from heliostat.training.worker.profiler import StepProfiler
 from heliostat.training.worker.recheck import CorruptionCheck

@@ -6,7 +6,7 @@ number of workers. Its loss is the sum of all its loss terms over their number, 
 
 What a run does around its steps are hooks (`context`). The workers agree at every step whether to stop after it (`heartbeat`).
 
-The host never waits for the device between two steps. A thread makes the next step's batches (`batches_ahead`), and the norm of a
+The host never waits for the device between two steps. A thread makes the next step's batches (`BatchesAhead`), and the norm of a
 step's gradient is read after the next step is queued, or before anything that depends on the step: a report, an evaluation, a
 save. So the host is at most one step ahead of the device.
 """
@@ -33,11 +33,10 @@ from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Paused
 from heliostat.runs.time_ledger import Ledger
 from heliostat.training.stops import FAILED, RESIZE, RUN
-from heliostat.training.worker.batches_ahead import BatchesAhead
 from heliostat.training.worker.context import Context, Due, Hook
 from heliostat.training.worker.coupled import Terms
 from heliostat.training.worker.heartbeat import Heartbeat, StopConsensus
-from heliostat.training.worker.micro_batches import BatchPlan, Micro, StepBatches
+from heliostat.training.worker.micro_batches import BatchesAhead, BatchPlan, Micro, StepBatches
 from heliostat.training.worker.objective import ExpertLoad, Objective
 from heliostat.training.worker.step_reports import StepReports, StepResults
 from heliostat.training.worker.training_state import TrainingState
