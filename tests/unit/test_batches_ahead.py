@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from heliostat.data.device_streams import LateRead
-from heliostat.errors import DataError, NonFiniteError
+from heliostat.errors import DataError, NonFiniteError, PeerLostError
 from heliostat.runs.time_ledger import Ledger
 from heliostat.training.stops import INTERRUPTED, RUN
 from heliostat.training.worker import micro_batches
@@ -311,6 +311,14 @@ def test_norms_are_judged_before_workers_are_compared(made):
     assert order.index("looks 2") < order.index("norm 1: 2"), "other steps don't wait"
 
 
+def watching() -> Any:
+    """What watches norms, of a dataset with one sample a step."""
+    watch: Any = object.__new__(LossWatch)
+    watch.job, watch.saved = job(), lambda: None
+    watch.dataset = SimpleNamespace(order=SimpleNamespace(step=lambda step: np.array([step]), locate=lambda positions: Places()))
+    return watch
+
+
 class Places:
     source, chunk, row = [0], [0], [7]
 
@@ -319,9 +327,43 @@ class Places:
 
 
 def test_an_error_names_the_step_whose_norm_is_not_finite():
-    watch: Any = object.__new__(LossWatch)
-    watch.job, watch.saved = job(), lambda: None
-    watch.dataset = SimpleNamespace(order=SimpleNamespace(step=lambda step: np.array([step]), locate=lambda positions: Places()))
+    watch = watching()
     watch.on_norm(3, 1.0)
     with pytest.raises(NonFiniteError, match="step 4: gradient norm inf"):
         watch.on_norm(3, math.inf)
+
+
+def failing(made: Callable[..., BatchesAhead], norm: float) -> Any:
+    """A loop whose recipe raises an error of its own in step 3, after a step of this norm."""
+    loop = looped(made(Samples(), batches), 9, 0, [], **{"train.log_every": 100, "checkpoint.every": 100})
+
+    def step(number: int, batches: Any) -> None:
+        if number == 2:
+            raise ValueError("the latents aren't finite")
+        loop.stepper._unread.append((number, LateRead(torch.tensor(norm if number == 1 else 1.0))))
+
+    loop.stepper.step, loop.hooks = step, [watching()]
+    loop.hooks[0].saved = lambda: pytest.fail("other workers may not have failed, and wait elsewhere")
+    return loop
+
+
+def test_a_recipes_error_about_weights_that_are_not_finite_does_not_hide_the_step_that_made_them_so(made):
+    with pytest.raises(NonFiniteError, match="step 2: gradient norm nan") as caught:
+        failing(made, math.nan).run()
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_recipes_error_after_finite_steps_and_after_an_abort_is_its_own(made):
+    with pytest.raises(ValueError, match="latents"):
+        failing(made, 1.0).run()
+    loop = failing(made, math.nan)
+    step, aborted = loop.stepper.step, threading.Event()
+
+    def progressed() -> None:
+        if aborted.is_set():
+            raise PeerLostError
+
+    loop.context.progressed = progressed
+    loop.stepper.step = lambda number, batches: (aborted.set() if number == 2 else None, step(number, batches))
+    with pytest.raises(ValueError, match="latents"):
+        loop.run()

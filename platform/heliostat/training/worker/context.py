@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
+from heliostat.errors import HeliostatError
 from heliostat.runs.events import Evaluation, Event, LossSpike, Notice, Phase, Steps
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage import wire
@@ -130,6 +131,11 @@ class Hook:
     def on_norm(self, step: int, norm: float) -> None:
         """Acts on the norm of a step's gradient, once for each step, counted from 0: after the next step, or sooner, before
         anything is reported, compared, evaluated, or saved that depends on the step."""
+
+    def cause(self, norms: list[tuple[int, float]]) -> HeliostatError | None:
+        """Returns the error of an earlier step that made the present one raise its own, if the norms of steps before show it:
+        pairs of a step, counted from 0, and its norm. Waits for no other worker, because others may not have failed."""
+        return None
 
     def after_step(self, done: int, due: Due) -> None:
         """Acts once `done` steps are made, before the last of them is reported."""

@@ -29,6 +29,7 @@ from heliostat.data.stream import StepSamples
 from heliostat.engine import deepspeed_engine
 from heliostat.engine.ema import AveragedWeights
 from heliostat.engine.sample_group import SampleGroup
+from heliostat.errors import HeliostatError
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Paused
 from heliostat.runs.time_ledger import Ledger
@@ -208,7 +209,12 @@ class Loop:
         blocked = self.state.blocked_s
         self.consensus.ask(FAILED if self.state.saver.failed else self.heartbeat.stop)
         self.heartbeat.step, self.heartbeat.micro = step + 1, 0
-        self.stepper.step(step, batches)
+        try:
+            self.stepper.step(step, batches)
+        except Exception as error:
+            if cause := self._cause():
+                raise cause from error
+            raise
         self.context.progressed()  # before the step counts
         self.unsealed.add(step, batches.samples)
         stop = self._agreed(step)
@@ -246,6 +252,15 @@ class Loop:
         for step, norm in norms:
             for hook in self.hooks:
                 hook.on_norm(step, norm)
+
+    def _cause(self) -> HeliostatError | None:
+        """Returns the error of an earlier step that a step's own may follow from, such as a recipe's about weights of NaN."""
+        try:
+            norms = self.stepper.read_norms()
+            self.context.progressed()  # after an abort they don't count
+        except Exception:  # noqa: BLE001 (the step's own error is raised)
+            return None
+        return next(filter(None, (hook.cause(norms) for hook in self.hooks)), None)
 
     def _follow(self, done: int, stop: int) -> int:
         """Does what is due after a step; returns the stop code, which a decision at a pause point may change."""
