@@ -14,7 +14,7 @@ computes what its share of them adds (`couple_some`), a block at a time, and the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,13 @@ Terms = int | torch.Tensor  # how many loss terms a step has over all workers
 Checked = Callable[[object, str], Loss]  # returns what a recipe's method gave, if it is a loss; by the method's name
 
 SHARED_FROM = 1024  # samples of a step; also of a block. Fewer are coupled by each worker, which is one matrix of 4 MiB
+
+
+class CouplesSome(Protocol):
+    """Describes a recipe that shares its loss: workers compute parts of steps of more than `SHARED_FROM` samples."""
+
+    def couple_some(self, vectors: Tensors, some: slice) -> Loss:
+        """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives."""
 
 
 class CoupledStep(NamedTuple):
@@ -99,9 +106,9 @@ def _shared(recipe: CouplesSamples, leaves: Tensors, checked: Checked, terms: Te
     number, rank, world = len(next(iter(leaves.values()))), dist.get_rank(), dist.get_world_size()
     begin, end = number * rank // world, number * (rank + 1) // world
     totals = {name: torch.zeros_like(tensor) for name, tensor in leaves.items() if tensor.requires_grad}
-    sums, parts = list[torch.Tensor](), dict[str, Part]()
+    sums, parts, shares = list[torch.Tensor](), dict[str, Part](), cast("CouplesSome", recipe)
     for first in range(begin, end, SHARED_FROM):
-        loss = checked(recipe.couple_some(leaves, slice(first, min(first + SHARED_FROM, end))), "couple_some")
+        loss = checked(shares.couple_some(leaves, slice(first, min(first + SHARED_FROM, end))), "couple_some")
         for name, gradient in _gradients(recipe, leaves, loss, terms).items():
             totals[name] += gradient
         parts = loss.parts
