@@ -251,7 +251,6 @@ def looped(ahead: Any, steps: int, stop: int, order: list[str], **changes: Any) 
     loop.ledger, loop.hooks = Ledger("data"), [Noted(order)]
     loop.context = SimpleNamespace(start_step=0, progressed=lambda: order.append("progress"), phase=lambda name: None)
     loop.heartbeat, loop.ahead, loop.pauses = SimpleNamespace(stop=0), ahead, ()
-    loop.state = SimpleNamespace(blocked_s=0.0, saver=SimpleNamespace(failed=False), memory=None)
     loop.reports = SimpleNamespace(begin=lambda: None, aside=lambda: loop.ledger("idle"))
     loop.reports.report = lambda done: order.append(f"report {done}")
     counted: list[int] = []

@@ -27,7 +27,7 @@ from heliostat.storage.locations import Location
 from heliostat.tracking.metrics import points
 from heliostat.training.stops import FAILED, RESIZE, RUN
 from heliostat.training.worker import unsealed
-from heliostat.training.worker.context import Latest, Posts
+from heliostat.training.worker.context import Due, Latest, Posts
 from heliostat.training.worker.training_state import TrainingState
 from heliostat.training.worker.unsealed import Unsealed
 
@@ -90,8 +90,7 @@ def test_the_last_save_must_succeed():
 def test_a_step_after_which_a_save_has_failed_somewhere_is_followed_by_the_next():
     state, notices = saving(AWAY)
     loop = loop_in_step(lambda: None)
-    loop.state = state
-    loop.state.saver.blocked_s = 0.0
+    state.saver.blocked_s, loop.hooks = 0.0, [state]
     asked: list[int] = []
     loop.consensus = SimpleNamespace(ask=asked.append, result=lambda: FAILED)
     loop.unsealed = SimpleNamespace(add=lambda *given: None)
@@ -103,17 +102,18 @@ def test_a_pause_point_waits_for_its_checkpoint_and_survives_as_many_failed_save
     """A sweep decides by that checkpoint: another trial may continue from it."""
     state, _ = saving(*[AWAY] * failures, True)
     loop, again, posted = loop_in_step(lambda: None), list[int](), list[Any]()
-    state.save, loop.state = again.append, state
+    state.save, state.context.ledger = again.append, Ledger("idle")
+    due = Due(last=False, reports=True, evaluates=False, saves=True, keeps=False, holds=True)
     decision = SimpleNamespace(remote=lambda step: RESIZE)
     loop.context.posts = SimpleNamespace(mailbox=SimpleNamespace(decision=decision), post=posted.append)
     loop.context.latest = Latest()
     monkeypatch.setattr("ray.get", lambda answer: answer)
     if failures > TOLERATED:
         with pytest.raises(StorageError):
-            loop._hold(7)
-        assert not posted
+            state.on_save(7, due)
         return
-    assert loop._hold(7) == RESIZE and again == [7] * failures and [event.step for event in posted] == [7]
+    state.on_save(7, due)
+    assert again == [7] * (failures + 1) and loop._hold(7) == RESIZE and [event.step for event in posted] == [7]
 
 
 def pruning(prune: Callable[[int], None]) -> tuple[Any, list[str]]:

@@ -129,7 +129,7 @@ class Worker:
             return samples.next_step()
 
         self.ahead = BatchesAhead(lambda: sharing.share(read), stepper.prepare, posts.notice)
-        self.loop = Loop(context, stepper, state, unsealed, self.reports, self.heartbeat, hooks, config["pauses"], self.ahead)
+        self.loop = Loop(context, stepper, unsealed, self.reports, self.heartbeat, hooks, config["pauses"], self.ahead)
 
     def run(self) -> WorkerSummary:
         """Trains to the last step, or until the workers stop; returns the summary."""

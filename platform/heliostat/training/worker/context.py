@@ -121,6 +121,22 @@ class Due(NamedTuple):
 class Hook:
     """Does something around the steps; every worker calls all hooks at the same points, in the same order."""
 
+    copies = False  # whether it copies the training state into memory, where that is due
+
+    @property
+    def blocked_s(self) -> float:
+        """Returns the seconds for which work in its threads has kept training waiting."""
+        return 0.0
+
+    @property
+    def unsettled(self) -> bool:
+        """Tells whether work in its threads has failed on this worker: then all workers call `settle`."""
+        return False
+
+    def settle(self) -> bool:
+        """Waits for work in its threads; collective. Returns whether it succeeded; raises on all workers what ends them."""
+        return True
+
     def looks(self, step: int) -> bool:
         """Tells whether `before_step` looks at what the steps before have made: their norms are judged first."""
         return False

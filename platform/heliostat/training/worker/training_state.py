@@ -71,6 +71,7 @@ class TrainingState(Hook):
             context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed,
             context.posts.notice_of_any,
         )  # fmt: skip
+        self.copies = memory is not None
         self.failed = self._in_a_row = 0  # saves of this attempt that have failed
         self._sealing: tuple[UnsealedPart, int] | None = None  # what the save in flight seals, and how many events are with it
         for copies in self._copies():
@@ -82,6 +83,10 @@ class TrainingState(Hook):
         """Returns the seconds for which saves and copies have kept training waiting."""
         return self.saver.blocked_s + (self.memory.blocked_s if self.memory else 0.0)
 
+    @property
+    def unsettled(self) -> bool:
+        return self.saver.failed
+
     def tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
         return zero_state.state(self.engine, whole) | (self.average.state(whole) if self.average else {})
 
@@ -92,12 +97,14 @@ class TrainingState(Hook):
                 self.memory.wait()
 
     def on_save(self, done: int, due: Due) -> None:
-        """Saves a checkpoint, and keeps a copy in memory, as they are due."""
+        """Saves a checkpoint, and keeps a copy in memory, as they are due. Where the workers then wait, waits for the save."""
         with self.context.ledger("checkpoint"):
             if due.saves:
                 self.save(done)
             if due.keeps:
                 self.keep(done)
+            while due.holds and not self.settle():  # the store has failed, as it may some times: a decision needs the checkpoint
+                self.save(done)
 
     def settle(self) -> bool:
         """Waits for the save in flight, and continues without it if the store has failed, some times in a row; collective.
