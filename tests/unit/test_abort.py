@@ -73,7 +73,6 @@ def loop_in_step(step: Callable[[], object]) -> Any:
     loop.ahead = SimpleNamespace(take=lambda step: SimpleNamespace(samples="samples"), begin=lambda step: None)
     loop.heartbeat = SimpleNamespace(stop=0)
     loop.consensus = SimpleNamespace(ask=lambda code: None, result=lambda: 0)
-    loop.state = SimpleNamespace(blocked_s=0.0, saver=SimpleNamespace(failed=False))
     loop.stepper = SimpleNamespace(step=lambda *given: step())
     loop.unsealed = Never()
     return loop

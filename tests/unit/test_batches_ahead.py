@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 from heliostat.data.device_streams import LateRead
-from heliostat.errors import DataError, NonFiniteError
+from heliostat.errors import DataError, NonFiniteError, PeerLostError
 from heliostat.runs.time_ledger import Ledger
 from heliostat.training.stops import INTERRUPTED, RUN
-from heliostat.training.worker import batches_ahead
-from heliostat.training.worker.batches_ahead import BatchesAhead
+from heliostat.training.worker import micro_batches
 from heliostat.training.worker.context import Due, Hook
 from heliostat.training.worker.loss_watch import LossWatch
-from heliostat.training.worker.micro_batches import StepBatches
+from heliostat.training.worker.micro_batches import BatchesAhead, StepBatches
 from heliostat.training.worker.step import Loop, Stepper
 
 from tests.unit.build_job import job
@@ -123,7 +122,7 @@ def test_the_thread_ends_with_the_attempt(made):
 
 def test_a_thread_that_waits_for_samples_is_left_within_the_deadline_and_does_nothing_afterwards(made, monkeypatch):
     """Its process isn't used again (`Worker.busy`). On a GPU a batch is pinned, by then perhaps in the next attempt's context."""
-    monkeypatch.setattr(batches_ahead, "DEADLINE_S", 0.02)
+    monkeypatch.setattr(micro_batches, "DEADLINE_S", 0.02)
     may, waits, prepared = threading.Event(), threading.Event(), list[int]()
     reads = iter([lambda: 0, lambda: waits.set() or may.wait(SOON_S)])
     ahead = made(lambda: next(reads)(), lambda step, samples: prepared.append(step) or batches(step, samples))
@@ -164,8 +163,69 @@ def test_a_recipe_that_draws_from_generators_of_the_process_makes_its_batches_wh
     for step in range(3):
         assert isinstance(ahead.take(step).samples, float)
         ahead.begin(step + 1)
-    assert threads == ["batches", *[threading.current_thread().name] * 2]
+    assert threads[0] == "batches" and set(threads[1:]) == {threading.current_thread().name}
     assert len(notices) == 1 and notices[0].startswith("recipe: `batch` draws") and "`keys`" in notices[0]
+
+
+def attended(dropout: float) -> float:
+    """Attention draws only with dropout."""
+    states = torch.ones(1, 1, 4, 8)
+    return torch.nn.functional.scaled_dot_product_attention(states, states, states, dropout_p=dropout).sum().item()
+
+
+DRAWS = {
+    "torch": lambda: torch.rand(1).item(),
+    "dropout": lambda: torch.nn.functional.dropout(torch.ones(8)).sum().item(),
+    "attention": lambda: attended(0.5),
+    "numpy": lambda: np.random.random(),
+    "random": lambda: random.random(),
+    "fork_rng": forked,
+    "set_state": restored,
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_the_thread_stops_before_a_later_batch_draws_while_a_step_computes(made, name):
+    """A recipe may draw from its tenth batch on, or for some samples only: then the step under way has lost nothing."""
+    threads, notices = list[str](), list[str]()
+
+    def prepare(step: int, samples: Any) -> StepBatches:
+        threads.append(threading.current_thread().name)
+        return batches(step, DRAWS[name]() if step >= 2 else step)
+
+    def shared() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
+
+    ahead = made(Samples(), prepare, notices.append)
+    for step in range(4):
+        taken, before = ahead.take(step), shared()
+        ahead.begin(step + 1)
+        ahead.settle()
+        assert shared() == before, "the thread has drawn numbers of the step"
+    assert isinstance(taken.samples, float) and threads == ["batches"] * 3 + [threading.current_thread().name] * 2
+    assert len(notices) == 1
+
+
+def test_other_threads_draw_and_own_generators_are_free_while_batches_are_made(made):
+    at_work, may = threading.Event(), threading.Event()
+
+    def prepare(step: int, samples: Any) -> StepBatches:
+        own = torch.rand(1, generator=torch.Generator().manual_seed(step)), np.random.default_rng(step).random(), attended(0.0)
+        if step:
+            at_work.set()
+            assert may.wait(SOON_S)
+        return batches(step, own)
+
+    notices = list[str]()
+    ahead = made(Samples(), prepare, notices.append)
+    ahead.take(0)
+    ahead.begin(1)
+    assert at_work.wait(SOON_S)
+    torch.manual_seed(3)
+    drawn = torch.rand(1), random.random(), np.random.random()
+    may.set()
+    ahead.take(1)
+    assert len(drawn) == 3 and notices == []
 
 
 # in the loop ---------------------------------------------------------------------------------------------------------
@@ -191,7 +251,6 @@ def looped(ahead: Any, steps: int, stop: int, order: list[str], **changes: Any) 
     loop.ledger, loop.hooks = Ledger("data"), [Noted(order)]
     loop.context = SimpleNamespace(start_step=0, progressed=lambda: order.append("progress"), phase=lambda name: None)
     loop.heartbeat, loop.ahead, loop.pauses = SimpleNamespace(stop=0), ahead, ()
-    loop.state = SimpleNamespace(blocked_s=0.0, saver=SimpleNamespace(failed=False), memory=None)
     loop.reports = SimpleNamespace(begin=lambda: None, aside=lambda: loop.ledger("idle"))
     loop.reports.report = lambda done: order.append(f"report {done}")
     counted: list[int] = []
@@ -251,6 +310,14 @@ def test_norms_are_judged_before_workers_are_compared(made):
     assert order.index("looks 2") < order.index("norm 1: 2"), "other steps don't wait"
 
 
+def watching() -> Any:
+    """What watches norms, of a dataset with one sample a step."""
+    watch: Any = object.__new__(LossWatch)
+    watch.job, watch.saved = job(), lambda: None
+    watch.dataset = SimpleNamespace(order=SimpleNamespace(step=lambda step: np.array([step]), locate=lambda positions: Places()))
+    return watch
+
+
 class Places:
     source, chunk, row = [0], [0], [7]
 
@@ -259,9 +326,43 @@ class Places:
 
 
 def test_an_error_names_the_step_whose_norm_is_not_finite():
-    watch: Any = object.__new__(LossWatch)
-    watch.job, watch.saved = job(), lambda: None
-    watch.dataset = SimpleNamespace(order=SimpleNamespace(step=lambda step: np.array([step]), locate=lambda positions: Places()))
+    watch = watching()
     watch.on_norm(3, 1.0)
     with pytest.raises(NonFiniteError, match="step 4: gradient norm inf"):
         watch.on_norm(3, math.inf)
+
+
+def failing(made: Callable[..., BatchesAhead], norm: float) -> Any:
+    """A loop whose recipe raises an error of its own in step 3, after a step of this norm."""
+    loop = looped(made(Samples(), batches), 9, 0, [], **{"train.log_every": 100, "checkpoint.every": 100})
+
+    def step(number: int, batches: Any) -> None:
+        if number == 2:
+            raise ValueError("the latents aren't finite")
+        loop.stepper._unread.append((number, LateRead(torch.tensor(norm if number == 1 else 1.0))))
+
+    loop.stepper.step, loop.hooks = step, [watching()]
+    loop.hooks[0].saved = lambda: pytest.fail("other workers may not have failed, and wait elsewhere")
+    return loop
+
+
+def test_a_recipes_error_about_weights_that_are_not_finite_does_not_hide_the_step_that_made_them_so(made):
+    with pytest.raises(NonFiniteError, match="step 2: gradient norm nan") as caught:
+        failing(made, math.nan).run()
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_recipes_error_after_finite_steps_and_after_an_abort_is_its_own(made):
+    with pytest.raises(ValueError, match="latents"):
+        failing(made, 1.0).run()
+    loop = failing(made, math.nan)
+    step, aborted = loop.stepper.step, threading.Event()
+
+    def progressed() -> None:
+        if aborted.is_set():
+            raise PeerLostError
+
+    loop.context.progressed = progressed
+    loop.stepper.step = lambda number, batches: (aborted.set() if number == 2 else None, step(number, batches))
+    with pytest.raises(ValueError, match="latents"):
+        loop.run()

@@ -121,3 +121,4 @@ def test_a_loss_that_has_no_shares_is_computed_whole():
             return Loss(found["query"].sum())
 
     assert Embedder.shares_coupling() and not Own.shares_coupling() and not Other.shares_coupling()
+    assert not hasattr(Own, "couple_some")

@@ -344,3 +344,12 @@ def test_stages_of_users_that_were_written_for_an_earlier_version_still_work(tmp
     stage = Banned(words=[str(tmp_path / "words.txt")])
     assert stage.identity()["words"] == [hashlib.sha256(b"bad\n").hexdigest()]
     assert (reason(stage, "a bad one"), reason(stage, "a good one")) == ("banned", "")
+
+
+def test_a_stage_without_a_function_is_named_before_any_document(tmp_path):
+    class Undefined(Stage):
+        def decides(self, document):
+            return None
+
+    with pytest.raises(ConfigError, match="Undefined doesn't define what to do"):
+        Undefined().open()

@@ -27,7 +27,7 @@ from heliostat.storage.locations import Location
 from heliostat.tracking.metrics import points
 from heliostat.training.stops import FAILED, RESIZE, RUN
 from heliostat.training.worker import unsealed
-from heliostat.training.worker.context import Latest, Posts
+from heliostat.training.worker.context import Due, Latest, Posts
 from heliostat.training.worker.training_state import TrainingState
 from heliostat.training.worker.unsealed import Unsealed
 
@@ -90,8 +90,7 @@ def test_the_last_save_must_succeed():
 def test_a_step_after_which_a_save_has_failed_somewhere_is_followed_by_the_next():
     state, notices = saving(AWAY)
     loop = loop_in_step(lambda: None)
-    loop.state = state
-    loop.state.saver.blocked_s = 0.0
+    state.saver.blocked_s, loop.hooks = 0.0, [state]
     asked: list[int] = []
     loop.consensus = SimpleNamespace(ask=asked.append, result=lambda: FAILED)
     loop.unsealed = SimpleNamespace(add=lambda *given: None)
@@ -103,17 +102,18 @@ def test_a_pause_point_waits_for_its_checkpoint_and_survives_as_many_failed_save
     """A sweep decides by that checkpoint: another trial may continue from it."""
     state, _ = saving(*[AWAY] * failures, True)
     loop, again, posted = loop_in_step(lambda: None), list[int](), list[Any]()
-    state.save, loop.state = again.append, state
+    state.save, state.context.ledger = again.append, Ledger("idle")
+    due = Due(last=False, reports=True, evaluates=False, saves=True, keeps=False, holds=True)
     decision = SimpleNamespace(remote=lambda step: RESIZE)
     loop.context.posts = SimpleNamespace(mailbox=SimpleNamespace(decision=decision), post=posted.append)
     loop.context.latest = Latest()
     monkeypatch.setattr("ray.get", lambda answer: answer)
     if failures > TOLERATED:
         with pytest.raises(StorageError):
-            loop._hold(7)
-        assert not posted
+            state.on_save(7, due)
         return
-    assert loop._hold(7) == RESIZE and again == [7] * failures and [event.step for event in posted] == [7]
+    state.on_save(7, due)
+    assert again == [7] * (failures + 1) and loop._hold(7) == RESIZE and [event.step for event in posted] == [7]
 
 
 def pruning(prune: Callable[[int], None]) -> tuple[Any, list[str]]:
@@ -201,7 +201,7 @@ def test_an_outage_while_the_receipt_is_written_costs_one_checkpoint_and_nothing
     monkeypatch.setattr(Location, "write", failing)
     bad = 0, Bad(0, 0, 0, 0, "x", (0, 0, 1))
     monkeypatch.setattr(unsealed, "describe", lambda step, bad, dataset: {"step": step, **dataclasses.asdict(bad)})
-    state.unsealed._bad, state.context.posts.told = [bad], [Evaluation(step=1, scores={}, images={})]
+    state.unsealed._bad, state.context.posts.unsaved = [bad], [Evaluation(step=1, scores={}, images={})]
     train(state, 1, 2)
     state.save(2)
     train(state, 3)
@@ -212,7 +212,7 @@ def test_an_outage_while_the_receipt_is_written_costs_one_checkpoint_and_nothing
     state.settle()
     sealed = away == "checkpoints"
     assert len(state.unsealed._lanes) == (1 if sealed else 3)
-    assert len(state.context.posts.told) == len(state.unsealed._bad) == (0 if sealed else 1)
+    assert len(state.context.posts.unsaved) == len(state.unsealed._bad) == (0 if sealed else 1)
     down[0] = False
     state.save(3)
     state.wait()
@@ -225,7 +225,7 @@ def test_an_outage_while_the_receipt_is_written_costs_one_checkpoint_and_nothing
     assert last.chain == receipt.extend("", digests) == index["receipt"]["chain"]
     listed = [name for name, _ in run.join("quarantine").files()]
     assert listed == ["step-00000002.jsonl" if sealed else "step-00000003.jsonl"]
-    assert state.unsealed._lanes == state.unsealed._bad == state.context.posts.told == []
+    assert state.unsealed._lanes == state.unsealed._bad == state.context.posts.unsaved == []
 
 
 def test_outages_of_receipts_count_as_failed_saves_and_the_attempt_ends_behind_the_tolerated_ones(tmp_path, monkeypatch, alone):

@@ -243,5 +243,5 @@ def test_a_reported_error_ends_the_attempt_though_no_worker_ever_ends(monkeypatc
     ended = running._gather(members)
     assert time.monotonic() - began > 0.2, "a worker that has reported nothing is waited for"
     assert ordered == ["abort", "end of the stream"] and ended.summary is None
-    found = explain([replace(failure, told=running._reported.get(failure.rank)) for failure in ended.failures])
+    found = explain([replace(failure, reported=running._reported.get(failure.rank)) for failure in ended.failures])
     assert type(found) is DeviceError and str(found).startswith("worker 1 on a (node n, GPU 1): CUDA error: uncorrectable ECC")

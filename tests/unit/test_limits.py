@@ -97,9 +97,7 @@ def test_a_limit_stops_a_run_as_a_signal_does_and_the_error_says_which(tmp_path,
     )
     DrivenRun._beat(run)
     assert run.signals.name.startswith("limits.hours: 1 h are used up")
-    with pytest.raises(
-        LimitError, match=r"^limits\.hours: .*; stopped at step 7, behind a checkpoint; raise it and use --resume"
-    ):
+    with pytest.raises(LimitError, match=r"^limits\.hours: .*; stopped at step 7, after a checkpoint; raise it and use --resume"):
         DrivenRun._handle_stop(run, INTERRUPTED, 7)
     with pytest.raises(LimitError, match="before the first step"):
         DrivenRun._recover(run, StoppedError("stopped before the first step"))

@@ -224,6 +224,17 @@ def test_what_keeps_a_destroyed_engine_is_emptied(groups):
     assert parameter_offload.FWD_MODULE_STACK == []
 
 
+def test_the_linear_of_stage_3_ends_with_its_engine(groups, monkeypatch):
+    """It rounds gradients in another way: a run of another stage in the same process would have other bits."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    from heliostat.engine import deepspeed_engine
+
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    deepspeed_engine.destroy_engines()
+    assert torch.nn.functional.linear is plain is not zero3_linear_wrap
+
+
 def test_the_first_batch_is_not_sent_again():
     removed = []
     engine = SimpleNamespace(first_dataloader_check=SimpleNamespace(remove=lambda: removed.append(True)))

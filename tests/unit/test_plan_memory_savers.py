@@ -125,6 +125,15 @@ def test_fewer_layers_take_more_memory_and_less_time():
     assert replaying == pytest.approx([n / 4 * replaying[-1] for n in range(5)]) and replaying[-1] > 0
 
 
+def test_the_batches_of_two_steps_are_on_the_host():
+    """Of images these are gigabytes. A worker of four has a quarter of each step's samples."""
+    one = estimates()
+    recipe = CausalLM(one.job)
+    sample = sum(values.nbytes for values in recipe.batch(planner.sample(one.job, recipe), np.zeros(1, np.int64)).values())
+    assert sample >= 256 * 8
+    assert {one.candidate(Layout(2, micro, False, False)).memory["host"] for micro in (1, 4)} == {2 * 16 // 4 * sample}
+
+
 def test_offload_moves_inputs_to_the_host_and_takes_the_time_of_two_copies():
     plain, moved = (estimates(**{WHICH: True, **more}) for more in ({}, {OFFLOAD: True}))
     layout = layouts.of(plain.job)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 from heliostat import extras
 from heliostat.errors import ConfigError
@@ -104,6 +104,14 @@ def by_text(judge: Judge) -> Work:
 def first_failed(*rules: tuple[bool, str]) -> str:
     """Returns the reason of the first rule that failed; "" if none did."""
     return next((reason for failed, reason in rules if failed), "")
+
+
+@runtime_checkable
+class Decides(Protocol):
+    """Describes a stage that decides on one document, without anything to load."""
+
+    def decide(self, document: Document) -> Outcome:
+        """Decides on one document."""
 
 
 class Stage(Strict):
@@ -232,11 +240,11 @@ class Stage(Strict):
     def loaded(self) -> Callable[[Document], Outcome]:
         """Loads what the stage needs and returns its function of one document; `open` is for those that take several at once."""
         Stage.check(self)  # on this node: `decide` may take a module that is missing for bad data
+        if not isinstance(self, Decides):
+            raise ConfigError(
+                f"stage {self.named()}: {type(self).__name__} doesn't define what to do. Add `decide` (docs/guides/filter.md)"
+            )
         return self.decide
-
-    def decide(self, document: Document) -> Outcome:
-        """Decides on one document, where nothing has to be loaded."""
-        raise NotImplementedError
 
 
 def _digest(key: str, path: str) -> str:

@@ -31,6 +31,7 @@ from heliostat.recipes.protocol import GUIDE, Recipe
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine as DeepSpeedEngine
 
+_linear = torch.nn.functional.linear
 _engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()  # that are in memory
 
 
@@ -186,10 +187,11 @@ def destroy_engines() -> None:
     """Takes the engines of this process apart, so that they leave its memory.
 
     What keeps one is out of the collector's sight: hooks of gradients, a cache of ZeRO-3's coordinator, and the modules of the
-    last forward.
+    last forward. Stage 3 also leaves a `linear` of its own in torch, whose gradients are rounded in another way.
     """
     if "deepspeed" not in sys.modules:
         return
+    torch.nn.functional.linear = _linear
     while _engines:
         _engines.pop().destroy()  # not by a name, which would keep the last one, and all that it knows, in the collection
     patches.release_modules()

@@ -96,6 +96,7 @@ class Activations:
     largest: int  # the largest single tensor: there is one more of it for a moment
     flops: float = 0.0  # of the forward and backward pass, if they were to be counted
     tile: Tile | None = None  # of MLPs in tiles
+    batch: int = 0  # bytes of the sample itself
     singly: bool = True  # transformers checkpoints the layers one by one, so some alone, or each in part, can be
 
     @property

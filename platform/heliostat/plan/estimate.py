@@ -27,6 +27,7 @@ from heliostat.plan.layouts import Candidate, Layout
 from heliostat.plan.traffic import Traffic
 
 HOUR = 3600.0
+BATCHES = 2  # steps whose batches are in pinned memory: the present and the next one
 
 
 class Planner:
@@ -174,7 +175,8 @@ class Planner:
             parameters, layer = self._own.total(), max(self._own.values())
         live = memory.working(parameters, layer, layout.stage, train.precision, self._zero, self.gpu)
         kept, left = self._activations(layout)
-        return held, memory.need(held, live, kept, self.gpu, model.frozen_models, left), left
+        pinned = BATCHES * accumulation * layout.micro_batch * self.kept.batch // layout.sequence if self.gpu else 0
+        return held, memory.need(held, live, kept, self.gpu, model.frozen_models, left + pinned), left
 
     def _dividing(self, layout: Layout) -> int:
         """Counts the workers that divide the state among them."""

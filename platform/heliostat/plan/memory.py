@@ -166,7 +166,7 @@ def need(
     """Adds up the bytes that a worker needs: training state, buffers, activations, frozen models, and a margin.
 
     `frozen_models`: their bytes in every step, and their bytes in evaluations, which keep no activations. `on_host`: bytes of
-    activations there.
+    activations and of pinned batches there.
     """
     always, evaluating = frozen_models
     frozen = max(always, evaluating - activation_bytes)

@@ -117,7 +117,8 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Conte
         with meter, counter if count else nullcontext():
             recipe.loss(model, batch)
         tile = _tile(model)
-    return replace(meter.result(), flops=3.0 * counter.get_total_flops() if count else 0.0, tile=tile)
+        size = sum(values.nbytes for values in batch.values())
+    return replace(meter.result(), batch=size, flops=3.0 * counter.get_total_flops() if count else 0.0, tile=tile)
 
 
 def _tile(model: torch.nn.Module) -> Tile | None:

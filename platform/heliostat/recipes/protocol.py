@@ -166,18 +166,14 @@ class CouplesSamples(Recipe):
 
     @abstractmethod
     def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
-        """Computes a step's loss from its samples' vectors, in their order; on every worker unless there is `couple_some`."""
-
-    def couple_some(self, vectors: dict[str, torch.Tensor], some: slice) -> Loss:
-        """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives.
-        Optional: with it, workers share large steps (`SHARED_FROM` in `training.worker.coupled`)."""
-        raise NotImplementedError
+        """Computes a step's loss from its samples' vectors, in their order. Every worker does, unless a recipe also has
+        `couple_some`: with it, workers share large steps (`training.worker.coupled.CouplesSome`)."""
 
     @classmethod
     def shares_coupling(cls) -> bool:
         """Tells whether `couple_some` is of the loss that `couple` computes; where a class overrides `couple` alone, it isn't."""
-        owner = {name: next(c for c in cls.__mro__ if name in vars(c)) for name in ("couple", "couple_some")}
-        return owner["couple_some"] is not CouplesSamples and issubclass(owner["couple_some"], owner["couple"])
+        some, every = (next((c for c in cls.__mro__ if name in vars(c)), None) for name in ("couple_some", "couple"))
+        return some is not None and every is not None and issubclass(some, every)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         """Computes the loss of a batch that is a whole step."""

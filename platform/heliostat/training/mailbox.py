@@ -83,11 +83,11 @@ class MailboxState:
         self._orders |= orders
 
     def decide(self, step: int, stop: int) -> None:
-        """Decides whether the workers that wait behind `step` go on or stop; the first decision for a step stands."""
+        """Decides whether the workers that wait after `step` continue or stop; the first decision for a step stands."""
         self._decisions.setdefault(step, stop)
 
     def decision(self, step: int) -> int | None:
-        """Returns the stop code decided for the workers that wait behind `step`; None until there is one.
+        """Returns the stop code decided for the workers that wait after `step`; None until there is one.
 
         An order to stop is a decision too. All workers get the same answer as the first one.
         """

@@ -1,8 +1,8 @@
 """Keeps copies of the training state in the memory of a node: an actor for each node of a run, which outlives the workers.
 
-A copy is what one worker holds of the state behind one step, as bytes. It arrives in pieces, several at a time, each of which is
+A copy is what one worker holds of the state after one step, as bytes. It arrives in pieces, several at a time, each of which is
 checksummed while it arrives. It counts once it is sealed: complete, and with the checksums that its worker computed. Copies with
-the same id belong together, as one *generation*: one for each worker of an attempt, behind the same step. Two generations stay,
+the same id belong together, as one *generation*: one for each worker of an attempt, after the same step. Two generations stay,
 because the newest may not be complete yet.
 """
 

@@ -96,7 +96,7 @@ def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
     if checkpoint and not resume:
         raise ConfigError(
             f"name: run {job.name!r} already has checkpoints up to step {checkpoint.step} in {job.run_folder}; "
-            "use --resume to go on, --overwrite to start anew (resume=True, overwrite=True), or another name"
+            "use --resume to continue, --overwrite to start from scratch (resume=True, overwrite=True), or another name"
         )
     return checkpoint
 
@@ -115,7 +115,7 @@ def _plan(job: Job, recipe: Any, checkpoint: SavedCheckpoint | None, recorded: D
             "the run's samples would change on resume; undo this, use another name, or start a new segment of the run with "
             "--allow-data-change:\n  " + "\n  ".join(changes)
         )
-    log.warning("the run's samples change behind step %d: %s", checkpoint.step, "; ".join(changes))
+    log.warning("the run's samples change after step %d: %s", checkpoint.step, "; ".join(changes))
     return check.check_data(job, recipe, recorded, change_at=checkpoint.step)
 
 

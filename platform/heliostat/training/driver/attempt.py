@@ -1,6 +1,6 @@
 """Runs one attempt at a training run: puts the pool's workers to work once, and watches them from the driver until they end.
 
-The driver's thread never waits for long. It drains the mailbox; orders the workers to stop behind a checkpoint when a person or a
+The driver's thread never waits for long. It drains the mailbox; orders the workers to stop after a checkpoint when a person or a
 node's provider wants that, or when the cluster has room for more of them; and ends them when no worker makes progress any more.
 """
 
@@ -105,7 +105,7 @@ class Attempt:
         self._members: list[Member] = []  # the workers' processes, in order of their ranks
         self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
         self._ordered = 0
-        self._paused_at: int | None = None  # the step behind which the workers wait
+        self._paused_at: int | None = None  # the step after which the workers wait
         self._stop_by: float | None = None  # when those that were asked to stop must have ended
         self._look_at = self._grow_at = 0.0
         self._starved = False  # said to be
@@ -118,7 +118,7 @@ class Attempt:
         Raises a HeliostatError if the attempt fails.
         """
         profiles = ProfileRequests(
-            self.job.run_folder, self.job.workers.most, lambda asked: self._mailbox.order.remote({"profile": asked})
+            self.job.run_folder, self.job.workers.most, lambda request: self._mailbox.order.remote({"profile": request})
         )
         profiles.begin()
         try:
@@ -157,7 +157,7 @@ class Attempt:
         ended = outcome.result()
         if ended.summary is not None:
             return ended.summary
-        raise explain([replace(f, told=self._reported.get(f.rank)) for f in ended.failures])
+        raise explain([replace(f, reported=self._reported.get(f.rank)) for f in ended.failures])
 
     # the watch -------------------------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Attempt:
         except ray.exceptions.GetTimeoutError:
             return []
         except ray.exceptions.RayError as e:
-            died = f"the driver's mailbox died ({type(e).__name__}), so nobody watches over the workers"
+            died = f"the driver's mailbox died ({type(e).__name__}), so nothing watches the workers"
             self._fault = self._fault or TrainingError(died)
             return []
         if lost:
@@ -208,7 +208,7 @@ class Attempt:
             if self._phase not in ("step", "stepped"):
                 self._fault = StoppedError(f"stopped by {self.signals.name} before the first step; nothing was lost")
                 return
-            self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
+            self._order(INTERRUPTED, f"{self.signals.name}: stopping after a checkpoint; once more stops at once")
         beating = Counter(p["node"] for p in self._heartbeats.values())
         if self.pool.waiting:
             self._say(self._placing.told())
@@ -216,12 +216,12 @@ class Attempt:
             self._starved = self._say(self._too_little_to_read(beating))
         if self._ordered < PREEMPTED and self._phase == "stepped":
             if gone := beating.keys() & nodes.draining():
-                self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
+                self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping after a checkpoint")
             elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
                 self._grow_at = now + GROW_S
                 better = choose(self.start.counts, nodes.room_now(self.job, self.pool.held(), self.pool.avoided()))
                 if better > self.job.workers.most:
-                    self._order(RESIZE, f"there is room for {better} workers: growing behind the next checkpoint")
+                    self._order(RESIZE, f"there is room for {better} workers: growing after the next checkpoint")
         if self._stop_by and now > self._stop_by:
             what = f"the workers wrote no checkpoint within checkpoint.grace ({self.job.checkpoint.grace:g} s)"
             interrupted = self._ordered == INTERRUPTED

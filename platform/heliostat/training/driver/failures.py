@@ -25,8 +25,8 @@ EXPLAINED = ("node has died", "node was terminated", "outofmemory", "out of memo
 class Failure:
     """Describes how a worker failed, and where it ran.
 
-    `error`: what Ray raised; None if the worker did not end, and was ended. `told`: the error that the worker reported before it
-    cleaned up, which arrives even if the worker then dies or hangs.
+    `error`: what Ray raised; None if the worker did not end, and was ended. `reported`: the error that the worker
+    reported before it cleaned up, which arrives even if the worker then dies or hangs.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class Failure:
     address: str
     gpus: tuple[str, ...]
     error: Exception | None
-    told: HeliostatError | None = None
+    reported: HeliostatError | None = None
 
     @property
     def place(self) -> str:
@@ -45,7 +45,7 @@ class Failure:
     def own(self) -> BaseException | None:
         """Returns the error that the worker itself has raised, if it is known."""
         if not _alive(self.error):
-            return self.told
+            return self.reported
         return innermost(self.error) or getattr(self.error, "cause", None) or self.error
 
     @property

@@ -146,10 +146,10 @@ class Beside:
             code = self._process.wait(self.asked.wait)
         except subprocess.TimeoutExpired:
             self.end()
-            log.warning("evaluate.benchmarks: not all is scored after %g s; `%s` goes on", self.asked.wait, again)
+            log.warning("evaluate.benchmarks: not all is scored after %g s; `%s` continues", self.asked.wait, again)
             return
         if code:
-            log.warning("evaluate.benchmarks: scoring ended with exit code %d; `%s` goes on", code, again)
+            log.warning("evaluate.benchmarks: scoring ended with exit code %d; `%s` continues", code, again)
 
     def end(self) -> None:
         """Ends the process; what it has scored stays."""

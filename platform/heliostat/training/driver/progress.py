@@ -91,7 +91,7 @@ class ProgressReporter:
     def _on_spike(self, event: LossSpike) -> None:
         self.spikes += 1
         log.warning(
-            "step %d: loss spike (%d so far): %s; training goes on (spike.action: warn). `heliostat samples` with --step %d "
+            "step %d: loss spike (%d so far): %s; training continues (spike.action: warn). `heliostat samples` with --step %d "
             "shows what it trained on", event.step, self.spikes, event.text, event.step,
         )  # fmt: skip
 

@@ -240,7 +240,7 @@ class DrivenRun:
         return Attempt(start, self.pool, self.signals, self._take, self._beat).run()
 
     def _take(self, event: Event) -> None:
-        """Hands an event of the workers to the ledger, MLflow, the terminal, and whatever the run is a part of."""
+        """Hands an event of the workers to the ledger, MLflow, the terminal, and the sweep or suite that the run is a part of."""
         if isinstance(event, Steps):
             self.done = event.done
             self.trust_memory = True
@@ -297,7 +297,7 @@ class DrivenRun:
             self.trust_memory = True  # nothing was tried
             self._pause(self.job.retries.backoff)
             return
-        if kind in ("corrupt", "spike") or isinstance(error, CorruptionError):  # the run goes back behind what is in memory
+        if kind in ("corrupt", "spike") or isinstance(error, CorruptionError):  # the run goes back to before what is in memory
             self.memory.forget()
         try:
             newest = suspects.trusted(self.job.run_folder, error)
@@ -350,9 +350,9 @@ class DrivenRun:
         self.order = make_order(self.plan, self.checked.manifests)
 
     def _handle_stop(self, stop: int, step: int) -> None:
-        """Handles a stop that the workers were ordered to make behind the checkpoint of `step`."""
+        """Handles a stop that the workers were ordered to make after the checkpoint of `step`."""
         if stop == INTERRUPTED:
-            where = f"stopped at step {step}, behind a checkpoint"
+            where = f"stopped at step {step}, after a checkpoint"
             if reached := self.spending.reached:
                 raise LimitError(f"{reached}; {where}; raise it and use --resume to go on")
             raise StoppedError(f"{where}; use --resume to go on")

@@ -99,7 +99,7 @@ def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
         return checkpoint
     if checkpoint := layout.latest(run):
         log.warning(
-            "no checkpoint of up to step %d is kept, so the run goes on from one in doubt; raise checkpoint.keep, or "
+            "no checkpoint of up to step %d is kept, so the run continues from one in doubt; raise checkpoint.keep, or "
             "lower train.recheck.every", error.agreed,
         )  # fmt: skip
     return checkpoint

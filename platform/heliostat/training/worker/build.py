@@ -24,14 +24,13 @@ from heliostat.training.mailbox import MailboxState
 from heliostat.training.memory_keeper import MemoryPlan
 from heliostat.training.stops import RUN
 from heliostat.training.worker import collector
-from heliostat.training.worker.batches_ahead import BatchesAhead
 from heliostat.training.worker.collector import Collector
 from heliostat.training.worker.context import Context, Hook, Posts
 from heliostat.training.worker.evaluation import Evaluations
 from heliostat.training.worker.heartbeat import Heartbeat
 from heliostat.training.worker.loss_watch import LossWatch
 from heliostat.training.worker.memory_copies import MemoryCopies
-from heliostat.training.worker.micro_batches import BatchPlan
+from heliostat.training.worker.micro_batches import BatchesAhead, BatchPlan
 from heliostat.training.worker.node_metrics import NodeMonitor
 from heliostat.training.worker.profiler import StepProfiler
 from heliostat.training.worker.recheck import CorruptionCheck
@@ -130,7 +129,7 @@ class Worker:
             return samples.next_step()
 
         self.ahead = BatchesAhead(lambda: sharing.share(read), stepper.prepare, posts.notice)
-        self.loop = Loop(context, stepper, state, unsealed, self.reports, self.heartbeat, hooks, config["pauses"], self.ahead)
+        self.loop = Loop(context, stepper, unsealed, self.reports, self.heartbeat, hooks, config["pauses"], self.ahead)
 
     def run(self) -> WorkerSummary:
         """Trains to the last step, or until the workers stop; returns the summary."""
@@ -163,7 +162,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Tells whether a save, or the making of batches, goes on in its thread."""
+        """Returns whether a save, or the making of batches, still runs in its thread."""
         return self.state.saver.busy or (self.ahead is not None and self.ahead.busy)
 
     def _progressed(self) -> None:

@@ -1,8 +1,8 @@
 """Keeps Python's garbage collector off the step path.
 
 Left to itself it runs when so many objects have been made, on each worker within another step, and all others wait for that
-worker in the next collective. Here it runs between steps, at the same ones on all workers: behind every EVERY-th it looks at
-what is new, and behind evaluations and saves at everything.
+worker in the next collective. Here it runs between steps, at the same ones on all workers: after every EVERY-th it looks at
+what is new, and after evaluations and saves at everything.
 """
 
 from __future__ import annotations

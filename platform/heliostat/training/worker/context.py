@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
+from heliostat.errors import HeliostatError
 from heliostat.runs.events import Evaluation, Event, LossSpike, Notice, Phase, Steps
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage import wire
@@ -26,7 +27,7 @@ from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
 from heliostat.training.mailbox import MailboxState
 
-Told = Steps | LossSpike | Evaluation  # which copies in memory hold
+Kept = Steps | LossSpike | Evaluation  # that copies in memory hold
 for kind in (Steps, LossSpike, Evaluation):
     wire.travels(kind)
 
@@ -34,21 +35,21 @@ for kind in (Steps, LossSpike, Evaluation):
 class Posts:
     """Posts rank 0's events, which are the same on all workers.
 
-    `mailbox`: the driver's; None without a driver. `told`: events since the last checkpoint that must not be lost, even if the
+    `mailbox`: the driver's; None without a driver. `unsaved`: events since the last checkpoint that must not be lost, even if the
     driver dies before it has them.
     """
 
     def __init__(self, mailbox: ActorHandle[MailboxState] | None, rank: int) -> None:
         self.mailbox, self.rank = mailbox, rank
-        self.told: list[Told] = []
+        self.unsaved: list[Kept] = []
 
     def post(self, event: Event) -> None:
         if self.rank == 0:
             self.post_of_any(event)
 
-    def tell(self, event: Told) -> None:
+    def tell(self, event: Kept) -> None:
         """Posts an event that must not be lost."""
-        self.told.append(event)
+        self.unsaved.append(event)
         self.post(event)
 
     def notice(self, text: str | None) -> None:
@@ -120,6 +121,22 @@ class Due(NamedTuple):
 class Hook:
     """Does something around the steps; every worker calls all hooks at the same points, in the same order."""
 
+    copies = False  # whether it copies the training state into memory, where that is due
+
+    @property
+    def blocked_s(self) -> float:
+        """Returns the seconds for which work in its threads has kept training waiting."""
+        return 0.0
+
+    @property
+    def unsettled(self) -> bool:
+        """Tells whether work in its threads has failed on this worker: then all workers call `settle`."""
+        return False
+
+    def settle(self) -> bool:
+        """Waits for work in its threads; collective. Returns whether it succeeded; raises on all workers what ends them."""
+        return True
+
     def looks(self, step: int) -> bool:
         """Tells whether `before_step` looks at what the steps before have made: their norms are judged first."""
         return False
@@ -130,6 +147,11 @@ class Hook:
     def on_norm(self, step: int, norm: float) -> None:
         """Acts on the norm of a step's gradient, once for each step, counted from 0: after the next step, or sooner, before
         anything is reported, compared, evaluated, or saved that depends on the step."""
+
+    def cause(self, norms: list[tuple[int, float]]) -> HeliostatError | None:
+        """Returns the error of an earlier step that made the present one raise its own, if the norms of steps before show it:
+        pairs of a step, counted from 0, and its norm. Waits for no other worker, because others may not have failed."""
+        return None
 
     def after_step(self, done: int, due: Due) -> None:
         """Acts once `done` steps are made, before the last of them is reported."""

@@ -14,7 +14,7 @@ computes what its share of them adds (`couple_some`), a block at a time, and the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,11 +28,18 @@ from heliostat.training.worker.micro_batches import Micro, seeded
 if TYPE_CHECKING:
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
-Found = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 Terms = int | torch.Tensor  # how many loss terms a step has over all workers
 Checked = Callable[[object, str], Loss]  # returns what a recipe's method gave, if it is a loss; by the method's name
 
 SHARED_FROM = 1024  # samples of a step; also of a block. Fewer are coupled by each worker, which is one matrix of 4 MiB
+
+
+class CouplesSome(Protocol):
+    """Describes a recipe that shares its loss: workers compute parts of steps of more than `SHARED_FROM` samples."""
+
+    def couple_some(self, vectors: Tensors, some: slice) -> Loss:
+        """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives."""
 
 
 class CoupledStep(NamedTuple):
@@ -41,24 +48,25 @@ class CoupledStep(NamedTuple):
 
     loss: Loss
     keys: torch.Tensor
-    gradients: Found
+    gradients: Tensors
 
-    def product(self, found: Found, micro: Micro) -> torch.Tensor:
+    def product(self, representations: Tensors, micro: Micro) -> torch.Tensor:
         """Computes the inner product of a micro-batch's representations with their gradients."""
         places = torch.searchsorted(self.keys, upload(torch.from_numpy(micro.keys), self.keys.device))
-        return torch.stack([(found[name].float() * whole[places]).sum() for name, whole in self.gradients.items()]).sum()
+        products = [(representations[name].float() * whole[places]).sum() for name, whole in self.gradients.items()]
+        return torch.stack(products).sum()
 
 
-def represented(recipe: CouplesSamples, engine: DeepSpeedEngine, micro: Micro, batch: Batch) -> Found:
+def represented(recipe: CouplesSamples, engine: DeepSpeedEngine, micro: Micro, batch: Batch) -> Tensors:
     """Represents the samples of a micro-batch, which is on the device; ConfigError for what is not of each sample."""
-    found = recipe.represent(engine, batch)
-    for name, tensor in found.items():
+    representations = recipe.represent(engine, batch)
+    for name, tensor in representations.items():
         if tensor.dim() == 0 or len(tensor) != len(micro.keys):
             raise ConfigError(
                 f"recipe: {type(recipe).__name__}.represent gives {name!r} as {list(tensor.shape)} of {len(micro.keys)} samples; "
                 f"give [{len(micro.keys)}, ...] ({GUIDE})"
             )
-    return found
+    return representations
 
 
 def first_pass(
@@ -74,8 +82,8 @@ def first_pass(
     with torch.no_grad():
         mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device, progressed)]
         keys, order = _from_all(upload(torch.from_numpy(np.concatenate([m.keys for m in micros])), engine.device)).sort()
-        found = {name: _from_all(torch.cat([one[name] for one in mine]))[order] for name in sorted(mine[0])}
-    leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in found.items()}
+        representations = {name: _from_all(torch.cat([one[name] for one in mine]))[order] for name in sorted(mine[0])}
+    leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in representations.items()}
     if len(keys) > SHARED_FROM and recipe.shares_coupling():
         loss, gradients = _shared(recipe, leaves, checked, terms)
         return CoupledStep(loss, keys, gradients)
@@ -83,7 +91,7 @@ def first_pass(
     return CoupledStep(loss, keys, _gradients(recipe, leaves, loss, terms))
 
 
-def _gradients(recipe: CouplesSamples, leaves: Found, loss: Loss, terms: Terms) -> Found:
+def _gradients(recipe: CouplesSamples, leaves: Tensors, loss: Loss, terms: Terms) -> Tensors:
     if not loss.sum.requires_grad:
         raise ConfigError(
             f"recipe: {type(recipe).__name__}.couple makes no use of what is represented in floating point ({GUIDE})"
@@ -93,14 +101,14 @@ def _gradients(recipe: CouplesSamples, leaves: Found, loss: Loss, terms: Terms) 
     return {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}
 
 
-def _shared(recipe: CouplesSamples, leaves: Found, checked: Checked, terms: Terms) -> tuple[Loss, Found]:
+def _shared(recipe: CouplesSamples, leaves: Tensors, checked: Checked, terms: Terms) -> tuple[Loss, Tensors]:
     """Computes the loss and its gradients with the other workers; collective. Each has a slice of the samples in their order."""
     number, rank, world = len(next(iter(leaves.values()))), dist.get_rank(), dist.get_world_size()
     begin, end = number * rank // world, number * (rank + 1) // world
     totals = {name: torch.zeros_like(tensor) for name, tensor in leaves.items() if tensor.requires_grad}
-    sums, parts = list[torch.Tensor](), dict[str, Part]()
+    sums, parts, shares = list[torch.Tensor](), dict[str, Part](), cast("CouplesSome", recipe)
     for first in range(begin, end, SHARED_FROM):
-        loss = checked(recipe.couple_some(leaves, slice(first, min(first + SHARED_FROM, end))), "couple_some")
+        loss = checked(shares.couple_some(leaves, slice(first, min(first + SHARED_FROM, end))), "couple_some")
         for name, gradient in _gradients(recipe, leaves, loss, terms).items():
             totals[name] += gradient
         parts = loss.parts

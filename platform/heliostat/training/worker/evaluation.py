@@ -83,13 +83,13 @@ class HeldOut:
         filled = self.keys = np.concatenate([numbers for numbers, _ in parts])
         self.batches = len(filled) // self.micro  # the same on every worker: ZeRO-3 gathers together
         take = type(everything)(*(getattr(everything, f)[filled] for f in ("position", "source", "epoch", "chunk", "row")))
-        found = dataset.gather(take)
-        self.content = whole(found, self.micro, lambda: dataset.gather(everything))
+        gathered = dataset.gather(take)
+        self.content = whole(gathered, self.micro, lambda: dataset.gather(everything))
         self.counted = np.concatenate([counted for _, counted in parts])
         self.counted &= sharing.counts  # of workers that compute the same scores, one's are taken
-        if lost := int(self.counted[list(found.faults)].sum()):
-            log.warning("%d held-out samples are bad and score nothing: %s", lost, next(iter(found.faults.values())))
-        self.counted[list(found.faults)] = False
+        if lost := int(self.counted[list(gathered.faults)].sum()):
+            log.warning("%d held-out samples are bad and score nothing: %s", lost, next(iter(gathered.faults.values())))
+        self.counted[list(gathered.faults)] = False
 
     @torch.no_grad()
     def scores(
@@ -120,8 +120,8 @@ class HeldOut:
         progressed()  # after the last number was read: after an abort none of them counts
         if len(totals):
             dist.all_reduce(totals, group=group)
-        found = self.evaluates.metrics(dict(zip(names, totals.tolist(), strict=True)))
-        return found | self._measured(kept, group) if self.evaluates.gathered else found
+        metrics = self.evaluates.metrics(dict(zip(names, totals.tolist(), strict=True)))
+        return metrics | self._measured(kept, group) if self.evaluates.gathered else metrics
 
     def _measured(self, kept: list[tuple[np.ndarray, dict[str, np.ndarray]]], group: dist.ProcessGroup) -> dict[str, float]:
         parts = agreement.merged(group, lambda: [kept], operator.add)
@@ -137,28 +137,28 @@ def _added(totals: torch.Tensor, unread: deque[tuple[LateRead, torch.Tensor]], b
     return totals
 
 
-def whole(found: Gathered, micro: int, everything: Callable[[], Gathered]) -> Content:
+def whole(gathered: Gathered, micro: int, everything: Callable[[], Gathered]) -> Content:
     """Replaces each bad row, which is null, by a good one, so that recipes make batches of good ones alone; none of them counts.
 
     Its place is taken by the first good row of its micro-batch, so that the others are padded no further. A micro-batch without
     one becomes any good row as often: this worker's first, or of all held-out samples; DataError if they have none.
     """
-    if not found.faults or isinstance(found.content, np.ndarray):  # a bad sample of tokens is zeros
-        return found.content
-    index, good = np.arange(len(found.content)), _good(found)
+    if not gathered.faults or isinstance(gathered.content, np.ndarray):  # a bad sample of tokens is zeros
+        return gathered.content
+    index, good = np.arange(len(gathered.content)), _good(gathered)
     if not len(good):
-        found, reason = everything(), next(iter(found.faults.values()))
-        if not len(good := _good(found)):
+        gathered, reason = everything(), next(iter(gathered.faults.values()))
+        if not len(good := _good(gathered)):
             raise DataError(f"{reason}; with it, no held-out sample can be scored: prepare the dataset again")
-        return content.take(found.content, np.full(len(index), good[0]))
-    for i in found.faults:
+        return content.take(gathered.content, np.full(len(index), good[0]))
+    for i in gathered.faults:
         near = good[good // micro == i // micro]
         index[i] = near[0] if len(near) else good[0]
-    return content.take(found.content, index)
+    return content.take(gathered.content, index)
 
 
-def _good(found: Gathered) -> np.ndarray:
-    return np.setdiff1d(np.arange(len(found.content)), list(found.faults))
+def _good(gathered: Gathered) -> np.ndarray:
+    return np.setdiff1d(np.arange(len(gathered.content)), list(gathered.faults))
 
 
 def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
@@ -203,8 +203,8 @@ def show(
     images: dict[str, bytes] = {}
 
     def judge() -> dict[str, float]:
-        scores, made = gallery.judge([pictures[n] for n in range(gallery.count)], progressed)
-        images.update(made)
+        scores, pngs = gallery.judge([pictures[n] for n in range(gallery.count)], progressed)
+        images.update(pngs)
         return scores
 
     return agreement.first(group, judge), images

@@ -1,8 +1,8 @@
 """Sends a worker's heartbeat: a thread reports its progress to the mailbox and obeys the driver's orders.
 
 The loop only counts (`heartbeat.progress += 1`) and asks (`heartbeat.stop`). Workers stop together: at every step each
-contributes the highest stop code it knows of, and `StopConsensus` gives all of them the highest of all, behind the step's own
-work.
+contributes the highest stop code it knows of, and `StopConsensus` gives all of them the highest of all, while the step's
+own work runs.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Heartbeat:
             if orders.get("dump") and not dumped:
                 dumped = True
                 self._mailbox.post.remote(Stack(rank=self._rank, stack=stacks()))
-            if (asked := orders.get("profile")) and asked.rank == self._rank and asked.id != profile:
-                profile = asked.id
-                self.profiles.append(asked)
+            if (request := orders.get("profile")) and request.rank == self._rank and request.id != profile:
+                profile = request.id
+                self.profiles.append(request)
             if orders.get("abort") and not aborted:
                 aborted = True
                 process_group.obey(self._abort)  # here, because the main thread may be in a collective that does not end
@@ -93,7 +93,7 @@ def stacks() -> str:
 class StopConsensus:
     """Finds the highest stop code of all workers: `ask(code)`, a step's work, `result()`.
 
-    A thread passes the codes along a tree beside the step's work, on a channel of its own of the group.
+    A thread passes the codes along a tree during the step's work, on a channel of its own of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:

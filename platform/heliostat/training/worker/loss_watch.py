@@ -1,6 +1,6 @@
 """Ends an attempt for a loss or a gradient that is not finite, or for a loss spike that the job wants undone.
 
-`config.spikes` tells which losses are spikes. Going back and leaving the samples out is what PaLM's training did by hand
+`config.spikes` defines which losses are spikes. Going back and leaving the samples out is what PaLM's training did by hand
 (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from heliostat.config.spikes import SpikeDetector
 from heliostat.data.dataset import Dataset
-from heliostat.errors import LossSpikeError, NonFiniteError
+from heliostat.errors import HeliostatError, LossSpikeError, NonFiniteError
 from heliostat.runs.events import LossSpike
 from heliostat.training.worker.context import Context, Hook
 
@@ -39,26 +39,34 @@ class LossWatch(Hook):
                 spike = LossSpike(step=step + 1, loss=loss, **excess._asdict())
                 self.posts.tell(spike)
                 if spike.action == "rollback":
-                    self._roll_back(step, spike.text)
+                    self.saved()
+                    raise LossSpikeError(f"step {step + 1}: {spike.text}", step)
 
     def on_norm(self, step: int, norm: float) -> None:
         """Checks a step's gradient norm; fp16's loss scaler skips such steps itself."""
-        if self.job.train.precision != "fp16" and not math.isfinite(norm):
+        if self._overflows(norm):
             self._fail(step, f"gradient norm {norm}")
 
-    def _roll_back(self, step: int, what: str) -> None:
-        self.saved()
-        raise LossSpikeError(f"step {step + 1}: {what}", step)
+    def cause(self, norms: list[tuple[int, float]]) -> HeliostatError | None:
+        """Returns the error of the first step whose norm isn't finite: a recipe may reject the weights that came of it."""
+        return next((self._error(step, f"gradient norm {norm}") for step, norm in norms if self._overflows(norm)), None)
+
+    def _overflows(self, norm: float) -> bool:
+        return self.job.train.precision != "fp16" and not math.isfinite(norm)
 
     def _fail(self, step: int, what: str) -> None:
+        self.saved()
+        raise self._error(step, what)
+
+    def _error(self, step: int, what: str) -> HeliostatError:
+        """Describes a step, counted from 0, whose numbers aren't finite; a job with `rollback` undoes it."""
         if self.job.spike and self.job.spike.action == "rollback":
-            self._roll_back(step, what)
+            return LossSpikeError(f"step {step + 1}: {what}", step)
         order = self.dataset.order
         ids = order.locate(order.step(step).ravel())
         names = [f"{s}:{c}:{r}" for s, c, r in zip(ids.source[:NAMED], ids.chunk[:NAMED], ids.row[:NAMED], strict=True)]
         more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-        self.saved()
-        raise NonFiniteError(
+        return NonFiniteError(
             f"step {step + 1}: {what}; training stopped before another checkpoint. Samples (source:chunk:row): "
             f"{', '.join(names)}{more}. Lower train.optimizer.lr, or look at the data, and use --resume"
         )

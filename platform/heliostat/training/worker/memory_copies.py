@@ -1,6 +1,6 @@
 """Copies a worker's part of the training state into the memory of its node and of another, and reads it back from there.
 
-The copy into this process's memory runs beside the next forward and backward pass, as a save's does: only the next optimizer step
+The copy into this process's memory runs during the next forward and backward pass, as a save's does: only the next optimizer step
 waits for it. On a GPU it is queued on a stream of its own, into pinned memory, and the optimizer's kernels wait, not the host.
 
 It leaves for the keepers (`training.memory_keeper`) in a thread of its own, in pieces, several of which travel at the same time.

@@ -114,8 +114,8 @@ def _own() -> tuple[dict[str, float], dict[int, str]]:
 
 def _visible(nvml: ModuleType) -> list[str]:
     """Lists the GPUs that this process sees: numbers of NVML, or UUIDs."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(i) for i in range(nvml.nvmlDeviceGetCount())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(nvml.nvmlDeviceGetCount())]
 
 
 @functools.cache

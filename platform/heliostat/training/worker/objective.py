@@ -57,12 +57,12 @@ class Objective:
 
     def part(self, model: torch.nn.Module, batch: Batch, micros: int, terms: Terms) -> LossShare:
         """Computes a micro-batch's share; `micros`: micro-batches of all workers in a step; `terms`: their loss terms."""
-        made = self._checked(self.recipe.loss(model, batch), "loss")
-        objective = made.sum * (micros / terms)
-        for part in made.parts.values():
+        loss = self._checked(self.recipe.loss(model, batch), "loss")
+        objective = loss.sum * (micros / terms)
+        for part in loss.parts.values():
             if part.weight:
                 objective = objective + part.value.float() * part.weight
-        return LossShare(objective, made.sum.detach(), _added(made, micros), made.routed)
+        return LossShare(objective, loss.sum.detach(), _added(loss, micros), loss.routed)
 
     def _coupled(
         self, recipe: CouplesSamples, engine: DeepSpeedEngine, micros: Sequence[Micro], terms: Terms, number: int
@@ -74,18 +74,18 @@ class Objective:
             product = step.product(coupled.represented(recipe, engine, micro, batch), micro)
             yield LossShare(product * number, loss, added, None)
 
-    def _checked(self, made: object, name: str) -> Loss:
+    def _checked(self, loss: object, name: str) -> Loss:
         """Returns what the recipe's method gave; ConfigError if it is no loss, or names other parts than before."""
-        if not isinstance(made, Loss):
-            raise ConfigError(f"recipe: {self._whose}.{name} returned a {type(made).__name__}; it must return a Loss ({GUIDE})")
+        if not isinstance(loss, Loss):
+            raise ConfigError(f"recipe: {self._whose}.{name} returned a {type(loss).__name__}; it must return a Loss ({GUIDE})")
         if self.names is None:
-            self._check(names := list(made.parts))
+            self._check(names := list(loss.parts))
             self.names = names
-        if list(made.parts) != self.names:
+        if list(loss.parts) != self.names:
             raise ConfigError(
-                f"recipe: {self._whose}.loss named {self.names} before and now {list(made.parts)}; always name all, in order"
+                f"recipe: {self._whose}.loss named {self.names} before and now {list(loss.parts)}; always name all, in order"
             )
-        return made
+        return loss
 
     def agree(self, group: dist.ProcessGroup) -> None:
         """Checks that all ranks have the same names of parts, else raises a ConfigError on every rank; collective."""
@@ -108,11 +108,11 @@ class Objective:
                 )
 
 
-def _added(made: Loss, micros: int) -> torch.Tensor | None:
+def _added(loss: Loss, micros: int) -> torch.Tensor | None:
     """Returns a micro-batch's share of each part, a value a name."""
-    if not made.parts:
+    if not loss.parts:
         return None
-    return torch.stack([part.value.detach().float().reshape(()) for part in made.parts.values()]) / micros
+    return torch.stack([part.value.detach().float().reshape(()) for part in loss.parts.values()]) / micros
 
 
 class ExpertLoad:
@@ -160,11 +160,11 @@ def load(routed: torch.Tensor) -> dict[str, torch.Tensor]:
     `imbalance_worst`: of the layer where it is largest; `unused`: the share of experts without a token; `dropped`: the share of
     assignments that no expert took.
     """
-    given, whole = routed[..., :-1].double(), routed.double().sum((1, 2)).clamp(min=1)
-    layers = given.amax(-1) / given.mean(-1).clamp(min=1e-9)
+    assigned, whole = routed[..., :-1].double(), routed.double().sum((1, 2)).clamp(min=1)
+    layers = assigned.amax(-1) / assigned.mean(-1).clamp(min=1e-9)
     return {
         "imbalance": layers.mean(-1),
         "imbalance_worst": layers.amax(-1),
-        "unused": (given == 0).double().mean((1, 2)),
+        "unused": (assigned == 0).double().mean((1, 2)),
         "dropped": routed[..., -1].double().sum(-1) / whole,
     }

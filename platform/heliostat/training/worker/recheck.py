@@ -3,7 +3,7 @@
 The micro-batch is one of the step's, drawn by the step; its samples, its random numbers and the weights follow from the step, so
 each worker reads the samples itself and must come to the same bits: of the weights, where each has all of them (ZeRO 0 to 2), of
 the loss, and of gradients of parameters that are drawn by the step, up to `ELEMENTS` of them. Training waits for one micro-batch
-more; on other steps nothing is done. Gradients are taken beside the engine, which never hears of them.
+more; on other steps nothing is done. Gradients are computed outside the engine, which never sees them.
 
 The bits of most workers are right; with no majority, all that differ are named. Bits are compared among workers on devices of one
 kind. Kernels are asked to be deterministic (`kernels`), unlike in training. If bits differ, all compute once more: who
@@ -96,28 +96,28 @@ class CorruptionCheck(Hook):
         batch, seed = agreed(self.group, lambda: self._micro(step))
         drawn = self._drawn(step)
         names = [*(self._weights() if self.whole else ()), "the loss", *(f"the gradient of {name}" for name, _ in drawn)]
-        told = self._all(batch, seed, drawn)
-        if not (odd := outvoted([(one.kind, one.digests) for one in told])):
+        results = self._all(batch, seed, drawn)
+        if not (odd := outvoted([(one.kind, one.digests) for one in results])):
             self.agreed = step
             return None
         again = self._all(batch, seed, drawn)
-        unsteady = [rank for rank, (a, b) in enumerate(zip(told, again, strict=True)) if a.digests != b.digests]
-        if 2 * len(unsteady) > len(told):
+        unsteady = [rank for rank, (a, b) in enumerate(zip(results, again, strict=True)) if a.digests != b.digests]
+        if 2 * len(unsteady) > len(results):
             self.off = True
             return (
                 f"step {step + 1}: train.recheck is off from here on: this model's kernels give other bits each time, so workers "
                 "cannot be compared"
             )
         odd = unsteady or odd
-        raise CorruptionError(self._explain(step, told, odd, names), sorted({told[r].node for r in odd}), self.agreed)
+        raise CorruptionError(self._explain(step, results, odd, names), sorted({results[r].node for r in odd}), self.agreed)
 
-    def _explain(self, step: int, told: Sequence[WorkerDigests], odd: Sequence[int], names: Sequence[str]) -> str:
-        right = Counter(one.digests for one in told).most_common(1)[0][0]
-        mine = [one for one in (told[r].digests for r in odd) if one != right] or [told[odd[-1]].digests]
+    def _explain(self, step: int, results: Sequence[WorkerDigests], odd: Sequence[int], names: Sequence[str]) -> str:
+        right = Counter(one.digests for one in results).most_common(1)[0][0]
+        mine = [one for one in (results[r].digests for r in odd) if one != right] or [results[odd[-1]].digests]
         what = [name for i, name in enumerate(names) if any(one[i] != right[i] for one in mine)]
-        who = ", ".join(f"worker {r} on {told[r].address} (node {told[r].node[:12]})" for r in odd)
+        who = ", ".join(f"worker {r} on {results[r].address} (node {results[r].node[:12]})" for r in odd)
         more = f" and {len(what) - 1} more" if len(what) > 1 else ""
-        unsure = "" if len(odd) < len(told) else "; which of them is right cannot be told"
+        unsure = "" if len(odd) < len(results) else "; which of them is right is unknown"
         return (
             f"step {step + 1}: silent data corruption: {who} computed other bits than the others from the same samples and "
             f"weights: {what[0] if what else 'not the same twice'}{more}{unsure}; up to step {self.agreed} all agreed"
@@ -185,14 +185,14 @@ class CorruptionCheck(Hook):
             self.engine.optimizer._partition_all_parameters()
 
 
-def outvoted(told: Sequence[tuple[str, tuple[int, ...]]]) -> list[int]:
+def outvoted(results: Sequence[tuple[str, tuple[int, ...]]]) -> list[int]:
     """Finds the ranks whose digests are not those of most workers on their kind of device; all of the kind without a majority."""
     odd = []
-    for kind in {kind for kind, _ in told}:
-        ranks = [rank for rank, one in enumerate(told) if one[0] == kind]
-        right, votes = Counter(told[rank][1] for rank in ranks).most_common(1)[0]
+    for kind in {kind for kind, _ in results}:
+        ranks = [rank for rank, one in enumerate(results) if one[0] == kind]
+        right, votes = Counter(results[rank][1] for rank in ranks).most_common(1)[0]
         if votes < len(ranks):
-            odd += ranks if 2 * votes <= len(ranks) else [rank for rank in ranks if told[rank][1] != right]
+            odd += ranks if 2 * votes <= len(ranks) else [rank for rank in ranks if results[rank][1] != right]
     return sorted(odd)
 
 

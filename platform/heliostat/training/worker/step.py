@@ -6,7 +6,7 @@ number of workers. Its loss is the sum of all its loss terms over their number, 
 
 What a run does around its steps are hooks (`context`). The workers agree at every step whether to stop after it (`heartbeat`).
 
-The host never waits for the device between two steps. A thread makes the next step's batches (`batches_ahead`), and the norm of a
+The host never waits for the device between two steps. A thread makes the next step's batches (`BatchesAhead`), and the norm of a
 step's gradient is read after the next step is queued, or before anything that depends on the step: a report, an evaluation, a
 save. So the host is at most one step ahead of the device.
 """
@@ -29,18 +29,17 @@ from heliostat.data.stream import StepSamples
 from heliostat.engine import deepspeed_engine
 from heliostat.engine.ema import AveragedWeights
 from heliostat.engine.sample_group import SampleGroup
+from heliostat.errors import HeliostatError
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Paused
 from heliostat.runs.time_ledger import Ledger
 from heliostat.training.stops import FAILED, RESIZE, RUN
-from heliostat.training.worker.batches_ahead import BatchesAhead
 from heliostat.training.worker.context import Context, Due, Hook
 from heliostat.training.worker.coupled import Terms
 from heliostat.training.worker.heartbeat import Heartbeat, StopConsensus
-from heliostat.training.worker.micro_batches import BatchPlan, Micro, StepBatches
+from heliostat.training.worker.micro_batches import BatchesAhead, BatchPlan, Micro, StepBatches
 from heliostat.training.worker.objective import ExpertLoad, Objective
 from heliostat.training.worker.step_reports import StepReports, StepResults
-from heliostat.training.worker.training_state import TrainingState
 from heliostat.training.worker.unsealed import Unsealed
 
 if TYPE_CHECKING:
@@ -168,7 +167,6 @@ class Loop:
         self,
         context: Context,
         stepper: Stepper,
-        state: TrainingState,
         unsealed: Unsealed,
         reports: StepReports,
         heartbeat: Heartbeat,
@@ -178,7 +176,7 @@ class Loop:
     ) -> None:
         """Prepares it. `pauses`: steps after which the workers wait for a decision; `ahead`: makes the steps' batches."""
         self.context, self.job, self.ledger, self.stepper = context, context.job, context.ledger, stepper
-        self.state, self.unsealed, self.reports, self.heartbeat = state, unsealed, reports, heartbeat
+        self.unsealed, self.reports, self.heartbeat = unsealed, reports, heartbeat
         self.hooks, self.pauses, self.ahead = hooks, pauses, ahead
         self.consensus = StopConsensus(context.control)
 
@@ -206,14 +204,19 @@ class Loop:
             hook.before_step(step)
         if step + 1 < self.job.last_step:
             self.ahead.begin(step + 1)
-        blocked = self.state.blocked_s
-        self.consensus.ask(FAILED if self.state.saver.failed else self.heartbeat.stop)
+        blocked = sum(hook.blocked_s for hook in self.hooks)
+        self.consensus.ask(FAILED if any(hook.unsettled for hook in self.hooks) else self.heartbeat.stop)
         self.heartbeat.step, self.heartbeat.micro = step + 1, 0
-        self.stepper.step(step, batches)
+        try:
+            self.stepper.step(step, batches)
+        except Exception as error:
+            if cause := self._cause():
+                raise cause from error
+            raise
         self.context.progressed()  # before the step counts
         self.unsealed.add(step, batches.samples)
         stop = self._agreed(step)
-        self.ledger.move("computing", "checkpoint", self.state.blocked_s - blocked)
+        self.ledger.move("computing", "checkpoint", sum(hook.blocked_s for hook in self.hooks) - blocked)
         if self.job.train.compile and step <= self.context.start_step + 1:
             self.ledger.compiled(first=first)
         if first:
@@ -224,7 +227,8 @@ class Loop:
         """Returns the stop code that the workers agree on, which counts after this step."""
         stop = self.consensus.result()
         if stop == FAILED:
-            self.state.settle()  # raises on every worker, or on none
+            for hook in self.hooks:
+                hook.settle()  # raises on every worker, or on none
             return RUN
         if stop == RESIZE and not self.job.checkpoint.due(step + 1):
             return RUN  # a resize waits for the next checkpoint
@@ -234,7 +238,7 @@ class Loop:
         job, last = self.job, done == self.job.last_step
         holds = done in self.pauses and not last
         saves = last or stop != RUN or holds or job.checkpoint.due(done)
-        keeps = self.state.memory is not None and not last and (saves or job.checkpoint.copy_due(done))
+        keeps = any(hook.copies for hook in self.hooks) and not last and (saves or job.checkpoint.copy_due(done))
         evaluates = job.evaluate is not None and (last or job.evaluate.due(done))
         # before a save, too: a run that resumes from there has lost no step's loss
         reports = job.train.log_due(done) or saves or keeps or done == self.context.start_step + 1
@@ -247,6 +251,15 @@ class Loop:
         for step, norm in norms:
             for hook in self.hooks:
                 hook.on_norm(step, norm)
+
+    def _cause(self) -> HeliostatError | None:
+        """Returns the error of an earlier step that a step's own may follow from, such as a recipe's about weights of NaN."""
+        try:
+            norms = self.stepper.read_norms()
+            self.context.progressed()  # after an abort they don't count
+        except Exception:  # noqa: BLE001 (the step's own error is raised)
+            return None
+        return next(filter(None, (hook.cause(norms) for hook in self.hooks)), None)
 
     def _follow(self, done: int, stop: int) -> int:
         """Does what is due after a step; returns the stop code, which a decision at a pause point may change."""
@@ -267,9 +280,6 @@ class Loop:
         """Waits after a complete checkpoint for the driver's decision: RUN, or the code of a stop, the same on every worker."""
         mailbox, latest = self.context.posts.mailbox, self.context.latest
         assert mailbox
-        with self.ledger("checkpoint"):
-            while not self.state.settle():  # the store has failed, as it may some times: the decision needs the checkpoint
-                self.state.save(done)
         with self.ledger("idle"):
             self.context.posts.post(Paused(step=done, scores=latest.scores, ledger=self.ledger.totals()))
             while True:

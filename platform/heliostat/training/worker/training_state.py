@@ -3,10 +3,10 @@
     state.save(done)                # a checkpoint with its receipt, in storage: collective
     state.keep(done)                # the same state in the memory of two nodes
     state.averaged()                # a context: computes with the weights' average, if the job has one
-    state.restore(source)           # at an attempt's start; `source` tells of copies in memory, None: from storage
+    state.restore(source)           # at an attempt's start; `source`: of copies in memory; None: from storage
 
-Saves and copies are made beside training; the optimizer's step and the exchange of the weights with their average, which change
-the state, wait until it is copied.
+Saves and copies run while training continues. The optimizer's step and the exchange of the weights with their average change the
+state, so they wait until it is copied.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class TrainingState(Hook):
             context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed,
             context.posts.notice_of_any,
         )  # fmt: skip
+        self.copies = memory is not None
         self.failed = self._in_a_row = 0  # saves of this attempt that have failed
         self._sealing: tuple[UnsealedPart, int] | None = None  # what the save in flight seals, and how many events are with it
         for copies in self._copies():
@@ -82,6 +83,10 @@ class TrainingState(Hook):
         """Returns the seconds for which saves and copies have kept training waiting."""
         return self.saver.blocked_s + (self.memory.blocked_s if self.memory else 0.0)
 
+    @property
+    def unsettled(self) -> bool:
+        return self.saver.failed
+
     def tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
         return zero_state.state(self.engine, whole) | (self.average.state(whole) if self.average else {})
 
@@ -92,12 +97,14 @@ class TrainingState(Hook):
                 self.memory.wait()
 
     def on_save(self, done: int, due: Due) -> None:
-        """Saves a checkpoint, and keeps a copy in memory, as they are due."""
+        """Saves a checkpoint, and keeps a copy in memory, as they are due. Where the workers then wait, waits for the save."""
         with self.context.ledger("checkpoint"):
             if due.saves:
                 self.save(done)
             if due.keeps:
                 self.keep(done)
+            while due.holds and not self.settle():  # the store has failed, as it may some times: a decision needs the checkpoint
+                self.save(done)
 
     def settle(self) -> bool:
         """Waits for the save in flight, and continues without it if the store has failed, some times in a row; collective.
@@ -128,10 +135,10 @@ class TrainingState(Hook):
             return self.saver.wait()
         finally:
             if self._sealing:
-                (part, told), self._sealing = self._sealing, None
+                (part, events), self._sealing = self._sealing, None
                 self.unsealed.drop(part)
                 if part.sealed:
-                    del self.context.posts.told[:told]
+                    del self.context.posts.unsaved[:events]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -151,16 +158,16 @@ class TrainingState(Hook):
     # saving ----------------------------------------------------------------------------------------------------------
 
     def save(self, done: int) -> None:
-        """Begins to save the state behind step `done`: the saver's thread seals the samples up to there first. Collective."""
+        """Begins to save the state after step `done`: the saver's thread seals the samples up to there first. Collective."""
         context, posts = self.context, self.context.posts
         context.progressed()
         self.settle()
 
-        part, told = self.unsealed.part(done), list(posts.told)
+        part, events = self.unsealed.part(done), list(posts.unsaved)
 
         def first() -> None:
             context.fence.check()
-            local_curves.write(context.run_folder, done, told)
+            local_curves.write(context.run_folder, done, events)
 
         def seal(channel: Channel) -> dict[str, object]:
             sealed = self.unsealed.write(part, channel, first)
@@ -178,16 +185,16 @@ class TrainingState(Hook):
             "written": time.time(),
         }
         self.saver.save(done, self.tensors(), facts, zero_state.frozen(self.engine), seal)
-        self._sealing = part, len(told)
+        self._sealing = part, len(events)
         context.progressed()
         posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, failed=self.failed, ledger=context.ledger.totals()))
 
     def keep(self, done: int) -> None:
-        """Keeps the state behind a step in memory, with all that a checkpoint and its receipt would tell of the step."""
+        """Keeps the state after a step in memory, with all that a checkpoint and its receipt would hold of the step."""
         assert self.memory
         self.context.progressed()
         facts = CopyFacts(done, self.context.world, self.context.plan.digest, asdict(ResumeFacts.of(self.engine)))
-        own = self.unsealed.part(done), list(self.context.posts.told)
+        own = self.unsealed.part(done), list(self.context.posts.unsaved)
         self.memory.keep(facts, own, self.tensors(), self.context.control)
 
     def _metrics(self, done: int) -> dict[str, float | None]:
@@ -199,7 +206,7 @@ class TrainingState(Hook):
     # restoring -------------------------------------------------------------------------------------------------------
 
     def restore(self, source: CopySource | None = None) -> None:
-        """Loads the state behind the attempt's first step from copies in memory, if there are any, or from storage."""
+        """Loads the state before the attempt's first step from copies in memory, if there are any, or from storage."""
         if source:
             self._from_memory(source)
         else:
@@ -217,28 +224,28 @@ class TrainingState(Hook):
 
         facts, own = agreement.agreed(context.control, restore)
         if (frozen := zero_state.frozen(self.engine, whole=True)) and source.saved:
-            found = checkpoint.open_together(context.run_folder, source.saved, context.control)
-            checkpoint.load(found, dict(frozen), context.control, context.progressed)
-            self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
+            saved = checkpoint.open_together(context.run_folder, source.saved, context.control)
+            checkpoint.load(saved, dict(frozen), context.control, context.progressed)
+            self.saver.frozen.loaded(saved, zero_state.frozen(self.engine))
         context.posts.notice(ResumeFacts(**facts.resume).apply(self.engine))
         if context.rank == 0:
             parts, events = zip(*map(wire.unpack, own), strict=True)
             self.unsealed.take_up(list(parts))
-            context.posts.told = events[0]
+            context.posts.unsaved = events[0]
 
     def _from_storage(self) -> None:
         context, notice = self.context, self.context.posts.notice
-        found = checkpoint.open_together(context.run_folder, context.start_step, context.control)
-        facts = RESUME.build(found.index.resume, found.location.join(INDEX))
+        saved = checkpoint.open_together(context.run_folder, context.start_step, context.control)
+        facts = RESUME.build(saved.index.resume, saved.location.join(INDEX))
         state = self.tensors(whole=True)
         frozen = zero_state.frozen(self.engine, whole=True)
-        if found.frozen:
+        if saved.frozen:
             state |= frozen
         elif frozen:
-            notice(f"{found.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
-        checkpoint.load(found, state, context.control, context.progressed)
-        notice(checkpoint.casts(found, state))
-        self.saver.frozen.loaded(found, zero_state.frozen(self.engine))
+            notice(f"{saved.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
+        checkpoint.load(saved, state, context.control, context.progressed)
+        notice(checkpoint.casts(saved, state))
+        self.saver.frozen.loaded(saved, zero_state.frozen(self.engine))
         notice(facts.apply(self.engine))
-        self.unsealed.chain = found.index.receipt.chain
-        self.unsealed.replaced = found.index.bad_samples if context.rank == 0 else 0
+        self.unsealed.chain = saved.index.receipt.chain
+        self.unsealed.replaced = saved.index.bad_samples if context.rank == 0 else 0

@@ -1,6 +1,6 @@
 """Holds which samples a run was trained on since its last receipt, until the next one seals them.
 
-    unsealed.add(step, samples)          # behind every step
+    unsealed.add(step, samples)          # after every step
     part = unsealed.part(done)           # what the next receipt covers
     unsealed.write(part, group)          # before the checkpoint of these steps, in any thread: collective
     unsealed.drop(part)                  # in the thread that trains, as soon as all workers know that it is written
