@@ -40,13 +40,11 @@ def llama(size: str) -> Any:
 
 
 def engine(size: str, stage: int, workers: int, universal: bool = False) -> Any:
-    from heliostat.engine import deepspeed_engine, zero_state
+    from heliostat.engine import deepspeed_engine
 
     changes: dict[str, Any] = {"train.zero.stage": stage, "workers.count": workers, "train.global_batch": workers}
     changes |= {"train.micro_batch": 1, "train.deepspeed": {"checkpoint": {"load_universal": universal}}}
-    made = deepspeed_engine.build_engine(job(**changes), Around(lambda: llama(size)))
-    zero_state.init_optimizer_state(made)
-    return made
+    return deepspeed_engine.build_engine(job(**changes), Around(lambda: llama(size)))
 
 
 def train(made: Any) -> None:
@@ -78,13 +76,13 @@ def timed(group: Any, name: str, action: Callable[[], object]) -> dict[str, Any]
 
 def load(made: Any, group: Any, folder: str) -> int:
     from heliostat.checkpoint import saver as checkpoint
-    from heliostat.engine import zero_state
+    from heliostat.engine import sharded_state
     from heliostat.storage.locations import Location
 
     found = checkpoint.latest(Location(folder))
     assert found
-    read = checkpoint.load(found, zero_state.state(made, whole=True), group)
-    zero_state.after_load(made, found.index.resume["optimizer_steps"])
+    read = checkpoint.load(found, sharded_state.of(made).tensors(whole=True), group)
+    sharded_state.of(made).after_load(found.index.resume["optimizer_steps"])
     return read
 
 
@@ -93,17 +91,17 @@ def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str
     import torch.distributed as dist
     from heliostat.checkpoint import saver as checkpoint
     from heliostat.config import spec
-    from heliostat.engine import zero_state
+    from heliostat.engine import sharded_state
     from heliostat.storage.locations import Location
 
     made = engine(size, 3, dist.get_world_size())
     yield {"name": "parameters", "seconds": sum(p.ds_numel for p in made.module.parameters())}
     saver = checkpoint.Saver(Location(folder), spec.Checkpoint(every=1, keep=1), dist.new_group(backend="gloo"))
-    saver.attach(zero_state.inner_optimizer(made))
+    saver.attach(sharded_state.of(made).optimizer)
     train(made)
 
     def save(step: int) -> None:
-        saver.save(step, zero_state.state(made), build_index.facts(optimizer_steps=zero_state.optimizer_steps(made)))
+        saver.save(step, sharded_state.of(made).tensors(), build_index.facts(optimizer_steps=sharded_state.of(made).steps))
 
     def save_whole(step: int) -> None:
         save(step)

@@ -12,7 +12,7 @@ import torch
 from heliostat.config.schedules import factor
 from heliostat.data.dataset import open_dataset
 from heliostat.data.order import SamplePlaces
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine
 from heliostat.validation import check
 
 ALONE = ["workers.count=1", "mlflow.register=null"]
@@ -29,7 +29,6 @@ def train(made: Any, share: Callable[[int, float], float]) -> tuple[Any, int, fl
     job, recipe, data = made.job, made.recipe, open_dataset(made.plan)
     settings, spent, step = job.train, 0.0, 0
     engine = deepspeed_engine.build_engine(job, recipe)
-    zero_state.init_optimizer_state(engine)
     while (done := share(step, spent)) < 1:
         rows = data.read(data.order.locate(data.order.step(step).ravel()))
         began = time.process_time()

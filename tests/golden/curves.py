@@ -28,7 +28,7 @@ from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset, plan
 from heliostat.data.manifest import read as read_manifest
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.recipes.loading import load
 from heliostat.runs.time_ledger import Ledger
@@ -103,7 +103,6 @@ class Steps(Stepper):
         self.dataset = open_dataset(data_plan)
         recipe = load(made, self.dataset.sources)
         engine = deepspeed_engine.build_engine(made, recipe)
-        zero_state.init_optimizer_state(engine)
         super().__init__(made, engine, recipe, BatchPlan(made, data_plan), SampleGroup(), Ledger("computing"))
 
     def curve(self) -> tuple[list[float], list[float]]:

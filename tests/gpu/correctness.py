@@ -99,7 +99,7 @@ def save() -> Iterator[Row]:
     """A save beside the next steps, and a resume at another stage: the state bit by bit, the losses to rounding."""
     from heliostat.checkpoint import saver as checkpoint
     from heliostat.config import spec
-    from heliostat.engine import zero_state
+    from heliostat.engine import sharded_state
     from heliostat.numerics import play
     from heliostat.storage.locations import Location
 
@@ -114,17 +114,17 @@ def save() -> Iterator[Row]:
         on = setting.engine(made, its)
         setting.losses(made, its, on, 0, 3)
         saver = checkpoint.Saver(Location(tempfile.mkdtemp()), spec.Checkpoint(every=1), group)
-        saver.attach(zero_state.inner_optimizer(on))
+        saver.attach(sharded_state.of(on).optimizer)
         held = play.state(on)
-        saver.save(3, zero_state.state(on), build_index.facts(optimizer_steps=zero_state.optimizer_steps(on)))
+        saver.save(3, sharded_state.of(on).tensors(), build_index.facts(optimizer_steps=sharded_state.of(on).steps))
         expected = setting.losses(made, its, on, 3, 3)
         saver.wait()
         for to in (stage, other):
             made = setting.job(setting.TINY, **given, **{"train.zero.stage": to})
             on = setting.engine(made, its := setting.recipe(made))
             found = checkpoint.open_checkpoint(saver.run, 3)
-            checkpoint.load(found, zero_state.state(on, whole=True), group)
-            zero_state.after_load(on, found.index.resume["optimizer_steps"])
+            checkpoint.load(found, sharded_state.of(on).tensors(whole=True), group)
+            sharded_state.of(on).after_load(found.index.resume["optimizer_steps"])
             loaded = play.state(on)
             unequal = sum(not torch.equal(held[name], loaded[name]) for name in held)
             yield _row(f"tensors unequal, saved beside training at {at}, loaded at ZeRO-{to}", unequal, 0)

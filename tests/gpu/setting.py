@@ -48,11 +48,9 @@ def recipe(made: Any, **attributes: Any) -> Any:
 
 
 def engine(made: Any, its: Any) -> Any:
-    from heliostat.engine import deepspeed_engine, zero_state
+    from heliostat.engine import deepspeed_engine
 
-    found = deepspeed_engine.build_engine(made, its)
-    zero_state.init_optimizer_state(found)
-    return found
+    return deepspeed_engine.build_engine(made, its)
 
 
 def micros(made: Any, its: Any, step: int) -> list[Any]:

@@ -93,7 +93,7 @@ def checkpoint(model: str, stage: int = 1) -> Iterator[Row]:
     """How long a save beside training blocks it, and how long it takes in all."""
     from heliostat.checkpoint import saver
     from heliostat.config import spec
-    from heliostat.engine import zero_state
+    from heliostat.engine import sharded_state
     from heliostat.storage.locations import Location
 
     from tests.unit import build_index
@@ -105,11 +105,11 @@ def checkpoint(model: str, stage: int = 1) -> Iterator[Row]:
     on = setting.engine(made, its)
     with tempfile.TemporaryDirectory() as folder:
         saves = saver.Saver(Location(folder), spec.Checkpoint(every=1, keep=1), group)
-        saves.attach(zero_state.inner_optimizer(on))
+        saves.attach(sharded_state.of(on).optimizer)
         setting.losses(made, its, on, 0, 2)
         began, before = time.perf_counter(), saves.blocked_s
-        facts = build_index.facts(optimizer_steps=zero_state.optimizer_steps(on))
-        saves.save(2, zero_state.state(on), facts)
+        facts = build_index.facts(optimizer_steps=sharded_state.of(on).steps)
+        saves.save(2, sharded_state.of(on).tensors(), facts)
         setting.losses(made, its, on, 2, 2)
         blocked = saves.blocked_s - before
         saves.wait()

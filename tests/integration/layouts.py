@@ -20,7 +20,7 @@ import torch.distributed as dist
 from heliostat.config.spec import Job
 from heliostat.data.dataset import plan
 from heliostat.data.manifest import read as read_manifest
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine, sharded_state
 from heliostat.numerics import play
 from heliostat.recipes.loading import load
 from heliostat.runs import segments
@@ -149,8 +149,8 @@ def begin(one: play.Player, folder: Path, grid: Grid) -> dict[str, Any]:
 def go_on(one: play.Player, saved: Job, folder: Path, grid: Grid) -> dict[str, Any]:
     """Loads what another layout saved into an engine of NaN, and trains to the end; returns the names of what is not the same to
     the bit, the losses and the unbroken run's, and whether the receipts' chain is its."""
-    for shard in zero_state.state(one.engine, whole=True).values():
-        (shard.local if isinstance(shard, zero_state.FlatShard) else shard).fill_(float("nan"))
+    for shard in sharded_state.of(one.engine).tensors(whole=True).values():
+        (shard.local if isinstance(shard, sharded_state.FlatShard) else shard).fill_(float("nan"))
     one.load(saved.run_folder, SAVED)
     expected, state = load_file(folder / f"{saved.name}.safetensors"), grid.held(one)
     unequal = sorted(expected.keys() ^ state.keys()) + [n for n in expected if not torch.equal(expected[n], state[n])]

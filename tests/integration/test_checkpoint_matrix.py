@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine, sharded_state
 from heliostat.storage.locations import Location
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -86,9 +86,7 @@ def _engine(case: Case) -> Any:
         changes["train.zero.offload.optimizer"] = "cpu"
     # tiny parameters would otherwise stay gathered, and hide faults of stage 3
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    engine = deepspeed_engine.build_engine(job(**changes), Around(Model))
-    zero_state.init_optimizer_state(engine)
-    return engine
+    return deepspeed_engine.build_engine(job(**changes), Around(Model))
 
 
 def _play(engine: Any, first: int, steps: int) -> list[float]:
@@ -120,18 +118,18 @@ def _whole(engine: Any) -> dict[str, torch.Tensor]:
                 out[f"frozen.{name}"] = p.detach().clone()
         elif engine.zero_optimization_stage():
             out[f"master.{name}"] = safe_get_full_fp32_param(p)
-            out |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key) for key in engine.moments[p]}
+            out |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key) for key in sharded_state.of(engine).moments[p]}
         else:
             out[f"master.{name}"] = p.data
-            out |= {f"{key}.{name}": engine.optimizer.state[p][key] for key in engine.moments[p]}
+            out |= {f"{key}.{name}": engine.optimizer.state[p][key] for key in sharded_state.of(engine).moments[p]}
     out |= {f"buffer.{name}": b for name, b in engine.module.named_buffers()}
     return {name: t.detach().reshape(-1).clone() for name, t in out.items()}
 
 
 def _poison(engine: Any) -> None:
     """What a load does not write will be seen."""
-    for tensor in zero_state.state(engine, whole=True).values():
-        local = tensor.local if isinstance(tensor, zero_state.FlatShard) else tensor
+    for tensor in sharded_state.of(engine).tensors(whole=True).values():
+        local = tensor.local if isinstance(tensor, sharded_state.FlatShard) else tensor
         local.fill_(float("nan") if local.is_floating_point() else -1)
     for p in engine.module.parameters():
         getattr(p, "ds_tensor", p).data.fill_(float("nan"))
@@ -142,10 +140,10 @@ def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
     engine.module.mark.copy_(torch.linspace(0.1, case.stage + case.workers, 15).view(5, 3))  # no bf16 numbers
     engine.module.odd.fill_(1 / 3)
     saver = checkpoint.Saver(Location(str(folder / str(case))), spec.Checkpoint(every=1), group)
-    saver.attach(zero_state.inner_optimizer(engine))
+    saver.attach(sharded_state.of(engine).optimizer)
     expected = _whole(engine)
-    facts = build_index.facts(optimizer_steps=zero_state.optimizer_steps(engine))
-    saver.save(TRAINED, zero_state.state(engine), facts, zero_state.frozen(engine))
+    facts = build_index.facts(optimizer_steps=sharded_state.of(engine).steps)
+    saver.save(TRAINED, sharded_state.of(engine).tensors(), facts, sharded_state.of(engine).frozen())
     losses = _play(engine, TRAINED, AFTER)
     saver.wait()
     if dist.get_rank() == 0:
@@ -156,10 +154,10 @@ def _save(case: Case, engine: Any, folder: Path, group: Any) -> None:
 def _load(saved: Case, engine: Any, folder: Path, group: Any, goes_on: bool) -> dict[str, Any]:
     found = checkpoint.open_checkpoint(Location(str(folder / str(saved))), TRAINED)
     _poison(engine)
-    state = zero_state.state(engine, whole=True) | zero_state.frozen(engine, whole=True)
+    state = sharded_state.of(engine).tensors(whole=True) | sharded_state.of(engine).frozen(whole=True)
     checkpoint.load(found, state, group)
     said = checkpoint.casts(found, state) or ""
-    zero_state.after_load(engine, found.index.resume["optimizer_steps"])
+    sharded_state.of(engine).after_load(found.index.resume["optimizer_steps"])
     expected, got = load_file(folder / f"{saved}.safetensors"), _whole(engine)
     types = {n: (expected[n].dtype, got[n].dtype) for n in expected}
     unequal = [n for n in expected if not torch.equal(expected[n].to(got[n].dtype), got.pop(n))] + sorted(got)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine, sharded_state
 from heliostat.storage.locations import Location
 from torch import nn
 
@@ -38,9 +38,7 @@ def _engine(model: type[nn.Module], micro: int, **changes: Any) -> Any:
     changes = {"train.global_batch": BATCH, "train.micro_batch": micro, "workers.count": dist.get_world_size(), **changes}
     keys = changes.pop("train.deepspeed", {})
     keys = {**keys, "zero_optimization": {"stage3_param_persistence_threshold": 0, **keys.get("zero_optimization", {})}}
-    engine = deepspeed_engine.build_engine(job(**changes, **{"train.deepspeed": keys}), Around(model))
-    zero_state.init_optimizer_state(engine)
-    return engine
+    return deepspeed_engine.build_engine(job(**changes, **{"train.deepspeed": keys}), Around(model))
 
 
 def _data(step: int, dtype: torch.dtype) -> torch.Tensor:
@@ -93,7 +91,7 @@ def every_key(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
         expected, plan = _masters(plain), [(key, {"zero_optimization": {key: value}}) for key, value, at in KEYS if stage in at]
         for key, given in [*plan, ("communication_data_type", {"communication_data_type": "fp32"})]:
             _train(engine := _engine(Layers, 3, **usual, **{"train.deepspeed": given}), 3)
-            held = {n: t for n, t in zero_state.state(engine).items() if n.startswith("master.")}
+            held = {n: t for n, t in sharded_state.of(engine).tensors().items() if n.startswith("master.")}
             elements = torch.tensor(sum(t.local.numel() for t in held.values()))
             dist.all_reduce(elements)  # what a checkpoint would hold: every element once
             if dist.get_rank() == 0:
@@ -174,18 +172,18 @@ def loss_scale(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
             made = [_engine(Steep, 3, **fp16, **{"train.zero.stage": stage, "train.accumulate": accumulate}) for _ in range(2)]
             run = Location(f"{folder}/{stage}-{accumulate}")
             _train(made[0], 3, 12)
-            steps, held = zero_state.optimizer_steps(made[0]), zero_state.read_loss_scale(made[0])
+            steps, held = sharded_state.of(made[0]).steps, sharded_state.of(made[0]).read_loss_scale()
             saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
-            saver.save(12, zero_state.state(made[0]), build_index.facts(optimizer_steps=steps, loss_scale=held))
+            saver.save(12, sharded_state.of(made[0]).tensors(), build_index.facts(optimizer_steps=steps, loss_scale=held))
             saver.wait()
             found = checkpoint.open_checkpoint(run, 12)
-            checkpoint.load(found, zero_state.state(made[1], whole=True), group)
-            zero_state.after_load(made[1], steps)
-            anew = zero_state.write_loss_scale(made[1], None)
-            zero_state.write_loss_scale(made[1], found.index.resume["loss_scale"])
+            checkpoint.load(found, sharded_state.of(made[1]).tensors(whole=True), group)
+            sharded_state.of(made[1]).after_load(steps)
+            anew = sharded_state.of(made[1]).write_loss_scale(None)
+            sharded_state.of(made[1]).write_loss_scale(found.index.resume["loss_scale"])
             for engine in made:
                 _train(engine, 3, 6)
-            ends = [{"scale": zero_state.read_loss_scale(e), "steps": zero_state.optimizer_steps(e)} for e in made]
+            ends = [{"scale": sharded_state.of(e).read_loss_scale(), "steps": sharded_state.of(e).steps} for e in made]
             gap = float((_masters(made[0]) - _masters(made[1])).abs().max())
             if dist.get_rank() == 0:
                 yield {

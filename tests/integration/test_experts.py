@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine, sharded_state
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Group
 from heliostat.recipes.text.causal_lm import CausalLM
@@ -38,7 +38,6 @@ def balanced(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     for stage, precision, size in CASES:
         recipe = made(stage, precision, size, world)
         engine = deepspeed_engine.build_engine(recipe.job, recipe)
-        zero_state.init_optimizer_state(engine)
         objective, load = Objective(recipe), ExpertLoad(recipe, engine)
         for step in range(STEPS):
             content = np.random.default_rng(step).integers(0, 96, (BATCH, 64)).astype(np.int32)
@@ -49,7 +48,7 @@ def balanced(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
                 load.add(part.routed)
                 engine.step()
             load.end_step()
-        told, state = load.report(), zero_state.state(engine)
+        told, state = load.report(), sharded_state.of(engine).tensors()
         kept = {name: b for name, b in state.items() if name.endswith("e_score_correction_bias")}
         yield {
             "case": [stage, precision, size],

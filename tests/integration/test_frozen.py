@@ -15,7 +15,7 @@ from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.index import TensorIndex
 from heliostat.checkpoint.placement import Tensor
 from heliostat.config import spec
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine, sharded_state
 from heliostat.errors import CheckpointError
 from heliostat.inference import export
 from heliostat.storage.locations import Location
@@ -58,29 +58,27 @@ def _engine(recipe: Any, stage: int, precision: str = "bf16") -> Any:
     world = dist.get_world_size()
     changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch": world}
     changes |= {"train.micro_batch": 1, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
-    made = deepspeed_engine.build_engine(job(**changes), recipe)
-    zero_state.init_optimizer_state(made)
-    return made
+    return deepspeed_engine.build_engine(job(**changes), recipe)
 
 
 def _save(saver: checkpoint.Saver, step: int, engine: Any) -> None:
     facts = build_index.facts(world_size=2, zero_stage=2, job=job().dump())
-    saver.save(step, zero_state.state(engine), facts, zero_state.frozen(engine))
+    saver.save(step, sharded_state.of(engine).tensors(), facts, sharded_state.of(engine).frozen())
     saver.wait()
 
 
 def _load(run: Location, step: int, engine: Any, saver: checkpoint.Saver, group: Any) -> None:
     found = checkpoint.open_checkpoint(run, step)
-    checkpoint.load(found, zero_state.state(engine, whole=True) | zero_state.frozen(engine, whole=True), group)
-    zero_state.after_load(engine, 0)
-    saver.frozen.loaded(found, zero_state.frozen(engine))
+    checkpoint.load(found, sharded_state.of(engine).tensors(whole=True) | sharded_state.of(engine).frozen(whole=True), group)
+    sharded_state.of(engine).after_load(0)
+    saver.frozen.loaded(found, sharded_state.of(engine).frozen())
 
 
 def afmoe(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     for stage in (0, 1, 2, 3):
         engine = _engine(Around(afmoe_model), stage, "bf16" if stage else "fp32")
         shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}
-        for slices in zero_state.frozen(engine, whole=True).values():
+        for slices in sharded_state.of(engine).frozen(whole=True).values():
             slices.local.copy_(torch.arange(slices.start, slices.start + len(slices.local)) / 8)  # as if it were pretrained
         run = Location(f"{folder}/{stage}")
         _save(checkpoint.Saver(run, spec.Checkpoint(every=1), group), 1, engine)
@@ -120,7 +118,7 @@ def life(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         _load(run, 4, engine, saver, group)
         _save(saver, 5, engine)
         yield from told("resumed")
-        next(iter(zero_state.frozen(engine).values())).local.mul_(2)
+        next(iter(sharded_state.of(engine).frozen().values())).local.mul_(2)
         _save(saver, 6, engine)
         yield from told("changed")
         _save(saver, 7, engine)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine, sharded_state
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from torch import nn
@@ -38,19 +38,17 @@ def engine(precision: str, model: type[nn.Module] = Model, lr: float = 0.05, **c
     changes |= {"train.precision": precision, "workers.count": WORKERS, "train.global_batch": BATCH, "train.optimizer.lr": lr}
     changes["train.micro_batch"] = BATCH // WORKERS // (3 if precision == "bf16" else 1)
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    made = deepspeed_engine.build_engine(job(**changes), Around(model))
-    zero_state.init_optimizer_state(made)
-    return made
+    return deepspeed_engine.build_engine(job(**changes), Around(model))
 
 
 def save(made: Any, run: Location, group: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Trains, saves, and trains on: what the checkpoint should hold, and all losses."""
     losses = _play(made, 0, TRAINED)
     saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
-    saver.attach(zero_state.inner_optimizer(made))
+    saver.attach(sharded_state.of(made).optimizer)
     held = _whole(made)
-    facts = build_index.facts(optimizer_steps=zero_state.optimizer_steps(made))
-    saver.save(TRAINED, zero_state.state(made), facts, zero_state.frozen(made))
+    facts = build_index.facts(optimizer_steps=sharded_state.of(made).steps)
+    saver.save(TRAINED, sharded_state.of(made).tensors(), facts, sharded_state.of(made).frozen())
     losses += _play(made, TRAINED, AFTER)
     saver.wait()
     return held, losses
@@ -61,8 +59,8 @@ def load(made: Any, run: Location, group: Any) -> tuple[dict[str, torch.Tensor],
         made(torch.ones(1, 7, dtype=next(made.module.parameters()).dtype), 0.0)  # so that what it copies is there, and is stale
     found = checkpoint.open_checkpoint(run, TRAINED)
     _poison(made)
-    checkpoint.load(found, zero_state.state(made, whole=True) | zero_state.frozen(made, whole=True), group)
-    zero_state.after_load(made, found.index.resume["optimizer_steps"])
+    checkpoint.load(found, sharded_state.of(made).tensors(whole=True) | sharded_state.of(made).frozen(whole=True), group)
+    sharded_state.of(made).after_load(found.index.resume["optimizer_steps"])
     return _whole(made), _play(made, TRAINED, AFTER)
 
 
@@ -189,9 +187,8 @@ def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
     given = {"train.precision": "fp32", "workers.count": WORKERS, "train.global_batch": BATCH, "train.zero.stage": 3}
     given |= {"train.micro_batch": BATCH // WORKERS, "train.optimizer.lr": 0.05, "train.grad_clip": 0.01}
     made = deepspeed_engine.build_engine(job(**given, **{"train.zero.divide_within": 2}), Whole(Model))
-    zero_state.init_optimizer_state(made)
     norm: Any = made.optimizer.get_grad_norm_direct
-    off = 1 + 1e-6 * made.state_group.number
+    off = 1 + 1e-6 * sharded_state.of(made).replicas[0]
     made.optimizer.get_grad_norm_direct = lambda *each, **named: norm(*each, **named) * off
     _play(made, 0, TRAINED)
     yield {"masters": [float(t.double().sum()) for name, t in sorted(_whole(made).items()) if name.startswith("master")]}
@@ -227,7 +224,6 @@ def overflowing(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     given |= {"train.zero.divide_within": 2, "train.global_batch": BATCH, "train.micro_batch": BATCH // WORKERS}
     given |= {"train.optimizer.lr": 0.05, "train.deepspeed": {"fp16": {"initial_scale_power": 4}}}
     made = deepspeed_engine.build_engine(job(**given), Around(Model))
-    zero_state.init_optimizer_state(made)
     _play(made, 0, TRAINED)
     masters = [float(t.double().sum()) for name, t in sorted(_whole(made).items()) if name.startswith("master")]
     yield {"skipped": made.skipped_steps, "steps": len(asked), "masters": masters}

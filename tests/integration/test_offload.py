@@ -14,7 +14,7 @@ from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
 from heliostat.config.train_section import Offload
-from heliostat.engine import deepspeed_engine, ema, zero_state
+from heliostat.engine import deepspeed_engine, ema, sharded_state
 from heliostat.errors import TrainingError
 from heliostat.numerics import play
 from heliostat.storage.locations import Location
@@ -58,9 +58,7 @@ def _engine(variant: str, layout: Layout, offload: str | None) -> Any:
     where = {"optimizer": offload, "param": offload if layout.stage == 3 else None}
     zero = made.train.zero.model_copy(update={"offload": Offload.model_validate(where)})
     made = made.model_copy(update={"train": made.train.model_copy(update={"zero": zero})})
-    engine = deepspeed_engine.build_engine(made, Around(Model))
-    zero_state.init_optimizer_state(engine)
-    return engine
+    return deepspeed_engine.build_engine(made, Around(Model))
 
 
 def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
@@ -74,9 +72,9 @@ def copies(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     for number, case in enumerate(CASES):
         engine = _engine(*case)
         losses = _play(engine, 0, TRAINED)
-        run, state = Location(f"{folder}/{number}"), zero_state.state(engine, whole=True)
+        run, state = Location(f"{folder}/{number}"), sharded_state.of(engine).tensors(whole=True)
         saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
-        saver.save(TRAINED, zero_state.state(engine), build_index.facts(optimizer_steps=zero_state.optimizer_steps(engine)))
+        saver.save(TRAINED, sharded_state.of(engine).tensors(), build_index.facts(optimizer_steps=sharded_state.of(engine).steps))
         saver.wait()
         saved, ranges = play.state(engine), flat_copy.layout(state)
         buffer = flat_copy.as_buffer(flat_copy.size(ranges), False)
@@ -97,7 +95,7 @@ def copies(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         for shard in state.values():
             shard.local.fill_(float("nan"))
         flat_copy.unpack(state, ranges, buffer)
-        zero_state.after_load(engine, TRAINED)
+        sharded_state.of(engine).after_load(TRAINED)
         told |= {"from_memory": _same(play.state(engine), saved), "after": losses[:TRAINED] + _play(engine, TRAINED, AFTER)}
         yield {**told, "losses": losses}
 
@@ -116,17 +114,17 @@ def test_offloaded_state_is_restored_and_stepped_in_place_where_the_accelerator_
 
 def copied_slices(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     """In both ranks, at each stage: what is said where slices are copies, as a change of DeepSpeed's could make them."""
-    of = zero_state.SlicePlace.of
+    of = sharded_state.SlicePlace.of
     for stage in range(4):
         engine = _engine("adamw", Layout("fp32", stage, WORKERS), "cpu" if stage else None)
         before = play.state(engine)
-        zero_state.SlicePlace.of = lambda place, tensor: of(place, tensor).clone()
+        sharded_state.SlicePlace.of = lambda place, tensor: of(place, tensor).clone()
         try:
-            zero_state.init_optimizer_state(engine)
+            sharded_state.of(engine).prove()
             error = ""
         except TrainingError as e:
             error = str(e)
-        zero_state.SlicePlace.of = of
+        sharded_state.SlicePlace.of = of
         yield {"stage": stage, "error": error, "same": _same(play.state(engine), before)}
 
 
@@ -141,5 +139,5 @@ def test_training_is_refused_if_a_slice_is_a_copy() -> None:
 @pytest.mark.parametrize("numel", [1, 2, 3, 10])
 def test_the_probe_writes_into_both_ends_of_a_slice(numel: int) -> None:
     values = torch.arange(float(numel))
-    zero_state._ends(values).fill_(-1)
+    sharded_state._ends(values).fill_(-1)
     assert [i for i, v in enumerate(values.tolist()) if v == -1] == sorted({0, numel - 1})

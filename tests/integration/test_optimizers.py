@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
-from heliostat.engine import deepspeed_engine, ema, zero_state
+from heliostat.engine import deepspeed_engine, ema, sharded_state
 from heliostat.numerics import play
 from heliostat.optim import whole_matrices
 from heliostat.optim.whole_matrices import Matrix
@@ -119,16 +119,16 @@ def _plain(variant: str) -> list[float]:
 
 
 def _load(run: Location, engine: Any, group: Any) -> None:
-    found, state = checkpoint.open_checkpoint(run, TRAINED), zero_state.state(engine, whole=True)
+    found, state = checkpoint.open_checkpoint(run, TRAINED), sharded_state.of(engine).tensors(whole=True)
     for tensor in state.values():
         getattr(tensor, "local", tensor).fill_(float("nan"))  # what a load does not write will be seen
     checkpoint.load(found, state, group)
-    zero_state.after_load(engine, found.index.resume["optimizer_steps"])
+    sharded_state.of(engine).after_load(found.index.resume["optimizer_steps"])
 
 
 def _held(engine: Any) -> int:
     """Bytes of all that torch's optimizer holds here, beside its counters."""
-    states = zero_state.inner_optimizer(engine).state.values()
+    states = sharded_state.of(engine).optimizer.state.values()
     return sum(t.numel() * t.element_size() for s in states for k, t in s.items() if torch.is_tensor(t) and k != "step")
 
 
@@ -140,10 +140,9 @@ def grid(group: Any, everyone: Any, folder: str, *variants: str) -> Iterator[dic
     for variant, layout in cases:
         made = _job(variant, layout)
         engine = deepspeed_engine.build_engine(made, Around(Model))
-        zero_state.init_optimizer_state(engine)
         losses = _play(engine, 0, TRAINED)
         saver = checkpoint.Saver(Location(f"{folder}/{variant}/{LAYOUTS.index(layout)}"), spec.Checkpoint(every=1), group)
-        saver.save(TRAINED, zero_state.state(engine), build_index.facts(optimizer_steps=zero_state.optimizer_steps(engine)))
+        saver.save(TRAINED, sharded_state.of(engine).tensors(), build_index.facts(optimizer_steps=sharded_state.of(engine).steps))
         saver.wait()
         names = sorted({name.partition(".")[0] for name in checkpoint.open_checkpoint(saver.run, TRAINED).index.tensors})
         state = play.state(engine)
@@ -161,15 +160,14 @@ def grid(group: Any, everyone: Any, folder: str, *variants: str) -> Iterator[dic
         own = LAYOUTS.index(layout)
         told = {"variant": variant, "layout": own, **kept[variant, layout]}
         engine = deepspeed_engine.build_engine(_job(variant, layout), Around(Model))
-        zero_state.init_optimizer_state(engine)
         told |= {"next": {}, "unequal": []}
         for saved in range(len(LAYOUTS)) if variant in EVERY_PAIR else {own, _other(own)}:
             _load(Location(f"{folder}/{variant}/{saved}"), engine, group)
             expected, held = load_file(f"{folder}/{variant}/{saved}.safetensors"), play.state(engine)
             told["unequal"] += [f"{n} of {saved}" for n in expected | held if not torch.equal(expected[n], held[n])]
-            steps = zero_state.optimizer_steps(engine)
+            steps = sharded_state.of(engine).steps
             told["next"][saved] = _play(engine, TRAINED, AFTER if saved in (own, _other(own)) else 1)
-            told["steps"] = [steps, steps + len(told["next"][saved]) - zero_state.optimizer_steps(engine)]
+            told["steps"] = [steps, steps + len(told["next"][saved]) - sharded_state.of(engine).steps]
         yield told
 
 
@@ -236,12 +234,11 @@ def averages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
 
     def begin(layout: Layout) -> tuple[Any, ema.AveragedWeights]:
         engine = deepspeed_engine.build_engine(_job("adamw", layout), Around(Model))
-        zero_state.init_optimizer_state(engine)
         return engine, ema.AveragedWeights(engine, DECAY)
 
     def save(name: str, step: int, engine: Any, average: ema.AveragedWeights) -> None:
         saver = checkpoint.Saver(Location(f"{folder}/{name}"), spec.Checkpoint(every=1), group)
-        saver.save(step, zero_state.state(engine) | average.state(), build_index.facts(optimizer_steps=step))
+        saver.save(step, sharded_state.of(engine).tensors() | average.state(), build_index.facts(optimizer_steps=step))
         saver.wait()
 
     for number, layout in mine.items():
@@ -253,12 +250,12 @@ def averages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
     everyone.wait(ranks.DEADLINE_S)
     for number, layout in mine.items():
         engine, average = begin(layout)
-        state = zero_state.state(engine, whole=True) | average.state(whole=True)
+        state = sharded_state.of(engine).tensors(whole=True) | average.state(whole=True)
         for tensor in state.values():
             getattr(tensor, "local", tensor).fill_(float("nan"))
         other = (number + 3) % len(FP32)  # of another stage and of another number of workers
         checkpoint.load(checkpoint.open_checkpoint(Location(f"{folder}/first-{other}"), TRAINED), state, group)
-        zero_state.after_load(engine, TRAINED)
+        sharded_state.of(engine).after_load(TRAINED)
         save(f"again-{other}", TRAINED, engine, average)
         _play(engine, TRAINED, 1)
         average.update(LAST)

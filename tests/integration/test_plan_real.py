@@ -24,33 +24,32 @@ def _job(precision: str, stage: int, workers: int) -> Any:
 
 def engines(_: Any, __: Any) -> Iterator[dict[str, Any]]:
     """On each rank, for each case: the bytes that an engine really holds after half of its micro-batches, and its slices."""
-    from heliostat.engine import deepspeed_engine, zero_state
+    from heliostat.engine import deepspeed_engine, sharded_state
     from heliostat.recipes.text.causal_lm import CausalLM
 
     for precision, stage in CASES:
         j = _job(precision, stage, dist.get_world_size())
         recipe = CausalLM(j)
         engine = deepspeed_engine.build_engine(j, recipe)
-        zero_state.init_optimizer_state(engine)
         batch = recipe.batch(torch.zeros(j.train.micro_batch, 64, dtype=torch.int32).numpy())
         for _ in range(3):  # a step, so that stage 3 has gathered what it keeps gathered, and half of the next
             engine.backward(recipe.loss(engine, batch).sum)
             engine.step()
         slices = [
             (name.removeprefix("master."), int(t.start), t.local.numel())
-            for name, t in zero_state.state(engine).items()
+            for name, t in sharded_state.of(engine).tensors().items()
             if name.startswith("master.")
         ]
         yield {"case": [precision, stage], "bytes": _held(engine, stage), "slices": slices}
 
 
 def _held(engine: Any, stage: int) -> dict[str, int]:
-    from heliostat.engine import zero_state
+    from heliostat.engine import sharded_state
 
     def size(tensors: Any) -> int:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
-    parameters, inner = list(engine.module.parameters()), zero_state.inner_optimizer(engine)
+    parameters, inner = list(engine.module.parameters()), sharded_state.of(engine).optimizer
     low = [getattr(p, "ds_tensor", p.data) for p in parameters]
     gathered = [p.data for p in parameters if getattr(p, "ds_persist", False)]
     gradients = [p.grad for p in parameters]
@@ -63,7 +62,7 @@ def _held(engine: Any, stage: int) -> dict[str, int]:
     return {
         "weights": size(low) + size(gathered),
         "gradients": size(gradients),
-        "masters": size(flat for flat, _ in zero_state.flat_groups(engine)) if stage else 0,
+        "masters": size(flat for flat, _ in sharded_state.of(engine).groups()) if stage else 0,
         "moments": size(v for s in inner.state.values() for k, v in s.items() if k in ("exp_avg", "exp_avg_sq")),
     }
 

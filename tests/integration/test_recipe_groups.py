@@ -14,7 +14,7 @@ from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.index import TensorIndex
 from heliostat.checkpoint.placement import Tensor
 from heliostat.config import spec
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine, sharded_state
 from heliostat.errors import ConfigError
 from heliostat.inference import export
 from heliostat.recipes import building
@@ -83,7 +83,6 @@ def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         keys = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         recipe = LowRank()
         engine = deepspeed_engine.build_engine(job(**changes, **{"train.deepspeed": keys}), recipe)
-        zero_state.init_optimizer_state(engine)
         objective, told = Objective(recipe), []
         for step in range(STEPS):
             deepspeed_engine.set_lr(engine, LR)
@@ -101,7 +100,8 @@ def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         objective.agree(group)
         run = Location(f"{folder}/{world}-{stage}")
         saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
-        saver.save(1, zero_state.state(engine), build_index.facts(world_size=world, zero_stage=stage), zero_state.frozen(engine))
+        facts = build_index.facts(world_size=world, zero_stage=stage)
+        saver.save(1, sharded_state.of(engine).tensors(), facts, sharded_state.of(engine).frozen())
         saver.wait()
         if rank == 0:
             shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}

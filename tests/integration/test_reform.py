@@ -19,7 +19,7 @@ import torch.distributed as dist
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
-from heliostat.engine import deepspeed_engine, process_group, zero_state
+from heliostat.engine import deepspeed_engine, process_group, sharded_state
 from heliostat.storage.locations import Location
 
 from tests.integration import ranks
@@ -44,11 +44,10 @@ def _begin(folder: str, number: int, rank: int, world: int, stage: int, precisio
     changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch": 2 * world}
     changes |= {"train.micro_batch": 2, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
     engine = deepspeed_engine.build_engine(job(**changes), Around(llama))
-    zero_state.init_optimizer_state(engine)
     if load:
         found = checkpoint.open_checkpoint(Location(str(load)), 3)
-        checkpoint.load(found, zero_state.state(engine, whole=True), dist.new_group(backend="gloo"))
-        zero_state.after_load(engine, found.index.resume["optimizer_steps"])
+        checkpoint.load(found, sharded_state.of(engine).tensors(whole=True), dist.new_group(backend="gloo"))
+        sharded_state.of(engine).after_load(found.index.resume["optimizer_steps"])
     return engine
 
 
@@ -69,9 +68,9 @@ def _steps(engine: Any, first: int, last: int) -> list[float]:
 
 def _save(engine: Any, folder: Path) -> None:
     saver = checkpoint.Saver(Location(str(folder)), spec.Checkpoint(every=1), dist.new_group(backend="gloo"))
-    saver.attach(zero_state.inner_optimizer(engine))
-    facts = build_index.facts(world_size=2, optimizer_steps=zero_state.optimizer_steps(engine), job=job().dump())
-    saver.save(3, zero_state.state(engine), facts, zero_state.frozen(engine))
+    saver.attach(sharded_state.of(engine).optimizer)
+    facts = build_index.facts(world_size=2, optimizer_steps=sharded_state.of(engine).steps, job=job().dump())
+    saver.save(3, sharded_state.of(engine).tensors(), facts, sharded_state.of(engine).frozen())
     saver.wait()
 
 
@@ -166,7 +165,7 @@ def test_the_watchdog_of_nccl_is_held_back_unless_the_environment_wants_it(monke
 
 def _copy_out(engine: Any, folder: Path) -> None:
     """Leaves this rank's part of the state in a file, as it is kept in memory."""
-    state = zero_state.state(engine)
+    state = sharded_state.of(engine).tensors()
     layout = flat_copy.layout(state)
     buffer = flat_copy.as_buffer(flat_copy.size(layout), False)
     flat_copy.pack(state, layout, buffer)
@@ -180,14 +179,14 @@ def _copy_in(engine: Any, folder: Path, steps: int) -> None:
     """Loads the slices of this rank, of whatever number of ranks, from such files."""
     ranks = sorted(int(f.stem) for f in folder.glob("*.json"))
     layouts = {r: [flat_copy.FlatRange(*one) for one in json.loads((folder / f"{r}.json").read_text())] for r in ranks}
-    state = zero_state.state(engine, whole=True)
+    state = sharded_state.of(engine).tensors(whole=True)
     wanted = flat_copy.layout(state)
     buffer = flat_copy.as_buffer(flat_copy.size(wanted), False)
     for piece in flat_copy.pieces(layouts, wanted):
         data = np.load(folder / f"{piece.rank}.npy")[piece.source : piece.source + piece.size]
         buffer[piece.target : piece.target + piece.size] = torch.from_numpy(data)
     flat_copy.unpack(state, wanted, buffer)
-    zero_state.after_load(engine, steps)
+    sharded_state.of(engine).after_load(steps)
 
 
 def resized(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
-from heliostat.engine import zero_state
+from heliostat.engine import sharded_state
 from heliostat.numerics import play
 from heliostat.parallel import division
 
@@ -74,7 +74,7 @@ def _drifted(player: play.Player) -> list[str]:
 
 def _not_in_memory(player: play.Player) -> list[str]:
     """What of this worker's state is not as it was when it is put together from the copies that all workers keep in memory."""
-    mine, whole = zero_state.state(player.engine), zero_state.state(player.engine, whole=True)
+    mine, whole = sharded_state.of(player.engine).tensors(), sharded_state.of(player.engine).tensors(whole=True)
     ranges = flat_copy.layout(mine)
     kept = flat_copy.as_buffer(flat_copy.size(ranges), False)
     flat_copy.pack(mine, ranges, kept)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine
 from heliostat.engine.ema import AveragedWeights
 from heliostat.numerics import play
 from heliostat.training.worker.evaluation import HeldOut
@@ -63,7 +63,6 @@ def trained(setup: Setup, folder: Path, on_twin: bool) -> dict[str, Any]:
     """Trains, saves, evaluates, and resumes; returns the numbers, and what crosses in a step after the first."""
     one = setup.player(folder, int(on_twin))
     assert (one.device.type == "cuda") is on_twin
-    zero_state.init_optimizer_state(one.engine)
     step(one, 0)
     with traffic.recorded() as seen:
         step(one, 1)

@@ -17,7 +17,6 @@ from heliostat.checkpoint.saver import TOLERATED, Saver
 from heliostat.config import spec
 from heliostat.data import receipt
 from heliostat.data.dataset import Bad
-from heliostat.engine import zero_state
 from heliostat.errors import AccessError, CheckpointError, LeaseError, StorageError, WorkerError
 from heliostat.runs import consumed
 from heliostat.runs.events import Evaluation, Saved
@@ -174,9 +173,8 @@ def training(run: Location, monkeypatch: pytest.MonkeyPatch) -> Any:
     state.saver = Saver(run, spec.Checkpoint(every=1, keep=9), group)
     state.memory, state.failed, state._in_a_row, state._sealing = None, 0, 0, None
     state.tensors = lambda: {"w": torch.ones(3)}
-    for name, value in (("frozen", {}), ("optimizer_steps", 1), ("read_loss_scale", None)):
-        monkeypatch.setattr(zero_state, name, lambda engine, value=value: value)
-    state.engine, state.notices = None, notices
+    state.sharded = SimpleNamespace(frozen=dict, steps=1, read_loss_scale=lambda: None)
+    state.engine, state.notices = SimpleNamespace(sharded_state=state.sharded), notices
     return state
 
 

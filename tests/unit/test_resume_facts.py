@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from heliostat.checkpoint import index
-from heliostat.engine import zero_state
 from heliostat.errors import CheckpointError
 from heliostat.storage.records import Format
 from heliostat.training.worker import training_state
@@ -19,15 +19,21 @@ from tests.unit import build_index
 SCALE = {"cur_scale": 2048.0, "cur_iter": 12, "last_overflow_iter": 10, "cur_hysteresis": 1}
 
 
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The part of an engine that facts are read from and applied to."""
-    of = {"steps": 7, "scale": SCALE}
-    monkeypatch.setattr(zero_state, "optimizer_steps", lambda engine: engine["steps"])
-    monkeypatch.setattr(zero_state, "read_loss_scale", lambda engine: engine["scale"])
-    monkeypatch.setattr(zero_state, "after_load", lambda engine, steps: engine.update(steps=steps))
-    monkeypatch.setattr(zero_state, "write_loss_scale", lambda engine, scale: engine.update(scale=scale))
-    return of
+@dataclass
+class Sharded:
+    """The part of an engine's state that facts are read from and applied to."""
+
+    steps: int = 0
+    scale: dict[str, Any] | None = None
+
+    def read_loss_scale(self) -> dict[str, Any] | None:
+        return self.scale
+
+    def after_load(self, steps: int) -> None:
+        self.steps = steps
+
+    def write_loss_scale(self, values: dict[str, Any] | None) -> None:
+        self.scale = values
 
 
 def through_json(facts: object) -> dict[str, Any]:
@@ -39,12 +45,12 @@ def through_json(facts: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scale", [SCALE, None])
-def test_an_engine_continues_with_what_the_checkpoint_holds_of_it(engine, scale):
-    engine["scale"] = scale
-    facts, other = ResumeFacts.of(engine), dict[str, Any]()
+def test_an_engine_continues_with_what_the_checkpoint_holds_of_it(scale):
+    mine, other = Sharded(7, scale), Sharded()
+    facts = ResumeFacts.of(SimpleNamespace(sharded_state=mine))
     read = RESUME.build(through_json(facts), "checkpoint.json")
-    read.apply(other)  # type: ignore[arg-type]
-    assert repr(other) == repr(engine), "counts stay whole numbers"
+    read.apply(SimpleNamespace(sharded_state=other))
+    assert repr(other) == repr(mine), "counts stay whole numbers"
     assert ResumeFacts(**asdict(facts)) == facts, "as a copy in memory holds them"
 
 

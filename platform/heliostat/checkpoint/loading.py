@@ -30,7 +30,7 @@ def load(
 ) -> int:
     """Loads a checkpoint into this rank's slices; returns the bytes read. Calls `progressed` after each request.
 
-    `state` comes from `zero_state.state(engine, whole=True)`, and from `zero_state.frozen` where the checkpoint has frozen
+    `state` comes from `ShardedState.tensors(whole=True)`, and from `ShardedState.frozen` where the checkpoint has frozen
     parameters. Tensors are read in their stored type, then cast to the engine's (`casts` describes what that rounds).
 
     All ranks call it together, and all of them raise if one does: CorruptCheckpointError if what is read is not what was written.

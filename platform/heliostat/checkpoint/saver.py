@@ -93,7 +93,7 @@ class Saver:
     ) -> None:
         """Saves the state of a step as a checkpoint.
 
-        `state`: of `zero_state.state`; `frozen`: of `zero_state.frozen`; `facts`: what rank 0 puts into `checkpoint.json`.
+        `state`: of `ShardedState.tensors`; `frozen`: of `ShardedState.frozen`; `facts`: what rank 0 puts into `checkpoint.json`.
         `seal`: writes, in the thread and on all workers, what must be there before the checkpoint; returns more facts.
         """
         best, scores = self.policy.best, cast("Mapping[str, float]", facts["metrics"]).keys() - {"train_loss"}

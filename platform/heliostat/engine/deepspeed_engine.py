@@ -25,6 +25,7 @@ from heliostat.engine.engine_config import engine_config
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.engine.state_group import StateGroup
 from heliostat.errors import ConfigError
+from heliostat.parallel import division
 from heliostat.recipes import building, partitioning
 from heliostat.recipes.protocol import GUIDE, Recipe
 
@@ -68,7 +69,10 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
         return model
     torch.manual_seed(job.train.seed)
     with group.dividing() if group else nullcontext(), _partitioned(config):
-        return building.build(recipe)
+        model = building.build(recipe)
+    for p in model.parameters():
+        division.note(p, zero_state.shape(p))
+    return model
 
 
 def _require_dimensions(model: torch.nn.Module) -> None:
@@ -87,16 +91,17 @@ class ZeroInit:
         self.config = config
 
     def constructing(self) -> AbstractContextManager[object]:
-        from deepspeed.runtime.zero import Init
+        from deepspeed import zero
 
-        context: AbstractContextManager[object] = Init(config_dict_or_path=self.config)
-        return context
+        return zero.Init(config_dict_or_path=self.config)
 
     def whole(self, parameter: torch.Tensor) -> AbstractContextManager[object]:
-        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed import zero
 
-        context: AbstractContextManager[object] = GatheredParameters([parameter], modifier_rank=0)
-        return context
+        return zero.GatheredParameters([parameter], modifier_rank=0)
+
+    def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        return zero_state.shape(parameter)
 
 
 @contextmanager
@@ -158,10 +163,11 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     tensor_group.check(recipe, engine)
     if sharing:
         sharing.join(recipe, engine.module)
-    engine.moments, engine.copies, engine.state_group = moments, settings.copies, group  # which `zero_state` reads
-    if settings.orthogonalizes:
-        zero_state.init_optimizer_state(engine)
-        matrix_cut.tell(engine, hidden)
+    replica = (group.number, group.count) if group else None
+    engine.sharded_state = sharded = zero_state.adapter(engine, moments, settings.copies, replica)
+    sharded.prepare()
+    if settings.orthogonalizes and train.zero.stage:
+        matrix_cut.announce(sharded, hidden, engine.device)
     if job.train.compile == "blocks":
         for block in recipe.blocks(engine.module):
             block.compile()
@@ -175,7 +181,7 @@ def _require_eighths(model: torch.nn.Module) -> None:
     kernel wants them: it would take the wrong scales for what is padded."""
     workers = dist.get_world_size()
     for name, p in model.named_parameters():
-        numel = getattr(p, "ds_numel", p.numel())
+        numel = division.numel(p)
         if numel % (8 * workers):
             raise ConfigError(
                 f"train.zero.quantize_weights: {name} has {numel:,} elements, which {workers} workers cannot divide into equal "

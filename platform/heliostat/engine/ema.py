@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import EMA
 from heliostat.config.spec import Job
-from heliostat.engine import zero_state
+from heliostat.engine import sharded_state
+from heliostat.engine.sharded_state import MASTER
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 class AveragedWeights:
     def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:
-        self.engine, self.decay = engine, decay
-        self._masters = _named(engine, "master")
+        self.sharded, self.decay = sharded_state.of(engine), decay
+        self._masters = self.sharded.slices(MASTER)
         self._averages = {n: s.local.detach().clone() for n, s in self._masters.items()}
 
     def update(self, step: int) -> None:
@@ -34,10 +34,10 @@ class AveragedWeights:
         torch._foreach_lerp_(list(self._averages.values()), [s.local for s in self._masters.values()], rate)
 
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns this rank's slices of the averages, as views, to be saved next to those of `zero_state.state`."""
-        parameters = dict(self.engine.module.named_parameters())
+        """Returns this rank's slices of the averages, as views, to be saved next to the other training state."""
+        parameters = dict(self.sharded.trained())
         shards = {n: s.holding(self._averages[n]) for n, s in self._masters.items()}
-        return {f"{EMA}.{n}": s if whole else zero_state.share(self.engine, parameters[n], s) for n, s in shards.items()}
+        return {f"{EMA}.{n}": s if whole else self.sharded.share(parameters[n], s) for n, s in shards.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -53,21 +53,22 @@ class AveragedWeights:
             before = shard.local.clone()
             shard.local.copy_(self._averages[name])
             self._averages[name].copy_(before)
-        zero_state.refresh(self.engine)
+        self.sharded.refresh()
 
 
 class OptimizerAverage(AveragedWeights):
     """Shows the average of the weights that the optimizer keeps itself, as its state `ema`, to whatever reads averages."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        self.engine, self._masters = engine, _named(engine, "master")
-        self._averages = {n: s.local for n, s in _named(engine, EMA).items()}
+        self.sharded = sharded_state.of(engine)
+        self._masters = self.sharded.slices(MASTER)
+        self._averages = {n: s.local for n, s in self.sharded.slices(EMA).items()}
 
     def update(self, step: int) -> None:
         """Does nothing: the optimizer's step has."""
 
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns nothing: `zero_state.state` has the averages."""
+        """Returns nothing: `ShardedState.tensors` has the averages."""
         return {}
 
 
@@ -76,8 +77,3 @@ def of(job: Job, engine: DeepSpeedEngine) -> AveragedWeights | None:
     if job.train.optimizer.averages:
         return OptimizerAverage(engine)
     return AveragedWeights(engine, job.train.ema.decay) if job.train.ema else None
-
-
-def _named(engine: DeepSpeedEngine, kind: str) -> dict[str, FlatShard]:
-    state = zero_state.state(engine, whole=True)
-    return {n.removeprefix(f"{kind}."): t for n, t in state.items() if n.startswith(f"{kind}.") and isinstance(t, FlatShard)}

@@ -8,13 +8,13 @@ what a worker has of a parameter is a slice of the flat whole in every layout, a
 from __future__ import annotations
 
 import gc
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from heliostat.engine import patches
 from heliostat.errors import ConfigError
+from heliostat.parallel import division
 from heliostat.parallel.division import Division
 from heliostat.recipes.protocol import DividesExperts, Recipe
 
@@ -27,26 +27,22 @@ def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
     assert isinstance(recipe, DividesExperts)
     name = f"ep_size_{workers}"
     group, same_experts = patches.expert_groups(name, workers)
-    division = Division(dist.get_rank(group), workers, group)
+    mine = Division(dist.get_rank(group), workers, group)
     for module in recipe.stacked_experts(model):
-        parameters: dict[str, Any] = dict(module.named_parameters(recurse=False))
-        for key, whole in parameters.items():
-            if whole.ds_shape[0] % workers:
-                raise ConfigError(f"train.parallel.expert: {workers} does not divide the {whole.ds_shape[0]} experts of a layer")
-            own = _part(whole, division)
-            patches.place_expert(own, name, same_experts)
+        for key, whole in list(module.named_parameters(recurse=False)):
+            if (experts := division.shape(whole)[0]) % workers:
+                raise ConfigError(f"train.parallel.expert: {workers} does not divide the {experts} experts of a layer")
+            own = _part(whole, mine)
+            patches.place_expert(own, whole, name, same_experts)
             setattr(module, key, own)
-            whole.convert_to_zero_parameters(param_list=[own])
     gc.collect()  # ZeRO's parameters are in circles, and this worker's part of the undivided ones would stay
     recipe.exchange_tokens(model, group)
 
 
-def _part(whole: Any, division: Division) -> Any:
-    from deepspeed.runtime.zero import GatheredParameters
+def _part(whole: torch.nn.Parameter, mine: Division) -> torch.nn.Parameter:
+    from deepspeed import zero
 
-    with GatheredParameters([whole]):
-        each = whole.ds_shape[0] // division.parts
-        values = whole.data[division.part * each : (division.part + 1) * each].clone()
-    own: Any = torch.nn.Parameter(values, requires_grad=whole.requires_grad)
-    own.division, own.whole_shape = division, tuple(whole.ds_shape)
+    with zero.GatheredParameters([whole]):
+        own = torch.nn.Parameter(mine.cut(whole.data), requires_grad=whole.requires_grad)
+    division.note(own, division.shape(whole), mine)
     return own

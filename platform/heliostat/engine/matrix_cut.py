@@ -1,33 +1,27 @@
-"""Tells an optimizer that orthogonalizes matrices which slices of them ZeRO gave to which worker."""
+"""Gives an optimizer that orthogonalizes matrices the slices of them that each worker has."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import together
-from heliostat.engine import zero_state
+from heliostat.engine.sharded_state import ShardedState, SlicePlace
 from heliostat.optim.whole_matrices import Matrix
 from heliostat.recipes import building
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 Slice = tuple[tuple[int, int], int]  # of a parameter: start and elements; where in the flat tensor
 
 
-def tell(engine: DeepSpeedEngine, hidden: set[torch.nn.Parameter]) -> None:
-    """Tells the engine's optimizer how the `hidden` matrices are cut; collective. At stage 0 they are not.
-    The optimizer's state must have been made."""
-    if not engine.zero_optimization_stage():
-        return
-    optimizer: Any = zero_state.inner_optimizer(engine)
-    flats = [(flat, group) for flat, group in zero_state.flat_groups(engine) if group[0] in hidden]
-    ours = [[_slice(zero_state.place(engine, p)) for p in group] for _, group in flats]
+def announce(sharded: ShardedState, hidden: set[torch.nn.Parameter], device: torch.device) -> None:
+    """Gives the optimizer, whose state must exist, the slices of the `hidden` matrices; collective."""
+    optimizer: Any = sharded.optimizer
+    flats = [(flat, group) for flat, group in sharded.groups() if group[0] in hidden]
+    ours = [[_slice(sharded.place(p)) for p in group] for _, group in flats]
     spans = [[span for span, _ in slices] for slices in ours]
     group = dist.new_group(backend="gloo")
     everyones = together(group, lambda: spans)
@@ -36,10 +30,10 @@ def tell(engine: DeepSpeedEngine, hidden: set[torch.nn.Parameter]) -> None:
         flat: list(_matrices(group, slices, [theirs[i] for theirs in everyones]))
         for i, ((flat, group), slices) in enumerate(zip(flats, ours, strict=True))
     }
-    optimizer.cut_as(matrices, engine.device)
+    optimizer.cut_as(matrices, device)
 
 
-def _slice(place: zero_state.SlicePlace | None) -> Slice:
+def _slice(place: SlicePlace | None) -> Slice:
     """Describes this worker's slice of a parameter; an empty one if it has none."""
     return ((place.start, place.numel), place.offset) if place and place.numel else ((0, 0), 0)
 

@@ -1,4 +1,4 @@
-"""Holds all that reaches into private parts of DeepSpeed: each is a function with the version that it was written for.
+"""Changes what DeepSpeed does: each patch is a function with the version that it was written for. (`zero_state` reads its state.)
 
 `pip` may bring a version whose private parts are others. So each function requires a version of the series that heliostat pins,
 and raises one ConfigError otherwise, and where a part that it needs is missing. Import DeepSpeed in functions only:
@@ -13,9 +13,9 @@ import importlib.metadata
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,8 +58,8 @@ def _fix() -> str:
     return f"Run: pip install 'deepspeed~={'.'.join(map(str, VERSION))}'"
 
 
-def _patch(function: Callable[P, T]) -> Callable[P, T]:
-    """Guards a function that reaches into DeepSpeed by its version, and lists it in `PATCHES`."""
+def guard(function: Callable[P, T]) -> Callable[P, T]:
+    """Makes a function that reaches into DeepSpeed raise ConfigError where the version, or a part that it needs, is another."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **named: P.kwargs) -> T:
@@ -71,8 +71,13 @@ def _patch(function: Callable[P, T]) -> Callable[P, T]:
                 raise
             raise ConfigError(f"deepspeed: {installed()} doesn't fit heliostat's {function.__name__} ({e}). {_fix()}") from e
 
-    PATCHES.append(guarded)
     return guarded
+
+
+def _patch(function: Callable[P, T]) -> Callable[P, T]:
+    """Guards a patch, and lists it in `PATCHES`."""
+    PATCHES.append(patch := guard(function))
+    return patch
 
 
 def _replace(owner: object, name: str, value: object) -> None:
@@ -195,13 +200,14 @@ def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.Proc
 
 
 @_patch
-def place_expert(parameter: Any, name: str, same_experts: dist.ProcessGroup) -> None:
-    """Marks a parameter as one that ZeRO-3 partitions within the workers of a group that have the same experts.
+def place_expert(parameter: Any, whole: Any, name: str, same_experts: dist.ProcessGroup) -> None:
+    """Partitions a parameter as ZeRO-3 has partitioned `whole`, but within the workers of a group that have the same experts.
 
     DeepSpeed 0.19.8. Without it ZeRO-3 partitions it over all workers, and so mixes different experts.
     """
     parameter.ds_zero_placement_family = "autoep_expert"  # DeepSpeed's word for what each group of workers has all of
     parameter.ds_zero_partition_group_name, parameter.ds_zero_partition_process_group = name, same_experts
+    whole.convert_to_zero_parameters(param_list=[parameter])
 
 
 @_patch
@@ -220,24 +226,60 @@ def partition_within(group: dist.ProcessGroup) -> Iterator[None]:
         init.__init__ = whole
 
 
-@_patch
-def matrix_group(workers: int) -> dist.ProcessGroup:
-    """Forms the groups of so many workers that divide matrices, and returns this worker's. Collective.
+class MatrixPart(NamedTuple):
+    """Describes how AutoTP has divided a matrix: its whole `shape`, by which dimension, and the size of each worker's part."""
 
-    DeepSpeed 0.19.8. Without it the groups exist only once there is an engine, and its model is complete by then.
-    """
-    groups: Any = importlib.import_module("deepspeed.utils.groups")
-    groups._init_tp_mesh_device(tensor_model_parallel_size=workers)
-    return groups.get_tensor_model_parallel_group()
+    shape: tuple[int, ...]
+    by: int
+    sizes: tuple[int, ...]
 
 
 @_patch
-def divide_matrices(autotp: Any, model: torch.nn.Module) -> None:
-    """Replaces a model's linear layers and embeddings by AutoTP's, which hold this worker's part of each matrix.
+def divide_matrices(model: torch.nn.Module, settings: object, workers: int) -> tuple[dist.ProcessGroup, Callable[[], None]]:
+    """Replaces a model's linear layers and embeddings by AutoTP's, which hold this worker's part of each matrix. Returns the
+    group of these workers, and what completes the model once its parameters have their values; collective.
 
     DeepSpeed 0.19.8. Without it AutoTP divides a model when the engine is made, after every worker has built it completely.
     """
+    from deepspeed import init_distributed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.module_inject import set_autotp_mode
+    from deepspeed.module_inject.auto_tp import AutoTP
+    from deepspeed.runtime.tensor_parallel.config import get_tensor_parallel_config
+    from deepspeed.utils import groups
+
+    init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
+    set_autotp_mode(training=True)
+    groups._init_tp_mesh_device(tensor_model_parallel_size=workers)
+    config, group = get_tensor_parallel_config(settings), groups.get_tensor_model_parallel_group()
+    autotp: Any = AutoTP(
+        module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None, training_mode=True,
+        linear_layer_setting=(torch.nn.Linear, torch.nn.Embedding), model_config=getattr(model, "config", None),
+        partition_config=config.get_partition_config_object(),
+    )  # fmt: skip
+    autotp.set_tensor_parallel_config(workers, group)
+    autotp.update_linear_policies()
     autotp._replace_module(model)
+
+    def complete() -> None:
+        autotp.register_replicated_grad_hooks(model)
+        model.ds_autotp_parsed = True  # type: ignore[assignment]  # the engine leaves the model as it is
+
+    return group, complete
+
+
+@_patch
+def matrix_part(parameter: Any) -> MatrixPart | None:
+    """Reads how AutoTP has divided a parameter; None if it has not.
+
+    DeepSpeed 0.19.8. Without it AutoTP's marks are known only to its own checkpoints.
+    """
+    from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
+
+    meta = getattr(parameter, DS_AUTOTP_UC_META, None)
+    if not meta or meta["replicated"]:
+        return None
+    return MatrixPart(tuple(meta["logical_shape"]), meta["partition_dim"], tuple(meta["partition_sizes"]))
 
 
 @_patch
@@ -355,45 +397,3 @@ def _clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch
     factor = (max_norm / (global_norm + 1e-6)).clamp(max=1)
     for tensor in input_tensors:
         tensor.detach().mul_(factor)
-
-
-@_patch
-def fragment(p: Any) -> Any:
-    """Returns where ZeRO-1 or 2 keeps this worker's slice of a parameter; None if it has none.
-
-    DeepSpeed 0.19.8. Without it checkpoints cannot write the slices: the public accessors return copies where the optimizer's
-    memory is on the host.
-    """
-    return p._hp_mapping
-
-
-@_patch
-def partition_state(zero: Any, p: Any, key: str | None) -> torch.Tensor:
-    """Returns the tensor in which ZeRO-3 keeps the optimizer's state `key` of a parameter, or the master weight.
-
-    DeepSpeed 0.19.8. Without it heliostat cannot test that what it writes is what DeepSpeed reads (`_require_views`).
-    """
-    tensor: torch.Tensor = zero._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=key)[0]
-    return tensor
-
-
-@_patch
-def partition_parameters(zero: Any) -> None:
-    """Makes ZeRO-3 give up the parameters that are still gathered from the last forward pass.
-
-    DeepSpeed 0.19.8. Without it the next forward pass uses their values from before a restore.
-    """
-    zero._partition_all_parameters()
-
-
-@_patch
-def reassign_parameters(zero: Any, parameters: Iterable[Any]) -> None:
-    """Makes ZeRO-3 take the weights of the forward pass from its partitions again, which were written.
-
-    DeepSpeed 0.19.8. Without it parameters that are swapped out, and the second copies (`train.zero.copy_within`), keep their
-    values from before a restore.
-    """
-    for group in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)
-    for p in parameters:
-        p.ds_secondary_tensor = None

@@ -8,12 +8,12 @@ gradients, once a step, and so make the same step. (Elsewhere: hybrid sharding, 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from heliostat.engine import patches
+from heliostat.engine import patches, zero_state
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -57,8 +57,7 @@ class StateGroup:
         from deepspeed.accelerator import get_accelerator
 
         first, device = dist.get_global_rank(self.across, 0), get_accelerator().current_device_name()
-        parts: list[Any] = [getattr(p, "ds_tensor", p) for p in model.parameters()]  # whole where it is not divided yet
-        for values in (one.data for one in parts):
+        for values in map(zero_state.part, model.parameters()):
             sent = values.reshape(-1).to(device)
             dist.broadcast(sent.view(torch.uint8), first, group=self.across)
             values.copy_(sent.view_as(values))

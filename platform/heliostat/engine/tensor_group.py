@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from heliostat.engine import patches
 from heliostat.errors import TrainingError
+from heliostat.parallel import division
 from heliostat.parallel.division import Division, of
 from heliostat.recipes.protocol import DividesMatrices, Recipe
 
@@ -55,51 +56,27 @@ def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[N
     if workers == 1:
         yield
         return
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.module_inject import set_autotp_mode
-    from deepspeed.module_inject.auto_tp import AutoTP
-    from deepspeed.runtime.tensor_parallel.config import get_tensor_parallel_config
-
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
-    set_autotp_mode(training=True)
-    group = patches.matrix_group(workers)
-    config: Any = get_tensor_parallel_config(settings(recipe, model, workers))
-    autotp: Any = AutoTP(
-        module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None, training_mode=True,
-        linear_layer_setting=(torch.nn.Linear, torch.nn.Embedding), model_config=getattr(model, "config", None),
-        partition_config=config.get_partition_config_object(),
-    )  # fmt: skip
-    autotp.set_tensor_parallel_config(workers, group)
-    autotp.update_linear_policies()
-    patches.divide_matrices(autotp, model)
+    group, complete = patches.divide_matrices(model, settings(recipe, model, workers), workers)
     _mark(model, group, workers)
     yield
-    autotp.register_replicated_grad_hooks(model)
-    model.ds_autotp_parsed = True  # type: ignore[assignment]  # the engine leaves the model as it is
+    complete()
 
 
 def _mark(model: torch.nn.Module, group: dist.ProcessGroup, parts: int) -> None:
     """Notes on each parameter which part of it this worker has, and its whole shape; TrainingError for unequal parts."""
-    from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
-
     if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups from engine to engine
         raise TrainingError(
             f"train.parallel.tensor: DeepSpeed has groups of {dist.get_world_size(group)} workers in this process already"
         )
     rank = dist.get_rank(group)
-    parameter: Any
     for parameter in model.parameters():
-        meta = getattr(parameter, DS_AUTOTP_UC_META, None)
-        if not meta or meta["replicated"]:
+        if not (cut := patches.matrix_part(parameter)):
             continue
-        whole, by = tuple(meta["logical_shape"]), meta["partition_dim"]
-        if len(set(meta["partition_sizes"])) > 1:
+        if len(set(cut.sizes)) > 1:
             raise TrainingError(
-                f"train.parallel.tensor: DeepSpeed has divided a matrix of {whole} unevenly: {meta['partition_sizes']}"
+                f"train.parallel.tensor: DeepSpeed has divided a matrix of {cut.shape} unevenly: {list(cut.sizes)}"
             )
-        parameter.division = Division(rank, parts, group, whole[1] if by == 1 else 0)
-        parameter.whole_shape = whole
+        division.note(parameter, cut.shape, Division(rank, parts, group, cut.shape[1] if cut.by == 1 else 0))
 
 
 def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:

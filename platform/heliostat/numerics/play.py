@@ -22,8 +22,9 @@ from heliostat.checkpoint.agreement import together
 from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, open_dataset
-from heliostat.engine import deepspeed_engine, zero_state
+from heliostat.engine import deepspeed_engine, sharded_state
 from heliostat.engine.sample_group import SampleGroup
+from heliostat.engine.sharded_state import MASTER, ShardedState
 from heliostat.numerics.compare import relative
 from heliostat.numerics.rows import DifferenceRow
 from heliostat.numerics.small import SAVED, STEPS
@@ -161,46 +162,42 @@ def _watch(player: Player, folder: Path) -> None:
     engine.backward = kept
 
 
-def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    yield from ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
-
-
 def gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Assembles every parameter's gradient, in fp32; collective."""
-    scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if engine.zero_optimization_stage() else 1.0
-    full = {}
-    for name, p in _trained(engine):
-        grad = zero_state.full_gradient(p)
+    full, sharded = {}, sharded_state.of(engine)
+    for name, p in sharded.trained():
+        grad = sharded.full_gradient(p)
         if grad is None:
             full[name] = torch.zeros(building.shape(p))
         else:
-            whole = division.assembled(p, grad.view(getattr(p, "ds_shape", p.shape)))
-            full[name] = whole.float().cpu().clone() / scale
+            full[name] = division.assembled(p, grad).float().cpu().clone() / sharded.loss_scale
     return full
 
 
 def masters(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Assembles every parameter's fp32 master weight; collective."""
-    return {name: _full(engine, p, None) for name, p in _trained(engine)}
+    sharded = sharded_state.of(engine)
+    return {name: _full(sharded, p, None) for name, p in sharded.trained()}
 
 
 def state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """Assembles masters and moments, with their kind before the name; collective."""
+    sharded = sharded_state.of(engine)
     return {
-        f"{key or 'master'}.{name}": _full(engine, p, key) for name, p in _trained(engine) for key in (None, *engine.moments[p])
+        f"{key or MASTER}.{name}": _full(sharded, p, key) for name, p in sharded.trained() for key in (None, *sharded.moments[p])
     }
 
 
-def _full(engine: DeepSpeedEngine, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
-    whole = division.assembled(p, zero_state.full_state(engine, p, key).view(getattr(p, "ds_shape", p.shape)))
-    return whole.float().cpu().clone()
+def _full(sharded: ShardedState, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
+    return division.assembled(p, sharded.full(p, key)).float().cpu().clone()
 
 
 def weigh(engine: DeepSpeedEngine, job: Job, step: int, row: DifferenceRow) -> None:
     """Compares the weights that this worker's forward pass uses with the masters, rounded; collective."""
-    for name, p in _trained(engine):
-        right = _full(engine, p, None).to(TYPES[job.train.precision])
-        with zero_state.gathered(engine, p):
+    sharded = sharded_state.of(engine)
+    for name, p in sharded.trained():
+        right = _full(sharded, p, None).to(TYPES[job.train.precision])
+        with sharded.gathered(p):
             used = division.assembled(p, p.detach()).cpu().to(right.dtype)
         row.add(step, f"{name} on worker {dist.get_rank()}", relative(used.float(), right.float()), lambda: "a stale buffer")
 

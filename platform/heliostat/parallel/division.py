@@ -1,12 +1,13 @@
 """Says which part of a parameter a worker has, where the workers of a group divide it among them.
 
-`parameter.division` is set where that is so: by `expert_group` and `tensor_group`. What a worker has is a slice of the flat whole
-in the order of the division's `columns`, in every layout, so checkpoints load at any other.
+The engine notes it on each parameter where that is so, and at ZeRO-3 the shape, which DeepSpeed takes away. What a worker has is
+a slice of the flat whole in the order of the division's `columns`, in every layout, so checkpoints load at any other.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,9 +44,25 @@ def of(parameter: torch.Tensor) -> Division:
     return getattr(parameter, "division", WHOLE)
 
 
+def note(parameter: torch.Tensor, shape: tuple[int, ...], division: Division = WHOLE) -> None:
+    """Notes on a parameter the shape of the whole, and which part of it this worker has."""
+    noted: Any = parameter
+    noted.division, noted.whole_shape = division, shape
+
+
+def shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Returns the shape of the whole parameter."""
+    return tuple(getattr(parameter, "whole_shape", parameter.shape))
+
+
+def numel(parameter: torch.Tensor) -> int:
+    """Counts the elements of this worker's part of a parameter, before ZeRO shards it."""
+    return math.prod(shape(parameter)) // of(parameter).parts
+
+
 def placed(parameter: torch.Tensor, local: torch.Tensor, start: int) -> FlatShard:
     """Makes the slice of the whole parameter that `local` holds, from element `start` of this worker's part on."""
-    mine, own = of(parameter), getattr(parameter, "ds_numel", parameter.numel())
+    mine, own = of(parameter), numel(parameter)
     return FlatShard(local, mine.part * own + start, mine.parts * own, mine.columns)
 
 

@@ -1,7 +1,7 @@
 """Computes which slice of every parameter a rank owns under ZeRO: pure functions that reproduce DeepSpeed 0.19.
 
 Stages 1 and 2 lay each parameter group out as one vector, padded to a multiple of 2 N, and cut it into N parts. Stage 3 cuts
-every parameter by itself. At stage 0 every rank owns everything, and `zero_state` saves the rank-th part. So a checkpoint's
+every parameter by itself. At stage 0 every rank owns everything, and `sharded_state` saves the rank-th part. So a checkpoint's
 slices are known before there is one; the tests compare them with those of real engines.
 """
 

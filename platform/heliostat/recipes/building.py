@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from heliostat.errors import ConfigError
+from heliostat.recipes.partitioning import shape as shape
 from heliostat.recipes.protocol import GUIDE, Group, Recipe
 
 
@@ -49,13 +50,6 @@ def put_buffer(model: torch.nn.Module, name: str, values: torch.Tensor) -> None:
     """Replaces a buffer of the model by another tensor."""
     owner, _, own = name.rpartition(".")
     model.get_submodule(owner)._buffers[own] = values
-
-
-def shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Returns a parameter's shape: ZeRO-3 flattens parameters and keeps the true one in `ds_shape`, or in `whole_shape` that of
-    which this worker has a part of the experts."""
-    shape: Any = getattr(parameter, "whole_shape", None) or getattr(parameter, "ds_shape", parameter.shape)
-    return tuple(shape)
 
 
 def parameter_groups(
@@ -107,8 +101,8 @@ def grouped(
     """Groups the names of trained parameters by the recipe's `group` for their shapes, in order, with `hidden` ones apart from
     others; ConfigError for a weight decay or a learning rate that is negative or not finite."""
     groups: dict[tuple[Group, bool], list[str]] = {}
-    for name, shape in shapes.items():
-        groups.setdefault((recipe.group(name, shape), name in hidden), []).append(name)
+    for name, size in shapes.items():
+        groups.setdefault((recipe.group(name, size), name in hidden), []).append(name)
     for group, _ in groups:
         for what, value in (("weight_decay", group.weight_decay), ("lr", group.lr)):
             if value is not None and not (math.isfinite(value) and value >= 0):

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from heliostat.parallel import division
 from heliostat.recipes import partitioning
 
 
@@ -24,6 +25,9 @@ class Partitioner(Protocol):
 
     def whole(self, parameter: torch.Tensor) -> AbstractContextManager[object]:
         """Opens the context in which a parameter is whole. Afterwards all workers have the first one's values; collective."""
+
+    def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        """Returns the shape of the parameter that this worker has a part of."""
 
 
 _partitioner: ContextVar[Partitioner | None] = ContextVar("partitioner", default=None)
@@ -54,6 +58,12 @@ def whole(parameter: torch.Tensor) -> AbstractContextManager[object]:
     """Opens the context to set a parameter's values in."""
     partitioner = _partitioner.get()
     return partitioner.whole(parameter) if partitioner else nullcontext()
+
+
+def shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Returns the shape of the whole parameter, of which this worker may have a part."""
+    partitioner = _partitioner.get()
+    return partitioner.shape(parameter) if partitioner else division.shape(parameter)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Trains: `driver/` runs in the command's process, `worker/` in each worker.
 
 Start at `run`.
-May import: `checkpoint`, `cluster`, `config`, `data`, `engine`, `inference`, `recipes`, `runs`, `storage`, `tracking`,
-`validation`.
+May import: `checkpoint`, `cluster`, `config`, `data`, `engine`, `inference`, `parallel`, `recipes`, `runs`, `storage`,
+`tracking`, `validation`.
 """
 
 AHEAD = ("ray.data", "heliostat.training.worker.preload")

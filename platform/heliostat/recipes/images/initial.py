@@ -21,7 +21,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from heliostat.recipes.partitioning import assign
+from heliostat.recipes.partitioning import assign, shape
 
 EMBEDDING_STD = 0.02  # of PixArt's layers that take in the timestep and the caption
 
@@ -35,14 +35,10 @@ def initialise(arch: str, backbone: Any) -> None:
             assign(parameter, value)
 
 
-def _shape(parameter: Any) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)  # of the whole, at ZeRO-3
-
-
 def _zero(layer: Any) -> Iterator[tuple[Any, torch.Tensor]]:
     for parameter in (layer.weight, layer.bias):
         if parameter is not None:
-            yield parameter, torch.zeros(_shape(parameter), device="cpu")
+            yield parameter, torch.zeros(shape(parameter), device="cpu")
 
 
 def _unet(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
@@ -68,13 +64,13 @@ def _pixart(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
         if module in nothing:
             yield from _zero(module)
         elif isinstance(module, nn.Linear):
-            draw = torch.empty(_shape(module.weight), device="cpu")
+            draw = torch.empty(shape(module.weight), device="cpu")
             yield module.weight, draw.normal_(std=EMBEDDING_STD) if module in small else _xavier(draw, fused.get(module, 1))
             if module.bias is not None:
-                yield module.bias, torch.zeros(_shape(module.bias), device="cpu")
+                yield module.bias, torch.zeros(shape(module.bias), device="cpu")
     patches = backbone.pos_embed.proj.weight
-    flat = torch.empty((_shape(patches)[0], math.prod(_shape(patches)[1:])), device="cpu")
-    yield patches, _xavier(flat, 1).view(_shape(patches))
+    flat = torch.empty((shape(patches)[0], math.prod(shape(patches)[1:])), device="cpu")
+    yield patches, _xavier(flat, 1).view(shape(patches))
 
 
 def _xavier(matrix: torch.Tensor, parts: int) -> torch.Tensor:

@@ -28,8 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heliostat.checkpoint.agreement import agreed, together
 from heliostat.data.dataset import Dataset
-from heliostat.engine import process_group
+from heliostat.engine import process_group, sharded_state
 from heliostat.errors import ConfigError, CorruptionError
+from heliostat.parallel import division
 from heliostat.recipes.protocol import Batch, Recipe
 from heliostat.recipes.text.selective import ATTENTION
 from heliostat.storage import wire
@@ -145,7 +146,7 @@ class CorruptionCheck(Hook):
         """Draws the parameters whose gradients are compared: in the model's order, as many as fit, but at least one."""
         trained = self._trained()
         order = np.random.default_rng([self.job.train.seed, step, 2]).permutation(len(trained))
-        sizes = np.cumsum([getattr(p, "ds_numel", p.numel()) for _, p in (trained[i] for i in order)])
+        sizes = np.cumsum([division.numel(p) for _, p in (trained[i] for i in order)])
         return [trained[i] for i in sorted(order[: max(1, int((sizes <= ELEMENTS).sum()))])]
 
     def _all(self, batch: Batch, seed: int, drawn: list[tuple[str, torch.nn.Parameter]]) -> list[WorkerDigests]:
@@ -182,7 +183,7 @@ class CorruptionCheck(Hook):
             for buffer, before in buffers:
                 buffer.copy_(before)
         if not self.whole:
-            self.engine.optimizer._partition_all_parameters()
+            sharded_state.of(self.engine).release()
 
 
 def outvoted(results: Sequence[tuple[str, tuple[int, ...]]]) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from heliostat.cluster.peak_flops import peak_flops
-from heliostat.engine import zero_state
+from heliostat.engine import sharded_state
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Steps
 from heliostat.training.worker.context import Context, Hook
@@ -58,7 +58,7 @@ class StepReports:
         """Prepares it. `sums`: sums the steps since the last report over all workers (`step.Stepper.report`)."""
         self.context, self.job, self.ledger, self.engine, self.recipe = context, context.job, context.ledger, engine, recipe
         self.unsealed, self.hooks, self.sums = unsealed, hooks, sums
-        self.skipped = context.start_step - zero_state.optimizer_steps(engine)
+        self.skipped = context.start_step - sharded_state.of(engine).steps
         self._reported, self._since = context.start_step, time.perf_counter()
         self._waited = 0.0  # for data, up to the last report
         self._steady_s = self._steady_wait = 0.0
@@ -125,8 +125,8 @@ class StepReports:
         """Counts the steps skipped so far by fp16's loss scale, and reads the scale; new skips are reported at the terminal."""
         if self.job.train.precision != "fp16":
             return None, None
-        before, self.skipped = self.skipped, done - zero_state.optimizer_steps(self.engine)
-        scale = float(self.engine.optimizer.loss_scale)
+        before, self.skipped = self.skipped, done - sharded_state.of(self.engine).steps
+        scale = sharded_state.of(self.engine).loss_scale
         if self.skipped > before:
             what = f"{self.skipped - before} more steps were skipped, because fp16 gradients overflowed"
             self.context.posts.notice(f"up to step {done}: {what}; the loss scale is {scale:g}")

@@ -24,7 +24,7 @@ from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.agreement import Channel
 from heliostat.checkpoint.layout import INDEX
-from heliostat.engine import ema, zero_state
+from heliostat.engine import ema, sharded_state
 from heliostat.errors import AccessError, CheckpointError, StorageError
 from heliostat.runs.events import Saved
 from heliostat.storage import wire
@@ -50,12 +50,14 @@ class ResumeFacts:
 
     @classmethod
     def of(cls, engine: DeepSpeedEngine) -> ResumeFacts:
-        return cls(optimizer_steps=zero_state.optimizer_steps(engine), loss_scale=zero_state.read_loss_scale(engine))
+        sharded = sharded_state.of(engine)
+        return cls(optimizer_steps=sharded.steps, loss_scale=sharded.read_loss_scale())
 
     def apply(self, engine: DeepSpeedEngine) -> str | None:
         """Completes an engine whose tensors were loaded; returns a notice for the user, if there is one."""
-        zero_state.after_load(engine, self.optimizer_steps)
-        return zero_state.write_loss_scale(engine, self.loss_scale)
+        sharded = sharded_state.of(engine)
+        sharded.after_load(self.optimizer_steps)
+        return sharded.write_loss_scale(self.loss_scale)
 
 
 RESUME = Format(ResumeFacts, "index that this version of heliostat resumes from", CheckpointError)
@@ -66,7 +68,7 @@ class TrainingState(Hook):
 
     def __init__(self, context: Context, engine: DeepSpeedEngine, unsealed: Unsealed, memory: MemoryCopies | None = None) -> None:
         self.context, self.engine, self.unsealed, self.memory = context, engine, unsealed, memory
-        zero_state.init_optimizer_state(engine)
+        self.sharded = sharded_state.of(engine)
         self.saver = checkpoint.Saver(
             context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed,
             context.posts.notice_of_any,
@@ -75,7 +77,7 @@ class TrainingState(Hook):
         self.failed = self._in_a_row = 0  # saves of this attempt that have failed
         self._sealing: tuple[UnsealedPart, int] | None = None  # what the save in flight seals, and how many events are with it
         for copies in self._copies():
-            copies.attach(zero_state.inner_optimizer(engine))
+            copies.attach(self.sharded.optimizer)
         self.average = ema.of(context.job, engine)
 
     @property
@@ -88,7 +90,7 @@ class TrainingState(Hook):
         return self.saver.failed
 
     def tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        return zero_state.state(self.engine, whole) | (self.average.state(whole) if self.average else {})
+        return self.sharded.tensors(whole) | (self.average.state(whole) if self.average else {})
 
     def after_step(self, done: int, due: Due) -> None:
         """Waits for the last copy before the step is reported: once a step is, all copies of earlier ones have arrived."""
@@ -184,7 +186,7 @@ class TrainingState(Hook):
             "metrics": self._metrics(done),
             "written": time.time(),
         }
-        self.saver.save(done, self.tensors(), facts, zero_state.frozen(self.engine), seal)
+        self.saver.save(done, self.tensors(), facts, self.sharded.frozen(), seal)
         self._sealing = part, len(events)
         context.progressed()
         posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, failed=self.failed, ledger=context.ledger.totals()))
@@ -217,16 +219,16 @@ class TrainingState(Hook):
         context, node = self.context, ray.get_runtime_context().get_node_id()
         state = self.tensors(whole=True)
         # else a worker copied a part of what it needs
-        same = source.world == context.world and zero_state.saves_all(self.engine)
+        same = source.world == context.world and self.sharded.saves_all()
 
         def restore() -> tuple[CopyFacts, list[bytes]]:
             return memory_copies.restore(source, state, node, context.rank, same, context.progressed)
 
         facts, own = agreement.agreed(context.control, restore)
-        if (frozen := zero_state.frozen(self.engine, whole=True)) and source.saved:
+        if (frozen := self.sharded.frozen(whole=True)) and source.saved:
             saved = checkpoint.open_together(context.run_folder, source.saved, context.control)
             checkpoint.load(saved, dict(frozen), context.control, context.progressed)
-            self.saver.frozen.loaded(saved, zero_state.frozen(self.engine))
+            self.saver.frozen.loaded(saved, self.sharded.frozen())
         context.posts.notice(ResumeFacts(**facts.resume).apply(self.engine))
         if context.rank == 0:
             parts, events = zip(*map(wire.unpack, own), strict=True)
@@ -238,14 +240,14 @@ class TrainingState(Hook):
         saved = checkpoint.open_together(context.run_folder, context.start_step, context.control)
         facts = RESUME.build(saved.index.resume, saved.location.join(INDEX))
         state = self.tensors(whole=True)
-        frozen = zero_state.frozen(self.engine, whole=True)
+        frozen = self.sharded.frozen(whole=True)
         if saved.frozen:
             state |= frozen
         elif frozen:
             notice(f"{saved.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
         checkpoint.load(saved, state, context.control, context.progressed)
         notice(checkpoint.casts(saved, state))
-        self.saver.frozen.loaded(saved, zero_state.frozen(self.engine))
+        self.saver.frozen.loaded(saved, self.sharded.frozen())
         notice(facts.apply(self.engine))
         self.unsealed.chain = saved.index.receipt.chain
         self.unsealed.replaced = saved.index.bad_samples if context.rank == 0 else 0
