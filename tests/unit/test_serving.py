@@ -93,7 +93,7 @@ def test_a_chat_takes_text_only_and_refuses_tools():
         (0, {"logprobs": True}),
         (3, {"logprobs": True, "top_logprobs": 3}),
     ]:
-        assert read(ChatRequest, json.dumps({"model": "m", "messages": [message], **more}).encode()).told == told
+        assert read(ChatRequest, json.dumps({"model": "m", "messages": [message], **more}).encode()).top_count == told
     for more, said in [({"top_logprobs": 3}, "goes with logprobs: true"), ({"logprobs": 3}, "boolean"),
                        ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20")]:  # fmt: skip
         found = refusal(ChatRequest, messages=[message], **more)
@@ -262,13 +262,13 @@ class Echo(requests.Body):
 class EchoRoute(Route[Echo, str]):
     path, body = "/v1/echo", Echo
 
-    def asked(self, settings, body):
+    def request(self, settings, body):
         return body.text
 
-    async def answer(self, replica, asked):
-        if asked == "no":
+    async def answer(self, replica, request):
+        if request == "no":
             raise Refusal(400, "text: no", "text")
-        return {"echo": f"{replica.writer} {asked}"}
+        return {"echo": f"{replica.writer} {request}"}
 
     def shape(self, settings, body, version, item):
         return {"version": version, **item, "usage": {"prompt_tokens": 2}}

@@ -22,8 +22,8 @@ VAGUE = {
     "play",
 }  # how a value came, not what it is
 WORDS = re.compile(r"\b(told|alike|beside|goes on|whoever|nobody|torn|anew|played)\b", re.IGNORECASE)
-VAGUE_YET = {"apps", "plan", "training"}
-WORDS_YET = {"apps", "cli", "plan", "training"}
+VAGUE_YET = {"training"}
+WORDS_YET = {"training"}
 # names of fields that files, reports or other modules of a user's have: these stay
 FIELDS = {"held: np.ndarray", "found: str | None", "found: Mapping[str, object]"}
 PARAMETERS = {("curation/semantic/cells.py", "held")}  # of tasks, whose keys follow from the names

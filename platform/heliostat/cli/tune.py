@@ -128,7 +128,7 @@ def _carry(folder: str, big: Path) -> dict[str, object]:
 
 
 def write_best(sweep: str) -> Path:
-    """Writes the job of a sweep's best trial as a file beside the sweep, or in the workspace if that is on S3."""
+    """Writes the job of a sweep's best trial to a file next to the sweep, or in the workspace if the sweep is on S3."""
     import logging
 
     import yaml

@@ -109,9 +109,9 @@ class Activations:
     def held(self, first: int, offload: bool = False) -> int:
         """Computes what is held at most where the first so many layers are checkpointed: behind the forward pass, or while one of
         them is computed again, when those behind it are done. `offload`: their inputs are on the host, but for one."""
-        inputs, inside = [given for given, _, _ in self.layers], [kept for _, kept, _ in self.layers]
-        given = max(inputs[:first], default=0) if offload else self.inputs(first)
-        return self.outside + given + max(sum(inside[first:]), max(inside[:first], default=0))
+        inputs, inside = [inputs for inputs, _, _ in self.layers], [kept for _, kept, _ in self.layers]
+        stored = max(inputs[:first], default=0) if offload else self.inputs(first)
+        return self.outside + stored + max(sum(inside[first:]), max(inside[:first], default=0))
 
     def selective(self) -> int:
         """Computes what is held at most where all layers keep what is dear alone: behind the forward pass, or while the last one
@@ -123,14 +123,14 @@ class Activations:
         return self.outside + self.inputs(len(self.layers)) + most
 
     def inputs(self, first: int) -> int:
-        return sum(given for given, _, _ in self.layers[:first])
+        return sum(inputs for inputs, _, _ in self.layers[:first])
 
 
 @dataclass(frozen=True)
 class OperationWork:
     """Describes equal operations of a step: how many, and of each the FLOPs and bytes that a sample adds, the bytes that it moves
-    whatever the number of samples, whether it is played again where its layer is checkpointed (0 for no, ALWAYS, or AT_STAGE_3),
-    and whether selective checkpointing keeps its outputs."""
+    whatever the number of samples, whether it is computed again where its layer is checkpointed (0 for no, ALWAYS, or
+    AT_STAGE_3), and whether selective checkpointing keeps its outputs."""
 
     kind: str
     count: int

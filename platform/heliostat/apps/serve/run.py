@@ -2,8 +2,8 @@
 
     client -> Serve's proxy (127.0.0.1) -> Front (one: keys, limits, retries) -> Replica (several, of each version that is there)
 
-The driver looks at the alias, and tells the front which version is served. A new version loads beside the old one; then it gets
-all new requests, and the old one ends when its last request is answered.
+The driver reads the alias, and sends the front the version that is served. A new version loads while the old one answers. Then
+the new version gets all new requests, and the old one ends when its last request is answered.
 """
 
 from __future__ import annotations
