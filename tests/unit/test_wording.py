@@ -1,7 +1,8 @@
-"""Names say what they hold, and docstrings use plain words. Rooms that do not yet are listed: the lists only get shorter."""
+"""Names say what they hold; docstrings and messages use plain words. Rooms that do not yet are listed: the lists get shorter."""
 
 import ast
 import re
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -22,8 +23,10 @@ VAGUE = {
     "play",
 }  # how a value came, not what it is
 WORDS = re.compile(r"\b(told|alike|beside|goes on|whoever|nobody|torn|anew|played)\b", re.IGNORECASE)
+MESSAGE_WORDS = re.compile(rf"{WORDS.pattern}|\bbehind\b", re.IGNORECASE)
 VAGUE_YET = {"training"}
 WORDS_YET = {"training"}
+MESSAGES_YET = {"training"}
 # names of fields that files, reports or other modules of a user's have: these stay
 FIELDS = {"held: np.ndarray", "found: str | None", "found: Mapping[str, object]"}
 PARAMETERS = {("curation/semantic/cells.py", "held")}  # of tasks, whose keys follow from the names
@@ -52,6 +55,20 @@ def avoided_words(room: str) -> list[str]:
     return [f"{path}: {word[0]}: {text[:60]}" for path, text in texts for word in WORDS.finditer(re.sub("`[^`]*`", "", text))]
 
 
+def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, text) of all strings of several words but the docstrings of code: errors, log lines, help, descriptions of keys."""
+    defined = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    docstrings = {n.body[0].value for n in defined if n.body and isinstance(n.body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value and node not in docstrings:
+            yield node.lineno, node.value
+
+
+def avoided_in_messages(room: str) -> list[str]:
+    texts = [(path, line, re.sub("`[^`]*`|<[^>]*>?", "", text)) for path, tree in trees(room) for line, text in messages(tree)]
+    return [f"{path}:{line}: {word[0]}: {text[:60]}" for path, line, text in texts for word in MESSAGE_WORDS.finditer(text)]
+
+
 @pytest.mark.parametrize("room", sorted({*ROOMS} - VAGUE_YET))
 def test_variables_and_parameters_say_what_they_hold(room):
     assert vague(room) == []
@@ -62,5 +79,12 @@ def test_docstrings_use_plain_words(room):
     assert avoided_words(room) == []
 
 
+@pytest.mark.parametrize("room", sorted({*ROOMS} - MESSAGES_YET))
+def test_messages_use_plain_words(room):
+    """Those that people read: a word in back quotes is a name, and what is in a tag is markup."""
+    assert avoided_in_messages(room) == []
+
+
 def test_a_room_that_became_clean_leaves_the_list():
-    assert [room for room in VAGUE_YET if not vague(room)] + [room for room in WORDS_YET if not avoided_words(room)] == []
+    lists = [(VAGUE_YET, vague), (WORDS_YET, avoided_words), (MESSAGES_YET, avoided_in_messages)]
+    assert [room for rooms, faults in lists for room in rooms if not faults(room)] == []

@@ -352,7 +352,7 @@ FAULTS = {
         Fault("sigterm", "the command gets SIGTERM, and is submitted again", sigterm, notice="SIGTERM: stopping",
               submitted_again=True),
         Fault("kill-driver", "the command's process is killed, and it is submitted again", kill_driver, submitted_again=True),
-        Fault("kill-driver-late", "the command's process is killed behind the last checkpoint, and it is submitted again",
+        Fault("kill-driver-late", "the command's process is killed after the last checkpoint, and it is submitted again",
               kill_driver_late, prepare_late, submitted_again=True, late=True),
         Fault("restart-head", "the cluster's head dies and starts again, and the command is submitted again", restart_head,
               prepare_head, cannot_make_nodes, submitted_again=True),

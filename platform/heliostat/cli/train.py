@@ -72,7 +72,7 @@ def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError |
     """Checks the numerics and prints them; returns what was found, and the error to end with if they differ."""
     from heliostat.numerics import check as numerics
 
-    with console.status("playing some steps on two workers, and beside them"):
+    with console.status("running some steps on two workers, and in one plain process"):
         result = numerics.check(checked)
     for line in _recomputed(result["trial"]):
         out.print(line)

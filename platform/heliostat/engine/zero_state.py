@@ -347,7 +347,7 @@ def write_loss_scale(engine: DeepSpeedEngine, values: dict[str, float] | None) -
     """Restores the dynamic loss scale from a checkpoint; returns a notice if the engine needs one and there is none."""
     scaler = _scaler(engine)
     if scaler and not values:
-        return f"the checkpoint holds no fp16 loss scale: it begins anew at {scaler.cur_scale:g}, and steps may be skipped"
+        return f"the checkpoint holds no fp16 loss scale: it starts again at {scaler.cur_scale:g}, and steps may be skipped"
     for key, value in (values or {}).items() if scaler else ():
         setattr(scaler, key, value)
     return None

@@ -253,4 +253,4 @@ def _store(place: Location, data: bytes) -> None:
     try:
         place.write(data)
     except (HeliostatError, OSError) as e:
-        log.warning("the run's ledger is behind: %s", e)
+        log.warning("the run's ledger lags: %s", e)

@@ -75,7 +75,7 @@ def given(query: str) -> dict[str, str]:
         if value not in VALUES.get(key, (value,)):
             raise ConfigError(f"s3://...?{key}={value}: must be {' or '.join(VALUES[key])}")
     if options.get("anonymous") == "true" and "request_payer" in options:
-        raise ConfigError("s3://...?anonymous=true&request_payer: nobody knows who is to pay; remove one of the two")
+        raise ConfigError("s3://...?anonymous=true&request_payer: an anonymous caller can't pay. Remove one of the two")
     return options
 
 

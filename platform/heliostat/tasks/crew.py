@@ -79,7 +79,7 @@ class Started:
     offered: set[Shipment] = field(default_factory=set)
     """What its node lacked, and the driver has copied to the work folder."""
     copy: Future[None] | None = None
-    """Such a copy, which may be under way: the task is started again behind it."""
+    """Such a copy, which may be under way: the task is started again after it."""
 
     @property
     def waits(self) -> bool:

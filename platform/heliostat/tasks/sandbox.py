@@ -71,13 +71,13 @@ X32 = 0x40000000  # and above: calls of x86-64's other table
 HARNESS = """
 import json, os, sys, types
 with open("program.json", "rb") as file:
-    told = json.load(file)
+    request = json.load(file)
 os.remove("program.json")
 os.environ.clear()
 module = sys.modules["program"] = types.ModuleType("program")  # where dataclasses and pickle look for its classes
 for part in ("program", "tests"):
-    exec(compile(told[part], part, "exec"), vars(module))
-os.write(3, told["token"].encode())
+    exec(compile(request[part], part, "exec"), vars(module))
+os.write(3, request["token"].encode())
 """
 
 libc = ctypes.CDLL(None, use_errno=True)

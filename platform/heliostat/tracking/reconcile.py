@@ -82,7 +82,7 @@ def _settle(client: MlflowClient, run: Run, folder: Location, how: str) -> bool:
         _end(client, run_id, "FINISHED", "", last.seen)
     else:
         died = f"the driver (process {last.pid} on {last.host}) died without a word{how and f', {how}'}; it had come to step "
-        _end(client, run_id, "FAILED", f"{died}{last.reached}, and --resume goes on from its newest checkpoint", last.seen)
+        _end(client, run_id, "FAILED", f"{died}{last.reached}, and --resume continues from its newest checkpoint", last.seen)
     log.warning("run %s was still open in MLflow, and its driver is gone: it is closed now", run_id)
     return True
 

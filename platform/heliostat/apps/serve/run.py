@@ -83,7 +83,7 @@ class Versions:
                 if not self.current:
                     raise
                 self.failed = wanted
-                log.error("%s is not served, %s goes on: %s", wanted, self.current, brief(e))
+                log.error("%s is not served, and %s still is: %s", wanted, self.current, brief(e))
                 return
         self.until.pop(wanted, None)
         if self.current:

@@ -45,7 +45,7 @@ class Shelf:
             raise Refusal(400, str(e), None, "invalid_value") from e
         except DataError as e:
             log.error("%s", e)
-            said = "the index that is served lacks a part, or was replaced over a day ago; start the endpoint anew"
+            said = "the index that is served lacks a part, or was replaced over a day ago; restart the endpoint"
             raise Refusal(503, said, None, "index_gone") from e
 
     async def prompt(self, request: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:

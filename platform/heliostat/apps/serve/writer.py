@@ -61,7 +61,7 @@ class Writer:
     async def embed(self, texts: list[str]) -> list[Item]:
         """Embeds texts: of each the `embedding`, and its `tokens`; Refusal if one cannot be embedded."""
         if isinstance(self.engine, VllmEngine):
-            said = "model: vLLM writes with it, and does not embed beside that; start with --engine transformers"
+            said = "model: embeddings are not supported where vLLM answers; start with --engine transformers"
             raise Refusal(400, said, "model", "unsupported_by_model")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Item] = loop.create_future()

@@ -81,7 +81,7 @@ def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Itera
             yield Dropped(f"{path}#{e.place}", e.reason, e.detail)
             if not archive.resume():
                 return
-    yield Dropped(path, "corrupt", f"more than {MOST_BREAKS:,} broken places; what is behind them is not read")
+    yield Dropped(path, "corrupt", f"more than {MOST_BREAKS:,} broken places; what comes after them is not read")
 
 
 @dataclass(frozen=True)
