@@ -53,7 +53,7 @@ class Scene:
     at: float  # the step at which the fault strikes, and how far into the next one
     rate: float
     random: random.Random
-    stack: ExitStack  # of what is to be undone behind the run
+    stack: ExitStack  # of what is to be undone after the run
     storage: Location
     tracking: str
     checkpoint_bytes: int  # of a checkpoint of the unbroken run
@@ -89,7 +89,7 @@ class Fault:
     notice: str = ""  # what the run's command says when it has seen it; else an attempt's end tells
     cured: str = ""  # and when it is over; else the next new step tells
     submitted_again: bool = False  # it ends the command
-    late: bool = False  # it strikes behind the last step
+    late: bool = False  # it strikes after the last step
 
 
 # processes -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from heliostat.optim.optimizers import Optimizer
 
-ALWAYS, AT_STAGE_3 = 1, 2  # when an operation is played again
+ALWAYS, AT_STAGE_3 = 1, 2  # when an operation is computed again
 MATMUL, CONVOLUTION, ATTENTION, MEMORY = KINDS = ("matmul", "convolution", "attention", "memory")
 
 
@@ -28,7 +28,7 @@ class ModelStats:
     flops: float  # 0: the recipe does not say, and `activations` counts
     groups: list[list[str]]  # the optimizer's, by names
     hidden: frozenset[str]  # matrices that an optimizer that orthogonalizes has in groups apart
-    frozen_models: tuple[int, int] = (0, 0)  # bytes of models beside it on the device: in every step; in evaluations, with those
+    frozen_models: tuple[int, int] = (0, 0)  # bytes of other models on the device: in every step; in evaluations, with those
     divided: dict[str, str] = field(default_factory=dict)  # what workers can divide: `column` by outputs, `row` by inputs
 
     @property

@@ -19,7 +19,7 @@ ITERATIONS = 5  # of Newton and Schulz, which orthogonalizes whole matrices (`he
 MOMENTUM = 4  # bytes of an element on its way: momenta travel in fp32
 FP8 = "fp8"  # among a device's peaks
 ROUNDING = 1  # times the bytes of a product: its factors are rounded to float8 first
-BACKWARD = 2 / 3  # of a micro-batch's computing: what a reduction of gradients can hide behind
+BACKWARD = 2 / 3  # of a micro-batch's computing: what can hide a reduction of gradients
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class StepSeconds:
 
     computing: float
     communicating: float
-    exposed: float  # the part of it that does not hide behind computing
+    exposed: float  # the part of it that computing does not hide
     updating: float  # the optimizer
     copying: float  # to and from the host, with offload
 

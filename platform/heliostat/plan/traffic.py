@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from heliostat.config.train_section import Zero
 from heliostat.plan.hardware import Device
 
-EIGHT_BITS = 1  # bytes; the scales beside them, 4 bytes for thousands, are left out
+EIGHT_BITS = 1  # bytes; their scales, 4 bytes for thousands, are left out
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ class Crew:
             log.warning(
                 "%s: %s ends its process at %s and is left out (%s)", self.kind, printable(crash.id), crash.stage, crash.detail
             )
-            if self.pool:  # what waited behind it in its actor has died with it each time
+            if self.pool:  # what waited after it in its actor has died with it each time
                 for other in [*self.under_way.values(), *self.later]:
                     other.trouble.count = min(other.trouble.count, 1)
         if self.stopped or cause is not None or trouble.count >= (LOST if lost else TRIES):

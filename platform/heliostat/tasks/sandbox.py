@@ -218,7 +218,7 @@ def main() -> int:
     os.umask(0o022)
     program = json.dumps({name: limits[name] for name in ("program", "tests", "token")}).encode()
     shut_in(Path(limits["root"]), [*limits["libraries"], limits["executable"]], limits["files"], {"program.json": program})
-    call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # behind the last change of user, which would undo it
+    call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # after the last change of user, which would undo it
     if os.getppid() != limits["parent"]:
         raise OSError("who has started this has ended")
     reading, writing = os.pipe()  # closed by becoming the program

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 log = logging.getLogger(__name__)
 
-STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by outcomes behind which a command ends
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by outcomes after which a command ends
 YOUNG_S = 60.0  # a run may be so old before its driver has written anything
 
 

@@ -173,7 +173,7 @@ def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], option
         asgi, host=LOOPBACK, port=options.port, log_config=None, access_log=False, lifespan="off", server_header=False,
         timeout_graceful_shutdown=END_S,
     )  # fmt: skip
-    with Signals():  # uvicorn raises the signal that it has taken once more behind its end
+    with Signals():  # uvicorn raises the signal that it has taken once more after its end
         Server(config, lambda: ready(f"http://{LOOPBACK}:{options.port}/")).run()
 
 

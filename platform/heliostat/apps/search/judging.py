@@ -19,7 +19,7 @@ from heliostat.errors import ConfigError
 CUTS = (1, 5, 10)
 MEASURES = (*(f"recall@{k}" for k in CUTS), "ndcg@10", "mrr")
 Z = 1.96  # of a 95 % interval
-RERANKED = "+reranker"  # behind a mode: its passages in the reranker's order
+RERANKED = "+reranker"  # after a mode's name: its passages in the reranker's order
 
 
 def questions(file: Path) -> list[tuple[str, set[str]]]:

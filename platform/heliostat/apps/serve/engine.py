@@ -33,7 +33,7 @@ from heliostat.text import brief
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.4  # of the memory that is free beside the model, for the tokens of all rows: padding may double what they take
+SHARE = 0.4  # of the memory that the model leaves free, for the tokens of all rows: padding may double what they take
 SHORT = 64  # tokens, below which lengths are about the same
 NO_MEMORY = ("can't allocate memory", "out of memory")  # in what torch raises on a CPU, or within a library
 

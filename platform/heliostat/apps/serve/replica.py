@@ -83,7 +83,7 @@ class Painter:
         with exported.using(folder):
             self.canvas = recipe.canvas(folder)
             self.size = self.canvas.size
-        self.thread = ThreadPoolExecutor(1, "painter")  # a drawing goes on when nobody waits for it any more, and the next waits
+        self.thread = ThreadPoolExecutor(1, "painter")  # a drawing continues when its client has left, and the next waits
 
     async def draw(self, request: PictureRequest) -> list[dict[str, object]]:
         """Draws pictures, each a PNG in base64 with its seed; Refusal for what the model does not draw."""

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 FRONT = "heliostat-front"
 START_S = 600.0  # for a version to load
 FRONT_S = 300.0  # for a front that died to come again
-DRAIN_MORE_S = 10.0  # behind the deadline of an answer
+DRAIN_MORE_S = 10.0  # after the deadline of an answer
 DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # of the actor that lives as long as the command does
 CONTROLLER = "ServeController"  # Ray Serve's own actor, which ends with the endpoint
 OURS = ({"Front"}, {"Model"})  # deployments of each application
@@ -109,7 +109,7 @@ def serve(
     if shared:  # where a killed command may have left an endpoint, which is ended by now
         require_free(options.port)
     known = keys()
-    with endpoint.signals:  # behind Ray's start, which sets handlers of its own
+    with endpoint.signals:  # after Ray's start, which sets handlers of its own
         try:
             endpoint.open(known)
             _follow(endpoint, source, options, lambda: ready(f"http://{LOOPBACK}:{options.port}/v1"))
@@ -221,7 +221,7 @@ class ServeEndpoint:
 
         proxied.set_ahead()
         private_ray.ahead(self.gpus, MODULES)
-        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: a version loads beside the one that it replaces
+        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: a version loads while the old one runs
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         end_left()
 

@@ -55,7 +55,7 @@ class Writer:
                 left -= "finish" in piece
                 yield {"index": index, "piece": piece}
         finally:
-            for row in rows:  # those that nobody waits for any more
+            for row in rows:  # those whose client has left
                 row.leave()
 
     async def embed(self, texts: list[str]) -> list[Item]:
