@@ -205,7 +205,7 @@ def test_fp16_goes_on_with_the_loss_scale_that_it_had(tmp_path: Path) -> None:
     for row in told:
         assert row["held"]["cur_scale"] < 65536 and row["steps"] < 12, "steps were skipped until the scale was found"
         assert row["ends"][0] == row["ends"][1] and row["gap"] == 0, row
-        assert "begins anew at 65536" in row["anew"]
+        assert "starts again at 65536" in row["anew"]
 
 
 # bf16: sums of micro-batches -----------------------------------------------------------------------------------------

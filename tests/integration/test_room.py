@@ -58,7 +58,7 @@ def test_a_run_on_a_full_node_says_within_ten_seconds_what_others_hold_and_train
     assert result["steps"] == 6
     text = next(r.getMessage() for r in caplog.records if "no room" in r.getMessage())
     assert "no room for 2 workers of 1 CPUs, and 1 CPU for reading the data: the 1 nodes that may take them have 8 CPUs" in text
-    assert "others hold 7 CPUs; as they lie there is room for 0 workers now, and for 7 with nobody else there; waiting" in text
+    assert "others hold 7 CPUs; as they lie there is room for 0 workers now, and for 7 with no other jobs; waiting" in text
     assert said["no room"] - said["placing the workers"] < 10
 
 

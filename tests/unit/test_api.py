@@ -16,7 +16,7 @@ import heliostat
 import numpy as np
 import pytest
 from heliostat.api import functions as api
-from heliostat.errors import ConfigError, MissingDataError
+from heliostat.errors import AccessError, ConfigError, MissingDataError
 
 from tests.unit.build_job import raw, write
 
@@ -192,6 +192,13 @@ def test_a_dataset_that_is_missing_says_so_and_leaves_no_folder(tmp_path, monkey
     with pytest.raises(MissingDataError, match=r"data\.sources\.0\.path: "):
         heliostat.datasets({"sources": [{"path": "d"}], "sequence_length": 8}, steps=1, global_batch=8, folder="f")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has it")
+def test_a_folder_that_takes_no_receipts_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AccessError, match=r"^folder: /proc/x: /proc is not a folder that can be written to; name another place$"):
+        heliostat.datasets({"sources": [{"path": "d"}], "sequence_length": 8}, steps=1, global_batch=8, folder="/proc/x")
 
 
 def test_the_page_tells_of_no_name_that_there_is_not():

@@ -169,6 +169,17 @@ def test_a_bad_value_is_one_line_without_a_traceback(change):
     assert refusal({**LLAMA, **change}).startswith("model")
 
 
+@pytest.mark.parametrize(
+    ("model", "change", "said"),
+    [
+        (LLAMA, {"hidden_size": "abc"}, "model.hidden_size: expected int, got str (value: 'abc')"),
+        (SHAPES["gpt2"], {"n_layer": True}, "model.n_layer: expected int, got bool (value: True)"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_by_its_key(model, change, said):
+    assert refusal({**model, **change}) == said
+
+
 def test_every_architecture_of_transformers_is_accepted_or_refused_in_one_line():
     """The rules above fit each architecture's own defaults: nothing raises but ConfigError, and almost nothing is refused."""
     refused = []

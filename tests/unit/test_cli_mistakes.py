@@ -15,7 +15,7 @@ from heliostat.storage.locations import Location
 
 from tests.unit.command_line import FILES, ROOT, run
 
-BOTH = "--overwrite: deletes what --resume goes on from; give one of the two"
+BOTH = "--overwrite: deletes what --resume continues from; give one of the two"
 
 
 @pytest.mark.parametrize(

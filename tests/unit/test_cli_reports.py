@@ -81,6 +81,12 @@ def test_the_documented_fields_of_reports_are_those_that_are_printed(monkeypatch
     assert all(f"`{key}`" in row for key in measure.broken("x"))
 
 
+def test_the_columns_of_runs_name_their_units():
+    """Four workers for an hour are four worker-hours."""
+    head, row, _ = TABLES["runs"]
+    assert row[head.index("worker-hours")] == "12.345"
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", TABLES)
 def test_no_table_is_cut(name, width):

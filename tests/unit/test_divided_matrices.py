@@ -136,7 +136,7 @@ def test_the_plan_knows_what_a_worker_has_of_each_matrix():
     divided = sum(math.prod(half.model.shapes[n]) for n in half.model.divided)
     assert 0.3 < divided / half.model.parameters < 0.9
     assert sum(map(math.prod, half.shapes.values())) == half.model.parameters - divided // 2
-    assert half.model.flops == whole.model.flops and half.alike == 2
+    assert half.model.flops == whole.model.flops and half.replicas == 2
     mine, all_ = half.chosen(), whole.chosen()
     assert mine.memory["weights"] == 2 * (half.model.parameters - divided // 2) < all_.memory["weights"]
     assert mine.memory["activations"] < all_.memory["activations"]

@@ -188,7 +188,7 @@ def test_who_reads_a_replaced_version_finds_the_columns_of_its_documents_for_a_d
     monkeypatch.setattr(table, "KEEP", timedelta(0))
     third = brought_up_to_date("newest text")
     assert third.record["replaced"] == {} and len(list((tmp_path / "index" / "files").iterdir())) == len(third.record["ends"])
-    with pytest.raises(Refusal, match="start the endpoint anew") as refused:
+    with pytest.raises(Refusal, match="restart the endpoint") as refused:
         asyncio.run(shelf.search(Search("older", 1)))
     assert refused.value.status == 503
 

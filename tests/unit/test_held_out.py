@@ -52,7 +52,7 @@ def test_a_dataset_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path):
     source = make_dataset(tmp_path, 1, shards=1)
     chunks = len(source.chunks)
     why = rf"holds none out; data\.sources\.0 does not tell its documents apart, so only whole ones of its {chunks} chunks can be"
-    with pytest.raises(ConfigError, match=rf"evaluate\.fraction: 0\.0001 of [\d,]+ samples {why}; prepare it anew"):
+    with pytest.raises(ConfigError, match=rf"evaluate\.fraction: 0\.0001 of [\d,]+ samples {why}; prepare it again"):
         faults(source, fraction=0.0001)
 
 

@@ -349,7 +349,7 @@ def test_stages_that_cannot_be_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=match):
             Here.model_validate(keys(tmp_path, **more)).check()
 
-    refused("image_size stands behind similar_images", stages=[{"stage": "similar_images"}, {"stage": "image_size"}])
+    refused("image_size is after similar_images", stages=[{"stage": "similar_images"}, {"stage": "image_size"}])
     refused("'label' is the name of the label's", columns={"others": ["label"]})
     within = {"stage": "minhash", "within": "crawls"}
     refused(r"stages.0: minhash: within: 'crawls' is none .* Correct it, or name it under `columns.others` too", stages=[within])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import time
 from dataclasses import astuple, replace
@@ -341,6 +342,16 @@ def test_the_plan_of_a_mixture_tells_what_is_active(name, active):
     assert f"{active:,} of them active for a token" in lines(p)[0]
     found = dry_run(path, ["data.sources=[{path: nowhere}]"])
     assert found["shards"] == j.workers.most and found["checkpoint_bytes"] > 12 * p["parameters"]["total"]
+
+
+def test_a_dry_run_for_gpus_prints_nothing_of_deepspeeds_where_there_is_none(monkeypatch):
+    """DeepSpeed warns on standard output that it finds no GPU, unless the environment says that it shall use the CPU."""
+    from heliostat.engine import deepspeed_engine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    deepspeed_engine.require_config(job(**{"workers.gpus": 1}))
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
 def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):

@@ -44,7 +44,7 @@ def test_layouts_are_ranked_by_time_within_memory_and_each_says_why_it_loses(wid
     copied = [one for one in fit if one["offload_optimizer"] and not one["activation_checkpointing"]]
     assert copied and all("copies to and from the host" in one["why"] for one in copied)
     replayed = [one for one in fit if one["activation_checkpointing"] and not one["offload_optimizer"]]
-    assert replayed and any("played again" in one["why"] for one in replayed)
+    assert replayed and any("computed again" in one["why"] for one in replayed)
 
 
 def test_one_layout_is_shown_of_those_that_differ_in_the_micro_batch_alone(wide):

@@ -69,7 +69,7 @@ def test_anonymous_requests_are_not_signed(store, more, signed):
         ("anonymous=yes", r"\?anonymous=yes: must be true or false"),
         ("endpoint_override=h:1&scheme=ftp", r"\?scheme=ftp: must be https or http"),
         ("request_payer=me", r"\?request_payer=me: must be requester"),
-        ("anonymous=true&request_payer=requester", "nobody knows who is to pay"),
+        ("anonymous=true&request_payer=requester", "an anonymous caller can't pay"),
     ],
 )
 def test_a_key_that_does_nothing_is_refused(query, message):

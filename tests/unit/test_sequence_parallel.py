@@ -118,9 +118,9 @@ def test_an_architecture_whose_attention_alone_mixes_tokens_is_taken(arch, docum
         ({"arch": "bloom"}, "no other implementation than 'eager'"),
         ({"arch": "gpt_oss"}, "no other implementation than 'eager'"),
         ({"arch": "deepseek_v3"}, "heads and widths of queries, keys and values, and not all the same"),
-        ({"arch": "mistral", "sliding_window": 32}, "something beside full attention mixes tokens"),
-        ({"arch": "gemma3_text", "sliding_window": 32}, "something beside full attention mixes tokens"),
-        pytest.param({"arch": "qwen3_next"}, "something beside full attention mixes tokens", marks=pytest.mark.ci),
+        ({"arch": "mistral", "sliding_window": 32}, "something other than full attention mixes tokens"),
+        ({"arch": "gemma3_text", "sliding_window": 32}, "something other than full attention mixes tokens"),
+        pytest.param({"arch": "qwen3_next"}, "something other than full attention mixes tokens", marks=pytest.mark.ci),
         ({"arch": "mixtral", "output_router_logits": True}, "the router's loss of 'mixtral' is of whole micro-batches"),
     ],
 )

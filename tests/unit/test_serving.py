@@ -9,7 +9,7 @@ import struct
 import pytest
 from heliostat.apps.play.app import Local
 from heliostat.apps.serve import front, requests, writing
-from heliostat.apps.serve.asks import Holds
+from heliostat.apps.serve.asks import TEXT, Holds
 from heliostat.apps.serve.backend import TRIES, Backend
 from heliostat.apps.serve.gateway import FrontSettings, RequestLimits
 from heliostat.apps.serve.replica import Replica
@@ -22,8 +22,8 @@ from heliostat.apps.serve.routes.embeddings import Embeddings, EmbeddingsRoute
 from heliostat.apps.serve.routes.images import Images
 from heliostat.apps.serve.routes.search import SearchRequest
 from heliostat.apps.serve.row import Stopping
-from heliostat.apps.serve.run import Versions
-from heliostat.apps.serve.served import replica_range
+from heliostat.apps.serve.run import ServeEndpoint, Versions
+from heliostat.apps.serve.served import NoModel, Options, ServedModels, replica_range
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
@@ -93,7 +93,7 @@ def test_a_chat_takes_text_only_and_refuses_tools():
         (0, {"logprobs": True}),
         (3, {"logprobs": True, "top_logprobs": 3}),
     ]:
-        assert read(ChatRequest, json.dumps({"model": "m", "messages": [message], **more}).encode()).told == told
+        assert read(ChatRequest, json.dumps({"model": "m", "messages": [message], **more}).encode()).top_count == told
     for more, said in [({"top_logprobs": 3}, "goes with logprobs: true"), ({"logprobs": 3}, "boolean"),
                        ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20")]:  # fmt: skip
         found = refusal(ChatRequest, messages=[message], **more)
@@ -262,13 +262,13 @@ class Echo(requests.Body):
 class EchoRoute(Route[Echo, str]):
     path, body = "/v1/echo", Echo
 
-    def asked(self, settings, body):
+    def request(self, settings, body):
         return body.text
 
-    async def answer(self, replica, asked):
-        if asked == "no":
+    async def answer(self, replica, request):
+        if request == "no":
             raise Refusal(400, "text: no", "text")
-        return {"echo": f"{replica.writer} {asked}"}
+        return {"echo": f"{replica.writer} {request}"}
 
     def shape(self, settings, body, version, item):
         return {"version": version, **item, "usage": {"prompt_tokens": 2}}
@@ -423,3 +423,22 @@ def test_a_first_version_that_does_not_load_ends_the_command():
 
     with pytest.raises(HeliostatError, match="no weights"):
         Versions(load, lambda v: {}, lambda v: None, 60).tick("m-1")
+
+
+def test_rays_notices_of_an_actor_that_ends_on_purpose_are_not_printed(capsys):
+    """Others are."""
+    from heliostat.cluster import ray_internals
+    from ray._private import worker
+
+    with ray_internals.without_notices("ServeController"):
+        for line in ("Task ServeController.listen_for_change failed", "a node died"):
+            worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    printed = capsys.readouterr().out
+    assert "a node died" in printed and "ServeController" not in printed
+
+
+def test_a_check_of_the_engine_logs_nothing(tmp_path, caplog):
+    """It comes before Ray starts; the engine is logged when its version loads."""
+    endpoint = ServeEndpoint(ServedModels(NoModel("docs"), None), TEXT, Options(engine="transformers"))
+    caplog.set_level("INFO")
+    assert endpoint.engine(tmp_path)[0] == "transformers" and caplog.messages == []

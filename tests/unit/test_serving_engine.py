@@ -145,9 +145,9 @@ def test_logprobs_are_the_models_own_and_belong_to_the_text(folder, engine):
         if "finish" in piece:
             break
     with torch.inference_mode():
-        ids = torch.tensor([made.prompt + made.made])
+        ids = torch.tensor([made.prompt + made.tokens])
         truth = torch.log_softmax(engine.loaded.model(input_ids=ids).logits[0].double(), -1)
-    wanted = [float(truth[len(made.prompt) - 1 + i, token]) for i, token in enumerate(made.made)]
+    wanted = [float(truth[len(made.prompt) - 1 + i, token]) for i, token in enumerate(made.tokens)]
     assert told["token_logprobs"] == pytest.approx(wanted, abs=1e-4) and len(wanted) == piece["completion_tokens"]
     assert len(told["tokens"]) == len(wanted) and all(0 <= offset <= len(text) for offset in told["text_offset"])
     best = told["top_logprobs"][0]
@@ -188,7 +188,7 @@ def test_each_token_of_an_answer_has_its_logprob_also_one_that_is_a_piece_of_a_c
     told = [piece["logprobs"] for piece in pieces.queue]
     assert [offset for one in told for offset in one["text_offset"]] == offsets
     assert [value for one in told for value in one["token_logprobs"]] == [-float(token) for token in tokens[: len(offsets)]]
-    assert row.over and pieces.queue[-1]["completion_tokens"] == len(row.made)
+    assert row.over and pieces.queue[-1]["completion_tokens"] == len(row.tokens)
 
 
 def test_a_row_that_nobody_waits_for_leaves_and_embeddings_come_between_steps(folder, engine):
@@ -209,7 +209,7 @@ def test_a_row_that_nobody_waits_for_leaves_and_embeddings_come_between_steps(fo
     while engine.groups:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert len(gone.made) < 25
+    assert len(gone.tokens) < 25
 
 
 @pytest.fixture

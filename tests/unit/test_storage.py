@@ -210,6 +210,19 @@ def test_a_disk_that_takes_no_writes_is_no_store_that_may_come_back(tmp_path):
     Location("s3://bucket/runs").require_writable()  # whether a bucket takes writes is found out by a write
 
 
+def test_a_probe_reports_a_store_that_is_away_once(monkeypatch, caplog):
+    """Its tries are all within seconds, and its error says for how long they failed."""
+
+    def fail(name: str) -> None:
+        raise OSError("AWS Error NETWORK_CONNECTION during HeadBucket operation")
+
+    monkeypatch.setenv("HELIOSTAT_RETRY_BUDGET_S", "0.2")
+    monkeypatch.setattr(storage, "_s3", lambda *_: SimpleNamespace(get_file_info=fail))
+    with pytest.raises(StorageError, match=r"^s3://bucket/runs: storage failed .*: AWS Error NETWORK_CONNECTION"):
+        Location("s3://bucket/runs").probe()
+    assert caplog.messages == []
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has it")
 @pytest.mark.parametrize("place", ["/proc/of-heliostat", "/proc/of-heliostat/runs"])
 def test_a_folder_of_the_kernels_takes_no_output(place):

@@ -116,11 +116,11 @@ def test_what_is_missing_is_said_in_numbers_with_what_others_hold():
     said = missing(workers, 4, nodes, {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 8.0}})
     assert said == (
         "no room for 4 workers of 2 CPUs and 1 GPUs, and 1 CPU for reading the data: the 2 nodes that may take them have 16 CPUs "
-        "and 4 GPUs, of which others hold 6 CPUs and 3 GPUs; as they lie there is room for 1 workers now, and for 4 with nobody "
-        "else there; waiting"
+        "and 4 GPUs, of which others hold 6 CPUs and 3 GPUs; as they lie there is room for 1 workers now, and for 4 with no "
+        "other jobs; waiting"
     )
     assert missing(workers, 5, nodes, nodes, apart=True).endswith(
-        "for 4 workers now, and for 4 with nobody else there; waiting for more nodes: else lower workers.count or workers.cpus"
+        "for 4 workers now, and for 4 with no other jobs; waiting for more nodes: else lower workers.count or workers.cpus"
     )
     assert "no living node with the labels pool=x may take 1 workers" in missing(spec.Workers(labels={"pool": "x"}), 1, {}, {})
 

@@ -47,7 +47,7 @@ def test_behind_what_was_cut_out_the_record_tells(made):
     assert [note for note in told["notes"] if "follows from all documents" in note] == told["notes"] != []
     whole = {row["hash"] for table in reasons.ends(made) for row in table.to_pylist()}  # one has kept the line that all have
     changed = next(text for text in TEXTS if hashlib.sha256(text.encode()).hexdigest() not in whole)
-    with pytest.raises(ConfigError, match=r"behind stage 0 repeated_lines texts follow from all documents, .* use --id or --url"):
+    with pytest.raises(ConfigError, match=r"after stage 0 repeated_lines texts follow from all documents, .* use --id or --url"):
         trace.find(made, text=changed.encode())
 
 

@@ -28,6 +28,7 @@ from heliostat.inference.batch.run import claim
 from heliostat.inference.batch.tasks import BatchSettings
 from heliostat.inference.sampling import Draw
 from heliostat.storage.locations import Location
+from heliostat.web.refusals import Refusal
 from safetensors.torch import save_file
 
 from tests.unit.build_language_model import PROMPTS
@@ -220,7 +221,14 @@ def test_a_stream_of_its_tokens_is_told_as_the_other_engine_tells_it(model, vllm
     asyncio.run(run())
     for one, other in zip(told(found), wanted, strict=True):
         assert one.pop("values") == pytest.approx(other.pop("values"), abs=1e-4) and one == other
-    assert found.empty() and theirs.embeds is False
+    assert found.empty()
+
+
+def test_texts_are_not_embedded_where_vllm_answers(model, vllm):
+    from heliostat.apps.serve.writer import Writer
+
+    with pytest.raises(Refusal, match="--engine transformers"):
+        asyncio.run(Writer(model, 1, engine="vllm").embed(["a"]))
 
 
 def test_what_vllm_is_made_with_asks_no_hub_and_tells_nobody(model, monkeypatch):

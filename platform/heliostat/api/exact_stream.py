@@ -25,7 +25,7 @@ from heliostat.config.fields import divisors
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, StorageError
 from heliostat.runs import segments
 from heliostat.storage.locations import Location
 from heliostat.validation.check import check_data
@@ -76,7 +76,11 @@ class ExactStream:
 def plan_stream(job: Job, folder: str) -> ExactStream:
     """Plans a job's data; where the folder has a plan, continues by that: ConfigError if the samples would be others."""
     place = Location(folder).absolute(workspace.root())
-    place.probe()
+    try:
+        place.probe()
+        place.require_writable()
+    except StorageError as e:
+        raise type(e)(f"folder: {e}") from e
     recorded = next(reversed(segments.read(place)), None)
     checked = check_data(job, AnySamples(job), recorded)  # type: ignore[arg-type]
     if recorded and (changes := recorded.differences(checked.plan)):

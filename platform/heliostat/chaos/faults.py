@@ -53,7 +53,7 @@ class Scene:
     at: float  # the step at which the fault strikes, and how far into the next one
     rate: float
     random: random.Random
-    stack: ExitStack  # of what is to be undone behind the run
+    stack: ExitStack  # of what is to be undone after the run
     storage: Location
     tracking: str
     checkpoint_bytes: int  # of a checkpoint of the unbroken run
@@ -89,7 +89,7 @@ class Fault:
     notice: str = ""  # what the run's command says when it has seen it; else an attempt's end tells
     cured: str = ""  # and when it is over; else the next new step tells
     submitted_again: bool = False  # it ends the command
-    late: bool = False  # it strikes behind the last step
+    late: bool = False  # it strikes after the last step
 
 
 # processes -----------------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ FAULTS = {
         Fault("sigterm", "the command gets SIGTERM, and is submitted again", sigterm, notice="SIGTERM: stopping",
               submitted_again=True),
         Fault("kill-driver", "the command's process is killed, and it is submitted again", kill_driver, submitted_again=True),
-        Fault("kill-driver-late", "the command's process is killed behind the last checkpoint, and it is submitted again",
+        Fault("kill-driver-late", "the command's process is killed after the last checkpoint, and it is submitted again",
               kill_driver_late, prepare_late, submitted_again=True, late=True),
         Fault("restart-head", "the cluster's head dies and starts again, and the command is submitted again", restart_head,
               prepare_head, cannot_make_nodes, submitted_again=True),

@@ -57,7 +57,7 @@ def check_(
 @cluster_app.command(cls=Reporting)
 def up(
     file: File,
-    restart: Annotated[bool, flag("--restart", help="Start Ray anew where it runs; this ends the jobs there")] = False,
+    restart: Annotated[bool, flag("--restart", help="Restart Ray where it runs; this ends the jobs there")] = False,
 ) -> None:
     """Start a cluster, or join one that runs: processes on this machine, `ray up`, or `kubectl apply`."""
     from heliostat.cluster import launch, review

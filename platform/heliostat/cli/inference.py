@@ -21,7 +21,7 @@ def generate(
         str | None,
         typer.Option(help="Text: what stands before the middle that the model is to write; a file, or the text itself"),
     ] = None,
-    suffix: Annotated[str | None, typer.Option(help="Text: what stands behind it; a file, or the text itself")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Text that follows the answer; a file, or the text itself")] = None,
     seed: Seed = 0,
     to: Annotated[
         str | None, typer.Option("--out", help="Where the answer goes; an image needs it, and so does --prompts (a folder)")
@@ -77,9 +77,7 @@ def infer(
     column: Annotated[
         str, typer.Option(help="The column of the input; the default is text, of chat messages, of embed-images image")
     ] = "",
-    keep: Annotated[
-        list[str] | None, typer.Option(help="A column of the input that goes beside the answer; may be repeated")
-    ] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="A column of the input to copy to the output; may be repeated")] = None,
     seed: Seed = 0,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,

@@ -140,7 +140,7 @@ class LogLines(Formatter):
 
 
 class Terminal(logging.Handler):
-    """Prints log lines above the live line, if there is one; a long message goes on beside its time, not below it."""
+    """Prints log lines above the live line, if there is one. A long message wraps to the right of its time."""
 
     def __init__(self) -> None:
         super().__init__()

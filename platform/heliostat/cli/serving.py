@@ -20,7 +20,7 @@ AnyModel = Annotated[
 Index = Annotated[
     str | None, typer.Option("--index", metavar="INDEX", help="An index of documents that is asked; a folder or s3:// URI")
 ]
-Open = Annotated[bool, flag("--no-keys", help="Answer whoever can reach the port, without a key")]
+Open = Annotated[bool, flag("--no-keys", help="Answer everyone who can reach the port, without a key")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens of an answer, at most")]
 
 

@@ -72,7 +72,7 @@ def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError |
     """Checks the numerics and prints them; returns what was found, and the error to end with if they differ."""
     from heliostat.numerics import check as numerics
 
-    with console.status("playing some steps on two workers, and beside them"):
+    with console.status("running some steps on two workers, and in one plain process"):
         result = numerics.check(checked)
     for line in _recomputed(result["trial"]):
         out.print(line)
@@ -177,7 +177,7 @@ def _print_result(result: Ending) -> None:
         if entropy:
             out.print(f"for comparison: the unigram entropy of {name} is {entropy:.4g} nats a token")
     split = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in result["startup"].items())
-    split = f" ({split})" if split else ""  # it went with a driver that died behind the last step
+    split = f" ({split})" if split else ""  # it went with a driver that died after the last step
     out.print(f"{result['tokens_per_second']:,.0f} {result['unit']}/s, data wait {result['data_wait']:.2%}; "
               f"{result['seconds_to_first_step']:.1f} s to the first step{split}")  # fmt: skip
     if "goodput" in result:  # a run of an older version has none

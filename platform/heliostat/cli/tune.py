@@ -33,7 +33,7 @@ def tune(
     retry_failed: Annotated[
         bool, flag("--retry-failed", help="With --resume: failed trials go on from their last checkpoints")
     ] = False,
-    overwrite: Annotated[bool, flag("--overwrite", help="Delete the sweep of this name and start anew")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", help="Delete the sweep of this name and start from scratch")] = False,
     transfer: Annotated[
         Path | None, typer.Option(help="A big job: the learning rate is carried to it from the widths that are swept")
     ] = None,
@@ -85,7 +85,7 @@ def sweeps(storage: Storage = DEFAULT_STORAGE) -> None:
 def sweep(
     sweep: SweepName,
     top: Annotated[int, typer.Option(min=1, help="As many of the best trials")] = 10,
-    stop: Annotated[bool, flag("--stop", help="Tell it to stop: its trials stop behind a checkpoint")] = False,
+    stop: Annotated[bool, flag("--stop", help="Stop it: its trials stop after a checkpoint")] = False,
     storage: Storage = DEFAULT_STORAGE,
 ) -> None:
     """Show a sweep's best trials; or stop it."""
@@ -128,7 +128,7 @@ def _carry(folder: str, big: Path) -> dict[str, object]:
 
 
 def write_best(sweep: str) -> Path:
-    """Writes the job of a sweep's best trial as a file beside the sweep, or in the workspace if that is on S3."""
+    """Writes the job of a sweep's best trial to a file next to the sweep, or in the workspace if the sweep is on S3."""
     import logging
 
     import yaml

@@ -109,7 +109,7 @@ def missing(
     text = (
         f"no room for {need}: the {len(all_)} nodes that may take them have "
         f"{_amount(have[0], have[1] if workers.gpus else 0)}, of which others hold {used}; "
-        f"as they lie there is room for {now} workers now, and for {empty} with nobody else there"
+        f"as they lie there is room for {now} workers now, and for {empty} with no other jobs"
     )
     return f"{text}; {'waiting' if empty >= count else 'waiting for more nodes: else lower workers.count or workers.cpus'}"
 

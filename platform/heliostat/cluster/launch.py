@@ -46,7 +46,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
             os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # version 2 leaves one of the hosts unstarted
         require_launcher(cluster)
         tool(launcher(cluster, restart), f"starting {cluster.name}", UP_S)
-        kept = "" if restart else "; where Ray ran already, it runs on as it was started (--restart starts it anew)"
+        kept = "" if restart else "; where Ray ran already, it still runs as it was started (--restart restarts it)"
         return {
             "name": cluster.name,
             "note": f"is up{kept}; `heliostat submit JOB.yaml --cluster {cluster.path}` reaches it through ssh",

@@ -112,9 +112,9 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
         if alive:
             raise ClusterError(
                 f"{cluster.name}: its head has died, and {len(alive)} of its workers run on; "
-                "`heliostat cluster up --restart` ends them, and starts it anew"
+                "`heliostat cluster up --restart` ends them, and starts it again"
             )
-        log.info("nothing of cluster %s runs any more; starting it anew", state.name)
+        log.info("nothing of cluster %s runs any more; starting it again", state.name)
         down(cluster.name)
     state = ClusterState(cluster.name, str(cluster.path), url_of(cluster))
     state.folder.mkdir(parents=True, exist_ok=True)

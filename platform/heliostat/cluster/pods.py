@@ -12,7 +12,7 @@ from heliostat.config.spec import Job
 RDMA = re.compile(r"^rdma/|/efa$|/ib$|/roce$|hugepages.*rdma|^vpc\.amazonaws\.com/efa$")
 HOOK = re.compile(r"heliostat\.cluster\.spot\s+now(?:\s+--seconds[ =](\d+(?:\.\d+)?))?")
 HOOK_S = 90.0  # of `heliostat.cluster.spot now` without --seconds
-ENDING_S = 15.0  # what Ray takes to end behind the hook
+ENDING_S = 15.0  # what Ray takes to end after the hook
 
 
 def warnings(cluster: ClusterFile) -> Iterator[str]:

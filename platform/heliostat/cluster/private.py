@@ -51,7 +51,7 @@ def tighten(path: Path) -> None:
         path.chmod(status.st_mode & 0o700)
         log.warning(
             "%s could be read by other users of this machine, and no longer can; if there are any, make a new one: "
-            "`ray get-auth-token --generate` behind `rm %s`", path, path,
+            "`rm %s`, then `ray get-auth-token --generate`", path, path,
         )  # fmt: skip
 
 

@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 
 def free_resources() -> dict[str, dict[str, float]]:
@@ -68,3 +71,18 @@ def actor_lives(actor: Any) -> bool:
     import ray
 
     return ray._private.state.actors(actor._actor_id.hex()).get("State") == "ALIVE"
+
+
+@contextmanager
+def without_notices(actor: str) -> Iterator[None]:
+    """Keeps Ray from printing on standard output that an actor died, within the context, in which it is ended on purpose."""
+    import ray
+
+    show: Any = ray._private.worker.print_to_stdstream
+
+    def filtered(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if lines := [line for line in data["lines"] if actor not in line]:
+            show({**data, "lines": lines}, ignore_prefix=ignore_prefix)
+
+    with patch.object(ray._private.worker, "print_to_stdstream", filtered):
+        yield

@@ -186,7 +186,7 @@ def hide(text: str, was: set[int], now: set[int]) -> tuple[str, int]:
     for i, line in enumerate(lines):
         if match := HUNK.match(line):
             old, new = int(match[1]), int(match[2])
-            lines[i] = match[0]  # git puts some line from before behind it
+            lines[i] = match[0]  # git puts some line from before after it
         elif old or new:
             mark = line[:1]
             if (mark in ("-", " ") and old in was) or (mark in ("+", " ") and new in now):

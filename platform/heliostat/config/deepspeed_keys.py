@@ -43,7 +43,7 @@ class ZeroKeys(Strict):
     allgather_bucket_size: Positive = 500_000_000
     """Elements that are gathered together."""
     overlap_comm: bool = False
-    """Reduces gradients while the backward pass goes on, with twice the buckets."""
+    """Reduces gradients during the backward pass, with twice the buckets."""
     contiguous_gradients: bool = True
     """Copies gradients into one buffer as they are made."""
     reduce_scatter: bool = True
@@ -88,7 +88,7 @@ class Fp16(Strict):
     hysteresis: Positive = 2
     """Overflows, after which it is halved."""
     consecutive_hysteresis: bool = False
-    """A step without an overflow begins the count of them anew."""
+    """A step without an overflow resets their count."""
     min_loss_scale: Positive = 1
     """It does not fall below."""
 

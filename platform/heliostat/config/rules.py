@@ -234,11 +234,11 @@ def _mix_faults(job: Ruled) -> Iterator[str]:
             yield f"{key}.step: {change.step} must be above {before}; list the changes in the order of their steps"
         before = change.step
     mixes = [[s.weight for s in data.sources], *(c.weights for c in data.mix_schedule)]
-    for i, weights in enumerate(mixes):
-        if not any(weights):
-            yield f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0"
+    empty = [i for i, weights in enumerate(mixes) if not any(weights)]
+    for i in empty:
+        yield f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0. Give one source a weight"
     for i in range(len(data.sources)):
-        if not any(weights[i] for weights in mixes if i < len(weights)):
+        if not empty and not any(weights[i] for weights in mixes if i < len(weights)):
             yield f"data.sources.{i}.weight: is 0 at every step; remove the source, or give it a weight"
 
 

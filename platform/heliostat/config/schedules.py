@@ -56,7 +56,7 @@ else:
 
 class Schedule(Strict):
     name: Name = "cosine"
-    """How the learning rate falls behind the warm-up. `wsd`: constant, then linear over the last `decay_fraction` of the
+    """How the learning rate falls after the warm-up. `wsd`: constant, then linear over the last `decay_fraction` of the
     steps."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps in which the rate rises linearly to its peak, from a step's share of it. Below `train.steps`."""

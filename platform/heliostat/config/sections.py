@@ -21,7 +21,7 @@ class Source(Strict):
 
 class MixChange(Strict):
     step: Positive
-    """The weights hold for all steps behind this one."""
+    """The weights hold for all steps after this one."""
     weights: list[NonNegative]
     """One for each source, in the order of `data.sources`."""
 
@@ -39,7 +39,7 @@ class Data(Strict):
     window: Count | None = None
     """Samples that are shuffled together, and fetched by one task. Unset: 32 MB of them."""
     mix_schedule: list[MixChange] = []
-    """A curriculum: other weights behind a step, in ascending order of steps. A source may start with weight 0."""
+    """A curriculum: other weights after a step, in ascending order of steps. A source may start with weight 0."""
     on_bad_sample: Literal["replace", "fail"] = "replace"
     """`replace`: a damaged chunk's samples are replaced by others of their window, counted and listed; `fail`: the run stops.
     See docs/data-order.md#bad-data"""
@@ -76,7 +76,7 @@ class Evaluate(Strict):
     """Share of the documents that is held out by the hash of their text, and never trained on. 1, 2 and 5 parts of ten to ten
     thousand are exact, see docs/data-order.md#what-is-held-out"""
     benchmarks: Benchmarks | None = None
-    """Scores checkpoints on tasks, beside the training. Unset: none. See docs/benchmark.md#while-a-run-trains"""
+    """Scores checkpoints on tasks while the run trains. Unset: none. See docs/benchmark.md#while-a-run-trains"""
 
     def due(self, done: int) -> bool:
         """Tells whether the model is scored after `done` steps."""
@@ -109,8 +109,8 @@ class Checkpoint(Strict):
     grace: Annotated[Float, Field(gt=0)] = 60.0
     """Seconds for the last checkpoint after SIGTERM, Ctrl-C or a preemption notice."""
     memory_every: Positive | None = None
-    """Steps between two copies of the training state in the memory of its node and of another, from which a run goes on after a
-    failure; it loses at most so many steps. Unset: none, only checkpoints. See docs/reliability.md#copies-in-memory"""
+    """Steps between two copies of the training state in the memory of its node and of another, from which a run continues after
+    a failure; it loses at most so many steps. Unset: none, only checkpoints. See docs/reliability.md#copies-in-memory"""
     memory_limit: ByteSize = ByteSize(8 << 30)
     """Bytes (`8GiB`) of each node's memory for these copies. Where they need more, none are kept, and the run says so."""
 

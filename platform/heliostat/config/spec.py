@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 class Job(Strict):
     name: Name
-    """The run: its folder is `storage/name`, and `--resume` goes on with it."""
+    """The run: its folder is `storage/name`, and `--resume` continues it."""
     recipe: str
     """Import path of the recipe: the class that says what is trained."""
     model: dict[str, Any]

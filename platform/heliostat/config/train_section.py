@@ -149,7 +149,7 @@ class Train(Strict):
     steps: Count
     """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
     stop_after: Positive | None = None
-    """Training ends behind this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""
+    """Training ends after this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""
     global_batch: Count
     """Samples of an optimizer step, whatever the number of workers."""
     micro_batch: Count

@@ -172,7 +172,7 @@ def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str
         factors[name] = factor
         if name in repeated and repeated[name].seen < 1:
             factor *= (1 - getattr(repeated[name], which)) / (1 - repeated[name].seen)
-    return factors | {"": factor}  # behind the last
+    return factors | {"": factor}  # after the last
 
 
 def rows_of(

@@ -49,6 +49,6 @@ def explain(facts: dict[str, Any]) -> list[str]:
         f"the whole: {facts['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {size}{tokens}"
         f"{cpu} of CPU ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs",
         "in brackets: 95 %, as if documents were drawn one by one, with the fewest and the most duplicates that are possible; "
-        "where neighbours are alike, more",
+        "where neighbors are similar, more",
         *(f"note: {note}" for note in facts["notes"]),
     ]

@@ -138,7 +138,7 @@ def _windows(order: Order, source: int, first: int, stop: int, begin: int, end: 
     """Yields the windows in [begin, end), as positions, that bring samples [first, stop) of a source's stream."""
     while first < stop and int(order.before(end)[source]) > first:
         low, high = begin, end - 1
-        while low < high:  # the first position behind which more than `first` samples have come
+        while low < high:  # the first position after which more than `first` samples have come
             middle = (low + high) // 2
             low, high = (low, middle) if int(order.before(middle + 1)[source]) > first else (middle + 1, high)
         _, begin, after = order.window_at(low)

@@ -221,8 +221,8 @@ def sections(
                 base, owed = base + mixture.counts(taken), mixture.owed(taken)
             if not steps and not any(w and stop for w, stop in zip(left, over, strict=True)):
                 raise DataError(
-                    f"data.sources: behind step {step} version 1 of the data plan takes more of a source than max_epochs allows "
-                    "and cannot go on; train under another name, which plans the data anew"
+                    f"data.sources: after step {step} version 1 of the data plan takes more of a source than max_epochs allows "
+                    "and cannot continue; train under another name, which plans the data again"
                 )
             left = [0.0 if stop else w for w, stop in zip(left, over, strict=True)]
     raise AssertionError("the last section is endless or runs out")

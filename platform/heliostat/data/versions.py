@@ -70,12 +70,12 @@ def read_record(location: Location) -> dict[str, Any]:
         record = json.loads(location.join(RECORD).read())
         if isinstance(record, dict):
             return record | {"replaced": _times(record.get("replaced"))}
-        log.warning("%s: damaged; it is written anew", location.join(RECORD))
+        log.warning("%s: damaged; it is written again", location.join(RECORD))
         return {}
     except FileNotFoundError:
         pass
     except ValueError:
-        log.warning("%s: damaged; it is written anew", location.join(RECORD))
+        log.warning("%s: damaged; it is written again", location.join(RECORD))
         return {}
     files = location.attempt(lambda: location.fs.get_file_info(pafs.FileSelector(location.path, allow_not_found=True)))
     if not files:

@@ -49,7 +49,7 @@ def prepare_environment(gpus: float) -> None:
 
 def require_config(job: Job) -> None:
     """Raises ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
-    prepare_environment(job.workers.gpus)
+    prepare_environment(job.workers.gpus if torch.cuda.is_available() else 0)  # else DeepSpeed warns that it finds no GPU
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:

@@ -85,7 +85,7 @@ class Followed:
         left = layout.steps(self.run)
         for step in {*self._wanted(False), *self._saved()} - self.results.keys() - self.failed.keys() - self.removed.keys():
             if step in left or step > max(left, default=0):
-                self.torn[step] = "its checkpoint is not complete, and nobody writes it any more"
+                self.torn[step] = "its checkpoint is not complete, and its writer is gone"
             else:
                 self.removed[step] = REMOVED
 

@@ -34,7 +34,7 @@ WORD = re.compile(r"\S+")
 BEFORE, LEAST = 64, 24  # words before what is asked: at most, and at least
 GOES_ON, CHOICES = 12, 4  # words of a continuation; how many there are to choose from
 LETTERS = re.compile(r"[^\W\d_]{4,}")  # of a word that is asked for
-AROUND, MIDDLE = 32, 4  # words before and behind a middle, at most; words of it
+AROUND, MIDDLE = 32, 4  # words before and after a middle, at most; words of it
 TRIES = 3  # questions that are tried of a document
 
 

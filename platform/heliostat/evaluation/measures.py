@@ -45,7 +45,7 @@ def edit_similarity(one: str, other: str) -> float:
     row = places.copy()
     for count, letter in enumerate(one, 1):
         reached = np.concatenate([[count], np.minimum(row[1:] + 1, row[:-1] + (letters != ord(letter)))])
-        row = np.minimum.accumulate(reached - places) + places  # and what is inserted behind each place
+        row = np.minimum.accumulate(reached - places) + places  # and what is inserted after each place
     return 1 - int(row[-1]) / longest
 
 

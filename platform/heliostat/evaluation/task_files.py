@@ -83,7 +83,7 @@ def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, objec
     merged: dict[str, object] = {}
     for other in included if isinstance(included, list) else [included]:
         if not isinstance(other, str):
-            raise ConfigError(f"{path}: include: {other!r} is no path; name a file beside this one")
+            raise ConfigError(f"{path}: include: {other!r} is no path; name a file in the folder of this one")
         inherited = read(root, path.parent / other, (*seen, path))
         merged |= {key: value for key, value in inherited.items() if key not in ("task_list",)}
     return merged | own

@@ -71,7 +71,7 @@ def _initial(checkpoint: SavedCheckpoint, job: Job, recipe: Recipe, frozen: list
     saved = {*checkpoint.names("master"), *checkpoint.names(FROZEN)}
     if not (wanted := [n for n in frozen if n not in saved]):
         return {}
-    log.warning("%s: holds no parameters that are not trained; %d are built anew from the seed", checkpoint.location, len(wanted))
+    log.warning("%s: holds no parameters that are not trained; %d are built from the seed", checkpoint.location, len(wanted))
     torch.manual_seed(job.train.seed)
     built = dict(building.build(recipe).named_parameters())
     return {n: built[n].detach() for n in wanted}

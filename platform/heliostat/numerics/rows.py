@@ -66,7 +66,7 @@ class Thresholds:
     """Of each parameter's update against torch's optimizer, given the engine's own gradient. In fp32 at every precision, since
     masters and moments are."""
     resumed: float
-    """Of the losses behind a checkpoint at another layout, against those of the workers that saved it."""
+    """Of the losses after a checkpoint at another layout, against those of the workers that saved it."""
 
 
 UPDATE = 1e-3  # clipping divides by a norm that was summed in another order, and small updates round in the weight's last bits

@@ -25,7 +25,7 @@ from heliostat.recipes.protocol import Batch, Recipe
 from heliostat.recipes.text import attention
 from heliostat.recipes.text.causal_lm import CausalLM
 
-STEPS, SAVED = 4, 2  # steps that are run, and the one behind which a checkpoint is saved
+STEPS, SAVED = 4, 2  # steps that are run, and the one after which a checkpoint is saved
 WORKERS = 2
 LARGEST = 20_000_000  # parameters of a model that stays as it is
 LONGEST = 512  # tokens of a sample that stays as it is

@@ -231,9 +231,9 @@ REFUSED = {
     **dict.fromkeys(("adafactor", "shampoo", "soap", "lamb", "lars"), "looks at whole tensors, and ZeRO gives workers slices"),
     **dict.fromkeys(
         ("adamw_8bit", "adamw8bit", "adamw_bnb_8bit"),
-        "keeps its state in blocks, which ZeRO would cut: some are then kept in fp32 unsaid, others rounded anew by a reshard",
+        "keeps its state in blocks, which ZeRO would cut: a reshard keeps some in fp32 unsaid, and rounds others again",
     ),
-    "adagrad": "is made anew by DeepSpeed, which then steps only one group of the parameters",
+    "adagrad": "is made again by DeepSpeed, which then steps only one group of the parameters",
     "lbfgs": "asks for several losses in a step",
 }
 

@@ -67,7 +67,7 @@ def _fault(small: LanguageModel) -> str:
         return str(e)
     if off <= TOLERANCE:
         return ""
-    return f"something beside full attention mixes tokens, as windows or a state do (its logits are off by {off:.1%})"
+    return f"something other than full attention mixes tokens, such as windows or a state (its logits are off by {off:.1%})"
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def settled(
 ) -> Job:
     """Returns the job in the fastest layout that fits, if it asks for that; ConfigError if none does.
 
-    `cluster`: the file of the one that it is for; without one, or a `device`, it is this machine. `resume`: goes on with the run,
+    `cluster`: the file of the one that it is for; without one, or a `device`, it is this machine. `resume`: continues the run,
     if there is one; `unread`: why the datasets could not be read a moment ago.
     """
     if not job.train.parallel.auto:
@@ -93,7 +93,7 @@ def here(job: Job) -> str | None:
 
 
 def elsewhere() -> str:
-    """Returns the device that is planned for where nobody says which a cluster has."""
+    """Returns the device to plan for if no cluster file names one."""
     log.info("%s: no cluster file says which GPUs there are, so the plan is for %s", KEY, hardware.DEFAULT_GPU)
     return hardware.DEFAULT_GPU
 

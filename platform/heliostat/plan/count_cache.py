@@ -49,7 +49,7 @@ def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
     except FileNotFoundError:
         pass
     except (DataError, OSError) as e:
-        log.warning("counting the model anew: %s", e)
+        log.warning("counting the model again: %s", e)
     counts = count()
     try:
         Location(str(place)).write(json.dumps(asdict(counts), default=sorted).encode())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from heliostat.optim.optimizers import Optimizer
 
-ALWAYS, AT_STAGE_3 = 1, 2  # when an operation is played again
+ALWAYS, AT_STAGE_3 = 1, 2  # when an operation is computed again
 MATMUL, CONVOLUTION, ATTENTION, MEMORY = KINDS = ("matmul", "convolution", "attention", "memory")
 
 
@@ -28,7 +28,7 @@ class ModelStats:
     flops: float  # 0: the recipe does not say, and `activations` counts
     groups: list[list[str]]  # the optimizer's, by names
     hidden: frozenset[str]  # matrices that an optimizer that orthogonalizes has in groups apart
-    frozen_models: tuple[int, int] = (0, 0)  # bytes of models beside it on the device: in every step; in evaluations, with those
+    frozen_models: tuple[int, int] = (0, 0)  # bytes of other models on the device: in every step; in evaluations, with those
     divided: dict[str, str] = field(default_factory=dict)  # what workers can divide: `column` by outputs, `row` by inputs
 
     @property
@@ -110,9 +110,9 @@ class Activations:
     def held(self, first: int, offload: bool = False) -> int:
         """Computes what is held at most where the first so many layers are checkpointed: behind the forward pass, or while one of
         them is computed again, when those behind it are done. `offload`: their inputs are on the host, but for one."""
-        inputs, inside = [given for given, _, _ in self.layers], [kept for _, kept, _ in self.layers]
-        given = max(inputs[:first], default=0) if offload else self.inputs(first)
-        return self.outside + given + max(sum(inside[first:]), max(inside[:first], default=0))
+        inputs, inside = [inputs for inputs, _, _ in self.layers], [kept for _, kept, _ in self.layers]
+        stored = max(inputs[:first], default=0) if offload else self.inputs(first)
+        return self.outside + stored + max(sum(inside[first:]), max(inside[:first], default=0))
 
     def selective(self) -> int:
         """Computes what is held at most where all layers keep what is dear alone: behind the forward pass, or while the last one
@@ -124,14 +124,14 @@ class Activations:
         return self.outside + self.inputs(len(self.layers)) + most
 
     def inputs(self, first: int) -> int:
-        return sum(given for given, _, _ in self.layers[:first])
+        return sum(inputs for inputs, _, _ in self.layers[:first])
 
 
 @dataclass(frozen=True)
 class OperationWork:
     """Describes equal operations of a step: how many, and of each the FLOPs and bytes that a sample adds, the bytes that it moves
-    whatever the number of samples, whether it is played again where its layer is checkpointed (0 for no, ALWAYS, or AT_STAGE_3),
-    and whether selective checkpointing keeps its outputs."""
+    whatever the number of samples, whether it is computed again where its layer is checkpointed (0 for no, ALWAYS, or
+    AT_STAGE_3), and whether selective checkpointing keeps its outputs."""
 
     kind: str
     count: int

@@ -48,7 +48,7 @@ class Planner:
         self.model, self.kept, self.work = counts.model, counts.kept, counts.work
         self.workers, self.gpu = job.workers.most, device.name != "cpu"
         self.tensor = job.train.parallel.tensor
-        self.alike = self.workers // self.tensor  # that have the same part of each matrix, and divide state among them
+        self.replicas = self.workers // self.tensor  # that have the same part of each matrix, and divide state among them
         self.shapes = counts.model.own(self.tensor)  # of a worker's parameters
         if (parts := job.train.parallel.expert) > 1:
             stacks = {memory.LOW[job.train.precision] * math.prod(counts.model.shapes[n]) for n in counts.model.stacked}
@@ -62,8 +62,8 @@ class Planner:
 
     def recommend(self) -> Candidate | None:
         """Finds the best layout that fits; None if none does."""
-        given = layouts.candidates(self.job, self.workers, [self.job.train.parallel.sequence], self.selects)
-        best = min((self.candidate(one) for layout in given for one in (layout, *self.partly(layout))), key=layouts.order)
+        whole = layouts.candidates(self.job, self.workers, [self.job.train.parallel.sequence], self.selects)
+        best = min((self.candidate(one) for layout in whole for one in (layout, *self.partly(layout))), key=layouts.order)
         return best if best.fits else None
 
     def partly(self, layout: Layout) -> Iterator[Layout]:
@@ -84,7 +84,7 @@ class Planner:
         return need.total <= self.device.memory and need.host <= self.device.host_memory
 
     def _accumulation(self, layout: Layout) -> int:
-        return self.job.train.global_batch * layout.sequence // (self.alike * layout.micro_batch)
+        return self.job.train.global_batch * layout.sequence // (self.replicas * layout.micro_batch)
 
     def _checkpointed(self, layout: Layout) -> int:
         """Counts the layers whose activations a layout computes again."""
@@ -94,9 +94,9 @@ class Planner:
     def candidate(self, layout: Layout) -> Candidate:
         """Estimates memory, communication and speed in a layout, everything else as in the job."""
         accumulation = self._accumulation(layout)
-        held, need, left = self._memory(layout, accumulation)
+        state, need, left = self._memory(layout, accumulation)
         moved = self._traffic(layout, accumulation)
-        took, replaying, handed = self._time(layout, accumulation, moved, held.host + held.disk + left * accumulation)
+        took, replaying, handed = self._time(layout, accumulation, moved, state.host + state.disk + left * accumulation)
         per_second = self.job.train.global_batch / took.total
         return Candidate(
             layout=layout,
@@ -138,7 +138,7 @@ class Planner:
         low, summed = memory.LOW[train.precision], 4 if self._sums_fp32 and accumulation > 1 else memory.LOW[train.precision]
         experts = sum(math.prod(self.model.shapes[name]) for name in self.model.stacked) if parts > 1 else 0
         parameters = sum(map(math.prod, self.shapes.values())) - experts
-        rest = traffic.of(train.zero, layout.stage, parameters, low, summed, self.alike, accumulation)
+        rest = traffic.of(train.zero, layout.stage, parameters, low, summed, self.replicas, accumulation)
         if rest.around:
             layers, buckets = len(self.kept.layers) + 1, -(-parameters // memory.BUCKETS["reduce_bucket_size"])
             rest = replace(
@@ -155,7 +155,7 @@ class Planner:
     def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.StateBytes, memory.Need, int]:
         """Estimates the training state, all that a worker needs, and the bytes of activations that are on the host."""
         train, model = self.job.train, self.model
-        held = memory.state(
+        state = memory.state(
             self.shapes,
             model.frozen,
             self._dividing(layout),
@@ -176,18 +176,18 @@ class Planner:
         live = memory.working(parameters, layer, layout.stage, train.precision, self._zero, self.gpu)
         kept, left = self._activations(layout)
         pinned = BATCHES * accumulation * layout.micro_batch * self.kept.batch // layout.sequence if self.gpu else 0
-        return held, memory.need(held, live, kept, self.gpu, model.frozen_models, left + pinned), left
+        return state, memory.need(state, live, kept, self.gpu, model.frozen_models, left + pinned), left
 
     def _dividing(self, layout: Layout) -> int:
         """Counts the workers that divide the state among them."""
-        return (self.job.train.zero.divide_within if layout.stage == 3 else None) or self.alike
+        return (self.job.train.zero.divide_within if layout.stage == 3 else None) or self.replicas
 
     def _activations(self, layout: Layout) -> tuple[int, int]:
         """Estimates the bytes of activations on a worker's device, and of those that it leaves to its host."""
         train, length, first = self.job.train, self.job.data.sequence_length or 0, self._checkpointed(layout)
         selective = layout.checkpointing == SELECTIVE
-        held = self.kept.selective() if selective else self.kept.held(first, train.activation_offload)
-        kept = (held + self.kept.largest) * layout.micro_batch // layout.sequence
+        most = self.kept.selective() if selective else self.kept.held(first, train.activation_offload)
+        kept = (most + self.kept.largest) * layout.micro_batch // layout.sequence
         left = self.kept.inputs(first) * layout.micro_batch // layout.sequence if train.activation_offload else 0
         if layout.sequence > 1 and self.job.data.document_mask:  # each makes it for whole samples
             from heliostat.parallel import document_attention
@@ -204,7 +204,7 @@ class Planner:
         samples, tokens and whole matrices. `on_host`: bytes that cross to the host and back in a step."""
         micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))
-        reducing = self.workers if self.alike > 1 else 1  # one of each group, so over as many nodes as all
+        reducing = self.workers if self.replicas > 1 else 1  # one of each group, so over as many nodes as all
         train, selective = self.job.train, layout.checkpointing == SELECTIVE
         setting = step_time.Setting(
             reducing, layout.stage, micro_batch, accumulation, replayed, bool(train.compile), selective, train.fp8

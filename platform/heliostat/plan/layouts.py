@@ -182,7 +182,7 @@ def why(one: Candidate, first: Candidate) -> str:
 
 PARTS = {
     "forward_backward": "of smaller operations",
-    "replaying": "of the forward pass played again",
+    "replaying": "of the forward pass computed again",
     "updating": "of the optimizer's update",
     "exposed": "of communication that does not hide",
     "copying": "of copies to and from the host",

@@ -156,7 +156,7 @@ class Need:
 
 
 def need(
-    held: StateBytes,
+    state: StateBytes,
     working_bytes: int,
     activation_bytes: int,
     gpu: bool,
@@ -170,11 +170,11 @@ def need(
     """
     always, evaluating = frozen_models
     frozen = max(always, evaluating - activation_bytes)
-    taken = held.device + working_bytes + activation_bytes + frozen
+    taken = state.device + working_bytes + activation_bytes + frozen
     margin = int(FRAGMENTATION * taken + (CONTEXT if gpu else 0))
     return Need(
-        held.weights, held.gradients, held.masters + held.moments, working_bytes, activation_bytes, frozen, margin,
-        held.host + on_host, held.disk, held.summed,
+        state.weights, state.gradients, state.masters + state.moments, working_bytes, activation_bytes, frozen, margin,
+        state.host + on_host, state.disk, state.summed,
     )  # fmt: skip
 
 

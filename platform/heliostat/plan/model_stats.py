@@ -136,7 +136,7 @@ def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Conte
     """Counts the operations of a micro-batch's forward and backward pass by running both on fake tensors.
 
     `contents` are what `recipe.batch` takes for two samples and for three. The model is that of `activations`, afterwards. Of
-    layers that are alike one runs, and then another with it: the difference is what each of them adds.
+    equal layers one runs, and then two: the difference is what each of them adds.
     """
     _as_it_trains(job, recipe, model)
     stack = _stack(model)
@@ -261,10 +261,10 @@ def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class Meter:
-    """Counts, as a context manager, the bytes that autograd keeps beside the model's own tensors, in all and by layer, and those
-    that selective checkpointing would keep of each layer.
+    """Counts, as a context manager, the bytes that autograd keeps in addition to the model's own tensors, in all and by layer.
+    Counts, too, those that selective checkpointing would keep of each layer.
 
-    It works on fake and on real tensors alike, which is how it is tested.
+    It works on fake and on real tensors: so it is tested.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -28,7 +28,7 @@ FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empt
 
 @dataclass(frozen=True)
 class Operation:
-    """Describes one operation as it ran: its kind, FLOPs, bytes read and written, whether it is played again where its layer is
+    """Describes one operation as it ran: its kind, FLOPs, bytes read and written, whether it is computed again where its layer is
     checkpointed (as `OperationWork` says it), and whether selective checkpointing keeps its outputs."""
 
     kind: str
@@ -41,8 +41,8 @@ class Operation:
 class OperationRecorder(TorchDispatchMode):
     """Notes, as a context manager, every operation that torch dispatches in it.
 
-    A layer is played again as far as the last tensor that autograd keeps of it. torch's own products keep their factors before
-    they compute; DeepSpeed's linear layers at stage 3 do so afterwards, and so a product that comes then is played again, too.
+    A layer is computed again as far as the last tensor that autograd keeps of it. torch's own products keep their factors before
+    they compute. DeepSpeed's linear layers at stage 3 do so afterwards, so a product that comes then is computed again, too.
     """
 
     def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
@@ -90,7 +90,7 @@ class OperationRecorder(TorchDispatchMode):
 
 
 def describe(name: str, args: Arguments, kwargs: Mapping[str, object], out: object, dear: bool) -> Operation:
-    """Describes an operation by its name and tensors, as one that is not played again."""
+    """Describes an operation by its name and tensors, as one that is not computed again."""
     tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
     moved = float(sum(t.numel() * t.element_size() for t in tensors.values()))
     kind, flops = _work(name, args, kwargs, out)

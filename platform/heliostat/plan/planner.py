@@ -54,8 +54,8 @@ def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]
     try:
         for location in job.sources:
             location.probe()
-        given, job = job, collection.expand(job)
-        if job is not given:
+        written, job = job, collection.expand(job)
+        if job is not written:
             recipe = type(recipe)(job)
         recipe.bind([manifest.read(location) for location in job.sources])
     except (DataError, StorageError) as e:

@@ -1,7 +1,7 @@
 """Ranks the layouts in which a job could train, by time within memory: `heliostat plan JOB --rank`, and `train.parallel: auto`.
 
 Every way in which the workers could divide the model, or share a sample, is a family of layouts that is planned by itself: with
-`train.parallel.tensor` a worker's matrices are others, so the model is counted anew. Only what `heliostat check` would take is
+`train.parallel.tensor` a worker's matrices are others, so the model is counted again. Only what `heliostat check` would take is
 offered.
 """
 
@@ -53,8 +53,8 @@ def ranking(
     for one in families:
         shared = degrees(one, recipe, counts)
         fewest, most = planner.planners(one, recipe, cluster, device, table, exchanged=shared, counts=counts)
-        for given in layouts.candidates(most.job, most.workers, shared, most.selects):
-            for layout in (given, *fewest.partly(given)):
+        for whole in layouts.candidates(most.job, most.workers, shared, most.selects):
+            for layout in (whole, *fewest.partly(whole)):
                 few = fewest.candidate(layout)
                 estimates.append(most.candidate(layout) if few.fits else few)
     ranked = layouts.ranked(estimates, lambda layout: possible(job, layout, counts))
@@ -109,8 +109,8 @@ def _parts(counts: list[int]) -> list[int]:
 
 
 def _divides(job: Job, parallel: dict[str, int], stage: int) -> Job:
-    """Copies a job with other workers that divide the model, and with what a layout may have beside; ConfigError if it would be
-    no job."""
+    """Copies a job with another division of its model among workers, at micro-batches of one sample. ConfigError if it is not
+    valid."""
     raw = job.dump()
     train, zero = raw["train"], raw["train"]["zero"]
     zero |= {"stage": stage} | ({"offload": {}} if parallel else {})

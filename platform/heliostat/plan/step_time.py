@@ -19,7 +19,7 @@ ITERATIONS = 5  # of Newton and Schulz, which orthogonalizes whole matrices (`he
 MOMENTUM = 4  # bytes of an element on its way: momenta travel in fp32
 FP8 = "fp8"  # among a device's peaks
 ROUNDING = 1  # times the bytes of a product: its factors are rounded to float8 first
-BACKWARD = 2 / 3  # of a micro-batch's computing: what a reduction of gradients can hide behind
+BACKWARD = 2 / 3  # of a micro-batch's computing: what can hide a reduction of gradients
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Setting:
     fp8: bool = False  # linear layers inside the model's layers multiply in float8
 
     def again(self, work: OperationWork) -> float:
-        """Computes how often an operation is played again."""
+        """Computes how often an operation is computed again."""
         plays = work.replayed == ALWAYS or (work.replayed == AT_STAGE_3 and self.stage == 3)
         return self.replayed if plays and not (self.selective and work.dear) else 0.0
 
@@ -45,8 +45,8 @@ class Setting:
 def exchanging(elements: int, parts: int, low: int, setting: Setting, device: Device, network: Network) -> tuple[int, float]:
     """Estimates the bytes and seconds in which each worker of those that share samples hands parts to the others in a step.
 
-    `elements`: that it sends in a forward pass over a sample; the backward pass sends as many, and a forward pass that is played
-    again, too. Nothing hides them: attention waits.
+    `elements`: that it sends in a forward pass over a sample; the backward pass sends as many, and so does a forward pass that is
+    computed again. Nothing hides them: attention waits.
     """
     passes = 2 + setting.replayed
     moved = int(elements * low * passes * setting.micro_batch * parts * setting.accumulation)
@@ -73,7 +73,7 @@ class StepSeconds:
 
     computing: float
     communicating: float
-    exposed: float  # the part of it that does not hide behind computing
+    exposed: float  # the part of it that computing does not hide
     updating: float  # the optimizer
     copying: float  # to and from the host, with offload
 
@@ -134,20 +134,20 @@ def updating(numel: float, moments: float, device: Device, on_host: bool = False
 def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, network: Network) -> tuple[float, float]:
     """Estimates the seconds of communication of a step, and those that no computing hides.
 
-    A ring passes from GPU to GPU inside a node, and from node to node through all of the node's network cards together. What
-    stage 3 gathers and reduces runs beside all computing; stage 2 reduces behind every backward pass, stages 0 and 1 behind the
-    last one; what is gathered after the optimizer's step, or averaged over groups before it, waits.
+    A ring passes from GPU to GPU inside a node, and from node to node through all of the node's network cards together. Stage 3
+    gathers and reduces during all computing, stage 2 reduces during every backward pass, stages 0 and 1 during the last one.
+    Nothing hides what is gathered after the optimizer's step, or averaged over groups before it.
     """
     if setting.workers == 1:
         return 0.0, 0.0
     seconds, after = (peak / network.rate for peak in moved.seconds(device))
     seconds += moved.calls * hops(moved.workers, device, network, moved.rings)
     if setting.stage == 3:
-        beside, behind = seconds, micro_s * setting.accumulation
+        overlapping, computing = seconds, micro_s * setting.accumulation
     else:
         passes = setting.accumulation if setting.stage == 2 else 1
-        beside, behind = seconds * passes / (passes + 1), micro_s * BACKWARD * passes
-    return seconds + after, seconds + after - min(beside * network.overlap, behind)
+        overlapping, computing = seconds * passes / (passes + 1), micro_s * BACKWARD * passes
+    return seconds + after, seconds + after - min(overlapping * network.overlap, computing)
 
 
 def hops(workers: int, device: Device, network: Network, rings: int = 1) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from heliostat.config.train_section import Zero
 from heliostat.plan.hardware import Device
 
-EIGHT_BITS = 1  # bytes; the scales beside them, 4 bytes for thousands, are left out
+EIGHT_BITS = 1  # bytes; their scales, 4 bytes for thousands, are left out
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Traffic:
         return self.around * self.rings + (self.inside if self.group > per_node else 0) + self.across * min(self.group, per_node)
 
     def seconds(self, device: Device) -> tuple[float, float]:
-        """Estimates the seconds of what travels beside the passes, and of what travels after them, at the links' peak rates."""
+        """Estimates the seconds of communication during the passes, and after them, at the links' peak rates."""
         beside = self.around / rate(self.workers, device, self.rings) + self.inside / rate(self.group, device)
         if self.workers <= device.per_node:
             return beside, self.across / device.link

@@ -61,11 +61,11 @@ def divided(
 
     `shapes`: those of a worker's part; `whole`: parameters that all of those workers have, and the first of them saves.
     """
-    alike = slices(shapes, stage, workers // parts, groups)
+    of_part = slices(shapes, stage, workers // parts, groups)
     return [
         [
             (name, (0 if name in whole else rank % parts * math.prod(shapes[name])) + start, numel)
-            for name, start, numel in alike[rank // parts]
+            for name, start, numel in of_part[rank // parts]
             if name not in whole or rank % parts == 0
         ]
         for rank in range(workers)
@@ -73,9 +73,9 @@ def divided(
 
 
 def _own(name: str, numel: int, rank: int, workers: int, parts: int) -> Slice:
-    part, alike = numel // parts, rank // parts
+    part, replica = numel // parts, rank // parts
     per = -(-part // (workers // parts))
-    start = min(alike * per, part)
+    start = min(replica * per, part)
     return name, rank % parts * part + start, min(per, part - start)
 
 

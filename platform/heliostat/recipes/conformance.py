@@ -47,7 +47,7 @@ def require_class(field: str, path: str, target: object) -> type[Recipe]:
         if all(hasattr(target, name) for name in ("build", "batch", "loss")):
             raise ConfigError(
                 f"{field}: {path!r} is of the protocol's first form; derive it from {_named(Recipe)} and what it can do "
-                f'beside, and let `loss` return a Loss: {GUIDE}, "From the first form"'
+                f'in addition, and let `loss` return a Loss: {GUIDE}, "From the first form"'
             )
         raise ConfigError(f"{field}: {path!r} is no recipe: it does not derive from {_named(Recipe)} ({GUIDE})")
     _refuse_gone(field, path, target)

@@ -76,7 +76,7 @@ class Recipe(ABC):
     tiles: bool = False  # computes its loss and its MLPs in tiles where `train.tiled_loss` and `train.tiled_mlp` ask for it
     selects: bool = False  # checkpoints some of its layers, or with their inputs on the host, where the job asks for it
     chooses: bool = False  # computes attention and linear layers as `train.attention` and `train.fp8` say
-    balances: bool = False  # has a `balance` that is to be called behind every step
+    balances: bool = False  # has a `balance` that is to be called after every step
     frozen: tuple[str, ...] = ()  # submodules of the model that are not trained: no gradients, no dropout, saved once per run
 
     def __init__(self, job: Job) -> None:

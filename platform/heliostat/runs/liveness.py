@@ -14,7 +14,7 @@ from heliostat.runs import goodput
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 
-GONE_S = 120.0  # after which a driver on another host is taken for dead, by its clock, which may be behind
+GONE_S = 120.0  # after which a driver on another host is taken for dead, by its clock, which may be slow
 
 
 def lives(attempt: RecordedAttempt) -> bool:

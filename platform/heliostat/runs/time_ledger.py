@@ -131,7 +131,7 @@ class LedgerRecorder:
 
     def _note(self, pending: str, at: float) -> None:
         """Books the time up to `at`, while there is no worker yet, under the pending part, and makes `pending` the next one."""
-        now, at = self.attempts[-1], max(at, self.attempts[-1].known)  # another machine's clock may be behind
+        now, at = self.attempts[-1], max(at, self.attempts[-1].known)  # another machine's clock may be slow
         now.parts[now.pending] = now.parts.get(now.pending, 0.0) + at - now.known
         now.known, now.pending = at, pending
 
@@ -253,4 +253,4 @@ def _store(place: Location, data: bytes) -> None:
     try:
         place.write(data)
     except (HeliostatError, OSError) as e:
-        log.warning("the run's ledger is behind: %s", e)
+        log.warning("the run's ledger lags: %s", e)

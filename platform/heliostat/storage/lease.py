@@ -198,7 +198,7 @@ def _read(folder: Location, number: int) -> Holder | None:
             return None
         except (ValueError, TypeError):
             time.sleep(wait)
-    log.warning("%s: is damaged, and counts for nobody's", _place(folder, number))
+    log.warning("%s: is damaged, and counts as free", _place(folder, number))
     return None
 
 

@@ -292,9 +292,11 @@ class Location:
         if not self.is_s3:
             self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)
             return
-        try:
-            budget_s = min(PROBE_S, retry_budget())
-            kind = self.attempt(lambda: _s3(self.query, 1, 2.0).get_file_info(self._bucket), budget_s).type
+        budget_s = min(PROBE_S, retry_budget())
+        try:  # no line for each try: the error says for how long the store failed
+            kind = retries.retry(
+                lambda: _s3(self.query, 1, 2.0).get_file_info(self._bucket), budget_s, BACKOFF, self._judge, self._give_up
+            ).type
         except FileNotFoundError as e:
             raise self._no_bucket() from e
         if kind == pafs.FileType.NotFound:

@@ -35,7 +35,7 @@ BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders of files that are 
 def require_one_way(resume: bool, overwrite: bool) -> None:
     """Refuses, by a ConfigError, to go on with a run and to delete it in one command."""
     if resume and overwrite:
-        raise ConfigError("--overwrite: deletes what --resume goes on from; give one of the two")
+        raise ConfigError("--overwrite: deletes what --resume continues from; give one of the two")
 
 
 def checkpoint(run: Location, step: int) -> Location:

@@ -35,12 +35,12 @@ from heliostat.redact import carries_secret
 if TYPE_CHECKING:
     from botocore.client import BaseClient
 
-SHORTER = "HTTP status 416"  # of a range behind an object's end
+SHORTER = "HTTP status 416"  # of a range after an object's end
 MISSING = ("NoSuchKey", "404", "NotFound")
 PAYER = {"RequestPayer": "requester"}
 ONLY_READ = "a bucket whose requester pays is only read"
 THREADS = 16
-ENOUGH = 64  # folders, behind which no more are looked for
+ENOUGH = 64  # folders, after which no more are looked for
 LEVELS = 4  # of folders that are looked into, at most
 PAGE = 1000  # names that a store gives at a time
 KEYS = ("endpoint_override", "scheme", "region", "anonymous", "request_payer")
@@ -75,7 +75,7 @@ def given(query: str) -> dict[str, str]:
         if value not in VALUES.get(key, (value,)):
             raise ConfigError(f"s3://...?{key}={value}: must be {' or '.join(VALUES[key])}")
     if options.get("anonymous") == "true" and "request_payer" in options:
-        raise ConfigError("s3://...?anonymous=true&request_payer: nobody knows who is to pay; remove one of the two")
+        raise ConfigError("s3://...?anonymous=true&request_payer: an anonymous caller can't pay. Remove one of the two")
     return options
 
 

@@ -182,7 +182,7 @@ class Driver:
 
     def _pause(self, seconds: float) -> None:
         if self.stopping.wait(seconds):
-            raise StoppedError("the job was told to stop")
+            raise StoppedError("the job was asked to stop")
 
     def _settle(self, how: str) -> None:
         """Reports to MLflow that the run is over, which its dead driver could not."""
@@ -191,7 +191,7 @@ class Driver:
         try:
             settle_folder(self.run_folder, how)
         except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the next command that sees the run tells it)
-            log.warning("MLflow was not told that the run is over: %s", e)
+            log.warning("MLflow could not record that the run is over: %s", e)
 
     def _child(self) -> tuple[int, int]:
         """Runs the command once, to its end, and returns its process id and exit code."""
@@ -226,7 +226,7 @@ class Driver:
                 rest = rest[os.write(self._stdout, rest) :]
         except OSError as e:
             if not self._unsaid:
-                log.warning("standard output takes no more (%s); the log's copy in storage goes on", e)
+                log.warning("standard output takes no more (%s); the log's copy in storage continues", e)
             self._unsaid += len(rest)
 
     def _send(self) -> None:
@@ -237,7 +237,7 @@ class Driver:
             try:
                 self._log.send()
             except (HeliostatError, OSError) as e:
-                log.warning("the log's copy in storage is behind: %s", e)
+                log.warning("the log's copy in storage lags: %s", e)
 
     def _now(self) -> bool:
         """Checks whether the driver must end without waiting for a checkpoint."""
@@ -257,7 +257,7 @@ class Driver:
             if ahead == []:
                 return
             if ahead and not announced:
-                log.info("in queue %s behind %s", queue, ", ".join(ahead))
+                log.info("in queue %s after %s", queue, ", ".join(ahead))
                 announced = True
             self.stopping.wait(QUEUE_S)
 

@@ -115,7 +115,7 @@ class Jobs:
             if not flags:
                 raise ConfigError(
                     f"name: job {record.id!r} {status.lower()} before; go on with `heliostat resume {record.id}`, "
-                    "or start anew with --overwrite"
+                    "or start from scratch with --overwrite"
                 )
             self._forget(record.id)
         record.write()

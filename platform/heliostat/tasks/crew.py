@@ -79,7 +79,7 @@ class Started:
     offered: set[Shipment] = field(default_factory=set)
     """What its node lacked, and the driver has copied to the work folder."""
     copy: Future[None] | None = None
-    """Such a copy, which may be under way: the task is started again behind it."""
+    """Such a copy, which may be under way: the task is started again after it."""
 
     @property
     def waits(self) -> bool:
@@ -221,7 +221,7 @@ class Crew:
             log.warning(
                 "%s: %s ends its process at %s and is left out (%s)", self.kind, printable(crash.id), crash.stage, crash.detail
             )
-            if self.pool:  # what waited behind it in its actor has died with it each time
+            if self.pool:  # what waited after it in its actor has died with it each time
                 for other in [*self.under_way.values(), *self.later]:
                     other.trouble.count = min(other.trouble.count, 1)
         if self.stopped or cause is not None or trouble.count >= (LOST if lost else TRIES):

@@ -32,7 +32,7 @@ from heliostat.tasks.spill import SpilledRun, survivors
 from heliostat.tasks.work import key
 
 LEAST = spill.GROUP_BYTES // 4
-"""Bytes of a shard in a run, below which a merge is less work than what reading takes beside them."""
+"""Bytes of a shard in a run, below which a merge is less work than the rest of reading."""
 
 MANY = 4096  # parts of runs that shards read: of fewer a merge would save no more than seconds
 MANY_RANGES = 1 << 16  # ranges of spills: so many cost about a minute of a CPU, or 3 cents of a store's requests

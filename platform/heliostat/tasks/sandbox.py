@@ -71,13 +71,13 @@ X32 = 0x40000000  # and above: calls of x86-64's other table
 HARNESS = """
 import json, os, sys, types
 with open("program.json", "rb") as file:
-    told = json.load(file)
+    request = json.load(file)
 os.remove("program.json")
 os.environ.clear()
 module = sys.modules["program"] = types.ModuleType("program")  # where dataclasses and pickle look for its classes
 for part in ("program", "tests"):
-    exec(compile(told[part], part, "exec"), vars(module))
-os.write(3, told["token"].encode())
+    exec(compile(request[part], part, "exec"), vars(module))
+os.write(3, request["token"].encode())
 """
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -218,7 +218,7 @@ def main() -> int:
     os.umask(0o022)
     program = json.dumps({name: limits[name] for name in ("program", "tests", "token")}).encode()
     shut_in(Path(limits["root"]), [*limits["libraries"], limits["executable"]], limits["files"], {"program.json": program})
-    call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # behind the last change of user, which would undo it
+    call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # after the last change of user, which would undo it
     if os.getppid() != limits["parent"]:
         raise OSError("who has started this has ended")
     reading, writing = os.pipe()  # closed by becoming the program

@@ -265,7 +265,7 @@ class RunOwner:
         if self._fault is None:
             self._since = time.monotonic()
             why = mlflow_client.fault(error)
-            log.warning("%s: they are kept until it does, and training goes on (%s)", AWAY, why)
+            log.warning("%s: they are kept until it does, and training continues (%s)", AWAY, why)
         self._fault = error
         self._answers.clear()
         try:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 log = logging.getLogger(__name__)
 
-STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by outcomes behind which a command ends
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by outcomes after which a command ends
 YOUNG_S = 60.0  # a run may be so old before its driver has written anything
 
 
@@ -82,7 +82,7 @@ def _settle(client: MlflowClient, run: Run, folder: Location, how: str) -> bool:
         _end(client, run_id, "FINISHED", "", last.seen)
     else:
         died = f"the driver (process {last.pid} on {last.host}) died without a word{how and f', {how}'}; it had come to step "
-        _end(client, run_id, "FAILED", f"{died}{last.reached}, and --resume goes on from its newest checkpoint", last.seen)
+        _end(client, run_id, "FAILED", f"{died}{last.reached}, and --resume continues from its newest checkpoint", last.seen)
     log.warning("run %s was still open in MLflow, and its driver is gone: it is closed now", run_id)
     return True
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-COLUMNS = ("run", "name", "status", "began", "step", "loss", "held-out", "rate", "goodput", "hours")
+COLUMNS = ("run", "name", "status", "began", "step", "loss", "held-out", "rate", "goodput", "worker-hours")
 
 
 class About(TypedDict):

@@ -76,8 +76,8 @@ def tune(
         before = records.read_json(plan.folder.join("sweep.json"), records.KEPT)
         if before and not overwrite and not resume:
             raise ConfigError(
-                f"name: sweep {plan.sweep.name!r} is in {plan.folder} already; use --resume to go on, --overwrite to start "
-                "anew, or another name"
+                f"name: sweep {plan.sweep.name!r} is in {plan.folder} already; use --resume to continue, --overwrite to start "
+                "from scratch, or another name"
             )
         if before and overwrite:
             plan.folder.join("sweep.json").delete()
@@ -175,7 +175,7 @@ class _Tuning:
         labeled, leaving = nodes.carrying(workers.labels), nodes.draining()
         most = gangs(workers, {n: r for n, r in free.items() if n in labeled and n not in leaving})
         if not most:
-            missing = nodes.missing_now(self.base) or f"no room for a trial's own {TRIAL_CPUS:g} CPU beside its workers; waiting"
+            missing = nodes.missing_now(self.base) or f"no room for a trial's own {TRIAL_CPUS:g} CPU next to its workers; waiting"
             log.warning("one trial after another: %s", missing)
         elif wanted and wanted > most:
             log.warning("concurrency: there is room for %d trials of %d workers, not %d", most, workers.most, wanted)

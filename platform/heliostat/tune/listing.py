@@ -112,7 +112,7 @@ def stop(folder: Location) -> None:
     """Stops a sweep: requests it, and waits until the sweep has stopped."""
     if not running(folder):
         raise ConfigError(f"{folder}: is not running; nothing to stop")
-    folder.join("stop").write(b"told to stop")
+    folder.join("stop").write(b"asked to stop")
     deadline = time.monotonic() + STOP_S
     while running(folder):
         if time.monotonic() > deadline:

@@ -253,7 +253,7 @@ class Watch(Callback):
             self.state.stop(self.signals.name)
         try:
             if not self.state.stopping and self.state.folder.join("stop").exists():
-                self.state.stop("told to stop")
+                self.state.stop("asked to stop")
         except (HeliostatError, OSError) as e:
             log.warning("whether the sweep is to stop cannot be seen: %s", e)
 

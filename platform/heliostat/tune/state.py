@@ -94,7 +94,7 @@ class SweepState:
     def started(self, trial_id: str) -> None:
         record = self.of(trial_id)
         if record.status != "running":
-            log.info("trial %d  %s  %s", record.number, "goes on" if record.step else "starts", tell(record.params))
+            log.info("trial %d  %s  %s", record.number, "continues" if record.step else "starts", tell(record.params))
             record.status = "running"
             self._keep(record)
 
@@ -155,7 +155,7 @@ class SweepState:
         """Requests every trial to stop behind a checkpoint."""
         if not self.stopping:
             self.stopping, self.used_up = why, used_up
-            log.warning("%s: trials stop behind a checkpoint; --resume goes on", why)
+            log.warning("%s: trials stop after a checkpoint; --resume continues", why)
             self.folder.join("stop").write(why.encode())
 
     def _keep(self, record: TrialRecord) -> TrialRecord:

@@ -60,7 +60,7 @@ class Scheduler(Strict):
     """asha, hyperband, median: steps before which no trial is stopped, a multiple of the job's `evaluate.every`. asha and
     hyperband need it."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """asha, hyperband: one in so many goes on from each rung."""
+    """asha, hyperband: one in so many continues from each rung."""
     min_trials: Positive = 3
     """median: other trials that must have come as far."""
     interval: Positive | None = None
@@ -68,7 +68,7 @@ class Scheduler(Strict):
     quantile: Annotated[Float, Field(gt=0, le=0.5)] = 0.25
     """pbt, pb2: the share of the trials that clones as many of the best."""
     resample: Fraction = 0.25
-    """pbt: the probability that a value is drawn anew, and not changed by a fifth."""
+    """pbt: the probability that a value is drawn again, and not changed by a fifth."""
 
     @property
     def halves(self) -> bool:
@@ -134,9 +134,7 @@ def _scheduler_faults(sweep: Sweep) -> list[str]:
         if scheduler.interval is None:
             faults.append(f"scheduler.interval: is required for {name}: the steps between two exchanges")
         if sweep.searcher.name != "random":
-            faults.append(
-                f"searcher.name: {name} begins with random trials, and goes on by itself; remove {sweep.searcher.name!r}"
-            )
+            faults.append(f"searcher.name: {name} begins with random trials by itself; remove {sweep.searcher.name!r}")
         if sweep.budget.trials is None or sweep.budget.trials < 2:
             faults.append(f"budget.trials: {name} needs its population here, 2 or more")
         for key, domain in sweep.space.items():

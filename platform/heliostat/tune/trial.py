@@ -60,7 +60,7 @@ class Trial(tune.Trainable):
         self.sent = cast(Config, config)
         self._events: queue.Queue[Paused | Waiting | Over] = queue.Queue()
         self._thread: threading.Thread | None = None
-        self._paused_at: int | None = None  # the step behind which the run waits
+        self._paused_at: int | None = None  # the step after which the run waits
         self._step = 0
 
     # Tune's side -----------------------------------------------------------------------------------------------------

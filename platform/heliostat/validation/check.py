@@ -231,7 +231,7 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
             number = has_places.index(False)
             fix = (
                 f"data.sources.{number} does not tell its documents apart, so only whole ones of its "
-                f"{len(order.splits[number].held):,} chunks can be; prepare it anew (`heliostat prepare --force`), or raise it"
+                f"{len(order.splits[number].held):,} chunks can be; prepare it again (`heliostat prepare --force`), or raise it"
             )
         raise ConfigError(f"evaluate.fraction: {fraction:g} of {sum(total):,} samples holds none out; {fix}")
     if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):

@@ -46,7 +46,7 @@ def read(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--keys: {path} cannot be read ({getattr(e, 'strerror', None) or type(e).__name__})") from e
     if mode & 0o077:
-        raise ConfigError(f"--keys: {path} can be read by other users of this machine; make new keys behind `chmod 600 {path}`")
+        raise ConfigError(f"--keys: {path} can be read by other users here; run `chmod 600 {path}`, then make new keys")
     keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = _words(line)

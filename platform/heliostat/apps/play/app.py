@@ -50,21 +50,21 @@ HEADERS = {
 def app(front: Front, offered: dict[str, object]) -> Starlette:
     """Makes the application of a front; `offered`: what the page gets when it has the key."""
 
-    async def told(request: Request) -> Response:
+    async def shown(request: Request) -> Response:
         try:
             front.owner(request)
         except Refusal as e:
             return JSONResponse(e.body(), e.status, e.headers())
         return JSONResponse(offered)
 
-    async def asked(request: Request) -> Response:
+    async def answered(request: Request) -> Response:
         return await front(request)
 
     routes = [
         Route("/", page),
         Route("/page/{name}", page),
-        Route("/abilities", told),
-        Route("/{path:path}", asked, methods=["GET", "POST", "PUT", "DELETE", "PATCH"]),
+        Route("/abilities", shown),
+        Route("/{path:path}", answered, methods=["GET", "POST", "PUT", "DELETE", "PATCH"]),
     ]
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)])
 
@@ -83,13 +83,13 @@ class Local:
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
 
-    async def call(self, version: str, answer: Work[A], asked: A) -> dict[str, object]:
+    async def call(self, version: str, answer: Work[A], request: A) -> dict[str, object]:
         """Asks the replica all at once."""
-        return await self.replica.ask(answer, asked)
+        return await self.replica.ask(answer, request)
 
-    def stream(self, version: str, pieces: Pieces[A], asked: A) -> AsyncGenerator[dict[str, object]]:
+    def stream(self, version: str, pieces: Pieces[A], request: A) -> AsyncGenerator[dict[str, object]]:
         """Yields the answer piece by piece."""
-        return self.replica.stream(pieces, asked)
+        return self.replica.stream(pieces, request)
 
 
 NO_MODEL = "no model was given"
@@ -168,12 +168,12 @@ def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], option
     if served.kind() == EMBEDDINGS:
         raise ConfigError(f"MODEL: {served.name!r} embeds texts, and has no page; use `heliostat serve`")
     require_free(options.port)
-    made = application(served, keys, options)
+    asgi = application(served, keys, options)
     config = uvicorn.Config(
-        made, host=LOOPBACK, port=options.port, log_config=None, access_log=False, lifespan="off", server_header=False,
+        asgi, host=LOOPBACK, port=options.port, log_config=None, access_log=False, lifespan="off", server_header=False,
         timeout_graceful_shutdown=END_S,
     )  # fmt: skip
-    with Signals():  # uvicorn raises the signal that it has taken once more behind its end
+    with Signals():  # uvicorn raises the signal that it has taken once more after its end
         Server(config, lambda: ready(f"http://{LOOPBACK}:{options.port}/")).run()
 
 

@@ -65,10 +65,10 @@ def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: 
 
     engine = Continue(model, 1, {"max_tokens": max_tokens, "temperature": 0})
     room = None if engine.longest is None else engine.longest - max_tokens
-    asked = prompt(question, passages, room, lambda text: len(engine.encode(text)))
-    (written,) = engine([Input(asked.text, 0)])
+    filled = prompt(question, passages, room, lambda text: len(engine.encode(text)))
+    (written,) = engine([Input(filled.text, 0)])
     if written.bad:
         raise HeliostatError(f"{model}: cannot answer ({written.bad}: {written.detail})")
-    facts = {"prompt_tokens": asked.tokens, "passages_used": asked.used, "cut": asked.cut}
+    facts = {"prompt_tokens": filled.tokens, "passages_used": filled.used, "cut": filled.cut}
     values = written.values
     return {"text": values["answer"].strip(), "tokens": values["tokens"], "finish": values["finish"], **facts}

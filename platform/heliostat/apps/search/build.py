@@ -89,7 +89,7 @@ def what_was(place: Location) -> Before | None:
     try:
         return Before(known, table.document_keys(place, table.open_version(place, known["version"])))
     except DataError as e:
-        log.warning("%s; it is built anew", e)
+        log.warning("%s; it is built again", e)
         return None
 
 

@@ -19,7 +19,7 @@ from heliostat.errors import ConfigError
 CUTS = (1, 5, 10)
 MEASURES = (*(f"recall@{k}" for k in CUTS), "ndcg@10", "mrr")
 Z = 1.96  # of a 95 % interval
-RERANKED = "+reranker"  # behind a mode: its passages in the reranker's order
+RERANKED = "+reranker"  # after a mode's name: its passages in the reranker's order
 
 
 def questions(file: Path) -> list[tuple[str, set[str]]]:
@@ -46,22 +46,22 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
     return pairs
 
 
-def judge(index: SearchIndex, asked: Sequence[tuple[str, set[str]]], reranker: Reranker | None = None) -> dict[str, Any]:
+def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranker: Reranker | None = None) -> dict[str, Any]:
     """Measures each way to search the index, and with a reranker each in its order too.
 
     `over_bm25`: mean differences to BM25, and halves of their 95 % intervals; `reranked`: of each mode to itself.
     Questions about documents that the index does not hold are left out, and counted as `unknown`, and those that are longer than
     its embedder takes, as `too_long`; ConfigError if all are.
     """
-    present = index.holding({document for _, right in asked for document in right})
-    known = [(question, right) for question, right in asked if right <= present]
+    present = index.holding({document for _, right in questions for document in right})
+    known = [(question, right) for question, right in questions if right <= present]
     if not known:
-        raise ConfigError(f"--questions: {index.place} holds no document that a question names, such as {min(asked[0][1])!r}")
-    unknown, long = len(asked) - len(known), index.too_long([question for question, _ in known])
+        raise ConfigError(f"--questions: {index.place} holds no document that a question names, such as {min(questions[0][1])!r}")
+    unknown, long = len(questions) - len(known), index.too_long([question for question, _ in known])
     known = [(question, right) for question, right in known if question not in long]
     if not known:
         raise ConfigError(f"--questions: each is longer than the embedder of {index.place} takes, such as {min(long)[:80]!r}")
-    too_long = len(asked) - unknown - len(known)
+    too_long = len(questions) - unknown - len(known)
     texts = [question for question, _ in known]
     results = {mode: index.search(texts, mode, DEPTH) for mode in index.modes if mode != "hybrid"}
     if "hybrid" in index.modes:

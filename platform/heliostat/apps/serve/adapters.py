@@ -98,7 +98,7 @@ class Adapters:
             self.names = ()
 
     def _hook(self, known: dict[str, Layer]) -> Hook:
-        def add(module: object, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
+        def add(module: object, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
             chosen = {name for name in self.names if name in known}
             if not chosen:
                 return None
@@ -107,7 +107,7 @@ class Adapters:
             for name in chosen:
                 rows = torch.tensor([i for i, one in enumerate(self.names) if one == name], device=out.device)
                 layer = known[name]
-                out = out.index_add(0, rows, (given[0][rows] @ layer.down.T @ layer.up.T).to(out.dtype))
+                out = out.index_add(0, rows, (inputs[0][rows] @ layer.down.T @ layer.up.T).to(out.dtype))
             return out
 
         return add

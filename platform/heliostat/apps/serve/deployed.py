@@ -39,14 +39,14 @@ class Handles:
             self.known[version] = serve.get_app_handle(version)
         return self.known[version]
 
-    async def call(self, version: str, answer: Work[A], asked: A) -> Item:
+    async def call(self, version: str, answer: Work[A], request: A) -> Item:
         """Asks a replica all at once."""
-        return await _answered(cast("DeploymentResponse[Item]", self._of(version).ask.remote(answer, asked)))
+        return await _answered(cast("DeploymentResponse[Item]", self._of(version).ask.remote(answer, request)))
 
-    async def stream(self, version: str, pieces: Pieces[A], asked: A) -> AsyncGenerator[Item]:
-        """Yields the answer piece by piece; ends the replica's work if nobody takes the pieces any more."""
+    async def stream(self, version: str, pieces: Pieces[A], request: A) -> AsyncGenerator[Item]:
+        """Yields the answer piece by piece; ends the replica's work if the client leaves."""
         stream = self._of(version).options(stream=True).stream
-        items = cast("DeploymentResponseGenerator[Item]", stream.remote(pieces, asked))
+        items = cast("DeploymentResponseGenerator[Item]", stream.remote(pieces, request))
         over = False
         try:
             async for item in items:
@@ -58,7 +58,7 @@ class Handles:
 
 
 async def _answered(response: DeploymentResponse[Item]) -> Item:
-    """Waits for an answer; ends the replica's work on it if nobody waits any more."""
+    """Waits for an answer; ends the replica's work on it if the client leaves."""
     try:
         return await response
     except asyncio.CancelledError:
@@ -78,8 +78,8 @@ def confine() -> None:
     open_port = module.add_port_to_grpc_server
     address = ray.util.get_node_ip_address()
 
-    def confined(server: object, given: str) -> object:
-        return open_port(server, given.replace(EVERYWHERE, f"{address}:"))
+    def confined(server: object, listen: str) -> object:
+        return open_port(server, listen.replace(EVERYWHERE, f"{address}:"))
 
     module.add_port_to_grpc_server = confined
 

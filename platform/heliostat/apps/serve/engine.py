@@ -1,10 +1,10 @@
-"""Answers requests with one model, many at a time: a thread of its own steps all of them together, a token each; or vLLM does.
+"""Answers many requests at a time with one model. A thread steps all of them together, a token each; or vLLM does.
 
-What is in a batch beside a request changes the order of floating-point sums and nothing else: its noise is its own.
+The other requests of a batch change the order of floating-point sums and nothing else: each request has its own noise.
 
-Rows are admitted by the memory that their tokens may take in the cache. They step together with rows of about their length, so
-that a long prompt pads no other's cache. Where memory runs out all the same, the longest row of the group fails, and the others
-are computed again from their tokens.
+Memory limits the rows that are stepped: the bytes that their tokens may take in the cache. Rows of about the same length step
+together, so that a long prompt pads no other row's cache. If memory still runs out, the longest row of the group fails, and the
+others are computed again from their tokens.
 """
 
 from __future__ import annotations
@@ -33,15 +33,13 @@ from heliostat.text import brief
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.4  # of the memory that is free beside the model, for the tokens of all rows: padding may double what they take
+SHARE = 0.4  # of the memory that the model leaves free, for the tokens of all rows: padding may double what they take
 SHORT = 64  # tokens, below which lengths are about the same
 NO_MEMORY = ("can't allocate memory", "out of memory")  # in what torch raises on a CPU, or within a library
 
 
 class ServingEngine:
     """Answers rows in its thread, a token of each at a time, and embeds texts between two steps."""
-
-    embeds = True
 
     def __init__(self, loaded: LoadedModel, batch: int, adapters: Adapters | None = None) -> None:
         self.loaded, self.batch, self.adapters = loaded, batch, adapters
@@ -120,7 +118,7 @@ class ServingEngine:
 
     def _begin(self, rows: list[Row]) -> None:
         try:
-            prompts, names = [row.prompt + row.made for row in rows], [row.adapter for row in rows]
+            prompts, names = [row.prompt + row.tokens for row in rows], [row.adapter for row in rows]
             group = RowBatch(self.loaded.model, prompts, self.loaded.pad, names, self.adapters)
         except Exception as e:  # noqa: BLE001 (whatever a model raises: the others go on)
             if len(rows) == 1:
@@ -142,7 +140,7 @@ class ServingEngine:
         self.groups.append((group, rows))
 
     def _step(self, one: tuple[RowBatch, list[Row]]) -> None:
-        """Draws a token for each row of a group, and goes on with those that are not at their end."""
+        """Draws a token for each row of a group, and keeps the rows that have not ended."""
         group, rows = one
         try:
             tokens = sampling.choose(group.logits, [row.draw for row in rows])
@@ -169,17 +167,17 @@ class ServingEngine:
                 failed = [longest]
             self._fail(failed, e)
 
-    def _embed(self, asked: list[tuple[Sequence[str], Deliver]]) -> None:
+    def _embed(self, waiting: list[tuple[Sequence[str], Deliver]]) -> None:
         """Embeds the texts of several requests together."""
         try:
-            vectors = iter(self.embed([Input(text, 0) for texts, _ in asked for text in texts]))
-            for texts, deliver in asked:
+            vectors = iter(self.embed([Input(text, 0) for texts, _ in waiting for text in texts]))
+            for texts, deliver in waiting:
                 deliver({"answers": [next(vectors) for _ in texts]})
         except Exception as e:  # noqa: BLE001 (the same)
-            if len(asked) == 1:
-                asked[0][1]({"failed": f"{type(e).__name__}: {brief(e)}"})
+            if len(waiting) == 1:
+                waiting[0][1]({"failed": f"{type(e).__name__}: {brief(e)}"})
                 return
-            for one in asked:
+            for one in waiting:
                 self._embed([one])
 
     def _fail(self, rows: list[Row], error: Exception) -> None:
@@ -189,7 +187,7 @@ class ServingEngine:
 
 
 def _length(row: Row) -> int:
-    return len(row.prompt) + len(row.made)
+    return len(row.prompt) + len(row.tokens)
 
 
 def _places(row: Row) -> int:
@@ -215,8 +213,6 @@ def _no_memory(error: Exception) -> bool:
 class VllmEngine:
     """Answers rows with vLLM, which makes the batches, in the event loop that asks; embeds nothing."""
 
-    embeds = False
-
     def __init__(self, folder: Path, batch: int, adapters: dict[str, str]) -> None:
         from heliostat.inference.vllm_engine import VllmStream
 
@@ -240,12 +236,8 @@ class VllmEngine:
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
-    def embedded(self, texts: Sequence[str], deliver: Deliver) -> None:
-        """Embeds nothing."""
-        raise NotImplementedError
-
     async def _follow(self, row: Row) -> None:
-        """Draws tokens until the answer is over, or nobody waits for it."""
+        """Draws tokens until the answer ends, or its client has left."""
         tokens = self.stream.tokens(row.prompt, row.most, row.draw, self.telling.ends, row.logprobs, row.adapter)
         try:
             async with aclosing(tokens):

@@ -1,7 +1,7 @@
-"""Answers HTTP: who asks, whether they may, what they ask for; the replicas answer, and this writes what they say.
+"""Answers HTTP: checks the key, its limits and the body of a request, asks a replica, and writes the answer.
 
-One process, so that each key's limits hold over all replicas. The driver tells it every second or two which version is served:
-after a death it starts without one, and requests wait until it is told.
+There is one process, so that each key's limits hold over all replicas. Every two seconds the driver sends it the version that is
+served. After a crash it starts without a version, and requests wait until the driver sends one.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Front(Gateway):
             return JSONResponse({"status": "ok" if up else "starting"}, 200 if up else 503)
         name = self.owner(request)
         if path.startswith("/v1/models/") and request.method == "GET":
-            asked = path.removeprefix("/v1/models/")
-            self.settings.require_served(asked)
-            return JSONResponse(self._described(asked))
+            model = path.removeprefix("/v1/models/")
+            self.settings.require_served(model)
+            return JSONResponse(self._described(model))
         if path not in PATHS:
             raise Refusal(404, f"{path[:100]}: unknown path; use one of {', '.join(PATHS)}", code="unknown_path")
         if request.method != PATHS[path]:

@@ -32,9 +32,9 @@ DOES = {
 class Replicas(Protocol):
     """Reaches the replicas of a version: each calls a function of a route with itself, and with what is asked."""
 
-    async def call(self, version: str, answer: Work[A], asked: A) -> Item: ...
+    async def call(self, version: str, answer: Work[A], request: A) -> Item: ...
 
-    def stream(self, version: str, pieces: Pieces[A], asked: A) -> AsyncGenerator[Item]: ...
+    def stream(self, version: str, pieces: Pieces[A], request: A) -> AsyncGenerator[Item]: ...
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,24 @@ class FrontSettings:
         """Returns the names of all that is served."""
         return [name for name in (self.model, *self.adapters, self.index) if name is not None]
 
-    def require_served(self, asked: str) -> None:
+    def require_served(self, model: str) -> None:
         """Raises Refusal unless something of this name is served."""
-        if asked not in self.names:
+        if model not in self.names:
             served = f"{' and '.join(map(repr, self.names))} {'are' if self.names[1:] else 'is'}"
-            raise Refusal(404, f"model: {asked[:100]!r} is not served; {served}", "model", "model_not_found")
+            raise Refusal(404, f"model: {model[:100]!r} is not served; {served}", "model", "model_not_found")
 
-    def require_model(self, asked: str, *fit: str) -> None:
+    def require_model(self, model: str, *fit: str) -> None:
         """Raises Refusal unless a model of a kind that fits is asked, and is served."""
-        self.require_served(asked)
-        if asked in self.adapters:
+        self.require_served(model)
+        if model in self.adapters:
             if EMBEDDINGS not in fit and TEXT in fit:
                 return
-            raise Refusal(400, f"model: {asked!r} is an adapter, and writes alone", "model", "unsupported_by_model")
-        if asked != self.model:
-            said = f"model: {asked!r} is an index; ask it at /v1/search, or at /v1/chat/completions where a model answers from it"
+            raise Refusal(400, f"model: {model!r} is an adapter, and writes alone", "model", "unsupported_by_model")
+        if model != self.model:
+            said = f"model: {model!r} is an index; ask it at /v1/search, or at /v1/chat/completions where a model answers from it"
             raise Refusal(400, said, "model", "unsupported_by_model")
         if self.kind not in fit:
-            raise Refusal(400, f"model: {asked!r} {DOES[str(self.kind)]}", "model", "unsupported_by_model")
+            raise Refusal(400, f"model: {model!r} {DOES[str(self.kind)]}", "model", "unsupported_by_model")
 
 
 class RequestLimits:
@@ -149,10 +149,10 @@ class Gateway:
         self.backend = Backend(lost, settings.deadline_s)
         self.measures = Measures()
 
-    async def ask(self, answer: Work[A], asked: A) -> tuple[str, Item]:
+    async def ask(self, answer: Work[A], request: A) -> tuple[str, Item]:
         """Returns the version that answered, and its answer."""
-        return await self.backend.ask(lambda version: self.replicas.call(version, answer, asked))
+        return await self.backend.ask(lambda version: self.replicas.call(version, answer, request))
 
-    def stream(self, pieces: Pieces[A], asked: A) -> AsyncGenerator[tuple[str, Item]]:
+    def stream(self, pieces: Pieces[A], request: A) -> AsyncGenerator[tuple[str, Item]]:
         """Yields the version that answers, and each item of its answer."""
-        return self.backend.stream(lambda version: self.replicas.stream(version, pieces, asked))
+        return self.backend.stream(lambda version: self.replicas.stream(version, pieces, request))

@@ -1,8 +1,8 @@
 """Runs a causal language model over rows that come and go: continuous batching, by the model's own cache.
 
-Rows share a batch behind padding on their left. Where the cache is of plain keys and values, rows that begin later join those
-that are under way, and rows that are done leave; where it has windows, a group stays as it began. A model whose cache is of
-something else, as states, computes all its tokens anew at each step.
+Rows share a batch, padded on the left. If the cache has plain keys and values, later rows join the group, and rows that have
+ended leave it. If the cache has windows, a group stays as it began. A model with another kind of cache, such as states, computes
+all its tokens again at each step.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RowBatch:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / self.mask.numel()
 
     def step(self, tokens: Sequence[int]) -> None:
-        """Goes on by one token of each row."""
+        """Advances each row by one token."""
         new = torch.tensor(tokens, device=self.model.device)[:, None]
         self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
         places = (self.mask.cumsum(-1) - 1).clamp(min=0)
@@ -101,18 +101,18 @@ class RowBatch:
         self.names += other.names
 
     def _forward(self, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        given = {"position_ids": places, "logits_to_keep": 1, self.named: self.cache, "use_cache": self.reuses}
-        given = {name: value for name, value in given.items() if name in self.takes}
+        options = {"position_ids": places, "logits_to_keep": 1, self.named: self.cache, "use_cache": self.reuses}
+        options = {name: value for name, value in options.items() if name in self.takes}
         with self.adapters.using(self.names) if self.adapters else nullcontext():
-            out = self.model(input_ids=ids, attention_mask=self.mask, **given)
+            out = self.model(input_ids=ids, attention_mask=self.mask, **options)
         cache = getattr(out, self.named, None) if self.reuses else None
         self.reuses = isinstance(cache, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
         self.cache = cache if self.reuses else None
         return out.logits[:, -1].float()
 
 
-def _left(given: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+def _left(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
     """Fills a dimension up with zeros before what it holds."""
-    shape = list(given.shape)
+    shape = list(tensor.shape)
     shape[dim] = width - shape[dim]
-    return torch.cat([given.new_zeros(shape), given], dim) if shape[dim] else given
+    return torch.cat([tensor.new_zeros(shape), tensor], dim) if shape[dim] else tensor

@@ -57,17 +57,17 @@ class Replica:
         if self.writer:
             self.writer.require_alive()
 
-    async def ask(self, answer: Callable[[Replica, A], Awaitable[Item]], asked: A) -> Item:
+    async def ask(self, answer: Callable[[Replica, A], Awaitable[Item]], request: A) -> Item:
         """Answers all at once."""
         try:
-            return await answer(self, asked)
+            return await answer(self, request)
         except Refusal as e:
             return {"refused": e.args}
 
-    async def stream(self, pieces: Callable[[Replica, A], AsyncGenerator[Item]], asked: A) -> AsyncGenerator[Item]:
+    async def stream(self, pieces: Callable[[Replica, A], AsyncGenerator[Item]], request: A) -> AsyncGenerator[Item]:
         """Yields pieces (`index`, `piece`, the first also `sources`) of the answers as they come; `refused` ends them."""
         try:
-            async with aclosing(pieces(self, asked)) as items:
+            async with aclosing(pieces(self, request)) as items:
                 async for item in items:
                     yield item
         except Refusal as e:
@@ -83,13 +83,13 @@ class Painter:
         with exported.using(folder):
             self.canvas = recipe.canvas(folder)
             self.size = self.canvas.size
-        self.thread = ThreadPoolExecutor(1, "painter")  # a drawing goes on when nobody waits for it any more, and the next waits
+        self.thread = ThreadPoolExecutor(1, "painter")  # a drawing continues when its client has left, and the next waits
 
-    async def draw(self, asked: PictureRequest) -> list[dict[str, object]]:
+    async def draw(self, request: PictureRequest) -> list[dict[str, object]]:
         """Draws pictures, each a PNG in base64 with its seed; Refusal for what the model does not draw."""
-        self._require_size(asked.options)
-        seeds = [(asked.seed + i) % 2**63 for i in range(asked.count)]
-        work = partial(self.canvas.draw, [asked.prompt] * asked.count, seeds, asked.options)
+        self._require_size(request.options)
+        seeds = [(request.seed + i) % 2**63 for i in range(request.count)]
+        work = partial(self.canvas.draw, [request.prompt] * request.count, seeds, request.options)
         try:
             pictures = await asyncio.get_running_loop().run_in_executor(self.thread, work)
         except ConfigError as e:

@@ -54,13 +54,13 @@ def parse(raw: bytes) -> dict[str, object]:
 
 def read(kind: type[B], raw: bytes) -> B:
     """Reads a request; Refusal that names the parameter at fault."""
-    given = {name: value for name, value in parse(raw).items() if value is not None}
-    for name in [n for n in given if n not in kind.model_fields]:
-        _require_neutral(name, given.pop(name), kind)
-    if "stream_options" in given and not given.get("stream"):
+    fields = {name: value for name, value in parse(raw).items() if value is not None}
+    for name in [n for n in fields if n not in kind.model_fields]:
+        _require_neutral(name, fields.pop(name), kind)
+    if "stream_options" in fields and not fields.get("stream"):
         raise Refusal(400, "stream_options: goes with stream: true", "stream_options")
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(fields)
     except ValidationError as e:
         raise _first(e) from e
 

@@ -108,14 +108,14 @@ class Row:
     deliver: Deliver
     logprobs: int | None = None
     adapter: str | None = None
-    made: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     text: Growing = field(default_factory=Growing)
-    told: list[Drawn] = field(default_factory=list)  # logprobs of tokens whose text is not sent yet
+    logprobs_unsent: list[Drawn] = field(default_factory=list)  # logprobs of tokens whose text is not sent yet
     over: bool = False
     task: asyncio.Task[None] | None = None  # that follows it, of an engine in the event loop
 
     def leave(self) -> None:
-        """Ends because nobody waits for it any more; in the event loop."""
+        """Ends the row when its client has left. Call it in the event loop."""
         self.over = True
         if self.task is not None:
             self.task.cancel()
@@ -145,13 +145,13 @@ class Telling:
         """Adds a token; `chosen` of a row that wants logprobs."""
         ended, begins = token in self.ends, row.stopping.sent + len(row.text.unsent)  # of a character's piece: where it begins
         if not ended:
-            row.made.append(token)
+            row.tokens.append(token)
             if token not in self.without_text:
                 row.text.add(token, self.tokenizer.backend_tokenizer)
-        full = len(row.made) >= row.most
-        rest = self._decode(row.made)[row.stopping.sent :] if ended or full else row.text.unsent
+        full = len(row.tokens) >= row.most
+        rest = self._decode(row.tokens)[row.stopping.sent :] if ended or full else row.text.unsent
         if chosen is not None and not ended:
-            row.told.append(self._drawn(chosen, token, begins))
+            row.logprobs_unsent.append(self._drawn(chosen, token, begins))
         text = row.stopping.feed(rest, last=ended or full)
         row.text.drop(len(text))
         row.over = ended or full or row.stopping.stopped
@@ -160,7 +160,7 @@ class Telling:
         piece: Item = {"text": text, "logprobs": self._logprobs(row)}
         if row.over:
             finish = "stop" if ended or row.stopping.stopped else "length"
-            piece |= {"finish": finish, "prompt_tokens": len(row.prompt), "completion_tokens": len(row.made)}
+            piece |= {"finish": finish, "prompt_tokens": len(row.prompt), "completion_tokens": len(row.tokens)}
         row.deliver(piece)
 
     def _decode(self, tokens: list[int]) -> str:
@@ -177,8 +177,8 @@ class Telling:
         if row.logprobs is None:
             return None
         rest = row.over and not row.stopping.stopped
-        sent = [one for one in row.told if rest or one["offset"] < row.stopping.sent]
-        row.told = row.told[len(sent) :]
+        sent = [one for one in row.logprobs_unsent if rest or one["offset"] < row.stopping.sent]
+        row.logprobs_unsent = row.logprobs_unsent[len(sent) :]
         return {
             "tokens": [one["token"] for one in sent],
             "token_logprobs": [one["logprob"] for one in sent],

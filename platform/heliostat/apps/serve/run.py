@@ -2,8 +2,8 @@
 
     client -> Serve's proxy (127.0.0.1) -> Front (one: keys, limits, retries) -> Replica (several, of each version that is there)
 
-The driver looks at the alias, and tells the front which version is served. A new version loads beside the old one; then it gets
-all new requests, and the old one ends when its last request is answered.
+The driver reads the alias, and sends the front the version that is served. A new version loads while the old one answers. Then
+the new version gets all new requests, and the old one ends when its last request is answered.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from heliostat.apps.serve import proxied
 from heliostat.apps.serve.asks import TEXT, kind_of
 from heliostat.apps.serve.served import NoModel, Options, ServedModels, VersionSource
+from heliostat.cluster import ray_internals
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.inference.batch import loading
@@ -36,8 +37,9 @@ log = logging.getLogger(__name__)
 FRONT = "heliostat-front"
 START_S = 600.0  # for a version to load
 FRONT_S = 300.0  # for a front that died to come again
-DRAIN_MORE_S = 10.0  # behind the deadline of an answer
+DRAIN_MORE_S = 10.0  # after the deadline of an answer
 DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # of the actor that lives as long as the command does
+CONTROLLER = "ServeController"  # Ray Serve's own actor, which ends with the endpoint
 OURS = ({"Front"}, {"Model"})  # deployments of each application
 MODULES = ("ray.serve", "heliostat.apps.serve.deployed", "heliostat.apps.serve.engine")
 
@@ -81,7 +83,7 @@ class Versions:
                 if not self.current:
                     raise
                 self.failed = wanted
-                log.error("%s is not served, %s goes on: %s", wanted, self.current, brief(e))
+                log.error("%s is not served, and %s still is: %s", wanted, self.current, brief(e))
                 return
         self.until.pop(wanted, None)
         if self.current:
@@ -107,7 +109,7 @@ def serve(
     if shared:  # where a killed command may have left an endpoint, which is ended by now
         require_free(options.port)
     known = keys()
-    with endpoint.signals:  # behind Ray's start, which sets handlers of its own
+    with endpoint.signals:  # after Ray's start, which sets handlers of its own
         try:
             endpoint.open(known)
             _follow(endpoint, source, options, lambda: ready(f"http://{LOOPBACK}:{options.port}/v1"))
@@ -125,10 +127,11 @@ def stop() -> bool:
     from heliostat.cluster.connect import connect, disconnect
 
     connect(cpus=1)
-    try:
-        return end_left()
-    finally:
-        disconnect()
+    with ray_internals.without_notices(CONTROLLER):
+        try:
+            return end_left()
+        finally:
+            disconnect()
 
 
 def end_left() -> bool:
@@ -201,15 +204,13 @@ class ServeEndpoint:
         self.driver: object = None
         self.gpus = torch.cuda.device_count()
 
-    def engine(self, folder: Path | None) -> str:
-        """Chooses what answers with a version; ConfigError if that is asked for, and does not."""
+    def engine(self, folder: Path | None) -> tuple[str, str]:
+        """Chooses the engine that answers with a version, and says why. ConfigError if the engine of --engine can't."""
         if folder is None or self.kind != TEXT:
             if self.options.engine == "vllm":
                 raise ConfigError("--engine vllm: goes with a model that writes; give --engine auto")
-            return "transformers"
-        engine, why = loading.choose(self.options.engine, folder, "serve", self.gpus)
-        log.info("%s answers with %s (%s)", engine, folder, why)
-        return engine
+            return "transformers", ""
+        return loading.choose(self.options.engine, folder, "serve", self.gpus)
 
     def connect(self) -> None:
         """Connects to Ray, and ends what a killed command has left; ConfigError if others use Serve there."""
@@ -220,7 +221,7 @@ class ServeEndpoint:
 
         proxied.set_ahead()
         private_ray.ahead(self.gpus, MODULES)
-        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: a version loads beside the one that it replaces
+        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: a version loads while the old one runs
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         end_left()
 
@@ -277,10 +278,11 @@ class ServeEndpoint:
         from heliostat.apps.serve import deployed
         from heliostat.cluster.connect import disconnect
 
-        serve.shutdown()
-        if self.driver:
-            deployed.record_start(False)
-        disconnect()
+        with ray_internals.without_notices(CONTROLLER):
+            serve.shutdown()
+            if self.driver:
+                deployed.record_start(False)
+            disconnect()
 
     def wait(self, seconds: float) -> None:
         """Waits, at most until the endpoint is to stop."""
@@ -320,7 +322,9 @@ class ServeEndpoint:
         from heliostat.apps.serve.deployed import DeployedReplica
         from heliostat.cluster.connect import remote_environment
 
-        gpus, engine = min(self.gpus, 1), self.engine(folder)
+        gpus, (engine, why) = min(self.gpus, 1), self.engine(folder)
+        if why:
+            log.info("%s answers with %s (%s)", engine, folder, why)
         least, most = self.options.replicas
         count: dict[str, Any] = {"num_replicas": most}
         if least < most:

@@ -121,12 +121,12 @@ class ServedModels:
         return FrontSettings(self.name, kind, self.index_name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once,
                         o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
 
-    def with_adapters(self, given: Sequence[str]) -> ServedModels:
+    def with_adapters(self, pairs: Sequence[str]) -> ServedModels:
         """Adds adapters, each NAME=FOLDER; ConfigError if one is no such thing, or its name is taken."""
         folders = dict[str, str]()
-        if given and self.name is None:
+        if pairs and self.name is None:
             raise ConfigError("--adapter: goes with a model that writes")
-        for one in given:
+        for one in pairs:
             name, _, folder = one.partition("=")
             if not name or not folder:
                 raise ConfigError(f"--adapter: {one!r} is not NAME=FOLDER")
@@ -144,8 +144,8 @@ def served(
         raise ConfigError("MODEL: give a model, an index with --index, or both")
     if model is None and name is not None:
         raise ConfigError("--name: is the model's; an index is called as its folder")
-    for option, given in (("--embedder", embedder), ("--reranker", reranker)):
-        if index is None and given is not None:
+    for option, folder in (("--embedder", embedder), ("--reranker", reranker)):
+        if index is None and folder is not None:
             raise ConfigError(f"{option}: goes with --index")
     if index is None:
         assert model is not None

@@ -27,28 +27,28 @@ class Shelf:
             self.index.embedder  # noqa: B018 (its folder is found, and held against the record)
         self.reranker = Reranker(Path(reranker)) if reranker else None
 
-    async def search(self, asked: Search) -> list[Passage]:
+    async def search(self, request: Search) -> list[Passage]:
         """Finds passages, with the columns of their documents; Refusal if the index cannot be searched so."""
-        return await asyncio.to_thread(self._search, asked)
+        return await asyncio.to_thread(self._search, request)
 
-    def _search(self, asked: Search) -> list[Passage]:
-        if not asked.question.strip():
+    def _search(self, request: Search) -> list[Passage]:
+        if not request.question.strip():
             raise Refusal(400, "the question is empty", None, "invalid_value")
-        mode = asked.mode or self.index.modes[0]
+        mode = request.mode or self.index.modes[0]
         if mode not in self.index.modes:
             said = f"mode: {mode!r}: the index has no embeddings, and is searched by {', '.join(self.index.modes)} alone"
             raise Refusal(400, said, "mode", "invalid_value")
         try:
-            passages = best(self.index, self.reranker, asked.question, mode, asked.top)
+            passages = best(self.index, self.reranker, request.question, mode, request.top)
             return [{**passage, "columns": self.index.columns(passage["document"])} for passage in passages]
         except ConfigError as e:
             raise Refusal(400, str(e), None, "invalid_value") from e
         except DataError as e:
             log.error("%s", e)
-            said = "the index that is served lacks a part, or was replaced over a day ago; start the endpoint anew"
+            said = "the index that is served lacks a part, or was replaced over a day ago; restart the endpoint"
             raise Refusal(503, said, None, "index_gone") from e
 
-    async def prompt(self, asked: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:
+    async def prompt(self, request: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:
         """Returns the prompt of what is found, and its sources; `used` tells what of each is in the prompt.
 
         Refusal if nothing is found, or there is no room for the question.
@@ -56,11 +56,11 @@ class Shelf:
         if room is not None and room < 1:
             said = f"max_tokens: leaves no room for the question; ask for at least {1 - room:,} fewer"
             raise Refusal(400, said, "max_tokens", "context_length_exceeded")
-        passages = await self.search(asked)
+        passages = await self.search(request)
         if not passages:
             raise Refusal(404, "no passage of the index has a word of the question", "messages", "no_passage")
         try:
-            written = await asyncio.to_thread(answering.prompt, asked.question, passages, room, count)
+            written = await asyncio.to_thread(answering.prompt, request.question, passages, room, count)
         except ConfigError as e:
             raise Refusal(400, str(e), "messages", "context_length_exceeded") from e
         used = ["whole"] * written.used + ["no"] * (len(passages) - written.used)

@@ -55,13 +55,13 @@ class Writer:
                 left -= "finish" in piece
                 yield {"index": index, "piece": piece}
         finally:
-            for row in rows:  # those that nobody waits for any more
+            for row in rows:  # those whose client has left
                 row.leave()
 
     async def embed(self, texts: list[str]) -> list[Item]:
         """Embeds texts: of each the `embedding`, and its `tokens`; Refusal if one cannot be embedded."""
-        if not self.engine.embeds:
-            said = "model: vLLM writes with it, and does not embed beside that; start with --engine transformers"
+        if isinstance(self.engine, VllmEngine):
+            said = "model: embeddings are not supported where vLLM answers; start with --engine transformers"
             raise Refusal(400, said, "model", "unsupported_by_model")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Item] = loop.create_future()
@@ -114,14 +114,14 @@ class Writer:
             raise Refusal(400, f"prompt: {EMPTY}", "prompt")
         return tokens
 
-    def _tokens(self, given: list[int], suffix: str) -> list[int]:
+    def _tokens(self, tokens: list[int], suffix: str) -> list[int]:
         """Takes a prompt's tokens as they are; Refusal if the model has not all of them."""
         if suffix:
             raise Refusal(400, "suffix: goes with prompts of text, not of tokens", "suffix", "invalid_value")
         most = self.engine.loaded.config.get_text_config().vocab_size
-        if unknown := [token for token in given if token >= most]:
+        if unknown := [token for token in tokens if token >= most]:
             raise Refusal(400, f"prompt: the model has {most} tokens, and no token {unknown[0]}", "prompt", "invalid_value")
-        return given
+        return tokens
 
     def _chat(self, messages: Messages) -> list[int]:
         tokenizer = self.engine.loaded.tokenizer

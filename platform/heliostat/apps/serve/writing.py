@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import time
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, ClassVar, TypeVar
@@ -31,7 +32,7 @@ COMMON: dict[str, object] = {"n": 1, "frequency_penalty": 0, "presence_penalty":
 
 
 class StreamOptions(Strict):
-    """Says what a stream carries beside the text."""
+    """Says what a stream carries in addition to the text."""
 
     include_usage: bool = False
 
@@ -86,20 +87,20 @@ class WritingRoute(Route[S, Ask]):
     kind: ClassVar[str]
     chunk: ClassVar[str]
 
+    @abstractmethod
     def text(self, piece: AnswerPiece, streamed: bool) -> Answer:
         """Writes the text of an answer, or of its next piece, and the logprobs."""
-        raise NotImplementedError
 
-    def pieces(self, replica: Replica, asked: Ask) -> AsyncGenerator[Item]:
+    def pieces(self, replica: Replica, request: Ask) -> AsyncGenerator[Item]:
         """Yields pieces of the answers as they come, in the replica."""
         assert replica.writer
-        return replica.writer.stream(asked)
+        return replica.writer.stream(request)
 
-    async def answer(self, replica: Replica, asked: Ask) -> Item:
+    async def answer(self, replica: Replica, request: Ask) -> Item:
         """Answers all prompts: `answers`, and `sources` if it is from the index."""
-        whole: list[AnswerPiece] = [{"text": "", "logprobs": None} for _ in asked.seeds]
+        whole: list[AnswerPiece] = [{"text": "", "logprobs": None} for _ in request.seeds]
         sources: Item = {}
-        async with aclosing(self.pieces(replica, asked)) as items:
+        async with aclosing(self.pieces(replica, request)) as items:
             async for item in items:
                 _add(whole[item["index"]], item["piece"])
                 sources |= {"sources": item["sources"]} if "sources" in item else {}
@@ -124,8 +125,8 @@ class WritingRoute(Route[S, Ask]):
 
     async def _stream(self, gateway: Gateway, body: S, key: str) -> Response:
         """Waits for the first piece, for until then the status can still tell what is wrong."""
-        asked, began = self.asked(gateway.settings, body), time.monotonic()
-        items = gateway.stream(self.pieces, asked)
+        request, began = self.request(gateway.settings, body), time.monotonic()
+        items = gateway.stream(self.pieces, request)
         try:
             version, first = await anext(items)
         except BaseException:

@@ -72,7 +72,7 @@ def prepare(modules: Iterable[str]) -> None:
     if threading.active_count() > 1:
         raise SystemExit("the imported modules have started threads, which a fork would lose")
     if _next_id() == _next_id():
-        raise SystemExit("Ray has drawn random numbers already: all forks would draw the same ones, and name things alike")
+        raise SystemExit("Ray has drawn random numbers already: all forks would draw the same ones, and use the same names")
     gc.freeze()  # a collection writes to each object that it looks at, and so would copy all that the forks share
 
 

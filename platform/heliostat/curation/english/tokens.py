@@ -35,7 +35,7 @@ _PREFIX = regex.compile(
 )
 _SINGLE = frozenset(_MARKS + _QUOTES + "—–")
 _SYMBOL = regex.compile(r"\p{So}")
-# what stands behind a number: a unit or money; looked for in the last characters only
+# what follows a number: a unit or money; looked for in the last characters only
 _MEASURE = regex.compile(
     rf"(?<=[0-9])(?:{'|'.join(sorted(map(regex.escape, _UNITS.split()), key=len, reverse=True))}"
     rf"|(?:US|C|A)\$|[{regex.escape(_MONEY)}]|\+)\Z"

@@ -101,9 +101,9 @@ class ImagePipeline(StagedPipeline):
     max_caption: int | None = Field(None, ge=1)
     """Images with captions of more characters are left out (`caption_long`). Unset: no limit."""
     duplicates: Literal["keep", "exact", "perceptual"] = "exact"
-    """`keep` all; `exact`: of images with equal pixels one stays; `perceptual`: of those that look alike, too."""
+    """`keep` all; `exact`: of images with equal pixels one stays; `perceptual`: of those that look the same, too."""
     distance: int = Field(3, ge=0, le=16)
-    """Bits of 64 in which the perceptual hashes of two images that look alike may differ."""
+    """Bits of 64 in which the perceptual hashes of two images that look the same may differ."""
     tokenizer: Tokenizer | None = None
     """Trained on the captions, for a text encoder that is trained with the model. Unset: no tokenizer."""
     latents: Latents | None = None
@@ -149,7 +149,7 @@ class ImagePipeline(StagedPipeline):
         stored, known = "", {LABEL, *STORED, *self.columns.others}
         for stage in self.stages:
             if stored and isinstance(stage, ImageSize):
-                raise ConfigError(f"stages: image_size stands behind {stored}, where images have the size that they are stored "
+                raise ConfigError(f"stages: image_size is after {stored}, where images have the size that they are stored "
                                   "in; put it before")  # fmt: skip
             stored = stored or (stage.named() if stage.gpu or isinstance(stage, GlobalStage) else "")
             for name in stage.stored():

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 from typing import NamedTuple
 
 SENTENCE = re.compile(r"(?<=[.!?])\s|\n\s*\n")
-FENCE = re.compile(r" {0,3}(`{3,}(?=[^`\n]*$)|~{3,})")  # behind backticks there are no others: that is code in a line
+FENCE = re.compile(r" {0,3}(`{3,}(?=[^`\n]*$)|~{3,})")  # no others follow backticks: that is code in a line
 TITLE = re.compile(r" {0,3}#{1,6}[ \t]+")
 VERSION = 2  # raised when the same files give other pairs
 HEADINGS = {f"h{level}" for level in range(1, 7)}

@@ -11,7 +11,7 @@ from heliostat.curation.readers.streams import LeftOutError
 
 PIECE = 1 << 18
 HEAD = 1 << 20  # bytes that a record's head may have
-ROOM = 64 << 20  # bytes of the file behind the start of a record that are held, to look for the next one in them
+ROOM = 64 << 20  # bytes of the file after the start of a record that are held, to look for the next one in them
 GZIP, START, BLANK = b"\x1f\x8b\x08", b"WARC/1.", b"\r\n\r\n"
 
 
@@ -41,7 +41,7 @@ class Archive:
         self._decoder: zlib._Decompress | None = None
         self._plain, self._used = bytearray(), 0  # what is unpacked, and how much of it is read
         self._member, self._inner = 0, 0  # where the member (or plain record) begins, and how much of it was read before
-        self._start = 0  # behind which the next record is looked for
+        self._start = 0  # after which the next record is looked for
         self._current = ""  # the place of the record that is being read
 
     def records(self, most: int) -> Iterator[WarcRecord]:

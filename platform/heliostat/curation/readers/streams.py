@@ -16,7 +16,7 @@ from heliostat.curation.stage import Document, Dropped
 
 REASONS = {
     "unknown_kind": "a suffix that nothing reads",
-    "corrupt": "broken packing, records or tables; what came before is kept, and what can be found behind",
+    "corrupt": "broken packing, records or tables; what came before is kept, and what can be read after it",
     "truncated": "a record that ends before its length says",
     "too_large": "beyond max_document_bytes or max_file_bytes, unpacked; what came before is kept",
     "invalid_json": "a line that is not a JSON object",

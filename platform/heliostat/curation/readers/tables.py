@@ -120,7 +120,7 @@ def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document 
     except (pa.ArrowException, ValueError, MemoryError, OSError) as e:
         if isinstance(e, OSError) and e.errno is not None:  # the stream's own
             raise
-        yield Dropped(path, "corrupt", f"behind row {row:,}: {str(e).partition(chr(10))[0]}")
+        yield Dropped(path, "corrupt", f"after row {row:,}: {str(e).partition(chr(10))[0]}")
 
 
 def _shares(kind: pa.DataType) -> bool:

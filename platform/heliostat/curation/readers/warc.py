@@ -81,7 +81,7 @@ def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Itera
             yield Dropped(f"{path}#{e.place}", e.reason, e.detail)
             if not archive.resume():
                 return
-    yield Dropped(path, "corrupt", f"more than {MOST_BREAKS:,} broken places; what is behind them is not read")
+    yield Dropped(path, "corrupt", f"more than {MOST_BREAKS:,} broken places; what comes after them is not read")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _decoded(body: bytes, packed: str, most: int) -> bytes:
         return body
     out, at = io.BytesIO(), 0
     try:
-        while not at or body.startswith(MEMBER, at):  # gzip may have several members; what else stands behind one is nothing
+        while not at or body.startswith(MEMBER, at):  # gzip may have several members; what else follows one is nothing
             decoder = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
             while at < len(body) and not decoder.eof:
                 piece = body[at : at + PIECE]

@@ -38,7 +38,7 @@ class Language(Stage):
     makes: ClassVar[tuple[str, ...]] = ("language", "language_score")
     reasons: ClassVar[dict[str, str]] = {
         "other_language": "a language that is not in `languages`",
-        "no_language": "no text that a language could be told from",
+        "no_language": "no text that shows a language",
     }
     limits: ClassVar = {"uncertain": ("language_score", "min_score", "a score below {}")}
     version: ClassVar[int] = 2
@@ -48,7 +48,7 @@ class Language(Stage):
     languages: list[str] = []
     """The languages that are kept, such as `en`; empty: all."""
     min_score: Float = Field(0.65, ge=0, le=1)
-    """The least score of the language that is told (`uncertain`)."""
+    """The least score of a document's language (`uncertain`)."""
     chars: int = Field(1000, ge=50)
     """So many characters are looked at, in all."""
 

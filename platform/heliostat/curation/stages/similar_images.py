@@ -33,7 +33,7 @@ class SimilarImages(GlobalStage):
     reasons: ClassVar = {"duplicate": "the pixels of another image", "near_duplicate": "almost the pixels of another image"}
 
     distance: int | None = Field(3, ge=0, le=16)
-    """Bits of 64 in which the perceptual hashes of two images that look alike may differ; null: only equal pixels go. Above 8,
+    """Bits of 64 in which the perceptual hashes of two images that look the same may differ; null: only equal pixels go. Above 8,
     a large set takes long."""
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:

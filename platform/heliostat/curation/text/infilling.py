@@ -31,7 +31,7 @@ class FillInTheMiddle(Strict):
     rate: Float = Field(0.5, gt=0, le=1)
     """The share of texts (documents, or their spans) that are rearranged."""
     spm_rate: Float = Field(0.5, ge=0, le=1)
-    """The share of those whose suffix comes first, before the prefix (SPM); the others have it behind the prefix (PSM)."""
+    """The share of those whose suffix comes first, before the prefix (SPM); the others have it after the prefix (PSM)."""
     span_chars: int | None = Field(8192, ge=16)
     """A document of more characters is cut into spans of at most so many, about equal, each rearranged or not by itself. About
     what a sample holds; null: documents are never cut."""

@@ -52,7 +52,7 @@ class TokenizerConfig(Strict):
     path: str | None = None
     """Takes an existing one: a `tokenizer.json`, or a folder that holds one."""
     end_of_document: str = Field("<|endoftext|>", min_length=1)
-    """The token behind each document. An existing tokenizer must have it."""
+    """The token after each document. An existing tokenizer must have it."""
 
     @model_validator(mode="after")
     def _one(self) -> TokenizerConfig:
@@ -105,7 +105,7 @@ class TextPipeline(StagedPipeline):
     max_document_bytes: int = Field(1 << 26, ge=1)
     """Documents of more bytes, unpacked, are left out (`too_large`)."""
     max_file_bytes: int = Field(1 << 40, ge=1)
-    """Of an input file, as it lies there and unpacked: what comes behind the limit is left out (`too_large`)."""
+    """Of an input file, as it lies there and unpacked: what comes after the limit is left out (`too_large`)."""
     chunk_tokens: int = Field(1_000_000, gt=0)
     """Tokens of a chunk, about, and never twice as many: a document that is longer is cut. See docs/prepare.md#chunks"""
     shard_bytes: int = Field(128_000_000, gt=0)
@@ -139,7 +139,7 @@ class TextPipeline(StagedPipeline):
             stage.check()
         self.check_columns(self._known, "columns")
         if self.repositories:
-            extras.require("curation", "identify", what="repositories: licences are told by their texts, which")
+            extras.require("curation", "identify", what="repositories: licenses are recognized by their texts, which")
             if self.input == sources.STDLIB:
                 raise ConfigError(f"repositories: {sources.STDLIB} is no repository; remove one of the two")
         if self.together:

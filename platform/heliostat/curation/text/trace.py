@@ -42,7 +42,7 @@ def find(dataset: Manifest, id: str | None = None, url: str | None = None, text:
             raise ConfigError("--text: the dataset holds images; find one by --id or --url")
         hashes, fate = _hashes(dataset, text)
         rows = [row for digest in hashes for row in reasons.kept_as(dataset, digest)]
-        what = f"--text: no document has this text, as it is or behind the stages{fate}"
+        what = f"--text: no document has this text, as it is or after the stages{fate}"
     if not rows:
         raise ConfigError(f"{what} ({dataset.location})")
     return sorted(rows, key=lambda row: row["id"])
@@ -57,7 +57,7 @@ def _hashes(dataset: Manifest, raw: bytes) -> tuple[list[str], str]:
     hashes, last = [_hash(document)], document
     for step, after in stages_again(by, last) if by else ():
         if step["did"] == "cut":
-            fate = f"; behind stage {step['stage']} texts follow from all documents, and are not found: use --id or --url"
+            fate = f"; after stage {step['stage']} texts follow from all documents, and are not found: use --id or --url"
         elif after is None:
             fate = f"; stage {step['stage']} would drop it: {step['reason']}"
         last = after or last

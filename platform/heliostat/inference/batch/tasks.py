@@ -52,7 +52,7 @@ class BatchSettings(Strict):
     column: str = Field("", validate_default=True)
     """The column of the input that holds the prompt, the messages, the image, or the text to score, to embed or to classify."""
     keep: list[str] = []
-    """Columns of the input that are written beside the answers, as text."""
+    """Columns of the input that are copied to the output, as text."""
     batch: int = Field(16, ge=1, le=4096)
     """Inputs that the model takes together."""
     seed: int = Field(0, ge=0, lt=2**63)

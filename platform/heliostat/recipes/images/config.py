@@ -56,7 +56,7 @@ class Text(Strict):
     T5), which stays frozen."""
 
     pretrained: str | None = None
-    """A folder with a CLIP or T5 text encoder, which stays as it is; then only `length` may stand beside it. Unset: a CLIP
+    """A folder with a CLIP or T5 text encoder, which stays as it is; then only `length` may go with it. Unset: a CLIP
     text encoder of the keys below, trained with the model."""
     length: int = Field(default=77, gt=1)
     """Tokens of a caption; what is longer is cut."""
@@ -129,7 +129,7 @@ class Model(Strict):
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
     """The share of captions that are left out, so that the model knows what no text is, for guidance."""
     samples: Samples = Samples()
-    """What is drawn after every evaluation, and how `heliostat generate` draws unless it is told otherwise."""
+    """What is drawn after every evaluation, and how `heliostat generate` draws unless its options differ."""
 
 
 def backbone_class(keys: Keys) -> tuple[str, Any]:

@@ -40,7 +40,7 @@ class NoiseObjective(Strict):
     """The last step is pure noise. Needs `prediction: v`."""
     min_snr: Float | None = Field(default=None, gt=0)
     """Gamma of the loss weight. With `zero_terminal_snr` the ratio counts as at least 1. Not of flow. Unset: all steps weigh
-    alike."""
+    the same."""
     noise_offset: Float = Field(default=0.0, ge=0)
     """The share of noise that is the same all over a channel. Not of flow."""
     timesteps: Literal["uniform", "logit_normal"] = "uniform"

@@ -85,7 +85,7 @@ def require(recipe: LanguageModel) -> None:
         raise ConfigError(f"{key}: transformers does not checkpoint the layers of {kind!r} one by one; set {_plainly(key)}")
     if which == SELECTIVE:
         if fault := tiny.tried(recipe, _differs):
-            raise ConfigError(f"{SOME}: layers of {kind!r} cannot be played again in part: {fault}; set {_plainly(key)}")
+            raise ConfigError(f"{SOME}: layers of {kind!r} cannot be computed again in part: {fault}; set {_plainly(key)}")
     elif isinstance(which, int) and which is not True and which > count:
         raise ConfigError(f"{SOME}: {which} of the {count} layers of {kind!r}; set it to true, or to {count - 1} or fewer")
     if recipe.offload and (fault := tiny.tried(recipe, _fault)):
@@ -115,4 +115,4 @@ def _fault(small: LanguageModel) -> str:
     model = small.build()
     small.loss(model, small.batch(tiny.tokens(small))).sum.backward()
     copied = [layer._gradient_checkpointing_func.copied for layer in layers(model)]
-    return "" if all(copied) else "they take it by name, so that it is kept beside"
+    return "" if all(copied) else "they take it by name, so that it is kept, too"

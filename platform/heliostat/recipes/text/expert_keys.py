@@ -32,7 +32,7 @@ class ExpertKeys(Strict):
     router_z_loss_coef: NonNegative = 0.0
     """Weight of the routers' z-loss in the objective."""
     router_bias_update_rate: NonNegative = 0.0
-    """Change of a router's biases behind every step."""
+    """Change of a router's biases after every step."""
 
 
 KEYS = tuple(ExpertKeys.model_fields)

@@ -20,7 +20,7 @@ from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.text import checkpointing
 
 KEY = "train.fp8"
-CAPABILITY = (8, 9)  # of GPUs that multiply in float8: Ada, Hopper, and what came behind them
+CAPABILITY = (8, 9)  # of GPUs that multiply in float8: Ada, Hopper, and what came after them
 MULTIPLE = 16  # of all sides of the matrices that GPUs multiply so
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST = 1e-12  # of a tensor's largest number: one of zeros has a scale, too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,8 @@ class ModelKind(NamedTuple):
     examples: str
 
 
+KEY = re.compile(r"Validation error for field '(\w+)'")  # as huggingface_hub begins what it says of a value
+WRONG_TYPE = re.compile(r"^\s*TypeError: (Field '\w+' )?")
 CAUSAL_LM = ModelKind("causal language model", tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "llama, gpt2, qwen3")
 
 
@@ -57,8 +60,8 @@ def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTra
         heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     except ConfigError:
         raise
-    except Exception as e:  # transformers raises its own errors for values; the last line is the one that says what is wrong
-        raise ConfigError(f"model: {brief((str(e).splitlines() or [type(e).__name__])[-1])}") from e
+    except Exception as e:  # transformers raises its own errors for values
+        raise _bad_value(e) from e
     if heads and groups and heads % groups:
         raise ConfigError(
             f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
@@ -173,8 +176,18 @@ def applied(config: PreTrainedConfig, keys: Mapping[str, object]) -> PreTrainedC
     part.update(changes)
     try:
         return type(config).from_dict(whole)
-    except Exception as e:  # transformers raises its own errors for values; the last line is the one that says what is wrong
-        raise ConfigError(f"model: {brief((str(e).splitlines() or [type(e).__name__])[-1])}") from e
+    except Exception as e:  # transformers raises its own errors for values
+        raise _bad_value(e) from e
+
+
+def _bad_value(error: Exception) -> ConfigError:
+    """Returns an error that names the key whose value transformers rejects.
+
+    The last line of transformers' error says what is wrong. The first names the key, of a value of the wrong type.
+    """
+    lines = str(error).splitlines() or [type(error).__name__]
+    key = KEY.match(lines[0])
+    return ConfigError(f"model.{key[1]}: {brief(WRONG_TYPE.sub('', lines[-1]))}" if key else f"model: {brief(lines[-1])}")
 
 
 def _changes(config: PreTrainedConfig, keys: Mapping[str, object]) -> dict[str, object]:

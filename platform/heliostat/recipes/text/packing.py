@@ -33,7 +33,7 @@ def require_apart(recipe: LanguageModel) -> None:
     if not leaked <= TOLERANCE:
         raise ConfigError(
             f"data.document_mask: packed documents see each other in {kind!r}: other text before a boundary moves the logits "
-            f"behind it ({leaked:.1%} of the change before it); set it to false"
+            f"after it ({leaked:.1%} of the change before it); set it to false"
         )
 
 

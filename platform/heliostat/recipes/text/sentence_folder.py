@@ -20,7 +20,7 @@ from heliostat.storage.records import Format
 MODULES, POOLING, LENGTH = "modules.json", "1_Pooling", "sentence_bert_config.json"
 FACTS = "config_sentence_transformers.json"
 KINDS = ("Transformer", "Pooling", "Normalize")
-MODE = "pooling_mode"  # alone, or with what it is behind it as a key of its own
+MODE = "pooling_mode"  # alone, or followed by what it is, as a key of its own
 WAYS = {"mean_tokens": "mean", "lasttoken": "last", "cls_token": "cls"}
 LIST = Format(list[dict[str, object]], "list of modules", ConfigError)
 SETTINGS = Format(dict[str, object], "configuration of a module", ConfigError)

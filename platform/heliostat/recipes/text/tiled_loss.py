@@ -125,4 +125,4 @@ def _fault(small: LanguageModel) -> str:
     for small.tiled in (False, True):
         faults.append(tiny.loss_and_gradient(small, model))
     whole, mine = faults
-    return "" if tiny.same(whole, mine, TOLERANCE) else "something is made of them behind the last layer, as a scale or a cap"
+    return "" if tiny.same(whole, mine, TOLERANCE) else "something is made of them after the last layer, such as a scale or a cap"

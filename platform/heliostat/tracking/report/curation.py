@@ -144,7 +144,7 @@ def _funnel(report: Told) -> str:
                      f"{_bytes(part['bytes'])} to {_bytes(part['kept_bytes'])}", *time, price])  # fmt: skip
         shown.append(
             (
-                {"read": "readable", "shard": "in shards"}.get(name, f"behind {name}"),
+                {"read": "readable", "shard": "in shards"}.get(name, f"after {name}"),
                 left / total,
                 f"{left:,} ({_share(left, total)})",
             )

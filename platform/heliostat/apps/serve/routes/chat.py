@@ -43,12 +43,12 @@ class ChatRequest(Sampled):
         return self
 
     @property
-    def told(self) -> int | None:
-        """Returns how many tokens' logprobs are told beside each that is chosen; None: none of any."""
+    def top_count(self) -> int | None:
+        """Returns how many of the likeliest tokens an answer lists for each of its tokens; None: it has no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def _asked(messages: list[Message]) -> list[Message]:
+def _plain(messages: list[Message]) -> list[Message]:
     for message in messages:
         whole(message.plain()["content"])
     return messages
@@ -57,7 +57,7 @@ def _asked(messages: list[Message]) -> list[Message]:
 class Question(ChatRequest):
     """Describes a question that is answered from an index, with the likeliest words unless a temperature is given."""
 
-    messages: Annotated[list[Message], AfterValidator(_asked)] = Field(min_length=1, max_length=1)
+    messages: Annotated[list[Message], AfterValidator(_plain)] = Field(min_length=1, max_length=1)
     temperature: float = Field(0.0, ge=0, le=2)
     top: int = Field(5, ge=1, le=MOST_PASSAGES)
     mode: Mode | None = None
@@ -90,7 +90,7 @@ class ChatRoute(WritingRoute[ChatRequest]):
         of_index = settings.index is not None and requests.parse(raw).get("model") == settings.index
         return requests.read(Question if of_index else ChatRequest, raw)
 
-    def asked(self, settings: FrontSettings, body: ChatRequest) -> Ask:
+    def request(self, settings: FrontSettings, body: ChatRequest) -> Ask:
         if not isinstance(body, Question):
             settings.require_model(body.model, TEXT)
         elif settings.kind != TEXT:
@@ -102,18 +102,18 @@ class ChatRoute(WritingRoute[ChatRequest]):
             most, where = body.max_completion_tokens, "max_completion_tokens"
         messages = [message.plain() for message in body.messages]
         if not isinstance(body, Question):
-            return dataclasses.replace(body.ask(settings, most, where), messages=messages, logprobs=body.told)
+            return dataclasses.replace(body.ask(settings, most, where), messages=messages, logprobs=body.top_count)
         ask = body.ask(settings, min(ANSWER_TOKENS, settings.max_tokens) if most is None else most, where)
-        return dataclasses.replace(ask, logprobs=body.told, search=Search(messages[0]["content"], body.top, body.mode))
+        return dataclasses.replace(ask, logprobs=body.top_count, search=Search(messages[0]["content"], body.top, body.mode))
 
-    async def pieces(self, replica: Replica, asked: Ask) -> AsyncGenerator[Item]:
+    async def pieces(self, replica: Replica, request: Ask) -> AsyncGenerator[Item]:
         first: Item = {}
-        if asked.search is not None:
+        if request.search is not None:
             assert replica.shelf
             assert replica.writer
-            prompt, sources = await replica.shelf.prompt(asked.search, replica.writer.room(asked), replica.writer.count)
-            asked, first = dataclasses.replace(asked, prompts=[prompt], search=None), {"sources": sources}
-        async with aclosing(super().pieces(replica, asked)) as items:
+            prompt, sources = await replica.shelf.prompt(request.search, replica.writer.room(request), replica.writer.count)
+            request, first = dataclasses.replace(request, prompts=[prompt], search=None), {"sources": sources}
+        async with aclosing(super().pieces(replica, request)) as items:
             async for item in items:
                 yield {**item, **first}
                 first = {}

@@ -17,22 +17,22 @@ PROMPTS = "is no text, no list of tokens, and no list of these"
 DEFAULT_TOKENS = 16  # as OpenAI has it
 
 
-def _prompts(given: object) -> list[object]:
+def _prompts(prompt: object) -> list[object]:
     """Lists prompts: a text or a list of tokens stands for a list of it."""
-    if isinstance(given, str) or (isinstance(given, list) and given and _is_token(given[0])):
-        given = [given]
-    if not isinstance(given, list):
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_token(prompt[0])):
+        prompt = [prompt]
+    if not isinstance(prompt, list):
         raise ValueError(PROMPTS)
-    for one in given:
+    for one in prompt:
         if not (isinstance(one, str) or (isinstance(one, list) and one and all(_is_token(token) for token in one))):
             raise ValueError(PROMPTS)
         if isinstance(one, str):
             whole(one)
-    return given
+    return prompt
 
 
-def _is_token(given: object) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool) and given >= 0
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class Completion(Sampled):
@@ -51,7 +51,7 @@ class CompletionsRoute(WritingRoute[Completion]):
     path, body = "/v1/completions", Completion
     prefix, kind, chunk = "cmpl", "text_completion", "text_completion"
 
-    def asked(self, settings: FrontSettings, body: Completion) -> Ask:
+    def request(self, settings: FrontSettings, body: Completion) -> Ask:
         settings.require_model(body.model, TEXT)
         most = min(DEFAULT_TOKENS, settings.max_tokens) if body.max_tokens is None else body.max_tokens
         ask = body.ask(settings, most, prompts=len(body.prompt))

@@ -30,13 +30,13 @@ class EmbeddingsRoute(Route[Embeddings, list[str]]):
 
     path, body = "/v1/embeddings", Embeddings
 
-    def asked(self, settings: FrontSettings, body: Embeddings) -> list[str]:
+    def request(self, settings: FrontSettings, body: Embeddings) -> list[str]:
         settings.require_model(body.model, TEXT, EMBEDDINGS)
         return body.input
 
-    async def answer(self, replica: Replica, asked: list[str]) -> Item:
+    async def answer(self, replica: Replica, request: list[str]) -> Item:
         assert replica.writer
-        return {"answers": await replica.writer.embed(asked)}
+        return {"answers": await replica.writer.embed(request)}
 
     def shape(self, settings: FrontSettings, body: Embeddings, version: str, item: Item) -> Answer:
         data = [

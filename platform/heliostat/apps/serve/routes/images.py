@@ -38,10 +38,10 @@ class Images(Body):
     @property
     def options(self) -> dict[str, object]:
         """Returns those options of the drawing that are given."""
-        given = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
+        chosen = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
         if self.size != "auto":
-            given["width"], given["height"] = map(int, self.size.split("x"))
-        return {name: value for name, value in given.items() if value is not None}
+            chosen["width"], chosen["height"] = map(int, self.size.split("x"))
+        return {name: value for name, value in chosen.items() if value is not None}
 
 
 class ImagesRoute(Route[Images, PictureRequest]):
@@ -49,13 +49,13 @@ class ImagesRoute(Route[Images, PictureRequest]):
 
     path, body = "/v1/images/generations", Images
 
-    def asked(self, settings: FrontSettings, body: Images) -> PictureRequest:
+    def request(self, settings: FrontSettings, body: Images) -> PictureRequest:
         settings.require_model(body.model, IMAGES)
         return PictureRequest(body.prompt, body.n, seed(body.seed), body.options)
 
-    async def answer(self, replica: Replica, asked: PictureRequest) -> Item:
+    async def answer(self, replica: Replica, request: PictureRequest) -> Item:
         assert replica.painter
-        return {"images": await replica.painter.draw(asked)}
+        return {"images": await replica.painter.draw(request)}
 
     def shape(self, settings: FrontSettings, body: Images, version: str, item: Item) -> Answer:
         head = {"created": int(time.time()), "model": body.model, "system_fingerprint": version, "output_format": "png"}

@@ -26,7 +26,7 @@ class SearchRoute(Route[SearchRequest, Search]):
 
     path, body = "/v1/search", SearchRequest
 
-    def asked(self, settings: FrontSettings, body: SearchRequest) -> Search:
+    def request(self, settings: FrontSettings, body: SearchRequest) -> Search:
         if settings.index is None:
             raise Refusal(400, "no index is served here; start with --index INDEX", code="no_index")
         if body.model not in (None, settings.index):
@@ -34,9 +34,9 @@ class SearchRoute(Route[SearchRequest, Search]):
             raise Refusal(400, said, "model", "unsupported_by_model")
         return Search(body.query, body.top, body.mode)
 
-    async def answer(self, replica: Replica, asked: Search) -> Item:
+    async def answer(self, replica: Replica, request: Search) -> Item:
         assert replica.shelf
-        return {"passages": await replica.shelf.search(asked)}
+        return {"passages": await replica.shelf.search(request)}
 
     def shape(self, settings: FrontSettings, body: SearchRequest, version: str, item: Item) -> Answer:
         return {"object": "list", "model": settings.index, "system_fingerprint": version, "data": item["passages"]}
