@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +29,9 @@ from heliostat.tasks.work import Work
 from typer.testing import CliRunner
 
 from tests.unit.build_curation import HereFlow, spelled
-from tests.unit.test_making import make as make_whole
-from tests.unit.test_making import text_making
+from tests.unit.test_making import make, text_making
 
+SHARD_BYTES = 40_000
 BPE = {"vocab_size": 300, "train_bytes": 5000, "path": None, "end_of_document": "<|endoftext|>"}
 STAGES = [{"stage": "length", "min_words": 40}, {"stage": "minhash"}, {"stage": "length", "max_words": 90}]
 
@@ -60,7 +61,13 @@ def trial(tmp_path: Path, share: float, seed: int = 0, stages=STAGES, name: str 
     here = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), seed=seed)
     source = SampledTexts(str(tmp_path / "in"), TextRules(), "in", sample.records)
     output, parsed = Location(f"{tmp_path}/{name}"), [parse(entry) for entry in stages]
-    return text_making(here, source, output, parsed, shard_bytes=40_000, sample=sample), inputs
+    return text_making(here, source, output, parsed, shard_bytes=SHARD_BYTES, sample=sample), inputs
+
+
+def make_whole(folder: Path, stages: list[dict[str, Any]]) -> tuple[dict[str, Any], HereFlow]:
+    """The funnel of the dataset of the whole input, and how it was made: each task once."""
+    (_, meta), here = make(folder, "whole", stages, shard_bytes=SHARD_BYTES, again=0.0)
+    return json.loads((folder / "whole" / meta["curation"]["funnel"]).read_text()), here
 
 
 def test_a_sample_follows_from_input_and_share_alone(tmp_path):
@@ -114,8 +121,7 @@ def test_what_is_predicted_of_each_stage_is_near_the_whole(tmp_path):
     make_input(tmp_path / "in", 2500)
     made, inputs = trial(tmp_path, 0.4)
     found = made.predicted(inputs)
-    (_, meta), _ = make_whole(tmp_path, "whole", STAGES)
-    truth = json.loads((tmp_path / "whole" / meta["curation"]["funnel"]).read_text())
+    truth, _ = make_whole(tmp_path, STAGES)
     assert [row["stage"] for row in found["funnel"]] == [n for n in truth if n != "finish"]
     for row in found["funnel"]:
         of = truth[row["stage"]]
@@ -143,8 +149,7 @@ def of_all_sizes(tmp_path_factory) -> tuple[Path, dict]:
     for i in range(1500):
         words = " ".join(f"w{spelled(rng.randrange(900))}" for _ in range(min(3000, int(rng.lognormvariate(4, 1.2)))))
         (folder / "in" / f"{i}.txt").write_text(words or "w1")
-    (_, meta), _ = make_whole(folder, "whole", OF_ALL_SIZES)
-    return folder, json.loads((folder / "whole" / meta["curation"]["funnel"]).read_text())["shard"]
+    return folder, make_whole(folder, OF_ALL_SIZES)[0]["shard"]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
@@ -169,7 +174,7 @@ def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "MANY", 2)
     made, inputs = trial(tmp_path, 0.1)
     found = made.predicted(inputs)
-    _, whole = make_whole(tmp_path, "whole", STAGES)
+    _, whole = make_whole(tmp_path, STAGES)
     assert not plain and "merge" in whole.done and "merge" not in made.flow.done
     assert sum("merges its runs" in note and "of the sample's" in note for note in found["notes"]) == 1
     again = Prediction(made.sample, made.stages, funnel_of(made), made.flow, made.counted, 0.0, {}, shards_drop_duplicates=True)
