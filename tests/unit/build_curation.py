@@ -16,10 +16,12 @@ from heliostat.tasks import flow, spill
 from heliostat.tasks.work import Work
 from ray import cloudpickle
 
+LETTERS = str.maketrans("0123456789", "abcdefghij")
+
 
 def spelled(number: int) -> str:
     """Spells a number in letters: of words in which only digits differ, comparisons see none."""
-    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
+    return str(number).translate(LETTERS)
 
 
 class KilledError(Exception):

@@ -11,10 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
-import sklearn.datasets
 from heliostat.config.spec import Job
 from heliostat.curation.images import pictures, sources, tasks
 from heliostat.curation.images.pipeline import ImagePipeline
@@ -133,6 +131,9 @@ def prepared(keys: dict[str, Any], **flow_keys: Any) -> tuple[manifest.Manifest,
 
 def photos() -> dict[str, bytes]:
     """Three photographs, which come with scikit-learn and matplotlib, as JPEG."""
+    import matplotlib
+    import sklearn.datasets
+
     folder = Path(sklearn.datasets.__file__).parent / "images"
     people = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     return {path.stem: path.read_bytes() for path in (folder / "china.jpg", folder / "flower.jpg", people)}

@@ -12,7 +12,7 @@ from typing import Any
 from ray import cloudpickle
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 @dataclass(eq=False)

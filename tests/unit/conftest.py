@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from heliostat.data.manifest import Manifest
 
 os.environ["HELIOSTAT_CACHE"] = ""  # a test that changes how models are counted must not meet what was counted before
-LOOK_S, LOOKS = 0.02, 10
+LOOK_S, LOOKS = 0.005, 10
 COUNTED_ONCE = ("test_auto", "test_plan", "test_plan_layouts", "test_plan_memory_savers", "test_plan_muon", "test_plan_selective",
                 "test_cli_errors", "test_cli_next", "test_cli_reports", "test_dry_run")  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -14,19 +13,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import yaml
 from heliostat.checkpoint import index as checkpoint_index
 from heliostat.checkpoint import layout, retention
-from heliostat.cluster import cluster_file as cluster_files
 from heliostat.cluster import local, source_code
-from heliostat.cluster import review as cluster_check
-from heliostat.curation import prepare
-from heliostat.data import index, manifest
-from heliostat.data.dataset import open_dataset
 from heliostat.evaluation.losses import evaluate
 from heliostat.inference import generate
 from heliostat.inference.export import recipe_of
@@ -37,188 +28,22 @@ from heliostat.storage.locations import Location
 from heliostat.submit import submission
 from heliostat.tracking import local_curves, outbox
 from heliostat.tracking.card import parents
-from heliostat.tune import listing, sweep
+from heliostat.tune import listing
 from heliostat.tune import trial_record as trials
-from heliostat.validation import check
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as models_
 
 from tests.unit import build_checkpoint, build_job
-from tests.unit.fuzzing import Target, mutate_bytes, mutate_tree, mutated_json, mutated_yaml
+from tests.unit.build_run import Run
+from tests.unit.fuzz_datasets import ROOT, clusters, indexes, jobs, manifests, mutating, pipelines, sweeps, text_dataset
+from tests.unit.fuzzing import Target, mutate_bytes, mutate_tree, mutated_json
 from tests.unit.test_curves import event, score
 from tests.unit.test_dataset import LENGTH, make_plan
-from tests.unit.test_verify import Run
-
-ROOT = Path(__file__).parents[2]
-# that a schema's error may name
-KEYS = ["model", "train.", "data", "recipe", "job", "space", "tokenizer", "input", "mlflow.", "evaluate"]
-
-
-def _file(
-    pattern: str, mutated: Callable[[random.Random, bytes], bytes], *also: str
-) -> Callable[[random.Random, Path], list[str]]:
-    """Mutates one of the files that match."""
-
-    def mutate(rng: random.Random, folder: Path) -> list[str]:
-        path = rng.choice(sorted(p for p in folder.glob(pattern) if p.is_file()))
-        path.write_bytes(mutated(rng, path.read_bytes()))
-        return [path.name, *also]
-
-    return mutate
-
-
-# schemas -------------------------------------------------------------------------------------------------------------
-
-
-def jobs(folder: Path) -> Target:
-    (folder / "text.yaml").write_text(yaml.safe_dump(build_job.raw(**{
-        "data.sources": [{"path": "a", "weight": 0.5}, {"path": "s3://b/c", "max_epochs": 2}], "data.lanes": 4,
-        "data.mix_schedule": [{"step": 5, "weights": [1, 2]}], "train.precision": "fp32", "card": {"license": "MIT"},
-        "checkpoint": {"every": 10, "keep_every": 20, "best": {"metric": "loss"}}, "spike": {"window": 10},
-        "workers": {"count": [1, 4], "cpus": 1, "labels": {"a": "b"}}})))  # fmt: skip
-    image = yaml.safe_load((ROOT / "jobs" / "quickstart-diffusion.yaml").read_text())
-    image["model"]["samples"]["prompts"] = image["model"]["samples"]["prompts"][:2]
-    (folder / "image.yaml").write_text(yaml.safe_dump(image))
-
-    def read(copied: Path) -> None:
-        for path in sorted(copied.glob("*.yaml")):
-            check.check_file(path)
-
-    return Target(folder, _file("*.yaml", mutated_yaml, *KEYS), read)
-
-
-def pipelines(folder: Path) -> Target:
-    for name in ("quickstart", "quickstart-images"):
-        (folder / f"{name}.yaml").write_bytes((ROOT / "pipelines" / f"{name}.yaml").read_bytes())
-    (folder / "texts").mkdir()
-    (folder / "texts" / "a.txt").write_text("words")
-    raw = yaml.safe_load((folder / "quickstart.yaml").read_text())
-    (folder / "quickstart.yaml").write_text(yaml.safe_dump({**raw, "input": str(folder / "texts"), "labels": {"a": "b"}}))
-
-    def read(copied: Path) -> None:
-        for path in sorted(copied.glob("*.yaml")):
-            _, found = prepare.load(path, [])
-            found.check()
-            found.inputs()
-
-    return Target(folder, _file("*.yaml", mutated_yaml, *KEYS), read)
-
-
-def sweeps(folder: Path) -> Target:
-    made = yaml.safe_load((ROOT / "jobs" / "sweeps" / "quickstart.yaml").read_text())
-    space = {**made["space"], "train.optimizer.weight_decay": {"choice": [0.0, 0.1]}}
-    (folder / "sweep.yaml").write_text(yaml.safe_dump({**made, "space": space}))
-
-    def read(copied: Path) -> None:
-        sweep.load(copied / "sweep.yaml")
-
-    return Target(folder, _file("sweep.yaml", mutated_yaml, *KEYS), read)
-
-
-def clusters(folder: Path) -> Target:
-    for path in (ROOT / "clusters").glob("*.yaml"):
-        (folder / path.name).write_bytes(path.read_bytes())
-
-    def mutate(rng: random.Random, copied: Path) -> list[str]:
-        """One of them; the others are read as they are, once, before the first round."""
-        names = _file("*.yaml", mutated_yaml)(rng, copied)
-        for path in copied.glob("*.yaml"):
-            if path.name not in names:
-                path.unlink()
-        return names
-
-    def read(copied: Path) -> None:
-        for path in sorted(copied.glob("*.yaml")):
-            report = cluster_check.check(path)
-            found = cluster_files.read(path)
-            _ = report.errors or (found.pools, found.namespace, found.local and found.addresses, found.commands)
-
-    return Target(folder, mutate, read)
-
-
-# datasets ------------------------------------------------------------------------------------------------------------
-
-
-def _text(place: Location) -> manifest.Manifest:
-    """A dataset of 60 documents of letters, with its tokenizer."""
-    vocabulary = {chr(i + 97) if i < 26 else f"<{i}>": i for i in range(96)}
-    raw = Tokenizer(models_.BPE(vocabulary, [], unk_token="a"))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    text = raw.to_str().encode()
-    place.join("tokenizer.json").write(text)
-    rng = np.random.default_rng(0)
-    (Path(place.path) / "shards").mkdir()
-    table = pa.table({"tokens": pa.array([rng.integers(0, 26, 40).tolist() for _ in range(60)], pa.list_(pa.int32()))})
-    pq.write_table(table, f"{place.path}/shards/0.parquet", row_group_size=10)
-    rows = manifest.read_footer(place, "shards/0.parquet", "tokens")
-    rows = [
-        {**row, "place": manifest.PLACES // 10 * number + number} for number, row in enumerate(rows)
-    ]  # the first may be held out
-    meta = {"kind": "tokens", "tokenizer": hashlib.sha256(text).hexdigest(), "vocab_size": 96, "end_of_document": 0, "name": "d",
-            "documents": 60}  # fmt: skip
-    return manifest.write(place, rows, meta)
-
-
-def _train_on(copied: Path) -> None:
-    """What comes before a run's first step, and reading that step and what is held out."""
-    changes = {"data.sources.0.path": str(copied / "data"), "storage": str(copied / "runs"), "data.sequence_length": LENGTH,
-               "data.window": 1024,  # where few samples are left, a larger one would be of thousands of epochs
-               "mlflow.uri": f"sqlite:///{copied}/mlflow.db", "train.precision": "fp32"}  # fmt: skip
-    checked = check.check_stores(*check.check_job(build_job.job(**changes)))
-    data = open_dataset(checked.plan)
-    data.load(data.order.step(0).ravel())
-    data.order.held_out(10)
-
-
-def manifests(folder: Path) -> Target:
-    _text(Location(str(folder / "data")))
-
-    def mutate(rng: random.Random, copied: Path) -> list[str]:
-        """Its bytes; or its rows and metadata, with a digest that is right."""
-        path, names = copied / "data" / manifest.FILE, [str(copied / "data"), "data.sources"]
-        if rng.random() < 0.3:
-            path.write_bytes(mutate_bytes(rng, path.read_bytes()))
-            return names
-        before = manifest.read(Location(str(copied / "data")))
-        meta_before = {k: v for k, v in before.meta.items() if k != "digest"}
-        while True:
-            made = mutate_tree(rng, {"rows": before.chunks.to_pylist(), "meta": meta_before})
-            try:
-                table = pa.Table.from_pylist(made["rows"], schema=manifest.SCHEMA)
-                meta = {**made["meta"], "digest": manifest.digest(table, made["meta"])}
-                path.write_bytes(manifest._encode(manifest.Manifest(before.location, table, meta)))
-            except (pa.ArrowException, TypeError, AttributeError, KeyError, OverflowError, ValueError):
-                continue  # Parquet cannot hold it
-            return names
-
-    return Target(folder, mutate, _train_on)
-
-
-def indexes(folder: Path) -> Target:
-    _text(Location(str(folder / "data")))
-    _text(Location(str(folder / "more")))
-
-    def mutate(rng: random.Random, copied: Path) -> list[str]:
-        """A shard of the dataset, or one that is added."""
-        at, shards = rng.choice(["new", "0"]), copied / "data" / "shards"
-        (copied / "more" / "shards" / "0.parquet").rename(shards / "new.parquet")
-        path = shards / f"{at}.parquet"
-        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
-        return [str(copied / "data")]
-
-    def read(copied: Path) -> None:
-        index.index(Location(str(copied / "data")))
-        _train_on(copied)
-
-    return Target(folder, mutate, read)
-
 
 # runs ----------------------------------------------------------------------------------------------------------------
 
 
 def _run(folder: Path) -> Run:
     """A run of two segments, with its receipts; its dataset stays where it is."""
-    one = make_plan(_text(Location(str(folder.parent / f"{folder.name}-data"))))
+    one = make_plan(text_dataset(Location(str(folder.parent / f"{folder.name}-data"))))
     other = dataclasses.replace(one, mix=((10, one.mix[0][1]),), seed=9)
     return Run(folder / "run", one, other)
 
@@ -231,13 +56,13 @@ def _read_run(copied: Path) -> None:
 
 def receipts(folder: Path) -> Target:
     _run(folder)
-    return Target(folder, _file("run/receipts/*.json", mutated_json, "step "), _read_run)
+    return Target(folder, mutating("run/receipts/*.json", mutated_json, "step "), _read_run)
 
 
 def plans(folder: Path) -> Target:
     _run(folder)
     return Target(
-        folder, _file("run/segments/*.json", mutated_json, "segments", f"{folder.name}-data", "data.sources"), _read_run
+        folder, mutating("run/segments/*.json", mutated_json, "segments", f"{folder.name}-data", "data.sources"), _read_run
     )
 
 
@@ -256,7 +81,7 @@ def ledgers(folder: Path) -> Target:
         goodput.table(found)
         goodput.line(found)
 
-    return Target(folder, _file("run/ledger/*.json", mutated_json), read)
+    return Target(folder, mutating("run/ledger/*.json", mutated_json), read)
 
 
 def curve_files(folder: Path) -> Target:
@@ -269,7 +94,7 @@ def curve_files(folder: Path) -> Target:
     def read(copied: Path) -> None:
         local_curves.missing(Location(str(copied / "run")), {})
 
-    return Target(folder, _file("run/curves/*.json", mutated_json), read)
+    return Target(folder, mutating("run/curves/*.json", mutated_json), read)
 
 
 def checkpoints(folder: Path, older: int | None = None) -> Target:
@@ -361,7 +186,7 @@ def records(folder: Path) -> Target:
     ]  # fmt: skip
 
     def mutate(rng: random.Random, copied: Path) -> list[str]:
-        return _file(rng.choice(patterns), mutated_json, "space", "train.", "sweep")(rng, copied)
+        return mutating(rng.choice(patterns), mutated_json, "space", "train.", "sweep")(rng, copied)
 
     def read(copied: Path) -> None:
         os.chdir(copied)  # the workspace; the caller goes back
@@ -391,7 +216,7 @@ def models(folder: Path) -> Target:
     from heliostat.recipes.text.causal_lm import CausalLM
 
     place = folder / "model"
-    held = _text(Location(str(folder.parent / f"{folder.name}-data")))
+    held = text_dataset(Location(str(folder.parent / f"{folder.name}-data")))
     data = held.location
     job = build_job.job(**{"train.precision": "fp32", "data.sequence_length": LENGTH, "data.sources.0.path": str(data)})
     recipe = CausalLM(job)
@@ -406,7 +231,7 @@ def models(folder: Path) -> Target:
         return mutate_bytes(rng, data) if data[:1] != b"{" else mutated_json(rng, data)
 
     def mutate(rng: random.Random, copied: Path) -> list[str]:
-        _file("model/*", mutated)(rng, copied)
+        mutating("model/*", mutated)(rng, copied)
         return [str(copied / "model"), "model", "tokenizer"]
 
     def read(copied: Path) -> None:

@@ -29,7 +29,7 @@ def opened(model: Path | None, index: Path | None = None, adapters: Sequence[str
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(120)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True

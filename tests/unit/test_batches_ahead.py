@@ -27,7 +27,7 @@ from heliostat.training.worker.step import Loop, Stepper
 
 from tests.unit.build_job import job
 
-SOON_S = 20.0
+SOON_S = 120.0
 
 
 def batches(step: int, samples: Any) -> StepBatches:

@@ -68,12 +68,13 @@ class Fewer(Stage):
         return lambda documents: []
 
 
-@pytest.fixture(autouse=True)
-def own_stages(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def own_stages():
     """Finds the stages of this file by their names."""
     real, own = registry.find, {"longer": Longer, "upper": Upper, "fewer": Fewer}
-    monkeypatch.setattr(registry, "find", lambda name: own.get(name) or real(name))
-    Longer.seen.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "find", lambda name: own.get(name) or real(name))
+        yield
 
 
 def texts(count: int = 60, seed: int = 0) -> dict[str, str]:
@@ -104,10 +105,15 @@ def test_stages_run_in_their_order(tmp_path):
         engine.segments([registry.parse(e) for e in PIPELINE])))  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return curate(tmp_path_factory.mktemp("whole"), texts(), PIPELINE, seed=1)
+
+
 @pytest.mark.parametrize("most", [0, 1, 3, 6, 8, 11, 13, 14, 15, 18])
-def test_a_run_that_was_killed_goes_on_and_does_nothing_twice(tmp_path, most):
+def test_a_run_that_was_killed_goes_on_and_does_nothing_twice(tmp_path, most, unbroken):
     """After any number of tasks, several times over: the same documents, and as many tasks as an unbroken run has."""
-    whole, there = curate(tmp_path / "whole", texts(), PIPELINE, seed=1)
+    whole, there = unbroken
     total = sum(there.done.values())
     assert total > 18
     with pytest.raises(KilledError):

@@ -17,6 +17,7 @@ from heliostat.storage import lease, run_folder
 from heliostat.storage.lease import Fence, Holder
 from heliostat.storage.locations import Location
 
+from tests import stores
 from tests.waiting import until
 
 TOGETHER_S = 0.010
@@ -35,6 +36,7 @@ def rounds(folder: str) -> int:
 
 def race(folder: str, gate: object, told: object) -> None:
     """A command that starts: it takes the lease when the gate opens, and keeps it until all have tried."""
+    os.environ.update(stores.AWS)
     for number in range(rounds(folder)):
         run = Location(folder.replace("/run", f"/run-{number}"))
         gate.wait(60)
@@ -58,7 +60,8 @@ def test_of_two_commands_that_start_together_one_trains_the_run(place, before):
         left = replace(Holder.me(), pid=2**22 - 1)
         for number in range(times):
             Location(str(place).replace("/run", f"/run-{number}")).join(run_folder.LEASE, "00000001.json").write(left.dump())
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([race.__module__])  # imported once for all racers
     gate, told = context.Barrier(2), context.Queue()
     racers = [context.Process(target=race, args=(str(place), gate, told), daemon=True) for _ in range(2)]
     for racer in racers:

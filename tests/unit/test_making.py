@@ -65,13 +65,13 @@ def text_making(flow, source, output, stages=(), memory_limit: int = 1 << 30, **
 
 def make(
     tmp_path: Path, name: str, stages: list[dict[str, Any]], memory_limit: int = 1 << 30, together: Together | None = None,
-    **flow_keys: Any,
+    shard_bytes: int = 4000, **flow_keys: Any,
 ) -> Any:  # fmt: skip
     here = HereFlow(Work(Location(f"{tmp_path}/{name}.work")), **flow_keys)
     source = TextSource(str(tmp_path / "in"), TextRules(columns=("url", "repository", "path")))
     parsed = [parse(entry) for entry in stages]
     output = Location(f"{tmp_path}/{name}")
-    rows, meta = text_making(here, source, output, parsed, memory_limit, together=together).run(
+    rows, meta = text_making(here, source, output, parsed, memory_limit, together=together, shard_bytes=shard_bytes).run(
         sources.listing(str(tmp_path / "in"), ["extract"] * bool(stages))
     )
     return (sorted(rows, key=lambda row: (row["path"], row["row_group"])), meta), here  # as the manifest has them

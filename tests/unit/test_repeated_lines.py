@@ -139,8 +139,8 @@ def test_a_line_in_every_document_takes_no_more_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(repeated, "HELD", 100)
     monkeypatch.setattr(spill, "GROUP_BYTES", 100 * 28)  # which come at once
     monkeypatch.setattr(repeated, "_first", lambda held: largest.append(sum(len(k) for k, _, _ in held)) or first(held))
-    texts = {f"d{i}": "the line that they all have\n" * 3 + "and one of its own" for i in range(2000)}
-    found, here = curate(tmp_path / "work", texts, [STAGE], 40)
+    texts = {f"d{i}": "the line that they all have\n" * 3 + "and one of its own" for i in range(800)}
+    found, here = curate(tmp_path / "work", texts, [STAGE], 16)
     assert max(largest) < 400 and len(left(found, here)) == 1
     assert np.mean(largest) < 250
 

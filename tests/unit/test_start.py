@@ -46,7 +46,7 @@ def test_a_second_failure_is_one_line(rays):
     tries += [RuntimeError(SLOW), ConnectionError(SLOW)]
     with pytest.raises(ClusterError, match=r"^Ray did not start, 2 times: The current .*failed to startup\.; is the") as e:
         connect.init()
-    assert "\n" not in str(e.value) and all(p.wait(5) is not None for p in started)
+    assert "\n" not in str(e.value) and all(p.wait(60) is not None for p in started)
 
 
 def test_ctrl_c_while_ray_starts_is_no_reason_to_try_again(rays):
@@ -54,7 +54,7 @@ def test_ctrl_c_while_ray_starts_is_no_reason_to_try_again(rays):
     tries += [KeyboardInterrupt(), None]
     with pytest.raises(KeyboardInterrupt):
         connect.init()
-    assert len(started) == 1 and started[0].wait(5) is not None
+    assert len(started) == 1 and started[0].wait(60) is not None
 
 
 def test_gpus_that_are_not_here_are_refused_before_ray_starts(rays, monkeypatch):

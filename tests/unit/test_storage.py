@@ -8,6 +8,7 @@ import random
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,11 +25,11 @@ ALL_ERRORS = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issub
 
 
 @pytest.fixture
-def closed_port() -> int:
-    """A port of this machine on which nobody listens."""
+def closed_port() -> Iterator[int]:
+    """A port of this machine that is taken, and on which nothing listens."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        yield s.getsockname()[1]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def test_the_first_is_fetched_before_anybody_asks_for_it():
         yield from itertools.count()
 
     later = begun(source())
-    assert fetched.wait(10)
+    assert fetched.wait(60)
     assert list(itertools.islice(later, 3)) == [0, 1, 2]
 
 

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from tests.unit.build_job import ROOT, job
 
 END = "<|end|>"
-TEXTS = [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))[:6]]
 HELD = ["naïve café, Ψ and ünïcode: 日本語 text\n\n\tindented  twice", "Hello world, it's a (fine) day.", " begins with a space"]
 
 

@@ -4,11 +4,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from heliostat.cluster import processes
+from heliostat.cluster.processes import free_port
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.tracking import ui
 from heliostat.tracking.ui import serve
@@ -27,12 +28,12 @@ def keys_in(folder: Path) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_ui_that_is_told_to_end_leaves_no_server_behind(number, tmp_path):
-    code = "from pathlib import Path; from heliostat.tracking.ui import serve; "
-    code += f"serve('sqlite:///{tmp_path}/mlflow.db', '127.0.0.1', 0, Path('{keys_in(tmp_path)}'), print)"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    until(lambda: psutil.Process(process.pid).children(recursive=True), "server")
-    time.sleep(1.0)
-    there = psutil.Process(process.pid).children(recursive=True)
+    code = "import time; from pathlib import Path; from heliostat.tracking import ui; "
+    code += "ui._answering = lambda *given: print('waiting', flush=True) or time.sleep(600); "
+    code += f"ui.serve('sqlite:///{tmp_path}/mlflow.db', '127.0.0.1', 0, Path('{keys_in(tmp_path)}'), print)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout and process.stdout.readline() == b"waiting\n"
+    there = processes.descendants(process.pid)
     assert any("mlflow" in word for word in there[0].cmdline())
     process.send_signal(number)
     assert process.wait(120) != 0
@@ -100,14 +101,9 @@ def served(
     return done, links
 
 
-def free() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return one.getsockname()[1]
-
-
 def test_the_link_is_printed_once_the_server_answers(monkeypatch, tmp_path):
     """It was printed before the server began, and who opened it found nothing."""
-    port = free()
+    port = free_port()
     done, links = served(monkeypatch, tmp_path, port, LISTENING.format(late=0.5, port=port))
     assert done == ["keys", "answered", "link"] and links == [f"http://127.0.0.1:{port}/"]
 
@@ -117,7 +113,7 @@ def test_the_output_of_mlflows_server_is_in_a_file_unless_it_is_asked_for(monkey
     """Its notices came between heliostat's lines; an error names the file."""
     code = "import sys; print('notice', flush=True); sys.exit('fault')"
     with pytest.raises(HeliostatError, match="Its output is above" if verbose else "Read its output in .*server.log") as e:
-        served(monkeypatch, tmp_path, free(), code, verbose)
+        served(monkeypatch, tmp_path, free_port(), code, verbose)
     said = "".join(capfd.readouterr()) if verbose else (tmp_path / "server.log").read_text()
     assert said == "notice\nfault\n" and "\n" not in str(e.value)
     assert verbose or capfd.readouterr() == ("", "")
@@ -131,7 +127,7 @@ def test_a_port_that_the_system_chooses_is_in_the_link(monkeypatch, tmp_path):
 @pytest.mark.parametrize("code", [0, 1])
 def test_of_two_starts_on_one_port_the_second_fails_and_names_the_port(monkeypatch, tmp_path, code):
     """Both saw the port free. The second one's server ended with 0, and so did the command; the first one's answers there."""
-    port = free()
+    port = free_port()
     first = (
         f"import http.server; http.server.HTTPServer(('127.0.0.1', {port}), http.server.BaseHTTPRequestHandler).serve_forever()"
     )
@@ -139,8 +135,7 @@ def test_of_two_starts_on_one_port_the_second_fails_and_names_the_port(monkeypat
 
     def taken() -> None:
         other.append(subprocess.Popen([sys.executable, "-c", first]))
-        while not ui._answers("127.0.0.1", port):
-            time.sleep(0.05)
+        until(lambda: ui._answers("127.0.0.1", port), "an answer of the first server")
 
     monkeypatch.setattr(ui, "command", lambda host, port: [sys.executable, "-c", f"import time; time.sleep(0.5); exit({code})"])
     monkeypatch.setattr(ui.signal, "signal", lambda *given: None)
@@ -158,4 +153,4 @@ def test_of_two_starts_on_one_port_the_second_fails_and_names_the_port(monkeypat
 def test_a_server_that_never_answers_is_ended_at_the_deadline(monkeypatch, tmp_path):
     monkeypatch.setattr(ui, "START_S", 0.5)
     with pytest.raises(HeliostatError, match="didn't answer on 127"):
-        served(monkeypatch, tmp_path, free(), "import time; time.sleep(60)")
+        served(monkeypatch, tmp_path, free_port(), "import time; time.sleep(60)")

@@ -72,7 +72,7 @@ def test_a_worker_of_another_job_and_one_whose_server_has_died_are_started_by_th
     assert ask(forks, tmp_path, RAY_JOB_ID="02000000")["loaded"] is False
     assert ask(forks, tmp_path, RAY_JOB_ID="01000000")["loaded"] is True
     forks.process.kill()
-    forks.process.wait(10)
+    forks.process.wait(60)
     assert ask(forks, tmp_path)["loaded"] is False
 
 
@@ -112,12 +112,12 @@ def test_a_worker_ends_with_its_server_whatever_it_does_and_leaves_no_process(fo
         worker, helper = (psutil.Process(int(pid)) for pid in asking.stdout.readline().split())
         if killed:
             forks.process.send_signal(signal.SIGKILL)
-            worker.wait(10)
+            worker.wait(60)
             helper.kill()  # an orderly end leaves none
         else:
             forks.process.stdin.close()
-            assert not psutil.wait_procs([worker, helper], timeout=10)[1]
-            forks.process.wait(30)
+            assert not psutil.wait_procs([worker, helper], timeout=60)[1]
+            forks.process.wait(60)
             assert not forks.folder.exists()
 
 
