@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 NAME, MEMORY = "NVIDIA H100 80GB HBM3", 80 << 30
+contexts: set[int] = set()  # devices whose memory was asked for: CUDA makes a context there, some 500 MB
 
 
 class Stream(torch.Stream):
@@ -73,6 +74,13 @@ def stream(chosen: Stream | None) -> Iterator[None]:
         torch.accelerator.set_stream(before)
 
 
+def _asked(device: Any) -> int:
+    """The device's number, where there is a context now."""
+    index = _index(device)
+    contexts.add(index)
+    return index
+
+
 def install(native: ModuleType) -> None:
     """Makes `torch.cuda` use the twin, for the rest of this process."""
     generators = tuple(native.generator(index) for index in range(2))
@@ -100,7 +108,7 @@ def install(native: ModuleType) -> None:
         "memory_reserved": lambda device=None: native.memory()[0], "max_memory_allocated": lambda device=None: native.memory()[1],
         "max_memory_reserved": lambda device=None: native.memory()[1],
         "reset_peak_memory_stats": lambda device=None: native.reset_peak(),
-        "mem_get_info": lambda device=None: (MEMORY - native.memory()[0], MEMORY),
+        "mem_get_info": lambda device=None: _asked(device) >= 0 and (MEMORY - native.memory()[0], MEMORY),
         "memory_stats": lambda device=None: {"allocated_bytes.all.current": native.memory()[0]},
         "is_bf16_supported": lambda *given, **named: True, "is_current_stream_capturing": lambda: False,
     }  # fmt: skip

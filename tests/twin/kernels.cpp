@@ -201,6 +201,25 @@ void grouped_mm(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   on_cpu(op, stack);
 }
 
+// A GPU has a kernel from fp16 to fp32, and back; the CPU has one type.
+void softmax_to_float(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  auto& halves = (*stack)[stack->size() - 3];
+  auto& widens = (*stack)[stack->size() - 1];
+  if (widens.toBool()) {
+    halves = halves.toTensor().to(at::kFloat);
+    widens = false;
+  }
+  on_cpu(op, stack);
+}
+void softmax_from_float(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  auto& type = (*stack)[stack->size() - 1];
+  auto narrow = type.toScalarType();
+  type = (*stack)[stack->size() - 4].toTensor().scalar_type();
+  on_cpu(op, stack);
+  auto& grad = (*stack)[stack->size() - 1];
+  grad = grad.toTensor().to(narrow);
+}
+
 at::Tensor as_twin(const at::Tensor& t) {
   static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::alias", "");
   return Call(op).back(t);
@@ -340,6 +359,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("record_stream", &twin::record_stream);
   m.impl("_local_scalar_dense", &twin::local_scalar);
   m.impl("_grouped_mm", torch::CppFunction::makeFromBoxedFunction<&twin::grouped_mm>());
+  for (auto* name : {"_softmax", "_log_softmax"}) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&twin::softmax_to_float>());
+  for (auto* name : {"_softmax_backward_data", "_log_softmax_backward_data"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&twin::softmax_from_float>());
   m.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&twin::on_cpu>());
   m.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&twin::on_cpu>());
 }

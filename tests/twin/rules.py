@@ -7,16 +7,25 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from heliostat.checkpoint.flat_copy import HostCopy
 from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.checkpoint.saver import Saver
+from heliostat.config import spec
 from heliostat.data import device_threads
+from heliostat.parallel import document_attention
+from heliostat.recipes import contrastive
+from heliostat.storage.locations import Location
+from heliostat.training.worker import node_metrics
+from heliostat.training.worker.memory_copies import MemoryCopies
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tests.twin import device, traffic
+from tests.twin import cuda, device, traffic
 
 RULES: dict[str, Callable[[], None]] = {}
 
@@ -234,6 +243,73 @@ def a_new_thread_starts_on_the_first_device() -> None:
         torch.cuda.set_device(0)
         device_threads._gpu = None
     assert seen == [0, 1, 1]
+
+
+@rule
+def threads_that_save_use_the_workers_own_gpu() -> None:
+    device_threads.use(1)
+    try:
+        saver = Saver(Location("unused"), spec.Checkpoint(every=1), SimpleNamespace())  # type: ignore[arg-type]
+        copies = MemoryCopies(SimpleNamespace(), 0, 0, 1, print)  # type: ignore[arg-type]
+        for pool in (saver._thread, copies._thread):
+            assert pool.submit(lambda: torch.empty(1, device="cuda").device.index).result() == 1
+            pool.shutdown()
+    finally:
+        torch.cuda.set_device(0)
+        device_threads._gpu = None
+
+
+@rule
+def measuring_a_node_without_nvml_makes_a_context_on_the_workers_own_gpu_alone() -> None:
+    nvml, node_metrics._nvml = node_metrics._nvml, lambda: None
+    cuda.contexts.clear()
+    torch.cuda.set_device(1)
+    try:
+        values, faults = node_metrics.gpus()
+    finally:
+        torch.cuda.set_device(0)
+        node_metrics._nvml = nvml
+    assert cuda.contexts == {1} and "gpu_1_memory_usage_megabytes" in values and not faults
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The bytes on the device, of all that lives at a time and that this has made."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@rule
+def attention_of_documents_in_a_long_sample_holds_no_square_of_its_length() -> None:
+    length, rows = 2048, document_attention.ROWS
+    module = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=True)
+    given = [torch.randn(1, 1, length, 4, device="cuda", requires_grad=True) for _ in range(3)]
+    documents = document_attention.numbers((torch.arange(length, device="cuda") % 500)[None])
+
+    def attended() -> None:
+        made, _ = document_attention.in_blocks(sdpa_attention_forward)(module, *given, documents)
+        made.sum().backward()
+
+    document_attention.ROWS = 32
+    try:
+        attended()  # which makes the gradients
+        assert peak(attended) < 4 * length**2 / 4
+    finally:
+        document_attention.ROWS = rows
+
+
+@rule
+def the_contrastive_loss_of_some_pairs_holds_no_square_of_all_pairs() -> None:
+    pairs, width = 2048, 4
+    query, text = (torch.randn(pairs, width, device="cuda", requires_grad=True) for _ in range(2))
+    names = torch.arange(2 * pairs, device="cuda").view(pairs, 2)
+
+    def contrasted() -> None:
+        contrastive.contrast(query, text, names, 0.1, slice(64, 128)).loss.backward()
+
+    contrasted()
+    assert peak(contrasted) < 4 * pairs**2 / 4
 
 
 @rule
