@@ -21,7 +21,7 @@ class Noting(stream.Windows):
     """Notes how far it is, by the note's size."""
 
     def __init__(self, count: int, note: Path) -> None:
-        super().__init__(count)
+        super().__init__(count, lambda: range(count))
         self.note = note
 
     def get_name(self) -> str:
@@ -56,7 +56,7 @@ def test_windows_are_numbered_in_order_and_shortly_before_they_are_fetched(
 ) -> None:
     """While fetching stands still, so does numbering."""
     made, go_on = tmp_path / "made", tmp_path / "go-on"
-    monkeypatch.setattr(stream, "Windows", lambda count: Noting(count, made))
+    monkeypatch.setattr(stream, "Windows", lambda count, numbers: Noting(count, made))
 
     def fetch(batch: dict[str, Any]) -> dict[str, Any]:
         deadline = time.monotonic() + 120
@@ -68,7 +68,7 @@ def test_windows_are_numbered_in_order_and_shortly_before_they_are_fetched(
     context.target_max_block_size = 1
     context.execution_options.preserve_order = True
     with ray.data.DataContext.current(context):
-        million = stream.numbered(1_000_000, context)
+        million = stream.numbered(1_000_000, lambda: range(1_000_000), context)
         stage = million.map_batches(fetch, batch_size=1, compute=ray.data.TaskPoolStrategy(size=1))
     parts = stream.split(stage, 1)
     try:

@@ -8,7 +8,7 @@ steps from them. A run resumed at step t starts at the round that t is in; nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,12 +48,16 @@ COPIES = 4  # of a window while it is fetched: its chunks, its samples, its bloc
 
 @dataclass(frozen=True)
 class Fetch:
-    """Fetches windows, as a Ray Data map task: a window's index -> those of its blocks that lie in one of the `wanted` ranges."""
+    """Fetches windows, as a Ray Data map task: a window's index -> those of its blocks that lie in one of the `wanted` ranges.
+
+    `ranks`: (these ranks, of so many): only the blocks of their lanes; None: of all.
+    """
 
     plan: DataPlan
     windows: tuple[tuple[int, int], ...]
     wanted: tuple[tuple[int, int], ...]
     replace: bool
+    ranks: tuple[tuple[int, ...], int] | None = None
 
     @property
     def count(self) -> int:
@@ -66,13 +70,28 @@ class Fetch:
             index -= end - begin
         raise IndexError(index)
 
+    def numbers(self, order: Order, window: int) -> list[int]:
+        """Lists the wanted blocks of a window."""
+        inside = [n for n in order.blocks(window) if any(first <= n < last for first, last in self.wanted)]
+        if self.ranks is None:
+            return inside
+        ranks, count = self.ranks
+        return [n for n in inside if n % self.plan.shape.lanes % count in ranks]
+
+    def indices(self) -> Iterable[int]:
+        """Lists the indices of the windows that hold wanted blocks, in order."""
+        if self.ranks is None:
+            return range(self.count)
+        order = open_dataset(self.plan).order
+        return (index for index in range(self.count) if self.numbers(order, self.window(index)))
+
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         if ray.is_initialized():
             AccessError.this_node = ray.get_runtime_context().get_node_id()
         data = open_dataset(self.plan)
         order = data.order
         for window in map(self.window, batch["id"].tolist()):
-            numbers = [n for n in order.blocks(window) if any(first <= n < last for first, last in self.wanted)]
+            numbers = self.numbers(order, window)
             positions = [order.block(n) for n in numbers]
             loaded = data.load(np.concatenate(positions), self.replace)
             digests = sample_digests(loaded.samples, loaded.content)
@@ -112,25 +131,27 @@ def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
 class Windows(Datasource):
     """Yields the numbers of a run's windows, rows {id: 0}, {id: 1}, ..., as blocks of one task, shortly before they are fetched.
 
+    `numbers` lists them, at most `count`.
+
     `ray.data.range` would make a task and a pickled description of every window when the stream starts: 1.4 ms and 8 KB a window,
     so minutes and gigabytes where a run reads terabytes. One task takes the same time whatever their number, and Ray Data then
     fetches with few processes, each for many windows.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, numbers: Callable[[], Iterable[int]]) -> None:
+        self.count, self.numbers = count, numbers
 
     def estimate_inmemory_data_size(self) -> int:
         return 8 * self.count
 
     def get_read_tasks(self, *_: object, **__: object) -> list[ReadTask]:
-        count = self.count
+        numbers = self.numbers
 
         def blocks() -> Iterator[pa.Table]:
-            for number in range(count):
+            for number in numbers():
                 yield pa.table({"id": [number]})
 
-        return [ReadTask(blocks, BlockMetadata(count, 8 * count, None, None))]
+        return [ReadTask(blocks, BlockMetadata(None, 8 * self.count, None, None))]
 
 
 class Ahead(BackpressurePolicy):
@@ -142,14 +163,14 @@ class Ahead(BackpressurePolicy):
         return 0 if self._topology[op].total_enqueued_output_blocks() >= AHEAD else None
 
 
-def numbered(count: int, context: ray.data.DataContext) -> ray.data.Dataset:
-    """Makes the Ray Dataset of rows {id: 0} to {id: count - 1}, which are produced as fast as the next stage takes them.
+def numbered(count: int, numbers: Callable[[], Iterable[int]], context: ray.data.DataContext) -> ray.data.Dataset:
+    """Makes the Ray Dataset of rows {id: number}, at most `count`, which are produced as fast as the next stage takes them.
 
     With the context's `target_max_block_size` of 1, each block has one row. The task takes no CPU of Ray's, so it stays a task of
     its own: one that was fused with the next stage would do all of its work.
     """
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Ahead])
-    return ray.data.read_datasource(Windows(count), num_cpus=0, override_num_blocks=1)
+    return ray.data.read_datasource(Windows(count, numbers), num_cpus=0, override_num_blocks=1)
 
 
 def dataset(
@@ -179,7 +200,7 @@ def dataset(
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
         # a byte of memory: tasks that ask for the same as those before them would be fused with them (`numbered`)
         cpus, memory = (None, None) if own_cpu else (0, 1)
-        return numbered(task.count, context).map_batches(
+        return numbered(task.count, task.indices, context).map_batches(
             task, batch_size=1, compute=pool, zero_copy_batch=True, num_cpus=cpus, memory=memory
         )
 

@@ -25,6 +25,7 @@ from heliostat.config.spec import Job
 from heliostat.data import stream
 from heliostat.data.dataset import DataPlan, sample_bytes
 from heliostat.data.manifest import Manifest
+from heliostat.data.node_streams import NodeStreams, StreamLimits
 from heliostat.data.order import Order
 from heliostat.engine.process_group import WorkerPlace
 from heliostat.errors import ConfigError, HeliostatError, LeaseError, StalledError, StoppedError, TrainingError
@@ -99,7 +100,7 @@ class Attempt:
         """
         self.start, self.job, self.pool, self.signals, self._take, self._beat = start, start.job, pool, signals, take, beat
         self._mailbox = mailbox.make()
-        self._parts = self._stream()
+        self._streams = self._opened()
         self._heartbeats: dict[int, mailbox.Pulse] = {}
         self._reported: dict[int, HeliostatError] = {}  # each worker's own error, by rank
         self._members: list[Member] = []  # the workers' processes, in order of their ranks
@@ -125,7 +126,7 @@ class Attempt:
             return self._run()
         finally:
             profiles.end()
-            stream.end(self._parts)
+            self._streams.end()
             ray.kill(self._mailbox)
 
     def _run(self) -> WorkerSummary:
@@ -301,12 +302,13 @@ class Attempt:
             members, placed = self._places()
             self._members = members
             copies = self.start.memory.plan(members, self.start.source)
+            parts = self._dealt(members)
         except ray.exceptions.RayError as e:
             raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e
         ended = self._gather(
             {
                 member.actor.run.remote(place, self._config(part, copies)): member
-                for member, place, part in zip(members, placed, self._dealt(), strict=True)
+                for member, place, part in zip(members, placed, parts, strict=True)
             }
         )
         for failure in ended.failures:
@@ -355,20 +357,21 @@ class Attempt:
     def _abort(self) -> None:
         """Makes the workers end: nothing that they compute from here on counts."""
         self._mailbox.order.remote({"abort": True})
-        stream.end(self._parts)  # which they may be waiting for
+        self._streams.end()  # which they may be waiting for
 
-    def _stream(self) -> list[DataIterator]:
+    def _opened(self) -> NodeStreams:
         job, start = self.job, self.start
         fetch = stream.fetch(start.plan, start.order, start.step, job.last_step, job.data.on_bad_sample == "replace")
-        size = sample_bytes(job.data.sequence_length, start.manifests)
-        where = nodes.except_on(self.pool.avoided(), job.data.labels)
-        samples = stream.dataset(fetch, max(2, job.workers.most), job.data.memory_limit, size, where)
-        return stream.split(samples, job.replicas)
+        labels = nodes.except_on(self.pool.avoided(), job.data.labels)
+        limits = StreamLimits(job.data.memory_limit, sample_bytes(job.data.sequence_length, start.manifests), labels)
+        return NodeStreams(fetch, job.replicas, limits)
 
-    def _dealt(self) -> list[DataIterator | None]:
+    def _dealt(self, members: list[Member]) -> list[DataIterator | None]:
         """Returns every worker's part of the stream, in rank order: of those that share samples the first reads."""
-        others = [None] * (self.job.train.parallel.sharing - 1)
-        return [one for part in self._parts for one in (part, *others)]
+        sharing = self.job.train.parallel.sharing
+        others = [None] * (sharing - 1)
+        parts = self._streams.parts([member.node for member in members[::sharing]])
+        return [one for part in parts for one in (part, *others)]
 
     def _config(self, part: DataIterator | None, memory: MemoryPlan | None) -> WorkerConfig:
         return {

@@ -1,0 +1,122 @@
+"""Runs the streams of one attempt: one for small runs, and one for each node or few nodes where a run has many ranks.
+
+The executor of a Ray Dataset is one thread that takes 10 to 20 ms for a block of 8 MB, so a run with one stream gets 0.4 to
+0.8 GB/s, however many nodes it has. Consecutive blocks belong to consecutive ranks, so a stream that serves as many ranks as a
+window has blocks reads whole windows: no other stream reads them, unless the ranks of a node do not fill windows exactly. The
+samples, their order, and their digests do not depend on the number of streams.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.data import DataIterator
+
+from heliostat.data import stream
+from heliostat.data.mixing import Shape
+from heliostat.data.stream import Fetch
+
+log = logging.getLogger(__name__)
+
+START_S = 120.0  # for the actors that start the streams
+LOOKED_AT = 1000  # windows that `reads` counts
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """Holds what `stream.dataset` takes besides the task; the memory is that of each stream."""
+
+    memory: int
+    sample_bytes: int
+    labels: dict[str, str]
+
+    def split(self, task: Fetch, ranks: int) -> list[DataIterator]:
+        """Starts a stream for so many ranks; returns their parts."""
+        return stream.split(stream.dataset(task, max(2, ranks), self.memory, self.sample_bytes, self.labels), ranks)
+
+
+class StreamKeeper:
+    """Starts a stream in an actor, and keeps it: Ray ends a stream with the process that started it."""
+
+    def open(self, task: Fetch, ranks: int, limits: StreamLimits) -> list[DataIterator]:
+        return limits.split(task, ranks)
+
+
+class NodeStreams:
+    """Owns the streams of an attempt with so many ranks; `end` ends them."""
+
+    def __init__(self, task: Fetch, ranks: int, limits: StreamLimits) -> None:
+        """Starts the stream, if it is one for any placement of the ranks: it can start while the workers do."""
+        self._task, self._limits = task, limits
+        self._keepers: list[ActorHandle[StreamKeeper]] = []
+        self._streams: list[list[DataIterator]] = []
+        if len(groups([str(rank) for rank in range(ranks)], per_window(task.plan.shape))) == 1:
+            self._streams.append(limits.split(task, ranks))
+
+    def parts(self, nodes: Sequence[str]) -> list[DataIterator]:
+        """Returns each rank's part, given the node of each rank; starts the streams that do not run yet."""
+        if self._streams:
+            return self._streams[0]
+        grouped = groups(nodes, per_window(self._task.plan.shape))
+        if len(grouped) == 1:
+            self._streams.append(self._limits.split(self._task, len(nodes)))
+            return self._streams[0]
+        log.info("%d streams read the data; a window is read %.2f times", len(grouped), reads(grouped, self._task.plan.shape))
+        opening = []
+        for ranks in grouped:
+            keeper: Any = Keeper.options(label_selector={"ray.io/node-id": nodes[ranks[0]]}).remote()
+            self._keepers.append(keeper)
+            share = replace(self._task, ranks=(tuple(ranks), len(nodes)))
+            opening.append(keeper.open.remote(share, len(ranks), self._limits))
+        self._streams = ray.get(opening, timeout=START_S)
+        by_rank = dict[int, DataIterator]()
+        for mine, parts in zip(grouped, self._streams, strict=True):
+            by_rank |= dict(zip(mine, parts, strict=True))
+        return [by_rank[rank] for rank in range(len(nodes))]
+
+    def end(self) -> None:
+        """Ends all streams, and with them the tasks that fetch."""
+        for parts in self._streams:
+            stream.end(parts)
+        for keeper in self._keepers:
+            ray.kill(keeper)
+
+
+Keeper = ray.remote(num_cpus=0)(StreamKeeper)
+
+
+def per_window(shape: Shape) -> int:
+    return shape.window // shape.block
+
+
+def groups(nodes: Sequence[str], least: int) -> list[list[int]]:
+    """Groups the ranks by node, in ascending order; nodes join until a group has at least so many ranks.
+
+    `nodes`: the node of each rank.
+    """
+    by_node: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        by_node.setdefault(node, []).append(rank)
+    grouped = list[list[int]]()
+    for ranks in by_node.values():
+        if grouped and len(grouped[-1]) < least:
+            grouped[-1] += ranks
+        else:
+            grouped.append(ranks)
+    if len(grouped) > 1 and len(grouped[-1]) < least:
+        last = grouped.pop()
+        grouped[-1] += last
+    return [sorted(ranks) for ranks in grouped]
+
+
+def reads(grouped: Sequence[Sequence[int]], shape: Shape) -> float:
+    """Computes by how many streams a window is read, on average; 1 if the groups' ranks fill whole windows."""
+    owner = {rank: group for group, ranks in enumerate(grouped) for rank in ranks}
+    size = per_window(shape)
+    windows = [range(first, first + size) for first in range(0, LOOKED_AT * size, size)]
+    return sum(len({owner[n % shape.lanes % len(owner)] for n in blocks}) for blocks in windows) / len(windows)
