@@ -1,4 +1,4 @@
-"""Names say what they hold; docstrings, messages and comments use plain words. Rooms that do not yet are listed."""
+"""Names say what they hold; docstrings, messages and comments use plain words."""
 
 import ast
 import io
