@@ -104,8 +104,7 @@ def test_a_pause_point_waits_for_its_checkpoint_and_survives_as_many_failed_save
     state, _ = saving(*[AWAY] * failures, True)
     loop, again, posted = loop_in_step(lambda: None), list[int](), list[Any]()
     state.save, loop.state = again.append, state
-    decision = SimpleNamespace(remote=lambda step: RESIZE)
-    loop.context.posts = SimpleNamespace(mailbox=SimpleNamespace(decision=decision), post=posted.append)
+    loop.context.posts = SimpleNamespace(mailbox=SimpleNamespace(decision=lambda step: RESIZE), post=posted.append)
     loop.context.latest = Latest()
     monkeypatch.setattr("ray.get", lambda answer: answer)
     if failures > TOLERATED:

@@ -236,7 +236,7 @@ def test_a_reported_error_ends_the_attempt_though_no_worker_ever_ends(monkeypatc
     monkeypatch.setattr(attempt.stream, "end", lambda parts: ordered.append("end of the stream"))
     running: Any = object.__new__(Attempt)
     running._reported, running._parts = {}, []
-    running._mailbox = SimpleNamespace(order=SimpleNamespace(remote=ordered.extend))
+    running._mailbox = SimpleNamespace(order=ordered.extend)
     members = {f"result {rank}": SimpleNamespace(node="n", address="a", gpus=(str(rank),)) for rank in (0, 1)}
     threading.Timer(0.2, lambda: running._reported.update({1: WorkerError(ECC)})).start()
     began = time.monotonic()

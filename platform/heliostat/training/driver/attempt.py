@@ -34,12 +34,13 @@ from heliostat.storage.lease import Fence
 from heliostat.text import brief
 from heliostat.training import mailbox
 from heliostat.training.driver import watchdog
-from heliostat.training.driver.failures import Failure, explain, survived
+from heliostat.training.driver.failures import Ended, Failure, explain, survived
 from heliostat.training.driver.memory import Memory
 from heliostat.training.driver.pool import Member, WorkerPool, places
 from heliostat.training.driver.profiles import ProfileRequests
 from heliostat.training.driver.recovery import choose
 from heliostat.training.driver.signals import Signals
+from heliostat.training.mailbox import AttemptMailbox
 from heliostat.training.memory_keeper import CopySource, MemoryPlan
 from heliostat.training.stops import INTERRUPTED, PREEMPTED, RESIZE, PausePoints
 
@@ -58,8 +59,12 @@ SETTLE_S = 10.0  # for the others to come back once one worker has failed; those
 
 @dataclass(frozen=True)
 class Start:
-    """Holds what an attempt starts from; `job` has a fixed number of workers, `counts` are those that it may change to."""
+    """Holds what an attempt starts from.
 
+    `mailbox`: has its number; `job`: has a fixed number of workers; `counts`: those that it may change to.
+    """
+
+    mailbox: AttemptMailbox
     job: Job
     counts: list[int]
     plan: DataPlan
@@ -72,34 +77,19 @@ class Start:
     pauses: PausePoints = field(default_factory=PausePoints)
 
 
-@dataclass
-class Ended:
-    """Holds how an attempt's workers have ended: rank 0's summary, if it has finished, and the failures in order of arrival."""
-
-    summary: WorkerSummary | None = None
-    failures: list[Failure] = field(default_factory=list)
-
-    def add(self, rank: int, member: Member, result: ray.ObjectRef[WorkerSummary]) -> None:
-        """Adds a worker that Ray has a result of."""
-        try:
-            summary = ray.get(result)
-        except Exception as e:  # noqa: BLE001 (explained once all have ended)
-            self.failures.append(_failure(rank, member, e))
-        else:
-            self.summary = summary if rank == 0 else self.summary
-
-
 class Attempt:
     def __init__(
-        self, start: Start, pool: WorkerPool, signals: Signals, take: Callable[[Event], None], beat: Callable[[], None]
+        self, start: Start, pool: WorkerPool, signals: Signals, take: Callable[[int, Event], None], beat: Callable[[], None]
     ) -> None:
         """Prepares the attempt.
 
-        `take` gets every event of the mailbox, in order, and `beat` is called often, both in the caller's thread.
+        `take` gets every event of the mailbox, in order, with the number of its attempt, and `beat` is called often, both in the
+        caller's thread.
         """
-        self.start, self.job, self.pool, self.signals, self._take, self._beat = start, start.job, pool, signals, take, beat
-        self._mailbox = mailbox.make()
+        self.start, self.job, self.pool, self.signals, self._hand_over, self._beat = start, start.job, pool, signals, take, beat
+        self._mailbox = start.mailbox
         self._parts = self._stream()
+        self._draining: ray.ObjectRef[mailbox.Drained] | None = None
         self._heartbeats: dict[int, mailbox.Pulse] = {}
         self._reported: dict[int, HeliostatError] = {}  # each worker's own error, by rank
         self._members: list[Member] = []  # the workers' processes, in order of their ranks
@@ -118,7 +108,7 @@ class Attempt:
         Raises a HeliostatError if the attempt fails.
         """
         profiles = ProfileRequests(
-            self.job.run_folder, self.job.workers.most, lambda asked: self._mailbox.order.remote({"profile": asked})
+            self.job.run_folder, self.job.workers.most, lambda asked: self._mailbox.order({"profile": asked})
         )
         profiles.begin()
         try:
@@ -126,7 +116,6 @@ class Attempt:
         finally:
             profiles.end()
             stream.end(self._parts)
-            ray.kill(self._mailbox)
 
     def _run(self) -> WorkerSummary:
         outcome: Future[Ended] = Future()
@@ -174,29 +163,40 @@ class Attempt:
             self._take(event)
 
     def _drained(self) -> list[Event]:
-        """Drains the mailbox and returns its events; stores the heartbeats, with ages converted to times of this clock."""
-        answer: ray.ObjectRef[tuple[list[Event], dict[int, mailbox.Pulse], int]] = self._mailbox.drain.remote()
+        """Drains the mailbox and returns this attempt's events; stores the heartbeats, with ages as times of this clock."""
+        self._draining = self._draining or self._mailbox.drain()
         try:
-            events, heartbeats, lost = ray.get(answer, timeout=10)
+            posted, heartbeats, lost, stale = ray.get(self._draining, timeout=mailbox.ANSWER_S)
         except ray.exceptions.GetTimeoutError:
-            return []
+            return []  # the next call gets the answer
         except ray.exceptions.RayError as e:
             died = f"the driver's mailbox died ({type(e).__name__}), so nobody watches over the workers"
             self._fault = self._fault or TrainingError(died)
             return []
+        self._draining = None
         if lost:
             log.warning("%d events of the workers, the oldest, were lost: the driver was too slow for them", lost)
+        if stale:
+            log.debug("%d heartbeats, orders, or questions of earlier attempts were dropped", stale)
         now = time.monotonic()
         self._heartbeats = mailbox.by_other_clock(heartbeats, now)
+        for attempt, event in posted:
+            if attempt != self._mailbox.attempt:
+                self._hand_over(attempt, event)  # which drops it
+        events = [event for attempt, event in posted if attempt == self._mailbox.attempt]
         for event in events:
             if isinstance(event, WorkerFailed):
                 self._reported.setdefault(event.rank, event.error)
         return [event for event in events if not isinstance(event, WorkerFailed)]
 
+    def _take(self, event: Event) -> None:
+        """Hands an event of this attempt to the run."""
+        self._hand_over(self._mailbox.attempt, event)
+
     def _release(self) -> None:
         """Releases workers that wait at a pause point, as soon as it is decided whether they go on."""
         if self._paused_at is not None and (stop := self.start.pauses.get(self._paused_at)) is not None:
-            self._mailbox.decide.remote(self._paused_at, stop)
+            self._mailbox.decide(self._paused_at, stop)
             self._paused_at = None
 
     def _look(self) -> None:
@@ -260,7 +260,7 @@ class Attempt:
         log.warning(why)
         if code != RESIZE:
             self._stop_by = time.monotonic() + self.job.checkpoint.grace
-        self._mailbox.order.remote({"stop": code})
+        self._mailbox.order({"stop": code})
 
     def _held_up(self, stacks: dict[int, str]) -> str:
         """Finds the worker that the others wait for, with its node and device, or says that nothing sets one apart."""
@@ -269,12 +269,12 @@ class Attempt:
         if rank is None:
             return why
         known = rank < len(self._members)
-        return f"{_failure(rank, self._members[rank], None).place if known else f'worker {rank}'} {why}"
+        return f"{Failure.of(rank, self._members[rank], None).place if known else f'worker {rank}'} {why}"
 
     def _keep_stacks(self) -> tuple[str, dict[int, str]]:
         """Collects the stack traces of every worker's threads and writes them to the run's folder; returns the file's place, and
         the traces by rank."""
-        self._mailbox.order.remote({"dump": True})
+        self._mailbox.order({"dump": True})
         stacks = watchdog.collect(self.job.workers.most, self._drained, self._take)
         place = self.job.run_folder.join(run_folder.STACKS, f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
         place.write(watchdog.text(stacks, self.job.workers.most).encode())
@@ -296,11 +296,11 @@ class Attempt:
 
     def _train(self) -> Ended:
         """Puts the workers to work; returns how they have ended, once none works any more."""
-        self._mailbox.post.remote(Phase(phase="placing"))
+        self._mailbox.post(Phase(phase="placing"))
         try:
             members, placed = self._places()
             self._members = members
-            copies = self.start.memory.plan(members, self.start.source)
+            copies = self.start.memory.plan(self._mailbox.attempt, members, self.start.source)
         except ray.exceptions.RayError as e:
             raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e
         ended = self._gather(
@@ -348,13 +348,13 @@ class Attempt:
                 self._abort()
             if not done and time.monotonic() >= until:
                 log.warning("%d workers did not end within %.0f s of another, and were ended", len(waiting), SETTLE_S)
-                ended.failures += [_failure(ranks[one], working[one], None) for one in waiting]
+                ended.failures += [Failure.of(ranks[one], working[one], None) for one in waiting]
                 break
         return ended
 
     def _abort(self) -> None:
         """Makes the workers end: nothing that they compute from here on counts."""
-        self._mailbox.order.remote({"abort": True})
+        self._mailbox.order({"abort": True})
         stream.end(self._parts)  # which they may be waiting for
 
     def _stream(self) -> list[DataIterator]:
@@ -383,7 +383,3 @@ class Attempt:
             "memory": memory,
             "part": part,
         }
-
-
-def _failure(rank: int, member: Member, error: Exception | None) -> Failure:
-    return Failure(rank, member.node, member.address, member.gpus, error)
