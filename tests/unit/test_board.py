@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from heliostat.errors import HeliostatError, StalledError
 from heliostat.runs.events import Event, NodeSample, Notice, Stack, WorkerFailed
 from heliostat.training import mailbox
 from heliostat.training.driver import attempt, watchdog
+from heliostat.training.driver.orders import WorkerWatch
 from heliostat.training.driver.pool import Member
 from heliostat.training.driver.signals import Signals
 from heliostat.training.worker.build import Worker
@@ -75,7 +77,8 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
     made.job = SimpleNamespace(workers=spec.Workers(count=1), watchdog=spec.Watchdog(start=limit, stall=limit))  # type: ignore[assignment]
     made.start = SimpleNamespace(job=made.job)  # type: ignore[assignment]
     made.pool = SimpleNamespace(waiting=False)  # type: ignore[assignment]
-    made.signals, made._ordered, made._phase, made._fault, made._stop_by = Signals(), 0, "step", None, None
+    made.signals, made._deciding = Signals(), threading.Lock()
+    made._watch = WorkerWatch(grace=60.0, settle=10.0, hear=1.0, phase="step")
     made._since = time.monotonic() - 1000
     made._heartbeats = {0: {**FACTS, "progress": 1, "moved": time.monotonic(), "at": time.monotonic()}}
     made._members, made._keep_stacks = [], lambda: ("stacks", {})  # type: ignore[method-assign]
@@ -89,11 +92,11 @@ def test_a_wall_clock_that_is_set_stalls_nobody_and_hides_no_stall(monkeypatch, 
     state.heartbeat(0, 0, 1, FACTS)
     monkeypatch.setattr(time, "time", lambda: now + jump)
     made._look()
-    assert made._fault is None
+    assert made._watch.fault is None
     assert 0 <= state.drain()[1][0]["moved"] < 60
     made._heartbeats[0]["moved"] = time.monotonic() - 61
     made._look()
-    assert "no worker got on for 61 s" in str(made._fault)
+    assert "no worker got on for 61 s" in str(made._watch.fault)
 
 
 def test_what_many_nodes_are_busy_with_crowds_no_loss_out_and_what_is_lost_is_counted(monkeypatch):
@@ -181,8 +184,8 @@ def stall(
     }
     made._keep_stacks = lambda: ("stacks.txt", stacks)  # type: ignore[method-assign]
     made._look()
-    assert isinstance(made._fault, StalledError)
-    return made._fault
+    assert isinstance(made._watch.fault, StalledError)
+    return made._watch.fault
 
 
 def test_a_stall_names_the_slowest_worker_with_its_node_device_step_and_micro_batch():

@@ -23,6 +23,7 @@ from heliostat.training import faults
 from heliostat.training.driver import attempt, suspects
 from heliostat.training.driver.attempt import Attempt
 from heliostat.training.driver.failures import Failure, explain, survived
+from heliostat.training.driver.orders import WorkerWatch
 from heliostat.training.driver.recovery import classify
 from heliostat.training.driver.suspects import Suspicions
 from heliostat.training.driver.watchdog import frozen
@@ -229,13 +230,12 @@ def test_a_bad_node_is_excluded_where_others_have_room_and_named_where_they_have
 def test_a_reported_error_ends_the_attempt_though_no_worker_ever_ends(monkeypatch):
     """A broken device lets its process neither clean up nor close its connections, so the others would wait for the watchdog."""
     ordered: list[str] = []
-    monkeypatch.setattr(attempt, "SETTLE_S", 0.1)
     monkeypatch.setattr(attempt, "POLL_S", 0.01)
-    monkeypatch.setattr(attempt.mailbox, "interval", lambda workers: 0.0)
     monkeypatch.setattr(attempt.ray, "wait", lambda waiting, timeout: time.sleep(timeout) or ([], waiting))
     monkeypatch.setattr(attempt.stream, "end", lambda parts: ordered.append("end of the stream"))
     running: Any = object.__new__(Attempt)
     running._reported, running._parts = {}, []
+    running._watch, running._deciding = WorkerWatch(grace=60.0, settle=0.1, hear=0.0, phase="stepped"), threading.Lock()
     running._mailbox = SimpleNamespace(order=ordered.extend)
     members = {f"result {rank}": SimpleNamespace(node="n", address="a", gpus=(str(rank),)) for rank in (0, 1)}
     threading.Timer(0.2, lambda: running._reported.update({1: WorkerError(ECC)})).start()

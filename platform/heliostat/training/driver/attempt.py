@@ -7,7 +7,6 @@ node's provider wants that, or when the cluster has room for more of them; and e
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -27,13 +26,13 @@ from heliostat.data.dataset import DataPlan, sample_bytes
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
 from heliostat.engine.process_group import WorkerPlace
-from heliostat.errors import ConfigError, HeliostatError, LeaseError, StalledError, StoppedError, TrainingError
+from heliostat.errors import ConfigError, HeliostatError, LeaseError, StalledError, TrainingError
 from heliostat.runs.events import Event, Paused, Phase, Waiting, WorkerFailed
 from heliostat.storage import run_folder
 from heliostat.storage.lease import Fence
 from heliostat.text import brief
 from heliostat.training import mailbox
-from heliostat.training.driver import watchdog
+from heliostat.training.driver import orders, watchdog
 from heliostat.training.driver.failures import Ended, Failure, explain, survived
 from heliostat.training.driver.memory import Memory
 from heliostat.training.driver.pool import Member, WorkerPool, places
@@ -42,7 +41,7 @@ from heliostat.training.driver.recovery import choose
 from heliostat.training.driver.signals import Signals
 from heliostat.training.mailbox import AttemptMailbox
 from heliostat.training.memory_keeper import CopySource, MemoryPlan
-from heliostat.training.stops import INTERRUPTED, PREEMPTED, RESIZE, PausePoints
+from heliostat.training.stops import PREEMPTED, PausePoints
 
 if TYPE_CHECKING:
     from heliostat.training.worker.build import WorkerConfig, WorkerSummary
@@ -93,14 +92,13 @@ class Attempt:
         self._heartbeats: dict[int, mailbox.Pulse] = {}
         self._reported: dict[int, HeliostatError] = {}  # each worker's own error, by rank
         self._members: list[Member] = []  # the workers' processes, in order of their ranks
-        self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
-        self._ordered = 0
+        self._watch = orders.WorkerWatch(self.job.checkpoint.grace, SETTLE_S, mailbox.interval(self.job.workers.most))
+        self._deciding = threading.Lock()  # two threads change the watch
+        self._since = time.monotonic()  # since when the workers are watched at what they do
         self._paused_at: int | None = None  # the step behind which the workers wait
-        self._stop_by: float | None = None  # when those that were asked to stop must have ended
         self._look_at = self._grow_at = 0.0
         self._starved = False  # said to be
         self._placing, self._reading = nodes.Shortage(self.job), 0.0  # since when the stream is being opened
-        self._fault: HeliostatError | None = None
 
     def run(self) -> WorkerSummary:
         """Runs the workers to their end; returns rank 0's summary, with the stop code if they were ordered to stop.
@@ -133,15 +131,15 @@ class Attempt:
             try:
                 self._beat()
             except (LeaseError, ConfigError) as e:  # ConfigError: what a worker costs is not known
-                self._fault = e
+                self._decide(orders.FaultFound(e))
             self._drain()
             self._release()
             if thread.is_alive() and time.monotonic() >= self._look_at:
                 self._look_at = time.monotonic() + LOOK_S
                 self._look()
-            if self._fault:
+            if self._watch.fault:
                 self._end_workers(thread)
-                raise self._fault
+                raise self._watch.fault
         self._drain()
         ended = outcome.result()
         if ended.summary is not None:
@@ -153,7 +151,7 @@ class Attempt:
     def _drain(self) -> None:
         for event in self._drained():
             if isinstance(event, Phase):
-                self._phase = event.phase
+                self._decide(orders.PhaseBegun(event.phase))
                 if event.phase == "data":
                     self._reading = time.monotonic()
                 if event.phase in ("model", "stepped"):
@@ -171,7 +169,7 @@ class Attempt:
             return []  # the next call gets the answer
         except ray.exceptions.RayError as e:
             died = f"the driver's mailbox died ({type(e).__name__}), so nobody watches over the workers"
-            self._fault = self._fault or TrainingError(died)
+            self._decide(orders.FaultFound(TrainingError(died)))
             return []
         self._draining = None
         if lost:
@@ -200,34 +198,41 @@ class Attempt:
             self._paused_at = None
 
     def _look(self) -> None:
-        """Orders the workers to stop, or sets the attempt's fault, where there is a reason to."""
+        """Looks for reasons to order the workers to stop, or to give them up."""
         now = time.monotonic()
-        if self.signals.name and self._ordered < INTERRUPTED:
-            if self._phase == "ended":
-                return  # the driver sees to it
-            if self._phase not in ("step", "stepped"):
-                self._fault = StoppedError(f"stopped by {self.signals.name} before the first step; nothing was lost")
-                return
-            self._order(INTERRUPTED, f"{self.signals.name}: stopping behind a checkpoint; once more stops at once")
+        if self.signals.name:
+            self._decide(orders.StopAsked(self.signals.name, now))
+        if self._watch.fault:
+            return
         beating = Counter(p["node"] for p in self._heartbeats.values())
         if self.pool.waiting:
             self._say(self._placing.told())
-        if self._phase == "data" and not self._starved:
+        if self._watch.phase == "data" and not self._starved:
             self._starved = self._say(self._too_little_to_read(beating))
-        if self._ordered < PREEMPTED and self._phase == "stepped":
+        if self._watch.phase == "stepped" and self._watch.ordered < PREEMPTED:  # else these are of no interest
             if gone := beating.keys() & nodes.draining():
-                self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping behind a checkpoint")
-            elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
+                self._decide(orders.NodesLeaving(len(gone), now))
+            elif not self._watch.ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
                 self._grow_at = now + GROW_S
                 better = choose(self.start.counts, nodes.room_now(self.job, self.pool.held(), self.pool.avoided()))
                 if better > self.job.workers.most:
-                    self._order(RESIZE, f"there is room for {better} workers: growing behind the next checkpoint")
-        if self._stop_by and now > self._stop_by:
-            what = f"the workers wrote no checkpoint within checkpoint.grace ({self.job.checkpoint.grace:g} s)"
-            interrupted = self._ordered == INTERRUPTED
-            self._fault = StoppedError(f"stopped by {self.signals.name}; {what}") if interrupted else StalledError(what)
-        elif self._phase not in ("placing", "ended"):
-            self._watch(now)
+                    self._decide(orders.RoomFound(better))
+        self._decide(orders.Clock(now))
+        if not self._watch.fault and self._watch.phase not in ("placing", "ended"):
+            self._find_stall(now)
+
+    def _decide(self, event: orders.AttemptEvent) -> orders.AttemptAction | None:
+        """Lets `orders.decide` follow an event, and gives the orders that it returns. Called from two threads."""
+        with self._deciding:
+            self._watch, action = orders.decide(self._watch, event)
+        match action:
+            case orders.OrderStop():
+                log.warning(action.why)
+                self._mailbox.order({"stop": action.code})
+            case orders.OrderAbort():
+                self._mailbox.order({"abort": True})
+                stream.end(self._parts)  # which they may be waiting for
+        return action
 
     def _too_little_to_read(self, beating: Mapping[str, int]) -> str | None:
         limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for one"
@@ -245,22 +250,15 @@ class Attempt:
             self._take(Waiting(text=text))
         return bool(text)
 
-    def _watch(self, now: float) -> None:
-        limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start
+    def _find_stall(self, now: float) -> None:
+        limit = self.job.watchdog.stall if self._watch.phase == "stepped" else self.job.watchdog.start
         if reason := watchdog.stalled(self._heartbeats, self.start.job.workers.most, now, limit, self._since):
             suspects = watchdog.frozen(self._heartbeats, now, limit)  # before the stacks, which take time
             where, stacks = self._keep_stacks()
             who = self._held_up(stacks)
             fault = StalledError(f"{reason} (watchdog: {limit:g} s): {who}; the workers' stacks are in {where}")
             fault.suspects = suspects
-            self._fault = fault
-
-    def _order(self, code: int, why: str) -> None:
-        self._ordered = code
-        log.warning(why)
-        if code != RESIZE:
-            self._stop_by = time.monotonic() + self.job.checkpoint.grace
-        self._mailbox.order({"stop": code})
+            self._decide(orders.FaultFound(fault))
 
     def _held_up(self, stacks: dict[int, str]) -> str:
         """Finds the worker that the others wait for, with its node and device, or says that nothing sets one apart."""
@@ -290,7 +288,7 @@ class Attempt:
         thread.join(END_S)
         self._drain()
         if thread.is_alive():
-            raise TrainingError(f"Ray did not see within {END_S:.0f} s that the workers had ended") from self._fault
+            raise TrainingError(f"Ray did not see within {END_S:.0f} s that the workers had ended") from self._watch.fault
 
     # the workers -----------------------------------------------------------------------------------------------------
 
@@ -335,27 +333,18 @@ class Attempt:
         Once one has ended, the others do too: all at the same step, or because they are ordered to abort. That is as soon as a
         worker reports its error: it may never end. A worker that has not ended some seconds later is ended.
         """
-        ended, ranks = Ended(), {one: rank for rank, one in enumerate(working)}
-        waiting, until, aborted = list(working), math.inf, False
+        ended, ranks, waiting = Ended(), {one: rank for rank, one in enumerate(working)}, list(working)
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=min(POLL_S, max(0.0, until - time.monotonic())))
+            done, waiting = ray.wait(waiting, timeout=min(POLL_S, max(0.0, self._watch.back_by - time.monotonic())))
             for one in done:
                 ended.add(ranks[one], working[one], one)
-            if until == math.inf and (done or self._reported):
-                until = time.monotonic() + SETTLE_S
-            if not aborted and (ended.failures or self._reported):
-                aborted, until = True, until + mailbox.interval(len(working))  # until they hear of it
-                self._abort()
-            if not done and time.monotonic() >= until:
+            if done or self._reported:
+                self._decide(orders.WorkerEnded(bool(ended.failures or self._reported), time.monotonic()))
+            if not done and isinstance(self._decide(orders.Clock(time.monotonic())), orders.EndLate):
                 log.warning("%d workers did not end within %.0f s of another, and were ended", len(waiting), SETTLE_S)
                 ended.failures += [Failure.of(ranks[one], working[one], None) for one in waiting]
                 break
         return ended
-
-    def _abort(self) -> None:
-        """Makes the workers end: nothing that they compute from here on counts."""
-        self._mailbox.order({"abort": True})
-        stream.end(self._parts)  # which they may be waiting for
 
     def _stream(self) -> list[DataIterator]:
         job, start = self.job, self.start

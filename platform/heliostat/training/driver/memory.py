@@ -53,8 +53,9 @@ class Memory:
         `attempt`: the one that begins: copies of those before can't arrive any more; `data`: digest of the data plan that it must
         have followed.
         """
-        self._answers({node: keeper.admit.remote(attempt) for node, keeper in self._keepers.items()}, ANSWER_S)
         keepers = {node: keeper for node, keeper in self._keepers.items() if node not in avoided}
+        admitted: dict[str, None] = self._answers({n: k.admit.remote(attempt) for n, k in keepers.items()}, ANSWER_S)
+        keepers = {node: keepers[node] for node in admitted}
         copies: Mapping[str, list[Held]] = self._answers({n: k.held.remote() for n, k in keepers.items()}, ANSWER_S)
         for id, step, world in whole(copies, data):
             if step < at_least:
