@@ -1,6 +1,7 @@
 """Why an attempt's workers have failed: the cause is found among what follows from it, and the node at fault is named."""
 
 import pickle
+import random
 import threading
 import time
 from dataclasses import replace
@@ -72,6 +73,22 @@ def test_an_error_after_the_abort_is_a_lost_peer_never_the_cause_and_its_worker_
     assert survived(late)
     assert survived(failure(2, raised(RuntimeError(NCCL)))) and not survived(failure(2, raised(KeyError("x"))))
     assert type(explain([late, late])) is TrainingError, "a network's fault is tried again, however often the text is the same"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_fails_in_whatever_order_the_cause_is_what_a_worker_raised_before_the_abort(seed):
+    """Neither what is raised after the order to abort, nor what follows from another failure, nor what the driver did itself."""
+    draw = random.Random(seed)
+    causes = [raised(KeyError("x")), raised(StorageError("the store is away")), raised(RuntimeError(ECC)), died()]
+    effects = [raised(LATE), raised(LATE), raised(RuntimeError(NCCL)), None]
+    for _ in range(20):
+        true = draw.choice(causes)
+        errors = [true, *draw.choices(effects, k=3)]
+        draw.shuffle(errors)
+        found = explain([failure(rank, error) for rank, error in enumerate(errors)])
+        words = {0: "KeyError", 1: "the store is away", 2: "uncorrectable ECC", 3: "died unexpectedly"}[causes.index(true)]
+        assert words in str(found), str(found)
+        assert not any(word in str(found) for word in ("Default process group", "did not end", "ncclRemoteError"))
 
 
 def test_the_end_of_the_data_stream_that_follows_a_failure_is_not_its_cause():
