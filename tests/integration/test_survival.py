@@ -203,7 +203,7 @@ def test_a_limit_stops_a_run_behind_a_checkpoint_and_a_higher_one_continues_it(j
     monkeypatch.setattr(limits, "EVERY_S", 0.0)
     monkeypatch.setattr(LedgerRecorder, "spent", lambda self: (1.0 if self.attempts[-1].reached >= 3 else 0.0, 0.0))
     path = job_file("limited")
-    with pytest.raises(LimitError, match=r"limits\.hours: 0\.5 h are used up .*; stopped at step \d+, behind a checkpoint"):
+    with pytest.raises(LimitError, match=r"limits\.hours: 0\.5 h are used up .*; stopped at step \d+, after a checkpoint"):
         train(path, [*settings(**PACED_PLAIN), "limits.hours=0.5"])
     run = run_folder(path)
     stopped, ended = saver.latest(run), liveness.last(run)

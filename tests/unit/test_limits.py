@@ -106,9 +106,7 @@ def test_a_limit_stops_a_run_as_a_signal_does_and_the_error_says_which(tmp_path,
     run._follow, run._carry_out = partial(DrivenRun._follow, run), partial(DrivenRun._carry_out, run)
     DrivenRun._beat(run)
     assert run.signals.name.startswith("limits.hours: 1 h are used up")
-    with pytest.raises(
-        LimitError, match=r"^limits\.hours: .*; stopped at step 7, behind a checkpoint; raise it and use --resume"
-    ):
+    with pytest.raises(LimitError, match=r"^limits\.hours: .*; stopped at step 7, after a checkpoint; raise it and use --resume"):
         run._follow(Stopped(1, INTERRUPTED, 7, watched.reached))
     run.course = under_way(0)
     with pytest.raises(LimitError, match="before the first step"):

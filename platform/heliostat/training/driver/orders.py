@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from heliostat.errors import HeliostatError, StalledError, StoppedError
 from heliostat.training.stops import INTERRUPTED, PREEMPTED, RESIZE, RUN
 
-STEPPING = ("step", "stepped")  # phases in which workers can stop behind a checkpoint: in the first step, and after it
+STEPPING = ("step", "stepped")  # phases in which workers can stop after a checkpoint: in the first step, and after it
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ AttemptEvent = PhaseBegun | StopAsked | NodesLeaving | RoomFound | WorkerEnded |
 
 @dataclass(frozen=True)
 class OrderStop:
-    """Orders the workers to stop behind a checkpoint. `why`: for the log."""
+    """Orders the workers to stop after a checkpoint. `why`: for the log."""
 
     code: int
     why: str
@@ -136,15 +136,15 @@ def decide(watch: WorkerWatch, event: AttemptEvent) -> Decision:
         case PhaseBegun(phase=phase):
             return replace(watch, phase=phase), None
         case StopAsked(by=by) if watch.ordered < INTERRUPTED and watch.phase in STEPPING:
-            why = f"{by}: stopping behind a checkpoint; once more stops at once"
+            why = f"{by}: stopping after a checkpoint; once more stops at once"
             return _order(replace(watch, asked_by=by), INTERRUPTED, why, event.now + watch.grace)
         case StopAsked(by=by) if watch.ordered < INTERRUPTED and watch.phase != "ended":
             return _give_up(watch, StoppedError(f"stopped by {by} before the first step; nothing was lost"))
         case NodesLeaving(count=count) if watch.ordered < PREEMPTED and watch.phase == "stepped":
-            why = f"{count} of the run's nodes are about to go: stopping behind a checkpoint"
+            why = f"{count} of the run's nodes are about to go: stopping after a checkpoint"
             return _order(watch, PREEMPTED, why, event.now + watch.grace)
         case RoomFound(workers=workers) if watch.ordered < RESIZE and watch.phase == "stepped":
-            why = f"there is room for {workers} workers: growing behind the next checkpoint"
+            why = f"there is room for {workers} workers: growing after the next checkpoint"
             return _order(watch, RESIZE, why, watch.stop_by)  # which is due anyway
         case WorkerEnded(failed=failed, now=now):
             back_by = now + watch.settle if watch.back_by == math.inf else watch.back_by

@@ -254,7 +254,7 @@ def _stopped(course: Course, event: Stopped) -> Next:
     if event.stop == RUN:
         return replace(course, state=S.FINALIZING, done=event.step), ()
     if event.stop == INTERRUPTED:
-        where = f"stopped at step {event.step}, behind a checkpoint"
+        where = f"stopped at step {event.step}, after a checkpoint"
         if event.limit:
             return _raise(course, LimitError(f"{event.limit}; {where}; raise it and use --resume to go on"))
         return _raise(course, StoppedError(f"{where}; use --resume to go on"))
