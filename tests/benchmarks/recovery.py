@@ -41,9 +41,8 @@ from heliostat.chaos.nodes import LocalNodes
 from heliostat.chaos.process import workers
 from heliostat.runs.events import Event, Phase, Steps
 from heliostat.training import run
-from heliostat.training.driver import attempt, progress
+from heliostat.training.driver import attempt, orders, progress
 from heliostat.training.driver import run as driver_run
-from heliostat.training.stops import RESIZE
 
 from tests.benchmarks import harness
 
@@ -135,8 +134,7 @@ def alternate() -> None:
 
     def order(self: attempt.Attempt) -> None:
         look(self)
-        if self._phase == "stepped" and not self._ordered:
-            self._order(RESIZE, "another number of workers behind the next checkpoint")
+        self._decide(orders.RoomFound(self.job.workers.most))  # if they make steps, and are not ordered to stop yet
 
     attempt.Attempt._look = order  # type: ignore[method-assign]
 

@@ -221,7 +221,7 @@ def driver(world: int, rounds: int) -> dict[str, Any]:
 
     def beat() -> None:
         for rank in range(world):
-            pickle.dumps(state.heartbeat(*received(pickle.dumps((rank, 5, {"pid": rank, "node": hosts[rank]})))))
+            pickle.dumps(state.heartbeat(*received(pickle.dumps((0, rank, 5, {"pid": rank, "node": hosts[rank]})))))
 
     beats = timed(beat, rounds)[0] / mailbox.interval(world)
     drained, message = timed(lambda: pickle.dumps(state.drain()), rounds)

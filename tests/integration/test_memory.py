@@ -70,7 +70,7 @@ def test_a_limit_that_is_too_small_is_said_and_nothing_is_kept(job_file, caplog)
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
     with WorkerPool(Workers(count=2)) as pool, Memory(job(**{"checkpoint.memory_every": 1})) as made:
-        yield made, made.plan(pool.take(2), None)
+        yield made, made.plan(1, pool.take(2), None)
 
 
 def keep(plan: Any, step: int, rank: int, seal: bool = True) -> None:
@@ -88,13 +88,13 @@ def test_a_torn_or_a_damaged_generation_is_not_used(memory, caplog):
     for step, complete in ((10, True), (20, False)):
         keep(plan, step, 0)
         keep(plan, step, 1, seal=complete)
-    found = made.newest(5, "plan")
+    found = made.newest(1, 5, "plan")
     assert found and (found.step, found.world) == (10, 2), "the one of step 20 is torn"
-    assert made.newest(5, "another") is None, "the run's samples have changed"
-    assert made.newest(11, "plan") is None, "storage is newer"
+    assert made.newest(1, 5, "another") is None, "the run's samples have changed"
+    assert made.newest(1, 11, "plan") is None, "storage is newer"
     keeper = plan.keepers[1][0]
     ray.get(keeper.write.remote(f"{plan.attempt}:10", 1, 500, np.array([7], np.uint8)))
-    assert made.newest(5, "plan") is None
+    assert made.newest(1, 5, "plan") is None
     assert "step 10: the copy of worker 1 in memory is damaged (checksum), and is not used" in caplog.text
     ray.kill(keeper)
-    assert made.newest(5, "plan") is None
+    assert made.newest(1, 5, "plan") is None

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from heliostat.engine import process_group
 from heliostat.errors import HeliostatError, NonFiniteError, PeerLostError, WorkerError
+from heliostat.runs.events import Evaluation, Saved
 from heliostat.runs.time_ledger import Ledger
+from heliostat.training.worker.context import Posts
 from heliostat.training.worker.heartbeat import Heartbeat
 from heliostat.training.worker.process import TrainWorker
 from heliostat.training.worker.recheck import CorruptionCheck
@@ -60,7 +62,7 @@ def test_the_heartbeat_hands_the_order_on(monkeypatch):
     beat._rank, beat.progress, beat._ordered, beat._node, beat._every = 0, 0, 0, "n", 0.0
     beat._abort, beat.step, beat.micro = process_group.order(), 0, 0
     beat._ended = SimpleNamespace(wait=lambda seconds: True)  # type: ignore[assignment]
-    beat._mailbox = SimpleNamespace(heartbeat=SimpleNamespace(remote=lambda *given: {"abort": True}))
+    beat._mailbox = SimpleNamespace(heartbeat=lambda *given: {"abort": True})
     monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
     beat._beat()
     assert process_group.ordered()
@@ -122,6 +124,20 @@ def test_after_an_abort_no_checkpoint_no_receipt_and_no_copy_is_made():
         state.keep(10)
 
 
+def test_what_a_worker_posts_after_the_abort_is_dropped_and_counted(caplog):
+    """Whichever part of it posts: none has to ask."""
+    posted: list[Any] = []
+    posts = Posts(SimpleNamespace(post=posted.append), 0)  # type: ignore[arg-type]
+    posts.notice("before")
+    ordered()
+    with caplog.at_level("DEBUG", "heliostat"):
+        posts.post(Saved(step=10, blocked_s=0.0))
+        posts.tell(Evaluation(step=10, scores={"loss": math.nan}))
+        posts.notice_of_any("the bits differ")
+    assert [event.text for event in posted] == ["before"] and posts.dropped == 3
+    assert [r.getMessage().split()[0] for r in caplog.records] == ["Saved", "Evaluation", "Notice"]
+
+
 def test_bits_of_an_aborted_collective_are_no_corruption(monkeypatch):
     """At ZeRO-3 the weights are gathered for the comparison: a sound node would be excluded for good."""
     recheck: Any = object.__new__(CorruptionCheck)
@@ -167,7 +183,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, told: list[Any], error: Exception, 
 
 def run(worker: TrainWorker, told: list[Any]) -> None:
     place: Any = SimpleNamespace(rank=2, backend="gloo")
-    worker.run(place, {"mailbox": SimpleNamespace(post=SimpleNamespace(remote=told.append))})
+    worker.run(place, {"mailbox": SimpleNamespace(post=told.append)})
 
 
 @pytest.mark.parametrize(

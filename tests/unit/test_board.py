@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 from heliostat.config import spec
 from heliostat.errors import HeliostatError, StalledError
-from heliostat.runs.events import Event, NodeSample, Notice, Stack
+from heliostat.runs.events import Event, NodeSample, Notice, Stack, WorkerFailed
 from heliostat.training import mailbox
 from heliostat.training.driver import attempt, watchdog
+from heliostat.training.driver.orders import WorkerWatch
 from heliostat.training.driver.pool import Member
 from heliostat.training.driver.signals import Signals
 from heliostat.training.worker.build import Worker
@@ -37,7 +39,7 @@ class Clock:
 def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_frozen(workers):
     """Each hears of the order with its next pulse, which comes the more rarely the more workers there are."""
     clock, draw = Clock(), random.Random(workers)
-    state = mailbox.MailboxState(clock)
+    state = mailbox.MailboxState(clock=clock)
     frozen = set(draw.sample(range(workers), max(1, workers // 100)))
     due = {r: clock.now + draw.uniform(0, mailbox.interval(workers)) for r in range(workers) if r not in frozen}
     answers = list[tuple[float, int]]()
@@ -48,17 +50,17 @@ def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_fro
         for rank, at in due.items():
             if at <= clock.now:
                 due[rank] = at + mailbox.interval(workers)
-                if state.heartbeat(rank, 7, FACTS).get("dump"):
+                if state.heartbeat(0, rank, 7, FACTS).get("dump"):
                     answers.append((clock.now + draw.uniform(0, watchdog.ANSWER_S - 2 * watchdog.POLL_S), rank))
                     due[rank] = float("inf")
         for one in [a for a in answers if a[0] <= clock.now]:
             answers.remove(one)
-            state.post(Stack(rank=one[1], stack="in all_reduce"))
+            state.post(0, Stack(rank=one[1], stack="in all_reduce"))
 
-    state.order({"dump": True})
-    state.post(Notice(text="others"))
+    state.order(0, {"dump": True})
+    state.post(0, Notice(text="others"))
     others = list[Event]()
-    found = watchdog.collect(workers, lambda: state.drain()[0], others.append, clock, sleep)
+    found = watchdog.collect(workers, lambda: [event for _, event in state.drain().events], others.append, clock, sleep)
     assert set(found) == set(range(workers)) - frozen and [type(e) for e in others] == [Notice]
     told = watchdog.text(found, workers)
     assert told.splitlines()[0].endswith("frozen, or dead: worker " + ", ".join(str(r) for r in sorted(frozen)))
@@ -75,7 +77,8 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
     made.job = SimpleNamespace(workers=spec.Workers(count=1), watchdog=spec.Watchdog(start=limit, stall=limit))  # type: ignore[assignment]
     made.start = SimpleNamespace(job=made.job)  # type: ignore[assignment]
     made.pool = SimpleNamespace(waiting=False)  # type: ignore[assignment]
-    made.signals, made._ordered, made._phase, made._fault, made._stop_by = Signals(), 0, "step", None, None
+    made.signals, made._deciding = Signals(), threading.Lock()
+    made._watch = WorkerWatch(grace=60.0, settle=10.0, hear=1.0, phase="step")
     made._since = time.monotonic() - 1000
     made._heartbeats = {0: {**FACTS, "progress": 1, "moved": time.monotonic(), "at": time.monotonic()}}
     made._members, made._keep_stacks = [], lambda: ("stacks", {})  # type: ignore[method-assign]
@@ -86,14 +89,14 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
 def test_a_wall_clock_that_is_set_stalls_nobody_and_hides_no_stall(monkeypatch, jump):
     """An hour of summer time, or a first answer of a time server, is no hour in which nobody got on."""
     made, state, now = watched(), mailbox.MailboxState(), time.time()
-    state.heartbeat(0, 1, FACTS)
+    state.heartbeat(0, 0, 1, FACTS)
     monkeypatch.setattr(time, "time", lambda: now + jump)
     made._look()
-    assert made._fault is None
+    assert made._watch.fault is None
     assert 0 <= state.drain()[1][0]["moved"] < 60
     made._heartbeats[0]["moved"] = time.monotonic() - 61
     made._look()
-    assert "no worker got on for 61 s" in str(made._fault)
+    assert "no worker got on for 61 s" in str(made._watch.fault)
 
 
 def test_what_many_nodes_are_busy_with_crowds_no_loss_out_and_what_is_lost_is_counted(monkeypatch):
@@ -101,13 +104,65 @@ def test_what_many_nodes_are_busy_with_crowds_no_loss_out_and_what_is_lost_is_co
     monkeypatch.setattr(mailbox, "SYSTEM_LIMIT", 5)
     state = mailbox.MailboxState()
     for step in range(12):
-        state.post(Notice(text=str(step)))
+        state.post(0, Notice(text=str(step)))
         for node in range(64):
-            state.post(NodeSample(node=str(node), values={}))
-    events, _, lost = state.drain()
-    assert [e.text for e in events if isinstance(e, Notice)] == [str(step) for step in range(2, 12)]
+            state.post(0, NodeSample(node=str(node), values={}))
+    events, _, lost, _ = state.drain()
+    assert [e.text for _, e in events if isinstance(e, Notice)] == [str(step) for step in range(2, 12)]
     assert len(events) == 15 and lost == 2 + 12 * 64 - 5
-    assert state.drain() == ([], {}, 0)
+    assert state.drain() == ([], {}, 0, 0)
+
+
+def test_a_message_of_an_earlier_attempt_reaches_the_driver_as_one_and_changes_nothing_else():
+    """The driver drops events; the mailbox drops heartbeats, orders, and decisions, and counts them."""
+    state = mailbox.MailboxState(1)
+    state.heartbeat(1, 0, 5, FACTS)
+    state.order(1, {"stop": 2})
+    state.decide(1, 10, 0)
+    state.post(1, Notice(text="before the end of attempt 1"))
+    state.begin(2)
+    state.post(1, Notice(text="after it"))
+    assert state.heartbeat(1, 0, 6, FACTS) == {"abort": True}, "a worker that still lives ends"
+    state.order(1, {"dump": True})
+    state.decide(1, 20, 3)
+    assert state.decision(1, 10) is None and state.decision(2, 10) is None and state.decision(2, 20) is None
+    assert state.heartbeat(2, 1, 1, FACTS) == {}
+    events, heartbeats, lost, stale = state.drain()
+    assert [number for number, _ in events] == [1, 1] and list(heartbeats) == [1] and (lost, stale) == (0, 4)
+    assert state.drain().stale == 0
+
+
+def test_an_attempt_hands_on_events_of_earlier_ones_with_their_number_and_takes_no_error_of_theirs(monkeypatch):
+    state, handed = mailbox.MailboxState(2), list[tuple[int, str]]()
+    state.post(1, WorkerFailed(rank=0, error=HeliostatError("late")))
+    state.post(1, Notice(text="late"))
+    state.post(2, WorkerFailed(rank=1, error=HeliostatError("the cause")))
+    state.post(2, Notice(text="now"))
+    made = watched()
+    made._mailbox = SimpleNamespace(attempt=2, drain=state.drain)  # type: ignore[assignment]
+    made._hand_over = lambda number, event: handed.append((number, type(event).__name__))  # type: ignore[method-assign]
+    made._draining, made._reported = None, {}
+    monkeypatch.setattr(attempt.ray, "get", lambda answer, timeout: answer)
+    assert [event.text for event in made._drained() if isinstance(event, Notice)] == ["now"]
+    assert handed == [(1, "WorkerFailed"), (1, "Notice")] and {r: str(e) for r, e in made._reported.items()} == {1: "the cause"}
+
+
+def test_what_the_mailbox_answers_too_late_for_one_look_comes_with_the_next(monkeypatch):
+    """The events of that answer were lost, and nothing said so."""
+    state = mailbox.MailboxState(1)
+    state.post(1, Notice(text="kept"))
+    made = watched()
+    made._mailbox = SimpleNamespace(attempt=1, drain=state.drain)  # type: ignore[assignment]
+    made._draining, made._reported = None, {}
+    answers = iter([attempt.ray.exceptions.GetTimeoutError(), None])
+
+    def get(answer: Any, timeout: float) -> Any:
+        if error := next(answers):
+            raise error
+        return answer
+
+    monkeypatch.setattr(attempt.ray, "get", get)
+    assert made._drained() == [] and [type(event) for event in made._drained()] == [Notice]
 
 
 def stack(*frames: str) -> str:
@@ -129,8 +184,8 @@ def stall(
     }
     made._keep_stacks = lambda: ("stacks.txt", stacks)  # type: ignore[method-assign]
     made._look()
-    assert isinstance(made._fault, StalledError)
-    return made._fault
+    assert isinstance(made._watch.fault, StalledError)
+    return made._watch.fault
 
 
 def test_a_stall_names_the_slowest_worker_with_its_node_device_step_and_micro_batch():
@@ -162,7 +217,7 @@ def test_a_worker_tells_which_step_and_micro_batch_it_is_at(monkeypatch):
     beat, sent = object.__new__(Heartbeat), list[Any]()
     beat._rank, beat.progress, beat._ordered, beat._node, beat._every = 0, 9, 0, "n", 0.0
     beat._ended = SimpleNamespace(wait=lambda seconds: True)  # type: ignore[assignment]
-    beat._mailbox = SimpleNamespace(heartbeat=SimpleNamespace(remote=lambda *given: sent.append(given) or {}))
+    beat._mailbox = SimpleNamespace(heartbeat=lambda *given: sent.append(given) or {})
     monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
     worker: Any = Worker.__new__(Worker)
     loop = loop_in_step(lambda: [worker._handed() for _ in range(3)] and None)

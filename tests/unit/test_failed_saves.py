@@ -103,8 +103,7 @@ def test_a_pause_point_waits_for_its_checkpoint_and_survives_as_many_failed_save
     loop, again, posted = loop_in_step(lambda: None), list[int](), list[Any]()
     state.save, state.context.ledger = again.append, Ledger("idle")
     due = Due(last=False, reports=True, evaluates=False, saves=True, keeps=False, holds=True)
-    decision = SimpleNamespace(remote=lambda step: RESIZE)
-    loop.context.posts = SimpleNamespace(mailbox=SimpleNamespace(decision=decision), post=posted.append)
+    loop.context.posts = SimpleNamespace(mailbox=SimpleNamespace(decision=lambda step: RESIZE), post=posted.append)
     loop.context.latest = Latest()
     monkeypatch.setattr("ray.get", lambda answer: answer)
     if failures > TOLERATED:

@@ -1,6 +1,7 @@
 """Why an attempt's workers have failed: the cause is found among what follows from it, and the node at fault is named."""
 
 import pickle
+import random
 import threading
 import time
 from dataclasses import replace
@@ -23,6 +24,7 @@ from heliostat.training import faults
 from heliostat.training.driver import attempt, suspects
 from heliostat.training.driver.attempt import Attempt
 from heliostat.training.driver.failures import Failure, explain, survived
+from heliostat.training.driver.orders import WorkerWatch
 from heliostat.training.driver.recovery import classify
 from heliostat.training.driver.suspects import Suspicions
 from heliostat.training.driver.watchdog import frozen
@@ -71,6 +73,22 @@ def test_an_error_after_the_abort_is_a_lost_peer_never_the_cause_and_its_worker_
     assert survived(late)
     assert survived(failure(2, raised(RuntimeError(NCCL)))) and not survived(failure(2, raised(KeyError("x"))))
     assert type(explain([late, late])) is TrainingError, "a network's fault is tried again, however often the text is the same"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_fails_in_whatever_order_the_cause_is_what_a_worker_raised_before_the_abort(seed):
+    """Neither what is raised after the order to abort, nor what follows from another failure, nor what the driver did itself."""
+    draw = random.Random(seed)
+    causes = [raised(KeyError("x")), raised(StorageError("the store is away")), raised(RuntimeError(ECC)), died()]
+    effects = [raised(LATE), raised(LATE), raised(RuntimeError(NCCL)), None]
+    for _ in range(20):
+        true = draw.choice(causes)
+        errors = [true, *draw.choices(effects, k=3)]
+        draw.shuffle(errors)
+        found = explain([failure(rank, error) for rank, error in enumerate(errors)])
+        words = {0: "KeyError", 1: "the store is away", 2: "uncorrectable ECC", 3: "died unexpectedly"}[causes.index(true)]
+        assert words in str(found), str(found)
+        assert not any(word in str(found) for word in ("Default process group", "did not end", "ncclRemoteError"))
 
 
 def test_the_end_of_the_data_stream_that_follows_a_failure_is_not_its_cause():
@@ -229,14 +247,12 @@ def test_a_bad_node_is_excluded_where_others_have_room_and_named_where_they_have
 def test_a_reported_error_ends_the_attempt_though_no_worker_ever_ends(monkeypatch):
     """A broken device lets its process neither clean up nor close its connections, so the others would wait for the watchdog."""
     ordered: list[str] = []
-    monkeypatch.setattr(attempt, "SETTLE_S", 0.1)
     monkeypatch.setattr(attempt, "POLL_S", 0.01)
-    monkeypatch.setattr(attempt.mailbox, "interval", lambda workers: 0.0)
     monkeypatch.setattr(attempt.ray, "wait", lambda waiting, timeout: time.sleep(timeout) or ([], waiting))
-    monkeypatch.setattr(attempt.stream, "end", lambda parts: ordered.append("end of the stream"))
     running: Any = object.__new__(Attempt)
-    running._reported, running._parts = {}, []
-    running._mailbox = SimpleNamespace(order=SimpleNamespace(remote=ordered.extend))
+    running._reported, running._streams = {}, SimpleNamespace(end=lambda: ordered.append("end of the stream"))
+    running._watch, running._deciding = WorkerWatch(grace=60.0, settle=0.1, hear=0.0, phase="stepped"), threading.Lock()
+    running._mailbox = SimpleNamespace(order=ordered.extend)
     members = {f"result {rank}": SimpleNamespace(node="n", address="a", gpus=(str(rank),)) for rank in (0, 1)}
     threading.Timer(0.2, lambda: running._reported.update({1: WorkerError(ECC)})).start()
     began = time.monotonic()

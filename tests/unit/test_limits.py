@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +19,10 @@ from heliostat.runs.time_ledger import LedgerRecorder
 from heliostat.storage.locations import Location
 from heliostat.training.driver import limits
 from heliostat.training.driver.limits import Spending, hourly
+from heliostat.training.driver.recovery import Budget
 from heliostat.training.driver.run import DrivenRun
 from heliostat.training.driver.signals import Signals
-from heliostat.training.driver.states import States
+from heliostat.training.driver.states import Course, Stopped
 from heliostat.training.stops import INTERRUPTED
 from heliostat.tune import sweep
 
@@ -93,14 +96,21 @@ def test_a_limit_stops_a_run_as_a_signal_does_and_the_error_says_which(tmp_path,
     monkeypatch.setattr("heliostat.cluster.nodes.inventory", list)
     watched = spending(tmp_path, {"hours": 1.0}, (2.0, 1, 0.0))
     run: Any = SimpleNamespace(
-        ledger=watched._ledger, lease=SimpleNamespace(lost=None), spending=watched, signals=Signals(), start_step=0, saved_step=0
+        ledger=watched._ledger,
+        lease=SimpleNamespace(lost=None),
+        spending=watched,
+        signals=Signals(),
+        job=job(),
+        course=under_way(0),
     )
+    run._follow, run._carry_out = partial(DrivenRun._follow, run), partial(DrivenRun._carry_out, run)
     DrivenRun._beat(run)
     assert run.signals.name.startswith("limits.hours: 1 h are used up")
     with pytest.raises(LimitError, match=r"^limits\.hours: .*; stopped at step 7, after a checkpoint; raise it and use --resume"):
-        DrivenRun._handle_stop(run, INTERRUPTED, 7)
+        run._follow(Stopped(1, INTERRUPTED, 7, watched.reached))
+    run.course = under_way(0)
     with pytest.raises(LimitError, match="before the first step"):
-        DrivenRun._recover(run, StoppedError("stopped before the first step"))
+        DrivenRun._failed(run, 1, StoppedError("stopped before the first step"))
     assert issubclass(LimitError, StoppedError) and LimitError("x").exit_code == 130
 
 
@@ -173,21 +183,27 @@ def test_a_wall_clock_that_is_set_uses_up_no_hours(tmp_path, monkeypatch):
     assert recorder.spent()[0] == pytest.approx(3.0, abs=0.01)
 
 
+def under_way(step: int) -> Course:
+    """The course of a run in its first attempt, from this step."""
+    return Course(Budget(job().retries), step, step, step, attempt=1, under_way=True)
+
+
 @pytest.mark.parametrize("signal_too", [False, True])
 def test_a_limit_reached_between_two_attempts_is_what_the_error_says(tmp_path, monkeypatch, signal_too):
     """It was a StoppedError, as of a signal."""
     run: Any = object.__new__(DrivenRun)
     run.spending, run.signals = spending(tmp_path, {"hours": 1.0}, (2.0, 1, 0.0)), Signals()
-    run.ledger, run.lease, run.start_step, run.saved_step = run.spending._ledger, SimpleNamespace(lost=None), 5, 5
-    run.restarts, run.job, run.state = 0, job(), States("x")
+    run.ledger, run.lease, run.job, run.course = run.spending._ledger, SimpleNamespace(lost=None), job(), under_way(5)
     run.ledger.restart = lambda **given: None
     run._beat = lambda: (DrivenRun._beat(run), signal_too and setattr(run.signals, "name", "SIGTERM"))
     error = PlacementError("no room")
     text = r"^limits\.hours: 1 h are used up .*; stopped between two attempts; raise it and use --resume to go on from step 5$"
     with pytest.raises(LimitError, match=text):
-        run._recover(error)
+        run._failed(1, error)
+    run.course = under_way(5)
     with pytest.raises(LimitError, match=r"limits\.hours: 1 h are used up"):
-        run._recover(StoppedError("stopped by SIGTERM; no checkpoint"))
+        run._failed(1, StoppedError("stopped by SIGTERM; no checkpoint"))
+    run.course = dataclasses.replace(under_way(5), under_way=False)
     after = run._stopped("after the last step", "use --resume to export and register the model")
     assert isinstance(after, LimitError) and str(after).startswith("limits.hours: 1 h are used up")
     run.spending.reached, run.signals.name = "", "SIGINT"

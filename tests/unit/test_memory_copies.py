@@ -61,7 +61,7 @@ class Workers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *keepers: Remote) -> None:
         self.keepers, self.notices = keepers, list[str]()
-        plan = MemoryPlan("a", [[keeper] for keeper in keepers])
+        plan = MemoryPlan(0, [[keeper] for keeper in keepers])
         self.all = [MemoryCopies(plan, 1 << 30, rank, len(keepers), self.notices.append) for rank in range(len(keepers))]
         monkeypatch.setattr(memory_copies, "together", self._together)
 
@@ -92,8 +92,8 @@ def test_copies_arrive_in_pieces_and_are_intact(monkeypatch):
         workers.step(step)
     workers.end()
     for rank in (0, 1):
-        assert workers.held(rank) == ["a:2", "a:3"] and workers.keepers[rank].keeper.intact("a:3") == [rank]
-        (found,) = [copy for (id, _), copy in workers.keepers[rank].keeper._copies.items() if id == "a:3"]
+        assert workers.held(rank) == ["0:2", "0:3"] and workers.keepers[rank].keeper.intact("0:3") == [rank]
+        (found,) = [copy for (id, _), copy in workers.keepers[rank].keeper._copies.items() if id == "0:3"]
         assert len(found.arrived) > memory_copies.IN_FLIGHT and sum(one.size for one in found.arrived) == len(found.data)
     assert workers.notices == []
 
@@ -104,12 +104,12 @@ def test_a_keeper_checks_pieces_while_they_arrive_and_seals_at_once(monkeypatch)
     summed = memory_keeper.summed
     monkeypatch.setattr(memory_keeper, "summed", lambda data, start: (read.append(len(data)), summed(data, start))[1])
     data = torch.arange(100, dtype=torch.uint8).numpy()
-    keeper.open("a:1", 0, 100)
+    keeper.open("0:1", 0, 100)
     for start in (50, 0):
-        keeper.write("a:1", 0, start, data[start : start + 50])
+        keeper.write("0:1", 0, start, data[start : start + 50])
     assert read == [50, 50]
-    keeper.seal("a:1", 0, [summed(data[:50], 0), summed(data[50:], 50)], CopyFacts(1, 1, "plan", {}), [], b"")
-    assert read == [50, 50] and keeper.intact("a:1") == [0]
+    keeper.seal("0:1", 0, [summed(data[:50], 0), summed(data[50:], 50)], CopyFacts(1, 1, "plan", {}), [], b"")
+    assert read == [50, 50] and keeper.intact("0:1") == [0]
 
 
 def test_pieces_of_several_workers_are_taken_at_the_same_time(monkeypatch):
@@ -119,8 +119,8 @@ def test_pieces_of_several_workers_are_taken_at_the_same_time(monkeypatch):
     data = torch.zeros(100, dtype=torch.uint8).numpy()
     threads = []
     for rank in (0, 1):
-        keeper.open("a:1", rank, 100)
-        threads.append(threading.Thread(target=keeper.write, args=("a:1", rank, 0, data)))
+        keeper.open("0:1", rank, 100)
+        threads.append(threading.Thread(target=keeper.write, args=("0:1", rank, 0, data)))
         threads[-1].start()
     for thread in threads:
         thread.join(10)
@@ -146,7 +146,7 @@ def test_all_workers_stop_together_when_a_copy_of_one_fails(monkeypatch):
     workers.step(5)
     workers.end()
     assert [one._off for one in workers.all] == [True, True]
-    assert workers.held(0) == ["a:2", "a:3"] and workers.held(1) == ["a:2"]
+    assert workers.held(0) == ["0:2", "0:3"] and workers.held(1) == ["0:2"]
     until = "until the workers start again, after 3 copies: worker 1: keeper lost"
     assert workers.notices == [f"checkpoint.memory_every: no copies are kept in memory {until}"]
 
@@ -198,47 +198,67 @@ def kept(keeper: MemoryKeeper, id: str, rank: int, step: int, seal: bool = True)
 
 def test_a_generation_is_whole_once_every_rank_has_sealed_its_copy_on_some_node():
     one, other = MemoryKeeper(), MemoryKeeper()
-    kept(one, "a:10", 0, 10)
-    kept(other, "a:10", 1, 10)
-    kept(one, "a:20", 0, 20)
-    kept(other, "a:20", 1, 20, seal=False)
-    assert whole({"n": one.held(), "m": other.held()}, "plan") == [("a:10", 10, 2)]
+    kept(one, "0:10", 0, 10)
+    kept(other, "0:10", 1, 10)
+    kept(one, "0:20", 0, 20)
+    kept(other, "0:20", 1, 20, seal=False)
+    assert whole({"n": one.held(), "m": other.held()}, "plan") == [("0:10", 10, 2)]
     assert whole({"n": one.held()}, "plan") == [], "the copy of rank 1 is on the node that is gone"
-    other.seal("a:20", 1, sums(), facts(20), [], b"")
-    assert whole({"n": one.held(), "m": other.held()}, "plan") == [("a:20", 20, 2), ("a:10", 10, 2)]
+    other.seal("0:20", 1, sums(), facts(20), [], b"")
+    assert whole({"n": one.held(), "m": other.held()}, "plan") == [("0:20", 20, 2), ("0:10", 10, 2)]
 
 
 def test_copies_that_do_not_agree_are_none():
-    held = [("a:10", 0, facts(10, loss_scale={"cur_scale": 1.0})), ("a:10", 1, facts(10, loss_scale={"cur_scale": 2.0}))]
+    held = [("0:10", 0, facts(10, loss_scale={"cur_scale": 1.0})), ("0:10", 1, facts(10, loss_scale={"cur_scale": 2.0}))]
     assert whole({"n": held}, "plan") == []
-    assert whole({"n": [("a:10", 0, facts(10)), ("b:10", 1, facts(10))]}, "plan") == [], "of two attempts"
+    assert whole({"n": [("0:10", 0, facts(10)), ("1:10", 1, facts(10))]}, "plan") == [], "of two attempts"
 
 
 def test_the_oldest_generation_makes_room_when_a_third_begins():
     keeper = MemoryKeeper()
     for step in (10, 20):
         for rank in (0, 1):
-            kept(keeper, f"a:{step}", rank, step)
-    kept(keeper, "a:30", 0, 30, seal=False)
-    assert [g[0] for g in whole({"n": keeper.held()}, "plan")] == ["a:20"]
-    assert keeper.read("a:20", 1, [(0, 2), (998, 1000)]).tolist() == [0, 1, 230, 231]
-    keeper.begin("a:20")
-    assert {id for id, _, _ in keeper.held()} == {"a:20"}
-    keeper.begin(None)
+            kept(keeper, f"0:{step}", rank, step)
+    kept(keeper, "0:30", 0, 30, seal=False)
+    assert [g[0] for g in whole({"n": keeper.held()}, "plan")] == ["0:20"]
+    assert keeper.read("0:20", 1, [(0, 2), (998, 1000)]).tolist() == [0, 1, 230, 231]
+    keeper.begin(0, "0:20")
+    assert {id for id, _, _ in keeper.held()} == {"0:20"}
+    keeper.begin(0, None)
     assert keeper.held() == []
+
+
+def test_copies_that_come_after_their_attempt_are_refused_and_counted():
+    """They made the generation that the next attempt starts from give way, or wrote into it."""
+    keeper = MemoryKeeper(1)
+    for step in (10, 20):
+        kept(keeper, f"1:{step}", 0, step)
+    keeper.open("1:30", 0, len(DATA))
+    keeper.admit(2)
+    late: list[Callable[[], None]] = [
+        lambda: keeper.open("1:40", 0, len(DATA)),
+        lambda: keeper.write("1:20", 0, 0, DATA[500:]),
+        lambda: keeper.seal("1:30", 0, [], facts(30), [], b""),
+    ]
+    for send in late:
+        with pytest.raises(ValueError, match="a copy of attempt 1 came in attempt 2"):
+            send()
+    assert [id for id, _, _ in keeper.held()] == ["1:20"] and keeper.intact("1:20") == [0]
+    assert keeper.begin(2, "1:20") == 3 and keeper.begin(3, "1:20") == 0
+    assert [id for id, _, _ in keeper.held()] == ["1:20"]
 
 
 def test_damage_is_found_on_the_way_and_while_it_lies_there():
     keeper = MemoryKeeper()
-    kept(keeper, "a:10", 0, 10)
-    kept(keeper, "a:10", 1, 10)
-    assert keeper.intact("a:10") == [0, 1]
-    keeper.write("a:10", 0, 500, DATA[:1])
-    assert keeper.intact("a:10") == [1]
-    keeper.open("a:20", 0, len(DATA))
+    kept(keeper, "0:10", 0, 10)
+    kept(keeper, "0:10", 1, 10)
+    assert keeper.intact("0:10") == [0, 1]
+    keeper.write("0:10", 0, 500, DATA[:1])
+    assert keeper.intact("0:10") == [1]
+    keeper.open("0:20", 0, len(DATA))
     with pytest.raises(ValueError, match="did not arrive"):
-        keeper.seal("a:20", 0, [sums()[0]], facts(20), [], b"")
-    assert [id for id, _, _ in keeper.held()] == ["a:10", "a:10"]
+        keeper.seal("0:20", 0, [sums()[0]], facts(20), [], b"")
+    assert [id for id, _, _ in keeper.held()] == ["0:10", "0:10"]
 
 
 def test_what_is_needed_is_two_generations_of_all_workers():
@@ -247,7 +267,7 @@ def test_what_is_needed_is_two_generations_of_all_workers():
     keeper.reserve(1, 500)
     keeper.reserve(1, 500)
     assert keeper.need() == 3000
-    keeper.begin(None)
+    keeper.begin(0, None)
     assert keeper.need() == 0
 
 

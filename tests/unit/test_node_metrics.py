@@ -75,7 +75,7 @@ def test_a_lost_gpu_is_told_of_once_and_samples_go_on():
     monitor: Any = object.__new__(NodeMonitor)
     rounds = iter([False, False, True])
     monitor._ended = SimpleNamespace(wait=lambda seconds: next(rounds))
-    monitor._mailbox = SimpleNamespace(post=SimpleNamespace(remote=posted.append))
+    monitor._mailbox = SimpleNamespace(post=posted.append)
     monitor._node, monitor._nodes, monitor._unread, monitor.host = "10.0.0.1", 1, set(), dict
     monitor._sample()
     assert [type(event) for event in posted] == [Notice, NodeSample, NodeSample]

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from heliostat.errors import AccessError, StoppedError, unwrapped
+from heliostat.errors import AccessError, HeliostatError, StoppedError, unwrapped
 from heliostat.storage import wire
 from heliostat.training.driver import suspects
 from heliostat.training.driver.recovery import Budget
 from heliostat.training.driver.run import DrivenRun
+from heliostat.training.driver.states import Begin, Course
 
 from tests.unit.build_job import job
 
@@ -23,27 +24,29 @@ def refusal(place: Path) -> AccessError:
 
 
 def run_of(storage: Path) -> Any:
-    """Stands for a Run: what `_recover` uses of one."""
+    """Stands for a run in its first attempt: what a failure uses of one."""
     made = job(**{"storage": str(storage), "data.sources.0.path": str(storage / "data")})
     made.run_folder.join("x").write(b"")
     restarts = list[tuple[str, str]]()
-    return SimpleNamespace(
-        job=made, saved_step=0, start_step=0, budget=Budget(made.retries), plan=SimpleNamespace(skips=()), restarts=restarts,
-        _restart=lambda state, outcome, reason: restarts.append((outcome, reason)), _pause=lambda *_: None, trust_memory=True,
-        spending=SimpleNamespace(reached=""), _exclude=lambda *_: [],
-        memory=SimpleNamespace(forget=lambda: pytest.fail("the copies are good")),
-    )  # fmt: skip
+    run: Any = object.__new__(DrivenRun)
+    run.job, run.course, run.plan, run.restarts = made, Course(Budget(made.retries), 0, 0, 0), SimpleNamespace(skips=()), restarts
+    run.ledger = SimpleNamespace(restart=lambda outcome, reason: restarts.append((outcome, reason)))
+    run.spending, run._pause, run._exclude = SimpleNamespace(reached=""), lambda *_: None, lambda *_: []
+    run.memory = SimpleNamespace(forget=lambda: pytest.fail("the copies are good"))
+    return run
 
 
-def recover(run: Any, error: Exception) -> None:
-    DrivenRun._recover(run, error)
+def recover(run: Any, error: HeliostatError) -> None:
+    """Lets the next attempt of the run fail."""
+    run._follow(Begin())
+    run._failed(run.course.attempt, error)
 
 
 def test_a_refusal_that_the_driver_does_not_meet_is_a_nodes_failure_and_tried_again(tmp_path):
     run = run_of(tmp_path)
     error = refusal(tmp_path / "small" / "checkpoints" / "x")
     recover(run, error)
-    assert run.restarts == [("failed", str(error))] and run.budget.used == 1
+    assert run.restarts == [("failed", str(error))] and run.course.budget.used == 1
     with pytest.raises(AccessError, match="given up after 10 retries"):  # within the budget of all failures
         for _ in range(10):
             recover(run, error)

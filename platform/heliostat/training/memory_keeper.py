@@ -3,7 +3,7 @@
 A copy is what one worker holds of the state after one step, as bytes. It arrives in pieces, several at a time, each of which is
 checksummed while it arrives. It counts once it is sealed: complete, and with the checksums that its worker computed. Copies with
 the same id belong together, as one *generation*: one for each worker of an attempt, after the same step. Two generations stay,
-because the newest may not be complete yet.
+because the newest may not be complete yet. A keeper takes copies of the present attempt only, and counts those that it refuses.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class CopySource:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Holds what an attempt does with memory: its own id, each rank's keepers, and the generation that it starts from, if any."""
+    """Holds what an attempt does with memory: its number, each rank's keepers, and the generation that it starts from, if any."""
 
-    attempt: str
+    attempt: int
     keepers: list[list[ActorHandle[MemoryKeeper]]]  # by rank: that of its node, and that of another node, if there is one
     source: CopySource | None = None
 
@@ -63,6 +63,16 @@ class Sum:
     start: int
     size: int
     value: int
+
+
+def generation(attempt: int, step: int) -> str:
+    """Returns the id of the copies that an attempt makes after a step."""
+    return f"{attempt}:{step}"
+
+
+def attempt_of(id: str) -> int:
+    """Returns the number of the attempt that made the copies of this id."""
+    return int(id.partition(":")[0])
 
 
 def summed(data: np.ndarray, start: int) -> Sum:
@@ -87,17 +97,28 @@ class Copy:
 
 
 class MemoryKeeper:
-    def __init__(self) -> None:
+    def __init__(self, attempt: int = 0) -> None:
+        self._attempt, self._refused = attempt, 0
         self._reserved: dict[int, int] = {}
         self._copies: dict[tuple[str, int], Copy] = {}  # by id and rank, in the order of their making
         self._unused: list[np.ndarray] = []  # fresh memory costs more than the copy
         self._changing = threading.Lock()
 
-    def begin(self, id: str | None) -> None:
-        """Begins an attempt: drops all copies but those of the generation that it starts from."""
+    def admit(self, attempt: int) -> None:
+        """Takes copies of this attempt only from now on."""
         with self._changing:
+            self._attempt = attempt
+
+    def begin(self, attempt: int, id: str | None) -> int:
+        """Begins an attempt: drops all copies but those of the generation that it starts from.
+
+        Returns how many copies of earlier attempts were refused since the last call.
+        """
+        with self._changing:
+            self._attempt, refused, self._refused = attempt, self._refused, 0
             self._reserved, self._unused = {}, []
             self._copies = {key: copy for key, copy in self._copies.items() if key[0] == id}
+            return refused
 
     def reserve(self, rank: int, size: int) -> None:
         """Notes that a worker wants to keep copies of `size` bytes."""
@@ -110,8 +131,9 @@ class MemoryKeeper:
             return sum(self._reserved.values())
 
     def open(self, id: str, rank: int, size: int) -> None:
-        """Begins a copy; drops the oldest generation if it begins another one."""
+        """Begins a copy; drops the oldest generation if it begins another one. ValueError if its attempt has ended."""
         with self._changing:
+            self._require_present(id)
             ids = list(dict.fromkeys([*(of for of, _ in self._copies), id]))
             for key in [key for key in self._copies if key[0] not in ids[-KEPT:]]:
                 self._unused.append(self._copies.pop(key).data)
@@ -120,6 +142,7 @@ class MemoryKeeper:
 
     def write(self, id: str, rank: int, start: int, data: np.ndarray) -> None:
         """Takes a piece of a copy; pieces come in any order."""
+        self._require_present(id)
         copy = self._copies[id, rank]
         place = copy.data[start : start + len(data)]
         place[:] = data
@@ -128,11 +151,18 @@ class MemoryKeeper:
     def seal(self, id: str, rank: int, sums: list[Sum], facts: CopyFacts, layout: Layout, own: bytes) -> None:
         """Completes a copy; ValueError if its pieces are not those that its worker had."""
         with self._changing:
+            self._require_present(id)
             copy = self._copies[id, rank]
             if sorted(copy.arrived) != sorted(sums) or sum(one.size for one in sums) != len(copy.data):
                 del self._copies[id, rank]
                 raise ValueError("a copy did not arrive as it was sent (checksum)")
             copy.facts, copy.layout, copy.own = facts, layout, own
+
+    def _require_present(self, id: str) -> None:
+        """Refuses what a worker of an earlier attempt sends: ValueError."""
+        if (attempt := attempt_of(id)) != self._attempt:
+            self._refused += 1
+            raise ValueError(f"a copy of attempt {attempt} came in attempt {self._attempt}, and was refused")
 
     def held(self) -> list[tuple[str, int, CopyFacts]]:
         """Lists the sealed copies: id, rank, and what is the same for all copies of a generation."""
@@ -157,10 +187,10 @@ class MemoryKeeper:
         return np.concatenate([data[start:stop] for start, stop in ranges])
 
 
-def make(node: str, runtime_env: Mapping[str, object]) -> ActorHandle[MemoryKeeper]:
-    """Creates the keeper of a node."""
+def make(node: str, attempt: int, runtime_env: Mapping[str, object]) -> ActorHandle[MemoryKeeper]:
+    """Creates the keeper of a node in an attempt."""
     where = NodeAffinitySchedulingStrategy(node, soft=False)
     actor = ray.remote(MemoryKeeper).options(
         num_cpus=0, scheduling_strategy=where, runtime_env=runtime_env or None, max_concurrency=THREADS
     )
-    return cast("ActorHandle[MemoryKeeper]", actor.remote())
+    return cast("ActorHandle[MemoryKeeper]", actor.remote(attempt))

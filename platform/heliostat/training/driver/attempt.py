@@ -7,7 +7,6 @@ node's provider wants that, or when the cluster has room for more of them; and e
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -28,21 +27,22 @@ from heliostat.data.manifest import Manifest
 from heliostat.data.node_streams import NodeStreams, StreamLimits
 from heliostat.data.order import Order
 from heliostat.engine.process_group import WorkerPlace
-from heliostat.errors import ConfigError, HeliostatError, LeaseError, StalledError, StoppedError, TrainingError
+from heliostat.errors import ConfigError, HeliostatError, LeaseError, StalledError, TrainingError
 from heliostat.runs.events import Event, Paused, Phase, Waiting, WorkerFailed
 from heliostat.storage import run_folder
 from heliostat.storage.lease import Fence
 from heliostat.text import brief
 from heliostat.training import mailbox
-from heliostat.training.driver import watchdog
-from heliostat.training.driver.failures import Failure, explain, survived
+from heliostat.training.driver import orders, watchdog
+from heliostat.training.driver.failures import Ended, Failure, explain, survived
 from heliostat.training.driver.memory import Memory
 from heliostat.training.driver.pool import Member, WorkerPool, places
 from heliostat.training.driver.profiles import ProfileRequests
 from heliostat.training.driver.recovery import choose
 from heliostat.training.driver.signals import Signals
+from heliostat.training.mailbox import AttemptMailbox
 from heliostat.training.memory_keeper import CopySource, MemoryPlan
-from heliostat.training.stops import INTERRUPTED, PREEMPTED, RESIZE, PausePoints
+from heliostat.training.stops import PREEMPTED, PausePoints
 
 if TYPE_CHECKING:
     from heliostat.training.worker.build import WorkerConfig, WorkerSummary
@@ -59,8 +59,12 @@ SETTLE_S = 10.0  # for the others to come back once one worker has failed; those
 
 @dataclass(frozen=True)
 class Start:
-    """Holds what an attempt starts from; `job` has a fixed number of workers, `counts` are those that it may change to."""
+    """Holds what an attempt starts from.
 
+    `mailbox`: has its number; `job`: has a fixed number of workers; `counts`: those that it may change to.
+    """
+
+    mailbox: AttemptMailbox
     job: Job
     counts: list[int]
     plan: DataPlan
@@ -73,45 +77,29 @@ class Start:
     pauses: PausePoints = field(default_factory=PausePoints)
 
 
-@dataclass
-class Ended:
-    """Holds how an attempt's workers have ended: rank 0's summary, if it has finished, and the failures in order of arrival."""
-
-    summary: WorkerSummary | None = None
-    failures: list[Failure] = field(default_factory=list)
-
-    def add(self, rank: int, member: Member, result: ray.ObjectRef[WorkerSummary]) -> None:
-        """Adds a worker that Ray has a result of."""
-        try:
-            summary = ray.get(result)
-        except Exception as e:  # noqa: BLE001 (explained once all have ended)
-            self.failures.append(_failure(rank, member, e))
-        else:
-            self.summary = summary if rank == 0 else self.summary
-
-
 class Attempt:
     def __init__(
-        self, start: Start, pool: WorkerPool, signals: Signals, take: Callable[[Event], None], beat: Callable[[], None]
+        self, start: Start, pool: WorkerPool, signals: Signals, take: Callable[[int, Event], None], beat: Callable[[], None]
     ) -> None:
         """Prepares the attempt.
 
-        `take` gets every event of the mailbox, in order, and `beat` is called often, both in the caller's thread.
+        `take` gets every event of the mailbox, in order, with the number of its attempt, and `beat` is called often, both in the
+        caller's thread.
         """
-        self.start, self.job, self.pool, self.signals, self._take, self._beat = start, start.job, pool, signals, take, beat
-        self._mailbox = mailbox.make()
+        self.start, self.job, self.pool, self.signals, self._hand_over, self._beat = start, start.job, pool, signals, take, beat
+        self._mailbox = start.mailbox
         self._streams = self._opened()
+        self._draining: ray.ObjectRef[mailbox.Drained] | None = None
         self._heartbeats: dict[int, mailbox.Pulse] = {}
         self._reported: dict[int, HeliostatError] = {}  # each worker's own error, by rank
         self._members: list[Member] = []  # the workers' processes, in order of their ranks
-        self._phase, self._since = "placing", time.monotonic()  # what the workers are at, and since when they are watched
-        self._ordered = 0
+        self._watch = orders.WorkerWatch(self.job.checkpoint.grace, SETTLE_S, mailbox.interval(self.job.workers.most))
+        self._deciding = threading.Lock()  # two threads change the watch
+        self._since = time.monotonic()  # since when the workers are watched at what they do
         self._paused_at: int | None = None  # the step after which the workers wait
-        self._stop_by: float | None = None  # when those that were asked to stop must have ended
         self._look_at = self._grow_at = 0.0
         self._starved = False  # said to be
         self._placing, self._reading = nodes.Shortage(self.job), 0.0  # since when the stream is being opened
-        self._fault: HeliostatError | None = None
 
     def run(self) -> WorkerSummary:
         """Runs the workers to their end; returns rank 0's summary, with the stop code if they were ordered to stop.
@@ -119,7 +107,7 @@ class Attempt:
         Raises a HeliostatError if the attempt fails.
         """
         profiles = ProfileRequests(
-            self.job.run_folder, self.job.workers.most, lambda request: self._mailbox.order.remote({"profile": request})
+            self.job.run_folder, self.job.workers.most, lambda request: self._mailbox.order({"profile": request})
         )
         profiles.begin()
         try:
@@ -127,7 +115,6 @@ class Attempt:
         finally:
             profiles.end()
             self._streams.end()
-            ray.kill(self._mailbox)
 
     def _run(self) -> WorkerSummary:
         outcome: Future[Ended] = Future()
@@ -145,15 +132,15 @@ class Attempt:
             try:
                 self._beat()
             except (LeaseError, ConfigError) as e:  # ConfigError: what a worker costs is not known
-                self._fault = e
+                self._decide(orders.FaultFound(e))
             self._drain()
             self._release()
             if thread.is_alive() and time.monotonic() >= self._look_at:
                 self._look_at = time.monotonic() + LOOK_S
                 self._look()
-            if self._fault:
+            if self._watch.fault:
                 self._end_workers(thread)
-                raise self._fault
+                raise self._watch.fault
         self._drain()
         ended = outcome.result()
         if ended.summary is not None:
@@ -165,7 +152,7 @@ class Attempt:
     def _drain(self) -> None:
         for event in self._drained():
             if isinstance(event, Phase):
-                self._phase = event.phase
+                self._decide(orders.PhaseBegun(event.phase))
                 if event.phase == "data":
                     self._reading = time.monotonic()
                 if event.phase in ("model", "stepped"):
@@ -175,60 +162,78 @@ class Attempt:
             self._take(event)
 
     def _drained(self) -> list[Event]:
-        """Drains the mailbox and returns its events; stores the heartbeats, with ages converted to times of this clock."""
-        answer: ray.ObjectRef[tuple[list[Event], dict[int, mailbox.Pulse], int]] = self._mailbox.drain.remote()
+        """Drains the mailbox and returns this attempt's events; stores the heartbeats, with ages as times of this clock."""
+        self._draining = self._draining or self._mailbox.drain()
         try:
-            events, heartbeats, lost = ray.get(answer, timeout=10)
+            posted, heartbeats, lost, stale = ray.get(self._draining, timeout=mailbox.ANSWER_S)
         except ray.exceptions.GetTimeoutError:
-            return []
+            return []  # the next call gets the answer
         except ray.exceptions.RayError as e:
             died = f"the driver's mailbox died ({type(e).__name__}), so nothing watches the workers"
-            self._fault = self._fault or TrainingError(died)
+            self._decide(orders.FaultFound(TrainingError(died)))
             return []
+        self._draining = None
         if lost:
             log.warning("%d events of the workers, the oldest, were lost: the driver was too slow for them", lost)
+        if stale:
+            log.debug("%d heartbeats, orders, or questions of earlier attempts were dropped", stale)
         now = time.monotonic()
         self._heartbeats = mailbox.by_other_clock(heartbeats, now)
+        for attempt, event in posted:
+            if attempt != self._mailbox.attempt:
+                self._hand_over(attempt, event)  # which drops it
+        events = [event for attempt, event in posted if attempt == self._mailbox.attempt]
         for event in events:
             if isinstance(event, WorkerFailed):
                 self._reported.setdefault(event.rank, event.error)
         return [event for event in events if not isinstance(event, WorkerFailed)]
 
+    def _take(self, event: Event) -> None:
+        """Hands an event of this attempt to the run."""
+        self._hand_over(self._mailbox.attempt, event)
+
     def _release(self) -> None:
         """Releases workers that wait at a pause point, as soon as it is decided whether they go on."""
         if self._paused_at is not None and (stop := self.start.pauses.get(self._paused_at)) is not None:
-            self._mailbox.decide.remote(self._paused_at, stop)
+            self._mailbox.decide(self._paused_at, stop)
             self._paused_at = None
 
     def _look(self) -> None:
-        """Orders the workers to stop, or sets the attempt's fault, where there is a reason to."""
+        """Looks for reasons to order the workers to stop, or to give them up."""
         now = time.monotonic()
-        if self.signals.name and self._ordered < INTERRUPTED:
-            if self._phase == "ended":
-                return  # the driver sees to it
-            if self._phase not in ("step", "stepped"):
-                self._fault = StoppedError(f"stopped by {self.signals.name} before the first step; nothing was lost")
-                return
-            self._order(INTERRUPTED, f"{self.signals.name}: stopping after a checkpoint; once more stops at once")
+        if self.signals.name:
+            self._decide(orders.StopAsked(self.signals.name, now))
+        if self._watch.fault:
+            return
         beating = Counter(p["node"] for p in self._heartbeats.values())
         if self.pool.waiting:
             self._say(self._placing.told())
-        if self._phase == "data" and not self._starved:
+        if self._watch.phase == "data" and not self._starved:
             self._starved = self._say(self._too_little_to_read(beating))
-        if self._ordered < PREEMPTED and self._phase == "stepped":
+        if self._watch.phase == "stepped" and self._watch.ordered < PREEMPTED:  # else these are of no interest
             if gone := beating.keys() & nodes.draining():
-                self._order(PREEMPTED, f"{len(gone)} of the run's nodes are about to go: stopping after a checkpoint")
-            elif not self._ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
+                self._decide(orders.NodesLeaving(len(gone), now))
+            elif not self._watch.ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
                 self._grow_at = now + GROW_S
                 better = choose(self.start.counts, nodes.room_now(self.job, self.pool.held(), self.pool.avoided()))
                 if better > self.job.workers.most:
-                    self._order(RESIZE, f"there is room for {better} workers: growing after the next checkpoint")
-        if self._stop_by and now > self._stop_by:
-            what = f"the workers wrote no checkpoint within checkpoint.grace ({self.job.checkpoint.grace:g} s)"
-            interrupted = self._ordered == INTERRUPTED
-            self._fault = StoppedError(f"stopped by {self.signals.name}; {what}") if interrupted else StalledError(what)
-        elif self._phase not in ("placing", "ended"):
-            self._watch(now)
+                    self._decide(orders.RoomFound(better))
+        self._decide(orders.Clock(now))
+        if not self._watch.fault and self._watch.phase not in ("placing", "ended"):
+            self._find_stall(now)
+
+    def _decide(self, event: orders.AttemptEvent) -> orders.AttemptAction | None:
+        """Lets `orders.decide` follow an event, and gives the orders that it returns. Called from two threads."""
+        with self._deciding:
+            self._watch, action = orders.decide(self._watch, event)
+        match action:
+            case orders.OrderStop():
+                log.warning(action.why)
+                self._mailbox.order({"stop": action.code})
+            case orders.OrderAbort():
+                self._mailbox.order({"abort": True})
+                self._streams.end()  # which they may be waiting for
+        return action
 
     def _too_little_to_read(self, beating: Mapping[str, int]) -> str | None:
         limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for one"
@@ -246,22 +251,15 @@ class Attempt:
             self._take(Waiting(text=text))
         return bool(text)
 
-    def _watch(self, now: float) -> None:
-        limit = self.job.watchdog.stall if self._phase == "stepped" else self.job.watchdog.start
+    def _find_stall(self, now: float) -> None:
+        limit = self.job.watchdog.stall if self._watch.phase == "stepped" else self.job.watchdog.start
         if reason := watchdog.stalled(self._heartbeats, self.start.job.workers.most, now, limit, self._since):
             suspects = watchdog.frozen(self._heartbeats, now, limit)  # before the stacks, which take time
             where, stacks = self._keep_stacks()
             who = self._held_up(stacks)
             fault = StalledError(f"{reason} (watchdog: {limit:g} s): {who}; the workers' stacks are in {where}")
             fault.suspects = suspects
-            self._fault = fault
-
-    def _order(self, code: int, why: str) -> None:
-        self._ordered = code
-        log.warning(why)
-        if code != RESIZE:
-            self._stop_by = time.monotonic() + self.job.checkpoint.grace
-        self._mailbox.order.remote({"stop": code})
+            self._decide(orders.FaultFound(fault))
 
     def _held_up(self, stacks: dict[int, str]) -> str:
         """Finds the worker that the others wait for, with its node and device, or says that nothing sets one apart."""
@@ -270,12 +268,12 @@ class Attempt:
         if rank is None:
             return why
         known = rank < len(self._members)
-        return f"{_failure(rank, self._members[rank], None).place if known else f'worker {rank}'} {why}"
+        return f"{Failure.of(rank, self._members[rank], None).place if known else f'worker {rank}'} {why}"
 
     def _keep_stacks(self) -> tuple[str, dict[int, str]]:
         """Collects the stack traces of every worker's threads and writes them to the run's folder; returns the file's place, and
         the traces by rank."""
-        self._mailbox.order.remote({"dump": True})
+        self._mailbox.order({"dump": True})
         stacks = watchdog.collect(self.job.workers.most, self._drained, self._take)
         place = self.job.run_folder.join(run_folder.STACKS, f"{time.strftime('%Y%m%dT%H%M%S')}.txt")
         place.write(watchdog.text(stacks, self.job.workers.most).encode())
@@ -291,17 +289,17 @@ class Attempt:
         thread.join(END_S)
         self._drain()
         if thread.is_alive():
-            raise TrainingError(f"Ray did not see within {END_S:.0f} s that the workers had ended") from self._fault
+            raise TrainingError(f"Ray did not see within {END_S:.0f} s that the workers had ended") from self._watch.fault
 
     # the workers -----------------------------------------------------------------------------------------------------
 
     def _train(self) -> Ended:
         """Puts the workers to work; returns how they have ended, once none works any more."""
-        self._mailbox.post.remote(Phase(phase="placing"))
+        self._mailbox.post(Phase(phase="placing"))
         try:
             members, placed = self._places()
             self._members = members
-            copies = self.start.memory.plan(members, self.start.source)
+            copies = self.start.memory.plan(self._mailbox.attempt, members, self.start.source)
             parts = self._dealt(members)
         except ray.exceptions.RayError as e:
             raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e
@@ -337,27 +335,18 @@ class Attempt:
         Once one has ended, the others do too: all at the same step, or because they are ordered to abort. That is as soon as a
         worker reports its error: it may never end. A worker that has not ended some seconds later is ended.
         """
-        ended, ranks = Ended(), {one: rank for rank, one in enumerate(working)}
-        waiting, until, aborted = list(working), math.inf, False
+        ended, ranks, waiting = Ended(), {one: rank for rank, one in enumerate(working)}, list(working)
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=min(POLL_S, max(0.0, until - time.monotonic())))
+            done, waiting = ray.wait(waiting, timeout=min(POLL_S, max(0.0, self._watch.back_by - time.monotonic())))
             for one in done:
                 ended.add(ranks[one], working[one], one)
-            if until == math.inf and (done or self._reported):
-                until = time.monotonic() + SETTLE_S
-            if not aborted and (ended.failures or self._reported):
-                aborted, until = True, until + mailbox.interval(len(working))  # until they hear of it
-                self._abort()
-            if not done and time.monotonic() >= until:
+            if done or self._reported:
+                self._decide(orders.WorkerEnded(bool(ended.failures or self._reported), time.monotonic()))
+            if not done and isinstance(self._decide(orders.Clock(time.monotonic())), orders.EndLate):
                 log.warning("%d workers did not end within %.0f s of another, and were ended", len(waiting), SETTLE_S)
-                ended.failures += [_failure(ranks[one], working[one], None) for one in waiting]
+                ended.failures += [Failure.of(ranks[one], working[one], None) for one in waiting]
                 break
         return ended
-
-    def _abort(self) -> None:
-        """Makes the workers end: nothing that they compute from here on counts."""
-        self._mailbox.order.remote({"abort": True})
-        self._streams.end()  # which they may be waiting for
 
     def _opened(self) -> NodeStreams:
         job, start = self.job, self.start
@@ -386,7 +375,3 @@ class Attempt:
             "memory": memory,
             "part": part,
         }
-
-
-def _failure(rank: int, member: Member, error: Exception | None) -> Failure:
-    return Failure(rank, member.node, member.address, member.gpus, error)

@@ -7,13 +7,17 @@ these are never the cause: the loss of a peer, an error after the order to abort
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import ray
 
 from heliostat.errors import DeviceError, HeliostatError, PeerLostError, TrainingError, WorkerError, innermost
 from heliostat.training import faults
+
+if TYPE_CHECKING:
+    from heliostat.training.driver.pool import Member
+    from heliostat.training.worker.build import WorkerSummary
 
 Kind = Literal["device", "known", "raised", "unclear", "died", "peer", "late"]
 LIKELY: dict[Kind, int] = {"device": 0, "known": 1, "raised": 2, "unclear": 2, "died": 2, "peer": 3, "late": 4}
@@ -35,6 +39,10 @@ class Failure:
     gpus: tuple[str, ...]
     error: Exception | None
     reported: HeliostatError | None = None
+
+    @classmethod
+    def of(cls, rank: int, member: Member, error: Exception | None) -> Failure:
+        return cls(rank, member.node, member.address, member.gpus, error)
 
     @property
     def place(self) -> str:
@@ -75,6 +83,23 @@ class Failure:
         if self.own is not None:
             return faults.describe(self.own)
         return "did not end after another worker had ended" if self.error is None else _death(self.error)
+
+
+@dataclass
+class Ended:
+    """Holds how an attempt's workers have ended: rank 0's summary, if it has finished, and the failures in order of arrival."""
+
+    summary: WorkerSummary | None = None
+    failures: list[Failure] = field(default_factory=list)
+
+    def add(self, rank: int, member: Member, result: ray.ObjectRef[WorkerSummary]) -> None:
+        """Adds a worker that Ray has a result of."""
+        try:
+            summary = ray.get(result)
+        except Exception as e:  # noqa: BLE001 (explained once all have ended)
+            self.failures.append(Failure.of(rank, member, e))
+        else:
+            self.summary = summary if rank == 0 else self.summary
 
 
 def explain(failures: Sequence[Failure]) -> HeliostatError:

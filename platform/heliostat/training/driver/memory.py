@@ -7,7 +7,6 @@ same facts, and with the checksums that they were made with. Otherwise storage i
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -48,12 +47,15 @@ class Memory:
             ray.kill(keeper)
         self._keepers = {}
 
-    def newest(self, at_least: int, data: str, avoided: Collection[str] = ()) -> CopySource | None:
+    def newest(self, attempt: int, at_least: int, data: str, avoided: Collection[str] = ()) -> CopySource | None:
         """Finds the newest whole generation, of a step not before `at_least`; those with a damaged copy are passed over.
 
-        `data`: digest of the data plan that it must have followed.
+        `attempt`: the one that begins: copies of those before can't arrive any more; `data`: digest of the data plan that it must
+        have followed.
         """
         keepers = {node: keeper for node, keeper in self._keepers.items() if node not in avoided}
+        admitted: dict[str, None] = self._answers({n: k.admit.remote(attempt) for n, k in keepers.items()}, ANSWER_S)
+        keepers = {node: keepers[node] for node in admitted}
         copies: Mapping[str, list[Held]] = self._answers({n: k.held.remote() for n, k in keepers.items()}, ANSWER_S)
         for id, step, world in whole(copies, data):
             if step < at_least:
@@ -66,7 +68,7 @@ class Memory:
             log.warning("step %d: the copy of worker %d in memory is damaged (checksum), and is not used", step, damaged[0])
         return None
 
-    def plan(self, members: Sequence[Member], source: CopySource | None) -> MemoryPlan | None:
+    def plan(self, attempt: int, members: Sequence[Member], source: CopySource | None) -> MemoryPlan | None:
         """Plans an attempt's copies; starts keepers on nodes that have none. None if the job wants no copies."""
         if not self.on:
             return None
@@ -75,14 +77,16 @@ class Memory:
         for node in self._keepers.keys() - {*nodes, *sources}:
             ray.kill(self._keepers.pop(node))
         environment = remote_environment(self._gpus)
-        living: dict[str, None] = self._answers(
-            {n: k.begin.remote(source and source.id) for n, k in self._keepers.items()}, ANSWER_S
+        living: dict[str, int] = self._answers(
+            {n: k.begin.remote(attempt, source and source.id) for n, k in self._keepers.items()}, ANSWER_S
         )
+        if refused := sum(living.values()):
+            log.debug("%d copies in memory that came after their attempt had ended were refused", refused)
         for node in nodes:
             if node not in living:
-                self._keepers[node] = memory_keeper.make(node, environment)
+                self._keepers[node] = memory_keeper.make(node, attempt, environment)
         pairs = {node: list(dict.fromkeys([node, nodes[(i + 1) % len(nodes)]])) for i, node in enumerate(nodes)}
-        return MemoryPlan(uuid.uuid4().hex[:12], [[self._keepers[n] for n in pairs[m.node]] for m in members], source)
+        return MemoryPlan(attempt, [[self._keepers[n] for n in pairs[m.node]] for m in members], source)
 
     def _answers(self, calls: Mapping[str, ray.ObjectRef[T]], seconds: float) -> dict[str, T]:
         """Collects what keepers answer in time, by node; those that do not are forgotten."""

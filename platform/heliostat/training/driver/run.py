@@ -1,7 +1,7 @@
 """Carries a run out from the driver: starts and restarts the workers, and updates the ledger, MLflow and the terminal.
 
-`heliostat.training.run` claims and plans it first. `states` names what a run is at; docs/reliability.md describes what happens
-when something fails.
+`heliostat.training.run` claims and plans it first. `states` decides what follows an event, and this carries it out;
+docs/reliability.md describes what happens when something fails.
 """
 
 from __future__ import annotations
@@ -17,16 +17,7 @@ from typing import TYPE_CHECKING
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.data.dataset import make_order
-from heliostat.errors import (
-    AccessError,
-    CorruptionError,
-    HeliostatError,
-    LeaseError,
-    LimitError,
-    LossSpikeError,
-    StoppedError,
-    StorageError,
-)
+from heliostat.errors import AccessError, CorruptionError, HeliostatError, LeaseError, LimitError, StoppedError, StorageError
 from heliostat.runs import liveness, segments
 from heliostat.runs import summary as endings
 from heliostat.runs.events import AttemptStarted, BadNodes, Corruption, Event, Goodput, NodeSample, Saved, Steps
@@ -35,19 +26,20 @@ from heliostat.storage import run_folder as paths
 from heliostat.storage.lease import Lease
 from heliostat.terminal import console
 from heliostat.tracking.logger import RunOwner
-from heliostat.training.driver import suspects
+from heliostat.training.driver import states, suspects
 from heliostat.training.driver.finalize import Beside, WarmUp, finalize, unit
 from heliostat.training.driver.limits import Spending
-from heliostat.training.driver.recovery import Budget, choose, classify
+from heliostat.training.driver.recovery import Budget, choose
 from heliostat.training.driver.signals import Signals
-from heliostat.training.driver.states import RunState, States
-from heliostat.training.stops import INTERRUPTED, RUN, STOPS, PausePoints
+from heliostat.training.driver.states import Course, RunState
+from heliostat.training.stops import PausePoints
 from heliostat.validation.check import Checked
 
 if TYPE_CHECKING:  # Ray takes a second
     from heliostat.training.driver.memory import Memory
     from heliostat.training.driver.pool import WorkerPool
     from heliostat.training.driver.progress import ProgressReporter
+    from heliostat.training.mailbox import RunMailbox
     from heliostat.training.memory_keeper import CopySource
     from heliostat.training.worker.build import WorkerSummary
 
@@ -78,6 +70,7 @@ class DrivenRun:
     owner: RunOwner  # of the MLflow run
     pool: WorkerPool
     memory: Memory
+    mailbox: RunMailbox
     show: ProgressReporter
 
     def __init__(
@@ -93,14 +86,11 @@ class DrivenRun:
         self.job, self.checked, self.lease, self.tags = checked.job, checked, lease, tags or {}
         self.plan, self.order = checked.plan, checked.order
         self.counts = checked.job.worker_counts(checked.plan.shape.lanes)
-        self.start_step, self.started, self.verbose = start_step, started, verbose
-        self.saved_step = start_step  # of the newest checkpoint in storage; an attempt may start from a newer copy in memory
+        self.started, self.verbose = started, verbose
+        self.course = Course(Budget(checked.job.retries), start_step, start_step, start_step)
         self.hooks = hooks
         self.signals = Signals()  # those that stop it, from when it trains on
-        self.state = States(self.job.name)
-        self.budget, self.suspicions = Budget(self.job.retries), suspects.Suspicions()
-        self.restarts = 0
-        self.trust_memory = True  # copies of the training state there: they are as good as the newest checkpoint, and newer
+        self.suspicions = suspects.Suspicions()
         self.warm_up = WarmUp(checked.recipe)
         self.beside = Beside(self.job)
         self.ledger = LedgerRecorder(self.job.run_folder, started, start_step, max(self.counts))
@@ -127,7 +117,7 @@ class DrivenRun:
     def finalize(self, last: SavedCheckpoint) -> endings.Ending:
         """Finalizes from the last checkpoint, without training, where an earlier command did not complete this."""
         summary = endings.read(self.job.run_folder, last, self.job)
-        self.state.to(RunState.FINALIZING)
+        self._follow(states.AllDone())
         return self._with_mlflow_run(lambda: self._finalize(last, summary))
 
     def catch_up(self) -> None:
@@ -143,7 +133,7 @@ class DrivenRun:
         try:
             result = work()
         except LeaseError as e:  # the MLflow run is another driver's now
-            self.state.to(RunState.FAILED)
+            self._follow(states.CommandEnded(RunState.FAILED))
             self.ledger.close("failed", str(e))
             raise
         except (KeyboardInterrupt, StoppedError) as e:
@@ -156,8 +146,8 @@ class DrivenRun:
         return result
 
     def _end(self, state: RunState, reason: str = "") -> None:
-        self.state.to(state)
-        report, (status, outcome) = self.ledger.report(), ENDS[state]
+        self._follow(states.CommandEnded(state))
+        report, (status, outcome) = self.ledger.report(), ENDS[self.course.state]
         report["attempts"][-1] |= {"outcome": outcome, "reason": reason}
         try:
             self.owner.finish(status, reason, report, self.hooks.closing if self.hooks else None)
@@ -173,10 +163,11 @@ class DrivenRun:
         from heliostat.training.driver.memory import Memory
         from heliostat.training.driver.pool import WorkerPool
         from heliostat.training.driver.progress import ProgressReporter
+        from heliostat.training.mailbox import RunMailbox
 
         workers = self.job.workers
         most = max(self.counts)
-        with ProgressReporter(console, self.job.name, self.start_step, self.job.last_step, unit(self.job)) as self.show:
+        with ProgressReporter(console, self.job.name, self.course.start, self.job.last_step, unit(self.job)) as self.show:
             # data tasks need CPUs of their own; on a small machine these are logical, and mostly wait
             connect(
                 cpus=max(os.cpu_count() or 1, round(most * workers.cpus) + 2),
@@ -185,34 +176,38 @@ class DrivenRun:
             )
             self.show.phase("ray", time.time())
             self.spending.look(nodes.inventory())
-            memory = Memory(self.job)
-            with self.hooks.signals if self.hooks else Signals() as self.signals, WorkerPool(workers) as self.pool, memory:
-                self.memory = memory
+            with (
+                self.hooks.signals if self.hooks else Signals() as self.signals,
+                WorkerPool(workers) as self.pool,
+                Memory(self.job) as self.memory,
+                RunMailbox() as self.mailbox,
+            ):
                 trained = self._attempts()
-        summary: endings.Ending = {**trained, **self.show.startup(self.started), "restarts": self.restarts}
+        summary: endings.Ending = {**trained, **self.show.startup(self.started), "restarts": self.course.restarts}
         del summary["stop"]
         self.lease.fence.check()
         endings.write(self.job.run_folder, summary)
         if self.signals.name:
-            raise self._stopped("after the last step", "use --resume to export and register the model")
+            self._follow(states.Asked(self._stopped("after the last step", "use --resume to export and register the model")))
         return summary
 
     def _attempts(self) -> WorkerSummary:
         """Makes attempts until one has made the last step; returns its summary."""
         while True:
-            again = "" if self.state.now is RunState.STARTING else f"{self.state.now}: "
+            again = "" if self.course.state is RunState.STARTING else f"{self.course.state}: "
             self.show.note(f"{again}starting the workers")
+            self._follow(states.Begin())
+            number = self.course.attempt
             try:
-                summary = self._attempt()
+                summary = self._attempt(number)
             except HeliostatError as e:
-                self._recover(e)
+                self._failed(number, e)
                 continue
-            if summary["stop"] == RUN:
-                self.state.to(RunState.FINALIZING)
+            self._follow(states.Stopped(number, summary["stop"], summary["steps"], self.spending.reached))
+            if self.course.state is RunState.FINALIZING:
                 return summary
-            self._handle_stop(summary["stop"], summary["steps"])
 
-    def _attempt(self) -> WorkerSummary:
+    def _attempt(self, number: int) -> WorkerSummary:
         from heliostat.cluster import nodes
         from heliostat.training.driver.attempt import Attempt, Start
 
@@ -220,36 +215,67 @@ class DrivenRun:
         if len(self.counts) > 1:
             nodes.ask_for(self.job.workers, max(self.counts))
             count = choose(self.counts, nodes.room_now(self.job, self.pool.held(), self.pool.avoided()))
-        source = self._from_memory()
+        source = self._from_memory(number)
         self.lease.fence.check()
-        segments.begin(self.job.run_folder, self.plan, self.start_step)
-        self.owner.post(AttemptStarted(start_step=self.start_step, workers=count, nodes=nodes.inventory()))
+        segments.begin(self.job.run_folder, self.plan, self.course.start)
+        self.owner.post(AttemptStarted(start_step=self.course.start, workers=count, nodes=nodes.inventory()))
         start = Start(
+            self.mailbox.begin(number),
             self.job.on(count),
             self.counts,
             self.plan,
             self.order,
             self.checked.manifests,
-            self.start_step,
+            self.course.start,
             self.lease.fence,
             self.memory,
             source,
             self.hooks.pauses if self.hooks else PausePoints(),
         )
-        self.done = self.start_step
         return Attempt(start, self.pool, self.signals, self._take, self._beat).run()
 
-    def _take(self, event: Event) -> None:
-        """Hands an event of the workers to the ledger, MLflow, the terminal, and the sweep or suite that the run is a part of."""
+    def _follow(self, event: states.RunEvent) -> None:
+        """Follows an event: changes the course, and carries out what it asks for."""
+        before = self.course
+        self.course, actions = states.follow(before, event)
+        if self.course.state is not before.state:
+            log.debug("run %s: %s -> %s", self.job.name, before.state, self.course.state)
+        for action in actions:
+            self._carry_out(action)
+
+    def _carry_out(self, action: states.Action) -> None:
+        match action:
+            case states.Drop():
+                log.debug("%s of attempt %d was dropped: it had ended", action.what, action.attempt)
+            case states.ForgetCopies():
+                self.memory.forget()
+            case states.FindCheckpoint():
+                self._find_checkpoint(action.error)
+            case states.Restart():
+                self.ledger.restart(outcome=action.outcome, reason=action.reason)
+            case states.GoBack():
+                self._go_back(action.step, action.left_out)
+            case states.Wait():
+                log.warning(action.why)
+                self._pause(action.seconds)
+            case states.Raise():
+                raise action.error
+
+    def _take(self, attempt: int, event: Event) -> None:
+        """Hands an event of the workers to the ledger, MLflow, the terminal, and whatever the run is a part of.
+
+        One of an attempt that has ended is dropped.
+        """
+        dropped = self.course.dropped
+        self._follow(states.WorkerMessage(attempt, type(event).__name__, event.done if isinstance(event, Steps) else None))
+        if self.course.dropped > dropped:
+            return
         if isinstance(event, Steps):
-            self.done = event.done
-            self.trust_memory = True
-            self.state.stepped()
-            event.sources = self._sources(self.done)
-            if self.done >= self.job.last_step and not self.hooks:
+            event.sources = self._sources(event.done)
+            if event.done >= self.job.last_step and not self.hooks:
                 self.warm_up.begin()
         elif isinstance(event, NodeSample):
-            event.step = self.done
+            event.step = self.course.done
         self.owner.post(event)
         self.ledger.event(event)
         if isinstance(event, Saved):
@@ -260,14 +286,14 @@ class DrivenRun:
         if self.hooks:
             self.hooks.hear(event)
 
-    def _from_memory(self) -> CopySource | None:
-        """Finds newer copies of the training state in memory than the checkpoint, and makes the next attempt start from them."""
-        avoided = self.pool.avoided()
-        source = self.memory.newest(self.saved_step, self.plan.digest, avoided) if self.trust_memory else None
-        self.start_step = source.step if source else self.saved_step
+    def _from_memory(self, attempt: int) -> CopySource | None:
+        """Finds newer copies of the training state in memory than the checkpoint, and makes the attempt start from them."""
+        if not self.course.trust_memory:
+            return None
+        source = self.memory.newest(attempt, self.course.saved, self.plan.digest, self.pool.avoided())
         if source:
             log.warning("going on from step %d, of which the nodes' memory holds copies", source.step)
-            self.trust_memory = False  # until that has made a step
+            self._follow(states.CopiesFound(attempt, source.step))
         return source
 
     def _beat(self) -> None:
@@ -283,39 +309,31 @@ class DrivenRun:
             if reached := self.spending.check():
                 self.signals.limit(reached)
 
-    def _recover(self, error: HeliostatError) -> None:
+    def _failed(self, attempt: int, error: HeliostatError) -> None:
         """Prepares another attempt after a failure, or raises the error."""
-        kind = classify(error)
-        if isinstance(error, StoppedError):
-            reached = self.spending.reached
-            raise LimitError(str(error) if reached in str(error) else f"{reached}; {error}") if reached else error
-        if kind == "final" or (isinstance(error, AccessError) and suspects.refuses_driver(error, self.job)):
-            raise error
-        if kind == "queued":
-            log.warning("%s; trying again", error)
-            self._restart(RunState.RECOVERING, "failed", str(error))
-            self.trust_memory = True  # nothing was tried
-            self._pause(self.job.retries.backoff)
-            return
-        if kind in ("corrupt", "spike") or isinstance(error, CorruptionError):  # the run goes back to before what is in memory
-            self.memory.forget()
+        refused = isinstance(error, AccessError) and suspects.refuses_driver(error, self.job)
+        self._follow(states.Failed(attempt, error, refused, self.spending.reached))
+
+    def _find_checkpoint(self, error: HeliostatError) -> None:
+        """Finds the checkpoint to go back to, and excludes the nodes that the failure shows to be bad."""
         try:
             newest = suspects.trusted(self.job.run_folder, error)
             step = newest.step if newest else 0
         except StorageError as e:  # still away: the next attempt looks from where this one began
             log.warning("%s", e)
-            step = self.saved_step
-        reason = "; ".join([str(error), *self._exclude(error, step)])
-        wait = self.budget.spend(error, step)
-        again = f"retry {self.budget.used} of {self.budget.retries.max}"
-        log.warning("%s; going on from step %d in %.0f s (%s)", error, step, wait, again)
-        self._restart(RunState.RECOVERING, "failed", reason)
-        self.start_step = self.saved_step = step
-        if len(kept := tuple(skip for skip in self.plan.skips if skip[0] <= step)) < len(self.plan.skips):
-            self._follow(kept)  # what was left out from a later step on is decided again
-        if isinstance(error, LossSpikeError):
-            self._leave_out(max(step, error.step - 1), error.step)
-        self._pause(wait)
+            step = self.course.saved
+        self._follow(states.CheckpointFound(step, tuple(self._exclude(error, step))))
+
+    def _go_back(self, step: int, left_out: tuple[int, int] | None) -> None:
+        """Changes the data plan as going back to a checkpoint does: what was left out from a later step on is decided again."""
+        skips = tuple(skip for skip in self.plan.skips if skip[0] <= step)
+        if left_out:
+            first, last = left_out
+            skips = (*skips, (step, first, last - first + 1))
+            log.warning("the samples of steps %d to %d are left out", first + 1, last + 1)
+        if skips != self.plan.skips:
+            self.plan = dataclasses.replace(self.plan, skips=skips)
+            self.order = make_order(self.plan, self.checked.manifests)
 
     def _exclude(self, error: HeliostatError, step: int) -> list[str]:
         """Excludes the nodes that a failure shows to be bad; returns what was done, if anything. `step`: of the checkpoint."""
@@ -337,32 +355,8 @@ class DrivenRun:
             time.sleep(0.1)
         if self.signals.name:
             fix = "raise it and use" if self.spending.reached else "use"
-            raise self._stopped("between two attempts", f"{fix} --resume to go on from step {self.start_step}")
-
-    def _leave_out(self, first: int, last: int) -> None:
-        """Leaves the samples of steps [first, last] out of the training: the sequence continues after them."""
-        self._follow((*self.plan.skips, (self.start_step, first, last - first + 1)))
-        log.warning("the samples of steps %d to %d are left out", first + 1, last + 1)
-
-    def _follow(self, skips: tuple[tuple[int, int, int], ...]) -> None:
-        """Follows the plan with these skips from the next attempt on."""
-        self.plan = dataclasses.replace(self.plan, skips=skips)
-        self.order = make_order(self.plan, self.checked.manifests)
-
-    def _handle_stop(self, stop: int, step: int) -> None:
-        """Handles a stop that the workers were ordered to make after the checkpoint of `step`."""
-        if stop == INTERRUPTED:
-            where = f"stopped at step {step}, after a checkpoint"
-            if reached := self.spending.reached:
-                raise LimitError(f"{reached}; {where}; raise it and use --resume to go on")
-            raise StoppedError(f"{where}; use --resume to go on")
-        self.start_step = self.saved_step = step
-        self._restart(RunState.RESIZING, STOPS[stop])
-
-    def _restart(self, state: RunState, outcome: str, reason: str = "") -> None:
-        self.state.to(state)
-        self.restarts += 1
-        self.ledger.restart(outcome=outcome, reason=reason)
+            error = self._stopped("between two attempts", f"{fix} --resume to go on from step {self.course.start}")
+            self._follow(states.Asked(error))
 
     def _sources(self, step: int) -> dict[str, dict[str, float]]:
         """Counts by source name what it contributed to this sequence's steps before `step`: tokens or samples, and epochs."""

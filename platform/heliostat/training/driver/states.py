@@ -1,14 +1,19 @@
-"""Defines the states of a run's driver, and which may follow which: `States.to` is the one place where a run changes its state.
+"""Decides what a run's driver does next: `follow(course, event)` is a pure function, whose actions `run` carries out.
+
+Every attempt has a number. What carries the number of another attempt, or of one that has ended, is dropped and counted: nothing
+that its workers computed, raised, or posted counts any more. docs/reliability.md has the table of all states and events.
 
 starting -> running -> finalizing -> finished      resizing, recovering: from running, until workers make a step again
 """
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-log = logging.getLogger(__name__)
+from heliostat.errors import CorruptionError, HeliostatError, LimitError, LossSpikeError, StoppedError
+from heliostat.training.driver.recovery import Budget, classify
+from heliostat.training.stops import INTERRUPTED, RUN, STOPS
 
 
 class RunState(StrEnum):
@@ -26,31 +31,262 @@ class RunState(StrEnum):
 
 S = RunState
 ENDS = frozenset({S.FINISHED, S.STOPPED, S.FAILED})
-TRAINING = frozenset({S.RUNNING, S.RECOVERING, S.RESIZING, S.FINALIZING, S.STOPPED, S.FAILED})
-FOLLOWING: dict[RunState, frozenset[RunState]] = {
-    S.STARTING: TRAINING | {S.FINISHED},  # of a command that finds nothing left to do
-    S.RUNNING: TRAINING - {S.RUNNING},
-    S.RECOVERING: TRAINING,
-    S.RESIZING: TRAINING,
-    S.FINALIZING: ENDS,
-    **dict.fromkeys(ENDS, frozenset()),
-}
+BEFORE_STEPS = frozenset({S.STARTING, S.RECOVERING, S.RESIZING})  # in which an attempt may begin
 
 
-class States:
-    """Holds a run's state."""
+@dataclass(frozen=True)
+class Course:
+    """Holds what decides about a run's next attempt.
 
-    def __init__(self, run: str) -> None:
-        self.now, self._run = RunState.STARTING, run
+    `attempt`: the number of the newest one, from 1 on; `under_way`: whether it has not ended; `start`: the step that it starts
+    from, or the next one will; `saved`: the step of the newest checkpoint in storage; `done`: the last step that workers have
+    reported; `trust_memory`: whether in-memory copies may be used; `failure`: the error that waits for a checkpoint; `dropped`:
+    how many messages and results of other attempts were dropped.
+    """
 
-    def to(self, state: RunState) -> None:
-        """Changes the state; RuntimeError if it can't follow the present one."""
-        if state not in FOLLOWING[self.now]:
-            raise RuntimeError(f"run {self._run}: {state} can't follow {self.now}")
-        log.debug("run %s: %s -> %s", self._run, self.now, state)
-        self.now = state
+    budget: Budget
+    start: int
+    saved: int
+    done: int
+    state: RunState = S.STARTING
+    attempt: int = 0
+    under_way: bool = False
+    trust_memory: bool = True
+    failure: HeliostatError | None = None
+    restarts: int = 0
+    dropped: int = 0
 
-    def stepped(self) -> None:
-        """Notes that workers have made a step."""
-        if self.now is not RunState.RUNNING:
-            self.to(RunState.RUNNING)
+
+# events: what has happened -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Reports that the driver begins an attempt."""
+
+
+@dataclass(frozen=True)
+class CopiesFound:
+    """Reports intact in-memory copies of `step`, which are not older than the newest checkpoint."""
+
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True)
+class WorkerMessage:
+    """Reports a message of a worker. `kind`: its class; `done`: the steps that are done, if it reports steps."""
+
+    attempt: int
+    kind: str
+    done: int | None = None
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Reports that all workers have ended after `step`, with the same stop code. `limit`: of the job, if one is reached."""
+
+    attempt: int
+    stop: int
+    step: int
+    limit: str = ""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Reports that an attempt has failed, for one cause. `refused`: the store refuses the driver, too; `limit`: see `Stopped`."""
+
+    attempt: int
+    error: HeliostatError
+    refused: bool = False
+    limit: str = ""
+
+
+@dataclass(frozen=True)
+class CheckpointFound:
+    """Reports the step of the newest checkpoint that the failure leaves in no doubt; 0 if there is none. `notes`: what was done
+    about nodes."""
+
+    step: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Reports that a signal or a limit stops the run while no workers run. `error`: says where."""
+
+    error: StoppedError
+
+
+@dataclass(frozen=True)
+class AllDone:
+    """Reports that an earlier command has made all steps."""
+
+
+@dataclass(frozen=True)
+class CommandEnded:
+    """Reports that the command has completed its work, or that an error ends it. `state`: one of ENDS."""
+
+    state: RunState
+
+
+RunEvent = Begin | CopiesFound | WorkerMessage | Stopped | Failed | CheckpointFound | Asked | AllDone | CommandEnded
+
+
+# actions: what the driver does ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StartWorkers:
+    """Starts workers."""
+
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Take:
+    """Hands the message to the ledger, MLflow, and the terminal."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Drops it, and counts it."""
+
+    attempt: int
+    what: str
+
+
+@dataclass(frozen=True)
+class ForgetCopies:
+    """Forgets the in-memory copies."""
+
+
+@dataclass(frozen=True)
+class FindCheckpoint:
+    """Looks for a checkpoint to go back to."""
+
+    error: HeliostatError
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Books a restart. `outcome`, `reason`: of the attempt that has ended."""
+
+    outcome: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """Goes back to the checkpoint. `left_out`: the first and the last step whose samples are left out; None if none are."""
+
+    step: int
+    left_out: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Waits before the next attempt. `why`: for the log."""
+
+    seconds: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Raise:
+    """Ends the command with the error."""
+
+    error: HeliostatError
+
+
+Action = StartWorkers | Take | Drop | ForgetCopies | FindCheckpoint | Restart | GoBack | Wait | Raise
+Next = tuple[Course, tuple[Action, ...]]
+
+
+def follow(course: Course, event: RunEvent) -> Next:
+    """Returns what follows an event: the new course, and what the driver does, in this order. Pure.
+
+    RuntimeError for an event that can't happen in this state. One of another attempt can always happen, and is dropped.
+    """
+    match event:
+        case (
+            WorkerMessage(attempt=attempt) | Stopped(attempt=attempt) | Failed(attempt=attempt) | CopiesFound(attempt=attempt)
+        ) if attempt != course.attempt or not course.under_way:
+            what = event.kind if isinstance(event, WorkerMessage) else type(event).__name__
+            return replace(course, dropped=course.dropped + 1), (Drop(attempt, what),)
+        case CommandEnded() if course.state in ENDS:
+            return course, ()  # the first end counts
+        case _ if course.state in ENDS:
+            pass  # nothing follows
+        case CommandEnded(state=state) if state in ENDS and (
+            state is not S.FINISHED or course.state in (S.STARTING, S.FINALIZING)
+        ):
+            return replace(course, state=state, under_way=False, failure=None), ()
+        case Begin() if course.state in BEFORE_STEPS and not course.under_way and course.failure is None:
+            following = replace(course, attempt=course.attempt + 1, under_way=True, start=course.saved, done=course.saved)
+            return following, (StartWorkers(following.attempt),)
+        case CopiesFound(step=step) if course.trust_memory and step >= course.saved and course.state in BEFORE_STEPS:
+            return replace(course, start=step, done=step, trust_memory=False), ()  # until they have made a step
+        case WorkerMessage(done=None):
+            return course, (Take(),)
+        case WorkerMessage(done=int(done)):
+            return replace(course, state=S.RUNNING, done=done, trust_memory=True), (Take(),)
+        case Stopped():
+            return _stopped(replace(course, under_way=False), event)
+        case Failed():
+            return _failed(replace(course, under_way=False), event)
+        case CheckpointFound() if course.failure is not None:
+            return _again(replace(course, failure=None), course.failure, event)
+        case Asked(error=error) if not course.under_way:
+            return _raise(course, error)
+        case AllDone() if course.state is S.STARTING and not course.attempt:
+            return replace(course, state=S.FINALIZING), ()
+    raise RuntimeError(f"{type(event).__name__} can't happen while a run is {course.state}: {course}")
+
+
+def _raise(course: Course, error: HeliostatError) -> Next:
+    state = S.STOPPED if isinstance(error, StoppedError) else S.FAILED
+    return replace(course, state=state, failure=None), (Raise(error),)
+
+
+def _stopped(course: Course, event: Stopped) -> Next:
+    """Follows workers that have ended as they were ordered to, or after the last step."""
+    if event.stop == RUN:
+        return replace(course, state=S.FINALIZING, done=event.step), ()
+    if event.stop == INTERRUPTED:
+        where = f"stopped at step {event.step}, after a checkpoint"
+        if event.limit:
+            return _raise(course, LimitError(f"{event.limit}; {where}; raise it and use --resume to go on"))
+        return _raise(course, StoppedError(f"{where}; use --resume to go on"))
+    restarts = course.restarts + 1
+    resized = replace(course, state=S.RESIZING, start=event.step, saved=event.step, done=event.step, restarts=restarts)
+    return resized, (Restart(STOPS[event.stop]),)
+
+
+def _failed(course: Course, event: Failed) -> Next:
+    """Follows a failure: the command ends, the run queues again, or it looks for a checkpoint."""
+    error, limit, kind = event.error, event.limit, classify(event.error)
+    if isinstance(error, StoppedError):
+        return _raise(course, LimitError(str(error) if limit in str(error) else f"{limit}; {error}") if limit else error)
+    if kind == "final" or event.refused:
+        return _raise(course, error)
+    if kind == "queued":  # nothing was tried
+        again = replace(course, state=S.RECOVERING, restarts=course.restarts + 1, trust_memory=True)
+        return again, (Restart("failed", str(error)), Wait(course.budget.retries.backoff, f"{error}; trying again"))
+    doubted = kind in ("corrupt", "spike") or isinstance(error, CorruptionError)  # the run goes back to before what is in memory
+    looking = replace(course, state=S.RECOVERING, failure=error)
+    return looking, ((ForgetCopies(), FindCheckpoint(error)) if doubted else (FindCheckpoint(error),))
+
+
+def _again(course: Course, error: HeliostatError, event: CheckpointFound) -> Next:
+    """Follows a checkpoint that was found: another attempt from there, or the end if the retries are used up."""
+    step, budget = event.step, replace(course.budget)
+    try:
+        wait = budget.spend(error, step)
+    except HeliostatError as used_up:
+        return _raise(course, used_up)
+    retry = f"retry {budget.used} of {budget.retries.max}"
+    why = f"{error}; going on from step {step} in {wait:.0f} s ({retry})"
+    left_out = (max(step, error.step - 1), error.step) if isinstance(error, LossSpikeError) else None
+    again = replace(course, budget=budget, start=step, saved=step, done=step, restarts=course.restarts + 1)
+    return again, (Restart("failed", "; ".join([str(error), *event.notes])), GoBack(step, left_out), Wait(wait, why))

@@ -6,7 +6,6 @@ import os
 
 import ray
 import torch.distributed as dist
-from ray.actor import ActorHandle
 from ray.data import DataIterator
 from typing_extensions import TypedDict
 
@@ -20,7 +19,7 @@ from heliostat.runs.events import ModelPhase
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
-from heliostat.training.mailbox import MailboxState
+from heliostat.training.mailbox import AttemptMailbox
 from heliostat.training.memory_keeper import MemoryPlan
 from heliostat.training.stops import RUN
 from heliostat.training.worker import collector
@@ -53,7 +52,7 @@ class WorkerConfig(TypedDict):
     start_step: int
     pauses: list[int]
     fence: Fence
-    mailbox: ActorHandle[MailboxState]
+    mailbox: AttemptMailbox
     run_folder: str
     queued_s: float
     memory: MemoryPlan | None

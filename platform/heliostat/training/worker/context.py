@@ -10,22 +10,25 @@ may wait for the device or for another worker at every step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch.distributed as dist
-from ray.actor import ActorHandle
 
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
+from heliostat.engine import process_group
 from heliostat.errors import HeliostatError
 from heliostat.runs.events import Evaluation, Event, LossSpike, Notice, Phase, Steps
 from heliostat.runs.time_ledger import Ledger
 from heliostat.storage import wire
 from heliostat.storage.lease import Fence
 from heliostat.storage.locations import Location
-from heliostat.training.mailbox import MailboxState
+from heliostat.training.mailbox import AttemptMailbox
+
+log = logging.getLogger(__name__)
 
 Kept = Steps | LossSpike | Evaluation  # that copies in memory hold
 for kind in (Steps, LossSpike, Evaluation):
@@ -36,12 +39,13 @@ class Posts:
     """Posts rank 0's events, which are the same on all workers.
 
     `mailbox`: the driver's; None without a driver. `unsaved`: events since the last checkpoint that must not be lost, even if the
-    driver dies before it has them.
+    driver dies before it has them. `dropped`: how many events came after the order to abort, and were not posted.
     """
 
-    def __init__(self, mailbox: ActorHandle[MailboxState] | None, rank: int) -> None:
+    def __init__(self, mailbox: AttemptMailbox | None, rank: int) -> None:
         self.mailbox, self.rank = mailbox, rank
         self.unsaved: list[Kept] = []
+        self.dropped = 0
 
     def post(self, event: Event) -> None:
         if self.rank == 0:
@@ -62,9 +66,12 @@ class Posts:
         self.post_of_any(Notice(text=text))
 
     def post_of_any(self, event: Event) -> None:
-        """Posts an event that is not rank 0's alone."""
-        if self.mailbox is not None:
-            self.mailbox.post.remote(event)
+        """Posts an event that is not rank 0's alone; after the order to abort it is dropped."""
+        if process_group.ordered():
+            self.dropped += 1
+            log.debug("%s of an attempt that was aborted was dropped", type(event).__name__)
+        elif self.mailbox is not None:
+            self.mailbox.post(event)
 
 
 @dataclass

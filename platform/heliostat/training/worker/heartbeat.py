@@ -17,7 +17,6 @@ from concurrent.futures import Future
 
 import ray
 import torch.distributed as dist
-from ray.actor import ActorHandle
 
 from heliostat.checkpoint import agreement
 from heliostat.checkpoint.agreement import Channel
@@ -25,7 +24,7 @@ from heliostat.data import device_threads
 from heliostat.engine import process_group
 from heliostat.runs.events import Stack
 from heliostat.runs.profile import ProfileRequest
-from heliostat.training.mailbox import Facts, MailboxState, Orders, interval
+from heliostat.training.mailbox import AttemptMailbox, Facts, Orders, interval
 from heliostat.training.stops import PREEMPTED, RUN
 from heliostat.training.worker import sigterm
 
@@ -37,7 +36,7 @@ VOTES = 2  # tag of the channel
 
 
 class Heartbeat:
-    def __init__(self, mailbox: ActorHandle[MailboxState], rank: int, workers: int) -> None:
+    def __init__(self, mailbox: AttemptMailbox, rank: int, workers: int) -> None:
         self.progress = 0  # a count of whatever shows that the loop gets on
         self.step = self.micro = 0  # the step that is being made, from 1 on, and its micro-batches so far
         self.profiles = deque[ProfileRequest]()  # that this worker is to make, the oldest first
@@ -63,14 +62,13 @@ class Heartbeat:
             facts: Facts = {"pid": os.getpid(), "node": self._node, "step": self.step, "micro": self.micro}
             orders: Orders = {}
             try:
-                answer: ray.ObjectRef[Orders] = self._mailbox.heartbeat.remote(self._rank, self.progress, facts)
-                orders = ray.get(answer, timeout=ANSWER_S)
+                orders = ray.get(self._mailbox.heartbeat(self._rank, self.progress, facts), timeout=ANSWER_S)
             except ray.exceptions.RayError as e:  # without a mailbox there is no driver, and Ray ends this process
                 log.warning("worker %d: no answer from the driver's mailbox (%s)", self._rank, type(e).__name__)
             self._ordered = max(self._ordered, orders.get("stop", RUN))
             if orders.get("dump") and not dumped:
                 dumped = True
-                self._mailbox.post.remote(Stack(rank=self._rank, stack=stacks()))
+                self._mailbox.post(Stack(rank=self._rank, stack=stacks()))
             if (request := orders.get("profile")) and request.rank == self._rank and request.id != profile:
                 profile = request.id
                 self.profiles.append(request)

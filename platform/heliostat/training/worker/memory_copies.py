@@ -34,7 +34,7 @@ from heliostat.data.device_streams import CopyStream
 from heliostat.errors import TrainingError
 from heliostat.storage import wire
 from heliostat.text import brief
-from heliostat.training.memory_keeper import CopyFacts, CopySource, Layout, MemoryPlan, Sum, summed
+from heliostat.training.memory_keeper import CopyFacts, CopySource, Layout, MemoryPlan, Sum, generation, summed
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class MemoryCopies:
 
     def _copy(self, facts: CopyFacts, own: object, state: dict[str, torch.Tensor], ranges: list[FlatRange]) -> None:
         assert self._buffer is not None
-        id = f"{self._plan.attempt}:{facts.step}"
+        id = generation(self._plan.attempt, facts.step)
         try:
             with self._stream.queue():
                 flat_copy.pack(state, ranges, self._buffer)

@@ -16,12 +16,11 @@ from types import ModuleType
 
 import psutil
 import torch
-from ray.actor import ActorHandle
 
 from heliostat.cluster import ray_internals
 from heliostat.data import device_threads
 from heliostat.runs.events import NodeSample, Notice
-from heliostat.training.mailbox import MailboxState
+from heliostat.training.mailbox import AttemptMailbox
 
 MB = 1e6
 INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
@@ -37,7 +36,7 @@ def interval(nodes: int, points: int) -> float:
 class NodeMonitor:
     """Measures a node's system metrics in a thread until `end`."""
 
-    def __init__(self, mailbox: ActorHandle[MailboxState], node: str, nodes: int) -> None:
+    def __init__(self, mailbox: AttemptMailbox, node: str, nodes: int) -> None:
         """Starts sampling; `nodes`: how many nodes there are in all."""
         self._mailbox, self._node, self._nodes = mailbox, node, nodes
         self._network = psutil.net_io_counters()
@@ -55,10 +54,10 @@ class NodeMonitor:
         while not self._ended.wait(every):
             measured, faults = gpus()
             for gpu in faults.keys() - self._unread:
-                self._mailbox.post.remote(Notice(text=f"node {self._node}: GPU {gpu} can't be read: {faults[gpu]}"))
+                self._mailbox.post(Notice(text=f"node {self._node}: GPU {gpu} can't be read: {faults[gpu]}"))
             self._unread |= faults.keys()
             values = self.host() | measured
-            self._mailbox.post.remote(NodeSample(node=self._node, values=values))
+            self._mailbox.post(NodeSample(node=self._node, values=values))
             if not fixed:
                 every = interval(self._nodes, len(values))
 

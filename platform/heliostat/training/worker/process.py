@@ -74,7 +74,7 @@ class TrainWorker:
         except BaseException as e:
             error = _raised(e)
             # first, because on a broken device nothing below may ever end
-            config["mailbox"].post.remote(WorkerFailed(rank=place.rank, error=_own(error)))
+            config["mailbox"].post(WorkerFailed(rank=place.rank, error=_own(error)))
             process_group.abort()  # a collective that waits for a dead worker on a GPU would wait for ever
             _release(e)
             self._spent |= isinstance(e, AccessError)  # its credentials may have expired, and a new process reads them again

@@ -283,8 +283,7 @@ class Loop:
         with self.ledger("idle"):
             self.context.posts.post(Paused(step=done, scores=latest.scores, ledger=self.ledger.totals()))
             while True:
-                answer: ray.ObjectRef[int | None] = mailbox.decision.remote(done)
-                if (decision := ray.get(answer)) is not None:
+                if (decision := ray.get(mailbox.decision(done))) is not None:
                     return decision
                 self.context.progressed()  # the watchdog is not to take this for a stall
                 time.sleep(HELD_POLL_S)

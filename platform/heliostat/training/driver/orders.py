@@ -1,0 +1,170 @@
+"""Decides what the driver orders the workers of an attempt, and when it gives them up.
+
+`decide(watch, event)` is a pure function, whose actions `attempt` carries out. docs/reliability.md has the table. All times are
+seconds of the driver's monotonic clock. Each wait for the workers has a deadline: of `checkpoint.grace` once they are ordered to
+stop, of some seconds once one of them has failed or ended, and else the watchdog's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from heliostat.errors import HeliostatError, StalledError, StoppedError
+from heliostat.training.stops import INTERRUPTED, PREEMPTED, RESIZE, RUN
+
+STEPPING = ("step", "stepped")  # phases in which workers can stop after a checkpoint: in the first step, and after it
+
+
+@dataclass(frozen=True)
+class WorkerWatch:
+    """Holds what decides about an attempt's workers.
+
+    `grace`: seconds for them to stop; `settle`: seconds for the others to end once one has; `hear`: seconds until all have heard
+    of an order; `phase`: what they are at (`runs.events.Phase`); `ordered`: the highest stop code that they were ordered;
+    `asked_by`: the signal or limit that stops them; `stop_by`, `back_by`: when they must have stopped, and ended; `aborted`:
+    whether they are ordered to abort; `fault`: the first reason why the driver has given them up.
+    """
+
+    grace: float
+    settle: float
+    hear: float
+    phase: str = "placing"
+    ordered: int = RUN
+    asked_by: str = ""
+    stop_by: float = math.inf
+    back_by: float = math.inf
+    aborted: bool = False
+    fault: HeliostatError | None = None
+
+
+# events --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PhaseBegun:
+    """Reports what the workers are at now."""
+
+    phase: str
+
+
+@dataclass(frozen=True)
+class StopAsked:
+    """Reports that a signal or a limit is to stop the run. `by`: its name."""
+
+    by: str
+    now: float
+
+
+@dataclass(frozen=True)
+class NodesLeaving:
+    """Reports that nodes of the workers are about to go."""
+
+    count: int
+    now: float
+
+
+@dataclass(frozen=True)
+class RoomFound:
+    """Reports that there is room for more workers."""
+
+    workers: int
+
+
+@dataclass(frozen=True)
+class WorkerEnded:
+    """Reports that a worker has ended, or has `failed`: its error is enough, as it may never end."""
+
+    failed: bool
+    now: float
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Reports the time."""
+
+    now: float
+
+
+@dataclass(frozen=True)
+class FaultFound:
+    """Reports a reason to give the workers up, such as a stall, a lost lease, or a mailbox that died."""
+
+    error: HeliostatError
+
+
+AttemptEvent = PhaseBegun | StopAsked | NodesLeaving | RoomFound | WorkerEnded | Clock | FaultFound
+
+
+# actions -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OrderStop:
+    """Orders the workers to stop after a checkpoint. `why`: for the log."""
+
+    code: int
+    why: str
+
+
+@dataclass(frozen=True)
+class OrderAbort:
+    """Orders the other workers to abort."""
+
+
+@dataclass(frozen=True)
+class EndLate:
+    """Ends the workers that have not come back."""
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Ends all workers, and fails the attempt with the error."""
+
+    error: HeliostatError
+
+
+AttemptAction = OrderStop | OrderAbort | EndLate | GiveUp
+Decision = tuple[WorkerWatch, AttemptAction | None]
+
+
+def decide(watch: WorkerWatch, event: AttemptEvent) -> Decision:
+    """Returns what follows an event: the new watch, and what the driver does, if anything. Pure."""
+    match event:
+        case _ if watch.fault and not isinstance(event, WorkerEnded | Clock):
+            return watch, None  # the first reason counts
+        case PhaseBegun(phase=phase):
+            return replace(watch, phase=phase), None
+        case StopAsked(by=by) if watch.ordered < INTERRUPTED and watch.phase in STEPPING:
+            why = f"{by}: stopping after a checkpoint; once more stops at once"
+            return _order(replace(watch, asked_by=by), INTERRUPTED, why, event.now + watch.grace)
+        case StopAsked(by=by) if watch.ordered < INTERRUPTED and watch.phase != "ended":
+            return _give_up(watch, StoppedError(f"stopped by {by} before the first step; nothing was lost"))
+        case NodesLeaving(count=count) if watch.ordered < PREEMPTED and watch.phase == "stepped":
+            why = f"{count} of the run's nodes are about to go: stopping after a checkpoint"
+            return _order(watch, PREEMPTED, why, event.now + watch.grace)
+        case RoomFound(workers=workers) if watch.ordered < RESIZE and watch.phase == "stepped":
+            why = f"there is room for {workers} workers: growing after the next checkpoint"
+            return _order(watch, RESIZE, why, watch.stop_by)  # which is due anyway
+        case WorkerEnded(failed=failed, now=now):
+            back_by = now + watch.settle if watch.back_by == math.inf else watch.back_by
+            if failed and not watch.aborted:
+                return replace(watch, back_by=back_by + watch.hear, aborted=True), OrderAbort()
+            return replace(watch, back_by=back_by), None
+        case Clock(now=now) if now >= watch.back_by:
+            return watch, EndLate()
+        case Clock(now=now) if now > watch.stop_by and not watch.fault:
+            what = f"the workers wrote no checkpoint within checkpoint.grace ({watch.grace:g} s)"
+            interrupted = watch.ordered == INTERRUPTED
+            return _give_up(watch, StoppedError(f"stopped by {watch.asked_by}; {what}") if interrupted else StalledError(what))
+        case FaultFound(error=error):
+            return _give_up(watch, error)
+    return watch, None
+
+
+def _order(watch: WorkerWatch, code: int, why: str, stop_by: float) -> Decision:
+    return replace(watch, ordered=code, stop_by=stop_by), OrderStop(code, why)
+
+
+def _give_up(watch: WorkerWatch, error: HeliostatError) -> Decision:
+    return replace(watch, fault=error), GiveUp(error)
