@@ -213,7 +213,7 @@ def frozen_text_encoder(folder: str) -> torch.nn.Module:
     return kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def frozen_bytes(config: Keys | str) -> int:
+def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
     """Counts the bytes of a frozen autoencoder, from its configuration, or text encoder, from its folder; reads no weights."""
     with torch.device("meta"):
         if isinstance(config, dict):
@@ -222,7 +222,7 @@ def frozen_bytes(config: Keys | str) -> int:
             text = from_folder("model.text.pretrained", AutoConfig, config)
             kind = T5EncoderModel if "t5" in text.model_type else CLIPTextModel
             model = kind(text if "t5" in text.model_type else getattr(text, "text_config", text))
-    return 4 * sum(p.numel() for p in model.parameters())  # fp32
+    return dtype.itemsize * sum(p.numel() for p in model.parameters())
 
 
 def tokenizer_folder(folder: str) -> Path:
