@@ -75,6 +75,12 @@ def test_the_table_is_the_same_where_a_logarithm_rounds_otherwise():
         assert np.array_equal(counter_random.parabolas(moved), right)
 
 
+def test_parts_of_the_numbers_are_those_of_the_whole():
+    """A CPU draws some keys, or some numbers of a key, at a time."""
+    for keys, count in ((torch.arange(7), 30_000), (torch.arange(2), 2 * counter_random.PART + 6)):
+        assert torch.equal(counter_random.normals(3, keys, 1, count), normal(words(3, keys, 1, count)))
+
+
 def test_draws_are_to_the_last_bit_those_that_runs_were_trained_on():
     """What a version of the rules draws never changes: a run that resumes depends on it."""
     drawn = rows.draw(11, torch.tensor([0, 5, 2**40]), (4, 8, 8), 0.3, 0.1, True).named()

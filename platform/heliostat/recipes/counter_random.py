@@ -1,7 +1,7 @@
 """Draws random numbers that follow from a seed and a key alone, with the same bits on every device.
 
-    words(seed, keys, stream=1, count=4096)     # int64 [len(keys), 4096], on the device of `keys`
-    uniform(...), normal(...)                   # fp32 of words, one number for each
+    normals(seed, keys, stream=1, count=4096)   # fp32 [len(keys), 4096], on the device of `keys`
+    words(seed, keys, stream=0, count=2)        # int64 [len(keys), 2]; `uniform` and `normal` map each to a number
 
 The words are Philox4x32-10's (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), a generator without state: the
 block cipher of a counter, here (block, stream, key), under the seed. It is written in integer operations of torch.
@@ -21,6 +21,7 @@ import torch
 from heliostat.recipes.constants import Constant
 
 WORD = 2**32 - 1
+PART = 1 << 16  # words
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85  # what the seed's halves grow by in each round
@@ -31,15 +32,31 @@ POINTS = 0.067, 0.5, 0.933  # of a parabola, at which it is exact: near Chebyshe
 GRID = 2.0**-28  # of slopes and curvatures
 
 
-def words(seed: int, keys: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+def normals(seed: int, keys: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+    """Draws `count` normal numbers for each key: fp32 [keys, count], on the keys' device; arguments as of `words`.
+
+    A CPU draws parts of them, one after another, which its caches hold.
+    """
+    if keys.device.type != "cpu":
+        return normal(words(seed, keys, stream, count))
+    drawn, together = torch.empty(len(keys), count), max(1, PART // count)
+    for some in range(0, len(keys), together):
+        for first in range(0, count, PART):
+            part = drawn[some : some + together, first : first + PART]
+            part.copy_(normal(words(seed, keys[some : some + together], stream, part.shape[1], first)))
+    return drawn
+
+
+def words(seed: int, keys: torch.Tensor, stream: int, count: int, first: int = 0) -> torch.Tensor:
     """Draws `count` words for each key: int64 [keys, count] in [0, 2^32), on the keys' device.
 
-    `seed`: below 2^64; `keys`: int64 [keys]; `stream`: below 2^32, one for each use, so that uses are independent.
+    `seed`: below 2^64; `keys`: int64 [keys]; `stream`: below 2^32, one for each use, so that uses are independent; `first`: the
+    number of a key's first word, a multiple of 4.
     """
-    blocks, keys = -(-count // 4), keys.view(-1, 1)
-    shape = len(keys), blocks
+    keys, begin, end = keys.view(-1, 1), first // 4, -(-(first + count) // 4)
+    shape, device = (len(keys), end - begin), keys.device
     # c1 and c3 may have bits above the 32nd: what is made of them is cut
-    c0, c1 = torch.arange(blocks, device=keys.device).expand(shape), torch.full((1, 1), stream, device=keys.device)
+    c0, c1 = torch.arange(begin, end, device=device).expand(shape), torch.full((1, 1), stream, device=device)
     c2, c3 = (keys & WORD).expand(shape), keys >> 32
     low, high = seed & WORD, seed >> 32 & WORD
     for _ in range(ROUNDS):
@@ -49,7 +66,7 @@ def words(seed: int, keys: torch.Tensor, stream: int, count: int) -> torch.Tenso
         c1, c3 = two, one
         low, high = (low + WEYL[0]) & WORD, (high + WEYL[1]) & WORD
     four = torch.stack([c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)], -1)
-    return four.view(len(keys), 4 * blocks)[:, :count]
+    return four.view(len(keys), -1)[:, :count]
 
 
 def uniform(words: torch.Tensor) -> torch.Tensor:

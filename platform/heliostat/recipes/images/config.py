@@ -207,10 +207,10 @@ def require_weights(key: str, folder: str) -> None:
         raise ConfigError(f"{key}: {folder!r} has no safetensors; save it by save_pretrained")
 
 
-def frozen_text_encoder(folder: str) -> torch.nn.Module:
+def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     require_weights("model.text.pretrained", folder)
     kind = T5EncoderModel if "t5" in from_folder("model.text.pretrained", AutoConfig, folder).model_type else CLIPTextModel
-    return kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
+    return kind.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval().requires_grad_(False)
 
 
 def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
@@ -245,9 +245,9 @@ def text_width(text: Text) -> int:
     return int(getattr(config, "d_model", None) or config.hidden_size)
 
 
-def frozen_autoencoder(folder: str) -> Any:
+def frozen_autoencoder(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     require_weights("model.autoencoder.pretrained", folder)
-    return AutoencoderKL.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
+    return AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype).eval().requires_grad_(False)
 
 
 def folder_digest(folder: str) -> str:

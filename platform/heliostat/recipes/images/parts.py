@@ -195,12 +195,12 @@ class Parts:
     def vae(self) -> Any:
         """Loads the frozen autoencoder when it is first needed, so that it stays outside ZeRO, whatever the stage."""
         folder = self.model.autoencoder
-        return config.frozen_autoencoder(folder.pretrained).to(self.frozen_type) if folder else None
+        return config.frozen_autoencoder(folder.pretrained, self.frozen_type) if folder else None
 
     @cached_property
     def text_encoder(self) -> nn.Module:
         """Loads the frozen text encoder when it is first needed, so that it stays outside ZeRO, whatever the stage."""
-        return config.frozen_text_encoder(str(self.model.text.pretrained)).to(self.frozen_type)
+        return config.frozen_text_encoder(str(self.model.text.pretrained), self.frozen_type)
 
     def frozen_on(self, name: str, device: torch.device) -> Any:
         """Returns a frozen encoder, `vae` or `text_encoder`, on a device, for whichever stream."""

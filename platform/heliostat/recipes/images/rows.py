@@ -20,7 +20,7 @@ from PIL import Image
 from heliostat.data import device_threads
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.counter_random import WORD, normal, uniform, words
+from heliostat.recipes.counter_random import WORD, normals, uniform, words
 
 SCALARS, NOISE, OFFSET, POSTERIOR = range(4)  # streams of a sample's random numbers
 DECODERS = device_threads.pool(4, "decode")  # Pillow lets go of the interpreter while it decodes
@@ -130,7 +130,7 @@ def draw(seed: int, keys: torch.Tensor, shape: tuple[int, ...], dropout: float, 
 
 
 def _normal(seed: int, keys: torch.Tensor, stream: int, shape: tuple[int, ...]) -> torch.Tensor:
-    return normal(words(seed, keys, stream, math.prod(shape))).view(len(keys), *shape)
+    return normals(seed, keys, stream, math.prod(shape)).view(len(keys), *shape)
 
 
 def draw_on_host(
