@@ -12,7 +12,6 @@ or addition at a time, which IEEE 754 defines to the last bit, and no logarithm 
 
 from __future__ import annotations
 
-import functools
 from statistics import NormalDist
 
 import numpy as np
@@ -80,29 +79,26 @@ def normal(words: torch.Tensor) -> torch.Tensor:
     bits = signed.view(torch.int32)
     number = (bits >> FRACTION).bitwise_and_((1 << 31 - FRACTION) - 1).sub_(127 << CUTS).flatten()
     inside = (bits & (1 << FRACTION) - 1).float().flatten()
-    height, slope, curvature = (values.index_select(0, number) for values in normal_table().on(words.device))
+    height, slope, curvature = (values.index_select(0, number) for values in TABLE.on(words.device))
     return curvature.mul_(inside).add_(slope).mul_(inside).add_(height).view(words.shape).copysign_(signed)
 
 
-@functools.cache
-def normal_table() -> Constant:
-    """Computes the parabolas' coefficients, fp32 [3, parabolas]: height, slope, and curvature.
+def exact_heights() -> np.ndarray:
+    """Computes the inverse of the normal distribution at three points of each parabola, fp64 [3, parabolas].
 
     Parabola i is for a tail of probability 2^(e - 33) (1 + j / 2^CUTS) and up, where e and j are the quotient and the rest of i
     by 2^CUTS.
     """
-    return Constant(torch.from_numpy(parabolas(exact_heights())))
-
-
-def exact_heights() -> np.ndarray:
-    """Computes the inverse of the normal distribution at three points of each parabola, fp64 [3, parabolas]."""
     octave, cut = np.divmod(np.arange(OCTAVES << CUTS), 1 << CUTS)
     tails = np.ldexp(1 + (cut + np.array(POINTS)[:, None]) / (1 << CUTS), octave - OCTAVES - 1)
     return -np.vectorize(NormalDist().inv_cdf)(tails)
 
 
 def parabolas(heights: np.ndarray) -> np.ndarray:
-    """Lays a parabola through each three points; rounds so that other machines, whose heights differ in the last bit, agree."""
+    """Lays a parabola through each three points: heights, slopes, and curvatures, fp32 [3, parabolas + 1].
+
+    Rounds so that other machines, whose heights differ in the last bit, agree.
+    """
     (first, second, third), (low, middle, high) = heights, POINTS
     rise = (second - first) / (middle - low)
     curvature = ((third - second) / (high - middle) - rise) / (high - low)
@@ -111,3 +107,6 @@ def parabolas(heights: np.ndarray) -> np.ndarray:
     coefficients = np.stack([height, np.round(slope / GRID) * GRID, np.round(curvature / GRID) * GRID])
     scaled = coefficients * np.ldexp(1.0, [[0], [-FRACTION], [-2 * FRACTION]])
     return np.pad(scaled, ((0, 0), (0, 1))).astype(np.float32)  # the last one is of half the distribution alone: 0
+
+
+TABLE = Constant(torch.from_numpy(parabolas(exact_heights())))
