@@ -127,7 +127,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
             return batch
         if "noise" not in batch:
             batch = batch | rows.draw(self.seed, batch["key"], *self._drawn(batch["clean"])).named()
-        captions = {key: batch[key] for key in ("text", "mask") if key in batch}
+        captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
         for key, empty in self.parts.empty_on(batch["key"].device).items() if dropping else ():
             dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
             captions[key] = torch.where(dropped, empty, captions[key])
