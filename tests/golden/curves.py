@@ -90,7 +90,7 @@ def job_of(case: Case, folder: Path) -> Job:
     changes |= {"evaluate": None, "data.window": 64, "data.lanes": 2, "train.optimizer": {"lr": RATE[case.recipe]}}
     if case.recipe == "text_to_image":
         images = build_images.job(folder / "text_to_image", caption_dropout=0.2)
-        return job(**{**images, **changes, "train.micro_batch": 4})
+        return job(**{**images, **changes, "train.micro_batch": 4, "train.recipe_version": 1})
     changes |= {"data.sources": [{"path": str(folder / "causal_lm")}], "data.document_mask": case.recipe == "causal_lm_documents"}
     return job(**{**changes, "model": {**BASE["model"], "vocab_size": 96}})
 

@@ -145,6 +145,15 @@ def ahead() -> Iterator[Row]:
     yield _row("micro-batches unequal, copied ahead", unequal, 0)
 
 
+def draws() -> Iterator[Row]:
+    """Noise and timesteps from samples' keys, beside the CPU's bits."""
+    from heliostat.recipes.images import rows
+
+    keys = torch.arange(1000, 1016)
+    ours, right = (rows.draw(7, on, (4, 64, 64), 0.1, 0.1, True).named() for on in (keys.to(setting.DEVICE), keys))
+    yield _row("numbers of other bits than the CPU's", sum(int((ours[n].cpu() != right[n]).sum()) for n in right), 0)
+
+
 def attention() -> Iterator[Row]:
     """Fused attention kernels, forward and backward, beside torch's plain one in fp32 on the CPU."""
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -41,6 +41,7 @@ PIECES = [
     _right("save", "pyarrow"),
     _right("attention", "gpu"),
     _right("ahead"),
+    _right("draws", "pyarrow"),
     _right("offload"),
     _right("optimizers", deadline_s=150),
     _right("zero fp16", "gpu", precision="fp16"),

@@ -66,7 +66,11 @@ CASES: dict[str, Case] = {
     "text embedder": lambda folder, **c: build_pairs.embedder(folder / "pairs", **c),
     "image embedder": lambda folder, **c: build_images.embedder(folder / "text_to_image", **c),
     "diffusion": lambda folder, **c: _images(folder, {"objective": {"prediction": "v", "min_snr": 5.0}}, **c),
+    "diffusion version 1": lambda folder, **c: _images(
+        folder, {"objective": {"prediction": "v", "min_snr": 5.0}}, **{"train.recipe_version": 1, **c}
+    ),
     "frozen encoders": _frozen,
+    "frozen encoders in bf16": lambda folder, **c: _frozen(folder, **{**c, "train.precision": "bf16", "train.zero.stage": 1}),
     "autoencoder": _autoencoder,
     "flow matching": lambda folder, **c: _images(folder, FLOW, **c),
 }

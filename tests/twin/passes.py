@@ -43,7 +43,7 @@ def trained(recipe: Recipe, model: Any, micros: Sequence[dict[str, torch.Tensor]
     """The loss and the gradients of a step, on the model's device."""
     model.zero_grad()
     total = torch.zeros((), device=next(model.parameters()).device)
-    for seed, micro in enumerate(on_device(micros, total.device)):
+    for seed, micro in enumerate(on_device(micros, total.device, recipe.complete)):
         torch.manual_seed(seed)
         loss = recipe.loss(model, micro)
         objective = loss.sum + sum(part.value * part.weight for part in loss.parts.values())

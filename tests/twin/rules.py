@@ -9,8 +9,10 @@ import traceback
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
+from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint.flat_copy import HostCopy
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.saver import Saver
@@ -19,7 +21,8 @@ from heliostat.data import device_threads
 from heliostat.parallel import document_attention
 from heliostat.recipes import contrastive
 from heliostat.storage.locations import Location
-from heliostat.training.worker import node_metrics
+from heliostat.training.memory_keeper import CopyFacts, MemoryPlan
+from heliostat.training.worker import memory_copies, node_metrics
 from heliostat.training.worker.memory_copies import MemoryCopies
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -329,6 +332,57 @@ def a_save_that_nothing_holds_back_is_found() -> None:
     host.mark(shards)
     host.copy(shards, lambda: None)
     raises("unordered", lambda: shards["master.w"].local.fill_(2))
+
+
+class Keeping(MemoryCopies):
+    """Copies of a worker, without other workers and keepers. The thread waits for the device when it `may`."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryPlan("", [[]]), 1 << 30, 0, 1, lambda text: None)
+        self.may, waits = threading.Event(), self._stream.wait
+        self._stream.wait = lambda: self.may.wait(60) and waits()  # type: ignore[method-assign]
+
+    def _agree_off(self, group: Any) -> bool:
+        return False
+
+    def _begin(self, size: int, state: Any, group: Any) -> bool:
+        self._buffer = flat_copy.as_buffer(size, True)
+        return True
+
+    def _answers(self, calls: Any) -> None:
+        """Nothing is sent."""
+
+
+@rule
+def a_copy_in_memory_is_of_its_step_and_on_a_stream_of_its_own() -> None:
+    for waits in (True, False):
+        copies, shards = Keeping(), {"master.w": FlatShard(ones(1000), 0, 1000)}
+        used: list[int] = []
+        with mock.patch.object(memory_copies, "ray"), mock.patch.object(flat_copy, "pack", _noting(used)):
+            copies.keep(CopyFacts(1, 1, "", {}), None, shards, None)  # type: ignore[arg-type]
+            if waits:
+                copies.before_change()  # the host waits until the copy is queued, and the device until it is made
+                shards["master.w"].local.fill_(2)
+            else:
+                assert copies._copied.wait(60)
+                raises("unordered", lambda shards=shards: shards["master.w"].local.fill_(2))
+            copies.may.set()
+            copies.wait()
+        assert not copies._failed and copies._kept == 1 and used != [torch.cuda.current_stream().stream_id]
+        assert copies._buffer is not None and copies._buffer.is_pinned()
+        assert torch.equal(copies._buffer[:4000].view(torch.float32), torch.ones(1000))
+        copies.end()
+
+
+def _noting(streams: list[int]) -> Callable[..., None]:
+    """Packs, and notes the stream that does."""
+    pack = flat_copy.pack
+
+    def noted(*given: Any) -> None:
+        streams.append(torch.cuda.current_stream().stream_id)
+        pack(*given)
+
+    return noted
 
 
 def main(arguments: list[str]) -> int:

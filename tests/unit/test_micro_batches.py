@@ -21,7 +21,12 @@ class Unread(torch.Tensor):
     item = tolist = cpu = __bool__ = __float__  # type: ignore[assignment]
 
 
-class Recipe:
+class Uncompleted:
+    def complete(self, batch: Any) -> Any:
+        return batch
+
+
+class Recipe(Uncompleted):
     def loss(self, model: Any, batch: Any) -> Loss:
         return Loss(batch["x"].as_subclass(Unread).sum())
 
@@ -53,7 +58,7 @@ def test_every_pass_of_a_loss_that_couples_samples_is_progress(engine, monkeypat
     counted: list[int] = []
     weight = torch.ones(1, requires_grad=True)
 
-    class Couples:
+    class Couples(Uncompleted):
         def represent(self, model: Any, batch: Any) -> dict[str, torch.Tensor]:
             return {"z": batch["x"][:1] * weight}
 
@@ -77,3 +82,21 @@ def test_batches_come_in_order_and_uncopied_on_a_cpu():
     got = list(on_device(micros, torch.device("cpu")))
     assert [[batch[name].tolist() for name in batch] for batch in got] == [[m[name].tolist() for name in m] for m in micros]
     assert all(batch["tokens"] is micro["tokens"] for batch, micro in zip(got, micros, strict=True))
+
+
+def test_a_batch_is_completed_once_without_gradients_before_its_loss(engine):
+    weight = torch.ones(2, requires_grad=True)
+    seen: list[str] = []
+
+    class Completes(Recipe):
+        def complete(self, batch: Any) -> Any:
+            seen.append("complete")
+            return batch | {"y": batch["x"] * weight}
+
+        def loss(self, model: Any, batch: Any) -> Loss:
+            assert not batch["y"].requires_grad
+            seen.append("loss")
+            return super().loss(model, batch)
+
+    list(Objective(Completes()).shares(engine, micros(2), 4))  # type: ignore[arg-type]
+    assert seen == ["complete", "loss"] * 2

@@ -339,3 +339,19 @@ def test_the_sections_say_what_is_due_after_which_step():
     }  # fmt: skip
     assert train.recheck.due(0, first=True), "the first step after every start is looked at"
     assert not any(job().checkpoint.copy_due(done) for done in range(1, 21)), "no copies unless the job wants them"
+
+
+def test_a_run_keeps_the_rules_that_its_numbers_were_computed_by():
+    """What is open is as in the run that is resumed: in one from before there was the key, as all had it then."""
+
+    def settled(recorded: dict | None, **changes) -> tuple:
+        train = spec.settle(job(**changes), recorded).train
+        return train.recipe_version, train.accumulate
+
+    before = {key: value for key, value in job().dump()["train"].items() if key not in spec.BEFORE_KEYS}
+    assert settled(None) == (2, "fp32") and settled({"train": before}) == (1, "same")
+    assert settled({"train": before | {"recipe_version": 2, "accumulate": "fp32"}}) == (2, "fp32")
+    assert settled({"train": before | {"recipe_version": None, "accumulate": None}}) == (1, "same")
+    assert settled(None, **{"train.recipe_version": 1}) == (1, "fp32")
+    assert settled({"train": before}, **{"train.recipe_version": 2}) == (2, "same"), "as the job asks for"
+    assert spec.settle(settled_job := spec.settle(job(), None), {"train": before}) is settled_job

@@ -17,9 +17,11 @@ from heliostat.data import manifest
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.errors import ConfigError
 from heliostat.recipes.images import config, diffusers_folder
+from heliostat.recipes.images import rows as image_rows
 from heliostat.recipes.images.pipeline import TextToImagePipeline, generators
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.storage.locations import Location
+from heliostat.training.worker.micro_batches import BatchPlan
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -81,14 +83,14 @@ def test_a_batchs_loss_is_the_sum_of_its_samples_whatever_the_cut(arch, objectiv
         turned = np.roll(np.arange(12), 5)
         torch.manual_seed(9)
         other = made.loss(model, made.batch(content.take(turned), keys[turned])).sum.item()
-        again = made.loss(model, made.batch(content, keys + 1)).sum.item()
+        again = made.loss(model, made.batch(content, keys + 1000)).sum.item()
     assert whole == pytest.approx(parts, rel=1e-5) == pytest.approx(other, rel=1e-5)
     assert abs(whole - again) > 1e-3, "another key, other noise"
 
 
-def test_draws_are_normal_uniform_and_dropped_as_often_as_asked(dataset):
-    from heliostat.recipes.images.rows import draw
-
+def test_draws_are_normal_uniform_and_dropped_as_often_as_asked():
+    """Those on the host. Those on the device: test_counter_random."""
+    draw = image_rows.draw_on_host
     made = draw(7, np.arange(4000), (1, 4, 4), 0.2, 0.0, True)
     assert abs(float(made.noise.mean())) < 0.02 and abs(float(made.noise.std()) - 1) < 0.02
     assert 0.49 < float(made.time.mean()) < 0.51 and float(made.time.max()) < 1
@@ -98,6 +100,42 @@ def test_draws_are_normal_uniform_and_dropped_as_often_as_asked(dataset):
     assert abs(float(offset.mean(dim=(1, 2, 3)).var()) - (0.25 + 1 / 16)) < 0.02
     assert torch.equal(draw(7, np.array([5]), (1, 4, 4), 0.2, 0.0, True).noise[0], made.noise[5])
     assert not torch.equal(draw(8, np.array([5]), (1, 4, 4), 0.2, 0.0, True).noise[0], made.noise[5])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_random_numbers_are_of_a_step_whatever_computes_it(version, dataset):
+    """The noise, time, and caption of each sample of a step are the same on any number of workers, in any micro-batches, summed
+    over however many of them, and after a resume, which makes its own recipe."""
+    content = rows(dataset, 24)
+
+    def drawn(workers: int, micro: int) -> dict[str, torch.Tensor]:
+        wanted = {"train.recipe_version": version, "train.global_batch": 8, "train.micro_batch": micro, "data.lanes": 4}
+        given = job(**build_images.job(dataset, caption_dropout=0.5, objective={"noise_offset": 0.1}), **wanted)
+        made, data = TextToImage(given), [manifest.read(Location(str(dataset)))]
+        made.bind(data)
+        batch_plan, parts = BatchPlan(given, plan(given, data)), list[dict[str, torch.Tensor]]()
+        for rank in range(workers):
+            keys = np.concatenate([batch_plan.keys(2, range(lane, lane + 1)) for lane in range(rank, 4, workers)])
+            for some in np.split(keys, len(keys) // micro):
+                parts.append(made.complete(made.batch(content.take(some), some)))
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: values[whole["key"].argsort()] for name, values in whole.items()}
+
+    right = drawn(1, 2)
+    assert right["key"].tolist() == list(range(16, 24)) and len(right["time"].unique()) == 8
+    for workers, micro in ((1, 1), (2, 2), (2, 1), (4, 2), (4, 1)):
+        other = drawn(workers, micro)
+        assert right.keys() == other.keys() and all(torch.equal(other[name], right[name]) for name in right)
+
+
+def test_version_1_sends_its_random_numbers_and_version_2_its_keys(dataset):
+    """A batch on its way to the device."""
+    names = {}
+    for version in (1, 2):
+        made = TextToImage(job(**build_images.job(dataset), **{"train.recipe_version": version}))
+        made.bind([manifest.read(Location(str(dataset)))])
+        names[version] = set(made.batch(rows(dataset), np.arange(12)))
+    assert names[2] == {"clean", "text", "mask", "key"} and names[1] == names[2] | {"noise", "time", "dropped"}
 
 
 def test_a_dropped_caption_is_an_empty_one_in_training_and_never_in_evaluation(dataset):
@@ -117,7 +155,7 @@ def test_a_dropped_caption_is_an_empty_one_in_training_and_never_in_evaluation(d
     made.loss(Spy(), batch)
     made.evaluate(Spy(), batch)
     empty = made.parts.empty["text"]
-    dropped = batch["dropped"]
+    dropped = image_rows.draw(made.seed, batch["key"], *made._drawn(batch["clean"])).dropped
     assert 0 < int(dropped.sum()) < 12
     assert all(torch.equal(seen[0][i], empty if dropped[i] else batch["text"][i]) for i in range(12))
     assert torch.equal(seen[1], batch["text"])
@@ -242,7 +280,7 @@ def test_a_backbone_from_nothing_begins_as_its_authors_have_it(arch, dataset):
             bound = (6 / (width + count * width)) ** 0.5
             assert 0.9 * bound < float(linear[f"transformer_blocks.1.{name}"].weight.detach().abs().max()) <= bound
     said = made.loss(model, made.batch(rows(dataset), np.arange(12))).sum
-    noise = made.batch(rows(dataset), np.arange(12))["noise"]
+    noise = made.complete(made.batch(rows(dataset), np.arange(12)))["noise"]
     assert said.item() == pytest.approx(float(noise.square().flatten(1).mean(1).sum()), rel=1e-5)  # epsilon, answered with 0
     torch.manual_seed(0)
     again = made.build()
@@ -250,6 +288,29 @@ def test_a_backbone_from_nothing_begins_as_its_authors_have_it(arch, dataset):
 
 
 # frozen models -------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_encoders_compute_in_the_jobs_precision_near_fp32(dataset, tmp_path):
+    """Within 2 % of fp32, in bf16 with half the memory; runs of version 1, and jobs in fp32, keep fp32's bits."""
+    text = {"pretrained": str(clip(tmp_path / "clip", dataset)), "length": 8}
+    model = {"text": text, "autoencoder": {"pretrained": str(autoencoder(tmp_path / "vae", 1))}}
+    parts: dict[tuple[int, str], Any] = {}
+    found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for case in ((1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")):
+        changes = {"train.recipe_version": case[0], "train.precision": case[1]}
+        made = TextToImage(job(**{**build_images.job(dataset, **model), **changes}))
+        made.bind([manifest.read(Location(str(dataset)))])
+        batch = made.batch(rows(dataset), np.arange(12))
+        drawn = image_rows.draw(3, batch["key"], *made._drawn(batch["clean"])).named()
+        drawn["dropped"][:] = False
+        found[case], parts[case] = made.complete(batch | drawn), made.parts
+    exact = found[1, "fp32"]
+    for name in ("image", "caption"):
+        assert torch.equal(found[1, "bf16"][name], exact[name]) and torch.equal(found[2, "fp32"][name], exact[name])
+        near = found[2, "bf16"][name].float()
+        assert 1e-4 < float((near - exact[name]).norm() / exact[name].norm()) < 0.02
+    companions = [{name: c.bytes for name, c in parts[2, precision].companions().items()} for precision in ("fp32", "bf16")]
+    assert companions[0] == {name: 2 * size for name, size in companions[1].items()} and len(companions[0]) == 2
 
 
 def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_needs_them(dataset, tmp_path):
@@ -422,7 +483,7 @@ def test_a_frozen_encoder_conditions_and_is_not_trained(kind, dataset, tmp_path)
     loss = made.loss(model, batch).sum
     loss.backward()
     assert made.parts.width == 24 and all(p.grad is None for p in made.parts.text_encoder.parameters())
-    text = made.parts.conditioning(batch["text"], batch["mask"], torch.float32)
+    text = made.parts.conditioning(batch["text"], batch["mask"])
     assert text.shape == (12, 8, 24) and text.std() > 0
 
 
@@ -496,8 +557,6 @@ def test_a_worker_encodes_by_the_models_that_are_in_the_folders_now(dataset, tmp
 
 
 def test_datasets_that_do_not_belong_together_are_refused(dataset, tmp_path):
-    from heliostat.recipes.images import rows as image_rows
-
     whole = manifest.read(Location(str(dataset)))
     other = manifest.Manifest(whole.location, whole.chunks, {**whole.meta, "size": [16, 8]})
     with pytest.raises(ConfigError, match=r"data.one_source_batches: must be true"):

@@ -14,6 +14,7 @@ from tests.unit.forked import SERVER
 
 pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler (g++, or CXX)")
 NEAR = {"text embedder": 1e-5, "autoencoder": 1e-5}  # another order of sums in attention; elsewhere below 1e-6
+BF16 = "frozen encoders in bf16"  # the same in encoders of bf16
 
 
 def _lines(function: str) -> list[dict[str, Any]]:
@@ -41,7 +42,8 @@ def compared() -> dict[str, dict[str, Any]]:
 def test_a_recipe_computes_the_cpus_numbers_on_the_twin(case: str, compared: dict[str, dict[str, Any]]) -> None:
     """Loss, gradients, scores, and pictures."""
     row = compared[case]
-    assert row["gradients"] < NEAR.get(case, 1e-6) and row["scores"] < 1e-6, row
+    gradients, scores = (1e-3, 1e-2) if case == BF16 else (NEAR.get(case, 1e-6), 1e-6)
+    assert row["gradients"] < gradients and row["scores"] < scores, row
 
 
 @pytest.mark.parametrize("case", cases.CASES)

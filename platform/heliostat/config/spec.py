@@ -18,13 +18,15 @@ from heliostat.config.fields import Name
 from heliostat.config.rules import sums_on_host
 from heliostat.config.sections import Card, Checkpoint, Data, Evaluate, Limits, Mlflow, Retries, Watchdog, Workers
 from heliostat.config.spikes import Spike
-from heliostat.config.train_section import RETIRED, Train
+from heliostat.config.train_section import NEWEST_RECIPES, RETIRED, Train
 from heliostat.errors import ConfigError
 from heliostat.optim import optimizers
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
+
+BEFORE_KEYS: dict[str, str | int] = {"accumulate": "same", "recipe_version": 1}  # what runs had before they recorded these keys
 
 
 class Job(Strict):
@@ -119,16 +121,17 @@ def load(path: Path, settings: list[str] | None = None) -> Job:
 
 
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
-    """Settles the job's `train.accumulate`: its own value, else that of the run that it resumes (`same` for runs from before
-    there was the key), else fp32 where it can be had. ConfigError if the run cannot go on with the job's optimizer."""
+    """Settles what the job leaves open in `train`: as the run that it resumes has it (`BEFORE_KEYS` if that is from before there
+    was the key), else the newest. ConfigError if the run cannot go on with the job's optimizer."""
     if recorded is not None:
         optimizers.require_resumable(job.train.optimizer, recorded["train"].get("optimizer", {}))
-    if job.train.accumulate:
-        return job
-    value = "fp32" if recorded is None else recorded["train"].get("accumulate") or "same"
+        values = {key: recorded["train"].get(key) or before for key, before in BEFORE_KEYS.items()}
+    else:
+        values = {"accumulate": "fp32", "recipe_version": NEWEST_RECIPES}
     if sums_on_host(job):
-        value = "same"
-    return job.model_copy(update={"train": job.train.model_copy(update={"accumulate": value})})
+        values["accumulate"] = "same"
+    unset = {key: value for key, value in values.items() if getattr(job.train, key) is None}
+    return job.model_copy(update={"train": job.train.model_copy(update=unset)}) if unset else job
 
 
 def renewed(recorded: dict[str, Any]) -> dict[str, Any]:

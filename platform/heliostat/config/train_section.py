@@ -122,6 +122,7 @@ GROWING = dict.fromkeys(("batch_warmup", "batch_size_warmup", "global_batch_warm
 GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
 
 
+NEWEST_RECIPES = 2  # what an unset `recipe_version` means in a new run
 RETIRED = frozenset({"cpu_kernels"})  # keys of earlier versions, which recorded jobs hold; they have no effect
 SELECTIVE = "selective"
 
@@ -171,6 +172,9 @@ class Train(Strict):
     accumulate: Literal["fp32", "same"] | None = None
     """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
     keeps what it had. See docs/job.md#sums-of-micro-batches"""
+    recipe_version: Literal[1, 2] | None = None
+    """Version of the rules by which an image recipe computes a sample's numbers. Unset: 2, but a resumed run keeps what it had.
+    See docs/diffusion.md#versions"""
     deepspeed: dict[str, object] = {}
     """DeepSpeed's own settings of speed and memory, merged over what the keys above make. Which:
     docs/job.md#deepspeeds-own-keys"""
@@ -199,6 +203,11 @@ class Train(Strict):
     """Of initial weights and dropout."""
     log_every: Positive = 10
     """Steps between two lines of progress; every step's loss is recorded all the same."""
+
+    @property
+    def rules(self) -> int:
+        """Returns the version of the rules by which a recipe computes a sample's numbers, for a job that is settled or new."""
+        return self.recipe_version or NEWEST_RECIPES
 
     def lr(self, step: int) -> float:
         """Computes the learning rate of a step, counted from 0."""

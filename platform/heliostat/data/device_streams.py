@@ -1,6 +1,6 @@
 """Copies between host and device while the device computes. Everything that makes streams and events of CUDA for copies is here.
 
-    for batch in on_device(batches, device): ...        # the next one travels meanwhile
+    for batch in on_device(batches, device, complete): ...        # the next one travels, and is completed, meanwhile
     norm = LateRead(tensor); ...; norm.values()         # read later, without a wait in between
     with HostTensors(): loss = model(x)                 # what autograd saves inside is on the host until it is needed
     copies.mark(state); with copies.queue(): ...        # state that another thread copies to the host (`CopyStream`)
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,32 +32,56 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pinned(tensor, device).to(device, non_blocking=True)
 
 
-def on_device(batches: Sequence[Tensors], device: torch.device) -> Iterator[Tensors]:
-    """Yields batches, which are on the CPU, on the device: a GPU gets the next one while it computes the one before."""
+def on_device(
+    batches: Sequence[Tensors], device: torch.device, complete: Callable[[Tensors], Tensors] = lambda batch: batch
+) -> Iterator[Tensors]:
+    """Yields batches, which are on the CPU, on the device, and as `complete` returns them, which computes without gradients.
+
+    A GPU gets and completes the next batch on a stream of its own, while it computes with the batch before.
+    """
     if device.type != "cuda":
-        yield from ({name: values.to(device) for name, values in batch.items()} for batch in batches)
+        for batch in batches:
+            with torch.no_grad():
+                completed = complete({name: values.to(device) for name, values in batch.items()})
+            yield completed
         return
     copying = _stream(device, "upload")
-    ahead = _uploaded(batches[0], device, copying)
+    ahead = _uploaded(batches[0], device, complete, copying)
     for following in (*batches[1:], None):
         now, computing = ahead, torch.cuda.current_stream(device)
         computing.wait_stream(copying)
         for values in now.values():
             values.record_stream(computing)  # its memory is not given away before what computes with it is done
         if following is not None:
-            ahead = _uploaded(following, device, copying)
+            ahead = _uploaded(following, device, complete, copying)
         yield now
 
 
-def _uploaded(batch: Tensors, device: torch.device, copying: torch.cuda.Stream) -> Tensors:
-    with torch.cuda.stream(copying):
-        return {name: upload(values, device) for name, values in batch.items()}
+def _uploaded(
+    batch: Tensors, device: torch.device, complete: Callable[[Tensors], Tensors], copying: torch.cuda.Stream
+) -> Tensors:
+    with torch.cuda.stream(copying), torch.no_grad():
+        return complete({name: upload(values, device) for name, values in batch.items()})
 
 
 @functools.cache
 def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
     """Returns the device's stream for a purpose."""
     return torch.cuda.Stream(device)
+
+
+class Arrival:
+    """Marks what this thread has queued on its stream of the device, for other streams that use it. On a CPU it does nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Marks the present moment."""
+        self._device = device
+        self._moment = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def awaited(self) -> None:
+        """Lets what is queued next wait for the marked moment; the calling thread doesn't wait."""
+        if self._moment is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._moment)
 
 
 class LateRead:

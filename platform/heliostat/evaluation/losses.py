@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from heliostat.config import workspace
+from heliostat.config import spec, workspace
 from heliostat.config.spec import Job
 from heliostat.data import collection, content
 from heliostat.data.dataset import open_dataset, plan
@@ -88,8 +88,10 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
     if export.job is None and not (length := length or _trained_length(export.folder)):
         raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")
     held_out = fraction or (before.get("evaluate") or {}).get("fraction", 0.01)
-    source, seed = {"path": str(Location(data).absolute(workspace.root()))}, before["train"].get("seed", 0)
-    train = {"steps": 1, "global_batch": BATCH, "micro_batch": BATCH, "optimizer": {"lr": 1.0}, "seed": seed}
+    source, trained = {"path": str(Location(data).absolute(workspace.root()))}, before["train"]
+    train = {"steps": 1, "global_batch": BATCH, "micro_batch": BATCH, "optimizer": {"lr": 1.0}, "seed": trained.get("seed", 0)}
+    train["recipe_version"] = trained.get("recipe_version") or spec.BEFORE_KEYS["recipe_version"]
+    train["precision"] = "bf16" if trained.get("precision") == "bf16" else "fp32"
     return validate(
         Job,
         {

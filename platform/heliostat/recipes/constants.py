@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from heliostat.data.device_streams import Arrival
+
 
 class Constant:
     """Holds a CPU tensor that never changes, and one copy on each device that asks for it.
@@ -13,11 +15,13 @@ class Constant:
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
-        self._copies: dict[torch.device, torch.Tensor] = {}
+        self._copies: dict[torch.device, tuple[torch.Tensor, Arrival]] = {}
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """Returns the values on a device: the same tensor at every call."""
+        """Returns the values on a device: the same tensor at every call, on whichever stream."""
         if device not in self._copies:
             with torch.inference_mode(False):
-                self._copies[device] = self.values.to(device)
-        return self._copies[device]
+                self._copies[device] = self.values.to(device), Arrival(device)
+        copy, arrival = self._copies[device]
+        arrival.awaited()
+        return copy

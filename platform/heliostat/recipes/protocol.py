@@ -108,6 +108,14 @@ class Recipe(ABC):
         One thread calls this for the next step while the present one computes. `heliostat.recipes.batches` has helpers.
         """
 
+    def complete(self, batch: Batch) -> Batch:
+        """Adds to a batch on the device what weights in training don't change, such as noise and outputs of frozen encoders.
+
+        Without gradients, and without torch's own random numbers. The engine calls it before `loss`; on a GPU on the stream of
+        the uploads, while the micro-batch before is computed. `loss` and `evaluate` complete a batch that isn't complete.
+        """
+        return batch
+
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         """Computes the sum of the batch's loss terms, and whatever else is minimised or logged."""

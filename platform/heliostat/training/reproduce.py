@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.cluster import source_code
+from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.runs import consumed
@@ -94,7 +95,7 @@ def again(recorded: RecordedRun, steps: int) -> dict[str, Any]:
     job = json.loads(json.dumps(recorded.job))
     job["name"] = f"{job['name'][:94]}-again"
     job["train"]["stop_after"] = steps
-    job["train"].setdefault("accumulate", "same")  # what runs had before there was a choice
+    job["train"] = {**spec.BEFORE_KEYS, **job["train"]}
     job["workers"]["count"] = recorded.attempts[0]["workers"] if recorded.attempts else recorded.starts[0]["workers"]
     job["mlflow"] |= {"register": None, "alias": None}
     return Job.model_validate(job).dump()

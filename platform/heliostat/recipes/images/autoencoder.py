@@ -85,6 +85,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
             types = {"down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks}
             self.config = {"block_out_channels": [64], "latent_channels": 4, **types, **self.keys}
         self.seed, self.checkpointing = job.train.seed, job.train.activation_checkpointing
+        self.version = job.train.rules
 
     def bind(self, sources: list[Manifest]) -> None:
         self.sources, self.facts = sources, rows.facts(sources, True)
@@ -129,8 +130,19 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
     def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
         pixels = rows.pixels(content)
-        shape = (self.config["latent_channels"], pixels.shape[2] // self.factor, pixels.shape[3] // self.factor)
-        return {"pixels": pixels, "noise": rows.draw(self.seed, keys, shape, 0.0, 0.0, False).noise}
+        if self.version > 1:
+            return {"pixels": pixels, "key": torch.from_numpy(keys.astype(np.int64))}
+        return {"pixels": pixels, "noise": rows.draw_on_host(self.seed, keys, self._latent(pixels), 0.0, 0.0, False).noise}
+
+    def complete(self, batch: Batch) -> Batch:
+        if "noise" in batch:
+            return batch
+        noise = rows.draw(self.seed, batch["key"], self._latent(batch["pixels"]), 0.0, 0.0, False).noise
+        return {"pixels": batch["pixels"], "noise": noise}
+
+    def _latent(self, pixels: torch.Tensor) -> tuple[int, int, int]:
+        """Returns the shape of the latents of one image."""
+        return self.config["latent_channels"], pixels.shape[2] // self.factor, pixels.shape[3] // self.factor
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         error, divergence, _ = self._errors(model, batch)
@@ -138,7 +150,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
     def _errors(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Computes three errors of each sample: mean absolute error, mean divergence, mean squared error."""
-        dtype = next(model.parameters()).dtype
+        batch, dtype = self.complete(batch), next(model.parameters()).dtype
         decoded, parameters = model(batch["pixels"].to(dtype), batch["noise"].to(dtype))
         mean, logvar = parameters.float().chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)

@@ -207,13 +207,13 @@ def require_weights(key: str, folder: str) -> None:
         raise ConfigError(f"{key}: {folder!r} has no safetensors; save it by save_pretrained")
 
 
-def frozen_text_encoder(folder: str) -> torch.nn.Module:
+def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     require_weights("model.text.pretrained", folder)
     kind = T5EncoderModel if "t5" in from_folder("model.text.pretrained", AutoConfig, folder).model_type else CLIPTextModel
-    return kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval().requires_grad_(False)
+    return kind.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval().requires_grad_(False)
 
 
-def frozen_bytes(config: Keys | str) -> int:
+def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
     """Counts the bytes of a frozen autoencoder, from its configuration, or text encoder, from its folder; reads no weights."""
     with torch.device("meta"):
         if isinstance(config, dict):
@@ -222,7 +222,7 @@ def frozen_bytes(config: Keys | str) -> int:
             text = from_folder("model.text.pretrained", AutoConfig, config)
             kind = T5EncoderModel if "t5" in text.model_type else CLIPTextModel
             model = kind(text if "t5" in text.model_type else getattr(text, "text_config", text))
-    return 4 * sum(p.numel() for p in model.parameters())  # fp32
+    return dtype.itemsize * sum(p.numel() for p in model.parameters())
 
 
 def tokenizer_folder(folder: str) -> Path:
@@ -245,9 +245,9 @@ def text_width(text: Text) -> int:
     return int(getattr(config, "d_model", None) or config.hidden_size)
 
 
-def frozen_autoencoder(folder: str) -> Any:
+def frozen_autoencoder(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     require_weights("model.autoencoder.pretrained", folder)
-    return AutoencoderKL.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
+    return AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype).eval().requires_grad_(False)
 
 
 def folder_digest(folder: str) -> str:

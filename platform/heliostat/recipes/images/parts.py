@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from heliostat.data.device_streams import Arrival
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.constants import Constant
@@ -42,8 +43,10 @@ class Denoiser(nn.Module):
 
 
 class Parts:
-    def __init__(self, model: Model, checkpointing: bool) -> None:
-        self.model, self.checkpointing = model, checkpointing
+    def __init__(self, model: Model, checkpointing: bool, frozen_type: torch.dtype = torch.float32) -> None:
+        """Prepares them, without weights; `frozen_type`: in which the frozen encoders compute."""
+        self.model, self.checkpointing, self.frozen_type = model, checkpointing, frozen_type
+        self._places: dict[str, tuple[torch.device, Arrival]] = {}  # of the frozen encoders
         self.arch, _ = config.backbone_class(model.backbone)
         self.name = "unet" if self.arch == "unet" else "transformer"  # a pipeline's name for the backbone
         self.facts: rows.DatasetFacts | None = None
@@ -191,12 +194,22 @@ class Parts:
     @cached_property
     def vae(self) -> Any:
         """Loads the frozen autoencoder when it is first needed, so that it stays outside ZeRO, whatever the stage."""
-        return config.frozen_autoencoder(self.model.autoencoder.pretrained) if self.model.autoencoder else None
+        folder = self.model.autoencoder
+        return config.frozen_autoencoder(folder.pretrained, self.frozen_type) if folder else None
 
     @cached_property
     def text_encoder(self) -> nn.Module:
         """Loads the frozen text encoder when it is first needed, so that it stays outside ZeRO, whatever the stage."""
-        return config.frozen_text_encoder(str(self.model.text.pretrained))
+        return config.frozen_text_encoder(str(self.model.text.pretrained), self.frozen_type)
+
+    def frozen_on(self, name: str, device: torch.device) -> Any:
+        """Returns a frozen encoder, `vae` or `text_encoder`, on a device, for whichever stream."""
+        model = getattr(self, name)
+        if name not in self._places or self._places[name][0] != device:
+            model.to(device)
+            self._places[name] = device, Arrival(device)
+        self._places[name][1].awaited()
+        return model
 
     def companions(self) -> dict[str, Companion]:
         """Lists the frozen encoders, on the device in every step or, where datasets hold their outputs, while pictures are
@@ -204,20 +217,20 @@ class Parts:
         assert self.facts
         parts = {}
         if self.model.text.pretrained:
-            size = config.frozen_bytes(str(self.model.text.pretrained))
+            size = config.frozen_bytes(str(self.model.text.pretrained), self.frozen_type)
             parts["text_encoder"] = Companion(size, self.facts.text is None)
         if self.vae_config:
-            parts["vae"] = Companion(config.frozen_bytes(self.vae_config), self.facts.content == "images")
+            parts["vae"] = Companion(config.frozen_bytes(self.vae_config, self.frozen_type), self.facts.content == "images")
         return {name: c for name, c in parts.items() if c.every_step or self.model.samples.prompts}
 
     def rest(self) -> None:
         """Moves off the device what was only needed to draw: encoders whose outputs the datasets hold."""
         assert self.facts
         idle = {"text_encoder": self.facts.text is not None, "vae": self.facts.content == "latents"}
-        resting = [self.__dict__[name] for name, is_idle in idle.items() if is_idle and self.__dict__.get(name) is not None]
-        on_gpu = [model for model in resting if next(model.parameters()).is_cuda]
-        for model in resting:
-            model.to("cpu")
+        resting = [name for name, is_idle in idle.items() if is_idle and self.__dict__.get(name) is not None]
+        on_gpu = [name for name in resting if next(getattr(self, name).parameters()).is_cuda]
+        for name in resting:
+            self.frozen_on(name, torch.device("cpu"))
         if on_gpu:
             torch.cuda.empty_cache()  # other allocations than the allocator's must find room, too
 
@@ -248,15 +261,13 @@ class Parts:
         return {name: Constant(values) for name, values in self.empty.items()}
 
     @torch.no_grad()
-    def conditioning(self, text: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def conditioning(self, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Prepares captions for the model: token ids for the text encoder inside it, embeddings by the frozen one."""
-        if text.is_floating_point():
-            return text.to(dtype)
-        if not self.model.text.pretrained:
+        if text.is_floating_point() or not self.model.text.pretrained:
             return text
         assert mask is not None
         with masks.unread(whole=True):
-            return embed(self.text_encoder.to(text.device), text, mask).to(dtype)
+            return embed(self.frozen_on("text_encoder", text.device), text, mask)
 
     @torch.no_grad()
     def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
@@ -264,7 +275,8 @@ class Parts:
         if self.vae_config is None:
             return content
         if self.facts and self.facts.content == "images":
-            content = self.vae.to(content.device).encode(content).latent_dist.parameters
+            encoder = self.frozen_on("vae", content.device)
+            content = encoder.encode(content.to(self.frozen_type)).latent_dist.parameters.float()
         assert posterior is not None
         mean, logvar = content.chunk(2, dim=1)
         latents = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior

@@ -2,7 +2,8 @@
 
 A sample's draws (noise, timestep, whether its caption is dropped) follow from (train.seed, its key) through Philox, a
 counter-based generator without state, and from nothing else: not from the worker, the micro-batch or what was drawn before. The
-key is the engine's: another one for every place of every step, so a sample meets other noise in every epoch.
+key is the engine's: another one for every place of every step, so a sample meets other noise in every epoch. `draw` draws on the
+device (`train.recipe_version: 2`), `draw_on_host` in NumPy (1).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from PIL import Image
 from heliostat.data import device_threads
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.recipes.counter_random import WORD, normals, uniform, words
 
+SCALARS, NOISE, OFFSET, POSTERIOR = range(4)  # streams of a sample's random numbers
 DECODERS = device_threads.pool(4, "decode")  # Pillow lets go of the interpreter while it decodes
 
 
@@ -101,14 +104,39 @@ def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Ta
 
 @dataclass(frozen=True)
 class SampleDraws:
+    """Holds the random numbers of a batch's samples."""
+
     time: torch.Tensor  # [n], uniform in [0, 1)
     dropped: torch.Tensor  # [n], bool: without its caption
     noise: torch.Tensor  # [n, *shape]
     posterior: torch.Tensor | None  # [n, *shape], for sampling latents from their distribution
 
+    def named(self) -> dict[str, torch.Tensor]:
+        """Returns them by name, without those that aren't drawn."""
+        return {name: values for name, values in vars(self).items() if values is not None}
 
-def draw(seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool) -> SampleDraws:
-    """Draws the samples' random numbers. `offset`: the share of noise that is the same all over a channel (noise offset)."""
+
+def draw(seed: int, keys: torch.Tensor, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool) -> SampleDraws:
+    """Draws the samples' random numbers on the keys' device, with the same bits on each. `keys`: int64 [n]; `shape`: of a sample.
+
+    `dropout`: the share of captions that are dropped; `offset`: the share of noise that is the same all over a channel.
+    """
+    each = words(seed, keys, SCALARS, 2)
+    noise = _normal(seed, keys, NOISE, shape)
+    if offset:
+        noise += offset * _normal(seed, keys, OFFSET, (shape[0], *[1] * (len(shape) - 1)))
+    other = _normal(seed, keys, POSTERIOR, shape) if posterior else None
+    return SampleDraws(uniform(each[:, 0]), each[:, 1] < round(dropout * (WORD + 1)), noise, other)
+
+
+def _normal(seed: int, keys: torch.Tensor, stream: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return normals(seed, keys, stream, math.prod(shape)).view(len(keys), *shape)
+
+
+def draw_on_host(
+    seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool
+) -> SampleDraws:
+    """Draws the samples' random numbers as version 1 of the rules has them; arguments as of `draw`."""
     rows = []
     for key in keys.tolist():
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))

@@ -58,7 +58,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         if job.data.sequence_length:
             raise ConfigError("data.sequence_length: images have none; remove it")
         self.model = validate(Model, job.model, "model")
-        self.parts = Parts(self.model, bool(job.train.activation_checkpointing))
+        self.version, bf16 = job.train.rules, job.train.precision == "bf16"
+        frozen_type = torch.bfloat16 if self.version > 1 and bf16 else torch.float32
+        self.parts = Parts(self.model, bool(job.train.activation_checkpointing), frozen_type)
         name = self.parts.name
         self.layout = {f"{name}.": f"{name}/diffusion_pytorch_model", "text_encoder.": "text_encoder/model"}
         self.process = Process(self.model.objective)
@@ -89,26 +91,15 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
         facts = self.parts.facts
         assert facts
-        stored = facts.content == "latents"
-        if stored:
+        if facts.content == "latents":
             channels = self.parts.shape()[0]
             (size,) = set(zip(content["width"].to_pylist(), content["height"].to_pylist(), strict=True))
-            shape = self.parts.shape(size)
-            out = {"clean": rows.halves(content, "latent", (2 * channels, *shape[1:]))}
+            out = {"clean": rows.halves(content, "latent", (2 * channels, *self.parts.shape(size)[1:]))}
         else:
             out = {"clean": rows.pixels(content)}
-            shape = self.parts.shape((out["clean"].shape[3], out["clean"].shape[2]))
-        objective = self.model.objective
-        sampled = self.parts.vae_config is not None
-        draws = rows.draw(self.seed, keys, shape, self.model.caption_dropout, objective.noise_offset, sampled)
-        out |= {
-            "time": draws.time,
-            "dropped": draws.dropped,
-            "noise": draws.noise,
-            "key": torch.from_numpy(keys.astype(np.int64)),
-        }
-        if draws.posterior is not None:
-            out["posterior"] = draws.posterior
+        out["key"] = torch.from_numpy(keys.astype(np.int64))
+        if self.version == 1:
+            out |= rows.draw_on_host(self.seed, keys, *self._drawn(out["clean"])).named()
         if facts.text:
             out["text"] = rows.halves(content, "embedding", facts.text)
         else:
@@ -116,23 +107,48 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
             out |= {"text": tokens.input_ids, "mask": tokens.attention_mask}
         return out
 
-    def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        t = self.process.times(batch["time"])
+    def _drawn(self, clean: torch.Tensor) -> tuple[tuple[int, ...], float, float, bool]:
+        """Returns what is drawn for images, or stored latents: the noise's shape, caption dropout, noise offset, and whether
+        latents are drawn from their distribution."""
+        assert self.parts.facts
+        height, width = clean.shape[2:]
+        shape = (
+            (clean.shape[1] // 2, height, width) if self.parts.facts.content == "latents" else self.parts.shape((width, height))
+        )
+        return shape, self.model.caption_dropout, self.model.objective.noise_offset, self.parts.vae_config is not None
+
+    def complete(self, batch: Batch) -> Batch:
+        """Draws random numbers, and encodes images and captions, some of which are dropped: `noise`, `image`, and `caption`."""
+        return self._completed(batch, dropping=True)
+
+    @torch.no_grad()
+    def _completed(self, batch: Batch, dropping: bool) -> Batch:
+        if "image" in batch:
+            return batch
+        if "noise" not in batch:
+            batch = batch | rows.draw(self.seed, batch["key"], *self._drawn(batch["clean"])).named()
         captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
-        for key, empty in self.parts.empty_on(t.device).items():
+        for key, empty in self.parts.empty_on(batch["key"].device).items() if dropping else ():
             dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
             captions[key] = torch.where(dropped, empty, captions[key])
-        return Loss((self._errors(model, batch | captions, t) * self.process.weights(t)).sum())
+        return {key: batch[key] for key in ("key", "time", "noise")} | {
+            "image": self.parts.clean(batch["clean"], batch.get("posterior")),
+            "caption": self.parts.conditioning(captions["text"], captions.get("mask")),
+        }
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        batch = self.complete(batch)
+        t = self.process.times(batch["time"])
+        return Loss((self._errors(model, batch, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        """Computes the mean squared error of each sample."""
-        clean = self.parts.clean(batch["clean"], batch.get("posterior"))
-        dtype = next(model.parameters()).dtype
-        noisy = self.process.noisy(clean, batch["noise"], t)
-        said = model(noisy.to(dtype), self.process.told(t), self.parts.conditioning(batch["text"], batch.get("mask"), dtype))
-        return (said.float() - self.process.target(clean, batch["noise"], t)).square().flatten(1).mean(1)
+        """Computes the mean squared error of each sample of a completed batch."""
+        image, noise, dtype = batch["image"], batch["noise"], next(model.parameters()).dtype
+        said = model(self.process.noisy(image, noise, t).to(dtype), self.process.told(t), batch["caption"])
+        return (said.float() - self.process.target(image, noise, t)).square().flatten(1).mean(1)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        batch = self._completed(batch, dropping=False)
         place = torch.remainder((batch["key"] + 0.5) * GOLDEN, 1.0).float()
         errors = self._errors(model, batch, self.process.times(place))
         out = {"loss": errors, "samples": torch.ones_like(errors)}
@@ -181,14 +197,14 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
         def of(prompts: list[str]) -> Say:
             tokens = tokenize(self.parts.tokenizer, [*[""] * len(prompts), *prompts])
-            text = self.parts.conditioning(tokens.input_ids.to(device), tokens.attention_mask.to(device), dtype)
+            text = self.parts.conditioning(tokens.input_ids.to(device), tokens.attention_mask.to(device))
             return lambda noisy, t: model(noisy.to(dtype), t, text)
 
         return of
 
     def pixels_of(self, sampled: torch.Tensor) -> np.ndarray:
         """Decodes samples to pixels, uint8 [n, height, width, channels]."""
-        vae = self.parts.vae.to(sampled.device) if self.parts.vae_config is not None else None
+        vae = self.parts.frozen_on("vae", sampled.device) if self.parts.vae_config is not None else None
         pixels = decode(vae, sampled).float().cpu()
         return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 

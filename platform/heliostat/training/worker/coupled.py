@@ -80,7 +80,7 @@ def first_pass(
     """Represents this worker's micro-batches without gradients, and computes the loss of all workers' with its gradients;
     collective. `terms`: the step's; `progressed` is called after each micro-batch."""
     with torch.no_grad():
-        mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device, progressed)]
+        mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device, recipe, progressed)]
         keys, order = _from_all(upload(torch.from_numpy(np.concatenate([m.keys for m in micros])), engine.device)).sort()
         representations = {name: _from_all(torch.cat([one[name] for one in mine]))[order] for name in sorted(mine[0])}
     leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in representations.items()}

@@ -36,7 +36,7 @@ from heliostat.data import device_threads
 from heliostat.data.dataset import DataPlan
 from heliostat.data.device_streams import on_device
 from heliostat.data.stream import StepSamples
-from heliostat.recipes.protocol import Batch
+from heliostat.recipes.protocol import Batch, Recipe
 
 DEADLINE_S = 5.0  # for the thread to end, which may wait for samples; the driver waits for workers twice as long
 DRAWS = (
@@ -82,12 +82,14 @@ class StepBatches(NamedTuple):
     terms: torch.Tensor
 
 
-def seeded(micros: Sequence[Micro], device: torch.device, progressed: Callable[[], None]) -> Iterator[tuple[Micro, Batch]]:
-    """Yields each with its batch on the device, and its random numbers begun; calls `progressed` after each.
+def seeded(
+    micros: Sequence[Micro], device: torch.device, recipe: Recipe, progressed: Callable[[], None]
+) -> Iterator[tuple[Micro, Batch]]:
+    """Yields each with its completed batch on the device, and its random numbers begun; calls `progressed` after each.
 
     The host then has handed the micro-batch to the device, whose queue is short: no wait for the device is needed.
     """
-    for micro, batch in zip(micros, on_device([micro.batch for micro in micros], device), strict=True):
+    for micro, batch in zip(micros, on_device([micro.batch for micro in micros], device, recipe.complete), strict=True):
         torch.manual_seed(micro.seed)
         yield micro, batch
         progressed()

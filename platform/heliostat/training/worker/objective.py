@@ -52,7 +52,7 @@ class Objective:
         if isinstance(self.recipe, CouplesSamples):
             yield from self._coupled(self.recipe, engine, micros, terms, number)
             return
-        for _, batch in seeded(micros, engine.device, self._progressed):
+        for _, batch in seeded(micros, engine.device, self.recipe, self._progressed):
             yield self.part(engine, batch, number, terms)
 
     def part(self, model: torch.nn.Module, batch: Batch, micros: int, terms: Terms) -> LossShare:
@@ -70,7 +70,7 @@ class Objective:
         """Yields the shares of micro-batches in a loss of all samples: of the loss itself each has as much as any other."""
         step = coupled.first_pass(recipe, engine, micros, self._checked, terms, self._progressed)
         loss, added = step.loss.sum.detach() / number, _added(step.loss, number)
-        for micro, batch in seeded(micros, engine.device, self._progressed):
+        for micro, batch in seeded(micros, engine.device, recipe, self._progressed):
             product = step.product(coupled.represented(recipe, engine, micro, batch), micro)
             yield LossShare(product * number, loss, added, None)
 

@@ -1,0 +1,112 @@
+"""Draws random numbers that follow from a seed and a key alone, with the same bits on every device.
+
+    normals(seed, keys, stream=1, count=4096)   # fp32 [len(keys), 4096], on the device of `keys`
+    words(seed, keys, stream=0, count=2)        # int64 [len(keys), 2]; `uniform` and `normal` map each to a number
+
+The words are Philox4x32-10's (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), a generator without state: the
+block cipher of a counter, here (block, stream, key), under the seed. It is written in integer operations of torch.
+
+A normal number is the inverse of the normal distribution at its word, from a table of parabolas. That takes one multiplication
+or addition at a time, which IEEE 754 defines to the last bit, and no logarithm or sine, which devices compute differently.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+import torch
+
+from heliostat.recipes.constants import Constant
+
+WORD = 2**32 - 1
+PART = 1 << 16  # words
+ROUNDS = 10
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+WEYL = 0x9E3779B9, 0xBB67AE85  # what the seed's halves grow by in each round
+CUTS = 6  # each octave of a tail's probability has 2^6 parabolas
+OCTAVES = 32  # of a tail's probability, from 2^-33 to 1/2
+FRACTION = 23 - CUTS  # bits of an fp32 number inside a parabola
+POINTS = 0.067, 0.5, 0.933  # of a parabola, at which it is exact: near Chebyshev's
+GRID = 2.0**-28  # of slopes and curvatures
+
+
+def normals(seed: int, keys: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+    """Draws `count` normal numbers for each key: fp32 [keys, count], on the keys' device; arguments as of `words`.
+
+    A CPU draws parts of them, one after another, which its caches hold.
+    """
+    if keys.device.type != "cpu":
+        return normal(words(seed, keys, stream, count))
+    drawn, together = torch.empty(len(keys), count), max(1, PART // count)
+    for some in range(0, len(keys), together):
+        for first in range(0, count, PART):
+            part = drawn[some : some + together, first : first + PART]
+            part.copy_(normal(words(seed, keys[some : some + together], stream, part.shape[1], first)))
+    return drawn
+
+
+def words(seed: int, keys: torch.Tensor, stream: int, count: int, first: int = 0) -> torch.Tensor:
+    """Draws `count` words for each key: int64 [keys, count] in [0, 2^32), on the keys' device.
+
+    `seed`: below 2^64; `keys`: int64 [keys]; `stream`: below 2^32, one for each use, so that uses are independent; `first`: the
+    number of a key's first word, a multiple of 4.
+    """
+    keys, begin, end = keys.view(-1, 1), first // 4, -(-(first + count) // 4)
+    shape, device = (len(keys), end - begin), keys.device
+    # c1 and c3 may have bits above the 32nd: what is made of them is cut
+    c0, c1 = torch.arange(begin, end, device=device).expand(shape), torch.full((1, 1), stream, device=device)
+    c2, c3 = (keys & WORD).expand(shape), keys >> 32
+    low, high = seed & WORD, seed >> 32 & WORD
+    for _ in range(ROUNDS):
+        one, two = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # the products' 64 bits: torch's integers wrap
+        c0 = (two >> 32).bitwise_xor_(c1).bitwise_xor_(low).bitwise_and_(WORD)
+        c2 = (one >> 32).bitwise_xor_(c3).bitwise_xor_(high).bitwise_and_(WORD)
+        c1, c3 = two, one
+        low, high = (low + WEYL[0]) & WORD, (high + WEYL[1]) & WORD
+    four = torch.stack([c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)], -1)
+    return four.view(len(keys), -1)[:, :count]
+
+
+def uniform(words: torch.Tensor) -> torch.Tensor:
+    """Maps words to uniform numbers: multiples of 2^-24 in [0, 1), fp32."""
+    return (words >> 8).float().mul_(2.0**-24)
+
+
+def normal(words: torch.Tensor) -> torch.Tensor:
+    """Maps words to normal numbers, fp32, at most 6.34 from 0. They are within 2e-7 of the exact inverse, relative above 1."""
+    signed = (words << 1).sub_(WORD).float()  # its size / 2^33 is the probability of the tail on its side
+    bits = signed.view(torch.int32)
+    number = (bits >> FRACTION).bitwise_and_((1 << 31 - FRACTION) - 1).sub_(127 << CUTS).flatten()
+    inside = (bits & (1 << FRACTION) - 1).float().flatten()
+    height, slope, curvature = (values.index_select(0, number) for values in TABLE.on(words.device))
+    return curvature.mul_(inside).add_(slope).mul_(inside).add_(height).view(words.shape).copysign_(signed)
+
+
+def exact_heights() -> np.ndarray:
+    """Computes the inverse of the normal distribution at three points of each parabola, fp64 [3, parabolas].
+
+    Parabola i is for a tail of probability 2^(e - 33) (1 + j / 2^CUTS) and up, where e and j are the quotient and the rest of i
+    by 2^CUTS.
+    """
+    octave, cut = np.divmod(np.arange(OCTAVES << CUTS), 1 << CUTS)
+    tails = np.ldexp(1 + (cut + np.array(POINTS)[:, None]) / (1 << CUTS), octave - OCTAVES - 1)
+    return -np.vectorize(NormalDist().inv_cdf)(tails)
+
+
+def parabolas(heights: np.ndarray) -> np.ndarray:
+    """Lays a parabola through each three points: heights, slopes, and curvatures, fp32 [3, parabolas + 1].
+
+    Rounds so that other machines, whose heights differ in the last bit, agree.
+    """
+    (first, second, third), (low, middle, high) = heights, POINTS
+    rise = (second - first) / (middle - low)
+    curvature = ((third - second) / (high - middle) - rise) / (high - low)
+    slope = rise - curvature * (low + middle)
+    height = first - low * (slope + curvature * low)
+    coefficients = np.stack([height, np.round(slope / GRID) * GRID, np.round(curvature / GRID) * GRID])
+    scaled = coefficients * np.ldexp(1.0, [[0], [-FRACTION], [-2 * FRACTION]])
+    return np.pad(scaled, ((0, 0), (0, 1))).astype(np.float32)  # the last one is of half the distribution alone: 0
+
+
+TABLE = Constant(torch.from_numpy(parabolas(exact_heights())))
