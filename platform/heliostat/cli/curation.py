@@ -1,4 +1,4 @@
-"""Tells what curation did, and trains what it decides by: `heliostat trace`, `forget`, `curate report`, `train-classifier`."""
+"""Shows what curation did, and trains its classifiers: `heliostat trace`, `forget`, `curate report`, `train-classifier`."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def forget(
 
 
 def _ways(dataset: Manifest, id: str, mlflow: str | None) -> Report:
-    """Tells where a document lies, who stayed in its place, and who trained on it."""
+    """Lists where a document is, which duplicate was kept, and which runs trained on it."""
     from heliostat.curation import reasons
     from heliostat.curation.text import trace as tracing
 

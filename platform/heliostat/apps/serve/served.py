@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class NoModel:
-    """Stands for the model where an index is served without one."""
+    """Replaces the model where an index is served without one."""
 
     def __init__(self, index: str) -> None:
         self.label = index
