@@ -55,9 +55,10 @@ def avoided_words(room: str) -> list[str]:
 
 
 def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, text) of all strings of several words but the docstrings of code: errors, log lines, help, descriptions of keys."""
+    """(line, text) of all strings of several words but docstrings: errors, log lines, descriptions of keys, and help."""
     defined = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-    docstrings = {n.body[0].value for n in defined if n.body and isinstance(n.body[0], ast.Expr)}
+    code = [n for n in defined if not any("command(" in ast.unparse(d) for d in getattr(n, "decorator_list", ()))]
+    docstrings = {n.body[0].value for n in code if n.body and isinstance(n.body[0], ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value and node not in docstrings:
             yield node.lineno, node.value

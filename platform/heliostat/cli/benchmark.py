@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 def benchmark(
     model: Model,
     suite: Annotated[Path, typer.Argument(help="A suite of tasks (docs/benchmark.md)", metavar="SUITE", show_default=False)],
-    to: Annotated[str, typer.Option("--out", help="The file of the result, JSON; or s3://BUCKET/KEY")] = "benchmark.json",
+    to: Annotated[str, typer.Option("--out", help="The JSON file to write; or s3://BUCKET/KEY")] = "benchmark.json",
     follow: Annotated[
         bool, flag("--follow", help="MODEL is a run, an id or its folder: score each of its checkpoints as it appears")
     ] = False,
     every: Annotated[
-        int, typer.Option(min=1, help="With --follow: only checkpoints of multiples of so many steps, and the last")
+        int,
+        typer.Option(min=1, help="With --follow: score only checkpoints at multiples of this step, and the last one"),
     ] = 1,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Score a language model on tasks of lm-eval, with intervals, chance levels, and what of them it was trained on."""
+    """Score a language model on tasks of lm-eval, with intervals, chance levels, and the examples that it was trained on."""
     from heliostat.evaluation import run
     from heliostat.evaluation.suite import load
     from heliostat.storage.locations import Location
@@ -87,14 +88,12 @@ def _follow(tasks: Benchmark, model: str, every: int, to: str, mlflow: str | Non
 @command(MODELS, "make-suite")
 def make_suite(
     dataset: TextDataset,
-    to: Annotated[
-        Path, typer.Option("--out", help="The folder of the suite; it must be empty, or not there", show_default=False)
-    ],
-    examples: Annotated[int, typer.Option(min=10, max=100_000, help="Of each task, at most")] = 200,
+    to: Annotated[Path, typer.Option("--out", help="The folder to write; it must be empty or missing", show_default=False)],
+    examples: Annotated[int, typer.Option(min=10, max=100_000, help="The largest number of examples per task")] = 200,
     fraction: Annotated[
         float, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction; at most the evaluate.fraction of the models' jobs")
     ] = 0.01,
-    seed: Annotated[int, typer.Option(min=0, help="Of all choices: the same seed makes the same files")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed makes the same files")] = 0,
 ) -> None:
     """Make a suite of a dataset's held-out text: multiple choice, cloze, and exact match; nothing is downloaded."""
     from heliostat.evaluation.held_out import make

@@ -16,15 +16,15 @@ from heliostat.text import plural
 cluster_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Clusters from YAML: check, up, down, status, list.")
 app.add_typer(cluster_app, name="cluster", rich_help_panel=CLUSTERS)
 
-File = Annotated[Path, typer.Argument(help="A cluster file, as clusters/local.yaml", metavar="FILE", show_default=False)]
+File = Annotated[Path, typer.Argument(help="A cluster file, for example clusters/local.yaml", metavar="FILE", show_default=False)]
 
 
 @cluster_app.command("check", cls=Reporting)
 def check_(
-    file: File, job: Annotated[Path | None, typer.Option(help="Also: does this job fit, and do its stores answer")] = None,
+    file: File, job: Annotated[Path | None, typer.Option(help="Also check that this job fits and its stores answer")] = None,
     setting: Settings = None,
 ) -> None:  # fmt: skip
-    """Find what is wrong with a cluster file: schema, sizes, secrets, open ports, what would fail at the first real start."""
+    """Check a cluster file: schema, sizes, secrets, open ports, and faults that would show at the first real start."""
     from heliostat.cluster import pods
     from heliostat.cluster import review as checks
 
@@ -86,7 +86,7 @@ def down(
 def status_(
     target: Annotated[str | None, typer.Argument(help="A cluster file, an address or a name", metavar="CLUSTER")] = None,
 ) -> None:
-    """Show a cluster's nodes, what they have, and its jobs."""
+    """Show a cluster's nodes, their resources, and its jobs."""
     from heliostat.cluster import dashboard
 
     with jobs_on(target, field="CLUSTER") as known:

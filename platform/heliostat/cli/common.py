@@ -121,7 +121,7 @@ def print_page(url: str, place: Path) -> None:
 
 
 def program(elsewhere: bool = False) -> str:
-    """Tells how this program is called in the person's shell: by its name, or as it was, as `.venv/bin/heliostat`, from another
+    """Returns how to call this program in the person's shell: by its name, or as it was, as `.venv/bin/heliostat`, from another
     folder by its whole path."""
     called = sys.argv[0]
     if Path(called).name != "heliostat" or shutil.which("heliostat"):

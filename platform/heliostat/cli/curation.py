@@ -1,4 +1,4 @@
-"""Tells what curation did, and trains what it decides by: `heliostat trace`, `forget`, `curate report`, `train-classifier`."""
+"""Shows what curation did, and trains its classifiers: `heliostat trace`, `forget`, `curate report`, `train-classifier`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> 
     return dataset_, find(dataset_, id=id, url=url, text=raw)
 
 
-curate_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="What curation did, and decides by.")
+curate_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Reports of curation, and its classifiers.")
 app.add_typer(curate_app, name="curate", rich_help_panel=DATA)
 
 
@@ -53,7 +53,7 @@ def report(
     to: Annotated[Path, typer.Option("--out", help="An HTML file", metavar="FILE")] = Path("curation.html"),
     prices: Prices = None,
 ) -> None:
-    """Write one self-contained page about a dataset's making: funnel, histograms, examples, clusters, languages, domains."""
+    """Write one self-contained page about how a dataset was made: funnel, histograms, examples, clusters, languages, domains."""
     from heliostat.data import manifest
     from heliostat.plan import hardware
     from heliostat.storage.locations import Location
@@ -84,7 +84,7 @@ def trace(
     ] = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Tell a document's way: where it was read, what each stage did to it, who stayed instead, its shard, and its steps."""
+    """Show a document's provenance: source, stages, kept duplicate, shard, and training steps."""
     from heliostat.curation.text import trace as tracing
 
     prepared, ends = _found(dataset, url, id, text)
@@ -127,7 +127,7 @@ def forget(
 
 
 def _ways(dataset: Manifest, id: str, mlflow: str | None) -> Report:
-    """Tells where a document lies, who stayed in its place, and who trained on it."""
+    """Lists where a document is, which duplicate was kept, and which runs trained on it."""
     from heliostat.curation import reasons
     from heliostat.curation.text import trace as tracing
 
@@ -221,15 +221,15 @@ def _print_runs(report: Report) -> None:
         out.print("  no recorded run has trained on it")
 
 
-Good = Annotated[Path, typer.Argument(help="A folder of documents that are wanted", metavar="GOOD", show_default=False)]
-Bad = Annotated[Path, typer.Argument(help="A folder of documents that are not", metavar="BAD", show_default=False)]
+Good = Annotated[Path, typer.Argument(help="A folder of documents to keep", metavar="GOOD", show_default=False)]
+Bad = Annotated[Path, typer.Argument(help="A folder of documents to drop", metavar="BAD", show_default=False)]
 
 
 @curate_app.command("train-classifier", cls=Reporting)
 def train_classifier(
     good: Good,
     bad: Bad,
-    to: Annotated[Path, typer.Option("--out", help="The folder of the classifier, which is made", metavar="FOLDER")],
+    to: Annotated[Path, typer.Option("--out", help="The folder to write the classifier to", metavar="FOLDER")],
 ) -> None:
     """Train a quality classifier from two folders of examples, for `stage: classifier`; prints precision and recall."""
     from heliostat.curation import training

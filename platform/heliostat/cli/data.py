@@ -16,10 +16,10 @@ from heliostat.errors import ConfigError
 @command(DATA)
 def init(
     folder: Annotated[
-        Path, typer.Argument(help="Becomes the workspace; made if it is missing", show_default="this one")
+        Path, typer.Argument(help="The folder of the workspace; made if it is missing", show_default="this one")
     ] = Path(),
 ) -> None:
-    """Make a workspace: jobs, pipelines and a local cluster to begin with. Files that are there are never overwritten."""
+    """Make a workspace with jobs, pipelines and a local cluster. It never overwrites a file."""
     from heliostat.cli.workspace_template import create
 
     written = create(folder)
@@ -33,14 +33,16 @@ def init(
 @command(DATA)
 def prepare(
     pipeline: Annotated[
-        Path, typer.Argument(help="A pipeline file, as pipelines/quickstart.yaml", metavar="PIPELINE", show_default=False)
+        Path,
+        typer.Argument(help="A pipeline file, such as pipelines/quickstart.yaml", metavar="PIPELINE", show_default=False),
     ],
     setting: Settings = None,
-    force: Annotated[bool, flag("--force", help="Make it again though it is up to date")] = False,
+    force: Annotated[bool, flag("--force", help="Make it again even if it is up to date")] = False,
     sample: Annotated[
         str | None,
         typer.Option(
-            metavar="SHARE", help="Make nothing: try a share of the input, as 0.1%, and predict the whole's funnel and hours"
+            metavar="SHARE",
+            help="Make nothing: try a share of the input, such as 0.1%, and predict the funnel and hours",
         ),
     ] = None,
     verbose: Verbose = False,
@@ -78,7 +80,7 @@ def _predict(pipeline: Path, settings: list[str], sample: str) -> None:
 def index(
     dataset: Dataset,
 ) -> None:
-    """Take shards that were added to a dataset's folder into its manifest: a new version, old ones stay valid."""
+    """Add new shards in a dataset's folder to its manifest. This makes a new version; old versions stay valid."""
     from dataclasses import asdict
 
     from heliostat.data.index import index as run

@@ -15,30 +15,30 @@ from heliostat.errors import ConfigError
 @command(MODELS)
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Option(help="What the model is to go on from, or to draw")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line: answered with Ray Data, into --out")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue, or a description of the image")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt per line; answers go to --out")] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(help="Text: what stands before the middle that the model is to write; a file, or the text itself"),
+        typer.Option(help="Text that precedes the answer; a file, or the text itself"),
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Text that follows the answer; a file, or the text itself")] = None,
     seed: Seed = 0,
     to: Annotated[
-        str | None, typer.Option("--out", help="Where the answer goes; an image needs it, and so does --prompts (a folder)")
+        str | None, typer.Option("--out", help="Where to write the answer; required for an image and for --prompts (a folder)")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="With --prompts: as many models side by side")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="With --prompts: the number of models that run in parallel")] = 1,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     steps: Annotated[int | None, typer.Option(help="Images: steps of the sampler")] = None,
     guidance: Annotated[float | None, typer.Option(help="Images: how strictly to follow the prompt; 1 is plain")] = None,
     sampler: Annotated[str | None, typer.Option(help="Images: ddpm, ddim, dpm++ or euler")] = None,
-    grid: Annotated[int | None, typer.Option(help="Images: so many, side by side")] = None,
-    width: Annotated[int | None, typer.Option(help="Images: in pixels")] = None,
-    height: Annotated[int | None, typer.Option(help="Images: in pixels")] = None,
+    grid: Annotated[int | None, typer.Option(help="Images: how many to draw, in one row")] = None,
+    width: Annotated[int | None, typer.Option(help="Images: size in pixels")] = None,
+    height: Annotated[int | None, typer.Option(help="Images: size in pixels")] = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Let a model write or draw."""
+    """Generate text or images."""
     import heliostat.inference.generate as generating
 
     flags = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
@@ -70,25 +70,25 @@ def infer(
     model: Model,
     input_: Annotated[
         str,
-        typer.Option("--input", help="What is read, as of a text pipeline: a file, folder, glob or s3://", show_default=False),
+        typer.Option("--input", help="The input, as in a text pipeline: a file, folder, glob or s3:// URI", show_default=False),
     ],
     to: Annotated[str, typer.Option("--out", help="The folder of the answers, or s3://BUCKET/PREFIX", show_default=False)],
     task: Annotated[str, typer.Option(help="continue, chat, score, embed, classify or embed-images")] = "continue",
     column: Annotated[
-        str, typer.Option(help="The column of the input; the default is text, of chat messages, of embed-images image")
+        str, typer.Option(help="The column of the input; the default is text, messages for chat, image for embed-images")
     ] = "",
     keep: Annotated[list[str] | None, typer.Option(help="A column of the input to copy to the output; may be repeated")] = None,
     seed: Seed = 0,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
-    batch: Annotated[int, typer.Option(help="Inputs that the model takes together")] = 16,
+    batch: Annotated[int, typer.Option(help="Batch size: inputs that the model takes at once")] = 16,
     engine: Engine = "auto",
-    workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: as many models side by side")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: the number of models that run in parallel")] = 2,
     cluster: OnCluster = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Run a model over all documents of an input: each is answered once, and a run that was killed goes on."""
+    """Run a model over all documents of an input. Each is answered once; after a kill, run it again to resume."""
     from heliostat.cluster.endpoint import join
 
     join(cluster)
@@ -120,7 +120,7 @@ def infer(
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help="A prepared dataset: a folder or s3:// URI", show_default=False)],
-    samples: Annotated[int, typer.Option(min=1, help="At most so many of the held-out ones")] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="The largest number of held-out samples")] = 256,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="The default is the model's own")] = None,
     fraction: Annotated[
         float | None, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction; the default is the job's, or 0.01")
@@ -138,8 +138,8 @@ def evaluate(
 @command(MODELS)
 def export(
     run: Run,
-    to: Annotated[Path, typer.Option(help="The folder to write; it must be empty, or not there", show_default=False)],
-    step: Annotated[int | None, typer.Option(help="Of this step's checkpoint; the default is the newest")] = None,
+    to: Annotated[Path, typer.Option(help="The folder to write; it must be empty or missing", show_default=False)],
+    step: Annotated[int | None, typer.Option(help="The checkpoint's step; the default is the newest")] = None,
     mlflow: TrackingUri = None,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder."""

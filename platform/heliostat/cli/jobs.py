@@ -57,7 +57,7 @@ def submit(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Send a job to a cluster: the workspace and heliostat travel, the id is the run's name. Plans and checks first."""
+    """Send a job to a cluster, with the workspace and heliostat. Its id is the run's name. Plans and checks the job first."""
     from heliostat.storage.run_folder import require_one_way
     from heliostat.submit.submission import SubmissionRecord
 
@@ -208,7 +208,7 @@ def stop(
 
 @command(JOBS)
 def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None) -> None:
-    """Send a job again, to go on from its last checkpoint; --set may change what a resumed run may change, as workers.count."""
+    """Send a job again to resume from its last checkpoint. --set changes keys that may change then, such as workers.count."""
     from heliostat.submit.submission import changed
 
     record = recorded(id_)

@@ -20,14 +20,14 @@ def flag(*names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, metavar="", **more)
 
 
-JobFile = Annotated[Path, typer.Argument(help="A job file, as jobs/quickstart.yaml", metavar="JOB", show_default=False)]
+JobFile = Annotated[Path, typer.Argument(help="A job file, for example jobs/quickstart.yaml", metavar="JOB", show_default=False)]
 Run = Annotated[str, typer.Argument(help="A run id, or a run's folder (STORAGE/NAME)", metavar="RUN", show_default=False)]
 Model = Annotated[
     str, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="MODEL", show_default=False)
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file, as train.optimizer.lr=1e-3; may be repeated"),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file, such as train.optimizer.lr=1e-3; may be repeated"),
 ]
 Verbose = Annotated[bool, flag("--verbose", "-v", help="Show the logs of Ray and of the workers, and tracebacks")]
 OnCluster = Annotated[
@@ -38,7 +38,7 @@ OnCluster = Annotated[
 ]
 TrackingUri = Annotated[
     str | None,
-    typer.Option("--mlflow", metavar="URI", help="MLflow's store; the default is MLFLOW_TRACKING_URI, then the quickstart's"),
+    typer.Option("--mlflow", metavar="URI", help="MLflow tracking URI; the default is MLFLOW_TRACKING_URI or the quickstart's"),
 ]
 Prices = Annotated[Path | None, typer.Option("--prices", help="A YAML file laid over the price table (docs/plan.md)")]
 Dataset = Annotated[str, typer.Argument(help="A prepared dataset: a folder or s3:// URI", metavar="DATASET", show_default=False)]
@@ -47,19 +47,22 @@ TextDataset = Annotated[
 ]
 Resume = Annotated[bool, flag("--resume", help="Resume from the run's last checkpoint, if there is one")]
 Overwrite = Annotated[bool, flag("--overwrite", help="Delete the run of this name and start from scratch")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Text: at most so many tokens")]
-Temperature = Annotated[float | None, typer.Option("--temperature", help="Text: 0 takes the likeliest token each time")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Text: choose among the likeliest tokens of this share")]
-Engine = Annotated[str, typer.Option("--engine", help="auto, transformers or vllm; auto is vllm where it can be")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the random numbers: the same seed gives the same answers")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Text: the largest number of tokens")]
+Temperature = Annotated[float | None, typer.Option("--temperature", help="Text: 0 always takes the likeliest token")]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Text: sample from the likeliest tokens of this total probability (top-p)"),
+]
+Engine = Annotated[str, typer.Option("--engine", help="auto, transformers or vllm; auto is vllm where that works")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same answers")]
 Embedder = Annotated[
-    str | None, typer.Option("--embedder", metavar="MODEL", help="The embedder of the index, where it lies elsewhere now")
+    str | None, typer.Option("--embedder", metavar="MODEL", help="The folder of the index's embedder, if it has moved")
 ]
 Reranker = Annotated[
     str | None, typer.Option("--reranker", metavar="MODEL", help="A cross-encoder that orders what the index finds")
 ]
 Keys = Annotated[
-    Path, typer.Option(help="A file of API keys, a key or NAME KEY a line; one that is not there is made, with a new key")
+    Path, typer.Option(help="A file of API keys, one KEY or NAME KEY per line; if it is missing, it is made with a new key")
 ]
 Target = Annotated[str | None, typer.Option("--cluster", "-c", help="A cluster file, an address, or a local cluster's name")]
 Queue = Annotated[str | None, typer.Option(help="Jobs of one queue run one after another")]

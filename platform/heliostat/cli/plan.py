@@ -22,17 +22,17 @@ def plan(
     cluster: Annotated[
         Path | None, typer.Option(help="A cluster file: its GPU pool's device, and whether the workers fit")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="A device of the price table, as H100 or A100")] = None,
+    device: Annotated[str | None, typer.Option(help="A device of the price table, for example H100")] = None,
     prices: Prices = None,
     rank: Annotated[bool, flag("--rank", help="Rank the layouts that the job could train in, by time within memory")] = False,
     calibrate: Annotated[
         str | None, typer.Option(help="A run (its id or folder) whose measured speed corrects the device's", metavar="RUN")
     ] = None,
-    write: Annotated[Path | None, typer.Option(help="With --calibrate: write what was measured, for --prices")] = None,
+    write: Annotated[Path | None, typer.Option(help="With --calibrate: write the measured speed to a file for --prices")] = None,
     setting: Settings = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Tell what a job needs and will cost: parameters, memory, speed, days, money, failures. Fails if it cannot fit."""
+    """Show what a job needs and costs: parameters, memory, speed, days, money, failures. Fails if it cannot fit."""
     from heliostat.plan.plan_file import plan_file
 
     if write and not calibrate:

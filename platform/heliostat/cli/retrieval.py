@@ -24,10 +24,10 @@ def index_documents(
     embedder: Annotated[
         str | None, typer.Option(help="A language model that embeds the passages: as MODEL of `heliostat infer`", metavar="MODEL")
     ] = None,
-    chunk_tokens: Annotated[int, typer.Option(help="Of a passage, at most, by the dataset's tokenizer")] = 256,
-    overlap: Annotated[int, typer.Option(help="Tokens of a passage that the next one begins with")] = 32,
-    batch: Annotated[int, typer.Option(min=1, max=4096, help="Passages that the embedder takes together")] = 16,
-    workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: as many tasks side by side")] = 2,
+    chunk_tokens: Annotated[int, typer.Option(help="The largest number of tokens per passage, by the dataset's tokenizer")] = 256,
+    overlap: Annotated[int, typer.Option(help="Tokens that a passage shares with the next one")] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Batch size: passages that the embedder takes at once")] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: the number of tasks that run in parallel")] = 2,
     mlflow: TrackingUri = None,
 ) -> None:
     """Make a dataset's documents searchable, or bring their index up to date: by words, and with --embedder by meaning too."""
@@ -62,20 +62,20 @@ def _print_made(result: Report, to: str) -> None:
 @command(MODELS)
 def ask(
     index: Annotated[str, typer.Argument(help="An index: a folder or s3:// URI", metavar="INDEX", show_default=False)],
-    question: Annotated[str | None, typer.Argument(help="What is asked", show_default=False)] = None,
+    question: Annotated[str | None, typer.Argument(help="The question", show_default=False)] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A language model that answers from the passages; without one they are shown", metavar="MODEL"),
+        typer.Option(help="A language model that answers from the passages; without it the passages are shown", metavar="MODEL"),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, max=1000, help="Passages, at most")] = 5,
+    top: Annotated[int, typer.Option(min=1, max=1000, help="The largest number of passages")] = 5,
     mode: Annotated[str | None, typer.Option(help="bm25 (by words; the default), dense (by meaning) or hybrid (both)")] = None,
     questions: Annotated[
         Path | None,
-        typer.Option(help="Instead of a question a file of them with their documents: judges the index", metavar="FILE"),
+        typer.Option(help="Instead of a question: a file of questions and their documents, to measure the index", metavar="FILE"),
     ] = None,
     embedder: Embedder = None,
     reranker: Reranker = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer, at most")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The largest number of tokens of the answer")] = 128,
     mlflow: TrackingUri = None,
 ) -> None:
     """Ask an index of documents: prints the passages with their sources, or a model's answer from them."""

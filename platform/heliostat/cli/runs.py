@@ -78,7 +78,7 @@ def lineage(
     dataset: Annotated[str | None, typer.Option(help="Instead: every run that trained on the dataset of this digest")] = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Tell where a model comes from: run, restarts, code, machines, shards, parents; or which models saw a shard or dataset."""
+    """Show where a model comes from: run, restarts, code, machines, shards, parents; or which models saw a shard or dataset."""
     from heliostat.tracking import lineage as tracing
 
     if sum(x is not None for x in (what, shard, dataset)) != 1:
@@ -111,13 +111,13 @@ def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> 
 @command(MODELS)
 def promote(
     model: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME/VERSION", metavar="MODEL", show_default=False)],
-    alias: Annotated[str, typer.Argument(help="That it gets, as champion", metavar="ALIAS", show_default=False)],
+    alias: Annotated[str, typer.Argument(help="The alias to assign, for example champion", metavar="ALIAS", show_default=False)],
     require: Annotated[list[str] | None, typer.Option(help="A score that it must have: 'eval/loss<2.1'; may be repeated")] = None,
     metric: Annotated[
-        str, typer.Option(help="By which it must not be worse than the model that has the alias now")
+        str, typer.Option(help="The metric that must not be worse than that of the model that has the alias now")
     ] = "eval/loss",
-    maximize: Annotated[bool, flag("--maximize", help="More of the metric is better")] = False,
-    force: Annotated[bool, flag("--force", help="Promote it all the same; the history says so")] = False,
+    maximize: Annotated[bool, flag("--maximize", help="A larger metric is better")] = False,
+    force: Annotated[bool, flag("--force", help="Promote it anyway; the history shows that")] = False,
     mlflow: TrackingUri = None,
 ) -> None:
     """Give a registered model an alias, unless it is worse than what has the alias now, or lacks what is required."""
@@ -164,12 +164,12 @@ def profile(
 @command(RUNS)
 def reproduce(
     run: Run,
-    steps: Annotated[int | None, typer.Option(min=1, help="Only so many; the learning rate is what it was all the same")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Train only this many steps of the recorded schedule")] = None,
     setting: Settings = None,
     overwrite: Annotated[bool, flag("--overwrite", help="Delete an earlier reproduction of the run")] = False,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Train a recorded run again from its record, and compare the losses of every step; tells what differs in the environment."""
+    """Train a recorded run again, and compare the losses of every step. Shows differences of the environment."""
     from heliostat.training import reproduce as again
 
     with tracking(mlflow) as (client, uri):
@@ -199,7 +199,7 @@ def ui(
 
 @command(RUNS)
 def checkpoints(run: Run, mlflow: TrackingUri = None) -> None:
-    """List a run's checkpoints: what each is, whether it is whole, and which rule keeps it."""
+    """List a run's checkpoints: step, size, whether each is complete, and which rule keeps it."""
     from heliostat.checkpoint.retention import survey
 
     place = run_folder(run, mlflow)
@@ -238,7 +238,7 @@ def verify(run: Run, mlflow: TrackingUri = None) -> None:
 
 @command(RUNS)
 def goodput(run: Run, mlflow: TrackingUri = None) -> None:
-    """Tell where a run's time went, from the command's start to the end, over all its restarts: parts that add up to 100 %."""
+    """Show where a run's time went, from the command's start to its end, over all restarts. The parts add up to 100 %."""
     from heliostat.runs import goodput as accounting
     from heliostat.tracking.reconcile import settle_folder
 

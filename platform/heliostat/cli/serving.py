@@ -18,10 +18,10 @@ AnyModel = Annotated[
     str | None, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="[MODEL]", show_default=False)
 ]
 Index = Annotated[
-    str | None, typer.Option("--index", metavar="INDEX", help="An index of documents that is asked; a folder or s3:// URI")
+    str | None, typer.Option("--index", metavar="INDEX", help="An index of documents to search: a folder or s3:// URI")
 ]
 Open = Annotated[bool, flag("--no-keys", help="Answer everyone who can reach the port, without a key")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens of an answer, at most")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="The largest number of tokens of an answer")]
 
 
 @app.command(rich_help_panel=MODELS)
@@ -33,25 +33,25 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model; the default is its own name")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter of the model, asked for by this name; again for more"),
+        typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter of the model, by the name for clients; may be repeated"),
     ] = None,
     keys: Keys = Path(".heliostat/serve/keys"),
     open_: Open = False,
-    port: Annotated[int, typer.Option(help="On 127.0.0.1")] = 8000,
-    replicas: Annotated[str, typer.Option(help="So many, as 2, or by load, as 1..4")] = "1",
+    port: Annotated[int, typer.Option(help="The port on 127.0.0.1")] = 8000,
+    replicas: Annotated[str, typer.Option(help="The number of replicas, or a range by load, such as 1..4")] = "1",
     engine: Engine = "auto",
-    batch: Annotated[int, typer.Option(help="Prompts that a replica steps together")] = 16,
+    batch: Annotated[int, typer.Option(help="Batch size: prompts that a replica answers at once")] = 16,
     max_tokens: MaxTokens = 1024,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request, at most")] = 1 << 20,
-    concurrent: Annotated[int, typer.Option(help="Requests of a key at a time; 0 is no limit")] = 256,
-    per_minute: Annotated[int, typer.Option(help="Requests of a key in a minute; 0 is no limit")] = 0,
-    deadline: Annotated[float, typer.Option(help="Seconds for an answer as a whole")] = 300.0,
-    poll: Annotated[float, typer.Option(help="Seconds between two looks at the alias")] = 2.0,
+    max_body: Annotated[int, typer.Option(help="The largest number of bytes of a request")] = 1 << 20,
+    concurrent: Annotated[int, typer.Option(help="Concurrent requests per key; 0 is no limit")] = 256,
+    per_minute: Annotated[int, typer.Option(help="Requests per key and minute; 0 is no limit")] = 0,
+    deadline: Annotated[float, typer.Option(help="Seconds that an answer may take")] = 300.0,
+    poll: Annotated[float, typer.Option(help="Seconds between two checks of the alias")] = 2.0,
     cluster: OnCluster = None,
     stop: Annotated[bool, flag("--stop", help="End the endpoint that a killed command has left on the cluster")] = False,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Serve a model, an index, or both over HTTP, as OpenAI's API: an alias of the registry is followed."""
+    """Serve a model, an index, or both over HTTP with OpenAI's API. It follows an alias of the registry."""
     from heliostat.cluster.endpoint import join
 
     join(cluster)
@@ -88,7 +88,7 @@ def play(
     reranker: Reranker = None,
     keys: Keys = Path(".heliostat/play/keys"),
     open_: Open = False,
-    port: Annotated[int, typer.Option(help="On 127.0.0.1")] = 7860,
+    port: Annotated[int, typer.Option(help="The port on 127.0.0.1")] = 7860,
     max_tokens: MaxTokens = 1024,
     mlflow: TrackingUri = None,
 ) -> None:

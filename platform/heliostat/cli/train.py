@@ -33,12 +33,10 @@ ISSUE = "kill-worker,kill-node,hang,sigterm,s3-503,corrupt-shard,torn-checkpoint
 def check(
     job: JobFile,
     setting: Settings = None,
-    offline: Annotated[bool, flag("--offline", help="Leave out datasets, stores and machines")] = False,
-    cluster: Annotated[
-        Path | None, typer.Option(help="The file of the cluster that the job is for; the default is this machine")
-    ] = None,
+    offline: Annotated[bool, flag("--offline", help="Don't check datasets, stores and machines")] = False,
+    cluster: Annotated[Path | None, typer.Option(help="The cluster file; the default is this machine")] = None,
     numerics: Annotated[
-        bool, flag("--numerics", help="Play some steps on two workers here, against one plain process in fp32")
+        bool, flag("--numerics", help="Run some steps on two workers here, and compare them with one plain process in fp32")
     ] = False,
 ) -> None:
     """Find everything wrong with a job before anything starts."""
@@ -126,14 +124,14 @@ def train(
     allow_data_change: Annotated[
         bool, flag("--allow-data-change", help="Resume with other data: a new segment of the run")
     ] = False,
-    alias: Annotated[str | None, typer.Option(help="That the registered model gets, as candidate (mlflow.alias)")] = None,
-    dry_run: Annotated[bool, flag("--dry-run", help="Train nothing: work out every rank's share, in this process alone")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="For --dry-run: as many ranks, instead of workers.count")] = None,
-    from_sweep: Annotated[str | None, typer.Option(help="A sweep's folder or name: train the job that it found")] = None,
-    best: Annotated[bool, flag("--best", help="With --from-sweep: the job of its best trial")] = False,
+    alias: Annotated[str | None, typer.Option(help="Alias to assign to the registered model (mlflow.alias)")] = None,
+    dry_run: Annotated[bool, flag("--dry-run", help="Train nothing: compute the share of every rank in this process")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --dry-run: the number of ranks")] = None,
+    from_sweep: Annotated[str | None, typer.Option(help="A sweep's folder or name, to train a job of it")] = None,
+    best: Annotated[bool, flag("--best", help="With --from-sweep: train the job of the best trial")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train a job: Ray Data streams its samples into DeepSpeed workers; the model ends in MLflow."""
+    """Train a job: Ray Data streams its samples to DeepSpeed workers, and MLflow gets the model."""
     setting = [*(setting or []), *([f"mlflow.alias={alias}"] if alias else [])]
     if (job is None) == (from_sweep is None) or best != (from_sweep is not None):
         raise ConfigError("give a job file, or --from-sweep SWEEP --best")
@@ -208,15 +206,15 @@ def chaos(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="Which; also kill-driver, kill-driver-late, restart-head",
+            help="The faults; also kill-driver, kill-driver-late, restart-head",
             show_default=ISSUE.replace(",", ", "),
         ),
     ] = ISSUE,
-    seed: Annotated[int, typer.Option(help="Of when and whom the faults strike")] = 0,
-    rate: Annotated[float, typer.Option(min=0.01, max=0.9, help="s3-503: the share of requests that are refused")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Random seed for the times and targets of faults")] = 0,
+    rate: Annotated[float, typer.Option(min=0.01, max=0.9, help="s3-503: the share of requests that fail")] = 0.2,
     setting: Settings = None,
 ) -> None:
-    """Break a job's runs on purpose, one fault a run, and compare each with the unbroken run: nothing may be lost."""
+    """Break a job's runs on purpose, one fault per run, and compare each with the unbroken run. Fails if a sample is lost."""
     from heliostat.chaos.experiment import chaos as run
 
     names = [name.strip() for name in faults.split(",") if name.strip()]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from heliostat.tune.trial_record import SweepProgress
 
 DEFAULT_STORAGE = ".heliostat/runs"
-Storage = Annotated[str, typer.Option(help="Where runs and sweeps live: a folder or s3:// prefix")]
+Storage = Annotated[str, typer.Option(help="The folder or s3:// prefix of runs and sweeps")]
 SweepName = Annotated[
     str, typer.Argument(help="A sweep's folder (STORAGE/NAME), or its name below --storage", metavar="SWEEP", show_default=False)
 ]
@@ -26,23 +26,23 @@ SweepName = Annotated[
 @command(SWEEPS)
 def tune(
     sweep: Annotated[
-        Path, typer.Argument(help="A sweep file, as jobs/sweeps/quickstart.yaml", metavar="SWEEP", show_default=False)
+        Path, typer.Argument(help="A sweep file, for example jobs/sweeps/quickstart.yaml", metavar="SWEEP", show_default=False)
     ],
     setting: Settings = None,
-    resume: Annotated[bool, flag("--resume", help="Go on with the sweep: nothing is run twice, nothing is lost")] = False,
+    resume: Annotated[bool, flag("--resume", help="Resume the sweep: no trial runs twice, and none is lost")] = False,
     retry_failed: Annotated[
-        bool, flag("--retry-failed", help="With --resume: failed trials go on from their last checkpoints")
+        bool, flag("--retry-failed", help="With --resume: failed trials continue from their last checkpoints")
     ] = False,
     overwrite: Annotated[bool, flag("--overwrite", help="Delete the sweep of this name and start from scratch")] = False,
     transfer: Annotated[
-        Path | None, typer.Option(help="A big job: the learning rate is carried to it from the widths that are swept")
+        Path | None, typer.Option(help="A large job: scale the learning rate to it from the widths of the sweep")
     ] = None,
     cluster: Target = None,
     follow: Follow = False,
     queue: Queue = None,
     verbose: Verbose = False,
 ) -> None:
-    """Search for a job's best settings: many runs of it, side by side, through Ray Tune. docs/tuning.md"""
+    """Search for a job's best settings with many runs in parallel on Ray Tune (docs/tuning.md)."""
     from heliostat.storage.run_folder import require_one_way
     from heliostat.tune.driver import tune as run
 
@@ -84,7 +84,7 @@ def sweeps(storage: Storage = DEFAULT_STORAGE) -> None:
 @command(SWEEPS)
 def sweep(
     sweep: SweepName,
-    top: Annotated[int, typer.Option(min=1, help="As many of the best trials")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="The number of best trials to show")] = 10,
     stop: Annotated[bool, flag("--stop", help="Stop it: its trials stop after a checkpoint")] = False,
     storage: Storage = DEFAULT_STORAGE,
 ) -> None:

@@ -46,7 +46,7 @@ class Data(Strict):
     max_bad_fraction: Fraction = 0.01
     """Replaced samples, as a share of an epoch's (or of all that were trained on, if more), beyond which the run stops."""
     memory_limit: ByteSize = ByteSize(2 << 30)
-    """Bytes (`512MiB`) for samples on their way from storage to the workers, for each stream: large runs have one on each node."""
+    """Bytes (`512MiB`) for samples on their way from storage to workers, for each stream: large runs have one on each node."""
     one_source_batches: bool = False
     """A lane's samples of a step all come from one source. Set by itself where a source is a collection of buckets."""
     labels: dict[str, str] = {}

@@ -99,7 +99,7 @@ def elsewhere() -> str:
 
 
 def named(name: str, memory: float, devices: Mapping[str, Machine]) -> str:
-    """Finds a GPU of a name as CUDA tells it, with so many bytes of memory, in a price table; ConfigError if it is not there."""
+    """Finds a GPU by its name in CUDA, with so many bytes of memory, in a price table; ConfigError if it is not there."""
     if device := hardware.find(name, memory, devices):
         return device
     raise ConfigError(

@@ -108,15 +108,15 @@ class Activations:
         return self.held(len(self.layers))
 
     def held(self, first: int, offload: bool = False) -> int:
-        """Computes what is held at most where the first so many layers are checkpointed: behind the forward pass, or while one of
-        them is computed again, when those behind it are done. `offload`: their inputs are on the host, but for one."""
+        """Computes the most bytes where the first so many layers are checkpointed: after the forward pass, or while one of them
+        is computed again, when those after it are done. `offload`: their inputs are on the host, except one."""
         inputs, inside = [inputs for inputs, _, _ in self.layers], [kept for _, kept, _ in self.layers]
         stored = max(inputs[:first], default=0) if offload else self.inputs(first)
         return self.outside + stored + max(sum(inside[first:]), max(inside[:first], default=0))
 
     def selective(self) -> int:
-        """Computes what is held at most where all layers keep what is dear alone: behind the forward pass, or while the last one
-        is computed again; those in front of it wait."""
+        """Computes the most bytes where all layers keep the expensive operations alone: after the forward pass, or while the last
+        layer is computed again, and those before it wait."""
         waiting = most = 0
         for _, inside, dear in self.layers:
             most = max(most, waiting + max(inside, dear))

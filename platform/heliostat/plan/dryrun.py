@@ -2,8 +2,8 @@
 
 Validates the job for N workers, validates DeepSpeed's config with DeepSpeed's own classes, builds the model on the meta device,
 cuts its state as ZeRO does, makes the checkpoint index that those ranks would write, and makes the data plan (with the datasets,
-if they can be read). Nothing starts, and no memory is taken for the model. Raises ConfigError for whatever does not divide, does
-not fit, or has no name of its own.
+if they can be read). Nothing starts, and no memory is taken for the model. Raises ConfigError if something does not divide,
+does not fit, or has no name of its own.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ class Planner:
         return kept, left
 
     def _time(self, layout: Layout, accumulation: int, moved: Traffic, on_host: int) -> tuple[step_time.StepSeconds, float, int]:
-        """Estimates a step, the seconds of it that play the forward pass again, and the bytes that workers hand each other of
+        """Estimates a step, the seconds of it that compute the forward pass again, and the bytes that workers hand each other of
         samples, tokens and whole matrices. `on_host`: bytes that cross to the host and back in a step."""
         micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))

@@ -24,8 +24,8 @@ OFFLOADS = {"none": (None, None), "optimizer": ("cpu", None), "optimizer, weight
 
 @dataclass(frozen=True)
 class Layout:
-    """Describes how a job trains on its workers. `checkpointing`: of all layers, none, the first so many, or of all but for what
-    is dear; `offload_param`: where stage 3 keeps its weights, None: on the device."""
+    """Describes how a job trains on its workers. `checkpointing`: of all layers, none, the first so many, or of all except
+    expensive operations; `offload_param`: where stage 3 keeps its weights, None: on the device."""
 
     stage: int
     micro_batch: int

@@ -104,7 +104,7 @@ def state(
 
 
 def _share(sizes: Iterable[int], workers: int, stage: int) -> int:
-    """Computes the elements of parameters of which one worker keeps masters and moments."""
+    """Computes the elements of parameters of which one worker keeps fp32 master weights and moments."""
     return sum(partition(n, workers) for n in sizes) if stage == 3 else partition(sum(sizes), workers if stage else 1)
 
 

@@ -124,7 +124,7 @@ def plan(
 
 
 def facts(planner: Planner) -> dict[str, object]:
-    """Tells what is planned, and on what."""
+    """Describes the job that is planned, its model, and its device."""
     model = planner.model
     return {
         "name": planner.job.name,

@@ -25,7 +25,7 @@ BACKWARD = 2 / 3  # of a micro-batch's computing: what can hide a reduction of g
 @dataclass(frozen=True)
 class Setting:
     """Describes how a step is done by each worker. `replayed`: the share of the layers' forward pass that activation
-    checkpointing plays again; `selective`: but for what is dear in it."""
+    checkpointing computes again; `selective`: without its expensive operations."""
 
     workers: int
     stage: int

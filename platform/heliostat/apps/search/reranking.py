@@ -1,7 +1,7 @@
 """Orders passages by a cross-encoder: a model that reads the question and a passage together, and gives one number for the pair.
 
-It is exact where embeddings and words are rough, and dear: a forward pass for each passage. So it reads the first that a search
-finds, and puts them into its own order.
+It is more exact than embeddings and words, and expensive: a forward pass for each passage. So it reads the first passages that a
+search finds, and puts them into its own order.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ MODULES = ("ray.serve", "heliostat.apps.serve.deployed", "heliostat.apps.serve.e
 
 
 class Versions:
-    """Moves traffic between versions. `use` tells the front of one, and returns the requests that each has under way."""
+    """Moves traffic between versions. `use` sends the front one, and returns the requests that each has under way."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Versions:
         self.until: dict[str, float] = {}  # of versions that are draining
 
     def tick(self, wanted: str) -> None:
-        """Moves to what is wanted, tells the front, and ends what has drained; HeliostatError if the first does not load."""
+        """Moves to the wanted version, sends that to the front, and ends old ones; HeliostatError if the first does not load."""
         if wanted not in (self.current, self.failed):
             self._move(wanted)
         open_ = self.use(self.current)
@@ -255,7 +255,7 @@ class ServeEndpoint:
             raise
 
     def use(self, version: str) -> dict[str, int]:
-        """Tells the front which version is served; FrontError if it does not answer."""
+        """Sends the front the version that is served; FrontError if it does not answer."""
         assert self.front
         try:
             return self.front.use.remote(version).result(timeout_s=30)

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class NoModel:
-    """Stands for the model where an index is served without one."""
+    """Replaces the model where an index is served without one."""
 
     def __init__(self, index: str) -> None:
         self.label = index
@@ -171,18 +171,18 @@ class Options(Strict):
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """What writes; auto is vllm where it can be."""
     batch: int = Field(16, ge=1, le=4096)
-    """Prompts that a replica steps together."""
+    """Prompts that a replica answers at once."""
     body_bytes: int = Field(1 << 20, ge=1)
     max_tokens: int = Field(1024, ge=1)
-    """Tokens of an answer, at most."""
+    """The largest number of tokens of an answer."""
     at_once: int = Field(256, ge=0)
-    """Requests of a key at a time; 0 is no limit."""
+    """Concurrent requests per key; 0 is no limit."""
     a_minute: int = Field(0, ge=0)
-    """Requests of a key in a minute; 0 is no limit."""
+    """Requests per key and minute; 0 is no limit."""
     deadline_s: Float = Field(300.0, gt=0)
-    """For an answer as a whole."""
+    """Seconds that an answer may take."""
     poll_s: Float = Field(2.0, gt=0)
-    """Between two looks at the alias."""
+    """Seconds between two checks of the alias."""
 
 
 def replica_range(text: str) -> tuple[int, int]:

@@ -49,7 +49,7 @@ class Shelf:
             raise Refusal(503, said, None, "index_gone") from e
 
     async def prompt(self, request: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:
-        """Returns the prompt of what is found, and its sources; `used` tells what of each is in the prompt.
+        """Returns the prompt of the passages, and their sources; `used` is the part of each that is in the prompt.
 
         Refusal if nothing is found, or there is no room for the question.
         """

@@ -124,7 +124,7 @@ class WritingRoute(Route[S, Ask]):
         return await (self._stream if body.stream else self.whole)(gateway, body, key)
 
     async def _stream(self, gateway: Gateway, body: S, key: str) -> Response:
-        """Waits for the first piece, for until then the status can still tell what is wrong."""
+        """Waits for the first piece, since until then the status can still show an error."""
         request, began = self.request(gateway.settings, body), time.monotonic()
         items = gateway.stream(self.pieces, request)
         try:

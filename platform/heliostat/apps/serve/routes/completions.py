@@ -36,7 +36,7 @@ def _is_token(value: object) -> bool:
 
 
 class Completion(Sampled):
-    """Describes a request to continue prompts, or to fill in what stands between each of them and a suffix."""
+    """Describes a request to continue prompts, or to fill in the text between each of them and a suffix."""
 
     neutral = {**COMMON, "best_of": 1, "echo": False}
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
