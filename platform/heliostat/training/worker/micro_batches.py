@@ -19,6 +19,7 @@ are made where they are taken.
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -209,13 +210,20 @@ class _OwnNumbers(TorchDispatchMode):
             setattr(owner, name, function)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            names = [argument.name for argument in func._schema.arguments]
+        if names := _drawing(func):
             values = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
             draws = "dropout_p" not in names or values.get("dropout_p")  # attention draws nothing without dropout
             if draws and values.get("generator") is None:
                 _stop()
         return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _drawing(operation: Any) -> tuple[str, ...]:
+    """Returns the names of the arguments of torch's operation if it draws numbers; none if not."""
+    if torch.Tag.nondeterministic_seeded not in operation.tags:
+        return ()
+    return tuple(argument.name for argument in operation._schema.arguments)
 
 
 def _in_others(function: Callable[..., Any], thread: int) -> Callable[..., Any]:
