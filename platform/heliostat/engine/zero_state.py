@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN
-from heliostat.engine import patches
+from heliostat.engine import patches, stream_patches
 from heliostat.errors import ConfigError, TrainingError
 from heliostat.parallel import division
 
@@ -286,6 +286,7 @@ def refresh(engine: DeepSpeedEngine) -> None:
         patches.reassign_parameters(zero, engine.module.parameters())
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        stream_patches.gathers_wait(zero)
     elif stage and _sums_apart(engine):
         zero.update_lp_params()
     elif stage:
