@@ -161,9 +161,7 @@ struct Generator final : c10::GeneratorImpl { // draws the CPU's numbers
   GeneratorImpl* clone_impl() const override { return new Generator(device().index(), cpu.clone()); }
 };
 
-struct Event {
-  Clock clock;
-};
+struct Event { Clock clock; };
 struct DeviceGuard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return TYPE; }
   c10::Device exchangeDevice(c10::Device to) const override {
@@ -263,9 +261,8 @@ struct Hooks final : at::CUDAHooksInterface {
   void deviceSynchronize(c10::DeviceIndex index) const override { DeviceGuard().synchronizeDevice(index); }
 };
 
-void allow(const at::Tensor& tensor, const std::string& by, int64_t stream, uint64_t at, const Clock& clock) {
-  if (stream >= 0 && stream != current_stream() && !seen(clock, stream, at))
-    record("unordered", by, static_cast<int64_t>(tensor.nbytes()));
+bool unseen(int64_t stream, uint64_t at, const Clock& clock) {
+  return stream >= 0 && stream != current_stream() && !seen(clock, stream, at);
 }
 
 } // namespace
@@ -289,25 +286,37 @@ Block* block(const at::Tensor& tensor) {
   return data.get_deleter() == &free_block ? static_cast<Block*>(data.get_context()) : nullptr;
 }
 
-void reads(const at::Tensor& tensor, const std::string& by) {
+// Does this while our lock is held. Who holds Python's lock may wait for ours, so nothing may be recorded meanwhile.
+template <class Work>
+auto locked(Work work) {
   Guard guard(lock);
-  auto* b = block(tensor);
-  if (!b || !tensor.numel()) return;
-  auto& clock = state().streams[current_stream()];
-  allow(tensor, by, b->writer, b->written, clock);
-  b->readers[current_stream()] = clock[current_stream()];
+  return work();
+}
+
+void reads(const at::Tensor& tensor, const std::string& by) {
+  bool late = locked([&] {
+    auto* b = block(tensor);
+    if (!b || !tensor.numel()) return false;
+    auto& clock = state().streams[current_stream()];
+    b->readers[current_stream()] = clock[current_stream()];
+    return unseen(b->writer, b->written, clock);
+  });
+  if (late) record("unordered", by, static_cast<int64_t>(tensor.nbytes()));
 }
 
 void writes(const at::Tensor& tensor, const std::string& by) {
-  Guard guard(lock);
-  auto* b = block(tensor);
-  if (!b || !tensor.numel()) return;
-  auto& clock = state().streams[current_stream()];
-  allow(tensor, by, b->writer, b->written, clock);
-  for (auto& [stream, at] : b->readers) allow(tensor, by, stream, at, clock);
-  b->readers.clear();
-  b->writer = current_stream();
-  b->written = clock[current_stream()];
+  bool late = locked([&] {
+    auto* b = block(tensor);
+    if (!b || !tensor.numel()) return false;
+    auto& clock = state().streams[current_stream()];
+    bool found = unseen(b->writer, b->written, clock);
+    for (auto& [stream, at] : b->readers) found |= unseen(stream, at, clock);
+    b->readers.clear();
+    b->writer = current_stream();
+    b->written = clock[current_stream()];
+    return found;
+  });
+  if (late) record("unordered", by, static_cast<int64_t>(tensor.nbytes()));
 }
 
 c10::Storage storage_of(c10::Storage host) {
@@ -334,18 +343,21 @@ void defer_check(const at::Tensor& from, const at::Tensor& values) {
 }
 
 void arrive(const at::Tensor& source, const std::string& by) {
-  Guard guard(lock);
-  auto* begin = static_cast<const char*>(source.storage().data());
-  auto* end = begin + source.storage().nbytes();
-  for (auto& [stream, all] : state().pending) {
-    for (auto& one : all) {
-      auto* place = static_cast<const char*>(one.pinned.data_ptr());
-      if (!one.to_host || place < begin || place >= end) continue;
-      if (stream != current_stream() && !seen(state().streams[current_stream()], stream, one.at)) record("unordered", by, 0);
-      std::memcpy(one.pinned.data_ptr(), one.values.data_ptr(), one.values.nbytes());
-      one.values = one.pinned.clone();
+  bool late = locked([&] {
+    bool found = false;
+    auto* begin = static_cast<const char*>(source.storage().data());
+    for (auto& [stream, all] : state().pending) {
+      for (auto& one : all) {
+        auto* place = static_cast<const char*>(one.pinned.data_ptr());
+        if (!one.to_host || place < begin || place >= begin + source.storage().nbytes()) continue;
+        found |= unseen(stream, one.at, state().streams[current_stream()]);
+        std::memcpy(one.pinned.data_ptr(), one.values.data_ptr(), one.values.nbytes());
+        one.values = one.pinned.clone();
+      }
     }
-  }
+    return found;
+  });
+  if (late) record("unordered", by, 0);
 }
 
 bool pinned(const at::Tensor& host) { return pinned_at(host.storage().data()); }

@@ -13,8 +13,10 @@ Kernels are the CPU's, so numbers are those of the CPU, while memory, streams, e
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
+from heliostat.data import device_threads
 
 from tests.twin import build, cuda, traffic
 
@@ -29,8 +31,12 @@ def start() -> None:
 
 
 def start_deepspeed() -> None:
-    """Makes DeepSpeed use the twin as the GPU that it is; to be called before the first engine is built."""
+    """Makes DeepSpeed use the twin as the GPU that it is, and this rank one of the two devices, as a worker's process does; to be
+    called before the first engine is built."""
     start()
+    local = int(os.environ.get("RANK", 0)) % 2
+    os.environ["LOCAL_RANK"] = str(local)  # which DeepSpeed takes for its device's number
+    device_threads.use(local)
     from deepspeed.accelerator import cuda_accelerator, real_accelerator
 
     real_accelerator.set_accelerator(cuda_accelerator.CUDA_Accelerator())

@@ -91,6 +91,7 @@ class Call {
       auto& v = stack[i];
       std::vector<at::Tensor> of;
       if (v.isTensor()) of.push_back(v.toTensor());
+      else if (nested(schema_.arguments()[i - begin])) for (const IValue& e : v.toListRef()) for (const at::Tensor& t : e.toTensorVector()) of.push_back(t);
       else if (v.isTensorList()) for (const at::Tensor& t : v.toTensorVector()) of.push_back(t);
       else if (v.isList()) for (const IValue& e : v.toListRef()) if (e.isTensor()) of.push_back(e.toTensor());
       bool is_indices = INDEXING.count(name_) && schema_.arguments()[i - begin].name() == "indices";
@@ -144,14 +145,26 @@ class Call {
     return stack[begin + 1].toListRef().size() == 1 && stack[begin + 2].toTensor().numel() == 1;
   }
 
+  static bool nested(const c10::Argument& argument) { return argument.type()->str() == "Tensor[][]"; }
+
   IValue host(const IValue& v, const c10::Argument& argument) {
     bool is_written = argument.alias_info() && argument.alias_info()->isWrite();
+    is_written |= name_.rfind("c10d::", 0) == 0 && argument.name().rfind("input", 0) != 0; // whose schemas don't say so
     auto use = [&](const at::Tensor& t) {
       if (on_twin(t) && is_written) written_.push_back(t);
       if (on_twin(t) && !views_) reads(t, name_);
       return host(t);
     };
     if (v.isTensor()) return use(v.toTensor());
+    if (nested(argument)) {
+      c10::List<c10::List<at::Tensor>> made;
+      for (const IValue& e : v.toListRef()) {
+        c10::List<at::Tensor> inner;
+        for (auto& t : e.toTensorVector()) inner.push_back(use(t));
+        made.push_back(inner);
+      }
+      return made;
+    }
     if (v.isTensorList()) {
       std::vector<at::Tensor> made;
       for (auto& t : v.toTensorVector()) made.push_back(use(t));

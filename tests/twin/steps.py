@@ -1,4 +1,4 @@
-"""Trains jobs through DeepSpeed on the twin and on the CPU: steps, scores of averaged weights, a save, and a resume."""
+"""Trains jobs through DeepSpeed on the twin and on the CPU: steps, a save, scores of averaged weights, and a resume."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from heliostat.engine import deepspeed_engine
 from heliostat.engine.ema import AveragedWeights
@@ -19,31 +20,41 @@ from tests.integration import layouts
 from tests.twin import cases, device, traffic
 
 SAVED, STEPS = 2, 3
+OFFLOADED = {"": (), "optimizer": ("optimizer",), "full": ("optimizer", "param")}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A job: a case of `cases`, a ZeRO stage, and what else it changes."""
+    """A job: a case of `cases`, a ZeRO stage, and what else it changes. `within`: `train.zero.divide_within`."""
 
     case: str
     stage: int
-    offload: bool = False
+    offload: str = ""
     precision: str = "fp32"
     optimizer: str = "adamw"
+    within: int | None = None
 
     def __str__(self) -> str:
-        words = [self.case, f"ZeRO-{self.stage}", *(["offload"] if self.offload else []), self.precision]
-        return ", ".join([*words, *([self.optimizer] if self.optimizer != "adamw" else [])])
+        words = [self.case, f"ZeRO-{self.stage}", f"{self.offload} offload" if self.offload else "", self.precision]
+        words += [self.optimizer if self.optimizer != "adamw" else "", f"groups of {self.within}" if self.within else ""]
+        return ", ".join(filter(None, words))
+
+    def trains_on(self, workers: int) -> bool:
+        """Whether so many workers train it: two groups where there are groups, else one or two workers."""
+        return workers == 2 * self.within if self.within else workers <= 2
 
     def player(self, folder: Path, gpus: int) -> play.Player:
         """A worker of the job."""
-        offload = {"optimizer": "cpu", "param": "cpu" if self.stage == 3 else None} if self.offload else {}
+        offload = dict.fromkeys(OFFLOADED[self.offload], "cpu")
         words = re.findall("[a-z0-9]+", f"{self} {'twin' if gpus else 'cpu'} {dist.get_world_size()}".lower())
         changes = {
             "name": "-".join(words), "workers.count": dist.get_world_size(), "workers.gpus": gpus, "train.zero.stage": self.stage,
             "train.precision": self.precision, "train.zero.offload": offload, "train.steps": STEPS,
             "train.optimizer": {"name": "adamw", "lr": 1e-3, "eps": 1e-4},
+            "train.micro_batch": 2 if dist.get_world_size() == 1 else 1,
         }  # fmt: skip
+        if self.within:
+            changes["train.zero.divide_within"] = self.within
         if self.optimizer != "adamw":
             changes["train.optimizer"] = {"name": self.optimizer, "lr": 1e-3}
             changes["train.schedule"] = {"name": "constant", "warmup_steps": 1}  # which schedule_free wants
@@ -60,37 +71,46 @@ def step(one: play.Player, number: int) -> None:
 
 
 def trained(setup: Setup, folder: Path, on_twin: bool) -> dict[str, Any]:
-    """Trains, saves, evaluates, and resumes; returns the numbers, and what crosses in a step after the first."""
+    """Trains, saves, evaluates, and resumes; returns the numbers, and what crosses in the third step and in the evaluation."""
     one = setup.player(folder, int(on_twin))
     assert (one.device.type == "cuda") is on_twin
     step(one, 0)
-    with traffic.recorded() as seen:
-        step(one, 1)
+    step(one, 1)
     saved = play.state(one.engine)
     one.save(SAVED)
     average = AveragedWeights(one.engine, 0.5)
-    step(one, 2)
-    average.update(STEPS)
+    with traffic.recorded() as seen:
+        step(one, 2)
+        average.update(STEPS)
     one.engine.eval()
     held_out = HeldOut(one.job, one.dataset, one.recipe, one.sharing)
     with average.applied():
         scores = held_out.scores(one.engine, one.device, one.control, lambda: None)
+        with traffic.recorded() as scored:
+            assert held_out.scores(one.engine, one.device, one.control, lambda: None) == scores
     one.engine.train()
     one.load(one.job.run_folder, SAVED)
     restored = play.state(one.engine)
     different = [name for name in saved if not saved[name].cpu().equal(restored[name].cpu())]
     step(one, 2)
-    losses = [float(loss) for loss in one.stepper.losses]
-    told = {"losses": losses, "norms": list(map(float, one.stepper.norms)), "scores": scores, "different": different}
-    return told | {"places": seen.places(*traffic.MEANING), "counts": {kind: seen.count(kind) for kind in traffic.MEANING}}
+    losses = torch.stack(one.stepper.losses).double()
+    dist.all_reduce(losses)
+    numbers = {"losses": losses.tolist(), "norms": list(map(float, one.stepper.norms)), "scores": scores, "different": different}
+    crossed = {"crossings": _listed(seen), "scored": _listed(scored)}
+    return numbers | crossed | {"parameters": len(list(one.engine.module.parameters()))}
 
 
-def played(group: Any, everyone: Any, folder: str, on_twin: str, *setups: str) -> Iterator[dict[str, Any]]:
+def _listed(seen: traffic.Traffic) -> list[dict[str, Any]]:
+    return [{**crossing._asdict(), "count": n} for crossing, n in seen.crossings.items()]
+
+
+def trained_in_ranks(group: Any, everyone: Any, folder: str, on_twin: str, *setups: str) -> Iterator[dict[str, Any]]:
     """In every rank: trains these setups, given as JSON of their fields, one after another."""
     if on_twin == "twin":
         device.start_deepspeed()
-    for described in setups:
-        setup = Setup(**json.loads(described))
+    for setup in (Setup(**json.loads(described)) for described in setups):
+        if not setup.trains_on(dist.get_world_size()):
+            continue
         try:
             yield {"setup": str(setup), **trained(setup, Path(folder), on_twin == "twin")}
         finally:

@@ -20,29 +20,32 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def rows(setups: list[Setup]) -> list[dict[str, Any]]:
-    """What crosses in the second step of each setup, on one worker."""
+def rows(setups: list[Setup], workers: int) -> list[dict[str, Any]]:
+    """What crosses in the third step of each setup, for the first of so many workers."""
     with tempfile.TemporaryDirectory() as folder:
         cases.prepare(Path(folder))
         described = [json.dumps(dataclasses.asdict(setup)) for setup in setups]
-        return ranks.run("tests.twin.steps:played", (1,), folder, "twin", *described, deadline_s=1800)
+        found = ranks.run("tests.twin.steps:trained_in_ranks", (workers,), folder, "twin", *described, deadline_s=1800)
+        return [row for row in found if row["rank"] == 0]
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """A table in Markdown of traffic per step, of four micro-batches."""
     lines = ["| job | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
     for row in found:
-        counts = [sum(row["counts"][kind] for kind in kinds) for kinds in COLUMNS.values()]
+        counts = [sum(c["count"] for c in row["crossings"] if c["what"] in kinds) for kinds in COLUMNS.values()]
         lines.append(f"| {row['setup']} | " + " | ".join(map(str, counts)) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Prints the table, and then the places of each job."""
-    found = rows(STAGES)
-    sys.stdout.write(table(found) + "\n")
-    for row in found:
-        sys.stdout.write(f"\n{row['setup']}\n{row['places']}\n")
+    """Prints a table for one worker and one for two, and then the places of each job."""
+    for workers in (1, 2):
+        found = rows(STAGES, workers)
+        sys.stdout.write(f"{workers} workers\n\n{table(found)}\n")
+        for row in found:
+            lines = [f"{c['count']} x {c['what']}: {c['operation']} at {c['line']} ({c['function']})" for c in row["crossings"]]
+            sys.stdout.write("\n".join(["", row["setup"], *lines, ""]))
 
 
 if __name__ == "__main__":

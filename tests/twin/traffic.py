@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ import torch
 
 HOUSE, TORCH = str(Path(heliostat.__file__).parent), str(Path(torch.__file__).parent)
 HERE = Path(__file__).parent
-OWN = (str(HERE / "traffic.py"), str(HERE / "cuda.py"))
+DEEPSPEED = Path(TORCH).parent / "deepspeed"
+THROUGH = ("accelerator", "comm", "utils/nvtx.py")  # parts of DeepSpeed that others call
+OWN = (str(HERE / "traffic.py"), str(HERE / "cuda.py"), *(str(DEEPSPEED / name) for name in THROUGH))
+INSIDE = re.compile(r"\.<locals>\.<\w+>$")  # a comprehension or lambda
 RAISES = ("mixed devices", "unordered")
 MEANING = {
     "read": "the host waits for a value of the device",
@@ -32,12 +36,14 @@ MEANING = {
 
 
 class Crossing(NamedTuple):
-    """One kind of traffic at one place. `ours`: the innermost line of heliostat; `line`: the innermost outside torch."""
+    """One kind of traffic at one place. `ours`: the innermost line of heliostat; `line`: the innermost outside torch, in
+    `function`."""
 
     what: str
     operation: str
     ours: str
     line: str
+    function: str
 
     def __str__(self) -> str:
         inside = f" ({self.line})" if self.ours not in ("", self.line) else ""
@@ -83,18 +89,18 @@ def listen(what: str, operation: str, number: int) -> None:
         traffic.crossings[crossing] += 1
 
 
-def _place() -> tuple[str, str]:
+def _place() -> tuple[str, str, str]:
     frame: FrameType | None = sys._getframe()
-    line, ours = "", ""
+    line, ours, function = "", "", ""
     while frame and not ours:
         name = frame.f_code.co_filename
         if not name.startswith((TORCH, *OWN, "<")):
             here = f"{_short(name)}:{frame.f_lineno}"
-            line = line or here
+            line, function = line or here, function or INSIDE.sub("", frame.f_code.co_qualname)
             if name.startswith(HOUSE):
                 ours = here
         frame = frame.f_back
-    return ours, line or "backward pass"
+    return ours, line or "backward pass", function
 
 
 def _short(name: str) -> str:

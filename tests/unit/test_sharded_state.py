@@ -178,6 +178,7 @@ def test_at_stage_3_weights_are_taken_from_the_partitions_again_and_second_copie
         fp32_partitioned_groups_flat=[torch.ones(2), None],
         fp16_partitioned_groups_flat=[torch.zeros(2, dtype=torch.bfloat16), None],
         persistent_parameters=[SimpleNamespace(all_gather=lambda those: asked.append("gather"))],
+        parameter_offload=SimpleNamespace(_DeepSpeedZeRoOffload__allgather_stream=None),
         _reassign_or_swap_out_partitioned_parameters=asked.append,
         _partition_all_parameters=lambda: asked.append("all"),
         _get_fp32_opt_state_partition=lambda p, release_swap_buffers, optim_state_key: (optim_state_key, 0),
@@ -193,7 +194,7 @@ def test_at_stage_3_weights_are_taken_from_the_partitions_again_and_second_copie
 
 # one owner -----------------------------------------------------------------------------------------------------------
 
-OWNERS = {"engine/patches.py", "engine/zero_state.py"}
+OWNERS = {"engine/patches.py", "engine/stream_patches.py", "engine/zero_state.py"}
 PARTS = {name for kind in KINDS for name in kind.parts} - {"allgather_bucket_size"}  # which is a key of the config, too
 INTERNAL = re.compile(
     r"_?ds_(id|tensor|numel|shape|status|persist|secondary\w*|process_group|zero_\w+|autotp\w*)|DS_AUTOTP\w*|"

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from heliostat.config.spec import Job
-from heliostat.engine import expert_group, first_weights, matrix_cut, patches, tensor_group, zero_state
+from heliostat.engine import expert_group, first_weights, matrix_cut, patches, stream_patches, tensor_group, zero_state
 from heliostat.engine.engine_config import engine_config
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.engine.state_group import StateGroup
@@ -158,6 +158,10 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     _engines.add(engine)
     if group:
         group.average(engine)
+    if engine.device.type == "cuda" and train.zero.stage:
+        stream_patches.order_reductions(engine.optimizer)
+        if train.zero.stage == 3:
+            stream_patches.order_gathers(engine.optimizer)
     for name, values in exact.items():
         building.put_buffer(model, name, values.to(engine.device))
     tensor_group.check(recipe, engine)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from heliostat.engine import patches
+from heliostat.engine import patches, stream_patches
 from heliostat.engine.sharded_state import Moments, Replica, ShardedState, SlicePlace
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ class Divided(ZeroState):
             parameter.ds_secondary_tensor = None  # as these do (`train.zero.copy_within`)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        stream_patches.gathers_wait(zero)
 
 
 def _own(p: Any) -> tuple[int, int]:

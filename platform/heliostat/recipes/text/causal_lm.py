@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
     import torch.distributed as dist
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+    from heliostat.recipes.constants import Constant
     from heliostat.recipes.text.generator import TextGenerator
 BUILT_IN = {"CausalLM": ("transformers",)}
 
@@ -290,7 +291,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         from heliostat.recipes.text import next_token
 
-        return next_token.evaluate(model, batch, self.end, self._token_bytes, self.tiled)
+        return next_token.evaluate(model, batch, self.end, self._sizes.on(batch["input_ids"].device), self.tiled)
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         loss = sums["nats"] / sums["tokens"]
@@ -306,6 +307,12 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         from heliostat.recipes.text import flops
 
         return flops.per_sample(model, self.config, self.length)
+
+    @cached_property
+    def _sizes(self) -> Constant:
+        from heliostat.recipes.constants import Constant
+
+        return Constant(self._token_bytes)
 
     @cached_property
     def _token_bytes(self) -> torch.Tensor:

@@ -95,7 +95,7 @@ def evaluate(
     model: torch.nn.Module, batch: Batch, end: int, token_bytes: torch.Tensor, tiled: bool = False
 ) -> dict[str, torch.Tensor]:
     """Scores each sample: nats, predicted tokens, and the bytes behind them. `token_bytes`: int64 [2, vocabulary], of a token
-    inside a document, and as its first. `tiled`: without all logits."""
+    inside a document, and as its first, on the batch's device. `tiled`: without all logits."""
     goals = targets(batch)
     if tiled:
         with tiled_loss.each(model, goals):
@@ -105,7 +105,7 @@ def evaluate(
         losses = F.cross_entropy(logits.float(), flat, ignore_index=IGNORED, reduction="none").view(goals.shape)
     predicted = goals != IGNORED
     first = batch["input_ids"] == end  # the target opens a document
-    size = token_bytes.to(goals.device)[first.long(), goals.clamp(min=0)]
+    size = token_bytes[first.long(), goals.clamp(min=0)]
     return {"nats": losses.sum(1), "tokens": predicted.sum(1).float(), "bytes": (size * predicted).sum(1).float()}
 
 

@@ -1,0 +1,72 @@
+"""Orders DeepSpeed's streams on the GPU. DeepSpeed makes the host wait for one, and leaves the other without an order.
+
+Streams of CUDA run side by side: what one writes, another sees only if it waits for it. `tests/twin` is a device that raises
+where an operation uses memory that its stream hasn't waited for, and so shows what must wait.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from heliostat.engine.patches import _nothing, _patch, _replace
+
+
+@_patch
+def order_reductions(zero: Any) -> None:
+    """Lets the work that is queued after a backward pass on a GPU wait for ZeRO's reductions, and the host not.
+
+    With `train.zero.offload.optimizer` the host reads the sums from its own memory, so it must wait, as before. DeepSpeed 0.19.8.
+    Without it the host waits for the GPU after every micro-batch at stages 2 and 3, and the GPU then for the host.
+    """
+    if hasattr(zero, "reduce_and_partition_stream"):
+        if not zero.offload_optimizer:
+            reducing = zero.reduce_and_partition_stream
+            _replace(reducing, "synchronize", lambda: torch.cuda.current_stream().wait_stream(reducing))
+    elif getattr(zero, "overlap_comm", False) and zero.contiguous_gradients and not zero.cpu_offload:
+        _order_epilogue(zero)
+
+
+def _order_epilogue(zero: Any) -> None:
+    """Makes ZeRO-1 and 2 end a backward pass as they do without `overlap_comm`, after they have queued the last reductions."""
+    reduce, epilogue = zero.reduce_ipg_grads, zero.independent_gradient_partition_epilogue
+
+    def ordered() -> None:
+        reduce()
+        torch.cuda.current_stream().wait_stream(zero.reduction_stream)
+        zero.overlap_comm, zero.reduce_ipg_grads = False, _nothing
+        try:
+            epilogue()
+        finally:
+            zero.overlap_comm, zero.reduce_ipg_grads = True, reduce
+
+    zero.independent_gradient_partition_epilogue = ordered
+
+
+@_patch
+def order_gathers(zero: Any) -> None:
+    """Lets ZeRO-3's gathers on a GPU wait for the weights that each step writes.
+
+    DeepSpeed 0.19.8. Without it a forward pass can gather weights from before the step where no parameter is persistent
+    (`stage3_param_persistence_threshold: 0`); DeepSpeed waits for the GPU only while it gathers the persistent ones.
+    """
+    step = zero.step
+
+    def ordered(*args: object, **named: object) -> object:
+        made = step(*args, **named)
+        gathers_wait(zero)
+        return made
+
+    zero.step = ordered
+
+
+@_patch
+def gathers_wait(zero: Any) -> None:
+    """Lets the gathers that ZeRO-3 queues next wait for what is queued on the current stream; does nothing on a CPU.
+
+    DeepSpeed 0.19.8. Without it a forward pass after a restore can gather weights that are only partly written.
+    """
+    gathering = vars(zero.parameter_offload)["_DeepSpeedZeRoOffload__allgather_stream"]
+    if gathering is not None:
+        gathering.wait_stream(torch.cuda.current_stream())
