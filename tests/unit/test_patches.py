@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import math
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from heliostat.data import device_ranges
 from heliostat.engine import patches
 from heliostat.errors import ConfigError
 
@@ -222,6 +224,18 @@ def test_what_keeps_a_destroyed_engine_is_emptied(groups):
     parameter_offload.FWD_MODULE_STACK.append(torch.nn.Linear(1, 1))
     patches.release_modules()
     assert parameter_offload.FWD_MODULE_STACK == []
+
+
+def test_the_reduction_of_gradients_is_named_while_a_profile_runs(groups, monkeypatch):
+    from deepspeed.runtime import engine
+
+    names: list[str] = []
+    monkeypatch.setattr(engine.DeepSpeedEngine, "allreduce_gradients", lambda self, bucket_size: names.append(str(bucket_size)))
+    monkeypatch.setattr(device_ranges, "named", lambda name: names.append(name) or contextlib.nullcontext())
+    patches.name_reduction()
+    patches.name_reduction()
+    engine.DeepSpeedEngine.allreduce_gradients(object(), bucket_size=7)
+    assert names == ["reduce", "7"]
 
 
 def test_the_first_batch_is_not_sent_again():

@@ -24,6 +24,7 @@ from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.agreement import Channel
 from heliostat.checkpoint.layout import INDEX
+from heliostat.data import device_ranges
 from heliostat.engine import ema, zero_state
 from heliostat.errors import AccessError, CheckpointError, StorageError
 from heliostat.runs.events import Saved
@@ -93,7 +94,9 @@ class TrainingState(Hook):
 
     def on_save(self, done: int, due: Due) -> None:
         """Saves a checkpoint, and keeps a copy in memory, as they are due."""
-        with self.context.ledger("checkpoint"):
+        if not (due.saves or due.keeps):
+            return
+        with self.context.ledger("checkpoint"), device_ranges.named("save"):
             if due.saves:
                 self.save(done)
             if due.keeps:
