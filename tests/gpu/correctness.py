@@ -21,12 +21,14 @@ LIMITS = {"fp32": 2e-4, "bf16": 2e-2, "fp16": 2e-2}  # relative, of losses; TF32
 Row = dict[str, Any]
 
 
-def _row(what: str, difference: float, limit: float, **more: Any) -> Row:
+def row(what: str, difference: float, limit: float, **more: Any) -> Row:
+    """What was compared, how far apart the two were, and how far they may be."""
     good = math.isfinite(difference) and difference <= limit
     return {"kind": "correctness", "what": what, "difference": difference, "limit": limit, "ok": good, **more}
 
 
-def _apart(ours: list[float], theirs: list[float]) -> float:
+def apart(ours: list[float], theirs: list[float]) -> float:
+    """The largest relative difference of two curves."""
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -37,7 +39,7 @@ def _against_plain(what: str, twin: list[float] | None = None, **changes: Any) -
     twin = twin or setting.plain(made, its.plainly(), STEPS)
     found = setting.losses(made, its, setting.engine(made, its), 0, STEPS)
     learned = {"first": twin[0], "last": twin[-1]}
-    return _row(what, _apart(found, twin), LIMITS[made.train.precision], **learned)
+    return row(what, apart(found, twin), LIMITS[made.train.precision], **learned)
 
 
 def zero(precision: str) -> Iterator[Row]:
@@ -58,14 +60,20 @@ def offload() -> Iterator[Row]:
     yield _against_plain("ZeRO-3, bf16, optimizer and weights on the host", twin, **changes)
 
 
-def optimizers() -> Iterator[Row]:
+def optimizers(names: tuple[str, ...] = ("lion", "schedule_free", "sgd", "rmsprop")) -> Iterator[Row]:
+    """Optimizers other than AdamW."""
     setting.start()
-    for name in ("muon", "lion", "schedule_free", "sgd", "rmsprop"):
+    for name in names:
         changes: dict[str, Any] = {"train.optimizer": {"name": name, "lr": 1e-3}, "train.schedule": {"name": "constant"}}
         made = setting.job(setting.TINY, **changes)
         twin = setting.plain(made, setting.recipe(made), STEPS)
         for stage in (1, 3):
             yield _against_plain(f"{name}, ZeRO-{stage}, fp32", twin, **changes, **{"train.zero.stage": stage})
+
+
+def muon() -> Iterator[Row]:
+    """Muon, which divides whole matrices over the workers."""
+    yield from optimizers(("muon",))
 
 
 def compiled() -> Iterator[Row]:
@@ -92,7 +100,7 @@ def linear8() -> Iterator[Row]:
         its = setting.recipe(made, fp8=True)
         twin = setting.plain(made, its, STEPS)
         found = setting.losses(made, its, setting.engine(made, its), 0, STEPS)
-        yield _row(f"linear layers in float8, ZeRO-{stage}", _apart(found, twin), LIMITS["bf16"], first=twin[0], last=twin[-1])
+        yield row(f"linear layers in float8, ZeRO-{stage}", apart(found, twin), LIMITS["bf16"], first=twin[0], last=twin[-1])
 
 
 def save() -> Iterator[Row]:
@@ -127,9 +135,9 @@ def save() -> Iterator[Row]:
             sharded_state.of(on).after_load(found.index.resume["optimizer_steps"])
             loaded = play.state(on)
             unequal = sum(not torch.equal(held[name], loaded[name]) for name in held)
-            yield _row(f"tensors unequal, saved beside training at {at}, loaded at ZeRO-{to}", unequal, 0)
-            next_ = _apart(setting.losses(made, its, on, 3, 3), expected)
-            yield _row(f"next losses, saved at {at}, loaded at ZeRO-{to}", next_, 0.0 if to == stage else 2e-2)
+            yield row(f"tensors unequal, saved beside training at {at}, loaded at ZeRO-{to}", unequal, 0)
+            next_ = apart(setting.losses(made, its, on, 3, 3), expected)
+            yield row(f"next losses, saved at {at}, loaded at ZeRO-{to}", next_, 0.0 if to == stage else 2e-2)
 
 
 def ahead() -> Iterator[Row]:
@@ -142,7 +150,7 @@ def ahead() -> Iterator[Row]:
     for micro, batch in zip(micros, on_device(micros, setting.DEVICE), strict=True):
         load = F.normalize(load @ load)  # which the next copy runs beside
         unequal += not torch.equal(batch["tokens"].cpu(), micro["tokens"])
-    yield _row("micro-batches unequal, copied ahead", unequal, 0)
+    yield row("micro-batches unequal, copied ahead", unequal, 0)
 
 
 def draws() -> Iterator[Row]:
@@ -199,7 +207,7 @@ def _kernel(what: str, call: Any, given: list[torch.Tensor], dtype: torch.dtype,
     made.backward(given[-1].to(setting.DEVICE, dtype))
     expected.backward(given[-1].to(dtype).float())
     pairs = [(made, expected), *((a.grad, b.grad) for a, b in zip(there, here, strict=True))]
-    return _row(what, max(float((a.float().cpu() - b).norm() / b.norm()) for a, b in pairs), 2e-2)
+    return row(what, max(float((a.float().cpu() - b).norm() / b.norm()) for a, b in pairs), 2e-2)
 
 
 def fp8() -> Iterator[Row]:
@@ -211,4 +219,4 @@ def fp8() -> Iterator[Row]:
     twin = (low[0].float() * scales[0]) @ (low[1].float() * scales[1]).T
     there = [t.to(setting.DEVICE) for t in (*low, *scales)]
     made = torch._scaled_mm(there[0], there[1].T, there[2], there[3], out_dtype=torch.bfloat16)
-    yield _row("float8 matrix product", float((made.float().cpu() - twin).norm() / twin.norm()), 1e-2)
+    yield row("float8 matrix product", float((made.float().cpu() - twin).norm() / twin.norm()), 1e-2)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 VERSIONS = ("torch", "deepspeed", "transformers", "heliostat", "flash-attn")
-LIBRARIES = ("pyarrow", "flash_attn")
+LIBRARIES = ("pyarrow", "flash_attn", "ray", "mlflow", "diffusers")
 
 
 def probe(missing: list[str]) -> dict[str, Any]:
@@ -17,9 +17,15 @@ def probe(missing: list[str]) -> dict[str, Any]:
 
     gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if gpu else (0, 0)
-    has = ["gpu" if gpu else "cpu", *(name for name in LIBRARIES if name not in missing and find_spec(name))]
+    gpus = torch.cuda.device_count() if gpu else 0
+    has = [
+        "gpu" if gpu else "cpu",
+        *(f"{n} gpus" for n in range(2, gpus + 1)),
+        *(name for name in LIBRARIES if name not in missing and find_spec(name)),
+    ]
     return {
         "device": torch.cuda.get_device_name() if gpu else f"no GPU ({platform.machine()})",
+        "gpus": gpus,
         "memory_gib": torch.cuda.get_device_properties(0).total_memory / (1 << 30) if gpu else None,
         "capability": list(capability),
         "cuda": torch.version.cuda,

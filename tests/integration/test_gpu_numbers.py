@@ -1,4 +1,4 @@
-"""`python -m tests.gpu` on a machine without a GPU, Ray or Arrow: it runs to its end, and skips by name what it lacks."""
+"""`python -m tests.gpu` on a machine without a GPU, Ray, or Arrow: it runs to its end, and skips by name what it lacks."""
 
 from __future__ import annotations
 
@@ -6,59 +6,70 @@ import json
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.gpu import __main__ as numbers
+from tests.gpu import __main__ as suite
 from tests.gpu.absent import ASIDE
-from tests.gpu.pieces import PIECES
+from tests.gpu.parts import PARTS
 
 ROOT = Path(__file__).parents[2]
-ONLY = ["zero fp32", "save", "attention", "fp8", "train on a CPU", "train model=1B"]
+ON_THE_ENGINE = ("zero fp32", "ema", "replay", "attempts", "memory", "activation-offload", "train model=1B stage=2")
+RUNS = ("profile", "kill-worker", "elastic")
 
 
-def test_every_piece_is_a_function_with_a_name_of_its_own() -> None:
-    assert len({p.name for p in PIECES}) == len(PIECES)
-    for piece in PIECES:
-        module, _, name = piece.function.partition(":")
-        assert callable(getattr(import_module(f"tests.gpu.{module}"), name))
-
-
-def test_pieces_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["tests.gpu", "--only", "zreo"])
-    with pytest.raises(SystemExit) as e:
-        numbers.main()
-    assert e.value.code == 2 and "--only: no piece begins so; there are: zero fp32, " in capsys.readouterr().err
+def _parts(out: Path, *words: str, **environment: str) -> dict[str, dict[str, Any]]:
+    """The results of a run of the suite, by name; it must end without a failure."""
+    command = [sys.executable, "-m", "tests.gpu", "--out", str(out), *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=880, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = {p["name"]: p for p in json.loads((out / "gpu.json").read_text())["parts"]}
+    assert all(
+        any(name in line and line.startswith(p["status"]) for line in done.stdout.splitlines()) for name, p in parts.items()
+    )
+    return parts
 
 
 @pytest.mark.ci
-def test_without_a_gpu_ray_and_arrow_it_runs_to_its_end(tmp_path: Path) -> None:
-    """What trains is compared with its twin; what needs a GPU or Arrow is skipped by name, and both files say so."""
+@pytest.mark.timeout(900)
+def test_parts_on_the_engine_pass_on_a_cpu_without_ray_and_arrow(tmp_path: Path) -> None:
+    """With tiny models: what trains is compared with plain torch, and a part that needs Arrow or Ray is skipped by name."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {ASIDE}: sys.modules[name] = None\n")
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.gpu", "--out", str(tmp_path / "out"), "--budget", "400", "--only", *ONLY]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=450, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "out/gpu.json").read_text())
-    pieces = {p["name"]: p for p in found["pieces"]}
-    trained = pieces.pop("zero fp32")
-    assert trained["status"] == "passed", trained["reason"]
-    assert [row["what"] for row in trained["rows"]] == [f"ZeRO-{stage}, fp32" for stage in (1, 2, 3)]
-    assert all(row["last"] < row["first"] - 0.2 and row["difference"] < row["limit"] for row in trained["rows"]), "it learns"
-    fast = pieces.pop("train on a CPU")
-    assert fast["status"] == "passed" and fast["rows"][0]["tokens_per_second"] > 0 < fast["rows"][0]["plan_gib"], fast["reason"]
-    assert pieces.pop("save")["reason"] == "needs pyarrow"
-    assert {p["reason"] for p in pieces.values()} <= {"needs gpu", "needs gpu, float8", "needs gpu, flash_attn"} and len(
-        pieces
-    ) > 5
+    names = [*ON_THE_ENGINE, "save", "flex", "profile"]
+    parts = _parts(tmp_path / "out", "--device", "cpu", "--part", *names, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert {name for name, p in parts.items() if p["status"] == "pass"} == {*ON_THE_ENGINE}
+    trained = parts["zero fp32"]["rows"]
+    assert [row["what"] for row in trained] == [f"ZeRO-{stage}, fp32" for stage in (1, 2, 3)]
+    assert all(row["last"] < row["first"] - 0.2 and row["difference"] < row["limit"] for row in trained), "it learns"
+    fast = parts["train model=1B stage=2"]["rows"][0]
+    assert fast["tokens_per_second"] > 0 < fast["plan_gib"]
+    assert parts["save"]["cause"] == "needs pyarrow" and "ray" in parts["profile"]["cause"]
+    assert parts["flex"]["cause"] == "runs on a GPU alone"
     page = (tmp_path / "out/gpu.md").read_text()
-    assert "| ZeRO-3, fp32 |" in page and all(f"| {name} | skipped | needs " in page for name in pieces)
+    assert "| ZeRO-3, fp32 |" in page and all(f"| {name} | " in page for name in parts)
 
 
-def test_a_piece_that_fails_or_hangs_says_so() -> None:
-    """Its process ends by itself, or at its deadline."""
-    wrote, failure, _ = numbers.run("no such piece", 120)
-    assert (wrote, failure) == ("", "exit code 1")
-    assert numbers.run("zero fp32", 0.2)[:2] == ("", "not done within 0 s")
+@pytest.mark.ci
+@pytest.mark.timeout(900)
+def test_parts_on_data_and_runs_pass_on_a_cpu(tmp_path: Path) -> None:
+    """The same commands, on Ray, with workers that have no GPU."""
+    names = [p.name for p in PARTS if p.small is not None and {"pyarrow", "ray"} & set(p.needs)]
+    parts = _parts(tmp_path / "out", "--device", "cpu", "--budget", "800", "--part", *names)
+    assert {name: p["status"] for name, p in parts.items()} == dict.fromkeys(names, "pass") and set(RUNS) <= parts.keys()
+
+
+@pytest.mark.ci
+def test_without_a_gpu_each_part_names_what_it_needs(tmp_path: Path) -> None:
+    parts = _parts(tmp_path / "out")
+    assert {p["status"] for p in parts.values()} == {"skip"} and len(parts) == len(PARTS)
+    assert all(p["cause"].startswith("needs gpu") for p in parts.values())
+
+
+def test_a_part_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
+    """Its process ends by itself, or at its deadline; its output is in the log."""
+    rows, failure = suite.run("no such part", 120, "cpu", tmp_path / "log")
+    assert (rows, failure.partition(" ")[0]) == ([], "StopIteration:") and "Traceback" in (tmp_path / "log").read_text()
+    assert suite.run("zero fp32", 0.2) == ([], "not done within 0 s")

@@ -1,9 +1,10 @@
 """`heliostat profile` of a real run of two workers: the trace, the table, the artifacts, and the same losses."""
 
+import gzip
 import json
 
 import pytest
-from heliostat.runs import profile_table
+from heliostat.runs import profile, profile_table
 from heliostat.storage.locations import Location
 from mlflow import MlflowClient
 
@@ -14,6 +15,14 @@ from tests.integration.strikes import run_folder, settings
 from tests.waiting import until
 
 pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("ray_session")]
+
+
+def _stacks(folder: Location) -> list[str]:
+    """The file of the driver's stacks, where py-spy is installed and may read another process."""
+    if not folder.join(profile.DRIVER).exists():
+        return []
+    assert b"profiles" in folder.join(profile.DRIVER).read(), "the thread that looks for requests has called py-spy"
+    return [profile.DRIVER]
 
 
 def test_a_running_job_is_profiled_and_trains_on_as_if_it_was_not(job_file, tracking, unbroken, tmp_path):
@@ -31,15 +40,18 @@ def test_a_running_job_is_profiled_and_trains_on_as_if_it_was_not(job_file, trac
     assert done.returncode == 0, done.err[-3000:]
     result = json.loads(done.out)
     assert (result["rank"], result["steps"], result["device"]) == (1, 3, "cpu")
-    assert result["files"] == ["rank-00001.trace.json.gz"] and 0 < result["busy"] < 1
+    assert result["files"] == ["rank-00001.trace.json.gz", *_stacks(Location(result["folder"]))] and 0 < result["busy"] < 1
     assert {"aten::mm", "aten::addmm"} & {o["name"] for o in result["operations"]}
     assert result["gaps"][0]["seconds"] > 0.1, "the recipe sleeps so long in each step"
-    read = profile_table.read(Location(result["folder"]).join(result["files"][0]))
+    trace = Location(result["folder"]).join(result["files"][0])
+    read = profile_table.read(trace)
     assert read["operations"] == result["operations"]
+    named = {e["name"] for e in json.loads(gzip.decompress(trace.read()))["traceEvents"] if e.get("cat") == "user_annotation"}
+    assert named >= {"batch", "forward", "backward", "reduce", "optimizer"}
     run_id = json.loads(folder.join("run.json").read())["run_id"]
     client = MlflowClient(tracking_uri=tracking)
     kept = [f.path for group in client.list_artifacts(run_id, "profiles") for f in client.list_artifacts(run_id, group.path)]
-    assert sorted(name.rpartition("/")[2] for name in kept) == result["files"]
+    assert sorted(name.rpartition("/")[2] for name in kept) == sorted(result["files"])
     assert curve(tracking, run_id) == pytest.approx(unbroken[1], abs=1e-5)
     ended = commands.run(*asked, log=tmp_path / "ended.log")
     assert ended.returncode == 2 and "isn't running" in ended.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import math
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from heliostat.data import device_ranges
 from heliostat.engine import patches, stream_patches
 from heliostat.errors import ConfigError
 
@@ -245,6 +247,18 @@ def test_the_linear_of_stage_3_ends_with_its_engine(groups, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
     deepspeed_engine.destroy_engines()
     assert torch.nn.functional.linear is plain is not zero3_linear_wrap
+
+
+def test_the_reduction_of_gradients_is_named_while_a_profile_runs(groups, monkeypatch):
+    from deepspeed.runtime import engine
+
+    names: list[str] = []
+    monkeypatch.setattr(engine.DeepSpeedEngine, "allreduce_gradients", lambda self, bucket_size: names.append(str(bucket_size)))
+    monkeypatch.setattr(device_ranges, "named", lambda name: names.append(name) or contextlib.nullcontext())
+    stream_patches.name_reduction()
+    stream_patches.name_reduction()
+    engine.DeepSpeedEngine.allreduce_gradients(object(), bucket_size=7)
+    assert names == ["reduce", "7"]
 
 
 def test_the_first_batch_is_not_sent_again():

@@ -4,20 +4,28 @@ import gzip
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections import deque
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from heliostat.data import device_ranges
 from heliostat.errors import ConfigError, DataError, HeliostatError
 from heliostat.runs import profile, profile_table
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.runs.profile import ProfileRequest
 from heliostat.storage.locations import Location
+from heliostat.training.driver import attempt
 from heliostat.training.driver.profiles import ProfileRequests
+from heliostat.training.worker import profiler
 from heliostat.training.worker.context import Due
 from heliostat.training.worker.profiler import StepProfiler
+
+from tests import stores
 
 DUE = Due(False, False, False, False, False, False)
 
@@ -90,7 +98,7 @@ def write_request(run, rank=0, steps=2):
 
 
 def test_a_run_that_is_not_running_and_an_unknown_rank_are_rejected(run, tmp_path):
-    with pytest.raises(ConfigError, match="isn't running"):
+    with pytest.raises(ConfigError, match="no run in this folder"):
         profile.take(Location(str(tmp_path / "other")), 0, 1)
     with pytest.raises(ConfigError, match="--rank: the run has 2 workers \\(2\\)"):
         profile.take(run, 2, 1)
@@ -151,6 +159,33 @@ def test_a_request_that_is_none_is_deleted(run, content):
     assert not ordered and not run.join("profiles/request.json").exists()
 
 
+def test_the_stacks_of_the_driver_are_in_the_profile(run, tmp_path, monkeypatch):
+    """They are there before the worker hears of the request: its answer lists the file."""
+    program = tmp_path / "py-spy"
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    write_request(run)
+    seen: list[bool] = []
+    ProfileRequests(run, 1, lambda r: seen.append(profile.place(run, r).join(profile.DRIVER).exists())).look()
+    assert seen == [True] and str(os.getpid()) in run.join("profiles/0123456789ab", profile.DRIVER).read().decode()
+
+
+@pytest.mark.parametrize(
+    ("program", "problem"), [("", "isn't installed"), ("echo Permission Denied >&2; exit 1", "failed (Perm")]
+)
+def test_without_the_stacks_of_the_driver_the_worker_is_profiled(program, problem, run, tmp_path, monkeypatch, caplog):
+    if program:
+        (tmp_path / "py-spy").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "py-spy").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    write_request(run)
+    ordered: list[ProfileRequest] = []
+    ProfileRequests(run, 1, ordered.append).look()
+    assert len(ordered) == 1 and problem in caplog.text and len(caplog.records) == 1
+
+
 @pytest.mark.ci  # the profiler imports torch's compiler, which takes seconds; workers have it already
 def test_a_worker_profiles_the_steps_and_leaves_a_trace(run):
     """Two steps of real operations, the fifth and the sixth; no file before them, and nothing is left in its temporary folder."""
@@ -162,10 +197,15 @@ def test_a_worker_profiles_the_steps_and_leaves_a_trace(run):
         if step == 4:
             heartbeat.profiles.append(request)
         hook.before_step(step)
-        torch.ones(64, 64) @ torch.ones(64, 64)
+        with device_ranges.named("forward"):
+            torch.ones(64, 64) @ torch.ones(64, 64)
         hook.after_step(step + 1, DUE)
+    hook.wait()
     hook.end()
     answer = profile.answered(run, request)
+    trace = json.loads(gzip.decompress(profile.place(run, request).join("rank-00000.trace.json.gz").read()))
+    assert sum(e.get("cat") == "user_annotation" and e["name"] == "forward" for e in trace["traceEvents"]) == 2
+    assert device_ranges.named("forward") is device_ranges.named("save"), "a context that does nothing"
     assert answer == {"problem": "", "first": 5, "steps": 2, "files": ["rank-00000.trace.json.gz"]}
     result = profile_table.read(profile.place(run, request).join(answer["files"][0]))
     assert next(o for o in result["operations"] if o["name"] == "aten::mm")["calls"] == 2
@@ -184,3 +224,96 @@ def test_a_profiler_that_fails_does_not_end_the_run(run, monkeypatch):
     hook.end()
     answer = profile.answered(run, request)
     assert answer and answer["problem"] == "RuntimeError: no CUPTI"
+
+
+class Gpu:
+    """Stands for `torch.cuda` and the profiler: notes what is on, and fails in the call that it is told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> None:
+        self.fails, self.on, self.waits = fails, set[str](), 0
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.call("synchronize"))
+        monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", self.history)
+        monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: self.call("snapshot", Path(path).write_bytes(b"m")))
+        calls = {name: lambda name=name: self.call(name) for name in ("start", "stop")}
+        trace = {"export_chrome_trace": lambda path: Path(path).write_bytes(b"t")}
+        monkeypatch.setattr(torch.profiler, "profile", lambda activities: SimpleNamespace(**calls, **trace))
+
+    def call(self, name: str, _: object = None) -> None:
+        self.waits += name == "synchronize"
+        self.on -= {"trace"} if name == "stop" else set()
+        if name == self.fails:
+            raise RuntimeError(f"no {name}")
+        self.on |= {"trace"} if name == "start" else set()
+
+    def history(self, enabled: str | None = "all", max_entries: int = 0) -> None:
+        if enabled:
+            self.call("history")
+        self.on = self.on | {"history"} if enabled else self.on - {"history"}
+
+
+def steps(hook: StepProfiler, number: int, due: Due = DUE) -> None:
+    for step in range(number):
+        hook.before_step(step)
+        hook.after_step(step + 1, due)
+
+
+@pytest.mark.parametrize("fails", ["start", "history", "snapshot", "stop", ""])
+def test_nothing_of_a_profiler_stays_on(fails, run, monkeypatch):
+    """Whatever fails: a history of memory, or a trace, that nothing ends would slow all later steps."""
+    gpu, posted, request = Gpu(monkeypatch, fails), list[object](), ProfileRequest("0123456789ab", 0, 2)
+    hook = StepProfiler(run, SimpleNamespace(profiles=deque([request])), SimpleNamespace(post_of_any=posted.append))  # type: ignore[arg-type]
+    steps(hook, 3)
+    hook.wait()
+    answer = profile.answered(run, request)
+    assert gpu.on == set() and device_ranges.named("save") is device_ranges.named("batch")
+    assert answer and answer["problem"] == (f"RuntimeError: no {fails}" if fails else "")
+    if not fails:
+        assert answer["files"] == ["rank-00000.memory.pickle", "rank-00000.trace.json.gz"] and len(posted) == 1
+        assert gpu.waits == 2, "before the first step and after the last: only then all its kernels count"
+
+
+def test_a_store_that_hangs_holds_no_step_up(run, monkeypatch):
+    """The next profile waits for a later step; a worker that ends waits for less time than the driver waits for it."""
+    Gpu(monkeypatch)
+    stored, stuck = threading.Event(), Location.upload
+
+    def upload(self: Location, *given: object) -> None:
+        stored.wait()
+        stuck(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Location, "upload", upload)
+    requests = [ProfileRequest(f"0123456789a{n}", 0, 1) for n in range(2)]
+    heartbeat = SimpleNamespace(profiles=deque(requests))
+    hook = StepProfiler(run, heartbeat, SimpleNamespace(post_of_any=lambda event: None))  # type: ignore[arg-type]
+    steps(hook, 3)
+    assert list(heartbeat.profiles) == requests[1:] and profile.answered(run, requests[0]) is None
+    assert profiler.END_S < attempt.SETTLE_S
+    stored.set()
+    hook.wait()
+    steps(hook, 1)
+    hook.wait()
+    assert all(profile.answered(run, request) for request in requests)
+
+
+def test_a_run_of_another_machine_is_profiled_through_its_folder_in_s3(s3, monkeypatch):
+    """The command, the driver, and the worker have nothing but the folder in common."""
+    for name, value in stores.AWS.items():
+        monkeypatch.setenv(name, value)
+    Gpu(monkeypatch)
+    run, now = Location(f"s3://profiles/run?{stores.bucket(s3, 'profiles')}"), time.time()
+    attempted = RecordedAttempt("a1", now, now, now, 0, 2, host="elsewhere", pid=1)
+    run.join("ledger", attempted.name).write(attempted.dump())
+    heartbeat = SimpleNamespace(profiles=deque[ProfileRequest]())
+    driver = ProfileRequests(run, 2, heartbeat.profiles.append)
+    hook = StepProfiler(run, heartbeat, SimpleNamespace(post_of_any=lambda event: None))  # type: ignore[arg-type]
+
+    def elsewhere(_: float) -> None:
+        driver.look()
+        steps(hook, 2)
+        hook.wait()
+
+    request, answer = profile.take(run, 1, 2, elsewhere)
+    assert answer["steps"] == 2 and {f"rank-00001{profile.TRACE}", f"rank-00001{profile.MEMORY}"} <= set(answer["files"])
+    assert all(profile.place(run, request).join(name).exists() for name in answer["files"])
+    assert not run.join("profiles/request.json").exists()

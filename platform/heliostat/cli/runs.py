@@ -157,6 +157,8 @@ def profile(
     print_table(table.operation_rows(summary))
     print_table(table.gap_rows(summary), left=(2, 3))
     out.print(f"{place}: {', '.join(answer['files'])}")
+    if profiles.DRIVER not in answer["files"]:
+        out.print("no stacks of the driver: py-spy isn't installed where it runs, or may not read it (the driver's log says why)")
     finish({"rank": rank, "first": answer["first"], "steps": answer["steps"], "folder": str(place), "files": answer["files"],
             **summary})  # fmt: skip
 

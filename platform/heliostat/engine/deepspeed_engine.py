@@ -152,6 +152,7 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     config |= tensor_group.settings(recipe, model, train.parallel.tensor)
     patches.set_model_parallel_unit(group)
     patches.read_norms(train.precision == "fp16")
+    stream_patches.name_reduction()
     if group:
         group.equalize(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False, mpu=group)

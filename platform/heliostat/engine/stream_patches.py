@@ -1,4 +1,4 @@
-"""Orders DeepSpeed's streams on the GPU. DeepSpeed makes the host wait for one, and leaves the other without an order.
+"""Orders DeepSpeed's streams on the GPU, and names its reduction for profilers. DeepSpeed makes the host wait for one, and leaves the other without an order.
 
 Streams of CUDA run side by side: what one writes, another sees only if it waits for it. `tests/twin` is a device that raises
 where an operation uses memory that its stream hasn't waited for, and so shows what must wait.
@@ -6,10 +6,12 @@ where an operation uses memory that its stream hasn't waited for, and so shows w
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 
+from heliostat.data import device_ranges
 from heliostat.engine.patches import _nothing, _patch, _replace
 
 
@@ -70,3 +72,22 @@ def gathers_wait(zero: Any) -> None:
     gathering = vars(zero.parameter_offload)["_DeepSpeedZeRoOffload__allgather_stream"]
     if gathering is not None:
         gathering.wait_stream(torch.cuda.current_stream())
+
+
+@_patch
+def name_reduction() -> None:
+    """Marks the reduction of gradients, as far as it isn't in the backward pass, for profilers.
+
+    DeepSpeed 0.19.8. Without it a trace doesn't show where the backward pass ends and the reduction begins.
+    """
+    engine: Any = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    reduce = engine.allreduce_gradients
+    if hasattr(reduce, "is_named"):
+        return
+
+    def named(*arguments: object, **options: object) -> object:
+        with device_ranges.named("reduce"):
+            return reduce(*arguments, **options)
+
+    named.is_named = True  # type: ignore[attr-defined]
+    _replace(engine, "allreduce_gradients", named)

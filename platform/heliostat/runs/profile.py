@@ -25,6 +25,7 @@ from heliostat.storage.records import Format, Inside, Whole, closed, open_
 STEPS = 100  # at most: a trace has thousands of events per step
 ANSWER = "answer.json"
 TRACE, MEMORY = ".trace.json.gz", ".memory.pickle"  # endings of file names
+DRIVER = "driver.stacks.txt"  # stacks of the driver's threads, if py-spy could read them
 POLL_S, LOOK_S = 0.5, 5.0  # seconds between two looks for the answer, and for the driver
 
 
@@ -100,6 +101,8 @@ def take(
     """
     workers = _workers(run)
     if workers is None:
+        if liveness.last(run) is None:
+            raise ConfigError(f"{run}: no run in this folder. On another machine than the run's, pass a folder that both reach")
         raise ConfigError(f"{run}: the run isn't running. Profile it while it trains: heliostat train JOB --resume")
     if rank >= workers:
         raise ConfigError(f"--rank: the run has {workers} workers ({rank}). Pass a rank from 0 to {workers - 1}")

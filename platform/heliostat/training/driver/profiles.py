@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from heliostat.errors import DataError, HeliostatError
 from heliostat.runs import profile
 from heliostat.runs.profile import ProfileRequest
 from heliostat.storage.locations import Location
+from heliostat.text import brief
 
 log = logging.getLogger(__name__)
 
 EVERY_S = 5.0
+STACKS_S = 30.0  # for py-spy to read the stacks of the driver's threads
 
 
 class ProfileRequests:
@@ -40,13 +47,21 @@ class ProfileRequests:
             log.warning("%s; the request is deleted", e)
             profile.discard(self._run)
             return
-        if request is None or request.id == self._last:
+        if request is None or request.id == self._last or self._ended.is_set():
             return
         if request.rank < self._workers:
+            self._keep_stacks(request)  # first: the worker's answer lists the file
             self._order(request)
         else:
             profile.answer(self._run, request, problem=f"the run has {self._workers} workers now")
         self._last = request.id
+
+    def _keep_stacks(self, request: ProfileRequest) -> None:
+        """Adds the stacks of this process's threads to a profile; logs in one line why there are none."""
+        try:
+            profile.place(self._run, request).join(profile.DRIVER).write(_stacks())
+        except (HeliostatError, OSError) as e:
+            log.warning("the profile has no stacks of the driver: %s", e)
 
     def _watch(self) -> None:
         while not self._ended.wait(EVERY_S):
@@ -54,3 +69,18 @@ class ProfileRequests:
                 self.look()
             except (HeliostatError, OSError) as e:
                 log.warning("no request for a profile could be read: %s", e)
+
+
+def _stacks() -> bytes:
+    """Reads the stacks of this process's threads with py-spy, without stopping them; HeliostatError if that isn't possible."""
+    program = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
+    if program is None:
+        raise HeliostatError("py-spy isn't installed where the driver runs. Run: pip install py-spy")
+    try:
+        command = [program, "dump", "--nonblocking", "--pid", str(os.getpid())]
+        done = subprocess.run(command, capture_output=True, timeout=STACKS_S, check=False)
+    except subprocess.TimeoutExpired as e:
+        raise HeliostatError(f"py-spy didn't end within {STACKS_S:.0f} s") from e
+    if done.returncode:
+        raise HeliostatError(f"py-spy failed ({brief(done.stderr.decode(errors='replace'))})")
+    return done.stdout

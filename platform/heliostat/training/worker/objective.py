@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import together
+from heliostat.data import device_ranges
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Recipe
 from heliostat.tracking.metrics import RESERVED
@@ -57,7 +58,8 @@ class Objective:
 
     def part(self, model: torch.nn.Module, batch: Batch, micros: int, terms: Terms) -> LossShare:
         """Computes a micro-batch's share; `micros`: micro-batches of all workers in a step; `terms`: their loss terms."""
-        loss = self._checked(self.recipe.loss(model, batch), "loss")
+        with device_ranges.named("forward"):
+            loss = self._checked(self.recipe.loss(model, batch), "loss")
         objective = loss.sum * (micros / terms)
         for part in loss.parts.values():
             if part.weight:
@@ -68,10 +70,12 @@ class Objective:
         self, recipe: CouplesSamples, engine: DeepSpeedEngine, micros: Sequence[Micro], terms: Terms, number: int
     ) -> Iterator[LossShare]:
         """Yields the shares of micro-batches in a loss of all samples: of the loss itself each has as much as any other."""
-        step = coupled.first_pass(recipe, engine, micros, self._checked, terms, self._progressed)
+        with device_ranges.named("forward"):
+            step = coupled.first_pass(recipe, engine, micros, self._checked, terms, self._progressed)
         loss, added = step.loss.sum.detach() / number, _added(step.loss, number)
         for micro, batch in seeded(micros, engine.device, recipe, self._progressed):
-            product = step.product(coupled.represented(recipe, engine, micro, batch), micro)
+            with device_ranges.named("forward"):
+                product = step.product(coupled.represented(recipe, engine, micro, batch), micro)
             yield LossShare(product * number, loss, added, None)
 
     def _checked(self, loss: object, name: str) -> Loss:

@@ -9,14 +9,14 @@ import logging
 import shutil
 import tempfile
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from heliostat.data import device_threads
+from heliostat.data import device_ranges, device_threads
 from heliostat.errors import HeliostatError
 from heliostat.runs import profile, profile_table
 from heliostat.runs.events import Profiled
@@ -29,17 +29,19 @@ from heliostat.training.worker.heartbeat import Heartbeat
 log = logging.getLogger(__name__)
 
 MEMORY_EVENTS = 100_000  # allocations that a memory snapshot holds
-END_S = 120.0  # for files that are being written when the attempt ends
+WRITE_S = 60.0  # for the files, when a worker has made its last step
+END_S = 5.0  # for the files, when a worker ends; the driver waits for workers twice as long
 
 
 @dataclass
 class Recording:
-    """Holds a profile under way: its first step, counted from 0, and its steps so far."""
+    """Holds a profile under way: its first step, counted from 0, and its steps so far. `running`: what its end turns off."""
 
     request: ProfileRequest
     first: int
     folder: Path
     profiler: torch.profiler.profile
+    running: ExitStack
     steps: int = 0
     span: record_function | None = None
 
@@ -57,7 +59,7 @@ class StepProfiler(Hook):
         self._writing: threading.Thread | None = None
 
     def before_step(self, step: int) -> None:
-        if self._recording is None and self._heartbeat.profiles:
+        if self._recording is None and self._heartbeat.profiles and not self._is_writing():
             self._begin(self._heartbeat.profiles.popleft(), step)
         if self._recording:
             self._recording.span = record_function(f"{profile_table.STEP}{step + 1}")
@@ -66,9 +68,12 @@ class StepProfiler(Hook):
     def after_step(self, done: int, due: Due) -> None:
         if self._recording:
             assert self._recording.span
-            self._recording.span.__exit__(None, None, None)
             self._recording.steps += 1
-            if due.last or self._recording.steps == self._recording.request.steps:
+            ends = due.last or self._recording.steps == self._recording.request.steps
+            if ends:
+                _finish_queued()
+            self._recording.span.__exit__(None, None, None)
+            if ends:
                 self.finish()
 
     def finish(self) -> None:
@@ -77,41 +82,50 @@ class StepProfiler(Hook):
             return
         self._recording = None
         try:
-            recording.profiler.stop()
-            if _on_gpu():
-                torch.cuda.memory._dump_snapshot(str(recording.folder / f"{recording.name}{profile.MEMORY}"))
-                torch.cuda.memory._record_memory_history(enabled=None)
+            with recording.running:
+                if _on_gpu():
+                    torch.cuda.memory._dump_snapshot(str(recording.folder / f"{recording.name}{profile.MEMORY}"))
         except Exception as e:  # noqa: BLE001 (whatever the profiler raises: training continues)
             self._failed(recording.request, e)
             shutil.rmtree(recording.folder, ignore_errors=True)
             return
         self._writing = device_threads.thread(lambda: self._write(recording), "profile")
 
+    def wait(self, seconds: float = WRITE_S) -> None:
+        """Waits for files that are being written, so many seconds at most."""
+        if self._writing:
+            self._writing.join(seconds)
+
     def end(self) -> None:
         """Ends a profile without its files, if one is under way, and waits for files that are being written."""
         if self._recording:
             with suppress(Exception):
-                self._recording.profiler.stop()
-                if _on_gpu():
-                    torch.cuda.memory._record_memory_history(enabled=None)
+                self._recording.running.close()
             shutil.rmtree(self._recording.folder, ignore_errors=True)
             self._recording = None
-        if self._writing:
-            self._writing.join(END_S)
+        self.wait(END_S)
+
+    def _is_writing(self) -> bool:
+        """Tells whether files of an earlier profile are being written: the next profile waits for a later step."""
+        return self._writing is not None and self._writing.is_alive()
 
     def _begin(self, request: ProfileRequest, step: int) -> None:
-        if self._writing:
-            self._writing.join()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _on_gpu() else [])]
         try:
-            profiler = torch.profiler.profile(activities=activities)
-            profiler.start()
-            if _on_gpu():
-                torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+            with ExitStack() as started:  # an error turns off what runs by then: it would slow all later steps
+                profiler = torch.profiler.profile(activities=activities)
+                _finish_queued()
+                profiler.start()
+                started.callback(profiler.stop)
+                if _on_gpu():
+                    torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+                    started.callback(torch.cuda.memory._record_memory_history, enabled=None)
+                started.enter_context(device_ranges.shown())
+                running = started.pop_all()
         except Exception as e:  # noqa: BLE001 (whatever the profiler raises: training continues)
             self._failed(request, e)
             return
-        self._recording = Recording(request, step, Path(tempfile.mkdtemp(prefix="heliostat-profile-")), profiler)
+        self._recording = Recording(request, step, Path(tempfile.mkdtemp(prefix="heliostat-profile-")), profiler, running)
 
     def _write(self, recording: Recording) -> None:
         """Writes the files to the run's folder, and then the answer."""
@@ -121,6 +135,8 @@ class StepProfiler(Hook):
             files = sorted(file.name for file in folder.iterdir())
             for name in files:
                 profile.place(self._run, request).join(name).upload(folder / name)
+            if profile.place(self._run, request).join(profile.DRIVER).exists():  # the driver has written it
+                files.append(profile.DRIVER)
             profile.answer(self._run, request, recording.first + 1, recording.steps, files)
             self._posts.post_of_any(Profiled(id=request.id, files=files))
         except Exception as e:  # noqa: BLE001 (a full disk, a store that is away: training continues)
@@ -135,6 +151,12 @@ class StepProfiler(Hook):
             profile.answer(self._run, request, problem=problem)
         except (HeliostatError, OSError) as e:
             log.warning("the answer to a request for a profile could not be written: %s", e)
+
+
+def _finish_queued() -> None:
+    """Waits for what is queued on the GPU. Else its work for earlier steps would count, and that for the last step wouldn't."""
+    if _on_gpu():
+        torch.cuda.synchronize()
 
 
 def _on_gpu() -> bool:

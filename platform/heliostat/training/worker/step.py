@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import ray
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from heliostat.config.spec import Job
-from heliostat.data import content
+from heliostat.data import content, device_ranges
 from heliostat.data.device_streams import LateRead, pinned, upload
 from heliostat.data.stream import StepSamples
 from heliostat.engine import deepspeed_engine
@@ -109,14 +110,17 @@ class Stepper:
         total = torch.zeros((), device=engine.device)
         added: torch.Tensor | None = None
         for i, share in enumerate(self.objective.shares(engine, micros, terms)):
-            engine.backward(share.objective)
+            with device_ranges.named("backward"):
+                engine.backward(share.objective)
             total += share.loss
             if share.added is not None:
                 added = share.added if added is None else added + share.added
             self.experts.add(share.routed)
-            if i + 1 == len(micros) and not engine.zero_optimization_stage():
+            last = i + 1 == len(micros)
+            if last and not engine.zero_optimization_stage():
                 self._unread.append((step, LateRead(deepspeed_engine.gradient_norm(engine, train.grad_clip))))
-            engine.step()
+            with device_ranges.named("optimizer") if last else nullcontext():
+                engine.step()
         if self.average and engine.was_step_applied():
             self.average.update(step + 1)
         if engine.zero_optimization_stage():
@@ -192,7 +196,7 @@ class Loop:
     def _make(self, step: int) -> int:
         """Makes a step, counted from 0; returns the stop code that the workers agree on meanwhile."""
         first = step == self.context.start_step
-        with self.ledger("starting" if first else "data"):
+        with self.ledger("starting" if first else "data"), device_ranges.named("batch"):
             batches = self.ahead.take(step)
         if first:
             self.ledger.switch("compiling" if self.job.train.compile else "computing")

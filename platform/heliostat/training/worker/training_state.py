@@ -24,6 +24,7 @@ from heliostat.checkpoint import agreement
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.checkpoint.agreement import Channel
 from heliostat.checkpoint.layout import INDEX
+from heliostat.data import device_ranges
 from heliostat.engine import ema, sharded_state
 from heliostat.errors import AccessError, CheckpointError, StorageError
 from heliostat.runs.events import Saved
@@ -100,7 +101,9 @@ class TrainingState(Hook):
 
     def on_save(self, done: int, due: Due) -> None:
         """Saves a checkpoint, and keeps a copy in memory, as they are due. Where the workers then wait, waits for the save."""
-        with self.context.ledger("checkpoint"):
+        if not (due.saves or due.keeps or due.holds):
+            return
+        with self.context.ledger("checkpoint"), device_ranges.named("save"):
             if due.saves:
                 self.save(done)
             if due.keeps:
