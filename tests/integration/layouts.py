@@ -119,7 +119,7 @@ def played_in_ranks(group: Any, everyone: Any, place: str, module: str, *names: 
             row = {"case": str(case), **begin(one, folder, grid)}
         if dist.get_rank() == 0:
             yield row
-    everyone.wait(ranks.DEADLINE_S)
+    everyone.wait()
     for case in mine:
         if (saved := grid.saved_by.get(case)) and str(saved) in names:
             with _alone(grid, case, folder) as one:

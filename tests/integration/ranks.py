@@ -49,7 +49,7 @@ def main(given: list[str]) -> int:
     function = getattr(importlib.import_module(module), name)
     context = multiprocessing.get_context("fork")
     groups = [int(n) for n in sizes.split(",")]
-    everyone = context.Barrier(sum(groups))
+    everyone = context.Barrier(sum(groups), timeout=float(deadline_s))
     gc.freeze()  # DeepSpeed collects often, and would look through all that was imported each time
     with tempfile.TemporaryDirectory() as folder:
         ranks = [

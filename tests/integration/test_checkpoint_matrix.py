@@ -184,7 +184,7 @@ def pairs(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     engines = {case: _engine(case) for case in CASES if case.workers == dist.get_world_size()}
     for case, engine in engines.items():
         _save(case, engine, Path(folder), group)
-    everyone.wait(ranks.DEADLINE_S)
+    everyone.wait()
     for case, engine in engines.items():
         for saved in CASES:
             if _paired(saved, case):

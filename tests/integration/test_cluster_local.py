@@ -194,7 +194,7 @@ def test_a_job_whose_store_is_dead_is_stopped_now(work, tmp_path) -> None:
     raw["evaluate"]["every"] = 100000
     with s3_server(tmp_path) as store:
         raw["storage"] = f"s3://bucket/runs?endpoint_override={store.endpoint}&scheme=http"
-        urllib.request.urlopen(urllib.request.Request(f"http://{store.endpoint}/bucket", method="PUT"), timeout=10).close()
+        urllib.request.urlopen(urllib.request.Request(f"http://{store.endpoint}/bucket", method="PUT"), timeout=60).close()
         (work.folder / "dead.yaml").write_text(yaml.safe_dump(raw))
         run = Location(work.json("submit", "dead.yaml", "-c", "cluster.yaml")["run_folder"])
         work.trains("dead", run)
@@ -287,7 +287,7 @@ def _call(host: str, port: int, method: str, token: str | None) -> str:
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         call = channel.unary_unary(f"/ray.rpc.{method}", request_serializer=bytes, response_deserializer=bytes)
         try:
-            call(b"", timeout=10, metadata=[("authorization", f"Bearer {token}")] if token else None)
+            call(b"", timeout=60, metadata=[("authorization", f"Bearer {token}")] if token else None)
         except grpc.RpcError as e:
             return e.code().name
     return "OK"

@@ -131,10 +131,7 @@ def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
     assert set(ran) == {str(i) for i in range(20)} and len(ran) <= 23
     again = flow.Flow(Work(Location(str(tmp_path / "work"))))
     assert again.all("gpu", once, iter(tasks), pooled=True) == records and again.kept == {"gpu": 20} and not again.done
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{r['pid']}").exists() for r in records) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(Path(f"/proc/{r['pid']}").exists() for r in records), "the actors end with the tasks"
+    until(lambda: not any(Path(f"/proc/{r['pid']}").exists() for r in records), "end of the actors, with the tasks")
 
 
 @pytest.mark.ci

@@ -112,7 +112,7 @@ def life(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         for step in (1, 2, 3, 4):
             _save(saver, step, engine)
         yield from told("saved")
-    everyone.wait(ranks.DEADLINE_S)
+    everyone.wait()
     if dist.get_world_size() == 3:  # goes on at another stage, precision and worker count
         engine = _engine(Around(Adapted), 3, "fp32")
         _load(run, 4, engine, saver, group)

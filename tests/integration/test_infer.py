@@ -5,9 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from heliostat.curation.prepare import prepare
@@ -19,16 +17,11 @@ from tests.unit import command_line
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
 from tests.unit.build_model import texts
-from tests.unit.test_batch_tasks import ask, clip, png, write_classifier, write_writer  # noqa: F401 (a fixture)
+from tests.unit.test_batch_tasks import answers, ask, clip, png, write_classifier, write_writer  # noqa: F401 (a fixture)
 from tests.waiting import until
 
 COUNT = 1000
 OPTIONS = {"max_tokens": 4, "temperature": 0.7}
-
-
-def answers(out: Path) -> list[dict]:
-    record = json.loads((out / run.RECORD).read_text())
-    return [row for one in record["answers_in"] for row in pq.read_table(out / one["file"]).to_pylist()]
 
 
 def test_a_killed_driver_and_a_killed_worker_change_no_answer(ray_session, tmp_path):

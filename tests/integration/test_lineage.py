@@ -91,7 +91,7 @@ def story(shards: str, corpus: str, tracking: str, tmp_path_factory: pytest.Temp
         driver.until(lambda: len(goodput.read(run)) == 2 and saved(run) >= 15, "checkpoint after the worker's death")
     finally:
         end_tree(driver)
-        driver.wait(30)
+        driver.wait(120)
     from heliostat.tracking import mlflow_client, run_table
 
     (killed,) = [r for r in run_table.rows(mlflow_client.connect(tracking), "lineage") if r["name"] == "base"]

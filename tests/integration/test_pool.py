@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +14,8 @@ from heliostat.errors import PlacementError
 from heliostat.training.driver import slots
 from heliostat.training.driver.pool import WorkerPool
 from ray.util.placement_group import placement_group, remove_placement_group
+
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -29,12 +30,9 @@ def pids(pool: WorkerPool, count: int) -> set[int]:
     return {member.pid for member in pool.take(count)}
 
 
-def free(cpus: float, seconds: float = 5) -> bool:
-    """Whether so many CPUs become free; Ray tells of it with a delay."""
-    deadline = time.monotonic() + seconds
-    while (found := ray.available_resources().get("CPU", 0.0)) != cpus and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return found == cpus
+def become_free(cpus: float, why: str = "") -> None:
+    """Waits until so many CPUs are free; Ray tells of it with a delay."""
+    until(lambda: ray.available_resources().get("CPU", 0.0) == cpus, f"{cpus:g} free CPUs {why}")
 
 
 def test_survivors_stay_when_their_number_changes_and_the_rest_is_given_back(pool):
@@ -42,15 +40,15 @@ def test_survivors_stay_when_their_number_changes_and_the_rest_is_given_back(poo
     three = pids(pool, 3)
     two = pids(pool, 2)
     assert len(two) == 2 and two < three
-    assert free(total - 2), "the third one's resources are still held"
+    become_free(total - 2, "of which the third worker has given back its own")
     again = pids(pool, 3)
     assert len(again) == 3 and two < again
     os.kill(min(again), signal.SIGKILL)
     replaced = pids(pool, 3)
     assert len(replaced) == 3 and again - {min(again)} < replaced
-    assert free(total - 3)
+    become_free(total - 3)
     pool.close()
-    assert free(total)
+    become_free(total)
 
 
 def test_workers_that_wait_for_the_rest_hold_nothing_after_a_while(pool, monkeypatch, caplog):
@@ -62,15 +60,15 @@ def test_workers_that_wait_for_the_rest_hold_nothing_after_a_while(pool, monkeyp
     ray.get(others.ready())
     with pytest.raises(PlacementError, match="there is room for 2 of 3 workers"):
         pool.take(3, patient=False)
-    assert free(2)
+    become_free(2)
     pids(pool, 2)
     found: list[set[int]] = []
     waits = threading.Thread(target=lambda: found.append(pids(pool, 3)))
     waits.start()
-    assert free(2, 10), "those that wait hold their resources for ever"
+    become_free(2, "of those that wait")
     assert pool.waiting and not found
     remove_placement_group(others)
-    waits.join(30)
+    waits.join(120)
     assert found and len(found[0]) == 3 and not found[0] & two
     assert "what they hold is given back until there is room for all" in caplog.text
 
@@ -88,7 +86,7 @@ def test_two_runs_that_do_not_both_fit_get_on_one_after_the_other(monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     assert done == [each, each]
 
 

@@ -93,7 +93,7 @@ def reform(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
             del engine
             process_group.leave()
             freed = kept() is None  # at once: without it, the process groups that it knows stay open, and others wait for them
-        everyone.wait(60)
+        everyone.wait()
         meeting += 1
         if me in (0, 2):
             engine = _begin(folder, meeting, min(me, 1), 2, stage, precision, saved)
@@ -102,7 +102,7 @@ def reform(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
             process_group.leave()
             if me == 0:
                 yield {"layout": [stage, precision], "whole": whole, "again": again, "freed": freed}
-        everyone.wait(60)
+        everyone.wait()
 
 
 def _claim(folder: str) -> int:
@@ -215,7 +215,7 @@ def resized(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
                     _copy_out(engine, keep.with_suffix(".copies"))
                 del engine
                 process_group.leave()
-            everyone.wait(100)
+            everyone.wait()
             return losses
 
         go_on((0, 1, 2), None, keep=three)

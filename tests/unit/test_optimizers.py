@@ -36,7 +36,6 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 STATE = [("exp_avg", "exp_avg_sq"), ("momentum_buffer",), (), ("momentum_buffer",), ("square_avg",), ("exp_avg",),
          ("exp_avg_sq", "z", "ema"), ("momentum_buffer", "exp_avg", "exp_avg_sq")]  # fmt: skip
-ELEMENTWISE = [keys for keys in SETTINGS if keys["name"] != "muon"]
 
 
 def changed(keys: dict[str, Any]) -> dict[str, Any]:

@@ -4,17 +4,11 @@ import re
 
 import pytest
 from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-from heliostat.curation.stage import Document
 from heliostat.curation.stages import detect_secrets
 from heliostat.curation.stages.detect_secrets import DetectSecrets
 from pydantic import ValidationError
 
-
-def one(stage, text, **columns):
-    (outcome,) = stage.open()([Document("a", text, columns)])
-    assert (outcome.document is None) == bool(outcome.reason) and (not outcome.reason or outcome.reason in stage.reasons)
-    return outcome
-
+from tests.unit.test_curation_text import one
 
 KEY = "gh" + "p_" + "Ab1" * 12
 CODE = (
