@@ -159,7 +159,7 @@ def draws() -> Iterator[Row]:
 
     keys = torch.arange(1000, 1016)
     ours, right = (rows.draw(7, on, (4, 64, 64), 0.1, 0.1, True).named() for on in (keys.to(setting.DEVICE), keys))
-    yield _row("numbers of other bits than the CPU's", sum(int((ours[n].cpu() != right[n]).sum()) for n in right), 0)
+    yield row("numbers of other bits than the CPU's", sum(int((ours[n].cpu() != right[n]).sum()) for n in right), 0)
 
 
 def attention() -> Iterator[Row]:

@@ -1,4 +1,6 @@
-"""Orders DeepSpeed's streams on the GPU, and names its reduction for profilers. DeepSpeed makes the host wait for one, and leaves the other without an order.
+"""Orders DeepSpeed's streams on the GPU, and names its reduction for profilers.
+
+DeepSpeed makes the host wait for one stream, and leaves the other without an order.
 
 Streams of CUDA run side by side: what one writes, another sees only if it waits for it. `tests/twin` is a device that raises
 where an operation uses memory that its stream hasn't waited for, and so shows what must wait.
