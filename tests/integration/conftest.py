@@ -38,9 +38,10 @@ if os.environ.get("HELIOSTAT_TEST_SESSION") != SESSION:  # Ray's workers import 
 # Files that take longest, the longest first: with the others behind them, processes that run files one by one end together
 LONGEST = (
     "test_cluster_local", "test_numerics", "test_lineage", "test_checkpoint_matrix", "test_tune", "test_training",
-    "test_layout_runs", "test_benchmark", "test_serving", "test_diffusion", "test_storage_faults", "test_examples",
-    "test_survival", "test_optimizers", "test_golden_curves", "test_exact_data", "test_connect", "test_sequence_parallel",
-    "test_recheck", "test_images", "test_first_weights", "test_infer", "test_curation_answers", "test_engine", "test_reform",
+    "test_layout_runs", "test_storage_faults", "test_benchmark", "test_serving", "test_connect", "test_diffusion",
+    "test_survival", "test_optimizers", "test_exact_data", "test_examples", "test_checkpoint_storage", "test_golden_curves",
+    "test_selective_checkpointing", "test_play", "test_first_weights", "test_ui_key", "test_contrastive",
+    "test_sequence_parallel", "test_recheck", "test_curation_answers", "test_room", "test_prepare", "test_offload",
 )  # fmt: skip
 
 

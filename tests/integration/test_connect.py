@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from heliostat.cluster import private, private_ray
+from heliostat.cluster import private, private_ray, processes
 from heliostat.cluster.connect import connect
 from heliostat.errors import ConfigError
 from heliostat.training.run import train
@@ -49,7 +49,7 @@ def test_a_process_that_does_not_end_by_itself_is_ended(tmp_path):
     done = commands.call(f"{__name__}:held", log=tmp_path / "log")
     assert done.wait(120) == 0, done.err
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(done.out)).wait(5)  # until it has been reaped
+        psutil.Process(int(done.out)).wait(60)  # until it has been reaped
 
 
 def late(_: list[str]) -> int:
@@ -84,16 +84,16 @@ def test_without_the_fork_server_ray_starts_the_workers_itself(tmp_path):
 RPC = ("NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "CoreWorkerService/GetCoreWorkerStats")
 
 
-def family() -> list[psutil.Process]:
+def family(session_folder: str) -> list[psutil.Process]:
     """This process and those of its Ray: the state server's parent is not this process for long."""
-    me = psutil.Process()
-    return [me, *me.children(recursive=True), *(p for p in psutil.process_iter() if p.name() == "gcs_server")]
+    servers = (p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "gcs_server")
+    return [*processes.family(os.getpid()), *(p for p in servers if session_folder in " ".join(p.info["cmdline"] or ()))]
 
 
-def listening(processes: Iterable[psutil.Process]) -> dict[tuple[str, int], str]:
+def listening(family: Iterable[psutil.Process]) -> dict[tuple[str, int], str]:
     """Where the processes listen, and the name of each."""
     found = {}
-    for process in processes:
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             for c in process.net_connections("inet"):
                 if c.status == psutil.CONN_LISTEN:
@@ -119,8 +119,7 @@ def session() -> Any:
 
 
 def test_a_private_ray_listens_on_loopback_alone_and_refuses_whoever_has_no_token(ray_session):
-    mine = [p for p in family() if p.name() != "gcs_server" or session().get_session_dir_path() in " ".join(p.cmdline())]
-    ports = listening(mine)
+    ports = listening(family(session().get_session_dir_path()))
     assert set(ports.values()) >= {"gcs_server", "raylet"}
     assert {host for host, _ in ports} == {"127.0.0.1"}, ports
     token = private_ray.token_file().read_text()
