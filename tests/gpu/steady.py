@@ -27,7 +27,7 @@ OWN = {3: 10}  # synchronizations and uploads of DeepSpeed in a step of four mic
 
 def sync() -> Iterator[Row]:
     """Counts where the host waits for the device in a step, the batches and the deferred read of the norm included."""
-    from heliostat.engine import deepspeed_engine, zero_state
+    from heliostat.engine import deepspeed_engine
 
     from tests.golden import data
     from tests.twin import steps
@@ -38,7 +38,6 @@ def sync() -> Iterator[Row]:
         for stage in range(4):
             setup = steps.Setup("language model", stage, precision="bf16" if stage else "fp32")
             one = setup.player(Path(name), int(setting.GPU))
-            zero_state.init_optimizer_state(one.engine)
             steps.step(one, 0)
             places = waits(lambda one=one: steps.step(one, 1), strict=stage not in OWN)
             yield row(f"{setup}: waits in a step", len(places), OWN.get(stage, 0), problem=_listed(places, OWN.get(stage, 0)))

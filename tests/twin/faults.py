@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from heliostat.engine import deepspeed_engine, process_group, stream_patches, zero_state
+from heliostat.engine import deepspeed_engine, process_group, stream_patches
 from heliostat.engine.ema import AveragedWeights
 from heliostat.errors import PeerLostError
 from heliostat.numerics import play
@@ -145,7 +145,6 @@ def tried(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     """Tries all faults, one after another, with one engine; yields what is wrong with each."""
     device.start_deepspeed()
     one = Setup("language model", 1).player(Path(folder), 1)
-    zero_state.init_optimizer_state(one.engine)
     step(one, 0)
     one.save(1)
     for name, check in FAULTS.items():
@@ -165,7 +164,6 @@ def unordered(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]
     for stage in (2, 3):
         with _without_waits_of_patches():
             one = Setup("language model", stage).player(Path(folder), 1)
-            zero_state.init_optimizer_state(one.engine)
             try:
                 step(one, 0)
                 step(one, 1)
