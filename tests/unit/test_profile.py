@@ -74,8 +74,15 @@ def test_on_a_gpu_its_kernels_show_whether_it_waits():
     assert len(profile_table.operation_rows(result)) == 4 and len(profile_table.gap_rows(result)) == 3
 
 
-@pytest.mark.parametrize("data", [b"", b"no gzip", gzip.compress(b"{}"), gzip.compress(b'{"traceEvents": []}'),
-                                  gzip.compress(b'{"traceEvents": [{"ph": "X", "dur": "x"}]}')])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no gzip",
+        *(gzip.compress(t, mtime=0) for t in (b"{}", b'{"traceEvents": []}', b'{"traceEvents": [{"ph": "X", "dur": "x"}]}')),
+    ],
+    ids=["empty", "no gzip", "no events", "no event", "no number"],
+)
 def test_what_is_no_trace_is_rejected_in_one_line(tmp_path, data):
     (tmp_path / "t").write_bytes(data)
     with pytest.raises(DataError, match="isn't a trace") as e:
