@@ -340,6 +340,7 @@ def test_the_plan_of_a_mixture_tells_what_is_active(name, active):
     assert p["flops"]["per_token"] == pytest.approx(6 * multiplying + 12 * heads, rel=1e-3)
     assert p["memory"]["total"] < 80 * GIB
     assert f"{active:,} of them active for a token" in lines(p)[0]
+    assert p["memory"]["host"] > 0 and "on the host" not in lines(p)[1]  # batches of tokens: less than 0.05 GiB
     found = dry_run(path, ["data.sources=[{path: nowhere}]"])
     assert found["shards"] == j.workers.most and found["checkpoint_bytes"] > 12 * p["parameters"]["total"]
 

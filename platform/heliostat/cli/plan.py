@@ -113,7 +113,7 @@ def lines(p: Report) -> list[str]:
     text = [
         f"{p['name']}: {parameters(p)} on {p['workers']} workers of {name} (estimates, but for counts)",
         f"memory     {m['total'] / GIB:.{digits}f} GiB a worker of {m['device'] / GIB:.0f}: {memory.parts(m, digits)}"
-        + (f"; on the host {m['host'] / GIB:.1f}" if m["host"] else ""),
+        + (f"; on the host {m['host'] / GIB:.1f}" if m["host"] >= 0.05 * GIB else ""),
         "compute    "
         + (f"{p['flops']['per_token']:.3g} FLOPs a token, " if r["tokens"] else "")
         + f"{p['flops']['per_sample']:.3g} a sample",

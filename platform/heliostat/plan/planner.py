@@ -165,7 +165,7 @@ def _refusal(job: Job, device: Device, chosen: Candidate, best: Candidate | None
         what = f"needs {need['total'] / GIB:.1f} GiB ({memory.parts(need)}), and {device.name} has {device.memory / GIB:.0f}"
     else:
         share = f"a worker's share is {device.host_memory / GIB:.0f}"
-        what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload, and {share}"
+        what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload and batches, and {share}"
     more = "activation_checkpointing: true, " if not job.train.activation_checkpointing else ""
     fitting = best.layout if best else None
     replays = fitting and str(fitting.checkpointing) != str(job.train.activation_checkpointing)
