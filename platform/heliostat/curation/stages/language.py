@@ -38,7 +38,7 @@ class Language(Stage):
     makes: ClassVar[tuple[str, ...]] = ("language", "language_score")
     reasons: ClassVar[dict[str, str]] = {
         "other_language": "a language that is not in `languages`",
-        "no_language": "no text that shows a language",
+        "no_language": "no text that a language could be told from",  # as older versions have it: digests follow from it
     }
     limits: ClassVar = {"uncertain": ("language_score", "min_score", "a score below {}")}
     version: ClassVar[int] = 2
